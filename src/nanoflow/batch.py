@@ -1,0 +1,154 @@
+"""The dense batch of one iteration, and what came out of it: the contract between scheduler and executor.
+
+Everything is numpy: the scheduler fills it without torch, the executor copies it to its device. Requests stand in batch
+order, those with one token (decodes) first, so that decode tokens are rows 0..num_decodes-1 of every tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.graph.operation import BatchShape
+from nanoflow.request import SamplingParams
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """A request that takes a row of the state table in this iteration (newly admitted, or again after preemption).
+
+    Attributes:
+        row: Its place in every per-request array until it leaves.
+        params: How it samples.
+        seed: Its seed.
+        token_ids: All tokens known so far, int32 [num_tokens]: the prompt, then what was generated before a preemption.
+        num_prompt_tokens: How many of them are the prompt.
+        stop_token_ids: Tokens that may not be chosen before `min_tokens` (end of sequence and stop tokens).
+    """
+
+    row: int
+    params: SamplingParams
+    seed: int
+    token_ids: Int32
+    num_prompt_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScore:
+    """Score part of a prompt: logits of tokens start..stop-1 of the batch say how likely `target_ids` were.
+
+    Attributes:
+        request_index: Place of the request in the batch.
+        start, stop: Token range in the batch.
+        first_position: Place in the prompt of the first target.
+        target_ids: int32 [stop - start], the prompt tokens that followed.
+        num_logprobs: How many of the most probable tokens to report.
+    """
+
+    request_index: int
+    start: int
+    stop: int
+    first_position: int
+    target_ids: Int32
+    num_logprobs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseBatch:
+    """All tokens of one iteration (T tokens, B requests, S of which sample a token, page tables P wide).
+
+    Attributes:
+        iteration: Counts up.
+        rows: int32 [B], the row of each request in the state table.
+        epochs: int64 [B], which tenant of the row this is; a token for an earlier tenant is dropped.
+        num_decodes: The first so many requests have one token each.
+        query_start: int32 [B + 1], where each request's tokens begin.
+        context_len: int32 [B], tokens in the cache once this iteration is done.
+        token_ids: int32 [T]; where `is_fed_back`, any value.
+        is_fed_back: bool [T], the token is the one last sampled for that row; it is on the device only.
+        positions: int32 [T], place of each token in its sequence.
+        slots: int64 [T], place of each token in the KV cache: page * page_size + offset.
+        page_tables: int32 [B, P], page ids; beyond a request's pages any valid id.
+        sampled: int32 [S], increasing: requests (by place in the batch) whose last token gets logits and a new token.
+        joined: Requests that are new to their row.
+        prompt_scores: Prompt log probabilities asked for.
+    """
+
+    iteration: int
+    rows: Int32
+    epochs: Int64
+    num_decodes: int
+    query_start: Int32
+    context_len: Int32
+    token_ids: Int32
+    is_fed_back: Bool
+    positions: Int32
+    slots: Int64
+    page_tables: Int32
+    sampled: Int32
+    joined: tuple[Joined, ...] = ()
+    prompt_scores: tuple[PromptScore, ...] = ()
+
+    @property
+    def num_requests(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids)
+
+    @property
+    def shape(self) -> BatchShape:
+        """What the costs of this batch depend on."""
+        lengths = np.diff(self.query_start)[self.num_decodes :].astype(np.int64)
+        contexts = self.context_len[self.num_decodes :].astype(np.int64)
+        return BatchShape(
+            num_tokens=self.num_tokens,
+            num_decode_tokens=self.num_decodes,
+            decode_context=int(self.context_len[: self.num_decodes].sum()),
+            prefill_context=int((lengths * contexts - lengths * (lengths - 1) // 2).sum()),
+            prefill_kv_tokens=int(contexts.sum()),
+            num_sampled=len(self.sampled),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopLogprobs:
+    """Log probabilities at N places: column 0 is the token that stands there, then the K most probable.
+
+    Attributes:
+        token_ids: int32 [N, 1 + K].
+        logprobs: float32 [N, 1 + K], natural.
+        ranks: int32 [N], rank of the token that stands there, from 1.
+    """
+
+    token_ids: Int32
+    logprobs: Float32
+    ranks: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """What one iteration gave.
+
+    Attributes:
+        token_ids: int32 [S], in the order of `DenseBatch.sampled`.
+        logprobs: For the samplers that asked: place in `sampled` to its log probabilities (N = 1).
+        prompt_logprobs: One entry each of `DenseBatch.prompt_scores`.
+        errors: Place in `sampled` to what went wrong with that request alone (e.g. its logits are not finite).
+    """
+
+    token_ids: Int32
+    logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    prompt_logprobs: tuple[TopLogprobs, ...] = ()
+    errors: dict[int, str] = field(default_factory=dict)

@@ -1,0 +1,160 @@
+"""What crosses the border between the engine loop and its front end: plain dataclasses, sent with msgspec.
+
+Down go `Add`, `Abort`, `Shutdown`; up come `Ready` or `Failed` once, then one `StepOutput` an iteration (tokens of all
+requests together, no text: the front end detokenises) and a `Heartbeat` while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanoflow.outputs import FinishReason
+from nanoflow.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Add:
+    """Take these requests."""
+
+    requests: list[Request]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Forget these requests and free what they hold; unknown ids are ignored."""
+
+    request_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shutdown:
+    """Stop at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a front end must know of a loaded engine.
+
+    Attributes:
+        model_type: Architecture and size, for people.
+        vocab_size: Width of the logits; a token id must be below it.
+        max_model_len: Longest prompt plus completion, already cut to what the KV pages can hold.
+        eos_token_ids: The model's end of sequence (config.json and generation_config.json).
+        num_pages, page_size: The KV cache.
+        max_batch_tokens, max_num_seqs: Limits of a batch.
+        device, dtype: Where and in what type it computes.
+        plan: Name of the pipeline plan in use.
+        load_s: Seconds to load.
+    """
+
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_pages: int
+    page_size: int
+    max_batch_tokens: int
+    max_num_seqs: int
+    device: str
+    dtype: str
+    plan: str
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The engine is loaded."""
+
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The engine cannot start, or has died; one line for people."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """State of the engine after an iteration.
+
+    Attributes:
+        num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
+        pages_in_use, num_pages: KV pages.
+        num_preemptions: Since the start.
+        iteration: Iterations since the start.
+        iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
+        prefill_tokens: How many of them were not decodes.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_in_use: int = 0
+    num_pages: int = 0
+    num_preemptions: int = 0
+    iteration: int = 0
+    iteration_tokens: int = 0
+    prefill_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Why a request ended; `stop_token_id` is set if a stop token (not the end of sequence) ended it."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceLogprobs:
+    """Log probabilities at consecutive places of one sequence.
+
+    Each inner list has the token that stands there first, then the most probable ones.
+
+    Attributes:
+        first_position: Place in the prompt of the first row; meaningless for a generated token.
+        token_ids, logprobs: One list a place.
+        ranks: Rank (from 1) of the token that stands there.
+    """
+
+    first_position: int
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one iteration gave: struct of arrays, one entry a request that got a token.
+
+    Attributes:
+        request_ids, token_ids: Same length.
+        finished: Requests that ended with this iteration; some may have no token in it (aborts, errors).
+        logprobs: Log probabilities of the new token, for requests that asked.
+        prompt_logprobs: Parts of prompts scored in this iteration. After a preemption a part may come again: places count.
+        scheduled: Requests that were admitted for the first time since the last output, for queue times.
+        preempted: Requests that were preempted since the last output.
+        stats: State afterwards.
+    """
+
+    request_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finished: dict[int, Finished] = field(default_factory=dict)
+    logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
+    scheduled: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    stats: EngineStats = field(default_factory=EngineStats)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """The loop is alive and has nothing to do."""
+
+    stats: EngineStats
+
+
+FromFrontEnd = Add | Abort | Shutdown
+FromEngine = Ready | Failed | StepOutput | Heartbeat

@@ -1,0 +1,99 @@
+"""Cutting operations into nano-operations, and the one rule of what must wait for what.
+
+Rule (paper section 4.1.2, made exact): two nano-operations depend on each other if and only if one writes what the
+other reads or writes *and* their token ranges intersect there. Prefill attention reads the keys of its whole prefix, so
+for the KV cache its range starts at 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import Operation, Scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class TokenRange:
+    """Tokens start..stop-1 of the dense batch."""
+
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the range."""
+        return self.stop - self.start
+
+    def intersects(self, other: TokenRange) -> bool:
+        """True if a token is in both."""
+        return self.start < other.stop and other.start < self.stop
+
+    def clip(self, start: int, stop: int) -> TokenRange:
+        """The part inside start..stop, empty (start == stop) if there is none."""
+        low = min(max(self.start, start), stop)
+        return TokenRange(start=low, stop=max(low, min(self.stop, stop)))
+
+    def of_scope(self, scope: Scope, num_tokens: int, num_decode_tokens: int) -> TokenRange:
+        """The part that an operation of this scope works on in a batch of so many tokens, decodes first."""
+        low = num_decode_tokens if scope is Scope.PREFILL else 0
+        high = num_decode_tokens if scope is Scope.DECODE else num_tokens
+        return self.clip(low, high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """An operation on a token range in a layer: the unit in which dependencies are decided."""
+
+    op: Operation
+    tokens: TokenRange
+    layer: int = 0
+
+
+_DISJOINT_SCOPES = frozenset({Scope.DECODE, Scope.PREFILL})
+
+
+def depends(graph: OpGraph, first: Access, second: Access) -> bool:
+    """True if the two accesses may not change places (read after write, write after read, write after write)."""
+    if {first.op.scope, second.op.scope} == _DISJOINT_SCOPES:
+        return False
+    for name in _shared_names(first.op, second.op):
+        is_own_layer_only = graph.tensor(name).is_per_layer
+        if is_own_layer_only and first.layer != second.layer:
+            continue
+        if _touched(first, name).intersects(_touched(second, name)):
+            return True
+    return False
+
+
+def _shared_names(first: Operation, second: Operation) -> set[str]:
+    """Tensors that both touch and at least one of them writes."""
+    writes_first, writes_second = set(first.writes), set(second.writes)
+    return (writes_first & (writes_second | set(second.reads))) | (set(first.reads) & writes_second)
+
+
+def _touched(access: Access, name: str) -> TokenRange:
+    if name in access.op.reads_before:
+        return TokenRange(start=0, stop=access.tokens.stop)
+    return access.tokens
+
+
+def split(num_tokens: int, boundaries: Sequence[int] = ()) -> tuple[TokenRange, ...]:
+    """Cut 0..num_tokens at the boundaries into nano-batches.
+
+    Args:
+        num_tokens: Size of the dense batch.
+        boundaries: Strictly increasing, each inside (0, num_tokens).
+
+    Returns:
+        One range more than there are boundaries; together they tile the batch.
+
+    Raises:
+        ValueError: Boundaries are out of order or out of range.
+    """
+    edges = [0, *boundaries, num_tokens]
+    if any(low >= high for low, high in itertools.pairwise(edges)):
+        raise ValueError(f"boundaries {list(boundaries)} must increase strictly inside (0, {num_tokens})")
+    return tuple(TokenRange(start=low, stop=high) for low, high in itertools.pairwise(edges))

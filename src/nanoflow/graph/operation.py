@@ -1,0 +1,228 @@
+"""One operation of a model: what it is, what it reads and writes, and what it costs. Data, no kernel.
+
+An operation is bound by one *resource*: GEMMs by compute, decode attention by memory, collectives by the network. Its
+costs are functions of a `BatchShape`, so that planning and simulation need neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class Resource(enum.StrEnum):
+    """What bounds an operation (POWER bounds the pair and is no class of its own)."""
+
+    COMPUTE = "compute"
+    MEMORY = "memory"
+    NETWORK = "network"
+
+
+class Scope(enum.StrEnum):
+    """Which tokens of the dense batch an operation works on. Decode tokens come first in a dense batch."""
+
+    ALL = "all"
+    DECODE = "decode"
+    PREFILL = "prefill"
+    SAMPLED = "sampled"
+
+
+class OpKind(enum.StrEnum):
+    """What an operation computes; `kernels/dispatch.py` has one kernel a kind and device."""
+
+    EMBED = "embed"
+    GATHER_ROWS = "gather_rows"
+    ADD_RMS_NORM = "add_rms_norm"
+    LINEAR = "linear"
+    ROPE_APPEND = "rope_append"
+    DECODE_ATTENTION = "decode_attention"
+    PREFILL_ATTENTION = "prefill_attention"
+    SWIGLU = "swiglu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchShape:
+    """The size of a dense batch, as far as costs depend on it.
+
+    Attributes:
+        num_tokens: Tokens of the dense batch; the first `num_decode_tokens` are decodes, one a request.
+        num_decode_tokens: Decode tokens.
+        decode_context: Sum over decode tokens of the keys each attends to.
+        prefill_context: Sum over prefill tokens of the keys each attends to (causal: fewer than the chunk's context).
+        prefill_kv_tokens: Sum over prefill *requests* of the keys in their cache: what must be read at least once.
+        num_sampled: Rows of the batch that get logits.
+    """
+
+    num_tokens: int
+    num_decode_tokens: int = 0
+    decode_context: int = 0
+    prefill_context: int = 0
+    prefill_kv_tokens: int = 0
+    num_sampled: int = 0
+
+    def tokens_in(self, scope: Scope) -> int:
+        """Number of tokens that an operation of this scope works on."""
+        return {
+            Scope.ALL: self.num_tokens,
+            Scope.DECODE: self.num_decode_tokens,
+            Scope.PREFILL: self.num_tokens - self.num_decode_tokens,
+            Scope.SAMPLED: self.num_sampled,
+        }[scope]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowDims:
+    """Width of the rows of a row-wise operation (embedding, gather, activation)."""
+
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormDims:
+    """RMSNorm over `width` with `eps` under the root."""
+
+    width: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearDims:
+    """Product [tokens, in_features] x [out_features, in_features]^T."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionDims:
+    """Grouped-query attention.
+
+    Attributes:
+        num_heads: Query heads H.
+        num_kv_heads: Key and value heads; H is a multiple.
+        head_dim: Size D of a head.
+        scale: Factor on the scores, usually 1 / sqrt(D).
+        windows: For each layer the sliding window (a token sees itself and the `window - 1` before it), None without.
+        norm_eps: For Qwen3's norm on each query and key head; None without.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    windows: tuple[int | None, ...]
+    norm_eps: float | None = None
+
+    @property
+    def q_width(self) -> int:
+        """Width of the queries of one token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys (or of the values) of one token."""
+        return self.num_kv_heads * self.head_dim
+
+
+Dims = RowDims | NormDims | LinearDims | AttentionDims
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """A node of the graph.
+
+    Attributes:
+        name: Unique in its section of the graph, e.g. "qkv_proj".
+        kind: What it computes.
+        resource: What bounds it.
+        scope: The tokens it works on.
+        reads: Names of tensors it reads; kernels take them in this order.
+        writes: Names of tensors it writes, in the order that its kernel gives them.
+        weights: Names of parameters, in the order that its kernel takes them.
+        reads_before: Of `reads`, the tensors in which it also needs tokens before its range (the keys of its prefix).
+        dims: Sizes.
+    """
+
+    name: str
+    kind: OpKind
+    resource: Resource
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    dims: Dims
+    scope: Scope = Scope.ALL
+    weights: tuple[str, ...] = ()
+    reads_before: tuple[str, ...] = ()
+
+    def flops(self, shape: BatchShape) -> int:
+        """Floating-point operations of this operation on a batch (a multiply-add is two; paper Table 2)."""
+        return _FLOPS[type(self.dims)](self, shape)
+
+    def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
+        """Bytes moved to and from device memory at least once each: weights, inputs, outputs, keys and values."""
+        return _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
+
+
+def _linear_flops(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, LinearDims)
+    return 2 * shape.tokens_in(op.scope) * op.dims.in_features * op.dims.out_features
+
+
+def _linear_elements(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, LinearDims)
+    tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
+    return k * n + tokens * (k + n)
+
+
+def _attention_flops(op: Operation, shape: BatchShape) -> int:
+    """4 x context x width a token: scores and weighted sum. RoPE counts 3 a rotated element."""
+    assert isinstance(op.dims, AttentionDims)
+    if op.kind is OpKind.ROPE_APPEND:
+        return 3 * shape.tokens_in(op.scope) * (op.dims.q_width + op.dims.kv_width)
+    context = shape.decode_context if op.scope is Scope.DECODE else shape.prefill_context
+    return 4 * context * op.dims.q_width
+
+
+def _attention_elements(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, AttentionDims)
+    tokens = shape.tokens_in(op.scope)
+    if op.kind is OpKind.ROPE_APPEND:
+        return tokens * 2 * (op.dims.q_width + 2 * op.dims.kv_width)
+    kv_tokens = shape.decode_context if op.scope is Scope.DECODE else shape.prefill_kv_tokens
+    return 2 * kv_tokens * op.dims.kv_width + 2 * tokens * op.dims.q_width
+
+
+def _norm_flops(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, NormDims)
+    return 5 * shape.tokens_in(op.scope) * op.dims.width
+
+
+def _norm_elements(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, NormDims)
+    return op.dims.width + 4 * shape.tokens_in(op.scope) * op.dims.width
+
+
+def _row_flops(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, RowDims)
+    return 4 * shape.tokens_in(op.scope) * op.dims.width if op.kind is OpKind.SWIGLU else 0
+
+
+def _row_elements(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, RowDims)
+    rows_moved = 3 if op.kind is OpKind.SWIGLU else 2
+    return rows_moved * shape.tokens_in(op.scope) * op.dims.width
+
+
+_Cost = Callable[[Operation, BatchShape], int]
+_FLOPS: dict[type, _Cost] = {
+    LinearDims: _linear_flops,
+    AttentionDims: _attention_flops,
+    NormDims: _norm_flops,
+    RowDims: _row_flops,
+}
+_ELEMENTS: dict[type, _Cost] = {
+    LinearDims: _linear_elements,
+    AttentionDims: _attention_elements,
+    NormDims: _norm_elements,
+    RowDims: _row_elements,
+}

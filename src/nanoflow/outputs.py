@@ -1,0 +1,97 @@
+"""What a user gets back: completions with text, token ids, log probabilities and the reason they ended.
+
+Shaped like vLLM's outputs. This file only holds data; `engine/output.py` fills it in.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.StrEnum):
+    """Why a completion ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """Natural log probability of a token at its place; rank 1 is the most probable."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Attributes:
+        index: Which of the `n` completions.
+        text: Decoded text (so far, if the request has not ended).
+        token_ids: Generated token ids, the end-of-sequence or stop token included.
+        cumulative_logprob: Sum of the chosen tokens' log probabilities; None unless logprobs were asked for.
+        logprobs: One mapping {token id: Logprob} a generated token; None unless asked for.
+        finish_reason: "stop", "length", "abort", "error"; None while it runs.
+        stop_reason: The stop string or stop token id that ended it; None for end of sequence or length.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """True once a finish reason is known."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of the monotonic clock; None if it has not happened.
+
+    With `n > 1` each time is that of the first completion to get there, `finished_s` that of the last.
+    """
+
+    arrival_s: float
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """All completions of one prompt.
+
+    Attributes:
+        request_id: The label the caller gave, or one we made.
+        prompt: The prompt's text; None if it came as token ids.
+        prompt_token_ids: The prompt's tokens.
+        prompt_logprobs: One entry a prompt token, None for the first; None unless asked for.
+        outputs: One `CompletionOutput` each of the `n`.
+        finished: True once every completion has ended.
+        error: What went wrong with this request alone, if its finish reason is "error".
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    error: str | None = None
