@@ -6,6 +6,7 @@ order, those with one token (decodes) first, so that decode tokens are rows 0..n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,6 +136,15 @@ class TopLogprobs:
     token_ids: Int32
     logprobs: Float32
     ranks: Int32
+
+    @staticmethod
+    def concatenate(parts: Sequence[TopLogprobs]) -> TopLogprobs:
+        """The places of all parts, one after the other."""
+        return TopLogprobs(
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+            ranks=np.concatenate([part.ranks for part in parts]),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

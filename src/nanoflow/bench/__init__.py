@@ -1,1 +1,4 @@
-"""TODO."""
+"""Benchmarks: workloads, load in process and over HTTP, metrics, and one JSON record a run.
+
+`workload.py` makes requests, `offline.py` and `online.py` drive them, `metrics.py` measures, `record.py` writes.
+"""

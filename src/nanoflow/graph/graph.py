@@ -90,6 +90,7 @@ class OpGraph:
         layer_parameters: Parameters of one layer; sources hold `{layer}`.
         ignored_sources: Regular expressions of checkpoint tensors that may be there and are not needed.
         rope: Rotary embedding.
+        inputs: Tensors that are there before the first operation.
     """
 
     name: str
@@ -103,6 +104,7 @@ class OpGraph:
     layer_parameters: tuple[Parameter, ...]
     rope: RopeSpec
     ignored_sources: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ("token_ids",)
 
     def sections(self) -> Iterator[tuple[str, tuple[Operation, ...]]]:
         """The three sections with their names, in order."""
@@ -149,7 +151,7 @@ class OpGraph:
         shared = {parameter.name for parameter in self.parameters}
         of_layer = {parameter.name for parameter in self.layer_parameters}
         known = {spec.name for spec in self.tensors}
-        written: set[str] = set()
+        written = set(self.inputs)
         for section, operations in self.sections():
             _require_unique(f"{section} operation", [op.name for op in operations])
             for op in operations:

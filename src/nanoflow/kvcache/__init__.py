@@ -1,1 +1,6 @@
-"""TODO."""
+"""Bookkeeping of the KV cache: which pages are free, and which pages each request has. No tensors: numbers only."""
+
+from nanoflow.kvcache.pages import OutOfPagesError, PagePool
+from nanoflow.kvcache.tables import PageTables
+
+__all__ = ["OutOfPagesError", "PagePool", "PageTables"]

@@ -1,0 +1,69 @@
+"""Every option of a benchmark, declared like the engine's (`nanoflow/config.py`); flags are made in `cli/options.py`.
+
+`BenchConfig` holds for every benchmark, `LoadConfig` for one that drives a server. Knows no engine and no HTTP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nanoflow.config import ConfigError, option
+
+Api = Literal["completions", "chat"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What is asked of the engine, and how often."""
+
+    workload: str = option("512/512", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace")
+    num_requests: int = option(200, "Requests in one repeat")
+    seed: int = option(0, "Seed of lengths, prompts and arrivals; repeat i draws other prompts of the same lengths")
+    num_warmup: int = option(4, "Requests to run before the clock starts")
+    repeats: int = option(1, "How often to measure")
+    goodput: Sequence[str] = dataclasses.field(
+        default=(),
+        metadata={
+            "help": "Limits that a good request meets, as ttft_ms:200 tpot_ms:50; also latency_ms, "
+            "normalized_latency_ms and itl_ms (the longest gap)",
+            "nargs": "+",
+        },
+    )
+    json: str | None = option(None, "File to write the run's record to")
+
+    def __post_init__(self) -> None:
+        _require_at_least("num_requests", self.num_requests, 1)
+        _require_at_least("num_warmup", self.num_warmup, 0)
+        _require_at_least("repeats", self.repeats, 1)
+        _require_at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """Which server gets the requests, and when."""
+
+    url: str = option("http://127.0.0.1:8000/v1", "Base address of an OpenAI-compatible server")
+    model: str | None = option(None, "Model name to ask for; the server's first one if not given")
+    api_key: str | None = option(None, "Key that the server asks for")
+    api: Api = option("completions", "Prompts as token ids to /completions, or as text to /chat/completions")
+    request_rate: float = option(math.inf, "Requests/s, Poisson arrivals; inf sends all at once")
+    max_concurrency: int | None = option(None, "Most requests in flight; unlimited if not given")
+    vocab_size: int = option(1000, "Prompt token ids are drawn below this")
+    timeout_s: float = option(600.0, "A request that sends nothing for so long has failed")
+
+    def __post_init__(self) -> None:
+        if not self.request_rate > 0:
+            raise ConfigError(f"request_rate must be positive, got {self.request_rate}")
+        _require_at_least("max_concurrency", self.max_concurrency, 1)
+        _require_at_least("vocab_size", self.vocab_size, 1)
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s must be positive, got {self.timeout_s}")
+
+
+def _require_at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name} must be at least {low}, got {value}")

@@ -1,0 +1,107 @@
+"""Workloads: how long prompts and completions are, which tokens, and when requests arrive.
+
+Everything is drawn from a seed, so that two engines can be given the same work. Knows nothing of who computes it: see
+`offline.py` and `online.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanoflow.bench.config import BenchConfig
+from nanoflow.config import ConfigError
+
+# What the paper's scripts keep of a trace.
+MAX_TRACE_PROMPT = 3072
+MAX_TRACE_OUTPUT = 1024
+MAX_TRACE_TOTAL = 4096
+
+# Independent streams of one seed.
+_LENGTHS, _PROMPTS, _ARRIVALS = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of a request's prompt and of its completion."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRequest:
+    """One request of a workload; `arrival_s` counts from the start of the run."""
+
+    prompt_token_ids: list[int]
+    num_output_tokens: int
+    arrival_s: float
+
+
+def make_requests(
+    config: BenchConfig, *, vocab_size: int, request_rate: float = math.inf, repeat: int = 0
+) -> list[BenchRequest]:
+    """The requests of one repeat.
+
+    Repeats differ in the tokens of the prompts only, so that no cache of prefixes can make a later one faster.
+
+    Raises:
+        ConfigError: The workload is neither IN/OUT nor a trace that can be read.
+    """
+    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
+    arrivals_s = draw_arrivals(config.num_requests, request_rate, config.seed)
+    prompts = np.random.default_rng((_PROMPTS, config.seed, repeat))
+    return [
+        BenchRequest(
+            prompt_token_ids=prompts.integers(vocab_size, size=length.num_prompt_tokens).tolist(),
+            num_output_tokens=length.num_output_tokens,
+            arrival_s=arrival_s,
+        )
+        for length, arrival_s in zip(lengths, arrivals_s, strict=True)
+    ]
+
+
+def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
+    """Lengths of so many requests: the same for all, or drawn from a trace (again only once it is used up)."""
+    if workload.startswith("trace:"):
+        trace = read_trace(Path(workload.removeprefix("trace:")))
+        rng = np.random.default_rng((_LENGTHS, seed))
+        return [trace[row] for row in rng.choice(len(trace), num_requests, replace=num_requests > len(trace))]
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", workload)
+    if not match:
+        raise ConfigError(f"workload must be IN/OUT (as 512/512) or trace:FILE.csv, got {workload!r}")
+    return [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * num_requests
+
+
+def read_trace(path: Path) -> list[Lengths]:
+    """The lengths of a trace, columns ContextTokens and GeneratedTokens, those that are too long left out.
+
+    Raises:
+        ConfigError: The file cannot be read, is no such table, or nothing of it is left.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise ConfigError(f"cannot read trace {path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not a trace with numbers in ContextTokens, GeneratedTokens: {error}") from None
+    kept = [
+        Lengths(num_prompt_tokens=prompt, num_output_tokens=output)
+        for prompt, output in rows
+        if 0 < prompt <= MAX_TRACE_PROMPT and 0 < output <= MAX_TRACE_OUTPUT and prompt + output <= MAX_TRACE_TOTAL
+    ]
+    if not kept:
+        raise ConfigError(f"trace {path} has no request short enough")
+    return kept
+
+
+def draw_arrivals(num_requests: int, request_rate: float, seed: int) -> list[float]:
+    """Arrival times in seconds from the start: Poisson, that is exponential gaps with mean 1 / rate; inf is all at 0."""
+    gaps_s = np.random.default_rng((_ARRIVALS, seed)).exponential(1.0, num_requests) / request_rate
+    return [float(time_s) for time_s in np.cumsum(gaps_s)]

@@ -1,0 +1,166 @@
+"""`nanoflow chat`: a conversation on the terminal, with an engine in this process or with a server.
+
+The loop below knows a backend only as a function from the messages to pieces of text; Ctrl-C closes that iterator, which
+aborts the answer. The engine behind it is in `session.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any
+
+from nanoflow.cli.generate import NOT_FOR_TERMINALS
+from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
+from nanoflow.config import EngineConfig
+from nanoflow.request import SamplingParams
+
+if TYPE_CHECKING:
+    import httpx
+
+_TEACH = """\
+Talk to a model. The conversation is kept, the answer streams, Ctrl-C stops the answer and nothing else. In the chat:
+/help lists the commands, /reset forgets the conversation, /quit (or Ctrl-D) leaves. With --url the model is that of a
+running OpenAI-compatible server; the options of the engine do not matter then, and only the sampling options given
+are sent."""
+
+_EXAMPLES = """\
+  nanoflow chat --model Qwen/Qwen3-0.6B --system "Answer in one sentence."
+  nanoflow chat --url http://127.0.0.1:8000/v1
+  echo "Name three rivers." | nanoflow chat --model Qwen/Qwen3-0.6B --temperature 0"""
+
+_COMMANDS_HELP = """\
+/help   this text
+/reset  forget the conversation
+/quit   leave (also: Ctrl-D)
+Ctrl-C stops the answer."""
+
+_ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
+_SAMPLING = OptionGroup(
+    kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS | {"n"}, defaults={"max_tokens": None}
+)
+
+Message = dict[str, str]
+Reply = Callable[[Sequence[Message]], Iterator[str]]
+
+
+def add_parser(commands: Subcommands[CommandParser]) -> None:
+    """Add `nanoflow chat`."""
+    parser = add_command(commands, "chat", "talk to a model, here or on a server", _TEACH, _EXAMPLES)
+    parser.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    parser.add_argument("--url", metavar="URL", help="talk to the server there, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--api-key", metavar="KEY", help="key that the server asks for")
+    _SAMPLING.add_to(parser)
+    _ENGINE.add_to(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until /quit or the end of input."""
+    with ExitStack() as stack:
+        reply = _server_reply(args, stack) if args.url else _engine_reply(args, stack)
+        talk(reply, system=args.system)
+    return 0
+
+
+def talk(reply: Reply, *, system: str | None) -> None:
+    """Read lines of standard input and print the answers, until /quit or the end of input."""
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    is_interactive = sys.stdin.isatty()
+    if is_interactive:
+        import readline  # noqa: F401  (arrow keys and history in input())
+
+        print(_COMMANDS_HELP)
+    while (line := _read_line(is_interactive=is_interactive)) is not None:
+        if line == "/quit":
+            return
+        if line == "/reset":
+            messages = list(opening)
+        elif line.startswith("/"):
+            print(_COMMANDS_HELP)
+        elif line:
+            messages = _take_turn(reply, messages, line)
+
+
+def _read_line(*, is_interactive: bool) -> str | None:
+    """The next line without blanks around it; None at the end of input. Ctrl-C at the prompt starts a new line."""
+    while True:
+        try:
+            return input(">>> " if is_interactive else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if not is_interactive:
+                raise
+            print("\n(/quit or Ctrl-D leaves)")
+
+
+def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message]:
+    """Print the answer to a line and return the conversation with both; without both if it cannot be answered."""
+    asked = [*messages, {"role": "user", "content": line}]
+    answer = ""
+    try:
+        with closing(reply(asked)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                answer += piece
+    except KeyboardInterrupt:
+        pass  # What has been said so far stays in the conversation.
+    except (ValueError, OSError) as error:
+        print(f"error: {error} (/reset forgets the conversation)", file=sys.stderr)
+        return messages
+    print()
+    return [*asked, {"role": "assistant", "content": answer}]
+
+
+def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
+    """Answers of an engine in this process."""
+    from nanoflow.cli.session import EngineSession
+
+    params = _SAMPLING.read(args)
+    session = stack.enter_context(EngineSession(_ENGINE.read(args)))
+    return lambda messages: session.stream(session.chat_prompt(messages), params)
+
+
+def _server_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
+    """Answers of a server."""
+    import httpx
+
+    _SAMPLING.read(args)  # Refuse here what the server would refuse later.
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    client = stack.enter_context(httpx.Client(base_url=args.url, headers=headers, timeout=None))
+    body = {"model": _ENGINE.given(args).get("model") or _served_model(client), **_SAMPLING.given(args)}
+    return lambda messages: _stream_from_server(client, {**body, "messages": list(messages), "stream": True})
+
+
+def _served_model(client: httpx.Client) -> str:
+    import httpx
+
+    try:
+        return str(client.get("models").raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, LookupError, ValueError) as error:
+        raise ConnectionError(f"no model to talk to at {client.base_url}: {error}") from error
+
+
+def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Iterator[str]:
+    import httpx
+
+    try:
+        with client.stream("POST", "chat/completions", json=body) as response:
+            if response.is_error:
+                raise ConnectionError(f"HTTP {response.status_code}: {response.read().decode()}")
+            for line in response.iter_lines():
+                if line.startswith("data:") and (data := line.removeprefix("data:").strip()) != "[DONE]":
+                    yield _text_of(json.loads(data))
+    except httpx.HTTPError as error:
+        raise ConnectionError(str(error)) from error
+
+
+def _text_of(event: Mapping[str, Any]) -> str:
+    if "error" in event:
+        raise ConnectionError(str(event["error"]))
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])

@@ -1,0 +1,146 @@
+"""`nanoflow generate`: complete prompts in this process and print what comes.
+
+Streams where a person watches (one prompt, one completion, a terminal), else runs all prompts as one batch and prints
+text or JSON lines. How completions are made is the engine's to know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.outputs import FinishReason
+from nanoflow.request import SamplingParams
+
+if TYPE_CHECKING:
+    from nanoflow.outputs import CompletionOutput, RequestOutput
+
+_TEACH = """\
+Complete prompts with a model, in this process. Prompts are arguments, lines of --file or lines of standard input. A
+single prompt streams to the terminal; several run as one batch. --json prints one object a completion and line: prompt,
+text, token_ids, finish_reason."""
+
+_EXAMPLES = """\
+  nanoflow generate "def fibonacci(n):"
+  nanoflow generate --model Qwen/Qwen3-0.6B --temperature 0 --max-tokens 64 "The capital of France is"
+  nanoflow generate --file prompts.txt --json > completions.jsonl
+  echo "import " | nanoflow generate -"""
+
+# What needs a program around it (biases, log probabilities, raw tokens) is left to the Python and HTTP interfaces.
+NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize"})
+
+_ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
+_SAMPLING = OptionGroup(
+    kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS, defaults={"max_tokens": 128}
+)
+
+
+def add_parser(commands: Subcommands[CommandParser]) -> None:
+    """Add `nanoflow generate`."""
+    parser = add_command(commands, "generate", "complete prompts in this process", _TEACH, _EXAMPLES)
+    parser.usage = f"{parser.prog} [PROMPT ...] [options]"
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a prompt; - reads standard input, one a line")
+    parser.add_argument("--file", metavar="FILE", help="read prompts from a file, one a line; - is standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a completion and line")
+    _SAMPLING.add_to(parser)
+    _ENGINE.add_to(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Complete the prompts; 1 if one of them failed."""
+    params, config = _SAMPLING.read(args), _ENGINE.read(args)
+    prompts = read_prompts(args.prompts, args.file)
+    if len(prompts) == 1 and params.n == 1 and not args.json and sys.stdout.isatty():
+        _print_stream(prompts[0], config, params)
+        return 0
+    outputs = _complete(prompts, config, params)
+    print_outputs(outputs, is_json=args.json)
+    return report_failures(outputs)
+
+
+def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:
+    """The prompts: arguments, then lines of the file; standard input where asked for with `-`, or if it is piped.
+
+    Raises:
+        ConfigError: There is no prompt at all.
+    """
+    prompts: list[str] = []
+    for argument in arguments:
+        prompts += _lines("-") if argument == "-" else [argument]
+    if file is not None:
+        prompts += _lines(file)
+    if not arguments and file is None and not sys.stdin.isatty():
+        prompts += _lines("-")
+    if not prompts:
+        raise ConfigError("no prompt: give one as an argument, with --file FILE, or on standard input")
+    return prompts
+
+
+def print_outputs(outputs: Sequence[RequestOutput], *, is_json: bool) -> None:
+    """Print every completion: as a JSON line, or as text, headed by its prompt if there is more than one."""
+    num_completions = sum(len(output.outputs) for output in outputs)
+    for number, output in enumerate(outputs):
+        for completion in output.outputs:
+            if is_json:
+                print(json.dumps(_json_line(number, output, completion), ensure_ascii=False))
+                continue
+            if num_completions > 1:
+                print(f">>> {output.prompt}")
+            print(completion.text)
+
+
+def report_failures(outputs: Sequence[RequestOutput]) -> int:
+    """Say on standard error which prompts failed; return the exit status."""
+    failed = [(number, output) for number, output in enumerate(outputs) if _has_failed(output)]
+    for number, output in failed:
+        print(f"nanoflow: error: prompt {number}: {output.error or 'the request failed'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _lines(file: str) -> list[str]:
+    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _print_stream(prompt: str, config: EngineConfig, params: SamplingParams) -> None:
+    from nanoflow.cli.session import EngineSession
+
+    with EngineSession(config) as session, closing(session.stream(prompt, params)) as pieces:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+
+
+def _complete(prompts: list[str], config: EngineConfig, params: SamplingParams) -> list[RequestOutput]:
+    from nanoflow.engine.llm import LLM
+
+    llm = LLM(**dataclasses.asdict(config))
+    try:
+        return llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
+    finally:
+        llm.close()
+
+
+def _json_line(number: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    return {
+        "prompt_index": number,
+        "prompt": output.prompt,
+        "index": completion.index,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+
+
+def _has_failed(output: RequestOutput) -> bool:
+    return any(completion.finish_reason is FinishReason.ERROR for completion in output.outputs)

@@ -1,0 +1,73 @@
+"""The `nanoflow` command: finds the subcommand, runs it and turns errors that users can mend into one line.
+
+It imports argparse and the config dataclasses only, so that `--help` answers at once; each subcommand's file imports
+what it runs inside its functions. What the subcommands do is theirs to know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import nanoflow
+from nanoflow.cli import bench, chat, env, generate, serve
+from nanoflow.cli.options import CommandParser
+
+_TEACH = """\
+nanoflow serves large language models at the speed the device allows: it fills every iteration up to a token budget
+and runs compute-, memory- and network-bound operations of different nano-batches at the same time."""
+
+_EXAMPLES = """\
+examples:
+  nanoflow generate "def fibonacci(n):"        complete a prompt with the small embedded model
+  nanoflow serve Qwen/Qwen3-0.6B               OpenAI-compatible server on http://127.0.0.1:8000/v1
+  nanoflow chat --url http://127.0.0.1:8000/v1  talk to it
+  nanoflow bench throughput --workload 512/512 measure
+
+Every command explains itself: nanoflow COMMAND --help"""
+
+_EXIT_INTERRUPTED = 130
+_EXIT_BROKEN_PIPE = 141
+
+
+def build_parser() -> CommandParser:
+    """The parser of all commands."""
+    parser = CommandParser(prog="nanoflow", usage="nanoflow COMMAND [options]", description=_TEACH, epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"nanoflow {nanoflow.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="nanoflow", required=True)
+    for command in (generate, chat, serve, bench, env):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 on an error, 130 when interrupted (2 leaves by argparse)."""
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left (`nanoflow ... | head`); keep the interpreter from flushing to it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
+    except Exception as error:
+        if _wants_traceback(args) or not _is_for_the_user(error):
+            raise
+        print(f"nanoflow: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _wants_traceback(args: argparse.Namespace) -> bool:
+    return bool(args.debug or os.environ.get("NANOFLOW_DEBUG"))
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """True for errors of a value, a model, a file or the network, whose message says what to do."""
+    from nanoflow.engine.errors import EngineError
+
+    return isinstance(error, ValueError | OSError | EngineError)

@@ -1,0 +1,129 @@
+"""Turns config dataclasses into command-line flags, and given flags back into configs.
+
+A field `max_batch_tokens: int = 2048` is the flag `--max-batch-tokens N`; its help is the field's, or stands in the
+docstring. A flag that is not given leaves no trace, so defaults live in the dataclass alone. This file knows no command
+(see `main.py`) and no config by name (see `config.py`, `request.py`, `bench/config.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from nanoflow.config import from_kwargs, unknown_option
+
+ConfigT = TypeVar("ConfigT")
+Subcommands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose flags must be spelled out, and which names the nearest flag if one does not exist."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is left over here, where the flags of the subcommand are known."""
+        parsed, extras = super().parse_known_args(args, namespace)
+        if extras:
+            flags = [extra.partition("=")[0] for extra in extras if extra.startswith("-")]
+            known = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
+            self.error(unknown_option(flags[0], known) if flags else f"unexpected argument {extras[0]!r}")
+        return parsed, extras
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, where to read on in another, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
+
+
+def add_command(commands: Subcommands[CommandParser], name: str, summary: str, teach: str, examples: str) -> CommandParser:
+    """Add a subcommand with its one-line summary, a paragraph that teaches and examples at the end."""
+    parser = commands.add_parser(name, help=summary, description=teach, epilog=f"examples:\n{examples}")
+    parser.usage = f"{parser.prog} [options]"
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (also: NANOFLOW_DEBUG=1)")
+    return parser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionGroup(Generic[ConfigT]):
+    """The flags of one config dataclass in one command.
+
+    Attributes:
+        kind: The dataclass.
+        title: Heading in the help.
+        skip: Fields that this command has no flag for.
+        defaults: Field to a default that differs from the dataclass's in this command.
+    """
+
+    kind: type[ConfigT]
+    title: str
+    skip: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Add one flag a field to the parser."""
+        group = parser.add_argument_group(self.title)
+        hints = get_type_hints(self.kind)
+        texts = _attribute_texts(self.kind)
+        for field in self._fields():
+            text = field.metadata.get("help") or texts.get(field.name, "")
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                help=_help(text, self.defaults.get(field.name, field.default)),
+                **_how_to_parse(hints[field.name], field.metadata.get("nargs")),
+            )
+
+    def given(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The fields whose flags stand on the command line."""
+        names = {field.name for field in self._fields()}
+        return {name: value for name, value in vars(args).items() if name in names}
+
+    def read(self, args: argparse.Namespace) -> ConfigT:
+        """The config that the command line describes.
+
+        Raises:
+            ValueError: A value is out of its range (`ConfigError` for options of the engine and the server).
+        """
+        return from_kwargs(self.kind, {**self.defaults, **self.given(args)})
+
+    def _fields(self) -> list[dataclasses.Field[Any]]:
+        return [field for field in dataclasses.fields(self.kind) if field.name not in self.skip]  # type: ignore[arg-type]
+
+
+def _how_to_parse(hint: Any, nargs: str | None) -> dict[str, Any]:
+    """Arguments of `add_argument` for a field's type; `X | None` parses as X, a sequence as a repeatable flag."""
+    members = [member for member in get_args(hint) if member is not type(None)]
+    kinds = [hint] if get_origin(hint) in (None, Literal, Sequence, tuple) else members
+    for kind in kinds:
+        if get_origin(kind) in (Sequence, tuple):
+            item = get_args(kind)[0]
+            how = {"action": "extend", "nargs": nargs} if nargs else {"action": "append"}
+            return {"type": item, "metavar": _METAVARS[item], **how}
+    if kinds[0] is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kinds[0]) is Literal:
+        return {"choices": get_args(kinds[0])}
+    return {"type": kinds[0], "metavar": _METAVARS[kinds[0]]}
+
+
+def _help(text: str, default: Any) -> str:
+    """Help with the default, where there is one worth showing, and with argparse's percent signs escaped."""
+    shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+    is_shown = default is not None and default != () and default is not dataclasses.MISSING
+    return (text + (f" (default: {shown})" if is_shown else "")).replace("%", "%%")
+
+
+def _attribute_texts(kind: type[Any]) -> dict[str, str]:
+    """Field to its text in the docstring's `Attributes:` section, for dataclasses that document there."""
+    section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()).removesuffix(".") for name, text in entries}

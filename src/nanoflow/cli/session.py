@@ -1,0 +1,102 @@
+"""`EngineSession`: an engine in this process whose completions a plain `for` loop reads as they grow.
+
+The engine's event loop runs in a thread of its own, so that Ctrl-C reaches the reader, who is in the main thread, and so
+that the engine stays alive while the main thread waits for a line of input. Knows nothing of terminals: see `chat.py`
+and `generate.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from nanoflow.config import EngineConfig
+from nanoflow.outputs import CompletionOutput, FinishReason
+from nanoflow.request import SamplingParams
+
+Prompt = str | list[int]
+Message = dict[str, str]
+ResultT = TypeVar("ResultT")
+
+
+class EngineSession:
+    """A running engine; close it (or leave its `with` block) to free the model.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+        EngineError: The engine cannot start.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        from nanoflow.engine.async_engine import AsyncEngine
+
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine session", daemon=True)
+        self._thread.start()
+        try:
+            self._engine = self._wait_for(AsyncEngine.start(config))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def __enter__(self) -> EngineSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        try:
+            self._wait_for(self._engine.close())
+        finally:
+            self._stop_loop()
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt that the model's chat template makes of a conversation."""
+        prompt: Prompt = self._engine.tokenizer.apply_chat_template(list(messages))
+        return prompt
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+        """Yield the text of the completion (the first, if there are several) piece by piece.
+
+        Closing the iterator aborts the request.
+
+        Raises:
+            ValueError: The request cannot be served, for example a prompt over the context length.
+        """
+        pieces: SimpleQueue[str | None] = SimpleQueue()
+        future = asyncio.run_coroutine_threadsafe(self._produce(prompt, params, pieces), self._loop)
+        try:
+            while (piece := pieces.get()) is not None:
+                yield piece
+            future.result()
+        finally:
+            future.cancel()
+
+    async def _produce(self, prompt: Prompt, params: SamplingParams, pieces: SimpleQueue[str | None]) -> None:
+        num_sent = 0
+        try:
+            async for output in self._engine.generate(prompt, params):
+                completion = output.outputs[0]
+                pieces.put(completion.text[num_sent:])
+                num_sent = len(completion.text)
+                _raise_if_failed(completion, output.error)
+        finally:
+            pieces.put(None)
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _raise_if_failed(completion: CompletionOutput, error: str | None) -> None:
+    if completion.finish_reason is FinishReason.ERROR:
+        raise ValueError(error or "the request failed")

@@ -1,0 +1,1 @@
+"""The machine: which device there is and how much memory it has free."""

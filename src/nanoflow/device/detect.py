@@ -1,0 +1,44 @@
+"""Choosing a device and a type, and asking how much memory is free. Nothing here allocates."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from nanoflow.config import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of an option `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, model_dtype: str | None, device: torch.device) -> torch.dtype:
+    """The torch type of an option; `auto` is the model's own on a GPU and float32 on a CPU, the reference."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else (model_dtype or "bfloat16")
+    return _DTYPES.get(name, torch.bfloat16)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

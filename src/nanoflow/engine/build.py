@@ -1,0 +1,124 @@
+"""From an `EngineConfig` to a running `Engine`: the one place where all parts are put together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.device.detect import free_memory_bytes, resolve_device, resolve_dtype
+from nanoflow.engine.engine import Engine
+from nanoflow.engine.messages import EngineFacts
+from nanoflow.executor.buffers import DeviceModel, allocate_caches
+from nanoflow.executor.worker import Worker
+from nanoflow.graph.graph import OpGraph
+from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.config import load as load_model_config
+from nanoflow.models.locate import locate_model
+from nanoflow.models.registry import build_graph
+from nanoflow.models.weights import load_weights, random_weights
+from nanoflow.plan.book import PlanBook, PlanEntry
+from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.sequential import sequential_plan
+from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free once the weights are loaded, KV pages take at most this part unless told otherwise.
+_KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.4, "cuda": 0.8}
+
+
+def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
+    """Load a model and set up the loop around it.
+
+    Raises:
+        ConfigError, ModelError, PlanError: All ValueErrors with one line that says what is wrong.
+    """
+    start_s = time.monotonic()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = resolve_device(config.device)
+    folder = locate_model(config.model, config.revision)
+    model_config = load_model_config(folder)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    graph = build_graph(model_config, config.max_model_len)
+    if config.load_format == "random":
+        weights = random_weights(graph, dtype, device, config.seed)
+    else:
+        weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
+    num_pages, max_model_len = size_cache(config, model_config, graph, dtype.itemsize, device)
+    caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels_for(device))
+    book = plan_book(config, graph)
+    worker = Worker(model, book.plans, max_batch_tokens=config.max_batch_tokens, num_rows=config.max_num_seqs)
+    limits = SchedulerLimits(
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        vocab_size=graph.vocab_size,
+    )
+    facts = EngineFacts(
+        model_type=graph.name,
+        vocab_size=graph.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=model_config.eos_token_ids,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        plan=f"{book.plans[-1].name} ({book.plans[-1].digest})",
+        load_s=time.monotonic() - start_s,
+    )
+    return Engine(
+        facts=facts, scheduler=Scheduler(limits=limits), worker=worker, book=book, is_async=config.async_scheduling
+    )
+
+
+def plan_book(config: EngineConfig, graph: OpGraph) -> PlanBook:
+    """The sequential plan, and the plan of the config for every batch that it can run."""
+    fallback = sequential_plan(graph, config.max_batch_tokens)
+    if config.plan is None:
+        return PlanBook(fallback=fallback)
+    plan = PipelinePlan.load(Path(config.plan))
+    return PlanBook(fallback=fallback, entries=(PlanEntry(plan=plan, min_tokens=1, max_tokens=plan.num_tokens),))
+
+
+def size_cache(
+    config: EngineConfig, model_config: ModelConfig, graph: OpGraph, dtype_bytes: int, device: torch.device
+) -> tuple[int, int]:
+    """Number of KV pages, and the longest sequence they and the model allow.
+
+    Raises:
+        ConfigError: The wanted length does not fit; the message has the numbers.
+    """
+    page_bytes = graph.kv_elements_per_token * dtype_bytes * config.page_size
+    wanted_len = config.max_model_len or model_config.max_position_embeddings
+    num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, device)
+    capacity = num_pages * config.page_size
+    if capacity < wanted_len:
+        numbers = (
+            f"{num_pages} KV pages of {config.page_size} tokens ({num_pages * page_bytes / 2**30:.2f} GiB) hold "
+            f"{capacity} tokens, fewer than the {wanted_len} of max_model_len"
+        )
+        if config.max_model_len is not None or capacity < 2:
+            raise ConfigError(f"{numbers}: lower max_model_len or raise kv_cache_gib")
+        logger.warning("%s: it is cut to %d", numbers, capacity)
+    return num_pages, min(wanted_len, capacity)
+
+
+def _affordable_pages(config: EngineConfig, wanted_len: int, page_bytes: int, device: torch.device) -> int:
+    """Pages within the given or the free memory, but no more than all requests at full length could use."""
+    if config.kv_cache_gib is not None:
+        return int(config.kv_cache_gib * 2**30 // page_bytes)
+    useful = config.max_num_seqs * -(-wanted_len // config.page_size)
+    affordable = int(free_memory_bytes(device) * _KV_SHARE_OF_FREE_MEMORY[device.type]) // page_bytes
+    return min(useful, affordable)

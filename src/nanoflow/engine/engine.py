@@ -1,0 +1,136 @@
+"""The engine loop's body: schedule, launch, commit. Tokens in, tokens out; text is the front end's business.
+
+With asynchronous scheduling one batch is in flight while the next is formed, so a step launches batch i+1 before it
+reads the tokens of batch i. What that means for requests is the scheduler's knowledge, not this file's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+from nanoflow.batch import DenseBatch, SampledTokens, TopLogprobs
+from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
+from nanoflow.executor.worker import Worker
+from nanoflow.plan.book import PlanBook
+from nanoflow.request import Request
+from nanoflow.scheduler.scheduler import Committed, Scheduler
+
+
+class Engine:
+    """One model on one device.
+
+    Args:
+        facts: What front ends must know.
+        scheduler, worker, book: The parts of the loop.
+        is_async: Form the next batch while the current one runs.
+    """
+
+    def __init__(
+        self, *, facts: EngineFacts, scheduler: Scheduler, worker: Worker, book: PlanBook, is_async: bool
+    ) -> None:
+        self.facts = facts
+        self._scheduler = scheduler
+        self._worker = worker
+        self._book = book
+        self._max_in_flight = 1 if is_async else 0
+        self._in_flight: deque[tuple[DenseBatch, Future[SampledTokens]]] = deque()
+        self._num_iterations = 0
+
+    def add(self, request: Request) -> None:
+        """Take a request; ValueError if it can never run."""
+        self._scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Forget requests and free what they hold at once; unknown ids are ignored."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step can make progress."""
+        return self._scheduler.has_unfinished or bool(self._in_flight)
+
+    def step(self) -> StepOutput:
+        """One iteration: form a batch, launch it, commit the oldest one that is due."""
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self._in_flight.append((batch, self._worker.launch(batch, self._book.choose(batch.shape))))
+        if batch is None or len(self._in_flight) > self._max_in_flight:
+            return self._commit_oldest()
+        return self._output()
+
+    def stats(self) -> EngineStats:
+        """State of the engine now."""
+        return self._stats(None)
+
+    def check_integrity(self) -> None:
+        """Check every invariant of scheduler and pages."""
+        self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Stop the worker; the engine is of no use afterwards."""
+        self._worker.close()
+
+    def _commit_oldest(self) -> StepOutput:
+        if not self._in_flight:
+            return self._output()
+        batch, pending = self._in_flight.popleft()
+        result = pending.result()
+        committed = self._scheduler.commit(batch, result)
+        self._num_iterations += 1
+        return self._output(batch, result, committed)
+
+    def _output(
+        self,
+        batch: DenseBatch | None = None,
+        result: SampledTokens | None = None,
+        committed: Committed | None = None,
+    ) -> StepOutput:
+        events = self._scheduler.drain_events()
+        if batch is None or result is None or committed is None:
+            return StepOutput(scheduled=events.scheduled, preempted=events.preempted, stats=self.stats())
+        request_ids = committed.request_ids.tolist()
+        at_place = dict(zip(committed.places.tolist(), request_ids, strict=True)) if result.logprobs else {}
+        return StepOutput(
+            request_ids=request_ids,
+            token_ids=committed.token_ids.tolist(),
+            finished={
+                request_id: Finished(reason=end.reason, stop_token_id=end.stop_token_id, error=end.error)
+                for request_id, end in committed.finished.items()
+            },
+            logprobs={at_place[place]: _places(top) for place, top in result.logprobs.items() if place in at_place},
+            prompt_logprobs={
+                request_id: _places(top, score.first_position)
+                for request_id, score, top in zip(
+                    committed.scored, batch.prompt_scores, result.prompt_logprobs, strict=True
+                )
+                if request_id is not None
+            },
+            scheduled=events.scheduled,
+            preempted=events.preempted,
+            stats=self._stats(batch),
+        )
+
+    def _stats(self, batch: DenseBatch | None) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            pages_in_use=scheduler.pages_in_use,
+            num_pages=self.facts.num_pages,
+            num_preemptions=scheduler.num_preemptions,
+            iteration=self._num_iterations,
+            iteration_tokens=batch.num_tokens if batch else 0,
+            prefill_tokens=batch.num_tokens - batch.num_decodes if batch else 0,
+        )
+
+
+def _places(top: TopLogprobs, first_position: int = 0) -> PlaceLogprobs:
+    return PlaceLogprobs(
+        first_position=first_position,
+        token_ids=top.token_ids.tolist(),
+        logprobs=top.logprobs.tolist(),
+        ranks=top.ranks.tolist(),
+    )

@@ -1,0 +1,130 @@
+"""A model on its device, the tensors between its operations, and how an operation becomes a `Launch`.
+
+This file binds names to tensors. It knows no order: that is what the executors add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.nanobatch import TokenRange
+from nanoflow.graph.operation import Operation, OpKind, Scope
+from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
+from nanoflow.models.weights import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceModel:
+    """Everything about a model that stays the same from iteration to iteration.
+
+    Attributes:
+        graph: The model as data.
+        weights: Its parameters on the device.
+        caches: Keys and values of each layer.
+        kernels: One for every kind of operation.
+    """
+
+    graph: OpGraph
+    weights: Weights
+    caches: tuple[LayerCache, ...]
+    kernels: dict[OpKind, Kernel]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return self.caches[0].keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.caches[0].keys.device
+
+
+def allocate_caches(
+    graph: OpGraph, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[LayerCache, ...]:
+    """Keys and values [num_pages, KV heads, page_size, head size] of each layer, zeroed.
+
+    Zeroed, because attention multiplies what lies behind a context's end by 0, and 0 x NaN is NaN.
+    """
+    shape = (num_pages, graph.attention.num_kv_heads, page_size, graph.attention.head_dim)
+    return tuple(
+        LayerCache(
+            keys=torch.zeros(shape, dtype=dtype, device=device), values=torch.zeros(shape, dtype=dtype, device=device)
+        )
+        for _ in range(graph.num_layers)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """The tensors between operations, by name: [tokens, width], or [rows with logits, width]."""
+
+    model: DeviceModel
+    tensors: dict[str, Tensor]
+
+    @staticmethod
+    def allocate(model: DeviceModel, *, num_tokens: int, num_logits: int) -> Workspace:
+        """Tensors for batches of up to so many tokens and rows with logits."""
+        graph = model.graph
+        tensors = {
+            spec.name: torch.empty(
+                (num_logits if spec.scope is Scope.SAMPLED else num_tokens, spec.width),
+                dtype=model.dtype,
+                device=model.device,
+            )
+            for spec in graph.tensors
+            if not spec.is_per_layer and spec.name not in graph.inputs
+        }
+        return Workspace(model=model, tensors=tensors)
+
+    def run(self, op: Operation, layer: int, tokens: TokenRange, inputs: BatchInputs) -> None:
+        """Run an operation on a token range; outside the layers `layer` is 0 and not looked at."""
+        model = self.model
+        self.model.kernels[op.kind](
+            Launch(
+                op=op,
+                layer=layer,
+                tokens=tokens,
+                reads=self._views(op, op.reads, tokens),
+                writes=self._views(op, op.writes, tokens),
+                weights=tuple(self._parameter(name, layer) for name in op.weights),
+                inputs=inputs,
+                cache=model.caches[layer],
+            )
+        )
+
+    def run_whole(self, operations: Iterable[Operation], inputs: BatchInputs, layer: int = 0) -> None:
+        """Run operations one after the other, each on all tokens of its scope."""
+        for op in operations:
+            num_tokens = len(inputs.logit_tokens) if op.scope is Scope.SAMPLED else inputs.num_tokens
+            tokens = TokenRange(start=0, stop=num_tokens).of_scope(op.scope, num_tokens, inputs.num_decodes)
+            if tokens.num_tokens:
+                self.run(op, layer, tokens, inputs)
+
+    def logits(self, inputs: BatchInputs) -> Tensor:
+        """Run the epilogue on the rows `inputs.logit_tokens`; [S, V], overwritten by the next call."""
+        self.run_whole(self.model.graph.epilogue, inputs)
+        return self.tensors["logits"][: len(inputs.logit_tokens)]
+
+    def _parameter(self, name: str, layer: int) -> Tensor:
+        of_layer = self.model.weights.layers[layer]
+        return of_layer[name] if name in of_layer else self.model.weights.shared[name]
+
+    def _views(self, op: Operation, names: tuple[str, ...], tokens: TokenRange) -> tuple[Tensor, ...]:
+        """Rows `tokens` of the named tensors; a tensor with rows of another kind (to gather from) is given whole."""
+        rows = slice(tokens.start, tokens.stop)
+        is_sampled = op.scope is Scope.SAMPLED
+        return tuple(
+            self.tensors[name][rows]
+            if (self.model.graph.tensor(name).scope is Scope.SAMPLED) == is_sampled
+            # gather_rows reads the dense batch and writes rows with logits
+            else self.tensors[name]
+            for name in names
+            if name in self.tensors
+        )

@@ -1,0 +1,173 @@
+"""Reference kernels in plain torch, on any device: correct before fast, and the twin of every fast kernel.
+
+They fill the given views in place and keep nothing. Norms, rotary embedding and softmax compute in float32 and round
+once; products compute in the type of the tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoflow.graph.operation import AttentionDims, NormDims, OpKind
+from nanoflow.kernels.launch import Kernel, Launch, LayerCache
+
+# Elements of gathered keys that decode attention holds at once: bounds memory when contexts are long.
+_MAX_GATHERED_ELEMENTS = 1 << 24
+
+
+def embed(launch: Launch) -> None:
+    """delta = embedding of each token, hidden = 0: so that the first add + norm is like all others."""
+    delta, hidden = launch.writes
+    ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
+    torch.index_select(launch.weights[0], 0, ids, out=delta)
+    hidden.zero_()
+
+
+def gather_rows(launch: Launch) -> None:
+    """Copy the rows that get logits out of the dense batch; `reads` are whole tensors here."""
+    rows = launch.inputs.logit_tokens[launch.tokens.start : launch.tokens.stop]
+    for source, target in zip(launch.reads, launch.writes, strict=True):
+        torch.index_select(source, 0, rows, out=target)
+
+
+def add_rms_norm(launch: Launch) -> None:
+    """hidden += delta; normed = hidden / sqrt(mean(hidden^2) + eps) * weight, all [T, width]."""
+    assert isinstance(launch.op.dims, NormDims)
+    (delta, _), (hidden, normed) = launch.reads, launch.writes
+    hidden.add_(delta)
+    normed.copy_(rms_norm(hidden, launch.weights[0], launch.op.dims.eps))
+
+
+def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained."""
+    exact = rows.float()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return weight * exact.to(rows.dtype)
+
+
+def linear(launch: Launch) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N])."""
+    (x,), (out,), (weight, *bias) = launch.reads, launch.writes, launch.weights
+    if bias:
+        torch.addmm(bias[0], x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def swiglu(launch: Launch) -> None:
+    """out [T, I] = silu(gate) * up, where the input [T, 2 I] holds gate, then up."""
+    (gate_up,), (out,) = launch.reads, launch.writes
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), up, out=out)
+
+
+def rope_append(launch: Launch) -> None:
+    """Split qkv, normalise q and k heads if the model does, rotate q and k, and append k and v to the cache."""
+    dims, cache = launch.op.dims, launch.cache
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (qkv,), (q_out,) = launch.reads, launch.writes
+    parts = torch.split(qkv, [dims.q_width, dims.kv_width, dims.kv_width], dim=-1)
+    q, k, v = (part.view(len(qkv), -1, dims.head_dim) for part in parts)
+    if launch.weights:
+        assert dims.norm_eps is not None
+        q_weight, k_weight = launch.weights
+        q, k = rms_norm(q, q_weight, dims.norm_eps), rms_norm(k, k_weight, dims.norm_eps)
+    rows = slice(launch.tokens.start, launch.tokens.stop)
+    cos, sin = launch.inputs.cos[rows, None], launch.inputs.sin[rows, None]
+    q_out.copy_(_rotate(q, cos, sin).flatten(1))
+    slots, page_size = launch.inputs.slots[rows], cache.keys.shape[2]
+    pages, offsets = slots // page_size, slots % page_size
+    cache.keys[pages, :, offsets] = _rotate(k, cos, sin).to(cache.keys.dtype)
+    cache.values[pages, :, offsets] = v
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of heads [T, H, D] by the angle of their position, in float32."""
+    first, second = heads.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def decode_attention(launch: Launch) -> None:
+    """Attention of one query a request over its pages. Requests are padded to the longest of a group."""
+    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    page_size = cache.keys.shape[2]
+    longest = max(inputs.context_len[launch.tokens.start : launch.tokens.stop])
+    num_pages = -(-longest // page_size)
+    group = max(1, _MAX_GATHERED_ELEMENTS // (num_pages * page_size * dims.kv_width))
+    for first in range(0, len(q), group):
+        last = min(first + group, len(q))
+        requests = slice(launch.tokens.start + first, launch.tokens.start + last)
+        keys, values = _gather(cache, inputs.page_tables[requests, :num_pages])
+        visible = _visible(inputs.decode_context_len[requests], keys.shape[2], dims.windows[launch.layer])
+        # The query heads that share a KV head stand as one more dimension: [B, K, H / K, D].
+        grouped = q[first:last].view(last - first, dims.num_kv_heads, -1, dims.head_dim)
+        result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)
+        out[first:last] = result.reshape(last - first, -1)
+
+
+def _gather(cache: LayerCache, page_tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, P * G, D] of page tables [B, P]."""
+    batch, num_pages = page_tables.shape
+    _, num_kv_heads, page_size, head_dim = cache.keys.shape
+    shape = (batch, num_kv_heads, num_pages * page_size, head_dim)
+    keys = cache.keys[page_tables].transpose(1, 2).reshape(shape)
+    values = cache.values[page_tables].transpose(1, 2).reshape(shape)
+    return keys, values
+
+
+def _visible(context_len: Tensor, num_keys: int, window: int | None) -> Tensor:
+    """bool [B, 1, 1, num_keys]: keys before the context's end and inside the window."""
+    places = torch.arange(num_keys, device=context_len.device)
+    visible = places < context_len[:, None]
+    if window is not None:
+        visible &= places >= context_len[:, None] - window
+    return visible[:, None, None]
+
+
+def prefill_attention(launch: Launch) -> None:
+    """Causal attention of prompt chunks, request after request, over all tokens of their context so far."""
+    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    page_size = cache.keys.shape[2]
+    for request in range(inputs.num_decodes, len(inputs.context_len)):
+        chunk_start, chunk_stop = inputs.query_start[request], inputs.query_start[request + 1]
+        start, stop = max(chunk_start, launch.tokens.start), min(chunk_stop, launch.tokens.stop)
+        if start >= stop:
+            continue
+        num_keys = inputs.context_len[request] - (chunk_stop - stop)
+        num_pages = -(-num_keys // page_size)
+        keys, values = _gather(cache, inputs.page_tables[request : request + 1, :num_pages])
+        rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
+        heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
+        result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], launch.layer, dims)
+        out[rows] = result.transpose(1, 2).reshape(stop - start, -1)
+
+
+def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, layer: int, dims: AttentionDims) -> Tensor:
+    """Queries [1, H, Q, D] are the last Q of the keys' places [1, K, C, D]."""
+    num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.windows[layer]
+    if num_queries == num_keys and window is None:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=dims.scale, enable_gqa=True)
+    query_places = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+    key_places = torch.arange(num_keys, device=q.device)
+    visible = key_places <= query_places
+    if window is not None:
+        visible &= key_places > query_places - window
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=dims.scale, enable_gqa=True)
+
+
+REFERENCE_KERNELS: dict[OpKind, Kernel] = {
+    OpKind.EMBED: embed,
+    OpKind.GATHER_ROWS: gather_rows,
+    OpKind.ADD_RMS_NORM: add_rms_norm,
+    OpKind.LINEAR: linear,
+    OpKind.ROPE_APPEND: rope_append,
+    OpKind.DECODE_ATTENTION: decode_attention,
+    OpKind.PREFILL_ATTENTION: prefill_attention,
+    OpKind.SWIGLU: swiglu,
+}

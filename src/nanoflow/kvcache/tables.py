@@ -1,0 +1,76 @@
+"""Page tables: for each row of the state table the pages that hold its tokens, first tokens first.
+
+All rows of an iteration grow in a few vectorised operations. This file does not know which request a row belongs to,
+nor when to take pages back (`scheduler/`); free pages come from `pages.py`. Every page has one holder: sharing a prefix
+would add a count of holders to the pool, tiers a second pool; neither would change who calls what here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nanoflow.batch import Int32, Int64
+from nanoflow.kvcache.pages import PagePool
+
+
+class PageTables:
+    """The pages of each row, and the pool they come from.
+
+    Args:
+        pool: Where pages come from and go back to.
+        num_rows: Rows of the state table.
+        max_tokens: Most tokens a row ever holds.
+        page_size: Tokens a page.
+    """
+
+    def __init__(self, pool: PagePool, *, num_rows: int, max_tokens: int, page_size: int) -> None:
+        self._pool = pool
+        self._page_size = page_size
+        self._num_held = np.zeros(num_rows, dtype=np.int64)
+        self._table = np.zeros((num_rows, -(-max_tokens // page_size)), dtype=np.int32)
+
+    def num_held(self, rows: Int64) -> Int64:
+        """Pages that each of these rows holds, int64 [len(rows)]."""
+        return self._num_held[rows]
+
+    def try_grow(self, rows: Int64, num_tokens: Int64) -> bool:
+        """Give each row (int64 [N], distinct) enough pages for its `num_tokens` (int64 [N]).
+
+        Returns:
+            False, and nothing has changed, if too few pages are free.
+        """
+        held = self._num_held[rows]
+        missing = np.maximum((num_tokens + self._page_size - 1) // self._page_size - held, 0)
+        num_missing = int(missing.sum())
+        if num_missing > self._pool.num_free:
+            return False
+        if num_missing:
+            first_of_row = held - (np.cumsum(missing) - missing)
+            columns = np.arange(num_missing) + np.repeat(first_of_row, missing)
+            self._table[np.repeat(rows, missing), columns] = self._pool.allocate(num_missing)
+            self._num_held[rows] = held + missing
+        return True
+
+    def release(self, row: int) -> None:
+        """Give all pages of a row back to the pool."""
+        self._pool.release(self._table[row, : self._num_held[row]])
+        self._num_held[row] = 0
+
+    def select(self, rows: Int64) -> Int32:
+        """Page tables of these rows, int32 [N, P], P the pages of the longest; past a row's pages any valid id."""
+        width = int(self._num_held[rows].max())
+        selected: Int32 = self._table[rows, :width]  # not np.take, which copies the whole table first
+        return selected
+
+    def slots(self, rows: Int64, positions: Int64) -> Int64:
+        """Place in the KV cache (page * page_size + offset) of token `positions[i]` of row `rows[i]`, int64 [N]."""
+        columns, offsets = np.divmod(positions, self._page_size)
+        return self._table[rows, columns].astype(np.int64) * self._page_size + offsets
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page is free or in exactly one table."""
+        is_held = np.arange(self._table.shape[1]) < self._num_held[:, None]
+        num_holders = np.bincount(self._table[is_held], minlength=self._pool.num_pages) + self._pool.free_mask()
+        wrong = np.flatnonzero(num_holders != 1)
+        if len(wrong):
+            raise RuntimeError(f"pages lost, or held more than once: {wrong.tolist()}")

@@ -1,0 +1,65 @@
+"""Where a model's files are: the packaged one, a folder, or the Hugging Face Hub's cache.
+
+Knows nothing of what the files say. Only weights, JSON, templates and tokenizer files are fetched, never pickles and
+never code: an `auto_map` in config.json is ignored, no Python of a model folder is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from pathlib import Path
+
+from nanoflow.config import DEFAULT_MODEL
+from nanoflow.models.config import ModelError
+
+_ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")
+_NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def locate_model(model: str, revision: str | None = None) -> Path:
+    """The folder of a model, fetched from the Hub (with a progress bar) if it is not on this machine.
+
+    Args:
+        model: "default" for the packaged model, a folder, or a Hub name such as "meta-llama/Llama-3.1-8B".
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ModelError: No such folder or Hub name, the Hub does not answer, or the folder has no config.json.
+    """
+    folder = Path(model).expanduser()
+    if model == DEFAULT_MODEL:
+        folder = Path(str(importlib.resources.files("nanoflow"))) / "default_model"
+    elif folder.is_file():
+        raise ModelError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
+    elif not folder.is_dir():
+        folder = _fetch(model, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {model!r}: {folder} has no config.json")
+    return folder
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"model {name!r}: no such folder, and not a Hugging Face Hub name (owner/name)")
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(_ALLOWED), ignore_patterns=list(_NOT_NEEDED)
+        )
+    except GatedRepoError:
+        raise ModelError(
+            f"model {name!r}: its owner asks for consent; accept on its Hub page, then set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"model {name!r}: no such folder here, and no such model on the Hugging Face Hub") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"model {name!r} has no revision {revision!r} on the Hugging Face Hub") from None
+    # Whatever else fails (no network, offline mode, full disk), the one thing to say is that the model is not here.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"model {name!r}: no such folder here, and the Hub could not give it: {reason}") from error
+    return Path(folder)

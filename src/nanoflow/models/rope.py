@@ -1,0 +1,119 @@
+"""Frequencies of rotary embeddings, scaling applied: from what config.json says to what a kernel needs.
+
+Everything is computed once, in float64. The formulas are those that transformers applies to the same fields
+(modeling_rope_utils), sources: linear (kaiokendev), dynamic NTK (bloc97, emozilla), YaRN (arXiv 2309.00071), Llama 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.graph.graph import RopeSpec
+from nanoflow.models.config import ModelConfig
+
+Float64 = NDArray[np.float64]
+
+
+def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
+    """Frequencies and attention factor of a model.
+
+    `dynamic` scaling depends on the length of the sequence in transformers, so that keys already cached would have to
+    be rotated anew. Here it is static at the served length: plain while `max_model_len` does not exceed
+    `max_position_embeddings`, else the theta that transformers takes for a sequence of `max_model_len`.
+
+    Args:
+        config: The model.
+        max_model_len: Longest sequence served; None is `config.max_position_embeddings`.
+
+    Returns:
+        `head_dim / 2` angular frequencies in radians a position.
+
+    Raises:
+        ModelError: The rope type is not known, or it lacks a field.
+    """
+    rope = config.rope
+    if rope.rope_type not in _RULES:
+        raise rope.options.error("rope_type", f"must be one of {', '.join(_RULES)}, got {rope.rope_type!r}")
+    inv_freq, attention_factor = _RULES[rope.rope_type](config, max_model_len or config.max_position_embeddings)
+    return RopeSpec(inv_freq=tuple(inv_freq.tolist()), attention_factor=attention_factor)
+
+
+def _frequencies(theta: float, head_dim: int) -> Float64:
+    powers: Float64 = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    return theta**-powers
+
+
+def _default(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
+    return _frequencies(config.rope.theta, config.head_dim), 1.0
+
+
+def _linear(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
+    return _frequencies(config.rope.theta, config.head_dim) / config.rope.options.positive("factor"), 1.0
+
+
+def _dynamic(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
+    factor, head_dim = config.rope.options.positive("factor"), config.head_dim
+    stretch = max(max_model_len / config.max_position_embeddings, 1.0)
+    theta = config.rope.theta * (factor * stretch - (factor - 1.0)) ** (head_dim / (head_dim - 2))
+    return _frequencies(theta, head_dim), 1.0
+
+
+def _llama3(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
+    """Divide low frequencies by `factor`, keep high ones, go smoothly from one to the other in between."""
+    options = config.rope.options
+    low, high = options.positive("low_freq_factor"), options.positive("high_freq_factor")
+    if high <= low:
+        raise options.error("high_freq_factor", f"must exceed low_freq_factor {low}, got {high}")
+    inv_freq = _frequencies(config.rope.theta, config.head_dim)
+    num_rotations = config.rope.original_max_len * inv_freq / (2.0 * math.pi)
+    kept = np.clip((num_rotations - low) / (high - low), 0.0, 1.0)
+    return inv_freq * (kept + (1.0 - kept) / options.positive("factor")), 1.0
+
+
+def _yarn(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
+    """Keep dimensions that rotate more than `beta_fast` times in the trained length, interpolate below `beta_slow`."""
+    options, head_dim = config.rope.options, config.head_dim
+    factor = options.positive("factor", config.max_position_embeddings / config.rope.original_max_len)
+    low = _yarn_dimension(options.positive("beta_fast", 32.0), config)
+    high = _yarn_dimension(options.positive("beta_slow", 1.0), config)
+    if options.flag("truncate", default=True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    # As in transformers: a ramp of no width becomes one of a thousandth.
+    width = high - low if high != low else 0.001
+    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / width, 0.0, 1.0)
+    inv_freq = _frequencies(config.rope.theta, head_dim)
+    return inv_freq * (interpolated / factor + (1.0 - interpolated)), _yarn_attention_factor(config, factor)
+
+
+def _yarn_dimension(num_rotations: float, config: ModelConfig) -> float:
+    """The dimension that makes so many rotations in the trained length (YaRN, section 3.2)."""
+    wavelength = config.rope.original_max_len / num_rotations
+    return config.head_dim * math.log(wavelength / (2.0 * math.pi)) / (2.0 * math.log(config.rope.theta))
+
+
+def _yarn_attention_factor(config: ModelConfig, factor: float) -> float:
+    options = config.rope.options
+    if options.has("attention_factor"):
+        return options.positive("attention_factor")
+    # DeepSeek's pair of mscales; one alone, or one that is 0, counts as absent.
+    if options.values.get("mscale") and options.values.get("mscale_all_dim"):
+        return _mscale(factor, options.positive("mscale")) / _mscale(factor, options.positive("mscale_all_dim"))
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+_RULES: dict[str, Callable[[ModelConfig, int], tuple[Float64, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

@@ -1,0 +1,77 @@
+"""What the scheduler can serve: the sizes it works in, and the check that refuses a request which can never run.
+
+Knows nothing of what is running. Ranges of sampling parameters are checked where they are made (`nanoflow.request`);
+here only what depends on the model and the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.batch import Int32
+from nanoflow.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Sizes of batch, state table, model and KV cache.
+
+    Attributes:
+        max_batch_tokens: Token budget of an iteration.
+        max_num_seqs: Rows: most requests that run at once.
+        max_model_len: Most tokens of a request, prompt plus completion.
+        num_pages, page_size: The KV cache.
+        vocab_size: Token ids are below this.
+
+    Raises:
+        ValueError: A size is not positive, or the pool cannot hold one request of `max_model_len` tokens.
+    """
+
+    max_batch_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_model_len > self.num_pages * self.page_size:
+            raise ValueError(
+                f"max_model_len ({self.max_model_len}) exceeds the KV cache: {self.num_pages} pages of "
+                f"{self.page_size} tokens hold {self.num_pages * self.page_size}"
+            )
+
+
+def checked_prompt(request: Request, limits: SchedulerLimits) -> Int32:
+    """The prompt of a request that can run alone, int32 [num_prompt_tokens].
+
+    Raises:
+        ValueError: The prompt is empty or too long, max_tokens is below 1, or a token id is out of the vocabulary.
+    """
+    num_prompt = len(request.prompt_token_ids)
+    if num_prompt == 0:
+        raise ValueError("the prompt is empty")
+    if num_prompt >= limits.max_model_len:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens; at most {limits.max_model_len - 1} fit, "
+            f"as prompt and completion together may have {limits.max_model_len}"
+        )
+    if request.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
+    prompt = np.asarray(request.prompt_token_ids, dtype=np.int64)
+    _require_in_vocabulary("prompt", prompt.min(), prompt.max(), limits.vocab_size)
+    for name, ids in (("stop_token_ids", request.params.stop_token_ids), ("logit_bias", request.params.logit_bias)):
+        if ids:
+            _require_in_vocabulary(name, min(ids), max(ids), limits.vocab_size)
+    return prompt.astype(np.int32)
+
+
+def _require_in_vocabulary(name: str, low: int, high: int, vocab_size: int) -> None:
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: token id {wrong} is not in the vocabulary 0..{vocab_size - 1}")

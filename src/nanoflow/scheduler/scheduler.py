@@ -1,0 +1,339 @@
+"""The scheduler: forms the dense batch of the next iteration and takes in the tokens of a past one.
+
+One rule, no phases: a request has `num_computed` tokens and must catch up with `num_tokens`. Decode, chunked prefill
+and recompute after a preemption are that rule. It knows no tensors and does not wait: `schedule` may be called before
+the last batch is committed, since a token's place is known before its value. State is in `rows.py` and `kvcache/`,
+the prediction behind admission in `admission.py`.
+
+Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
+its way. That is safe because the executor runs iterations in order: a later tenant writes later, and its own tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanoflow.batch import DenseBatch, Int32, Int64, Joined, PromptScore, SampledTokens
+from nanoflow.kvcache.pages import PagePool
+from nanoflow.kvcache.tables import PageTables
+from nanoflow.outputs import FinishReason
+from nanoflow.request import Request
+from nanoflow.scheduler.admission import OutputLength, Progress, num_admissible
+from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
+from nanoflow.scheduler.rows import RowTable, stop_ids
+from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Why a request ended; `stop_token_id` is set if one of its own stop tokens (not the end of sequence) did it."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """What of an iteration's result counts: N tokens. Dropped are those of requests that have left in the meantime.
+
+    Attributes:
+        request_ids: int64 [N].
+        token_ids: int32 [N].
+        places: int32 [N], where in `DenseBatch.sampled` (and so in `SampledTokens`) each token stood.
+        finished: Requests that ended with this iteration; one that ended by an error has no token here.
+        scored: One entry each of `DenseBatch.prompt_scores`: the request it is for; None if it has left.
+    """
+
+    request_ids: Int64
+    token_ids: Int32
+    places: Int32
+    finished: dict[int, Finish]
+    scored: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerEvents:
+    """Requests admitted for the first time, and requests preempted (once each time), in order."""
+
+    scheduled: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """What N requests compute in an iteration, all int64 [N]: rows in batch order, tokens before it, tokens in it."""
+
+    rows: Int64
+    num_before: Int64
+    num_pending: Int64
+    num_taken: Int64
+
+
+class Scheduler:
+    """Decides what every iteration computes.
+
+    Used in order: `schedule`, run the batch, `commit` its result; or one iteration ahead: `schedule` the next batch
+    before `commit` of the last.
+    """
+
+    def __init__(self, *, limits: SchedulerLimits) -> None:
+        self._limits = limits
+        self._pool = PagePool(limits.num_pages)
+        self._tables = PageTables(
+            self._pool, num_rows=limits.max_num_seqs, max_tokens=limits.max_model_len, page_size=limits.page_size
+        )
+        self._rows = RowTable(limits)
+        self._waiting = WaitingQueue()
+        self._lengths = OutputLength()
+        self._events = SchedulerEvents()
+        self._num_preemptions = 0
+        self._iteration = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a request waits or runs."""
+        return self.num_running + self.num_waiting > 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row."""
+        return self._rows.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for admission."""
+        return len(self._waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions since the start."""
+        return self._num_preemptions
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that requests hold."""
+        return self._pool.num_in_use
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue.
+
+        Raises:
+            ValueError: It could never run (see `checked_prompt`), or its id is that of a living request.
+        """
+        request_id = request.request_id
+        if request_id in self._waiting or self._rows.find(request_id) is not None:
+            raise ValueError(f"a request with id {request_id} is already there")
+        token_ids = checked_prompt(request, self._limits)
+        self._waiting.push_back(WaitingRequest(request=request, token_ids=token_ids))
+
+    def abort(self, request_id: int) -> bool:
+        """Forget a request and free what it holds; False if it is unknown or has ended."""
+        row = self._rows.find(request_id)
+        if row is None:
+            return self._waiting.discard(request_id)
+        self._release([row])
+        return True
+
+    def schedule(self) -> DenseBatch | None:
+        """Form the next batch.
+
+        Returns:
+            None if nothing can be computed now: there is no request, or everything to do hangs on a batch that has not
+            been committed. If all are committed and `has_unfinished`, there is always a batch.
+        """
+        turn, has_preempted = self._fill_budget(), False
+        while not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
+            self._preempt_newest()
+            turn, has_preempted = self._fill_budget(), True
+        joined = () if has_preempted else self._admit(self._limits.max_batch_tokens - int(turn.num_taken.sum()))
+        if joined:
+            turn = self._fill_budget()
+            self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken)
+        if len(turn.rows) == 0:
+            return None
+        return self._advance(turn, joined)
+
+    def commit(self, batch: DenseBatch, result: SampledTokens) -> Committed:
+        """Take in the tokens of a batch; batches are committed in the order in which they were formed.
+
+        Tokens of requests that have been released since (finished, aborted, preempted) are dropped.
+        """
+        rows = self._rows
+        is_alive = batch.epochs == rows.epoch[batch.rows]
+        scored = tuple(
+            int(rows.request_id[batch.rows[score.request_index]]) if is_alive[score.request_index] else None
+            for score in batch.prompt_scores
+        )
+        is_kept = is_alive[batch.sampled]
+        failed = {int(batch.rows[batch.sampled[place]]): place for place in result.errors if is_kept[place]}
+        is_kept[list(failed.values())] = False
+        places = np.flatnonzero(is_kept)
+        kept_rows, token_ids = batch.rows[batch.sampled[places]].astype(np.int64), result.token_ids[places]
+        is_stop, is_full = rows.record(kept_rows, token_ids)
+
+        request_ids = rows.request_id[kept_rows]
+        finished = {
+            int(rows.request_id[row]): Finish(reason=FinishReason.ERROR, error=result.errors[place])
+            for row, place in failed.items()
+        }
+        ending = np.flatnonzero(is_stop | is_full)
+        for index in ending.tolist():
+            row = int(kept_rows[index])
+            finished[int(request_ids[index])] = self._finish(row, int(token_ids[index]), is_stop=bool(is_stop[index]))
+        self._release([*failed, *kept_rows[ending].tolist()])
+        return Committed(
+            request_ids=request_ids,
+            token_ids=token_ids,
+            places=places.astype(np.int32),
+            finished=finished,
+            scored=scored,
+        )
+
+    def drain_events(self) -> SchedulerEvents:
+        """What has happened since the last call."""
+        events, self._events = self._events, SchedulerEvents()
+        return events
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if pages, rows and queue contradict each other."""
+        self._tables.check_integrity()
+        self._rows.check_integrity()
+        order, page_size = self._rows.order, self._limits.page_size
+        needed = -(-self._rows.num_computed[order] // page_size)
+        if (self._tables.num_held(order) != needed).any() or needed.sum() != self._pool.num_in_use:
+            raise RuntimeError("a request holds more or fewer pages than its computed tokens need")
+        if any(int(request_id) in self._waiting for request_id in self._rows.request_id[order]):
+            raise RuntimeError("a request waits and runs at once")
+
+    def _fill_budget(self) -> _Turn:
+        """Who computes how many tokens: those with one pending token first, then the others, each oldest first."""
+        rows = self._rows.order
+        num_pending = self._rows.num_pending(rows)
+        by_turn = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
+        rows, num_pending = rows[by_turn], num_pending[by_turn]
+        num_ahead = np.cumsum(num_pending) - num_pending
+        num_taken = np.clip(self._limits.max_batch_tokens - num_ahead, 0, num_pending)
+        count = np.count_nonzero(num_taken)
+        return _Turn(
+            rows=rows[:count],
+            num_before=self._rows.num_computed[rows[:count]],
+            num_pending=num_pending[:count],
+            num_taken=num_taken[:count],
+        )
+
+    def _preempt_newest(self) -> None:
+        """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""
+        row = int(self._rows.order[-1])
+        request = self._rows.tenant(row)
+        token_ids = self._rows.known_tokens(row)
+        self._release([row])
+        self._waiting.push_front(WaitingRequest(request=request, token_ids=token_ids, is_preempted=True))
+        self._events.preempted.append(request.request_id)
+        self._num_preemptions += 1
+
+    def _admit(self, num_tokens_left: int) -> tuple[Joined, ...]:
+        """Let in, first come first served, as many as budget, rows and the predicted peak of pages allow."""
+        candidates = self._waiting.head(max_requests=self._rows.num_free, max_tokens=num_tokens_left)
+        if not candidates:
+            return ()
+        count = num_admissible(
+            self._rows.progress(),
+            self._progress_of(candidates),
+            self._lengths,
+            num_pages=self._limits.num_pages,
+            page_size=self._limits.page_size,
+        )
+        return tuple(self._join(self._waiting.pop_front()) for _ in range(count))
+
+    def _progress_of(self, candidates: list[WaitingRequest]) -> Progress:
+        """Lengths of waiting requests."""
+        num_tokens = np.array([len(waiting.token_ids) for waiting in candidates])
+        num_generated = np.array([waiting.num_generated for waiting in candidates])
+        max_tokens = np.array([waiting.request.max_tokens for waiting in candidates])
+        max_total = np.minimum(num_tokens - num_generated + max_tokens, self._limits.max_model_len)
+        return Progress(
+            num_tokens=num_tokens,
+            num_generated=num_generated,
+            max_remaining=max_total - num_tokens,
+            is_exact=np.array([waiting.request.params.ignore_eos for waiting in candidates]),
+        )
+
+    def _join(self, waiting: WaitingRequest) -> Joined:
+        request = waiting.request
+        if not waiting.is_preempted:
+            self._events.scheduled.append(request.request_id)
+        return Joined(
+            row=self._rows.join(waiting),
+            params=request.params,
+            seed=request.seed,
+            token_ids=waiting.token_ids,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            stop_token_ids=stop_ids(request),
+        )
+
+    def _advance(self, turn: _Turn, joined: tuple[Joined, ...]) -> DenseBatch:
+        """Write the turn down as a batch, and count its tokens as computed and its samplers' next tokens as there."""
+        table, rows, taken = self._rows, turn.rows, turn.num_taken
+        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(taken, out=query_start[1:])
+        row_of_token = np.repeat(rows, taken)
+        positions = np.arange(query_start[-1]) + np.repeat(turn.num_before - query_start[:-1], taken)
+        sampled = np.flatnonzero(taken == turn.num_pending)
+        self._iteration += 1
+        batch = DenseBatch(
+            iteration=self._iteration,
+            rows=rows.astype(np.int32),
+            epochs=table.epoch[rows],
+            num_decodes=int(np.count_nonzero(turn.num_pending == 1)),
+            query_start=query_start.astype(np.int32),
+            context_len=(turn.num_before + taken).astype(np.int32),
+            token_ids=table.tokens_at(row_of_token, positions),
+            is_fed_back=positions >= table.num_joined[row_of_token],
+            positions=positions.astype(np.int32),
+            slots=self._tables.slots(row_of_token, positions),
+            page_tables=self._tables.select(rows),
+            sampled=sampled.astype(np.int32),
+            joined=joined,
+            prompt_scores=self._prompt_scores(turn, query_start),
+        )
+        table.num_computed[rows] += taken
+        table.num_tokens[rows[sampled]] += 1
+        return batch
+
+    def _prompt_scores(self, turn: _Turn, query_start: Int64) -> tuple[PromptScore, ...]:
+        """The parts of prompts whose log probabilities this turn gives: token p of a prompt scores token p + 1."""
+        is_scoring = self._rows.is_scored[turn.rows] & (turn.num_before < self._rows.num_prompt[turn.rows] - 1)
+        scores = []
+        for index in np.flatnonzero(is_scoring).tolist():
+            row, first, start = int(turn.rows[index]), int(turn.num_before[index]), int(query_start[index])
+            stop = min(first + int(turn.num_taken[index]), int(self._rows.num_prompt[row]) - 1)
+            score = PromptScore(
+                request_index=index,
+                start=start,
+                stop=start + stop - first,
+                first_position=first + 1,
+                target_ids=self._rows.known_tokens(row, first + 1, stop + 1),
+                num_logprobs=self._rows.tenant(row).params.prompt_logprobs or 0,
+            )
+            scores.append(score)
+        return tuple(scores)
+
+    def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finish:
+        """Why the request in a row ended with this token; its length is learnt from."""
+        self._lengths.observe(int(self._rows.num_known[row] - self._rows.num_prompt[row]))
+        if not is_stop:
+            return Finish(reason=FinishReason.LENGTH)
+        request = self._rows.tenant(row)
+        is_own = token_id in (request.params.stop_token_ids or ())
+        is_eos = not request.params.ignore_eos and token_id in request.eos_token_ids
+        return Finish(reason=FinishReason.STOP, stop_token_id=token_id if is_own and not is_eos else None)
+
+    def _release(self, rows: list[int]) -> None:
+        """Take rows and pages of requests at once (see the top of this file why that is safe)."""
+        if rows:
+            for row in rows:
+                self._tables.release(row)
+            self._rows.leave(rows)

@@ -1,0 +1,74 @@
+"""The queue of requests that wait for admission: first come, first served, no overtaking.
+
+A preempted request comes back to the front. The queue does not know what admits a request (`admission.py`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nanoflow.batch import Int32
+from nanoflow.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingRequest:
+    """A request without a row.
+
+    Attributes:
+        request: As it was added.
+        token_ids: int32 [num_tokens], the prompt, then what was generated before a preemption.
+        is_preempted: It has run before.
+    """
+
+    request: Request
+    token_ids: Int32
+    is_preempted: bool = False
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens beyond the prompt."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+
+class WaitingQueue:
+    """Requests in the order in which they will be admitted; any of them can be removed in constant time."""
+
+    def __init__(self) -> None:
+        self._by_id: OrderedDict[int, WaitingRequest] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._by_id
+
+    def push_back(self, waiting: WaitingRequest) -> None:
+        """A new request."""
+        self._by_id[waiting.request.request_id] = waiting
+
+    def push_front(self, waiting: WaitingRequest) -> None:
+        """A preempted request: it goes before all others."""
+        self.push_back(waiting)
+        self._by_id.move_to_end(waiting.request.request_id, last=False)
+
+    def pop_front(self) -> WaitingRequest:
+        """Take the first; KeyError if there is none."""
+        return self._by_id.popitem(last=False)[1]
+
+    def discard(self, request_id: int) -> bool:
+        """Forget a request; False if it is not here."""
+        return self._by_id.pop(request_id, None) is not None
+
+    def head(self, *, max_requests: int, max_tokens: int) -> list[WaitingRequest]:
+        """The first requests: as many as can each start on a budget of `max_tokens`, the last maybe in part."""
+        return list(self._head(max_requests, max_tokens))
+
+    def _head(self, max_requests: int, max_tokens: int) -> Iterator[WaitingRequest]:
+        for waiting, _ in zip(self._by_id.values(), range(max_requests), strict=False):
+            if max_tokens <= 0:
+                return
+            yield waiting
+            max_tokens -= len(waiting.token_ids)

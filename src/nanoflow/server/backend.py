@@ -1,0 +1,63 @@
+"""The engine as the server sees it: the few attributes and methods that routes call.
+
+`engine/async_engine.py` is the real thing; a test may serve anything that fits. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Protocol
+
+from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.outputs import RequestOutput
+from nanoflow.request import SamplingParams
+
+Prompt = str | list[int]
+ChatMessage = dict[str, Any]
+
+
+class ServingTokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token alone, as log probabilities name it."""
+
+    def apply_chat_template(
+        self, messages: list[ChatMessage], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation; ValueError if there is no template or it refuses the messages."""
+
+
+class ServingEngine(Protocol):
+    """An engine that generates for many requests at once."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What is loaded."""
+
+    @property
+    def tokenizer(self) -> ServingTokenizer:
+        """The model's tokenizer."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """State after the last iteration or heartbeat."""
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine has died or was closed."""
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the engine loop was last heard of."""
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the growing output; closing the generator frees all that the request holds."""

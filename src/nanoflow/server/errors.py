@@ -1,0 +1,159 @@
+"""Errors in OpenAI's shape: `ApiError`, the handlers that make every failure one, and how the OpenAPI document shows them.
+
+A message is written for the one who sent the request: it says what to change, and nothing of the server's inside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from nanoflow.engine.async_engine import EngineDeadError
+from nanoflow.server.responses import ErrorResponse
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 1000
+MAX_PROBLEMS_SHOWN = 4
+CLIENT_CLOSED_REQUEST = 499
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "The request asks for something that cannot be done"},
+    404: {"model": ErrorResponse, "description": "No such model"},
+    "4XX": {"model": ErrorResponse, "description": "The request is refused"},
+    503: {"model": ErrorResponse, "description": "The engine does not run"},
+}
+
+_STATUS_TYPES = {404: "not_found_error", 405: "invalid_request_error", 500: "server_error", 503: "server_error"}
+
+
+class ApiError(Exception):
+    """A failure that a client is told of.
+
+    Attributes:
+        status: HTTP status.
+        message: One sentence for people.
+        param: Field of the body at fault.
+        code: A word for programs.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> ErrorResponse:
+        """The error in OpenAI's shape, free of lone surrogates, which no JSON can carry."""
+        return {
+            "error": {
+                "message": _printable(self.message),
+                "type": _STATUS_TYPES.get(self.status, "invalid_request_error"),
+                "param": None if self.param is None else _printable(self.param),
+                "code": self.code,
+            }
+        }
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        """The error as an answer."""
+        return json_response(self.body(), self.status, headers)
+
+
+class ClientDisconnectedError(Exception):
+    """The client has gone; what was done for it is cancelled and nobody reads the answer."""
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with a JSON body."""
+    return Response(
+        msgspec.json.encode(body), status, dict(headers) if headers is not None else None, "application/json"
+    )
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what the engine raises for bad input (ValueError) or for being dead into an `ApiError`."""
+    try:
+        yield
+    except ValueError as problem:
+        raise ApiError(400, str(problem)) from problem
+    except EngineDeadError as problem:
+        raise ApiError(503, "the engine does not run; the server is stopping", code="engine_dead") from problem
+
+
+def as_api_error(problem: Exception) -> ApiError:
+    """The error to show for any exception; one that nobody foresaw is logged and shown without detail."""
+    if isinstance(problem, ApiError):
+        return problem
+    logger.error("a request failed", exc_info=problem)
+    return ApiError(500, "internal error; the server's log says more")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every failure of the app OpenAI's error body."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnectedError, _on_disconnect)
+    app.add_exception_handler(Exception, _on_unforeseen)
+
+
+async def _on_api_error(_request: Request, problem: ApiError) -> Response:
+    return problem.response()
+
+
+async def _on_unforeseen(_request: Request, _problem: Exception) -> Response:
+    return ApiError(500, "internal error; the server's log says more").response()  # starlette raises it on, to the log
+
+
+async def _on_disconnect(_request: Request, _problem: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_http_exception(request: Request, problem: HTTPException) -> Response:
+    messages = {
+        404: f"there is nothing at {request.url.path}; the API is under /v1",
+        405: f"{request.method} is not allowed at {request.url.path}",
+    }
+    message = messages.get(problem.status_code, str(problem.detail))
+    return ApiError(problem.status_code, message).response(problem.headers)
+
+
+async def _on_invalid_body(_request: Request, problem: RequestValidationError) -> Response:
+    return invalid_body(problem.errors()).response()
+
+
+def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The error for a body that pydantic refused: the first few problems, each with the field it is about."""
+    texts = list(dict.fromkeys(_problem_text(problem) for problem in problems))
+    if len(texts) > MAX_PROBLEMS_SHOWN:
+        texts[MAX_PROBLEMS_SHOWN:] = [f"and {len(texts) - MAX_PROBLEMS_SHOWN} more"]
+    places = [_place(problem) for problem in problems]
+    return ApiError(400, "; ".join(texts), param=places[0] if places and places[0] else None)
+
+
+def _problem_text(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', 'it cannot be read')}"
+    place = _place(problem)
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{place}: {text}" if place else text
+
+
+def _place(problem: Mapping[str, Any]) -> str:
+    """Dotted place of the field, without pydantic's leading "body" and the "<names>" of union members."""
+    parts = [str(part) for part in problem["loc"][1:]]
+    return "" if problem["type"] == "json_invalid" else ".".join(part for part in parts if not part.startswith("<"))
+
+
+def _printable(text: str) -> str:
+    clean = text.encode("utf-8", "replace").decode("utf-8")
+    return clean if len(clean) <= MAX_MESSAGE_CHARS else clean[:MAX_MESSAGE_CHARS] + "..."

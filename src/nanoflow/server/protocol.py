@@ -1,0 +1,289 @@
+"""Request bodies of the OpenAI-compatible API, with the bounds of every field.
+
+Optional fields default to None, which means "as `SamplingParams` has it": defaults live there alone. Unknown fields are
+ignored, except those that would change what an answer means (UNSUPPORTED). Bodies of answers: `responses.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+
+from nanoflow.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+
+# Field: values that mean the same as leaving it out. Anything else is refused rather than silently not done.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None, {}),
+    "modalities": (None, [], ["text"]),
+    "audio": (None,),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "suffix": (None, ""),
+    "prompt_embeds": (None,),
+}
+
+# Fields that SamplingParams takes under the same name.
+_SAMPLING_FIELDS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "ignore_eos"),
+    *("min_tokens", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output"),
+)
+
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+StopString = Annotated[str, Field(min_length=1)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def _kind_of_prompt(value: Any) -> str:
+    """Name the one form of the four that a prompt can only be, so that an error speaks of that form."""
+    if not isinstance(value, list):
+        return "<text>"
+    kinds = {str: "<texts>", list: "<token id lists>"}
+    return kinds.get(type(value[0]), "<token ids>") if value else "<token ids>"
+
+
+def _text_or_list(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+PromptField = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Texts, Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<token ids>")]
+    | Annotated[TokenIdLists, Tag("<token id lists>")],
+    Discriminator(_kind_of_prompt),
+]
+StopField = Annotated[
+    Annotated[StopString, Tag("<text>")]
+    | Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)], Tag("<list>")],
+    Discriminator(_text_or_list),
+]
+
+
+class RequestBody(BaseModel):
+    """What every body keeps to: JSON types are taken as they are (no "5" for 5), numbers are finite."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            for name, harmless in UNSUPPORTED.items():
+                if name in body and body[name] not in harmless:
+                    raise ValueError(f"{name} is not supported by this server")
+        return body
+
+
+class StreamOptions(RequestBody):
+    """Extras of a stream."""
+
+    include_usage: bool | None = Field(None, description="Send token counts in a last chunk that has no choices")
+
+
+class SamplingFields(RequestBody):
+    """What completions and chat completions have in common."""
+
+    model: str | None = Field(None, description="Name of the served model; may be left out")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1 keeps all tokens")
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,10}$", description="A token id")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
+    stop: StopField | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    prompt_logprobs: NumLogprobs | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Accepted and ignored")
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        """True if a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def num_choices(self) -> int:
+        """Completions of each prompt."""
+        return self.n or 1
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is not available in a stream")
+        return self
+
+    def sampling(self, **more: Any) -> SamplingParams:
+        """Parameters for the engine: the fields that were given, and `more` on top.
+
+        Raises:
+            ValueError: Fields that do not go together.
+        """
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if self.logit_bias:
+            given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
+        return SamplingParams(**{**given, **more})
+
+
+class CompletionRequest(SamplingFields):
+    """Body of POST /v1/completions."""
+
+    prompt: PromptField = Field(description="A text, a list of texts, token ids, or a list of token id lists")
+    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX, description="16 if not given; 0 only with echo")
+    echo: bool | None = Field(None, description="Put the prompt before the completion, in text and in logprobs")
+    logprobs: NumLogprobs | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, in order."""
+        match self.prompt:
+            case [str() | list(), *_] as several:
+                return list(several)  # type: ignore[arg-type]
+            case one:
+                return [one]  # type: ignore[list-item]
+
+    @property
+    def is_echo_only(self) -> bool:
+        """True if the prompt is all that is asked for."""
+        return self.max_tokens == 0
+
+    @model_validator(mode="after")
+    def _check_echo_only(self) -> CompletionRequest:
+        if self.is_echo_only and not self.echo:
+            raise ValueError("max_tokens must be at least 1 unless echo is true")
+        return self
+
+    def to_params(self) -> SamplingParams:
+        """Parameters for the engine, which always generates a token: with `is_echo_only` it is to be hidden."""
+        more: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.max_tokens is not None:
+            more["max_tokens"] = max(self.max_tokens, 1)
+        if self.echo and self.logprobs is not None:
+            more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return self.sampling(**more)
+
+
+class TextPart(RequestBody):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+ContentField = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
+    Discriminator(_text_or_list),
+]
+
+
+class Message(RequestBody):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: ContentField
+
+    @property
+    def text(self) -> str:
+        """The whole content; parts stand on lines of their own."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class Conversation(RequestBody):
+    """Messages and how to turn them into a prompt."""
+
+    add_generation_prompt: bool | None = Field(None, description="Open a turn of the assistant; true if not given")
+    continue_final_message: bool | None = Field(None, description="Leave the last message open, to be continued")
+
+    @property
+    def template_options(self) -> dict[str, bool]:
+        """Keyword arguments of the chat template: a last message to be continued opens no new turn."""
+        is_continued = self.continue_final_message is True
+        is_opened = not is_continued if self.add_generation_prompt is None else self.add_generation_prompt
+        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued}
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Conversation:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+        return self
+
+
+class ChatCompletionRequest(SamplingFields, Conversation):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Up to the context length if not given")
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Goes before max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = Field(None, description="Needs logprobs=true")
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("top_logprobs needs logprobs=true")
+        return value
+
+    def to_params(self) -> SamplingParams:
+        """Parameters for the engine."""
+        return self.sampling(
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+class TokenizeRequest(Conversation):
+    """Body of POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = Field(None, description="For a prompt; true if not given")
+
+    @model_validator(mode="after")
+    def _check_one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(RequestBody):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out; false if not given")

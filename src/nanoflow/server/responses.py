@@ -1,0 +1,208 @@
+"""Bodies of answers, as the OpenAPI document shows them and as the routes build them.
+
+Typed dictionaries: a chunk of a stream costs one dict and one encoding. Bodies of requests: `protocol.py`; the error body
+is built in `errors.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import NotRequired, TypedDict  # pydantic asks for this one below Python 3.12
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(TypedDict):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class Usage(TypedDict):
+    """Tokens of all prompts and all completions of a call."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class RankedLogprob(TypedDict):
+    """Log probability of one token at a place of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, RankedLogprob] | None]
+
+
+class CompletionLogprobs(TypedDict):
+    """Lists of one entry a token; the first token of an echoed prompt has no log probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """One completion, or what is new of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class CompletionResponse(TypedDict):
+    """Answer of /v1/completions; a stream sends these with `usage` null until the last."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class TopLogprob(TypedDict):
+    """A probable token; `bytes` is its text in UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """The chosen token and the most probable ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """One entry a token."""
+
+    content: list[ChatLogprob]
+
+
+class ChatMessage(TypedDict):
+    """What the assistant says."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(TypedDict):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+class ChatCompletionResponse(TypedDict):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class ChatDelta(TypedDict, total=False):
+    """What is new of a message; the role comes once."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """What is new of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a stream of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class ModelCard(TypedDict):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """Answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(TypedDict):
+    """Token ids of a prompt."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizeResponse(TypedDict):
+    """Text of token ids."""
+
+    prompt: str
+
+
+class HealthResponse(TypedDict):
+    """The engine loop answers."""
+
+    status: Literal["ok"]
+    heartbeat_age_s: float
+    num_running: int
+    num_waiting: int
+
+
+class VersionResponse(TypedDict):
+    """Version of nanoflow."""
+
+    version: str
+
+
+class RootResponse(TypedDict):
+    """Where to go from here."""
+
+    name: str
+    model: str
+    api: str
+    docs: str

@@ -1,0 +1,107 @@
+"""Tiny models of every family that nanoflow serves, made with transformers: random, but with a will of their own.
+
+Weights are drawn wide enough that greedy tokens vary and that a wrong rotation, window or bias changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EOS_TOKEN_ID = 2
+SLIDING_WINDOW = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How to make a tiny model.
+
+    Attributes:
+        config_class: Name of the configuration class in transformers.
+        options: Its arguments, beside the common ones.
+    """
+
+    config_class: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _llama(**options: Any) -> Family:
+    return Family(config_class="LlamaConfig", options=options)
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+FAMILIES: dict[str, Family] = {
+    "llama2": _llama(num_key_value_heads=4),
+    "llama3": _llama(rope_parameters=_LLAMA3_ROPE, eos_token_id=[EOS_TOKEN_ID, 3]),
+    "llama-linear-rope": _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "llama-yarn": _llama(rope_parameters=_YARN_ROPE),
+    "llama-bias": _llama(attention_bias=True, mlp_bias=True),
+    "deepseek": _llama(num_hidden_layers=4, num_key_value_heads=1, vocab_size=257),
+    "mistral": Family(config_class="MistralConfig", options={"sliding_window": SLIDING_WINDOW}),
+    "qwen2": Family(config_class="Qwen2Config", options={"vocab_size": 257}),
+    "qwen2-sliding": Family(
+        config_class="Qwen2Config",
+        options={
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": SLIDING_WINDOW,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3": Family(config_class="Qwen3Config", options={"hidden_size": 48, "head_dim": 16, "num_attention_heads": 4}),
+}
+_COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 131,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+
+
+def make_model(family: str, folder: Path, *, seed: int = 0, tied: bool = False, dtype: str = "float32") -> Path:
+    """Write a tiny random model, without a tokenizer.
+
+    Args:
+        family: Key of FAMILIES.
+        folder: Where to write config.json, generation_config.json and model.safetensors.
+        seed: Of the weights.
+        tied: Whether the output projection is the embedding.
+        dtype: "float32", "bfloat16" or "float16", of the file.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    import transformers
+
+    made = FAMILIES[family]
+    options = {**_COMMON, **made.options, "tie_word_embeddings": tied, "dtype": dtype}
+    config = getattr(transformers, made.config_class)(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 0.2 * noise)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(1.0)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,202 @@
+"""A deterministic model behind the executor's contract, for tests of the scheduler.
+
+The next token is a hash of the seed and all tokens before it. The executor learns those tokens only from batches: it
+keeps a simulated KV cache of (token, position) a slot and reads every context back through the page table, so a wrong
+slot, a page with two holders or a wrong token fails the test at the place where it happens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanoflow.batch import DenseBatch, Joined, PromptScore, SampledTokens
+from nanoflow.outputs import FinishReason
+from nanoflow.request import Request
+from nanoflow.scheduler import Finish, Scheduler, SchedulerLimits
+
+
+def next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
+    """What the fake model says after `tokens`."""
+    return zlib.crc32(np.array([seed, *tokens], dtype=np.int64).tobytes()) % vocab_size
+
+
+def choose_token(seed: int, tokens: list[int], vocab_size: int, forbidden: tuple[int, ...]) -> int:
+    """The model's token, or the next higher id that is allowed."""
+    token = next_token(seed, tokens, vocab_size)
+    while token in forbidden:
+        token = (token + 1) % vocab_size
+    return token
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What a request has got."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+def answer_alone(request: Request, limits: SchedulerLimits) -> Answer:
+    """What a request must get, worked out token by token without any batch."""
+    params, tokens, answer = request.params, list(request.prompt_token_ids), Answer()
+    eos = () if params.ignore_eos else request.eos_token_ids
+    own = tuple(params.stop_token_ids or ())
+    max_tokens = min(request.max_tokens, limits.max_model_len - len(tokens))
+    while answer.finish is None:
+        may_stop = len(answer.token_ids) >= params.min_tokens
+        token = choose_token(request.seed, tokens, limits.vocab_size, () if may_stop else (*eos, *own))
+        tokens.append(token)
+        answer.token_ids.append(token)
+        if token in eos:
+            answer.finish = Finish(reason=FinishReason.STOP)
+        elif token in own:
+            answer.finish = Finish(reason=FinishReason.STOP, stop_token_id=token)
+        elif len(answer.token_ids) == max_tokens:
+            answer.finish = Finish(reason=FinishReason.LENGTH)
+    return answer
+
+
+@dataclass(kw_only=True)
+class _Tenant:
+    """A row as the executor sees it: who joined, and the tokens since (in flight ones too)."""
+
+    joined: Joined
+    tokens: list[int]
+    num_computed: int = 0
+
+
+class FakeExecutor:
+    """Runs batches in order and checks that each makes sense on its own."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.tenants: dict[int, _Tenant] = {}
+        num_slots = limits.num_pages * limits.page_size
+        self.cached_token = np.full(num_slots, -1)
+        self.cached_position = np.full(num_slots, -1)
+
+    def run(self, batch: DenseBatch) -> SampledTokens:
+        """Compute a batch: write its tokens to the cache, read the contexts back, sample."""
+        self.check_shapes(batch)
+        for joined in batch.joined:
+            self.tenants[joined.row] = _Tenant(joined=joined, tokens=joined.token_ids.tolist())
+        for index in range(batch.num_requests):
+            self.write(batch, index)
+        for index in range(batch.num_requests):
+            self.check_context(batch, index)
+        for score in batch.prompt_scores:
+            self.check_score(batch, score)
+        return SampledTokens(token_ids=np.array([self.sample(batch, i) for i in batch.sampled], dtype=np.int32))
+
+    def check_shapes(self, batch: DenseBatch) -> None:
+        lengths = np.diff(batch.query_start)
+        assert 0 < batch.num_tokens <= self.limits.max_batch_tokens
+        assert batch.query_start[0] == 0 and batch.query_start[-1] == batch.num_tokens
+        assert (lengths > 0).all() and (lengths[: batch.num_decodes] == 1).all()
+        assert len(set(batch.rows.tolist())) == batch.num_requests <= self.limits.max_num_seqs
+        assert len(set(batch.slots.tolist())) == batch.num_tokens == len(batch.positions) == len(batch.is_fed_back)
+        assert (np.diff(batch.sampled) > 0).all()
+        assert ((batch.page_tables >= 0) & (batch.page_tables < self.limits.num_pages)).all()
+        assert ((batch.token_ids >= 0) & (batch.token_ids < self.limits.vocab_size)).all()
+        for name in ("rows", "query_start", "context_len", "token_ids", "positions", "page_tables", "sampled"):
+            assert getattr(batch, name).dtype == np.int32, name
+        assert batch.slots.dtype == batch.epochs.dtype == np.int64 and batch.is_fed_back.dtype == np.bool_
+
+    def write(self, batch: DenseBatch, index: int) -> None:
+        """Write the tokens of one request where the batch says."""
+        tenant = self.tenants[int(batch.rows[index])]
+        for place in range(int(batch.query_start[index]), int(batch.query_start[index + 1])):
+            position, slot = int(batch.positions[place]), int(batch.slots[place])
+            assert position == tenant.num_computed
+            if batch.is_fed_back[place]:
+                assert position == len(tenant.tokens) - 1 >= len(tenant.joined.token_ids)
+                token = tenant.tokens[-1]
+            else:
+                token = int(batch.token_ids[place])
+            page = int(batch.page_tables[index, position // self.limits.page_size])
+            assert slot == page * self.limits.page_size + position % self.limits.page_size
+            self.cached_token[slot], self.cached_position[slot] = token, position
+            tenant.num_computed += 1
+
+    def check_context(self, batch: DenseBatch, index: int) -> None:
+        """What a request reads from the cache must be its own tokens, all of them, in order."""
+        tenant, size = self.tenants[int(batch.rows[index])], self.limits.page_size
+        context_len = int(batch.context_len[index])
+        assert context_len == tenant.num_computed
+        positions = np.arange(context_len)
+        slots = batch.page_tables[index, positions // size].astype(np.int64) * size + positions % size
+        assert self.cached_position[slots].tolist() == positions.tolist()
+        assert self.cached_token[slots].tolist() == tenant.tokens[:context_len]
+        assert (index in batch.sampled) == (context_len == len(tenant.tokens))
+
+    def check_score(self, batch: DenseBatch, score: PromptScore) -> None:
+        joined = self.tenants[int(batch.rows[score.request_index])].joined
+        assert joined.params.prompt_logprobs == score.num_logprobs
+        assert batch.query_start[score.request_index] <= score.start < score.stop
+        assert score.stop <= batch.query_start[score.request_index + 1]
+        assert batch.positions[score.start] + 1 == score.first_position
+        prompt = joined.token_ids[: joined.num_prompt_tokens].tolist()
+        last = score.first_position + score.stop - score.start
+        assert last <= len(prompt) and score.target_ids.tolist() == prompt[score.first_position : last]
+
+    def sample(self, batch: DenseBatch, index: int) -> int:
+        """Draw the next token of a request; it stays here for the next iteration."""
+        tenant = self.tenants[int(batch.rows[index])]
+        joined, tokens = tenant.joined, tenant.tokens
+        may_stop = len(tokens) - joined.num_prompt_tokens >= joined.params.min_tokens
+        forbidden = () if may_stop else joined.stop_token_ids
+        tokens.append(choose_token(joined.seed, tokens, self.limits.vocab_size, forbidden))
+        return tokens[-1]
+
+
+class Drive:
+    """The engine loop in miniature: schedule, run, commit `depth` iterations late."""
+
+    def __init__(self, limits: SchedulerLimits, *, depth: int) -> None:
+        self.scheduler = Scheduler(limits=limits)
+        self.executor = FakeExecutor(limits)
+        self.depth = depth
+        self.in_flight: deque[tuple[DenseBatch, SampledTokens]] = deque()
+        self.answers: dict[int, Answer] = {}
+        self.scored: dict[int, set[int]] = {}
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.answers[request.request_id] = Answer()
+
+    def step(self) -> DenseBatch | None:
+        """One iteration; None if only a commit was possible."""
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.in_flight.append((batch, self.executor.run(batch)))
+        if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
+            self.commit()
+        return batch
+
+    def commit(self) -> None:
+        """Commit the oldest batch on its way and take note of what it gave."""
+        batch, result = self.in_flight.popleft()
+        committed = self.scheduler.commit(batch, result)
+        assert (result.token_ids[committed.places] == committed.token_ids).all()
+        for request_id, token in zip(committed.request_ids.tolist(), committed.token_ids.tolist(), strict=True):
+            answer = self.answers[request_id]
+            assert answer.finish is None
+            answer.token_ids.append(token)
+        for request_id, finish in committed.finished.items():
+            self.answers[request_id].finish = finish
+        for scored_id, score in zip(committed.scored, batch.prompt_scores, strict=True):
+            if scored_id is not None:
+                last = score.first_position + score.stop - score.start
+                self.scored.setdefault(scored_id, set()).update(range(score.first_position, last))
+
+    def run_until_idle(self, max_steps: int = 10_000) -> int:
+        """Step until nothing is left; the number of steps."""
+        for step in range(max_steps):
+            if not self.scheduler.has_unfinished and not self.in_flight:
+                return step
+            self.step()
+        raise AssertionError(f"still busy after {max_steps} steps")

@@ -1,0 +1,195 @@
+"""The graph says all there is to say: interpreted op by op in plain torch it gives the logits of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from families import FAMILIES, SLIDING_WINDOW, make_model
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import AttentionDims, BatchShape, NormDims, Operation, OpKind, RowDims, Scope
+from nanoflow.models import config as model_config
+from nanoflow.models.registry import ARCHITECTURES, build_graph
+from nanoflow.models.weights import Weights, load_weights
+
+NUM_TOKENS = 90  # beyond the sliding window and the trained length of the models with scaled rotary embeddings
+
+
+class Interpreter:
+    """One sequence as one prefill; every row is sampled. Keys and values of a layer are the tensor "kv"."""
+
+    def __init__(self, graph: OpGraph, weights: Weights) -> None:
+        self.graph, self.weights, self.layer = graph, weights, 0
+        self.tensors: dict[str, Tensor] = {}
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        self.tensors["token_ids"] = token_ids
+        self.run(self.graph.prologue, self.weights.shared)
+        for layer, parameters in enumerate(self.weights.layers):
+            self.layer = layer
+            self.run(self.graph.layer, parameters)
+        self.run(self.graph.epilogue, self.weights.shared)
+        return self.tensors["logits"]
+
+    def run(self, operations: tuple[Operation, ...], parameters: dict[str, Tensor]) -> None:
+        for op in operations:
+            if op.scope is Scope.DECODE:
+                continue
+            taken = [self.tensors[name] for name in op.reads] + [parameters[name] for name in op.weights]
+            given = KERNELS[op.kind](self, op, *taken)
+            for name, tensor in zip(op.writes, given, strict=True):
+                width = self.graph.tensor(name).width
+                assert not width or tensor.shape == (NUM_TOKENS, width)
+                self.tensors[name] = tensor
+
+    def embed(self, op: Operation, ids: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return table[ids], torch.zeros(len(ids), table.shape[1])
+
+    def gather_rows(self, op: Operation, *rows: Tensor) -> tuple[Tensor, ...]:
+        return rows
+
+    def add_rms_norm(self, op: Operation, delta: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(op.dims, NormDims)
+        hidden = hidden + delta
+        return hidden, functional.rms_norm(hidden, (op.dims.width,), weight, op.dims.eps)
+
+    def linear(self, op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (functional.linear(x, weight, bias),)
+
+    def swiglu(self, op: Operation, gate_up: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(op.dims, RowDims)
+        return (functional.silu(gate_up[:, : op.dims.width]) * gate_up[:, op.dims.width :],)
+
+    def rope_append(self, op: Operation, qkv: Tensor, *norms: Tensor) -> tuple[Tensor, ...]:
+        dims = op.dims
+        assert isinstance(dims, AttentionDims)
+        q, k, v = qkv.view(NUM_TOKENS, -1, dims.head_dim).split([dims.num_heads, *2 * [dims.num_kv_heads]], dim=1)
+        if norms:
+            assert dims.norm_eps is not None
+            q, k = (
+                functional.rms_norm(x, (dims.head_dim,), w, dims.norm_eps) for x, w in zip((q, k), norms, strict=True)
+            )
+        return self.rotate(q).flatten(1), torch.stack((self.rotate(k), v))
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        rope = self.graph.rope
+        angles = torch.arange(len(heads), dtype=torch.float64)[:, None, None] * torch.tensor(rope.inv_freq)
+        cos, sin = ((f(angles) * rope.attention_factor).float() for f in (torch.cos, torch.sin))
+        low, high = heads.chunk(2, dim=-1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def prefill_attention(self, op: Operation, q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
+        dims = op.dims
+        assert isinstance(dims, AttentionDims)
+        k, v = (x.repeat_interleave(dims.num_heads // dims.num_kv_heads, dim=1) for x in kv)
+        scores = torch.einsum("qhd,khd->hqk", q.view(NUM_TOKENS, -1, dims.head_dim), k) * dims.scale
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        window = dims.windows[self.layer] or NUM_TOKENS
+        scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
+        return (torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1),)
+
+
+KERNELS: dict[OpKind, Callable[..., tuple[Tensor, ...]]] = {
+    OpKind.EMBED: Interpreter.embed,
+    OpKind.GATHER_ROWS: Interpreter.gather_rows,
+    OpKind.ADD_RMS_NORM: Interpreter.add_rms_norm,
+    OpKind.LINEAR: Interpreter.linear,
+    OpKind.ROPE_APPEND: Interpreter.rope_append,
+    OpKind.PREFILL_ATTENTION: Interpreter.prefill_attention,
+    OpKind.SWIGLU: Interpreter.swiglu,
+}
+
+
+def _load(folder: Path) -> tuple[OpGraph, Weights]:
+    graph = build_graph(model_config.load(folder), None)
+    return graph, load_weights(graph, folder, torch.float32, torch.device("cpu"), show_progress=False)
+
+
+def _reference_logits(folder: Path, token_ids: Tensor) -> Tensor:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: Tensor = model(token_ids[None]).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_computes_what_transformers_computes(family: str, tied: bool, tmp_path: Path) -> None:
+    make_model(family, tmp_path, tied=tied)
+    graph, weights = _load(tmp_path)
+    token_ids = torch.randint(graph.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
+    expected = _reference_logits(tmp_path, token_ids)
+    logits = Interpreter(graph, weights).logits(token_ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-3 * expected.std().item())
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def test_every_architecture_has_a_family(tmp_path: Path) -> None:
+    classes = {family.config_class.replace("Config", "ForCausalLM") for family in FAMILIES.values()}
+    assert classes == set(ARCHITECTURES)
+
+
+def test_windows_of_sliding_families(tmp_path: Path) -> None:
+    make_model("mistral", tmp_path / "mistral")
+    make_model("qwen2-sliding", tmp_path / "qwen2")
+    make_model("qwen2", tmp_path / "plain")
+    assert _load(tmp_path / "mistral")[0].attention.windows == 3 * (SLIDING_WINDOW,)
+    assert _load(tmp_path / "qwen2")[0].attention.windows == (None, None, SLIDING_WINDOW, SLIDING_WINDOW)
+    assert _load(tmp_path / "plain")[0].attention.windows == 3 * (None,)
+
+
+LLAMA_2_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float16",
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "gflop", "gigabytes"),
+    [
+        ("qkv_proj", 27487.8, 19.5),
+        ("o_proj", 21990.2, 16.1),
+        ("gate_up_proj", 153931.6, 96.6),
+        ("down_proj", 76965.8, 49.7),
+        ("decode_attention", 3665.9, 462.2),
+    ],
+)
+def test_costs_are_those_of_table_2_of_the_paper(operation: str, gflop: float, gigabytes: float) -> None:
+    graph = build_graph(model_config.parse(LLAMA_2_70B), None)
+    shape = BatchShape(num_tokens=2048, num_decode_tokens=1365, decode_context=1365 * 1024)
+    op = next(op for op in graph.layer if op.name == operation)
+    assert op.flops(shape) * graph.num_layers / 1e9 == pytest.approx(gflop, rel=0.01)
+    assert op.memory_bytes(shape, 2) * graph.num_layers / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_size_of_llama_2_70b() -> None:
+    graph = build_graph(model_config.parse(LLAMA_2_70B), None)
+    assert graph.num_parameters == 68_976_648_192
+    assert graph.name == "LlamaForCausalLM 69.0B"
+    assert graph.kv_elements_per_token * 2 == 327_680
+
+
+def test_unknown_architecture_is_one_line_that_lists_the_known() -> None:
+    config = model_config.parse({**LLAMA_2_70B, "architectures": ["MambaForCausalLM"]})
+    with pytest.raises(model_config.ModelError, match="'MambaForCausalLM' is not known; known: LlamaForCausalLM, Mist"):
+        build_graph(config, None)
+
+
+def test_other_activations_are_refused() -> None:
+    config = model_config.parse({**LLAMA_2_70B, "hidden_act": "gelu"})
+    with pytest.raises(model_config.ModelError, match="hidden_act must be 'silu', got 'gelu'"):
+        build_graph(config, None)
