@@ -75,7 +75,9 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def make_model(family: str, folder: Path, *, seed: int = 0, tied: bool = False, dtype: str = "float32") -> Path:
+def make_model(
+    family: str, folder: Path, *, seed: int = 0, tied: bool = False, dtype: str = "float32", std: float = 0.3
+) -> Path:
     """Write a tiny random model, without a tokenizer.
 
     Args:
@@ -84,6 +86,7 @@ def make_model(family: str, folder: Path, *, seed: int = 0, tied: bool = False, 
         seed: Of the weights.
         tied: Whether the output projection is the embedding.
         dtype: "float32", "bfloat16" or "float16", of the file.
+        std: Standard deviation of the matrices; a small one makes a model that rounding errors do not upset.
 
     Returns:
         The folder.
@@ -99,7 +102,7 @@ def make_model(family: str, folder: Path, *, seed: int = 0, tied: bool = False, 
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 0.2 * noise)
+            parameter.copy_(std * noise if parameter.dim() == 2 else 0.2 * noise)
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(1.0)

@@ -62,7 +62,8 @@ facts, follows no instructions, and its code is not meant to be used.
 | training data | the standard library of Python {python}: {files} files, {bytes:,} bytes (without tests), \
 of which {held_out_files} files are held out |
 | data sha256 | `{sha256}` (of each file's path, a zero byte, its content, a zero byte, in path order) |
-| tokens seen | {tokens_seen:,} ({epochs} epochs of {train_tokens:,} tokens, {steps:,} steps) |
+| tokens seen | {tokens_seen:,} ({epochs} epochs of {train_tokens:,} tokens, {steps:,} steps; \
+the weights are those of step {best_step:,}, the best on the held-out files) |
 | training time | {train_seconds} s on {hardware} |
 | loss, training text | {train_loss:.3f} nats per token |
 | loss, held-out files | {validation_loss:.3f} nats per token, {validation_bits_per_byte:.3f} bits per byte |
@@ -121,7 +122,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_model(
-    out: Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer, weights: dict[str, Tensor]
+    out: Path,
+    config: dict[str, Any],
+    tokenizer: tokenizers.Tokenizer,
+    weights: dict[str, Tensor],
 ) -> None:
     """Write the weights (bf16, Hugging Face names), the tokenizer and their settings."""
     out.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ MIN_CORPUS_BYTES = 1_000_000
 HOLD_OUT_EVERY = 50
 # Tests and installed packages are not the library; code tables and manual pages are data, not programs.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-SKIPPED_PREFIXES = ("config-", "_sysconfigdata")  # generated per machine: full of its local paths
+SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize")  # made per machine, with its local paths
 DOCUMENT_START = re.compile(r"\n\n+(?=(?:@|def |async def |class ))")
 TOKEN_PATTERN = r"\n| +|\t+|[\p{L}_]+|\p{N}+|[^\s\p{L}\p{N}_]+|\s"
 VOCAB_SIZE = 2048
@@ -212,7 +212,7 @@ def train(
     best: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
     losses: list[Tensor] = []
-    step, seen, progress, train_loss, best_loss = 0, 0, 0.0, math.nan, math.inf
+    step, best_step, seen, progress, best_loss = 0, 0, 0, 0.0, math.inf
     begin = time.perf_counter()
     with tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while progress < 1.0:
@@ -229,23 +229,24 @@ def train(
             losses.append(loss.detach())
             step, seen = step + 1, seen + rows * length
             progress = min(1.0, max((time.perf_counter() - begin) / args.seconds, step / max_steps))
-            if len(losses) == sync_every or progress == 1.0:
+            evaluating = progress == 1.0 or progress * evals >= len(history) + 1
+            if evaluating or len(losses) == sync_every:
                 train_loss = torch.stack(losses).mean().item()  # waits for the device, so rarely
                 losses.clear()
                 if not math.isfinite(train_loss):
                     raise TrainError(f"the loss became {train_loss} by step {step}; try a lower --lr")
                 bar.set_postfix(step=step, loss=f"{train_loss:.3f}", val=f"{best_loss:.3f}", refresh=False)
                 bar.update(100 * progress - bar.n)
-            if progress == 1.0 or progress * evals >= len(history) + 1:
+            if evaluating:
                 val_loss = evaluate(model, held_out, eval_windows)
                 numbers = {"train_loss": round(train_loss, 4), "validation_loss": round(val_loss, 4)}
                 history.append({"step": step, **numbers})
                 if val_loss < best_loss:
-                    best_loss = val_loss
+                    best_loss, best_step = val_loss, step
                     best = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     seconds = round(time.perf_counter() - begin, 1)
-    facts = {"steps": step, "tokens_seen": seen, "train_seconds": seconds, "history": history}
-    return best, facts
+    facts = {"steps": step, "best_step": best_step, "tokens_seen": seen, "train_seconds": seconds}
+    return best, {**facts, "history": history}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -259,7 +260,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, help="per step (65536 on a GPU, 4096 on a CPU)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.5)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("seconds", "steps", "epochs", "batch_tokens", "lr"):

@@ -103,11 +103,8 @@ def test_tokenizer_gives_back_any_text(tokenizer: Any, text: str) -> None:
 def test_tokenizer_keeps_spaces_apart_and_adds_nothing(tokenizer: Any) -> None:
     config = read_json("config.json")
     assert len(tokenizer) == config["vocab_size"]
-    assert (
-        tokenizer.eos_token_id
-        == config["eos_token_id"]
-        == read_json("generation_config.json")["eos_token_id"]
-    )
+    assert tokenizer.eos_token_id == config["eos_token_id"]
+    assert tokenizer.eos_token_id == read_json("generation_config.json")["eos_token_id"]
     ids = tokenizer("def name")["input_ids"]
     assert ids[:2] == tokenizer("def ")["input_ids"]
     assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from families import FAMILIES, SLIDING_WINDOW, make_model
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import AttentionDims, BatchShape, NormDims, Operation, OpKind, RowDims, Scope
 from nanoflow.models import config as model_config
 from nanoflow.models.registry import ARCHITECTURES, build_graph
 from nanoflow.models.weights import Weights, load_weights
+from tests.families import FAMILIES, SLIDING_WINDOW, make_model
 
 NUM_TOKENS = 90  # beyond the sliding window and the trained length of the models with scaled rotary embeddings
 
@@ -68,7 +68,9 @@ class Interpreter:
     def rope_append(self, op: Operation, qkv: Tensor, *norms: Tensor) -> tuple[Tensor, ...]:
         dims = op.dims
         assert isinstance(dims, AttentionDims)
-        q, k, v = qkv.view(NUM_TOKENS, -1, dims.head_dim).split([dims.num_heads, *2 * [dims.num_kv_heads]], dim=1)
+        heads = qkv.view(NUM_TOKENS, -1, dims.head_dim)
+        q, rest = heads[:, : dims.num_heads], heads[:, dims.num_heads :]
+        k, v = rest.chunk(2, dim=1)
         if norms:
             assert dims.norm_eps is not None
             q, k = (
@@ -126,8 +128,7 @@ def test_graph_computes_what_transformers_computes(family: str, tied: bool, tmp_
     token_ids = torch.randint(graph.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
     expected = _reference_logits(tmp_path, token_ids)
     logits = Interpreter(graph, weights).logits(token_ids)
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-3 * expected.std().item())
-    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=5e-4)  # measured: 7e-5, with logits of deviation 2.4
 
 
 def test_every_architecture_has_a_family(tmp_path: Path) -> None:

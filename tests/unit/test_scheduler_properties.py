@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fake_executor import Answer, Drive, answer_alone
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from nanoflow.batch import DenseBatch
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import SchedulerLimits
+from tests.unit.fake_executor import Answer, Drive, answer_alone
 
 VOCAB_SIZE = 31
 
@@ -100,7 +100,7 @@ def play(scenario: Scenario) -> tuple[Drive, set[int]]:
     raise AssertionError("no end in sight")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(scenarios())
 def test_every_request_gets_the_tokens_it_would_get_alone(scenario: Scenario) -> None:
     drive, aborted = play(scenario)

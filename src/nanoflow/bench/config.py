@@ -9,18 +9,17 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from nanoflow.config import ConfigError, option
-
-Api = Literal["completions", "chat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
     """What is asked of the engine, and how often."""
 
-    workload: str = option("512/512", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace")
+    workload: str = option(
+        "512/512", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace"
+    )
     num_requests: int = option(200, "Requests in one repeat")
     seed: int = option(0, "Seed of lengths, prompts and arrivals; repeat i draws other prompts of the same lengths")
     num_warmup: int = option(4, "Requests to run before the clock starts")
@@ -49,7 +48,6 @@ class LoadConfig:
     url: str = option("http://127.0.0.1:8000/v1", "Base address of an OpenAI-compatible server")
     model: str | None = option(None, "Model name to ask for; the server's first one if not given")
     api_key: str | None = option(None, "Key that the server asks for")
-    api: Api = option("completions", "Prompts as token ids to /completions, or as text to /chat/completions")
     request_rate: float = option(math.inf, "Requests/s, Poisson arrivals; inf sends all at once")
     max_concurrency: int | None = option(None, "Most requests in flight; unlimited if not given")
     vocab_size: int = option(1000, "Prompt token ids are drawn below this")

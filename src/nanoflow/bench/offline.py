@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.workload import BenchRequest, make_requests
+from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
@@ -33,13 +33,16 @@ def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRec
         EngineError: The engine cannot start, or died.
     """
     limits_ms = parse_limits(config.goodput)
+    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
     from nanoflow.engine.llm import LLM
 
-    llm = LLM(**dataclasses.asdict(engine_config))
-    try:
-        vocab_size = llm.facts.vocab_size
-        runs = [make_requests(config, vocab_size=vocab_size, repeat=repeat) for repeat in range(config.repeats)]
-        _generate(llm, runs[0][: config.num_warmup], use_tqdm=False)
+    with LLM(**dataclasses.asdict(engine_config)) as llm:
+        runs = [
+            make_requests(lengths, vocab_size=llm.facts.vocab_size, seed=config.seed, repeat=repeat)
+            for repeat in range(config.repeats)
+        ]
+        if config.num_warmup:
+            _generate(llm, runs[0][: config.num_warmup], use_tqdm=False)
         repeats = [_measure_run(llm, requests, limits_ms) for requests in runs]
         return make_record(
             "throughput",
@@ -49,8 +52,6 @@ def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRec
             config=engine_config,
             repeats=repeats,
         )
-    finally:
-        llm.close()
 
 
 def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:

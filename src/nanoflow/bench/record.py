@@ -84,20 +84,21 @@ def format_table(repeats: Sequence[RunMetrics]) -> str:
 
 
 def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
-    rows: tuple[tuple[str, list[float | None]], ...] = (
-        ("requests completed", [run.num_completed for run in repeats]),
-        ("requests failed", [run.num_failed for run in repeats]),
-        ("duration (s)", [run.duration_s for run in repeats]),
-        ("total tokens/s", [run.total_tokens_per_s for run in repeats]),
-        ("output tokens/s", [run.output_tokens_per_s for run in repeats]),
-        ("requests/s", [run.requests_per_s for run in repeats]),
-        ("goodput (requests/s)", [run.goodput_requests_per_s for run in repeats]),
+    rows: tuple[tuple[str, int, list[float | None]], ...] = (
+        ("requests completed", 0, [run.num_completed for run in repeats]),
+        ("requests failed", 0, [run.num_failed for run in repeats]),
+        ("duration (s)", 2, [run.duration_s for run in repeats]),
+        ("total tokens/s", 2, [run.total_tokens_per_s for run in repeats]),
+        ("output tokens/s", 2, [run.output_tokens_per_s for run in repeats]),
+        ("requests/s", 2, [run.requests_per_s for run in repeats]),
+        ("goodput (requests/s)", 2, [run.goodput_requests_per_s for run in repeats]),
     )
-    for label, column in rows:
+    for label, digits, column in rows:
         values = [value for value in column if value is not None]
         if values:
-            spread = f"   ({min(values):,.2f} to {max(values):,.2f})" if min(values) < max(values) else ""
-            yield f"{label:<28}{statistics.median(values):>12,.2f}{spread}"
+            low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
+            spread = f"   ({low} to {high})" if low != high else ""
+            yield f"{label:<28}{statistics.median(values):>12,.{digits}f}{spread}"
 
 
 def _latency_lines(run: RunMetrics) -> Iterator[str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nanoflow.bench.config import BenchConfig
 from nanoflow.config import ConfigError
 
 # What the paper's scripts keep of a trace.
@@ -44,18 +44,14 @@ class BenchRequest:
 
 
 def make_requests(
-    config: BenchConfig, *, vocab_size: int, request_rate: float = math.inf, repeat: int = 0
+    lengths: Sequence[Lengths], *, vocab_size: int, seed: int, repeat: int = 0, request_rate: float = math.inf
 ) -> list[BenchRequest]:
     """The requests of one repeat.
 
     Repeats differ in the tokens of the prompts only, so that no cache of prefixes can make a later one faster.
-
-    Raises:
-        ConfigError: The workload is neither IN/OUT nor a trace that can be read.
     """
-    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-    arrivals_s = draw_arrivals(config.num_requests, request_rate, config.seed)
-    prompts = np.random.default_rng((_PROMPTS, config.seed, repeat))
+    arrivals_s = draw_arrivals(len(lengths), request_rate, seed)
+    prompts = np.random.default_rng((_PROMPTS, seed, repeat))
     return [
         BenchRequest(
             prompt_token_ids=prompts.integers(vocab_size, size=length.num_prompt_tokens).tolist(),
@@ -67,7 +63,11 @@ def make_requests(
 
 
 def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
-    """Lengths of so many requests: the same for all, or drawn from a trace (again only once it is used up)."""
+    """Lengths of so many requests: the same for all, or drawn from a trace (with repetition only if it is too short).
+
+    Raises:
+        ConfigError: The workload is neither IN/OUT nor a trace that can be read.
+    """
     if workload.startswith("trace:"):
         trace = read_trace(Path(workload.removeprefix("trace:")))
         rng = np.random.default_rng((_LENGTHS, seed))
@@ -102,6 +102,6 @@ def read_trace(path: Path) -> list[Lengths]:
 
 
 def draw_arrivals(num_requests: int, request_rate: float, seed: int) -> list[float]:
-    """Arrival times in seconds from the start: Poisson, that is exponential gaps with mean 1 / rate; inf is all at 0."""
+    """Arrival times in seconds from the start: Poisson (exponential gaps with mean 1 / rate); inf is all at 0."""
     gaps_s = np.random.default_rng((_ARRIVALS, seed)).exponential(1.0, num_requests) / request_rate
     return [float(time_s) for time_s in np.cumsum(gaps_s)]

@@ -1,7 +1,7 @@
 """`nanoflow chat`: a conversation on the terminal, with an engine in this process or with a server.
 
-The loop below knows a backend only as a function from the messages to pieces of text; Ctrl-C closes that iterator, which
-aborts the answer. The engine behind it is in `session.py`.
+The loop below knows a backend only as a function from the messages to pieces of text; Ctrl-C closes that iterator,
+which aborts the answer. The engine behind it is in `session.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,21 @@ from nanoflow.request import SamplingParams
 if TYPE_CHECKING:
     import httpx
 
+    from nanoflow.cli.session import Message
+
+    Reply = Callable[[Sequence[Message]], Generator[str]]
+
 _TEACH = """\
-Talk to a model. The conversation is kept, the answer streams, Ctrl-C stops the answer and nothing else. In the chat:
-/help lists the commands, /reset forgets the conversation, /quit (or Ctrl-D) leaves. With --url the model is that of a
-running OpenAI-compatible server; the options of the engine do not matter then, and only the sampling options given
-are sent."""
+Talk to a model. The conversation is kept, the answer streams, Ctrl-C stops the
+answer and nothing else. In the chat, /help lists the commands, /reset forgets
+the conversation, /quit (or Ctrl-D) leaves. With --url the model is that of a
+running OpenAI-compatible server; options of the engine do not matter then, and
+only the sampling options that are given are sent."""
 
 _EXAMPLES = """\
   nanoflow chat --model Qwen/Qwen3-0.6B --system "Answer in one sentence."
   nanoflow chat --url http://127.0.0.1:8000/v1
-  echo "Name three rivers." | nanoflow chat --model Qwen/Qwen3-0.6B --temperature 0"""
+  echo "Name three rivers." | nanoflow chat --model Qwen/Qwen3-0.6B"""
 
 _COMMANDS_HELP = """\
 /help   this text
@@ -43,16 +48,13 @@ _SAMPLING = OptionGroup(
     kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS | {"n"}, defaults={"max_tokens": None}
 )
 
-Message = dict[str, str]
-Reply = Callable[[Sequence[Message]], Iterator[str]]
-
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:
     """Add `nanoflow chat`."""
     parser = add_command(commands, "chat", "talk to a model, here or on a server", _TEACH, _EXAMPLES)
-    parser.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
-    parser.add_argument("--url", metavar="URL", help="talk to the server there, for example http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", metavar="KEY", help="key that the server asks for")
+    parser.add_argument("--system", metavar="TEXT", help="System message that opens the conversation")
+    parser.add_argument("--url", metavar="URL", help="Talk to the server there, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--api-key", metavar="KEY", help="Key that the server asks for")
     _SAMPLING.add_to(parser)
     _ENGINE.add_to(parser)
     parser.set_defaults(run=run)
@@ -104,13 +106,15 @@ def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message
     asked = [*messages, {"role": "user", "content": line}]
     answer = ""
     try:
-        with closing(reply(asked)) as pieces:  # type: ignore[type-var]
+        with closing(reply(asked)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
                 answer += piece
     except KeyboardInterrupt:
         pass  # What has been said so far stays in the conversation.
     except (ValueError, OSError) as error:
+        if answer:
+            print()
         print(f"error: {error} (/reset forgets the conversation)", file=sys.stderr)
         return messages
     print()
@@ -146,7 +150,7 @@ def _served_model(client: httpx.Client) -> str:
         raise ConnectionError(f"no model to talk to at {client.base_url}: {error}") from error
 
 
-def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Iterator[str]:
+def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Generator[str]:
     import httpx
 
     try:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +23,14 @@ if TYPE_CHECKING:
     from nanoflow.outputs import CompletionOutput, RequestOutput
 
 _TEACH = """\
-Complete prompts with a model, in this process. Prompts are arguments, lines of --file or lines of standard input. A
-single prompt streams to the terminal; several run as one batch. --json prints one object a completion and line: prompt,
-text, token_ids, finish_reason."""
+Complete prompts with a model, in this process. Prompts are arguments, lines of
+--file or lines of standard input. A single prompt streams to the terminal;
+several run as one batch. --json prints one object a completion and line with
+prompt, text, token_ids and finish_reason."""
 
 _EXAMPLES = """\
   nanoflow generate "def fibonacci(n):"
-  nanoflow generate --model Qwen/Qwen3-0.6B --temperature 0 --max-tokens 64 "The capital of France is"
+  nanoflow generate --model Qwen/Qwen3-0.6B --temperature 0 "The capital of France is"
   nanoflow generate --file prompts.txt --json > completions.jsonl
   echo "import " | nanoflow generate -"""
 
@@ -38,18 +38,16 @@ _EXAMPLES = """\
 NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize"})
 
 _ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
-_SAMPLING = OptionGroup(
-    kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS, defaults={"max_tokens": 128}
-)
+_SAMPLING = OptionGroup(kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS, defaults={"max_tokens": 128})
 
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:
     """Add `nanoflow generate`."""
     parser = add_command(commands, "generate", "complete prompts in this process", _TEACH, _EXAMPLES)
     parser.usage = f"{parser.prog} [PROMPT ...] [options]"
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a prompt; - reads standard input, one a line")
-    parser.add_argument("--file", metavar="FILE", help="read prompts from a file, one a line; - is standard input")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a completion and line")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="A prompt; - reads standard input, one a line")
+    parser.add_argument("--file", metavar="FILE", help="Read prompts from a file, one a line; - is standard input")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object a completion and line")
     _SAMPLING.add_to(parser)
     _ENGINE.add_to(parser)
     parser.set_defaults(run=run)
@@ -114,8 +112,8 @@ def _lines(file: str) -> list[str]:
 def _print_stream(prompt: str, config: EngineConfig, params: SamplingParams) -> None:
     from nanoflow.cli.session import EngineSession
 
-    with EngineSession(config) as session, closing(session.stream(prompt, params)) as pieces:
-        for piece in pieces:
+    with EngineSession(config) as session:
+        for piece in session.stream(prompt, params):
             print(piece, end="", flush=True)
     print()
 
@@ -123,11 +121,8 @@ def _print_stream(prompt: str, config: EngineConfig, params: SamplingParams) -> 
 def _complete(prompts: list[str], config: EngineConfig, params: SamplingParams) -> list[RequestOutput]:
     from nanoflow.engine.llm import LLM
 
-    llm = LLM(**dataclasses.asdict(config))
-    try:
+    with LLM(**dataclasses.asdict(config)) as llm:
         return llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
-    finally:
-        llm.close()
 
 
 def _json_line(number: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:

@@ -16,15 +16,16 @@ from nanoflow.cli import bench, chat, env, generate, serve
 from nanoflow.cli.options import CommandParser
 
 _TEACH = """\
-nanoflow serves large language models at the speed the device allows: it fills every iteration up to a token budget
-and runs compute-, memory- and network-bound operations of different nano-batches at the same time."""
+nanoflow serves large language models at the speed the device allows: it fills
+every iteration up to a token budget and runs compute-, memory- and
+network-bound operations of different nano-batches at the same time."""
 
 _EXAMPLES = """\
 examples:
-  nanoflow generate "def fibonacci(n):"        complete a prompt with the small embedded model
-  nanoflow serve Qwen/Qwen3-0.6B               OpenAI-compatible server on http://127.0.0.1:8000/v1
-  nanoflow chat --url http://127.0.0.1:8000/v1  talk to it
-  nanoflow bench throughput --workload 512/512 measure
+  nanoflow generate "def fibonacci(n):"   complete with the small embedded model
+  nanoflow serve Qwen/Qwen3-0.6B          OpenAI-compatible server on port 8000
+  nanoflow chat --url http://127.0.0.1:8000/v1
+  nanoflow bench throughput --workload 512/512
 
 Every command explains itself: nanoflow COMMAND --help"""
 
@@ -43,7 +44,11 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 on an error, 130 when interrupted (2 leaves by argparse)."""
+    """Run the command line.
+
+    Returns:
+        Exit status: 0, 1 on an error, 130 when interrupted. A wrong command line leaves with 2 by `SystemExit`.
+    """
     args = build_parser().parse_args(argv)
     try:
         status: int = args.run(args)

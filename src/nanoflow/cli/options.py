@@ -43,11 +43,13 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
 
 
-def add_command(commands: Subcommands[CommandParser], name: str, summary: str, teach: str, examples: str) -> CommandParser:
+def add_command(
+    commands: Subcommands[CommandParser], name: str, summary: str, teach: str, examples: str
+) -> CommandParser:
     """Add a subcommand with its one-line summary, a paragraph that teaches and examples at the end."""
     parser = commands.add_parser(name, help=summary, description=teach, epilog=f"examples:\n{examples}")
     parser.usage = f"{parser.prog} [options]"
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (also: NANOFLOW_DEBUG=1)")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error (also: NANOFLOW_DEBUG=1)")
     return parser
 
 

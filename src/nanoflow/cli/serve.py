@@ -8,13 +8,14 @@ from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_co
 from nanoflow.config import ConfigError, EngineConfig, ServerConfig
 
 _TEACH = """\
-Load a model and answer the OpenAI API (/v1/completions, /v1/chat/completions, /v1/models) with /health and /metrics
-beside it. Requests are batched as they come. Ctrl-C or SIGTERM stops the server."""
+Load a model and answer the OpenAI API (/v1/completions, /v1/chat/completions,
+/v1/models) with /health and /metrics beside it. Requests are batched as they
+come. Ctrl-C or SIGTERM stops the server."""
 
 _EXAMPLES = """\
-  nanoflow serve                                     the small embedded model, on http://127.0.0.1:8000
-  nanoflow serve Qwen/Qwen3-0.6B --port 9000         a model of the Hugging Face Hub
-  nanoflow serve ./my-model --max-batch-tokens 4096  a folder, with a larger token budget
+  nanoflow serve                              the small embedded model
+  nanoflow serve Qwen/Qwen3-0.6B --port 9000  a model of the Hugging Face Hub
+  nanoflow serve ./my-model --max-batch-tokens 4096
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "default", "prompt": "import ", "max_tokens": 16}'"""
 
@@ -26,7 +27,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
     """Add `nanoflow serve`."""
     parser = add_command(commands, "serve", "OpenAI-compatible server for a model", _TEACH, _EXAMPLES)
     parser.usage = f"{parser.prog} [MODEL] [options]"
-    parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="same as --model")
+    parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="Same as --model")
     _SERVER.add_to(parser)
     _ENGINE.add_to(parser)
     parser.set_defaults(run=run)

@@ -1,15 +1,15 @@
 """`EngineSession`: an engine in this process whose completions a plain `for` loop reads as they grow.
 
-The engine's event loop runs in a thread of its own, so that Ctrl-C reaches the reader, who is in the main thread, and so
-that the engine stays alive while the main thread waits for a line of input. Knows nothing of terminals: see `chat.py`
-and `generate.py`.
+The engine's event loop runs in a thread of its own, so that Ctrl-C reaches the reader, who is in the main thread, and
+so that the engine is listened to while the main thread waits for a line of input. Knows nothing of terminals: see
+`chat.py` and `generate.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -33,7 +33,8 @@ class EngineSession:
     def __init__(self, config: EngineConfig) -> None:
         from nanoflow.engine.async_engine import AsyncEngine
 
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine session", daemon=True)
         self._thread.start()
         try:
@@ -57,10 +58,9 @@ class EngineSession:
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """The prompt that the model's chat template makes of a conversation."""
-        prompt: Prompt = self._engine.tokenizer.apply_chat_template(list(messages))
-        return prompt
+        return self._engine.tokenizer.apply_chat_template(list(messages))
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str]:
         """Yield the text of the completion (the first, if there are several) piece by piece.
 
         Closing the iterator aborts the request.
@@ -94,7 +94,7 @@ class EngineSession:
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        self._runner.close()  # cancels what still runs, such as a start that was interrupted
 
 
 def _raise_if_failed(completion: CompletionOutput, error: str | None) -> None:

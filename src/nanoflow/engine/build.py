@@ -101,7 +101,7 @@ def size_cache(
         ConfigError: The wanted length does not fit; the message has the numbers.
     """
     page_bytes = graph.kv_elements_per_token * dtype_bytes * config.page_size
-    wanted_len = config.max_model_len or model_config.max_position_embeddings
+    wanted_len = _wanted_len(config, model_config)
     num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, device)
     capacity = num_pages * config.page_size
     if capacity < wanted_len:
@@ -113,6 +113,16 @@ def size_cache(
             raise ConfigError(f"{numbers}: lower max_model_len or raise kv_cache_gib")
         logger.warning("%s: it is cut to %d", numbers, capacity)
     return num_pages, min(wanted_len, capacity)
+
+
+def _wanted_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
+    limit = model_config.max_context_len
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit and model_config.rope.rope_type != "dynamic":
+        raise ConfigError(f"max_model_len is {config.max_model_len}, the model was made for at most {limit} tokens")
+    return config.max_model_len
 
 
 def _affordable_pages(config: EngineConfig, wanted_len: int, page_bytes: int, device: torch.device) -> int:

@@ -28,7 +28,7 @@ class PipelinedExecutor:
         self, model: DeviceModel, plans: tuple[PipelinePlan, ...], *, max_batch_tokens: int, max_logits: int
     ) -> None:
         self._model = model
-        self._workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits)
+        self.workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits)
         self._steps = {plan.digest: self._bind(plan) for plan in plans}
 
     def _bind(self, plan: PipelinePlan) -> tuple[_Step, ...]:
@@ -46,12 +46,12 @@ class PipelinedExecutor:
         """
         if inputs.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {inputs.num_tokens}")
-        self._workspace.run_whole(self._model.graph.prologue, inputs)
+        self.workspace.run_whole(self._model.graph.prologue, inputs)
         for layer, op, planned in self._steps[plan.digest]:
             tokens = planned.of_scope(op.scope, inputs.num_tokens, inputs.num_decodes)
             if tokens.num_tokens:
-                self._workspace.run(op, layer, tokens, inputs)
+                self.workspace.run(op, layer, tokens, inputs)
 
     def logits(self, inputs: BatchInputs) -> Tensor:
         """Logits [S, V] of the rows `inputs.logit_tokens` of the batch just run; overwritten by the next call."""
-        return self._workspace.logits(inputs)
+        return self.workspace.logits(inputs)

@@ -247,11 +247,14 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     for holder in (options, fields):
         if holder.positive("partial_rotary_factor", 1.0) != 1.0:
             raise holder.error("partial_rotary_factor", "must be 1: partly rotated heads are not served")
+    theta = options.positive("rope_theta", fields.positive("rope_theta", 10000.0))
+    if theta <= 1.0:
+        raise fields.error("rope_theta", f"must exceed 1, got {theta:g}")
     # A value outside the rope parameters is the trained length itself and wins, as in transformers.
     holder = fields if fields.has("original_max_position_embeddings") else options
     return RopeConfig(
         rope_type=options.text("rope_type", options.text("type", "default")),
-        theta=options.positive("rope_theta", fields.positive("rope_theta", 10000.0)),
+        theta=theta,
         original_max_len=holder.positive_int("original_max_position_embeddings", max_position_embeddings),
         options=options,
     )

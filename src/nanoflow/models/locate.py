@@ -33,7 +33,7 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         folder = Path(str(importlib.resources.files("nanoflow"))) / "default_model"
     elif folder.is_file():
         raise ModelError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
-    elif not folder.is_dir():
+    elif not model or not folder.is_dir():
         folder = _fetch(model, revision)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {model!r}: {folder} has no config.json")

@@ -1,7 +1,8 @@
 """Fill a graph's parameters, from safetensors files or at random. The only file of `models/` that knows torch.
 
 Names and shapes of a whole checkpoint are checked from the files' headers before any memory is allocated. Then each
-tensor is copied straight into its slice of its fused parameter, so the peak is the model plus one tensor.
+tensor is copied from the mapped file straight into its slice of its fused parameter, so the peak is the model plus at
+most one tensor (pages of the mapped file come on top, but the system may take those back).
 """
 
 from __future__ import annotations
@@ -151,9 +152,14 @@ def _index_files(path: Path) -> list[str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not an index of safetensors files ({type(error).__name__}: {error})") from None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: weight_map must map names of tensors to files")
-    return sorted(set(weight_map.values()))
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        # A checkpoint may not reach for files outside its folder.
+        if Path(name).name != name:
+            raise ModelError(f"{path} names {name!r}, which is no file name")
+    return names
 
 
 def _nothing_to_read(folder: Path) -> str:

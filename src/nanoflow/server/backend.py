@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.engine.observer import Observer
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -37,13 +38,15 @@ class ServingTokenizer(Protocol):
 class ServingEngine(Protocol):
     """An engine that generates for many requests at once."""
 
+    observer: Observer | None
+
     @property
     def facts(self) -> EngineFacts:
         """What is loaded."""
 
     @property
-    def tokenizer(self) -> ServingTokenizer:
-        """The model's tokenizer."""
+    def tokenizer(self) -> ServingTokenizer | None:
+        """The model's tokenizer; None if there is none, as with random weights in a benchmark."""
 
     @property
     def stats(self) -> EngineStats:

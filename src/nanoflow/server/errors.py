@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `ApiError`, the handlers that make every failure one, and how the OpenAPI document shows them.
+"""Errors in OpenAI's shape: `ApiError`, the handlers that make every failure one, and what the OpenAPI document says.
 
 A message is written for the one who sent the request: it says what to change, and nothing of the server's inside.
 """
@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from nanoflow.engine.async_engine import EngineDeadError
+from nanoflow.engine.errors import EngineDeadError
 from nanoflow.server.responses import ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -99,11 +99,11 @@ def as_api_error(problem: Exception) -> ApiError:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Give every failure of the app OpenAI's error body."""
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_body)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnectedError, _on_disconnect)
-    app.add_exception_handler(Exception, _on_unforeseen)
+    app.exception_handler(ApiError)(_on_api_error)
+    app.exception_handler(RequestValidationError)(_on_invalid_body)
+    app.exception_handler(HTTPException)(_on_http_exception)
+    app.exception_handler(ClientDisconnectedError)(_on_disconnect)
+    app.exception_handler(Exception)(_on_unforeseen)
 
 
 async def _on_api_error(_request: Request, problem: ApiError) -> Response:
@@ -114,7 +114,7 @@ async def _on_unforeseen(_request: Request, _problem: Exception) -> Response:
     return ApiError(500, "internal error; the server's log says more").response()  # starlette raises it on, to the log
 
 
-async def _on_disconnect(_request: Request, _problem: Exception) -> Response:
+async def _on_disconnect(_request: Request, _problem: ClientDisconnectedError) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

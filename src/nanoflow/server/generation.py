@@ -1,7 +1,7 @@
 """One call to the engine: several prompts at once, and what is new of each of their completions.
 
-The engine's outputs grow in place; a `Cursor` remembers how much of a completion was shown. Complete answers are what is
-new since nothing was shown, so that streams and answers are made by the same code. Knows nothing of JSON shapes.
+The engine's outputs grow in place; a `Cursor` remembers how much of a completion was shown. A complete answer is what
+is new since nothing was shown, so that streams and answers are made by the same code. Knows nothing of JSON shapes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Log probabilities in the three shapes clients read: legacy completions, chat, and prompt log probabilities.
 
-`PositionLogprobs` (from `outputs.py`) comes in, typed dictionaries of `responses.py` go out. Knows no HTTP and no engine.
+`PositionLogprobs` of `outputs.py` come in, typed dictionaries of `responses.py` go out. Knows no HTTP and no engine.
 """
 
 from __future__ import annotations

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from nanoflow.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 
@@ -21,6 +31,7 @@ INT64_MAX = 2**63 - 1
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
+    "tool_calls": (None, []),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
@@ -40,11 +51,22 @@ _SAMPLING_FIELDS = (
     *("min_tokens", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output"),
 )
 
+
+def _check_unicode(text: str) -> str:
+    """Refuse lone surrogates: JSON can escape them, but they are no characters and nothing after us can encode them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid Unicode: it has a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[Text, Field(min_length=1)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -52,7 +74,7 @@ def _kind_of_prompt(value: Any) -> str:
     """Name the one form of the four that a prompt can only be, so that an error speaks of that form."""
     if not isinstance(value, list):
         return "<text>"
-    kinds = {str: "<texts>", list: "<token id lists>"}
+    kinds: dict[type, str] = {str: "<texts>", list: "<token id lists>"}
     return kinds.get(type(value[0]), "<token ids>") if value else "<token ids>"
 
 
@@ -61,7 +83,7 @@ def _text_or_list(value: Any) -> str:
 
 
 PromptField = Annotated[
-    Annotated[str, Tag("<text>")]
+    Annotated[Text, Tag("<text>")]
     | Annotated[Texts, Tag("<texts>")]
     | Annotated[TokenIds, Tag("<token ids>")]
     | Annotated[TokenIdLists, Tag("<token id lists>")],
@@ -98,7 +120,7 @@ class StreamOptions(RequestBody):
 class SamplingFields(RequestBody):
     """What completions and chat completions have in common."""
 
-    model: str | None = Field(None, description="Name of the served model; may be left out")
+    model: Text | None = Field(None, description="Name of the served model; may be left out")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -187,9 +209,9 @@ class CompletionRequest(SamplingFields):
             raise ValueError("max_tokens must be at least 1 unless echo is true")
         return self
 
-    def to_params(self) -> SamplingParams:
+    def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine, which always generates a token: with `is_echo_only` it is to be hidden."""
-        more: dict[str, Any] = {"logprobs": self.logprobs}
+        more: dict[str, Any] = {"logprobs": self.logprobs, "detokenize": can_detokenize}
         if self.max_tokens is not None:
             more["max_tokens"] = max(self.max_tokens, 1)
         if self.echo and self.logprobs is not None:
@@ -201,11 +223,11 @@ class TextPart(RequestBody):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 ContentField = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
+    Annotated[Text, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
     Discriminator(_text_or_list),
 ]
 
@@ -258,9 +280,10 @@ class ChatCompletionRequest(SamplingFields, Conversation):
             raise ValueError("top_logprobs needs logprobs=true")
         return value
 
-    def to_params(self) -> SamplingParams:
+    def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine."""
         return self.sampling(
+            detokenize=can_detokenize,
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -269,8 +292,8 @@ class ChatCompletionRequest(SamplingFields, Conversation):
 class TokenizeRequest(Conversation):
     """Body of POST /tokenize: a prompt or messages."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a prompt; true if not given")
 
@@ -284,6 +307,6 @@ class TokenizeRequest(Conversation):
 class DetokenizeRequest(RequestBody):
     """Body of POST /detokenize."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: list[TokenId]
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out; false if not given")

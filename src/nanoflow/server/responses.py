@@ -1,14 +1,14 @@
 """Bodies of answers, as the OpenAPI document shows them and as the routes build them.
 
-Typed dictionaries: a chunk of a stream costs one dict and one encoding. Bodies of requests: `protocol.py`; the error body
-is built in `errors.py`.
+Typed dictionaries: a chunk of a stream costs one dict and one encoding. Bodies of requests stand in `protocol.py`; the
+error body is built in `errors.py`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict  # pydantic asks for this one below Python 3.12
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 
 class ErrorDetail(TypedDict):

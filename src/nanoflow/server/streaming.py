@@ -1,8 +1,8 @@
 """Server-sent events, and calls that end when their client goes away.
 
 Routes hand over a generator of chunks; this file encodes them, sends them and watches the connection. It waits for
-`http.disconnect` beside the work instead of asking now and then, so that an idle engine queue notices too. Knows nothing
-of what the chunks say.
+`http.disconnect` beside the work instead of asking now and then, so that a call that waits in the queue ends too. Knows
+nothing of what the chunks say.
 """
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ T = TypeVar("T")
 Chunks = AsyncGenerator[Any, None]
 
 DONE = b"data: [DONE]\n\n"
+
+# For the OpenAPI document: each event carries a chunk in JSON, the last one says [DONE].
+EVENT_STREAM_CONTENT: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+            "required": ["data"],
+        }
+    }
+}
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -56,7 +67,7 @@ async def open_stream(receive: Receive, chunks: Chunks) -> Response:
         ApiError: The first chunk could not be made.
     """
     try:
-        first = await while_connected(receive, anext(chunks))  # type: ignore[arg-type]
+        first = await while_connected(receive, anext(chunks))
     except BaseException:
         await chunks.aclose()
         raise

@@ -1,0 +1,91 @@
+"""`nanoflow bench throughput` and `nanoflow bench serve`: measure, print a table, write the record.
+
+What is measured and how stands in `nanoflow/bench/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanoflow.bench.config import BenchConfig, LoadConfig
+from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
+from nanoflow.config import EngineConfig
+
+if TYPE_CHECKING:
+    from nanoflow.bench.record import BenchRecord
+
+_TEACH = """\
+Measure speed. `throughput` runs the engine in this process with all requests at
+once; `serve` puts load on a running OpenAI-compatible server. Prompts are random
+token ids, completions have fixed length, the end of sequence is ignored. --json
+writes everything needed to judge or repeat the run."""
+
+_EXAMPLES = """\
+  nanoflow bench throughput --workload 512/512
+  nanoflow bench serve --url http://127.0.0.1:8000/v1 --request-rate 4"""
+
+_TEACH_THROUGHPUT = """\
+Load a model in this process, give it all requests at once and report tokens/s
+and latencies. --load-format random measures an architecture without its weights.
+Exit status 1 if a request failed."""
+
+_EXAMPLES_THROUGHPUT = """\
+  nanoflow bench throughput --workload 32/32 --num-requests 64
+  nanoflow bench throughput --model ./my-model --workload 1024/512 --repeats 3 --json run.json
+  nanoflow bench throughput --model ./my-model --workload trace:lengths.csv"""
+
+_TEACH_SERVE = """\
+Send prompts of token ids to a server's /v1/completions, with Poisson arrivals or
+all at once, and report rates, latencies and, with --goodput, the requests/s that
+meet every limit. Needs a server that understands ignore_eos and streams usage.
+Failed requests are counted by reason; exit status 1 if there are any."""
+
+_EXAMPLES_SERVE = """\
+  nanoflow bench serve --workload 128/64 --num-requests 100 --request-rate 8
+  nanoflow bench serve --max-concurrency 32 --workload 512/512 --json run.json
+  nanoflow bench serve --request-rate 4 --goodput ttft_ms:200 tpot_ms:50"""
+
+_BENCH = OptionGroup(kind=BenchConfig, title="workload and measurement")
+_LOAD = OptionGroup(kind=LoadConfig, title="server and load")
+_ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
+
+
+def add_parser(commands: Subcommands[CommandParser]) -> None:
+    """Add `nanoflow bench` and its two benchmarks."""
+    parser = add_command(commands, "bench", "measure throughput and latency", _TEACH, _EXAMPLES)
+    parser.usage = f"{parser.prog} BENCHMARK [options]"
+    benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", prog=parser.prog, required=True)
+    throughput = add_command(
+        benchmarks, "throughput", "the engine in this process", _TEACH_THROUGHPUT, _EXAMPLES_THROUGHPUT
+    )
+    serve = add_command(benchmarks, "serve", "a running server", _TEACH_SERVE, _EXAMPLES_SERVE)
+    for benchmark, group, run in ((throughput, _ENGINE, run_throughput), (serve, _LOAD, run_serve)):
+        _BENCH.add_to(benchmark)
+        group.add_to(benchmark)
+        benchmark.set_defaults(run=run)
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    """Measure the engine in this process."""
+    from nanoflow.bench import offline
+
+    return _report(offline.run_throughput(_ENGINE.read(args), _BENCH.read(args)))
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Measure a server."""
+    from nanoflow.bench import online
+
+    return _report(online.run_serve(_LOAD.read(args), _BENCH.read(args)))
+
+
+def _report(record: BenchRecord) -> int:
+    """Print the table, write the record where asked for, and return 1 if a request failed."""
+    from nanoflow.bench.record import format_table, write_record
+
+    print(format_table(record.repeats))
+    if record.workload.json is not None:
+        write_record(record, Path(record.workload.json))
+    return 1 if any(run.num_failed for run in record.repeats) else 0

@@ -1,0 +1,237 @@
+"""`LLM`: complete prompts in this process, all together, in the calling thread.
+
+It drives the engine's loop itself and returns when every prompt is done. What happens to tokens is `output.py`'s to know;
+for requests that come one by one there is `async_engine.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from nanoflow.config import DEFAULT_MODEL, EngineConfig, from_kwargs
+from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.output import OutputProcessor
+from nanoflow.engine.prompts import PromptInput, read_prompt
+from nanoflow.engine.tokenizer import ChatMessage, Tokenizer, load_tokenizer
+from nanoflow.outputs import RequestOutput
+from nanoflow.request import Request, SamplingParams
+
+Conversation = Sequence[ChatMessage]
+ParamsInput = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A loaded model that completes prompts.
+
+    Close it, or use it in a `with` block, to free the model.
+
+    Args:
+        model: Model folder, Hugging Face Hub name, or "default" for the small embedded model.
+        **options: Any other field of `EngineConfig`, e.g. `dtype="bfloat16"`, `max_batch_tokens=1024`.
+
+    Raises:
+        ConfigError: An option does not exist (the message names the nearest one) or has a value it cannot have.
+        ModelError, TokenizerError: The model or its tokenizer cannot be loaded. All of these are ValueErrors.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
+        # Only here is torch needed.
+        from nanoflow.engine.build import build_engine
+
+        config = from_kwargs(EngineConfig, {"model": model, **options})
+        self._tokenizer = load_tokenizer(config)
+        self._engine = build_engine(config, show_progress=sys.stderr.isatty())
+        self._processor = OutputProcessor(self._engine.facts, self._tokenizer, seed=config.seed)
+        self._num_requests = 0
+        self._is_closed = False
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What is loaded: sizes, limits, device."""
+        return self._engine.facts
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ValueError if it has none."""
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer")
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: ParamsInput = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many. Ctrl-C drops them all and leaves the model ready for the next call.
+
+        Args:
+            prompts: One prompt or a list of them: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+            sampling_params: For all prompts, or one for each; `SamplingParams()` if not given.
+            use_tqdm: Show a progress bar.
+
+        Returns:
+            One output a prompt, in their order. One that failed alone has finish reason "error" and says why in `error`.
+
+        Raises:
+            ValueError: A prompt cannot be served; the message names its place, and no prompt has run.
+            EngineDeadError: The model has been closed.
+        """
+        inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        all_params = _params_of_each(sampling_params, len(inputs))
+        self._check_open()
+        try:
+            outputs = self._add_all(inputs, all_params)
+            self._run(len(outputs), is_shown=use_tqdm)
+        except BaseException:
+            self._abort_all()
+            raise
+        return outputs
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: ParamsInput = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, by the model's chat template.
+
+        Args:
+            messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them.
+            sampling_params: As for `generate`.
+            add_generation_prompt: Open the assistant's turn.
+            continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
+            use_tqdm: Show a progress bar.
+
+        Raises:
+            ValueError: As for `generate`, or there is no chat template, or it refuses the messages.
+        """
+        tokenizer = self.get_tokenizer()
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Free the model; it completes nothing afterwards."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._engine.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineDeadError("this LLM has been closed")
+
+    def _add_all(self, inputs: Sequence[Any], all_params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Hand all requests to the engine, once every one of them has been checked."""
+        outputs, all_requests = [], []
+        for place, (prompt, params) in enumerate(zip(inputs, all_params, strict=True)):
+            with _naming_place(place, len(inputs)):
+                output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), params)
+            outputs.append(output)
+            all_requests.append(requests)
+        for place, requests in enumerate(all_requests):
+            with _naming_place(place, len(inputs)):
+                self._add_to_engine(requests)
+        return outputs
+
+    def _add_to_engine(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._engine.add(request)
+
+    def _new_id(self) -> str:
+        self._num_requests += 1
+        return str(self._num_requests - 1)
+
+    def _run(self, num_requests: int, *, is_shown: bool) -> None:
+        """Step until the engine has nothing left to do."""
+        start_s, num_tokens = time.monotonic(), 0
+        bar = tqdm(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
+        with bar, _interrupts_deferred() as raise_if_interrupted:
+            while self._engine.has_work:
+                raise_if_interrupted()
+                step = self._engine.step()
+                for _ in self._processor.process(step):
+                    pass
+                self._engine.abort(self._processor.take_stopped())
+                num_tokens += len(step.token_ids)
+                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - start_s):.0f} output tokens/s", refresh=False)
+                bar.update(num_requests - len(self._processor) - bar.n)
+
+    def _abort_all(self) -> None:
+        self._engine.abort(self._processor.abort_all())
+        while self._engine.has_work:
+            self._engine.step()
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+def _params_of_each(sampling_params: ParamsInput, num_prompts: int) -> Sequence[SamplingParams]:
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    if len(sampling_params) != num_prompts:
+        raise ValueError(f"there are {len(sampling_params)} sampling_params for {num_prompts} prompts")
+    return sampling_params
+
+
+@contextmanager
+def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
+    """Say in a ValueError which of several prompts it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if num_prompts == 1:
+            raise
+        raise ValueError(f"prompt {place}: {error}") from error
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[Callable[[], None]]:
+    """Keep Ctrl-C from falling into the middle of a step; yields what raises it, to be called between steps.
+
+    Elsewhere than in the main thread, or where the program handles Ctrl-C itself, nothing is changed.
+    """
+    pending: list[int] = []
+
+    def raise_if_interrupted() -> None:
+        if pending:
+            raise KeyboardInterrupt
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield raise_if_interrupted
+        return
+    signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
+    try:
+        yield raise_if_interrupted
+        raise_if_interrupted()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,122 @@
+"""The border where prompts come in: what users may write becomes a `Prompt`, a `Prompt` the requests of the engine.
+
+Everything that is wrong with a request alone is said here, in one line. What happens to requests is not known here: see
+`output.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.request import Request, SamplingParams
+from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
+
+PromptInput = str | Sequence[int] | Mapping[str, Any]
+"""A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+_NUM_SEEDS = 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What to complete.
+
+    Attributes:
+        text: As given; None if it came as token ids.
+        token_ids: Tokens, beginning of sequence included if the model wants one.
+    """
+
+    text: str | None
+    token_ids: list[int]
+
+
+def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
+    """Read any of the forms of a prompt; a text is encoded with the model's special tokens.
+
+    Raises:
+        ValueError: It is none of the forms, or a text while there is no tokenizer.
+    """
+    if isinstance(prompt, Mapping):
+        prompt = _only_value(prompt)
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
+        return Prompt(text=prompt, token_ids=tokenizer.encode(prompt))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise ValueError(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
+    _require_ints("a prompt's token ids", prompt)
+    return Prompt(text=None, token_ids=list(prompt))
+
+
+def make_requests(
+    prompt: Prompt,
+    params: SamplingParams,
+    *,
+    facts: EngineFacts,
+    first_id: int,
+    first_seed: int,
+    eos_token_ids: tuple[int, ...],
+    arrival_s: float,
+) -> list[Request]:
+    """The `n` requests of a prompt; request i has id `first_id + i` and seed `first_seed + i`.
+
+    Only the first one scores the prompt: the others would get the same.
+
+    Raises:
+        ValueError: The prompt is empty or leaves no room in the context, or a token id is out of the vocabulary.
+    """
+    _require_ints("stop_token_ids", params.stop_token_ids or ())
+    _require_ints("the token ids of logit_bias", params.logit_bias or ())
+    room = max(facts.max_model_len - len(prompt.token_ids), 0)
+    first = Request(
+        request_id=first_id,
+        prompt_token_ids=prompt.token_ids,
+        params=params,
+        seed=first_seed % _NUM_SEEDS,
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        eos_token_ids=() if params.ignore_eos else eos_token_ids,
+        arrival_s=arrival_s,
+    )
+    _check(first, facts)
+    others = dataclasses.replace(params, prompt_logprobs=None)
+    return [first] + [
+        dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
+        for i in range(1, params.n)
+    ]
+
+
+def _only_value(prompt: Mapping[str, Any]) -> Any:
+    if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+        names = ", ".join(map(repr, prompt)) or "nothing"
+        raise ValueError(f"a prompt's mapping has either 'prompt' or 'prompt_token_ids', got {names}")
+    name, value = next(iter(prompt.items()))
+    if isinstance(value, str) != (name == "prompt"):
+        raise ValueError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
+    return value
+
+
+def _require_ints(name: str, values: Iterable[object]) -> None:
+    wrong = set(map(type, values)) - {int}
+    if wrong:
+        raise ValueError(f"{name} must be integers, got {min(kind.__name__ for kind in wrong)}")
+
+
+def _check(request: Request, facts: EngineFacts) -> None:
+    """What the scheduler checks, before the request is sent to it."""
+    limits = SchedulerLimits(
+        max_batch_tokens=facts.max_batch_tokens,
+        max_num_seqs=facts.max_num_seqs,
+        max_model_len=facts.max_model_len,
+        num_pages=facts.num_pages,
+        page_size=facts.page_size,
+        vocab_size=facts.vocab_size,
+    )
+    try:
+        checked_prompt(request, limits)
+    except OverflowError:
+        raise ValueError(f"prompt: a token id is not in the vocabulary 0..{facts.vocab_size - 1}") from None

@@ -1,0 +1,137 @@
+"""POST /v1/chat/completions: the assistant's next turn in a conversation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+
+from nanoflow.outputs import RequestOutput
+from nanoflow.server.errors import ERROR_RESPONSES, json_response
+from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
+from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
+from nanoflow.server.protocol import ChatCompletionRequest
+from nanoflow.server.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    ChatLogprobs,
+    Usage,
+)
+from nanoflow.server.service import Service
+from nanoflow.server.streaming import EVENT_STREAM_CONTENT, open_stream, while_connected
+
+
+def chat_router(service: Service) -> APIRouter:
+    """The route of chat completions."""
+    router = APIRouter(tags=["generate"])
+    responses = {**ERROR_RESPONSES, 200: {"model": ChatCompletionResponse, "content": EVENT_STREAM_CONTENT}}
+
+    @router.post("/v1/chat/completions", responses=responses)
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation; with `stream` in server-sent events."""
+        service.check_model(body.model)
+        params = service.sampling(body)
+        prompt = await while_connected(request.receive, service.encode_chat(body.messages, body))
+        call = Call(engine=service.engine, prompts=[prompt], params=params, call_id=new_id("chatcmpl"))
+        chat = _Chat(service=service, body=body, call=call)
+        if body.stream:
+            return await open_stream(request.receive, chat.chunks())
+        return json_response(await while_connected(request.receive, chat.answer()))
+
+    return router
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chat:
+    """One call of the route."""
+
+    service: Service
+    body: ChatCompletionRequest
+    call: Call
+
+    async def answer(self) -> ChatCompletionResponse:
+        """Generate everything, then answer."""
+        (output,) = await self.call.outputs()
+        response: ChatCompletionResponse = {
+            "id": self.call.call_id,
+            "object": "chat.completion",
+            "created": self.call.created,
+            "model": self.service.model_name,
+            "choices": self._choices(output),
+            "usage": count_usage([output]),
+        }
+        if self.body.prompt_logprobs is not None:
+            response["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.service.token_text)
+        return response
+
+    async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
+        """Answer piece by piece: for each choice its role first, then its text."""
+        cursors: defaultdict[int, Cursor] = defaultdict(Cursor)
+        last: list[RequestOutput] = []
+        async with aclosing(self.call.news()) as news:
+            async for _, output in news:
+                last = [output]
+                for completion in output.outputs:
+                    delta = cursors[completion.index].advance(completion)
+                    if delta is None:
+                        continue
+                    if delta.is_first:
+                        yield self._chunk([_role_choice(completion.index)], None)
+                    yield self._chunk([self._chunk_choice(completion.index, delta)], None)
+        if self.body.has_usage_chunk:
+            yield self._chunk([], count_usage(last))
+
+    def _choices(self, output: RequestOutput) -> list[ChatChoice]:
+        return [
+            {
+                "index": completion.index,
+                "message": {"role": "assistant", "content": delta.text},
+                "logprobs": self._logprobs(delta),
+                "finish_reason": delta.finish_reason,
+                "stop_reason": delta.stop_reason,
+            }
+            for completion in output.outputs
+            if (delta := Cursor().advance(completion)) is not None
+        ]
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
+        chunk: ChatCompletionChunk = {
+            "id": self.call.call_id,
+            "object": "chat.completion.chunk",
+            "created": self.call.created,
+            "model": self.service.model_name,
+            "choices": choices,
+        }
+        if self.body.has_usage_chunk:
+            chunk["usage"] = usage
+        return chunk
+
+    def _chunk_choice(self, index: int, delta: Delta) -> ChatChunkChoice:
+        return {
+            "index": index,
+            "delta": {"content": delta.text},
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        if delta.logprobs is None:
+            return None
+        num_top = self.body.top_logprobs or 0
+        return chat_logprobs(delta.token_ids, delta.logprobs, num_top=num_top, token_text=self.service.token_text)
+
+
+def _role_choice(index: int) -> ChatChunkChoice:
+    return {
+        "index": index,
+        "delta": {"role": "assistant", "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+    }

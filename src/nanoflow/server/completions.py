@@ -1,0 +1,141 @@
+"""POST /v1/completions: text that continues a prompt, or several prompts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request, Response
+
+from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from nanoflow.server.errors import ERROR_RESPONSES, json_response
+from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
+from nanoflow.server.logprobs import completion_logprobs, prompt_logprobs
+from nanoflow.server.protocol import CompletionRequest
+from nanoflow.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
+from nanoflow.server.service import Service
+from nanoflow.server.streaming import EVENT_STREAM_CONTENT, open_stream, while_connected
+
+
+def completions_router(service: Service) -> APIRouter:
+    """The route of completions."""
+    router = APIRouter(tags=["generate"])
+    responses = {**ERROR_RESPONSES, 200: {"model": CompletionResponse, "content": EVENT_STREAM_CONTENT}}
+
+    @router.post("/v1/completions", responses=responses)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text; with `stream` in server-sent events."""
+        service.check_model(body.model)
+        call = Call(engine=service.engine, prompts=body.prompts, params=service.sampling(body), call_id=new_id("cmpl"))
+        completion = _Completion(service=service, body=body, call=call)
+        if body.stream:
+            return await open_stream(request.receive, completion.chunks())
+        return json_response(await while_connected(request.receive, completion.answer()))
+
+    return router
+
+
+@dataclass(slots=True, kw_only=True)
+class _ShownChoice:
+    """How much of one choice was shown: of its completion, and of the text that its log probabilities add up to."""
+
+    cursor: Cursor = field(default_factory=Cursor)
+    text_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Completion:
+    """One call of the route."""
+
+    service: Service
+    body: CompletionRequest
+    call: Call
+
+    async def answer(self) -> CompletionResponse:
+        """Generate everything, then answer."""
+        outputs = await self.call.outputs()
+        choices = [
+            choice
+            for index, output in enumerate(outputs)
+            for completion in output.outputs
+            if (choice := self._choice(index, output, completion, _ShownChoice())) is not None
+        ]
+        if self.body.prompt_logprobs is not None:
+            for choice in choices:
+                places = outputs[choice["index"] // self.call.params.n].prompt_logprobs or []
+                choice["prompt_logprobs"] = prompt_logprobs(places, self.service.token_text)
+        return self._response(choices, self._usage(outputs))
+
+    async def chunks(self) -> AsyncGenerator[CompletionResponse, None]:
+        """Answer piece by piece."""
+        shown: defaultdict[int, _ShownChoice] = defaultdict(_ShownChoice)
+        last: dict[int, RequestOutput] = {}
+        async with aclosing(self.call.news()) as news:
+            async for index, output in news:
+                last[index] = output
+                for completion in output.outputs:
+                    state = shown[self.call.choice_index(index, completion)]
+                    choice = self._choice(index, output, completion, state)
+                    if choice is not None:
+                        yield self._response([choice], None)
+        if self.body.has_usage_chunk:
+            yield self._response([], self._usage(last.values()))
+
+    def _usage(self, outputs: Iterable[RequestOutput]) -> Usage:
+        return count_usage(outputs, is_completion_hidden=self.body.is_echo_only)
+
+    def _response(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:
+        response: CompletionResponse = {
+            "id": self.call.call_id,
+            "object": "text_completion",
+            "created": self.call.created,
+            "model": self.service.model_name,
+            "choices": choices,
+        }
+        if usage is not None or self.body.has_usage_chunk:
+            response["usage"] = usage
+        return response
+
+    def _choice(
+        self, index: int, output: RequestOutput, completion: CompletionOutput, shown: _ShownChoice
+    ) -> CompletionChoice | None:
+        """What is new of a completion of prompt `index`, the echoed prompt before it; None if nothing is."""
+        delta = shown.cursor.advance(completion)
+        if delta is None:
+            return None
+        is_echoed = bool(self.body.echo) and delta.is_first
+        text = "" if self.body.is_echo_only else delta.text
+        return {
+            "index": self.call.choice_index(index, completion),
+            "text": self._prompt_text(output) + text if is_echoed else text,
+            "logprobs": self._logprobs(output if is_echoed else None, delta, shown),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        return self.service.tokenizer.decode(
+            output.prompt_token_ids, skip_special_tokens=self.call.params.skip_special_tokens
+        )
+
+    def _logprobs(self, echoed: RequestOutput | None, delta: Delta, shown: _ShownChoice) -> CompletionLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        token_ids: list[int] = []
+        places: Sequence[PositionLogprobs | None] = []
+        if echoed is not None:
+            token_ids, places = echoed.prompt_token_ids, echoed.prompt_logprobs or []
+        if not self.body.is_echo_only:
+            token_ids, places = [*token_ids, *delta.token_ids], [*places, *(delta.logprobs or [])]
+        logprobs = completion_logprobs(
+            token_ids,
+            places,
+            text_offset=shown.text_offset,
+            token_text=self.service.token_text,
+        )
+        shown.text_offset += sum(map(len, logprobs["tokens"]))
+        return logprobs

@@ -1,0 +1,69 @@
+"""What every route works with: the engine, the name it is served under, and the options of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nanoflow.config import DEFAULT_MODEL, ServerConfig
+from nanoflow.request import SamplingParams
+from nanoflow.server.backend import ChatMessage, ServingEngine, ServingTokenizer
+from nanoflow.server.errors import ApiError, user_errors
+from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, Conversation, Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """One served model.
+
+    Attributes:
+        engine: Who generates.
+        config: Options of the server.
+        started: Seconds since 1970.
+    """
+
+    engine: ServingEngine
+    config: ServerConfig
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.config.served_model_name or DEFAULT_MODEL
+
+    @property
+    def tokenizer(self) -> ServingTokenizer:
+        """The model's tokenizer; a call that cannot do without is refused (400) if there is none."""
+        if self.engine.tokenizer is None:
+            raise ApiError(400, "this model has no tokenizer: it takes and gives token ids only")
+        return self.engine.tokenizer
+
+    def sampling(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
+        """Parameters of a call; without a tokenizer there is no text."""
+        with user_errors():
+            return body.to_params(can_detokenize=self.engine.tokenizer is not None)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token; its id if there is no tokenizer."""
+        tokenizer = self.engine.tokenizer
+        return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not the served one (404); None is the served one."""
+        if name is not None and name != self.model_name:
+            message = f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, made beside the event loop: a long text takes a while."""
+        with user_errors():
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[Message], conversation: Conversation) -> list[int]:
+        """Token ids of a conversation, made beside the event loop."""
+        turns: list[ChatMessage] = [{"role": message.role, "content": message.text} for message in messages]
+        template = self.tokenizer.apply_chat_template
+        with user_errors():
+            return await asyncio.to_thread(template, turns, **conversation.template_options)

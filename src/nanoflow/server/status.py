@@ -1,0 +1,115 @@
+"""Everything but generating: models, tokens, health, version and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Response
+
+import nanoflow
+from nanoflow.server.errors import ERROR_RESPONSES, ApiError, user_errors
+from nanoflow.server.metrics import ServerMetrics
+from nanoflow.server.protocol import DetokenizeRequest, TokenizeRequest
+from nanoflow.server.responses import (
+    DetokenizeResponse,
+    HealthResponse,
+    ModelCard,
+    ModelList,
+    RootResponse,
+    TokenizeResponse,
+    VersionResponse,
+)
+from nanoflow.server.service import Service
+
+
+def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
+    """Routes that say how the server is."""
+    router = APIRouter(tags=["status"], responses=ERROR_RESPONSES)
+
+    @router.get("/", include_in_schema=False)
+    async def root() -> RootResponse:
+        """Where to go from here."""
+        return {"name": "nanoflow", "model": service.model_name, "api": "/v1", "docs": "/docs"}
+
+    @router.get("/health")
+    async def health() -> HealthResponse:
+        """Succeed while the engine loop gives signs of life."""
+        engine, age_s = service.engine, service.engine.heartbeat_age_s
+        if not engine.is_alive:
+            raise ApiError(503, "the engine does not run", code="engine_dead")
+        if age_s > service.config.heartbeat_timeout_s:
+            raise ApiError(503, f"the engine has been silent for {age_s:.0f} s", code="engine_silent")
+        stats = engine.stats
+        return {
+            "status": "ok",
+            "heartbeat_age_s": age_s,
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+        }
+
+    @router.get("/version")
+    async def version() -> VersionResponse:
+        """Version of nanoflow."""
+        return {"version": nanoflow.__version__}
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics_text() -> Response:
+        """Metrics for Prometheus."""
+        return Response(metrics.render(), media_type=metrics.content_type)
+
+    return router
+
+
+def models_router(service: Service) -> APIRouter:
+    """Routes that say what is served."""
+    router = APIRouter(tags=["models"], responses=ERROR_RESPONSES)
+
+    def card() -> ModelCard:
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "nanoflow",
+            "max_model_len": service.engine.facts.max_model_len,
+        }
+
+    @router.get("/v1/models")
+    async def list_models() -> ModelList:
+        """The served model."""
+        return {"object": "list", "data": [card()]}
+
+    @router.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> ModelCard:
+        """One model."""
+        service.check_model(model_id)
+        return card()
+
+    return router
+
+
+def tokens_router(service: Service) -> APIRouter:
+    """Routes between text and tokens."""
+    router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """Token ids of a prompt or of a conversation."""
+        service.check_model(body.model)
+        if body.messages is not None:
+            tokens = await service.encode_chat(body.messages, body)
+        else:
+            tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        return {"count": len(tokens), "max_model_len": service.engine.facts.max_model_len, "tokens": tokens}
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """Text of token ids."""
+        service.check_model(body.model)
+        vocab_size = service.engine.facts.vocab_size
+        if any(token_id >= vocab_size for token_id in body.tokens):
+            raise ApiError(400, f"tokens must be below the vocabulary size, {vocab_size}", param="tokens")
+        decode, is_skipping = service.tokenizer.decode, body.skip_special_tokens is True
+        with user_errors():
+            return {"prompt": await asyncio.to_thread(decode, body.tokens, skip_special_tokens=is_skipping)}
+
+    return router

@@ -1,0 +1,195 @@
+"""An engine without a model for tests of the server: bytes are tokens, completions say the same sentence for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.engine.observer import FinishedRequest, Observer
+from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
+from nanoflow.request import SamplingParams
+from nanoflow.server.backend import ChatMessage, Prompt
+
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+EOS, BOS = 256, 257
+VOCAB_SIZE = 258
+MAX_MODEL_LEN = 256
+
+
+class ByteTokenizer:
+    """Token id = byte; two special tokens."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return ([BOS] if add_special_tokens and text else []) + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if skip_special_tokens:
+            token_ids = [token_id for token_id in token_ids if token_id < EOS]
+        return "".join(self.token_text(token_id) for token_id in token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        return {EOS: "<eos>", BOS: "<bos>"}.get(token_id) or bytes([token_id]).decode("latin-1")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        if messages[-1]["content"] == "refuse me":
+            raise ValueError("the chat template refuses the messages: no")
+        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return self.encode(text + ("\nassistant: " if add_generation_prompt else ""))
+
+
+class FakeAsyncEngine:
+    """Generates a token each `step_s` seconds for every running request; `num_closed` counts those cut short."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.step_s = step_s
+        self.tokenizer = ByteTokenizer()
+        self.observer: Observer | None = None
+        self.heartbeat_age_s = 0.0
+        self.is_alive = True
+        self.seen_params: list[SamplingParams] = []
+        self.num_running = 0
+        self.num_closed = 0
+        self.facts = EngineFacts(
+            model_type="fake",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=(EOS,),
+            num_pages=64,
+            page_size=16,
+            max_batch_tokens=64,
+            max_num_seqs=8,
+            device="cpu",
+            dtype="float32",
+            plan="none",
+            load_s=0.0,
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=self.num_running, pages_in_use=self.num_running, num_pages=64)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self._check_alive()
+        token_ids = self._prompt_ids(prompt, params)
+        self.seen_params.append(params)
+        output = RequestOutput(
+            request_id=request_id or "",
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=token_ids,
+            outputs=[
+                CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
+                for index in range(params.n)
+            ],
+        )
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *(logprobs_of(token, params.prompt_logprobs) for token in token_ids[1:])]
+        self.num_running += 1
+        try:
+            async for grown in self._grow(output, params):
+                yield grown
+        finally:
+            self.num_running -= 1
+            self.num_closed += not output.finished
+
+    async def _grow(self, output: RequestOutput, params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+        room = MAX_MODEL_LEN - len(output.prompt_token_ids)
+        num_tokens = min(room, params.max_tokens or room)
+        for step in range(num_tokens):
+            await asyncio.sleep(self.step_s)
+            self._check_alive()
+            if output.prompt == "fail":
+                output.error, output.finished = "its logits are not finite", True
+            for completion in output.outputs:
+                self._add_token(completion, params, is_last=step == num_tokens - 1)
+            self._observe_step(output, step)
+            output.finished = output.finished or all(completion.is_finished for completion in output.outputs)
+            if output.finished:
+                self._observe_end(output, params)
+            yield output
+            if output.finished:
+                return
+
+    def _add_token(self, completion: CompletionOutput, params: SamplingParams, *, is_last: bool) -> None:
+        if completion.is_finished:
+            return
+        token_id = ord(SENTENCE[(completion.index + len(completion.token_ids)) % len(SENTENCE)])
+        completion.token_ids.append(token_id)
+        completion.text += chr(token_id)
+        if completion.logprobs is not None:
+            completion.logprobs.append(logprobs_of(token_id, params.logprobs or 0))
+        for stop in params.stop or ():
+            if stop in completion.text:
+                completion.text = completion.text[: completion.text.index(stop)]
+                completion.finish_reason, completion.stop_reason = FinishReason.STOP, stop
+                return
+        if is_last:
+            completion.finish_reason = FinishReason.LENGTH
+
+    def _observe_step(self, output: RequestOutput, step: int) -> None:
+        if self.observer is None:
+            return
+        self.observer.observe_step(EngineStats(iteration_tokens=len(output.outputs)))
+        if step == 0:
+            self.observer.observe_first_token(0.01, len(output.prompt_token_ids))
+        else:
+            self.observer.observe_next_tokens([0.001] * len(output.outputs))
+
+    def _observe_end(self, output: RequestOutput, params: SamplingParams) -> None:
+        if self.observer is None:
+            return
+        lengths = [len(completion.token_ids) for completion in output.outputs]
+        self.observer.observe_finished(
+            FinishedRequest(
+                reason=output.outputs[-1].finish_reason or FinishReason.ERROR,
+                num_prompt_tokens=len(output.prompt_token_ids),
+                num_generated_tokens=sum(lengths),
+                longest_completion_tokens=max(lengths),
+                n=params.n,
+                max_tokens=params.max_tokens,
+                num_preemptions=0,
+                queue_s=0.0,
+                prefill_s=0.01,
+                decode_s=0.02,
+                inference_s=0.03,
+                tpot_s=None,
+                e2e_s=0.04,
+            )
+        )
+
+    def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not token_ids:
+            raise ValueError("the prompt has no tokens")
+        bad = [
+            token_id
+            for token_id in (*token_ids, *(params.stop_token_ids or ()), *(params.logit_bias or ()))
+            if token_id >= VOCAB_SIZE
+        ]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is out of the vocabulary")
+        if len(token_ids) >= MAX_MODEL_LEN:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens, the context length is {MAX_MODEL_LEN}")
+        return token_ids
+
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineDeadError("the engine has died")
+
+
+def logprobs_of(token_id: int, num_top: int) -> PositionLogprobs:
+    """The token itself at rank 1, then its neighbours."""
+    others = {
+        (token_id + step) % 256: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)
+        for step in range(1, num_top)
+    }
+    return {token_id: Logprob(logprob=-0.5, rank=1, decoded_token=None), **others}

@@ -1,0 +1,144 @@
+"""Every family gives the tokens and logits that transformers gives, whatever the budget, plan, pages and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanoflow.batch import DenseBatch
+from nanoflow.config import EngineConfig
+from nanoflow.engine.build import build_engine
+from nanoflow.executor.buffers import DeviceModel, allocate_caches
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.executor.reference import ReferenceExecutor
+from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.models.config import load
+from nanoflow.models.registry import build_graph
+from nanoflow.models.weights import load_weights
+from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.sequential import nanobatch_plan
+from tests.driving import HuggingFace, Prompt, greedy, random_prompts, run_engine, run_model
+from tests.families import FAMILIES, make_model
+
+MAX_TOKENS = 16
+PROMPTS = random_prompts(32, 131, longest=90)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on disk, and what transformers generates with it."""
+
+    folder: Path
+    expected: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=[f"{name}{tied}" for name in FAMILIES for tied in ("", " tied")])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    name, _, tied = request.param.partition(" ")
+    folder = make_model(name, tmp_path_factory.mktemp(name), seed=1, tied=bool(tied))
+    yield Case(folder=folder, expected=HuggingFace(folder).generate(PROMPTS, MAX_TOKENS))
+
+
+def test_greedy_tokens_under_every_token_budget(case: Case) -> None:
+    assert len({tuple(tokens) for tokens in case.expected}) > 16, "the model must have something to say"
+    for max_batch_tokens in (7, 16, 64, 2048):
+        run = run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), max_batch_tokens=max_batch_tokens)
+        assert run.tokens == case.expected, f"token budget {max_batch_tokens}"
+
+
+def test_greedy_tokens_without_async_scheduling(case: Case) -> None:
+    assert run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), async_scheduling=False).tokens == case.expected
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_greedy_tokens_under_preemption(case: Case, is_async: bool) -> None:
+    """Requests that expect to end early (no length is known) are let in and must then be sent back."""
+    engine = build_engine(
+        EngineConfig(
+            model=str(case.folder),
+            max_num_seqs=64,
+            page_size=4,
+            num_pages=60,
+            max_model_len=128,
+            max_batch_tokens=64,
+            async_scheduling=is_async,
+        )
+    )
+    try:
+        # Short completions teach the admission to expect short ones.
+        run_engine(engine, PROMPTS, greedy(1))
+        params = greedy(MAX_TOKENS)
+        # End of sequence is not ignored here, but no token is one: the length cannot be known in advance.
+        object.__setattr__(params, "ignore_eos", False)
+        object.__setattr__(engine.facts, "eos_token_ids", ())
+        run = run_engine(engine, PROMPTS, params)
+    finally:
+        engine.close()
+    assert run.tokens == case.expected
+    assert run.num_preemptions > 0
+
+
+@pytest.mark.parametrize("boundaries", [[1], [13, 40], [32]])
+def test_greedy_tokens_under_nano_batched_plans(case: Case, boundaries: list[int], tmp_path: Path) -> None:
+    graph = build_graph(load(case.folder), None)
+    path = tmp_path / "plan.json"
+    path.write_bytes(nanobatch_plan(graph, 64, boundaries).to_json())
+    assert PipelinePlan.load(path).max_stage == 0
+    run = run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), max_batch_tokens=64, plan=str(path))
+    assert run.tokens == case.expected
+
+
+def test_logits_are_those_of_transformers(case: Case) -> None:
+    prompt = random_prompts(1, 131, longest=1, seed=3)[0] + random_prompts(1, 131, longest=150, seed=5)[0]
+    expected = HuggingFace(case.folder).logits(prompt)
+    torch.testing.assert_close(_prompt_logits(case.folder, prompt), expected, rtol=2e-4, atol=2e-4)
+
+
+def _prompt_logits(folder: Path, prompt: Prompt) -> torch.Tensor:
+    """Logits [tokens, vocab] of a prompt in one chunk, by the reference executor."""
+    cpu, page_size, count = torch.device("cpu"), 16, len(prompt)
+    graph = build_graph(load(folder), None)
+    caches = allocate_caches(graph, num_pages=64, page_size=page_size, dtype=torch.float32, device=cpu)
+    weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    batch = DenseBatch(
+        iteration=1,
+        rows=np.zeros(1, np.int32),
+        epochs=np.zeros(1, np.int64),
+        num_decodes=0,
+        query_start=np.array([0, count], np.int32),
+        context_len=np.array([count], np.int32),
+        token_ids=np.array(prompt, np.int32),
+        is_fed_back=np.zeros(count, np.bool_),
+        positions=np.arange(count, dtype=np.int32),
+        slots=np.arange(count, dtype=np.int64),
+        page_tables=np.arange(64, dtype=np.int32)[None],
+        sampled=np.zeros(1, np.int32),
+    )
+    inputs = InputBuilder(graph.rope, num_rows=1, device=cpu).build(batch)
+    inputs = dataclasses.replace(inputs, logit_tokens=torch.arange(count))
+    return ReferenceExecutor(model).forward(inputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_tokens_differ_only_where_they_nearly_tie(name: str, tmp_path: Path) -> None:
+    """At the first differing token, each side's token is among the other's five most probable."""
+    folder = make_model(name, tmp_path, seed=1, dtype="bfloat16", std=0.12)
+    reference = HuggingFace(folder, torch.bfloat16)
+    expected = reference.generate(PROMPTS, MAX_TOKENS)
+    run = run_model(folder, PROMPTS, greedy(MAX_TOKENS, logprobs=5), dtype="bfloat16")
+    num_equal = 0
+    for prompt, ours, top, theirs in zip(PROMPTS, run.tokens, run.top_tokens, expected, strict=True):
+        place = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if place is None:
+            num_equal += 1
+            continue
+        assert ours[place] in reference.logits(prompt + ours[:place])[-1].topk(5).indices
+        assert theirs[place] in top[place]
+    assert num_equal >= len(PROMPTS) // 4

@@ -1,0 +1,385 @@
+"""The server over real sockets, with an engine that needs no model: shapes, streams, errors, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from nanoflow.config import ServerConfig
+from nanoflow.server.app import create_app
+from nanoflow.server.serve import bind, url
+from tests.fake_async_engine import MAX_MODEL_LEN, SENTENCE, FakeAsyncEngine
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@contextmanager
+def served(engine: FakeAsyncEngine, config: ServerConfig | None = None) -> Iterator[str]:
+    """Root URL of a server for the engine, in a thread of its own."""
+    app = create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield url(listener)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline_s, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def engine() -> FakeAsyncEngine:
+    return FakeAsyncEngine()
+
+
+@pytest.fixture(scope="module")
+def http(engine: FakeAsyncEngine) -> Iterator[httpx.Client]:
+    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(http: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{http.base_url}/v1".replace("//v1", "/v1"), api_key="none", max_retries=0)
+
+
+def complete(http: httpx.Client, **fields: Any) -> Any:
+    answer = http.post("/v1/completions", json={"prompt": "abc", **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def events(http: httpx.Client, path: str, **fields: Any) -> list[Any]:
+    """Chunks of a stream; checks how it is framed."""
+    with http.stream("POST", path, json={"stream": True, **fields}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def error_of(answer: httpx.Response) -> Any:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+# Completions
+
+
+def test_completion(http: httpx.Client) -> None:
+    answer = complete(http, model="toy", max_tokens=9)
+    assert answer["choices"] == [
+        {"index": 0, "text": "the quick", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
+    assert (answer["object"], answer["model"]) == ("text_completion", "toy")
+
+
+def test_completion_with_the_openai_client(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="toy", prompt="a", max_tokens=3, n=2, stop=["zz"], seed=1)
+    assert [choice.text for choice in answer.choices] == ["the", "he "]
+
+
+def test_several_prompts_and_choices_are_numbered(http: httpx.Client) -> None:
+    answer = complete(http, prompt=["a", "bb"], n=2, max_tokens=2, echo=True)
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "ath"),
+        (1, "ahe"),
+        (2, "bbth"),
+        (3, "bbhe"),
+    ]
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+
+
+def test_prompts_of_token_ids(http: httpx.Client) -> None:
+    answer = complete(http, prompt=[[97, 98], [99]], max_tokens=1, echo=True)
+    assert [choice["text"] for choice in answer["choices"]] == ["abt", "ct"]
+    assert complete(http, prompt=[97, 98], max_tokens=1)["usage"]["prompt_tokens"] == 2
+
+
+def test_logprobs_of_an_echoed_prompt(http: httpx.Client) -> None:
+    """What evaluation harnesses ask: score the prompt, drop the one new token."""
+    answer = complete(http, prompt=[[97, 98, 99], [100]], max_tokens=1, logprobs=1, echo=True)
+    first, second = (choice["logprobs"] for choice in answer["choices"])
+    assert first["tokens"] == ["a", "b", "c", "t"]
+    assert first["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+    assert first["top_logprobs"] == [None, {"b": -0.5}, {"c": -0.5}, {"t": -0.5}]
+    assert first["text_offset"] == [0, 1, 2, 3]
+    assert second["tokens"] == ["d", "t"]
+
+
+def test_echo_alone_shows_no_new_token(http: httpx.Client) -> None:
+    answer = complete(http, max_tokens=0, echo=True, logprobs=2)
+    assert answer["choices"][0]["text"] == "abc"
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["<bos>", "a", "b", "c"]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+
+
+def test_prompt_logprobs(http: httpx.Client) -> None:
+    (choice,) = complete(http, prompt=[97, 98], prompt_logprobs=2, max_tokens=1)["choices"]
+    assert choice["prompt_logprobs"][0] is None
+    assert choice["prompt_logprobs"][1]["98"] == {"logprob": -0.5, "rank": 1, "decoded_token": "b"}
+
+
+def test_stop_string(http: httpx.Client) -> None:
+    (choice,) = complete(http, stop=[" brown"], max_tokens=100)["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("the quick", "stop", " brown")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"logprobs": 2}, {"echo": True, "logprobs": 2}, {"echo": True, "max_tokens": 0}]
+)
+def test_a_completion_stream_adds_up_to_the_answer(http: httpx.Client, fields: dict[str, Any]) -> None:
+    fields = {"prompt": ["abc", "d"], "n": 2, "max_tokens": 5, **fields}
+    whole = complete(http, **fields)["choices"]
+    chunks = events(http, "/v1/completions", **fields)
+    for choice in whole:
+        parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+        if "logprobs" in fields:
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                assert [entry for part in parts for entry in part["logprobs"][name]] == choice["logprobs"][name]
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_comes_last_in_a_stream(http: httpx.Client, path: str) -> None:
+    prompt = {"prompt": "abc"} if path == "/v1/completions" else {"messages": CHAT}
+    *chunks, last = events(http, path, **prompt, max_tokens=3, n=2, stream_options={"include_usage": True})
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
+
+
+# Chat
+
+
+def test_chat(http: httpx.Client, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="toy",
+        messages=[{"role": "user", "content": "hi"}],
+        max_completion_tokens=3,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "the", "length")
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert [entry.token for entry in choice.logprobs.content] == ["t", "h", "e"]
+    assert choice.logprobs.content[0].bytes == [ord("t")]
+    assert [entry.token for entry in choice.logprobs.content[0].top_logprobs] == ["t", "u"]
+
+
+def test_chat_runs_to_the_context_end(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": CHAT}).json()
+    assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN
+
+
+def test_a_chat_stream_adds_up(client: openai.OpenAI) -> None:
+    texts, roles = {0: "", 1: ""}, []
+    with client.chat.completions.create(
+        model="toy", messages=[{"role": "user", "content": "hi"}], max_tokens=9, n=2, stream=True
+    ) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                roles += [choice.delta.role] if choice.delta.role else []
+    assert texts == {0: SENTENCE[:9], 1: SENTENCE[1:10]}
+    assert roles == ["assistant", "assistant"]
+
+
+# Tokens, models, status
+
+
+def test_tokens_there_and_back(http: httpx.Client) -> None:
+    tokens = http.post("/tokenize", json={"prompt": "hi"}).json()
+    assert tokens == {"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": [257, 104, 105]}
+    assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "<bos>hi"}
+    assert http.post("/detokenize", json={"tokens": tokens["tokens"], "skip_special_tokens": True}).json() == {
+        "prompt": "hi"
+    }
+    bare = http.post("/tokenize", json={"prompt": "hi", "add_special_tokens": False}).json()
+    assert bare["tokens"] == [104, 105]
+    chat = http.post("/tokenize", json={"messages": CHAT, "add_generation_prompt": False}).json()
+    assert http.post("/detokenize", json={"tokens": chat["tokens"][1:]}).json() == {"prompt": "user: hi"}
+
+
+def test_models(http: httpx.Client, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["toy"]
+    assert http.get("/v1/models/toy").json()["max_model_len"] == MAX_MODEL_LEN
+    missing = http.get("/v1/models/some/other")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+
+def test_health_follows_the_engine() -> None:
+    engine = FakeAsyncEngine()
+    with served(engine) as root_url, httpx.Client(base_url=root_url) as http:
+        assert http.get("/health").json()["status"] == "ok"
+        engine.heartbeat_age_s = 6.0
+        silent = http.get("/health")
+        assert (silent.status_code, error_of(silent)["code"]) == (503, "engine_silent")
+        engine.is_alive = False
+        dead = http.get("/health")
+        assert (dead.status_code, error_of(dead)["code"]) == (503, "engine_dead")
+
+
+def test_version_root_and_docs(http: httpx.Client) -> None:
+    assert http.get("/version").json()["version"]
+    assert http.get("/").json()["model"] == "toy"
+    assert "/v1/completions" in http.get("/openapi.json").json()["paths"]
+
+
+def test_metrics_count_requests() -> None:
+    config = ServerConfig(served_model_name="toy", metrics_prefix="vllm")
+    with served(FakeAsyncEngine(), config) as root_url, httpx.Client(base_url=root_url) as http:
+        for _ in range(3):
+            complete(http, max_tokens=5)
+        text = http.get("/metrics").text
+    label = '{engine="0",model_name="toy"}'
+    assert f"vllm:prompt_tokens_total{label} 12.0" in text
+    assert f"vllm:generation_tokens_total{label} 15.0" in text
+    assert f"vllm:inter_token_latency_seconds_count{label} 12.0" in text
+    assert f"vllm:num_requests_running{label} 0.0" in text
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": ""}, "no tokens"),
+        ({"prompt": [9999]}, "out of the vocabulary"),
+        ({"prompt": ["a", ""]}, "no tokens"),
+        ({"prompt": "a" * MAX_MODEL_LEN}, "context length"),
+        ({"prompt": "a", "logit_bias": {"9999": 1}}, "out of the vocabulary"),
+        ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"prompt": "a", "best_of": 2}, "best_of is not supported"),
+        ({}, "prompt: Field required"),
+        ([], "valid dictionary"),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_bad_requests(http: httpx.Client, body: Any, words: str, is_stream: bool) -> None:
+    answer = http.post("/v1/completions", json={**body, "stream": True} if is_stream and body else body)
+    assert answer.status_code == 400
+    assert words in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"prompt": "a", "\\ud800": ' + b"[" * 200 + b"]" * 200 + b', "logit_bias": {"\\ud800": 1}}',
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_malformed_bodies(http: httpx.Client, path: str, content: bytes) -> None:
+    answer = http.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert error_of(answer)["message"]
+
+
+def test_nul_is_a_character(http: httpx.Client) -> None:
+    assert complete(http, prompt="a\0b", echo=True, max_tokens=1)["choices"][0]["text"] == "a\0bt"
+
+
+def test_a_wrong_place_or_method(http: httpx.Client) -> None:
+    nowhere = http.get("/v1/nothing")
+    assert (nowhere.status_code, error_of(nowhere)["message"]) == (
+        404,
+        "there is nothing at /v1/nothing; the API is under /v1",
+    )
+    wrong = http.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert "GET is not allowed" in error_of(wrong)["message"]
+
+
+def test_another_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="this server has 'toy'"):
+        client.completions.create(model="gpt", prompt="a")
+
+
+def test_a_template_may_refuse(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="refuses the messages"):
+        client.chat.completions.create(model="toy", messages=[{"role": "user", "content": "refuse me"}])
+
+
+def test_one_request_fails_alone(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "fail"})
+    assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
+    complete(http)
+
+
+# Ends
+
+
+def test_a_dead_engine_ends_calls_and_refuses_new_ones() -> None:
+    engine = FakeAsyncEngine(step_s=0.02)
+    with served(engine) as root_url, httpx.Client(base_url=root_url) as http:
+        with http.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 200, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert "choices" in next(lines)
+            engine.is_alive = False
+            *_, error, done = [line for line in lines if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert done == "data: [DONE]"
+        refused = http.post("/v1/completions", json={"prompt": "a"})
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "engine_dead")
+        assert engine.num_running == 0
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_leaves_is_forgotten(path: str, is_stream: bool) -> None:
+    engine = FakeAsyncEngine(step_s=0.05)
+    body: dict[str, Any] = {"max_tokens": 200, "n": 2, "stream": is_stream}
+    body |= {"prompt": ["a", "b", "c"]} if path == "/v1/completions" else {"messages": CHAT}
+    num_calls = 3 if path == "/v1/completions" else 1
+    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=0.3) as http:
+        if is_stream:
+            with http.stream("POST", path, json=body) as answer:
+                assert next(answer.iter_lines())
+                assert engine.num_running == num_calls
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post(path, json=body)
+        wait_until(lambda: engine.num_running == 0)
+        assert engine.num_closed == num_calls
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten() -> None:
+    engine = FakeAsyncEngine(step_s=60)
+    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=0.2) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json={"prompt": "a", "stream": True})
+        wait_until(lambda: engine.num_closed == 1)

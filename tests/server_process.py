@@ -1,0 +1,78 @@
+"""A server in a process of its own, on a free loopback port, for tests that need a real one."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+_READY = re.compile(r"nanoflow serves .* at (http://\S+)/v1")
+
+
+@dataclass(slots=True)
+class ServerProcess:
+    """A running server.
+
+    Attributes:
+        process: The process; its stderr is joined to stdout.
+        lines: What it has printed so far.
+        root_url: Such as http://127.0.0.1:40123, without /v1; empty until it is ready.
+    """
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    root_url: str = ""
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait for the line that names the address."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.root_url:
+            found = [match for line in self.lines if (match := _READY.match(line))]
+            if found:
+                self.root_url = found[0][1]
+            elif self.process.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError("the server did not get ready:\n" + "".join(self.lines))
+            else:
+                time.sleep(0.05)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
+        """Send a signal and wait for the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+    def read_output(self) -> None:
+        """Collect lines until the process closes its output."""
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+
+def start_server(*arguments: str) -> ServerProcess:
+    """Start `nanoflow serve` with arguments; it is not ready yet."""
+    command = [sys.executable, "-m", "nanoflow.cli.main", "serve", *arguments]
+    server = ServerProcess(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    threading.Thread(target=server.read_output, daemon=True).start()
+    return server
+
+
+@contextmanager
+def running_server(
+    arguments: Sequence[str] = ("default",), *, ready_timeout_s: float = 120.0
+) -> Iterator[ServerProcess]:
+    """A server that is ready, and stopped at the end."""
+    server = start_server(*arguments, "--port", "0")
+    try:
+        server.wait_ready(ready_timeout_s)
+        yield server
+    finally:
+        try:
+            server.stop()
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+            raise

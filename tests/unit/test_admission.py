@@ -1,0 +1,145 @@
+"""The predicted peak is that of a simulation, and admission takes the longest prefix of the queue that fits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanoflow.request import Request, SamplingParams
+from nanoflow.scheduler.admission import OutputLength, Progress, num_admissible, predicted_peak_pages
+from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
+
+Lengths = list[tuple[int, int]]
+
+
+def simulated_peak(lengths: Lengths, page_size: int) -> int:
+    """Step by step: in step t each request that is still there has s + t tokens, all but the last in pages."""
+    steps = range(1, max((r for _, r in lengths), default=0) + 1)
+    return max((sum(-(-(s + t - 1) // page_size) for s, r in lengths if r >= t) for t in steps), default=0)
+
+
+def progress(lengths: Lengths, *, num_generated: int = 0, is_exact: bool = True) -> Progress:
+    columns = np.array(lengths, dtype=np.int64).reshape(-1, 2)
+    return Progress(
+        num_tokens=columns[:, 0],
+        num_generated=np.full(len(lengths), num_generated),
+        max_remaining=columns[:, 1],
+        is_exact=np.full(len(lengths), is_exact),
+    )
+
+
+lengths_lists = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=12)
+
+
+@given(lengths_lists, st.integers(1, 20))
+def test_peak_is_that_of_a_simulation(lengths: Lengths, page_size: int) -> None:
+    columns = np.array(lengths, dtype=np.int64).reshape(-1, 2)
+    assert predicted_peak_pages(columns[:, 0], columns[:, 1], page_size) == simulated_peak(lengths, page_size)
+
+
+def test_peak_of_equal_requests_wastes_no_page() -> None:
+    lengths = np.full(8, 64)
+    assert predicted_peak_pages(lengths, lengths, 16) == 8 * 128 // 16
+    assert predicted_peak_pages(lengths, lengths + 1, 16) == 8 * 128 // 16
+    assert predicted_peak_pages(lengths, lengths + 2, 16) == 8 * (128 // 16 + 1)
+
+
+def test_peak_lets_requests_that_end_at_different_times_share_pages() -> None:
+    together = predicted_peak_pages(np.array([10, 10]), np.array([100, 100]), 10)
+    staggered = predicted_peak_pages(np.array([10, 100]), np.array([100, 10]), 10)
+    assert (together, staggered) == (22, 13)
+
+
+@given(lengths_lists, lengths_lists, st.integers(1, 60), st.integers(1, 8))
+def test_admission_takes_the_longest_prefix_that_fits(
+    running: Lengths, candidates: Lengths, num_pages: int, page_size: int
+) -> None:
+    fitting = [
+        count
+        for count in range(len(candidates) + 1)
+        if simulated_peak(running + candidates[:count], page_size) <= num_pages
+    ]
+    expected = max(fitting, default=0)
+    if not running and candidates:
+        expected = max(expected, 1)
+    count = num_admissible(
+        progress(running), progress(candidates), OutputLength(), num_pages=num_pages, page_size=page_size
+    )
+    assert count == expected
+
+
+def test_no_overtaking() -> None:
+    count = num_admissible(progress([(4, 4)]), progress([(90, 10), (1, 1)]), OutputLength(), num_pages=10, page_size=10)
+    assert count == 0
+
+
+def test_expected_output_is_everything_before_anything_has_finished() -> None:
+    lengths = OutputLength()
+    assert lengths.expected_remaining(progress([(5, 40), (5, 7)], is_exact=False)).tolist() == [40, 7]
+
+
+@pytest.mark.parametrize(
+    ("num_generated", "max_remaining", "is_exact", "expected"),
+    [
+        (0, 500, False, 100),  # what is missing to the average
+        (60, 500, False, 40),
+        (90, 500, False, 22),  # a quarter of what it has already, as that is more than the 10 missing
+        (400, 500, False, 100),
+        (400, 30, False, 30),  # never more than it may
+        (0, 30, False, 30),
+        (0, 500, True, 500),  # end of sequence is ignored
+        (400, 0, False, 1),  # its last token is on its way: it still holds its pages
+    ],
+)
+def test_expected_output_rule(num_generated: int, max_remaining: int, is_exact: bool, expected: int) -> None:
+    lengths = OutputLength()
+    lengths.observe(80)
+    lengths.observe(120)
+    one = progress([(600, max_remaining)], num_generated=num_generated, is_exact=is_exact)
+    assert lengths.expected_remaining(one).tolist() == [expected]
+
+
+def test_average_follows_a_workload_that_changes() -> None:
+    lengths, one = OutputLength(), progress([(600, 10_000)], is_exact=False)
+    for _ in range(1000):
+        lengths.observe(1000)
+    for _ in range(1000):
+        lengths.observe(100)
+    assert 100 <= int(lengths.expected_remaining(one)[0]) < 120
+
+
+def make_waiting(request_id: int, num_tokens: int) -> WaitingRequest:
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=[0] * num_tokens,
+        params=SamplingParams(),
+        seed=0,
+        max_tokens=1,
+    )
+    return WaitingRequest(request=request, token_ids=np.zeros(num_tokens, dtype=np.int32))
+
+
+def ids(waiting: list[WaitingRequest]) -> list[int]:
+    return [one.request.request_id for one in waiting]
+
+
+def test_queue_is_first_in_first_out_with_a_way_back_to_the_front() -> None:
+    queue = WaitingQueue()
+    for request_id in (1, 2, 3):
+        queue.push_back(make_waiting(request_id, 1))
+    first = queue.pop_front()
+    queue.push_front(first)
+    assert queue.discard(2) and not queue.discard(2) and 2 not in queue and len(queue) == 2
+    assert ids([queue.pop_front(), queue.pop_front()]) == [1, 3]
+
+
+def test_head_of_the_queue_is_what_can_start_on_the_budget() -> None:
+    queue = WaitingQueue()
+    for request_id, num_tokens in enumerate((4, 4, 4)):
+        queue.push_back(make_waiting(request_id, num_tokens))
+    assert ids(queue.head(max_requests=9, max_tokens=9)) == [0, 1, 2]
+    assert ids(queue.head(max_requests=9, max_tokens=8)) == [0, 1]
+    assert ids(queue.head(max_requests=1, max_tokens=8)) == [0]
+    assert ids(queue.head(max_requests=9, max_tokens=0)) == ids(queue.head(max_requests=0, max_tokens=9)) == []

@@ -1,0 +1,131 @@
+"""Metrics: names, labels, counts, and gauges that follow the engine."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanoflow.engine.messages import EngineStats
+from nanoflow.engine.observer import FinishedRequest, Observer
+from nanoflow.outputs import FinishReason
+from nanoflow.server.metrics import ServerMetrics, token_count_buckets
+from tests.fake_async_engine import FakeAsyncEngine
+
+EXPECTED_NAMES = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "iteration_tokens_total_count",
+    "time_to_first_token_seconds_count",
+    "inter_token_latency_seconds_count",
+    "request_time_per_output_token_seconds_count",
+    "e2e_request_latency_seconds_count",
+    "request_queue_time_seconds_count",
+    "request_inference_time_seconds_count",
+    "request_prefill_time_seconds_count",
+    "request_decode_time_seconds_count",
+    "request_prompt_tokens_count",
+    "request_generation_tokens_count",
+    "request_max_num_generation_tokens_count",
+    "request_params_n_count",
+    "request_params_max_tokens_count",
+    "request_num_preemptions_count",
+}
+
+
+def metrics_of(engine: FakeAsyncEngine) -> ServerMetrics:
+    return ServerMetrics(engine, prefix="nanoflow", model_name="toy")
+
+
+def values(metrics: ServerMetrics) -> dict[str, float]:
+    """Value of each series by name without prefix; a finish reason is added to the name."""
+    return {
+        sample.name.removeprefix("nanoflow:") + sample.labels.get("finished_reason", ""): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if not sample.name.endswith(("_bucket", "_created"))
+    }
+
+
+def finished(reason: FinishReason = FinishReason.LENGTH, *, n: int = 1, num_tokens: int = 5) -> FinishedRequest:
+    return FinishedRequest(
+        reason=reason,
+        num_prompt_tokens=7,
+        num_generated_tokens=num_tokens,
+        longest_completion_tokens=num_tokens,
+        n=n,
+        max_tokens=None,
+        num_preemptions=2,
+        queue_s=0.1,
+        prefill_s=0.2,
+        decode_s=0.4,
+        inference_s=0.6,
+        tpot_s=None,
+        e2e_s=0.7,
+    )
+
+
+def test_names_that_dashboards_ask_for() -> None:
+    names = {
+        name.removesuffix(reason.value) for name in values(metrics_of(FakeAsyncEngine())) for reason in FinishReason
+    }
+    assert names >= EXPECTED_NAMES
+
+
+def test_labels_and_prefix() -> None:
+    text = ServerMetrics(FakeAsyncEngine(), prefix="vllm", model_name="toy").render().decode()
+    assert 'vllm:num_requests_running{engine="0",model_name="toy"} 0.0' in text
+    assert 'vllm:time_to_first_token_seconds_bucket{engine="0",le="0.001",model_name="toy"} 0.0' in text
+
+
+def test_gauges_follow_the_engine() -> None:
+    engine = FakeAsyncEngine()
+    metrics = metrics_of(engine)
+    engine.num_running = 16
+    busy = values(metrics)
+    assert (busy["num_requests_running"], busy["kv_cache_usage_perc"]) == (16, 0.25)
+    engine.num_running = 0
+    idle = values(metrics)
+    assert (idle["num_requests_running"], idle["kv_cache_usage_perc"]) == (0, 0)
+
+
+def test_a_request_is_counted_once_everywhere() -> None:
+    metrics = metrics_of(FakeAsyncEngine())
+    observer: Observer = metrics
+    observer.observe_first_token(0.3, num_prompt_tokens=7)
+    observer.observe_next_tokens([0.01, 0.02])
+    observer.observe_next_tokens([0.01, 0.02])
+    observer.observe_finished(finished())
+    seen = values(metrics)
+    assert (seen["prompt_tokens_total"], seen["generation_tokens_total"]) == (7, 5)
+    assert (seen["inter_token_latency_seconds_count"], seen["time_to_first_token_seconds_count"]) == (4, 1)
+    assert (seen["request_success_totallength"], seen["request_success_totalstop"]) == (1, 0)
+    assert (seen["e2e_request_latency_seconds_sum"], seen["request_inference_time_seconds_sum"]) == (0.7, 0.6)
+    assert (seen["request_params_max_tokens_count"], seen["request_time_per_output_token_seconds_count"]) == (0, 0)
+    assert (seen["request_num_preemptions_sum"], seen["request_prompt_tokens_sum"]) == (2, 7)
+
+
+def test_first_tokens_of_all_completions_are_generated_tokens() -> None:
+    metrics = metrics_of(FakeAsyncEngine())
+    metrics.observe_first_token(0.3, num_prompt_tokens=7)
+    metrics.observe_next_tokens([0.1, 0.1, 0.1])
+    metrics.observe_finished(finished(n=3, num_tokens=6))
+    assert values(metrics)["generation_tokens_total"] == 6
+
+
+def test_preemptions_since_the_start_become_a_counter() -> None:
+    metrics = metrics_of(FakeAsyncEngine())
+    for num_preemptions in (0, 2, 2, 3):
+        metrics.observe_step(EngineStats(num_preemptions=num_preemptions, iteration_tokens=8))
+    seen = values(metrics)
+    assert seen["num_preemptions_total"] == 3
+    assert (seen["iteration_tokens_total_count"], seen["iteration_tokens_total_sum"]) == (4, 32)
+
+
+def test_token_buckets_end_at_the_context_length() -> None:
+    assert token_count_buckets(130) == (1, 2, 5, 10, 20, 50, 100)
+    assert token_count_buckets(1) == (1,)

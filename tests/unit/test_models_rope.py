@@ -1,0 +1,93 @@
+"""Frequencies are those that transformers computes for the same fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nanoflow.models.config import ModelError, parse
+from nanoflow.models.rope import rope_spec
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 131,
+    "max_position_embeddings": 16384,
+}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+def _transformers(rope: dict[str, Any], max_model_len: int | None) -> tuple[list[float], float]:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    options = {name: value for name, value in BASE.items() if name != "architectures"}
+    config = transformers.LlamaConfig(**options, rope_parameters=dict(rope))
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=max_model_len)
+    return inv_freq.tolist(), float(factor)
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_model_len"),
+    [
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, None),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, None),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 8192),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 40000),
+        ({"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, **LLAMA3}, None),
+        ({"rope_type": "llama3", "factor": 32.0, "rope_theta": 5e5, **LLAMA3}, 100),
+        ({**YARN, "rope_theta": 1e6}, None),
+        ({**YARN, "rope_theta": 1e6, "factor": None}, None),
+        ({**YARN, "rope_theta": 1e4, "attention_factor": 1.25}, None),
+        ({**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.8}, None),
+        ({**YARN, "rope_theta": 1e4, "mscale": 1.0}, None),
+        ({**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0}, None),
+        ({**YARN, "rope_theta": 1e4, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0}, None),
+        ({**YARN, "rope_theta": 1e4, "beta_fast": 4.0, "beta_slow": 4.0, "truncate": False}, None),
+        ({**YARN, "rope_theta": 1e4, "factor": 1.0}, None),
+    ],
+)
+def test_frequencies_of_transformers(rope: dict[str, Any], max_model_len: int | None) -> None:
+    expected, attention_factor = _transformers(rope, max_model_len)
+    spec = rope_spec(parse({**BASE, "rope_parameters": rope}), max_model_len)
+    assert spec.inv_freq == pytest.approx(expected, rel=2e-6)  # theirs are computed in float32
+    assert spec.attention_factor == pytest.approx(attention_factor, rel=1e-12)
+
+
+def test_plain_frequencies() -> None:
+    spec = rope_spec(parse({**BASE, "rope_theta": 5e5}), None)
+    assert spec.inv_freq == pytest.approx([5e5 ** (-i / 64) for i in range(64)])
+    assert spec.attention_factor == 1.0
+
+
+def test_dynamic_is_plain_up_to_the_position_limit() -> None:
+    config = parse({**BASE, "rope_scaling": {"type": "dynamic", "factor": 8.0}})
+    plain = rope_spec(parse(BASE), None)
+    assert rope_spec(config, 16384).inv_freq == pytest.approx(plain.inv_freq)
+    assert rope_spec(config, 16385).inv_freq != plain.inv_freq
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_type": "longrope"},
+            "must be one of default, linear, dynamic, llama3, yarn, got 'longrope'",
+        ),
+        ({"type": "linear"}, "rope_scaling: field 'factor' is missing"),
+        ({"type": "yarn", "factor": -2.0}, "field 'factor' must be a positive number, got -2.0"),
+        ({"type": "llama3", "factor": 8.0}, "field 'low_freq_factor' is missing"),
+        (
+            {"type": "llama3", **LLAMA3, "low_freq_factor": 4.0, "factor": 8.0},
+            "must exceed low_freq_factor 4.0, got 4",
+        ),
+    ],
+)
+def test_wrong_rope_parameters(rope: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        rope_spec(parse({**BASE, "rope_scaling": rope}), None)

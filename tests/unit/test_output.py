@@ -1,0 +1,389 @@
+"""What users read: text, stop strings, log probabilities, reasons, times, and the border where prompts come in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
+from nanoflow.engine.observer import FinishedRequest
+from nanoflow.engine.output import OutputProcessor
+from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
+from nanoflow.engine.stop import StopFilter
+from nanoflow.outputs import FinishReason, RequestOutput
+from nanoflow.request import Request, SamplingParams
+from tests.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, fake_facts
+from tests.toy_tokenizers import toy_tokenizer
+
+TOKENIZER = toy_tokenizer()
+EOS_ID = 0
+
+
+@dataclass
+class Recorder:
+    """An observer that keeps all it is told."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)
+    finished: list[FinishedRequest] = field(default_factory=list)
+    steps: list[EngineStats] = field(default_factory=list)
+
+    def observe_step(self, stats: EngineStats) -> None:
+        self.steps.append(stats)
+
+    def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
+        self.ttft_s.append(ttft_s)
+
+    def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
+        self.itl_s += latencies_s
+
+    def observe_finished(self, request: FinishedRequest) -> None:
+        self.finished.append(request)
+
+
+def make_processor(clock: Callable[[], float] | None = None, *, seed: int = 0) -> OutputProcessor:
+    ticks = itertools.count(1.0)
+    return OutputProcessor(fake_facts(), TOKENIZER, seed=seed, clock=clock or (lambda: next(ticks)))
+
+
+def add(processor: OutputProcessor, prompt: Any, name: str = "a", **params: Any) -> tuple[RequestOutput, list[Request]]:
+    return processor.add(name, read_prompt(prompt, TOKENIZER), SamplingParams(**params))
+
+
+def run(processor: OutputProcessor, engine: FakeEngine, requests: list[Request]) -> Iterator[RequestOutput]:
+    """Drive the fake engine to the end; yield the outputs that had news."""
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        yield from processor.process(engine.step())
+        engine.abort(processor.take_stopped())
+
+
+def complete(prompt: Any, **params: Any) -> RequestOutput:
+    """The finished output of one request; the fake engine repeats the prompt."""
+    processor = make_processor()
+    output, requests = add(processor, prompt, **params)
+    for _ in run(processor, FakeEngine(), requests):
+        pass
+    assert output.finished and not len(processor)
+    return output
+
+
+# Text and reasons
+
+
+def test_length_ends_a_completion_with_all_its_text() -> None:
+    output = complete("hello world", max_tokens=40)
+    (completion,) = output.outputs
+    ids = TOKENIZER.encode("hello world")
+    assert completion.token_ids == [ids[i % len(ids)] for i in range(40)]
+    assert completion.text == TOKENIZER.decode(completion.token_ids)
+    assert (completion.finish_reason, completion.stop_reason) == (FinishReason.LENGTH, None)
+
+
+def test_end_of_sequence_is_a_token_but_no_text() -> None:
+    output = complete([*TOKENIZER.encode("hello"), EOS_ID], skip_special_tokens=False)
+    assert output.outputs[0].token_ids[-1] == EOS_ID
+    assert output.outputs[0].text == "hello"
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == (FinishReason.STOP, None)
+
+
+def test_stop_token_is_named_and_no_text() -> None:
+    ids = TOKENIZER.encode("hello, world")
+    comma = TOKENIZER.encode(",")[0]
+    (completion,) = complete(ids, stop_token_ids=[comma]).outputs
+    assert (completion.text, completion.stop_reason, completion.token_ids[-1]) == ("hello", comma, comma)
+    (kept,) = complete(ids, stop_token_ids=[comma], include_stop_str_in_output=True).outputs
+    assert kept.text == "hello,"
+
+
+def test_ignore_eos_goes_on() -> None:
+    output = complete([5, EOS_ID], ignore_eos=True, max_tokens=7)
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
+    assert len(output.outputs[0].token_ids) == 7
+
+
+def test_max_tokens_none_runs_to_the_end_of_the_context() -> None:
+    assert len(complete([5] * 200, max_tokens=None).outputs[0].token_ids) == MAX_MODEL_LEN - 200
+    assert len(complete([5] * 200, max_tokens=1000).outputs[0].token_ids) == MAX_MODEL_LEN - 200
+
+
+def test_without_text_there_are_only_tokens() -> None:
+    output = complete("hello", detokenize=False, logprobs=1)
+    assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 16
+    assert output.outputs[0].logprobs is not None
+    assert all(logprob.decoded_token is None for logprob in output.outputs[0].logprobs[0].values())
+
+
+def test_an_incomplete_character_is_shown_at_the_end_only() -> None:
+    processor = make_processor()
+    ids = TOKENIZER.encode("🎓")
+    output, requests = add(processor, ids, max_tokens=len(ids) - 1)
+    texts = [item.outputs[0].text for item in run(processor, FakeEngine(), requests)]
+    assert set(texts[:-1]) <= {""} and output.outputs[0].text == "\ufffd"
+
+
+# Stop strings
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 30)),
+    keeps=st.booleans(),
+)
+@settings(max_examples=400, deadline=None)
+def test_stop_filter_finds_the_same_wherever_the_pieces_end(
+    text: str, stops: list[str], cuts: list[int], keeps: bool
+) -> None:
+    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    stop_filter, shown = StopFilter(stops, keeps_stop=keeps), ""
+    for start, end in itertools.pairwise(borders):
+        shown += stop_filter.push(text[start:end])
+        assert keeps or not any(stop in shown for stop in stops)
+        if stop_filter.found:
+            break
+    shown += stop_filter.flush()
+    ends = [(text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+    if not ends:
+        assert (shown, stop_filter.found) == (text, None)
+        return
+    end, length = min(ends)[0], -min(ends)[1]
+    assert stop_filter.found == text[end - length : end]
+    assert shown == text[: end if keeps else end - length]
+
+
+def test_stop_filter_never_shows_part_of_a_stop_string() -> None:
+    stop_filter = StopFilter(["</end>"])
+    assert [stop_filter.push(char) for char in "a</enx</end>"] == ["a", *[""] * 4, "</enx", *[""] * 6]
+    assert stop_filter.found == "</end>"
+
+
+def test_a_stop_string_ends_a_completion_and_the_engine_is_told() -> None:
+    processor, engine = make_processor(), FakeEngine()
+    output, requests = add(processor, "hello world, this", stop=["wor", "zzz"], max_tokens=100)
+    shown = [item.outputs[0].text for item in run(processor, engine, requests)]
+    (completion,) = output.outputs
+    assert completion.text == "hello "
+    assert (completion.finish_reason, completion.stop_reason) == (FinishReason.STOP, "wor")
+    assert engine.aborted == [requests[0].request_id]
+    assert all("hello ".startswith(text) for text in shown)
+
+
+def test_a_stop_string_may_stay_in_the_text() -> None:
+    assert complete("hello world", stop="wor", include_stop_str_in_output=True).outputs[0].text == "hello wor"
+
+
+def test_min_tokens_lets_early_stop_strings_pass() -> None:
+    num_tokens = len(TOKENIZER.encode("hello world"))
+    (completion,) = complete("hello world", stop="wor", min_tokens=num_tokens + 1, max_tokens=60).outputs
+    assert completion.text == "hello worldhello "
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
+    assert complete("hello", stop="helloX", max_tokens=len(TOKENIZER.encode("hello"))).outputs[0].text == "hello"
+
+
+# Several completions
+
+
+def test_n_completions_have_seeds_in_a_row_and_score_the_prompt_once() -> None:
+    processor = make_processor()
+    _, requests = add(processor, "hello", n=3, seed=2**64 - 2, prompt_logprobs=1)
+    assert [request.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
+    assert [request.params.prompt_logprobs for request in requests] == [1, None, None]
+    assert len({request.request_id for request in requests}) == 3
+
+
+def test_drawn_seeds_follow_from_the_engines_seed() -> None:
+    first, again, other = (add(make_processor(seed=seed), "hello")[1][0].seed for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_n_completions_are_one_output_that_ends_with_the_last() -> None:
+    processor, observer = make_processor(), Recorder()
+    processor.observer = observer
+    output, requests = add(processor, "hello", n=2, max_tokens=4)
+    tokens = [5, 6, 7, 8]
+    for i, token_id in enumerate(tokens):
+        end = {requests[0].request_id: Finished(reason=FinishReason.LENGTH)} if i == 3 else {}
+        list(processor.process(StepOutput(request_ids=[requests[0].request_id], token_ids=[token_id], finished=end)))
+    assert output.outputs[0].is_finished and not output.finished and not observer.finished
+    end = {requests[1].request_id: Finished(reason=FinishReason.LENGTH)}
+    list(processor.process(StepOutput(request_ids=[requests[1].request_id], token_ids=[9], finished=end)))
+    assert output.finished and len(observer.finished) == 1
+    assert [completion.token_ids for completion in output.outputs] == [tokens, [9]]
+    assert (observer.finished[0].num_generated_tokens, observer.finished[0].longest_completion_tokens) == (5, 4)
+
+
+# Log probabilities
+
+
+def test_logprobs_name_the_chosen_token_first() -> None:
+    (completion,) = complete([5, 6], logprobs=2, max_tokens=3).outputs
+    assert completion.logprobs is not None and len(completion.logprobs) == 3
+    first = completion.logprobs[0]
+    assert list(first) == [5, 1]
+    assert (first[5].logprob, first[5].rank, first[5].decoded_token) == (-1.0, 2, TOKENIZER.token_text(5))
+    assert (first[1].logprob, first[1].rank) == (-0.5, 1)
+    assert completion.cumulative_logprob == -3.0
+
+
+def test_logprobs_zero_gives_the_chosen_token_only() -> None:
+    (completion,) = complete([5, 6], logprobs=0, max_tokens=2).outputs
+    assert completion.logprobs is not None
+    assert [list(position) for position in completion.logprobs] == [[5], [6]]
+
+
+def test_prompt_logprobs_are_placed_and_may_come_twice() -> None:
+    processor = make_processor()
+    output, requests = add(processor, [5, 6, 7, 8], prompt_logprobs=1)
+    part = PlaceLogprobs(
+        first_position=1, token_ids=[[6, 3], [7, 3]], logprobs=[[-2.0, -1.0], [-4.0, -3.0]], ranks=[4, 9]
+    )
+    rest = PlaceLogprobs(first_position=3, token_ids=[[8, 3]], logprobs=[[-6.0, -5.0]], ranks=[2])
+    for scores in (part, part, rest):
+        list(processor.process(StepOutput(prompt_logprobs={requests[0].request_id: scores})))
+    positions = output.prompt_logprobs
+    assert positions is not None and positions[0] is None
+    assert [list(position) for position in positions[1:] if position] == [[6, 3], [7, 3], [8, 3]]
+
+
+# Aborts, errors, times
+
+
+def test_abort_ends_a_request_and_late_tokens_are_dropped() -> None:
+    processor, engine = make_processor(), FakeEngine()
+    output, requests = add(processor, "hello", n=2)
+    for request in requests:
+        engine.add(request)
+    step = engine.step()
+    list(processor.process(step))
+    assert processor.abort("a") == [request.request_id for request in requests]
+    assert output.finished
+    assert {completion.finish_reason for completion in output.outputs} == {FinishReason.ABORT}
+    assert list(processor.process(engine.step())) == []
+    assert processor.abort("a") == [] and len(processor) == 0
+
+
+def test_an_error_ends_its_request_alone() -> None:
+    processor = make_processor()
+    output, requests = add(processor, "hello", "a")
+    other, _ = add(processor, "hello", "b")
+    end = {requests[0].request_id: Finished(reason=FinishReason.ERROR, error="logits are not finite")}
+    assert list(processor.process(StepOutput(finished=end))) == [output]
+    assert (output.error, output.outputs[0].finish_reason) == ("logits are not finite", FinishReason.ERROR)
+    assert not other.finished and other.error is None
+
+
+def test_observer_counts_one_first_token_and_all_gaps() -> None:
+    processor, engine, observer = make_processor(), FakeEngine(), Recorder()
+    processor.observer = observer
+    lengths = [1, 2, 9]
+    requests = []
+    for length in lengths:
+        requests += add(processor, "hello", str(length), max_tokens=length)[1]
+    for _ in run(processor, engine, requests):
+        pass
+    assert len(observer.ttft_s) == len(lengths)
+    assert len(observer.itl_s) == sum(length - 1 for length in lengths)
+    assert len(observer.steps) == max(lengths)
+    assert [request.num_generated_tokens for request in observer.finished] == lengths
+
+
+def test_times_are_spans_between_events() -> None:
+    now = [10.0]
+    processor, observer = make_processor(lambda: now[0]), Recorder()
+    processor.observer = observer
+    output, requests = add(processor, "hello", max_tokens=3)
+    (engine_id,) = [request.request_id for request in requests]
+    assert requests[0].arrival_s == 10.0
+    end = {engine_id: Finished(reason=FinishReason.LENGTH)}
+    for now_s, step in (
+        (11.0, StepOutput(scheduled=[engine_id])),
+        (13.0, StepOutput(request_ids=[engine_id], token_ids=[5])),
+        (14.0, StepOutput(request_ids=[engine_id], token_ids=[5], preempted=[engine_id])),
+        (17.0, StepOutput(request_ids=[engine_id], token_ids=[5], finished=end)),
+    ):
+        now[0] = now_s
+        list(processor.process(step))
+    (summary,) = observer.finished
+    assert (summary.queue_s, summary.prefill_s, summary.decode_s, summary.inference_s) == (1.0, 2.0, 4.0, 6.0)
+    assert (summary.e2e_s, summary.tpot_s, summary.num_preemptions) == (7.0, 2.0, 1)
+    assert (observer.ttft_s, observer.itl_s) == ([3.0], [1.0, 3.0])
+    assert output.metrics is not None and output.metrics.finished_s == 17.0
+
+
+# The border
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty"),
+        ([], "the prompt is empty"),
+        ([5] * MAX_MODEL_LEN, f"the prompt has {MAX_MODEL_LEN} tokens; at most {MAX_MODEL_LEN - 1} fit"),
+        ([VOCAB_SIZE], f"token id {VOCAB_SIZE} is not in the vocabulary"),
+        ([-1], "token id -1 is not in the vocabulary"),
+        ([10**30], "not in the vocabulary"),
+        ([1.5], "integers, got float"),
+        ([True], "integers, got bool"),
+        (7, "a string or a list of token ids, got int"),
+        (b"x", "got bytes"),
+        ({"prompt": [1]}, "'prompt' of a prompt cannot be a list"),
+        ({"prompt_token_ids": "x"}, "'prompt_token_ids' of a prompt cannot be a str"),
+        ({"text": "x"}, "got 'text'"),
+        ({}, "got nothing"),
+        ("\ud800", "not valid Unicode"),
+    ],
+)
+def test_bad_prompts_are_refused_with_one_line(prompt: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add(make_processor(), prompt)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop_token_ids": [VOCAB_SIZE]},
+        {"logit_bias": {VOCAB_SIZE: 1.0}},
+        {"stop_token_ids": ["x"]},
+        {"logit_bias": {"x": 1.0}},
+    ],
+)
+def test_bad_token_ids_in_params_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary|integers"):
+        add(make_processor(), "hello", **params)
+
+
+def test_the_forms_of_a_prompt() -> None:
+    ids = TOKENIZER.encode("hello")
+    texts: list[PromptInput] = ["hello", {"prompt": "hello"}]
+    assert all(read_prompt(form, TOKENIZER) == Prompt(text="hello", token_ids=ids) for form in texts)
+    tokens: list[PromptInput] = [ids, tuple(ids), {"prompt_token_ids": ids}]
+    assert all(read_prompt(form, None) == Prompt(text=None, token_ids=ids) for form in tokens)
+
+
+def test_without_tokenizer_only_tokens_are_served() -> None:
+    processor = OutputProcessor(fake_facts(), None)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        read_prompt("hello", None)
+    with pytest.raises(ValueError, match="detokenize=False"):
+        processor.add("a", Prompt(text=None, token_ids=[5]), SamplingParams())
+    processor.add("a", Prompt(text=None, token_ids=[5]), SamplingParams(detokenize=False))
+
+
+def test_a_living_request_id_is_refused() -> None:
+    processor = make_processor()
+    add(processor, "hello")
+    with pytest.raises(ValueError, match="already there"):
+        add(processor, "hello")
+    processor.abort("a")
+    add(processor, "hello")

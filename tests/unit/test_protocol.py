@@ -1,0 +1,200 @@
+"""Request bodies: what is taken, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nanoflow.request import SamplingParams
+from nanoflow.server.errors import ApiError, invalid_body
+from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, TokenizeRequest
+
+USER = {"role": "user", "content": "hi"}
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "a", **fields})
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.model_validate({"messages": [USER], **fields})
+
+
+def refusal(**fields: Any) -> str:
+    """The message for a body of completions that is refused."""
+    with pytest.raises(ValidationError) as caught:
+        completion(**fields)
+    problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in caught.value.errors()]
+    return invalid_body(problems).message
+
+
+def test_a_bare_body_takes_the_defaults_of_sampling_params() -> None:
+    assert completion().to_params() == SamplingParams()
+
+
+def test_a_bare_chat_runs_to_the_context_end() -> None:
+    assert chat().to_params() == SamplingParams(max_tokens=None)
+
+
+def test_null_means_not_given() -> None:
+    nulls = dict.fromkeys(SamplingFields.model_fields)
+    assert completion(**nulls).to_params() == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_four_forms_of_prompt(prompt: Any, prompts: list[Any]) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 5, {}, [], [[]], ["a", 1], [1, "a"], [1, [2]], [1.5], [True], [-1], [2**31], [None], ["a"] * 1025, "\ud800"],
+)
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    assert refusal(prompt=prompt).startswith("prompt")
+
+
+BAD_VALUES: dict[str, list[Any]] = {
+    "temperature": [-0.1, 101, "1", True, math.nan, math.inf, 10**400, []],
+    "top_p": [0, 1.1],
+    "n": [0, 129, 1.5, "1", True],
+    "seed": [2**63, -(2**63) - 1, 0.5],
+    "logprobs": [-1, 21, True],
+    "stop": ["", ["a"] * 17, [""], [1], 5, "\ud800"],
+    "logit_bias": [{"a": 1}, {"1": 101}, {"-1": 0}, {"1": None}, [1], {str(i): 0 for i in range(301)}],
+    "stop_token_ids": [[-1], ["a"], 5],
+    "stream_options": [{"include_usage": "yes"}, 1],
+    "max_tokens": [-1, 2**31, "5"],
+    "stream": ["true", 1],
+    "model": [5, ["a"], "\udfff"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
+    assert refusal(**{name: value}).startswith(name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{}]},
+        {"response_format": {"type": "json_object"}},
+        {"best_of": 2},
+        {"suffix": "end"},
+        {"functions": [{}]},
+        {"use_beam_search": True},
+    ],
+)
+def test_what_would_change_the_meaning_is_refused(fields: dict[str, Any]) -> None:
+    assert refusal(**fields) == f"{next(iter(fields))} is not supported by this server"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"best_of": 1, "suffix": None},
+        {"brand_new_field": {"a": 1}},
+    ],
+)
+def test_what_changes_nothing_is_ignored(fields: dict[str, Any]) -> None:
+    assert completion(**fields).to_params() == SamplingParams()
+
+
+def test_fields_that_do_not_go_together() -> None:
+    assert refusal(stream_options={"include_usage": True}) == "stream_options needs stream=true"
+    assert refusal(prompt_logprobs=1, stream=True) == "prompt_logprobs is not available in a stream"
+    assert refusal(max_tokens=0) == "max_tokens must be at least 1 unless echo is true"
+    with pytest.raises(ValueError, match="min_tokens"):
+        completion(min_tokens=9, max_tokens=3).to_params()
+
+
+def test_echo_scores_the_prompt() -> None:
+    params = completion(echo=True, logprobs=3, max_tokens=0).to_params()
+    assert (params.max_tokens, params.logprobs, params.prompt_logprobs) == (1, 3, 3)
+    assert completion(echo=True).to_params().prompt_logprobs is None
+
+
+def test_sampling_fields_reach_the_engine() -> None:
+    fields: dict[str, Any] = {
+        "n": 2,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": -1,
+        "seed": -7,
+        "logit_bias": {"3": -100, "4": 1.5},
+        "stop": "end",
+        "ignore_eos": True,
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "skip_special_tokens": False,
+    }
+    expected = SamplingParams(**{**fields, "logit_bias": {3: -100, 4: 1.5}})
+    assert completion(**fields).to_params() == expected
+
+
+def test_chat_limits_and_logprobs() -> None:
+    assert chat(max_tokens=5).to_params().max_tokens == 5
+    assert chat(max_tokens=5, max_completion_tokens=7).to_params().max_tokens == 7
+    assert chat(logprobs=True).to_params().logprobs == 0
+    assert chat(logprobs=True, top_logprobs=4).to_params().logprobs == 4
+    with pytest.raises(ValidationError, match="top_logprobs needs logprobs=true"):
+        chat(top_logprobs=4)
+
+
+def test_content_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "a\nb"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": []},
+        {"role": "wizard", "content": "a"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "assistant", "content": "a", "tool_calls": [{}]},
+    ],
+)
+def test_other_messages_are_refused(message: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        chat(messages=[message])
+
+
+def test_a_continued_message_opens_no_new_turn() -> None:
+    assert chat().template_options == {"add_generation_prompt": True, "continue_final_message": False}
+    continued = chat(continue_final_message=True)
+    assert continued.template_options == {"add_generation_prompt": False, "continue_final_message": True}
+    with pytest.raises(ValidationError, match="exclude each other"):
+        chat(continue_final_message=True, add_generation_prompt=True)
+
+
+def test_tokenize_takes_one_of_two() -> None:
+    for body in ({}, {"prompt": "a", "messages": [USER]}):
+        with pytest.raises(ValidationError, match="either prompt or messages"):
+            TokenizeRequest.model_validate(body)
+
+
+def test_long_token_lists_fail_fast() -> None:
+    assert refusal(prompt=[1, *["x"] * 100_000]).startswith("prompt.1: ")
+
+
+def test_error_bodies_can_always_be_encoded_and_stay_short() -> None:
+    body = ApiError(400, "bad \ud800 " + "x" * 100_000, param="\udfff").body()
+    assert len(json.dumps(body, ensure_ascii=False).encode()) < 2000
