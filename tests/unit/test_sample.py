@@ -1,0 +1,145 @@
+"""Sampling kernels: the distribution they draw from is the one that transformers' processors make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoflow.kernels import sample
+
+VOCAB = 50
+GRID = 20_000
+
+
+def _logits(seed: int, rows: int = 1) -> torch.Tensor:
+    return 2.5 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def _frequencies(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """How often each token is drawn when the uniform number sweeps [0, 1): the distribution, to 1 / GRID."""
+    rows = logits.expand(GRID, -1)
+    tokens = sample.draw(
+        rows,
+        torch.full((GRID,), temperature),
+        torch.full((GRID,), top_k, dtype=torch.int64),
+        torch.full((GRID,), top_p),
+        torch.full((GRID,), min_p),
+        (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID,
+    )
+    return torch.bincount(tokens, minlength=VOCAB) / GRID
+
+
+def _expected(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """The same by transformers' processors."""
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    steps: list[Any] = [TemperatureLogitsWarper(temperature)]
+    steps += [MinPLogitsWarper(min_p)] if min_p else []
+    steps += [TopKLogitsWarper(top_k)] if top_k else []
+    steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    scores: torch.Tensor = logits.clone()
+    for step in steps:
+        scores = step(ids, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"top_k": 5, "top_p": 1.0, "min_p": 0.0},
+        {"top_k": 0, "top_p": 0.7, "min_p": 0.0},
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.1},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"top_k": 1, "top_p": 1.0, "min_p": 0.0},
+        {"top_k": 0, "top_p": 0.01, "min_p": 0.0},
+        {"top_k": 1000, "top_p": 1.0, "min_p": 1.0},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_filtered_distribution(filters: dict[str, Any], temperature: float) -> None:
+    logits = _logits(3)
+    frequencies = _frequencies(logits, temperature=temperature, **filters)
+    expected = _expected(logits, temperature=temperature, **filters)
+    torch.testing.assert_close(frequencies, expected, atol=2 / GRID, rtol=0)
+
+
+def test_a_draw_does_not_depend_on_the_neighbours() -> None:
+    logits, uniforms = _logits(0, rows=8), torch.linspace(0.05, 0.95, 8, dtype=torch.float64)
+    top_k = torch.tensor([0, 3, 0, 0, 7, 0, 1, 0])
+    top_p = torch.tensor([1, 1, 0.5, 1, 0.9, 1, 1, 1.0])
+    args = (torch.full((8,), 0.9), top_k, top_p, torch.zeros(8), uniforms)
+    together = sample.draw(logits, *args)
+    alone = torch.cat([sample.draw(logits[i : i + 1], *(arg[i : i + 1] for arg in args)) for i in range(8)])
+    assert together.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_the_ends_of_the_unit_interval_give_possible_tokens(uniform: float) -> None:
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, [7, 20]] = torch.tensor([1.0, 2.0])
+    one = torch.ones(1)
+    uniforms = torch.tensor([uniform], dtype=torch.float64)
+    for top_k in (0, 10):
+        token = sample.draw(logits, one, torch.tensor([top_k]), one, torch.zeros(1), uniforms)
+        assert token.item() in (7, 20)
+
+
+def test_uniform_numbers_are_uniform_and_differ() -> None:
+    seeds = np.repeat(np.arange(200, dtype=np.uint64), 200)
+    positions = np.tile(np.arange(200, dtype=np.int64), 200)
+    numbers = sample.uniform(seeds, positions)
+    assert len(np.unique(numbers)) == len(numbers)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
+    chi_square = ((counts - 800) ** 2 / 800).sum()
+    assert chi_square < 95  # 49 degrees of freedom: beyond 95 with probability 1e-4
+    grid = numbers.reshape(200, 200)
+    assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.02
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    repetition=st.floats(0.5, 2.0),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+)
+def test_penalties_token_by_token(seed: int, repetition: float, presence: float, frequency: float) -> None:
+    """Against the definition, written as a loop."""
+    rng = np.random.default_rng(seed)
+    logits = _logits(seed)
+    prompt, generated = rng.integers(0, VOCAB, 10), rng.integers(0, VOCAB, 15)
+    expected = logits.clone()
+    for token in range(VOCAB):
+        if token in prompt or token in generated:
+            value = expected[0, token]
+            expected[0, token] = value / repetition if value > 0 else value * repetition
+        count = int((generated == token).sum())
+        expected[0, token] -= frequency * count + presence * (count > 0)
+    counts = torch.bincount(torch.from_numpy(generated), minlength=VOCAB).int()[None]
+    is_in_prompt = torch.zeros(1, VOCAB, dtype=torch.bool)
+    is_in_prompt[0, prompt] = True
+    one = torch.ones(1)
+    sample.apply_penalties(logits, counts, is_in_prompt, one * repetition, one * presence, one * frequency)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_top_logprobs() -> None:
+    logits = _logits(1, rows=4)
+    expected = torch.log_softmax(logits, -1)
+    chosen = torch.tensor([0, 5, 9, int(logits[3].argmax())])
+    top = sample.top_logprobs(logits, chosen, 3)
+    assert top.token_ids[:, 0].tolist() == chosen.tolist()
+    assert top.token_ids[:, 1:].tolist() == expected.topk(3).indices.tolist()
+    np.testing.assert_allclose(top.logprobs[:, 0], expected[torch.arange(4), chosen], rtol=1e-6)
+    order = logits.argsort(-1, descending=True)
+    assert top.ranks.tolist() == [order[i].tolist().index(chosen[i]) + 1 for i in range(4)]
+    assert top.ranks[3] == 1
