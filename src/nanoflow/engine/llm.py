@@ -1,7 +1,7 @@
 """`LLM`: complete prompts in this process, all together, in the calling thread.
 
-It drives the engine's loop itself and returns when every prompt is done. What happens to tokens is `output.py`'s to know;
-for requests that come one by one there is `async_engine.py`.
+It drives the engine's loop itself and returns when every prompt is done. What becomes of tokens is `output.py`'s to
+know; for requests that come one by one there is `async_engine.py`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LLM:
             use_tqdm: Show a progress bar.
 
         Returns:
-            One output a prompt, in their order. One that failed alone has finish reason "error" and says why in `error`.
+            One output a prompt, in their order. One that failed alone has finish reason "error" and an `error`.
 
         Raises:
             ValueError: A prompt cannot be served; the message names its place, and no prompt has run.
