@@ -55,7 +55,7 @@ class ServerProcess:
 
 def start_server(*arguments: str) -> ServerProcess:
     """Start `nanoflow serve` with arguments; it is not ready yet."""
-    command = [sys.executable, "-m", "nanoflow.cli.main", "serve", *arguments]
+    command = [sys.executable, "-m", "nanoflow", "serve", *arguments]
     server = ServerProcess(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     threading.Thread(target=server.read_output, daemon=True).start()
     return server

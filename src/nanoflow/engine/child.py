@@ -13,8 +13,8 @@ import tempfile
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
-from zmq.constants import PAIR
 from zmq.asyncio import Context, Socket
+from zmq.constants import PAIR
 
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import FromEngine, Shutdown

@@ -133,7 +133,8 @@ class StepOutput:
         request_ids, token_ids: Same length.
         finished: Requests that ended with this iteration; some may have no token in it (aborts, errors).
         logprobs: Log probabilities of the new token, for requests that asked.
-        prompt_logprobs: Parts of prompts scored in this iteration. After a preemption a part may come again: places count.
+        prompt_logprobs: Parts of prompts scored in this iteration. After a preemption a part may come again: the place
+            counts.
         scheduled: Requests that were admitted for the first time since the last output, for queue times.
         preempted: Requests that were preempted since the last output.
         stats: State afterwards.

@@ -86,7 +86,7 @@ class Channel:
     def receive(self, timeout_s: float | None) -> list[ToEngine]:
         """All messages that are there; if there are none, wait so long (None: forever) for one."""
         messages: list[ToEngine] = []
-        if self._socket.poll(None if timeout_s is None else timeout_s * 1000):
+        if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
             while self._socket.poll(0):
                 messages.append(decode_to_engine(self._socket.recv_multipart()))
         return messages

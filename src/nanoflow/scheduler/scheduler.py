@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoflow.batch import DenseBatch, Int32, Int64, Joined, PromptScore, SampledTokens
-from nanoflow.kvcache.pages import PagePool
+from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.tables import PageTables
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
@@ -151,7 +151,8 @@ class Scheduler:
         joined = () if has_preempted else self._admit(self._limits.max_batch_tokens - int(turn.num_taken.sum()))
         if joined:
             turn = self._fill_budget()
-            self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken)
+            if not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
+                raise OutOfPagesError("more was admitted than fits: the predicted peak is below what is needed at once")
         if len(turn.rows) == 0:
             return None
         return self._advance(turn, joined)

@@ -45,8 +45,8 @@ class ServingEngine(Protocol):
         """What is loaded."""
 
     @property
-    def tokenizer(self) -> ServingTokenizer | None:
-        """The model's tokenizer; None if there is none, as with random weights in a benchmark."""
+    def tokenizer(self) -> ServingTokenizer:
+        """The model's tokenizer; ValueError if there is none, as with random weights in a benchmark."""
 
     @property
     def stats(self) -> EngineStats:

@@ -35,20 +35,26 @@ class Service:
 
     @property
     def tokenizer(self) -> ServingTokenizer:
-        """The model's tokenizer; a call that cannot do without is refused (400) if there is none."""
-        if self.engine.tokenizer is None:
-            raise ApiError(400, "this model has no tokenizer: it takes and gives token ids only")
-        return self.engine.tokenizer
+        """The model's tokenizer; if there is none, a call that cannot do without is refused (400)."""
+        with user_errors():
+            return self.engine.tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False if prompts come as token ids only, and completions have no text."""
+        try:
+            return self.engine.tokenizer is not None
+        except ValueError:
+            return False
 
     def sampling(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
         """Parameters of a call; without a tokenizer there is no text."""
         with user_errors():
-            return body.to_params(can_detokenize=self.engine.tokenizer is not None)
+            return body.to_params(can_detokenize=self.has_tokenizer)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token; its id if there is no tokenizer."""
-        tokenizer = self.engine.tokenizer
-        return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+        return self.tokenizer.token_text(token_id) if self.has_tokenizer else f"token_id:{token_id}"
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not the served one (404); None is the served one."""

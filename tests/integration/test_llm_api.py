@@ -1,0 +1,145 @@
+"""`LLM`: the real engine with a tiny random model, in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from nanoflow import LLM, SamplingParams
+from nanoflow.config import ConfigError
+from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.prompts import PromptInput
+from nanoflow.outputs import FinishReason
+from tests.toy_models import ENGINE_OPTIONS, MAX_MODEL_LEN, write_toy_model
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_toy_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[LLM]:
+    with LLM(model, **ENGINE_OPTIONS) as llm:
+        yield llm
+
+
+def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
+    (output,) = llm.generate("hello world", GREEDY, use_tqdm=False)
+    (completion,) = output.outputs
+    assert output.finished and output.prompt == "hello world"
+    assert completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) == 8
+    whole = llm.get_tokenizer().decode([*output.prompt_token_ids, *completion.token_ids])
+    assert "hello world" + completion.text == whole
+
+
+def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = [f"text {number}" for number in range(20)]
+    params = [SamplingParams(temperature=0.0, max_tokens=1 + number % 7, ignore_eos=True) for number in range(20)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [one.max_tokens for one in params]
+
+
+def test_forms_of_a_prompt_give_the_same(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("hello")
+    prompts: list[PromptInput] = ["hello", {"prompt": "hello"}, ids, {"prompt_token_ids": ids}]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    outputs += llm.generate(ids, GREEDY, use_tqdm=False)
+    assert len(outputs) == 5
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+
+
+def test_seeds_make_samples_repeat_and_completions_differ(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=5, max_tokens=12, ignore_eos=True)
+    first, again = (llm.generate("hello", params, use_tqdm=False)[0].outputs for _ in range(2))
+    texts = [tuple(completion.token_ids) for completion in first]
+    assert texts == [tuple(completion.token_ids) for completion in again]
+    assert len(set(texts)) == 3
+
+
+def test_logprobs_of_tokens_and_prompt(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    (output,) = llm.generate("hello world", params, use_tqdm=False)
+    (completion,) = output.outputs
+    assert completion.logprobs is not None and completion.cumulative_logprob is not None
+    for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert position[token_id].rank == 1 and len(position) == 2
+    chosen = [position[t].logprob for t, position in zip(completion.token_ids, completion.logprobs, strict=True)]
+    assert completion.cumulative_logprob == pytest.approx(sum(chosen))
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    for token_id, scores in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert scores is not None and token_id in scores
+
+
+def test_stop_strings_free_the_engine(llm: LLM) -> None:
+    (free,) = llm.generate("hello", SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), use_tqdm=False)
+    stop = free.outputs[0].text[3:5]
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, stop=stop)
+    (output,) = llm.generate("hello", params, use_tqdm=False)
+    assert output.outputs[0].text == free.outputs[0].text.partition(stop)[0]
+    assert output.outputs[0].stop_reason == stop
+
+
+def test_chat_uses_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "hello"}]
+    (output,) = llm.chat(conversation, GREEDY, use_tqdm=False)
+    assert llm.get_tokenizer().decode(output.prompt_token_ids) == "[user]hello[assistant]"
+    outputs = llm.chat([conversation, conversation], GREEDY, use_tqdm=False)
+    assert [one.outputs[0].token_ids for one in outputs] == [output.outputs[0].token_ids] * 2
+
+
+def test_no_prompts_give_no_results(llm: LLM) -> None:
+    assert llm.generate([], GREEDY) == []
+
+
+def test_a_bad_prompt_is_named_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=rf"prompt 2: the prompt has {MAX_MODEL_LEN} tokens"):
+        prompts: list[PromptInput] = ["a", "b", [5] * MAX_MODEL_LEN]
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="2 sampling_params for 3 prompts"):
+        llm.generate(["a", "b", "c"], [GREEDY, GREEDY], use_tqdm=False)
+    assert len(llm.generate(["a", "b"], GREEDY, use_tqdm=False)) == 2
+
+
+def test_ctrl_c_leaves_the_model_usable(llm: LLM) -> None:
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5]] * 2000, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    expected = llm.generate("hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    assert llm.generate("hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+    stats = llm._engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.pages_in_use) == (0, 0, 0)
+
+
+def test_the_bar_counts_requests_and_tokens(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "output tokens/s" in shown
+
+
+def test_unknown_options_name_the_nearest(model: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'max_batch_tokens'"):
+        LLM(model, max_batch_token=5)
+
+
+def test_a_missing_model_is_one_line() -> None:
+    with pytest.raises(ValueError, match="/nowhere/at/all") as problem:
+        LLM("/nowhere/at/all")
+    assert "\n" not in str(problem.value)
+
+
+def test_a_closed_model_says_so(model: str) -> None:
+    llm = LLM(model, **ENGINE_OPTIONS)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate("hello")

@@ -1,0 +1,86 @@
+"""Fill in the generated parts of README.md: the file tree (from module docstrings) and the results (from JSON).
+
+Run after adding a file or a result: `python tools/docs.py`. With `--check` it changes nothing and fails if the README
+is out of date; a test does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def summary(path: Path) -> str:
+    """First sentence of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    first = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?]) ", first)[0].rstrip(".")
+
+
+def tree_lines(folder: Path) -> Iterator[str]:
+    """One line a package and a file, the package's own files first."""
+    for path in sorted(folder.glob("*.py")):
+        if path.name not in ("__init__.py", "__main__.py"):
+            yield f"{path.name:<22} {summary(path)}"
+    for package in sorted(p for p in folder.iterdir() if (p / "__init__.py").exists()):
+        yield f"{package.name + '/':<22} {summary(package / '__init__.py')}"
+        for path in sorted(package.glob("*.py")):
+            if path.name != "__init__.py":
+                yield f"  {path.name:<20} {summary(path)}"
+    yield f"{'default_model/':<22} The embedded model: weights, tokenizer and its model card"
+
+
+def file_tree() -> str:
+    """The tree of the package as a code block."""
+    return "\n".join(["```", "src/nanoflow/", *(f"  {line}" for line in tree_lines(ROOT / "src/nanoflow")), "```"])
+
+
+def result_row(document: dict[str, Any], source: str) -> str:
+    """One row of the results table, from a benchmark's own headline."""
+    headline = document["headline"]
+    cells = (headline["what"], headline["measured"], headline["target"], headline["hardware"], f"[JSON]({source})")
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def results_table() -> str:
+    """The results table: every JSON document under benchmarks/results that has a headline."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        document = json.loads(path.read_text())
+        if "headline" in document:
+            rows.append(result_row(document, path.relative_to(ROOT).as_posix()))
+    return "\n".join(["| benchmark | measured | target | hardware | record |", "|---|---|---|---|---|", *rows])
+
+
+def filled(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, content in (("tree", file_tree()), ("results", results_table())):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        found = pattern.search(text)
+        if not found:
+            raise SystemExit(f"README.md has no part marked {name!r}")
+        text = f"{text[: found.end(1)]}{content}\n{text[found.start(2) :]}"
+    return text
+
+
+def main() -> None:
+    """Fill in or check README.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    path, args = ROOT / "README.md", parser.parse_args()
+    wanted = filled(path.read_text())
+    if args.check and path.read_text() != wanted:
+        raise SystemExit("README.md is out of date: run python tools/docs.py")
+    if not args.check:
+        path.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
