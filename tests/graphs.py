@@ -232,10 +232,10 @@ def batches(draw: st.DrawFn, max_tokens: int, vocab: int) -> DenseBatch:
         if left:
             chunks.append((draw(st.integers(0, 9)), draw(st.integers(1, left))))
             left -= chunks[-1][1]
-    return _batch_of(decodes + chunks, num_decodes, vocab, draw(st.integers(0, 2**31)))
+    return batch_of(decodes + chunks, num_decodes, vocab, draw(st.integers(0, 2**31)))
 
 
-def _batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed: int) -> DenseBatch:
+def batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed: int) -> DenseBatch:
     """A batch of requests (tokens computed before, tokens now), each with pages of its own at random places."""
     rng = np.random.default_rng(seed)
     before, taken = np.array(requests).T

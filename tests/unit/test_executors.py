@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.reference import ReferenceExecutor
+from nanoflow.graph.graph import OpGraph
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches
+from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
 
 MAX_TOKENS = 12
 
@@ -59,16 +60,10 @@ def test_an_exchange_of_dependent_nano_operations_is_refused_and_named(data: st.
 
 @given(graph=graphs())
 @settings(max_examples=5, deadline=None)
-def test_a_batch_larger_than_the_plan_is_refused(graph: object) -> None:
-    from nanoflow.graph.graph import OpGraph
-
-    assert isinstance(graph, OpGraph)
+def test_a_batch_larger_than_the_plan_is_refused(graph: OpGraph) -> None:
     plans = (sequential_plan(graph, 2), nanobatch_plan(graph, 2, [1]))
-    model = device_model(graph, num_pages=8)
-    executor = PipelinedExecutor(model, plans, max_batch_tokens=2, max_logits=4)
-    from tests.graphs import _batch_of
-
-    batch = _batch_of([(0, 3)], 0, graph.vocab_size, 0)
+    executor = PipelinedExecutor(device_model(graph, num_pages=8), plans, max_batch_tokens=2, max_logits=4)
+    batch = batch_of([(0, 3)], 0, graph.vocab_size, 0)
     inputs = InputBuilder(graph.rope, num_rows=1, device=torch.device("cpu")).build(batch)
     with pytest.raises(PlanError, match="is for 2 tokens, the batch has 3"):
         executor.forward(inputs, plans[1])

@@ -63,25 +63,27 @@ def allocate_caches(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """The tensors between operations, by name: [tokens, width], or [rows with logits, width]."""
+    """The tensors between operations, by name: [tokens, width], or [rows with logits, width] for `sampled_names`."""
 
     model: DeviceModel
     tensors: dict[str, Tensor]
+    sampled_names: frozenset[str]
 
     @staticmethod
     def allocate(model: DeviceModel, *, num_tokens: int, num_logits: int) -> Workspace:
         """Tensors for batches of up to so many tokens and rows with logits."""
         graph = model.graph
+        sampled_names = frozenset(spec.name for spec in graph.tensors if spec.scope is Scope.SAMPLED)
         tensors = {
             spec.name: torch.empty(
-                (num_logits if spec.scope is Scope.SAMPLED else num_tokens, spec.width),
+                (num_logits if spec.name in sampled_names else num_tokens, spec.width),
                 dtype=model.dtype,
                 device=model.device,
             )
             for spec in graph.tensors
             if not spec.is_per_layer and spec.name not in graph.inputs
         }
-        return Workspace(model=model, tensors=tensors)
+        return Workspace(model=model, tensors=tensors, sampled_names=sampled_names)
 
     def run(self, op: Operation, layer: int, tokens: TokenRange, inputs: BatchInputs) -> None:
         """Run an operation on a token range; outside the layers `layer` is 0 and not looked at."""
@@ -117,14 +119,10 @@ class Workspace:
         return of_layer[name] if name in of_layer else self.model.weights.shared[name]
 
     def _views(self, op: Operation, names: tuple[str, ...], tokens: TokenRange) -> tuple[Tensor, ...]:
-        """Rows `tokens` of the named tensors; a tensor with rows of another kind (to gather from) is given whole."""
-        rows = slice(tokens.start, tokens.stop)
-        is_sampled = op.scope is Scope.SAMPLED
+        """Rows `tokens` of the named tensors; one whose rows are of another kind (to gather from) is given whole."""
+        rows, is_sampled = slice(tokens.start, tokens.stop), op.scope is Scope.SAMPLED
         return tuple(
-            self.tensors[name][rows]
-            if (self.model.graph.tensor(name).scope is Scope.SAMPLED) == is_sampled
-            # gather_rows reads the dense batch and writes rows with logits
-            else self.tensors[name]
+            self.tensors[name][rows] if (name in self.sampled_names) == is_sampled else self.tensors[name]
             for name in names
             if name in self.tensors
         )

@@ -1,0 +1,170 @@
+"""Reference kernels against definitions written as loops, on fresh random inputs with poisoned outputs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.graph import RopeSpec
+from nanoflow.graph.nanobatch import TokenRange
+from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
+from nanoflow.kernels import reference
+from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache
+from tests.graphs import PAGE_SIZE, batch_of
+
+HEADS, KV_HEADS, DIM = 6, 2, 8
+CPU = torch.device("cpu")
+
+
+def _operation(kind: OpKind, scope: Scope, window: int | None) -> Operation:
+    dims = AttentionDims(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, scale=0.3, windows=(window,))
+    return Operation(
+        name="attention",
+        kind=kind,
+        resource=Resource.MEMORY,
+        scope=scope,
+        reads=("q", "kv"),
+        writes=("attn",),
+        dims=dims,
+    )
+
+
+def _cache(num_pages: int) -> LayerCache:
+    """Random keys and values; pages that no request has hold NaN-free garbage of another scale."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (num_pages, KV_HEADS, PAGE_SIZE, DIM)
+    return LayerCache(keys=torch.randn(shape, generator=generator), values=torch.randn(shape, generator=generator))
+
+
+def _key_value(cache: LayerCache, table: torch.Tensor, place: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    page, offset = int(table[place // PAGE_SIZE]), place % PAGE_SIZE
+    return cache.keys[page, head, offset], cache.values[page, head, offset]
+
+
+def _attend(q: torch.Tensor, cache: LayerCache, table: torch.Tensor, place: int, window: int | None) -> torch.Tensor:
+    """One token at `place`, key by key."""
+    first = 0 if window is None else max(0, place - window + 1)
+    heads = []
+    for head in range(HEADS):
+        pairs = [_key_value(cache, table, key, head // (HEADS // KV_HEADS)) for key in range(first, place + 1)]
+        weights = torch.softmax(torch.stack([0.3 * torch.dot(q[head], key) for key, _ in pairs]), 0)
+        heads.append(sum(weight * value for weight, (_, value) in zip(weights, pairs, strict=True)))
+    return torch.stack([torch.as_tensor(head) for head in heads]).flatten()
+
+
+def _inputs(requests: list[tuple[int, int]], num_decodes: int) -> BatchInputs:
+    rope = RopeSpec(inv_freq=tuple(0.5**i for i in range(DIM // 2)))
+    return InputBuilder(rope, num_rows=len(requests), device=CPU).build(batch_of(requests, num_decodes, 10, seed=3))
+
+
+REQUESTS = [(0, 1), (5, 1), (11, 1), (0, 7), (6, 3), (2, 1)]
+NUM_DECODES = 3
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("limit", [1, 1 << 24])
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_decode_attention(window: int | None, limit: int, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_MAX_GATHERED_ELEMENTS", limit)
+    inputs, cache = _inputs(REQUESTS, NUM_DECODES), _cache(64)
+    q = torch.randn(NUM_DECODES, HEADS * DIM)
+    out = torch.full_like(q, torch.nan)
+    for tokens in (TokenRange(start=0, stop=cut), TokenRange(start=cut, stop=NUM_DECODES)):
+        if tokens.num_tokens:
+            _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
+    for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.page_tables[i], before, window)
+        torch.testing.assert_close(out[i], expected)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("cut", [3, 5, 9, 11, 14])
+def test_prefill_attention_cut_anywhere(window: int | None, cut: int) -> None:
+    inputs, cache = _inputs(REQUESTS, NUM_DECODES), _cache(64)
+    q = torch.randn(inputs.num_tokens, HEADS * DIM)
+    out = torch.full_like(q, torch.nan)
+    for tokens in (TokenRange(start=NUM_DECODES, stop=cut), TokenRange(start=cut, stop=inputs.num_tokens)):
+        if tokens.num_tokens:
+            _launch(OpKind.PREFILL_ATTENTION, Scope.PREFILL, window, tokens, q, out, inputs, cache)
+    assert out[:NUM_DECODES].isnan().all()
+    for request, (before, count) in enumerate(REQUESTS[NUM_DECODES:], start=NUM_DECODES):
+        for i in range(count):
+            token = inputs.query_start[request] + i
+            expected = _attend(q[token].view(HEADS, DIM), cache, inputs.page_tables[request], before + i, window)
+            torch.testing.assert_close(out[token], expected)
+
+
+def _launch(
+    kind: OpKind,
+    scope: Scope,
+    window: int | None,
+    tokens: TokenRange,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    inputs: BatchInputs,
+    cache: LayerCache,
+) -> None:
+    rows = slice(tokens.start, tokens.stop)
+    reference.REFERENCE_KERNELS[kind](
+        Launch(
+            op=_operation(kind, scope, window),
+            layer=0,
+            tokens=tokens,
+            reads=(q[rows],),
+            writes=(out[rows],),
+            weights=(),
+            inputs=inputs,
+            cache=cache,
+        )
+    )
+
+
+def test_rope_append_rotates_and_fills_its_slots_only() -> None:
+    inputs, cache = _inputs(REQUESTS, NUM_DECODES), _cache(64)
+    before_keys, before_values = cache.keys.clone(), cache.values.clone()
+    qkv = torch.randn(inputs.num_tokens, (HEADS + 2 * KV_HEADS) * DIM)
+    q = torch.full((inputs.num_tokens, HEADS * DIM), torch.nan)
+    tokens = TokenRange(start=1, stop=6)
+    rows = slice(tokens.start, tokens.stop)
+    op = _operation(OpKind.ROPE_APPEND, Scope.ALL, None)
+    reference.rope_append(
+        Launch(
+            op=op, layer=0, tokens=tokens, reads=(qkv[rows],), writes=(q[rows],), weights=(), inputs=inputs, cache=cache
+        )
+    )
+    positions = [before + i for before, count in REQUESTS for i in range(count)]
+    for token in range(tokens.start, tokens.stop):
+        heads = qkv[token].view(-1, DIM)
+        rotated = torch.stack([_rotated(head, positions[token]) for head in heads[: HEADS + KV_HEADS]])
+        torch.testing.assert_close(q[token], rotated[:HEADS].flatten())
+        page, offset = divmod(int(inputs.slots[token]), PAGE_SIZE)
+        torch.testing.assert_close(cache.keys[page, :, offset], rotated[HEADS:])
+        torch.testing.assert_close(cache.values[page, :, offset], heads[HEADS + KV_HEADS :])
+        cache.keys[page, :, offset], cache.values[page, :, offset] = (
+            before_keys[page, :, offset],
+            before_values[page, :, offset],
+        )
+    assert torch.equal(cache.keys, before_keys) and torch.equal(cache.values, before_values)
+    assert q[0].isnan().all() and q[6:].isnan().all()
+
+
+def _rotated(head: torch.Tensor, position: int) -> torch.Tensor:
+    half = DIM // 2
+    out = torch.empty(DIM)
+    for i in range(half):
+        angle = position * 0.5**i
+        x, y = float(head[i]), float(head[i + half])
+        out[i], out[i + half] = x * math.cos(angle) - y * math.sin(angle), y * math.cos(angle) + x * math.sin(angle)
+    return out
+
+
+def test_fed_back_tokens_are_the_last_sampled_ones_of_their_rows() -> None:
+    batch = batch_of([(4, 1), (9, 1), (0, 3)], 2, 10, seed=0)
+    batch.is_fed_back[[0, 1]] = True
+    builder = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=8, device=CPU)
+    builder.feed_back(np.array([1, 0], np.int32), torch.tensor([71, 70]))
+    assert builder.build(batch).token_ids.tolist() == [70, 71, *batch.token_ids[2:].tolist()]
