@@ -48,9 +48,9 @@ class ByteTokenizer:
 class FakeAsyncEngine:
     """Generates a token each `step_s` seconds for every running request; `num_closed` counts those cut short."""
 
-    def __init__(self, step_s: float = 0.0) -> None:
+    def __init__(self, step_s: float = 0.0, *, has_tokenizer: bool = True) -> None:
         self.step_s = step_s
-        self.tokenizer = ByteTokenizer()
+        self.has_tokenizer = has_tokenizer
         self.observer: Observer | None = None
         self.heartbeat_age_s = 0.0
         self.is_alive = True
@@ -73,6 +73,12 @@ class FakeAsyncEngine:
         )
 
     @property
+    def tokenizer(self) -> ByteTokenizer:
+        if not self.has_tokenizer:
+            raise ValueError("this model has no tokenizer")
+        return ByteTokenizer()
+
+    @property
     def stats(self) -> EngineStats:
         return EngineStats(num_running=self.num_running, pages_in_use=self.num_running, num_pages=64)
 
@@ -80,6 +86,8 @@ class FakeAsyncEngine:
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
+        if prompt == "crash":
+            raise RuntimeError("broken: /secret/path")
         token_ids = self._prompt_ids(prompt, params)
         self.seen_params.append(params)
         output = RequestOutput(
@@ -124,7 +132,7 @@ class FakeAsyncEngine:
             return
         token_id = ord(SENTENCE[(completion.index + len(completion.token_ids)) % len(SENTENCE)])
         completion.token_ids.append(token_id)
-        completion.text += chr(token_id)
+        completion.text += chr(token_id) if params.detokenize else ""
         if completion.logprobs is not None:
             completion.logprobs.append(logprobs_of(token_id, params.logprobs or 0))
         for stop in params.stop or ():

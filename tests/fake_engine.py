@@ -17,7 +17,7 @@ from nanoflow.request import Request
 VOCAB_SIZE = 400
 MAX_MODEL_LEN = 256
 REFUSED, FAILING, CRASHING, SLOW = 390, 391, 392, 393
-STEP_S = 0.01
+STEP_S = 0.02
 
 
 def fake_facts() -> EngineFacts:

@@ -26,6 +26,7 @@ from tests.fake_engine import CRASHING, FAILING, REFUSED, SLOW
 from tests.toy_models import ENGINE_OPTIONS, write_toy_model
 
 FAKE = "tests.fake_engine_process"
+# With the slow fake engine four seconds: whoever ends earlier was ended.
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
 
@@ -116,7 +117,7 @@ def test_closing_and_cancelling_free_the_engine(model: str) -> None:
         task = asyncio.create_task(last(engine, [SLOW], LONG, "b"))
         await until(lambda: engine.stats.num_running == 1)
         task.cancel()
-        await until(lambda: engine.stats.num_running == 0)
+        await until(lambda: engine.stats.num_running == 0, timeout_s=2.0)
         assert (await last(engine, "hello", SamplingParams(), "a")).finished
 
     with_engine(model, body)
@@ -129,7 +130,7 @@ def test_abort_ends_a_request_for_its_reader(model: str) -> None:
         await engine.abort("a")
         assert (await task).outputs[0].finish_reason is FinishReason.ABORT
         await engine.abort("unknown")
-        await until(lambda: engine.stats.num_running == 0)
+        await until(lambda: engine.stats.num_running == 0, timeout_s=2.0)
 
     with_engine(model, body)
 
@@ -139,7 +140,7 @@ def test_stop_strings_free_the_engine(model: str) -> None:
         ids = [SLOW, *engine.tokenizer.encode("hello")]
         output = await last(engine, ids, SamplingParams(max_tokens=200, stop="lo"))
         assert output.outputs[0].text == "hel"
-        await until(lambda: engine.stats.num_running == 0)
+        await until(lambda: engine.stats.num_running == 0, timeout_s=2.0)
 
     with_engine(model, body)
 
@@ -235,15 +236,15 @@ def test_the_process_ends_when_its_parent_is_killed(model: str) -> None:
         "from nanoflow import AsyncEngine, EngineConfig\n"
         "async def main():\n"
         f"    engine = await AsyncEngine.start(EngineConfig(model={model!r}), module={FAKE!r})\n"
-        "    print(engine._child.pid, flush=True)\n"
+        "    print(engine._child.pid, engine._child._folder, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        child_pid = int(parent.stdout.readline())
+        child_pid, folder = parent.stdout.readline().split()
         parent.kill()
-    asyncio.run(until(lambda: not _is_running(child_pid)))
+    asyncio.run(until(lambda: not _is_running(int(child_pid)) and not Path(folder).exists()))
 
 
 def _is_running(pid: int) -> bool:

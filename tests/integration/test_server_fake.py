@@ -1,49 +1,18 @@
-"""The server over real sockets, with an engine that needs no model: shapes, streams, errors, cancellation."""
+"""The server with an engine that needs no model: the shapes of answers and of streams."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from nanoflow.config import ServerConfig
-from nanoflow.server.app import create_app
-from nanoflow.server.serve import bind, url
 from tests.fake_async_engine import MAX_MODEL_LEN, SENTENCE, FakeAsyncEngine
-
-CHAT = [{"role": "user", "content": "hi"}]
-
-
-@contextmanager
-def served(engine: FakeAsyncEngine, config: ServerConfig | None = None) -> Iterator[str]:
-    """Root URL of a server for the engine, in a thread of its own."""
-    app = create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        thread.start()
-        wait_until(lambda: server.started)
-        try:
-            yield url(listener)
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s, "waited too long"
-        time.sleep(0.01)
+from tests.fake_server import CHAT, complete, error_of, served
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +31,6 @@ def client(http: httpx.Client) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{http.base_url}/v1".replace("//v1", "/v1"), api_key="none", max_retries=0)
 
 
-def complete(http: httpx.Client, **fields: Any) -> Any:
-    answer = http.post("/v1/completions", json={"prompt": "abc", **fields})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def events(http: httpx.Client, path: str, **fields: Any) -> list[Any]:
     """Chunks of a stream; checks how it is framed."""
     with http.stream("POST", path, json={"stream": True, **fields}) as answer:
@@ -76,12 +39,6 @@ def events(http: httpx.Client, path: str, **fields: Any) -> list[Any]:
     assert all(line.startswith("data: ") for line in lines)
     assert lines.pop() == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
-def error_of(answer: httpx.Response) -> Any:
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 # Completions
@@ -262,125 +219,3 @@ def test_metrics_count_requests() -> None:
     assert f"vllm:generation_tokens_total{label} 15.0" in text
     assert f"vllm:inter_token_latency_seconds_count{label} 12.0" in text
     assert f"vllm:num_requests_running{label} 0.0" in text
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"prompt": ""}, "no tokens"),
-        ({"prompt": [9999]}, "out of the vocabulary"),
-        ({"prompt": ["a", ""]}, "no tokens"),
-        ({"prompt": "a" * MAX_MODEL_LEN}, "context length"),
-        ({"prompt": "a", "logit_bias": {"9999": 1}}, "out of the vocabulary"),
-        ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
-        ({"prompt": "a", "best_of": 2}, "best_of is not supported"),
-        ({}, "prompt: Field required"),
-        ([], "valid dictionary"),
-    ],
-)
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_bad_requests(http: httpx.Client, body: Any, words: str, is_stream: bool) -> None:
-    answer = http.post("/v1/completions", json={**body, "stream": True} if is_stream and body else body)
-    assert answer.status_code == 400
-    assert words in error_of(answer)["message"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"\xff\xfe",
-        b'{"prompt": "\\ud800"}',
-        b'{"prompt": "a", "temperature": NaN}',
-        b'{"prompt": "a", "temperature": 1e999}',
-        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
-        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"prompt": "a", "\\ud800": ' + b"[" * 200 + b"]" * 200 + b', "logit_bias": {"\\ud800": 1}}',
-    ],
-)
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_malformed_bodies(http: httpx.Client, path: str, content: bytes) -> None:
-    answer = http.post(path, content=content, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
-    assert error_of(answer)["message"]
-
-
-def test_nul_is_a_character(http: httpx.Client) -> None:
-    assert complete(http, prompt="a\0b", echo=True, max_tokens=1)["choices"][0]["text"] == "a\0bt"
-
-
-def test_a_wrong_place_or_method(http: httpx.Client) -> None:
-    nowhere = http.get("/v1/nothing")
-    assert (nowhere.status_code, error_of(nowhere)["message"]) == (
-        404,
-        "there is nothing at /v1/nothing; the API is under /v1",
-    )
-    wrong = http.get("/v1/completions")
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
-    assert "GET is not allowed" in error_of(wrong)["message"]
-
-
-def test_another_model(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="this server has 'toy'"):
-        client.completions.create(model="gpt", prompt="a")
-
-
-def test_a_template_may_refuse(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="refuses the messages"):
-        client.chat.completions.create(model="toy", messages=[{"role": "user", "content": "refuse me"}])
-
-
-def test_one_request_fails_alone(http: httpx.Client) -> None:
-    answer = http.post("/v1/completions", json={"prompt": "fail"})
-    assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
-    complete(http)
-
-
-# Ends
-
-
-def test_a_dead_engine_ends_calls_and_refuses_new_ones() -> None:
-    engine = FakeAsyncEngine(step_s=0.02)
-    with served(engine) as root_url, httpx.Client(base_url=root_url) as http:
-        with http.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 200, "stream": True}) as answer:
-            lines = answer.iter_lines()
-            assert "choices" in next(lines)
-            engine.is_alive = False
-            *_, error, done = [line for line in lines if line]
-        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
-        assert done == "data: [DONE]"
-        refused = http.post("/v1/completions", json={"prompt": "a"})
-        assert (refused.status_code, error_of(refused)["code"]) == (503, "engine_dead")
-        assert engine.num_running == 0
-
-
-@pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_client_that_leaves_is_forgotten(path: str, is_stream: bool) -> None:
-    engine = FakeAsyncEngine(step_s=0.05)
-    body: dict[str, Any] = {"max_tokens": 200, "n": 2, "stream": is_stream}
-    body |= {"prompt": ["a", "b", "c"]} if path == "/v1/completions" else {"messages": CHAT}
-    num_calls = 3 if path == "/v1/completions" else 1
-    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=0.3) as http:
-        if is_stream:
-            with http.stream("POST", path, json=body) as answer:
-                lines = answer.iter_lines()  # kept: a discarded iterator closes the connection
-                assert next(lines)
-                assert engine.num_running == num_calls
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post(path, json=body)
-        wait_until(lambda: engine.num_running == 0)
-        assert engine.num_closed == num_calls
-
-
-def test_a_client_that_leaves_the_queue_is_forgotten() -> None:
-    engine = FakeAsyncEngine(step_s=60)
-    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=0.2) as http:
-        with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/completions", json={"prompt": "a", "stream": True})
-        wait_until(lambda: engine.num_closed == 1)

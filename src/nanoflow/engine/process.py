@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from zmq.constants import PAIR
@@ -106,7 +108,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], path: str) -> int:
     Returns:
         The process's exit status: 0 after a `Shutdown`, 1 if the engine could not start or has failed.
     """
-    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(path,), name="parent watch", daemon=True).start()
     channel = Channel(path)
     engine: EngineLoop | None = None
     try:
@@ -158,10 +160,13 @@ def _abort(engine: EngineLoop, _channel: Channel, message: Abort) -> None:
 _HANDLERS: dict[type, Callable[[EngineLoop, Channel, Any], None]] = {Add: _add, Abort: _abort}
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(path: str) -> None:
     """Wait for the end of standard input, a pipe that only the parent holds: it closes however the parent ends."""
     while os.read(0, 1):
         pass
+    with suppress(OSError):
+        Path(path).unlink()
+        Path(path).parent.rmdir()
     os._exit(1)
 
 

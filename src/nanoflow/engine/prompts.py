@@ -41,16 +41,12 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     Raises:
         ValueError: It is none of the forms, or a text while there is no tokenizer.
     """
-    if isinstance(prompt, Mapping):
-        prompt = _only_value(prompt)
-    if isinstance(prompt, str):
+    value = _only_value(prompt) if isinstance(prompt, Mapping) else prompt
+    if isinstance(value, str):
         if tokenizer is None:
             raise ValueError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
-        return Prompt(text=prompt, token_ids=tokenizer.encode(prompt))
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise ValueError(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
-    _require_ints("a prompt's token ids", prompt)
-    return Prompt(text=None, token_ids=list(prompt))
+        return Prompt(text=value, token_ids=tokenizer.encode(value))
+    return Prompt(text=None, token_ids=_checked_ids(value))
 
 
 def make_requests(
@@ -98,6 +94,13 @@ def _only_value(prompt: Mapping[str, Any]) -> Any:
     if isinstance(value, str) != (name == "prompt"):
         raise ValueError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
     return value
+
+
+def _checked_ids(value: Any) -> list[int]:
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise ValueError(f"a prompt is a string or a list of token ids, got {type(value).__name__}")
+    _require_ints("a prompt's token ids", value)
+    return list(value)
 
 
 def _require_ints(name: str, values: Iterable[object]) -> None:

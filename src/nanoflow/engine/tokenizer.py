@@ -196,11 +196,6 @@ class IncrementalDetokenizer:
 
     def _show(self, text: str, num_final: int) -> str:
         """Mark the first `num_final` tokens of the window, whose text is given, as shown; return what is new of it."""
-        if not text.startswith(self._shown_text):
-            # A wrong byte spoilt the run of byte tokens that it stands in: go on without what was shown of the run.
-            del self._window[: self._num_shown]
-            num_final, self._num_shown, self._shown_text = num_final - self._num_shown, 0, ""
-            text = self._decode(self._window[:num_final])
         new_text = text[len(self._shown_text) :]
         if new_text:
             del self._window[: self._num_shown]

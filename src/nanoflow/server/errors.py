@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_CHARS = 1000
 MAX_PROBLEMS_SHOWN = 4
 CLIENT_CLOSED_REQUEST = 499
+INTERNAL_ERROR = "internal error; the server's log says more"
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request asks for something that cannot be done"},
@@ -94,7 +95,7 @@ def as_api_error(problem: Exception) -> ApiError:
     if isinstance(problem, ApiError):
         return problem
     logger.error("a request failed", exc_info=problem)
-    return ApiError(500, "internal error; the server's log says more")
+    return ApiError(500, INTERNAL_ERROR)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -111,7 +112,7 @@ async def _on_api_error(_request: Request, problem: ApiError) -> Response:
 
 
 async def _on_unforeseen(_request: Request, _problem: Exception) -> Response:
-    return ApiError(500, "internal error; the server's log says more").response()  # starlette raises it on, to the log
+    return ApiError(500, INTERNAL_ERROR).response()  # the exception itself goes on, into the log
 
 
 async def _on_disconnect(_request: Request, _problem: ClientDisconnectedError) -> Response:

@@ -40,6 +40,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         ClientDisconnectedError: The client has gone.
+        ApiError: Whatever else went wrong.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnect(receive))
@@ -47,11 +48,19 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnectedError
-        return task.result()
+        return _result(task)
     finally:
         watch.cancel()
         task.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+def _result(task: asyncio.Future[T]) -> T:
+    """What the work gave. Its errors become answers here: past the routes they would cost the client its connection."""
+    try:
+        return task.result()
+    except Exception as problem:
+        raise as_api_error(problem) from problem
 
 
 async def _disconnect(receive: Receive) -> None:
