@@ -109,6 +109,11 @@ class AsyncEngine:
         """False once the engine has died or was closed; it does not come back."""
         return self._death is None
 
+    @property
+    def death(self) -> str | None:
+        """Why the engine is not alive; None while it is."""
+        return self._death
+
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:

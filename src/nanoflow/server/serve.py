@@ -80,12 +80,12 @@ async def _answer(engine: AsyncEngine, config: ServerConfig, listener: socket.so
     while engine.is_alive and not stop.is_set() and not serving.done():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), LIVENESS_CHECK_S)
-    has_died = not engine.is_alive
+    death = engine.death
     server.should_exit = True
     await engine.close()  # running requests end now, so that the server has nothing left to wait for
     await serving
-    if has_died:
-        raise EngineDeadError("the engine died; its log above says why")
+    if death is not None:
+        raise EngineDeadError(f"the engine died: {death}")
 
 
 class _Server(uvicorn.Server):
