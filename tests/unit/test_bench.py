@@ -228,7 +228,7 @@ def test_record_has_everything_and_is_plain_json(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "new" / "run.json").read_text())
     assert document["benchmark"] == "serve" and document["model"] == {"name": "m"}
     assert document["machine"]["cpu_name"] and document["software"]["packages"]["torch"]
-    assert document["workload"]["workload"] == "512/512"
+    assert document["workload"]["workload"] == "128/128"
     assert document["config"]["request_rate"] is None  # JSON has no infinity.
     assert [run["num_failed"] for run in document["repeats"]] == [1, 0]
     assert document["repeats"][0]["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p90": 0.5, "p99": 0.5}
@@ -322,7 +322,7 @@ def test_throughput_in_process() -> None:
     record = offline.run_throughput(EngineConfig(load_format="random"), config)
     assert len(FakeLLM.prompts) == 1 + 2 * 4
     assert record.model["weights"] == "random" and record.model["model_type"] == "fake"
-    assert record.plan == {"name": "sequential", "digest": None}
+    assert record.plan == "sequential"
     for run in record.repeats:
         assert (run.num_completed, run.num_output_tokens, run.num_prompt_tokens) == (4, 12, 24)
         assert run.duration_s >= 0.01

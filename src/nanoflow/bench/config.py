@@ -18,9 +18,9 @@ class BenchConfig:
     """What is asked of the engine, and how often."""
 
     workload: str = option(
-        "512/512", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace"
+        "128/128", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace"
     )
-    num_requests: int = option(200, "Requests in one repeat")
+    num_requests: int = option(100, "Requests in one repeat")
     seed: int = option(0, "Seed of lengths, prompts and arrivals; repeat i draws other prompts of the same lengths")
     num_warmup: int = option(4, "Requests to run before the clock starts")
     repeats: int = option(1, "How often to measure")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.bench.config import BenchConfig
@@ -47,7 +46,7 @@ def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRec
         return make_record(
             "throughput",
             model=_model_facts(engine_config, llm.facts),
-            plan={"name": llm.facts.plan, "digest": _plan_digest(engine_config.plan)},
+            plan=llm.facts.plan,
             workload=config,
             config=engine_config,
             repeats=repeats,
@@ -92,11 +91,3 @@ def _record(request: BenchRequest, output: RequestOutput) -> RequestRecord:
 
 def _model_facts(config: EngineConfig, facts: EngineFacts) -> dict[str, object]:
     return {"name": config.model, "weights": config.load_format, **dataclasses.asdict(facts)}
-
-
-def _plan_digest(path: str | None) -> str | None:
-    if path is None:
-        return None
-    from nanoflow.plan.plan import PipelinePlan
-
-    return PipelinePlan.load(Path(path)).digest

@@ -30,7 +30,7 @@ class BenchRecord:
         created_utc: ISO 8601.
         machine, software: What it ran on.
         model: The model under test, as far as known.
-        plan: Name and digest of the pipeline plan; None if unknown.
+        plan: Name and digest of the pipeline plan that the engine runs; None if unknown.
         workload: The benchmark's options.
         config: The options of the engine, or of the load put on a server.
         repeats: One entry each.
@@ -41,7 +41,7 @@ class BenchRecord:
     machine: Machine
     software: Software
     model: Mapping[str, Any]
-    plan: Mapping[str, str | None] | None
+    plan: str | None
     workload: BenchConfig
     config: Any
     repeats: Sequence[RunMetrics]
@@ -52,7 +52,7 @@ def make_record(
     benchmark: str,
     *,
     model: Mapping[str, Any],
-    plan: Mapping[str, str | None] | None,
+    plan: str | None,
     workload: BenchConfig,
     config: Any,
     repeats: Sequence[RunMetrics],
