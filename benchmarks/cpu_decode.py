@@ -154,9 +154,17 @@ def report(rates: dict[str, list[float]], ratios: list[float], args: argparse.Na
         print(f"{name:<14}{statistics.median(values):8.2f}{unit} {spread}")
     if args.json is None:
         return
+    machine = detect_machine()
     document: dict[str, Any] = {
         "benchmark": "cpu_decode",
-        "machine": dataclasses.asdict(detect_machine()),
+        "headline": {
+            "what": f"CPU decode, Qwen2.5-0.5B shape, random weights, {args.dtype}, {args.batch} requests together",
+            "measured": f"{statistics.median(rates['nanoflow']):.1f} tokens/s, "
+            f"{statistics.median(ratios):.2f}x transformers ({min(ratios):.2f} to {max(ratios):.2f})",
+            "target": "1x",
+            "hardware": f"{machine.cpu_name}, {args.threads} threads",
+        },
+        "machine": dataclasses.asdict(machine),
         "software": dataclasses.asdict(detect_software()),
         "options": {name: value for name, value in vars(args).items() if name not in ("json", "check")},
         "decoded_tokens_per_s": rates,

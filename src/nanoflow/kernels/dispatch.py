@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from nanoflow.graph.operation import OpKind
+from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 
 _KERNELS: dict[str, dict[OpKind, Kernel]] = {
-    "cpu": REFERENCE_KERNELS,
+    "cpu": CPU_KERNELS,
     "cuda": REFERENCE_KERNELS,
 }
 

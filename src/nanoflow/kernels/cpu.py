@@ -1,0 +1,34 @@
+"""CPU kernels where they pay: float32 products by oneDNN. Everything else is `reference.py`, which is their twin.
+
+torch hands a float32 product of few rows to MKL, which repacks the weights each time and leaves wide vector units unused
+on some processors; oneDNN streams the weights once. Numbers are in docs/log.md.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanoflow.graph.operation import OpKind
+from nanoflow.kernels import reference
+from nanoflow.kernels.launch import Kernel, Launch
+
+
+def has_onednn() -> bool:
+    """True if this torch was built with oneDNN's linear operation."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(launch: Launch) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N])."""
+    (x,), (out,), (weight, *bias) = launch.reads, launch.writes, launch.weights
+    if x.dtype != torch.float32:
+        return reference.linear(launch)
+    product = torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
+    out.copy_(product)
+    return None
+
+
+CPU_KERNELS: dict[OpKind, Kernel] = {
+    **reference.REFERENCE_KERNELS,
+    **({OpKind.LINEAR: linear} if has_onednn() else {}),
+}
