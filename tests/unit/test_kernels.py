@@ -11,8 +11,8 @@ import torch
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
-from nanoflow.kernels import reference
+from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind, Resource, Scope
+from nanoflow.kernels import cpu, reference
 from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache
 from tests.graphs import PAGE_SIZE, batch_of
 
@@ -168,3 +168,30 @@ def test_fed_back_tokens_are_the_last_sampled_ones_of_their_rows() -> None:
     builder = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=8, device=CPU)
     builder.feed_back(np.array([1, 0], np.int32), torch.tensor([71, 70]))
     assert builder.build(batch).token_ids.tolist() == [70, 71, *batch.token_ids[2:].tolist()]
+
+
+@pytest.mark.skipif(not cpu.has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_cpu_product_is_the_reference_product(dtype: torch.dtype, num_tokens: int, has_bias: bool) -> None:
+    x, weight = torch.randn(num_tokens, 96, dtype=dtype), torch.randn(80, 96, dtype=dtype)
+    weights = (weight, torch.randn(80, dtype=dtype)) if has_bias else (weight,)
+    op = Operation(
+        name="linear",
+        kind=OpKind.LINEAR,
+        resource=Resource.COMPUTE,
+        reads=("x",),
+        writes=("y",),
+        dims=LinearDims(in_features=96, out_features=80),
+    )
+    tokens, inputs = TokenRange(start=0, stop=num_tokens), _inputs([(0, 1)], 1)
+    results = []
+    for kernels in (cpu.CPU_KERNELS, reference.REFERENCE_KERNELS):
+        out = torch.full((num_tokens, 80), torch.nan, dtype=dtype)
+        launch = Launch(
+            op=op, layer=0, tokens=tokens, reads=(x,), writes=(out,), weights=weights, inputs=inputs, cache=None
+        )
+        kernels[OpKind.LINEAR](launch)
+        results.append(out)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)

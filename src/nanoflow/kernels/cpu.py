@@ -1,7 +1,7 @@
 """CPU kernels where they pay: float32 products by oneDNN. Everything else is `reference.py`, which is their twin.
 
-torch hands a float32 product of few rows to MKL, which repacks the weights each time and leaves wide vector units unused
-on some processors; oneDNN streams the weights once. Numbers are in docs/log.md.
+torch hands a float32 product to MKL, which on some processors is several times slower than oneDNN when there are few
+rows, as in decode. Numbers are in docs/log.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nanoflow.kernels.launch import Kernel, Launch
 
 def has_onednn() -> bool:
     """True if this torch was built with oneDNN's linear operation."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(launch: Launch) -> None:
