@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoflow.batch import TopLogprobs
 from nanoflow.kernels import sample
 
 VOCAB = 50
@@ -20,17 +21,25 @@ def _logits(seed: int, rows: int = 1) -> torch.Tensor:
     return 2.5 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
+def _draw(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniforms: torch.Tensor
+) -> torch.Tensor:
+    """All rows with the same parameters."""
+
+    def column(value: float) -> torch.Tensor:
+        return torch.full((len(logits),), value)
+
+    if top_k == 0 and top_p == 1.0 and min_p == 0.0:
+        return sample.draw(logits, column(temperature), uniforms)
+    return sample.draw_filtered(
+        logits, column(temperature), column(top_k).long(), column(top_p), column(min_p), uniforms
+    )
+
+
 def _frequencies(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
     """How often each token is drawn when the uniform number sweeps [0, 1): the distribution, to 1 / GRID."""
-    rows = logits.expand(GRID, -1)
-    tokens = sample.draw(
-        rows,
-        torch.full((GRID,), temperature),
-        torch.full((GRID,), top_k, dtype=torch.int64),
-        torch.full((GRID,), top_p),
-        torch.full((GRID,), min_p),
-        (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID,
-    )
+    uniforms = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    tokens = _draw(logits.expand(GRID, -1), temperature, top_k, top_p, min_p, uniforms)
     return torch.bincount(tokens, minlength=VOCAB) / GRID
 
 
@@ -70,24 +79,22 @@ def test_draws_follow_the_filtered_distribution(filters: dict[str, Any], tempera
     torch.testing.assert_close(frequencies, expected, atol=2 / GRID, rtol=0)
 
 
-def test_a_draw_does_not_depend_on_the_neighbours() -> None:
-    logits, uniforms = _logits(0, rows=8), torch.linspace(0.05, 0.95, 8, dtype=torch.float64)
-    top_k = torch.tensor([0, 3, 0, 0, 7, 0, 1, 0])
-    top_p = torch.tensor([1, 1, 0.5, 1, 0.9, 1, 1, 1.0])
-    args = (torch.full((8,), 0.9), top_k, top_p, torch.zeros(8), uniforms)
-    together = sample.draw(logits, *args)
-    alone = torch.cat([sample.draw(logits[i : i + 1], *(arg[i : i + 1] for arg in args)) for i in range(8)])
-    assert together.tolist() == alone.tolist()
+def test_filters_that_keep_all_change_nothing() -> None:
+    logits, uniforms = _logits(0, rows=64), torch.linspace(0.001, 0.999, 64, dtype=torch.float64)
+    filtered = _frequencies(logits[:1], temperature=1.0, top_k=VOCAB, top_p=1.0, min_p=0.0)
+    free = _frequencies(logits[:1], temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    torch.testing.assert_close(filtered, free, atol=2 / GRID, rtol=0)
+    alone = torch.cat([_draw(logits[i : i + 1], 0.9, 5, 0.8, 0.0, uniforms[i : i + 1]) for i in range(64)])
+    assert _draw(logits, 0.9, 5, 0.8, 0.0, uniforms).tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
 def test_the_ends_of_the_unit_interval_give_possible_tokens(uniform: float) -> None:
     logits = torch.full((1, VOCAB), -torch.inf)
     logits[0, [7, 20]] = torch.tensor([1.0, 2.0])
-    one = torch.ones(1)
     uniforms = torch.tensor([uniform], dtype=torch.float64)
     for top_k in (0, 10):
-        token = sample.draw(logits, one, torch.tensor([top_k]), one, torch.zeros(1), uniforms)
+        token = _draw(logits, 1.0, top_k, 1.0, 0.0, uniforms)
         assert token.item() in (7, 20)
 
 
@@ -132,11 +139,15 @@ def test_penalties_token_by_token(seed: int, repetition: float, presence: float,
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def _top(logits: torch.Tensor, chosen: torch.Tensor) -> list[Any]:
+    return [tensor.numpy() for tensor in sample.top_logprobs(logits, chosen, 3)]
+
+
 def test_top_logprobs() -> None:
     logits = _logits(1, rows=4)
     expected = torch.log_softmax(logits, -1)
     chosen = torch.tensor([0, 5, 9, int(logits[3].argmax())])
-    top = sample.top_logprobs(logits, chosen, 3)
+    top = TopLogprobs(**dict(zip(("token_ids", "logprobs", "ranks"), _top(logits, chosen), strict=True)))
     assert top.token_ids[:, 0].tolist() == chosen.tolist()
     assert top.token_ids[:, 1:].tolist() == expected.topk(3).indices.tolist()
     np.testing.assert_allclose(top.logprobs[:, 0], expected[torch.arange(4), chosen], rtol=1e-6)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoflow.batch import DenseBatch
+from nanoflow.device.transfer import to_device
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.kernels.launch import BatchInputs
 
@@ -51,4 +52,4 @@ class InputBuilder:
         return token_ids
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        return to_device(array, self._device)

@@ -1,7 +1,8 @@
 """The sampler: from logits to tokens, with each request's own parameters.
 
 Parameters of a request lie in arrays, one place a row, written when it joins. What is rare (penalties, biases, minimum
-length, log probabilities) costs only the rows that asked for it.
+length, log probabilities) costs only the rows that asked for it. Nothing here waits for the device: which rows need
+what is known on the host, and tokens are read back by `readback.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanoflow.batch import DenseBatch, Joined, SampledTokens, TopLogprobs
+from nanoflow.batch import DenseBatch, Joined
+from nanoflow.device.transfer import to_device
 from nanoflow.kernels import sample
 
 Rows = NDArray[np.int32]
@@ -25,6 +27,23 @@ class _TokenCounts:
 
     generated: Tensor
     is_in_prompt: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Tokens drawn, all on the device.
+
+    Attributes:
+        token_ids: int64 [S].
+        best: float32 [S], the largest logit of each row; not finite if the model's output is not.
+        logprob_places: Places in S with log probabilities, with how many of the most probable tokens each wants.
+        logprobs: Token ids, log probabilities and ranks at these places, as `kernels.sample.top_logprobs` gives them.
+    """
+
+    token_ids: Tensor
+    best: Tensor
+    logprob_places: list[tuple[int, int]]
+    logprobs: tuple[Tensor, ...]
 
 
 class Sampler:
@@ -67,33 +86,30 @@ class Sampler:
         if params.has_penalties:
             self._count_tokens(joined)
 
-    def sample(self, batch: DenseBatch, logits: Tensor) -> tuple[Tensor, SampledTokens]:
-        """Draw a token for each request of `batch.sampled`.
-
-        Args:
-            batch: The batch.
-            logits: [S, V] in the model's type.
-
-        Returns:
-            Tokens int64 [S] on the device, and the result for the host.
-        """
+    def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
+        """Draw a token for each request of `batch.sampled` from its logits [S, V] in the model's type."""
         rows, positions = batch.rows[batch.sampled], batch.context_len[batch.sampled]
         raw = logits.float()
         adjusted = self._adjust(raw, rows, positions)
         best, token_ids = adjusted.max(dim=-1)
-        is_sound = torch.isfinite(best).cpu().numpy()
-        drawn = np.flatnonzero((self._temperature[rows] > 0) & is_sound)
-        if len(drawn):
-            token_ids[self._to_device(drawn)] = self._draw(adjusted, rows, positions, drawn)
+        is_drawn = self._temperature[rows] > 0
+        is_filtered = (self._top_k[rows] > 0) | (self._top_p[rows] < 1) | (self._min_p[rows] > 0)
+        # A row takes the path of its own parameters, never of its neighbours': its draw may not depend on them.
+        for places, filters in (
+            (np.flatnonzero(is_drawn & ~is_filtered), ()),
+            (np.flatnonzero(is_drawn & is_filtered), (self._top_k, self._top_p, self._min_p)),
+        ):
+            if len(places):
+                token_ids[self._to_device(places)] = self._draw(adjusted, rows, positions, places, filters)
         self._count_drawn(rows, token_ids)
-        # The host sync of the iteration: its tokens are what the caller waits for.
-        host_ids = token_ids.int().cpu().numpy()
-        result = SampledTokens(
-            token_ids=host_ids,
-            logprobs=self._logprobs(raw, rows, token_ids),
-            errors={int(i): "the model gave no finite logits" for i in np.flatnonzero(~is_sound)},
+        wants_logprobs = np.flatnonzero(self._wants_logprobs[rows])
+        num_top = self._num_logprobs[rows[wants_logprobs]]
+        return Drawn(
+            token_ids=token_ids,
+            best=best,
+            logprob_places=list(zip(wants_logprobs.tolist(), num_top.tolist(), strict=True)),
+            logprobs=self._logprobs(raw, token_ids, wants_logprobs, int(num_top.max(initial=0))),
         )
-        return token_ids, result
 
     def _adjust(self, raw: Tensor, rows: Rows, positions: NDArray[np.int32]) -> Tensor:
         """Logits with biases, minimum lengths and penalties applied; `raw` itself if nobody asked."""
@@ -120,33 +136,27 @@ class Sampler:
         sample.apply_penalties(chosen, counts, is_in_prompt, repetition, presence, frequency)
         return chosen
 
-    def _draw(self, logits: Tensor, rows: Rows, positions: NDArray[np.int32], places: NDArray[np.intp]) -> Tensor:
+    def _draw(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        positions: NDArray[np.int32],
+        places: NDArray[np.intp],
+        filters: tuple[NDArray[np.generic], ...],
+    ) -> Tensor:
         at = rows[places]
-        uniforms = sample.uniform(self._seed[at], positions[places].astype(np.int64))
-        return sample.draw(
-            logits[self._to_device(places)],
-            self._to_device(self._temperature[at]),
-            self._to_device(self._top_k[at]),
-            self._to_device(self._top_p[at]),
-            self._to_device(self._min_p[at]),
-            self._to_device(uniforms),
-        )
+        uniforms = self._to_device(sample.uniform(self._seed[at], positions[places].astype(np.int64)))
+        chosen, temperature = logits[self._to_device(places)], self._to_device(self._temperature[at])
+        if not filters:
+            return sample.draw(chosen, temperature, uniforms)
+        top_k, top_p, min_p = (self._to_device(column[at]) for column in filters)
+        return sample.draw_filtered(chosen, temperature, top_k, top_p, min_p, uniforms)
 
-    def _logprobs(self, raw: Tensor, rows: Rows, token_ids: Tensor) -> dict[int, TopLogprobs]:
-        places = np.flatnonzero(self._wants_logprobs[rows])
+    def _logprobs(self, raw: Tensor, token_ids: Tensor, places: NDArray[np.intp], num_top: int) -> tuple[Tensor, ...]:
         if not len(places):
-            return {}
-        num_top = self._num_logprobs[rows[places]]
+            return ()
         at = self._to_device(places)
-        top = sample.top_logprobs(raw[at], token_ids[at], int(num_top.max()))
-        return {
-            int(place): TopLogprobs(
-                token_ids=top.token_ids[i : i + 1, : 1 + num_top[i]],
-                logprobs=top.logprobs[i : i + 1, : 1 + num_top[i]],
-                ranks=top.ranks[i : i + 1],
-            )
-            for i, place in enumerate(places)
-        }
+        return sample.top_logprobs(raw[at], token_ids[at], num_top)
 
     def _count_tokens(self, joined: Joined) -> None:
         """Count a joining request's tokens; the two tables exist from the first request with penalties on."""
@@ -168,4 +178,4 @@ class Sampler:
             self._counts.generated[self._to_device(rows[places]).long(), token_ids[self._to_device(places)]] += 1
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        return to_device(array, self._device)

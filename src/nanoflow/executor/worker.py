@@ -1,7 +1,8 @@
 """The worker: one device, one queue. Takes dense batches in order and gives back the tokens they sampled.
 
-`launch` returns at once, so that the next batch can be formed while this one runs. Batches run strictly in the order in
-which they were launched: that is what lets the scheduler hand freed pages and rows to a later batch without waiting.
+`launch` returns at once, so that the next batch can be formed while this one runs. One thread queues work on the
+device, batch after batch; another waits for tokens. Batches run strictly in the order in which they were launched: that
+is what lets the scheduler hand freed pages and rows to a later batch without waiting.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from dataclasses import replace
 
 import torch
 
-from nanoflow.batch import DenseBatch, PromptScore, SampledTokens, TopLogprobs
+from nanoflow.batch import DenseBatch, PromptScore, SampledTokens
+from nanoflow.device.transfer import to_device
 from nanoflow.executor.buffers import DeviceModel
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
+from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Sampler
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.kernels.sample import top_logprobs
@@ -39,35 +42,39 @@ class Worker:
         self._inputs = InputBuilder(graph.rope, num_rows=num_rows, device=device)
         self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=num_rows)
         self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device)
-        self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-worker")
+        self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-launch")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
 
     def launch(self, batch: DenseBatch, plan: PipelinePlan) -> Future[SampledTokens]:
         """Queue a batch; the result is there when it has run."""
-        return self._queue.submit(self.run, batch, plan)
+        queued = self._queue.submit(self._run, batch, plan)
+        return self._reader.submit(lambda: queued.result().read())
 
     def close(self) -> None:
-        """Wait for what runs and stop the queue."""
+        """Wait for what runs and stop."""
         self._queue.shutdown(wait=True, cancel_futures=True)
+        self._reader.shutdown(wait=True, cancel_futures=True)
 
     @torch.inference_mode()
-    def run(self, batch: DenseBatch, plan: PipelinePlan) -> SampledTokens:
-        """Run one batch: index tensors, forward pass, prompt scores, sampling."""
+    def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
+        """Queue one batch on the device: index tensors, forward pass, prompt scores, sampling."""
         for joined in batch.joined:
             self._sampler.join(joined)
         inputs = self._inputs.build(batch)
         self._executor.forward(inputs, plan)
-        prompt_logprobs = tuple(self._score(inputs, score) for score in batch.prompt_scores)
-        token_ids, result = self._sampler.sample(batch, self._executor.logits(inputs))
-        self._inputs.feed_back(batch.rows[batch.sampled], token_ids)
-        return replace(result, prompt_logprobs=prompt_logprobs)
+        prompt_scores = [self._score(inputs, score) for score in batch.prompt_scores]
+        drawn = self._sampler.sample(batch, self._executor.logits(inputs))
+        self._inputs.feed_back(batch.rows[batch.sampled], drawn.token_ids)
+        return PendingTokens(drawn, prompt_scores)
 
-    def _score(self, inputs: BatchInputs, score: PromptScore) -> TopLogprobs:
+    def _score(self, inputs: BatchInputs, score: PromptScore) -> list[Scores]:
         """Log probabilities of prompt tokens, in slices that the logits' tensor can hold."""
-        targets = torch.from_numpy(score.target_ids).to(inputs.token_ids.device).long()
-        parts = []
+        device = inputs.token_ids.device
+        targets = to_device(score.target_ids, device).long()
+        slices: list[Scores] = []
         for first in range(score.start, score.stop, self._max_logits):
-            tokens = torch.arange(first, min(first + self._max_logits, score.stop), device=targets.device)
+            tokens = torch.arange(first, min(first + self._max_logits, score.stop), device=device)
             logits = self._executor.logits(replace(inputs, logit_tokens=tokens))
             wanted = targets[first - score.start :][: len(tokens)]
-            parts.append(top_logprobs(logits, wanted, score.num_logprobs))
-        return TopLogprobs.concatenate(parts)
+            slices.append(top_logprobs(logits, wanted, score.num_logprobs))
+        return slices

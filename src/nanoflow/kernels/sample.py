@@ -11,8 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanoflow.batch import TopLogprobs
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -47,8 +45,24 @@ def apply_penalties(
     logits.sub_(frequency[:, None] * counts).sub_(presence[:, None] * is_generated)
 
 
-def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution of the filtered probabilities.
+def draw(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: float32 [S, V].
+        temperature: float32 [S], > 0.
+        uniforms: float64 [S] in [0, 1).
+
+    Returns:
+        int64 [S].
+    """
+    return _invert(torch.softmax(logits / temperature[:, None], dim=-1), uniforms)
+
+
+def draw_filtered(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+) -> Tensor:
+    """`draw` from the tokens that top_k, min_p and top_p leave.
 
     Args:
         logits: float32 [S, V].
@@ -61,19 +75,6 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
         int64 [S].
     """
     probabilities = torch.softmax(logits / temperature[:, None], dim=-1)
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    # A row takes the path of its own parameters, never of its neighbours': its draw may not depend on them.
-    is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    rows = is_filtered.nonzero().squeeze(-1)
-    if len(rows):
-        tokens[rows] = _draw_filtered(probabilities[rows], top_k[rows], top_p[rows], min_p[rows], uniforms[rows])
-    rows = (~is_filtered).nonzero().squeeze(-1)
-    if len(rows):
-        tokens[rows] = _invert(probabilities[rows], uniforms[rows])
-    return tokens
-
-
-def _draw_filtered(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
     ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=ordered.device)
     keep = rank < torch.where(top_k > 0, top_k, ordered.shape[1])[:, None]
@@ -96,20 +97,19 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(place, last.long())
 
 
-def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TopLogprobs:
+def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log probabilities of the given tokens and of the most probable ones.
 
     Args:
         logits: [S, V], of the model itself: before penalties and temperature.
         token_ids: int64 [S], the tokens that stand there.
         num_top: How many of the most probable to add.
+
+    Returns:
+        The fields of `TopLogprobs`: token ids int32 and log probabilities float32 [S, 1 + num_top], ranks int32 [S].
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(-1, token_ids[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
     values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
-    return TopLogprobs(
-        token_ids=torch.cat((token_ids[:, None], ids), dim=-1).int().cpu().numpy(),
-        logprobs=torch.cat((chosen, values), dim=-1).cpu().numpy(),
-        ranks=ranks.int().cpu().numpy(),
-    )
+    return torch.cat((token_ids[:, None], ids), dim=-1).int(), torch.cat((chosen, values), dim=-1), ranks.int()

@@ -1,0 +1,69 @@
+"""The way back: tokens and log probabilities of one iteration, from the device to the host.
+
+A `PendingTokens` is made when the iteration's work has been queued, and read when the engine needs its tokens: in
+between the device computes and the host forms the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanoflow.batch import SampledTokens, TopLogprobs
+from nanoflow.device.transfer import Readback
+from nanoflow.executor.sampler import Drawn
+
+Scores = tuple[Tensor, ...]
+
+
+class PendingTokens:
+    """The result of an iteration, on its way.
+
+    Args:
+        drawn: What the sampler gave.
+        prompt_scores: One entry each of `DenseBatch.prompt_scores`: the fields of `TopLogprobs`, in slices.
+    """
+
+    def __init__(self, drawn: Drawn, prompt_scores: Sequence[Sequence[Scores]]) -> None:
+        self._logprob_places = drawn.logprob_places
+        self._slices_of_prompt = [len(slices) for slices in prompt_scores]
+        scores = [tensor for slices in prompt_scores for fields in slices for tensor in fields]
+        self._readback = Readback([drawn.token_ids.int(), drawn.best, *drawn.logprobs, *scores])
+
+    def read(self) -> SampledTokens:
+        """Wait for the iteration and give its tokens."""
+        arrays = iter(self._readback.wait())
+        token_ids, best = next(arrays), next(arrays)
+        top = _top(arrays) if self._logprob_places else None
+        return SampledTokens(
+            token_ids=token_ids,
+            logprobs={} if top is None else _split(top, self._logprob_places),
+            prompt_logprobs=tuple(
+                TopLogprobs.concatenate([_top(arrays) for _ in range(count)]) for count in self._slices_of_prompt
+            ),
+            errors={int(i): "the model gave no finite logits" for i in np.flatnonzero(~np.isfinite(best))},
+        )
+
+
+def _top(arrays: Any) -> TopLogprobs:
+    return TopLogprobs(token_ids=next(arrays), logprobs=next(arrays), ranks=next(arrays))
+
+
+def _split(top: TopLogprobs, places: list[tuple[int, int]]) -> dict[int, TopLogprobs]:
+    """One entry a place, with as many of the most probable tokens as it wants."""
+
+    def columns(array: NDArray[Any], i: int, num_top: int) -> NDArray[Any]:
+        return array[i : i + 1, : 1 + num_top]
+
+    return {
+        place: TopLogprobs(
+            token_ids=columns(top.token_ids, i, num_top),
+            logprobs=columns(top.logprobs, i, num_top),
+            ranks=top.ranks[i : i + 1],
+        )
+        for i, (place, num_top) in enumerate(places)
+    }
