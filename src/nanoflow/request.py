@@ -27,7 +27,7 @@ class SamplingParams:
         top_k: Keep the k most probable tokens; 0 (or less) keeps all.
         min_p: Keep tokens at least this fraction as probable as the most probable one, 0 <= min_p <= 1.
         seed: Same seed, same tokens, whatever else is in the batch. None draws one.
-        repetition_penalty: Divide (multiply, if negative) the logits of all tokens seen; 1 is off.
+        repetition_penalty: Divide (multiply, if negative) the logits of all tokens seen; 1 is off, 0.01 to 100.
         presence_penalty: Subtract from the logits of tokens generated at least once, -2 to 2.
         frequency_penalty: Subtract once per time the token was generated, -2 to 2.
         logit_bias: Token id to a number added to its logit, -100 to 100.
@@ -91,7 +91,7 @@ class SamplingParams:
         _require_range("temperature", self.temperature, 0.0, 100.0)
         _require_range("top_p", self.top_p, 0.0, 1.0, is_low_open=True)
         _require_range("min_p", self.min_p, 0.0, 1.0)
-        _require_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, is_low_open=True)
+        _require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _require_range("max_tokens", self.max_tokens, 1, math.inf)

@@ -193,3 +193,19 @@ def test_prompt_logprobs_over_several_chunks(folder: Path, engine: Engine) -> No
         assert token_ids[0] == prompt[position] and len(token_ids) == 3
         np.testing.assert_allclose(logprobs, expected[position - 1, token_ids], atol=2e-4)
     assert not results[0].prompt_logprobs
+
+
+def test_parameters_at_the_ends_of_their_ranges_sample_something(engine: Engine) -> None:
+    """Whatever `SamplingParams` lets pass gives finite logits and a token."""
+    ends = [
+        _params(repetition_penalty=0.01, temperature=1e-4),
+        _params(repetition_penalty=100.0, temperature=100.0),
+        _params(temperature=5e-324),
+        _params(temperature=1.0, top_p=5e-324),
+        _params(temperature=1.0, min_p=1.0, top_k=2**31),
+        _params(presence_penalty=-2.0, frequency_penalty=2.0, temperature=2e-5),
+        _params(logit_bias=dict.fromkeys(range(131), -100.0), temperature=1.0),
+        _params(logit_bias={5: 100.0, 6: 100.0}, temperature=1e-4),
+    ]
+    results = _run(engine, [(PROMPTS[0], params) for params in ends])
+    assert [(len(result.token_ids), result.reason) for result in results] == [(12, FinishReason.LENGTH)] * len(ends)

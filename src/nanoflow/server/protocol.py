@@ -127,7 +127,7 @@ class SamplingFields(RequestBody):
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1 keeps all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: (

@@ -1,0 +1,150 @@
+"""Launches of the row-wise kernels at any size on fresh random inputs, and the comparison of two kernels on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanoflow.graph.nanobatch import TokenRange
+from nanoflow.graph.operation import AttentionDims, Dims, NormDims, Operation, OpKind, Resource, RowDims
+from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
+
+VOCAB_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """Makes launches of `num_tokens` tokens, of which those from `start` on are worked on.
+
+    Index tensors are for all tokens; tensors to write hold NaN.
+    """
+
+    num_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    start: int = 0
+    seed: int = 0
+
+    def embed(self, width: int) -> Launch:
+        """Gather and zero."""
+        return self._launch(OpKind.EMBED, RowDims(width=width), (), (width, width), ((VOCAB_SIZE, width),))
+
+    def gather_rows(self, width: int) -> Launch:
+        """Two whole tensors, rows at random."""
+        launch = self._launch(OpKind.GATHER_ROWS, RowDims(width=width), (), (width, width), ())
+        return replace(launch, reads=(self._random(VOCAB_SIZE, width), self._random(VOCAB_SIZE, width, seed=1)))
+
+    def add_rms_norm(self, width: int) -> Launch:
+        """Hidden is read and written."""
+        dims = NormDims(width=width, eps=1e-5)
+        launch = self._launch(OpKind.ADD_RMS_NORM, dims, (width, width), (width,), ((width,),))
+        return replace(launch, writes=(launch.reads[1], *launch.writes))
+
+    def swiglu(self, width: int) -> Launch:
+        """Gate and up side by side, some far from 0 on either side."""
+        launch = self._launch(OpKind.SWIGLU, RowDims(width=width), (2 * width,), (width,), ())
+        launch.reads[0][:, ::7] *= 50.0
+        return launch
+
+    def rope_append(self, dims: AttentionDims, page_size: int) -> Launch:
+        """Every token has a slot of its own in a cache of NaN."""
+        d, width = dims.head_dim, dims.q_width + 2 * dims.kv_width
+        weights = () if dims.norm_eps is None else ((d,), (d,))
+        launch = self._launch(OpKind.ROPE_APPEND, dims, (width,), (dims.q_width,), weights)
+        num_pages = -(-self.num_tokens // page_size) + 3
+        shape = (num_pages, dims.num_kv_heads, page_size, d)
+        angles = torch.rand(self.num_tokens, d // 2, generator=self._generator(8)) * 6.3
+        slots = torch.randperm(num_pages * page_size, generator=self._generator(9))[: self.num_tokens]
+        inputs = replace(
+            launch.inputs,
+            cos=angles.cos().to(self.device),
+            sin=angles.sin().to(self.device),
+            slots=slots.to(self.device),
+        )
+        cache = LayerCache(keys=self._poison(*shape), values=self._poison(*shape))
+        return replace(launch, inputs=inputs, cache=cache)
+
+    def _launch(
+        self,
+        kind: OpKind,
+        dims: Dims,
+        read_widths: tuple[int, ...],
+        written_widths: tuple[int, ...],
+        weight_shapes: tuple[tuple[int, ...], ...],
+    ) -> Launch:
+        num_rows = self.num_tokens - self.start
+        op = Operation(name=kind, kind=kind, resource=Resource.MEMORY, reads=(), writes=(), dims=dims)
+        return Launch(
+            op=op,
+            layer=0,
+            tokens=TokenRange(start=self.start, stop=self.num_tokens),
+            reads=tuple(self._random(num_rows, width, seed=2 + place) for place, width in enumerate(read_widths)),
+            writes=tuple(self._poison(num_rows, width) for width in written_widths),
+            weights=tuple(self._random(*shape, seed=5 + place) for place, shape in enumerate(weight_shapes)),
+            inputs=self._inputs(),
+            cache=None,
+        )
+
+    def _inputs(self) -> BatchInputs:
+        ids = torch.randint(VOCAB_SIZE, (2, self.num_tokens), generator=self._generator(7)).to(self.device)
+        none = torch.empty(0, device=self.device)
+        return BatchInputs(
+            num_tokens=self.num_tokens,
+            num_decodes=0,
+            token_ids=ids[0],
+            cos=none,
+            sin=none,
+            slots=none,
+            page_tables=none,
+            query_start=[],
+            context_len=[],
+            decode_context_len=none,
+            logit_tokens=ids[1],
+        )
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(100 * self.seed + seed)
+
+    def _random(self, *shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(shape, generator=self._generator(seed)).to(self.device, self.dtype)
+
+    def _poison(self, *shape: int) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+
+
+def results_of(kernel: Kernel, launch: Launch) -> tuple[Tensor, ...]:
+    """What a kernel leaves in its tensors and its cache, run on copies of all that it may write."""
+    copies = {id(tensor): tensor.clone() for tensor in (*launch.reads, *launch.writes)}
+    cache = launch.cache and LayerCache(keys=launch.cache.keys.clone(), values=launch.cache.values.clone())
+    mine = replace(
+        launch,
+        reads=tuple(copies[id(tensor)] for tensor in launch.reads),
+        writes=tuple(copies[id(tensor)] for tensor in launch.writes),
+        cache=cache,
+    )
+    kernel(mine)
+    return (*mine.writes, *((cache.keys, cache.values) if cache else ()))
+
+
+def assert_twins(fast: Kernel, slow: Kernel, launch: Launch, *, truncates: bool = False) -> None:
+    """Both kernels leave the same up to a last digit, and mostly the very same.
+
+    They round at the same places, so in a 16-bit type results differ only where float32 values that differ in their
+    last digits fall on either side of a border: in one element of thousands. Rounding once more or once less than the
+    twin would move a tenth of all elements or more. Where a rounded value is multiplied, one step becomes up to two.
+
+    Args:
+        fast, slow: The kernels.
+        launch: What they are given.
+        truncates: The fast one cuts digits off instead of rounding; then a few steps of the type are allowed.
+    """
+    dtype = launch.writes[0].dtype
+    step = 5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    rtol = 8 * step if truncates else 2 * step
+    for ours, expected in zip(results_of(fast, launch), results_of(slow, launch), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=rtol, equal_nan=True)
+        if dtype != torch.float32 and not truncates:
+            is_moved = (ours != expected) & ~expected.isnan()
+            assert is_moved.float().mean() < 0.01

@@ -1,0 +1,28 @@
+"""Triton's interpreter for tests on a machine without a GPU; import this before anything that imports Triton."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the compiled kernels", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+
+def _repair_loop_bounds() -> None:
+    """Triton 3.6 makes a loop bound of an array of one number, which NumPy 2.4 no longer takes for a number."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_repair
+
+
+_repair_loop_bounds()

@@ -1,0 +1,116 @@
+"""Row-wise Triton kernels against their reference twins, run by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanoflow.graph.operation import AttentionDims
+from nanoflow.kernels import reference
+from nanoflow.kernels.launch import Kernel, Launch
+from tests.elementwise_cases import VOCAB_SIZE, Cases, assert_twins, results_of
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu has these kernels on the device", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from nanoflow.kernels import triton_elementwise as fast
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+WIDTHS = pytest.mark.parametrize("width", [8, 96, 2304])
+
+
+def _cases(dtype: torch.dtype = torch.float32, start: int = 0) -> Cases:
+    return Cases(num_tokens=5, dtype=dtype, device=CPU, start=start)
+
+
+def _assert_twins(ours: Kernel, expected: Kernel, launch: Launch) -> None:
+    # The interpreter converts float32 to bfloat16 by cutting it off; a GPU rounds. float16 it rounds.
+    assert_twins(ours, expected, launch, truncates=launch.writes[0].dtype == torch.bfloat16)
+
+
+def _dims(num_heads: int, num_kv_heads: int, head_dim: int, *, has_norm: bool = False) -> AttentionDims:
+    return AttentionDims(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=1.0,
+        windows=(None,),
+        norm_eps=1e-6 if has_norm else None,
+    )
+
+
+@DTYPES
+@WIDTHS
+def test_add_rms_norm(dtype: torch.dtype, width: int) -> None:
+    _assert_twins(fast.add_rms_norm, reference.add_rms_norm, _cases(dtype).add_rms_norm(width))
+
+
+@DTYPES
+@WIDTHS
+def test_swiglu(dtype: torch.dtype, width: int) -> None:
+    _assert_twins(fast.swiglu, reference.swiglu, _cases(dtype).swiglu(width))
+
+
+@DTYPES
+@WIDTHS
+@pytest.mark.parametrize("start", [0, 3])
+def test_gathers(dtype: torch.dtype, width: int, start: int) -> None:
+    cases = _cases(dtype, start)
+    _assert_twins(fast.embed, reference.embed, cases.embed(width))
+    _assert_twins(fast.gather_rows, reference.gather_rows, cases.gather_rows(width))
+
+
+# The last one needs two programs a token, with the border between them among the query heads.
+@DTYPES
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 2, 8), (3, 1, 24), (2, 2, 64), (14, 2, 128)])
+def test_rope_append(dtype: torch.dtype, has_norm: bool, sizes: tuple[int, int, int]) -> None:
+    dims = _dims(*sizes, has_norm=has_norm)
+    for start in (0, 3):
+        _assert_twins(fast.rope_append, reference.rope_append, _cases(dtype, start).rope_append(dims, page_size=4))
+
+
+def test_a_slot_outside_the_cache_is_not_written() -> None:
+    launch = _cases().rope_append(_dims(4, 2, 8), page_size=4)
+    _, keys, values = results_of(reference.rope_append, launch)
+    assert launch.cache is not None
+    num_slots = launch.cache.keys.shape[0] * 4
+    padded_slots = torch.cat((launch.inputs.slots, torch.tensor([num_slots, num_slots + 1, -1])))
+    padded = Cases(num_tokens=8, dtype=torch.float32, device=CPU).rope_append(_dims(4, 2, 8), page_size=4)
+    padded.reads[0][:5] = launch.reads[0]
+    inputs = replace(
+        padded.inputs,
+        slots=padded_slots,
+        cos=torch.cat((launch.inputs.cos, torch.ones(3, 4))),
+        sin=torch.cat((launch.inputs.sin, torch.zeros(3, 4))),
+    )
+    q, ours_keys, ours_values = results_of(fast.rope_append, replace(padded, inputs=inputs, cache=launch.cache))
+    torch.testing.assert_close(ours_keys, keys, equal_nan=True)
+    torch.testing.assert_close(ours_values, values, equal_nan=True)
+    torch.testing.assert_close(q[5:], padded.reads[0][5:, :32])
+
+
+def test_an_index_outside_its_tensor_reads_zeros() -> None:
+    embed, gather = _cases().embed(8), _cases().gather_rows(8)
+    ids = torch.tensor([VOCAB_SIZE, -1, 3, 1 << 40, 0])
+    delta, hidden = results_of(fast.embed, replace(embed, inputs=replace(embed.inputs, token_ids=ids)))
+    rows = results_of(fast.gather_rows, replace(gather, inputs=replace(gather.inputs, logit_tokens=ids)))
+    for ours, source in ((delta, embed.weights[0]), (rows[0], gather.reads[0]), (rows[1], gather.reads[1])):
+        assert torch.equal(ours[[2, 4]], source[[3, 0]])
+        assert not ours[[0, 1, 3]].any()
+    assert not hidden.any()
+
+
+def test_a_row_of_nan_stays_alone() -> None:
+    norm, swiglu = _cases().add_rms_norm(96), _cases().swiglu(96)
+    for launch in (norm, swiglu):
+        launch.reads[0][2] = torch.nan
+    for kernel, launch in ((fast.add_rms_norm, norm), (fast.swiglu, swiglu)):
+        assert results_of(kernel, launch)[-1].isnan().any(-1).tolist() == [False, False, True, False, False]
