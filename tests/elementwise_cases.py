@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Dims, NormDims, Operation, OpKind, Resource, RowDims
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
+from tests.graphs import batch_of
 
 VOCAB_SIZE = 64
 
@@ -88,21 +91,12 @@ class Cases:
         )
 
     def _inputs(self) -> BatchInputs:
-        ids = torch.randint(VOCAB_SIZE, (2, self.num_tokens), generator=self._generator(7)).to(self.device)
-        none = torch.empty(0, device=self.device)
-        return BatchInputs(
-            num_tokens=self.num_tokens,
-            num_decodes=0,
-            token_ids=ids[0],
-            cos=none,
-            sin=none,
-            slots=none,
-            page_tables=none,
-            query_start=[],
-            context_len=[],
-            decode_context_len=none,
-            logit_tokens=ids[1],
-        )
+        """Of decodes; rows with logits, and what only `rope_append` looks at, are replaced."""
+        requests = [(0, 1)] * self.num_tokens
+        batch = batch_of(requests, self.num_tokens, VOCAB_SIZE, seed=self.seed)
+        inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=1, device=self.device).build(batch)
+        rows = torch.randint(VOCAB_SIZE, (self.num_tokens,), generator=self._generator(7))
+        return replace(inputs, logit_tokens=rows.to(self.device))
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(100 * self.seed + seed)

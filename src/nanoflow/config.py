@@ -30,7 +30,11 @@ def option(default: Any, text: str) -> Any:
 class EngineConfig:
     """How the engine loads a model and forms batches."""
 
-    model: str = option(DEFAULT_MODEL, "Model folder, Hugging Face Hub name, or 'default' for the small embedded model")
+    model: str = option(
+        DEFAULT_MODEL,
+        "Model folder, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a published "
+        "architecture with random weights",
+    )
     tokenizer: str | None = option(None, "Tokenizer folder or Hub name; the model's own if not given")
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
     dtype: DType = option("auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU")

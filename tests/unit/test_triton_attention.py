@@ -17,8 +17,8 @@ from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
 from nanoflow.kernels import reference, triton_attention
-from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache
-from nanoflow.kernels.triton_attention import AttentionInputs, Tiles
+from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache, PrefillInputs
+from nanoflow.kernels.triton_attention import Tiles
 from tests.graphs import PAGE_SIZE, batch_of
 
 # The logarithm of an empty part's sum is -inf on purpose; NumPy warns.
@@ -116,13 +116,9 @@ def test_prefill(window: int | None, group: int, head_dim: int, cut: int) -> Non
     for tokens in (tokens for tokens in ranges if tokens.num_tokens):
         ours = _launch(Scope.PREFILL, dims, tokens, q, inputs, poisoned)
         twin = _launch(Scope.PREFILL, dims, tokens, q, inputs, clean)
-        triton_attention.run_prefill(ours, _ragged(inputs), SMALL)
+        triton_attention.run_prefill(ours, SMALL)
         reference.prefill_attention(twin)
         torch.testing.assert_close(ours.writes[0], twin.writes[0])
-
-
-def _ragged(inputs: BatchInputs) -> AttentionInputs:
-    return AttentionInputs.of_batch(inputs.query_start, inputs.context_len, inputs.num_decodes, CPU)
 
 
 def test_prefill_with_padding_requests_and_tokens() -> None:
@@ -132,11 +128,16 @@ def test_prefill_with_padding_requests_and_tokens() -> None:
     live, all_tokens = TokenRange(start=5, stop=inputs.num_tokens), TokenRange(start=5, stop=len(q))
     # Two padding requests: one without a token, one with the padding tokens but for the last five.
     starts = [*inputs.query_start, inputs.num_tokens, len(q) - 5]
-    ragged = AttentionInputs.of_batch(starts, [*inputs.context_len, 0, 0], inputs.num_decodes, CPU)
-    padded = dataclasses.replace(inputs, page_tables=torch.cat((inputs.page_tables, inputs.page_tables[:2])))
+    prefills = PrefillInputs(
+        first_request=inputs.num_decodes,
+        query_start=torch.tensor(starts[inputs.num_decodes :], dtype=torch.int32),
+        context_len=torch.tensor([*inputs.context_len[inputs.num_decodes :], 0, 0], dtype=torch.int32),
+    )
+    page_tables = torch.cat((inputs.page_tables, inputs.page_tables[:2]))
+    padded = dataclasses.replace(inputs, page_tables=page_tables, prefills=prefills)
     ours = _launch(Scope.PREFILL, dims, all_tokens, q, padded, poisoned)
     twin = _launch(Scope.PREFILL, dims, live, q, inputs, clean)
-    triton_attention.run_prefill(ours, ragged, SMALL)
+    triton_attention.run_prefill(ours, SMALL)
     reference.prefill_attention(twin)
     torch.testing.assert_close(ours.writes[0][: live.num_tokens], twin.writes[0])
     assert not ours.writes[0][live.num_tokens : -5].any()
@@ -153,7 +154,7 @@ def test_many_short_prompts_find_their_requests() -> None:
     tokens, q = TokenRange(start=0, stop=inputs.num_tokens), torch.randn(inputs.num_tokens, dims.q_width)
     ours = _launch(Scope.PREFILL, dims, tokens, q, inputs, poisoned)
     twin = _launch(Scope.PREFILL, dims, tokens, q, inputs, clean)
-    triton_attention.run_prefill(ours, _ragged(inputs), SMALL)
+    triton_attention.run_prefill(ours, SMALL)
     reference.prefill_attention(twin)
     torch.testing.assert_close(ours.writes[0], twin.writes[0])
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
+import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels import reference
+from nanoflow.kernels import triton_elementwise as fast
 from nanoflow.kernels.launch import Kernel, Launch
 from tests.elementwise_cases import VOCAB_SIZE, Cases, assert_twins, results_of
-
-if torch.cuda.is_available():
-    pytest.skip("tests/gpu has these kernels on the device", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
-
-from nanoflow.kernels import triton_elementwise as fast
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")

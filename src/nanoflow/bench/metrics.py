@@ -61,6 +61,7 @@ class RunMetrics:
         total_tokens_per_s, output_tokens_per_s, requests_per_s: Over the duration; total is prompt plus output.
         ttft_s, tpot_s, itl_s, latency_s, normalized_latency_s: None where nothing was measured.
         goodput_requests_per_s: None unless limits were stated.
+        energy_per_token_j: Energy of the GPU over the duration, for each prompt and output token; None if unknown.
         errors: Message to how often.
     """
 
@@ -80,6 +81,7 @@ class RunMetrics:
     latency_s: Distribution | None
     normalized_latency_s: Distribution | None
     goodput_requests_per_s: float | None
+    energy_per_token_j: float | None
     errors: Mapping[str, int]
 
 
@@ -156,8 +158,14 @@ def distribution(values: Iterable[float | None]) -> Distribution | None:
     return Distribution(mean=float(np.mean(present)), p50=p50, p90=p90, p99=p99)
 
 
-def measure(records: Sequence[RequestRecord], duration_s: float, limits_ms: Mapping[str, float]) -> RunMetrics:
-    """The metrics of one repeat that took `duration_s` seconds."""
+def measure(
+    records: Sequence[RequestRecord],
+    duration_s: float,
+    limits_ms: Mapping[str, float],
+    *,
+    energy_j: float | None = None,
+) -> RunMetrics:
+    """The metrics of one repeat that took `duration_s` seconds and, if that was measured, `energy_j` joules."""
     done = [record for record in records if record.error is None]
     errors = Counter(record.error for record in records if record.error is not None)
     num_prompt_tokens = sum(record.num_prompt_tokens for record in done)
@@ -179,5 +187,6 @@ def measure(records: Sequence[RequestRecord], duration_s: float, limits_ms: Mapp
         latency_s=distribution(map(latency_s, done)),
         normalized_latency_s=distribution(map(normalized_latency_s, done)),
         goodput_requests_per_s=sum(meets(record, limits_ms) for record in records) / duration_s if limits_ms else None,
+        energy_per_token_j=None if energy_j is None else energy_j / max(num_prompt_tokens + num_output_tokens, 1),
         errors=dict(errors.most_common()),
     )

@@ -16,6 +16,7 @@ from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_lim
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
+from nanoflow.device.energy import gpu_energy_j
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -54,10 +55,12 @@ def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRec
 
 
 def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:
-    start_s = time.monotonic()
+    start_j, start_s = gpu_energy_j(), time.monotonic()
     outputs = _generate(llm, requests, use_tqdm=True)
-    duration_s = time.monotonic() - start_s
-    return measure([_record(*pair) for pair in zip(requests, outputs, strict=True)], duration_s, limits_ms)
+    duration_s, end_j = time.monotonic() - start_s, gpu_energy_j()
+    energy_j = None if start_j is None or end_j is None else end_j - start_j
+    records = [_record(*pair) for pair in zip(requests, outputs, strict=True)]
+    return measure(records, duration_s, limits_ms, energy_j=energy_j)
 
 
 def _generate(llm: LLM, requests: Sequence[BenchRequest], *, use_tqdm: bool) -> list[RequestOutput]:

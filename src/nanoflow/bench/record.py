@@ -91,6 +91,7 @@ def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
         ("total tokens/s", 2, [run.total_tokens_per_s for run in repeats]),
         ("output tokens/s", 2, [run.output_tokens_per_s for run in repeats]),
         ("requests/s", 2, [run.requests_per_s for run in repeats]),
+        ("energy (mJ/token)", 2, [_milli(run.energy_per_token_j) for run in repeats]),
         ("goodput (requests/s)", 2, [run.goodput_requests_per_s for run in repeats]),
     )
     for label, digits, column in rows:
@@ -99,6 +100,10 @@ def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
             low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
             spread = f"   ({low} to {high})" if low != high else ""
             yield f"{label:<28}{statistics.median(values):>12,.{digits}f}{spread}"
+
+
+def _milli(value: float | None) -> float | None:
+    return None if value is None else value * 1e3
 
 
 def _latency_lines(run: RunMetrics) -> Iterator[str]:

@@ -19,6 +19,7 @@ from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.config import load as load_model_config
 from nanoflow.models.locate import locate_model
+from nanoflow.models.presets import preset_config, preset_name
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import load_weights, random_weights
 from nanoflow.plan.book import PlanBook, PlanEntry
@@ -30,7 +31,7 @@ from nanoflow.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are loaded, KV pages take at most this part unless told otherwise.
-_KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.4, "cuda": 0.8}
+_KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.4, "cuda": 0.9}
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
@@ -43,17 +44,16 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
-    folder = locate_model(config.model, config.revision)
-    model_config = load_model_config(folder)
+    model_config, folder = resolve_model(config)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     graph = build_graph(model_config, config.max_model_len)
-    if config.load_format == "random":
+    if folder is None or config.load_format == "random":
         weights = random_weights(graph, dtype, device, config.seed)
     else:
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
     num_pages, max_model_len = size_cache(config, model_config, graph, dtype.itemsize, device)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels_for(device))
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels_for(device, graph.layer))
     book = plan_book(config, graph)
     worker = Worker(model, book.plans, max_batch_tokens=config.max_batch_tokens, num_rows=config.max_num_seqs)
     limits = SchedulerLimits(
@@ -81,6 +81,22 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     return Engine(
         facts=facts, scheduler=Scheduler(limits=limits), worker=worker, book=book, is_async=config.async_scheduling
     )
+
+
+def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
+    """The model that a config names, and its folder; a preset has none.
+
+    Raises:
+        ConfigError: A preset shall load weights.
+        ModelError: There is no such model, or its config.json makes no sense.
+    """
+    preset = preset_name(config.model)
+    if preset is None:
+        folder = locate_model(config.model, config.revision)
+        return load_model_config(folder), folder
+    if config.load_format != "random":
+        raise ConfigError(f"model {config.model!r} is an architecture with no weights: set load_format to random")
+    return preset_config(preset), None
 
 
 def plan_book(config: EngineConfig, graph: OpGraph) -> PlanBook:

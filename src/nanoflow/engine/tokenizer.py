@@ -12,6 +12,7 @@ from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.models.locate import locate_model
+from nanoflow.models.presets import preset_name
 
 ChatMessage = Mapping[str, Any]
 
@@ -216,9 +217,13 @@ class IncrementalDetokenizer:
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer of a config; None if there is none and weights are random, as in a benchmark of an architecture.
 
+    A preset has none of its own, and what else it lacks is for those to say who load the model.
+
     Raises:
         ModelError, TokenizerError: It cannot be loaded.
     """
+    if config.tokenizer is None and preset_name(config.model) is not None:
+        return None
     try:
         return Tokenizer.load(config)
     except MissingTokenizerError:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nanoflow.batch import DenseBatch
 from nanoflow.device.transfer import to_device
 from nanoflow.graph.graph import RopeSpec
-from nanoflow.kernels.launch import BatchInputs
+from nanoflow.kernels.launch import BatchInputs, PrefillInputs
 
 
 class InputBuilder:
@@ -36,6 +36,11 @@ class InputBuilder:
             query_start=batch.query_start.tolist(),
             context_len=batch.context_len.tolist(),
             decode_context_len=self._to_device(batch.context_len[: batch.num_decodes]).long(),
+            prefills=PrefillInputs(
+                first_request=batch.num_decodes,
+                query_start=self._to_device(batch.query_start[batch.num_decodes :]),
+                context_len=self._to_device(batch.context_len[batch.num_decodes :]),
+            ),
             logit_tokens=self._to_device(batch.query_start[batch.sampled + 1]).long() - 1,
         )
 

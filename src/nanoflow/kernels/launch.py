@@ -1,7 +1,7 @@
 """What a kernel is given: an operation, the rows of its tensors, its weights, and the iteration's index tensors.
 
-Shape legend: T tokens of the batch, B requests, S rows with logits, P pages a table, N pages of the pool, K KV heads,
-D head size, G tokens a page.
+Shape legend: T tokens of the batch, B requests, R of them prefill requests, S rows with logits, P pages a table, N
+pages of the pool, K KV heads, D head size, G tokens a page.
 """
 
 from __future__ import annotations
@@ -16,6 +16,21 @@ from nanoflow.graph.operation import Operation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillInputs:
+    """What prefill attention reads on the device beside page tables; the arrays may end in padding requests.
+
+    Attributes:
+        first_request: Row of the page tables of the first prefill request: how many decodes there are.
+        query_start: int32 [R + 1], token of the dense batch at which each prefill request begins, never decreasing.
+        context_len: int32 [R], its tokens in the cache once the iteration is done; 0 for padding.
+    """
+
+    first_request: int
+    query_start: Tensor
+    context_len: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchInputs:
     """One iteration's index tensors on the device; `executor/inputs.py` makes them of a `DenseBatch`.
 
@@ -27,6 +42,7 @@ class BatchInputs:
         page_tables: int64 [B, P].
         query_start, context_len: Host copies, [B + 1] and [B]: reference kernels loop over prefill requests.
         decode_context_len: int64 [number of decodes], on the device.
+        prefills: The other requests, on the device.
         logit_tokens: int64 [S], tokens whose rows go to the language-model head.
     """
 
@@ -40,6 +56,7 @@ class BatchInputs:
     query_start: list[int]
     context_len: list[int]
     decode_context_len: Tensor
+    prefills: PrefillInputs
     logit_tokens: Tensor
 
 

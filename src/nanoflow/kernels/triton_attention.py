@@ -1,0 +1,199 @@
+"""Attention over the paged KV cache in Triton: twins of `reference.decode_attention` and `reference.prefill_attention`.
+
+Here is how the work is cut for a card; what each part does is in `triton_attention_programs.py`. Lengths and pages are
+read on the device and grids follow from shapes, so one CUDA graph serves any mix of requests of its size. A request
+whose context is 0 is padding: its rows become 0. Nothing here knows of plans or of the scheduler.
+
+Shape legend: T tokens, B requests, R prefill requests, H heads, K KV heads, D head size, N pages, G tokens a page.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nanoflow.graph.operation import AttentionDims
+from nanoflow.kernels.launch import Launch, LayerCache
+from nanoflow.kernels.triton_attention_programs import decode_program, merge_program, prefill_program
+
+# Decode: programs asked for on each SM, so that ragged lengths even out; a part that still hides its own start and end;
+# the parts that one program merges at once.
+_PROGRAMS_PER_SM = 16
+_MIN_SPLIT_TOKENS = 256
+_MAX_SPLITS = 64
+# Page ids in flight, and what warps exchange to reduce over keys.
+_SCRATCH_BYTES = 2048
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How a kernel is cut: queries and keys a step, warps a program, steps in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Upper bound of what a program takes: queries, weights, and keys and values of every step in flight."""
+        in_flight = 2 * (self.num_stages - 1) * self.block_n
+        elements = (self.block_m + in_flight) * head_dim + self.block_m * self.block_n
+        return elements * itemsize + _SCRATCH_BYTES
+
+
+# Fastest first; the first that fits is taken. Two programs or more on an SM hide each other's softmax and page lookups.
+DECODE_TILES = (
+    Tiles(block_m=16, block_n=64, num_warps=4, num_stages=3),
+    Tiles(block_m=16, block_n=32, num_warps=4, num_stages=3),
+    Tiles(block_m=16, block_n=16, num_warps=4, num_stages=2),
+)
+PREFILL_TILES = (
+    Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    Tiles(block_m=64, block_n=64, num_warps=4, num_stages=3),
+    Tiles(block_m=64, block_n=32, num_warps=4, num_stages=2),
+    Tiles(block_m=32, block_n=16, num_warps=4, num_stages=2),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What of a device the cut depends on."""
+
+    num_sms: int
+    shared_memory_bytes: int
+
+
+@functools.cache
+def card_of(device: torch.device) -> Card:
+    """The card behind a device; for Triton's interpreter on CPU tensors, a small one."""
+    if device.type == "cpu":
+        return Card(num_sms=1, shared_memory_bytes=96 << 10)
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return Card(num_sms=properties["multiprocessor_count"], shared_memory_bytes=properties["max_shared_mem"])
+
+
+def choose_tiles(candidates: Sequence[Tiles], head_dim: int, itemsize: int, limit_bytes: int) -> Tiles:
+    """The first candidate that fits into `limit_bytes` of shared memory, else the last.
+
+    Float32 takes the last as well: its products run outside the tensor cores and large tiles overflow the registers.
+    """
+    if itemsize == 4:
+        return candidates[-1]
+    fitting = (tiles for tiles in candidates if tiles.shared_memory_bytes(head_dim, itemsize) <= limit_bytes)
+    return next(fitting, candidates[-1])
+
+
+def num_splits(num_rows: int, dims: AttentionDims, max_context: int, num_sms: int) -> int:
+    """Parts in which a context is read: enough programs for the card, no part too small; a power of two.
+
+    It follows from shapes alone, and powers of two keep the number of compiled variants small.
+    """
+    wanted = -(-_PROGRAMS_PER_SM * num_sms // (num_rows * dims.num_kv_heads))
+    useful = max(1, min(wanted, max_context // _MIN_SPLIT_TOKENS, _MAX_SPLITS))
+    return 1 << (useful.bit_length() - 1)
+
+
+def decode_attention(launch: Launch) -> None:
+    """Attention of one query a request over its pages, out [B, H x D]; the twin of `reference.decode_attention`."""
+    dims, cache = launch.op.dims, launch.cache
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    _check(q, out, cache)
+    card, tables = card_of(q.device), launch.inputs.page_tables
+    tiles = choose_tiles(DECODE_TILES, dims.head_dim, q.element_size(), card.shared_memory_bytes // 2)
+    splits = num_splits(len(q), dims, tables.shape[1] * cache.keys.shape[2], card.num_sms)
+    run_decode(launch, tiles, splits)
+
+
+def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
+    """`decode_attention` cut in a given way; splits: a power of two."""
+    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    shape = (len(q), dims.num_heads, splits)
+    parts = out if splits == 1 else torch.empty((*shape, dims.head_dim), dtype=torch.float32, device=q.device)
+    log_sums = None if splits == 1 else torch.empty(shape, dtype=torch.float32, device=q.device)
+    decode_program[(dims.num_kv_heads, len(q), splits)](
+        parts,
+        log_sums,
+        q,
+        cache.keys,
+        cache.values,
+        inputs.page_tables,
+        inputs.decode_context_len,
+        inputs.page_tables.stride(0),
+        launch.tokens.start,
+        dims.scale * _LOG2_E,
+        GROUP=dims.num_heads // dims.num_kv_heads,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        PAGE_SIZE=cache.keys.shape[2],
+        WINDOW=dims.windows[launch.layer],
+        NUM_SPLITS=splits,
+        MIN_SPLIT=_MIN_SPLIT_TOKENS,
+        BLOCK_M=max(tiles.block_m, triton.next_power_of_2(dims.num_heads // dims.num_kv_heads)),
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if splits > 1:
+        merge_program[(len(q) * dims.num_heads,)](out, parts, log_sums, HEAD_DIM=dims.head_dim, NUM_SPLITS=splits)
+
+
+def prefill_attention(launch: Launch) -> None:
+    """Causal attention of prompt chunks over their context so far; the twin of `reference.prefill_attention`."""
+    dims, cache = launch.op.dims, launch.cache
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    _check(q, out, cache)
+    limit_bytes = card_of(q.device).shared_memory_bytes
+    tiles = choose_tiles(PREFILL_TILES, dims.head_dim, q.element_size(), limit_bytes)
+    run_prefill(launch, tiles)
+
+
+def run_prefill(launch: Launch, tiles: Tiles) -> None:
+    """`prefill_attention` cut in a given way; needs nothing from the host."""
+    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    prefills = inputs.prefills
+    num_requests = len(prefills.context_len)
+    prefill_program[(dims.num_heads, len(q) // tiles.block_m + num_requests)](
+        out,
+        q,
+        cache.keys,
+        cache.values,
+        inputs.page_tables,
+        prefills.query_start,
+        prefills.context_len,
+        inputs.page_tables.stride(0),
+        num_requests,
+        prefills.first_request,
+        launch.tokens.start,
+        launch.tokens.stop,
+        dims.scale * _LOG2_E,
+        NUM_HEADS=dims.num_heads,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        PAGE_SIZE=cache.keys.shape[2],
+        WINDOW=dims.windows[launch.layer],
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def _check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
+    head_dim = cache.keys.shape[3]
+    if not 16 <= head_dim <= 256 or head_dim & (head_dim - 1):
+        raise ValueError(f"head size {head_dim} is not a power of two from 16 to 256; use the reference kernel")
+    if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):
+        raise ValueError("attention takes contiguous queries, outputs, keys and values")

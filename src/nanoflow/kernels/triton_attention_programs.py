@@ -1,0 +1,236 @@
+"""The programs of paged attention that run on the device, in Triton; `triton_attention.py` says how they are cut.
+
+Each is one loop over blocks of keys with a running softmax (FlashAttention-2), the keys found through the page table.
+They know of tensors and lengths only, not of operations or batches.
+
+Shape legend: B decodes, R prefill requests, H heads, K KV heads, D head size, N pages of G tokens, P pages a table.
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _attend(
+    acc: tl.tensor,
+    total: tl.tensor,
+    peak: tl.tensor,
+    q: tl.tensor,
+    query_places: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    table: tl.tensor,
+    kv_head: tl.tensor,
+    log2_scale: float,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Add keys start..stop-1 to running softmaxes in base 2: sum of values, of weights, and largest score.
+
+    Without IS_MASKED every query sees every key, and start..stop is whole blocks.
+    """
+    dims = tl.arange(0, HEAD_DIM)[None, :]
+    for block in range(start, stop, BLOCK_N):
+        places = block + tl.arange(0, BLOCK_N)
+        exists = places < stop
+        pages = tl.load(table + tl.minimum(places, stop - 1) // PAGE_SIZE).to(tl.int64)
+        rows = (pages * KV_HEADS + kv_head) * PAGE_SIZE + places % PAGE_SIZE
+        cells = rows[:, None] * HEAD_DIM + dims
+        key = _load_rows(keys + cells, exists, IS_MASKED)
+        scores = tl.dot(q, tl.trans(key), input_precision="ieee")
+        if IS_MASKED:
+            visible = (places[None, :] <= query_places[:, None]) & exists[None, :]
+            if WINDOW is not None:
+                visible &= places[None, :] > query_places[:, None] - WINDOW
+            scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * log2_scale)
+        weights = tl.exp2(scores * log2_scale - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+        value = _load_rows(values + cells, exists, IS_MASKED)
+        acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(weights, 1)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit
+def _load_rows(cells: tl.tensor, exists: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
+    """Rows that exist; 0 for others: behind a context stands anything, and a weight of 0 does not keep out its NaN."""
+    if IS_MASKED:
+        return tl.load(cells, mask=exists[:, None], other=0.0)
+    else:  # noqa: RET505  (Triton compiles one of two branches)
+        return tl.load(cells)
+
+
+@triton.jit(do_not_specialize=["table_stride", "first_request"])
+def decode_program(
+    out: tl.tensor,
+    log_sums: tl.tensor,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    page_tables: tl.tensor,
+    context_len: tl.tensor,
+    table_stride: int,
+    first_request: int,
+    log2_scale: float,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """One part of one request's context for the query heads of one KV head; out is [B, H, NUM_SPLITS, D]."""
+    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(context_len + first_request + row).to(tl.int32)
+    first = 0 * context
+    if WINDOW is not None:
+        first = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
+    part = tl.maximum(tl.cdiv(tl.cdiv(context - first, NUM_SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    start = first + split * part
+    stop = tl.minimum(start + part, context)
+    heads, dims = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
+    # Query heads that share a KV head are the rows of a product, filled up to the tensor cores' smallest.
+    is_head = heads < GROUP
+    head_rows = (row * KV_HEADS + kv_head).to(tl.int64) * GROUP + heads
+    queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_head[:, None], other=0.0)
+    acc, total, peak = _attend(
+        tl.zeros([BLOCK_M, HEAD_DIM], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], -1e30, tl.float32),
+        queries,
+        tl.zeros([BLOCK_M], tl.int32) + context - 1,
+        start,
+        stop,
+        keys,
+        values,
+        page_tables + (first_request + row).to(tl.int64) * table_stride,
+        kv_head,
+        log2_scale,
+        KV_HEADS,
+        HEAD_DIM,
+        PAGE_SIZE,
+        WINDOW,
+        BLOCK_N,
+        True,
+    )
+    parts = head_rows * NUM_SPLITS + split
+    mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + parts[:, None] * HEAD_DIM + dims[None, :], mean.to(out.dtype.element_ty), mask=is_head[:, None])
+    if NUM_SPLITS > 1:
+        tl.store(log_sums + parts, peak + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def merge_program(
+    out: tl.tensor, parts: tl.tensor, log_sums: tl.tensor, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr
+) -> None:
+    """Mean of the parts [NUM_SPLITS, D] of one row and head, each with the weight 2^log_sum; empty ones have 0."""
+    head_row = tl.program_id(0).to(tl.int64)
+    splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, HEAD_DIM)
+    logs = tl.load(log_sums + head_row * NUM_SPLITS + splits)
+    weights = tl.exp2(logs - tl.maximum(tl.max(logs, 0), -1e30))
+    cells = (head_row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :]
+    total = tl.sum(weights, 0)
+    mean = tl.sum(tl.load(parts + cells) * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + head_row * HEAD_DIM + dims, mean.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _find_request(
+    query_start: tl.tensor,
+    num_requests: int,
+    first_token: int,
+    stop_token: int,
+    tile: tl.tensor,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """The request that a tile of queries belongs to.
+
+    A request that begins at row s of the range is given the tiles from s // BLOCK_M + (requests before it): as many as
+    it can need, whatever the lengths of the others, so its number is how many begin at or before the tile, less one.
+    """
+    found = 0 * tile
+    for base in range(0, num_requests, 128):
+        requests = base + tl.arange(0, 128)
+        starts = tl.load(query_start + requests, mask=requests < num_requests, other=0)
+        rows = tl.minimum(tl.maximum(starts, first_token), stop_token) - first_token
+        begins = (rows // BLOCK_M + requests <= tile) & (requests < num_requests)
+        found += tl.sum(begins.to(tl.int32), 0)
+    return found - 1
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_requests", "first_request", "first_token", "stop_token"])
+def prefill_program(
+    out: tl.tensor,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    page_tables: tl.tensor,
+    query_start: tl.tensor,
+    context_len: tl.tensor,
+    table_stride: int,
+    num_requests: int,
+    first_request: int,
+    first_token: int,
+    stop_token: int,
+    log2_scale: float,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """One head of up to BLOCK_M queries of one request; tiles that no request needs end at once."""
+    # Last tiles first: they have the most keys, and short ones then fill the gaps at the end.
+    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    request = _find_request(query_start, num_requests, first_token, stop_token, tile, BLOCK_M)
+    chunk_stop = tl.load(query_start + request + 1)
+    begin = tl.maximum(tl.load(query_start + request), first_token)
+    end = tl.minimum(chunk_stop, stop_token)
+    tile_of_request = tile - (tl.minimum(begin, stop_token) - first_token) // BLOCK_M - request
+    token = begin + tile_of_request * BLOCK_M
+    if token >= end:
+        return
+    tokens = token + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, HEAD_DIM)
+    cells = ((tokens - first_token).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+    is_token = (tokens < end)[:, None]
+    queries = tl.load(q + cells, mask=is_token, other=0.0)
+    # A token's place in its sequence is `offset` on from its place in the batch.
+    offset = tl.load(context_len + request) - chunk_stop
+    stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
+    table = page_tables + (first_request + request).to(tl.int64) * table_stride
+    kv_head = head // (NUM_HEADS // KV_HEADS)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -1e30, tl.float32)
+    if WINDOW is None:
+        start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
+        acc, total, peak = _attend(
+            acc, total, peak, queries, tokens + offset, 0, start, keys, values, table, kv_head, log2_scale,
+            KV_HEADS, HEAD_DIM, PAGE_SIZE, None, BLOCK_N, False,
+        )  # fmt: skip
+    else:
+        start = tl.maximum(token + offset - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    acc, total, peak = _attend(
+        acc, total, peak, queries, tokens + offset, start, stop, keys, values, table, kv_head, log2_scale,
+        KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW, BLOCK_N, True,
+    )  # fmt: skip
+    mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + cells, mean.to(out.dtype.element_ty), mask=is_token)

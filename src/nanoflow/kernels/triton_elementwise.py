@@ -1,0 +1,247 @@
+"""Row-wise kernels in Triton, one launch each: norms, rotary embedding with cache append, SwiGLU, gathers of rows.
+
+Twins of the functions of the same name in `reference.py`, rounded at the same places. All are bound by memory: each
+element is read once and written once. Grids follow from shapes alone, so one CUDA graph serves any batch of its size;
+an index outside its target (token, row or slot: give padding rows one) reads zeros and writes nothing. Products are
+cuBLAS's, attention is `triton_attention.py`.
+
+Shape legend: T tokens, S rows with logits, W width, V vocabulary, H heads, K KV heads, D head size, N pages, G tokens a
+page.
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoflow.graph.operation import AttentionDims, NormDims, OpKind
+from nanoflow.kernels.launch import Kernel, Launch
+
+# Of 2-byte elements, two accesses of 16 bytes in flight a thread and tensor: enough to hide latency at full occupancy.
+_ELEMENTS_PER_THREAD = 16
+_THREADS_PER_WARP = 32
+_MAX_WARPS = 16
+# Elements a program when a row is cut: many small programs keep a decode-only batch from leaving SMs idle.
+_BLOCK = 2048
+
+
+def add_rms_norm(launch: Launch) -> None:
+    """hidden += delta; normed = hidden / sqrt(mean(hidden^2) + eps) * weight, all [T, W]. One program a row."""
+    assert isinstance(launch.op.dims, NormDims)
+    (delta, _), (hidden, normed) = launch.reads, launch.writes
+    num_rows, width = hidden.shape
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(num_rows,)](
+        delta, hidden, normed, launch.weights[0], launch.op.dims.eps, width, block, num_warps=_num_warps(block)
+    )
+
+
+@triton.jit
+def _add_rms_norm(
+    delta: tl.tensor,
+    hidden: tl.tensor,
+    normed: tl.tensor,
+    weight: tl.tensor,
+    eps: float,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    cells = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    total = tl.load(hidden + cells, mask=is_inside, other=0.0).to(tl.float32)
+    total += tl.load(delta + cells, mask=is_inside, other=0.0).to(tl.float32)
+    # Before the sum, which every thread waits for.
+    factors = tl.load(weight + columns, mask=is_inside, other=0.0)
+    rounded = total.to(hidden.dtype.element_ty)
+    tl.store(hidden + cells, rounded, mask=is_inside)
+    exact = rounded.to(tl.float32)
+    exact *= tl.rsqrt(tl.sum(exact * exact) / WIDTH + eps)
+    tl.store(normed + cells, _weighted(exact, factors), mask=is_inside)
+
+
+@triton.jit
+def _weighted(exact: tl.tensor, factors: tl.tensor) -> tl.tensor:
+    """Float32 rows rounded to the weight's type before they are multiplied by it, as the models were trained."""
+    product = exact.to(factors.dtype).to(tl.float32) * factors.to(tl.float32)
+    return product.to(factors.dtype)
+
+
+def rope_append(launch: Launch) -> None:
+    """Split qkv [T, (H + 2 K) D], normalise q and k heads if the model does, rotate them, append k and v to the cache.
+
+    A token whose slot is outside the cache (padding) gets its q and leaves the cache alone.
+    """
+    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (qkv,), (q_out,) = launch.reads, launch.writes
+    q_weight, k_weight = launch.weights or (None, None)
+    num_pages, _, page_size, head_dim = cache.keys.shape
+    num_heads, half = dims.num_heads + 2 * dims.num_kv_heads, head_dim // 2
+    half_block = triton.next_power_of_2(half)
+    head_block = min(triton.next_power_of_2(num_heads), max(1, _BLOCK // (2 * half_block)))
+    rows = slice(launch.tokens.start, launch.tokens.stop)
+    _rope_append[(len(qkv), triton.cdiv(num_heads, head_block))](
+        *(qkv, q_out, cache.keys, cache.values),
+        *(inputs.cos[rows], inputs.sin[rows], inputs.slots[rows], q_weight, k_weight),
+        *(num_pages * page_size, dims.norm_eps or 0.0),
+        *(dims.num_heads, dims.num_kv_heads, half, page_size, head_block, half_block),
+        num_warps=_num_warps(2 * head_block * half_block),
+    )
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _rope_append(
+    qkv: tl.tensor,
+    q_out: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    q_weight: tl.tensor | None,
+    k_weight: tl.tensor | None,
+    num_slots: int,
+    eps: float,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+) -> None:
+    """One token, HEAD_BLOCK of its q, k and v heads, which follow one another; pairs to rotate are (i, i + HALF)."""
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)[:, None]
+    columns = tl.arange(0, HALF_BLOCK)[None, :]
+    is_column = columns < HALF
+    is_query, is_value = heads < HEADS, heads >= HEADS + KV_HEADS
+    is_inside = (heads < HEADS + 2 * KV_HEADS) & is_column
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + heads) * 2 * HALF + columns
+    first = tl.load(source, mask=is_inside, other=0.0)
+    second = tl.load(source + HALF, mask=is_inside, other=0.0)
+    x, y = first, second
+    if q_weight is not None:
+        x, y = _normalised_heads(x, y, q_weight, k_weight, is_query, eps, HALF, HALF_BLOCK)
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    cosine = tl.load(cos + token * HALF + columns, mask=is_column)
+    sine = tl.load(sin + token * HALF + columns, mask=is_column)
+    first = tl.where(is_value, first, (x * cosine - y * sine).to(first.dtype))
+    second = tl.where(is_value, second, (y * cosine + x * sine).to(second.dtype))
+    q_cells = q_out + (token * HEADS + heads) * 2 * HALF + columns
+    tl.store(q_cells, first, mask=is_query & is_column)
+    tl.store(q_cells + HALF, second, mask=is_query & is_column)
+    slot = tl.load(slots + token)
+    kv_head = heads - tl.where(is_value, HEADS + KV_HEADS, HEADS)
+    row = ((slot // PAGE_SIZE) * KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
+    kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + columns
+    is_appended = is_inside & (heads >= HEADS) & (slot >= 0) & (slot < num_slots)
+    tl.store(kv_cells, first, mask=is_appended)
+    tl.store(kv_cells + HALF, second, mask=is_appended)
+
+
+@triton.jit
+def _normalised_heads(
+    first: tl.tensor,
+    second: tl.tensor,
+    q_weight: tl.tensor,
+    k_weight: tl.tensor,
+    is_query: tl.tensor,
+    eps: float,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """RMSNorm of each head, given and returned as its two halves [heads, HALF]."""
+    columns = tl.arange(0, HALF_BLOCK)[None, :]
+    is_column = columns < HALF
+    weight = tl.where(is_query, q_weight, k_weight) + columns
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / (2 * HALF) + eps)
+    x = _weighted(x * scale, tl.load(weight, mask=is_column, other=0.0))
+    y = _weighted(y * scale, tl.load(weight + HALF, mask=is_column, other=0.0))
+    return x, y
+
+
+def swiglu(launch: Launch) -> None:
+    """out [T, W] = silu(gate) * up, where the input [T, 2 W] holds gate, then up."""
+    (gate_up,), (out,) = launch.reads, launch.writes
+    num_rows, width = out.shape
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _swiglu[(num_rows, triton.cdiv(width, block))](gate_up, out, width, block, num_warps=_num_warps(block))
+
+
+@triton.jit
+def _swiglu(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    source = gate_up + row * 2 * WIDTH + columns
+    gate = tl.load(source, mask=is_inside, other=0.0)
+    up = tl.load(source + WIDTH, mask=is_inside, other=0.0).to(tl.float32)
+    exact = gate.to(tl.float32)
+    # Rounded between the two factors, as two operations of a model in this type would.
+    activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, (activated * up).to(gate.dtype), mask=is_inside)
+
+
+def embed(launch: Launch) -> None:
+    """delta [T, W] = embedding [V, W] of each token, hidden = 0: so that the first add + norm is like all others."""
+    delta, hidden = launch.writes
+    ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
+    _launch_gather(ids, launch.weights[0], delta, None, hidden)
+
+
+def gather_rows(launch: Launch) -> None:
+    """Copy the rows that get logits of both tensors [T, W] out of the dense batch; `reads` are whole tensors here."""
+    (delta, hidden), (sampled_delta, sampled_hidden) = launch.reads, launch.writes
+    rows = launch.inputs.logit_tokens[launch.tokens.start : launch.tokens.stop]
+    _launch_gather(rows, delta, sampled_delta, hidden, sampled_hidden)
+
+
+def _launch_gather(rows: Tensor, source: Tensor, target: Tensor, other_source: Tensor | None, other: Tensor) -> None:
+    num_rows, width = target.shape
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _gather[(num_rows, triton.cdiv(width, block))](
+        rows, source, target, other_source, other, len(source), width, block, num_warps=_num_warps(block)
+    )
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _gather(
+    rows: tl.tensor,
+    source: tl.tensor,
+    target: tl.tensor,
+    other_source: tl.tensor | None,
+    other: tl.tensor,
+    num_sources: int,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """target[i] = source[rows[i]], and the same from another source, or zeros without one."""
+    place = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    row = tl.load(rows + place)
+    read, written = row * WIDTH + columns, place * WIDTH + columns
+    is_read = is_inside & (row >= 0) & (row < num_sources)
+    tl.store(target + written, tl.load(source + read, mask=is_read, other=0.0), mask=is_inside)
+    copied = tl.zeros([BLOCK], other.dtype.element_ty)
+    if other_source is not None:
+        copied = tl.load(other_source + read, mask=is_read, other=0.0)
+    tl.store(other + written, copied, mask=is_inside)
+
+
+def _num_warps(num_elements: int) -> int:
+    """Warps for a program of so many elements (a power of two)."""
+    return min(max(num_elements // (_ELEMENTS_PER_THREAD * _THREADS_PER_WARP), 1), _MAX_WARPS)
+
+
+ELEMENTWISE_KERNELS: dict[OpKind, Kernel] = {
+    OpKind.EMBED: embed,
+    OpKind.GATHER_ROWS: gather_rows,
+    OpKind.ADD_RMS_NORM: add_rms_norm,
+    OpKind.ROPE_APPEND: rope_append,
+    OpKind.SWIGLU: swiglu,
+}

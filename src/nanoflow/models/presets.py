@@ -1,0 +1,204 @@
+"""Published architectures by name, as data: what to benchmark when only the shape of a model matters.
+
+A preset is the part of a model's config.json that `config.py` reads; it has no weights and no tokenizer, so weights are
+drawn at random. A new one is an entry of `PRESETS`; `registry.py` says which architectures there are.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from nanoflow.models.config import ModelConfig, ModelError, parse
+
+_PREFIX = "preset:"
+
+_LLAMA_2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 2,
+}
+_LLAMA_3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "eos_token_id": 128001,
+}
+_LLAMA_3_2 = {
+    **_LLAMA_3,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_QWEN_2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "eos_token_id": 151645,
+}
+
+# Of the Qwen 2 and 2.5 models these are the instruction-tuned ones, which differ from the base in length and end only.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "llama-2-7b": {
+        **_LLAMA_2,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-2-13b": {
+        **_LLAMA_2,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+    "llama-2-70b": {
+        **_LLAMA_2,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "llama-3-8b": {
+        **_LLAMA_3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3-70b": {
+        **_LLAMA_3,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.2-1b": {
+        **_LLAMA_3_2,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
+    "llama-3.2-3b": {
+        **_LLAMA_3_2,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "qwen2-72b": {
+        **_QWEN_2,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "qwen2.5-0.5b": {
+        **_QWEN_2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "qwen2.5-7b": {
+        **_QWEN_2,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "eos_token_id": 151645,
+    },
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "eos_token_id": 2,
+    },
+    "deepseek-llm-67b": {
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 102400,
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 95,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "eos_token_id": 100001,
+    },
+}
+
+
+def preset_name(model: str) -> str | None:
+    """NAME, if a model is given as `preset:NAME`; None if it is a folder or a Hub name."""
+    return model.removeprefix(_PREFIX) if model.startswith(_PREFIX) else None
+
+
+def preset_config(name: str) -> ModelConfig:
+    """The architecture of a preset.
+
+    Raises:
+        ModelError: There is no such preset; the message names the nearest one.
+    """
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(PRESETS)}"
+        raise ModelError(f"unknown preset {name!r}; {hint}")
+    return parse(PRESETS[name], origin=f"{_PREFIX}{name}")
