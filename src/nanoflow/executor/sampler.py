@@ -89,8 +89,7 @@ class Sampler:
     def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
         """Draw a token for each request of `batch.sampled` from its logits [S, V] in the model's type."""
         rows, positions = batch.rows[batch.sampled], batch.context_len[batch.sampled]
-        raw = logits.float()
-        adjusted = self._adjust(raw, rows, positions)
+        adjusted = self._adjust(logits, rows, positions)
         best, token_ids = adjusted.max(dim=-1)
         is_drawn = self._temperature[rows] > 0
         is_filtered = (self._top_k[rows] > 0) | (self._top_p[rows] < 1) | (self._min_p[rows] > 0)
@@ -106,19 +105,19 @@ class Sampler:
         num_top = self._num_logprobs[rows[wants_logprobs]]
         return Drawn(
             token_ids=token_ids,
-            best=best,
+            best=best.float(),
             logprob_places=list(zip(wants_logprobs.tolist(), num_top.tolist(), strict=True)),
-            logprobs=self._logprobs(raw, token_ids, wants_logprobs, int(num_top.max(initial=0))),
+            logprobs=self._logprobs(logits, token_ids, wants_logprobs, int(num_top.max(initial=0))),
         )
 
     def _adjust(self, raw: Tensor, rows: Rows, positions: NDArray[np.int32]) -> Tensor:
-        """Logits with biases, minimum lengths and penalties applied; `raw` itself if nobody asked."""
+        """Logits with biases, minimum lengths and penalties applied, float32; `raw` itself if nobody asked."""
         biased = [i for i, row in enumerate(rows.tolist()) if row in self._bias] if self._bias else []
         held_back = np.flatnonzero(positions < self._first_free_stop[rows]).tolist()
         penalised = np.flatnonzero(self._has_penalties[rows])
         if not biased and not held_back and not len(penalised):
             return raw
-        adjusted = raw.clone()
+        adjusted = raw.to(torch.float32, copy=True)
         for i in biased:
             ids, values = self._bias[int(rows[i])]
             adjusted[i, ids] += values
@@ -146,7 +145,7 @@ class Sampler:
     ) -> Tensor:
         at = rows[places]
         uniforms = self._to_device(sample.uniform(self._seed[at], positions[places].astype(np.int64)))
-        chosen, temperature = logits[self._to_device(places)], self._to_device(self._temperature[at])
+        chosen, temperature = logits[self._to_device(places)].float(), self._to_device(self._temperature[at])
         if not filters:
             return sample.draw(chosen, temperature, uniforms)
         top_k, top_p, min_p = (self._to_device(column[at]) for column in filters)
