@@ -42,21 +42,35 @@ def file_tree() -> str:
     return "\n".join(["```", "src/nanoflow/", *(f"  {line}" for line in tree_lines(ROOT / "src/nanoflow")), "```"])
 
 
-def result_row(document: dict[str, Any], source: str) -> str:
-    """One row of the results table, from a benchmark's own headline."""
-    headline = document["headline"]
-    cells = (headline["what"], headline["measured"], headline["target"], headline["hardware"], f"[JSON]({source})")
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def headline(document: dict[str, Any]) -> dict[str, str] | None:
+    """What a record says in one row: its own headline, or that of a throughput run; None for a table of its own."""
+    if document.get("benchmark") != "throughput":
+        return document.get("headline")
+    model, workload, gpu = document["model"], document["workload"], document["machine"]["gpus"][0]
+    runs = document["repeats"]
+    rates = sorted(run["total_tokens_per_s"] for run in runs)
+    energy = f", {runs[0]['energy_per_token_j'] * 1e3:.1f} mJ/token" if runs[0]["energy_per_token_j"] else ""
+    return {
+        "what": f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights, "
+        f"{workload['workload']}, {workload['num_requests']:,} requests, whole run, plan {model['plan'].split()[0]}",
+        "measured": f"{rates[len(rates) // 2]:,.0f} total tokens/s{energy}",
+        "target": "",
+        "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
+    }
+
+
+def result_rows() -> Iterator[str]:
+    """One row a record under benchmarks/results that has a headline."""
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        row = headline(json.loads(path.read_text()))
+        if row is not None:
+            cells = (row["what"], row["measured"], row["target"], row["hardware"])
+            yield "| " + " | ".join([*cells, f"[JSON]({path.relative_to(ROOT).as_posix()})"]) + " |"
 
 
 def results_table() -> str:
-    """The results table: every JSON document under benchmarks/results that has a headline."""
-    rows = []
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
-        document = json.loads(path.read_text())
-        if "headline" in document:
-            rows.append(result_row(document, path.relative_to(ROOT).as_posix()))
-    return "\n".join(["| benchmark | measured | target | hardware | record |", "|---|---|---|---|---|", *rows])
+    """The results table."""
+    return "\n".join(["| benchmark | measured | target | hardware | record |", "|---|---|---|---|---|", *result_rows()])
 
 
 def filled(text: str) -> str:

@@ -5,6 +5,7 @@ Units stand in the keys; every repeat is there. What the numbers mean: `metrics.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,8 @@ def make_record(
         software=detect_software(),
         model=model,
         plan=plan,
-        workload=workload,
+        # Where the record is written says nothing about the run.
+        workload=dataclasses.replace(workload, json=None),
         config=config,
         repeats=repeats,
     )
