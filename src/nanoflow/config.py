@@ -48,6 +48,7 @@ class EngineConfig:
     max_num_seqs: int = option(256, "Most requests running at once")
     page_size: int = option(16, "Tokens a KV page")
     kv_cache_gib: float | None = option(None, "Memory for KV pages; what the requests can use if not given")
+    gpu_memory_utilization: float = option(0.9, "Part of the GPU's memory to use for weights, KV pages and all else")
     num_pages: int | None = option(None, "Number of KV pages, instead of a size in GiB")
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     plan: str | None = option(None, "Pipeline plan (JSON) to execute; sequential if not given")
@@ -60,6 +61,8 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_gib", "num_pages", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         _require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _require_choice("load_format", self.load_format, ("safetensors", "random"))
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):

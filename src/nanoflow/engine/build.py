@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
 import torch
 
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.device.detect import free_memory_bytes, resolve_device, resolve_dtype
+from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.engine import Engine
+from nanoflow.engine.memory import require_room_for_weights, size_cache
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
@@ -28,11 +28,6 @@ from nanoflow.plan.sequential import sequential_plan
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.scheduler import Scheduler
 
-logger = logging.getLogger(__name__)
-
-# Of the memory that is free once the weights are loaded, KV pages take at most this part unless told otherwise.
-_KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.4, "cuda": 0.9}
-
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
     """Load a model and set up the loop around it.
@@ -47,11 +42,12 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     model_config, folder = resolve_model(config)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     graph = build_graph(model_config, config.max_model_len)
+    require_room_for_weights(graph, dtype, device)
     if folder is None or config.load_format == "random":
         weights = random_weights(graph, dtype, device, config.seed)
     else:
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
-    num_pages, max_model_len = size_cache(config, model_config, graph, dtype.itemsize, device)
+    num_pages, max_model_len = size_cache(config, model_config, graph, dtype, device)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels_for(device, graph.layer))
     book = plan_book(config, graph)
@@ -106,45 +102,3 @@ def plan_book(config: EngineConfig, graph: OpGraph) -> PlanBook:
         return PlanBook(fallback=fallback)
     plan = PipelinePlan.load(Path(config.plan))
     return PlanBook(fallback=fallback, entries=(PlanEntry(plan=plan, min_tokens=1, max_tokens=plan.num_tokens),))
-
-
-def size_cache(
-    config: EngineConfig, model_config: ModelConfig, graph: OpGraph, dtype_bytes: int, device: torch.device
-) -> tuple[int, int]:
-    """Number of KV pages, and the longest sequence they and the model allow.
-
-    Raises:
-        ConfigError: The wanted length does not fit; the message has the numbers.
-    """
-    page_bytes = graph.kv_elements_per_token * dtype_bytes * config.page_size
-    wanted_len = _wanted_len(config, model_config)
-    num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, device)
-    capacity = num_pages * config.page_size
-    if capacity < wanted_len:
-        numbers = (
-            f"{num_pages} KV pages of {config.page_size} tokens ({num_pages * page_bytes / 2**30:.2f} GiB) hold "
-            f"{capacity} tokens, fewer than the {wanted_len} of max_model_len"
-        )
-        if config.max_model_len is not None or capacity < 2:
-            raise ConfigError(f"{numbers}: lower max_model_len or raise kv_cache_gib")
-        logger.warning("%s: it is cut to %d", numbers, capacity)
-    return num_pages, min(wanted_len, capacity)
-
-
-def _wanted_len(config: EngineConfig, model_config: ModelConfig) -> int:
-    """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
-    limit = model_config.max_context_len
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit and model_config.rope.rope_type != "dynamic":
-        raise ConfigError(f"max_model_len is {config.max_model_len}, the model was made for at most {limit} tokens")
-    return config.max_model_len
-
-
-def _affordable_pages(config: EngineConfig, wanted_len: int, page_bytes: int, device: torch.device) -> int:
-    """Pages within the given or the free memory, but no more than all requests at full length could use."""
-    if config.kv_cache_gib is not None:
-        return int(config.kv_cache_gib * 2**30 // page_bytes)
-    useful = config.max_num_seqs * -(-wanted_len // config.page_size)
-    affordable = int(free_memory_bytes(device) * _KV_SHARE_OF_FREE_MEMORY[device.type]) // page_bytes
-    return min(useful, affordable)

@@ -1,0 +1,94 @@
+"""What fits: weights, then KV pages, in the memory that is free. Everything that does not is said with numbers.
+
+Sizes only; what is allocated is `executor/buffers.py`'s and `models/weights.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.device.detect import free_memory_bytes, total_memory_bytes
+from nanoflow.graph.graph import OpGraph
+from nanoflow.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+# On a CPU others want memory too: KV pages take at most this part of what is free once the weights are loaded.
+_CPU_SHARE = 0.4
+_GIB = 2**30
+
+
+def require_room_for_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose weights alone do not fit.
+
+    Raises:
+        ConfigError: The message has the numbers.
+    """
+    needed, free = graph.num_parameters * dtype.itemsize, free_memory_bytes(device)
+    if needed > free:
+        raise ConfigError(
+            f"the weights of {graph.name} take {needed / _GIB:.1f} GiB in {_name(dtype)}, "
+            f"{device} has {free / _GIB:.1f} GiB free"
+        )
+
+
+def size_cache(
+    config: EngineConfig, model_config: ModelConfig, graph: OpGraph, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Number of KV pages, and the longest sequence they and the model allow.
+
+    Raises:
+        ConfigError: The wanted length, or a single page, does not fit; the message has the numbers.
+    """
+    page_bytes = graph.kv_elements_per_token * dtype.itemsize * config.page_size
+    wanted_len = _wanted_len(config, model_config)
+    num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, device)
+    capacity = num_pages * config.page_size
+    if capacity < wanted_len:
+        numbers = (
+            f"{num_pages} KV pages of {config.page_size} tokens ({num_pages * page_bytes / _GIB:.2f} GiB) hold "
+            f"{capacity} tokens, fewer than the {wanted_len} of max_model_len"
+        )
+        if config.max_model_len is not None or capacity < 2:
+            raise ConfigError(f"{numbers}: lower max_model_len, or raise {_limiting_option(config, device)}")
+        logger.warning("%s: it is cut to %d", numbers, capacity)
+    return num_pages, min(wanted_len, capacity)
+
+
+def _wanted_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
+    limit = model_config.max_context_len
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit and model_config.rope.rope_type != "dynamic":
+        raise ConfigError(f"max_model_len is {config.max_model_len}, the model was made for at most {limit} tokens")
+    return config.max_model_len
+
+
+def _affordable_pages(config: EngineConfig, wanted_len: int, page_bytes: int, device: torch.device) -> int:
+    """Pages within the given or the free memory, but no more than all requests at full length could use."""
+    if config.kv_cache_gib is not None:
+        return int(config.kv_cache_gib * _GIB // page_bytes)
+    useful = config.max_num_seqs * -(-wanted_len // config.page_size)
+    free = free_memory_bytes(device)
+    if device.type == "cpu":
+        room = free * _CPU_SHARE
+    else:
+        room = free - total_memory_bytes(device) * (1 - config.gpu_memory_utilization)
+    return max(min(useful, int(room) // page_bytes), 0)
+
+
+def _limiting_option(config: EngineConfig, device: torch.device) -> str:
+    """The option that a user would raise to get more pages."""
+    if config.num_pages is not None:
+        return "num_pages"
+    if config.kv_cache_gib is not None or device.type == "cpu":
+        return "kv_cache_gib"
+    return "gpu_memory_utilization"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
