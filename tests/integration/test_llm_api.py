@@ -108,8 +108,10 @@ def test_a_bad_prompt_is_named_before_anything_runs(llm: LLM) -> None:
     assert len(llm.generate(["a", "b"], GREEDY, use_tqdm=False)) == 2
 
 
-def test_ctrl_c_leaves_the_model_usable(llm: LLM) -> None:
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("delay_s", [0.005, 0.02, 0.05, 0.2, 0.6])
+def test_ctrl_c_leaves_the_model_usable(llm: LLM, delay_s: float) -> None:
+    """While prompts are checked, while they are handed over, and while they run."""
+    timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[5]] * 2000, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)

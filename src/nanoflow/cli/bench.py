@@ -71,21 +71,23 @@ def run_throughput(args: argparse.Namespace) -> int:
     """Measure the engine in this process."""
     from nanoflow.bench import offline
 
-    return _report(offline.run_throughput(_ENGINE.read(args), _BENCH.read(args)))
+    config = _BENCH.read(args)
+    return _report(offline.run_throughput(_ENGINE.read(args), config), config.json)
 
 
 def run_serve(args: argparse.Namespace) -> int:
     """Measure a server."""
     from nanoflow.bench import online
 
-    return _report(online.run_serve(_LOAD.read(args), _BENCH.read(args)))
+    config = _BENCH.read(args)
+    return _report(online.run_serve(_LOAD.read(args), config), config.json)
 
 
-def _report(record: BenchRecord) -> int:
+def _report(record: BenchRecord, path: str | None) -> int:
     """Print the table, write the record where asked for, and return 1 if a request failed."""
     from nanoflow.bench.record import format_table, write_record
 
     print(format_table(record.repeats))
-    if record.workload.json is not None:
-        write_record(record, Path(record.workload.json))
+    if path is not None:
+        write_record(record, Path(path))
     return 1 if any(run.num_failed for run in record.repeats) else 0

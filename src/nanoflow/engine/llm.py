@@ -95,12 +95,13 @@ class LLM:
         inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)
         all_params = _params_of_each(sampling_params, len(inputs))
         self._check_open()
-        try:
-            outputs = self._add_all(inputs, all_params)
-            self._run(len(outputs), is_shown=use_tqdm)
-        except BaseException:
-            self._abort_all()
-            raise
+        with _interrupts_deferred() as raise_if_interrupted:
+            try:
+                outputs = self._add_all(inputs, all_params, raise_if_interrupted)
+                self._run(len(outputs), raise_if_interrupted, is_shown=use_tqdm)
+            except BaseException:
+                self._abort_all()
+                raise
         return outputs
 
     def chat(
@@ -146,10 +147,13 @@ class LLM:
         if self._is_closed:
             raise EngineDeadError("this LLM has been closed")
 
-    def _add_all(self, inputs: Sequence[Any], all_params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def _add_all(
+        self, inputs: Sequence[Any], all_params: Sequence[SamplingParams], raise_if_interrupted: Callable[[], None]
+    ) -> list[RequestOutput]:
         """Hand all requests to the engine, once every one of them has been checked."""
         outputs, all_requests = [], []
         for place, (prompt, params) in enumerate(zip(inputs, all_params, strict=True)):
+            raise_if_interrupted()
             with _naming_place(place, len(inputs)):
                 output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), params)
             outputs.append(output)
@@ -167,11 +171,11 @@ class LLM:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
-    def _run(self, num_requests: int, *, is_shown: bool) -> None:
+    def _run(self, num_requests: int, raise_if_interrupted: Callable[[], None], *, is_shown: bool) -> None:
         """Step until the engine has nothing left to do."""
         start_s, num_tokens = time.monotonic(), 0
         bar = tqdm(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
-        with bar, _interrupts_deferred() as raise_if_interrupted:
+        with bar:
             while self._engine.has_work:
                 raise_if_interrupted()
                 step = self._engine.step()
@@ -215,7 +219,7 @@ def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Keep Ctrl-C from falling into the middle of a step; yields what raises it, to be called between steps.
+    """Keep Ctrl-C from falling into the middle of something; yields what raises it, to be called in between.
 
     Elsewhere than in the main thread, or where the program handles Ctrl-C itself, nothing is changed.
     """
