@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,31 @@ def file_tree() -> str:
     return "\n".join(["```", "src/nanoflow/", *(f"  {line}" for line in tree_lines(ROOT / "src/nanoflow")), "```"])
 
 
+def spread(values: list[float], digits: str, unit: str) -> str:
+    """Median (minimum to maximum) of the repeats; nothing without values, no range if it shows none."""
+    if not values:
+        return ""
+    low, middle, high = (format(value, digits) for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle}{f' ({low} to {high})' if low != high else ''}{unit}"
+
+
 def headline(document: dict[str, Any]) -> dict[str, str] | None:
     """What a record says in one row: its own headline, or that of a throughput run; None for a table of its own."""
     if document.get("benchmark") != "throughput":
         return document.get("headline")
     model, workload, gpu = document["model"], document["workload"], document["machine"]["gpus"][0]
     runs = document["repeats"]
-    rates = sorted(run["total_tokens_per_s"] for run in runs)
-    energy = f", {runs[0]['energy_per_token_j'] * 1e3:.1f} mJ/token" if runs[0]["energy_per_token_j"] else ""
+    measured = [
+        spread([run["total_tokens_per_s"] for run in runs], ",.0f", " total tokens/s"),
+        spread([run["energy_per_token_j"] * 1e3 for run in runs if run["energy_per_token_j"]], ".1f", " mJ/token"),
+        spread(
+            [run["share_of_serial"] * 100 for run in runs if run.get("share_of_serial")], ".1f", " % of serial bound"
+        ),
+    ]
     return {
         "what": f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights, "
         f"{workload['workload']}, {workload['num_requests']:,} requests, whole run, plan {model['plan'].split()[0]}",
-        "measured": f"{rates[len(rates) // 2]:,.0f} total tokens/s{energy}",
+        "measured": ", ".join(filter(None, measured)),
         "target": "",
         "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
     }

@@ -141,6 +141,8 @@ def test_bench_throughput_writes_a_record(tmp_path: Path) -> None:
     assert "total tokens/s" in done.stdout
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["model"]["device"] == "cpu" and record["plan"].startswith("sequential")
+    assert 0 < record["bounds"]["serial_tokens_per_s"] < record["bounds"]["optimal_tokens_per_s"]
+    assert "of the serial bound (%)" in done.stdout
     for run in record["repeats"]:
         assert (run["num_completed"], run["num_failed"], run["num_short"]) == (6, 0, 0)
         assert (run["num_prompt_tokens"], run["num_output_tokens"]) == (96, 48)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from nanoflow import LLM, SamplingParams
+from nanoflow.bench.steady import ProgressRecorder
 from nanoflow.config import ConfigError
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.prompts import PromptInput
@@ -45,6 +46,18 @@ def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == [one.max_tokens for one in params]
+
+
+def test_an_observer_sees_every_iteration(llm: LLM) -> None:
+    recorder = ProgressRecorder()
+    llm.observe(recorder)
+    outputs = llm.generate([[5, 6, 7]] * 3, GREEDY, use_tqdm=False)
+    llm.observe(None)
+    # The last token of a completion is not computed on any more.
+    assert recorder.progress[-1].num_tokens == sum(3 + len(output.outputs[0].token_ids) - 1 for output in outputs)
+    assert len(recorder.progress) == 8
+    llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
+    assert len(recorder.progress) == 8
 
 
 def test_forms_of_a_prompt_give_the_same(llm: LLM) -> None:

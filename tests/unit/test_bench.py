@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nanoflow.bench import offline, online
-from nanoflow.bench.config import BenchConfig, LoadConfig
+from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.machine import detect_gpus, git_revision
 from nanoflow.bench.metrics import (
     Distribution,
@@ -33,6 +33,7 @@ from nanoflow.bench.record import format_table, make_record, write_record
 from nanoflow.bench.workload import Lengths, draw_arrivals, draw_lengths, make_requests, read_trace
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.observer import Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -283,6 +284,9 @@ class FakeLLM:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def observe(self, observer: Observer | None) -> None:
+        pass
+
     def generate(
         self, prompts: list[list[int]], params: list[SamplingParams], *, use_tqdm: bool
     ) -> list[RequestOutput]:
@@ -318,7 +322,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fake_llm")
 def test_throughput_in_process() -> None:
-    config = BenchConfig(workload="6/3", num_requests=4, repeats=2, num_warmup=1)
+    config = ThroughputConfig(workload="6/3", num_requests=4, repeats=2, num_warmup=1, bounds=False)
     record = offline.run_throughput(EngineConfig(load_format="random"), config)
     assert len(FakeLLM.prompts) == 1 + 2 * 4
     assert record.model["weights"] == "random" and record.model["model_type"] == "fake"
@@ -329,11 +333,13 @@ def test_throughput_in_process() -> None:
         assert run.ttft_s is not None and run.ttft_s.p50 == 1.0
         assert run.tpot_s is not None and run.tpot_s.p50 == 1.0
         assert run.itl_s is None
+        assert run.share_of_serial is None and run.steady is None and run.no_steady_reason is not None
 
 
 @pytest.mark.usefixtures("fake_llm")
 def test_throughput_counts_failures() -> None:
-    record = offline.run_throughput(EngineConfig(), BenchConfig(workload="1/3", num_requests=2, num_warmup=0))
+    config = ThroughputConfig(workload="1/3", num_requests=2, num_warmup=0, bounds=False)
+    record = offline.run_throughput(EngineConfig(), config)
     assert record.repeats[0].errors == {"broken": 2}
 
 

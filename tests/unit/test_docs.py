@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,13 @@ def test_links_and_file_names_lead_somewhere(page: Path) -> None:
         places = (ROOT, ROOT / "src", ROOT / "src/nanoflow")
         is_an_example = "your_" in name
         assert is_an_example or any((place / name).exists() for place in places), f"{page.name} names {name}"
+
+
+def test_a_result_shows_median_and_range_of_its_repeats() -> None:
+    spread = runpy.run_path(str(ROOT / "tools/docs.py"))["spread"]
+    assert spread([25_100.0, 25_300.0, 25_000.0], ",.0f", " tokens/s") == "25,100 (25,000 to 25,300) tokens/s"
+    assert spread([26.11, 26.14], ".1f", " mJ/token") == "26.1 mJ/token"
+    assert spread([], ".1f", " mJ/token") == ""
 
 
 def test_no_source_file_is_too_long() -> None:

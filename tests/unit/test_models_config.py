@@ -45,6 +45,17 @@ def test_what_may_be_absent_has_the_defaults_of_llama() -> None:
     assert (config.eos_token_ids, config.layer_windows) == ((), (None,) * 4)
 
 
+def test_experts_in_the_words_of_mixtral_and_qwen() -> None:
+    assert (parse(LLAMA).num_experts, parse(LLAMA).num_experts_per_token) == (None, None)
+    for name in ("num_local_experts", "num_experts"):
+        config = parse({**LLAMA, name: 8, "num_experts_per_tok": 2})
+        assert (config.num_experts, config.num_experts_per_token) == (8, 2)
+    with pytest.raises(ModelError, match="'num_experts_per_tok' is missing"):
+        parse({**LLAMA, "num_experts": 8})
+    with pytest.raises(ModelError, match="'num_experts_per_tok' must be at most num_experts 8, got 9"):
+        parse({**LLAMA, "num_experts": 8, "num_experts_per_tok": 9})
+
+
 def test_null_counts_as_absent() -> None:
     config = parse({**LLAMA, "rope_scaling": None, "head_dim": None, "sliding_window": None, "eos_token_id": None})
     assert (config.rope.rope_type, config.head_dim, config.eos_token_ids) == ("default", 16, ())

@@ -1,6 +1,7 @@
 """Every option of a benchmark, declared like the engine's (`nanoflow/config.py`); flags are made in `cli/options.py`.
 
-`BenchConfig` holds for every benchmark, `LoadConfig` for one that drives a server. Knows no engine and no HTTP.
+`BenchConfig` holds for every benchmark, `ThroughputConfig` adds what one in this process has, `LoadConfig` is for one
+that drives a server. Knows no engine and no HTTP.
 """
 
 from __future__ import annotations
@@ -39,6 +40,18 @@ class BenchConfig:
         _require_at_least("num_warmup", self.num_warmup, 0)
         _require_at_least("repeats", self.repeats, 1)
         _require_at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputConfig(BenchConfig):
+    """The same for an engine in this process."""
+
+    random_weights: bool = option(
+        False, "Draw the weights at random instead of loading them, as --load-format random; a preset always does"
+    )
+    bounds: bool = option(
+        True, "Also measure what was possible: serial bound and optimal throughput (on a GPU some ten seconds more)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

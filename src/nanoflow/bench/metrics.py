@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanoflow.bench.steady import SteadyState
 from nanoflow.config import ConfigError, unknown_option
 
 
@@ -63,6 +64,9 @@ class RunMetrics:
         goodput_requests_per_s: None unless limits were stated.
         energy_per_token_j: Energy of the GPU over the duration, for each prompt and output token; None if unknown.
         errors: Message to how often.
+        share_of_serial, share_of_optimal: Total tokens/s as a part of the bounds; None if these were not measured.
+        steady: The run without ramp-up and drain; None if nobody watched, or for the reason given.
+        no_steady_reason: Why there was no steady state, if somebody watched.
     """
 
     num_requests: int
@@ -83,6 +87,10 @@ class RunMetrics:
     goodput_requests_per_s: float | None
     energy_per_token_j: float | None
     errors: Mapping[str, int]
+    share_of_serial: float | None = None
+    share_of_optimal: float | None = None
+    steady: SteadyState | None = None
+    no_steady_reason: str | None = None
 
 
 def ttft_s(record: RequestRecord) -> float:

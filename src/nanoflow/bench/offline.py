@@ -1,7 +1,8 @@
 """Throughput in process: all requests at once through `LLM.generate`, as fast as the engine goes.
 
-Completions are greedy, of fixed length (end of sequence ignored) and not decoded to text. Requests over HTTP, with
-arrivals in time, are `online.py`.
+Completions are greedy, of fixed length (end of sequence ignored) and not decoded to text. What was possible is measured
+first (`rates.py`), the steady state beside the run (`steady.py`). Requests over HTTP, with arrivals in time, are
+`online.py`.
 """
 
 from __future__ import annotations
@@ -9,24 +10,28 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from nanoflow.bench.config import BenchConfig
+from nanoflow.bench.bound import Bounds
+from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.record import BenchRecord, make_record
+from nanoflow.bench.steady import EnergySampler, NoSteadyState, ProgressRecorder, SteadyState, find_window, steady_state
 from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import gpu_energy_j
+from nanoflow.models.presets import preset_name
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
 
 if TYPE_CHECKING:
     from nanoflow.engine.llm import LLM
-    from nanoflow.engine.messages import EngineFacts
+
+_PartT = TypeVar("_PartT", RunMetrics, SteadyState)
 
 
-def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRecord:
-    """Load the engine, warm it up, measure every repeat.
+def run_throughput(engine_config: EngineConfig, config: ThroughputConfig) -> BenchRecord:
+    """Measure the bounds, load the engine, warm it up, measure every repeat.
 
     Raises:
         ValueError: The model, the workload or a limit is not usable.
@@ -34,8 +39,13 @@ def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRec
     """
     limits_ms = parse_limits(config.goodput)
     lengths = draw_lengths(config.workload, config.num_requests, config.seed)
+    if config.random_weights or preset_name(engine_config.model) is not None:
+        engine_config = dataclasses.replace(engine_config, load_format="random")
+    # Only here is torch needed.
+    from nanoflow.bench.rates import measure_bounds
     from nanoflow.engine.llm import LLM
 
+    bounds = measure_bounds(engine_config, lengths) if config.bounds else None
     with LLM(**dataclasses.asdict(engine_config)) as llm:
         runs = [
             make_requests(lengths, vocab_size=llm.facts.vocab_size, seed=config.seed, repeat=repeat)
@@ -43,24 +53,49 @@ def run_throughput(engine_config: EngineConfig, config: BenchConfig) -> BenchRec
         ]
         if config.num_warmup:
             _generate(llm, runs[0][: config.num_warmup], use_tqdm=False)
-        repeats = [_measure_run(llm, requests, limits_ms) for requests in runs]
+        repeats = [with_shares(_measure_run(llm, requests, limits_ms), bounds) for requests in runs]
         return make_record(
             "throughput",
-            model=_model_facts(engine_config, llm.facts),
+            model={"name": engine_config.model, "weights": engine_config.load_format, **dataclasses.asdict(llm.facts)},
             plan=llm.facts.plan,
             workload=config,
             config=engine_config,
             repeats=repeats,
+            bounds=bounds,
         )
 
 
 def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:
-    start_j, start_s = gpu_energy_j(), time.monotonic()
-    outputs = _generate(llm, requests, use_tqdm=True)
-    duration_s, end_j = time.monotonic() - start_s, gpu_energy_j()
-    energy_j = None if start_j is None or end_j is None else end_j - start_j
+    recorder = ProgressRecorder()
+    llm.observe(recorder)
+    with EnergySampler(gpu_energy_j if llm.facts.device.startswith("cuda") else lambda: None) as energy:
+        start_s = time.monotonic()
+        outputs = _generate(llm, requests, use_tqdm=True)
+        stop_s = time.monotonic()
     records = [_record(*pair) for pair in zip(requests, outputs, strict=True)]
-    return measure(records, duration_s, limits_ms, energy_j=energy_j)
+    run = measure(records, stop_s - start_s, limits_ms, energy_j=energy.used_j(start_s, stop_s))
+    try:
+        window = find_window(recorder.progress, stop_s - start_s)
+    except NoSteadyState as reason:
+        return dataclasses.replace(run, no_steady_reason=str(reason))
+    return dataclasses.replace(run, steady=steady_state(window, energy))
+
+
+def with_shares(run: RunMetrics, bounds: Bounds | None) -> RunMetrics:
+    """The run, and its steady state, with rates as parts of the bounds, if there are any."""
+    if bounds is None:
+        return run
+    return dataclasses.replace(
+        _with_shares(run, bounds), steady=None if run.steady is None else _with_shares(run.steady, bounds)
+    )
+
+
+def _with_shares(part: _PartT, bounds: Bounds) -> _PartT:
+    return dataclasses.replace(
+        part,
+        share_of_serial=part.total_tokens_per_s / bounds.serial_tokens_per_s,
+        share_of_optimal=part.total_tokens_per_s / bounds.optimal_tokens_per_s,
+    )
 
 
 def _generate(llm: LLM, requests: Sequence[BenchRequest], *, use_tqdm: bool) -> list[RequestOutput]:
@@ -90,7 +125,3 @@ def _record(request: BenchRequest, output: RequestOutput) -> RequestRecord:
         first_token_s=times.first_token_s,
         finished_s=times.finished_s,
     )
-
-
-def _model_facts(config: EngineConfig, facts: EngineFacts) -> dict[str, object]:
-    return {"name": config.model, "weights": config.load_format, **dataclasses.asdict(facts)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
 from nanoflow.bench.metrics import Distribution, RunMetrics
@@ -35,6 +36,7 @@ class BenchRecord:
         workload: The benchmark's options.
         config: The options of the engine, or of the load put on a server.
         repeats: One entry each.
+        bounds: What was possible; None if it was not measured.
     """
 
     benchmark: str
@@ -46,6 +48,7 @@ class BenchRecord:
     workload: BenchConfig
     config: Any
     repeats: Sequence[RunMetrics]
+    bounds: Bounds | None = None
     version: int = RECORD_VERSION
 
 
@@ -57,6 +60,7 @@ def make_record(
     workload: BenchConfig,
     config: Any,
     repeats: Sequence[RunMetrics],
+    bounds: Bounds | None = None,
 ) -> BenchRecord:
     """A record of a run that has just ended on this machine."""
     return BenchRecord(
@@ -70,6 +74,7 @@ def make_record(
         workload=dataclasses.replace(workload, json=None),
         config=config,
         repeats=repeats,
+        bounds=bounds,
     )
 
 
@@ -79,13 +84,17 @@ def write_record(record: BenchRecord, path: Path) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
 
-def format_table(repeats: Sequence[RunMetrics]) -> str:
+def format_table(repeats: Sequence[RunMetrics], bounds: Bounds | None = None) -> str:
     """The run for people: rates as median (and range) of the repeats, latencies of the repeat in the middle."""
     middle = sorted(repeats, key=lambda run: run.total_tokens_per_s)[len(repeats) // 2]
-    return "\n".join([*_rate_lines(repeats), "", *_latency_lines(middle), *_warning_lines(repeats)])
+    bound_lines = ["", *_bound_lines(bounds)] if bounds is not None else []
+    return "\n".join(
+        [*_rate_lines(repeats), *bound_lines, "", *_latency_lines(middle), *_warning_lines(repeats)],
+    )
 
 
 def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
+    steady = [run.steady for run in repeats if run.steady is not None]
     rows: tuple[tuple[str, int, list[float | None]], ...] = (
         ("requests completed", 0, [run.num_completed for run in repeats]),
         ("requests failed", 0, [run.num_failed for run in repeats]),
@@ -93,8 +102,15 @@ def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
         ("total tokens/s", 2, [run.total_tokens_per_s for run in repeats]),
         ("output tokens/s", 2, [run.output_tokens_per_s for run in repeats]),
         ("requests/s", 2, [run.requests_per_s for run in repeats]),
-        ("energy (mJ/token)", 2, [_milli(run.energy_per_token_j) for run in repeats]),
+        ("energy (mJ/token)", 2, [_times(1e3, run.energy_per_token_j) for run in repeats]),
+        ("of the serial bound (%)", 1, [_times(100, run.share_of_serial) for run in repeats]),
+        ("of the optimum (%)", 1, [_times(100, run.share_of_optimal) for run in repeats]),
         ("goodput (requests/s)", 2, [run.goodput_requests_per_s for run in repeats]),
+        ("steady: duration (s)", 2, [part.duration_s for part in steady]),
+        ("steady: total tokens/s", 2, [part.total_tokens_per_s for part in steady]),
+        ("steady: energy (mJ/token)", 2, [_times(1e3, part.energy_per_token_j) for part in steady]),
+        ("steady: of serial bound (%)", 1, [_times(100, part.share_of_serial) for part in steady]),
+        ("steady: of the optimum (%)", 1, [_times(100, part.share_of_optimal) for part in steady]),
     )
     for label, digits, column in rows:
         values = [value for value in column if value is not None]
@@ -104,8 +120,28 @@ def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
             yield f"{label:<28}{statistics.median(values):>12,.{digits}f}{spread}"
 
 
-def _milli(value: float | None) -> float | None:
-    return None if value is None else value * 1e3
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else value * factor
+
+
+def _bound_lines(bounds: Bounds) -> Iterator[str]:
+    """The bounds, and what they were measured at."""
+    batch = bounds.batch
+    decodes = f"{batch.num_decodes} decodes of {batch.decode_context:,} tokens"
+    prefills = f"{batch.num_prefills} x {batch.prefill_tokens:,} tokens after {batch.prefill_before:,}"
+    rows: tuple[tuple[str, float | None, str], ...] = (
+        ("serial bound (tokens/s)", bounds.serial_tokens_per_s, "every operation alone, one after the other"),
+        ("optimal (tokens/s)", bounds.optimal_tokens_per_s, "the GEMMs alone"),
+        ("serial bound (mJ/token)", _times(1e3, bounds.serial_energy_per_token_j), ""),
+        ("optimal (mJ/token)", _times(1e3, bounds.optimal_energy_per_token_j), ""),
+        ("GEMMs (TFLOP/s)", bounds.gemm_tflops, f"{batch.num_tokens:,} tokens"),
+        ("lm_head (TFLOP/s)", bounds.lm_head_tflops, f"{batch.num_logit_rows:,} rows"),
+        ("decode attention (GB/s)", _times(1e-9, bounds.decode_kv_bytes_per_s), decodes),
+        ("prefill attention (TFLOP/s)", bounds.prefill_tflops, prefills),
+    )
+    for label, value, remark in rows:
+        if value is not None:
+            yield f"{label:<28}{value:>12,.2f}   {remark}".rstrip()
 
 
 def _latency_lines(run: RunMetrics) -> Iterator[str]:
@@ -129,3 +165,5 @@ def _warning_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
             yield f"repeat {number}: {count} failed: {message}"
         if run.num_short:
             yield f"repeat {number}: {run.num_short} requests gave fewer tokens than asked for"
+        if run.no_steady_reason is not None:
+            yield f"repeat {number}: no steady state: {run.no_steady_reason}"

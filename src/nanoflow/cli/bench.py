@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanoflow.bench.config import BenchConfig, LoadConfig
+from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import EngineConfig
 
@@ -28,12 +28,16 @@ _EXAMPLES = """\
 
 _TEACH_THROUGHPUT = """\
 Load a model in this process, give it all requests at once and report tokens/s
-and latencies. --load-format random measures an architecture without its weights.
-Exit status 1 if a request failed."""
+and latencies, for the whole run and for its steady state. Beside them stands what
+was possible on this device, measured just before: the serial bound (every GEMM and
+attention alone, one after the other) and the optimum (the GEMMs alone).
+--random-weights measures an architecture without its weights; preset:NAME needs no
+files at all. Exit status 1 if a request failed."""
 
 _EXAMPLES_THROUGHPUT = """\
   nanoflow bench throughput --workload 32/32 --num-requests 64
   nanoflow bench throughput --model ./my-model --workload 1024/512 --repeats 3 --json run.json
+  nanoflow bench throughput --model preset:llama-3-8b --workload 512/512 --num-requests 1000
   nanoflow bench throughput --model ./my-model --workload trace:lengths.csv"""
 
 _TEACH_SERVE = """\
@@ -48,6 +52,7 @@ _EXAMPLES_SERVE = """\
   nanoflow bench serve --request-rate 4 --goodput ttft_ms:200 tpot_ms:50"""
 
 _BENCH = OptionGroup(kind=BenchConfig, title="workload and measurement")
+_THROUGHPUT = OptionGroup(kind=ThroughputConfig, title="workload and measurement")
 _LOAD = OptionGroup(kind=LoadConfig, title="server and load")
 _ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
 
@@ -61,17 +66,19 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
         benchmarks, "throughput", "the engine in this process", _TEACH_THROUGHPUT, _EXAMPLES_THROUGHPUT
     )
     serve = add_command(benchmarks, "serve", "a running server", _TEACH_SERVE, _EXAMPLES_SERVE)
-    for benchmark, group, run in ((throughput, _ENGINE, run_throughput), (serve, _LOAD, run_serve)):
-        _BENCH.add_to(benchmark)
-        group.add_to(benchmark)
-        benchmark.set_defaults(run=run)
+    _THROUGHPUT.add_to(throughput)
+    _ENGINE.add_to(throughput)
+    throughput.set_defaults(run=run_throughput)
+    _BENCH.add_to(serve)
+    _LOAD.add_to(serve)
+    serve.set_defaults(run=run_serve)
 
 
 def run_throughput(args: argparse.Namespace) -> int:
     """Measure the engine in this process."""
     from nanoflow.bench import offline
 
-    config = _BENCH.read(args)
+    config = _THROUGHPUT.read(args)
     return _report(offline.run_throughput(_ENGINE.read(args), config), config.json)
 
 
@@ -87,7 +94,7 @@ def _report(record: BenchRecord, path: str | None) -> int:
     """Print the table, write the record where asked for, and return 1 if a request failed."""
     from nanoflow.bench.record import format_table, write_record
 
-    print(format_table(record.repeats))
+    print(format_table(record.repeats, record.bounds))
     if path is not None:
         write_record(record, Path(path))
     return 1 if any(run.num_failed for run in record.repeats) else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.memory import require_room_for_weights, size_cache
@@ -80,18 +80,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
 
 
 def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
-    """The model that a config names, and its folder; a preset has none.
+    """The model that a config names, and its folder; a preset has none, so its weights are always drawn at random.
 
     Raises:
-        ConfigError: A preset shall load weights.
         ModelError: There is no such model, or its config.json makes no sense.
     """
     preset = preset_name(config.model)
     if preset is None:
         folder = locate_model(config.model, config.revision)
         return load_model_config(folder), folder
-    if config.load_format != "random":
-        raise ConfigError(f"model {config.model!r} is an architecture with no weights: set load_format to random")
     return preset_config(preset), None
 
 

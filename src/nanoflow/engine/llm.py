@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nanoflow.config import DEFAULT_MODEL, EngineConfig, from_kwargs
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import PromptInput, read_prompt
 from nanoflow.engine.tokenizer import ChatMessage, Tokenizer, load_tokenizer
@@ -64,6 +65,10 @@ class LLM:
     def facts(self) -> EngineFacts:
         """What is loaded: sizes, limits, device."""
         return self._engine.facts
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell this observer from now on how requests fare, in the calling thread; None tells nobody."""
+        self._processor.observer = observer
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer; ValueError if it has none."""

@@ -1,4 +1,4 @@
-"""Who wants to know how fast requests are served implements `Observer`; the server's metrics do.
+"""Who wants to know how fast requests are served implements `Observer`; the server's metrics and benchmarks do.
 
 The output processor calls it with plain numbers and does not know what becomes of them.
 """

@@ -119,6 +119,8 @@ class ModelConfig:
         attention_bias, mlp_bias: Whether config.json asks for biases; an architecture may have some of its own accord.
         eos_token_ids: End of sequence, of config.json first, then of generation_config.json.
         dtype: "float32", "bfloat16" or "float16".
+        num_experts, num_experts_per_token: Feed-forward blocks of a layer in a mixture of experts, and how many of them
+            a token goes through; None in a dense model.
     """
 
     architecture: str
@@ -139,6 +141,8 @@ class ModelConfig:
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
     dtype: str
+    num_experts: int | None = None
+    num_experts_per_token: int | None = None
 
     @property
     def max_context_len(self) -> int:
@@ -181,6 +185,7 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
     num_layers = fields.positive_int("num_hidden_layers")
     vocab_size = fields.positive_int("vocab_size")
     max_position_embeddings = fields.positive_int("max_position_embeddings")
+    num_experts, num_experts_per_token = _experts(fields)
     return ModelConfig(
         architecture=architecture,
         hidden_size=fields.positive_int("hidden_size"),
@@ -200,6 +205,8 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         mlp_bias=fields.flag("mlp_bias", default=False),
         eos_token_ids=_eos_token_ids(fields, vocab_size),
         dtype=_dtype(fields),
+        num_experts=num_experts,
+        num_experts_per_token=num_experts_per_token,
     )
 
 
@@ -227,6 +234,17 @@ def _num_kv_heads(fields: Fields, num_heads: int) -> int:
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"must divide num_attention_heads {num_heads}, got {num_kv_heads}")
     return num_kv_heads
+
+
+def _experts(fields: Fields) -> tuple[int | None, int | None]:
+    """Experts of a layer and of a token: `num_local_experts` in Mixtral, `num_experts` in Qwen."""
+    name = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
+    if not fields.has(name):
+        return None, None
+    num_experts, num_per_token = fields.positive_int(name), fields.positive_int("num_experts_per_tok")
+    if num_per_token > num_experts:
+        raise fields.error("num_experts_per_tok", f"must be at most {name} {num_experts}, got {num_per_token}")
+    return num_experts, num_per_token
 
 
 def _head_dim(fields: Fields, num_heads: int) -> int:

@@ -1,7 +1,8 @@
 """Published architectures by name, as data: what to benchmark when only the shape of a model matters.
 
 A preset is the part of a model's config.json that `config.py` reads; it has no weights and no tokenizer, so weights are
-drawn at random. A new one is an entry of `PRESETS`; `registry.py` says which architectures there are.
+drawn at random. A new one is an entry of `PRESETS`; `registry.py` says which architectures there are. What it refuses
+(a mixture of experts) is here for analysis only.
 """
 
 from __future__ import annotations
@@ -167,6 +168,22 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
+        "eos_token_id": 2,
+    },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
         "eos_token_id": 2,
     },
     "deepseek-llm-67b": {

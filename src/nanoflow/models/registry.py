@@ -32,6 +32,9 @@ def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
     Raises:
         ModelError: The architecture is not known, or asks for something that is not served.
     """
+    if config.num_experts is not None:
+        experts = f"{config.num_experts} experts a layer"
+        raise ModelError(f"{config.architecture}: a mixture of experts ({experts}) is not served yet")
     if config.architecture not in ARCHITECTURES:
         raise ModelError(f"architecture {config.architecture!r} is not known; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[config.architecture](config, max_model_len)

@@ -1,0 +1,197 @@
+"""The steady state of a run: its rate and energy with ramp-up and drain left out.
+
+`ProgressRecorder` notes every iteration as it ends, `EnergySampler` reads the card's counter beside it; `find_window`
+says from when to when the state was steady. Who runs the requests: `offline.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.engine.messages import EngineStats
+from nanoflow.engine.observer import FinishedRequest
+
+MIN_ITERATIONS = 20
+MIN_SHARE_OF_RUN = 0.1
+MIN_ENERGY_S = 2.0
+_FULL = 0.9
+_ENERGY_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """The end of one iteration: when, tokens of all iterations so far, and the engine's queues then."""
+
+    time_s: float
+    num_tokens: int
+    num_running: int
+    num_waiting: int
+    has_finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Part of a run between the ends of two iterations; times in seconds of the recorder's clock."""
+
+    start_s: float
+    stop_s: float
+    num_iterations: int
+    num_tokens: int
+
+    @property
+    def duration_s(self) -> float:
+        """Length."""
+        return self.stop_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyState:
+    """What a steady part of a run was worth.
+
+    Attributes:
+        duration_s, num_iterations: How long it was.
+        total_tokens_per_s: Tokens that the model worked through, prompt and output.
+        energy_per_token_j: None if unknown, or if the window is too short for the counter.
+        share_of_serial, share_of_optimal: Of the bounds; None if these were not measured.
+    """
+
+    duration_s: float
+    num_iterations: int
+    total_tokens_per_s: float
+    energy_per_token_j: float | None = None
+    share_of_serial: float | None = None
+    share_of_optimal: float | None = None
+
+
+class NoSteadyState(Exception):
+    """A run has no steady state; the message says why."""
+
+
+class ProgressRecorder:
+    """An `Observer` that notes the end of every iteration: one append each.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.progress: list[Progress] = []
+        self._clock = clock
+        self._num_tokens = 0
+        self._has_finished = False
+
+    def observe_step(self, stats: EngineStats) -> None:
+        """Note an iteration."""
+        self._num_tokens += stats.iteration_tokens
+        self.progress.append(
+            Progress(
+                time_s=self._clock(),
+                num_tokens=self._num_tokens,
+                num_running=stats.num_running,
+                num_waiting=stats.num_waiting,
+                has_finished=self._has_finished,
+            )
+        )
+
+    def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
+        """Of no interest."""
+
+    def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
+        """Of no interest."""
+
+    def observe_finished(self, request: FinishedRequest) -> None:
+        """From now on requests leave as well as come."""
+        self._has_finished = True
+
+
+class EnergySampler:
+    """Reads an energy counter now and then while it is entered, so that any part of that time can be asked for.
+
+    Args:
+        read_j: The counter in joules; None if there is none.
+        interval_s: Seconds between two readings.
+    """
+
+    def __init__(self, read_j: Callable[[], float | None], interval_s: float = _ENERGY_INTERVAL_S) -> None:
+        self._read_j = read_j
+        self._interval_s = interval_s
+        self._readings: list[tuple[float, float]] = []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="energy", daemon=True)
+
+    def __enter__(self) -> EnergySampler:
+        self._note()
+        if self._readings:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        if self._readings:
+            self._thread.join()
+            self._note()
+
+    def used_j(self, start_s: float, stop_s: float) -> float | None:
+        """Joules used between two times of the monotonic clock, linear between readings; None without a counter."""
+        if len(self._readings) < 2:
+            return None
+        times_s, energies_j = np.array(self._readings).T
+        start_j, stop_j = np.interp((start_s, stop_s), times_s, energies_j)
+        return float(stop_j - start_j)
+
+    def _sample(self) -> None:
+        while not self._is_over.wait(self._interval_s):
+            self._note()
+
+    def _note(self) -> None:
+        energy_j = self._read_j()
+        if energy_j is not None:
+            self._readings.append((time.monotonic(), energy_j))
+
+
+def find_window(progress: Sequence[Progress], duration_s: float) -> Window:
+    """The steady part of a run that took so long.
+
+    It begins with the first iteration after a request has finished that ran at least 90 % of the largest number of
+    requests ever running, and ends with the last such iteration after which requests were still waiting: in between,
+    requests come as others leave.
+
+    Raises:
+        NoSteadyState: There is no such part, or it has fewer than 20 iterations or less than a tenth of the run.
+    """
+    full = _FULL * max((sample.num_running for sample in progress), default=0)
+    steady = [
+        place
+        for place, sample in enumerate(progress)
+        if sample.has_finished and sample.num_waiting > 0 and sample.num_running >= full
+    ]
+    if not steady:
+        raise NoSteadyState("no request was still waiting once the first had finished: give more requests")
+    first, last = progress[steady[0]], progress[steady[-1]]
+    window = Window(
+        start_s=first.time_s,
+        stop_s=last.time_s,
+        num_iterations=steady[-1] - steady[0],
+        num_tokens=last.num_tokens - first.num_tokens,
+    )
+    if window.num_iterations < MIN_ITERATIONS:
+        raise NoSteadyState(f"it lasted {window.num_iterations} iterations, fewer than {MIN_ITERATIONS}")
+    if window.duration_s < MIN_SHARE_OF_RUN * duration_s:
+        raise NoSteadyState(f"it lasted {window.duration_s:.2f} s of {duration_s:.2f} s, too small a part")
+    return window
+
+
+def steady_state(window: Window, energy: EnergySampler) -> SteadyState:
+    """The figures of a window."""
+    energy_j = energy.used_j(window.start_s, window.stop_s) if window.duration_s >= MIN_ENERGY_S else None
+    return SteadyState(
+        duration_s=window.duration_s,
+        num_iterations=window.num_iterations,
+        total_tokens_per_s=window.num_tokens / window.duration_s,
+        energy_per_token_j=None if energy_j is None else energy_j / window.num_tokens,
+    )

@@ -1,0 +1,298 @@
+"""Products with weights in Triton for cards with a tensor memory accelerator (TMA: Hopper and later), 16-bit types.
+
+Each is one persistent kernel: as many programs as asked for, not as there are tiles, share the tiles among themselves,
+so a product can be kept to a part of the card. TMA clips at the edges of tensors, so any number of tokens is served.
+`linear_swiglu` is `linear` and `swiglu` in one kernel, which spares the memory traffic of [T, 2 I] between them. Both
+are twins of the functions of these names in `reference.py`, rounded at the same places.
+
+Shape legend: T tokens, K features in, N features out, I width of the activation (the weight has 2 I rows).
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanoflow.kernels.launch import Launch
+from nanoflow.kernels.triton_attention import card_of
+
+# TMA takes addresses and row lengths that are multiples of this.
+_ALIGNMENT_BYTES = 16
+_ITEM_BYTES = 2
+# Barriers of the steps in flight, and a bias between two layouts.
+_SCRATCH_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmTiles:
+    """How a product is cut.
+
+    Attributes:
+        block_m, block_n, block_k: Tokens, rows of the weight and features a step. Of `linear_swiglu`, half of the rows
+            are gates.
+        num_warps: Warps a program.
+        num_stages: Steps in flight.
+        num_stores: 1, or 2 to write a tile in halves through half of the shared memory.
+        group_m: Tiles along T whose programs run beside each other, so that they find their weights in L2.
+        is_flat: Loads of the next tile begin before the last one is written.
+        relative_speed: Multiply-adds a second, of the fastest cut's, while all programs are busy.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_k: int = 64
+    num_stores: int = 1
+    group_m: int = 8
+    is_flat: bool = True
+    relative_speed: float = 1.0
+
+    def shared_memory_bytes(self, *, is_gated: bool) -> int:
+        """What a program takes: both factors of every step in flight, and the tile to be written."""
+        in_flight = self.num_stages * (self.block_m + self.block_n) * self.block_k
+        written = self.block_m * self.block_n // (2 if is_gated else 1) // self.num_stores
+        return (in_flight + written) * _ITEM_BYTES + _SCRATCH_BYTES
+
+
+# Fastest first. The speeds of the first two were measured on an H200 under its power limit; the others' are estimates.
+GEMM_TILES = (
+    GemmTiles(block_m=128, block_n=256, num_warps=8, num_stages=3),
+    GemmTiles(block_m=128, block_n=128, num_warps=8, num_stages=4, relative_speed=0.95),
+    GemmTiles(block_m=64, block_n=128, num_warps=4, num_stages=6, relative_speed=0.8),
+    GemmTiles(block_m=64, block_n=128, num_warps=4, num_stages=3, relative_speed=0.7),
+)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the kernels of this file run on a device: compute capability 9 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def choose_gemm_tiles(
+    candidates: Sequence[GemmTiles], num_rows: int, num_columns: int, num_programs: int, limit_bytes: int
+) -> GemmTiles:
+    """The candidate by which the busiest program is done first, of those that fit into `limit_bytes`.
+
+    Few tokens get small tiles, as large ones would leave programs without work; ties go to the earlier candidate.
+
+    Args:
+        candidates: Cuts, fastest first; the last fits everywhere.
+        num_rows, num_columns: T, and N (or 2 I).
+        num_programs: Programs that share the tiles.
+        limit_bytes: Shared memory of a program.
+    """
+
+    def longest_time(tiles: GemmTiles) -> float:
+        num_tiles = triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_columns, tiles.block_n)
+        cells = triton.cdiv(num_tiles, num_programs) * tiles.block_m * tiles.block_n
+        return float(cells / tiles.relative_speed)
+
+    fitting = [tiles for tiles in candidates if tiles.shared_memory_bytes(is_gated=False) <= limit_bytes]
+    return min(fitting or candidates[-1:], key=longest_time)
+
+
+def linear(launch: Launch) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), on the whole card.
+
+    Raises:
+        ValueError: Tensors that TMA does not take: see `run_linear`.
+    """
+    run_linear(launch, *_choose(launch))
+
+
+def run_linear(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
+    """`linear` cut in a given way, by so many programs.
+
+    Raises:
+        ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and N must be
+            multiples of 8).
+    """
+    (x,), (out,), (weight, *biases) = launch.reads, launch.writes, launch.weights
+    _check(x, weight, out)
+    _linear[(num_programs,)](
+        TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
+        TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
+        biases[0] if biases else None,
+        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.block_n // tiles.num_stores]),
+        *(*out.shape, x.shape[1]),
+        *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.num_stores, tiles.is_flat),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def linear_swiglu(launch: Launch) -> None:
+    """out [T, I] = silu(x @ gate^T) * (x @ up^T), of x [T, K] and weight [2 I, K]: gate rows, then up rows.
+
+    Raises:
+        ValueError: Tensors that TMA does not take: see `run_linear_swiglu`.
+    """
+    run_linear_swiglu(launch, *_choose(launch))
+
+
+def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int, *, is_joined: bool = True) -> None:
+    """`linear_swiglu` cut in a given way, by so many programs.
+
+    Args:
+        launch: The operation.
+        tiles: The cut.
+        num_programs: Programs that share the tiles.
+        is_joined: Gate and up rows are one factor of one product; else two products take turns.
+
+    Raises:
+        ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and I must be
+            multiples of 8).
+    """
+    (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
+    _check(x, weight, out)
+    width = tiles.block_n // 2
+    _linear_swiglu[(num_programs,)](
+        TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
+        # One box takes the same rows of gate and up, which so follow each other in shared memory.
+        TensorDescriptor.from_tensor(
+            weight.view(2, -1, weight.shape[1]), [2 if is_joined else 1, width, tiles.block_k]
+        ),
+        TensorDescriptor.from_tensor(out, [tiles.block_m, width // tiles.num_stores]),
+        *(*out.shape, x.shape[1]),
+        *(tiles.block_m, width, tiles.block_k, tiles.group_m, tiles.num_stores, tiles.is_flat, is_joined),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def _choose(launch: Launch) -> tuple[GemmTiles, int]:
+    """The cut of a launch on the whole card, and the number of programs."""
+    card = card_of(launch.reads[0].device)
+    shape = (len(launch.reads[0]), len(launch.weights[0]))
+    return choose_gemm_tiles(GEMM_TILES, *shape, card.num_sms, card.shared_memory_bytes), card.num_sms
+
+
+def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    for name, tensor in (("input", x), ("weight", weight), ("output", out)):
+        if tensor.element_size() != _ITEM_BYTES:
+            raise ValueError(f"{name} of type {tensor.dtype}; products in Triton take bfloat16 and float16")
+        is_aligned = tensor.data_ptr() % _ALIGNMENT_BYTES == 0
+        row_bytes = tensor.stride(0) * _ITEM_BYTES
+        if tensor.stride(1) != 1 or row_bytes % _ALIGNMENT_BYTES or not is_aligned:
+            raise ValueError(
+                f"{name} {list(tensor.shape)} has rows every {row_bytes} bytes; TMA takes contiguous rows that begin "
+                f"at multiples of {_ALIGNMENT_BYTES} bytes: use the reference kernel"
+            )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear(
+    x: tl.tensor_descriptor,
+    weight: tl.tensor_descriptor,
+    bias: tl.tensor | None,
+    out: tl.tensor_descriptor,
+    num_rows: int,
+    num_columns: int,
+    num_features: int,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_STORES: tl.constexpr,
+    IS_FLAT: tl.constexpr,
+) -> None:
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for feature in range(0, num_features, BLOCK_K):
+            acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
+        if bias is not None:
+            columns = column + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+        _store(out, row, column, acc.to(out.dtype), BLOCK_M, BLOCK_N, NUM_STORES)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_swiglu(
+    x: tl.tensor_descriptor,
+    weight: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
+    num_rows: int,
+    num_columns: int,
+    num_features: int,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_STORES: tl.constexpr,
+    IS_FLAT: tl.constexpr,
+    IS_JOINED: tl.constexpr,
+) -> None:
+    """BLOCK_N is of the output; weight is [2, I, K]."""
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        if IS_JOINED:
+            acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+            for feature in range(0, num_features, BLOCK_K):
+                rows = weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
+                acc = tl.dot(x.load([row, feature]), rows.T, acc)
+            gate, up = _halves(acc, BLOCK_M, BLOCK_N)
+        else:
+            gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for feature in range(0, num_features, BLOCK_K):
+                factor = x.load([row, feature])
+                gate = tl.dot(factor, weight.load([0, column, feature]).reshape(BLOCK_N, BLOCK_K).T, gate)
+                up = tl.dot(factor, weight.load([1, column, feature]).reshape(BLOCK_N, BLOCK_K).T, up)
+        _store(out, row, column, _activated(gate, up, out.dtype), BLOCK_M, BLOCK_N, NUM_STORES)
+
+
+@triton.jit
+def _place(
+    tile: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, GROUP_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Row and column of a tile: down the columns of one group of GROUP_M rows of tiles after the other."""
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    place = tile % (GROUP_M * tiles_n)
+    return first + place % height, place // height
+
+
+@triton.jit
+def _activated(gate: tl.tensor, up: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """silu(gate) * up, rounded wherever the separate operations would write to memory or round."""
+    exact = gate.to(dtype).to(tl.float32)
+    activated = (exact / (1.0 + tl.exp(-exact))).to(dtype).to(tl.float32)
+    return (activated * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _store(
+    out: tl.tensor_descriptor,
+    row: tl.tensor,
+    column: tl.tensor,
+    cells: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STORES: tl.constexpr,
+) -> None:
+    if NUM_STORES == 1:
+        out.store([row, column], cells)
+    else:
+        left, right = _halves(cells, BLOCK_M, BLOCK_N // 2)
+        out.store([row, column], left)
+        out.store([row, column + BLOCK_N // 2], right)
+
+
+@triton.jit
+def _halves(cells: tl.tensor, BLOCK_M: tl.constexpr, HALF: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Left and right columns of [BLOCK_M, 2 HALF]; one thread holds both, so nothing moves."""
+    left, right = tl.split(tl.permute(tl.reshape(cells, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    return left, right

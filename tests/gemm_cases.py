@@ -1,0 +1,107 @@
+"""Launches of products with weights on fresh random inputs, and the reference twin of the fused ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.graph import RopeSpec
+from nanoflow.graph.nanobatch import TokenRange
+from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource
+from nanoflow.kernels import reference
+from nanoflow.kernels.launch import Launch
+from tests.graphs import batch_of
+
+
+def linear_case(
+    num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, has_bias: bool = False
+) -> Launch:
+    """A product with a weight [N, K] = `shape`; its output, about 1, holds NaN so far.
+
+    Whatever stands behind the rows of the input is NaN too.
+    """
+    num_columns, num_features = shape
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, device=device).to(dtype)
+
+    op = Operation(
+        name="linear",
+        kind=OpKind.LINEAR,
+        resource=Resource.COMPUTE,
+        reads=("x",),
+        writes=("out",),
+        dims=LinearDims(in_features=num_features, out_features=num_columns),
+    )
+    buffer = torch.full((num_tokens + 8, num_features), torch.nan, dtype=dtype, device=device)
+    x = buffer[:num_tokens]
+    x.copy_(random(num_tokens, num_features))
+    weight = random(num_columns, num_features).mul_(num_features**-0.5)
+    return Launch(
+        op=op,
+        layer=0,
+        tokens=TokenRange(start=0, stop=num_tokens),
+        reads=(x,),
+        writes=(torch.full((num_tokens, num_columns), torch.nan, dtype=dtype, device=device),),
+        weights=(weight, random(num_columns)) if has_bias else (weight,),
+        inputs=InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=1, device=device).build(batch_of([(0, 1)], 1, 8, 0)),
+        cache=None,
+    )
+
+
+def linear_swiglu_case(num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Launch:
+    """A product with a weight [2 I, K] = `shape` and SwiGLU; gates reach far to either side of 0."""
+    launch = linear_case(num_tokens, shape, dtype, device)
+    half = shape[0] // 2
+    launch.weights[0][:half:7] *= 20.0
+    return replace(launch, writes=(launch.writes[0][:, :half].contiguous(),))
+
+
+def exact_linear(launch: Launch) -> torch.Tensor:
+    """`reference.linear` in float32, rounded once."""
+    x, out = launch.reads[0], launch.writes[0]
+    exact = x.new_empty((len(x), len(launch.weights[0])), dtype=torch.float32)
+    weights = tuple(weight.float() for weight in launch.weights)
+    reference.linear(replace(launch, reads=(x.float(),), writes=(exact,), weights=weights))
+    return exact.to(out.dtype)
+
+
+def exact_linear_swiglu(launch: Launch) -> torch.Tensor:
+    """`exact_linear`, then `reference.swiglu` in the type of the tensors."""
+    gate_up = exact_linear(launch)
+    out = torch.empty_like(launch.writes[0])
+    reference.swiglu(replace(launch, reads=(gate_up,), writes=(out,), weights=()))
+    return out
+
+
+def linear_swiglu(launch: Launch) -> None:
+    """out [T, I] = silu(gate) * up of x @ weight^T, weight [2 I, K]: gate rows, then up rows."""
+    (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
+    gate, up = torch.mm(x, weight.t()).chunk(2, dim=-1)
+    torch.mul(F.silu(gate), up, out=out)
+
+
+def assert_linear(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to a step of the type; sums near 0 up to what thousands of float32 terms in another order differ by."""
+    step = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out, expected, rtol=step, atol=5e-4)
+    _assert_few_moved(out, expected)
+
+
+def assert_linear_swiglu(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Like `assert_linear`, but a step of a gate far below 0 moves its silu by |gate| steps, which is then small."""
+    step = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out, expected, rtol=4 * step, atol=2 * step)
+    _assert_few_moved(out, expected)
+
+
+def _assert_few_moved(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Sums that differ in their last digits fall on either side of a border of rounding, the more the finer the type.
+
+    Rounding at another place, or cutting off, would move about half of all elements.
+    """
+    most = 0.1 if out.dtype == torch.bfloat16 else 0.3
+    assert (out != expected).float().mean() < most
