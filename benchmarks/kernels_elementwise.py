@@ -114,15 +114,12 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
         return issue
 
     def kernel(kind: OpKind, dims: Dims, read: Sequence[int], written: Sequence[int], *weights: Tensor) -> Issue:
-        reads = tuple(rows(num_tokens, width) for width in read)
-        # As in the graph: the norm updates what it reads in second place.
-        shared = reads[1:] if kind is OpKind.ADD_RMS_NORM else ()
         launch = Launch(
             op=Operation(name=kind, kind=kind, resource=Resource.MEMORY, reads=(), writes=(), dims=dims),
             layer=0,
             tokens=TokenRange(start=0, stop=num_tokens),
-            reads=reads,
-            writes=(*shared, *(rows(num_tokens, width) for width in written)),
+            reads=tuple(rows(num_tokens, width) for width in read),
+            writes=tuple(rows(num_tokens, width) for width in written),
             weights=weights,
             inputs=index_tensors(num_tokens),
             cache=new_cache(num_tokens) if kind is OpKind.ROPE_APPEND else None,
@@ -131,7 +128,7 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
 
     def norm() -> Issue:
         dims = NormDims(width=WIDTH, eps=1e-5)
-        return kernel(OpKind.ADD_RMS_NORM, dims, (WIDTH, WIDTH), (WIDTH,), rows(WIDTH))
+        return kernel(OpKind.RMS_NORM, dims, (WIDTH,), (WIDTH,), rows(WIDTH))
 
     def rope(dims: AttentionDims) -> Issue:
         weights = (rows(dims.head_dim), rows(dims.head_dim)) if dims.norm_eps else ()
@@ -142,7 +139,7 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
     row_dims, inner_dims = RowDims(width=WIDTH), RowDims(width=INNER)
     sizes: list[tuple[str, int, Callable[[], Issue]]] = [
         ("copy", 8 * row_bytes, copy),
-        ("add_rms_norm", 4 * row_bytes, norm),
+        ("rms_norm", 2 * row_bytes, norm),
         ("rope_append", rope_bytes, lambda: rope(ATTENTION)),
         ("rope_append + qk norm", rope_bytes, lambda: rope(QK_NORM)),
         (
@@ -150,8 +147,8 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
             3 * num_tokens * INNER * DTYPE_BYTES,
             lambda: kernel(OpKind.SWIGLU, inner_dims, (2 * INNER,), (INNER,)),
         ),
-        ("embed", 3 * row_bytes, lambda: kernel(OpKind.EMBED, row_dims, (), (WIDTH, WIDTH), table)),
-        ("gather_rows", 4 * row_bytes, lambda: kernel(OpKind.GATHER_ROWS, row_dims, (WIDTH, WIDTH), (WIDTH, WIDTH))),
+        ("embed", 2 * row_bytes, lambda: kernel(OpKind.EMBED, row_dims, (), (WIDTH,), table)),
+        ("gather_rows", 2 * row_bytes, lambda: kernel(OpKind.GATHER_ROWS, row_dims, (WIDTH,), (WIDTH,))),
     ]
     return [Case(name=name, num_tokens=num_tokens, num_bytes=size, make=make) for name, size, make in sizes]
 

@@ -24,13 +24,14 @@ from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.device.energy import gpu_energy_j
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource
-from nanoflow.kernels import reference, triton_elementwise
+from nanoflow.kernels import reference
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.triton_attention import card_of
 from nanoflow.kernels.triton_gemm import (
     GEMM_TILES,
     GemmTiles,
     choose_gemm_tiles,
+    linear_then_swiglu,
     run_linear,
     run_linear_swiglu,
 )
@@ -49,7 +50,7 @@ SWEEP = (
     replace(LARGE, num_stages=4, num_stores=2),
     replace(LARGE, is_flat=False),
     replace(LARGE, group_m=4),
-    replace(LARGE, group_m=16),
+    replace(LARGE, group_m=8),
     GEMM_TILES[1],
     replace(GEMM_TILES[1], num_warps=4),
     replace(LARGE, block_m=256, block_n=128),
@@ -95,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for num_tokens in args.tokens:
         for operation in SHAPES:
             points += measure_all(operation, num_tokens, (cublas(), ours(None)))
-        points += measure_all(FUSED, num_tokens, fused_candidates((LARGE,)))
+        points += measure_all(FUSED, num_tokens, (in_two_kernels(), fused(None)))
         if args.sweep and num_tokens == args.tokens[0]:
             points += measure_all(LAYER, num_tokens, (cublas(), *(ours(tiles) for tiles in (LARGE, *SWEEP))))
-            points += measure_all(FUSED, num_tokens, fused_candidates(FUSED_SWEEP))
+            points += measure_all(FUSED, num_tokens, (in_two_kernels(), *map(fused, (LARGE, *FUSED_SWEEP))))
     if args.json is not None:
         args.json.write_text(json.dumps(document(points), indent=2) + "\n", encoding="utf-8")
     return 0
@@ -136,22 +137,17 @@ def own_tiles(launch: Launch) -> GemmTiles:
     return choose_gemm_tiles(GEMM_TILES, *shape, card.num_sms, card.shared_memory_bytes)
 
 
-def fused_candidates(cuts: Sequence[GemmTiles]) -> list[Candidate]:
-    """cuBLAS and our SwiGLU; then each cut, as one product or as two in turns."""
+def in_two_kernels() -> Candidate:
+    return Candidate(name="cuBLAS, then swiglu", tiles=None, kernel=linear_then_swiglu)
 
-    def unfused(launch: Launch) -> None:
-        gate_up = torch.empty((len(launch.reads[0]), len(launch.weights[0])), dtype=torch.bfloat16, device="cuda")
-        reference.linear(replace(launch, writes=(gate_up,)))
-        triton_elementwise.swiglu(replace(launch, reads=(gate_up,), weights=()))
 
-    def fused(tiles: GemmTiles, is_joined: bool) -> Candidate:
-        def kernel(launch: Launch) -> None:
-            run_linear_swiglu(launch, tiles, card_of(launch.reads[0].device).num_sms, is_joined=is_joined)
+def fused(tiles: GemmTiles | None) -> Candidate:
+    """`linear_swiglu` in one kernel however few the tokens, cut as it would itself or as told."""
 
-        return Candidate(name=f"{'one' if is_joined else 'two'}: {describe(tiles)}", tiles=tiles, kernel=kernel)
+    def kernel(launch: Launch) -> None:
+        run_linear_swiglu(launch, tiles or own_tiles(launch), card_of(launch.reads[0].device).num_sms)
 
-    both = [fused(tiles, is_joined) for tiles in cuts for is_joined in (True, False)]
-    return [Candidate(name="cuBLAS, then swiglu", tiles=None, kernel=unfused), *both]
+    return Candidate(name="ours" if tiles is None else describe(tiles), tiles=tiles, kernel=kernel)
 
 
 def describe(tiles: GemmTiles) -> str:

@@ -31,19 +31,17 @@ class Cases:
     seed: int = 0
 
     def embed(self, width: int) -> Launch:
-        """Gather and zero."""
-        return self._launch(OpKind.EMBED, RowDims(width=width), (), (width, width), ((VOCAB_SIZE, width),))
+        """Rows of a table, ids at random."""
+        return self._launch(OpKind.EMBED, RowDims(width=width), (), (width,), ((VOCAB_SIZE, width),))
 
     def gather_rows(self, width: int) -> Launch:
-        """Two whole tensors, rows at random."""
-        launch = self._launch(OpKind.GATHER_ROWS, RowDims(width=width), (), (width, width), ())
-        return replace(launch, reads=(self._random(VOCAB_SIZE, width), self._random(VOCAB_SIZE, width, seed=1)))
+        """Rows at random of a whole tensor."""
+        launch = self._launch(OpKind.GATHER_ROWS, RowDims(width=width), (), (width,), ())
+        return replace(launch, reads=(self._random(VOCAB_SIZE, width),))
 
-    def add_rms_norm(self, width: int) -> Launch:
-        """Hidden is read and written."""
-        dims = NormDims(width=width, eps=1e-5)
-        launch = self._launch(OpKind.ADD_RMS_NORM, dims, (width, width), (width,), ((width,),))
-        return replace(launch, writes=(launch.reads[1], *launch.writes))
+    def rms_norm(self, width: int) -> Launch:
+        """Rows of deviation 1."""
+        return self._launch(OpKind.RMS_NORM, NormDims(width=width, eps=1e-5), (width,), (width,), ((width,),))
 
     def swiglu(self, width: int) -> Launch:
         """Gate and up side by side, some far from 0 on either side."""

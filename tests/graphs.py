@@ -45,15 +45,17 @@ class _Layer:
         return name
 
     def linear(self, name: str, source: str, target: str, sizes: tuple[int, int]) -> None:
+        """Product of `source`; the one that writes `hidden` adds to it."""
+        is_added = target == "hidden"
         dims = LinearDims(in_features=sizes[0], out_features=sizes[1])
         part = ParameterPart(source=name, shape=(sizes[1], sizes[0]))
         self.parameters.append(Parameter(name=f"{name}.weight", parts=(part,)))
         self.operations.append(
             Operation(
                 name=name,
-                kind=OpKind.LINEAR,
+                kind=OpKind.LINEAR_ADD if is_added else OpKind.LINEAR,
                 resource=Resource.COMPUTE,
-                reads=(source,),
+                reads=(source, target) if is_added else (source,),
                 writes=(target,),
                 weights=(f"{name}.weight",),
                 dims=dims,
@@ -65,10 +67,10 @@ class _Layer:
         self.operations.append(
             Operation(
                 name=name,
-                kind=OpKind.ADD_RMS_NORM,
+                kind=OpKind.RMS_NORM,
                 resource=Resource.MEMORY,
-                reads=("delta", "hidden"),
-                writes=("hidden", "normed"),
+                reads=("hidden",),
+                writes=("normed",),
                 weights=(f"{name}.weight",),
                 dims=NormDims(width=width, eps=1e-5),
             )
@@ -106,7 +108,7 @@ def _attention_block(layer: _Layer, at: str, width: int, dims: AttentionDims, su
             dims=dims,
         )
     )
-    layer.linear(f"o_proj{at}", attn, "delta", (dims.q_width, width))
+    layer.linear(f"o_proj{at}", attn, "hidden", (dims.q_width, width))
 
 
 def _ffn_block(layer: _Layer, at: str, width: int, inner: int, suffix: str) -> None:
@@ -124,7 +126,7 @@ def _ffn_block(layer: _Layer, at: str, width: int, inner: int, suffix: str) -> N
             dims=RowDims(width=inner),
         )
     )
-    layer.linear(f"down_proj{at}", activation, "delta", (inner, width))
+    layer.linear(f"down_proj{at}", activation, "hidden", (inner, width))
 
 
 @st.composite
@@ -139,7 +141,7 @@ def graphs(draw: st.DrawFn) -> OpGraph:
         scale=head_dim**-0.5,
         windows=tuple(draw(st.sampled_from([None, 3])) for _ in range(num_layers)),
     )
-    names = {"delta": width, "hidden": width, "normed": width}
+    names = {"hidden": width, "normed": width}
     layer = _Layer([], {name: TensorSpec(name=name, width=size) for name, size in names.items()}, [])
     layer.tensors["kv"] = TensorSpec(name="kv", width=0, is_per_layer=True)
     blocks = draw(st.permutations(["attention", *["ffn"] * draw(st.integers(0, 3))]))
@@ -160,7 +162,7 @@ def _around(layer: _Layer, num_layers: int, width: int, vocab: int, dims: Attent
         kind=OpKind.EMBED,
         resource=Resource.MEMORY,
         reads=("token_ids",),
-        writes=("delta", "hidden"),
+        writes=("hidden",),
         weights=("embed.weight",),
         dims=rows,
     )
@@ -169,17 +171,17 @@ def _around(layer: _Layer, num_layers: int, width: int, vocab: int, dims: Attent
         kind=OpKind.GATHER_ROWS,
         resource=Resource.MEMORY,
         scope=Scope.SAMPLED,
-        reads=("delta", "hidden"),
-        writes=("sampled_delta", "sampled_hidden"),
+        reads=("hidden",),
+        writes=("sampled_hidden",),
         dims=rows,
     )
     norm = Operation(
         name="final_norm",
-        kind=OpKind.ADD_RMS_NORM,
+        kind=OpKind.RMS_NORM,
         resource=Resource.MEMORY,
         scope=Scope.SAMPLED,
-        reads=("sampled_delta", "sampled_hidden"),
-        writes=("sampled_hidden", "sampled_normed"),
+        reads=("sampled_hidden",),
+        writes=("sampled_normed",),
         weights=("final_norm.weight",),
         dims=NormDims(width=width, eps=1e-5),
     )
@@ -196,7 +198,6 @@ def _around(layer: _Layer, num_layers: int, width: int, vocab: int, dims: Attent
     sampled = tuple(
         TensorSpec(name=name, width=size, scope=Scope.SAMPLED)
         for name, size in (
-            ("sampled_delta", width),
             ("sampled_hidden", width),
             ("sampled_normed", width),
             ("logits", vocab),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
+from nanoflow.kernels import reference
 from nanoflow.kernels import triton_gemm as fast
 from nanoflow.kernels.triton_gemm import GEMM_TILES
 from tests.gemm_cases import (
@@ -49,10 +52,42 @@ def test_linear(dtype: torch.dtype, num_tokens: int, operation: str) -> None:
 @DTYPES
 @NUM_TOKENS
 @pytest.mark.parametrize("model", list(GATE_UP_SHAPES))
-def test_linear_swiglu(dtype: torch.dtype, num_tokens: int, model: str) -> None:
+def test_linear_swiglu(dtype: torch.dtype, num_tokens: int, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel, however few the tokens."""
+    monkeypatch.setattr(fast, "_MIN_FUSED_TOKENS", 1)
     launch = linear_swiglu_case(num_tokens, GATE_UP_SHAPES[model], dtype, GPU)
     fast.linear_swiglu(launch)
     assert_linear_swiglu(launch.writes[0], exact_linear_swiglu(launch))
+
+
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [1, 127])
+def test_linear_swiglu_of_few_tokens_is_cublas_and_swiglu(dtype: torch.dtype, num_tokens: int) -> None:
+    launch = linear_swiglu_case(num_tokens, GATE_UP_SHAPES["1b"], dtype, GPU)
+    expected = torch.empty_like(launch.writes[0])
+    reference.linear_swiglu(replace(launch, writes=(expected,)))
+    fast.linear_swiglu(launch)
+    assert_linear_swiglu(launch.writes[0], expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_add_in_a_captured_graph(dtype: torch.dtype, has_bias: bool) -> None:
+    """cuBLAS adds to the rows in place, once a replay."""
+    launch = linear_case(300, (2048, 8192), dtype, GPU, has_bias=has_bias)
+    stream = torch.randn((302, 2048), device=GPU).to(dtype)
+    launch = replace(launch, reads=(*launch.reads, stream[1:-1]), writes=(stream[1:-1],))
+    reference.linear_add(replace(launch, writes=(stream[1:-1].clone(),)))
+    expected = stream.double()
+    expected[1:-1] += launch.reads[0].double() @ launch.weights[0].double().t()
+    expected[1:-1] += launch.weights[1].double() if has_bias else 0.0
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        reference.linear_add(launch)
+    graph.replay()
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(stream.double(), expected, rtol=2 * step, atol=8 * step)
 
 
 @pytest.mark.parametrize("num_programs", [132, 84, 7])
@@ -62,10 +97,9 @@ def test_any_cut_and_number_of_programs(num_programs: int, tiles: fast.GemmTiles
     launch = linear_case(300, (2984, 1000), torch.bfloat16, GPU, has_bias=True)
     fast.run_linear(launch, tiles, num_programs)
     assert_linear(launch.writes[0], exact_linear(launch))
-    for is_joined in (True, False):
-        launch = linear_swiglu_case(300, (2992, 1000), torch.bfloat16, GPU)
-        fast.run_linear_swiglu(launch, tiles, num_programs, is_joined=is_joined)
-        assert_linear_swiglu(launch.writes[0], exact_linear_swiglu(launch))
+    launch = linear_swiglu_case(300, (2992, 1000), torch.bfloat16, GPU)
+    fast.run_linear_swiglu(launch, tiles, num_programs)
+    assert_linear_swiglu(launch.writes[0], exact_linear_swiglu(launch))
 
 
 def test_a_captured_graph_serves_other_numbers() -> None:

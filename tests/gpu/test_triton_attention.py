@@ -16,7 +16,7 @@ from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
 from nanoflow.kernels import reference, triton_attention
-from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache
+from nanoflow.kernels.launch import BatchInputs, HostLengths, Launch, LayerCache
 from tests import graphs
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +43,8 @@ def _dims(heads: tuple[int, int, int], window: int | None) -> AttentionDims:
 
 
 def _cache(inputs: BatchInputs, dims: AttentionDims) -> LayerCache:
-    shape = (int(inputs.page_tables.max()) + 1, dims.num_kv_heads, 16, dims.head_dim)
+    tables = torch.cat((inputs.decodes.page_tables, inputs.prefills.page_tables))
+    shape = (int(tables.max()) + 1, dims.num_kv_heads, 16, dims.head_dim)
     keys, values = (torch.randn(shape, device=GPU).bfloat16() for _ in range(2))
     return LayerCache(keys=keys, values=values)
 
@@ -127,21 +128,22 @@ def test_one_cuda_graph_serves_other_lengths_and_padding(monkeypatch: pytest.Mon
     with torch.cuda.graph(graph):
         run()
     # Half of the decodes become padding, the others shorter; two chunks now, the other requests padding.
-    inputs.decode_context_len[::2] = 0
-    inputs.decode_context_len[1::2] = (inputs.decode_context_len[1::2] + 1) // 2
+    contexts = inputs.decodes.context_len
+    contexts[::2] = 0
+    contexts[1::2] = (contexts[1::2] + 1) // 2
     first, second, end = num_decodes, num_decodes + 600, num_decodes + 900
     inputs.prefills.query_start.copy_(torch.tensor([first, second, *[end] * (len(CHUNKS) - 1)]))
     inputs.prefills.context_len.copy_(torch.tensor([700, 812, *[0] * (len(CHUNKS) - 2)]))
     for launch in (decode, prefill):
         launch.writes[0].fill_(torch.nan)
     graph.replay()
-    live = [int(length) for length in inputs.decode_context_len]
-    now = dataclasses.replace(
-        inputs,
-        query_start=[*range(num_decodes + 1), second, end],
-        context_len=[*(max(1, length) for length in live), 700, 812],
+    host = HostLengths(
+        decode_context_len=[max(1, int(length)) for length in contexts],
+        prefill_query_start=[first, second, end],
+        prefill_context_len=[700, 812],
     )
-    assert not decode.writes[0][::2].any()
+    now = dataclasses.replace(inputs, host=host)
+    assert decode.writes[0][::2].isnan().all()
     _assert_close(decode.writes[0][1::2], _exact(dataclasses.replace(decode, inputs=now))[1::2])
     chunks = TokenRange(start=first, stop=end)
     exact = _exact(dataclasses.replace(prefill, inputs=now, tokens=chunks, reads=(q[first:end],)))

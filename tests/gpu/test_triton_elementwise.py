@@ -48,8 +48,8 @@ def _dims(model: str, *, has_norm: bool) -> AttentionDims:
 @DTYPES
 @pytest.mark.parametrize("width", [896, 2048, 3584, 4096, 5120, 8192])
 @pytest.mark.parametrize("num_tokens", [1, 517])
-def test_add_rms_norm(dtype: torch.dtype, width: int, num_tokens: int) -> None:
-    assert_twins(fast.add_rms_norm, reference.add_rms_norm, _cases(dtype, num_tokens).add_rms_norm(width))
+def test_rms_norm(dtype: torch.dtype, width: int, num_tokens: int) -> None:
+    assert_twins(fast.rms_norm, reference.rms_norm, _cases(dtype, num_tokens).rms_norm(width))
 
 
 @DTYPES
@@ -110,7 +110,7 @@ def test_a_captured_graph_serves_another_batch_with_padding() -> None:
     assert live.cache is not None
     _assert_mostly_equal(rope.cache, live.cache)
     assert torch.equal(embed.writes[0][:num_live], wanted_embed.writes[0][:num_live])
-    assert not embed.writes[0][num_live:].any() and not embed.writes[1].any()
+    assert not embed.writes[0][num_live:].any()
 
 
 def _assert_mostly_equal(ours: LayerCache, expected: LayerCache) -> None:

@@ -13,6 +13,7 @@ from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind, Resource, Scope
 from nanoflow.kernels import cpu, reference
+from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache
 from tests.graphs import PAGE_SIZE, batch_of
 
@@ -77,7 +78,7 @@ def test_decode_attention(window: int | None, limit: int, cut: int, monkeypatch:
         if tokens.num_tokens:
             _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
     for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
-        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.page_tables[i], before, window)
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.decodes.page_tables[i], before, window)
         torch.testing.assert_close(out[i], expected)
 
 
@@ -91,10 +92,12 @@ def test_prefill_attention_cut_anywhere(window: int | None, cut: int) -> None:
         if tokens.num_tokens:
             _launch(OpKind.PREFILL_ATTENTION, Scope.PREFILL, window, tokens, q, out, inputs, cache)
     assert out[:NUM_DECODES].isnan().all()
-    for request, (before, count) in enumerate(REQUESTS[NUM_DECODES:], start=NUM_DECODES):
+    for request, (before, count) in enumerate(REQUESTS[NUM_DECODES:]):
         for i in range(count):
-            token = inputs.query_start[request] + i
-            expected = _attend(q[token].view(HEADS, DIM), cache, inputs.page_tables[request], before + i, window)
+            token = int(inputs.prefills.query_start[request]) + i
+            expected = _attend(
+                q[token].view(HEADS, DIM), cache, inputs.prefills.page_tables[request], before + i, window
+            )
             torch.testing.assert_close(out[token], expected)
 
 
@@ -195,3 +198,38 @@ def test_the_cpu_product_is_the_reference_product(dtype: torch.dtype, num_tokens
         kernels[OpKind.LINEAR](launch)
         results.append(out)
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [cpu.CPU_KERNELS, reference.REFERENCE_KERNELS], ids=["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_add_adds_to_its_rows(kernels: Kernels, dtype: torch.dtype, num_tokens: int, has_bias: bool) -> None:
+    """Rows before and behind stay what they are; it looks at the residual through one view and writes another."""
+    x, weight = torch.randn(num_tokens, 96, dtype=dtype), torch.randn(80, 96, dtype=dtype)
+    bias = torch.randn(80, dtype=dtype)
+    stream = torch.randn(num_tokens + 2, 80, dtype=dtype)
+    expected = stream.double()
+    expected[1:-1] += x.double() @ weight.double().t() + (bias.double() if has_bias else 0.0)
+    op = Operation(
+        name="linear_add",
+        kind=OpKind.LINEAR_ADD,
+        resource=Resource.COMPUTE,
+        reads=("x", "hidden"),
+        writes=("hidden",),
+        dims=LinearDims(in_features=96, out_features=80),
+    )
+    kernels[OpKind.LINEAR_ADD](
+        Launch(
+            op=op,
+            layer=0,
+            tokens=TokenRange(start=1, stop=num_tokens + 1),
+            reads=(x, stream[1:-1]),
+            writes=(stream[1:-1],),
+            weights=(weight, bias) if has_bias else (weight,),
+            inputs=_inputs([(0, 1)], 1),
+            cache=None,
+        )
+    )
+    rtol = 1e-4 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(stream.double(), expected, rtol=rtol, atol=5 * rtol)

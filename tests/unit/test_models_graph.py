@@ -48,18 +48,22 @@ class Interpreter:
                 self.tensors[name] = tensor
 
     def embed(self, op: Operation, ids: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        return table[ids], torch.zeros(len(ids), table.shape[1])
+        return (table[ids],)
 
     def gather_rows(self, op: Operation, *rows: Tensor) -> tuple[Tensor, ...]:
         return rows
 
-    def add_rms_norm(self, op: Operation, delta: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def rms_norm(self, op: Operation, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         assert isinstance(op.dims, NormDims)
-        hidden = hidden + delta
-        return hidden, functional.rms_norm(hidden, (op.dims.width,), weight, op.dims.eps)
+        return (functional.rms_norm(hidden, (op.dims.width,), weight, op.dims.eps),)
 
     def linear(self, op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         return (functional.linear(x, weight, bias),)
+
+    def linear_add(
+        self, op: Operation, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        return (hidden + functional.linear(x, weight, bias),)
 
     def swiglu(self, op: Operation, gate_up: Tensor) -> tuple[Tensor, ...]:
         assert isinstance(op.dims, RowDims)
@@ -99,8 +103,9 @@ class Interpreter:
 KERNELS: dict[OpKind, Callable[..., tuple[Tensor, ...]]] = {
     OpKind.EMBED: Interpreter.embed,
     OpKind.GATHER_ROWS: Interpreter.gather_rows,
-    OpKind.ADD_RMS_NORM: Interpreter.add_rms_norm,
+    OpKind.RMS_NORM: Interpreter.rms_norm,
     OpKind.LINEAR: Interpreter.linear,
+    OpKind.LINEAR_ADD: Interpreter.linear_add,
     OpKind.ROPE_APPEND: Interpreter.rope_append,
     OpKind.PREFILL_ATTENTION: Interpreter.prefill_attention,
     OpKind.SWIGLU: Interpreter.swiglu,
@@ -157,15 +162,17 @@ LLAMA_2_70B = {
     "rms_norm_eps": 1e-5,
     "torch_dtype": "float16",
 }
+# What the paper leaves out: the residual that o_proj and down_proj read, 2048 tokens in 80 layers.
+RESIDUAL_GIGABYTES = 80 * 2048 * 8192 * 2 / 1e9
 
 
 @pytest.mark.parametrize(
     ("operation", "gflop", "gigabytes"),
     [
         ("qkv_proj", 27487.8, 19.5),
-        ("o_proj", 21990.2, 16.1),
+        ("o_proj", 21990.2, 16.1 + RESIDUAL_GIGABYTES),
         ("gate_up_proj", 153931.6, 96.6),
-        ("down_proj", 76965.8, 49.7),
+        ("down_proj", 76965.8, 49.7 + RESIDUAL_GIGABYTES),
         ("decode_attention", 3665.9, 462.2),
     ],
 )

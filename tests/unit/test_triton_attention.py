@@ -42,10 +42,12 @@ def _inputs() -> BatchInputs:
 
 def _caches(inputs: BatchInputs, dims: AttentionDims) -> tuple[LayerCache, LayerCache]:
     """Random keys and values; and the same with NaN in every place that is in no context."""
-    shape = (int(inputs.page_tables.max()) + 3, dims.num_kv_heads, PAGE_SIZE, dims.head_dim)
+    page_tables = torch.cat((inputs.decodes.page_tables, inputs.prefills.page_tables))
+    contexts = torch.cat((inputs.decodes.context_len, inputs.prefills.context_len)).tolist()
+    shape = (int(page_tables.max()) + 3, dims.num_kv_heads, PAGE_SIZE, dims.head_dim)
     clean = LayerCache(keys=torch.randn(shape), values=torch.randn(shape))
     is_live = torch.zeros(shape[0], PAGE_SIZE, dtype=torch.bool)
-    for table, context in zip(inputs.page_tables, inputs.context_len, strict=True):
+    for table, context in zip(page_tables, contexts, strict=True):
         places = torch.arange(context)
         is_live[table[places // PAGE_SIZE].long(), places % PAGE_SIZE] = True
     dead = ~is_live[:, None, :, None]
@@ -91,17 +93,17 @@ def test_decode(window: int | None, group: int, head_dim: int, splits: int, monk
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_decode_of_padding_is_zero(splits: int) -> None:
+def test_decode_leaves_padding_alone(splits: int) -> None:
     inputs, dims = _inputs(), _dims(2, 16, None)
     _, poisoned = _caches(inputs, dims)
-    lengths = inputs.decode_context_len.clone()
+    lengths = inputs.decodes.context_len.clone()
     lengths[3:] = 0
-    padded = dataclasses.replace(inputs, decode_context_len=lengths)
+    padded = dataclasses.replace(inputs, decodes=dataclasses.replace(inputs.decodes, context_len=lengths))
     q = torch.randn(len(DECODES), dims.q_width)
     launch = _launch(Scope.DECODE, dims, TokenRange(start=0, stop=len(DECODES)), q, padded, poisoned)
     triton_attention.run_decode(launch, SMALL, splits)
     assert launch.writes[0][:3].isfinite().all() and launch.writes[0][:3].all()
-    assert not launch.writes[0][3:].any()
+    assert launch.writes[0][3:].isnan().all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
@@ -125,22 +127,21 @@ def test_prefill_with_padding_requests_and_tokens() -> None:
     inputs, dims, num_padding = _inputs(), _dims(2, 16, None), 25
     clean, poisoned = _caches(inputs, dims)
     q = torch.randn(inputs.num_tokens + num_padding, dims.q_width)
-    live, all_tokens = TokenRange(start=5, stop=inputs.num_tokens), TokenRange(start=5, stop=len(q))
-    # Two padding requests: one without a token, one with the padding tokens but for the last five.
-    starts = [*inputs.query_start, inputs.num_tokens, len(q) - 5]
+    live, all_tokens = TokenRange(start=5, stop=inputs.num_tokens), TokenRange(start=0, stop=len(q))
+    # Two padding requests, one without a token and one with the padding tokens but for the last five; decodes before.
+    starts, contexts = inputs.prefills.query_start.tolist(), inputs.prefills.context_len.tolist()
     prefills = PrefillInputs(
-        first_request=inputs.num_decodes,
-        query_start=torch.tensor(starts[inputs.num_decodes :], dtype=torch.int32),
-        context_len=torch.tensor([*inputs.context_len[inputs.num_decodes :], 0, 0], dtype=torch.int32),
+        page_tables=torch.cat((inputs.prefills.page_tables, inputs.prefills.page_tables[:2])),
+        query_start=torch.tensor([*starts, inputs.num_tokens, len(q) - 5], dtype=torch.int32),
+        context_len=torch.tensor([*contexts, 0, 0], dtype=torch.int32),
     )
-    page_tables = torch.cat((inputs.page_tables, inputs.page_tables[:2]))
-    padded = dataclasses.replace(inputs, page_tables=page_tables, prefills=prefills)
-    ours = _launch(Scope.PREFILL, dims, all_tokens, q, padded, poisoned)
+    ours = _launch(Scope.PREFILL, dims, all_tokens, q, dataclasses.replace(inputs, prefills=prefills), poisoned)
     twin = _launch(Scope.PREFILL, dims, live, q, inputs, clean)
     triton_attention.run_prefill(ours, SMALL)
     reference.prefill_attention(twin)
-    torch.testing.assert_close(ours.writes[0][: live.num_tokens], twin.writes[0])
-    assert not ours.writes[0][live.num_tokens : -5].any()
+    torch.testing.assert_close(ours.writes[0][5 : inputs.num_tokens], twin.writes[0])
+    assert ours.writes[0][:5].isnan().all()
+    assert not ours.writes[0][inputs.num_tokens : -5].any()
     assert ours.writes[0][-5:].isnan().all()
 
 
@@ -164,8 +165,8 @@ def test_kernels_choose_their_own_cut() -> None:
     clean, poisoned = _caches(inputs, dims)
     q = torch.randn(inputs.num_tokens, dims.q_width)
     for scope, tokens in (
-        (Scope.DECODE, TokenRange(start=0, stop=inputs.num_decodes)),
-        (Scope.PREFILL, TokenRange(start=inputs.num_decodes, stop=inputs.num_tokens)),
+        (Scope.DECODE, TokenRange(start=0, stop=len(DECODES))),
+        (Scope.PREFILL, TokenRange(start=len(DECODES), stop=inputs.num_tokens)),
     ):
         ours = _launch(scope, dims, tokens, q, inputs, poisoned)
         twin = _launch(scope, dims, tokens, q, inputs, clean)

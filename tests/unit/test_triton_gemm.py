@@ -17,7 +17,6 @@ from tests.gemm_cases import (
     exact_linear,
     exact_linear_swiglu,
     linear_case,
-    linear_swiglu,
     linear_swiglu_case,
 )
 
@@ -43,18 +42,17 @@ def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_b
 
 @pytest.mark.parametrize("tiles", [SMALL, IN_HALVES], ids=["whole", "halves"])
 @pytest.mark.parametrize(("num_tokens", "shape"), [*SHAPES, (5, (16, 8))])
-@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("num_programs", [1, 3])
-def test_linear_swiglu(
-    tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], is_joined: bool, num_programs: int
-) -> None:
+def test_linear_swiglu(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], num_programs: int) -> None:
     launch = linear_swiglu_case(num_tokens, shape, DTYPE, CPU)
-    fast.run_linear_swiglu(launch, tiles, num_programs, is_joined=is_joined)
+    fast.run_linear_swiglu(launch, tiles, num_programs)
     assert_linear_swiglu(launch.writes[0], exact_linear_swiglu(launch))
 
 
-def test_the_cut_that_a_kernel_chooses_serves_a_range_of_a_larger_tensor() -> None:
-    """Rows before and behind the range stay what they are."""
+@pytest.mark.parametrize("min_fused_tokens", [1, 128])
+def test_a_range_of_a_larger_tensor(min_fused_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows before and behind the range stay what they are, in one kernel and, with few tokens, in two."""
+    monkeypatch.setattr(fast, "_MIN_FUSED_TOKENS", min_fused_tokens)
     for kernel, make, exact, check in (
         (fast.linear, linear_case, exact_linear, assert_linear),
         (fast.linear_swiglu, linear_swiglu_case, exact_linear_swiglu, assert_linear_swiglu),
@@ -79,7 +77,7 @@ def test_the_twin_of_the_fused_kernel_is_the_two_operations() -> None:
     expected = torch.empty(20, 32, dtype=torch.bfloat16)
     reference.linear(replace(launch, writes=(gate_up,)))
     reference.swiglu(replace(launch, reads=(gate_up,), writes=(expected,), weights=()))
-    linear_swiglu(launch)
+    reference.linear_swiglu(launch)
     assert torch.equal(launch.writes[0], expected)
 
 
@@ -88,7 +86,7 @@ def test_rows_that_are_not_aligned_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         fast.linear(linear_case(4, shape, DTYPE, CPU))
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        fast.linear_swiglu(linear_swiglu_case(4, shape, DTYPE, CPU))
+        fast.run_linear_swiglu(linear_swiglu_case(4, shape, DTYPE, CPU), SMALL, 1)
 
 
 def test_float32_is_refused() -> None:

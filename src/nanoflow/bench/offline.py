@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from nanoflow.bench.bound import Bounds
@@ -17,7 +17,7 @@ from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.steady import EnergySampler, NoSteadyState, ProgressRecorder, SteadyState, find_window, steady_state
-from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
+from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import gpu_energy_j
 from nanoflow.models.presets import preset_name
@@ -37,32 +37,58 @@ def run_throughput(engine_config: EngineConfig, config: ThroughputConfig) -> Ben
         ValueError: The model, the workload or a limit is not usable.
         EngineError: The engine cannot start, or died.
     """
-    limits_ms = parse_limits(config.goodput)
-    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-    if config.random_weights or preset_name(engine_config.model) is not None:
+    (record,) = run_workloads(engine_config, [config])
+    return record
+
+
+def run_workloads(engine_config: EngineConfig, configs: Sequence[ThroughputConfig]) -> Iterator[BenchRecord]:
+    """The same for several workloads on one engine, which is loaded once; each record as soon as it is there.
+
+    All bounds are measured first, while the device is empty. Weights are random if one of the workloads asks for it.
+
+    Raises:
+        ValueError, EngineError: As `run_throughput`; what can be seen of all workloads is checked before any runs.
+    """
+    all_limits_ms = [parse_limits(config.goodput) for config in configs]
+    all_lengths = [draw_lengths(config.workload, config.num_requests, config.seed) for config in configs]
+    if any(config.random_weights for config in configs) or preset_name(engine_config.model) is not None:
         engine_config = dataclasses.replace(engine_config, load_format="random")
     # Only here is torch needed.
     from nanoflow.bench.rates import measure_bounds
     from nanoflow.engine.llm import LLM
 
-    bounds = measure_bounds(engine_config, lengths) if config.bounds else None
+    all_bounds = [
+        measure_bounds(engine_config, lengths) if config.bounds else None
+        for config, lengths in zip(configs, all_lengths, strict=True)
+    ]
     with LLM(**dataclasses.asdict(engine_config)) as llm:
-        runs = [
-            make_requests(lengths, vocab_size=llm.facts.vocab_size, seed=config.seed, repeat=repeat)
-            for repeat in range(config.repeats)
-        ]
-        if config.num_warmup:
-            _generate(llm, runs[0][: config.num_warmup], use_tqdm=False)
-        repeats = [with_shares(_measure_run(llm, requests, limits_ms), bounds) for requests in runs]
-        return make_record(
-            "throughput",
-            model={"name": engine_config.model, "weights": engine_config.load_format, **dataclasses.asdict(llm.facts)},
-            plan=llm.facts.plan,
-            workload=config,
-            config=engine_config,
-            repeats=repeats,
-            bounds=bounds,
-        )
+        for config, lengths, limits_ms, bounds in zip(configs, all_lengths, all_limits_ms, all_bounds, strict=True):
+            yield make_record(
+                "throughput",
+                model={
+                    "name": engine_config.model,
+                    "weights": engine_config.load_format,
+                    **dataclasses.asdict(llm.facts),
+                },
+                plan=llm.facts.plan,
+                workload=config,
+                config=engine_config,
+                repeats=[with_shares(run, bounds) for run in _measure_repeats(llm, config, lengths, limits_ms)],
+                bounds=bounds,
+            )
+
+
+def _measure_repeats(
+    llm: LLM, config: ThroughputConfig, lengths: Sequence[Lengths], limits_ms: dict[str, float]
+) -> list[RunMetrics]:
+    """Warm up, then measure every repeat of one workload."""
+    runs = [
+        make_requests(lengths, vocab_size=llm.facts.vocab_size, seed=config.seed, repeat=repeat)
+        for repeat in range(config.repeats)
+    ]
+    if config.num_warmup:
+        _generate(llm, runs[0][: config.num_warmup], use_tqdm=False)
+    return [_measure_run(llm, requests, limits_ms) for requests in runs]
 
 
 def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:

@@ -43,7 +43,7 @@ class Span:
 
 
 # A GPU is limited by power: a burst flatters it, and its energy counter is coarse.
-_SPANS = {"cuda": Span(settle_s=0.5, measure_s=1.5), "cpu": Span(settle_s=0.0, measure_s=0.05)}
+_SPANS = {"cuda": Span(settle_s=0.4, measure_s=1.0), "cpu": Span(settle_s=0.0, measure_s=0.05)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ def _workspace(
 ) -> Workspace:
     """Tensors of so many tokens, rows with logits and pages, all random: zeros would take less power."""
     caches = allocate_caches(graph, num_pages=num_pages, page_size=site.page_size, dtype=site.dtype, device=site.device)
-    kernels = kernels_for(site.device, graph.layer)
+    kernels = kernels_for(site.device, site.dtype, graph.layer)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
     for tensor in (*workspace.tensors.values(), *(part for cache in caches for part in (cache.keys, cache.values))):

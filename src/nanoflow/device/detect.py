@@ -19,10 +19,16 @@ def resolve_device(name: str) -> torch.device:
         ConfigError: There is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def use_device(device: torch.device) -> None:
+    """Make it the device of this thread: kernels are launched on that one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def resolve_dtype(name: str, model_dtype: str | None, device: torch.device) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Copies between host and device that nobody waits for until the value is needed.
 
-On a CPU both directions cost nothing. On a GPU they go through pinned memory on the current stream.
+On a CPU both directions cost nothing. On a GPU they go through pinned memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,29 @@ from torch import Tensor
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """The array as a tensor on the device, of the same type; on a GPU the copy may still be on its way."""
+    """The array as a tensor on the device, of the same type; on a GPU the copy is queued on the current stream."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Uploader:
+    """Copies to the device beside what it computes, on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def upload(self, array: NDArray[np.generic]) -> Tensor:
+        """The array on the device; work queued on the current stream from now on finds it there."""
+        if self._stream is None:
+            return to_device(array, self._device)
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            tensor = to_device(array, self._device)
+        current.wait_stream(self._stream)
+        # Its memory may not be given to a later upload before this stream is done with it.
+        tensor.record_stream(current)
+        return tensor
 
 
 class Readback:

@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 
 from nanoflow.config import EngineConfig
-from nanoflow.device.detect import resolve_device, resolve_dtype
+from nanoflow.device.detect import resolve_device, resolve_dtype, use_device
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.memory import require_room_for_weights, size_cache
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
-from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.graph.operation import OpKind
+from nanoflow.kernels.dispatch import are_capturable, kernels_for
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.config import load as load_model_config
 from nanoflow.models.locate import locate_model
@@ -39,9 +41,13 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
+    use_device(device)
     model_config, folder = resolve_model(config)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     graph = build_graph(model_config, config.max_model_len)
+    kernels = kernels_for(device, dtype, graph.layer)
+    if OpKind.LINEAR_SWIGLU in kernels:
+        graph = fuse_swiglu(graph)
     require_room_for_weights(graph, dtype, device)
     if folder is None or config.load_format == "random":
         weights = random_weights(graph, dtype, device, config.seed)
@@ -49,9 +55,16 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
     num_pages, max_model_len = size_cache(config, model_config, graph, dtype, device)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels_for(device, graph.layer))
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     book = plan_book(config, graph)
-    worker = Worker(model, book.plans, max_batch_tokens=config.max_batch_tokens, num_rows=config.max_num_seqs)
+    is_captured = config.cuda_graphs and device.type == "cuda" and are_capturable(kernels)
+    worker = Worker(
+        model,
+        book.plans,
+        max_batch_tokens=config.max_batch_tokens,
+        num_rows=config.max_num_seqs,
+        captured_pages=-(-max_model_len // config.page_size) if is_captured else None,
+    )
     limits = SchedulerLimits(
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,

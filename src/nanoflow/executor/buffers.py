@@ -104,8 +104,7 @@ class Workspace:
     def run_whole(self, operations: Iterable[Operation], inputs: BatchInputs, layer: int = 0) -> None:
         """Run operations one after the other, each on all tokens of its scope."""
         for op in operations:
-            num_tokens = len(inputs.logit_tokens) if op.scope is Scope.SAMPLED else inputs.num_tokens
-            tokens = TokenRange(start=0, stop=num_tokens).of_scope(op.scope, num_tokens, inputs.num_decodes)
+            tokens = inputs.tokens_in(op.scope)
             if tokens.num_tokens:
                 self.run(op, layer, tokens, inputs)
 

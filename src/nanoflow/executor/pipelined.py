@@ -48,7 +48,8 @@ class PipelinedExecutor:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {inputs.num_tokens}")
         self.workspace.run_whole(self._model.graph.prologue, inputs)
         for layer, op, planned in self._steps[plan.digest]:
-            tokens = planned.of_scope(op.scope, inputs.num_tokens, inputs.num_decodes)
+            there = inputs.tokens_in(op.scope)
+            tokens = planned.clip(there.start, there.stop)
             if tokens.num_tokens:
                 self.workspace.run(op, layer, tokens, inputs)
 

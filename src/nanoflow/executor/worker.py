@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from nanoflow.batch import DenseBatch, PromptScore, SampledTokens
+from nanoflow.device.detect import use_device
 from nanoflow.device.transfer import to_device
 from nanoflow.executor.buffers import DeviceModel
+from nanoflow.executor.captured import Buckets, CapturedForward, EagerForward, Forward
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
@@ -32,17 +35,30 @@ class Worker:
         plans: Every plan that `launch` may be given.
         max_batch_tokens: Largest dense batch.
         num_rows: Rows of the state table, also the most rows with logits at once.
+        captured_pages: Pages of the longest sequence, if forward passes shall be CUDA graphs.
     """
 
     def __init__(
-        self, model: DeviceModel, plans: tuple[PipelinePlan, ...], *, max_batch_tokens: int, num_rows: int
+        self,
+        model: DeviceModel,
+        plans: tuple[PipelinePlan, ...],
+        *,
+        max_batch_tokens: int,
+        num_rows: int,
+        captured_pages: int | None = None,
     ) -> None:
         graph, device = model.graph, model.device
         self._max_logits = num_rows
         self._inputs = InputBuilder(graph.rope, num_rows=num_rows, device=device)
         self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=num_rows)
+        self._forward: Forward = EagerForward(executor=self._executor, builder=self._inputs)
+        if captured_pages is not None:
+            buckets = Buckets(max_tokens=max_batch_tokens, max_requests=num_rows)
+            self._forward = CapturedForward(
+                self._executor, self._inputs, buckets, pages_per_request=captured_pages, device=device
+            )
         self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device)
-        self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-launch")
+        self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
 
     def launch(self, batch: DenseBatch, plan: PipelinePlan) -> Future[SampledTokens]:
@@ -57,11 +73,10 @@ class Worker:
 
     @torch.inference_mode()
     def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
-        """Queue one batch on the device: index tensors, forward pass, prompt scores, sampling."""
+        """Queue one batch on the device: forward pass, prompt scores, sampling."""
         for joined in batch.joined:
             self._sampler.join(joined)
-        inputs = self._inputs.build(batch)
-        self._executor.forward(inputs, plan)
+        inputs = self._forward(batch, plan)
         prompt_scores = [self._score(inputs, score) for score in batch.prompt_scores]
         drawn = self._sampler.sample(batch, self._executor.logits(inputs))
         self._inputs.feed_back(batch.rows[batch.sampled], drawn.token_ids)

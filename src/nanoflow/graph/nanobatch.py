@@ -36,12 +36,6 @@ class TokenRange:
         low = min(max(self.start, start), stop)
         return TokenRange(start=low, stop=max(low, min(self.stop, stop)))
 
-    def of_scope(self, scope: Scope, num_tokens: int, num_decode_tokens: int) -> TokenRange:
-        """The part that an operation of this scope works on in a batch of so many tokens, decodes first."""
-        low = num_decode_tokens if scope is Scope.PREFILL else 0
-        high = num_decode_tokens if scope is Scope.DECODE else num_tokens
-        return self.clip(low, high)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:

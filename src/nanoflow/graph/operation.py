@@ -33,8 +33,10 @@ class OpKind(enum.StrEnum):
 
     EMBED = "embed"
     GATHER_ROWS = "gather_rows"
-    ADD_RMS_NORM = "add_rms_norm"
+    RMS_NORM = "rms_norm"
     LINEAR = "linear"
+    LINEAR_ADD = "linear_add"
+    LINEAR_SWIGLU = "linear_swiglu"
     ROPE_APPEND = "rope_append"
     DECODE_ATTENTION = "decode_attention"
     PREFILL_ATTENTION = "prefill_attention"
@@ -88,7 +90,7 @@ class NormDims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearDims:
-    """Product [tokens, in_features] x [out_features, in_features]^T."""
+    """Product [tokens, in_features] x [out_features, in_features]^T; SwiGLU after it leaves half of the features."""
 
     in_features: int
     out_features: int
@@ -165,13 +167,16 @@ class Operation:
 
 def _linear_flops(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, LinearDims)
+    # The product alone: an addition or activation on its way out is less than a thousandth of it.
     return 2 * shape.tokens_in(op.scope) * op.dims.in_features * op.dims.out_features
 
 
 def _linear_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, LinearDims)
     tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
-    return k * n + tokens * (k + n)
+    # The residual is read and written; gate and up become one element.
+    moved = {OpKind.LINEAR: n, OpKind.LINEAR_ADD: 2 * n, OpKind.LINEAR_SWIGLU: n // 2}[op.kind]
+    return k * n + tokens * (k + moved)
 
 
 def _attention_flops(op: Operation, shape: BatchShape) -> int:
@@ -194,12 +199,12 @@ def _attention_elements(op: Operation, shape: BatchShape) -> int:
 
 def _norm_flops(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, NormDims)
-    return 5 * shape.tokens_in(op.scope) * op.dims.width
+    return 4 * shape.tokens_in(op.scope) * op.dims.width
 
 
 def _norm_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, NormDims)
-    return op.dims.width + 4 * shape.tokens_in(op.scope) * op.dims.width
+    return op.dims.width + 2 * shape.tokens_in(op.scope) * op.dims.width
 
 
 def _row_flops(op: Operation, shape: BatchShape) -> int:

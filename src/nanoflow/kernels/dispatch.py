@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from nanoflow.graph.operation import AttentionDims, Operation, OpKind
+from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
+from nanoflow.kernels import reference
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -15,27 +16,36 @@ from nanoflow.kernels.reference import REFERENCE_KERNELS
 Kernels = dict[OpKind, Kernel]
 # Head sizes that the Triton attention takes; other models get the reference kernels.
 _TRITON_HEAD_SIZES = (16, 32, 64, 128, 256)
+# Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
+_TMA_MULTIPLE = 16
 
 
-def kernels_for(device: torch.device, layer: tuple[Operation, ...]) -> Kernels:
-    """The kernels of a device for a model with these operations in its layer, one for every kind of operation.
+def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
+    """The kernels of a device for a model of a type with these operations in its layer, one for every kind.
+
+    Kinds that stand for two operations in one kernel are there only where that pays.
 
     Raises:
         ValueError: Nothing runs on such a device.
     """
     if device.type not in _KERNELS:
         raise ValueError(f"no kernels for device {device.type!r}; there are some for {', '.join(_KERNELS)}")
-    return _KERNELS[device.type](layer)
+    return _KERNELS[device.type](device, dtype, layer)
 
 
-def _cpu_kernels(_layer: tuple[Operation, ...]) -> Kernels:
+def are_capturable(kernels: Kernels) -> bool:
+    """Whether a CUDA graph can hold them: none looks at lengths on the host."""
+    return not {reference.decode_attention, reference.prefill_attention} & set(kernels.values())
+
+
+def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Operation, ...]) -> Kernels:
     return CPU_KERNELS
 
 
-def _cuda_kernels(layer: tuple[Operation, ...]) -> Kernels:
+def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
         return REFERENCE_KERNELS
-    from nanoflow.kernels import triton_attention
+    from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
 
     head_sizes = {op.dims.head_dim for op in layer if isinstance(op.dims, AttentionDims)}
@@ -43,7 +53,15 @@ def _cuda_kernels(layer: tuple[Operation, ...]) -> Kernels:
     if head_sizes <= set(_TRITON_HEAD_SIZES):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
         kernels[OpKind.PREFILL_ATTENTION] = triton_attention.prefill_attention
+    sizes = {
+        size for op in layer if isinstance(op.dims, LinearDims) for size in (op.dims.in_features, op.dims.out_features)
+    }
+    if dtype.itemsize == 2 and triton_gemm.has_tma(device) and not any(size % _TMA_MULTIPLE for size in sizes):
+        kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
     return kernels
 
 
-_KERNELS: dict[str, Callable[[tuple[Operation, ...]], Kernels]] = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
+_KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {
+    "cpu": _cpu_kernels,
+    "cuda": _cuda_kernels,
+}

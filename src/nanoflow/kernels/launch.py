@@ -1,7 +1,7 @@
 """What a kernel is given: an operation, the rows of its tensors, its weights, and the iteration's index tensors.
 
-Shape legend: T tokens of the batch, B requests, R of them prefill requests, S rows with logits, P pages a table, N
-pages of the pool, K KV heads, D head size, G tokens a page.
+Shape legend: T tokens, D of them with room in decode attention, R prefill requests, S rows with logits, P pages a
+table, N pages of the pool, K KV heads, G tokens a page.
 """
 
 from __future__ import annotations
@@ -12,57 +12,92 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import Operation
+from nanoflow.graph.operation import Operation, Scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeInputs:
+    """What decode attention reads, one entry a token from the batch's first on.
+
+    Attributes:
+        page_tables: int32 [D, P].
+        context_len: int32 [D], tokens in the cache once the iteration is done; 0 for a token that is no decode.
+    """
+
+    page_tables: Tensor
+    context_len: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillInputs:
-    """What prefill attention reads on the device beside page tables; the arrays may end in padding requests.
+    """What prefill attention reads, one entry a request with more than one token.
 
     Attributes:
-        first_request: Row of the page tables of the first prefill request: how many decodes there are.
-        query_start: int32 [R + 1], token of the dense batch at which each prefill request begins, never decreasing.
-        context_len: int32 [R], its tokens in the cache once the iteration is done; 0 for padding.
+        page_tables: int32 [R, P].
+        query_start: int32 [R + 1], token of the dense batch at which each request begins, never decreasing.
+        context_len: int32 [R], its tokens in the cache once the iteration is done; 0 for padding, which has no tokens.
     """
 
-    first_request: int
+    page_tables: Tensor
     query_start: Tensor
     context_len: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLengths:
+    """Copies for kernels that loop over requests on the host: of decodes [D], and of prefills [R + 1] and [R]."""
+
+    decode_context_len: list[int]
+    prefill_query_start: list[int]
+    prefill_context_len: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchInputs:
     """One iteration's index tensors on the device; `executor/inputs.py` makes them of a `DenseBatch`.
 
+    They may be larger than the batch. Padding has slots outside the cache and contexts of 0, and D counts more tokens
+    than are decodes; so a token belongs to decode or to prefill attention by what the device reads, not by its place.
+
     Attributes:
-        num_tokens, num_decodes: T, and how many of them are decodes (they come first, one a request).
         token_ids: int64 [T].
-        cos, sin: float32 [T, D / 2], rotary embedding at each token's position.
-        slots: int64 [T], page * G + offset.
-        page_tables: int64 [B, P].
-        query_start, context_len: Host copies, [B + 1] and [B]: reference kernels loop over prefill requests.
-        decode_context_len: int64 [number of decodes], on the device.
-        prefills: The other requests, on the device.
-        logit_tokens: int64 [S], tokens whose rows go to the language-model head.
+        cos, sin: float32 [T, head size / 2], rotary embedding at each token's position.
+        slots: int32 [T], page * page size + offset.
+        decodes, prefills: For the two attentions.
+        first_prefill_token: No token before it is of a prefill.
+        logit_tokens: int32 [S], tokens whose rows go to the language-model head.
+        host: For kernels that need lengths on the host; None while a CUDA graph is captured.
     """
 
-    num_tokens: int
-    num_decodes: int
     token_ids: Tensor
     cos: Tensor
     sin: Tensor
     slots: Tensor
-    page_tables: Tensor
-    query_start: list[int]
-    context_len: list[int]
-    decode_context_len: Tensor
+    decodes: DecodeInputs
     prefills: PrefillInputs
+    first_prefill_token: int
     logit_tokens: Tensor
+    host: HostLengths | None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids)
+
+    def tokens_in(self, scope: Scope) -> TokenRange:
+        """Rows that an operation of this scope has to look at."""
+        first, stop = {
+            Scope.ALL: (0, self.num_tokens),
+            Scope.DECODE: (0, len(self.decodes.context_len)),
+            Scope.PREFILL: (self.first_prefill_token, self.num_tokens if len(self.prefills.context_len) else 0),
+            Scope.SAMPLED: (0, len(self.logit_tokens)),
+        }[scope]
+        return TokenRange(start=min(first, stop), stop=stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """Keys and values of one layer, each [N, K, G, D]: one page of one head is one contiguous run."""
+    """Keys and values of one layer, each [N, K, G, head size]: one page of one head is one contiguous run."""
 
     keys: Tensor
     values: Tensor

@@ -19,29 +19,27 @@ _MAX_GATHERED_ELEMENTS = 1 << 18
 
 
 def embed(launch: Launch) -> None:
-    """delta = embedding of each token, hidden = 0: so that the first add + norm is like all others."""
-    delta, hidden = launch.writes
+    """hidden [T, width] = embedding of each token."""
+    (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
-    torch.index_select(launch.weights[0], 0, ids, out=delta)
-    hidden.zero_()
+    torch.index_select(launch.weights[0], 0, ids, out=hidden)
 
 
 def gather_rows(launch: Launch) -> None:
-    """Copy the rows that get logits out of the dense batch; `reads` are whole tensors here."""
+    """Copy the rows that get logits out of the dense batch; the tensor read is whole here."""
+    (source,), (target,) = launch.reads, launch.writes
     rows = launch.inputs.logit_tokens[launch.tokens.start : launch.tokens.stop]
-    for source, target in zip(launch.reads, launch.writes, strict=True):
-        torch.index_select(source, 0, rows, out=target)
+    torch.index_select(source, 0, rows, out=target)
 
 
-def add_rms_norm(launch: Launch) -> None:
-    """hidden += delta; normed = hidden / sqrt(mean(hidden^2) + eps) * weight, all [T, width]."""
+def rms_norm(launch: Launch) -> None:
+    """normed = hidden / sqrt(mean(hidden^2) + eps) * weight, both [T, width]."""
     assert isinstance(launch.op.dims, NormDims)
-    (delta, _), (hidden, normed) = launch.reads, launch.writes
-    hidden.add_(delta)
-    normed.copy_(rms_norm(hidden, launch.weights[0], launch.op.dims.eps))
+    (hidden,), (normed,) = launch.reads, launch.writes
+    normed.copy_(_normalised(hidden, launch.weights[0], launch.op.dims.eps))
 
 
-def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normalised(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained."""
     exact = rows.float()
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
@@ -57,9 +55,27 @@ def linear(launch: Launch) -> None:
         torch.mm(x, weight.t(), out=out)
 
 
+def linear_add(launch: Launch) -> None:
+    """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N])."""
+    (x, _), (hidden,), (weight, *bias) = launch.reads, launch.writes, launch.weights
+    if bias:
+        hidden.add_(bias[0])
+    torch.addmm(hidden, x, weight.t(), out=hidden)
+
+
+def linear_swiglu(launch: Launch) -> None:
+    """out [T, I] = silu(gate) * up of x [T, K] @ weight [2 I, K]^T; the weight holds gate rows, then up rows."""
+    (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
+    _swiglu(torch.mm(x, weight.t()), out)
+
+
 def swiglu(launch: Launch) -> None:
     """out [T, I] = silu(gate) * up, where the input [T, 2 I] holds gate, then up."""
     (gate_up,), (out,) = launch.reads, launch.writes
+    _swiglu(gate_up, out)
+
+
+def _swiglu(gate_up: Tensor, out: Tensor) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     torch.mul(F.silu(gate), up, out=out)
 
@@ -74,7 +90,7 @@ def rope_append(launch: Launch) -> None:
     if launch.weights:
         assert dims.norm_eps is not None
         q_weight, k_weight = launch.weights
-        q, k = rms_norm(q, q_weight, dims.norm_eps), rms_norm(k, k_weight, dims.norm_eps)
+        q, k = _normalised(q, q_weight, dims.norm_eps), _normalised(k, k_weight, dims.norm_eps)
     rows = slice(launch.tokens.start, launch.tokens.stop)
     cos, sin = launch.inputs.cos[rows, None], launch.inputs.sin[rows, None]
     q_out.copy_(_rotate(q, cos, sin).flatten(1))
@@ -93,17 +109,17 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def decode_attention(launch: Launch) -> None:
     """Attention of one query a request over its pages. Requests are padded to the longest of a group."""
     dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
-    assert isinstance(dims, AttentionDims) and cache is not None
+    assert isinstance(dims, AttentionDims) and cache is not None and inputs.host is not None
     (q,), (out,) = launch.reads, launch.writes
     page_size = cache.keys.shape[2]
-    longest = max(inputs.context_len[launch.tokens.start : launch.tokens.stop])
+    longest = max(inputs.host.decode_context_len[launch.tokens.start : launch.tokens.stop])
     num_pages = -(-longest // page_size)
     group = max(1, _MAX_GATHERED_ELEMENTS // (num_pages * page_size * dims.kv_width))
     for first in range(0, len(q), group):
         last = min(first + group, len(q))
         requests = slice(launch.tokens.start + first, launch.tokens.start + last)
-        keys, values = _gather(cache, inputs.page_tables[requests, :num_pages])
-        visible = _visible(inputs.decode_context_len[requests], keys.shape[2], dims.windows[launch.layer])
+        keys, values = _gather(cache, inputs.decodes.page_tables[requests, :num_pages])
+        visible = _visible(inputs.decodes.context_len[requests], keys.shape[2], dims.windows[launch.layer])
         # The query heads that share a KV head stand as one more dimension: [B, K, H / K, D].
         grouped = q[first:last].view(last - first, dims.num_kv_heads, -1, dims.head_dim)
         result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)
@@ -134,17 +150,18 @@ def _visible(context_len: Tensor, num_keys: int, window: int | None) -> Tensor:
 def prefill_attention(launch: Launch) -> None:
     """Causal attention of prompt chunks, request after request, over all tokens of their context so far."""
     dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
-    assert isinstance(dims, AttentionDims) and cache is not None
+    assert isinstance(dims, AttentionDims) and cache is not None and inputs.host is not None
     (q,), (out,) = launch.reads, launch.writes
     page_size = cache.keys.shape[2]
-    for request in range(inputs.num_decodes, len(inputs.context_len)):
-        chunk_start, chunk_stop = inputs.query_start[request], inputs.query_start[request + 1]
+    query_start = inputs.host.prefill_query_start
+    for request, context_len in enumerate(inputs.host.prefill_context_len):
+        chunk_start, chunk_stop = query_start[request], query_start[request + 1]
         start, stop = max(chunk_start, launch.tokens.start), min(chunk_stop, launch.tokens.stop)
         if start >= stop:
             continue
-        num_keys = inputs.context_len[request] - (chunk_stop - stop)
+        num_keys = context_len - (chunk_stop - stop)
         num_pages = -(-num_keys // page_size)
-        keys, values = _gather(cache, inputs.page_tables[request : request + 1, :num_pages])
+        keys, values = _gather(cache, inputs.prefills.page_tables[request : request + 1, :num_pages])
         rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
         heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
         result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], launch.layer, dims)
@@ -164,11 +181,13 @@ def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, layer: int, dims:
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=dims.scale, enable_gqa=True)
 
 
+# Without LINEAR_SWIGLU: these kernels gain nothing by it, and a graph is fused only for a device that does.
 REFERENCE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.EMBED: embed,
     OpKind.GATHER_ROWS: gather_rows,
-    OpKind.ADD_RMS_NORM: add_rms_norm,
+    OpKind.RMS_NORM: rms_norm,
     OpKind.LINEAR: linear,
+    OpKind.LINEAR_ADD: linear_add,
     OpKind.ROPE_APPEND: rope_append,
     OpKind.DECODE_ATTENTION: decode_attention,
     OpKind.PREFILL_ATTENTION: prefill_attention,

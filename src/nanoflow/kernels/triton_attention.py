@@ -2,7 +2,7 @@
 
 Here is how the work is cut for a card; what each part does is in `triton_attention_programs.py`. Lengths and pages are
 read on the device and grids follow from shapes, so one CUDA graph serves any mix of requests of its size. A request
-whose context is 0 is padding: its rows become 0. Nothing here knows of plans or of the scheduler.
+whose context is 0 is padding, and its rows are left alone. Nothing here knows of plans or of the scheduler.
 
 Shape legend: T tokens, B requests, R prefill requests, H heads, K KV heads, D head size, N pages, G tokens a page.
 """
@@ -50,12 +50,12 @@ class Tiles:
 
 # Fastest first; the first that fits is taken. Two programs or more on an SM hide each other's softmax and page lookups.
 DECODE_TILES = (
+    Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2),
     Tiles(block_m=16, block_n=64, num_warps=4, num_stages=3),
     Tiles(block_m=16, block_n=32, num_warps=4, num_stages=3),
     Tiles(block_m=16, block_n=16, num_warps=4, num_stages=2),
 )
 PREFILL_TILES = (
-    Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
     Tiles(block_m=64, block_n=64, num_warps=4, num_stages=3),
     Tiles(block_m=64, block_n=32, num_warps=4, num_stages=2),
     Tiles(block_m=32, block_n=16, num_warps=4, num_stages=2),
@@ -106,7 +106,7 @@ def decode_attention(launch: Launch) -> None:
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes
     _check(q, out, cache)
-    card, tables = card_of(q.device), launch.inputs.page_tables
+    card, tables = card_of(q.device), launch.inputs.decodes.page_tables
     tiles = choose_tiles(DECODE_TILES, dims.head_dim, q.element_size(), card.shared_memory_bytes // 2)
     splits = num_splits(len(q), dims, tables.shape[1] * cache.keys.shape[2], card.num_sms)
     run_decode(launch, tiles, splits)
@@ -126,9 +126,9 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         q,
         cache.keys,
         cache.values,
-        inputs.page_tables,
-        inputs.decode_context_len,
-        inputs.page_tables.stride(0),
+        inputs.decodes.page_tables,
+        inputs.decodes.context_len,
+        inputs.decodes.page_tables.stride(0),
         launch.tokens.start,
         dims.scale * _LOG2_E,
         GROUP=dims.num_heads // dims.num_kv_heads,
@@ -144,7 +144,16 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         num_stages=tiles.num_stages,
     )
     if splits > 1:
-        merge_program[(len(q) * dims.num_heads,)](out, parts, log_sums, HEAD_DIM=dims.head_dim, NUM_SPLITS=splits)
+        merge_program[(len(q) * dims.num_heads,)](
+            out,
+            parts,
+            log_sums,
+            inputs.decodes.context_len,
+            launch.tokens.start,
+            NUM_HEADS=dims.num_heads,
+            HEAD_DIM=dims.head_dim,
+            NUM_SPLITS=splits,
+        )
 
 
 def prefill_attention(launch: Launch) -> None:
@@ -170,12 +179,11 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
         q,
         cache.keys,
         cache.values,
-        inputs.page_tables,
+        prefills.page_tables,
         prefills.query_start,
         prefills.context_len,
-        inputs.page_tables.stride(0),
+        prefills.page_tables.stride(0),
         num_requests,
-        prefills.first_request,
         launch.tokens.start,
         launch.tokens.stop,
         dims.scale * _LOG2_E,

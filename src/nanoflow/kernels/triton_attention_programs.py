@@ -95,7 +95,9 @@ def decode_program(
 ) -> None:
     """One part of one request's context for the query heads of one KV head; out is [B, H, NUM_SPLITS, D]."""
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    context = tl.load(context_len + first_request + row).to(tl.int32)
+    context = tl.load(context_len + first_request + row)
+    if context == 0:
+        return
     first = 0 * context
     if WINDOW is not None:
         first = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
@@ -107,26 +109,23 @@ def decode_program(
     is_head = heads < GROUP
     head_rows = (row * KV_HEADS + kv_head).to(tl.int64) * GROUP + heads
     queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_head[:, None], other=0.0)
+    table = page_tables + (first_request + row).to(tl.int64) * table_stride
+    place = tl.zeros([BLOCK_M], tl.int32) + context - 1
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -1e30, tl.float32)
+    if WINDOW is None:
+        # Whole blocks need no mask.
+        whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
+        acc, total, peak = _attend(
+            acc, total, peak, queries, place, start, whole, keys, values, table, kv_head, log2_scale,
+            KV_HEADS, HEAD_DIM, PAGE_SIZE, None, BLOCK_N, False,
+        )  # fmt: skip
+        start = whole
     acc, total, peak = _attend(
-        tl.zeros([BLOCK_M, HEAD_DIM], tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        tl.full([BLOCK_M], -1e30, tl.float32),
-        queries,
-        tl.zeros([BLOCK_M], tl.int32) + context - 1,
-        start,
-        stop,
-        keys,
-        values,
-        page_tables + (first_request + row).to(tl.int64) * table_stride,
-        kv_head,
-        log2_scale,
-        KV_HEADS,
-        HEAD_DIM,
-        PAGE_SIZE,
-        WINDOW,
-        BLOCK_N,
-        True,
-    )
+        acc, total, peak, queries, place, start, stop, keys, values, table, kv_head, log2_scale,
+        KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW, BLOCK_N, True,
+    )  # fmt: skip
     parts = head_rows * NUM_SPLITS + split
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + parts[:, None] * HEAD_DIM + dims[None, :], mean.to(out.dtype.element_ty), mask=is_head[:, None])
@@ -134,18 +133,26 @@ def decode_program(
         tl.store(log_sums + parts, peak + tl.log2(total), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_request"])
 def merge_program(
-    out: tl.tensor, parts: tl.tensor, log_sums: tl.tensor, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr
+    out: tl.tensor,
+    parts: tl.tensor,
+    log_sums: tl.tensor,
+    context_len: tl.tensor,
+    first_request: int,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
 ) -> None:
     """Mean of the parts [NUM_SPLITS, D] of one row and head, each with the weight 2^log_sum; empty ones have 0."""
     head_row = tl.program_id(0).to(tl.int64)
+    if tl.load(context_len + first_request + head_row // NUM_HEADS) == 0:
+        return
     splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, HEAD_DIM)
     logs = tl.load(log_sums + head_row * NUM_SPLITS + splits)
-    weights = tl.exp2(logs - tl.maximum(tl.max(logs, 0), -1e30))
+    weights = tl.exp2(logs - tl.max(logs, 0))
     cells = (head_row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :]
-    total = tl.sum(weights, 0)
-    mean = tl.sum(tl.load(parts + cells) * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    mean = tl.sum(tl.load(parts + cells) * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out + head_row * HEAD_DIM + dims, mean.to(out.dtype.element_ty))
 
 
@@ -161,7 +168,8 @@ def _find_request(
     """The request that a tile of queries belongs to.
 
     A request that begins at row s of the range is given the tiles from s // BLOCK_M + (requests before it): as many as
-    it can need, whatever the lengths of the others, so its number is how many begin at or before the tile, less one.
+    it can need, whatever the lengths of the others, so its number is how many begin at or before the tile, less one:
+    -1 where the range begins with tokens of no request.
     """
     found = 0 * tile
     for base in range(0, num_requests, 128):
@@ -173,7 +181,7 @@ def _find_request(
     return found - 1
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_requests", "first_request", "first_token", "stop_token"])
+@triton.jit(do_not_specialize=["table_stride", "num_requests", "first_token", "stop_token"])
 def prefill_program(
     out: tl.tensor,
     q: tl.tensor,
@@ -184,7 +192,6 @@ def prefill_program(
     context_len: tl.tensor,
     table_stride: int,
     num_requests: int,
-    first_request: int,
     first_token: int,
     stop_token: int,
     log2_scale: float,
@@ -200,6 +207,8 @@ def prefill_program(
     # Last tiles first: they have the most keys, and short ones then fill the gaps at the end.
     head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     request = _find_request(query_start, num_requests, first_token, stop_token, tile, BLOCK_M)
+    if request < 0:
+        return
     chunk_stop = tl.load(query_start + request + 1)
     begin = tl.maximum(tl.load(query_start + request), first_token)
     end = tl.minimum(chunk_stop, stop_token)
@@ -215,7 +224,7 @@ def prefill_program(
     # A token's place in its sequence is `offset` on from its place in the batch.
     offset = tl.load(context_len + request) - chunk_stop
     stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
-    table = page_tables + (first_request + request).to(tl.int64) * table_stride
+    table = page_tables + request.to(tl.int64) * table_stride
     kv_head = head // (NUM_HEADS // KV_HEADS)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

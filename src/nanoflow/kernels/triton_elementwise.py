@@ -27,20 +27,19 @@ _MAX_WARPS = 16
 _BLOCK = 2048
 
 
-def add_rms_norm(launch: Launch) -> None:
-    """hidden += delta; normed = hidden / sqrt(mean(hidden^2) + eps) * weight, all [T, W]. One program a row."""
+def rms_norm(launch: Launch) -> None:
+    """normed = hidden / sqrt(mean(hidden^2) + eps) * weight, both [T, W]. One program a row."""
     assert isinstance(launch.op.dims, NormDims)
-    (delta, _), (hidden, normed) = launch.reads, launch.writes
+    (hidden,), (normed,) = launch.reads, launch.writes
     num_rows, width = hidden.shape
     block = triton.next_power_of_2(width)
-    _add_rms_norm[(num_rows,)](
-        delta, hidden, normed, launch.weights[0], launch.op.dims.eps, width, block, num_warps=_num_warps(block)
+    _rms_norm[(num_rows,)](
+        hidden, normed, launch.weights[0], launch.op.dims.eps, width, block, num_warps=_num_warps(block)
     )
 
 
 @triton.jit
-def _add_rms_norm(
-    delta: tl.tensor,
+def _rms_norm(
     hidden: tl.tensor,
     normed: tl.tensor,
     weight: tl.tensor,
@@ -51,13 +50,9 @@ def _add_rms_norm(
     columns = tl.arange(0, BLOCK)
     is_inside = columns < WIDTH
     cells = tl.program_id(0).to(tl.int64) * WIDTH + columns
-    total = tl.load(hidden + cells, mask=is_inside, other=0.0).to(tl.float32)
-    total += tl.load(delta + cells, mask=is_inside, other=0.0).to(tl.float32)
+    exact = tl.load(hidden + cells, mask=is_inside, other=0.0).to(tl.float32)
     # Before the sum, which every thread waits for.
     factors = tl.load(weight + columns, mask=is_inside, other=0.0)
-    rounded = total.to(hidden.dtype.element_ty)
-    tl.store(hidden + cells, rounded, mask=is_inside)
-    exact = rounded.to(tl.float32)
     exact *= tl.rsqrt(tl.sum(exact * exact) / WIDTH + eps)
     tl.store(normed + cells, _weighted(exact, factors), mask=is_inside)
 
@@ -133,7 +128,7 @@ def _rope_append(
     q_cells = q_out + (token * HEADS + heads) * 2 * HALF + columns
     tl.store(q_cells, first, mask=is_query & is_column)
     tl.store(q_cells + HALF, second, mask=is_query & is_column)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     kv_head = heads - tl.where(is_value, HEADS + KV_HEADS, HEADS)
     row = ((slot // PAGE_SIZE) * KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
     kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + columns
@@ -187,24 +182,24 @@ def _swiglu(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.c
 
 
 def embed(launch: Launch) -> None:
-    """delta [T, W] = embedding [V, W] of each token, hidden = 0: so that the first add + norm is like all others."""
-    delta, hidden = launch.writes
+    """hidden [T, W] = embedding [V, W] of each token."""
+    (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
-    _launch_gather(ids, launch.weights[0], delta, None, hidden)
+    _launch_gather(ids, launch.weights[0], hidden)
 
 
 def gather_rows(launch: Launch) -> None:
-    """Copy the rows that get logits of both tensors [T, W] out of the dense batch; `reads` are whole tensors here."""
-    (delta, hidden), (sampled_delta, sampled_hidden) = launch.reads, launch.writes
+    """Copy the rows that get logits out of the dense batch; the tensor read [T, W] is whole here."""
+    (source,), (target,) = launch.reads, launch.writes
     rows = launch.inputs.logit_tokens[launch.tokens.start : launch.tokens.stop]
-    _launch_gather(rows, delta, sampled_delta, hidden, sampled_hidden)
+    _launch_gather(rows, source, target)
 
 
-def _launch_gather(rows: Tensor, source: Tensor, target: Tensor, other_source: Tensor | None, other: Tensor) -> None:
+def _launch_gather(rows: Tensor, source: Tensor, target: Tensor) -> None:
     num_rows, width = target.shape
     block = min(_BLOCK, triton.next_power_of_2(width))
     _gather[(num_rows, triton.cdiv(width, block))](
-        rows, source, target, other_source, other, len(source), width, block, num_warps=_num_warps(block)
+        rows, source, target, len(source), width, block, num_warps=_num_warps(block)
     )
 
 
@@ -213,24 +208,18 @@ def _gather(
     rows: tl.tensor,
     source: tl.tensor,
     target: tl.tensor,
-    other_source: tl.tensor | None,
-    other: tl.tensor,
     num_sources: int,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """target[i] = source[rows[i]], and the same from another source, or zeros without one."""
+    """target[i] = source[rows[i]]."""
     place = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < WIDTH
-    row = tl.load(rows + place)
-    read, written = row * WIDTH + columns, place * WIDTH + columns
+    row = tl.load(rows + place).to(tl.int64)
     is_read = is_inside & (row >= 0) & (row < num_sources)
-    tl.store(target + written, tl.load(source + read, mask=is_read, other=0.0), mask=is_inside)
-    copied = tl.zeros([BLOCK], other.dtype.element_ty)
-    if other_source is not None:
-        copied = tl.load(other_source + read, mask=is_read, other=0.0)
-    tl.store(other + written, copied, mask=is_inside)
+    cells = tl.load(source + row * WIDTH + columns, mask=is_read, other=0.0)
+    tl.store(target + place * WIDTH + columns, cells, mask=is_inside)
 
 
 def _num_warps(num_elements: int) -> int:
@@ -241,7 +230,7 @@ def _num_warps(num_elements: int) -> int:
 ELEMENTWISE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.EMBED: embed,
     OpKind.GATHER_ROWS: gather_rows,
-    OpKind.ADD_RMS_NORM: add_rms_norm,
+    OpKind.RMS_NORM: rms_norm,
     OpKind.ROPE_APPEND: rope_append,
     OpKind.SWIGLU: swiglu,
 }

@@ -2,8 +2,9 @@
 
 Each is one persistent kernel: as many programs as asked for, not as there are tiles, share the tiles among themselves,
 so a product can be kept to a part of the card. TMA clips at the edges of tensors, so any number of tokens is served.
-`linear_swiglu` is `linear` and `swiglu` in one kernel, which spares the memory traffic of [T, 2 I] between them. Both
-are twins of the functions of these names in `reference.py`, rounded at the same places.
+`linear_swiglu` is `linear` and `swiglu` in one kernel, which spares the memory traffic of [T, 2 I] between them; few
+tokens get the two kernels after all. Both are twins of the functions of these names in `reference.py`, rounded at the
+same places.
 
 Shape legend: T tokens, K features in, N features out, I width of the activation (the weight has 2 I rows).
 """
@@ -12,7 +13,7 @@ Shape legend: T tokens, K features in, N features out, I width of the activation
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow.kernels import triton_elementwise
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_attention import card_of
 
@@ -28,6 +30,8 @@ _ALIGNMENT_BYTES = 16
 _ITEM_BYTES = 2
 # Barriers of the steps in flight, and a bias between two layouts.
 _SCRATCH_BYTES = 1024
+# With fewer the weight is most of what moves, so there is little to spare, and cuBLAS reads it faster.
+_MIN_FUSED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class GemmTiles:
     num_stages: int
     block_k: int = 64
     num_stores: int = 1
-    group_m: int = 8
+    group_m: int = 16
     is_flat: bool = True
     relative_speed: float = 1.0
 
@@ -133,19 +137,22 @@ def linear_swiglu(launch: Launch) -> None:
     """out [T, I] = silu(x @ gate^T) * (x @ up^T), of x [T, K] and weight [2 I, K]: gate rows, then up rows.
 
     Raises:
-        ValueError: Tensors that TMA does not take: see `run_linear_swiglu`.
+        ValueError: Tensors that TMA does not take, of as many tokens as it is asked for: see `run_linear_swiglu`.
     """
-    run_linear_swiglu(launch, *_choose(launch))
+    if len(launch.reads[0]) < _MIN_FUSED_TOKENS:
+        linear_then_swiglu(launch)
+    else:
+        run_linear_swiglu(launch, *_choose(launch))
 
 
-def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int, *, is_joined: bool = True) -> None:
-    """`linear_swiglu` cut in a given way, by so many programs.
+def linear_then_swiglu(launch: Launch) -> None:
+    """`linear_swiglu` as two kernels, cuBLAS's and our SwiGLU, of any type and alignment."""
+    gate_up = torch.mm(launch.reads[0], launch.weights[0].t())
+    triton_elementwise.swiglu(replace(launch, reads=(gate_up,), weights=()))
 
-    Args:
-        launch: The operation.
-        tiles: The cut.
-        num_programs: Programs that share the tiles.
-        is_joined: Gate and up rows are one factor of one product; else two products take turns.
+
+def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
+    """`linear_swiglu` in one kernel, cut in a given way, by so many programs.
 
     Raises:
         ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and I must be
@@ -157,12 +164,10 @@ def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int, *, is
     _linear_swiglu[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         # One box takes the same rows of gate and up, which so follow each other in shared memory.
-        TensorDescriptor.from_tensor(
-            weight.view(2, -1, weight.shape[1]), [2 if is_joined else 1, width, tiles.block_k]
-        ),
+        TensorDescriptor.from_tensor(weight.view(2, -1, weight.shape[1]), [2, width, tiles.block_k]),
         TensorDescriptor.from_tensor(out, [tiles.block_m, width // tiles.num_stores]),
         *(*out.shape, x.shape[1]),
-        *(tiles.block_m, width, tiles.block_k, tiles.group_m, tiles.num_stores, tiles.is_flat, is_joined),
+        *(tiles.block_m, width, tiles.block_k, tiles.group_m, tiles.num_stores, tiles.is_flat),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -231,26 +236,17 @@ def _linear_swiglu(
     GROUP_M: tl.constexpr,
     NUM_STORES: tl.constexpr,
     IS_FLAT: tl.constexpr,
-    IS_JOINED: tl.constexpr,
 ) -> None:
-    """BLOCK_N is of the output; weight is [2, I, K]."""
+    """BLOCK_N is of the output; weight is [2, I, K], and its gate and up rows are one factor of one product."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        if IS_JOINED:
-            acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-            for feature in range(0, num_features, BLOCK_K):
-                rows = weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
-                acc = tl.dot(x.load([row, feature]), rows.T, acc)
-            gate, up = _halves(acc, BLOCK_M, BLOCK_N)
-        else:
-            gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for feature in range(0, num_features, BLOCK_K):
-                factor = x.load([row, feature])
-                gate = tl.dot(factor, weight.load([0, column, feature]).reshape(BLOCK_N, BLOCK_K).T, gate)
-                up = tl.dot(factor, weight.load([1, column, feature]).reshape(BLOCK_N, BLOCK_K).T, up)
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        for feature in range(0, num_features, BLOCK_K):
+            rows = weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
+            acc = tl.dot(x.load([row, feature]), rows.T, acc)
+        gate, up = _halves(acc, BLOCK_M, BLOCK_N)
         _store(out, row, column, _activated(gate, up, out.dtype), BLOCK_M, BLOCK_N, NUM_STORES)
 
 

@@ -1,11 +1,13 @@
 """The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3.
 
 Which architecture takes which traits is `registry.py`'s knowledge; no kernel and no tensor here. The residual stream is
-`hidden`; what the last block adds to it waits in `delta`, so that each norm does the addition on its way
-(`hidden += delta; normed = rmsnorm(hidden)`) and the embedding is the first delta on a hidden of zeros.
+`hidden`: the embedding writes it, and the last product of each block adds to it in place, so that no sum is written
+to be added later. SwiGLU stands by itself here; `graph/fuse.py` joins it to the product before it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
@@ -69,7 +71,6 @@ def _tensors(config: ModelConfig, attention: AttentionDims) -> tuple[TensorSpec,
     hidden, sampled = config.hidden_size, Scope.SAMPLED
     return (
         TensorSpec(name="token_ids", width=1),
-        TensorSpec(name="delta", width=hidden),
         TensorSpec(name="hidden", width=hidden),
         TensorSpec(name="normed", width=hidden),
         TensorSpec(name="qkv", width=attention.q_width + 2 * attention.kv_width),
@@ -78,7 +79,6 @@ def _tensors(config: ModelConfig, attention: AttentionDims) -> tuple[TensorSpec,
         TensorSpec(name="attn", width=attention.q_width),
         TensorSpec(name="gate_up", width=2 * config.intermediate_size),
         TensorSpec(name="activation", width=config.intermediate_size),
-        TensorSpec(name="sampled_delta", width=hidden, scope=sampled),
         TensorSpec(name="sampled_hidden", width=hidden, scope=sampled),
         TensorSpec(name="sampled_normed", width=hidden, scope=sampled),
         TensorSpec(name="logits", width=config.vocab_size, scope=sampled),
@@ -91,7 +91,7 @@ def _embed(config: ModelConfig) -> Operation:
         kind=OpKind.EMBED,
         resource=Resource.MEMORY,
         reads=("token_ids",),
-        writes=("delta", "hidden"),
+        writes=("hidden",),
         weights=("embed.weight",),
         dims=RowDims(width=config.hidden_size),
     )
@@ -104,7 +104,7 @@ def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str]) 
         _norm("attn_norm", config),
         _linear("qkv_proj", "normed", "qkv", hidden, qkv_width, parameters),
         *_attention(attention, parameters),
-        _linear("o_proj", "attn", "delta", attention.q_width, hidden, parameters),
+        _linear_add("o_proj", "attn", attention.q_width, hidden, parameters),
         _norm("ffn_norm", config),
         _linear("gate_up_proj", "normed", "gate_up", hidden, 2 * inner, parameters),
         Operation(
@@ -115,7 +115,7 @@ def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str]) 
             writes=("activation",),
             dims=RowDims(width=inner),
         ),
-        _linear("down_proj", "activation", "delta", inner, hidden, parameters),
+        _linear_add("down_proj", "activation", inner, hidden, parameters),
     )
 
 
@@ -161,8 +161,8 @@ def _epilogue(config: ModelConfig) -> tuple[Operation, ...]:
             kind=OpKind.GATHER_ROWS,
             resource=Resource.MEMORY,
             scope=Scope.SAMPLED,
-            reads=("delta", "hidden"),
-            writes=("sampled_delta", "sampled_hidden"),
+            reads=("hidden",),
+            writes=("sampled_hidden",),
             dims=RowDims(width=config.hidden_size),
         ),
         _norm("final_norm", config, scope=Scope.SAMPLED, prefix="sampled_"),
@@ -180,14 +180,14 @@ def _epilogue(config: ModelConfig) -> tuple[Operation, ...]:
 
 
 def _norm(name: str, config: ModelConfig, *, scope: Scope = Scope.ALL, prefix: str = "") -> Operation:
-    """`hidden += delta`, then its norm; `prefix` chooses the tensors of the sampled rows."""
+    """The norm of `hidden`; `prefix` chooses the tensors of the sampled rows."""
     return Operation(
         name=name,
-        kind=OpKind.ADD_RMS_NORM,
+        kind=OpKind.RMS_NORM,
         resource=Resource.MEMORY,
         scope=scope,
-        reads=(f"{prefix}delta", f"{prefix}hidden"),
-        writes=(f"{prefix}hidden", f"{prefix}normed"),
+        reads=(f"{prefix}hidden",),
+        writes=(f"{prefix}normed",),
         weights=(f"{name}.weight",),
         dims=NormDims(width=config.hidden_size, eps=config.rms_norm_eps),
     )
@@ -203,6 +203,12 @@ def _linear(name: str, read: str, written: str, in_features: int, out_features: 
         weights=_present((f"{name}.weight", f"{name}.bias"), parameters),
         dims=LinearDims(in_features=in_features, out_features=out_features),
     )
+
+
+def _linear_add(name: str, read: str, in_features: int, out_features: int, parameters: set[str]) -> Operation:
+    """The last product of a block, added to the residual stream."""
+    product = _linear(name, read, "hidden", in_features, out_features, parameters)
+    return replace(product, kind=OpKind.LINEAR_ADD, reads=(read, "hidden"))
 
 
 def _present(names: tuple[str, ...], parameters: set[str]) -> tuple[str, ...]:
