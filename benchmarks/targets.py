@@ -108,7 +108,7 @@ def figures(part: RunMetrics | SteadyState) -> Iterator[str]:
     yield f"{part.total_tokens_per_s:,.0f} tok/s"
     if part.energy_per_token_j is not None:
         yield f"{part.energy_per_token_j * 1e3:.1f} mJ/token"
-    if part.share_of_serial is not None:
+    if isinstance(part, RunMetrics) and part.share_of_serial is not None:
         yield f"{part.share_of_serial:.1%} of the serial bound"
 
 

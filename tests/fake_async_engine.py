@@ -70,6 +70,7 @@ class FakeAsyncEngine:
             dtype="float32",
             plan="none",
             load_s=0.0,
+            warm_up_s=0.0,
         )
 
     @property

@@ -35,6 +35,7 @@ def fake_facts() -> EngineFacts:
         dtype="float32",
         plan="none",
         load_s=0.0,
+        warm_up_s=0.0,
     )
 
 

@@ -26,6 +26,9 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 MAX_TOKENS = 16
 PROMPTS = random_prompts(32, 131, longest=90)
+# No more rows than prompts: CUDA graphs of larger batches would be captured for nothing.
+ON_GPU: dict[str, Any] = {"device": "cuda", "max_num_seqs": len(PROMPTS)}
+ON_CPU: dict[str, Any] = {**ON_GPU, "device": "cpu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Case:
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = make_model(request.param, tmp_path_factory.mktemp(request.param), seed=1)
-    yield Case(folder=folder, expected=run_model(folder, PROMPTS, greedy(MAX_TOKENS), device="cpu").tokens)
+    yield Case(folder=folder, expected=run_model(folder, PROMPTS, greedy(MAX_TOKENS), **ON_CPU).tokens)
 
 
 @pytest.mark.parametrize(("max_batch_tokens", "is_async"), [(64, True), (512, False)])
@@ -49,7 +52,7 @@ def test_greedy_tokens(case: Case, max_batch_tokens: int, is_async: bool) -> Non
         case.folder,
         PROMPTS,
         greedy(MAX_TOKENS),
-        device="cuda",
+        **ON_GPU,
         max_batch_tokens=max_batch_tokens,
         async_scheduling=is_async,
     )
@@ -59,7 +62,7 @@ def test_greedy_tokens(case: Case, max_batch_tokens: int, is_async: bool) -> Non
 def test_greedy_tokens_under_a_nano_batched_plan(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(nanobatch_plan(build_graph(load(case.folder), None), 64, [13, 40]).to_json())
-    run = run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), device="cuda", max_batch_tokens=64, plan=str(path))
+    run = run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), **ON_GPU, max_batch_tokens=64, plan=str(path))
     assert run.tokens == case.expected
 
 
@@ -68,7 +71,7 @@ def test_bfloat16_tokens_differ_only_where_they_nearly_tie(name: str, tmp_path: 
     """At the first differing token, each side's token is among the other's five most probable."""
     folder = make_model(name, tmp_path, seed=1, dtype="bfloat16", std=0.12)
     params = greedy(MAX_TOKENS, logprobs=5)
-    ours, theirs = (run_model(folder, PROMPTS, params, dtype="bfloat16", device=device) for device in ("cuda", "cpu"))
+    ours, theirs = (run_model(folder, PROMPTS, params, dtype="bfloat16", **device) for device in (ON_GPU, ON_CPU))
     num_equal = 0
     for our_tokens, our_top, their_tokens, their_top in zip(
         ours.tokens, ours.top_tokens, theirs.tokens, theirs.top_tokens, strict=True
@@ -114,7 +117,7 @@ SAMPLED = [
 
 def _draw(folder: Path, **options: Any) -> list[Drawn]:
     """Every prompt with one of the parameters and a seed of its own."""
-    engine = build_engine(EngineConfig(model=str(folder), max_num_seqs=64, dtype="float32", **options))
+    engine = build_engine(EngineConfig(model=str(folder), dtype="float32", **options))
     for place, prompt in enumerate(PROMPTS):
         params = SAMPLED[place % len(SAMPLED)]
         engine.add(Request(request_id=place, prompt_token_ids=prompt, params=params, seed=place, max_tokens=MAX_TOKENS))
@@ -135,10 +138,10 @@ def _draw(folder: Path, **options: Any) -> list[Drawn]:
 
 def test_same_seed_same_tokens_as_on_a_cpu(tmp_path: Path) -> None:
     folder = make_model("llama3", tmp_path, seed=2)
-    expected = _draw(folder, device="cpu")
+    expected = _draw(folder, **ON_CPU)
     assert len({tuple(drawn.token_ids) for drawn in expected}) == len(PROMPTS)
     for options in ({"max_batch_tokens": 64}, {"max_batch_tokens": 512, "async_scheduling": False}):
-        for ours, theirs in zip(_draw(folder, device="cuda", **options), expected, strict=True):
+        for ours, theirs in zip(_draw(folder, **ON_GPU, **options), expected, strict=True):
             assert ours.token_ids == theirs.token_ids
             _assert_close(ours.logprobs, theirs.logprobs)
             assert ours.prompt_logprobs.keys() == theirs.prompt_logprobs.keys()

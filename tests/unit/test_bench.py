@@ -273,6 +273,7 @@ class FakeLLM:
         dtype="float32",
         plan="sequential",
         load_s=0.0,
+        warm_up_s=0.0,
     )
 
     def __init__(self, **fields: Any) -> None:

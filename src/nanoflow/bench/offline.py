@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.steady import EnergySampler, NoSteadyState, ProgressRecorder, SteadyState, find_window, steady_state
+from nanoflow.bench.steady import EnergySampler, NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import gpu_energy_j
@@ -26,8 +26,6 @@ from nanoflow.request import SamplingParams
 
 if TYPE_CHECKING:
     from nanoflow.engine.llm import LLM
-
-_PartT = TypeVar("_PartT", RunMetrics, SteadyState)
 
 
 def run_throughput(engine_config: EngineConfig, config: ThroughputConfig) -> BenchRecord:
@@ -108,19 +106,13 @@ def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str
 
 
 def with_shares(run: RunMetrics, bounds: Bounds | None) -> RunMetrics:
-    """The run, and its steady state, with rates as parts of the bounds, if there are any."""
+    """The run, with its rate as parts of the bounds, if there are any."""
     if bounds is None:
         return run
     return dataclasses.replace(
-        _with_shares(run, bounds), steady=None if run.steady is None else _with_shares(run.steady, bounds)
-    )
-
-
-def _with_shares(part: _PartT, bounds: Bounds) -> _PartT:
-    return dataclasses.replace(
-        part,
-        share_of_serial=part.total_tokens_per_s / bounds.serial_tokens_per_s,
-        share_of_optimal=part.total_tokens_per_s / bounds.optimal_tokens_per_s,
+        run,
+        share_of_serial=run.total_tokens_per_s / bounds.serial_tokens_per_s,
+        share_of_optimal=run.total_tokens_per_s / bounds.optimal_tokens_per_s,
     )
 
 

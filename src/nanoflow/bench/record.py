@@ -109,8 +109,6 @@ def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
         ("steady: duration (s)", 2, [part.duration_s for part in steady]),
         ("steady: total tokens/s", 2, [part.total_tokens_per_s for part in steady]),
         ("steady: energy (mJ/token)", 2, [_times(1e3, part.energy_per_token_j) for part in steady]),
-        ("steady: of serial bound (%)", 1, [_times(100, part.share_of_serial) for part in steady]),
-        ("steady: of the optimum (%)", 1, [_times(100, part.share_of_optimal) for part in steady]),
     )
     for label, digits, column in rows:
         values = [value for value in column if value is not None]

@@ -55,17 +55,15 @@ class SteadyState:
 
     Attributes:
         duration_s, num_iterations: How long it was.
-        total_tokens_per_s: Tokens that the model worked through, prompt and output.
+        total_tokens_per_s: Tokens that the model worked through, prompt and output. A window with more prompt tokens
+            among them than the workload is faster than the workload could be, so bounds say nothing of it.
         energy_per_token_j: None if unknown, or if the window is too short for the counter.
-        share_of_serial, share_of_optimal: Of the bounds; None if these were not measured.
     """
 
     duration_s: float
     num_iterations: int
     total_tokens_per_s: float
     energy_per_token_j: float | None = None
-    share_of_serial: float | None = None
-    share_of_optimal: float | None = None
 
 
 class NoSteadyState(Exception):

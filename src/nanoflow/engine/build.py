@@ -12,6 +12,7 @@ from nanoflow.device.detect import resolve_device, resolve_dtype, use_device
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.memory import require_room_for_weights, size_cache
 from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.warmup import warm_up
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
@@ -73,6 +74,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         page_size=config.page_size,
         vocab_size=graph.vocab_size,
     )
+    load_s = time.monotonic() - start_s
+    if is_captured:
+        warm_up(worker, book, limits, show_progress=show_progress)
     facts = EngineFacts(
         model_type=graph.name,
         vocab_size=graph.vocab_size,
@@ -85,7 +89,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         plan=f"{book.plans[-1].name} ({book.plans[-1].digest})",
-        load_s=time.monotonic() - start_s,
+        load_s=load_s,
+        warm_up_s=time.monotonic() - start_s - load_s,
     )
     return Engine(
         facts=facts, scheduler=Scheduler(limits=limits), worker=worker, book=book, is_async=config.async_scheduling

@@ -44,7 +44,7 @@ class EngineFacts:
         max_batch_tokens, max_num_seqs: Limits of a batch.
         device, dtype: Where and in what type it computes.
         plan: Name of the pipeline plan in use.
-        load_s: Seconds to load.
+        load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
     """
 
     model_type: str
@@ -59,6 +59,7 @@ class EngineFacts:
     dtype: str
     plan: str
     load_s: float
+    warm_up_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

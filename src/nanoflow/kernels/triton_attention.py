@@ -136,7 +136,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         HEAD_DIM=dims.head_dim,
         PAGE_SIZE=cache.keys.shape[2],
         WINDOW=dims.windows[launch.layer],
-        NUM_SPLITS=splits,
+        IS_SPLIT=splits > 1,
         MIN_SPLIT=_MIN_SPLIT_TOKENS,
         BLOCK_M=max(tiles.block_m, triton.next_power_of_2(dims.num_heads // dims.num_kv_heads)),
         BLOCK_N=tiles.block_n,

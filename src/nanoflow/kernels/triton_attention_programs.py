@@ -88,20 +88,20 @@ def decode_program(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """One part of one request's context for the query heads of one KV head; out is [B, H, NUM_SPLITS, D]."""
-    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One part of one request's context for the query heads of one KV head; out is [B, H, parts, D]."""
+    kv_head, row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     context = tl.load(context_len + first_request + row)
     if context == 0:
         return
     first = 0 * context
     if WINDOW is not None:
         first = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
-    part = tl.maximum(tl.cdiv(tl.cdiv(context - first, NUM_SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    part = tl.maximum(tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = first + split * part
     stop = tl.minimum(start + part, context)
     heads, dims = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
@@ -126,10 +126,10 @@ def decode_program(
         acc, total, peak, queries, place, start, stop, keys, values, table, kv_head, log2_scale,
         KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
-    parts = head_rows * NUM_SPLITS + split
+    parts = head_rows * num_splits + split
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + parts[:, None] * HEAD_DIM + dims[None, :], mean.to(out.dtype.element_ty), mask=is_head[:, None])
-    if NUM_SPLITS > 1:
+    if IS_SPLIT:
         tl.store(log_sums + parts, peak + tl.log2(total), mask=is_head)
 
 

@@ -74,7 +74,10 @@ async def _answer(engine: AsyncEngine, config: ServerConfig, listener: socket.so
             access_log=is_verbose,
             timeout_graceful_shutdown=STREAM_END_TIMEOUT_S,
         ),
-        ready_line=f"nanoflow serves {config.served_model_name} at {url(listener)}/v1",
+        ready_line=(
+            f"nanoflow serves {config.served_model_name} (weights and cache in {engine.facts.load_s:.1f} s, "
+            f"kernels in {engine.facts.warm_up_s:.1f} s) at {url(listener)}/v1"
+        ),
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while engine.is_alive and not stop.is_set() and not serving.done():

@@ -1,0 +1,118 @@
+"""Seconds from `nanoflow serve` to the first token, with the weights in the page cache.
+
+A checkpoint of random weights of an architecture is written to a folder first. The server is started twice: the first
+time kernels may have to be compiled, the second time they come from Triton's cache on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from nanoflow.bench.machine import detect_machine, detect_software
+from nanoflow.config import DEFAULT_MODEL
+from nanoflow.models.presets import PRESETS, preset_config, preset_name
+from nanoflow.models.registry import build_graph
+
+_READY = re.compile(r"\(weights and cache in ([\d.]+) s, kernels in ([\d.]+) s\) at (http://\S+)/v1")
+_PROMPT_TOKENS = 128
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the checkpoint, start the server twice, print and write what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="preset:llama-3-8b", help="an architecture preset")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of nanoflow serve")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    args = parser.parse_args(argv)
+    name = preset_name(args.model)
+    if name is None:
+        parser.error("--model must be preset:NAME")
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(name, Path(folder))
+        starts = [start(Path(folder), args.options) for _ in range(2)]
+    for label, parts in zip(("first start", "second start"), starts, strict=True):
+        print(f"{label}: " + ", ".join(f"{key} {value:.1f}" for key, value in parts.items()))
+    if args.json is not None:
+        document = {
+            "benchmark": "startup",
+            "model": args.model,
+            "options": args.options,
+            "machine": dataclasses.asdict(detect_machine()),
+            "software": dataclasses.asdict(detect_software()),
+            "starts": starts,
+        }
+        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def write_checkpoint(name: str, folder: Path) -> None:
+    """Random bfloat16 weights under the architecture's names, one file a layer and one for the rest."""
+    graph = build_graph(preset_config(name), None)
+    (folder / "config.json").write_text(json.dumps(PRESETS[name]), encoding="utf-8")
+    groups = {"shared": [part for parameter in graph.parameters for part in parameter.parts]}
+    for layer in range(graph.num_layers):
+        parts = [part for parameter in graph.layer_parameters for part in parameter.parts]
+        groups[f"layer-{layer}"] = [dataclasses.replace(part, source=part.source.format(layer=layer)) for part in parts]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight_map: dict[str, str] = {}
+    for group, parts in tqdm(groups.items(), desc="Writing weights", unit="file"):
+        tensors = {
+            part.source: torch.randn(part.shape, dtype=torch.bfloat16, device=device).mul_(0.02).cpu() for part in parts
+        }
+        save_file(tensors, folder / f"{group}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{group}.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def start(folder: Path, options: Sequence[str]) -> dict[str, float]:
+    """Start a server, ask for one token, stop it; seconds."""
+    begin_s = time.monotonic()
+    command = [sys.executable, "-m", "nanoflow", "serve", str(folder), "--port", "0", "--tokenizer", DEFAULT_MODEL]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = next((match for match in map(_READY.search, server.stdout) if match), None)
+        if ready is None:
+            raise SystemExit(f"the server ended with status {server.wait()}")
+        ready_s = time.monotonic() - begin_s
+        first_token_s = ask(ready[3], str(folder))
+        server.terminate()
+    load_s, warm_up_s = float(ready[1]), float(ready[2])
+    return {
+        "weights and cache": load_s,
+        "kernels and graphs": warm_up_s,
+        "processes, imports and the rest": ready_s - load_s - warm_up_s,
+        "first token": first_token_s,
+        "sum": ready_s + first_token_s,
+    }
+
+
+def ask(url: str, model: str) -> float:
+    """Seconds that one token takes."""
+    body: dict[str, Any] = {"model": model, "prompt": list(range(100, 100 + _PROMPT_TOKENS)), "max_tokens": 1}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    begin_s = time.monotonic()
+    with urllib.request.urlopen(request) as answer:
+        json.load(answer)
+    return time.monotonic() - begin_s
+
+
+if __name__ == "__main__":
+    sys.exit(main())
