@@ -68,9 +68,25 @@ def headline(document: dict[str, Any]) -> dict[str, str] | None:
         "what": f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights, "
         f"{workload['workload']}, {workload['num_requests']:,} requests, whole run, plan {model['plan'].split()[0]}",
         "measured": ", ".join(filter(None, measured)),
-        "target": "",
+        "target": comparison(model["name"], workload, [run["total_tokens_per_s"] for run in runs]),
         "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
     }
+
+
+def comparison(model: str, workload: dict[str, Any], rates: list[float]) -> str:
+    """What a peer reaches on the same model and requests, how much of that we aim at and have; nothing without one."""
+    peers = json.loads((ROOT / "benchmarks/results/peers.json").read_text())
+    for entry in peers["throughput"]:
+        if all(entry[key] == value for key, value in {"model": model, **identity(workload)}.items()):
+            ratio = statistics.median(rates) / entry["total_tokens_per_s"]
+            rate = f"{peers['peer']}: {entry['total_tokens_per_s']:,}"
+            return f"{entry['aimed_ratio']:.2f}x of {rate}; reached {ratio:.2f}x"
+    return ""
+
+
+def identity(workload: dict[str, Any]) -> dict[str, Any]:
+    """What makes two runs of a workload comparable."""
+    return {key: workload[key] for key in ("workload", "num_requests")}
 
 
 def result_rows() -> Iterator[str]:
