@@ -41,6 +41,8 @@ from nanoflow.executor.buffers import Workspace
 from nanoflow.models.config import ModelError
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
+from nanoflow.profiler import site
+from nanoflow.profiler.sustained import SPANS, Span
 from tests.toy_models import ENGINE_OPTIONS, write_toy_model
 
 
@@ -142,7 +144,7 @@ def engine_config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 
 @pytest.fixture
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rates._SPANS, "cpu", rates.Span(settle_s=0.0, measure_s=0.01))
+    monkeypatch.setitem(SPANS, "cpu", Span(settle_s=0.0, measure_s=0.01))
 
 
 @pytest.mark.usefixtures("short_spans")
@@ -165,9 +167,9 @@ def test_units_of_the_rates(engine_config: EngineConfig, monkeypatch: pytest.Mon
         work()
         return Cost(time_s=len(calls) * 1e-6)
 
-    monkeypatch.setattr(rates, "_sustained", sustained)
+    monkeypatch.setattr(rates, "_cost_of", sustained)
     monkeypatch.setattr(Workspace, "run_whole", lambda *args: calls.append(args))
-    monkeypatch.setattr(rates, "_MIN_DATA_BYTES", min_data_bytes)
+    monkeypatch.setattr(site, "_MIN_DATA_BYTES", min_data_bytes)
     bounds = rates.measure_bounds(engine_config, lengths((12, 4)) * 20)
     batch = bounds.batch
     assert (batch.num_tokens, batch.num_logit_rows, batch.num_decodes, batch.decode_context) == (32, 4, 3, 14)

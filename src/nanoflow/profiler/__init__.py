@@ -1,0 +1,1 @@
+"""Measuring what operations take on this device: alone at many sizes, and side by side."""

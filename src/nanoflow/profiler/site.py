@@ -1,0 +1,93 @@
+"""Operations of a model on tensors of their own, at any size: what `alone.py` and the benchmarks' bounds measure.
+
+Nothing of a running engine is touched. As many layers' weights and keys as it takes to leave every cache are gone
+through in turn. How long the work is repeated is `sustained.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanoflow.batch import DenseBatch
+from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import LinearDims, Operation
+from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.models.weights import Weights
+from nanoflow.profiler.sustained import Work
+
+# Together several times larger than any cache.
+_MIN_DATA_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where and with what to measure."""
+
+    graph: OpGraph
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+
+
+def gemms(operations: Iterable[Operation]) -> tuple[Operation, ...]:
+    """The products with weights among operations."""
+    return tuple(op for op in operations if isinstance(op.dims, LinearDims))
+
+
+def shortened(graph: OpGraph, layer_bytes: int) -> OpGraph:
+    """The graph with only as many layers as it takes to leave every cache."""
+    return dataclasses.replace(graph, num_layers=min(graph.num_layers, -(-_MIN_DATA_BYTES // layer_bytes)))
+
+
+def random_workspace(
+    site: Site, graph: OpGraph, weights: Weights, *, num_pages: int, num_tokens: int, num_rows: int
+) -> Workspace:
+    """Tensors of so many tokens, rows with logits and pages, all random: zeros would take less power."""
+    caches = allocate_caches(graph, num_pages=num_pages, page_size=site.page_size, dtype=site.dtype, device=site.device)
+    kernels = kernels_for(site.device, site.dtype, graph.layer)
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
+    workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
+    for tensor in (*workspace.tensors.values(), *(part for cache in caches for part in (cache.keys, cache.values))):
+        tensor.normal_()
+    return workspace
+
+
+def over_layers(workspace: Workspace, operations: tuple[Operation, ...], batch: DenseBatch) -> Work:
+    """The operations on a batch in every layer, as a function."""
+    model = workspace.model
+    inputs = InputBuilder(model.graph.rope, num_rows=batch.num_requests, device=model.device).build(batch)
+
+    def work() -> None:
+        for layer in range(model.graph.num_layers):
+            workspace.run_whole(operations, inputs, layer)
+
+    return work
+
+
+def equal_requests(num_requests: int, before: int, now: int, page_size: int, *, is_decode: bool = False) -> DenseBatch:
+    """Equal requests with so many tokens before and now, on pages at random places."""
+    pages_each = -(-(before + now) // page_size)
+    tables = np.random.default_rng(0).permutation(num_requests * pages_each).reshape(num_requests, pages_each)
+    places = np.arange(before, before + now)
+    slots = tables[:, places // page_size] * page_size + places % page_size
+    return DenseBatch(
+        iteration=1,
+        rows=np.arange(num_requests, dtype=np.int32),
+        epochs=np.zeros(num_requests, np.int64),
+        num_decodes=num_requests if is_decode else 0,
+        query_start=np.arange(0, num_requests * now + 1, now, dtype=np.int32),
+        context_len=np.full(num_requests, before + now, np.int32),
+        token_ids=np.zeros(num_requests * now, np.int32),
+        is_fed_back=np.zeros(num_requests * now, np.bool_),
+        positions=np.tile(places, num_requests).astype(np.int32),
+        slots=slots.reshape(-1).astype(np.int64),
+        page_tables=tables.astype(np.int32),
+        sampled=np.arange(num_requests, dtype=np.int32),
+    )
