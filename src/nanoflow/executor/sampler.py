@@ -19,6 +19,8 @@ from nanoflow.device.transfer import to_device
 from nanoflow.kernels import sample
 
 Rows = NDArray[np.int32]
+# Logits worked on at once by what needs copies of them in higher precision: half a gigabyte in all.
+_MAX_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,27 @@ class Sampler:
     def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
         """Draw a token for each request of `batch.sampled` from its logits [S, V] in the model's type."""
         rows, positions = batch.rows[batch.sampled], batch.context_len[batch.sampled]
+        chosen = [self._choose(logits[part], rows[part], positions[part]) for part in self._parts(rows, positions)]
+        best, token_ids = (torch.cat(tensors) for tensors in zip(*chosen, strict=True))
+        self._count_drawn(rows, token_ids)
+        wants_logprobs = np.flatnonzero(self._wants_logprobs[rows])
+        num_top = self._num_logprobs[rows[wants_logprobs]]
+        return Drawn(
+            token_ids=token_ids,
+            best=best.float(),
+            logprob_places=list(zip(wants_logprobs.tolist(), num_top.tolist(), strict=True)),
+            logprobs=self._logprobs(logits, token_ids, wants_logprobs, int(num_top.max(initial=0))),
+        )
+
+    def _parts(self, rows: Rows, positions: NDArray[np.int32]) -> list[slice]:
+        """Rows to work on at once: all, if each just takes the largest logit; else as many as memory is meant for."""
+        is_plain = not self._bias and not self._has_penalties[rows].any() and not self._temperature[rows].any()
+        if is_plain and (positions >= self._first_free_stop[rows]).all():
+            return [slice(0, len(rows))]
+        return _slices(len(rows), self._vocab_size)
+
+    def _choose(self, logits: Tensor, rows: Rows, positions: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """Largest logit and chosen token of each row, [S] both."""
         adjusted = self._adjust(logits, rows, positions)
         best, token_ids = adjusted.max(dim=-1)
         is_drawn = self._temperature[rows] > 0
@@ -100,15 +123,7 @@ class Sampler:
         ):
             if len(places):
                 token_ids[self._to_device(places)] = self._draw(adjusted, rows, positions, places, filters)
-        self._count_drawn(rows, token_ids)
-        wants_logprobs = np.flatnonzero(self._wants_logprobs[rows])
-        num_top = self._num_logprobs[rows[wants_logprobs]]
-        return Drawn(
-            token_ids=token_ids,
-            best=best.float(),
-            logprob_places=list(zip(wants_logprobs.tolist(), num_top.tolist(), strict=True)),
-            logprobs=self._logprobs(logits, token_ids, wants_logprobs, int(num_top.max(initial=0))),
-        )
+        return best, token_ids
 
     def _adjust(self, raw: Tensor, rows: Rows, positions: NDArray[np.int32]) -> Tensor:
         """Logits with biases, minimum lengths and penalties applied, float32; `raw` itself if nobody asked."""
@@ -154,8 +169,11 @@ class Sampler:
     def _logprobs(self, raw: Tensor, token_ids: Tensor, places: NDArray[np.intp], num_top: int) -> tuple[Tensor, ...]:
         if not len(places):
             return ()
-        at = self._to_device(places)
-        return sample.top_logprobs(raw[at], token_ids[at], num_top)
+        parts = []
+        for part in _slices(len(places), self._vocab_size):
+            at = self._to_device(places[part])
+            parts.append(sample.top_logprobs(raw[at], token_ids[at], num_top))
+        return tuple(torch.cat(fields) for fields in zip(*parts, strict=True))
 
     def _count_tokens(self, joined: Joined) -> None:
         """Count a joining request's tokens; the two tables exist from the first request with penalties on."""
@@ -178,3 +196,9 @@ class Sampler:
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
         return to_device(array, self._device)
+
+
+def _slices(num_rows: int, vocab_size: int) -> list[slice]:
+    """Cut rows so that no part has more than `_MAX_ELEMENTS` logits; no rows are one empty part."""
+    step = max(1, _MAX_ELEMENTS // vocab_size)
+    return [slice(first, first + step) for first in range(0, max(num_rows, 1), step)]
