@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nanoflow.executor.buffers import Workspace
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.profiler import alone, site
@@ -77,8 +78,8 @@ def test_a_point_is_of_one_layer(monkeypatch: pytest.MonkeyPatch, min_data_bytes
     calls: list[object] = []
     monkeypatch.setattr(alone, "sustained", microsecond_a_layer)
     monkeypatch.setattr(site, "_MIN_DATA_BYTES", min_data_bytes)
-    monkeypatch.setattr(alone.Workspace, "run_whole", lambda *args: calls.append(args))
+    monkeypatch.setattr(Workspace, "run_whole", lambda *args: calls.append(args))
     for _, point in measure_alone(
         SITE, [Task(operation="qkv_proj", num_tokens=16), Task(operation="decode_attention", num_tokens=2, context=20)]
     ):
-        assert (point.time_s, point.energy_j) == (pytest.approx(1e-6), pytest.approx(2.0))
+        assert [point.time_s, point.energy_j] == pytest.approx([1e-6, 2.0])

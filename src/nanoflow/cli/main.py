@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import nanoflow
-from nanoflow.cli import bench, chat, env, generate, serve
+from nanoflow.cli import analyze, bench, chat, env, generate, serve
 from nanoflow.cli.options import CommandParser
 
 _TEACH = """\
@@ -26,6 +26,7 @@ examples:
   nanoflow serve Qwen/Qwen3-0.6B          OpenAI-compatible server on port 8000
   nanoflow chat --url http://127.0.0.1:8000/v1
   nanoflow bench throughput --workload 512/512
+  nanoflow analyze preset:llama-2-70b --gpu a100-80x8 --workload 512/1024
 
 Every command explains itself: nanoflow COMMAND --help"""
 
@@ -38,7 +39,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="nanoflow", usage="nanoflow COMMAND [options]", description=_TEACH, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"nanoflow {nanoflow.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="nanoflow", required=True)
-    for command in (generate, chat, serve, bench, env):
+    for command in (generate, chat, serve, bench, analyze, env):
         command.add_parser(commands)
     return parser
 

@@ -1,0 +1,218 @@
+"""`nanoflow analyze`: what a model costs on given GPUs, as a table. The arithmetic is `cost/`'s, the numbers of GPUs
+`hardware.py`'s; nothing is measured and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
+from nanoflow.config import DEFAULT_MODEL, option
+
+if TYPE_CHECKING:
+    from nanoflow.cost.analysis import BatchSize, MeanLengths
+    from nanoflow.cost.model import CostedModel
+    from nanoflow.cost.roofline import OperationCost, ResourceTimes
+    from nanoflow.hardware import GpuGroup, ResourceRates
+    from nanoflow.models.config import ModelConfig
+
+_TEACH = """\
+Say what a model costs on GPUs that need not be there: FLOPs, bytes and joules of
+every operation of one iteration, the time each resource would take for it, what
+bounds the workload, and the throughput that nothing can exceed. MODEL is a folder
+with a config.json, preset:NAME for a published architecture, or 'default'. Numbers
+are 16-bit, all GPUs share the model by tensor parallelism, and the batch is the
+largest that fits unless --max-batch-tokens says less. docs/cost-model.md has the
+formulas."""
+
+_EXAMPLES = """\
+  nanoflow analyze preset:llama-2-70b --gpu a100-80x8 --workload 512/1024
+  nanoflow analyze preset:llama-3-8b --max-batch-tokens 2048
+  nanoflow analyze ./my-model --gpu h100x2 --workload trace:lengths.csv"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalyzeConfig:
+    """What to analyze a model on."""
+
+    gpu: str = option(
+        "h200", "GPUs, NAME or NAMExN: a100-80, h100, h200, b200, ada6000; a100-80x8 is eight of one host"
+    )
+    workload: str = option(
+        "512/512", "Average lengths: prompt tokens/output tokens, or trace:FILE.csv for those of a trace"
+    )
+    max_batch_tokens: int | None = option(None, "Token budget; what memory allows if not given")
+    exchange: Literal["all-reduce", "all-gather"] = option(
+        "all-reduce", "How several GPUs put the attention block together; both move the same bytes"
+    )
+
+
+_OPTIONS = OptionGroup(kind=AnalyzeConfig, title="GPUs and workload")
+_COLUMNS = f"{'operation':<28}{'GFLOP':>11}{'mem GB':>9}{'net GB':>9}"
+
+
+def add_parser(commands: Subcommands[CommandParser]) -> None:
+    """Add `nanoflow analyze`."""
+    parser = add_command(commands, "analyze", "what a model costs on given GPUs, by arithmetic", _TEACH, _EXAMPLES)
+    parser.usage = f"{parser.prog} MODEL [options]"
+    parser.add_argument("model", metavar="MODEL", help="Model folder, preset:NAME, or 'default'")
+    _OPTIONS.add_to(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table."""
+    from nanoflow.cost.analysis import batch_shape, batch_within, largest_batch
+    from nanoflow.cost.model import costed_model
+    from nanoflow.cost.roofline import Exchange, iteration_costs
+    from nanoflow.hardware import parse_gpus
+
+    config = _OPTIONS.read(args)
+    gpus, lengths = parse_gpus(config.gpu), _mean_lengths(config.workload)
+    model = costed_model(_model_config(args.model))
+    batch = batch_within(model, gpus, lengths, config.max_batch_tokens)
+    costs = iteration_costs(model, batch_shape(model, batch, lengths), gpus.num_gpus, Exchange(config.exchange))
+    lines = [
+        *_head(model, gpus, lengths, batch, largest_batch(model, gpus, lengths)),
+        "",
+        *_table(costs, gpus),
+        "",
+        *_conclusions(model, gpus, lengths, batch, costs),
+    ]
+    print("\n".join(lines))
+    return 0
+
+
+def _model_config(model: str) -> ModelConfig:
+    """The config.json of a folder or a preset; nothing is fetched."""
+    from nanoflow.models import config as models
+    from nanoflow.models.locate import locate_model
+    from nanoflow.models.presets import PRESETS, preset_config, preset_name
+
+    preset = preset_name(model)
+    if preset is not None:
+        return preset_config(preset)
+    if model != DEFAULT_MODEL and not Path(model).expanduser().exists():
+        nearest = difflib.get_close_matches(model.lower().rpartition("/")[2], PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean 'preset:{nearest[0]}'?" if nearest else "give a folder with a config.json, or preset:NAME"
+        raise models.ModelError(f"model {model!r}: no such folder; {hint}")
+    return models.load(locate_model(model))
+
+
+def _mean_lengths(workload: str) -> MeanLengths:
+    """Average lengths of IN/OUT or of a trace."""
+    from nanoflow.bench.workload import draw_lengths, read_trace
+    from nanoflow.cost.analysis import MeanLengths
+
+    trace = workload.removeprefix("trace:")
+    lengths = draw_lengths(workload, 1, seed=0) if trace == workload else read_trace(Path(trace))
+    return MeanLengths(
+        prompt_tokens=sum(length.num_prompt_tokens for length in lengths) / len(lengths),
+        output_tokens=sum(length.num_output_tokens for length in lengths) / len(lengths),
+    )
+
+
+def _head(
+    model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, batch: BatchSize, largest: BatchSize
+) -> Iterator[str]:
+    """What is analyzed."""
+    yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, weights {model.weight_bytes / 1e9:.1f} GB in 16 bits"
+    yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"
+    yield f"{'workload':<12}{lengths.prompt_tokens:.0f} prompt and {lengths.output_tokens:.0f} output tokens a request"
+    yield f"{'batch':<12}{_batch(batch)}, context {lengths.mean_context:.0f}"
+    if batch != largest:
+        yield f"{'':<12}(memory would allow {_batch(largest)})"
+
+
+def _parameters(model: CostedModel) -> str:
+    if model.experts is None:
+        return f"{model.num_parameters / 1e9:.2f}e9 parameters"
+    return f"{model.num_active_parameters / 1e9:.2f}e9 of {model.num_parameters / 1e9:.2f}e9 parameters a token"
+
+
+def _batch(batch: BatchSize) -> str:
+    return f"{batch.num_tokens:,.0f} tokens, {batch.num_decodes:,.0f} of them decodes"
+
+
+def _table(costs: tuple[OperationCost, ...], gpus: GpuGroup) -> Iterator[str]:
+    """One row an operation, at peak rates."""
+    from nanoflow.cost.roofline import resource_times, total
+
+    rates = gpus.peak_rates()
+    yield "One iteration, all layers and GPUs; milliseconds that each resource takes at its peak rate:"
+    yield f"{_COLUMNS}{'compute':>10}{'memory':>9}{'network':>9}{'power':>9}{'J':>9}  bound"
+    for cost in costs:
+        times = resource_times(cost, gpus, rates)
+        yield f"{_row(cost, gpus, times)}  {times.bound}"
+    yield _row(total(costs), gpus, resource_times(total(costs), gpus, rates))
+
+
+def _row(cost: OperationCost, gpus: GpuGroup, times: ResourceTimes) -> str:
+    from nanoflow.cost.roofline import energy_j
+
+    joules = energy_j(cost, gpus, times.longest_s)
+    return (
+        f"{cost.name:<28}{cost.flops / 1e9:>11,.1f}{cost.memory_bytes / 1e9:>9.1f}{cost.network_bytes / 1e9:>9.1f}"
+        f"{times.compute_s * 1e3:>10.2f}{times.memory_s * 1e3:>9.2f}{times.network_s * 1e3:>9.2f}"
+        f"{_or_dash(times.power_s, 1e3)}{_or_dash(joules, 1.0)}"
+    )
+
+
+def _or_dash(value: float | None, factor: float) -> str:
+    return f"{'-':>9}" if value is None else f"{value * factor:>9.2f}"
+
+
+def _conclusions(
+    model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, batch: BatchSize, costs: tuple[OperationCost, ...]
+) -> Iterator[str]:
+    """What bounds the workload, at peak rates and, where they are known, at sustained ones."""
+    kinds = {"at peak rates": gpus.peak_rates()}
+    if gpus.spec.has_sustained:
+        kinds["at sustained rates"] = gpus.sustained_rates()
+    for title, rates in kinds.items():
+        yield f"{title}: {_rates(rates, gpus)}"
+        yield from _bounds(model, gpus, lengths, batch, costs, rates)
+    yield from _sources(gpus)
+
+
+def _rates(rates: ResourceRates, gpus: GpuGroup) -> str:
+    network = f", {rates.network_bytes_per_s / 1e9:,.0f} GB/s of network" if gpus.num_gpus > 1 else ""
+    return f"{rates.compute_flops_per_s / 1e12:,.0f} TFLOP/s, {rates.memory_bytes_per_s / 1e12:.2f} TB/s{network}"
+
+
+def _bounds(
+    model: CostedModel,
+    gpus: GpuGroup,
+    lengths: MeanLengths,
+    batch: BatchSize,
+    costs: tuple[OperationCost, ...],
+    rates: ResourceRates,
+) -> Iterator[str]:
+    from nanoflow.cost.analysis import iteration_views, memory_to_compute, optimal_throughput, serial_bound
+    from nanoflow.cost.roofline import total
+
+    views = iteration_views(model, gpus, rates, batch, lengths, total(costs))
+    shown = ", ".join(f"{bound} {time_s * 1e3:.2f} ms" for bound, time_s in views.by_bound.items())
+    serial = serial_bound(costs, gpus, rates, round(batch.num_tokens))
+    energy = "" if serial.energy_per_token_j is None else f", {serial.energy_per_token_j * 1e3:.1f} mJ/token"
+    yield f"  {'iteration':<20}{shown}"
+    yield f"  {'workload':<20}{views.bound}-bound; memory / compute {memory_to_compute(views):.2f}"
+    yield f"  {'optimal throughput':<20}{optimal_throughput(model, gpus, rates):,.0f} tokens/s/GPU"
+    yield f"  {'serial bound':<20}{serial.tokens_per_s_per_gpu:,.0f} tokens/s/GPU{energy}"
+
+
+def _sources(gpus: GpuGroup) -> Iterator[str]:
+    """Where the numbers of the GPU come from."""
+    from nanoflow.hardware import Figure
+
+    yield f"where the numbers of one {gpus.spec.title} come from:"
+    for field in dataclasses.fields(gpus.spec):
+        figure = getattr(gpus.spec, field.name)
+        if isinstance(figure, Figure):
+            yield f"  {field.name:<30}{figure.value:<10.4g}{figure.source}"

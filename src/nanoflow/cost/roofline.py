@@ -1,0 +1,186 @@
+"""FLOPs, bytes and joules of every operation of an iteration, and the time that each resource would take for it.
+
+Everything counts over all GPUs; `OperationCost.per_gpu` is one GPU's even share. Tensor parallelism shows here as
+collectives (`exchange`), never in the graph that runs. What a workload makes of it: `analysis.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nanoflow.cost.model import CostedModel
+from nanoflow.graph.operation import AttentionDims, BatchShape, LinearDims, Operation, OpKind
+from nanoflow.hardware import GpuGroup, ResourceRates
+
+
+class Exchange(enum.StrEnum):
+    """How GPUs put the attention block together (paper, figure 6); both move the same bytes.
+
+    ALL_REDUCE: W_O cut by rows, its partial sums reduced. ALL_GATHER: attention gathered, W_O cut by columns, gathered.
+    The feed-forward block ends in an all-reduce either way.
+    """
+
+    ALL_REDUCE = "all-reduce"
+    ALL_GATHER = "all-gather"
+
+
+class Bound(enum.StrEnum):
+    """What takes longest: a resource, or the power limit."""
+
+    COMPUTE = "compute"
+    MEMORY = "memory"
+    NETWORK = "network"
+    POWER = "power"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationCost:
+    """What an operation or a collective takes in one iteration: all its layers, all GPUs."""
+
+    name: str
+    flops: float
+    memory_bytes: float
+    network_bytes: float = 0.0
+
+    def per_gpu(self, num_gpus: int) -> OperationCost:
+        """One GPU's even share. Inputs that every GPU reads count once, as in the paper."""
+        return OperationCost(
+            name=self.name,
+            flops=self.flops / num_gpus,
+            memory_bytes=self.memory_bytes / num_gpus,
+            network_bytes=self.network_bytes / num_gpus,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceTimes:
+    """The same work from each resource's view; `power_s` is None if the energy is not known."""
+
+    compute_s: float
+    memory_s: float
+    network_s: float
+    power_s: float | None
+
+    @property
+    def by_bound(self) -> dict[Bound, float]:
+        """The known times; on a tie the first one names the bound."""
+        times_s = {Bound.COMPUTE: self.compute_s, Bound.MEMORY: self.memory_s, Bound.NETWORK: self.network_s}
+        return times_s if self.power_s is None else {**times_s, Bound.POWER: self.power_s}
+
+    @property
+    def bound(self) -> Bound:
+        """The resource that takes longest."""
+        times_s = self.by_bound
+        return max(times_s, key=times_s.__getitem__)
+
+    @property
+    def longest_s(self) -> float:
+        """The time that cannot be undercut."""
+        return max(self.by_bound.values())
+
+
+def iteration_costs(
+    model: CostedModel, shape: BatchShape, num_gpus: int = 1, exchange: Exchange = Exchange.ALL_REDUCE
+) -> tuple[OperationCost, ...]:
+    """Every operation of one iteration in the graph's order, collectives among them if there are several GPUs."""
+    layers = model.graph.num_layers
+    costs = [_cost(model, op, shape, 1) for op in model.graph.prologue]
+    for op in model.graph.layer:
+        before, after = _collectives(model, op, shape, num_gpus, exchange)
+        costs += [*before, _cost(model, op, shape, layers), *after]
+    return (*costs, *(_cost(model, op, shape, 1) for op in model.graph.epilogue))
+
+
+def total(costs: Iterable[OperationCost], name: str = "total") -> OperationCost:
+    """The sum."""
+    costs = tuple(costs)
+    return OperationCost(
+        name=name,
+        flops=sum(cost.flops for cost in costs),
+        memory_bytes=sum(cost.memory_bytes for cost in costs),
+        network_bytes=sum(cost.network_bytes for cost in costs),
+    )
+
+
+def resource_times(cost: OperationCost, gpus: GpuGroup, rates: ResourceRates) -> ResourceTimes:
+    """The time of a cost from each resource's view.
+
+    Args:
+        cost: Over all GPUs.
+        gpus: Whose power counts.
+        rates: Of all GPUs together, peak or sustained.
+    """
+    energy_j = dynamic_energy_j(cost, gpus)
+    return ResourceTimes(
+        compute_s=cost.flops / rates.compute_flops_per_s,
+        memory_s=cost.memory_bytes / rates.memory_bytes_per_s,
+        network_s=cost.network_bytes / rates.network_bytes_per_s,
+        power_s=None if energy_j is None else energy_j / _dynamic_power_w(gpus),
+    )
+
+
+def dynamic_energy_j(cost: OperationCost, gpus: GpuGroup) -> float | None:
+    """Energy of the work itself; None if it is not known of this GPU. What the links take is not known and left out."""
+    if gpus.spec.flop_j is None or gpus.spec.byte_j is None:
+        return None
+    return cost.flops * gpus.spec.flop_j.value + cost.memory_bytes * gpus.spec.byte_j.value
+
+
+def energy_j(cost: OperationCost, gpus: GpuGroup, time_s: float) -> float | None:
+    """Energy of work that keeps all GPUs for this time: its own and their static power."""
+    dynamic_j = dynamic_energy_j(cost, gpus)
+    return None if dynamic_j is None else dynamic_j + time_s * _static_power_w(gpus)
+
+
+def _dynamic_power_w(gpus: GpuGroup) -> float:
+    """What the limit leaves for work."""
+    return gpus.spec.power_limit_w.value * gpus.num_gpus - _static_power_w(gpus)
+
+
+def _static_power_w(gpus: GpuGroup) -> float:
+    return 0.0 if gpus.spec.static_power_w is None else gpus.spec.static_power_w.value * gpus.num_gpus
+
+
+def _cost(model: CostedModel, op: Operation, shape: BatchShape, count: int) -> OperationCost:
+    return OperationCost(
+        name=op.name, flops=count * op.flops(shape), memory_bytes=count * model.memory_bytes(op, shape)
+    )
+
+
+def _collectives(
+    model: CostedModel, op: Operation, shape: BatchShape, num_gpus: int, exchange: Exchange
+) -> tuple[list[OperationCost], list[OperationCost]]:
+    """What must be exchanged right before and right after an operation: only around the last product of a block."""
+    if num_gpus == 1 or op.kind is not OpKind.LINEAR_ADD:
+        return [], []
+    assert isinstance(op.dims, LinearDims)
+    if exchange is Exchange.ALL_REDUCE or not _reads_attention(model, op):
+        return [], [_collective(model, f"{op.name}_all_reduce", op.dims.out_features, shape, num_gpus, is_sum=True)]
+    return (
+        [_collective(model, f"{op.name}_input_all_gather", op.dims.in_features, shape, num_gpus, is_sum=False)],
+        [_collective(model, f"{op.name}_all_gather", op.dims.out_features, shape, num_gpus, is_sum=False)],
+    )
+
+
+def _collective(
+    model: CostedModel, name: str, width: int, shape: BatchShape, num_gpus: int, *, is_sum: bool
+) -> OperationCost:
+    """Each activation goes to the N - 1 others once in an all-gather, twice and with an addition in an all-reduce.
+
+    Each byte sent passes a device memory once.
+    """
+    elements = model.graph.num_layers * (num_gpus - 1) * shape.num_tokens * width
+    moved = (2 if is_sum else 1) * elements * model.dtype_bytes
+    return OperationCost(name=name, flops=elements if is_sum else 0, memory_bytes=moved, network_bytes=moved)
+
+
+def _reads_attention(model: CostedModel, op: Operation) -> bool:
+    return not set(_attention_outputs(model)).isdisjoint(op.reads)
+
+
+def _attention_outputs(model: CostedModel) -> Iterator[str]:
+    for op in model.graph.layer:
+        if isinstance(op.dims, AttentionDims) and op.kind is not OpKind.ROPE_APPEND:
+            yield from op.writes
