@@ -52,7 +52,7 @@ class EngineConfig:
     num_pages: int | None = option(None, "Number of KV pages, instead of a size in GiB")
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     cuda_graphs: bool = option(True, "On a GPU, launch a forward pass as one CUDA graph")
-    plan: str | None = option(None, "Pipeline plan (JSON) to execute; sequential if not given")
+    plan: str | None = option(None, "Pipeline plan or plan book (JSON) to execute; sequential if not given")
     num_threads: int | None = option(None, "CPU threads of torch; its own choice if not given")
     chat_template: str | None = option(None, "File with a Jinja chat template; the tokenizer's own if not given")
 

@@ -47,6 +47,7 @@ class GpuSpec:
         compute_flops_per_s, memory_bytes_per_s: Peak rates.
         network_bytes_per_s: Peak rate to other GPUs of the host, one direction.
         power_limit_w: What it may draw.
+        num_sms: Multiprocessors.
         sustained_compute_flops_per_s, sustained_memory_bytes_per_s: What GEMMs and copies reach in the long run; None
             where nobody measured it.
         static_power_w: Drawn whatever runs; None where it was not measured, and then it is part of the next two.
@@ -59,6 +60,7 @@ class GpuSpec:
     memory_bytes_per_s: Figure
     network_bytes_per_s: Figure
     power_limit_w: Figure
+    num_sms: Figure
     sustained_compute_flops_per_s: Figure | None = None
     sustained_memory_bytes_per_s: Figure | None = None
     static_power_w: Figure | None = None
@@ -111,6 +113,7 @@ GPUS: Mapping[str, GpuSpec] = {
         memory_bytes_per_s=Figure(value=2.0e12, source=f"{_PAPER} (the datasheet says 2.039e12)"),
         network_bytes_per_s=Figure(value=300e9, source=_ONE_WAY),
         power_limit_w=Figure(value=400.0, source=_DATASHEET),
+        num_sms=Figure(value=108, source=_DATASHEET),
         # The paper says 280e12, and prints optima that follow from 260e12.
         sustained_compute_flops_per_s=Figure(value=260e12, source="what the optima of the paper's figures 7, 11 fit"),
     ),
@@ -121,6 +124,7 @@ GPUS: Mapping[str, GpuSpec] = {
         memory_bytes_per_s=Figure(value=3.352e12, source=_PAPER),
         network_bytes_per_s=Figure(value=450e9, source=_ONE_WAY),
         power_limit_w=Figure(value=700.0, source=_DATASHEET),
+        num_sms=Figure(value=132, source=_DATASHEET),
     ),
     "h200": GpuSpec(
         title="NVIDIA H200 SXM",
@@ -129,6 +133,7 @@ GPUS: Mapping[str, GpuSpec] = {
         memory_bytes_per_s=Figure(value=4.8e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=450e9, source=_ONE_WAY),
         power_limit_w=Figure(value=700.0, source=_DATASHEET),
+        num_sms=Figure(value=132, source=_DATASHEET),
         sustained_compute_flops_per_s=Figure(
             value=673e12, source=f"{_MEASURED}: GEMMs of Llama-3-8B on 8,192 tokens (648e12 on 1,024)"
         ),
@@ -149,6 +154,7 @@ GPUS: Mapping[str, GpuSpec] = {
         memory_bytes_per_s=Figure(value=8.0e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=900e9, source=_ONE_WAY),
         power_limit_w=Figure(value=1000.0, source=_DATASHEET),
+        num_sms=Figure(value=148, source=_DATASHEET),
     ),
     "ada6000": GpuSpec(
         title="NVIDIA RTX 6000 Ada",
@@ -157,6 +163,7 @@ GPUS: Mapping[str, GpuSpec] = {
         memory_bytes_per_s=Figure(value=0.96e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=32e9, source=_ONE_WAY),
         power_limit_w=Figure(value=300.0, source=_DATASHEET),
+        num_sms=Figure(value=142, source=_DATASHEET),
     ),
 }
 

@@ -21,7 +21,6 @@ from nanoflow.cost.analysis import (
 from nanoflow.cost.model import CostedModel, Experts, costed_model
 from nanoflow.cost.roofline import (
     Bound,
-    Exchange,
     OperationCost,
     dynamic_energy_j,
     energy_j,
@@ -31,6 +30,7 @@ from nanoflow.cost.roofline import (
 )
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import BatchShape, LinearDims, OpKind
+from nanoflow.graph.shard import Exchange
 from nanoflow.hardware import GPUS, Figure, GpuGroup, HardwareError, parse_gpus
 from nanoflow.models.config import ModelError
 from nanoflow.models.presets import PRESETS, preset_config

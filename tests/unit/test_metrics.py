@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanoflow.engine.messages import EngineStats
+from nanoflow.engine.messages import BookFacts, EngineStats, PlanName
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.outputs import FinishReason
 from nanoflow.server.metrics import ServerMetrics, token_count_buckets
@@ -124,6 +126,25 @@ def test_preemptions_since_the_start_become_a_counter() -> None:
     seen = values(metrics)
     assert seen["num_preemptions_total"] == 3
     assert (seen["iteration_tokens_total_count"], seen["iteration_tokens_total_sum"]) == (4, 32)
+
+
+def test_plans_are_named_and_their_iterations_counted() -> None:
+    plans = (PlanName(name="sequential", digest="zz"), PlanName(name="overlapped", digest="bb"))
+    engine = FakeAsyncEngine()
+    engine.facts = dataclasses.replace(engine.facts, book=BookFacts(digest="cc", plans=plans))
+    metrics = metrics_of(engine)
+    for digest in ("zz", "bb", "bb", None):
+        metrics.observe_step(EngineStats(iteration_tokens=8, plan_digest=digest))
+    lines = metrics.render().decode().splitlines()
+    labels = 'engine="0",model_name="toy"'
+    assert [line for line in lines if line.startswith("nanoflow:plan_info{")] == [
+        f'nanoflow:plan_info{{book="cc",digest="zz",{labels},name="sequential"}} 1.0',
+        f'nanoflow:plan_info{{book="cc",digest="bb",{labels},name="overlapped"}} 1.0',
+    ]
+    assert [line for line in lines if line.startswith("nanoflow:iterations_total{")] == [
+        f'nanoflow:iterations_total{{digest="zz",{labels},plan="sequential"}} 1.0',
+        f'nanoflow:iterations_total{{digest="bb",{labels},plan="overlapped"}} 2.0',
+    ]
 
 
 def test_token_buckets_end_at_the_context_length() -> None:

@@ -79,7 +79,7 @@ _TWO_LANES = (Lane(name="whole", share=0.7), Lane(name="other", share=0.7))
         (_replace_nano(_PLAN, "o_proj", stop=65), "o_proj[0:65]: its token range is not inside 0:64"),
         (_replace_nano(_PLAN, "o_proj", stop=0), "o_proj[0:0]: its token range is not inside 0:64 or is empty"),
         (_replace_nano(_PLAN, "o_proj", stage=-1), "its stage is negative"),
-        (_replace_nano(_PLAN, "attn_norm", waits=(0,)), "attn_norm[0:32]: it may wait only for nano-operations"),
+        (_replace_nano(_PLAN, "attn_norm", waits=(0,)), "attn_norm[0:32]: it can wait only for other nano-operations"),
         (_with_nanos(_PLAN, lambda nanos: nanos.pop()), "operation 'down_proj': token 32 is left out"),
         (_with_nanos(_PLAN, lambda nanos: nanos.append(nanos[0])), "operation 'attn_norm': token 0 is computed twice"),
         (

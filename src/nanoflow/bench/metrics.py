@@ -67,6 +67,7 @@ class RunMetrics:
         share_of_serial, share_of_optimal: Total tokens/s as a part of the bounds; None if these were not measured.
         steady: The run without ramp-up and drain; None if nobody watched, or for the reason given.
         no_steady_reason: Why there was no steady state, if somebody watched.
+        plan_iterations: A plan's digest to the iterations it ran; None if nobody watched.
     """
 
     num_requests: int
@@ -91,6 +92,7 @@ class RunMetrics:
     share_of_optimal: float | None = None
     steady: SteadyState | None = None
     no_steady_reason: str | None = None
+    plan_iterations: Mapping[str, int] | None = None
 
 
 def ttft_s(record: RequestRecord) -> float:

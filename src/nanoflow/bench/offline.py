@@ -97,7 +97,10 @@ def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str
         outputs = _generate(llm, requests, use_tqdm=True)
         stop_s = time.monotonic()
     records = [_record(*pair) for pair in zip(requests, outputs, strict=True)]
-    run = measure(records, stop_s - start_s, limits_ms, energy_j=energy.used_j(start_s, stop_s))
+    run = dataclasses.replace(
+        measure(records, stop_s - start_s, limits_ms, energy_j=energy.used_j(start_s, stop_s)),
+        plan_iterations=recorder.plan_iterations,
+    )
     try:
         window = find_window(recorder.progress, stop_s - start_s)
     except NoSteadyState as reason:

@@ -16,12 +16,14 @@ from itertools import pairwise
 
 import httpx
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from nanoflow.bench.config import BenchConfig, LoadConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
+from nanoflow.engine.messages import BookFacts, PlanName
 
 
 class RequestFailed(Exception):
@@ -61,11 +63,11 @@ def run_serve(load: LoadConfig, config: BenchConfig) -> BenchRecord:
         )
         for repeat in range(config.repeats)
     ]
-    model, repeats = asyncio.run(_run(load, runs, config.num_warmup, limits_ms))
+    model, book, repeats = asyncio.run(_run(load, runs, config.num_warmup, limits_ms))
     return make_record(
         "serve",
-        model={"name": model},
-        plan=None,
+        model={"name": model} if book is None else {"name": model, "book": book},
+        plan=None if book is None else str(book),
         workload=config,
         config=dataclasses.replace(load, api_key=None),
         repeats=repeats,
@@ -74,15 +76,16 @@ def run_serve(load: LoadConfig, config: BenchConfig) -> BenchRecord:
 
 async def _run(
     load: LoadConfig, runs: Sequence[Sequence[BenchRequest]], num_warmup: int, limits_ms: Mapping[str, float]
-) -> tuple[str, list[RunMetrics]]:
-    """The model's name and the metrics of every repeat."""
+) -> tuple[str, BookFacts | None, list[RunMetrics]]:
+    """The model's name, its plans if the server names them, and the metrics of every repeat."""
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=load.url, headers=headers, timeout=load.timeout_s, limits=limits) as client:
         model = load.model or await _served_model(client)
         if num_warmup:
             await _warm_up(client, model, runs[0][:num_warmup])
-        return model, [await _measure_run(client, model, load, requests, limits_ms) for requests in runs]
+        repeats = [await _measure_run(client, model, load, requests, limits_ms) for requests in runs]
+        return model, await _served_book(client), repeats
 
 
 async def _served_model(client: httpx.AsyncClient) -> str:
@@ -91,6 +94,20 @@ async def _served_model(client: httpx.AsyncClient) -> str:
         return str(response.raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
         raise ConnectionError(f"no OpenAI-compatible server at {client.base_url}: {_describe(error)}") from error
+
+
+async def _served_book(client: httpx.AsyncClient) -> BookFacts | None:
+    """The plan book as a server's metrics name it; None if they do not."""
+    try:
+        response = await client.get(client.base_url.join("/metrics"))
+        families = list(text_string_to_metric_families(response.raise_for_status().text))
+    except (httpx.HTTPError, ValueError, LookupError):
+        return None
+    found = [sample.labels for family in families for sample in family.samples if sample.name.endswith(":plan_info")]
+    if not found or not {"name", "digest", "book"} <= found[0].keys():
+        return None
+    plans = tuple(PlanName(name=labels["name"], digest=labels["digest"]) for labels in found)
+    return BookFacts(digest=found[0]["book"], plans=plans)
 
 
 async def _warm_up(client: httpx.AsyncClient, model: str, requests: Sequence[BenchRequest]) -> None:

@@ -31,8 +31,8 @@ class BenchRecord:
         benchmark: "throughput" (in process) or "serve" (over HTTP, `machine` being the client's).
         created_utc: ISO 8601.
         machine, software: What it ran on.
-        model: The model under test, as far as known.
-        plan: Name and digest of the pipeline plan that the engine runs; None if unknown.
+        model: The model under test, as far as known; of an engine in process its `EngineFacts`. `book` has its plans.
+        plan: Name and digest of the pipeline plan, or digest of the plan book, that the engine runs; None if unknown.
         workload: The benchmark's options.
         config: The options of the engine, or of the load put on a server.
         repeats: One entry each.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class NoSteadyState(Exception):
 
 
 class ProgressRecorder:
-    """An `Observer` that notes the end of every iteration: one append each.
+    """An `Observer` that notes the end of every iteration (`progress`), and how many each plan ran, by digest.
 
     Args:
         clock: Seconds, monotonic.
@@ -79,6 +80,7 @@ class ProgressRecorder:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.progress: list[Progress] = []
+        self.plan_iterations: Counter[str] = Counter()
         self._clock = clock
         self._num_tokens = 0
         self._has_finished = False
@@ -86,6 +88,8 @@ class ProgressRecorder:
     def observe_step(self, stats: EngineStats) -> None:
         """Note an iteration."""
         self._num_tokens += stats.iteration_tokens
+        if stats.plan_digest is not None:
+            self.plan_iterations[stats.plan_digest] += 1
         self.progress.append(
             Progress(
                 time_s=self._clock(),

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from nanoflow.cost.analysis import batch_shape, batch_within, largest_batch
     from nanoflow.cost.model import costed_model
-    from nanoflow.cost.roofline import Exchange, iteration_costs
+    from nanoflow.cost.roofline import iteration_costs
+    from nanoflow.graph.shard import Exchange
     from nanoflow.hardware import parse_gpus
 
     config = _OPTIONS.read(args)

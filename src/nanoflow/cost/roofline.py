@@ -7,23 +7,13 @@ collectives (`exchange`), never in the graph that runs. What a workload makes of
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanoflow.cost.model import CostedModel
-from nanoflow.graph.operation import AttentionDims, BatchShape, LinearDims, Operation, OpKind
+from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind
+from nanoflow.graph.shard import Exchange, reads_attention
 from nanoflow.hardware import GpuGroup, ResourceRates
-
-
-class Exchange(enum.StrEnum):
-    """How GPUs put the attention block together (paper, figure 6); both move the same bytes.
-
-    ALL_REDUCE: W_O cut by rows, its partial sums reduced. ALL_GATHER: attention gathered, W_O cut by columns, gathered.
-    The feed-forward block ends in an all-reduce either way.
-    """
-
-    ALL_REDUCE = "all-reduce"
-    ALL_GATHER = "all-gather"
 
 
 class Bound(enum.StrEnum):
@@ -156,7 +146,7 @@ def _collectives(
     if num_gpus == 1 or op.kind is not OpKind.LINEAR_ADD:
         return [], []
     assert isinstance(op.dims, LinearDims)
-    if exchange is Exchange.ALL_REDUCE or not _reads_attention(model, op):
+    if exchange is Exchange.ALL_REDUCE or not reads_attention(model.graph, op):
         return [], [_collective(model, f"{op.name}_all_reduce", op.dims.out_features, shape, num_gpus, is_sum=True)]
     return (
         [_collective(model, f"{op.name}_input_all_gather", op.dims.in_features, shape, num_gpus, is_sum=False)],
@@ -174,13 +164,3 @@ def _collective(
     elements = model.graph.num_layers * (num_gpus - 1) * shape.num_tokens * width
     moved = (2 if is_sum else 1) * elements * model.dtype_bytes
     return OperationCost(name=name, flops=elements if is_sum else 0, memory_bytes=moved, network_bytes=moved)
-
-
-def _reads_attention(model: CostedModel, op: Operation) -> bool:
-    return not set(_attention_outputs(model)).isdisjoint(op.reads)
-
-
-def _attention_outputs(model: CostedModel) -> Iterator[str]:
-    for op in model.graph.layer:
-        if isinstance(op.dims, AttentionDims) and op.kind is not OpKind.ROPE_APPEND:
-            yield from op.writes

@@ -25,6 +25,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver says it; `cpu` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def use_device(device: torch.device) -> None:
     """Make it the device of this thread: kernels are launched on that one."""
     if device.type == "cuda":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
 import torch
 
 from nanoflow.config import EngineConfig
-from nanoflow.device.detect import resolve_device, resolve_dtype, use_device
+from nanoflow.device.detect import device_name, resolve_device, resolve_dtype, use_device
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.memory import require_room_for_weights, size_cache
-from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
 from nanoflow.engine.warmup import warm_up
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
@@ -25,11 +26,13 @@ from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import load_weights, random_weights
-from nanoflow.plan.book import PlanBook, PlanEntry
-from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.book import PlanBook, load_book
+from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
@@ -49,6 +52,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     kernels = kernels_for(device, dtype, graph.layer)
     if OpKind.LINEAR_SWIGLU in kernels:
         graph = fuse_swiglu(graph)
+    book = plan_book(config, graph, device)
     require_room_for_weights(graph, dtype, device)
     if folder is None or config.load_format == "random":
         weights = random_weights(graph, dtype, device, config.seed)
@@ -57,7 +61,6 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     num_pages, max_model_len = size_cache(config, model_config, graph, dtype, device)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
-    book = plan_book(config, graph)
     is_captured = config.cuda_graphs and device.type == "cuda" and are_capturable(kernels)
     worker = Worker(
         model,
@@ -88,7 +91,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         max_num_seqs=config.max_num_seqs,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        plan=f"{book.plans[-1].name} ({book.plans[-1].digest})",
+        plan=str(book_facts(book)),
+        book=book_facts(book),
         load_s=load_s,
         warm_up_s=time.monotonic() - start_s - load_s,
     )
@@ -110,10 +114,27 @@ def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
     return preset_config(preset), None
 
 
-def plan_book(config: EngineConfig, graph: OpGraph) -> PlanBook:
-    """The sequential plan, and the plan of the config for every batch that it can run."""
+def plan_book(config: EngineConfig, graph: OpGraph, device: torch.device) -> PlanBook:
+    """The sequential plan, and the plan or plan book of the config for the batches that it is for.
+
+    Raises:
+        PlanError: The file has no plan, or one that cannot run here; the message names the file.
+    """
     fallback = sequential_plan(graph, config.max_batch_tokens)
     if config.plan is None:
         return PlanBook(fallback=fallback)
-    plan = PipelinePlan.load(Path(config.plan))
-    return PlanBook(fallback=fallback, entries=(PlanEntry(plan=plan, min_tokens=1, max_tokens=plan.num_tokens),))
+    path = Path(config.plan)
+    stored = load_book(path)
+    here, made_for = f"1 x {device_name(device)}", stored.made_for
+    if made_for is not None and made_for.hardware != here:
+        logger.warning("%s is for %s and runs on %s: its plans may be slow", path, made_for.hardware, here)
+    try:
+        return stored.with_fallback(fallback, graph)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def book_facts(book: PlanBook) -> BookFacts:
+    """Names and digests of a book's plans."""
+    plans = tuple(PlanName(name=plan.name, digest=plan.digest) for plan in book.plans)
+    return BookFacts(digest=book.digest, plans=plans)

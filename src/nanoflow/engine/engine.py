@@ -14,6 +14,7 @@ from nanoflow.batch import DenseBatch, SampledTokens, TopLogprobs
 from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.executor.worker import Worker
 from nanoflow.plan.book import PlanBook
+from nanoflow.plan.plan import PipelinePlan
 from nanoflow.request import Request
 from nanoflow.scheduler.scheduler import Committed, Scheduler
 
@@ -35,7 +36,7 @@ class Engine:
         self._worker = worker
         self._book = book
         self._max_in_flight = 1 if is_async else 0
-        self._in_flight: deque[tuple[DenseBatch, Future[SampledTokens]]] = deque()
+        self._in_flight: deque[tuple[DenseBatch, PipelinePlan, Future[SampledTokens]]] = deque()
         self._num_iterations = 0
 
     def add(self, request: Request) -> None:
@@ -56,14 +57,15 @@ class Engine:
         """One iteration: form a batch, launch it, commit the oldest one that is due."""
         batch = self._scheduler.schedule()
         if batch is not None:
-            self._in_flight.append((batch, self._worker.launch(batch, self._book.choose(batch.shape))))
+            plan = self._book.choose(batch.shape)
+            self._in_flight.append((batch, plan, self._worker.launch(batch, plan)))
         if batch is None or len(self._in_flight) > self._max_in_flight:
             return self._commit_oldest()
         return self._output()
 
     def stats(self) -> EngineStats:
         """State of the engine now."""
-        return self._stats(None)
+        return self._stats()
 
     def check_integrity(self) -> None:
         """Check every invariant of scheduler and pages."""
@@ -76,15 +78,16 @@ class Engine:
     def _commit_oldest(self) -> StepOutput:
         if not self._in_flight:
             return self._output()
-        batch, pending = self._in_flight.popleft()
+        batch, plan, pending = self._in_flight.popleft()
         result = pending.result()
         committed = self._scheduler.commit(batch, result)
         self._num_iterations += 1
-        return self._output(batch, result, committed)
+        return self._output(batch, plan, result, committed)
 
     def _output(
         self,
         batch: DenseBatch | None = None,
+        plan: PipelinePlan | None = None,
         result: SampledTokens | None = None,
         committed: Committed | None = None,
     ) -> StepOutput:
@@ -110,10 +113,10 @@ class Engine:
             },
             scheduled=events.scheduled,
             preempted=events.preempted,
-            stats=self._stats(batch),
+            stats=self._stats(batch, plan),
         )
 
-    def _stats(self, batch: DenseBatch | None) -> EngineStats:
+    def _stats(self, batch: DenseBatch | None = None, plan: PipelinePlan | None = None) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
             num_running=scheduler.num_running,
@@ -124,6 +127,7 @@ class Engine:
             iteration=self._num_iterations,
             iteration_tokens=batch.num_tokens if batch else 0,
             prefill_tokens=batch.num_tokens - batch.num_decodes if batch else 0,
+            plan_digest=plan.digest if plan else None,
         )
 
 

@@ -32,6 +32,34 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanName:
+    """A pipeline plan by name, and by its content: the digest."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BookFacts:
+    """The plans that an engine chooses from.
+
+    Attributes:
+        digest: Of the book's entries; the same as that of the book in its file.
+        plans: The fallback first.
+    """
+
+    digest: str
+    plans: tuple[PlanName, ...]
+
+    def __str__(self) -> str:
+        """For people: the plan if there is one beside the fallback or instead of it, else the book."""
+        chosen = self.plans[1:] or self.plans
+        if len(chosen) == 1:
+            return f"{chosen[0].name} ({chosen[0].digest})"
+        return f"book ({self.digest}) of {len(chosen)} plans"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """What a front end must know of a loaded engine.
 
@@ -43,7 +71,8 @@ class EngineFacts:
         num_pages, page_size: The KV cache.
         max_batch_tokens, max_num_seqs: Limits of a batch.
         device, dtype: Where and in what type it computes.
-        plan: Name of the pipeline plan in use.
+        plan: The pipeline plan or plan book in use, for people.
+        book: Its plans; None for an engine that has none.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
     """
 
@@ -60,6 +89,7 @@ class EngineFacts:
     plan: str
     load_s: float
     warm_up_s: float
+    book: BookFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +117,7 @@ class EngineStats:
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
         prefill_tokens: How many of them were not decodes.
+        plan_digest: Of the plan that ran it; None in a heartbeat.
     """
 
     num_running: int = 0
@@ -97,6 +128,7 @@ class EngineStats:
     iteration: int = 0
     iteration_tokens: int = 0
     prefill_tokens: int = 0
+    plan_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,8 @@ class OpKind(enum.StrEnum):
     DECODE_ATTENTION = "decode_attention"
     PREFILL_ATTENTION = "prefill_attention"
     SWIGLU = "swiglu"
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,15 @@ class AttentionDims:
         return self.num_kv_heads * self.head_dim
 
 
-Dims = RowDims | NormDims | LinearDims | AttentionDims
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveDims:
+    """Rows of `width`, put together over `num_gpus` GPUs."""
+
+    width: int
+    num_gpus: int
+
+
+Dims = RowDims | NormDims | LinearDims | AttentionDims | CollectiveDims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +173,10 @@ class Operation:
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Bytes moved to and from device memory at least once each: weights, inputs, outputs, keys and values."""
         return _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
+
+    def network_bytes(self, shape: BatchShape, dtype_bytes: int) -> float:
+        """Bytes that one GPU sends to others; only collectives do."""
+        return _collective_elements(self, shape) * dtype_bytes if isinstance(self.dims, CollectiveDims) else 0.0
 
 
 def _linear_flops(op: Operation, shape: BatchShape) -> int:
@@ -218,16 +232,34 @@ def _row_elements(op: Operation, shape: BatchShape) -> int:
     return rows_moved * shape.tokens_in(op.scope) * op.dims.width
 
 
+def _collective_elements(op: Operation, shape: BatchShape) -> float:
+    """An all-gather sends a GPU's part to each of the others; an all-reduce sends as much twice (paper eq. 3)."""
+    assert isinstance(op.dims, CollectiveDims)
+    times = 2 if op.kind is OpKind.ALL_REDUCE else 1
+    return times * shape.tokens_in(op.scope) * op.dims.width * (op.dims.num_gpus - 1) / op.dims.num_gpus
+
+
+def _collective_flops(op: Operation, shape: BatchShape) -> int:
+    """One addition an element received in the first half of an all-reduce."""
+    return round(_collective_elements(op, shape) / 2) if op.kind is OpKind.ALL_REDUCE else 0
+
+
+def _collective_memory(op: Operation, shape: BatchShape) -> int:
+    return round(_collective_elements(op, shape))
+
+
 _Cost = Callable[[Operation, BatchShape], int]
 _FLOPS: dict[type, _Cost] = {
     LinearDims: _linear_flops,
     AttentionDims: _attention_flops,
     NormDims: _norm_flops,
     RowDims: _row_flops,
+    CollectiveDims: _collective_flops,
 }
 _ELEMENTS: dict[type, _Cost] = {
     LinearDims: _linear_elements,
     AttentionDims: _attention_elements,
     NormDims: _norm_elements,
     RowDims: _row_elements,
+    CollectiveDims: _collective_memory,
 }

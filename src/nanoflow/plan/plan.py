@@ -11,6 +11,7 @@ import enum
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -60,7 +61,8 @@ class NanoOperation:
         lane: Name of the lane it runs on.
         stage: Layers it lags behind: while period p runs nano-operations of stage 0 on layer p, this one runs on layer
             p - stage. That is how one layer's end runs beside the next layer's beginning.
-        waits: Places in the plan of earlier nano-operations that must have ended first, beyond data dependencies.
+        waits: Places in the plan of nano-operations that must have ended first, beyond data dependencies: those that
+            stand before it in this period, those after it in the period before.
         predicted_start_s, predicted_end_s: When search expects it within the period; None if nothing predicted it.
     """
 
@@ -83,7 +85,8 @@ class NanoOperation:
         return f"{self.operation}[{self.start}:{self.stop}]{stage}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# No slots: the digest is kept.
+@dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
     """Order, lane, share and waits of each nano-operation of a layer.
 
@@ -107,7 +110,7 @@ class PipelinePlan:
         """Layers that are in flight at once, less one."""
         return max(nano.stage for nano in self.nano_operations)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that name this plan's content."""
         return hashlib.sha256(self.to_json()).hexdigest()[:12]
@@ -158,8 +161,8 @@ class PipelinePlan:
                 raise PlanError(f"{nano}: its token range is not inside 0:{self.num_tokens} or is empty")
             if nano.stage < 0:
                 raise PlanError(f"{nano}: its stage is negative")
-            if any(not 0 <= wait < place for wait in nano.waits):
-                raise PlanError(f"{nano}: it may wait only for nano-operations that stand before it")
+            if any(wait == place or not 0 <= wait < len(self.nano_operations) for wait in nano.waits):
+                raise PlanError(f"{nano}: it can wait only for other nano-operations of the plan, not for {nano.waits}")
 
     def _check_tiling(self, graph: OpGraph) -> None:
         """Every operation's token range is covered exactly once."""

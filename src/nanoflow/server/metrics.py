@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from nanoflow.engine.messages import EngineStats
+from nanoflow.engine.messages import BookFacts, EngineStats
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.outputs import FinishReason
 from nanoflow.server.backend import ServingEngine
@@ -59,6 +59,7 @@ class ServerMetrics:
         self._num_preemptions_seen = 0
         self._add_gauges(engine)
         self._add_counters()
+        self._add_plans(engine.facts.book)
         self._add_latencies()
         self._add_sizes(token_count_buckets(engine.facts.max_model_len))
 
@@ -67,6 +68,8 @@ class ServerMetrics:
         self._iteration_tokens.observe(stats.iteration_tokens)
         self._preemptions.inc(max(stats.num_preemptions - self._num_preemptions_seen, 0))
         self._num_preemptions_seen = stats.num_preemptions
+        if stats.plan_digest is not None:
+            self._iterations[stats.plan_digest].inc()
 
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
         """A request got the first token of any of its completions."""
@@ -131,6 +134,18 @@ class ServerMetrics:
         names = (*LABELS, "finished_reason")
         ended = Counter(self._name("request_success"), "Requests that ended", names, registry=self._registry)
         self._ended = {reason: ended.labels(**self._labels, finished_reason=reason.value) for reason in FinishReason}
+
+    def _add_plans(self, book: BookFacts | None) -> None:
+        names = [*LABELS, "name", "digest", "book"]
+        found = Gauge(self._name("plan_info"), "The plans of the plan book, in labels", names, registry=self._registry)
+        names = [*LABELS, "plan", "digest"]
+        run = Counter(self._name("iterations"), "Iterations that a plan ran", names, registry=self._registry)
+        self._iterations: dict[str, Counter] = {}
+        if book is None:
+            return
+        for plan in book.plans:
+            found.labels(**self._labels, name=plan.name, digest=plan.digest, book=book.digest).set(1)
+            self._iterations[plan.digest] = run.labels(**self._labels, plan=plan.name, digest=plan.digest)
 
     def _add_latencies(self) -> None:
         add = self._histogram

@@ -1,0 +1,112 @@
+"""A graph as one of N GPUs sees it under tensor parallelism: narrower products, fewer heads, and collectives.
+
+For planning and simulation: nothing here runs. Heads and the columns of gate and up are cut, o_proj and down_proj are
+cut by rows and their partial sums put together; what each GPU adds of the residual is the executor's business.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import replace
+
+from nanoflow.graph.graph import GraphError, OpGraph
+from nanoflow.graph.operation import (
+    AttentionDims,
+    CollectiveDims,
+    LinearDims,
+    Operation,
+    OpKind,
+    Resource,
+    RowDims,
+)
+
+
+class Exchange(enum.StrEnum):
+    """How GPUs put the attention block together (paper, figure 6); both move the same bytes.
+
+    ALL_REDUCE: W_O cut by rows, its partial sums reduced. ALL_GATHER: attention gathered, W_O cut by columns, gathered.
+    The feed-forward block ends in an all-reduce either way.
+    """
+
+    ALL_REDUCE = "all-reduce"
+    ALL_GATHER = "all-gather"
+
+
+def shard(graph: OpGraph, num_gpus: int, exchange: Exchange = Exchange.ALL_REDUCE) -> OpGraph:
+    """One GPU's part of a graph, collectives among its layer's operations; the graph itself for one GPU.
+
+    Parameters and tensors keep the shapes of the whole model. Norms and the embedding are repeated on every GPU.
+
+    Raises:
+        GraphError: The heads, or the features of a product, cannot be dealt out evenly.
+    """
+    if num_gpus == 1:
+        return graph
+    dims = graph.attention
+    if dims.num_heads % num_gpus or (dims.num_kv_heads % num_gpus and num_gpus % dims.num_kv_heads):
+        raise GraphError(f"{graph.name}: {dims.num_heads} heads, {dims.num_kv_heads} of keys, on {num_gpus} GPUs")
+    layer = tuple(part for op in graph.layer for part in _parts(graph, op, num_gpus, exchange))
+    epilogue = tuple(_cut_columns(op, num_gpus) if isinstance(op.dims, LinearDims) else op for op in graph.epilogue)
+    return replace(graph, name=f"{graph.name} on {num_gpus} GPUs", layer=layer, epilogue=epilogue)
+
+
+def reads_attention(graph: OpGraph, op: Operation) -> bool:
+    """True for the product at the end of the attention block."""
+    written = {
+        name
+        for other in graph.layer
+        if isinstance(other.dims, AttentionDims) and other.kind is not OpKind.ROPE_APPEND
+        for name in other.writes
+    }
+    return not written.isdisjoint(op.reads)
+
+
+def _parts(graph: OpGraph, op: Operation, num_gpus: int, exchange: Exchange) -> Iterator[Operation]:
+    """What one GPU does for an operation of the whole layer, in order."""
+    if op.kind is OpKind.LINEAR_ADD and isinstance(op.dims, LinearDims):
+        if exchange is Exchange.ALL_GATHER and reads_attention(graph, op):
+            yield _collective(
+                OpKind.ALL_GATHER, f"{op.name}_input_all_gather", op.reads[0], op.dims.in_features, num_gpus
+            )
+            yield _cut_columns(op, num_gpus)
+            yield _collective(OpKind.ALL_GATHER, f"{op.name}_all_gather", op.writes[0], op.dims.out_features, num_gpus)
+        else:
+            yield replace(op, dims=replace(op.dims, in_features=_share(op, op.dims.in_features, num_gpus)))
+            yield _collective(OpKind.ALL_REDUCE, f"{op.name}_all_reduce", op.writes[0], op.dims.out_features, num_gpus)
+    elif isinstance(op.dims, LinearDims):
+        is_qkv = op.dims.out_features == graph.attention.q_width + 2 * graph.attention.kv_width
+        yield _cut_heads(op, graph.attention, num_gpus) if is_qkv else _cut_columns(op, num_gpus)
+    elif isinstance(op.dims, AttentionDims):
+        yield replace(op, dims=_fewer_heads(op.dims, num_gpus))
+    elif isinstance(op.dims, RowDims) and op.kind is OpKind.SWIGLU:
+        yield replace(op, dims=RowDims(width=_share(op, op.dims.width, num_gpus)))
+    else:
+        yield op
+
+
+def _collective(kind: OpKind, name: str, tensor: str, width: int, num_gpus: int) -> Operation:
+    dims = CollectiveDims(width=width, num_gpus=num_gpus)
+    return Operation(name=name, kind=kind, resource=Resource.NETWORK, reads=(tensor,), writes=(tensor,), dims=dims)
+
+
+def _cut_columns(op: Operation, num_gpus: int) -> Operation:
+    assert isinstance(op.dims, LinearDims)
+    return replace(op, dims=replace(op.dims, out_features=_share(op, op.dims.out_features, num_gpus)))
+
+
+def _cut_heads(op: Operation, attention: AttentionDims, num_gpus: int) -> Operation:
+    assert isinstance(op.dims, LinearDims)
+    fewer = _fewer_heads(attention, num_gpus)
+    return replace(op, dims=replace(op.dims, out_features=fewer.q_width + 2 * fewer.kv_width))
+
+
+def _fewer_heads(dims: AttentionDims, num_gpus: int) -> AttentionDims:
+    """Heads of keys are repeated where there are fewer of them than GPUs."""
+    return replace(dims, num_heads=dims.num_heads // num_gpus, num_kv_heads=max(dims.num_kv_heads // num_gpus, 1))
+
+
+def _share(op: Operation, features: int, num_gpus: int) -> int:
+    if features % num_gpus:
+        raise GraphError(f"operation {op.name!r}: {features} features cannot be dealt out to {num_gpus} GPUs")
+    return features // num_gpus
