@@ -1,85 +1,220 @@
-"""Profiling a tiny model on a CPU: which points there are, and that each is the cost of one layer."""
+"""Profiling a tiny model on a CPU: which points there are, what each stands for, and going on with a stored profile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanoflow.cost.table import SAMPLING, CostTable, Point, Profile, ProfileError
+from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
-from nanoflow.profiler import alone, site
-from nanoflow.profiler.alone import Sizes, Task, measure_alone, tasks
+from nanoflow.profiler import alone, profile, site
+from nanoflow.profiler.alone import measure_alone
+from nanoflow.profiler.pairs import balanced_counts, pair_tasks, queue_order
+from nanoflow.profiler.profile import Job, new_job, run_job
+from nanoflow.profiler.setup import check_same_machine
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import SPANS, Span, Sustained
+from nanoflow.profiler.work import Sizes, Task, num_chunks, tasks
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 23,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+}
 SIZES = Sizes(
     max_tokens=48,
     step=16,
+    row_tokens=(16, 48),
+    head_rows=(1, 16),
+    sampled_rows=(4,),
     decode_requests=(2, 40, 64),
     decode_contexts=(20, 500),
-    prefill_tokens=(8,),
+    prefill_tokens=(8, 48),
     prefill_before=(0, 24),
+    prefill_chunk=16,
     max_cache_bytes=160_000,
 )
-SITE = Site(
-    graph=build_graph(
-        parse(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "vocab_size": 23,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 1024,
-                "rms_norm_eps": 1e-5,
-            }
-        ),
-        None,
-    ),
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    page_size=16,
-)
+SITE = Site(graph=build_graph(parse(CONFIG), None), device=torch.device("cpu"), dtype=torch.float32, page_size=16)
+
+
+@pytest.fixture(autouse=True)
+def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPANS, "cpu", Span(settle_s=0.0, measure_s=0.001))
 
 
 def test_every_operation_has_its_points() -> None:
     found = tasks(SITE, SIZES)
-    assert {task.operation for task in found} == {op.name for op in SITE.graph.layer}
+    graph = SITE.graph
+    assert {task.operation for task in found} == {op.name for _, ops in graph.sections() for op in ops} | {SAMPLING}
     of = {
-        name: [(task.num_tokens, task.context) for task in found if task.operation == name]
-        for name in ("qkv_proj", "decode_attention", "prefill_attention")
+        name: [(t.num_tokens, t.context) for t in found if t.operation == name] for name in {t.operation for t in found}
     }
     assert of["qkv_proj"] == [(16, 0), (32, 0), (48, 0)]
+    assert of["lm_head"] == [(1, 0), (16, 0)]
     # 64 requests exceed the budget, 40 of 500 keys (2 x 40 x 500 x 16 x 4 bytes) the memory.
     assert of["decode_attention"] == [(2, 20), (2, 500), (40, 20)]
-    assert of["prefill_attention"] == [(8, 8), (8, 32)]
+    # 48 tokens are three chunks of 16: each token sees 8.5 of its own.
+    assert of["prefill_attention"] == [(8, 4.5), (8, 28.5), (48, 8.5), (48, 32.5)]
 
 
-def test_all_points_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SPANS, "cpu", Span(settle_s=0.0, measure_s=0.001))
+def test_products_are_dense_up_to_2048_tokens_and_coarser_above() -> None:
+    found = [t.num_tokens for t in tasks(SITE, Sizes(max_tokens=8192)) if t.operation == "qkv_proj"]
+    assert found == [*range(128, 2049, 128), 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192]
+
+
+@pytest.mark.parametrize("budget", [1, 64, 100, 2048, 3000])
+def test_the_budget_is_covered(budget: int) -> None:
+    found = tasks(SITE, Sizes(max_tokens=budget))
+    assert max(task.num_tokens for task in found if task.operation == "qkv_proj") == budget
+    assert all(task.num_tokens <= budget for task in found)
+    assert {task.operation for task in found} >= {op.name for _, ops in SITE.graph.sections() for op in ops}
+
+
+def test_all_points_can_be_measured() -> None:
     wanted = tasks(SITE, SIZES)
-    measured = dict(measure_alone(SITE, wanted))
-    assert set(measured) == set(wanted)
-    assert all(point.time_s > 0 and point.energy_j is None for point in measured.values())
+    measured = list(measure_alone(SITE, wanted))
+    assert {point.key for point in measured} == {task.key for task in wanted}
+    assert all(point.time_s > 0 and point.energy_j is None for point in measured)
 
 
 @pytest.mark.parametrize("min_data_bytes", [1, 1 << 40], ids=["one layer", "all layers"])
-def test_a_point_is_of_one_layer(monkeypatch: pytest.MonkeyPatch, min_data_bytes: int) -> None:
-    def microsecond_a_layer(work: Callable[[], None], _device: object) -> Sustained:
+def test_a_point_is_of_one_call(monkeypatch: pytest.MonkeyPatch, min_data_bytes: int) -> None:
+    def microsecond_a_call(work: Callable[[], None], _device: object, _span: object) -> Sustained:
         calls.clear()
         work()
         return Sustained(time_s=len(calls) * 1e-6, energy_j=len(calls) * 2.0, spread=0.0, clock_mhz=None)
 
     calls: list[object] = []
-    monkeypatch.setattr(alone, "sustained", microsecond_a_layer)
+    monkeypatch.setattr(alone, "sustained", microsecond_a_call)
     monkeypatch.setattr(site, "_MIN_DATA_BYTES", min_data_bytes)
     monkeypatch.setattr(Workspace, "run_whole", lambda *args: calls.append(args))
-    for _, point in measure_alone(
-        SITE, [Task(operation="qkv_proj", num_tokens=16), Task(operation="decode_attention", num_tokens=2, context=20)]
-    ):
+    wanted = [
+        Task(operation="qkv_proj", num_tokens=16),
+        Task(operation="lm_head", num_tokens=16),
+        Task(operation="decode_attention", num_tokens=2, num_requests=2, before=19),
+    ]
+    for point in measure_alone(SITE, wanted):
         assert [point.time_s, point.energy_j] == pytest.approx([1e-6, 2.0])
+
+
+def job(path: Path, *, is_fresh: bool = False, dtype: torch.dtype = torch.float32) -> Job:
+    return new_job("tiny", CONFIG, device=torch.device("cpu"), dtype=dtype, sizes=SIZES, path=path, is_fresh=is_fresh)
+
+
+def test_a_profile_is_written_as_it_grows_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception): ...
+
+    def stops(*args: object) -> list[Point]:
+        def points() -> object:
+            for number, point in enumerate(measure_alone(*args)):  # type: ignore[arg-type]
+                if number == 7:
+                    raise Stopped
+                yield point
+
+        return points()  # type: ignore[return-value]
+
+    path = tmp_path / "deep" / "profile.json"
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(profile, "measure_alone", stops)
+        run_job(job(path), path)
+    first = Profile.load(path)
+    assert len(first.points) == 5
+    continued = job(path)
+    assert len(continued.wanted()) == len(tasks(SITE, SIZES)) - 5
+    whole = run_job(continued, path)
+    assert Profile.load(path) == whole and whole.points[:5] == first.points
+    assert len(job(path).wanted()) == 0 and len(job(path, is_fresh=True).wanted()) == len(tasks(SITE, SIZES))
+    assert CostTable(whole, SITE.graph).cost("lm_head", 3).time_s > 0
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_a_profile_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    made = job(path).profile
+    profile.write_profile(made, path)
+    with pytest.raises(ProfileError, match=r"dtype float32, not bfloat16: name another file or give --fresh"):
+        job(path, dtype=torch.bfloat16)
+    profile.write_profile(replace(made, setup=replace(made.setup, gpu="H20")), path)
+    with pytest.raises(ProfileError, match=r"made with gpu H20, here it is cpu"):
+        job(path)
+    profile.write_profile(replace(made, setup=replace(made.setup, software={"torch": "1"})), path)
+    with pytest.raises(ProfileError, match=r"made with software"):
+        job(path)
+
+
+def test_another_driver_is_the_same_machine_but_an_estimate_is_none(tmp_path: Path) -> None:
+    made = job(tmp_path / "none").profile
+    check_same_machine(replace(made, setup=replace(made.setup, driver="1")), made.setup)
+    with pytest.raises(ProfileError, match="made with power_limit_w 300"):
+        check_same_machine(replace(made, setup=replace(made.setup, power_limit_w=300.0)), made.setup)
+    with pytest.raises(ProfileError, match="is an estimate for cpu"):
+        check_same_machine(replace(made, setup=replace(made.setup, is_measured=False)), made.setup)
+
+
+def test_the_gap_is_what_a_layer_takes_beyond_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "profile.json"
+    begun = job(path)
+    layer = [op.name for op in SITE.graph.layer if op.name != "decode_attention"]
+    points = tuple(
+        Point(operation=name, num_tokens=48, context=context, time_s=time_s)
+        for name in layer
+        for context, time_s in (((8.5, 2e-3), (32.5, 9e-3)) if name == "prefill_attention" else ((0.0, 1e-3),))
+    )
+    monkeypatch.setattr(profile, "measure_layer", lambda *_: (len(layer) + 1) * 1e-3 + len(layer) * 5e-6)
+    assert profile.launch_gap_s(begun, replace(begun.profile, points=points)) == pytest.approx(5e-6)
+    assert profile.launch_gap_s(begun, begun.profile) is None
+
+
+def test_partitions_are_rounded_to_groups_of_multiprocessors() -> None:
+    assert [partition_sms(132, 1 - second / 132) for second in (16, 32, 48, 64, 80)] == [
+        (116, 16),
+        (100, 32),
+        (84, 48),
+        (68, 64),
+        (52, 80),
+    ]
+    assert partition_sms(132, 0.5) == (68, 64)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.99, 0.01])
+def test_a_share_that_leaves_nothing_says_what_would_do(share: float) -> None:
+    with pytest.raises(LaneError, match=r"of 132 SMs.*(reduce it to 0\.94|raise it to 0\.09)") as error:
+        partition_sms(132, share)
+    limit = float(str(error.value).split("it to ")[1].split(" ")[0])
+    # The share that it names is one that can be had.
+    assert min(partition_sms(132, limit)) >= 8
+
+
+def test_a_cpu_has_no_partitions_and_no_pairs() -> None:
+    with pytest.raises(LaneError, match="'cpu' has no SMs"):
+        partition_pair(torch.device("cpu"), 0.5)
+    assert pair_tasks(SITE, 1024, 132) == []
+
+
+def test_counts_let_both_lanes_end_together() -> None:
+    # Ten calls took 1 s on one lane and 0.5 s on the other: in 2 s they do 20 and 40.
+    assert balanced_counts((10, 10), (1.0, 0.5), 2.0) == (20, 40)
+    assert balanced_counts((1,), (5.0,), 1.0) == (1,)
+
+
+def test_lanes_are_fed_in_turns() -> None:
+    order = queue_order((2, 4))
+    assert sorted(order) == [0, 0, 1, 1, 1, 1] and order == [1, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("num_tokens", "count"), [(8, 1), (512, 1), (2048, 4), (1000, 2), (1025, 5)])
+def test_prefills_are_equal_chunks(num_tokens: int, count: int) -> None:
+    assert num_chunks(num_tokens, 512) == count

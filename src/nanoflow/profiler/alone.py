@@ -1,141 +1,148 @@
-"""Each operation of a layer alone on the device, at every size that a plan may ask for.
+"""Each operation of a model alone on the whole device, as points of a profile.
 
-Products and row-wise operations are measured at multiples of a step up to the token budget, so that the borders of
-waves are visible; attentions also over contexts. A task that has been measured is not measured again, so a profile can
-be resumed. Two operations side by side are another file's business.
+What to measure is `work.py`'s, how long `sustained.py`'s. Two operations side by side are `pairs.py`'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanoflow.batch import DenseBatch
+from nanoflow.cost.table import SAMPLING, Point
 from nanoflow.executor.buffers import Workspace
-from nanoflow.graph.operation import Operation, OpKind
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.executor.sampler import Sampler
+from nanoflow.graph.operation import LinearDims, Operation, OpKind, Scope
+from nanoflow.kernels.dispatch import Kernels
 from nanoflow.models.weights import Weights, random_weights
 from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace, shortened
-from nanoflow.profiler.sustained import Sustained, sustained
-
-_ATTENTIONS = (OpKind.DECODE_ATTENTION, OpKind.PREFILL_ATTENTION)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What to measure.
-
-    Attributes:
-        max_tokens: The token budget.
-        step: Products and row-wise operations at each multiple of it.
-        decode_requests, decode_contexts: Decode attention at each pair: requests, keys of each.
-        prefill_tokens, prefill_before: Prefill attention at each pair: tokens of one chunk, keys before it.
-        max_cache_bytes: Pairs whose keys and values of one layer take more are left out.
-    """
-
-    max_tokens: int
-    step: int = 128
-    decode_requests: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024)
-    decode_contexts: tuple[int, ...] = (256, 1024, 4096)
-    prefill_tokens: tuple[int, ...] = (128, 512, 1024, 2048)
-    prefill_before: tuple[int, ...] = (0, 1024, 4096)
-    max_cache_bytes: int = 16 << 30
+from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
+from nanoflow.profiler.work import Task, cache_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One point of a profile.
+class Prepared:
+    """An operation with tensors to run on.
 
     Attributes:
-        operation: Name in the layer.
-        num_tokens: Tokens it works on.
-        context: Keys that an attention reads for each request, its own tokens among them; 0 for other operations.
+        op: The operation.
+        workspace: Its tensors.
+        batch: What it is run on.
+        num_calls: Layers that `work` goes through, so calls of the operation.
     """
 
-    operation: str
-    num_tokens: int
-    context: int = 0
+    op: Operation
+    workspace: Workspace
+    batch: DenseBatch
+    num_calls: int
+
+    def work(self, kernels: Kernels | None = None) -> Work:
+        """The operation in every layer, or once outside of the layers; with other kernels if any are given."""
+        workspace = self.workspace
+        if kernels is not None:
+            workspace = replace(workspace, model=replace(workspace.model, kernels=kernels))
+        if self.num_calls == workspace.model.graph.num_layers:
+            return over_layers(workspace, (self.op,), self.batch)
+        builder = InputBuilder(workspace.model.graph.rope, num_rows=self.batch.num_requests, device=self.device)
+        inputs = builder.build(self.batch)
+        return lambda: workspace.run_whole((self.op,), inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.workspace.model.device
 
 
-def tasks(site: Site, sizes: Sizes) -> list[Task]:
-    """Every point, those of one operation together, small sizes first."""
-    found: list[Task] = []
-    for op in site.graph.layer:
-        if op.kind in _ATTENTIONS:
-            found += [
-                task for task in _attention_tasks(op, sizes) if _cache_bytes(site, op, task) <= sizes.max_cache_bytes
-            ]
-        else:
-            counts = range(sizes.step, sizes.max_tokens + 1, sizes.step)
-            found += [Task(operation=op.name, num_tokens=count) for count in counts]
-    return found
-
-
-def measure_alone(site: Site, wanted: Collection[Task]) -> Iterator[tuple[Task, Sustained]]:
-    """The cost of each task in one layer, as soon as it is known."""
-    operations = {op.name: op for op in site.graph.layer}
-    rows = [task for task in wanted if operations[task.operation].kind not in _ATTENTIONS]
+@torch.inference_mode()
+def measure_alone(site: Site, wanted: Collection[Task], span: Span | None = None) -> Iterator[Point]:
+    """The point of each task, as soon as it is known; attentions last."""
+    rows = [task for task in wanted if not task.num_requests]
     if rows:
-        workspace = _layers_with_weights(site, max(task.num_tokens for task in rows))
+        last = {SAMPLING, *(op.name for op in site.graph.epilogue)}
+        num_rows = max((task.num_tokens for task in rows if task.operation in last), default=1)
+        workspace = rows_workspace(site, max(task.num_tokens for task in rows), num_rows)
         for task in rows:
-            batch = equal_requests(1, 0, task.num_tokens, site.page_size)
-            yield task, _per_layer(site, workspace, operations[task.operation], batch)
+            yield _row_point(site, workspace, task, span)
         del workspace
     for task in wanted:
-        op = operations[task.operation]
-        if op.kind in _ATTENTIONS:
-            yield task, _attention(site, op, task)
+        if task.num_requests:
+            yield _point(task, prepare_attention(site, task), span)
 
 
-def _attention_tasks(op: Operation, sizes: Sizes) -> Iterator[Task]:
-    if op.kind is OpKind.DECODE_ATTENTION:
-        pairs = [(count, context) for count in sizes.decode_requests for context in sizes.decode_contexts]
-    else:
-        pairs = [(count, before + count) for count in sizes.prefill_tokens for before in sizes.prefill_before]
-    for num_tokens, context in pairs:
-        if num_tokens <= sizes.max_tokens:
-            yield Task(operation=op.name, num_tokens=num_tokens, context=context)
-
-
-def _cache_bytes(site: Site, op: Operation, task: Task) -> int:
-    """Keys and values of one layer that a task reads."""
-    num_requests = task.num_tokens if op.kind is OpKind.DECODE_ATTENTION else 1
-    return 2 * num_requests * task.context * site.graph.attention.kv_width * site.dtype.itemsize
-
-
-def _layers_with_weights(site: Site, num_tokens: int) -> Workspace:
-    elements = sum(parameter.num_elements for parameter in site.graph.layer_parameters)
-    graph = shortened(site.graph, elements * site.dtype.itemsize)
+def rows_workspace(site: Site, num_tokens: int, num_rows: int = 1) -> Workspace:
+    """Tensors for all operations but attentions, in so many layers that no product finds its weights in a cache."""
+    products = [op.dims for op in site.graph.layer if isinstance(op.dims, LinearDims)]
+    smallest = min(dims.in_features * dims.out_features for dims in products)
+    graph = shortened(site.graph, smallest * site.dtype.itemsize)
     weights = random_weights(graph, site.dtype, site.device, seed=0)
     num_pages = -(-num_tokens // site.page_size)
-    return random_workspace(site, graph, weights, num_pages=num_pages, num_tokens=num_tokens, num_rows=1)
+    return random_workspace(site, graph, weights, num_pages=num_pages, num_tokens=num_tokens, num_rows=num_rows)
 
 
-def _attention(site: Site, op: Operation, task: Task) -> Sustained:
+def prepare_row(site: Site, workspace: Workspace, name: str, num_tokens: int) -> Prepared:
+    """An operation of a row workspace on so many tokens, or rows after the last layer."""
+    op = next(op for _, section in site.graph.sections() for op in section if op.name == name)
+    is_of_layer = op in site.graph.layer
+    if op.scope is Scope.SAMPLED:
+        batch = equal_requests(num_tokens, 0, 1, site.page_size, is_decode=True)
+    else:
+        batch = equal_requests(1, 0, num_tokens, site.page_size)
+    num_calls = workspace.model.graph.num_layers if is_of_layer else 1
+    return Prepared(op=op, workspace=workspace, batch=batch, num_calls=num_calls)
+
+
+def prepare_attention(site: Site, task: Task) -> Prepared:
+    """An attention on keys and values of its own, in so many layers that they leave every cache."""
+    op = next(op for op in site.graph.layer if op.name == task.operation)
+    now = task.num_tokens // task.num_requests
     is_decode = op.kind is OpKind.DECODE_ATTENTION
-    now = 1 if is_decode else task.num_tokens
-    num_requests = task.num_tokens if is_decode else 1
-    requests = equal_requests(num_requests, task.context - now, now, site.page_size, is_decode=is_decode)
-    graph = shortened(site.graph, _cache_bytes(site, op, task))
+    batch = equal_requests(task.num_requests, task.before, now, site.page_size, is_decode=is_decode)
+    graph = shortened(site.graph, cache_bytes(site, task))
     workspace = random_workspace(
         site,
         graph,
         Weights(shared={}, layers=({},) * graph.num_layers),
-        num_pages=requests.page_tables.size,
-        num_tokens=requests.num_tokens,
-        num_rows=num_requests,
+        num_pages=batch.page_tables.size,
+        num_tokens=batch.num_tokens,
+        num_rows=1,
     )
-    return _per_layer(site, workspace, op, requests)
+    return Prepared(op=op, workspace=workspace, batch=batch, num_calls=graph.num_layers)
 
 
-@torch.inference_mode()
-def _per_layer(site: Site, workspace: Workspace, op: Operation, batch: DenseBatch) -> Sustained:
-    measured = sustained(over_layers(workspace, (op,), batch), site.device)
-    num_layers = workspace.model.graph.num_layers
-    return Sustained(
-        time_s=measured.time_s / num_layers,
-        energy_j=None if measured.energy_j is None else measured.energy_j / num_layers,
+def per_call(measured: Sustained, num_calls: int) -> Sustained:
+    """The cost of one of several calls."""
+    energy_j = None if measured.energy_j is None else measured.energy_j / num_calls
+    return replace(measured, time_s=measured.time_s / num_calls, energy_j=energy_j)
+
+
+def _row_point(site: Site, workspace: Workspace, task: Task, span: Span | None) -> Point:
+    if task.operation != SAMPLING:
+        return _point(task, prepare_row(site, workspace, task.operation, task.num_tokens), span)
+    sampler = Sampler(num_rows=task.num_tokens, vocab_size=site.graph.vocab_size, device=site.device)
+    batch = equal_requests(task.num_tokens, 0, 1, site.page_size, is_decode=True)
+    logits = workspace.tensors["logits"][: task.num_tokens]
+
+    def work() -> None:
+        sampler.sample(batch, logits)
+
+    return _as_point(task, sustained(work, site.device, span))
+
+
+def _point(task: Task, prepared: Prepared, span: Span | None) -> Point:
+    measured = sustained(prepared.work(), prepared.device, span)
+    return _as_point(task, per_call(measured, prepared.num_calls))
+
+
+def _as_point(task: Task, measured: Sustained) -> Point:
+    return Point(
+        operation=task.operation,
+        num_tokens=task.num_tokens,
+        context=task.context,
+        time_s=measured.time_s,
+        energy_j=measured.energy_j,
         spread=measured.spread,
         clock_mhz=measured.clock_mhz,
     )

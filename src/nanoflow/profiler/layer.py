@@ -1,0 +1,22 @@
+"""A layer's operations one after the other, as a plan without overlap runs them: what gaps between them take."""
+
+from __future__ import annotations
+
+import torch
+
+from nanoflow.models.weights import random_weights
+from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace, shortened
+from nanoflow.profiler.sustained import Span, sustained
+
+
+@torch.inference_mode()
+def measure_layer(site: Site, num_tokens: int, num_requests: int, span: Span | None = None) -> float:
+    """Seconds of one layer on a batch of equal prefill requests without keys before them."""
+    batch = equal_requests(num_requests, 0, num_tokens // num_requests, site.page_size)
+    elements = sum(parameter.num_elements for parameter in site.graph.layer_parameters)
+    graph = shortened(site.graph, elements * site.dtype.itemsize)
+    weights = random_weights(graph, site.dtype, site.device, seed=0)
+    workspace = random_workspace(
+        site, graph, weights, num_pages=batch.page_tables.size, num_tokens=num_tokens, num_rows=1
+    )
+    return sustained(over_layers(workspace, graph.layer, batch), site.device, span).time_s / graph.num_layers

@@ -1,0 +1,287 @@
+"""Two operations side by side on two lanes, and one on a part of the device: what each gets, and what both take.
+
+Each operation is repeated back to back on its lane, as a CUDA graph captured there, for the whole window. The counts
+are chosen so that both end together; a first, shorter round settles power and clocks and corrects them. What an
+operation takes alone on the whole device is measured here too, at the same sizes. Collectives are left out: they need
+a second GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from nanoflow.cost.table import PairPoint, Point
+from nanoflow.device.energy import gpu_energy_j
+from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
+from nanoflow.graph.operation import Operation, OpKind
+from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.plan.plan import Mechanism
+from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
+from nanoflow.profiler.kept import kernels_on
+from nanoflow.profiler.site import Site
+from nanoflow.profiler.sustained import SPANS, Span, Sustained, sustained
+from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
+
+_PRODUCTS = ("gate_up_proj", "qkv_proj", "down_proj")
+_FIRST_TOKENS = 1024
+_DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
+# SMs of the second lane, multiples of `SM_GROUP`.
+SECOND_SMS = (16, 32, 48, 64, 80)
+PART_SMS = (16, 40, 64, 88, 112)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairTask:
+    """Two operations on two lanes; `second_sms` is None on plain streams, else the SMs of the second one."""
+
+    first: Task
+    second: Task
+    second_sms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartTask:
+    """An operation alone on so many SMs; a product gets what a group of the others leaves."""
+
+    task: Task
+    num_sms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneRun:
+    """Work captured on a lane.
+
+    Attributes:
+        stream: The lane's.
+        replay: Queues the work once, on the current stream.
+    """
+
+    stream: torch.cuda.Stream
+    replay: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """What lanes did in a window.
+
+    Attributes:
+        lanes_s: From the start to the end of each lane's own work.
+        energy_j: The device's, until the last lane ended; None if it has no counter.
+    """
+
+    lanes_s: tuple[float, ...]
+    energy_j: float | None
+
+
+def balanced_counts(counts: Sequence[int], lanes_s: Sequence[float], window_s: float) -> tuple[int, ...]:
+    """How often each lane shall work to be done at about the same time, after `window_s`; at least once."""
+    return tuple(max(1, math.ceil(window_s * count / lane_s)) for count, lane_s in zip(counts, lanes_s, strict=True))
+
+
+def queue_order(counts: Sequence[int]) -> list[int]:
+    """Lanes in the order in which their work is queued, so that all start and stay fed: by the part that is queued."""
+    turns = [((turn + 0.5) / count, lane) for lane, count in enumerate(counts) for turn in range(count)]
+    return [lane for _, lane in sorted(turns)]
+
+
+def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
+    """Products and prefill attention beside decode attention; nothing where partitions cannot be had."""
+    if site.device.type != "cuda":
+        return []
+    num_tokens = min(_FIRST_TOKENS, max_tokens)
+    attentions = {op.kind: _attention(op, max_tokens) for op in site.graph.layer if op.kind in ATTENTIONS}
+    second = attentions[OpKind.DECODE_ATTENTION]
+    firsts = [Task(operation=op.name, num_tokens=num_tokens) for op in site.graph.layer if op.name in _PRODUCTS]
+    firsts.append(attentions[OpKind.PREFILL_ATTENTION])
+    found = []
+    for first in firsts:
+        can_divide = bool(first.num_requests) or _can_keep_products(site)
+        parts = [count for count in SECOND_SMS if count < num_sms] if can_divide else []
+        found += [PairTask(first=first, second=second, second_sms=count) for count in (None, *parts)]
+    return found
+
+
+def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
+    """Both attentions and one product on parts of the device."""
+    if site.device.type != "cuda":
+        return []
+    num_tokens = min(_FIRST_TOKENS, max_tokens)
+    found = [
+        PartTask(task=_attention(op, max_tokens), num_sms=n)
+        for op in site.graph.layer
+        if op.kind in ATTENTIONS
+        for n in PART_SMS
+        if n < num_sms
+    ]
+    if _can_keep_products(site):
+        product = next(op for op in site.graph.layer if op.name in _PRODUCTS)
+        task = Task(operation=product.name, num_tokens=num_tokens)
+        found += [PartTask(task=task, num_sms=num_sms - n) for n in PART_SMS if n < num_sms]
+    return found
+
+
+@torch.inference_mode()
+def measure_pairs(site: Site, wanted: Collection[PairTask], span: Span | None = None) -> Iterator[PairPoint]:
+    """The point of each pair, as soon as it is known; pairs of the same operations share their tensors."""
+    span = span or SPANS["cuda"]
+    prepared: dict[Task, tuple[Prepared, Sustained]] = {}
+    for pair in wanted:
+        # Tensors of one pair at a time: keys of many requests are gigabytes.
+        prepared = {task: known for task, known in prepared.items() if task in (pair.first, pair.second)}
+        for task in (pair.first, pair.second):
+            if task not in prepared:
+                work = _prepare(site, task)
+                prepared[task] = work, per_call(sustained(work.work(), site.device, span), work.num_calls)
+        yield _pair_point(site, pair, prepared[pair.first], prepared[pair.second], span)
+
+
+@torch.inference_mode()
+def measure_parts(site: Site, wanted: Collection[PartTask], span: Span | None = None) -> Iterator[Point]:
+    """The point of each operation on a part of the device, as soon as it is known."""
+    span = span or SPANS["cuda"]
+    task, prepared = None, None
+    for part in wanted:
+        if prepared is None or task != part.task:
+            prepared = None
+            task, prepared = part.task, _prepare(site, part.task)
+        yield _part_point(site, part, prepared, span)
+
+
+def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.device) -> Window:
+    """Run each lane's work so many times, all lanes at once; afterwards the device is idle."""
+    torch.cuda.synchronize(device)
+    start_j = gpu_energy_j(device.index or 0)
+    gate = _event()
+    gate.record(torch.cuda.current_stream(device))
+    stops = [_event() for _ in runs]
+    for run in runs:
+        run.stream.wait_event(gate)
+    for lane in queue_order(counts):
+        with torch.cuda.stream(runs[lane].stream):
+            runs[lane].replay()
+    for run, stop in zip(runs, stops, strict=True):
+        stop.record(run.stream)
+    torch.cuda.synchronize(device)
+    stop_j = gpu_energy_j(device.index or 0)
+    return Window(
+        lanes_s=tuple(gate.elapsed_time(stop) / 1e3 for stop in stops),
+        energy_j=None if start_j is None or stop_j is None else stop_j - start_j,
+    )
+
+
+def captured_on(lane: LaneStream, prepared: Prepared, *, is_kept: bool) -> LaneRun:
+    """An operation as a CUDA graph captured on a lane; with `is_kept`, products keep to the lane's SMs."""
+    kernels = prepared.workspace.model.kernels
+    # What the host prepares is queued on the current stream and must be there before.
+    work = prepared.work(kernels_on(kernels, lane.num_sms) if is_kept else None)
+    torch.cuda.synchronize(prepared.device)
+    with torch.cuda.stream(lane.stream):
+        work()
+    torch.cuda.synchronize(prepared.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=lane.stream):
+        work()
+    return LaneRun(stream=lane.stream, replay=graph.replay)
+
+
+def _pair_point(
+    site: Site, pair: PairTask, first: tuple[Prepared, Sustained], second: tuple[Prepared, Sustained], span: Span
+) -> PairPoint:
+    sides = (first, second)
+    first_lane, second_lane = _lanes(site.device, pair.second_sms)
+    with closing(first_lane), closing(second_lane):
+        is_kept = pair.second_sms is not None and not pair.first.num_requests
+        runs = (
+            captured_on(first_lane, first[0], is_kept=is_kept),
+            captured_on(second_lane, second[0], is_kept=False),
+        )
+        alone_s = [known.time_s * work.num_calls for work, known in sides]
+        counts = balanced_counts((1, 1), [2 * time_s for time_s in alone_s], span.settle_s)
+        settled = run_window(runs, counts, site.device)
+        counts = balanced_counts(counts, settled.lanes_s, span.measure_s)
+        window = run_window(runs, counts, site.device)
+        share = first_lane.share
+        # Graphs go before the SMs that they were captured on.
+        del runs
+    performances = [
+        time_s * count / lane_s for time_s, count, lane_s in zip(alone_s, counts, window.lanes_s, strict=True)
+    ]
+    alone_j = [
+        None if known.energy_j is None else known.energy_j * work.num_calls * count
+        for (work, known), count in zip(sides, counts, strict=True)
+    ]
+    known_j = [energy_j for energy_j in alone_j if energy_j is not None]
+    is_known = window.energy_j is not None and len(known_j) == len(alone_j)
+    return PairPoint(
+        first=pair.first.operation,
+        second=pair.second.operation,
+        first_tokens=pair.first.num_tokens,
+        second_tokens=pair.second.num_tokens,
+        second_context=pair.second.context,
+        mechanism=Mechanism.STREAM if pair.second_sms is None else Mechanism.PARTITION,
+        # On plain streams the share is what the first one got.
+        share=min(max(round(performances[0], 2), 0.01), 0.99) if pair.second_sms is None else share,
+        first_performance=performances[0],
+        second_performance=performances[1],
+        energy_ratio=window.energy_j / sum(known_j) if is_known and window.energy_j is not None else None,
+        power_w=None if window.energy_j is None else window.energy_j / max(window.lanes_s),
+    )
+
+
+def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> Point:
+    total = torch.cuda.get_device_properties(site.device).multi_processor_count
+    is_product = not part.task.num_requests
+    lanes = partition_pair(site.device, part.num_sms / total if is_product else 1.0 - part.num_sms / total)
+    with closing(lanes[0]), closing(lanes[1]):
+        lane = lanes[0] if is_product else lanes[1]
+        run = captured_on(lane, prepared, is_kept=is_product)
+        once = run_window((run,), (1,), site.device)
+        settled = run_window((run,), balanced_counts((1,), once.lanes_s, span.settle_s), site.device)
+        (count,) = balanced_counts(balanced_counts((1,), once.lanes_s, span.settle_s), settled.lanes_s, span.measure_s)
+        window = run_window((run,), (count,), site.device)
+        num_calls, share = count * prepared.num_calls, lane.share
+        del run
+    return Point(
+        operation=part.task.operation,
+        num_tokens=part.task.num_tokens,
+        context=part.task.context,
+        mechanism=Mechanism.PARTITION,
+        share=share,
+        time_s=window.lanes_s[0] / num_calls,
+        energy_j=None if window.energy_j is None else window.energy_j / num_calls,
+    )
+
+
+def _lanes(device: torch.device, second_sms: int | None) -> tuple[LaneStream, LaneStream]:
+    if second_sms is None:
+        return plain_stream(device), plain_stream(device)
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    return partition_pair(device, 1.0 - second_sms / total)
+
+
+def _prepare(site: Site, task: Task) -> Prepared:
+    if task.num_requests:
+        return prepare_attention(site, task)
+    return prepare_row(site, rows_workspace(site, task.num_tokens), task.operation, task.num_tokens)
+
+
+def _attention(op: Operation, max_tokens: int) -> Task:
+    """The attention of the pairs."""
+    if op.kind is OpKind.DECODE_ATTENTION:
+        return decode_task(op, min(_DECODE_REQUESTS, max_tokens), _DECODE_CONTEXT)
+    num_tokens = min(_FIRST_TOKENS, max_tokens)
+    return prefill_task(op, num_tokens, 0, num_tokens)
+
+
+def _can_keep_products(site: Site) -> bool:
+    """Whether the kernels of `kept.py` take the model: those of a fused graph do."""
+    return OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

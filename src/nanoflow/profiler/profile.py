@@ -1,0 +1,252 @@
+"""A whole profile of a model on this machine: everything that is missing in its file, measured and written there.
+
+The file is replaced at once every few points, so a run that is interrupted is continued by the next one. What is
+measured stands in `work.py` and `pairs.py`; what a profile is, in `cost/table.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoflow.cost.table import PairPoint, Point, Profile, ProfileError, Setup, merged
+from nanoflow.graph.fuse import fuse_swiglu
+from nanoflow.graph.operation import OpKind
+from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.models.config import parse
+from nanoflow.models.registry import build_graph
+from nanoflow.plan.plan import Mechanism
+from nanoflow.profiler.alone import measure_alone
+from nanoflow.profiler.layer import measure_layer
+from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
+from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
+from nanoflow.profiler.site import Site
+from nanoflow.profiler.sustained import SPANS, Span
+from nanoflow.profiler.work import Sizes, Task, num_chunks, tasks
+
+_WRITE_EVERY = 5
+# Host work between two iterations that no lane hides, as seen with asynchronous scheduling on one H200; not measured.
+ITERATION_GAP_S = 100e-6
+# What a point takes beside settling and measuring: tensors, a capture, compilation now and then.
+_PREPARE_S = {"cuda": 0.1, "cpu": 0.02}
+# A pair is measured alone and together, and half of the pairs share what is measured alone.
+_PAIR_SPANS = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a profile still lacks."""
+
+    alone: Sequence[Task]
+    parts: Sequence[PartTask]
+    pairs: Sequence[PairTask]
+
+    def __len__(self) -> int:
+        return len(self.alone) + len(self.parts) + len(self.pairs)
+
+    def estimate_s(self, device: torch.device, span: Span) -> float:
+        """About how long it takes."""
+        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs)
+        return spans * (span.settle_s + span.measure_s + _PREPARE_S[device.type])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A profile to be made.
+
+    Attributes:
+        site: Where and with what to measure; its graph is fused where that is what runs.
+        sizes: What to measure.
+        profile: What there is so far.
+        span: How long to look at each point.
+        only: "alone" or "pairs" to measure just these; None for all.
+    """
+
+    site: Site
+    sizes: Sizes
+    profile: Profile
+    span: Span
+    only: str | None = None
+
+    def wanted(self) -> Wanted:
+        """What the profile lacks."""
+        points = {point.key for point in self.profile.points}
+        pairs = {_identity(pair) for pair in self.profile.pairs}
+        num_sms, budget = self.profile.setup.num_sms or 0, self.sizes.max_tokens
+        alone = tasks(self.site, self.sizes) if self.only != "pairs" else []
+        parts = part_tasks(self.site, budget, num_sms) if self.only != "alone" else []
+        beside = pair_tasks(self.site, budget, num_sms) if self.only != "alone" else []
+        return Wanted(
+            alone=[task for task in alone if task.key not in points],
+            parts=[part for part in parts if _part_key(part, num_sms) not in points],
+            pairs=[pair for pair in beside if _pair_identity(pair, num_sms) not in pairs],
+        )
+
+
+def new_job(
+    model: str,
+    config: Mapping[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    path: Path,
+    page_size: int = 16,
+    is_quick: bool = False,
+    is_fresh: bool = False,
+    only: str | None = None,
+) -> Job:
+    """A profile to be begun, or to be continued if its file is there and `is_fresh` is not asked for.
+
+    Args:
+        model: What the user called it.
+        config: Its config.json.
+        device, dtype: Where and in which type to measure.
+        sizes: What to measure.
+        path: The profile's file.
+        page_size: Tokens a page.
+        is_quick: Look at each point half as long.
+        is_fresh: Begin anew whatever there is.
+        only: "alone", "pairs" or None for both.
+
+    Raises:
+        ProfileError: The file is no profile, or of another model, type or machine.
+    """
+    graph = build_graph(parse(config), None)
+    is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer)
+    site = Site(graph=fuse_swiglu(graph) if is_fused else graph, device=device, dtype=dtype, page_size=page_size)
+    blank = Profile(
+        model=model,
+        config=json.loads(json.dumps(dict(config))),
+        is_fused=is_fused,
+        page_size=page_size,
+        dtype=str(dtype).removeprefix("torch."),
+        setup=detect_setup(device),
+        iteration_gap_s=ITERATION_GAP_S,
+    )
+    profile = blank if is_fresh or not path.exists() else _continued(path, blank)
+    span = SPANS[device.type]
+    if is_quick:
+        span = Span(settle_s=span.settle_s / 2, measure_s=span.measure_s / 2)
+    return Job(site=site, sizes=sizes, profile=profile, span=span, only=only)
+
+
+def run_job(job: Job, path: Path, *, show_progress: bool = False) -> Profile:
+    """Measure what is missing and write the profile to its file as it grows; the whole profile."""
+    from tqdm import tqdm
+
+    profile, fresh = _with_static_power(job), list[Point | PairPoint]()
+    wanted = job.wanted()
+    with tqdm(_measure(job, wanted), total=len(wanted), unit="point", disable=not show_progress) as bar:
+        for found in bar:
+            bar.set_postfix_str(found.operation if isinstance(found, Point) else f"{found.first} + {found.second}")
+            fresh.append(found)
+            if len(fresh) == _WRITE_EVERY:
+                profile = _written(profile, fresh, path)
+                fresh.clear()
+    profile = _written(profile, fresh, path)
+    gap_s = launch_gap_s(job, profile) if job.only != "pairs" else None
+    if gap_s is not None:
+        profile = _written(replace(profile, launch_gap_s=gap_s), (), path)
+    return profile
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Replace the file at once: an interruption leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(profile.to_json())
+    new.replace(path)
+
+
+@torch.inference_mode()
+def launch_gap_s(job: Job, profile: Profile) -> float | None:
+    """Time between two operations of a layer: what a layer's sequence takes beyond its points; None without points."""
+    num_tokens, chunk = _gap_tokens(job), job.sizes.prefill_chunk
+    if num_tokens is None:
+        return None
+    names = [op.name for op in job.site.graph.layer if op.kind is not OpKind.DECODE_ATTENTION]
+    of_size = {
+        point.operation: point.time_s
+        for point in sorted(profile.points, key=lambda point: -point.context)
+        if point.mechanism is Mechanism.WHOLE and point.num_tokens == num_tokens
+    }
+    if not of_size.keys() >= set(names):
+        return None
+    layer_s = measure_layer(job.site, num_tokens, num_chunks(num_tokens, chunk), job.span)
+    return max(layer_s - sum(of_size[name] for name in names), 0.0) / len(names)
+
+
+def _gap_tokens(job: Job) -> int | None:
+    """The largest number of tokens, 1,024 at most, at which all of a layer's operations have points."""
+    layer = [op for op in job.site.graph.layer if op.kind is not OpKind.DECODE_ATTENTION]
+    wanted = tasks(job.site, job.sizes)
+    counts = [{task.num_tokens for task in wanted if task.operation == op.name} for op in layer]
+    return max((count for count in set.intersection(*counts) if count <= 1024), default=None)
+
+
+def _measure(job: Job, wanted: Wanted) -> Iterator[Point | PairPoint]:
+    return chain(
+        measure_alone(job.site, wanted.alone, job.span),
+        measure_parts(job.site, wanted.parts, job.span),
+        measure_pairs(job.site, wanted.pairs, job.span),
+    )
+
+
+def _with_static_power(job: Job) -> Profile:
+    setup = job.profile.setup
+    if setup.static_power_w is not None:
+        return job.profile
+    return replace(job.profile, setup=replace(setup, static_power_w=static_power_w(job.site.device, job.span)))
+
+
+def _written(profile: Profile, found: Sequence[Point | PairPoint], path: Path) -> Profile:
+    points = [item for item in found if isinstance(item, Point)]
+    grown = merged(profile, points, [item for item in found if isinstance(item, PairPoint)])
+    write_profile(grown, path)
+    return grown
+
+
+def _continued(path: Path, blank: Profile) -> Profile:
+    """The profile in a file, if it can be continued as this one."""
+    stored = Profile.load(path)
+    for name in ("config", "dtype", "page_size", "is_fused"):
+        there, here = getattr(stored, name), getattr(blank, name)
+        if there != here:
+            both = f"{stored.model}, not of {blank.model}" if name == "config" else f"{name} {there}, not {here}"
+            raise ProfileError(f"{path} is a profile of {both}: name another file or give --fresh")
+    try:
+        check_same_software(stored, blank.setup)
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}; name another file or give --fresh") from None
+    return stored
+
+
+def _part_key(part: PartTask, num_sms: int) -> tuple[object, ...]:
+    share = part.num_sms / num_sms
+    return (part.task.operation, part.task.num_tokens, part.task.context, Mechanism.PARTITION, share)
+
+
+def _identity(pair: PairPoint) -> tuple[object, ...]:
+    """What was measured; on plain streams the share is a result."""
+    return (*pair.key[:-1], pair.share if pair.mechanism is Mechanism.PARTITION else None)
+
+
+def _pair_identity(pair: PairTask, num_sms: int) -> tuple[object, ...]:
+    first, second = pair.first, pair.second
+    sizes = (first.operation, second.operation, first.num_tokens, second.num_tokens, second.context)
+    if pair.second_sms is None:
+        return (*sizes, Mechanism.STREAM, None)
+    return (*sizes, Mechanism.PARTITION, (num_sms - pair.second_sms) / num_sms)
+
+
+def setup_line(setup: Setup) -> str:
+    """A machine in one line."""
+    power = "" if setup.power_limit_w is None else f", {setup.power_limit_w:.0f} W"
+    return f"{setup.num_gpus} x {setup.gpu}, {setup.memory_bytes / 2**30:.0f} GiB{power}"

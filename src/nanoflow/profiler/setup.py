@@ -1,0 +1,100 @@
+"""The machine that a profile is made on, and whether a stored profile is of this one."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import nanoflow
+from nanoflow.cost.table import Profile, ProfileError, Setup
+from nanoflow.device.detect import device_name, total_memory_bytes
+from nanoflow.profiler.sustained import Span, sustained
+
+# What times depend on, and what a profile that is continued must agree in besides.
+_MACHINE = ("gpu", "num_gpus", "num_sms", "power_limit_w")
+_SOFTWARE = ("driver", "software")
+_IDLE_CALLS = 200
+
+
+def detect_setup(device: torch.device) -> Setup:
+    """This machine; the power that nothing takes is not measured here."""
+    is_gpu = device.type == "cuda"
+    index = device.index or 0
+    limit_mw = _nvml(lambda nvml: nvml.nvmlDeviceGetEnforcedPowerLimit(nvml.nvmlDeviceGetHandleByIndex(index)))
+    return Setup(
+        gpu=device_name(device),
+        memory_bytes=total_memory_bytes(device),
+        num_sms=torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else None,
+        power_limit_w=limit_mw / 1e3 if is_gpu and limit_mw is not None else None,
+        driver=_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion())) if is_gpu else None,
+        software=_software(),
+    )
+
+
+@torch.inference_mode()
+def static_power_w(device: torch.device, span: Span | None = None) -> float | None:
+    """Power of the device with its clocks up and next to nothing to do: one-element kernels; None if unknown."""
+    if device.type != "cuda":
+        return None
+    element = torch.zeros(1, device=device)
+
+    def work() -> None:
+        for _ in range(_IDLE_CALLS):
+            element.add_(1.0)
+
+    measured = sustained(work, device, span)
+    return None if measured.energy_j is None else measured.energy_j / measured.time_s
+
+
+def check_same_machine(profile: Profile, setup: Setup) -> None:
+    """Refuse a profile of another machine.
+
+    Raises:
+        ProfileError: Names the first difference, with both values.
+    """
+    _check(profile, setup, _MACHINE)
+
+
+def check_same_software(profile: Profile, setup: Setup) -> None:
+    """Refuse to continue a profile of another machine, driver or software: its points could not be compared.
+
+    Raises:
+        ProfileError: Names the first difference, with both values.
+    """
+    _check(profile, setup, (*_MACHINE, *_SOFTWARE))
+
+
+def _check(profile: Profile, setup: Setup, names: tuple[str, ...]) -> None:
+    if not profile.setup.is_measured:
+        raise ProfileError(f"the profile of {profile.model} is an estimate for {profile.setup.gpu}, not a measurement")
+    for name in names:
+        there, here = getattr(profile.setup, name), getattr(setup, name)
+        if there != here:
+            raise ProfileError(f"the profile of {profile.model} was made with {name} {there}, here it is {here}")
+
+
+def _software() -> dict[str, str]:
+    found = {"nanoflow": nanoflow.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    if importlib.util.find_spec("triton") is not None:
+        found["triton"] = metadata.version("triton")
+    return found
+
+
+def _nvml(question: Callable[[Any], Any]) -> Any:
+    """What the driver's management library says; None without it."""
+    if importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return question(pynvml)
+    except pynvml.NVMLError:
+        return None
