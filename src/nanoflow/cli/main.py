@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import nanoflow
-from nanoflow.cli import analyze, bench, chat, env, generate, serve
+from nanoflow.cli import analyze, bench, chat, env, generate, plan, profile, search, serve
 from nanoflow.cli.options import CommandParser
 
 _TEACH = """\
@@ -39,7 +39,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="nanoflow", usage="nanoflow COMMAND [options]", description=_TEACH, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"nanoflow {nanoflow.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="nanoflow", required=True)
-    for command in (generate, chat, serve, bench, analyze, env):
+    for command in (generate, chat, serve, bench, analyze, profile, search, plan, env):
         command.add_parser(commands)
     return parser
 

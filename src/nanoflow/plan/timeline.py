@@ -19,7 +19,7 @@ class Span:
         layer: Counted from 0 within the timeline.
         start_token, stop_token: Its nano-batch.
         lane: Name of the lane.
-        resource: What bounds it.
+        resource: What bounds it; None if that is not known.
         share: The lane's R.
         start_s, stop_s: From the beginning of the timeline.
     """
@@ -29,7 +29,7 @@ class Span:
     start_token: int
     stop_token: int
     lane: str
-    resource: Resource
+    resource: Resource | None
     share: float
     start_s: float
     stop_s: float
@@ -42,7 +42,7 @@ class Timeline:
     Attributes:
         name: For people: the plan's name, and whether it is predicted or measured.
         spans: At least one.
-        period_s: Steady-state makespan of one layer; None if it is not known.
+        period_s: Steady-state makespan of one layer; None if nothing is timed: spans then count tokens (`drawing.py`).
     """
 
     name: str

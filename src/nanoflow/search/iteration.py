@@ -7,7 +7,7 @@ predicted stands in `simulate.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoflow.cost.interference import Interference
 from nanoflow.cost.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
@@ -158,8 +158,16 @@ def predict(plan: PipelinePlan | None, profile: Profile, shape: BatchShape) -> P
 
 
 def predict_timeline(plan: PipelinePlan, profile: Profile, shape: BatchShape, num_layers: int) -> Timeline:
-    """The timeline of so many layers of a plan on a batch."""
-    return IterationModel(profile).simulate(plan, shape, max(num_layers, 2)).timeline
+    """So many layers of a plan on a batch, from the middle of many, where the pipeline is full."""
+    filling = plan.max_stage + 1
+    timeline = IterationModel(profile).simulate(plan, shape, 2 * filling + num_layers + 1).timeline
+    shown = [span for span in timeline.spans if filling <= span.layer < filling + num_layers]
+    begin_s = min(span.start_s for span in shown)
+    spans = tuple(
+        replace(span, layer=span.layer - filling, start_s=span.start_s - begin_s, stop_s=span.stop_s - begin_s)
+        for span in shown
+    )
+    return replace(timeline, spans=spans)
 
 
 _ANY_BATCH = 1 << 20

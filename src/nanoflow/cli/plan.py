@@ -1,0 +1,255 @@
+"""`nanoflow plan`: look at pipeline plans. They are drawn by `plan/` and predicted by `search/`; nothing is measured
+here and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
+from nanoflow.config import option, unknown_option
+
+if TYPE_CHECKING:
+    from nanoflow.cost.table import Profile
+    from nanoflow.graph.graph import OpGraph
+    from nanoflow.graph.operation import BatchShape
+    from nanoflow.plan.book import PlanEntry, StoredBook
+    from nanoflow.plan.plan import PipelinePlan
+    from nanoflow.plan.timeline import Timeline
+
+_TEACH = """\
+Look at pipeline plans: which operation runs on which nano-batch, when, and beside
+what."""
+
+_EXAMPLES = "  nanoflow plan show plan.json"
+
+_TEACH_SHOW = """\
+Draw a plan as lanes by time, with the use of each resource below: in the terminal
+and, with --svg, as a picture. PLAN is a file with a plan or with a plan book; a book
+of several plans is listed, and --name chooses one. With --profile the times are
+predicted from measurements, and compared with the sequential plan. Without it, they
+are those that the search wrote into the plan, or, if there are none, only the order
+is drawn. --trace adds what a profiler saw when the plan ran, on the same scale."""
+
+_EXAMPLES_SHOW = """\
+  nanoflow plan show plan.json
+  nanoflow plan show book.json --name overlapped-2048 --profile profile.json
+  nanoflow plan show plan.json --profile profile.json --svg plan.svg --decodes 1024
+  nanoflow plan show plan.json --profile profile.json --trace trace.json --layers 2"""
+
+_FALLBACK_COLUMNS = 120
+_HEADINGS = ("name", "digest", "tokens", "decode share", "context", "lanes", "us a layer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowConfig:
+    """What of a plan to show."""
+
+    name: str | None = option(None, "Which plan of a book: its name or digest")
+    profile: str | None = option(None, "Profile to predict times from")
+    model: str | None = option(
+        None, "Model folder, preset:NAME or 'default': says what bounds each operation where there is no profile"
+    )
+    trace: str | None = option(None, "Trace in Chrome's format of whole iterations; needs --profile or --model")
+    svg: str | None = option(None, "Write a picture to this file")
+    width: int | None = option(None, "Columns of the drawing; those of the terminal if not given")
+    layers: int = option(3, "Layers to draw")
+    first_layer: int | None = option(None, "First layer to take from the trace; layers in the middle if not given")
+    decodes: int | None = option(None, "Decode tokens of the batch; half of the plan's tokens if not given")
+    context: int = option(1024, "Keys that each decode token sees; prompts are as long")
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+
+
+_OPTIONS = OptionGroup(kind=ShowConfig, title="what to show")
+
+
+def add_parser(commands: Subcommands[CommandParser]) -> None:
+    """Add `nanoflow plan` and what it can do with plans."""
+    parser = add_command(commands, "plan", "look at pipeline plans", _TEACH, _EXAMPLES)
+    parser.usage = f"{parser.prog} ACTION [options]"
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", prog=parser.prog, required=True)
+    show = add_command(actions, "show", "draw a plan, or list those of a book", _TEACH_SHOW, _EXAMPLES_SHOW)
+    show.usage = f"{show.prog} PLAN [options]"
+    show.add_argument("plan", metavar="PLAN", help="File with a plan or a plan book")
+    _OPTIONS.add_to(show)
+    show.set_defaults(run=run_show)
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Draw the plan, or list those of the book."""
+    from nanoflow.plan.book import load_book
+    from nanoflow.plan.drawing_svg import svg
+    from nanoflow.plan.drawing_text import text
+
+    config = _OPTIONS.read(args)
+    book = load_book(Path(args.plan))
+    plan = _chosen(book, config.name)
+    if plan is None:
+        if config.svg is not None:
+            raise ValueError(f"{args.plan} has {len(book.plans)} plans: choose one with --name to draw it")
+        print("\n".join(_listed(book)))
+        return 0
+    timelines, sequential_s = _timelines(plan, config)
+    if config.svg is not None:
+        Path(config.svg).write_text(svg(timelines, sequential_s=sequential_s), encoding="utf-8")
+    print(
+        text(
+            timelines,
+            width=config.width or shutil.get_terminal_size((_FALLBACK_COLUMNS, 0)).columns,
+            sequential_s=sequential_s,
+            colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+            is_ascii=not _can_show_blocks(),
+        ),
+        end="",
+    )
+    return 0
+
+
+def _chosen(book: StoredBook, name: str | None) -> PipelinePlan | None:
+    """The plan of this name or digest, or the only one; None if there are several to choose from."""
+    if name is None:
+        return book.plans[0] if len(book.plans) == 1 else None
+    for plan in book.plans:
+        if name in (plan.name, plan.digest):
+            return plan
+    raise ValueError(unknown_option(name, [plan.name for plan in book.plans]).replace("option", "plan", 1))
+
+
+def _listed(book: StoredBook) -> Iterator[str]:
+    """A row an entry."""
+    if not book.entries:
+        yield "the plan book has no plans"
+        return
+    if book.made_for is not None:
+        yield f"plans for {book.made_for.model} on {book.made_for.hardware}; --name NAME draws one"
+    rows = [_HEADINGS, *(_entry(entry) for entry in book.entries)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    for name, *cells in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        yield "  ".join([name.ljust(widths[0]), *numbers])
+
+
+def _entry(entry: PlanEntry) -> tuple[str, ...]:
+    """Cells below `_HEADINGS`."""
+    plan = entry.plan
+    most = "" if entry.max_decode_context is None else f"{entry.max_decode_context:.0f}"
+    return (
+        plan.name,
+        plan.digest,
+        f"{entry.min_tokens}-{entry.max_tokens}",
+        f"{entry.min_decode_share:.2f}-{entry.max_decode_share:.2f}",
+        f"{entry.min_decode_context:.0f}-{most}",
+        str(len(plan.lanes)),
+        "-" if plan.predicted_makespan_s is None else f"{plan.predicted_makespan_s * 1e6:,.1f}",
+    )
+
+
+def _timelines(plan: PipelinePlan, config: ShowConfig) -> tuple[list[Timeline], float | None]:
+    """What is expected of the plan and, with a trace, what was measured; and a layer under the sequential plan."""
+    from nanoflow.cost.table import Profile
+    from nanoflow.plan.drawing import order_timeline
+
+    shape = _shape(plan, config)
+    profile = None if config.profile is None else Profile.load(Path(config.profile))
+    graph = _graph(plan, config.model) if profile is None else _profiled_graph(plan, profile)
+    if graph is not None:
+        plan.validate(graph)
+    sequential_s = None
+    if profile is None or graph is None:
+        expected = order_timeline(plan, graph, config.layers)
+    else:
+        expected, sequential_s = _predicted(plan, profile, graph, shape, config.layers)
+    if config.trace is None:
+        return [expected], sequential_s
+    if graph is None:
+        raise ValueError("--trace needs --profile or --model, to know how many layers ran")
+    return [expected, _measured(plan, graph, shape, config, Path(config.trace))], sequential_s
+
+
+def _shape(plan: PipelinePlan, config: ShowConfig) -> BatchShape:
+    """A batch as large as the plan; its prompts are new and as long as the decodes' context."""
+    from nanoflow.graph.operation import BatchShape
+
+    decodes = plan.num_tokens // 2 if config.decodes is None else config.decodes
+    if not 0 <= decodes <= plan.num_tokens:
+        raise ValueError(f"--decodes must be from 0 to the plan's {plan.num_tokens} tokens, got {decodes}")
+    prefills = plan.num_tokens - decodes
+    return BatchShape(
+        num_tokens=plan.num_tokens,
+        num_decode_tokens=decodes,
+        decode_context=decodes * config.context,
+        prefill_context=prefills * (min(config.context, prefills) + 1) // 2,
+        prefill_kv_tokens=prefills,
+        num_sampled=decodes,
+    )
+
+
+def _profiled_graph(plan: PipelinePlan, profile: Profile) -> OpGraph:
+    """The profiled model's graph, exchanging between GPUs as the plan does."""
+    from nanoflow.search.iteration import graphs_of
+
+    graphs = graphs_of(profile)
+    planned = {nano.operation for nano in plan.nano_operations}
+    return next((graph for graph in graphs if {op.name for op in graph.layer} == planned), graphs[0])
+
+
+def _graph(plan: PipelinePlan, model: str | None) -> OpGraph | None:
+    """The model's graph in the form that the plan is for."""
+    from nanoflow.graph.fuse import fuse_swiglu
+    from nanoflow.models import config as models
+    from nanoflow.models.locate import locate_model
+    from nanoflow.models.presets import preset_config, preset_name
+    from nanoflow.models.registry import build_graph
+
+    if model is None:
+        return None
+    preset = preset_name(model)
+    graph = build_graph(models.load(locate_model(model)) if preset is None else preset_config(preset), None)
+    fused = fuse_swiglu(graph)
+    is_fused = {op.name for op in fused.layer} == {nano.operation for nano in plan.nano_operations}
+    return fused if is_fused else graph
+
+
+def _predicted(
+    plan: PipelinePlan, profile: Profile, graph: OpGraph, shape: BatchShape, num_layers: int
+) -> tuple[Timeline, float | None]:
+    from nanoflow.plan.sequential import sequential_plan
+    from nanoflow.search.iteration import predict_timeline
+
+    timeline = predict_timeline(plan, profile, shape, num_layers)
+    sequential = predict_timeline(sequential_plan(graph, plan.num_tokens), profile, shape, num_layers)
+    return dataclasses.replace(timeline, name=f"{plan.name}, predicted"), sequential.period_s
+
+
+def _measured(plan: PipelinePlan, graph: OpGraph, shape: BatchShape, config: ShowConfig, path: Path) -> Timeline:
+    from nanoflow.plan.trace import read_chrome_trace, timeline_of_trace
+
+    return timeline_of_trace(
+        read_chrome_trace(path),
+        plan,
+        shape,
+        num_layers=graph.num_layers,
+        first_layer=config.first_layer,
+        num_shown=config.layers,
+        resources={op.name: op.resource for op in graph.layer},
+    )
+
+
+def _can_show_blocks() -> bool:
+    try:
+        "░▁·".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

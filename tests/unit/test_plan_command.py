@@ -1,0 +1,192 @@
+"""`nanoflow plan show`: what it draws of which files, and what it says of bad ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from nanoflow.cli import plan as command
+from nanoflow.cli.options import CommandParser
+from nanoflow.cost.table import SAMPLING, Point, Profile, Setup
+from nanoflow.graph.fuse import fuse_swiglu
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
+from nanoflow.plan.book import MadeFor, PlanEntry, StoredBook
+from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from tests.toy_models import write_toy_model
+
+GRAPH = build_graph(preset_config("llama-3.2-1b"), None)
+HALVES = nanobatch_plan(GRAPH, 256, [128], name="halves")
+WHOLE = sequential_plan(GRAPH, 64)
+
+
+def show(*argv: str | Path) -> int:
+    parser = CommandParser(prog="nanoflow")
+    command.add_parser(parser.add_subparsers(prog="nanoflow"))
+    args = parser.parse_args(["plan", "show", *map(str, argv)])
+    status: int = args.run(args)
+    return status
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    assert show(*argv) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    path.write_bytes(HALVES.to_json())
+    return path
+
+
+@pytest.fixture
+def book_file(tmp_path: Path) -> Path:
+    entries = (
+        PlanEntry(plan=WHOLE, min_tokens=1, max_tokens=64),
+        PlanEntry(plan=HALVES, min_tokens=65, max_tokens=256, min_decode_share=0.25, max_decode_context=900.0),
+    )
+    path = tmp_path / "book.json"
+    path.write_bytes(StoredBook(entries=entries, made_for=MadeFor(model="preset:x", gpu="H200")).to_json())
+    return path
+
+
+@pytest.fixture
+def profile_file(tmp_path: Path) -> Path:
+    """A profile of the toy model with SwiGLU fused, in which every operation takes 10 us whatever its size."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    config = json.loads((write_toy_model(folder) / "config.json").read_text())
+    names = [op.name for _, section in fuse_swiglu(GRAPH).sections() for op in section]
+    points = tuple(Point(operation=name, num_tokens=64, time_s=10e-6) for name in [*names, SAMPLING])
+    setup = Setup(gpu="H200", memory_bytes=1e9)
+    path = tmp_path / "profile.json"
+    path.write_bytes(Profile(model="toy", config=config, setup=setup, is_fused=True, points=points).to_json())
+    return path
+
+
+def test_without_a_profile_only_the_order_is_drawn(capsys: pytest.CaptureFixture[str], plan_file: Path) -> None:
+    lines = shown(capsys, plan_file, "--width", "200", "--layers", "1").splitlines()
+    assert lines[0] == "halves, order only: as wide as its tokens"
+    assert lines[1].startswith("whole   A:attn_n")
+    assert lines[2].startswith("tokens  0") and "compute" not in "".join(lines)
+
+
+def test_a_model_says_what_bounds_each_operation(capsys: pytest.CaptureFixture[str], plan_file: Path) -> None:
+    text = shown(capsys, plan_file, "--model", "preset:llama-3.2-1b")
+    assert "\ncompute" in text and "\nmemory" in text and "\nnetwork" not in text
+
+
+def test_a_fused_plan_finds_the_fused_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "fused.json"
+    path.write_bytes(sequential_plan(fuse_swiglu(GRAPH), 64).to_json())
+    assert "\ncompute" in shown(capsys, path, "--model", "preset:llama-3.2-1b")
+
+
+def test_a_book_is_listed_and_a_name_or_digest_chooses(
+    capsys: pytest.CaptureFixture[str], book_file: Path, tmp_path: Path
+) -> None:
+    head, titles, first, second = shown(capsys, book_file).splitlines()
+    assert head == "plans for preset:x on 1 x H200; --name NAME draws one"
+    assert titles.split() == ["name", "digest", "tokens", "decode", "share", "context", "lanes", "us", "a", "layer"]
+    assert first.split() == ["sequential", WHOLE.digest, "1-64", "0.00-1.00", "0-", "1", "-"]
+    assert second.split() == ["halves", HALVES.digest, "65-256", "0.25-1.00", "0-900", "1", "-"]
+    for name in ("halves", HALVES.digest):
+        assert shown(capsys, book_file, "--name", name).startswith("halves, order only")
+    with pytest.raises(ValueError, match="unknown plan 'halfs'; did you mean 'halves'"):
+        show(book_file, "--name", "halfs")
+    with pytest.raises(ValueError, match="has 2 plans: choose one with --name"):
+        show(book_file, "--svg", tmp_path / "x.svg")
+
+
+def test_an_empty_book(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "book.json"
+    path.write_bytes(StoredBook(entries=()).to_json())
+    assert shown(capsys, path) == "the plan book has no plans\n"
+
+
+def test_a_picture_is_written(capsys: pytest.CaptureFixture[str], plan_file: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    shown(capsys, plan_file, "--svg", picture)
+    root = ET.fromstring(picture.read_text(encoding="utf-8"))
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}g"))) == 3 * len(HALVES.nano_operations)
+
+
+def test_with_a_profile_the_prediction_stands_beside_the_sequential_plan(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "fused.json"
+    path.write_bytes(nanobatch_plan(fuse_swiglu(GRAPH), 64, [32], name="mine").to_json())
+    text = shown(capsys, path, "--profile", profile_file, "--decodes", "16")
+    # Nine operations twice; all decodes are in the first half, so the second has no decode attention.
+    assert text.startswith("mine, predicted: 170.0 us a layer, one after the other 90.0 us (0.53 x as long)\n")
+    assert "\ncompute" in text
+
+
+def test_a_plan_for_another_form_of_the_model_is_refused(plan_file: Path, profile_file: Path) -> None:
+    with pytest.raises(ValueError, match="has no operation 'activation' in its layer"):
+        show(plan_file, "--profile", profile_file)
+
+
+def test_a_trace_is_drawn_below(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = {"norm": "_rms_norm", "proj": "nvjet_tst", "append": "_rope_append", "activation": "_swiglu"}
+    attentions = {"decode_attention": "decode_program", "prefill_attention": "prefill_program"}
+    launched = [
+        attentions.get(nano.operation) or names[nano.operation.rpartition("_")[2]]
+        for _, nano in WHOLE.issue_order(GRAPH.num_layers)
+    ]
+    events = [
+        {"cat": "kernel", "name": name, "ts": 5.0 * place, "dur": 5.0, "args": {"stream": 7}}
+        for place, name in enumerate([*launched, "_rms_norm", "nvjet_tst"])
+    ]
+    trace, plan = tmp_path / "trace.json", tmp_path / "plan.json"
+    trace.write_text(json.dumps({"traceEvents": events}))
+    plan.write_bytes(WHOLE.to_json())
+    text = shown(capsys, plan, "--trace", trace, "--model", "preset:llama-3.2-1b", "--layers", "2")
+    assert "sequential, order only" in text and "sequential, measured: 50.0 us a layer" in text
+    with pytest.raises(ValueError, match="--trace needs --profile or --model"):
+        show(plan, "--trace", trace)
+    with pytest.raises(ValueError, match="an iteration: is it of whole iterations"):
+        show(plan, "--trace", trace, "--model", "preset:llama-3.2-1b", "--decodes", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--decodes", "257"], "--decodes must be from 0 to the plan's 256 tokens, got 257"),
+        (["--context", "0"], "--context must be positive, got 0"),
+        (["--layers", "0"], "--layers must be positive, got 0"),
+        (["--width", "10"], "a width of 10 columns is too small"),
+        (["--profile", "nowhere.json"], "cannot read profile nowhere.json"),
+    ],
+)
+def test_bad_options_are_named(plan_file: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        show(plan_file, *options)
+
+
+def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(ValueError, match=r"cannot read plan .*plan\.json"):
+        show(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="neither a pipeline plan"):
+        show(path)
+
+
+def test_a_terminal_without_block_characters_gets_ascii(plan_file: Path) -> None:
+    code = (
+        "import sys; from nanoflow.cli import plan; from nanoflow.cli.options import CommandParser;"
+        "parser = CommandParser(); plan.add_parser(parser.add_subparsers());"
+        f"args = parser.parse_args(['plan', 'show', {str(plan_file)!r}]); args.run(args);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"order only" in result.stdout and b"A-" in result.stdout
