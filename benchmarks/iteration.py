@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--ramp", type=int, default=600, help="iterations before the trace")
     parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--trace", type=Path, help="file for the trace itself, which nanoflow plan show --trace draws")
     args = parser.parse_args(argv)
     config = EngineConfig(
         model=args.model,
@@ -65,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_requests(engine, args.input_len, args.output_len, args.ramp * args.max_batch_tokens)
     for _ in range(args.ramp):
         engine.step()
-    events = trace(engine)
+    events = trace(engine, args.trace)
     engine.close()
     summary = summarise(events)
     print_summary(args.model, summary)
     if args.json is not None:
-        options = {key: value for key, value in vars(args).items() if key != "json"}
+        options = {key: value for key, value in vars(args).items() if key not in ("json", "trace")}
         document = {
             "benchmark": "iteration",
             "machine": dataclasses.asdict(detect_machine()),
@@ -93,12 +94,15 @@ def add_requests(engine: Engine, input_len: int, output_len: int, num_tokens: in
         )
 
 
-def trace(engine: Engine) -> list[Event]:
-    """What runs on the GPU in some iterations, in order of time."""
+def trace(engine: Engine, path: Path | None) -> list[Event]:
+    """What runs on the GPU in some whole iterations, in order of time; also written to a file if one is given."""
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(NUM_TRACED):
             engine.step()
         torch.cuda.synchronize()
+    if path is not None:
+        profiler.export_chrome_trace(str(path))
     events = [
         Event(name=event.name, start_us=event.time_range.start, stop_us=event.time_range.end)
         for event in profiler.events()

@@ -59,10 +59,12 @@ class LaneRun:
     Attributes:
         stream: The lane's.
         replay: Queues the work once, on the current stream.
+        work: What was captured; it keeps the tensors that the graph reads.
     """
 
     stream: torch.cuda.Stream
     replay: Callable[[], None]
+    work: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +188,7 @@ def captured_on(lane: LaneStream, prepared: Prepared, *, is_kept: bool) -> LaneR
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=lane.stream):
         work()
-    return LaneRun(stream=lane.stream, replay=graph.replay)
+    return LaneRun(stream=lane.stream, replay=graph.replay, work=work)
 
 
 def _pair_point(
