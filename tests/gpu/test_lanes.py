@@ -57,6 +57,7 @@ def test_lanes_are_disjoint_and_complete(pair: tuple[LaneStream, LaneStream], de
         torch.cuda.synchronize()
         with torch.cuda.stream(lane.stream):
             _write_sm[(_BLOCKS,)](out, 2000)
+        lane.stream.synchronize()
         seen.append(sms_of(out))
     assert [len(sms) for sms in seen] == [lane.num_sms for lane in pair]
     assert not seen[0] & seen[1]
@@ -81,6 +82,7 @@ def test_graphs_keep_to_the_lane_they_were_captured_on(
         torch.cuda.synchronize()
         with torch.cuda.stream(lane.stream):
             graph.replay()
+        lane.stream.synchronize()
         seen.append(sms_of(out))
     assert [len(sms) for sms in seen] == [lane.num_sms for lane in pair]
     assert not seen[0] & seen[1]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import nanoflow
-from nanoflow.cli import analyze, bench, chat, env, generate, plan, profile, search, serve
+from nanoflow.cli import analyze, bench, chat, env, generate, plan, profile, search, serve, simulate
 from nanoflow.cli.options import CommandParser
 
 _TEACH = """\
@@ -27,6 +27,8 @@ examples:
   nanoflow chat --url http://127.0.0.1:8000/v1
   nanoflow bench throughput --workload 512/512
   nanoflow analyze preset:llama-2-70b --gpu a100-80x8 --workload 512/1024
+  nanoflow profile preset:llama-2-70b --estimate a100-80x8 -o profile.json
+  nanoflow simulate profile.json --workload 512/512 --request-rate 40 --find-gpus
 
 Every command explains itself: nanoflow COMMAND --help"""
 
@@ -39,7 +41,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="nanoflow", usage="nanoflow COMMAND [options]", description=_TEACH, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"nanoflow {nanoflow.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="nanoflow", required=True)
-    for command in (generate, chat, serve, bench, analyze, profile, search, plan, env):
+    for command in (generate, chat, serve, bench, analyze, profile, search, simulate, plan, env):
         command.add_parser(commands)
     return parser
 

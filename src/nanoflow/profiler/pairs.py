@@ -1,7 +1,8 @@
 """Two operations side by side on two lanes, and one on a part of the device: what each gets, and what both take.
 
 Each operation is repeated back to back on its lane, as a CUDA graph captured there, for the whole window. The counts
-are chosen so that both end together; a first, shorter round settles power and clocks and corrects them. What an
+are chosen so that both end together, in as many rounds as that takes: one that ends early leaves the device to the
+other, and both would look faster than side by side. The first, shorter round settles power and clocks. What an
 operation takes alone on the whole device is measured here too, at the same sizes. Collectives are left out: they need
 a second GPU.
 """
@@ -30,6 +31,8 @@ from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 _PRODUCTS = ("gate_up_proj", "qkv_proj", "down_proj")
 _FIRST_TOKENS = 1024
 _DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
+# Lanes end together if the last one takes at most this part longer than the first; so many rounds are tried.
+_BALANCED, _MAX_ROUNDS = 0.02, 4
 # SMs of the second lane, multiples of `SM_GROUP`.
 SECOND_SMS = (16, 32, 48, 64, 80)
 PART_SMS = (16, 40, 64, 88, 112)
@@ -168,7 +171,9 @@ def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.dev
             runs[lane].replay()
     for run, stop in zip(runs, stops, strict=True):
         stop.record(run.stream)
-    torch.cuda.synchronize(device)
+    # Streams of another context: waiting for the device would not wait for them.
+    for stop in stops:
+        stop.synchronize()
     stop_j = gpu_energy_j(device.index or 0)
     return Window(
         lanes_s=tuple(gate.elapsed_time(stop) / 1e3 for stop in stops),
@@ -203,16 +208,12 @@ def _pair_point(
             captured_on(second_lane, second[0], is_kept=False),
         )
         alone_s = [known.time_s * work.num_calls for work, known in sides]
-        counts = balanced_counts((1, 1), [2 * time_s for time_s in alone_s], span.settle_s)
-        settled = run_window(runs, counts, site.device)
-        counts = balanced_counts(counts, settled.lanes_s, span.measure_s)
-        window = run_window(runs, counts, site.device)
+        counts, window = _balanced_window(runs, alone_s, site.device, span)
         share = first_lane.share
         # Graphs go before the SMs that they were captured on.
         del runs
-    performances = [
-        time_s * count / lane_s for time_s, count, lane_s in zip(alone_s, counts, window.lanes_s, strict=True)
-    ]
+    # Of the whole window: what is left of imbalance counts against the pair.
+    performances = [time_s * count / max(window.lanes_s) for time_s, count in zip(alone_s, counts, strict=True)]
     alone_j = [
         None if known.energy_j is None else known.energy_j * work.num_calls * count
         for (work, known), count in zip(sides, counts, strict=True)
@@ -233,6 +234,20 @@ def _pair_point(
         energy_ratio=window.energy_j / sum(known_j) if is_known and window.energy_j is not None else None,
         power_w=None if window.energy_j is None else window.energy_j / max(window.lanes_s),
     )
+
+
+def _balanced_window(
+    runs: Sequence[LaneRun], alone_s: Sequence[float], device: torch.device, span: Span
+) -> tuple[tuple[int, ...], Window]:
+    """How often each lane worked in a window at whose end all lanes end together, and the window."""
+    counts = balanced_counts([1] * len(runs), [2 * time_s for time_s in alone_s], span.settle_s)
+    window = run_window(runs, counts, device)
+    for _ in range(_MAX_ROUNDS):
+        counts = balanced_counts(counts, window.lanes_s, span.measure_s)
+        window = run_window(runs, counts, device)
+        if max(window.lanes_s) <= min(window.lanes_s) * (1.0 + _BALANCED):
+            break
+    return counts, window
 
 
 def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> Point:

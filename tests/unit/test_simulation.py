@@ -1,0 +1,195 @@
+"""Simulated serving runs: exact where they can be computed in the head, and close to what one H200 measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from benchmarks.validation import compare
+
+from nanoflow.bench.simulation import Cluster, SimulatedRun, least_replicas, limits_for, simulate
+from nanoflow.bench.workload import Lengths, draw_arrivals
+from nanoflow.cli.main import main
+from nanoflow.config import ConfigError
+from nanoflow.cost.table import Cost, Profile
+from nanoflow.graph.operation import BatchShape
+from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.search.iteration import IterationModel
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PROFILE = RESULTS / "profile_llama-3-8b_h200.json"
+STEP_S = 0.01
+LIMITS = SchedulerLimits(
+    max_batch_tokens=64, max_num_seqs=8, max_model_len=64, num_pages=64, page_size=16, vocab_size=100
+)
+
+
+@dataclass
+class Constant:
+    """Iterations that all take the same."""
+
+    shapes: list[BatchShape] = field(default_factory=list)
+
+    def cost(self, shape: BatchShape) -> Cost:
+        self.shapes.append(shape)
+        return Cost(time_s=STEP_S, energy_j=2.0)
+
+
+def run(
+    lengths: Sequence[tuple[int, int]],
+    arrivals_s: Sequence[float] | None = None,
+    *,
+    limits: SchedulerLimits = LIMITS,
+    num_replicas: int = 1,
+) -> SimulatedRun:
+    found = [Lengths(num_prompt_tokens=prompt, num_output_tokens=output) for prompt, output in lengths]
+    cluster = Cluster(limits=limits, iterations=Constant(), num_replicas=num_replicas)
+    return simulate(cluster, found, arrivals_s or [0.0] * len(found))
+
+
+def test_one_request_alone() -> None:
+    """A prompt of 16 in one iteration, which gives the first token; then one iteration a token."""
+    found = run([(16, 4)])
+    metrics = found.metrics
+    assert metrics.ttft_s is not None and metrics.ttft_s.mean == pytest.approx(STEP_S)
+    assert metrics.tpot_s is not None and metrics.tpot_s.mean == pytest.approx(STEP_S)
+    assert metrics.num_output_tokens == 4 and metrics.num_short == 0
+
+
+def test_prompts_beyond_the_budget_take_more_iterations() -> None:
+    """Four prompts of 32 and a budget of 64: two are through after one iteration, two after two."""
+    found = run([(32, 1)] * 4)
+    assert found.metrics.ttft_s is not None
+    assert found.metrics.ttft_s.mean == pytest.approx(1.5 * STEP_S)
+    assert found.metrics.duration_s == pytest.approx(2 * STEP_S) and found.num_iterations == 2
+    assert found.mean_batch_tokens == 64
+    assert found.metrics.energy_per_token_j == pytest.approx(4.0 / (4 * 33))
+
+
+def test_every_request_gets_its_tokens_and_runs_repeat() -> None:
+    lengths = [(1 + 7 * i % 40, 1 + 5 * i % 20) for i in range(60)]
+    arrivals_s = draw_arrivals(60, 50.0, seed=1)
+    found, again = run(lengths, arrivals_s), run(lengths, arrivals_s)
+    assert found == again
+    assert found.metrics.num_completed == 60 and found.metrics.num_short == 0
+    assert found.metrics.num_output_tokens == sum(output for _, output in lengths)
+    assert found.metrics.num_prompt_tokens == sum(prompt for prompt, _ in lengths)
+
+
+def test_under_light_load_the_first_token_takes_one_iteration() -> None:
+    found = run([(16, 3)] * 20, [float(i) for i in range(20)])
+    assert found.metrics.ttft_s is not None and found.metrics.ttft_s.p99 == pytest.approx(STEP_S)
+    # Between requests the device is idle, and without static power idling costs nothing.
+    assert found.metrics.energy_per_token_j == pytest.approx(20 * 3 * 2.0 / (20 * 19), rel=0.4)
+
+
+def test_few_pages_make_requests_wait() -> None:
+    lengths = [(32, 30)] * 8
+    limits = SchedulerLimits(
+        max_batch_tokens=64, max_num_seqs=8, max_model_len=64, num_pages=8, page_size=16, vocab_size=100
+    )
+    ample, scarce = run(lengths), run(lengths, limits=limits)
+    assert scarce.metrics.duration_s > 1.5 * ample.metrics.duration_s
+    assert scarce.metrics.num_completed == 8 and 0.9 < scarce.peak_page_share <= 1
+
+
+def test_more_replicas_are_faster_and_share_the_work() -> None:
+    durations = [run([(32, 20)] * 48, num_replicas=count).metrics.duration_s for count in (1, 2, 4, 48)]
+    assert all(more < fewer for fewer, more in itertools.pairwise(durations))
+    # One request a replica: an iteration for the prompt, nineteen more.
+    assert durations[-1] == pytest.approx(20 * STEP_S)
+
+
+def test_a_burst_goes_to_all_replicas() -> None:
+    assert run([(63, 1)] * 10, num_replicas=10).num_iterations == 10
+
+
+@pytest.mark.parametrize("least", [1, 2, 3, 7, 8, 100])
+def test_the_fewest_replicas_are_found(least: int) -> None:
+    tried: list[int] = []
+
+    def is_enough(count: int) -> bool:
+        tried.append(count)
+        return count >= least
+
+    assert least_replicas(is_enough, 100) == least
+    assert len(tried) == len(set(tried)) <= 15
+    assert least_replicas(lambda count: count >= least, least - 1 or 1) == (1 if least == 1 else None)
+
+
+def test_what_does_not_fit_is_said_with_numbers() -> None:
+    profile = Profile.load(PROFILE)
+    graph = IterationModel(profile).graph
+    lengths = [Lengths(num_prompt_tokens=4000, num_output_tokens=100)]
+    options = {"max_batch_tokens": 2048, "max_num_seqs": 8}
+    limits = limits_for(profile, graph, lengths, gpu_memory_utilization=0.9, **options)
+    assert limits.num_pages == 8 * 257 and limits.max_model_len == 4100
+    with pytest.raises(ConfigError, match=r"weights take 16\.1 GB, which leaves \d+ tokens .* for a request of 4100"):
+        limits_for(profile, graph, lengths, gpu_memory_utilization=0.11, **options)
+
+
+def test_measured_runs_of_one_h200_within_seven_percent() -> None:
+    """Constant workloads of Llama-3-8B; the traces are not part of the repository."""
+    rows = list(compare(Profile.load(PROFILE), sorted(RESULTS.glob("throughput_llama-3-8b_*.json")), traces=None))
+    assert len(rows) == 5
+    for row in rows:
+        assert abs(row.error) < 0.07, row
+        assert row.measured_j is not None and row.simulated_j is not None
+        assert abs(row.simulated_j / row.measured_j - 1) < 0.07, row
+
+
+def test_the_command_describes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    command = ["simulate", str(PROFILE), "--workload", "64/8", "--num-requests", "20", "--request-rate", "100"]
+    assert main([*command, "--gpus", "2", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 x NVIDIA H200 (measured profile), 2 replicas" in shown and "TTFT" in shown and "mJ/token" in shown
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["result"]["metrics"]["num_completed"] == 20
+
+
+def test_the_command_predicts_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(PROFILE), "--batch", "2048", "--decodes", "1000"]) == 0
+    assert "2,048 tokens, 1,000 of them decodes" in capsys.readouterr().out
+
+
+def test_the_command_finds_the_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", str(PROFILE), "--workload", "512/32", "--num-requests", "300", "--request-rate", "300"]
+    assert main([*command, "--find-gpus", "--max-normalized-latency-ms", "12"]) == 0
+    *tries, answer = capsys.readouterr().out.splitlines()
+    assert "too slow" in tries[0] and "GPUs serve 300 requests/s at 12 ms/token" in answer
+    assert main([*command, "--find-gpus", "--max-normalized-latency-ms", "0.1", "--max-gpus", "2"]) == 1
+    assert "2 GPUs are not enough" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--find-gpus"], "find_gpus needs a request_rate"),
+        (["--batch", "10", "--decodes", "11"], "decodes needs --batch and may not exceed it"),
+        (["--request-rate", "0"], "request_rate must be positive"),
+        (["--workload", "512"], "workload must be IN/OUT"),
+        (["--plan", "none.json"], "cannot read plan none.json"),
+        (["--percentile", "42"], "percentile must be 50, 90 or 99"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", str(PROFILE), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_search_and_simulation_need_no_torch() -> None:
+    script = (
+        "import sys; from nanoflow.cli.main import main; "
+        f"status = main(['simulate', {str(PROFILE)!r}, '--workload', '32/4', '--num-requests', '3']); "
+        "sys.exit(status or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode == 0
