@@ -103,6 +103,17 @@ def allocate(
     )
 
 
+def least_period_s(
+    problem: Problem, order: Schedule, interference: Interference, setup: Setup, mechanism: Mechanism
+) -> float:
+    """What no shares can undercut, without a program: the order's period, the device's time, the energy."""
+    choices = [choices_of(task, interference, setup, mechanism) for task in problem.tasks]
+    device_s = sum(min(choice.share * choice.time_s for choice in options) for options in choices)
+    energies = [min((choice.dynamic_j or 0.0) for choice in options) for options in choices]
+    limit_w = dynamic_power_w(setup)
+    return max(order.period_s, device_s, 0.0 if limit_w is None else sum(energies) / limit_w)
+
+
 def _value(row: Row, solution: Solution) -> float:
     return float(sum(factor * solution.values[variable] for variable, factor in row.items()))
 

@@ -18,7 +18,7 @@ from nanoflow.graph.nanobatch import split
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.search.allocate import allocate
+from nanoflow.search.allocate import allocate, least_period_s
 from nanoflow.search.emit import emit
 from nanoflow.search.iteration import graphs_of
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
@@ -121,8 +121,7 @@ class Search:
         sequential_s = min(self._makespan_s(graph, sequential_plan(graph, self._shape.num_tokens)) for graph in graphs)
         self._report(f"sequential: {sequential_s * 1e6:,.1f} us a layer")
         candidates = sorted(
-            (candidate for graph in graphs for candidate in self._structures(graph)),
-            key=lambda candidate: candidate.schedule.period_s,
+            (candidate for graph in graphs for candidate in self._structures(graph)), key=self._least_period_s
         )
         attempts = []
         for candidate in self._promising(candidates, sequential_s):
@@ -162,11 +161,20 @@ class Search:
         return None if schedule is None else _Candidate(problem=problem, schedule=schedule, label=label)
 
     def _promising(self, candidates: Sequence[_Candidate], sequential_s: float) -> Iterator[_Candidate]:
-        """The few that would be fastest without interference, if they then would win at all."""
+        """The few that shares could make fastest, if they could win at all."""
         for candidate in candidates[:_MAX_ALLOCATIONS]:
-            if candidate.schedule.period_s < sequential_s * (1 - _LEAST_GAIN):
+            if self._least_period_s(candidate) < sequential_s * (1 - _LEAST_GAIN):
                 self._report(f"{candidate.label}: {candidate.schedule.period_s * 1e6:,.1f} us without interference")
                 yield candidate
+
+    def _least_period_s(self, candidate: _Candidate) -> float:
+        """What no shares of any mechanism can undercut."""
+        interference = Interference(self._profile, candidate.problem.graph)
+        bounds = [
+            least_period_s(candidate.problem, candidate.schedule, interference, self._profile.setup, mechanism)
+            for mechanism in interference.mechanisms
+        ]
+        return min(bounds, default=candidate.schedule.period_s)
 
     def _allocations(self, candidate: _Candidate) -> Iterator[Attempt]:
         """Stage 2 under every mechanism that pairs were measured with."""
