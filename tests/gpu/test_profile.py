@@ -11,10 +11,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
+from nanoflow.kernels.kept import kernels_on
 from nanoflow.models.presets import PRESETS
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import measure_alone, prepare_row, rows_workspace
-from nanoflow.profiler.kept import kernels_on
 from nanoflow.profiler.pairs import measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.profile import Job, launch_gap_s, new_job, run_job
 from nanoflow.profiler.sustained import Span

@@ -1,7 +1,7 @@
 """The pipelined executor: runs any valid plan, nano-operation by nano-operation, in the order in which it issues them.
 
-On a CPU the lanes execute in plan order, which `PipelinePlan.validate` has proven to respect every dependency. Tensors
-are allocated once, for the largest batch.
+Which stream a nano-operation is queued on and what it waits for there is `lanes.py`'s; on a CPU they run in plan order,
+which `PipelinePlan.validate` has proven to respect every dependency. Tensors are allocated once, for the largest batch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from nanoflow.executor.buffers import DeviceModel, Workspace
-from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import Operation
+from nanoflow.executor.lanes import Partitions, open_lanes
+from nanoflow.executor.steps import bind
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan, PlanError
-
-_Step = tuple[int, Operation, TokenRange]
 
 
 class PipelinedExecutor:
@@ -22,6 +20,7 @@ class PipelinedExecutor:
 
     Raises:
         PlanError: A plan does not fit the model.
+        LaneError: The device cannot be divided as a plan asks for.
     """
 
     def __init__(
@@ -29,14 +28,11 @@ class PipelinedExecutor:
     ) -> None:
         self._model = model
         self.workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits)
-        self._steps = {plan.digest: self._bind(plan) for plan in plans}
-
-    def _bind(self, plan: PipelinePlan) -> tuple[_Step, ...]:
-        plan.validate(self._model.graph)
-        ops = {op.name: op for op in self._model.graph.layer}
-        return tuple(
-            (layer, ops[nano.operation], nano.tokens) for layer, nano in plan.issue_order(self._model.graph.num_layers)
-        )
+        self._steps = {plan.digest: bind(plan, model.graph) for plan in plans}
+        partitions = Partitions(model.device)
+        self._lanes = {
+            plan.digest: open_lanes(plan, self._steps[plan.digest], self.workspace, partitions) for plan in plans
+        }
 
     def forward(self, inputs: BatchInputs, plan: PipelinePlan) -> None:
         """Run prologue and layers; `logits` reads what they leave.
@@ -47,11 +43,14 @@ class PipelinedExecutor:
         if inputs.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {inputs.num_tokens}")
         self.workspace.run_whole(self._model.graph.prologue, inputs)
-        for layer, op, planned in self._steps[plan.digest]:
-            there = inputs.tokens_in(op.scope)
-            tokens = planned.clip(there.start, there.stop)
-            if tokens.num_tokens:
-                self.workspace.run(op, layer, tokens, inputs)
+        lanes = self._lanes[plan.digest]
+        with lanes.running():
+            for place, step in enumerate(self._steps[plan.digest]):
+                there = inputs.tokens_in(step.op.scope)
+                tokens = step.tokens.clip(there.start, there.stop)
+                with lanes.on(place) as workspace:
+                    if tokens.num_tokens:
+                        workspace.run(step.op, step.layer, tokens, inputs)
 
     def logits(self, inputs: BatchInputs) -> Tensor:
         """Logits [S, V] of the rows `inputs.logit_tokens` of the batch just run; overwritten by the next call."""

@@ -21,9 +21,9 @@ from nanoflow.device.energy import gpu_energy_j
 from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
 from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
-from nanoflow.profiler.kept import kernels_on
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, sustained
 from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task

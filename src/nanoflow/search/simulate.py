@@ -15,8 +15,9 @@ from nanoflow.cost.interference import Interference, lane_of
 from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w, static_power_w
 from nanoflow.cost.table import Cost, CostTable
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.nanobatch import Access, TokenRange, depends
+from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, Resource
+from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.timeline import Span, Timeline
 from nanoflow.search.problem import operation_cost
@@ -85,7 +86,7 @@ class PlanSimulator:
         self._ops = [ops[nano.operation] for nano in plan.nano_operations]
         lanes = {lane.name: lane for lane in plan.lanes}
         self._lanes = [lanes[nano.lane] for nano in plan.nano_operations]
-        self._depends = _dependencies(plan, graph, self._ops)
+        self._depends = dependencies(plan, graph)
         self._setup = table.profile.setup
 
     def run(self, shape: BatchShape, num_layers: int | None = None) -> Simulation:
@@ -212,28 +213,6 @@ def _period_s(ends_s: Sequence[float], filling: int) -> float:
 
 
 _PRECEDENCE = {Resource.COMPUTE: 0, Resource.MEMORY: 1, Resource.NETWORK: 2}
-
-
-def _dependencies(plan: PipelinePlan, graph: OpGraph, ops: Sequence[Operation]) -> list[list[tuple[int, int]]]:
-    """For each nano-operation what it waits for: (place in the plan, how many layers before)."""
-    order = {op.name: place for place, op in enumerate(graph.layer)}
-    nanos = plan.nano_operations
-    found: list[list[tuple[int, int]]] = [[] for _ in nanos]
-    for late, nano in enumerate(nanos):
-        for early, other in enumerate(nanos):
-            first = Access(op=ops[early], tokens=other.tokens)
-            if order[other.operation] < order[nano.operation] and depends(
-                graph, first, Access(op=ops[late], tokens=nano.tokens)
-            ):
-                found[late].append((early, 0))
-            if depends(graph, first, Access(op=ops[late], tokens=nano.tokens, layer=1)):
-                found[late].append((early, 1))
-        for wait in nano.waits:
-            # A wait is for one period; stages say which layer that is.
-            periods_before = 0 if wait < late else 1
-            distance = periods_before + nanos[wait].stage - nano.stage
-            found[late].append((wait, distance))
-    return found
 
 
 def _issued(plan: PipelinePlan, num_layers: int) -> list[tuple[int, int]]:

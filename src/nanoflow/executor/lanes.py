@@ -1,0 +1,139 @@
+"""The lanes of a plan at run time: which stream a step is queued on, and the events between streams.
+
+`OneLane` queues everything in issue order on the current stream, which is right anywhere, for that order respects every
+dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own if the plan says so. Both can be captured
+in a CUDA graph: lanes fork from the current stream and join it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from nanoflow.device.lanes import SM_GROUP, LaneStream, partition_pair, plain_stream
+from nanoflow.executor.buffers import Workspace
+from nanoflow.executor.steps import Step
+from nanoflow.graph.operation import Resource
+from nanoflow.kernels.kept import kernels_on
+from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+
+
+class Lanes(Protocol):
+    """Where the steps of one plan run."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """All steps of a forward pass stand in this context; work queued after it waits for them."""
+
+    def on(self, place: int) -> AbstractContextManager[Workspace]:
+        """The step at this place, once what it waits for has been queued; gives the tensors with the lane's kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneLane:
+    """One after the other."""
+
+    workspace: Workspace
+
+    def running(self) -> AbstractContextManager[None]:
+        """See `Lanes`."""
+        return nullcontext()
+
+    def on(self, place: int) -> AbstractContextManager[Workspace]:
+        """See `Lanes`."""
+        return nullcontext(self.workspace)
+
+
+class Partitions:
+    """Pairs of lanes on disjoint SMs, made once for each way to divide the device and shared by plans."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pairs: dict[int, tuple[LaneStream, LaneStream]] = {}
+
+    def side(self, share: float, *, is_first: bool) -> LaneStream:
+        """The lane with a share: products are on the first side, what runs beside them on the second.
+
+        Second sides of all pairs are the first SMs of the device, so any two of them overlap, and a first side is
+        disjoint from every second side of at most the rest.
+
+        Raises:
+            LaneError: There is no such share, or no partitions here.
+        """
+        total = torch.cuda.get_device_properties(self._device).multi_processor_count
+        second_sms = round((1.0 - share if is_first else share) * total / SM_GROUP) * SM_GROUP
+        if second_sms not in self._pairs:
+            self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
+        return self._pairs[second_sms][0 if is_first else 1]
+
+
+class GpuLanes:
+    """The lanes of a plan on a GPU.
+
+    Args:
+        plan, steps: What runs.
+        workspace: Tensors, and kernels for the whole device.
+        partitions: Where to get SMs.
+    """
+
+    def __init__(
+        self, plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace, partitions: Partitions
+    ) -> None:
+        self._device = workspace.model.device
+        self._steps, self._whole = steps, workspace
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        self._workspaces: dict[str, Workspace] = {}
+        for lane in plan.lanes:
+            self._open(lane, steps, partitions)
+        self._events = {place: _event() for place, step in enumerate(steps) if step.is_waited_for}
+        self._begin, self._ends = _event(), {name: _event() for name in self._streams}
+
+    def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
+        """A lane on the whole device is the current stream, so it is not opened."""
+        if lane.mechanism is Mechanism.STREAM:
+            self._streams[lane.name] = plain_stream(self._device).stream
+        elif lane.mechanism is Mechanism.PARTITION:
+            is_first = any(step.op.resource is Resource.COMPUTE for step in steps if step.lane == lane.name)
+            part = partitions.side(lane.share, is_first=is_first)
+            model = self._whole.model
+            kept = replace(model, kernels=kernels_on(model.kernels, part.num_sms))
+            self._streams[lane.name] = part.stream
+            self._workspaces[lane.name] = replace(self._whole, model=kept)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """See `Lanes`."""
+        self._begin.record(torch.cuda.current_stream(self._device))
+        for stream in self._streams.values():
+            stream.wait_event(self._begin)
+        yield
+        current = torch.cuda.current_stream(self._device)
+        for name, stream in self._streams.items():
+            self._ends[name].record(stream)
+            current.wait_event(self._ends[name])
+
+    @contextmanager
+    def on(self, place: int) -> Iterator[Workspace]:
+        """See `Lanes`."""
+        step = self._steps[place]
+        stream = self._streams.get(step.lane) or torch.cuda.current_stream(self._device)
+        for before in step.waits:
+            stream.wait_event(self._events[before])
+        with torch.cuda.stream(stream):
+            yield self._workspaces.get(step.lane, self._whole)
+        if step.is_waited_for:
+            self._events[place].record(stream)
+
+
+def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace, partitions: Partitions) -> Lanes:
+    """The lanes of a plan: parallel ones on a GPU, if it has more than one."""
+    if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
+        return OneLane(workspace=workspace)
+    return GpuLanes(plan, steps, workspace, partitions)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

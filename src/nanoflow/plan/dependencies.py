@@ -1,0 +1,39 @@
+"""What each nano-operation of a plan must wait for, by the graph and by the plan itself.
+
+The executor turns it into events between lanes, the simulator into events in simulated time.
+"""
+
+from __future__ import annotations
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.nanobatch import Access, depends
+from nanoflow.plan.plan import PipelinePlan
+
+Dependency = tuple[int, int]
+
+
+def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, ...], ...]:
+    """For each nano-operation, in order: places of others, and how many layers before its own those belong to.
+
+    Dependencies on layers before the previous one follow from these. A negative number of layers is a later layer: the
+    plan's waits are by period, and stages say which layers run in it.
+    """
+    ops = {op.name: op for op in graph.layer}
+    order = {op.name: place for place, op in enumerate(graph.layer)}
+    nanos = plan.nano_operations
+    accesses = [Access(op=ops[nano.operation], tokens=nano.tokens) for nano in nanos]
+    next_accesses = [Access(op=access.op, tokens=access.tokens, layer=1) for access in accesses]
+    found: list[tuple[Dependency, ...]] = []
+    for late, nano in enumerate(nanos):
+        mine: list[Dependency] = []
+        for early, other in enumerate(nanos):
+            is_before = order[other.operation] < order[nano.operation]
+            if is_before and depends(graph, accesses[early], accesses[late]):
+                mine.append((early, 0))
+            if depends(graph, accesses[early], next_accesses[late]):
+                mine.append((early, 1))
+        for wait in nano.waits:
+            periods_before = 0 if wait < late else 1
+            mine.append((wait, periods_before + nanos[wait].stage - nano.stage))
+        found.append(tuple(mine))
+    return tuple(found)
