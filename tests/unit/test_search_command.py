@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 
 from nanoflow.cli.main import main
+from nanoflow.graph.operation import BatchShape
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import load_book
 from nanoflow.plan.plan import PipelinePlan
-from nanoflow.search.shapes import workload_shapes
+from nanoflow.plan.sequential import sequential_plan
+from nanoflow.search.shapes import batch_of, entry_of, workload_shapes
 
+GRAPH = build_graph(preset_config("llama-3-8b"), None)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -40,14 +45,33 @@ def test_a_workload_gives_a_book(profile: Path, tmp_path: Path, capsys: pytest.C
     assert book.made_for is not None and book.made_for.gpu == "NVIDIA A100 80 GB SXM"
     assert f"{len(book.entries)} plans" in capsys.readouterr().out
     for entry in book.entries:
-        assert entry.max_tokens == entry.plan.num_tokens and entry.min_tokens >= 7 / 8 * entry.max_tokens
+        assert entry.min_tokens <= entry.max_tokens == entry.plan.num_tokens
 
 
 def test_shapes_of_a_workload() -> None:
     shapes = list(workload_shapes(512.0, 512.0, max_batch_tokens=2048, max_num_seqs=600))
-    assert [(s.shape.num_tokens, s.shape.num_decode_tokens) for s in shapes] == [(2048, 600), (600, 600), (300, 300)]
-    assert shapes[0].shape.decode_context == 600 * 768 and shapes[0].shape.prefill_context == 1448 * 513 // 2
-    assert shapes[0].min_decode_share < 600 / 2048 < shapes[0].max_decode_share
+    assert [(shape.num_tokens, shape.num_decode_tokens) for shape in shapes] == [
+        *((2048, 600), (2048, 450), (2048, 300)),
+        *((600, 600), (300, 300)),
+    ]
+    assert shapes[0].decode_context == 600 * 768 and shapes[0].prefill_context == 1448 * 513 // 2
+
+
+def test_a_plan_is_used_only_where_it_wins() -> None:
+    """A plan that wins from 25 to 45 % of decodes, up to 1,500 keys, from 1,500 tokens on."""
+    plan = sequential_plan(GRAPH, 2048)
+
+    def gain(shape: BatchShape) -> float:
+        share = shape.num_decode_tokens / shape.num_tokens
+        context = shape.decode_context / shape.num_decode_tokens
+        return 1.05 if 0.25 <= share <= 0.45 and context <= 1500 and shape.num_tokens >= 1500 else 0.9
+
+    entry = entry_of(plan, batch_of(2048, 700, 1000.0, 512.0), 512.0, gain)
+    assert entry is not None and entry.max_decode_context is not None
+    assert 1500 < entry.min_tokens < entry.max_tokens == 2048
+    assert 0.25 < entry.min_decode_share < 700 / 2048 < entry.max_decode_share < 0.45
+    assert entry.min_decode_context < 1000 < entry.max_decode_context < 1500
+    assert entry_of(plan, batch_of(2048, 300, 1000.0, 512.0), 512.0, gain) is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,11 @@ from nanoflow.config import ConfigError, option
 
 if TYPE_CHECKING:
     from nanoflow.cost.table import Profile
+    from nanoflow.graph.operation import BatchShape
+    from nanoflow.plan.book import PlanEntry
+    from nanoflow.plan.plan import PipelinePlan
+    from nanoflow.search.iteration import IterationModel
     from nanoflow.search.search import SearchResult
-    from nanoflow.search.shapes import ShapeRange
 
 _TEACH = """\
 Find the pipeline plans that a profile predicts to be fastest. Without --decodes a
@@ -74,20 +78,24 @@ def run(args: argparse.Namespace) -> int:
     """Search, print a line a shape, write the file."""
     from nanoflow.cost.table import Profile
     from nanoflow.plan.book import MadeFor, StoredBook
+    from nanoflow.search.iteration import IterationModel
+    from nanoflow.search.shapes import entry_of
 
     config = _OPTIONS.read(args)
     profile = Profile.load(args.profile)
     if not args.output.parent.is_dir():
         raise ConfigError(f"cannot write {args.output}: there is no folder {args.output.parent}")
-    entries = []
-    for wanted in _shapes(config):
-        print(_describe(wanted), flush=True)
-        result = _search(profile, wanted, config.time_limit, is_quiet=args.quiet)
-        print("\n".join(f"  {line}" for line in _summary(profile, wanted, result)), flush=True)
+    model, entries = IterationModel(profile), []
+    for shape in _shapes(config):
+        print(_describe(shape), flush=True)
+        result = _search(profile, shape, config.time_limit, is_quiet=args.quiet)
+        print("\n".join(f"  {line}" for line in _summary(model, shape, result)), flush=True)
         if config.decodes is not None:
             args.output.write_bytes(result.plan.to_json())
         elif len(result.plan.lanes) > 1:
-            entries.append(wanted.entry(result.plan))
+            entry = entry_of(result.plan, shape, _mean_lengths(config.workload)[0], _gain(model, result.plan))
+            print(f"  {_range(entry)}", flush=True)
+            entries += [] if entry is None else [entry]
     if config.decodes is None:
         setup = profile.setup
         made_for = MadeFor(model=profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
@@ -96,8 +104,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shapes(config: SearchConfig) -> list[ShapeRange]:
-    from nanoflow.search.shapes import ShapeRange, batch_of, workload_shapes
+def _gain(model: IterationModel, plan: PipelinePlan) -> Callable[[BatchShape], float]:
+    def gain(shape: BatchShape) -> float:
+        return model.predict(shape).iteration_s / model.predict(shape, plan).iteration_s
+
+    return gain
+
+
+def _range(entry: PlanEntry | None) -> str:
+    """Where a plan is used."""
+    if entry is None:
+        return "not used: an iteration wins less than 1 %"
+    return (
+        f"used for {entry.min_tokens:,} to {entry.max_tokens:,} tokens, {entry.min_decode_share:.0%} to "
+        f"{entry.max_decode_share:.0%} decodes with {entry.min_decode_context:,.0f} to "
+        f"{entry.max_decode_context or 0:,.0f} keys"
+    )
+
+
+def _shapes(config: SearchConfig) -> list[BatchShape]:
+    from nanoflow.search.shapes import batch_of, workload_shapes
 
     prompt_tokens, output_tokens = _mean_lengths(config.workload)
     if config.decodes is None:
@@ -110,8 +136,7 @@ def _shapes(config: SearchConfig) -> list[ShapeRange]:
             )
         )
     context = config.context or prompt_tokens + output_tokens / 2
-    shape = batch_of(config.max_batch_tokens, config.decodes, context, prompt_tokens)
-    return [ShapeRange(shape=shape, min_decode_share=0.0, max_decode_share=1.0)]
+    return [batch_of(config.max_batch_tokens, config.decodes, context, prompt_tokens)]
 
 
 def _mean_lengths(workload: str) -> tuple[float, float]:
@@ -122,27 +147,24 @@ def _mean_lengths(workload: str) -> tuple[float, float]:
     return float(prompt), float(output)
 
 
-def _describe(wanted: ShapeRange) -> str:
-    shape = wanted.shape
+def _describe(shape: BatchShape) -> str:
     context = shape.decode_context / max(shape.num_decode_tokens, 1)
     return f"{shape.num_tokens:,} tokens, {shape.num_decode_tokens:,} of them decodes with {context:,.0f} keys each"
 
 
-def _search(profile: Profile, wanted: ShapeRange, time_limit_s: float, *, is_quiet: bool) -> SearchResult:
+def _search(profile: Profile, shape: BatchShape, time_limit_s: float, *, is_quiet: bool) -> SearchResult:
     from nanoflow.search.search import Search
 
     def report(line: str) -> None:
         if not is_quiet:
             print(f"  {line}", file=sys.stderr, flush=True)
 
-    return Search(profile, wanted.shape, time_limit_s=time_limit_s, report=report).run()
+    return Search(profile, shape, time_limit_s=time_limit_s, report=report).run()
 
 
-def _summary(profile: Profile, wanted: ShapeRange, result: SearchResult) -> list[str]:
+def _summary(model: IterationModel, shape: BatchShape, result: SearchResult) -> list[str]:
     """What was found, layer and iteration."""
-    from nanoflow.search.iteration import predict
-
-    prediction = predict(result.plan, profile, wanted.shape)
+    prediction = model.predict(shape, result.plan)
     energy = prediction.energy_per_token_j
     gaps = [attempt.gap for attempt in result.attempts if attempt.plan == result.plan]
     return [
