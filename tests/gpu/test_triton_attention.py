@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
-from nanoflow.kernels import reference, triton_attention
-from nanoflow.kernels.launch import BatchInputs, HostLengths, Launch, LayerCache
+from nanoflow.kernels import gluon_attention, reference, triton_attention
+from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, DecodeInputs, HostLengths, Launch, LayerCache
 from tests import graphs
 
 pytestmark = pytest.mark.gpu
@@ -86,14 +87,59 @@ def _assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("window", [None, 500])
 @pytest.mark.parametrize(("num", "longest"), [(300, 900), (48, 3000), (2, 20000)])
+@pytest.mark.parametrize("kernels", [triton_attention, gluon_attention], ids=["triton", "gluon"])
 def test_decode(
-    heads: tuple[int, int, int], window: int | None, num: int, longest: int, monkeypatch: pytest.MonkeyPatch
+    kernels: ModuleType,
+    heads: tuple[int, int, int],
+    window: int | None,
+    num: int,
+    longest: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs, dims = _inputs(_decodes(num, longest), num, monkeypatch), _dims(heads, window)
+    if kernels is gluon_attention and not gluon_attention.can_attend(GPU, torch.bfloat16, dims):
+        pytest.skip("not for these heads")
     q = torch.randn(num, dims.q_width, device=GPU).bfloat16()
     launch = _launch(Scope.DECODE, dims, TokenRange(start=0, stop=num), q, inputs, _cache(inputs, dims))
-    triton_attention.decode_attention(launch)
+    kernels.decode_attention(launch)
     _assert_close(launch.writes[0], _exact(launch))
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 72, 396])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_any_number_of_programs_shares_the_work(num_programs: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skewed contexts, rows that are no decodes in between, NaN behind every context; the second half of the rows."""
+    num, dims = 61, _dims((4 * group, 4, 128), None)
+    if not gluon_attention.can_attend(GPU, torch.bfloat16, dims):
+        pytest.skip("the kernel is for Hopper")
+    contexts = [0 if row % 5 == 4 else 1 + int(9000 / (1 + row) ** 1.2) for row in range(num)]
+    inputs = _inputs([(max(context - 1, 0), 1) for context in contexts], num, monkeypatch)
+    cache = _cache(inputs, dims)
+    for row, context in enumerate(contexts):
+        if context % 16:
+            page = int(inputs.decodes.page_tables[row, context // 16])
+            cache.keys[page, :, context % 16 :] = cache.values[page, :, context % 16 :] = torch.nan
+    decodes = with_contexts(inputs.decodes, torch.tensor(contexts, dtype=torch.int32, device=GPU))
+    inputs = dataclasses.replace(
+        inputs,
+        decodes=decodes,
+        host=HostLengths(decode_context_len=contexts, prefill_query_start=[num], prefill_context_len=[]),
+    )
+    for tokens in (TokenRange(start=0, stop=num), TokenRange(start=20, stop=num)):
+        q = torch.randn(tokens.num_tokens, dims.q_width, device=GPU).bfloat16()
+        launch = _launch(Scope.DECODE, dims, tokens, q, inputs, cache)
+        gluon_attention.run_decode(launch, num_programs)
+        clean = LayerCache(keys=cache.keys.nan_to_num(), values=cache.values.nan_to_num())
+        exact = _exact(dataclasses.replace(launch, cache=clean))
+        is_decode = torch.tensor(contexts[tokens.start :], device=GPU) > 0
+        _assert_close(launch.writes[0][is_decode], exact[is_decode])
+        assert launch.writes[0][~is_decode].isnan().all()
+
+
+def with_contexts(decodes: DecodeInputs, contexts: torch.Tensor) -> DecodeInputs:
+    """The same requests with other contexts."""
+    blocks = torch.nn.functional.pad(((contexts + KEY_BLOCK - 1) // KEY_BLOCK).cumsum(0), (1, 0)).int()
+    return dataclasses.replace(decodes, context_len=contexts, key_blocks=blocks)
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nanoflow.executor.captured import Buckets
 from nanoflow.executor.inputs import BatchSize, InputBuilder
+from nanoflow.executor.layout import lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_attention
@@ -68,14 +69,16 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
     builder = InputBuilder(GRAPH.rope, num_rows=8, device=CPU)
 
     exact = PipelinedExecutor(exact_model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
-    inputs = builder.build(batch)
+    # Dealt over the nano-batches of the plan.
+    layout = lay_out(batch, plan.cuts)
+    inputs = builder.build(batch, layout)
     exact.forward(inputs, plan)
     padded = PipelinedExecutor(padded_model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
     # What an earlier batch left in the padding must not matter.
     for tensor in padded.workspace.tensors.values():
         tensor.fill_(torch.nan)
     size = BatchSize(num_tokens=24, num_decodes=16, num_prefills=4)
-    loaded = builder.load(batch, size)
+    loaded = builder.load(batch, layout, size)
     place = replace(
         loaded,
         decode_tables=_with_rows(loaded.decode_tables, 16),
@@ -103,7 +106,7 @@ def test_a_bucket_has_room_and_stays_within_the_limits(
 ) -> None:
     num_tokens = min(num_decodes + 2 * num_prefills + (more if num_prefills else 0), 2000)
     exact = BatchSize(num_tokens=num_tokens, num_decodes=num_decodes, num_prefills=num_prefills)
-    buckets = Buckets(max_tokens=2000, max_requests=1100)
+    buckets = Buckets.of(2000, 1100)
     size = buckets.size_for(exact, 2000 if plan else 1 << 20)
     assert num_tokens <= size.num_tokens <= min(2000, max(16, 1.25 * num_tokens))
     assert num_decodes <= size.num_decodes <= min(1100, size.num_tokens)
@@ -112,7 +115,7 @@ def test_a_bucket_has_room_and_stays_within_the_limits(
 
 
 def test_the_buckets_of_a_budget_are_few() -> None:
-    buckets = Buckets(max_tokens=2048, max_requests=1024)
+    buckets = Buckets.of(2048, 1024)
     sizes = {
         buckets.size_for(BatchSize(num_tokens=n, num_decodes=min(n, 1024), num_prefills=0), 2048)
         for n in range(1, 2049)

@@ -141,8 +141,7 @@ def test_prefill_with_padding_requests_and_tokens() -> None:
     reference.prefill_attention(twin)
     torch.testing.assert_close(ours.writes[0][5 : inputs.num_tokens], twin.writes[0])
     assert ours.writes[0][:5].isnan().all()
-    assert not ours.writes[0][inputs.num_tokens : -5].any()
-    assert ours.writes[0][-5:].isnan().all()
+    assert ours.writes[0][inputs.num_tokens :].isnan().all()
 
 
 def test_many_short_prompts_find_their_requests() -> None:

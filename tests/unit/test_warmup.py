@@ -7,6 +7,7 @@ from collections import Counter
 from nanoflow.engine.warmup import warm_up_batches
 from nanoflow.executor.captured import Buckets
 from nanoflow.executor.inputs import BatchSize
+from nanoflow.executor.layout import lay_out
 from nanoflow.scheduler.limits import SchedulerLimits
 
 
@@ -23,9 +24,9 @@ def _limits(max_batch_tokens: int, max_num_seqs: int, max_model_len: int) -> Sch
 
 def test_every_bucket_of_decodes_is_met_twice() -> None:
     limits = _limits(700, 300, 4096)
-    buckets = Buckets(max_tokens=700, max_requests=300)
+    buckets = Buckets.of(700, 300)
     batches = list(warm_up_batches(limits))
-    met = Counter(buckets.size_for(BatchSize.of(batch), 700) for batch in batches)
+    met = Counter(buckets.size_for(BatchSize.of(lay_out(batch)), 700) for batch in batches)
     for count in range(1, 301):
         size = BatchSize(num_tokens=count, num_decodes=count, num_prefills=0)
         assert met[buckets.size_for(size, 700)] == 2

@@ -28,7 +28,7 @@ def warm_up(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, show_pro
 
 def warm_up_batches(limits: SchedulerLimits) -> Iterator[DenseBatch]:
     """Large ones first, so that the smaller ones find memory that is already taken; each twice."""
-    buckets = Buckets(max_tokens=limits.max_batch_tokens, max_requests=limits.max_num_seqs)
+    buckets = Buckets.of(limits.max_batch_tokens, limits.max_num_seqs)
     most = min(limits.max_batch_tokens, limits.max_num_seqs)
     sizes = {
         buckets.size_for(BatchSize(num_tokens=count, num_decodes=count, num_prefills=0), limits.max_batch_tokens)

@@ -9,6 +9,7 @@ do stands in the plan: `pipelined.py`, which is also what runs where there are n
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import torch
 
 from nanoflow.batch import DenseBatch
 from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch
+from nanoflow.executor.layout import Layout
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan, PlanError
@@ -27,7 +29,7 @@ _MAX_GRAPHS = 256
 class Forward(Protocol):
     """Runs prologue and layers of a batch."""
 
-    def __call__(self, batch: DenseBatch, plan: PipelinePlan) -> BatchInputs:
+    def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """Queue the work; gives what `PipelinedExecutor.logits` needs."""
 
 
@@ -38,9 +40,9 @@ class EagerForward:
     executor: PipelinedExecutor
     builder: InputBuilder
 
-    def __call__(self, batch: DenseBatch, plan: PipelinePlan) -> BatchInputs:
+    def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """See `Forward`."""
-        inputs = self.builder.build(batch)
+        inputs = self.builder.build(batch, layout)
         self.executor.forward(inputs, plan)
         return inputs
 
@@ -51,11 +53,24 @@ class Buckets:
 
     Attributes:
         max_tokens: The token budget.
-        max_requests: Most requests in a batch.
+        max_decodes: Places from the first on among which decodes may be.
+        max_prefills: Most parts of prompts, and gaps between them.
     """
 
     max_tokens: int
-    max_requests: int
+    max_decodes: int
+    max_prefills: int
+
+    @staticmethod
+    def of(max_tokens: int, max_requests: int, plans: Iterable[PipelinePlan] = ()) -> Buckets:
+        """For batches of so many requests, dealt over the nano-batches of any of these plans."""
+        num_cuts = max((len(plan.cuts) for plan in plans), default=0)
+        # A cut may end a chunk, and a gap follows it.
+        return Buckets(
+            max_tokens=max_tokens,
+            max_decodes=max_tokens if num_cuts else max_requests,
+            max_prefills=max_requests + 2 * num_cuts,
+        )
 
     def size_for(self, size: BatchSize, plan_tokens: int) -> BatchSize:
         """The smallest bucket with room for a batch of this size, under a plan for so many tokens.
@@ -66,8 +81,8 @@ class Buckets:
         num_tokens = min(_round_tokens(size.num_tokens), plan_tokens, self.max_tokens)
         return BatchSize(
             num_tokens=num_tokens,
-            num_decodes=min(_round_power(size.num_decodes, 2), self.max_requests, num_tokens),
-            num_prefills=min(_round_power(size.num_prefills, 4), self.max_requests),
+            num_decodes=min(_round_power(size.num_decodes, 2), self.max_decodes, num_tokens),
+            num_prefills=min(_round_power(size.num_prefills, 4), self.max_prefills),
         )
 
 
@@ -99,21 +114,23 @@ class CapturedForward:
         device: torch.device,
     ) -> None:
         self._executor, self._builder, self._buckets = executor, builder, buckets
-        shape = (2, buckets.max_requests, pages_per_request)
-        self._decode_tables, self._prefill_tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._decode_tables, self._prefill_tables = (
+            torch.zeros((count, pages_per_request), dtype=torch.int32, device=device)
+            for count in (buckets.max_decodes, buckets.max_prefills)
+        )
         self._places: dict[BatchSize, LoadedBatch] = {}
         self._met: set[tuple[str, BatchSize]] = set()
         self._captured: OrderedDict[tuple[str, BatchSize], _Captured] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, batch: DenseBatch, plan: PipelinePlan) -> BatchInputs:
+    def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """See `Forward`."""
-        exact = BatchSize.of(batch)
+        exact = BatchSize.of(layout)
         if exact.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {exact.num_tokens}")
         size = self._buckets.size_for(exact, plan.num_tokens)
-        loaded = self._builder.load(batch, size)
+        loaded = self._builder.load(batch, layout, size)
         inputs = self._run(self._place(size, loaded), plan)
         return replace(inputs, logit_tokens=loaded.logit_tokens)
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoflow.batch import DenseBatch, Int32
 from nanoflow.device.transfer import Uploader, to_device
+from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.graph.graph import RopeSpec
-from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, PrefillInputs
+from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, DecodeInputs, HostLengths, PrefillInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class BatchSize:
     Attributes:
         num_tokens: T.
         num_decodes: D, tokens from the first on that may be decodes.
-        num_prefills: R, requests with more than one token.
+        num_prefills: R, parts of prompts and gaps between them.
     """
 
     num_tokens: int
@@ -35,12 +37,12 @@ class BatchSize:
     num_prefills: int
 
     @staticmethod
-    def of(batch: DenseBatch) -> BatchSize:
+    def of(layout: Layout) -> BatchSize:
         """Exactly as large as a batch."""
         return BatchSize(
-            num_tokens=batch.num_tokens,
-            num_decodes=batch.num_decodes,
-            num_prefills=batch.num_requests - batch.num_decodes,
+            num_tokens=len(layout.places),
+            num_decodes=layout.num_decodes,
+            num_prefills=len(layout.chunk_requests),
         )
 
     @property
@@ -56,7 +58,7 @@ class LoadedBatch:
     Attributes:
         size: How large it is with its padding.
         numbers: int32, one after the other: token ids, rows to feed back from, whether to do so, positions and slots
-            of T tokens; contexts of D decodes; starts of R prefills and the end; their contexts.
+            of T tokens; contexts of D decodes; starts of R parts of prompts and the end; their contexts.
         decode_tables, prefill_tables: int32 [D, P] and [R, P]; a padding request may have no row.
         logit_tokens: int32 [S].
         first_prefill_token: No token before it is of a prefill.
@@ -82,32 +84,41 @@ class InputBuilder:
         self._attention_factor = rope.attention_factor
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
-    def build(self, batch: DenseBatch) -> BatchInputs:
-        """Index tensors of a batch, without padding."""
-        return self.derive(self.load(batch, BatchSize.of(batch)))
+    def build(self, batch: DenseBatch, layout: Layout | None = None) -> BatchInputs:
+        """Index tensors of a batch, without padding; as the batch comes without a layout."""
+        layout = layout or lay_out(batch)
+        return self.derive(self.load(batch, layout, BatchSize.of(layout)))
 
-    def load(self, batch: DenseBatch, size: BatchSize) -> LoadedBatch:
-        """Lay a batch out at a size that has room for it, and copy it while the device still works on the one before.
+    def load(self, batch: DenseBatch, layout: Layout, size: BatchSize) -> LoadedBatch:
+        """Copy a batch to a size that has room for it, while the device still works on the one before.
 
         Page tables come without padding.
         """
-        numbers, tables = _numbers(batch, size), np.ascontiguousarray(batch.page_tables)
-        logit_tokens = batch.query_start[batch.sampled + 1] - 1
-        parts = self._uploader.upload(np.concatenate((numbers, logit_tokens, tables.reshape(-1)), dtype=np.int32))
-        uploaded, logits, pages = torch.split(parts, [len(numbers), len(logit_tokens), tables.size])
-        pages = pages.view(tables.shape)
-        query_start, context_len = batch.query_start.tolist(), batch.context_len.tolist()
+        numbers, tables = _numbers(batch, layout, size), np.ascontiguousarray(batch.page_tables)
+        logit_tokens = layout.places[batch.query_start[batch.sampled + 1] - 1]
+        # Places of no request get the pages of any.
+        requests = np.zeros(layout.num_decodes, np.int32)
+        requests[layout.decode_places] = np.arange(batch.num_decodes)
+        requests = np.concatenate((requests, np.maximum(layout.chunk_requests, 0)))
+        parts = self._uploader.upload(
+            np.concatenate((numbers, logit_tokens, requests, tables.reshape(-1)), dtype=np.int32)
+        )
+        sizes = [len(numbers), len(logit_tokens), len(requests), tables.size]
+        uploaded, logits, rows, pages = torch.split(parts, sizes)
+        decode_tables, prefill_tables = torch.split(
+            pages.view(tables.shape).index_select(0, rows), [layout.num_decodes, len(layout.chunk_requests)]
+        )
         return LoadedBatch(
             size=size,
             numbers=uploaded,
-            decode_tables=pages[: batch.num_decodes],
-            prefill_tables=pages[batch.num_decodes :],
+            decode_tables=decode_tables,
+            prefill_tables=prefill_tables,
             logit_tokens=logits,
-            first_prefill_token=batch.num_decodes,
+            first_prefill_token=layout.first_prefill,
             host=HostLengths(
-                decode_context_len=context_len[: batch.num_decodes],
-                prefill_query_start=query_start[batch.num_decodes :],
-                prefill_context_len=context_len[batch.num_decodes :],
+                decode_context_len=_decode_contexts(batch, layout).tolist(),
+                prefill_query_start=layout.chunk_start.tolist(),
+                prefill_context_len=layout.chunk_context.tolist(),
             ),
         )
 
@@ -122,7 +133,11 @@ class InputBuilder:
             cos=angles.cos() * self._attention_factor,
             sin=angles.sin() * self._attention_factor,
             slots=slots,
-            decodes=DecodeInputs(page_tables=loaded.decode_tables, context_len=decode_contexts),
+            decodes=DecodeInputs(
+                page_tables=loaded.decode_tables,
+                context_len=decode_contexts,
+                key_blocks=_before(-(-decode_contexts // KEY_BLOCK)),
+            ),
             prefills=PrefillInputs(
                 page_tables=loaded.prefill_tables, query_start=query_start, context_len=prefill_contexts
             ),
@@ -136,24 +151,40 @@ class InputBuilder:
         self._last_token[to_device(rows, self._device).long()] = token_ids
 
 
-def _numbers(batch: DenseBatch, size: BatchSize) -> NDArray[np.int32]:
+def _numbers(batch: DenseBatch, layout: Layout, size: BatchSize) -> NDArray[np.int32]:
     """The numbers of a batch in the layout of `LoadedBatch`, padding filled in."""
     row_of_token = np.repeat(batch.rows, np.diff(batch.query_start))
-    parts: tuple[tuple[NDArray[Any], int], ...] = (
+    of_tokens: tuple[tuple[NDArray[Any], int], ...] = (
         (batch.token_ids, 0),
         (np.where(batch.is_fed_back, row_of_token, 0), 0),
         (batch.is_fed_back, 0),
         (batch.positions, 0),
         # No place in the cache: nothing is appended.
         (batch.slots, -1),
-        (batch.context_len[: batch.num_decodes], 0),
-        (batch.query_start[batch.num_decodes :], batch.num_tokens),
-        (batch.context_len[batch.num_decodes :], 0),
+    )
+    others: tuple[tuple[NDArray[Any], int], ...] = (
+        (_decode_contexts(batch, layout), 0),
+        (layout.chunk_start, batch.num_tokens),
+        (layout.chunk_context, 0),
     )
     numbers = np.empty(sum(size.lengths), np.int32)
-    start = 0
-    for (values, padding), length in zip(parts, size.lengths, strict=True):
-        numbers[start : start + len(values)] = values
-        numbers[start + len(values) : start + length] = padding
-        start += length
+    parts = np.split(numbers, np.cumsum(size.lengths)[:-1])
+    for part, (values, padding) in zip(parts, of_tokens, strict=False):
+        part[layout.places] = values
+        part[len(values) :] = padding
+    for part, (values, padding) in zip(parts[len(of_tokens) :], others, strict=True):
+        part[: len(values)] = values
+        part[len(values) :] = padding
     return numbers
+
+
+def _decode_contexts(batch: DenseBatch, layout: Layout) -> NDArray[np.int32]:
+    """Tokens in the cache of the decode at each place, 0 where there is none."""
+    contexts = np.zeros(layout.num_decodes, np.int32)
+    contexts[layout.decode_places] = batch.context_len[: batch.num_decodes]
+    return contexts
+
+
+def _before(counts: Tensor) -> Tensor:
+    """Sums before each entry, and of all: int32 [n + 1] of int32 [n]."""
+    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

@@ -19,6 +19,7 @@ from nanoflow.device.transfer import to_device
 from nanoflow.executor.buffers import DeviceModel
 from nanoflow.executor.captured import Buckets, CapturedForward, EagerForward, Forward
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Sampler
@@ -53,7 +54,7 @@ class Worker:
         self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=num_rows)
         self._forward: Forward = EagerForward(executor=self._executor, builder=self._inputs)
         if captured_pages is not None:
-            buckets = Buckets(max_tokens=max_batch_tokens, max_requests=num_rows)
+            buckets = Buckets.of(max_batch_tokens, num_rows, plans)
             self._forward = CapturedForward(
                 self._executor, self._inputs, buckets, pages_per_request=captured_pages, device=device
             )
@@ -76,19 +77,21 @@ class Worker:
         """Queue one batch on the device: forward pass, prompt scores, sampling."""
         for joined in batch.joined:
             self._sampler.join(joined)
-        inputs = self._forward(batch, plan)
-        prompt_scores = [self._score(inputs, score) for score in batch.prompt_scores]
+        layout = lay_out(batch, plan.cuts)
+        inputs = self._forward(batch, layout, plan)
+        prompt_scores = [self._score(inputs, score, layout) for score in batch.prompt_scores]
         drawn = self._sampler.sample(batch, self._executor.logits(inputs))
         self._inputs.feed_back(batch.rows[batch.sampled], drawn.token_ids)
         return PendingTokens(drawn, prompt_scores)
 
-    def _score(self, inputs: BatchInputs, score: PromptScore) -> list[Scores]:
+    def _score(self, inputs: BatchInputs, score: PromptScore, layout: Layout) -> list[Scores]:
         """Log probabilities of prompt tokens, in slices that the logits' tensor can hold."""
         device = inputs.token_ids.device
         targets = to_device(score.target_ids, device).long()
         slices: list[Scores] = []
         for first in range(score.start, score.stop, self._max_logits):
-            tokens = torch.arange(first, min(first + self._max_logits, score.stop), device=device)
+            places = layout.places[first : min(first + self._max_logits, score.stop)]
+            tokens = to_device(places, device)
             logits = self._executor.logits(replace(inputs, logit_tokens=tokens))
             wanted = targets[first - score.start :][: len(tokens)]
             slices.append(top_logprobs(logits, wanted, score.num_logprobs))

@@ -74,6 +74,14 @@ def _touched(access: Access, name: str) -> TokenRange:
     return access.tokens
 
 
+def decodes_before(place: int, num_decodes: int, num_tokens: int) -> int:
+    """Decodes that stand before a place at which a batch is cut: they are dealt over nano-batches by size.
+
+    So each nano-batch has its part of the attention that the products of another one hide.
+    """
+    return num_decodes * min(place, num_tokens) // num_tokens if num_tokens else 0
+
+
 def split(num_tokens: int, boundaries: Sequence[int] = ()) -> tuple[TokenRange, ...]:
     """Cut 0..num_tokens at the boundaries into nano-batches.
 

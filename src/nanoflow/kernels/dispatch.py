@@ -53,12 +53,26 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     if head_sizes <= set(_TRITON_HEAD_SIZES):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
         kernels[OpKind.PREFILL_ATTENTION] = triton_attention.prefill_attention
+    attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
+    if has_gluon():
+        from nanoflow.kernels import gluon_attention
+
+        if all(gluon_attention.can_attend(device, dtype, dims) for dims in attentions):
+            kernels[OpKind.DECODE_ATTENTION] = gluon_attention.decode_attention
     sizes = {
         size for op in layer if isinstance(op.dims, LinearDims) for size in (op.dims.in_features, op.dims.out_features)
     }
     if dtype.itemsize == 2 and triton_gemm.has_tma(device) and not any(size % _TMA_MULTIPLE for size in sizes):
         kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
     return kernels
+
+
+def has_gluon() -> bool:
+    """Whether this Triton has the language of the Hopper kernels; where it has none, the others do."""
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {

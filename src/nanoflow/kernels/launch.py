@@ -1,6 +1,6 @@
 """What a kernel is given: an operation, the rows of its tensors, its weights, and the iteration's index tensors.
 
-Shape legend: T tokens, D of them with room in decode attention, R prefill requests, S rows with logits, P pages a
+Shape legend: T tokens, D of them with room in decode attention, R parts of prompts, S rows with logits, P pages a
 table, N pages of the pool, K KV heads, G tokens a page.
 """
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, Scope
 
+# Keys that decode attention takes at once where its work is counted in such blocks.
+KEY_BLOCK = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeInputs:
@@ -22,20 +25,23 @@ class DecodeInputs:
     Attributes:
         page_tables: int32 [D, P].
         context_len: int32 [D], tokens in the cache once the iteration is done; 0 for a token that is no decode.
+        key_blocks: int32 [D + 1], blocks of `KEY_BLOCK` keys before each token, and all; a context fills its last one.
     """
 
     page_tables: Tensor
     context_len: Tensor
+    key_blocks: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillInputs:
-    """What prefill attention reads, one entry a request with more than one token.
+    """What prefill attention reads, one entry a chunk of a prompt, or a part of one that a nano-batch cuts.
 
     Attributes:
         page_tables: int32 [R, P].
-        query_start: int32 [R + 1], token of the dense batch at which each request begins, never decreasing.
-        context_len: int32 [R], its tokens in the cache once the iteration is done; 0 for padding, which has no tokens.
+        query_start: int32 [R + 1], token of the dense batch at which each begins, never decreasing.
+        context_len: int32 [R], its request's tokens in the cache once it is done; 0 for padding and for gaps, whose
+            tokens are decodes.
     """
 
     page_tables: Tensor

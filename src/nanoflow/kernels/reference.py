@@ -6,6 +6,9 @@ once; products compute in the type of the tensors.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,11 +115,10 @@ def decode_attention(launch: Launch) -> None:
     assert isinstance(dims, AttentionDims) and cache is not None and inputs.host is not None
     (q,), (out,) = launch.reads, launch.writes
     page_size = cache.keys.shape[2]
-    longest = max(inputs.host.decode_context_len[launch.tokens.start : launch.tokens.stop])
-    num_pages = -(-longest // page_size)
-    group = max(1, _MAX_GATHERED_ELEMENTS // (num_pages * page_size * dims.kv_width))
-    for first in range(0, len(q), group):
-        last = min(first + group, len(q))
+    contexts = inputs.host.decode_context_len[launch.tokens.start : launch.tokens.stop]
+    num_pages = -(-max(contexts) // page_size)
+    group = max(1, _MAX_GATHERED_ELEMENTS // (max(num_pages, 1) * page_size * dims.kv_width))
+    for first, last in _runs(contexts, group):
         requests = slice(launch.tokens.start + first, launch.tokens.start + last)
         keys, values = _gather(cache, inputs.decodes.page_tables[requests, :num_pages])
         visible = _visible(inputs.decodes.context_len[requests], keys.shape[2], dims.windows[launch.layer])
@@ -124,6 +126,16 @@ def decode_attention(launch: Launch) -> None:
         grouped = q[first:last].view(last - first, dims.num_kv_heads, -1, dims.head_dim)
         result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)
         out[first:last] = result.reshape(last - first, -1)
+
+
+def _runs(contexts: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows that are decodes (a context of 0 is none), at most so many at once: first and behind last."""
+    first = 0
+    for is_decode, rows in itertools.groupby(contexts, key=bool):
+        stop = first + len(list(rows))
+        if is_decode:
+            yield from ((start, min(start + most, stop)) for start in range(first, stop, most))
+        first = stop
 
 
 def _gather(cache: LayerCache, page_tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +169,7 @@ def prefill_attention(launch: Launch) -> None:
     for request, context_len in enumerate(inputs.host.prefill_context_len):
         chunk_start, chunk_stop = query_start[request], query_start[request + 1]
         start, stop = max(chunk_start, launch.tokens.start), min(chunk_stop, launch.tokens.stop)
-        if start >= stop:
+        if start >= stop or not context_len:
             continue
         num_keys = context_len - (chunk_stop - stop)
         num_pages = -(-num_keys // page_size)

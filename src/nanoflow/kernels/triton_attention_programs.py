@@ -214,7 +214,8 @@ def prefill_program(
     end = tl.minimum(chunk_stop, stop_token)
     tile_of_request = tile - (tl.minimum(begin, stop_token) - first_token) // BLOCK_M - request
     token = begin + tile_of_request * BLOCK_M
-    if token >= end:
+    context = tl.load(context_len + request)
+    if (token >= end) | (context == 0):
         return
     tokens = token + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
@@ -222,7 +223,7 @@ def prefill_program(
     is_token = (tokens < end)[:, None]
     queries = tl.load(q + cells, mask=is_token, other=0.0)
     # A token's place in its sequence is `offset` on from its place in the batch.
-    offset = tl.load(context_len + request) - chunk_stop
+    offset = context - chunk_stop
     stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
     table = page_tables + request.to(tl.int64) * table_stride
     kv_head = head // (NUM_HEADS // KV_HEADS)

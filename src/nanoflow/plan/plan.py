@@ -85,7 +85,7 @@ class NanoOperation:
         return f"{self.operation}[{self.start}:{self.stop}]{stage}"
 
 
-# No slots: the digest is kept.
+# No slots: cuts and digest are kept.
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
     """Order, lane, share and waits of each nano-operation of a layer.
@@ -109,6 +109,11 @@ class PipelinePlan:
     def max_stage(self) -> int:
         """Layers that are in flight at once, less one."""
         return max(nano.stage for nano in self.nano_operations)
+
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """Places at which it cuts the batch into nano-batches, increasing."""
+        return tuple(sorted({nano.stop for nano in self.nano_operations} - {self.num_tokens}))
 
     @cached_property
     def digest(self) -> str:

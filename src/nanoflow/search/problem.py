@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nanoflow.cost.interference import lane_of
 from nanoflow.cost.table import NO_COST, Cost, CostTable
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.nanobatch import Access, TokenRange, depends, split
+from nanoflow.graph.nanobatch import Access, TokenRange, decodes_before, depends, split
 from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind, Resource, Scope
 
 _LEADING = frozenset({OpKind.RMS_NORM, OpKind.GATHER_ROWS})
@@ -118,8 +118,11 @@ def make_problem(graph: OpGraph, table: CostTable, shape: BatchShape, splits: Sp
 
 
 def operation_cost(op: Operation, tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:
-    """What an operation costs alone on a token range of a batch (decode tokens stand first)."""
-    num_decodes = min(tokens.stop, shape.num_decode_tokens) - min(tokens.start, shape.num_decode_tokens)
+    """What an operation costs alone on a token range at whose ends the batch is cut."""
+    first, last = (
+        decodes_before(place, shape.num_decode_tokens, shape.num_tokens) for place in (tokens.start, tokens.stop)
+    )
+    num_decodes = last - first
     count = {
         Scope.ALL: tokens.num_tokens,
         Scope.DECODE: num_decodes,

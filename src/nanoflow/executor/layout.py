@@ -1,0 +1,79 @@
+"""Where the tokens of a batch stand in the tensors of an iteration.
+
+A batch comes with its decodes first. A plan that cuts it gets them dealt: each nano-batch begins with its part of the
+decodes, by size (`graph/nanobatch.py`), and goes on with prompts, a chunk cut in two where the nano-batch ends. Without
+cuts nothing moves. Plain numpy; `inputs.py` copies the tokens to their places.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.batch import DenseBatch, Int32
+from nanoflow.graph.nanobatch import decodes_before, split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A batch of T tokens laid out.
+
+    Attributes:
+        places: int32 [T], the place of each token of the batch.
+        decode_places: int32 [decodes of the batch], where those stand; the first of `places`.
+        num_decodes: D, places from the first on among which all decodes are.
+        first_prefill: No place before it is of a prompt.
+        chunk_requests: int32 [R], the request (place in the batch) of each part of a prompt, -1 for a gap.
+        chunk_start: int32 [R + 1], place at which each begins: parts and gaps follow each other to the end.
+        chunk_context: int32 [R], tokens in the request's cache once the part is done; 0 for a gap.
+    """
+
+    places: Int32
+    decode_places: Int32
+    num_decodes: int
+    first_prefill: int
+    chunk_requests: Int32
+    chunk_start: Int32
+    chunk_context: Int32
+
+
+def lay_out(batch: DenseBatch, cuts: tuple[int, ...] = ()) -> Layout:
+    """Lay a batch out for a plan with these cuts; those beyond its end are none."""
+    num_tokens, num_decodes = batch.num_tokens, batch.num_decodes
+    chunk_stop, context = batch.query_start[num_decodes + 1 :], batch.context_len[num_decodes:]
+    decodes: list[Int32] = []
+    prompts: list[Int32] = []
+    # Request, place of its first token, tokens in its cache.
+    chunks: list[tuple[int, int, int]] = []
+    token = num_decodes
+    for section in split(num_tokens, [cut for cut in cuts if cut < num_tokens]):
+        first, last = (decodes_before(place, num_decodes, num_tokens) for place in (section.start, section.stop))
+        prompt_place = section.start + last - first
+        decodes.append(np.arange(section.start, prompt_place, dtype=np.int32))
+        prompts.append(np.arange(prompt_place, section.stop, dtype=np.int32))
+        if chunks and last > first:
+            chunks.append((-1, section.start, 0))
+        # The part of the prompts that fits, chunk by chunk.
+        stop, place = token + section.stop - prompt_place, prompt_place
+        while token < stop:
+            chunk = int(np.searchsorted(chunk_stop, token, side="right"))
+            part_stop = min(int(chunk_stop[chunk]), stop)
+            chunks.append((num_decodes + chunk, place, int(context[chunk]) - (int(chunk_stop[chunk]) - part_stop)))
+            place, token = place + part_stop - token, part_stop
+    requests, starts, contexts = (np.array(column, np.int32) for column in _columns(chunks))
+    decode_places = np.concatenate(decodes)
+    return Layout(
+        places=np.concatenate((decode_places, *prompts)),
+        decode_places=decode_places,
+        num_decodes=int(decode_places[-1]) + 1 if len(decode_places) else 0,
+        first_prefill=int(starts[0]) if len(starts) else num_tokens,
+        chunk_requests=requests,
+        chunk_start=np.append(starts, np.int32(num_tokens)),
+        chunk_context=contexts,
+    )
+
+
+def _columns(chunks: list[tuple[int, int, int]]) -> list[list[int]]:
+    return [list(column) for column in itertools.zip_longest(*chunks)] if chunks else [[], [], []]

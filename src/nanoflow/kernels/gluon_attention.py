@@ -1,0 +1,173 @@
+"""Decode attention for any share of a Hopper card, in Gluon: a twin of `reference.decode_attention`.
+
+Keys are read by the tensor memory accelerator (TMA), page after page, into a ring in shared memory, and are the rows of
+the products; so a step costs few instructions, and an SM takes in all that it can, about 47 bytes a clock: a quarter of
+a card's SMs streams keys at two thirds of the whole card's speed. Each program takes an equal run of blocks of keys,
+across requests and KV heads, so skewed lengths balance; what two programs did of one head of a request is merged by a
+second kernel. How a graph is cut into nano-batches is not known here, only rows.
+
+Shape legend: T tokens, B rows with room for decodes, H heads, K KV heads, D head size, N pages, G tokens a page.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nanoflow.graph.operation import AttentionDims
+from nanoflow.kernels import triton_attention
+from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
+from nanoflow.kernels.launch import KEY_BLOCK, Launch, LayerCache
+from nanoflow.kernels.triton_attention import card_of
+
+# Three programs on an SM hide each other's softmax; registers and shared memory are cut to that.
+PROGRAMS_PER_SM = 3
+NUM_WARPS, NUM_STAGES, MAX_REGISTERS = 4, 2, 72
+# Rows of the batch that are looked at in one step to find where a program begins.
+SCAN = 512
+_LOG2_E = math.log2(math.e)
+_HOPPER = 9
+
+
+def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
+    """Whether the kernel takes these heads on this device: Hopper, 16-bit types, head size 64 or 128, no window."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == _HOPPER
+        and dtype in (torch.bfloat16, torch.float16)
+        and dims.head_dim in (PANEL, 2 * PANEL)
+        and dims.num_heads // dims.num_kv_heads <= MAX_GROUP
+        and not any(dims.windows)
+    )
+
+
+def decode_attention(launch: Launch) -> None:
+    """Attention of one query a request over its pages, out [B, H x D], on the whole card."""
+    decode_attention_on(launch, card_of(launch.reads[0].device).num_sms)
+
+
+def decode_attention_on(launch: Launch, num_sms: int) -> None:
+    """`decode_attention` for a stream with so many SMs. Pages of other than 16 tokens are the Triton kernel's."""
+    assert launch.cache is not None
+    if launch.cache.keys.shape[2] == PAGE_TOKENS:
+        run_decode(launch, PROGRAMS_PER_SM * num_sms)
+    else:
+        triton_attention.decode_attention(launch)
+
+
+def run_decode(launch: Launch, num_programs: int) -> None:
+    """`decode_attention` by so many programs.
+
+    Raises:
+        ValueError: Tensors that are not contiguous, or another page size.
+    """
+    dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (out,) = launch.reads, launch.writes
+    _check(q, out, cache)
+    group = dims.num_heads // dims.num_kv_heads
+    # Two places a program: for a part that does not begin its head of a request, and for one that does.
+    parts = torch.empty((2 * num_programs, MAX_GROUP, dims.head_dim), dtype=torch.float32, device=q.device)
+    log_sums = torch.empty((2 * num_programs, MAX_GROUP), dtype=torch.float32, device=q.device)
+    decode_program[(num_programs,)](
+        out,
+        parts,
+        log_sums,
+        q,
+        _pages(cache.keys),
+        _pages(cache.values),
+        decodes.page_tables,
+        decodes.context_len,
+        decodes.key_blocks,
+        decodes.page_tables.stride(0),
+        launch.tokens.start,
+        len(q),
+        dims.scale * _LOG2_E,
+        GROUP=group,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        BLOCK=KEY_BLOCK,
+        STAGES=NUM_STAGES,
+        SCAN=SCAN,
+        WARPS=NUM_WARPS,
+        num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS,
+    )
+    _merge_program[(len(q), dims.num_kv_heads)](
+        out,
+        parts,
+        log_sums,
+        decodes.key_blocks,
+        launch.tokens.start,
+        len(q),
+        num_programs,
+        GROUP=group,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        MAX_GROUP=MAX_GROUP,
+        num_warps=1,
+    )
+
+
+def _pages(cells: Tensor) -> TensorDescriptor:
+    """Keys or values [N, K, G, D] as rows of one head of one token; a box is half of a page of one head."""
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(cells.view(-1, cells.shape[3]), [PAGE_TOKENS, PANEL], layout)
+
+
+def _check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
+    if cache.keys.shape[2] != PAGE_TOKENS:
+        raise ValueError(f"a page of {cache.keys.shape[2]} tokens; this kernel takes {PAGE_TOKENS}")
+    if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):
+        raise ValueError("attention takes contiguous queries, outputs, keys and values")
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_programs"])
+def _merge_program(
+    out: tl.tensor,
+    parts: tl.tensor,
+    log_sums: tl.tensor,
+    key_blocks: tl.tensor,
+    first_row: int,
+    num_rows: int,
+    num_programs: int,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MAX_GROUP: tl.constexpr,
+) -> None:
+    """A head of a request that several programs worked on: the mean of their parts, weighted by 2^log_sum."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    base = tl.load(key_blocks + first_row)
+    before = tl.load(key_blocks + first_row + row) - base
+    blocks = tl.load(key_blocks + first_row + row + 1) - base - before
+    if blocks == 0:
+        return
+    per_program = tl.cdiv((tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS, num_programs)
+    begin = before * KV_HEADS + head * blocks
+    first, last = begin // per_program, (begin + blocks - 1) // per_program
+    if first == last:
+        return
+    heads, dims = tl.arange(0, MAX_GROUP), tl.arange(0, HEAD_DIM)
+    acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
+    total = tl.zeros([MAX_GROUP], tl.float32)
+    peak = tl.full([MAX_GROUP], -1e30, tl.float32)
+    for program in range(first, last + 1):
+        # Only the first of them begins the head.
+        places = (2 * program + (program == first).to(tl.int32)) * MAX_GROUP + heads
+        log_sum = tl.load(log_sums + places)
+        part = tl.load(parts + places[:, None] * HEAD_DIM + dims[None, :])
+        new_peak = tl.maximum(peak, log_sum)
+        weight, decay = tl.exp2(log_sum - new_peak), tl.exp2(peak - new_peak)
+        acc = acc * decay[:, None] + part * weight[:, None]
+        total = total * decay + weight
+        peak = new_peak
+    cells = ((row * KV_HEADS + head) * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=(heads < GROUP)[:, None])
