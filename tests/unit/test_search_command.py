@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import load_book
-from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.search.shapes import batch_of, entry_of, workload_shapes
+from nanoflow.search.shapes import batch_of, best_entry, cells_of
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
+LANES = (Lane(name="first"), Lane(name="second"))
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -39,47 +41,56 @@ def test_one_batch_gives_one_plan(profile: Path, tmp_path: Path, capsys: pytest.
 
 def test_a_workload_gives_a_book(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plans.json"
-    options = ["--workload", "256/512", "--max-batch-tokens", "512", "--max-num-seqs", "256", "--quiet"]
-    assert main(["search", str(profile), "-o", str(path), *options]) == 0
+    options = ["--workloads", "256/64", "--num-requests", "100", "--max-batch-tokens", "512", "--max-num-seqs", "256"]
+    assert main(["search", str(profile), "-o", str(path), *options, "--time-limit", "5"]) == 0
     book = load_book(path)
     assert book.made_for is not None and book.made_for.gpu == "NVIDIA A100 80 GB SXM"
-    assert f"{len(book.entries)} plans" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"in {len(book.entries)} ranges" in told.out and "predicted for all of 256/64" in told.out
+    assert "% of the time: " in told.err, "the way there"
     for entry in book.entries:
         assert entry.min_tokens <= entry.max_tokens == entry.plan.num_tokens
 
 
-def test_shapes_of_a_workload() -> None:
-    shapes = list(workload_shapes(512.0, 512.0, max_batch_tokens=2048, max_num_seqs=600))
-    assert [(shape.num_tokens, shape.num_decode_tokens) for shape in shapes] == [
-        *((2048, 600), (2048, 450), (2048, 300)),
-        *((600, 600), (300, 300)),
-    ]
-    assert shapes[0].decode_context == 600 * 768 and shapes[0].prefill_context == 1448 * 513 // 2
+def test_cells_hold_batches_that_are_alike() -> None:
+    short, longer, larger = (
+        batch_of(*batch, 512.0) for batch in ((600, 600, 500.0), (600, 600, 900.0), (2048, 600, 500.0))
+    )
+    prompts = batch_of(2048, 0, 0.0, 512.0)
+    run = [(short, 1.0), (short, 1.0), (longer, 5.0), (larger, 3.0), (prompts, 9.0)]
+    cells = cells_of(run, max_batch_tokens=2048)
+    assert [(cell.time_s, cell.max_tokens) for cell in cells] == [(5.0, 640), (3.0, 2048), (2.0, 640)], (
+        "most time first"
+    )
+    assert [cell.decode_context[0] for cell in cells] == [900.0, 500.0, 500.0]
+    assert cells[1].decode_share == (600 / 2048, 600 / 2048) and cells[1].min_tokens == 2048
+    middle = cells[0].middle
+    assert middle.num_tokens == 640 and middle.num_decode_tokens == 640 and middle.decode_context == 640 * 900
 
 
 def test_a_plan_is_used_only_where_it_wins() -> None:
-    """A plan that wins from 25 to 45 % of decodes, up to 1,500 keys, from 1,500 tokens on."""
-    plan = sequential_plan(GRAPH, 2048)
+    (cell,) = cells_of([(batch_of(2000, 700, 1000.0, 512.0), 1.0)], max_batch_tokens=2048)
+    plans = [replace(sequential_plan(GRAPH, 2048), name=name, lanes=LANES) for name in ("slow", "fast")]
 
-    def gain(shape: BatchShape) -> float:
-        share = shape.num_decode_tokens / shape.num_tokens
-        context = shape.decode_context / shape.num_decode_tokens
-        return 1.05 if 0.25 <= share <= 0.45 and context <= 1500 and shape.num_tokens >= 1500 else 0.9
+    def predict(shape: BatchShape, plan: PipelinePlan | None) -> float:
+        return 1.0 if plan is None else {"slow": 0.98, "fast": fast_s}[plan.name]
 
-    entry = entry_of(plan, batch_of(2048, 700, 1000.0, 512.0), 512.0, gain)
-    assert entry is not None and entry.max_decode_context is not None
-    assert 1500 < entry.min_tokens < entry.max_tokens == 2048
-    assert 0.25 < entry.min_decode_share < 700 / 2048 < entry.max_decode_share < 0.45
-    assert entry.min_decode_context < 1000 < entry.max_decode_context < 1500
-    assert entry_of(plan, batch_of(2048, 300, 1000.0, 512.0), 512.0, gain) is None
+    fast_s = 0.95
+    entry, gain = best_entry(plans, cell, predict)
+    assert entry is not None and entry.plan.name == "fast" and gain == pytest.approx(1 / 0.95)
+    assert (entry.min_tokens, entry.max_tokens) == (2000, 2048)
+    fast_s = 1.05
+    entry, gain = best_entry(plans[1:], cell, predict)
+    assert entry is None and gain == pytest.approx(1 / 1.05)
+    assert best_entry([], cell, predict) == (None, 1.0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--decodes", "5000"], "decodes must be from 0 to max_batch_tokens (2048), got 5000"),
-        (["--context", "5"], "context needs --decodes"),
-        (["--workload", "512"], "workload must be IN/OUT tokens"),
+        (["--context", "0"], "context must be positive"),
+        (["--workloads", "512"], "workload must be IN/OUT"),
         (["--time-limit", "0"], "time_limit must be positive"),
     ],
 )

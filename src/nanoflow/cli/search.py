@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,22 +18,24 @@ from nanoflow.config import ConfigError, option
 if TYPE_CHECKING:
     from nanoflow.cost.table import Profile
     from nanoflow.graph.operation import BatchShape
-    from nanoflow.plan.book import PlanEntry
+    from nanoflow.plan.book import PlanEntry, StoredBook
     from nanoflow.plan.plan import PipelinePlan
+    from nanoflow.search.books import FoundPlan
     from nanoflow.search.iteration import IterationModel
     from nanoflow.search.search import SearchResult
 
 _TEACH = """\
-Find the pipeline plans that a profile predicts to be fastest. Without --decodes a
-plan is searched for each batch shape that the workload produces, and those that win
-over the sequential plan become a plan book; with --decodes the file is the one plan
-for that batch, sequential if nothing wins. A search ends by itself, at the latest
-after --time-limit seconds a shape. docs/auto-search.md has the mathematics."""
+Find the pipeline plans that a profile predicts to be fastest. Without --decodes the
+workloads are simulated, and a plan is searched for each kind of batch that they
+produce; those that win over the sequential plan become a plan book. With --decodes
+the file is the one plan for that batch, sequential if nothing wins. A search ends by
+itself, at the latest after --time-limit seconds a kind of batch. docs/auto-search.md
+has the mathematics."""
 
 _EXAMPLES = """\
   nanoflow profile preset:llama-3-8b -o profile.json --max-batch-tokens 8192
-  nanoflow search profile.json -o plans.json --workload 1024/512 --max-batch-tokens 8192
-  nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 1024 --context 768
+  nanoflow search profile.json -o plans.json --workloads 1024/512 trace:lengths.csv --max-batch-tokens 8192
+  nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 683 --context 1280 --prompt-tokens 1024
   nanoflow serve preset:llama-3-8b --plan plans.json"""
 
 
@@ -41,23 +43,26 @@ _EXAMPLES = """\
 class SearchConfig:
     """What to search plans for."""
 
-    workload: str = option("512/512", "Mean lengths: prompt tokens/output tokens")
+    num_requests: int = option(1500, "Requests of each workload to simulate, all there at once")
     max_batch_tokens: int = option(2048, "Token budget: tokens of the largest batch")
-    max_num_seqs: int = option(1024, "Most requests that decode at once")
+    max_num_seqs: int = option(1024, "Most requests that run at once")
+    gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
+    seed: int = option(0, "Seed of the lengths that are drawn from traces")
     decodes: int | None = option(None, "Search for one batch only, with so many decodes; its other tokens are prompts")
-    context: float | None = option(None, "Keys that each of these decodes sees; from the workload if not given")
-    time_limit: float = option(60.0, "Seconds for one batch shape at most")
+    context: float = option(768.0, "Keys that each of these decodes sees")
+    prompt_tokens: float = option(512.0, "Mean length of that batch's prompts")
+    time_limit: float = option(60.0, "Seconds for one kind of batch at most")
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "max_num_seqs", "time_limit"):
+        for name in ("num_requests", "max_batch_tokens", "max_num_seqs", "time_limit", "context", "prompt_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.decodes is not None and not 0 <= self.decodes <= self.max_batch_tokens:
             raise ConfigError(
                 f"decodes must be from 0 to max_batch_tokens ({self.max_batch_tokens}), got {self.decodes}"
             )
-        if self.context is not None and (self.decodes is None or self.context <= 0):
-            raise ConfigError("context needs --decodes and must be positive")
 
 
 _OPTIONS = OptionGroup(kind=SearchConfig, title="batches")
@@ -69,97 +74,108 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
     parser.usage = f"{parser.prog} PROFILE -o FILE [options]"
     parser.add_argument("profile", metavar="PROFILE", type=Path, help="File written by nanoflow profile")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="File for the plan or plans")
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        default=["512/512"],
+        metavar="WORKLOAD",
+        help="prompt tokens/output tokens of every request, or trace:FILE.csv (default: 512/512)",
+    )
     parser.add_argument("--quiet", action="store_true", help="Print only what was found")
     _OPTIONS.add_to(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, print a line a shape, write the file."""
+    """Search, print a line a batch, write the file."""
     from nanoflow.cost.table import Profile
-    from nanoflow.plan.book import MadeFor, StoredBook
-    from nanoflow.search.iteration import IterationModel
-    from nanoflow.search.shapes import entry_of
 
     config = _OPTIONS.read(args)
     profile = Profile.load(args.profile)
     if not args.output.parent.is_dir():
         raise ConfigError(f"cannot write {args.output}: there is no folder {args.output.parent}")
-    model, entries = IterationModel(profile), []
-    for shape in _shapes(config):
-        print(_describe(shape), flush=True)
-        result = _search(profile, shape, config.time_limit, is_quiet=args.quiet)
-        print("\n".join(f"  {line}" for line in _summary(model, shape, result)), flush=True)
-        if config.decodes is not None:
-            args.output.write_bytes(result.plan.to_json())
-        elif len(result.plan.lanes) > 1:
-            entry = entry_of(result.plan, shape, _mean_lengths(config.workload)[0], _gain(model, result.plan))
-            print(f"  {_range(entry)}", flush=True)
-            entries += [] if entry is None else [entry]
-    if config.decodes is None:
-        setup = profile.setup
-        made_for = MadeFor(model=profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
-        args.output.write_bytes(StoredBook(entries=tuple(entries), made_for=made_for).to_json())
-        print(f"{args.output}: {len(entries)} plans; every other batch runs sequentially")
+    if config.decodes is not None:
+        args.output.write_bytes(_one_plan(profile, config, config.decodes, is_quiet=args.quiet).to_json())
+    else:
+        book = _book(profile, config, args.workloads, is_quiet=args.quiet)
+        args.output.write_bytes(book.to_json())
+        num_plans = f"{len(book.plans)} plan{'' if len(book.plans) == 1 else 's'}"
+        print(f"{args.output}: {num_plans} in {len(book.entries)} ranges; every other batch runs sequentially")
     return 0
 
 
-def _gain(model: IterationModel, plan: PipelinePlan) -> Callable[[BatchShape], float]:
-    def gain(shape: BatchShape) -> float:
-        return model.predict(shape).iteration_s / model.predict(shape, plan).iteration_s
-
-    return gain
-
-
-def _range(entry: PlanEntry | None) -> str:
-    """Where a plan is used."""
-    if entry is None:
-        return "not used: an iteration wins less than 1 %"
-    return (
-        f"used for {entry.min_tokens:,} to {entry.max_tokens:,} tokens, {entry.min_decode_share:.0%} to "
-        f"{entry.max_decode_share:.0%} decodes with {entry.min_decode_context:,.0f} to "
-        f"{entry.max_decode_context or 0:,.0f} keys"
-    )
-
-
-def _shapes(config: SearchConfig) -> list[BatchShape]:
-    from nanoflow.search.shapes import batch_of, workload_shapes
-
-    prompt_tokens, output_tokens = _mean_lengths(config.workload)
-    if config.decodes is None:
-        return list(
-            workload_shapes(
-                prompt_tokens,
-                output_tokens,
-                max_batch_tokens=config.max_batch_tokens,
-                max_num_seqs=config.max_num_seqs,
-            )
-        )
-    context = config.context or prompt_tokens + output_tokens / 2
-    return [batch_of(config.max_batch_tokens, config.decodes, context, prompt_tokens)]
-
-
-def _mean_lengths(workload: str) -> tuple[float, float]:
-    """Prompt and output tokens of IN/OUT."""
-    prompt, separator, output = workload.partition("/")
-    if not separator or not prompt.isdecimal() or not output.isdecimal() or not int(prompt) or not int(output):
-        raise ConfigError(f"workload must be IN/OUT tokens, as 512/512, got {workload!r}")
-    return float(prompt), float(output)
-
-
-def _describe(shape: BatchShape) -> str:
-    context = shape.decode_context / max(shape.num_decode_tokens, 1)
-    return f"{shape.num_tokens:,} tokens, {shape.num_decode_tokens:,} of them decodes with {context:,.0f} keys each"
-
-
-def _search(profile: Profile, shape: BatchShape, time_limit_s: float, *, is_quiet: bool) -> SearchResult:
+def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_quiet: bool) -> PipelinePlan:
+    from nanoflow.search.iteration import IterationModel
     from nanoflow.search.search import Search
+    from nanoflow.search.shapes import batch_of
 
     def report(line: str) -> None:
         if not is_quiet:
             print(f"  {line}", file=sys.stderr, flush=True)
 
-    return Search(profile, shape, time_limit_s=time_limit_s, report=report).run()
+    shape = batch_of(config.max_batch_tokens, num_decodes, config.context, config.prompt_tokens)
+    print(_describe(shape), flush=True)
+    result = Search(profile, shape, time_limit_s=config.time_limit, report=report).run()
+    print("\n".join(f"  {line}" for line in _summary(IterationModel(profile), shape, result)), flush=True)
+    return result.plan
+
+
+def _book(profile: Profile, config: SearchConfig, workloads: Sequence[str], *, is_quiet: bool) -> StoredBook:
+    """Simulate the workloads, search a plan for each kind of batch."""
+    from nanoflow.plan.book import MadeFor, StoredBook
+    from nanoflow.search.books import search_book
+
+    iterations = [each for workload in workloads for each in _simulated(profile, config, workload)]
+    entries: list[PlanEntry] = []
+    saved = 0.0
+    for found in search_book(
+        profile, iterations, max_batch_tokens=config.max_batch_tokens, time_limit_s=config.time_limit
+    ):
+        if found.entry is not None:
+            entries.append(found.entry)
+            saved += found.part * (1.0 - 1.0 / found.gain)
+        if not is_quiet:
+            print(f"  {_cell(found)}", file=sys.stderr, flush=True)
+    setup = profile.setup
+    print(f"predicted for all of {', '.join(workloads)}: {1.0 / (1.0 - saved):.3f}x of sequential", flush=True)
+    made_for = MadeFor(model=profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
+    return StoredBook(entries=tuple(entries), made_for=made_for)
+
+
+def _simulated(profile: Profile, config: SearchConfig, workload: str) -> list[tuple[BatchShape, float]]:
+    """Every iteration of a workload, one after the other, and what it takes sequentially."""
+    from nanoflow.bench.simulation import Cluster, limits_for, simulate
+    from nanoflow.bench.workload import draw_lengths
+    from nanoflow.search.iteration import IterationModel, Recorded
+
+    recorded = Recorded(IterationModel(profile))
+    lengths = draw_lengths(workload, config.num_requests, config.seed)
+    limits = limits_for(
+        profile,
+        recorded.model.graph,
+        lengths,
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+    simulate(Cluster(limits=limits, iterations=recorded, num_replicas=1), lengths, [0.0] * len(lengths))
+    return recorded.iterations
+
+
+def _cell(found: FoundPlan) -> str:
+    """The batches of a cell and what they are worth."""
+    cell = found.cell
+    (low_share, high_share), (low_keys, high_keys) = cell.decode_share, cell.decode_context
+    plan = "sequential" if found.entry is None else f"{found.entry.plan.name} ({found.entry.plan.digest})"
+    return (
+        f"{found.part:6.1%} of the time: {cell.min_tokens:,} to {cell.max_tokens:,} tokens, {low_share:.0%} to "
+        f"{high_share:.0%} decodes with {low_keys:,.0f} to {high_keys:,.0f} keys: {found.gain:.3f}x, {plan}"
+    )
+
+
+def _describe(shape: BatchShape) -> str:
+    context = shape.decode_context / max(shape.num_decode_tokens, 1)
+    return f"{shape.num_tokens:,} tokens, {shape.num_decode_tokens:,} of them decodes with {context:,.0f} keys each"
 
 
 def _summary(model: IterationModel, shape: BatchShape, result: SearchResult) -> list[str]:

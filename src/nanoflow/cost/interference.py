@@ -3,16 +3,20 @@
 The curves are measured pairs of a profile, one a mechanism and operation, and one a mechanism and resource for
 operations that were not in a pair (the paper's section 4.1.1 finds the same curve for all shapes within 5 %). Between
 measured shares they are linear; P(0) = 0 and P(1) = 1.
+
+A pair at the power limit runs at lower clocks than each side alone on its share, and both lose by them alike. That part
+of the loss is taken out here, for it holds of a whole layer, and only as far as the layer's energy asks for it
+(`power.py`). It is the smaller loss of the two, where both sides were also measured alone on their share.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from nanoflow.cost.table import PairPoint, Profile
+from nanoflow.cost.table import CostTable, PairPoint, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
@@ -32,11 +36,12 @@ class Interference:
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
+        alone = _alone_on_shares(profile, graph)
         by_operation: dict[tuple[Mechanism, str], list[tuple[float, float]]] = defaultdict(list)
         by_resource: dict[tuple[Mechanism, Resource], list[tuple[float, float]]] = defaultdict(list)
         ratios: dict[Mechanism, list[tuple[float, float]]] = defaultdict(list)
         for pair in profile.pairs:
-            for name, share, performance in _sides(pair):
+            for name, share, performance in _without_throttling(_sides(pair), pair, alone):
                 by_operation[pair.mechanism, name].append((share, performance))
                 if name in self._resource:
                     by_resource[pair.mechanism, self._resource[name]].append((share, performance))
@@ -69,12 +74,44 @@ class Interference:
         return 1.0 if curve is None else _at(curve, first_share)
 
 
-def _sides(pair: PairPoint) -> tuple[tuple[str, float, float], tuple[str, float, float]]:
+# Operation, share, performance.
+_Side = tuple[str, float, float]
+
+
+def _sides(pair: PairPoint) -> tuple[_Side, _Side]:
     """Operation, share and performance of both, shares rounded so that equal ones meet."""
     return (
         (pair.first, round(pair.share, 4), pair.first_performance),
         (pair.second, round(1.0 - pair.share, 4), pair.second_performance),
     )
+
+
+# Time on the whole device / time alone on a share, by operation, tokens and share.
+_Alone = dict[tuple[str, int, float], float]
+
+
+def _alone_on_shares(profile: Profile, graph: OpGraph) -> _Alone:
+    parts = [point for point in profile.points if point.mechanism is Mechanism.PARTITION]
+    if not parts:
+        return {}
+    table = CostTable(profile, graph)
+    found = {}
+    for part in parts:
+        whole_s = table.cost(part.operation, part.num_tokens, part.context).time_s
+        found[part.operation, part.num_tokens, round(part.share, 4)] = whole_s / part.time_s
+    return found
+
+
+def _without_throttling(sides: Sequence[_Side], pair: PairPoint, alone: _Alone) -> Iterator[_Side]:
+    """Both sides as if clocks were those of each alone on its share."""
+    sizes = (pair.first_tokens, pair.second_tokens)
+    kept = [
+        performance / alone[name, size, share]
+        for (name, share, performance), size in zip(sides, sizes, strict=True)
+        if (name, size, share) in alone
+    ]
+    throttling = min(max(kept), 1.0) if len(kept) == len(sides) else 1.0
+    return ((name, share, performance / throttling) for name, share, performance in sides)
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:

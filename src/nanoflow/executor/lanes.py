@@ -18,6 +18,7 @@ from nanoflow.device.lanes import SM_GROUP, LaneStream, partition_pair, plain_st
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.steps import Step
 from nanoflow.graph.operation import Resource
+from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 
@@ -48,14 +49,18 @@ class OneLane:
 
 
 class Partitions:
-    """Pairs of lanes on disjoint SMs, made once for each way to divide the device and shared by plans."""
+    """Pairs of lanes on disjoint SMs with kernels cut to them, made once for each way to divide the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Plans share them: one runs at a time.
+    """
+
+    def __init__(self, device: torch.device, kernels: Kernels) -> None:
+        self._device, self._kernels = device, kernels
         self._pairs: dict[int, tuple[LaneStream, LaneStream]] = {}
+        self._kept: dict[tuple[int, bool], Kernels] = {}
 
-    def side(self, share: float, *, is_first: bool) -> LaneStream:
-        """The lane with a share: products are on the first side, what runs beside them on the second.
+    def side(self, share: float, *, is_first: bool) -> tuple[LaneStream, Kernels]:
+        """The lane with a share, and its kernels: products are on the first side, what runs beside them on the second.
 
         Second sides of all pairs are the first SMs of the device, so any two of them overlap, and a first side is
         disjoint from every second side of at most the rest.
@@ -67,7 +72,10 @@ class Partitions:
         second_sms = round((1.0 - share if is_first else share) * total / SM_GROUP) * SM_GROUP
         if second_sms not in self._pairs:
             self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
-        return self._pairs[second_sms][0 if is_first else 1]
+        part = self._pairs[second_sms][0 if is_first else 1]
+        if (second_sms, is_first) not in self._kept:
+            self._kept[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
+        return part, self._kept[second_sms, is_first]
 
 
 class GpuLanes:
@@ -97,11 +105,9 @@ class GpuLanes:
             self._streams[lane.name] = plain_stream(self._device).stream
         elif lane.mechanism is Mechanism.PARTITION:
             is_first = any(step.op.resource is Resource.COMPUTE for step in steps if step.lane == lane.name)
-            part = partitions.side(lane.share, is_first=is_first)
-            model = self._whole.model
-            kept = replace(model, kernels=kernels_on(model.kernels, part.num_sms))
+            part, kernels = partitions.side(lane.share, is_first=is_first)
             self._streams[lane.name] = part.stream
-            self._workspaces[lane.name] = replace(self._whole, model=kept)
+            self._workspaces[lane.name] = replace(self._whole, model=replace(self._whole.model, kernels=kernels))
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ class PipelinedExecutor:
         self._model = model
         self.workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits)
         self._steps = {plan.digest: bind(plan, model.graph) for plan in plans}
-        partitions = Partitions(model.device)
+        partitions = Partitions(model.device, model.kernels)
         self._lanes = {
             plan.digest: open_lanes(plan, self._steps[plan.digest], self.workspace, partitions) for plan in plans
         }

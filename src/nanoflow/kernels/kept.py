@@ -1,50 +1,67 @@
 """Kernels kept to a part of a GPU: products as persistent kernels with one program an SM of their partition.
 
-cuBLAS cuts a product for all SMs, so that on fewer it takes a wave more. Attentions and row-wise operations have many
-small programs and need no change. Which SMs there are is `device/lanes.py`'s.
+cuBLAS cuts a product for all SMs, so that on fewer it takes a wave more. Ours take whole tiles where their last wave
+fills the partition, and share tiles evenly elsewhere. Decode attention on Hopper has programs for the partition's SMs.
+What else there is has many small programs and needs no change. Which SMs there are is `device/lanes.py`'s.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels.dispatch import Kernels
+from nanoflow.kernels.dispatch import Kernels, has_gluon
 from nanoflow.kernels.launch import Launch
 
 
 def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
     """The kernels with products that keep to so many SMs; they take 16-bit types on cards with TMA.
 
-    The sum of a LINEAR_ADD is a kernel of its own there.
+    Products share a workspace, made by the first of them, so they must not run beside each other: each lane gets
+    kernels of its own.
     """
-    from nanoflow.kernels import triton_gemm
+    from nanoflow.kernels import triton_gemm, triton_stream_k
     from nanoflow.kernels.triton_attention import card_of
     from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles, choose_gemm_tiles
+    from nanoflow.kernels.triton_stream_k import StreamKWorkspace, choose_stream_k_cut, make_workspace
 
-    def cut(launch: Launch) -> tuple[GemmTiles, int]:
+    @functools.cache
+    def workspace_on(device: torch.device) -> StreamKWorkspace:
+        return make_workspace(GEMM_TILES, num_sms, device)
+
+    def cut(launch: Launch) -> tuple[GemmTiles, bool]:
         limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
-        shape = (len(launch.reads[0]), len(launch.weights[0]))
-        return choose_gemm_tiles(GEMM_TILES, *shape, num_sms, limit_bytes), num_sms
+        num_columns, num_features = launch.weights[0].shape
+        return choose_stream_k_cut(GEMM_TILES, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
 
     def linear(launch: Launch) -> None:
-        triton_gemm.run_linear(launch, *cut(launch))
+        tiles, is_shared = cut(launch)
+        if is_shared:
+            triton_stream_k.run_linear_stream_k(launch, tiles, num_sms, workspace_on(launch.reads[0].device))
+        else:
+            triton_gemm.run_linear(launch, tiles, num_sms)
 
     def linear_add(launch: Launch) -> None:
-        (x, _), (hidden,) = launch.reads, launch.writes
-        product = torch.empty_like(hidden)
-        linear(replace(launch, reads=(x,), writes=(product,)))
-        hidden.add_(product)
+        (tiles, is_shared), workspace = cut(launch), workspace_on(launch.reads[0].device)
+        triton_stream_k.run_linear_add_stream_k(launch, tiles, num_sms, workspace, is_shared=is_shared)
 
     def linear_swiglu(launch: Launch) -> None:
-        triton_gemm.run_linear_swiglu(launch, *cut(launch))
+        limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
+        shape = (len(launch.reads[0]), len(launch.weights[0]))
+        tiles = choose_gemm_tiles(GEMM_TILES, *shape, num_sms, limit_bytes)
+        triton_gemm.run_linear_swiglu(launch, tiles, num_sms)
 
-    products: dict[OpKind, Callable[[Launch], None]] = {
+    kept: dict[OpKind, Callable[[Launch], None]] = {
         OpKind.LINEAR: linear,
         OpKind.LINEAR_ADD: linear_add,
         OpKind.LINEAR_SWIGLU: linear_swiglu,
     }
-    return {**kernels, **products}
+    if has_gluon():
+        from nanoflow.kernels import gluon_attention
+
+        if kernels[OpKind.DECODE_ATTENTION] is gluon_attention.decode_attention:
+            kept[OpKind.DECODE_ATTENTION] = functools.partial(gluon_attention.decode_attention_on, num_sms=num_sms)
+    return {**kernels, **kept}

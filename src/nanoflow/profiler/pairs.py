@@ -34,8 +34,7 @@ _DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
 # Lanes end together if the last one takes at most this part longer than the first; so many rounds are tried.
 _BALANCED, _MAX_ROUNDS = 0.02, 4
 # SMs of the second lane, multiples of `SM_GROUP`.
-SECOND_SMS = (16, 32, 48, 64, 80)
-PART_SMS = (16, 40, 64, 88, 112)
+SECOND_SMS = (16, 24, 32, 40, 48, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +48,11 @@ class PairTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTask:
-    """An operation alone on so many SMs; a product gets what a group of the others leaves."""
+    """An operation alone on so many SMs, those of the first lane of a pair or of the second."""
 
     task: Task
     num_sms: int
+    is_first: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,22 +112,18 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
 
 
 def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
-    """Both attentions and one product on parts of the device."""
-    if site.device.type != "cuda":
-        return []
-    num_tokens = min(_FIRST_TOKENS, max_tokens)
+    """What the pairs on partitions do, each side alone there: what of its loss is the other one's doing."""
+    pairs = [(pair, pair.second_sms) for pair in pair_tasks(site, max_tokens, num_sms)]
     found = [
-        PartTask(task=_attention(op, max_tokens), num_sms=n)
-        for op in site.graph.layer
-        if op.kind in ATTENTIONS
-        for n in PART_SMS
-        if n < num_sms
+        part
+        for pair, second_sms in pairs
+        if second_sms is not None
+        for part in (
+            PartTask(task=pair.first, num_sms=num_sms - second_sms, is_first=True),
+            PartTask(task=pair.second, num_sms=second_sms),
+        )
     ]
-    if _can_keep_products(site):
-        product = next(op for op in site.graph.layer if op.name in _PRODUCTS)
-        task = Task(operation=product.name, num_tokens=num_tokens)
-        found += [PartTask(task=task, num_sms=num_sms - n) for n in PART_SMS if n < num_sms]
-    return found
+    return list(dict.fromkeys(found))
 
 
 @torch.inference_mode()
@@ -182,7 +178,7 @@ def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.dev
 
 
 def captured_on(lane: LaneStream, prepared: Prepared, *, is_kept: bool) -> LaneRun:
-    """An operation as a CUDA graph captured on a lane; with `is_kept`, products keep to the lane's SMs."""
+    """An operation as a CUDA graph captured on a lane; with `is_kept`, its kernel is cut to the lane's SMs."""
     kernels = prepared.workspace.model.kernels
     # What the host prepares is queued on the current stream and must be there before.
     work = prepared.work(kernels_on(kernels, lane.num_sms) if is_kept else None)
@@ -202,10 +198,10 @@ def _pair_point(
     sides = (first, second)
     first_lane, second_lane = _lanes(site.device, pair.second_sms)
     with closing(first_lane), closing(second_lane):
-        is_kept = pair.second_sms is not None and not pair.first.num_requests
+        is_kept = pair.second_sms is not None and _can_keep_products(site)
         runs = (
             captured_on(first_lane, first[0], is_kept=is_kept),
-            captured_on(second_lane, second[0], is_kept=False),
+            captured_on(second_lane, second[0], is_kept=is_kept),
         )
         alone_s = [known.time_s * work.num_calls for work, known in sides]
         counts, window = _balanced_window(runs, alone_s, site.device, span)
@@ -252,11 +248,10 @@ def _balanced_window(
 
 def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> Point:
     total = torch.cuda.get_device_properties(site.device).multi_processor_count
-    is_product = not part.task.num_requests
-    lanes = partition_pair(site.device, part.num_sms / total if is_product else 1.0 - part.num_sms / total)
+    lanes = partition_pair(site.device, part.num_sms / total if part.is_first else 1.0 - part.num_sms / total)
     with closing(lanes[0]), closing(lanes[1]):
-        lane = lanes[0] if is_product else lanes[1]
-        run = captured_on(lane, prepared, is_kept=is_product)
+        lane = lanes[0] if part.is_first else lanes[1]
+        run = captured_on(lane, prepared, is_kept=_can_keep_products(site))
         once = run_window((run,), (1,), site.device)
         settled = run_window((run,), balanced_counts((1,), once.lanes_s, span.settle_s), site.device)
         (count,) = balanced_counts(balanced_counts((1,), once.lanes_s, span.settle_s), settled.lanes_s, span.measure_s)

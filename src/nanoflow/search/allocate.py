@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoflow.cost.interference import Interference
 from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w
@@ -112,6 +112,54 @@ def least_period_s(
     energies = [min((choice.dynamic_j or 0.0) for choice in options) for options in choices]
     limit_w = dynamic_power_w(setup)
     return max(order.period_s, device_s, 0.0 if limit_w is None else sum(energies) / limit_w)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """A device divided in two once: products on one part, everything else on the other.
+
+    Attributes:
+        mechanism, share: How, and the share of the products.
+        problem: The tasks with what they take there, to be ordered.
+        shares: Of every task.
+        least_period_s: What the busier part has to do.
+    """
+
+    mechanism: Mechanism
+    share: float
+    problem: Problem
+    shares: tuple[float, ...]
+    least_period_s: float
+
+
+def divisions(problem: Problem, interference: Interference) -> list[Division]:
+    """Every way to divide the device that pairs were measured with, the most even first; none beside collectives."""
+    if Resource.NETWORK in {task.group.resource for task in problem.tasks}:
+        return []
+    found = []
+    if Mechanism.PARTITION in interference.mechanisms:
+        for share in interference.shares(Mechanism.PARTITION, Resource.COMPUTE):
+            if share < 1.0:
+                found.append(_divide(problem, interference, Mechanism.PARTITION, share))
+    return sorted(found, key=lambda division: division.least_period_s)
+
+
+def _divide(problem: Problem, interference: Interference, mechanism: Mechanism, share: float) -> Division:
+    shares = tuple(share if task.group.resource is Resource.COMPUTE else 1.0 - share for task in problem.tasks)
+    tasks = []
+    busy_s = dict.fromkeys(Resource, 0.0)
+    for task, part in zip(problem.tasks, shares, strict=True):
+        main = next(op for op in task.group.operations if op.name == task.group.name)
+        time_s = task.cost.time_s / interference.performance(mechanism, main, part)
+        tasks.append(replace(task, cost=replace(task.cost, time_s=time_s)))
+        busy_s[task.group.resource] += time_s
+    return Division(
+        mechanism=mechanism,
+        share=share,
+        problem=replace(problem, tasks=tuple(tasks)),
+        shares=shares,
+        least_period_s=max(busy_s.values()),
+    )
 
 
 def _value(row: Row, solution: Solution) -> float:

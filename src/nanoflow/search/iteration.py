@@ -152,6 +152,20 @@ class IterationModel:
         yield Cost(time_s=gap_s, energy_j=gap_s * static_w)
 
 
+class Recorded:
+    """Predicts as a model does, and keeps what it was asked and said."""
+
+    def __init__(self, model: IterationModel) -> None:
+        self.model = model
+        self.iterations: list[tuple[BatchShape, float]] = []
+
+    def cost(self, shape: BatchShape) -> Cost:
+        """See `IterationModel.cost`."""
+        cost = self.model.cost(shape)
+        self.iterations.append((shape, cost.time_s))
+        return cost
+
+
 def predict(plan: PipelinePlan | None, profile: Profile, shape: BatchShape) -> Prediction:
     """One iteration of a batch under a plan, or sequentially."""
     return IterationModel(profile).predict(shape, plan)

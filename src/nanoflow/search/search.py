@@ -7,6 +7,7 @@ time limit strikes. What the plan does on a device is measured elsewhere.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from nanoflow.graph.nanobatch import split
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.search.allocate import allocate, least_period_s
+from nanoflow.search.allocate import Allocation, allocate, divisions, least_period_s
 from nanoflow.search.emit import emit
 from nanoflow.search.iteration import graphs_of
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
@@ -106,12 +107,19 @@ class Search:
         shape: The batch.
         time_limit_s: When to stop at the latest.
         report: Is told what happens, line by line.
+        is_quick: Cut in the middle, and give every task of a resource the same share: seconds, for one of many shapes.
     """
 
     def __init__(
-        self, profile: Profile, shape: BatchShape, *, time_limit_s: float = 60.0, report: Report = lambda _line: None
+        self,
+        profile: Profile,
+        shape: BatchShape,
+        *,
+        time_limit_s: float = 60.0,
+        report: Report = lambda _line: None,
+        is_quick: bool = False,
     ) -> None:
-        self._profile, self._shape, self._report = profile, shape, report
+        self._profile, self._shape, self._report, self._is_quick = profile, shape, report, is_quick
         self._begin_s = time.monotonic()
         self._time_limit_s = time_limit_s
 
@@ -135,15 +143,15 @@ class Search:
         """Stage 1: two nano-batches at every place; more at the beginning of the layer where a bubble remains."""
         table = CostTable(self._profile, graph)
         groups = groups_of(graph)
-        for boundary in range(_STEP, self._shape.num_tokens, _STEP):
-            if not 0.2 <= boundary / self._shape.num_tokens <= 0.8 or self._left_s() <= 0:
+        for boundary in self._boundaries():
+            if self._left_s() <= 0:
                 continue
             two = dict.fromkeys((group.name for group in groups), (boundary,))
             candidate = self._structure(graph, table, two, f"2 nano-batches at {boundary}")
             if candidate is None:
                 continue
             yield candidate
-            more = halves(self._shape.num_tokens, boundary)
+            more = () if self._is_quick else halves(self._shape.num_tokens, boundary)
             if _bubble(candidate) > _BUBBLE and len(more) > 1:
                 refined = self._structure(
                     graph,
@@ -153,6 +161,12 @@ class Search:
                 )
                 if refined is not None and refined.schedule.period_s < candidate.schedule.period_s * (1 - 1e-3):
                     yield refined
+
+    def _boundaries(self) -> list[int]:
+        """Where to cut in two: anywhere but near the ends, or only in the middle."""
+        num_tokens = self._shape.num_tokens
+        found = [place for place in range(_STEP, num_tokens, _STEP) if 0.2 <= place / num_tokens <= 0.8]
+        return sorted(found, key=lambda place: abs(place - num_tokens / 2))[:1] if self._is_quick else found
 
     def _structure(self, graph: OpGraph, table: CostTable, splits: Splits, label: str) -> _Candidate | None:
         problem = make_problem(graph, table, self._shape, splits)
@@ -178,8 +192,27 @@ class Search:
 
     def _allocations(self, candidate: _Candidate) -> Iterator[Attempt]:
         """Stage 2 under every mechanism that pairs were measured with."""
-        graph = candidate.problem.graph
-        interference = Interference(self._profile, graph)
+        interference = Interference(self._profile, candidate.problem.graph)
+        yield from self._on_halves(candidate, interference)
+        if not self._is_quick:
+            yield from self._on_any_shares(candidate, interference)
+
+    def _on_halves(self, candidate: _Candidate, interference: Interference) -> Iterator[Attempt]:
+        """The device divided in two once, ordered anew for each way to divide it; the most even one first."""
+        best_s = math.inf
+        for even in divisions(candidate.problem, interference):
+            if even.least_period_s >= best_s or self._left_s() <= 0:
+                break
+            effort = Effort(num_nodes=_STRUCTURE_NODES, time_limit_s=max(self._left_s(), 0.1))
+            schedule = solve_structure(even.problem, max_stages=_MAX_STAGES, effort=effort)
+            if schedule is not None:
+                allocation = Allocation(mechanism=even.mechanism, schedule=schedule, shares=even.shares)
+                attempt = self._attempt(candidate, allocation, f"{even.mechanism} {even.share:.2f}, {candidate.label}")
+                best_s = min(best_s, attempt.makespan_s)
+                yield attempt
+
+    def _on_any_shares(self, candidate: _Candidate, interference: Interference) -> Iterator[Attempt]:
+        """Every task on a share of its own, in the order of stage 1."""
         for mechanism in interference.mechanisms:
             effort = Effort(num_nodes=_ALLOCATION_NODES, time_limit_s=max(self._left_s(), 0.1) / 2)
             allocation = allocate(
@@ -194,19 +227,23 @@ class Search:
             if allocation is None:
                 self._report(f"{candidate.label}, {mechanism}: no shares found in time")
                 continue
-            plan = emit(candidate.problem, allocation, f"{mechanism}, {candidate.label}")
-            plan.validate(graph)
-            makespan_s = self._makespan_s(graph, plan)
-            self._report(
-                f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted, {allocation.schedule.period_s * 1e6:,.1f} us "
-                f"planned, gap {allocation.schedule.gap:.1%}"
-            )
-            yield Attempt(
-                plan=_with_makespan(plan, makespan_s),
-                period_s=allocation.schedule.period_s,
-                least_period_s=allocation.schedule.least_period_s,
-                makespan_s=makespan_s,
-            )
+            yield self._attempt(candidate, allocation, f"{mechanism}, {candidate.label}")
+
+    def _attempt(self, candidate: _Candidate, allocation: Allocation, name: str) -> Attempt:
+        graph = candidate.problem.graph
+        plan = emit(candidate.problem, allocation, name)
+        plan.validate(graph)
+        makespan_s = self._makespan_s(graph, plan)
+        self._report(
+            f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted, {allocation.schedule.period_s * 1e6:,.1f} us "
+            f"planned, gap {allocation.schedule.gap:.1%}"
+        )
+        return Attempt(
+            plan=_with_makespan(plan, makespan_s),
+            period_s=allocation.schedule.period_s,
+            least_period_s=allocation.schedule.least_period_s,
+            makespan_s=makespan_s,
+        )
 
     def _makespan_s(self, graph: OpGraph, plan: PipelinePlan) -> float:
         table, interference = CostTable(self._profile, graph), Interference(self._profile, graph)

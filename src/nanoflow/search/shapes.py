@@ -1,28 +1,62 @@
-"""The batch shapes that a workload produces, and the range of batches on which a plan for one of them is worth running.
+"""The batch shapes that a workload produces, in cells of batches that are alike, and the plan that a cell is worth.
 
-In the steady state the budget is full of decodes and of the prompts that replace finished requests; before it there are
-fewer decodes, after it decodes alone, fewer and fewer. Batches of prompts alone have nothing to overlap. A plan cuts
-the batch at absolute places, so it wins on batches like its own and may lose on others: how far it reaches is asked of
-the simulator.
+The shapes come from a simulated run, ramp-up and drain included, with the time that each takes. A plan fits a batch by
+its size, since it cuts it at fixed places, and by the keys that decodes read for each token of the batch, which is how
+much work memory has beside the products. So these two are what cells divide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 
-# Decodes in a full batch, as a part of those in the steady state; that one first.
-_STAGES = (1.0, 0.75, 0.5, 1.25)
-_LEAST_DECODES = 256
-# What a plan must be predicted to win wherever it is used, and how its range is felt out.
-_LEAST_GAIN = 1.01
-_SHARE_STEP, _CONTEXT_FACTOR, _TOKEN_STEP = 0.01, 1.03, 32
+# Sizes in a cell differ by this part, and by no less than a GEMM tile; keys a token by this factor.
+_TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR = 128, 1 / 8, 1.12
+# A plan must be predicted to win this much in its cell, over batches that stand for it.
+LEAST_GAIN = 1.01
+_NUM_SAMPLES = 6
 
-# Time of a sequential iteration of a batch / time of it under the plan.
-Gain = Callable[[BatchShape], float]
+# What one iteration of a batch takes under a plan; None: sequentially.
+Predict = Callable[[BatchShape, PipelinePlan | None], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """Batches that one plan may serve.
+
+    Attributes:
+        min_tokens, max_tokens: Their sizes.
+        shapes: The batches, those that stand for the others; never empty.
+        time_s: What all of them take sequentially.
+        decode_share, decode_context: Smallest and largest decode share, and mean context of decodes.
+    """
+
+    min_tokens: int
+    max_tokens: int
+    shapes: tuple[BatchShape, ...]
+    time_s: float
+    decode_share: tuple[float, float]
+    decode_context: tuple[float, float]
+
+    @property
+    def middle(self) -> BatchShape:
+        """The batch that its plan is searched for: as large as the cell has them, else as the middle one."""
+        middle = self.shapes[len(self.shapes) // 2]
+        scale = self.max_tokens / middle.num_tokens
+        return BatchShape(
+            num_tokens=self.max_tokens,
+            num_decode_tokens=min(round(middle.num_decode_tokens * scale), self.max_tokens),
+            decode_context=round(middle.decode_context * scale),
+            prefill_context=round(middle.prefill_context * scale),
+            prefill_kv_tokens=round(middle.prefill_kv_tokens * scale),
+            num_sampled=min(round(middle.num_sampled * scale), self.max_tokens),
+        )
 
 
 def batch_of(num_tokens: int, num_decodes: int, decode_context: float, prompt_tokens: float) -> BatchShape:
@@ -38,69 +72,61 @@ def batch_of(num_tokens: int, num_decodes: int, decode_context: float, prompt_to
     )
 
 
-def workload_shapes(
-    prompt_tokens: float, output_tokens: float, *, max_batch_tokens: int, max_num_seqs: int
-) -> Iterator[BatchShape]:
-    """What a workload of these mean lengths produces: full batches, the steady state first, then decodes alone."""
-    context = prompt_tokens + output_tokens / 2
-    steady = min(round(max_batch_tokens * output_tokens / (prompt_tokens + output_tokens)), max_num_seqs)
-    for part in _STAGES:
-        num_decodes = round(steady * part)
-        if num_decodes <= min(max_num_seqs, max_batch_tokens):
-            yield batch_of(max_batch_tokens, num_decodes, context, prompt_tokens)
-    num_tokens = min(max_batch_tokens, max_num_seqs)
-    while num_tokens >= _LEAST_DECODES:
-        yield batch_of(num_tokens, num_tokens, context, prompt_tokens)
-        num_tokens //= 2
+def cells_of(iterations: Iterable[tuple[BatchShape, float]], max_batch_tokens: int) -> list[Cell]:
+    """Iterations of a run, each with the time it takes, in cells; those that take the most time first.
 
-
-def entry_of(plan: PipelinePlan, shape: BatchShape, prompt_tokens: float, gain: Gain) -> PlanEntry | None:
-    """The plan with the range of batches on which it wins by 1 %; None if it does not win on its own shape.
-
-    Args:
-        plan, shape: A plan, and the batch it was searched for.
-        prompt_tokens: Mean length of the prompts among the batch's other tokens.
-        gain: The plan's.
+    Batches without decodes are left out: they have nothing to overlap.
     """
-    num_tokens, share = shape.num_tokens, shape.num_decode_tokens / shape.num_tokens
-    context = shape.decode_context / max(shape.num_decode_tokens, 1)
+    found: dict[tuple[int, int], list[tuple[BatchShape, float]]] = defaultdict(list)
+    for shape, time_s in iterations:
+        if shape.decode_context:
+            keys = round(math.log(shape.decode_context / shape.num_tokens, _KEYS_FACTOR))
+            found[_largest(shape.num_tokens, max_batch_tokens), keys].append((shape, time_s))
+    cells = [_cell(members, max_tokens) for (max_tokens, _), members in found.items()]
+    return sorted(cells, key=lambda cell: -cell.time_s)
 
-    def wins(tokens: float = num_tokens, part: float = share, keys: float = context) -> bool:
-        if not (0 < part <= 1 and 0 < tokens <= num_tokens):
-            return False
-        batch = batch_of(round(tokens), round(tokens * part), keys, prompt_tokens)
-        return batch.num_decode_tokens > 0 and gain(batch) >= _LEAST_GAIN
 
-    if not wins():
-        return None
-    # 1. Each range alone, with the others in the middle.
-    shares = (
-        _reach(share, lambda part: part - _SHARE_STEP, lambda part: wins(part=part)),
-        _reach(share, lambda part: min(part + _SHARE_STEP, 1.0), lambda part: wins(part=part)),
-    )
-    contexts = (
-        _reach(context, lambda keys: keys / _CONTEXT_FACTOR, lambda keys: wins(keys=keys)),
-        _reach(context, lambda keys: keys * _CONTEXT_FACTOR, lambda keys: wins(keys=keys)),
-    )
-    tokens = _reach(float(num_tokens), lambda count: count - _TOKEN_STEP, lambda count: wins(tokens=count))
-    # 2. At the corners two deviations add up: halfway they mostly do not.
-    return PlanEntry(
-        plan=plan,
-        min_tokens=max(round((tokens + num_tokens) / 2), 1),
-        max_tokens=num_tokens,
-        min_decode_share=(shares[0] + share) / 2,
-        max_decode_share=(shares[1] + share) / 2 if shares[1] < 1 else 1.0,
-        min_decode_context=(contexts[0] + context) / 2,
-        max_decode_context=(contexts[1] + context) / 2,
+def _largest(num_tokens: int, max_batch_tokens: int) -> int:
+    """The largest size in the cell of a batch of so many tokens."""
+    step = max(round(num_tokens * _TOKEN_PART / _TOKEN_STEP), 1) * _TOKEN_STEP
+    return min(-(-num_tokens // step) * step, max_batch_tokens)
+
+
+def _cell(members: Sequence[tuple[BatchShape, float]], max_tokens: int) -> Cell:
+    shapes = sorted((shape for shape, _ in members), key=lambda shape: shape.decode_context / shape.num_tokens)
+    step = max(len(shapes) // _NUM_SAMPLES, 1)
+    shares = [shape.num_decode_tokens / shape.num_tokens for shape in shapes]
+    contexts = [shape.decode_context / shape.num_decode_tokens for shape in shapes]
+    return Cell(
+        min_tokens=min(shape.num_tokens for shape in shapes),
+        max_tokens=max_tokens,
+        shapes=tuple(shapes[step // 2 :: step]),
+        time_s=sum(time_s for _, time_s in members),
+        decode_share=(min(shares), max(shares)),
+        decode_context=(min(contexts), max(contexts)),
     )
 
 
-def _reach(start: float, step: Callable[[float], float], wins: Callable[[float], bool]) -> float:
-    """The last value on the way that wins; at most twenty steps."""
-    value = start
-    for _ in range(20):
-        following = step(value)
-        if following == value or not wins(following):
-            break
-        value = following
-    return value
+def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
+    """Time of the batches that stand for a cell, sequentially / under a plan."""
+    sequential_s = sum(predict(shape, None) for shape in cell.shapes)
+    return sequential_s / sum(predict(shape, plan) for shape in cell.shapes)
+
+
+def best_entry(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> tuple[PlanEntry | None, float]:
+    """The cell with the plan that wins most in it, and that gain; no entry if it is less than `LEAST_GAIN`."""
+    fitting = [plan for plan in plans if plan.num_tokens == cell.max_tokens and len(plan.lanes) > 1]
+    gains = [(gain_of(plan, cell, predict), place) for place, plan in enumerate(fitting)]
+    gain, place = max(gains, default=(1.0, 0))
+    if gain < LEAST_GAIN:
+        return None, gain
+    entry = PlanEntry(
+        plan=fitting[place],
+        min_tokens=cell.min_tokens,
+        max_tokens=cell.max_tokens,
+        min_decode_share=cell.decode_share[0],
+        max_decode_share=cell.decode_share[1],
+        min_decode_context=cell.decode_context[0],
+        max_decode_context=cell.decode_context[1],
+    )
+    return entry, gain

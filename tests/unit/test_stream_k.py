@@ -1,0 +1,186 @@
+"""Products whose programs share tiles against their reference twins, run by Triton's interpreter on the CPU.
+
+It runs program after program, so one that waited for a later one would hang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
+from nanoflow.graph.operation import OpKind
+from nanoflow.kernels import reference
+from nanoflow.kernels.kept import kernels_on
+from nanoflow.kernels.launch import Launch
+from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles
+from nanoflow.kernels.triton_stream_k import (
+    StreamKWorkspace,
+    choose_stream_k_cut,
+    make_workspace,
+    num_shared_tiles,
+    run_linear_add_stream_k,
+    run_linear_stream_k,
+)
+from tests.gemm_cases import (
+    assert_linear,
+    assert_linear_swiglu,
+    exact_linear,
+    exact_linear_swiglu,
+    linear_case,
+    linear_swiglu_case,
+)
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+# The interpreter multiplies no bfloat16.
+DTYPE = torch.float16
+SMALL = GemmTiles(block_m=16, block_n=32, block_k=16, num_warps=1, num_stages=2, group_m=2)
+LARGER = replace(SMALL, block_m=32, block_n=64)
+# 12 tiles of 13 steps with edges on all sides; 9 tiles of 1 step; one tile of 9 steps.
+SHAPES = [(53, (80, 200)), (40, (96, 16)), (1, (24, 136))]
+
+
+def poisoned(num_programs: int, tiles: GemmTiles = SMALL) -> StreamKWorkspace:
+    workspace = make_workspace((tiles,), num_programs, CPU)
+    workspace.sums.fill_(torch.nan)
+    return workspace
+
+
+def linear_add_case(num_tokens: int, shape: tuple[int, int], *, has_bias: bool = False) -> tuple[Launch, torch.Tensor]:
+    """A product to be added to rows that stand between rows of NaN, and what these rows should be then."""
+    launch = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
+    stream = torch.full((num_tokens + 2, shape[0]), torch.nan, dtype=DTYPE)
+    hidden = stream[1:-1]
+    hidden.normal_()
+    exact = hidden.float()
+    weights = tuple(weight.float() for weight in launch.weights)
+    x = launch.reads[0]
+    reference.linear_add(replace(launch, reads=(x.float(), exact), writes=(exact,), weights=weights))
+    return replace(launch, reads=(x, hidden), writes=(hidden,)), exact.to(DTYPE)
+
+
+@pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 7, 11, 12, 13, 40])
+@pytest.mark.parametrize(("tiles", "has_bias"), [(SMALL, True), (replace(SMALL, num_stores=2), False)])
+def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
+    launch, workspace = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias), poisoned(num_programs)
+    results = []
+    for _ in range(2):
+        launch.writes[0].fill_(torch.nan)
+        run_linear_stream_k(launch, tiles, num_programs, workspace)
+        results.append(launch.writes[0].clone())
+        assert not workspace.flags.any()
+    assert_linear(results[0], exact_linear(launch))
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
+@pytest.mark.parametrize(("has_bias", "is_shared"), [(False, False), (True, True)])
+@pytest.mark.parametrize("num_programs", [1, 5, 7, 40])
+def test_linear_add(
+    num_tokens: int, shape: tuple[int, int], has_bias: bool, is_shared: bool, num_programs: int
+) -> None:
+    (launch, expected), workspace = linear_add_case(num_tokens, shape, has_bias=has_bias), poisoned(num_programs)
+    before, results = launch.writes[0].clone(), []
+    for _ in range(2):
+        launch.writes[0].copy_(before)
+        run_linear_add_stream_k(launch, SMALL, num_programs, workspace, is_shared=is_shared)
+        results.append(launch.writes[0].clone())
+        assert not workspace.flags.any()
+    assert_linear(results[0], expected)
+    assert torch.equal(results[0], results[1])
+    stream = launch.writes[0]._base
+    assert stream is not None and stream[0].isnan().all() and stream[-1].isnan().all()
+
+
+def test_one_workspace_serves_products_of_all_sizes() -> None:
+    workspace = poisoned(7, LARGER)
+    for num_tokens, shape in SHAPES:
+        for tiles, num_programs in ((SMALL, 5), (LARGER, 7), (SMALL, 7)):
+            launch = linear_case(num_tokens, shape, DTYPE, CPU)
+            run_linear_stream_k(launch, tiles, num_programs, workspace)
+            assert_linear(launch.writes[0], exact_linear(launch))
+
+
+def test_a_program_takes_over_what_another_left() -> None:
+    """The sums between do come from the workspace: 12 tiles of 13 steps on 5 programs leave 4 of them."""
+    workspace = poisoned(5)
+    run_linear_stream_k(linear_case(53, (80, 200), DTYPE, CPU), SMALL, 5, workspace)
+    assert workspace.sums.isnan().all(1).tolist() == [False, False, False, False, True]
+
+
+def test_a_row_of_nan_stays_alone() -> None:
+    launch = linear_case(53, (80, 200), DTYPE, CPU)
+    launch.reads[0][17] = torch.nan
+    run_linear_stream_k(launch, SMALL, 5, poisoned(5))
+    assert launch.writes[0].isnan().any(-1).nonzero().flatten().tolist() == [17]
+
+
+@pytest.mark.parametrize("num_tokens", [3, 130])
+def test_kernels_of_a_partition(num_tokens: int) -> None:
+    kernels = kernels_on(REFERENCE_KERNELS, 5)
+    launch = linear_case(num_tokens, (272, 136), DTYPE, CPU)
+    kernels[OpKind.LINEAR](launch)
+    assert_linear(launch.writes[0], exact_linear(launch))
+    added, expected = linear_add_case(num_tokens, (272, 136))
+    kernels[OpKind.LINEAR_ADD](added)
+    assert_linear(added.writes[0], expected)
+    gated = linear_swiglu_case(num_tokens, (272, 72), DTYPE, CPU)
+    kernels[OpKind.LINEAR_SWIGLU](gated)
+    assert_linear_swiglu(gated.writes[0], exact_linear_swiglu(gated))
+
+
+@pytest.mark.parametrize("shape", [(64, 28), (36, 32)])
+def test_rows_that_are_not_aligned_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        run_linear_stream_k(linear_case(4, shape, DTYPE, CPU), SMALL, 3, poisoned(3))
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        kernels_on(REFERENCE_KERNELS, 3)[OpKind.LINEAR_ADD](linear_add_case(4, shape)[0])
+
+
+@pytest.mark.parametrize(("tiles", "num_programs"), [(SMALL, 4), (LARGER, 3)])
+def test_a_workspace_that_is_too_small_is_refused(tiles: GemmTiles, num_programs: int) -> None:
+    with pytest.raises(ValueError, match="too small"):
+        run_linear_stream_k(linear_case(4, (64, 32), DTYPE, CPU), tiles, num_programs, poisoned(3))
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_programs", "expected"),
+    [(128, 128, 0), (256, 128, 0), (128, 116, 128), (192, 132, 192), (896, 132, 236), (64, 100, 0), (7, 1, 0)],
+)
+def test_shared_tiles(num_tiles: int, num_programs: int, expected: int) -> None:
+    assert num_shared_tiles(num_tiles, num_programs) == expected
+    assert not expected or (num_tiles - expected) % num_programs == 0
+
+
+HOPPER_BYTES = 227 << 10
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shape", "num_programs", "expected"),
+    [
+        # One round of 128 large tiles that leaves 4 programs idle, and one that would leave most of them in a second.
+        (1024, (4096, 14336), 132, (128, 256, False)),
+        (1024, (4096, 14336), 116, (128, 256, True)),
+        (1024, (4096, 4096), 100, (128, 128, True)),
+        # 64 large tiles leave no more than the sums to move would cost; 128 smaller ones are shared by 100.
+        (512, (4096, 4096), 68, (128, 256, False)),
+        (512, (4096, 4096), 100, (128, 128, True)),
+        # So little to compute that moving sums would cost more.
+        (1024, (4096, 256), 116, (64, 128, False)),
+    ],
+)
+def test_chosen_cut(num_rows: int, shape: tuple[int, int], num_programs: int, expected: tuple[int, int, bool]) -> None:
+    tiles, is_shared = choose_stream_k_cut(GEMM_TILES, (num_rows, *shape), num_programs, HOPPER_BYTES)
+    assert (tiles.block_m, tiles.block_n, is_shared) == expected
+
+
+def test_chosen_tiles_fit() -> None:
+    for limit_bytes in (HOPPER_BYTES, 99 << 10):
+        for num_rows in (65, 300, 2048):
+            tiles, _ = choose_stream_k_cut(GEMM_TILES, (num_rows, 4096, 4096), 100, limit_bytes)
+            assert tiles.shared_memory_bytes(is_gated=False) <= limit_bytes
