@@ -1,7 +1,7 @@
 """Kernels kept to a part of a GPU: products as persistent kernels with one program an SM of their partition.
 
-cuBLAS cuts a product for all SMs, so that on fewer it takes a wave more. Ours take whole tiles where their last wave
-fills the partition, and share tiles evenly elsewhere. Decode attention on Hopper has programs for the partition's SMs.
+cuBLAS cuts a product for all SMs, so that on fewer it takes a wave more. Ours split the tiles of the last round among
+programs that would be idle. Decode attention on Hopper has programs for the partition's SMs.
 What else there is has many small programs and needs no change. Which SMs there are is `device/lanes.py`'s.
 """
 
@@ -23,30 +23,31 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
     Products share a workspace, made by the first of them, so they must not run beside each other: each lane gets
     kernels of its own.
     """
-    from nanoflow.kernels import triton_gemm, triton_stream_k
+    from nanoflow.kernels import triton_gemm, triton_split_k
     from nanoflow.kernels.triton_attention import card_of
     from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles, choose_gemm_tiles
-    from nanoflow.kernels.triton_stream_k import StreamKWorkspace, choose_stream_k_cut, make_workspace
+    from nanoflow.kernels.triton_split_k import SplitWorkspace, choose_split_cut, make_workspace
 
     @functools.cache
-    def workspace_on(device: torch.device) -> StreamKWorkspace:
+    def workspace_on(device: torch.device) -> SplitWorkspace:
         return make_workspace(GEMM_TILES, num_sms, device)
 
-    def cut(launch: Launch) -> tuple[GemmTiles, bool]:
+    def cut(launch: Launch) -> tuple[GemmTiles, int]:
         limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
         num_columns, num_features = launch.weights[0].shape
-        return choose_stream_k_cut(GEMM_TILES, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
+        return choose_split_cut(GEMM_TILES, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
 
     def linear(launch: Launch) -> None:
-        tiles, is_shared = cut(launch)
-        if is_shared:
-            triton_stream_k.run_linear_stream_k(launch, tiles, num_sms, workspace_on(launch.reads[0].device))
-        else:
+        tiles, num_splits = cut(launch)
+        if num_splits == 1:
             triton_gemm.run_linear(launch, tiles, num_sms)
+        else:
+            workspace = workspace_on(launch.reads[0].device)
+            triton_split_k.run_linear_split_k(launch, tiles, num_sms, workspace, num_splits)
 
     def linear_add(launch: Launch) -> None:
-        (tiles, is_shared), workspace = cut(launch), workspace_on(launch.reads[0].device)
-        triton_stream_k.run_linear_add_stream_k(launch, tiles, num_sms, workspace, is_shared=is_shared)
+        (tiles, num_splits), workspace = cut(launch), workspace_on(launch.reads[0].device)
+        triton_split_k.run_linear_add_split_k(launch, tiles, num_sms, workspace, num_splits)
 
     def linear_swiglu(launch: Launch) -> None:
         limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes

@@ -1,10 +1,9 @@
-"""Products of a Llama-3-8B layer by fewer programs than the GPU has SMs: whole tiles against shared ones.
+"""Products of a Llama-3-8B layer by fewer programs than the GPU has SMs: whole tiles against a split last round.
 
 Each program takes an SM, as on a partition, but SMs without one are idle here and leave their power and bandwidth to
 the others. cuBLAS takes the whole device, so it stands in the first row of a size only. `+add` is LINEAR_ADD: with
-whole tiles a product and a sum in a kernel each, with shared tiles one kernel. A point is measured as in
-`kernels_gemm.py`. A star marks what `kernels/kept.py` chooses; where it would add whole tiles in one kernel, that
-stands in the last column.
+whole tiles a product and a sum in a kernel each, otherwise one kernel; the last column is that without a split. A point
+is measured as in `kernels_gemm.py`. A star marks what `kernels/kept.py` chooses.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
 from benchmarks.kernels_gemm import SHAPES, WINDOW_S, check, describe, passes_of, sustained
@@ -27,19 +25,18 @@ from nanoflow.kernels import reference
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.triton_attention import card_of
 from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles, choose_gemm_tiles, run_linear
-from nanoflow.kernels.triton_stream_k import (
-    StreamKWorkspace,
-    choose_stream_k_cut,
+from nanoflow.kernels.triton_split_k import (
+    SplitWorkspace,
+    choose_split_cut,
     make_workspace,
-    num_shared_tiles,
-    run_linear_add_stream_k,
-    run_linear_stream_k,
+    run_linear_add_split_k,
+    run_linear_split_k,
 )
 
 ADDED = "+add"
 OPERATIONS = (*SHAPES, *(name + ADDED for name in ("o_proj", "down_proj")))
-SHARED_TILES = GEMM_TILES[:2]
-COLUMNS = ("cuBLAS", "whole", *(f"{t.block_m}x{t.block_n} shared" for t in SHARED_TILES), "one kernel")
+SPLIT_TILES = GEMM_TILES[:2]
+COLUMNS = ("cuBLAS", "whole", *(f"{t.block_m}x{t.block_n} split" for t in SPLIT_TILES), "one kernel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +45,7 @@ class Candidate:
 
     column: str
     tiles: GemmTiles | None
-    is_shared: bool
+    num_splits: int
     kernel: Kernel
 
 
@@ -61,7 +58,7 @@ class Point:
     num_programs: int
     column: str
     tiles: GemmTiles | None
-    is_shared: bool
+    num_splits: int
     is_chosen: bool
     time_us: float | None = None
     energy_mj: float | None = None
@@ -73,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the document."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
-        print("kernels_stream_k needs an NVIDIA GPU", file=sys.stderr)
+        print("kernels_split_k needs an NVIDIA GPU", file=sys.stderr)
         return 1
     header = "".join(f"{f'{column}, us':>20}" for column in COLUMNS)
     print(f"{'operation':<15}{'tokens':>7}{'programs':>9}{header}")
@@ -111,19 +108,19 @@ def measure_all(operation: str, num_tokens: int, programs: Sequence[int]) -> lis
     for row, num_programs in enumerate(programs):
         found = candidates(passes[0][0], num_programs, is_added=is_added)
         if row == 0:
-            found.insert(0, Candidate(column="cuBLAS", tiles=None, is_shared=False, kernel=exact))
+            found.insert(0, Candidate(column="cuBLAS", tiles=None, num_splits=1, kernel=exact))
         chosen = choose(passes[0][0], num_programs)
         measured = []
         for candidate in found:
-            is_one_kernel = not is_added or candidate.is_shared or candidate.column == COLUMNS[-1]
+            is_one_kernel = not is_added or candidate.num_splits > 1 or candidate.column == COLUMNS[-1]
             point = Point(
                 operation=operation,
                 num_tokens=num_tokens,
                 num_programs=num_programs,
                 column=candidate.column,
                 tiles=candidate.tiles,
-                is_shared=candidate.is_shared,
-                is_chosen=is_one_kernel and (candidate.tiles, candidate.is_shared) == chosen,
+                num_splits=candidate.num_splits,
+                is_chosen=is_one_kernel and (candidate.tiles, candidate.num_splits) == chosen,
             )
             measured.append(measure(point, candidate.kernel, passes, expected, is_added=is_added))
         print_row(measured)
@@ -137,29 +134,29 @@ def added(launch: Launch) -> Launch:
 
 
 def candidates(launch: Launch, num_programs: int, *, is_added: bool) -> list[Candidate]:
-    """Whole tiles as `choose_gemm_tiles` takes them, and shared ones of both large sizes where some are left over."""
+    """Whole tiles as `choose_gemm_tiles` takes them, and both large sizes with the best split of the last round."""
     shape = (len(launch.reads[0]), len(launch.weights[0]))
     limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
     tiles = choose_gemm_tiles(GEMM_TILES, *shape, num_programs, limit_bytes)
     workspace = make_workspace(GEMM_TILES, num_programs, launch.reads[0].device)
     kernel = whole_then_add(tiles, num_programs) if is_added else whole(tiles, num_programs)
-    found = [Candidate(column="whole", tiles=tiles, is_shared=False, kernel=kernel)]
-    for column, size in zip(COLUMNS[2:], SHARED_TILES, strict=False):
-        num_tiles = triton.cdiv(shape[0], size.block_m) * triton.cdiv(shape[1], size.block_n)
-        if num_shared_tiles(num_tiles, num_programs):
-            kernel = stream_k(size, num_programs, workspace, is_added=is_added, is_shared=True)
-            found.append(Candidate(column=column, tiles=size, is_shared=True, kernel=kernel))
+    found = [Candidate(column="whole", tiles=tiles, num_splits=1, kernel=kernel)]
+    for column, size in zip(COLUMNS[2:], SPLIT_TILES, strict=False):
+        _, num_splits = choose_split_cut([size], (*shape, launch.reads[0].shape[1]), num_programs, limit_bytes)
+        if num_splits > 1:
+            kernel = split(size, num_programs, workspace, num_splits, is_added=is_added)
+            found.append(Candidate(column=column, tiles=size, num_splits=num_splits, kernel=kernel))
     if is_added:
-        kernel = stream_k(tiles, num_programs, workspace, is_added=True, is_shared=False)
-        found.append(Candidate(column=COLUMNS[-1], tiles=tiles, is_shared=False, kernel=kernel))
+        kernel = split(tiles, num_programs, workspace, 1, is_added=True)
+        found.append(Candidate(column=COLUMNS[-1], tiles=tiles, num_splits=1, kernel=kernel))
     return found
 
 
-def choose(launch: Launch, num_programs: int) -> tuple[GemmTiles, bool]:
+def choose(launch: Launch, num_programs: int) -> tuple[GemmTiles, int]:
     limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
     num_columns, num_features = launch.weights[0].shape
     shape = (len(launch.reads[0]), num_columns, num_features)
-    return choose_stream_k_cut(GEMM_TILES, shape, num_programs, limit_bytes)
+    return choose_split_cut(GEMM_TILES, shape, num_programs, limit_bytes)
 
 
 def whole(tiles: GemmTiles, num_programs: int) -> Kernel:
@@ -176,11 +173,9 @@ def whole_then_add(tiles: GemmTiles, num_programs: int) -> Kernel:
     return kernel
 
 
-def stream_k(
-    tiles: GemmTiles, num_programs: int, workspace: StreamKWorkspace, *, is_added: bool, is_shared: bool
-) -> Kernel:
-    run = run_linear_add_stream_k if is_added else run_linear_stream_k
-    return lambda launch: run(launch, tiles, num_programs, workspace, is_shared=is_shared)
+def split(tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int, *, is_added: bool) -> Kernel:
+    run = run_linear_add_split_k if is_added else run_linear_split_k
+    return lambda launch: run(launch, tiles, num_programs, workspace, num_splits)
 
 
 def outputs_of(kernel: Kernel, launches: Sequence[Launch], *, is_added: bool) -> list[Tensor]:
@@ -234,7 +229,7 @@ def print_row(points: Sequence[Point]) -> None:
 def document(points: Sequence[Point]) -> dict[str, object]:
     """The result as JSON."""
     return {
-        "benchmark": "kernels_stream_k",
+        "benchmark": "kernels_split_k",
         "shape": "Llama-3-8B, bfloat16",
         "window_s": WINDOW_S,
         "machine": dataclasses.asdict(detect_machine()),

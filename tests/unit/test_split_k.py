@@ -1,4 +1,4 @@
-"""Products whose programs share tiles against their reference twins, run by Triton's interpreter on the CPU.
+"""Products whose last round is split against their reference twins, run by Triton's interpreter on the CPU.
 
 It runs program after program, so one that waited for a later one would hang.
 """
@@ -17,13 +17,13 @@ from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles
-from nanoflow.kernels.triton_stream_k import (
-    StreamKWorkspace,
-    choose_stream_k_cut,
+from nanoflow.kernels.triton_split_k import (
+    SplitWorkspace,
+    choose_split_cut,
     make_workspace,
-    num_shared_tiles,
-    run_linear_add_stream_k,
-    run_linear_stream_k,
+    max_splits,
+    run_linear_add_split_k,
+    run_linear_split_k,
 )
 from tests.gemm_cases import (
     assert_linear,
@@ -44,7 +44,7 @@ LARGER = replace(SMALL, block_m=32, block_n=64)
 SHAPES = [(53, (80, 200)), (40, (96, 16)), (1, (24, 136))]
 
 
-def poisoned(num_programs: int, tiles: GemmTiles = SMALL) -> StreamKWorkspace:
+def poisoned(num_programs: int, tiles: GemmTiles = SMALL) -> SplitWorkspace:
     workspace = make_workspace((tiles,), num_programs, CPU)
     workspace.sums.fill_(torch.nan)
     return workspace
@@ -63,36 +63,37 @@ def linear_add_case(num_tokens: int, shape: tuple[int, int], *, has_bias: bool =
     return replace(launch, reads=(x, hidden), writes=(hidden,)), exact.to(DTYPE)
 
 
+def splits(launch: Launch, num_programs: int, tiles: GemmTiles = SMALL) -> set[int]:
+    """One, two, and as many as there can be."""
+    (num_rows, num_columns), num_features = launch.writes[0].shape, launch.reads[0].shape[1]
+    num_tiles = -(-num_rows // tiles.block_m) * -(-num_columns // tiles.block_n)
+    most = max_splits(num_tiles, num_features, num_programs, tiles)
+    return {1, min(2, most), most}
+
+
 @pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
 @pytest.mark.parametrize("num_programs", [1, 2, 5, 7, 11, 12, 13, 40])
 @pytest.mark.parametrize(("tiles", "has_bias"), [(SMALL, True), (replace(SMALL, num_stores=2), False)])
 def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
     launch, workspace = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias), poisoned(num_programs)
-    results = []
-    for _ in range(2):
+    for num_splits in splits(launch, num_programs):
         launch.writes[0].fill_(torch.nan)
-        run_linear_stream_k(launch, tiles, num_programs, workspace)
-        results.append(launch.writes[0].clone())
+        run_linear_split_k(launch, tiles, num_programs, workspace, num_splits)
+        assert_linear(launch.writes[0], exact_linear(launch))
         assert not workspace.flags.any()
-    assert_linear(results[0], exact_linear(launch))
-    assert torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
-@pytest.mark.parametrize(("has_bias", "is_shared"), [(False, False), (True, True)])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_programs", [1, 5, 7, 40])
-def test_linear_add(
-    num_tokens: int, shape: tuple[int, int], has_bias: bool, is_shared: bool, num_programs: int
-) -> None:
+def test_linear_add(num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
     (launch, expected), workspace = linear_add_case(num_tokens, shape, has_bias=has_bias), poisoned(num_programs)
-    before, results = launch.writes[0].clone(), []
-    for _ in range(2):
+    before = launch.writes[0].clone()
+    for num_splits in splits(launch, num_programs):
         launch.writes[0].copy_(before)
-        run_linear_add_stream_k(launch, SMALL, num_programs, workspace, is_shared=is_shared)
-        results.append(launch.writes[0].clone())
+        run_linear_add_split_k(launch, SMALL, num_programs, workspace, num_splits)
+        assert_linear(launch.writes[0], expected)
         assert not workspace.flags.any()
-    assert_linear(results[0], expected)
-    assert torch.equal(results[0], results[1])
     stream = launch.writes[0]._base
     assert stream is not None and stream[0].isnan().all() and stream[-1].isnan().all()
 
@@ -102,21 +103,21 @@ def test_one_workspace_serves_products_of_all_sizes() -> None:
     for num_tokens, shape in SHAPES:
         for tiles, num_programs in ((SMALL, 5), (LARGER, 7), (SMALL, 7)):
             launch = linear_case(num_tokens, shape, DTYPE, CPU)
-            run_linear_stream_k(launch, tiles, num_programs, workspace)
+            run_linear_split_k(launch, tiles, num_programs, workspace, max(splits(launch, num_programs, tiles)))
             assert_linear(launch.writes[0], exact_linear(launch))
 
 
-def test_a_program_takes_over_what_another_left() -> None:
-    """The sums between do come from the workspace: 12 tiles of 13 steps on 5 programs leave 4 of them."""
+def test_a_program_adds_what_others_left() -> None:
+    """The sums between do come from the workspace: of 12 tiles on 5 programs 2 are left, and 2 programs begin them."""
     workspace = poisoned(5)
-    run_linear_stream_k(linear_case(53, (80, 200), DTYPE, CPU), SMALL, 5, workspace)
-    assert workspace.sums.isnan().all(1).tolist() == [False, False, False, False, True]
+    run_linear_split_k(linear_case(53, (80, 200), DTYPE, CPU), SMALL, 5, workspace, 2)
+    assert workspace.sums.isnan().all(1).tolist() == [False, False, True, True, True]
 
 
 def test_a_row_of_nan_stays_alone() -> None:
     launch = linear_case(53, (80, 200), DTYPE, CPU)
     launch.reads[0][17] = torch.nan
-    run_linear_stream_k(launch, SMALL, 5, poisoned(5))
+    run_linear_split_k(launch, SMALL, 5, poisoned(5), 2)
     assert launch.writes[0].isnan().any(-1).nonzero().flatten().tolist() == [17]
 
 
@@ -137,7 +138,7 @@ def test_kernels_of_a_partition(num_tokens: int) -> None:
 @pytest.mark.parametrize("shape", [(64, 28), (36, 32)])
 def test_rows_that_are_not_aligned_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        run_linear_stream_k(linear_case(4, shape, DTYPE, CPU), SMALL, 3, poisoned(3))
+        run_linear_split_k(linear_case(4, shape, DTYPE, CPU), SMALL, 3, poisoned(3), 1)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         kernels_on(REFERENCE_KERNELS, 3)[OpKind.LINEAR_ADD](linear_add_case(4, shape)[0])
 
@@ -145,16 +146,22 @@ def test_rows_that_are_not_aligned_are_refused(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("tiles", "num_programs"), [(SMALL, 4), (LARGER, 3)])
 def test_a_workspace_that_is_too_small_is_refused(tiles: GemmTiles, num_programs: int) -> None:
     with pytest.raises(ValueError, match="too small"):
-        run_linear_stream_k(linear_case(4, (64, 32), DTYPE, CPU), tiles, num_programs, poisoned(3))
+        run_linear_split_k(linear_case(4, (64, 32), DTYPE, CPU), tiles, num_programs, poisoned(3), 1)
 
 
 @pytest.mark.parametrize(
     ("num_tiles", "num_programs", "expected"),
-    [(128, 128, 0), (256, 128, 0), (128, 116, 128), (192, 132, 192), (896, 132, 236), (64, 100, 0), (7, 1, 0)],
+    [(128, 128, 1), (128, 100, 3), (128, 116, 9), (192, 100, 1), (896, 132, 1), (40, 100, 2), (7, 100, 13)],
 )
-def test_shared_tiles(num_tiles: int, num_programs: int, expected: int) -> None:
-    assert num_shared_tiles(num_tiles, num_programs) == expected
-    assert not expected or (num_tiles - expected) % num_programs == 0
+def test_most_splits(num_tiles: int, num_programs: int, expected: int) -> None:
+    """As many as there are programs for, and no more than there are steps."""
+    assert max_splits(num_tiles, 13 * 16, num_programs, SMALL) == expected
+
+
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_splits_without_programs_are_refused(num_splits: int) -> None:
+    with pytest.raises(ValueError, match="among 1 to 2 programs each"):
+        run_linear_split_k(linear_case(53, (80, 200), DTYPE, CPU), SMALL, 5, poisoned(5), num_splits)
 
 
 HOPPER_BYTES = 227 << 10
@@ -163,24 +170,27 @@ HOPPER_BYTES = 227 << 10
 @pytest.mark.parametrize(
     ("num_rows", "shape", "num_programs", "expected"),
     [
-        # One round of 128 large tiles that leaves 4 programs idle, and one that would leave most of them in a second.
-        (1024, (4096, 14336), 132, (128, 256, False)),
-        (1024, (4096, 14336), 116, (128, 256, True)),
-        (1024, (4096, 4096), 100, (128, 128, True)),
-        # 64 large tiles leave no more than the sums to move would cost; 128 smaller ones are shared by 100.
-        (512, (4096, 4096), 68, (128, 256, False)),
-        (512, (4096, 4096), 100, (128, 128, True)),
+        # One round of 128 large tiles that leaves 4 programs idle, and one that leaves 28 tiles for a second.
+        (1024, (4096, 14336), 132, (128, 256, 1)),
+        (1024, (4096, 14336), 100, (128, 256, 3)),
+        # With fewer features, three rounds of smaller tiles are done before one large tile and a third of one.
+        (1024, (4096, 4096), 100, (128, 128, 1)),
+        # 92 of 100 programs are busy in the last round.
+        (1024, (6144, 4096), 100, (128, 256, 1)),
+        # 64 large tiles leave no program for a second one; of smaller ones 28 are left.
+        (512, (4096, 4096), 68, (128, 256, 1)),
+        (512, (4096, 4096), 100, (128, 128, 3)),
         # So little to compute that moving sums would cost more.
-        (1024, (4096, 256), 116, (64, 128, False)),
+        (1024, (4096, 256), 116, (64, 128, 1)),
     ],
 )
-def test_chosen_cut(num_rows: int, shape: tuple[int, int], num_programs: int, expected: tuple[int, int, bool]) -> None:
-    tiles, is_shared = choose_stream_k_cut(GEMM_TILES, (num_rows, *shape), num_programs, HOPPER_BYTES)
-    assert (tiles.block_m, tiles.block_n, is_shared) == expected
+def test_chosen_cut(num_rows: int, shape: tuple[int, int], num_programs: int, expected: tuple[int, int, int]) -> None:
+    tiles, num_splits = choose_split_cut(GEMM_TILES, (num_rows, *shape), num_programs, HOPPER_BYTES)
+    assert (tiles.block_m, tiles.block_n, num_splits) == expected
 
 
 def test_chosen_tiles_fit() -> None:
     for limit_bytes in (HOPPER_BYTES, 99 << 10):
         for num_rows in (65, 300, 2048):
-            tiles, _ = choose_stream_k_cut(GEMM_TILES, (num_rows, 4096, 4096), 100, limit_bytes)
+            tiles, _ = choose_split_cut(GEMM_TILES, (num_rows, 4096, 4096), 100, limit_bytes)
             assert tiles.shared_memory_bytes(is_gated=False) <= limit_bytes

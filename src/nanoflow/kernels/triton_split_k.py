@@ -1,11 +1,12 @@
 """Products in Triton that keep any number of programs busy to the end, on cards with a tensor memory accelerator.
 
-Whole tiles leave programs idle in the last round unless their number is a multiple of that of the programs. Here all
-programs first share some tiles evenly, feature by feature, and then take whole ones (the hybrid of Stream-K, Osama et
-al., 2023, https://arxiv.org/abs/2301.03598). Which features of which tile a program takes follows from its number; it
-works from the last backwards: first on a tile that it does not end, whose sum so far it leaves in the workspace, and
-last on the tile that others began, whose sums it takes over. So a program waits for programs of smaller numbers only,
-and those leave their sums before they wait themselves: nothing can lock up, and the order of every sum is fixed.
+Whole tiles leave programs idle in the last round unless their number is a multiple of that of the programs. Here the
+tiles of the last round are split along their features: each goes to several programs, which leave their sums in the
+workspace but for the last, which adds them up. All programs begin a round at the same feature, or at one of a few, so
+that what one loads the others find in L2; programs that all begin elsewhere (Stream-K, Osama et al., 2023,
+https://arxiv.org/abs/2301.03598) load most of both factors from memory for each tile, which is what an attention beside
+the product needs. A program waits for programs of smaller numbers only, and those wait for none: nothing can lock up,
+and the order of every sum is fixed.
 
 Of `reference.linear` and `reference.linear_add` these are twins; the latter adds in float32 and rounds once.
 
@@ -27,14 +28,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_gemm import GemmTiles, _check, _halves, _place, _store
 
-# Whole tiles stay whole if their last round keeps this part of the programs busy.
-_BUSY_ENOUGH = 0.9
-# Writing or reading a sum takes a program about as long as so many more features of its tile (one H200, 84 to 116 SMs).
-_MOVED_SUM_FEATURES = 768
+# Leaving a sum, or adding one, takes a program about as long as so many more features of its tile.
+_MOVED_SUM_FEATURES = 384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamKWorkspace:
+class SplitWorkspace:
     """Where programs leave sums for others; products that may run at the same time need one each.
 
     Attributes:
@@ -47,7 +46,7 @@ class StreamKWorkspace:
     flags: Tensor
 
 
-def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: torch.device) -> StreamKWorkspace:
+def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: torch.device) -> SplitWorkspace:
     """A workspace for so many programs and any of these cuts.
 
     Raises:
@@ -56,29 +55,18 @@ def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: t
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("no workspace can be made while a CUDA graph is captured: run the product once before")
     cells = max(tiles.block_m * tiles.block_n for tiles in candidates)
-    return StreamKWorkspace(
+    return SplitWorkspace(
         sums=torch.empty((num_programs, cells), dtype=torch.float32, device=device),
         flags=torch.zeros(num_programs, dtype=torch.int32, device=device),
     )
 
 
-def num_shared_tiles(num_tiles: int, num_programs: int) -> int:
-    """Tiles that all programs share, so that the others make whole rounds.
-
-    Those that are left of whole rounds, and with them a round: each program then has a whole tile's work or more, so a
-    tile has two programs at most, and the first of them leaves its sum before the other begins. With fewer tiles than
-    programs there is no such round, and none is shared.
-    """
-    rest = num_tiles % num_programs
-    return rest + num_programs if rest and num_tiles > num_programs else 0
-
-
-def choose_stream_k_cut(
+def choose_split_cut(
     candidates: Sequence[GemmTiles], shape: tuple[int, int, int], num_programs: int, limit_bytes: int
-) -> tuple[GemmTiles, bool]:
-    """The cut by which the busiest program is done first, and whether programs share tiles.
+) -> tuple[GemmTiles, int]:
+    """The cut by which the busiest program is done first, and among how many programs tiles of the last round are split.
 
-    Ties go to whole tiles, then to the earlier candidate.
+    Ties go to fewer splits, then to the earlier candidate.
 
     Args:
         candidates: Cuts, fastest first; the last fits everywhere.
@@ -87,49 +75,53 @@ def choose_stream_k_cut(
         limit_bytes: Shared memory of a program.
     """
 
-    def longest_time(tiles: GemmTiles, is_shared: bool) -> float:
-        num_tiles, num_features = _num_tiles(tiles, *shape[:2]), shape[2]
-        features: float = triton.cdiv(num_tiles, num_programs) * num_features
-        if is_shared:
-            # One is left, one taken over.
-            features = num_tiles / num_programs * num_features + 2 * _MOVED_SUM_FEATURES
+    def longest_time(tiles: GemmTiles, num_splits: int) -> float:
+        rounds, rest = divmod(_num_tiles(tiles, *shape[:2]), num_programs)
+        features = rounds * shape[2] + (shape[2] / num_splits if rest else 0)
+        features += _MOVED_SUM_FEATURES * num_splits if num_splits > 1 else 0
         return features * tiles.block_m * tiles.block_n / tiles.relative_speed
 
-    def can_share(tiles: GemmTiles) -> bool:
-        rounds, rest = divmod(_num_tiles(tiles, *shape[:2]), num_programs)
-        return rounds > 0 and 0 < rest < _BUSY_ENOUGH * num_programs
-
     fitting = [tiles for tiles in candidates if tiles.shared_memory_bytes(is_gated=False) <= limit_bytes]
-    fitting = fitting or list(candidates[-1:])
-    shared = [(tiles, True) for tiles in fitting if can_share(tiles)]
-    return min([*((tiles, False) for tiles in fitting), *shared], key=lambda cut: longest_time(*cut))
+    cuts = [
+        (tiles, num_splits)
+        for tiles in fitting or candidates[-1:]
+        for num_splits in range(1, max_splits(_num_tiles(tiles, *shape[:2]), shape[2], num_programs, tiles) + 1)
+    ]
+    return min(cuts, key=lambda cut: (longest_time(*cut), cut[1]))
 
 
-def run_linear_stream_k(
-    launch: Launch, tiles: GemmTiles, num_programs: int, workspace: StreamKWorkspace, *, is_shared: bool = True
+def max_splits(num_tiles: int, num_features: int, num_programs: int, tiles: GemmTiles) -> int:
+    """Among how many programs each tile of the last round can be split: all are busy then, with a step or more."""
+    rest = num_tiles % num_programs
+    return max(min(num_programs // rest, triton.cdiv(num_features, tiles.block_k)), 1) if rest else 1
+
+
+def run_linear_split_k(
+    launch: Launch, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int
 ) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
 
     Raises:
-        ValueError: Tensors that TMA does not take, see `triton_gemm.run_linear`, or a workspace that is too small.
+        ValueError: Tensors that TMA does not take, see `triton_gemm.run_linear`, a workspace that is too small, or more
+            splits than `max_splits`.
     """
-    _run(launch, tiles, num_programs, workspace, is_shared=is_shared, is_added=False)
+    _run(launch, tiles, num_programs, workspace, num_splits, is_added=False)
 
 
-def run_linear_add_stream_k(
-    launch: Launch, tiles: GemmTiles, num_programs: int, workspace: StreamKWorkspace, *, is_shared: bool = True
+def run_linear_add_split_k(
+    launch: Launch, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int
 ) -> None:
     """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
 
     Raises:
-        ValueError: See `run_linear_stream_k`.
+        ValueError: See `run_linear_split_k`.
     """
     # In halves, as a sum and what it is added to do not fit into shared memory and registers as a whole.
-    _run(launch, replace(tiles, num_stores=2), num_programs, workspace, is_shared=is_shared, is_added=True)
+    _run(launch, replace(tiles, num_stores=2), num_programs, workspace, num_splits, is_added=True)
 
 
 def _run(
-    launch: Launch, tiles: GemmTiles, num_programs: int, workspace: StreamKWorkspace, is_shared: bool, is_added: bool
+    launch: Launch, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int, is_added: bool
 ) -> None:
     x, (out,), (weight, *biases) = launch.reads[0], launch.writes, launch.weights
     _check(x, weight, out)
@@ -139,14 +131,16 @@ def _run(
             f"a workspace of {slots} x {cells} cells is too small for {num_programs} programs with tiles of "
             f"{tiles.block_m} x {tiles.block_n}: make one for these"
         )
-    num_shared = num_shared_tiles(_num_tiles(tiles, *out.shape), num_programs) if is_shared else 0
-    _linear_stream_k[(num_programs,)](
+    most = max_splits(_num_tiles(tiles, *out.shape), x.shape[1], num_programs, tiles)
+    if not 1 <= num_splits <= most:
+        raise ValueError(f"tiles of the last round can be split among 1 to {most} programs each, not {num_splits}")
+    _linear_split_k[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
         biases[0] if biases else None,
         TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.block_n // tiles.num_stores]),
         *(workspace.sums, workspace.flags),
-        *(*out.shape, x.shape[1], num_shared),
+        *(*out.shape, x.shape[1], num_splits),
         *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.num_stores),
         *(tiles.num_warps * 32, is_added),
         num_warps=tiles.num_warps,
@@ -158,8 +152,8 @@ def _num_tiles(tiles: GemmTiles, num_rows: int, num_columns: int) -> int:
     return int(triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_columns, tiles.block_n))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_shared"])
-def _linear_stream_k(
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def _linear_split_k(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
     bias: tl.tensor | None,
@@ -169,7 +163,7 @@ def _linear_stream_k(
     num_rows: int,
     num_columns: int,
     num_features: int,
-    num_shared: int,
+    num_splits: int,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -182,46 +176,35 @@ def _linear_stream_k(
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     num_steps = tl.cdiv(num_features, BLOCK_K)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    # Of the steps of all shared tiles, in one row, those of this program.
-    shared_steps = num_shared * num_steps
-    first = program * shared_steps // num_programs
-    stop = (program + 1) * shared_steps // num_programs
-    num_parts = tl.where(first < stop, (stop - 1) // num_steps - first // num_steps + 1, 0)
-    num_whole = tl.cdiv(tiles_m * tiles_n - num_shared - program, num_programs)
+    num_rounds = tiles_m * tiles_n // num_programs
+    rest = tiles_m * tiles_n - num_rounds * num_programs
+    # Of a tile of the last round, the steps of this program.
+    part = program // tl.maximum(rest, 1)
+    has_part = program < rest * num_splits
+    first = tl.where(has_part, part * num_steps // num_splits, 0)
+    stop = tl.where(has_part, (part + 1) * num_steps // num_splits, 0)
 
-    turn, step, begin, end, tile, tile_m, tile_n = -1, -1, 0, 0, 0, 0, 0
+    turn, step, end, tile_m, tile_n = -1, -1, 0, 0, 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(stop - first + num_whole * num_steps):
+    for _ in range(num_rounds * num_steps + stop - first):
         step += 1
         if step == end:
             turn += 1
-            tile, begin, end = _turn(turn, num_parts, first, stop, num_steps, num_shared)
+            is_last = turn == num_rounds
+            tile = turn * num_programs + tl.where(is_last, program - part * rest, program)
             tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
-            step = begin
+            step = tl.where(is_last, first, 0)
+            end = tl.where(is_last, stop, num_steps)
         row, column, feature = tile_m * BLOCK_M, tile_n * BLOCK_N, step * BLOCK_K
         acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
         if step == end - 1:
             if end < num_steps:
                 _leave(sums, flags, program, acc, BLOCK_M, BLOCK_N, NUM_THREADS)
             else:
+                if (turn == num_rounds) & (part > 0):
+                    acc = _add_sums(sums, flags, program - part * rest, rest, part, acc, BLOCK_M, BLOCK_N, NUM_THREADS)
                 _finish(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, NUM_STORES, IS_ADDED)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            # The last part was begun by the program before; to go on from its sum takes no more registers.
-            if (turn == num_parts - 2) & (first % num_steps > 0):
-                acc = _take_over(sums, flags, program - 1, BLOCK_M, BLOCK_N, NUM_THREADS)
-
-
-@triton.jit
-def _turn(
-    turn: tl.tensor, num_parts: tl.tensor, first: tl.tensor, stop: tl.tensor, num_steps: tl.tensor, num_shared: int
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A tile of this program, and from which step to which: parts of shared tiles from the last on, then whole ones."""
-    is_part = turn < num_parts
-    whole = num_shared + (turn - num_parts) * tl.num_programs(0) + tl.program_id(0)
-    tile = tl.where(is_part, (stop - 1) // num_steps - turn, whole)
-    begin = tl.where(is_part, tl.maximum(first - tile * num_steps, 0), 0)
-    end = tl.where(is_part, tl.minimum(stop - tile * num_steps, num_steps), num_steps)
-    return tile, begin, end
 
 
 @triton.jit
@@ -243,20 +226,26 @@ def _leave(
 
 
 @triton.jit
-def _take_over(
+def _add_sums(
     sums: tl.tensor,
     flags: tl.tensor,
-    program: tl.tensor,
+    first_program: tl.tensor,
+    distance: tl.tensor,
+    num_sums: tl.tensor,
+    acc: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_THREADS: tl.constexpr,
 ) -> tl.tensor:
-    """The sum that an earlier program leaves, once it is there."""
-    while tl.atomic_cas(flags + program, NUM_THREADS, 0, sem="acquire", scope="gpu") != NUM_THREADS:
-        pass
-    cells = tl.load(sums + program * (BLOCK_M * BLOCK_N) + _order(BLOCK_M, BLOCK_N), cache_modifier=".cg")
-    cells = tl.reshape(cells, (BLOCK_N // 16, 2, BLOCK_M // 16, 8, 4, 2, 2))
-    return tl.reshape(tl.permute(cells, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_M, BLOCK_N))
+    """Add what so many programs, each a distance from the one before, leave, each once it is there."""
+    for place in range(num_sums):
+        program = first_program + place * distance
+        while tl.atomic_cas(flags + program, NUM_THREADS, 0, sem="acquire", scope="gpu") != NUM_THREADS:
+            pass
+        cells = tl.load(sums + program * (BLOCK_M * BLOCK_N) + _order(BLOCK_M, BLOCK_N), cache_modifier=".cg")
+        cells = tl.reshape(cells, (BLOCK_N // 16, 2, BLOCK_M // 16, 8, 4, 2, 2))
+        acc += tl.reshape(tl.permute(cells, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_M, BLOCK_N))
+    return acc
 
 
 @triton.jit
