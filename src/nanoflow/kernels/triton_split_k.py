@@ -64,7 +64,7 @@ def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: t
 def choose_split_cut(
     candidates: Sequence[GemmTiles], shape: tuple[int, int, int], num_programs: int, limit_bytes: int
 ) -> tuple[GemmTiles, int]:
-    """The cut by which the busiest program is done first, and among how many programs tiles of the last round are split.
+    """The cut by which the busiest program is done first, and how many programs share a tile of the last round.
 
     Ties go to fewer splits, then to the earlier candidate.
 
