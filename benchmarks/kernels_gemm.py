@@ -46,8 +46,8 @@ WARM_UP_S, WINDOW_S = 0.2, 1.0
 MAX_ERROR = 1e-2
 LARGE = GEMM_TILES[0]
 SWEEP = (
-    replace(LARGE, num_stores=2),
-    replace(LARGE, num_stages=4, num_stores=2),
+    replace(LARGE, store_n=128),
+    replace(LARGE, num_stages=4, store_n=128),
     replace(LARGE, is_flat=False),
     replace(LARGE, group_m=4),
     replace(LARGE, group_m=8),
@@ -151,8 +151,9 @@ def fused(tiles: GemmTiles | None) -> Candidate:
 
 
 def describe(tiles: GemmTiles) -> str:
-    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}"
-    extras = (f" g{tiles.group_m}", " halves" if tiles.num_stores == 2 else "", "" if tiles.is_flat else " not flat")
+    shape = f"{tiles.block_m}x{tiles.width}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}"
+    is_in_pieces = tiles.store_n < tiles.block_n
+    extras = (f" g{tiles.group_m}", " in pieces" if is_in_pieces else "", "" if tiles.is_flat else " not flat")
     return shape + "".join(extras)
 
 

@@ -59,6 +59,25 @@ def linear_swiglu_case(num_tokens: int, shape: tuple[int, int], dtype: torch.dty
     return replace(launch, writes=(launch.writes[0][:, :half].contiguous(),))
 
 
+def linear_add_case(
+    num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, has_bias: bool = False
+) -> tuple[Launch, torch.Tensor]:
+    """A product to be added to rows that stand between rows of NaN, and what these rows should be then."""
+    launch = linear_case(num_tokens, shape, dtype, device, has_bias=has_bias)
+    hidden = torch.full((num_tokens + 2, shape[0]), torch.nan, dtype=dtype, device=device)[1:-1]
+    hidden.normal_()
+    exact, x = hidden.float(), launch.reads[0]
+    weights = tuple(weight.float() for weight in launch.weights)
+    reference.linear_add(replace(launch, reads=(x.float(), exact), writes=(exact,), weights=weights))
+    return replace(launch, reads=(x, hidden), writes=(hidden,)), exact.to(dtype)
+
+
+def assert_surroundings_untouched(rows: torch.Tensor) -> None:
+    """The rows before and behind those of `linear_add_case` still are NaN."""
+    stream = rows._base
+    assert stream is not None and stream[0].isnan().all() and stream[-1].isnan().all()
+
+
 def exact_linear(launch: Launch) -> torch.Tensor:
     """`reference.linear` in float32, rounded once."""
     x, out = launch.reads[0], launch.writes[0]

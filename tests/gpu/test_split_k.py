@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +14,12 @@ if not torch.cuda.is_available():
 
 from nanoflow.device.lanes import partition_pair
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import reference
 from nanoflow.kernels import triton_gemm as whole
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
-from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles
+from nanoflow.kernels.triton_gemm import PART_TILES, GemmTiles
 from nanoflow.kernels.triton_split_k import (
     SplitWorkspace,
     make_workspace,
@@ -32,8 +30,10 @@ from nanoflow.kernels.triton_split_k import (
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
+    assert_surroundings_untouched,
     exact_linear,
     exact_linear_swiglu,
+    linear_add_case,
     linear_case,
     linear_swiglu_case,
 )
@@ -48,34 +48,20 @@ GATE_UP = (28672, 4096)
 ADDED_SHAPES = {name: SHAPES[name] for name in ("o_proj", "down_proj")}
 NUM_TOKENS = pytest.mark.parametrize("num_tokens", [1024, 1056, 300])
 NUM_PROGRAMS = pytest.mark.parametrize("num_programs", [132, 100, 68])
-TILES = pytest.mark.parametrize("tiles", GEMM_TILES[:3], ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n}")
+TILES = pytest.mark.parametrize("tiles", PART_TILES[:5], ids=lambda tiles: f"{tiles.block_m}x{tiles.width}")
 NUM_REPLAYS = 3
 
 
 def poisoned(num_programs: int) -> SplitWorkspace:
-    workspace = make_workspace(GEMM_TILES, num_programs, GPU)
+    workspace = make_workspace(PART_TILES, num_programs, GPU)
     workspace.sums.fill_(torch.nan)
     return workspace
 
 
 def splits(launch: Launch, num_programs: int, tiles: GemmTiles) -> set[int]:
-    """One, two, and as many as there can be."""
-    (num_rows, num_columns), num_features = launch.writes[0].shape, launch.reads[0].shape[1]
-    num_tiles = -(-num_rows // tiles.block_m) * -(-num_columns // tiles.block_n)
-    most = max_splits(num_tiles, num_features, num_programs, tiles)
-    return {1, min(2, most), most}
-
-
-def linear_add_case(
-    num_tokens: int, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, *, has_bias: bool = False
-) -> tuple[Launch, torch.Tensor]:
-    """A product to be added to rows, and what these should be then, rounded once."""
-    launch = linear_case(num_tokens, shape, dtype, GPU, has_bias=has_bias)
-    hidden = torch.randn((num_tokens, shape[0]), device=GPU).to(dtype)
-    exact, x = hidden.float(), launch.reads[0]
-    weights = tuple(weight.float() for weight in launch.weights)
-    reference.linear_add(replace(launch, reads=(x.float(), exact), writes=(exact,), weights=weights))
-    return replace(launch, reads=(x, hidden), writes=(hidden,)), exact.to(dtype)
+    """Two, and as many as there can be; none if a round takes all tiles."""
+    most = max_splits(tiles.num_tiles(*launch.writes[0].shape), launch.reads[0].shape[1], num_programs, tiles)
+    return set() if most < 2 else {2, most}
 
 
 def replayed(work: Callable[[], None], out: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -117,7 +103,7 @@ def test_linear(num_tokens: int, num_programs: int, tiles: GemmTiles, operation:
 @TILES
 @pytest.mark.parametrize("operation", list(ADDED_SHAPES))
 def test_linear_add(num_tokens: int, num_programs: int, tiles: GemmTiles, operation: str) -> None:
-    launch, expected = linear_add_case(num_tokens, ADDED_SHAPES[operation])
+    launch, expected = linear_add_case(num_tokens, ADDED_SHAPES[operation], torch.bfloat16, GPU)
     workspace, hidden = poisoned(num_programs), launch.writes[0]
     before = hidden.clone()
     for num_splits in splits(launch, num_programs, tiles):
@@ -131,7 +117,7 @@ def test_linear_add(num_tokens: int, num_programs: int, tiles: GemmTiles, operat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_programs", [132, 84, 7])
-@pytest.mark.parametrize("tiles", GEMM_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n} s{tiles.num_stages}")
+@pytest.mark.parametrize("tiles", PART_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.width} s{tiles.num_stages}")
 @pytest.mark.parametrize("num_tokens", [1, 300])
 def test_any_cut_and_number_of_programs(
     dtype: torch.dtype, num_programs: int, tiles: GemmTiles, num_tokens: int
@@ -140,12 +126,24 @@ def test_any_cut_and_number_of_programs(
     workspace = poisoned(num_programs)
     for has_bias in (False, True):
         launch = linear_case(num_tokens, (2984, 1000), dtype, GPU, has_bias=has_bias)
-        most = max(splits(launch, num_programs, tiles))
-        run_linear_split_k(launch, tiles, num_programs, workspace, most)
+        whole.run_linear(launch, tiles, num_programs)
         assert_linear(launch.writes[0], exact_linear(launch))
-        added, expected = linear_add_case(num_tokens, (2984, 1000), dtype, has_bias=has_bias)
-        run_linear_add_split_k(added, tiles, num_programs, workspace, most)
+        for num_splits in splits(launch, num_programs, tiles):
+            launch.writes[0].fill_(torch.nan)
+            run_linear_split_k(launch, tiles, num_programs, workspace, num_splits)
+            assert_linear(launch.writes[0], exact_linear(launch))
+        added, expected = linear_add_case(num_tokens, (2984, 1000), dtype, GPU, has_bias=has_bias)
+        before = added.writes[0].clone()
+        whole.run_linear_add(added, tiles, num_programs)
         assert_linear(added.writes[0], expected)
+        for num_splits in splits(added, num_programs, tiles):
+            added.writes[0].copy_(before)
+            run_linear_add_split_k(added, tiles, num_programs, workspace, num_splits)
+            assert_linear(added.writes[0], expected)
+        assert_surroundings_untouched(added.writes[0])
+        gated = linear_swiglu_case(num_tokens, (2992, 1000), dtype, GPU)
+        whole.run_linear_swiglu(gated, tiles, num_programs)
+        assert_linear_swiglu(gated.writes[0], exact_linear_swiglu(gated))
 
 
 @NUM_TOKENS
@@ -158,7 +156,7 @@ def test_kernels_of_a_partition(num_tokens: int, num_programs: int) -> None:
         kernels[OpKind.LINEAR](launch)
         assert_linear(launch.writes[0], exact_linear(launch))
     for shape in ADDED_SHAPES.values():
-        added, expected = linear_add_case(num_tokens, shape)
+        added, expected = linear_add_case(num_tokens, shape, torch.bfloat16, GPU)
         kernels[OpKind.LINEAR_ADD](added)
         assert_linear(added.writes[0], expected)
     gated = linear_swiglu_case(num_tokens, GATE_UP, torch.bfloat16, GPU)
@@ -167,7 +165,7 @@ def test_kernels_of_a_partition(num_tokens: int, num_programs: int) -> None:
 
 
 def test_a_workspace_is_not_made_while_a_graph_is_captured() -> None:
-    launch, _ = linear_add_case(300, (4096, 4096))
+    launch, _ = linear_add_case(300, (4096, 4096), torch.bfloat16, GPU)
     kernels_on(REFERENCE_KERNELS, 100)[OpKind.LINEAR_ADD](launch)
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="run the product once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -161,7 +161,7 @@ def best_on_a_grid(case: Problem, curve: Interference, largest: int) -> int:
     mechanism = Mechanism.PARTITION
     options = [
         [
-            (share, round(task.cost.time_s / curve.performance(mechanism, task.group.operations[0], share)))
+            (share, round(task.cost.time_s / curve.performance(mechanism, task.group.operations[0], share, 1)))
             for share in curve.shares(mechanism, task.group.resource)
         ]
         for task in case.tasks

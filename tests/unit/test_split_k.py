@@ -12,7 +12,6 @@ import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import reference
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -28,8 +27,10 @@ from nanoflow.kernels.triton_split_k import (
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
+    assert_surroundings_untouched,
     exact_linear,
     exact_linear_swiglu,
+    linear_add_case,
     linear_case,
     linear_swiglu_case,
 )
@@ -38,10 +39,10 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 # The interpreter multiplies no bfloat16.
 DTYPE = torch.float16
-SMALL = GemmTiles(block_m=16, block_n=32, block_k=16, num_warps=1, num_stages=2, group_m=2)
-LARGER = replace(SMALL, block_m=32, block_n=64)
-# 12 tiles of 13 steps with edges on all sides; 9 tiles of 1 step; one tile of 9 steps.
-SHAPES = [(53, (80, 200)), (40, (96, 16)), (1, (24, 136))]
+SMALL = GemmTiles(block_m=16, block_n=32, store_n=32, block_k=16, num_warps=1, num_stages=2, group_m=2)
+LARGER = replace(SMALL, block_m=32, block_n=64, store_n=64)
+# 12 tiles of 13 steps with edges on all sides; 9 tiles of 3 steps; one tile of 9 steps.
+SHAPES = [(53, (80, 200)), (40, (96, 48)), (1, (24, 136))]
 
 
 def poisoned(num_programs: int, tiles: GemmTiles = SMALL) -> SplitWorkspace:
@@ -50,33 +51,19 @@ def poisoned(num_programs: int, tiles: GemmTiles = SMALL) -> SplitWorkspace:
     return workspace
 
 
-def linear_add_case(num_tokens: int, shape: tuple[int, int], *, has_bias: bool = False) -> tuple[Launch, torch.Tensor]:
-    """A product to be added to rows that stand between rows of NaN, and what these rows should be then."""
-    launch = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
-    stream = torch.full((num_tokens + 2, shape[0]), torch.nan, dtype=DTYPE)
-    hidden = stream[1:-1]
-    hidden.normal_()
-    exact = hidden.float()
-    weights = tuple(weight.float() for weight in launch.weights)
-    x = launch.reads[0]
-    reference.linear_add(replace(launch, reads=(x.float(), exact), writes=(exact,), weights=weights))
-    return replace(launch, reads=(x, hidden), writes=(hidden,)), exact.to(DTYPE)
-
-
 def splits(launch: Launch, num_programs: int, tiles: GemmTiles = SMALL) -> set[int]:
-    """One, two, and as many as there can be."""
-    (num_rows, num_columns), num_features = launch.writes[0].shape, launch.reads[0].shape[1]
-    num_tiles = -(-num_rows // tiles.block_m) * -(-num_columns // tiles.block_n)
-    most = max_splits(num_tiles, num_features, num_programs, tiles)
-    return {1, min(2, most), most}
+    """Two, and as many as there can be; none if a round takes all tiles."""
+    most = max_splits(tiles.num_tiles(*launch.writes[0].shape), launch.reads[0].shape[1], num_programs, tiles)
+    return set() if most < 2 else {2, most}
 
 
 @pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
-@pytest.mark.parametrize("num_programs", [1, 2, 5, 7, 11, 12, 13, 40])
-@pytest.mark.parametrize(("tiles", "has_bias"), [(SMALL, True), (replace(SMALL, num_stores=2), False)])
+@pytest.mark.parametrize("num_programs", [2, 5, 7, 11, 40])
+@pytest.mark.parametrize(("tiles", "has_bias"), [(SMALL, True), (replace(SMALL, store_n=16), False)])
 def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
-    launch, workspace = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias), poisoned(num_programs)
-    for num_splits in splits(launch, num_programs):
+    launch = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
+    workspace = poisoned(num_programs, tiles)
+    for num_splits in splits(launch, num_programs, tiles):
         launch.writes[0].fill_(torch.nan)
         run_linear_split_k(launch, tiles, num_programs, workspace, num_splits)
         assert_linear(launch.writes[0], exact_linear(launch))
@@ -85,17 +72,22 @@ def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_b
 
 @pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_programs", [1, 5, 7, 40])
+@pytest.mark.parametrize("num_programs", [5, 7, 40])
 def test_linear_add(num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
-    (launch, expected), workspace = linear_add_case(num_tokens, shape, has_bias=has_bias), poisoned(num_programs)
-    before = launch.writes[0].clone()
+    launch, expected = linear_add_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
+    workspace, before = poisoned(num_programs), launch.writes[0].clone()
     for num_splits in splits(launch, num_programs):
         launch.writes[0].copy_(before)
         run_linear_add_split_k(launch, SMALL, num_programs, workspace, num_splits)
         assert_linear(launch.writes[0], expected)
         assert not workspace.flags.any()
-    stream = launch.writes[0]._base
-    assert stream is not None and stream[0].isnan().all() and stream[-1].isnan().all()
+    assert_surroundings_untouched(launch.writes[0])
+
+
+def test_every_case_splits_somewhere() -> None:
+    for num_tokens, shape in SHAPES:
+        launch = linear_case(num_tokens, shape, DTYPE, CPU)
+        assert any(splits(launch, num_programs) for num_programs in (5, 7, 40))
 
 
 def test_one_workspace_serves_products_of_all_sizes() -> None:
@@ -103,8 +95,9 @@ def test_one_workspace_serves_products_of_all_sizes() -> None:
     for num_tokens, shape in SHAPES:
         for tiles, num_programs in ((SMALL, 5), (LARGER, 7), (SMALL, 7)):
             launch = linear_case(num_tokens, shape, DTYPE, CPU)
-            run_linear_split_k(launch, tiles, num_programs, workspace, max(splits(launch, num_programs, tiles)))
-            assert_linear(launch.writes[0], exact_linear(launch))
+            for num_splits in splits(launch, num_programs, tiles):
+                run_linear_split_k(launch, tiles, num_programs, workspace, num_splits)
+                assert_linear(launch.writes[0], exact_linear(launch))
 
 
 def test_a_program_adds_what_others_left() -> None:
@@ -127,7 +120,7 @@ def test_kernels_of_a_partition(num_tokens: int) -> None:
     launch = linear_case(num_tokens, (272, 136), DTYPE, CPU)
     kernels[OpKind.LINEAR](launch)
     assert_linear(launch.writes[0], exact_linear(launch))
-    added, expected = linear_add_case(num_tokens, (272, 136))
+    added, expected = linear_add_case(num_tokens, (272, 136), DTYPE, CPU)
     kernels[OpKind.LINEAR_ADD](added)
     assert_linear(added.writes[0], expected)
     gated = linear_swiglu_case(num_tokens, (272, 72), DTYPE, CPU)
@@ -138,15 +131,15 @@ def test_kernels_of_a_partition(num_tokens: int) -> None:
 @pytest.mark.parametrize("shape", [(64, 28), (36, 32)])
 def test_rows_that_are_not_aligned_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        run_linear_split_k(linear_case(4, shape, DTYPE, CPU), SMALL, 3, poisoned(3), 1)
+        run_linear_split_k(linear_case(4, shape, DTYPE, CPU), SMALL, 3, poisoned(3), 2)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        kernels_on(REFERENCE_KERNELS, 3)[OpKind.LINEAR_ADD](linear_add_case(4, shape)[0])
+        kernels_on(REFERENCE_KERNELS, 3)[OpKind.LINEAR_ADD](linear_add_case(4, shape, DTYPE, CPU)[0])
 
 
 @pytest.mark.parametrize(("tiles", "num_programs"), [(SMALL, 4), (LARGER, 3)])
 def test_a_workspace_that_is_too_small_is_refused(tiles: GemmTiles, num_programs: int) -> None:
     with pytest.raises(ValueError, match="too small"):
-        run_linear_split_k(linear_case(4, (64, 32), DTYPE, CPU), tiles, num_programs, poisoned(3), 1)
+        run_linear_split_k(linear_case(4, (64, 32), DTYPE, CPU), tiles, num_programs, poisoned(3), 2)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +151,9 @@ def test_most_splits(num_tiles: int, num_programs: int, expected: int) -> None:
     assert max_splits(num_tiles, 13 * 16, num_programs, SMALL) == expected
 
 
-@pytest.mark.parametrize("num_splits", [0, 3])
+@pytest.mark.parametrize("num_splits", [1, 3])
 def test_splits_without_programs_are_refused(num_splits: int) -> None:
-    with pytest.raises(ValueError, match="among 1 to 2 programs each"):
+    with pytest.raises(ValueError, match="among 2 to 2 programs each"):
         run_linear_split_k(linear_case(53, (80, 200), DTYPE, CPU), SMALL, 5, poisoned(5), num_splits)
 
 

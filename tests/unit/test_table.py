@@ -139,11 +139,11 @@ def test_curves_of_the_operation_then_of_its_resource_then_the_share() -> None:
     curves = Interference(Profile(model="m", config=CONFIG, setup=SETUP, pairs=pairs), GRAPH)
     assert curves.mechanisms == (Mechanism.PARTITION,)
     for name in ("gate_up_proj", "o_proj", "attn_norm"):
-        assert curves.performance(Mechanism.PARTITION, ops[name], 0.6) == pytest.approx(0.5)
-        assert curves.performance(Mechanism.PARTITION, ops[name], 0.4) == pytest.approx(0.3)
-    assert curves.performance(Mechanism.PARTITION, ops["decode_attention"], 0.4) == pytest.approx(0.8)
-    assert curves.performance(Mechanism.PARTITION, ops["decode_attention"], 1.0) == 1.0
-    assert curves.performance(Mechanism.STREAM, ops["o_proj"], 0.25) == 0.25
+        assert curves.performance(Mechanism.PARTITION, ops[name], 0.6, 1) == pytest.approx(0.5)
+        assert curves.performance(Mechanism.PARTITION, ops[name], 0.4, 1) == pytest.approx(0.3)
+    assert curves.performance(Mechanism.PARTITION, ops["decode_attention"], 0.4, 1) == pytest.approx(0.8)
+    assert curves.performance(Mechanism.PARTITION, ops["decode_attention"], 1.0, 1) == 1.0
+    assert curves.performance(Mechanism.STREAM, ops["o_proj"], 0.25, 1) == 0.25
     assert curves.shares(Mechanism.PARTITION, Resource.MEMORY) == (0.4, 0.8, 1.0)
     assert curves.shares(Mechanism.PARTITION, Resource.NETWORK) == (1.0,)
     assert curves.energy_ratio(Mechanism.PARTITION, 0.4) == pytest.approx(0.8)

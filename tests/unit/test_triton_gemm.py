@@ -14,8 +14,10 @@ from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles, choose_gemm_tile
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
+    assert_surroundings_untouched,
     exact_linear,
     exact_linear_swiglu,
+    linear_add_case,
     linear_case,
     linear_swiglu_case,
 )
@@ -24,13 +26,16 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 # The interpreter multiplies no bfloat16.
 DTYPE = torch.float16
-SMALL = GemmTiles(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=2, group_m=2)
-IN_HALVES = replace(SMALL, num_stores=2, is_flat=False)
+SMALL = GemmTiles(block_m=16, block_n=32, store_n=32, block_k=16, num_warps=4, num_stages=2, group_m=2)
+IN_HALVES = replace(SMALL, store_n=16, is_flat=False)
+# A block, and half as much beyond it; of gates, in pieces of 8 columns.
+WIDER = replace(SMALL, rest_n=16, store_n=16)
+TILES = pytest.mark.parametrize("tiles", [SMALL, IN_HALVES, WIDER], ids=["whole", "halves", "wider"])
 # More tiles than programs, and tiles that reach over each of the three edges; then one token.
 SHAPES = [(53, (80, 40)), (16, (32, 16)), (1, (176, 24))]
 
 
-@pytest.mark.parametrize("tiles", [SMALL, IN_HALVES], ids=["whole", "halves"])
+@TILES
 @pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_programs", [1, 3])
@@ -40,7 +45,17 @@ def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_b
     assert_linear(launch.writes[0], exact_linear(launch))
 
 
-@pytest.mark.parametrize("tiles", [SMALL, IN_HALVES], ids=["whole", "halves"])
+@TILES
+@pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_add(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_bias: bool) -> None:
+    launch, expected = linear_add_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
+    fast.run_linear_add(launch, tiles, 3)
+    assert_linear(launch.writes[0], expected)
+    assert_surroundings_untouched(launch.writes[0])
+
+
+@TILES
 @pytest.mark.parametrize(("num_tokens", "shape"), [*SHAPES, (5, (16, 8))])
 @pytest.mark.parametrize("num_programs", [1, 3])
 def test_linear_swiglu(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], num_programs: int) -> None:

@@ -1,19 +1,21 @@
-"""R -> P: what an operation keeps of its speed on a share of the device while another one runs on the rest.
+"""R -> P: what an operation keeps of its speed on a share of the device, beside another one or alone.
 
-The curves are measured pairs of a profile, one a mechanism and operation, and one a mechanism and resource for
+Beside another: measured pairs of a profile, one curve a mechanism and operation, and one a mechanism and resource for
 operations that were not in a pair (the paper's section 4.1.1 finds the same curve for all shapes within 5 %). Between
-measured shares they are linear; P(0) = 0 and P(1) = 1.
+measured shares they are linear; P(0) = 0 and P(1) = 1. A pair has one size; on a part of the device products come in
+other waves than on the whole, which differ from size to size, so a curve is corrected by what the operation keeps alone
+on that share at its own size, where that was measured. It also is what it keeps while nothing runs beside it.
 
-A pair at the power limit runs at lower clocks than each side alone on its share, and both lose by them alike. That part
-of the loss is taken out here, for it holds of a whole layer, and only as far as the layer's energy asks for it
-(`power.py`). It is the smaller loss of the two, where both sides were also measured alone on their share.
+Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
+it leaves to it: what a pair gains or loses by it is in its P.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from nanoflow.cost.table import CostTable, PairPoint, Profile
@@ -22,6 +24,10 @@ from nanoflow.graph.operation import Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
 
 Curve = tuple[tuple[float, float], ...]
+# Nothing keeps nothing, the whole device keeps everything; shares are compared after rounding.
+_ENDS = ((0.0, 0.0), (1.0, 1.0))
+_DIGITS = 4
+_LEAST = 1e-3
 # Small operations between products: they run in the products' lane, whatever bounds them.
 _ROW_WISE = frozenset({OpKind.RMS_NORM, OpKind.ROPE_APPEND, OpKind.SWIGLU, OpKind.EMBED, OpKind.GATHER_ROWS})
 
@@ -36,19 +42,21 @@ class Interference:
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
-        alone = _alone_on_shares(profile, graph)
+        self._alone = _alone_on_shares(profile, graph)
+        self._pair_tokens: dict[str, int] = {}
         by_operation: dict[tuple[Mechanism, str], list[tuple[float, float]]] = defaultdict(list)
         by_resource: dict[tuple[Mechanism, Resource], list[tuple[float, float]]] = defaultdict(list)
         ratios: dict[Mechanism, list[tuple[float, float]]] = defaultdict(list)
         for pair in profile.pairs:
-            for name, share, performance in _without_throttling(_sides(pair), pair, alone):
-                by_operation[pair.mechanism, name].append((share, performance))
-                if name in self._resource:
-                    by_resource[pair.mechanism, self._resource[name]].append((share, performance))
+            for side in _sides(pair):
+                self._pair_tokens[side.operation] = side.num_tokens
+                by_operation[pair.mechanism, side.operation].append((side.share, side.performance))
+                if side.operation in self._resource:
+                    by_resource[pair.mechanism, self._resource[side.operation]].append((side.share, side.performance))
             if pair.energy_ratio is not None:
                 ratios[pair.mechanism].append((pair.share, pair.energy_ratio))
-        self._by_operation = {key: _curve([*found, (0.0, 0.0), (1.0, 1.0)]) for key, found in by_operation.items()}
-        self._by_resource = {key: _curve([*found, (0.0, 0.0), (1.0, 1.0)]) for key, found in by_resource.items()}
+        self._by_operation = {key: _curve([*found, *_ENDS]) for key, found in by_operation.items()}
+        self._by_resource = {key: _curve([*found, *_ENDS]) for key, found in by_resource.items()}
         self._ratios = {mechanism: _curve(found) for mechanism, found in ratios.items()}
 
     @property
@@ -61,12 +69,33 @@ class Interference:
         curve = self._by_resource.get((mechanism, resource), ((1.0, 1.0),))
         return tuple(share for share, performance in curve if performance > 0)
 
-    def performance(self, mechanism: Mechanism, op: Operation, share: float) -> float:
-        """P of an operation on a share; the share itself where nothing was measured."""
+    def performance(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
+        """P of an operation on a share beside another one; the share itself where nothing was measured."""
         if share >= 1.0 or mechanism is Mechanism.WHOLE:
             return 1.0
         curve = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
-        return share if curve is None else max(_at(curve, share), 1e-3)
+        if curve is None:
+            return share
+        return max(_at(curve, share) * self._size_factor(mechanism, op, share, num_tokens), _LEAST)
+
+    def performance_alone(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
+        """P of an operation on a share while nothing runs beside it; as beside another where that is all there is."""
+        kept = self._kept_alone(mechanism, op.name, share, num_tokens)
+        return self.performance(mechanism, op, share, num_tokens) if kept is None else max(kept, _LEAST)
+
+    def _size_factor(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
+        """What it keeps alone on the share at its size / at the size of its pair."""
+        here = self._kept_alone(mechanism, op.name, share, num_tokens)
+        there = self._kept_alone(mechanism, op.name, share, self._pair_tokens.get(op.name, num_tokens))
+        return 1.0 if here is None or there is None else here / there
+
+    def _kept_alone(self, mechanism: Mechanism, operation: str, share: float, num_tokens: int) -> float | None:
+        """At the next larger measured size, or the largest."""
+        curves = self._alone.get(operation)
+        if curves is None or mechanism is not Mechanism.PARTITION:
+            return None
+        sizes = sorted(curves)
+        return _at(curves[sizes[min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)]], share)
 
     def energy_ratio(self, mechanism: Mechanism, first_share: float) -> float:
         """Energy of a pair / of the same work one after the other; 1 where nothing was measured."""
@@ -74,44 +103,48 @@ class Interference:
         return 1.0 if curve is None else _at(curve, first_share)
 
 
-# Operation, share, performance.
-_Side = tuple[str, float, float]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """One operation of a pair."""
+
+    operation: str
+    num_tokens: int
+    share: float
+    performance: float
 
 
 def _sides(pair: PairPoint) -> tuple[_Side, _Side]:
-    """Operation, share and performance of both, shares rounded so that equal ones meet."""
+    """Both, shares rounded so that equal ones meet."""
     return (
-        (pair.first, round(pair.share, 4), pair.first_performance),
-        (pair.second, round(1.0 - pair.share, 4), pair.second_performance),
+        _Side(
+            operation=pair.first,
+            num_tokens=pair.first_tokens,
+            share=round(pair.share, _DIGITS),
+            performance=pair.first_performance,
+        ),
+        _Side(
+            operation=pair.second,
+            num_tokens=pair.second_tokens,
+            share=round(1.0 - pair.share, _DIGITS),
+            performance=pair.second_performance,
+        ),
     )
 
 
-# Time on the whole device / time alone on a share, by operation, tokens and share.
-_Alone = dict[tuple[str, int, float], float]
-
-
-def _alone_on_shares(profile: Profile, graph: OpGraph) -> _Alone:
+def _alone_on_shares(profile: Profile, graph: OpGraph) -> Mapping[str, Mapping[int, Curve]]:
+    """Time on the whole device / time alone on a share, by operation and size."""
     parts = [point for point in profile.points if point.mechanism is Mechanism.PARTITION]
     if not parts:
         return {}
     table = CostTable(profile, graph)
-    found = {}
+    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for part in parts:
         whole_s = table.cost(part.operation, part.num_tokens, part.context).time_s
-        found[part.operation, part.num_tokens, round(part.share, 4)] = whole_s / part.time_s
-    return found
-
-
-def _without_throttling(sides: Sequence[_Side], pair: PairPoint, alone: _Alone) -> Iterator[_Side]:
-    """Both sides as if clocks were those of each alone on its share."""
-    sizes = (pair.first_tokens, pair.second_tokens)
-    kept = [
-        performance / alone[name, size, share]
-        for (name, share, performance), size in zip(sides, sizes, strict=True)
-        if (name, size, share) in alone
-    ]
-    throttling = min(max(kept), 1.0) if len(kept) == len(sides) else 1.0
-    return ((name, share, performance / throttling) for name, share, performance in sides)
+        found[part.operation][part.num_tokens].append((round(part.share, _DIGITS), whole_s / part.time_s))
+    return {
+        operation: {size: _curve([*points, *_ENDS]) for size, points in by_size.items()}
+        for operation, by_size in found.items()
+    }
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:

@@ -25,17 +25,17 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
     """
     from nanoflow.kernels import triton_gemm, triton_split_k
     from nanoflow.kernels.triton_attention import card_of
-    from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles, choose_gemm_tiles
+    from nanoflow.kernels.triton_gemm import PART_TILES, GemmTiles, choose_gemm_tiles
     from nanoflow.kernels.triton_split_k import SplitWorkspace, choose_split_cut, make_workspace
 
     @functools.cache
     def workspace_on(device: torch.device) -> SplitWorkspace:
-        return make_workspace(GEMM_TILES, num_sms, device)
+        return make_workspace(PART_TILES, num_sms, device)
 
     def cut(launch: Launch) -> tuple[GemmTiles, int]:
         limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
         num_columns, num_features = launch.weights[0].shape
-        return choose_split_cut(GEMM_TILES, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
+        return choose_split_cut(PART_TILES, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
 
     def linear(launch: Launch) -> None:
         tiles, num_splits = cut(launch)
@@ -46,13 +46,17 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
             triton_split_k.run_linear_split_k(launch, tiles, num_sms, workspace, num_splits)
 
     def linear_add(launch: Launch) -> None:
-        (tiles, num_splits), workspace = cut(launch), workspace_on(launch.reads[0].device)
-        triton_split_k.run_linear_add_split_k(launch, tiles, num_sms, workspace, num_splits)
+        tiles, num_splits = cut(launch)
+        if num_splits == 1:
+            triton_gemm.run_linear_add(launch, tiles, num_sms)
+        else:
+            workspace = workspace_on(launch.reads[0].device)
+            triton_split_k.run_linear_add_split_k(launch, tiles, num_sms, workspace, num_splits)
 
     def linear_swiglu(launch: Launch) -> None:
         limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
         shape = (len(launch.reads[0]), len(launch.weights[0]))
-        tiles = choose_gemm_tiles(GEMM_TILES, *shape, num_sms, limit_bytes)
+        tiles = choose_gemm_tiles(PART_TILES, *shape, num_sms, limit_bytes)
         triton_gemm.run_linear_swiglu(launch, tiles, num_sms)
 
     kept: dict[OpKind, Callable[[Launch], None]] = {

@@ -43,7 +43,8 @@ class GemmTiles:
             are gates.
         num_warps: Warps a program.
         num_stages: Steps in flight.
-        num_stores: 1, or 2 to write a tile in halves through half of the shared memory.
+        rest_n: Further rows of the weight, a product of their own on the same tokens, as blocks are powers of two.
+        store_n: Columns that are written at once, through shared memory; it divides `block_n` and `rest_n`.
         group_m: Tiles along T whose programs run beside each other, so that they find their weights in L2.
         is_flat: Loads of the next tile begin before the last one is written.
         relative_speed: Multiply-adds a second, of the fastest cut's, while all programs are busy.
@@ -53,25 +54,44 @@ class GemmTiles:
     block_n: int
     num_warps: int
     num_stages: int
+    rest_n: int = 0
+    store_n: int
     block_k: int = 64
-    num_stores: int = 1
     group_m: int = 16
     is_flat: bool = True
     relative_speed: float = 1.0
 
+    @property
+    def width(self) -> int:
+        """Rows of the weight."""
+        return self.block_n + self.rest_n
+
+    def num_tiles(self, num_rows: int, num_columns: int) -> int:
+        """Of a product [num_rows, num_columns]."""
+        return int(triton.cdiv(num_rows, self.block_m) * triton.cdiv(num_columns, self.width))
+
     def shared_memory_bytes(self, *, is_gated: bool) -> int:
-        """What a program takes: both factors of every step in flight, and the tile to be written."""
-        in_flight = self.num_stages * (self.block_m + self.block_n) * self.block_k
-        written = self.block_m * self.block_n // (2 if is_gated else 1) // self.num_stores
+        """What a program takes: both factors of every step in flight, and what is written at once."""
+        in_flight = self.num_stages * (self.block_m + self.width) * self.block_k
+        written = self.block_m * self.store_n // (2 if is_gated else 1)
         return (in_flight + written) * _ITEM_BYTES + _SCRATCH_BYTES
 
 
 # Fastest first. The speeds of the first two were measured on an H200 under its power limit; the others' are estimates.
 GEMM_TILES = (
-    GemmTiles(block_m=128, block_n=256, num_warps=8, num_stages=3),
-    GemmTiles(block_m=128, block_n=128, num_warps=8, num_stages=4, relative_speed=0.95),
-    GemmTiles(block_m=64, block_n=128, num_warps=4, num_stages=6, relative_speed=0.8),
-    GemmTiles(block_m=64, block_n=128, num_warps=4, num_stages=3, relative_speed=0.7),
+    GemmTiles(block_m=128, block_n=256, store_n=256, num_warps=8, num_stages=3),
+    GemmTiles(block_m=128, block_n=128, store_n=128, num_warps=8, num_stages=4, relative_speed=0.95),
+    GemmTiles(block_m=64, block_n=128, store_n=128, num_warps=4, num_stages=6, relative_speed=0.8),
+    GemmTiles(block_m=64, block_n=128, store_n=128, num_warps=4, num_stages=3, relative_speed=0.7),
+)
+# Beside others, on a part of a card: more steps in flight, as memory is slow to answer there, and wider ones too, which
+# fill rounds of other numbers of programs and load less for each product.
+PART_TILES = (
+    GemmTiles(block_m=128, block_n=256, store_n=64, num_warps=8, num_stages=4),
+    GemmTiles(block_m=256, block_n=128, rest_n=64, store_n=64, num_warps=8, num_stages=3),
+    GemmTiles(block_m=256, block_n=128, rest_n=32, store_n=32, num_warps=8, num_stages=4),
+    GemmTiles(block_m=256, block_n=128, store_n=64, num_warps=8, num_stages=4),
+    *GEMM_TILES[1:],
 )
 
 
@@ -95,8 +115,8 @@ def choose_gemm_tiles(
     """
 
     def longest_time(tiles: GemmTiles) -> float:
-        num_tiles = triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_columns, tiles.block_n)
-        cells = triton.cdiv(num_tiles, num_programs) * tiles.block_m * tiles.block_n
+        num_tiles = tiles.num_tiles(num_rows, num_columns)
+        cells = triton.cdiv(num_tiles, num_programs) * tiles.block_m * tiles.width
         return float(cells / tiles.relative_speed)
 
     fitting = [tiles for tiles in candidates if tiles.shared_memory_bytes(is_gated=False) <= limit_bytes]
@@ -119,18 +139,47 @@ def run_linear(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
         ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and N must be
             multiples of 8).
     """
-    (x,), (out,), (weight, *biases) = launch.reads, launch.writes, launch.weights
+    _run_linear(launch, tiles, num_programs, is_added=False)
+
+
+def run_linear_add(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
+    """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, added in float32 and rounded once.
+
+    Raises:
+        ValueError: See `run_linear`.
+    """
+    _run_linear(launch, with_addend(tiles), num_programs, is_added=True)
+
+
+def with_addend(tiles: GemmTiles) -> GemmTiles:
+    """The cut that writes smaller pieces, as each takes twice the shared memory: to be added, and to be written."""
+    return replace(tiles, store_n=tiles.store_n // 2)
+
+
+def _run_linear(launch: Launch, tiles: GemmTiles, num_programs: int, is_added: bool) -> None:
+    x, (out,), (weight, *biases) = launch.reads[0], launch.writes, launch.weights
     _check(x, weight, out)
     _linear[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
-        TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
+        *weight_boxes(weight, tiles),
         biases[0] if biases else None,
-        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.block_n // tiles.num_stores]),
+        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n]),
         *(*out.shape, x.shape[1]),
-        *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.num_stores, tiles.is_flat),
+        *(tiles.block_m, tiles.block_n, tiles.rest_n, tiles.block_k, tiles.group_m, tiles.store_n),
+        *(tiles.is_flat, is_added),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
+
+
+def weight_boxes(weight: Tensor, tiles: GemmTiles) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """What TMA loads of a weight [N, K], or [2, N, K] of gates and others, in a step: its block, and what is beyond."""
+    parts = weight.ndim == 3
+
+    def box(num_rows: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(weight, [*([2, num_rows // 2] if parts else [num_rows]), tiles.block_k])
+
+    return box(tiles.block_n), box(tiles.rest_n) if tiles.rest_n else None
 
 
 def linear_swiglu(launch: Launch) -> None:
@@ -160,14 +209,14 @@ def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> No
     """
     (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
     _check(x, weight, out)
-    width = tiles.block_n // 2
     _linear_swiglu[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         # One box takes the same rows of gate and up, which so follow each other in shared memory.
-        TensorDescriptor.from_tensor(weight.view(2, -1, weight.shape[1]), [2, width, tiles.block_k]),
-        TensorDescriptor.from_tensor(out, [tiles.block_m, width // tiles.num_stores]),
+        *weight_boxes(weight.view(2, -1, weight.shape[1]), tiles),
+        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n // 2]),
         *(*out.shape, x.shape[1]),
-        *(tiles.block_m, width, tiles.block_k, tiles.group_m, tiles.num_stores, tiles.is_flat),
+        *(tiles.block_m, tiles.block_n // 2, tiles.rest_n // 2, tiles.block_k),
+        *(tiles.group_m, tiles.store_n // 2, tiles.is_flat),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -197,6 +246,7 @@ def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _linear(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
+    rest_weight: tl.tensor_descriptor,
     bias: tl.tensor | None,
     out: tl.tensor_descriptor,
     num_rows: int,
@@ -204,50 +254,66 @@ def _linear(
     num_features: int,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_STORES: tl.constexpr,
+    STORE_N: tl.constexpr,
     IS_FLAT: tl.constexpr,
+    IS_ADDED: tl.constexpr,
 ) -> None:
-    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N + REST_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        row, column = tile_m * BLOCK_M, tile_n * (BLOCK_N + REST_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if REST_N:
+            rest = tl.zeros([BLOCK_M, REST_N], tl.float32)
         for feature in range(0, num_features, BLOCK_K):
-            acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
-        if bias is not None:
-            columns = column + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-        _store(out, row, column, acc.to(out.dtype), BLOCK_M, BLOCK_N, NUM_STORES)
+            cells = x.load([row, feature])
+            acc = tl.dot(cells, weight.load([column, feature]).T, acc)
+            if REST_N:
+                rest = tl.dot(cells, rest_weight.load([column + BLOCK_N, feature]).T, rest)
+        _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
+        if REST_N:
+            _write(out, bias, row, column + BLOCK_N, num_columns, rest, BLOCK_M, REST_N, STORE_N, IS_ADDED)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_swiglu(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
+    rest_weight: tl.tensor_descriptor,
     out: tl.tensor_descriptor,
     num_rows: int,
     num_columns: int,
     num_features: int,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_STORES: tl.constexpr,
+    STORE_N: tl.constexpr,
     IS_FLAT: tl.constexpr,
 ) -> None:
     """BLOCK_N is of the output; weight is [2, I, K], and its gate and up rows are one factor of one product."""
-    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N + REST_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        row, column = tile_m * BLOCK_M, tile_n * (BLOCK_N + REST_N)
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        if REST_N:
+            rest = tl.zeros([BLOCK_M, 2 * REST_N], tl.float32)
         for feature in range(0, num_features, BLOCK_K):
-            rows = weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
-            acc = tl.dot(x.load([row, feature]), rows.T, acc)
-        gate, up = _halves(acc, BLOCK_M, BLOCK_N)
-        _store(out, row, column, _activated(gate, up, out.dtype), BLOCK_M, BLOCK_N, NUM_STORES)
+            cells = x.load([row, feature])
+            acc = tl.dot(cells, weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K).T, acc)
+            if REST_N:
+                rows = rest_weight.load([0, column + BLOCK_N, feature]).reshape(2 * REST_N, BLOCK_K)
+                rest = tl.dot(cells, rows.T, rest)
+        activated = _activated(acc, out.dtype, BLOCK_M, BLOCK_N)
+        _write(out, None, row, column, num_columns, activated, BLOCK_M, BLOCK_N, STORE_N, False)
+        if REST_N:
+            activated = _activated(rest, out.dtype, BLOCK_M, REST_N)
+            _write(out, None, row, column + BLOCK_N, num_columns, activated, BLOCK_M, REST_N, STORE_N, False)
 
 
 @triton.jit
@@ -262,29 +328,39 @@ def _place(
 
 
 @triton.jit
-def _activated(gate: tl.tensor, up: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """silu(gate) * up, rounded wherever the separate operations would write to memory or round."""
+def _activated(acc: tl.tensor, dtype: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """silu(left half) * right half, rounded wherever the separate operations would write to memory or round."""
+    gate, up = _halves(acc, BLOCK_M, HALF)
     exact = gate.to(dtype).to(tl.float32)
     activated = (exact / (1.0 + tl.exp(-exact))).to(dtype).to(tl.float32)
     return (activated * up.to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def _store(
+def _write(
     out: tl.tensor_descriptor,
+    bias: tl.tensor | None,
     row: tl.tensor,
     column: tl.tensor,
+    num_columns: int,
     cells: tl.tensor,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STORES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STORE_N: tl.constexpr,
+    IS_ADDED: tl.constexpr,
 ) -> None:
-    if NUM_STORES == 1:
-        out.store([row, column], cells)
+    """Add the bias and, if asked for, what is there; round once. In halves of halves, until one can be stored."""
+    if WIDTH > STORE_N:
+        left, right = _halves(cells, BLOCK_M, WIDTH // 2)
+        _write(out, bias, row, column, num_columns, left, BLOCK_M, WIDTH // 2, STORE_N, IS_ADDED)
+        _write(out, bias, row, column + WIDTH // 2, num_columns, right, BLOCK_M, WIDTH // 2, STORE_N, IS_ADDED)
     else:
-        left, right = _halves(cells, BLOCK_M, BLOCK_N // 2)
-        out.store([row, column], left)
-        out.store([row, column + BLOCK_N // 2], right)
+        if bias is not None:
+            columns = column + tl.arange(0, WIDTH)
+            cells += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+        if IS_ADDED:
+            cells += out.load([row, column]).to(tl.float32)
+        out.store([row, column], cells.to(out.dtype))
 
 
 @triton.jit

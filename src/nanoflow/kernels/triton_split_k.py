@@ -17,7 +17,7 @@ Shape legend: T tokens, K features in, N features out, P programs, C cells of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,10 +26,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow.kernels.launch import Launch
-from nanoflow.kernels.triton_gemm import GemmTiles, _check, _halves, _place, _store
+from nanoflow.kernels.triton_gemm import GemmTiles, _check, _place, _write, with_addend
 
-# Leaving a sum, or adding one, takes a program about as long as so many more features of its tile.
-_MOVED_SUM_FEATURES = 384
+# A split costs its programs about as much as so many more features of a tile (one H200, 100 SMs: 320 to 750).
+_MOVED_SUM_FEATURES = 480
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,24 +76,28 @@ def choose_split_cut(
     """
 
     def longest_time(tiles: GemmTiles, num_splits: int) -> float:
-        rounds, rest = divmod(_num_tiles(tiles, *shape[:2]), num_programs)
+        rounds, rest = divmod(tiles.num_tiles(*shape[:2]), num_programs)
         features = rounds * shape[2] + (shape[2] / num_splits if rest else 0)
         features += _MOVED_SUM_FEATURES * num_splits if num_splits > 1 else 0
-        return features * tiles.block_m * tiles.block_n / tiles.relative_speed
+        return features * tiles.block_m * tiles.width / tiles.relative_speed
 
     fitting = [tiles for tiles in candidates if tiles.shared_memory_bytes(is_gated=False) <= limit_bytes]
     cuts = [
         (tiles, num_splits)
         for tiles in fitting or candidates[-1:]
-        for num_splits in range(1, max_splits(_num_tiles(tiles, *shape[:2]), shape[2], num_programs, tiles) + 1)
+        for num_splits in range(1, max_splits(tiles.num_tiles(*shape[:2]), shape[2], num_programs, tiles) + 1)
     ]
     return min(cuts, key=lambda cut: (longest_time(*cut), cut[1]))
 
 
 def max_splits(num_tiles: int, num_features: int, num_programs: int, tiles: GemmTiles) -> int:
-    """Among how many programs each tile of the last round can be split: all are busy then, with a step or more."""
+    """Among how many programs each tile of the last round can be split: all are busy then, with a step or more.
+
+    Tiles with a rest are not: two products and another sum are more than registers hold.
+    """
     rest = num_tiles % num_programs
-    return max(min(num_programs // rest, triton.cdiv(num_features, tiles.block_k)), 1) if rest else 1
+    can_split = rest > 0 and not tiles.rest_n
+    return max(min(num_programs // rest, triton.cdiv(num_features, tiles.block_k)), 1) if can_split else 1
 
 
 def run_linear_split_k(
@@ -102,8 +106,8 @@ def run_linear_split_k(
     """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
 
     Raises:
-        ValueError: Tensors that TMA does not take, see `triton_gemm.run_linear`, a workspace that is too small, or more
-            splits than `max_splits`.
+        ValueError: Tensors that TMA does not take, see `triton_gemm.run_linear`, a workspace that is too small, or not
+            from 2 to `max_splits` splits.
     """
     _run(launch, tiles, num_programs, workspace, num_splits, is_added=False)
 
@@ -116,8 +120,7 @@ def run_linear_add_split_k(
     Raises:
         ValueError: See `run_linear_split_k`.
     """
-    # In halves, as a sum and what it is added to do not fit into shared memory and registers as a whole.
-    _run(launch, replace(tiles, num_stores=2), num_programs, workspace, num_splits, is_added=True)
+    _run(launch, with_addend(tiles), num_programs, workspace, num_splits, is_added=True)
 
 
 def _run(
@@ -131,25 +134,21 @@ def _run(
             f"a workspace of {slots} x {cells} cells is too small for {num_programs} programs with tiles of "
             f"{tiles.block_m} x {tiles.block_n}: make one for these"
         )
-    most = max_splits(_num_tiles(tiles, *out.shape), x.shape[1], num_programs, tiles)
-    if not 1 <= num_splits <= most:
-        raise ValueError(f"tiles of the last round can be split among 1 to {most} programs each, not {num_splits}")
+    most = max_splits(tiles.num_tiles(*out.shape), x.shape[1], num_programs, tiles)
+    if not 2 <= num_splits <= most:
+        raise ValueError(f"tiles of the last round can be split among 2 to {most} programs each, not {num_splits}")
     _linear_split_k[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
         biases[0] if biases else None,
-        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.block_n // tiles.num_stores]),
+        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n]),
         *(workspace.sums, workspace.flags),
         *(*out.shape, x.shape[1], num_splits),
-        *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.num_stores),
+        *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.store_n),
         *(tiles.num_warps * 32, is_added),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-
-
-def _num_tiles(tiles: GemmTiles, num_rows: int, num_columns: int) -> int:
-    return int(triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_columns, tiles.block_n))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -168,7 +167,7 @@ def _linear_split_k(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_STORES: tl.constexpr,
+    STORE_N: tl.constexpr,
     NUM_THREADS: tl.constexpr,
     IS_ADDED: tl.constexpr,
 ) -> None:
@@ -199,82 +198,37 @@ def _linear_split_k(
         acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
         if step == end - 1:
             if end < num_steps:
-                _leave(sums, flags, program, acc, BLOCK_M, BLOCK_N, NUM_THREADS)
+                _leave(sums + program * (BLOCK_M * BLOCK_N), acc, BLOCK_M, BLOCK_N)
+                # Each thread releases what it wrote, as barriers keep loops from loading ahead.
+                tl.atomic_add(flags + program + tl.zeros([NUM_THREADS], tl.int32), 1, sem="release", scope="gpu")
             else:
-                if (turn == num_rounds) & (part > 0):
-                    acc = _add_sums(sums, flags, program - part * rest, rest, part, acc, BLOCK_M, BLOCK_N, NUM_THREADS)
-                _finish(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, NUM_STORES, IS_ADDED)
+                if turn == num_rounds:
+                    for earlier in range(part):
+                        other = program - (part - earlier) * rest
+                        while tl.atomic_cas(flags + other, NUM_THREADS, 0, sem="acquire", scope="gpu") != NUM_THREADS:
+                            pass
+                        acc += _taken(sums + other * (BLOCK_M * BLOCK_N), BLOCK_M, BLOCK_N)
+                _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 
 @triton.jit
-def _leave(
-    sums: tl.tensor,
-    flags: tl.tensor,
-    program: tl.tensor,
-    acc: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_THREADS: tl.constexpr,
-) -> None:
-    """Leave a sum to a later program; each thread releases what it wrote, as barriers keep loops from loading ahead."""
-    places = sums + program * (BLOCK_M * BLOCK_N) + _order(BLOCK_M, BLOCK_N)
+def _leave(places: tl.tensor, acc: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> None:
+    """Write a sum for another program."""
     cells = tl.reshape(acc, (BLOCK_M // 16, 2, 8, BLOCK_N // 16, 2, 4, 2))
     cells = tl.reshape(tl.permute(cells, (3, 1, 0, 2, 5, 4, 6)), (BLOCK_N // 8, 8 * BLOCK_M))
-    tl.store(places, cells, cache_modifier=".cg")
-    tl.atomic_add(flags + program + tl.zeros([NUM_THREADS], tl.int32), 1, sem="release", scope="gpu")
+    tl.store(places + _order(BLOCK_M, BLOCK_N), cells, cache_modifier=".cg")
 
 
 @triton.jit
-def _add_sums(
-    sums: tl.tensor,
-    flags: tl.tensor,
-    first_program: tl.tensor,
-    distance: tl.tensor,
-    num_sums: tl.tensor,
-    acc: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_THREADS: tl.constexpr,
-) -> tl.tensor:
-    """Add what so many programs, each a distance from the one before, leave, each once it is there."""
-    for place in range(num_sums):
-        program = first_program + place * distance
-        while tl.atomic_cas(flags + program, NUM_THREADS, 0, sem="acquire", scope="gpu") != NUM_THREADS:
-            pass
-        cells = tl.load(sums + program * (BLOCK_M * BLOCK_N) + _order(BLOCK_M, BLOCK_N), cache_modifier=".cg")
-        cells = tl.reshape(cells, (BLOCK_N // 16, 2, BLOCK_M // 16, 8, 4, 2, 2))
-        acc += tl.reshape(tl.permute(cells, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_M, BLOCK_N))
-    return acc
+def _taken(places: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """The sum that another program left."""
+    cells = tl.load(places + _order(BLOCK_M, BLOCK_N), cache_modifier=".cg")
+    cells = tl.reshape(cells, (BLOCK_N // 16, 2, BLOCK_M // 16, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(cells, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
 def _order(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
     """Places of a tile's cells, as threads hold them after a product: 16 bytes a thread, and nothing moves between."""
     return tl.arange(0, BLOCK_N // 8)[:, None] * (8 * BLOCK_M) + tl.arange(0, 8 * BLOCK_M)[None, :]
-
-
-@triton.jit
-def _finish(
-    out: tl.tensor_descriptor,
-    bias: tl.tensor | None,
-    row: tl.tensor,
-    column: tl.tensor,
-    num_columns: int,
-    acc: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STORES: tl.constexpr,
-    IS_ADDED: tl.constexpr,
-) -> None:
-    """Add the bias and, if asked for, what is there, half after half; round once."""
-    if bias is not None:
-        columns = column + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-    if IS_ADDED:
-        left, right = _halves(acc, BLOCK_M, BLOCK_N // 2)
-        out.store([row, column], (left + out.load([row, column]).to(tl.float32)).to(out.dtype))
-        column += BLOCK_N // 2
-        out.store([row, column], (right + out.load([row, column]).to(tl.float32)).to(out.dtype))
-    else:
-        _store(out, row, column, acc.to(out.dtype), BLOCK_M, BLOCK_N, NUM_STORES)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from nanoflow.cost.table import PairPoint, Point
 from nanoflow.device.energy import gpu_energy_j
 from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
 from nanoflow.graph.operation import Operation, OpKind
-from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.kernels.dispatch import Kernels, kernels_for
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
@@ -28,8 +28,10 @@ from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, sustained
 from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 
-_PRODUCTS = ("gate_up_proj", "qkv_proj", "down_proj")
+_PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _FIRST_TOKENS = 1024
+# Products alone on a part of the device, where waves differ from size to size.
+_PART_TOKENS = (256, 512, _FIRST_TOKENS)
 _DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
 # Lanes end together if the last one takes at most this part longer than the first; so many rounds are tried.
 _BALANCED, _MAX_ROUNDS = 0.02, 4
@@ -112,18 +114,18 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
 
 
 def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
-    """What the pairs on partitions do, each side alone there: what of its loss is the other one's doing."""
-    pairs = [(pair, pair.second_sms) for pair in pair_tasks(site, max_tokens, num_sms)]
-    found = [
-        part
-        for pair, second_sms in pairs
-        if second_sms is not None
-        for part in (
-            PartTask(task=pair.first, num_sms=num_sms - second_sms, is_first=True),
-            PartTask(task=pair.second, num_sms=second_sms),
-        )
-    ]
-    return list(dict.fromkeys(found))
+    """What the pairs on partitions do, each side alone there, products at other sizes too."""
+    found = []
+    for pair in pair_tasks(site, max_tokens, num_sms):
+        if pair.second_sms is None:
+            continue
+        sizes = [count for count in _PART_TOKENS if count < pair.first.num_tokens and not pair.first.num_requests]
+        for first in (*(replace(pair.first, num_tokens=count) for count in sizes), pair.first):
+            found.append(PartTask(task=first, num_sms=num_sms - pair.second_sms, is_first=True))
+        found.append(PartTask(task=pair.second, num_sms=pair.second_sms))
+    # Those of one operation and size one after the other: they share their tensors.
+    order = list(dict.fromkeys(part.task for part in found))
+    return sorted(dict.fromkeys(found), key=lambda part: order.index(part.task))
 
 
 @torch.inference_mode()
@@ -177,11 +179,24 @@ def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.dev
     )
 
 
-def captured_on(lane: LaneStream, prepared: Prepared, *, is_kept: bool) -> LaneRun:
-    """An operation as a CUDA graph captured on a lane; with `is_kept`, its kernel is cut to the lane's SMs."""
-    kernels = prepared.workspace.model.kernels
+def balanced_window(
+    runs: Sequence[LaneRun], alone_s: Sequence[float], device: torch.device, span: Span
+) -> tuple[tuple[int, ...], Window]:
+    """How often each lane worked in a window at whose end all lanes end together, and the window."""
+    counts = balanced_counts([1] * len(runs), [2 * time_s for time_s in alone_s], span.settle_s)
+    window = run_window(runs, counts, device)
+    for _ in range(_MAX_ROUNDS):
+        counts = balanced_counts(counts, window.lanes_s, span.measure_s)
+        window = run_window(runs, counts, device)
+        if max(window.lanes_s) <= min(window.lanes_s) * (1.0 + _BALANCED):
+            break
+    return counts, window
+
+
+def captured_on(lane: LaneStream, prepared: Prepared, kernels: Kernels | None = None) -> LaneRun:
+    """An operation as a CUDA graph captured on a lane, with other kernels if any are given."""
     # What the host prepares is queued on the current stream and must be there before.
-    work = prepared.work(kernels_on(kernels, lane.num_sms) if is_kept else None)
+    work = prepared.work(kernels)
     torch.cuda.synchronize(prepared.device)
     with torch.cuda.stream(lane.stream):
         work()
@@ -198,13 +213,12 @@ def _pair_point(
     sides = (first, second)
     first_lane, second_lane = _lanes(site.device, pair.second_sms)
     with closing(first_lane), closing(second_lane):
-        is_kept = pair.second_sms is not None and _can_keep_products(site)
-        runs = (
-            captured_on(first_lane, first[0], is_kept=is_kept),
-            captured_on(second_lane, second[0], is_kept=is_kept),
-        )
+        runs = [
+            captured_on(lane, work, _kept(site, work, lane))
+            for lane, (work, _) in zip((first_lane, second_lane), sides, strict=True)
+        ]
         alone_s = [known.time_s * work.num_calls for work, known in sides]
-        counts, window = _balanced_window(runs, alone_s, site.device, span)
+        counts, window = balanced_window(runs, alone_s, site.device, span)
         share = first_lane.share
         # Graphs go before the SMs that they were captured on.
         del runs
@@ -232,26 +246,12 @@ def _pair_point(
     )
 
 
-def _balanced_window(
-    runs: Sequence[LaneRun], alone_s: Sequence[float], device: torch.device, span: Span
-) -> tuple[tuple[int, ...], Window]:
-    """How often each lane worked in a window at whose end all lanes end together, and the window."""
-    counts = balanced_counts([1] * len(runs), [2 * time_s for time_s in alone_s], span.settle_s)
-    window = run_window(runs, counts, device)
-    for _ in range(_MAX_ROUNDS):
-        counts = balanced_counts(counts, window.lanes_s, span.measure_s)
-        window = run_window(runs, counts, device)
-        if max(window.lanes_s) <= min(window.lanes_s) * (1.0 + _BALANCED):
-            break
-    return counts, window
-
-
 def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> Point:
     total = torch.cuda.get_device_properties(site.device).multi_processor_count
     lanes = partition_pair(site.device, part.num_sms / total if part.is_first else 1.0 - part.num_sms / total)
     with closing(lanes[0]), closing(lanes[1]):
         lane = lanes[0] if part.is_first else lanes[1]
-        run = captured_on(lane, prepared, is_kept=_can_keep_products(site))
+        run = captured_on(lane, prepared, _kept(site, prepared, lane))
         once = run_window((run,), (1,), site.device)
         settled = run_window((run,), balanced_counts((1,), once.lanes_s, span.settle_s), site.device)
         (count,) = balanced_counts(balanced_counts((1,), once.lanes_s, span.settle_s), settled.lanes_s, span.measure_s)
@@ -288,6 +288,13 @@ def _attention(op: Operation, max_tokens: int) -> Task:
         return decode_task(op, min(_DECODE_REQUESTS, max_tokens), _DECODE_CONTEXT)
     num_tokens = min(_FIRST_TOKENS, max_tokens)
     return prefill_task(op, num_tokens, 0, num_tokens)
+
+
+def _kept(site: Site, prepared: Prepared, lane: LaneStream) -> Kernels | None:
+    """The kernels of an operation cut to the SMs of a lane that has its own."""
+    if lane.mechanism is not Mechanism.PARTITION or not _can_keep_products(site):
+        return None
+    return kernels_on(prepared.workspace.model.kernels, lane.num_sms)
 
 
 def _can_keep_products(site: Site) -> bool:

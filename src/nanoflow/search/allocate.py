@@ -150,7 +150,7 @@ def _divide(problem: Problem, interference: Interference, mechanism: Mechanism, 
     busy_s = dict.fromkeys(Resource, 0.0)
     for task, part in zip(problem.tasks, shares, strict=True):
         main = next(op for op in task.group.operations if op.name == task.group.name)
-        time_s = task.cost.time_s / interference.performance(mechanism, main, part)
+        time_s = task.cost.time_s / interference.performance(mechanism, main, part, task.tokens.num_tokens)
         tasks.append(replace(task, cost=replace(task.cost, time_s=time_s)))
         busy_s[task.group.resource] += time_s
     return Division(
@@ -178,7 +178,7 @@ def choices_of(task: Task, interference: Interference, setup: Setup, mechanism: 
         found.append(
             Choice(
                 share=share,
-                time_s=cost.time_s / interference.performance(mechanism, main, share),
+                time_s=cost.time_s / interference.performance(mechanism, main, share, task.tokens.num_tokens),
                 dynamic_j=None if dynamic_j is None else dynamic_j * ratio,
             )
         )

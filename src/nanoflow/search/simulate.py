@@ -169,19 +169,27 @@ class PlanSimulator:
     def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
         """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
         shares = sum(item.lane.share for item in running)
-        is_alone = len(running) == 1
-        rates = [
-            1.0
-            if is_alone and item.lane.mechanism not in _KEEPS_SHARE
-            else self._interference.performance(item.lane.mechanism, item.op, item.lane.share) / max(shares, 1.0)
-            for item in running
-        ]
+        if len(running) == 1:
+            rates = [self._rate_alone(running[0])]
+        else:
+            rates = [
+                self._interference.performance(item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens)
+                / max(shares, 1.0)
+                for item in running
+            ]
         dynamic_w = sum(
             rate * (item.dynamic_j or 0.0) / item.cost.time_s for item, rate in zip(running, rates, strict=True)
         )
-        if not is_alone:
+        if len(running) > 1:
             dynamic_w *= self._energy_ratio(running)
         return rates, dynamic_w
+
+    def _rate_alone(self, item: _Item) -> float:
+        if item.lane.mechanism not in _KEEPS_SHARE:
+            return 1.0
+        return self._interference.performance_alone(
+            item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens
+        )
 
     def _energy_ratio(self, running: Sequence[_Item]) -> float:
         """Of the pair; the first of a measured pair is the one nearest to compute."""
