@@ -14,9 +14,9 @@ from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
-from nanoflow.profiler import alone, profile, site
+from nanoflow.profiler import alone, pairs, profile, site
 from nanoflow.profiler.alone import measure_alone
-from nanoflow.profiler.pairs import balanced_counts, pair_tasks, queue_order
+from nanoflow.profiler.pairs import PairTask, balanced_counts, pair_tasks, queue_order
 from nanoflow.profiler.profile import Job, new_job, run_job
 from nanoflow.profiler.setup import check_same_machine
 from nanoflow.profiler.site import Site
@@ -202,6 +202,19 @@ def test_a_cpu_has_no_partitions_and_no_pairs() -> None:
     with pytest.raises(LaneError, match="'cpu' has no SMs"):
         partition_pair(torch.device("cpu"), 0.5)
     assert pair_tasks(SITE, 1024, 132) == []
+
+
+def test_parts_are_both_sides_of_every_pair_and_products_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, attention = Task(operation="o_proj", num_tokens=600), Task(operation="a", num_tokens=9, num_requests=9)
+    found = [PairTask(first=product, second=attention, second_sms=count) for count in (None, 16, 24)]
+    monkeypatch.setattr(pairs, "pair_tasks", lambda *_: found)
+    parts = pairs.part_tasks(SITE, 2048, 132)
+    assert [(part.task.operation, part.task.num_tokens, part.num_sms, part.is_first) for part in parts] == [
+        *(("o_proj", 256, count, True) for count in (116, 108)),
+        *(("o_proj", 512, count, True) for count in (116, 108)),
+        *(("o_proj", 600, count, True) for count in (116, 108)),
+        *(("a", 9, count, False) for count in (16, 24)),
+    ]
 
 
 def test_counts_let_both_lanes_end_together() -> None:

@@ -150,6 +150,35 @@ def test_curves_of_the_operation_then_of_its_resource_then_the_share() -> None:
     assert curves.energy_ratio(Mechanism.STREAM, 0.4) == 1.0
 
 
+def part(operation: str, num_tokens: int, share: float, time_s: float) -> Point:
+    return Point(operation=operation, num_tokens=num_tokens, mechanism=Mechanism.PARTITION, share=share, time_s=time_s)
+
+
+def test_curves_are_corrected_by_what_an_operation_keeps_alone_at_its_size() -> None:
+    """The pair has one token; alone on 0.6 it keeps 0.75 of its speed with one, with up to eight half of it."""
+    ops = {op.name: op for op in GRAPH.layer}
+    whole = [
+        Point(operation=op.name, num_tokens=size, time_s=1.0 * size)
+        for _, section in GRAPH.sections()
+        for op in section
+        for size in (1, 8)
+    ]
+    parts = [part("gate_up_proj", 1, 0.6, 4 / 3), part("gate_up_proj", 8, 0.6, 16.0)]
+    profile = Profile(
+        model="m", config=CONFIG, setup=SETUP, points=(*whole, *parts), pairs=(pair(0.6, 0.5, 0.8), pair(0.2, 0.1, 0.9))
+    )
+    curves = Interference(profile, GRAPH)
+    op = ops["gate_up_proj"]
+    assert curves.performance(Mechanism.PARTITION, op, 0.6, 1) == pytest.approx(0.5)
+    for num_tokens in (2, 8, 100):
+        assert curves.performance(Mechanism.PARTITION, op, 0.6, num_tokens) == pytest.approx(0.5 * 0.5 / 0.75)
+        assert curves.performance_alone(Mechanism.PARTITION, op, 0.6, num_tokens) == pytest.approx(0.5)
+    assert curves.performance_alone(Mechanism.PARTITION, op, 0.6, 1) == pytest.approx(0.75)
+    # Not measured alone on a share: as beside another.
+    assert curves.performance_alone(Mechanism.PARTITION, ops["decode_attention"], 0.4, 1) == pytest.approx(0.8)
+    assert curves.performance(Mechanism.PARTITION, ops["o_proj"], 0.6, 8) == pytest.approx(0.5)
+
+
 def test_row_wise_operations_run_in_the_lane_of_products() -> None:
     lanes = {op.name: lane_of(op) for op in GRAPH.layer}
     assert {name for name, lane in lanes.items() if lane is Resource.MEMORY} == {"decode_attention"}
