@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nanoflow.cli import search as command
 from nanoflow.cli.main import main
+from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import load_book
+from nanoflow.plan.book import PlanEntry, load_book
 from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profiler import iterations
+from nanoflow.profiler.iterations import Timing, Trial
+from nanoflow.search.books import FoundPlan
 from nanoflow.search.shapes import batch_of, best_entry, cells_of
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
@@ -50,6 +56,38 @@ def test_a_workload_gives_a_book(profile: Path, tmp_path: Path, capsys: pytest.C
     assert "% of the time: " in told.err, "the way there"
     for entry in book.entries:
         assert entry.min_tokens <= entry.max_tokens == entry.plan.num_tokens
+
+
+def test_with_a_gpu_only_plans_that_win_there_stay(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[Trial] = []
+
+    def measure(_: Profile, wanted: Sequence[tuple[BatchShape, PipelinePlan]], **__: object) -> Iterator[Trial]:
+        for place, (shape, plan) in enumerate(wanted):
+            planned = Timing(time_s=0.9 if place % 2 else 1.2, energy_j=None)
+            tried.append(Trial(shape=shape, plan=plan, planned=planned, sequential=Timing(time_s=1.0, energy_j=None)))
+            yield tried[-1]
+
+    monkeypatch.setattr(command, "_check_machine", lambda _: None)
+    monkeypatch.setattr(iterations, "measure_trials", measure)
+    path = tmp_path / "plans.json"
+    options = ["--workloads", "64/256", "--num-requests", "512", "--max-batch-tokens", "512", "--max-num-seqs", "512"]
+    assert main(["search", str(profile), "-o", str(path), *options, "--time-limit", "5", "--measure"]) == 0
+    told = capsys.readouterr()
+    winners = [trial for trial in tried if trial.gain > 1]
+    assert len(winners) >= 1 and len(load_book(path).entries) == len(winners)
+    assert "measured 1.111x" in told.err and "measured 0.833x, sequential" in told.err
+    assert "measured for all of 64/256" in told.out
+
+
+def test_what_a_device_says_decides() -> None:
+    (cell,) = cells_of([(batch_of(2000, 700, 1000.0, 512.0), 1.0)], max_batch_tokens=2048)
+    entry = PlanEntry(plan=sequential_plan(GRAPH, 2048), min_tokens=2000, max_tokens=2048)
+    found = FoundPlan(cell=cell, part=0.5, entry=entry, gain=1.25)
+    assert found.saved == pytest.approx(0.1)
+    assert found.confirmed(1.04).entry is entry and found.confirmed(1.04).saved == pytest.approx(0.5 * 0.04 / 1.04)
+    assert found.confirmed(1.0).entry is None and found.confirmed(1.0).saved == 0.0
 
 
 def test_cells_hold_batches_that_are_alike() -> None:
@@ -90,6 +128,8 @@ def test_a_plan_is_used_only_where_it_wins() -> None:
     [
         (["--decodes", "5000"], "decodes must be from 0 to max_batch_tokens (2048), got 5000"),
         (["--context", "0"], "context must be positive"),
+        (["--decodes", "5", "--measure"], "--measure is for plan books"),
+        (["--measure"], "is an estimate"),
         (["--workloads", "512"], "workload must be IN/OUT"),
         (["--time-limit", "0"], "time_limit must be positive"),
     ],

@@ -18,7 +18,7 @@ from nanoflow.config import ConfigError, option
 if TYPE_CHECKING:
     from nanoflow.cost.table import Profile
     from nanoflow.graph.operation import BatchShape
-    from nanoflow.plan.book import PlanEntry, StoredBook
+    from nanoflow.plan.book import StoredBook
     from nanoflow.plan.plan import PipelinePlan
     from nanoflow.search.books import FoundPlan
     from nanoflow.search.iteration import IterationModel
@@ -28,13 +28,14 @@ _TEACH = """\
 Find the pipeline plans that a profile predicts to be fastest. Without --decodes the
 workloads are simulated, and a plan is searched for each kind of batch that they
 produce; those that win over the sequential plan become a plan book. With --decodes
-the file is the one plan for that batch, sequential if nothing wins. A search ends by
-itself, at the latest after --time-limit seconds a kind of batch. docs/auto-search.md
-has the mathematics."""
+the file is the one plan for that batch, sequential if nothing wins. With --measure,
+on the GPU of the profile, plans that may win are run for a second each, and only
+those that do win stay. A search ends by itself, at the latest after --time-limit
+seconds a kind of batch. docs/auto-search.md has the mathematics."""
 
 _EXAMPLES = """\
   nanoflow profile preset:llama-3-8b -o profile.json --max-batch-tokens 8192
-  nanoflow search profile.json -o plans.json --workloads 1024/512 trace:lengths.csv --max-batch-tokens 8192
+  nanoflow search profile.json -o plans.json --workloads 1024/512 trace:lengths.csv --max-batch-tokens 8192 --measure
   nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 683 --context 1280 --prompt-tokens 1024
   nanoflow serve preset:llama-3-8b --plan plans.json"""
 
@@ -81,6 +82,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
         metavar="WORKLOAD",
         help="prompt tokens/output tokens of every request, or trace:FILE.csv (default: 512/512)",
     )
+    parser.add_argument("--measure", action="store_true", help="Keep only plans that win on this machine's GPU")
     parser.add_argument("--quiet", action="store_true", help="Print only what was found")
     _OPTIONS.add_to(parser)
     parser.set_defaults(run=run)
@@ -95,9 +97,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise ConfigError(f"cannot write {args.output}: there is no folder {args.output.parent}")
     if config.decodes is not None:
+        if args.measure:
+            raise ConfigError("--measure is for plan books: leave out --decodes, and name --workloads")
         args.output.write_bytes(_one_plan(profile, config, config.decodes, is_quiet=args.quiet).to_json())
     else:
-        book = _book(profile, config, args.workloads, is_quiet=args.quiet)
+        if args.measure:
+            _check_machine(profile)
+        book = _book(profile, config, args.workloads, is_measured=args.measure, is_quiet=args.quiet)
         args.output.write_bytes(book.to_json())
         num_plans = f"{len(book.plans)} plan{'' if len(book.plans) == 1 else 's'}"
         print(f"{args.output}: {num_plans} in {len(book.entries)} ranges; every other batch runs sequentially")
@@ -120,26 +126,61 @@ def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_qu
     return result.plan
 
 
-def _book(profile: Profile, config: SearchConfig, workloads: Sequence[str], *, is_quiet: bool) -> StoredBook:
-    """Simulate the workloads, search a plan for each kind of batch."""
+def _book(
+    profile: Profile, config: SearchConfig, workloads: Sequence[str], *, is_measured: bool, is_quiet: bool
+) -> StoredBook:
+    """Simulate the workloads, search a plan for each kind of batch, and try it if asked to."""
     from nanoflow.plan.book import MadeFor, StoredBook
-    from nanoflow.search.books import search_book
+    from nanoflow.search.books import LEAST_GAIN_TO_TRY, search_book
+    from nanoflow.search.shapes import LEAST_GAIN
 
     iterations = [each for workload in workloads for each in _simulated(profile, config, workload)]
-    entries: list[PlanEntry] = []
-    saved = 0.0
-    for found in search_book(
-        profile, iterations, max_batch_tokens=config.max_batch_tokens, time_limit_s=config.time_limit
+    found = []
+    for each in search_book(
+        profile,
+        iterations,
+        max_batch_tokens=config.max_batch_tokens,
+        time_limit_s=config.time_limit,
+        least_gain=LEAST_GAIN_TO_TRY if is_measured else LEAST_GAIN,
     ):
-        if found.entry is not None:
-            entries.append(found.entry)
-            saved += found.part * (1.0 - 1.0 / found.gain)
+        found.append(each)
         if not is_quiet:
-            print(f"  {_cell(found)}", file=sys.stderr, flush=True)
+            print(f"  {_cell(each)}", file=sys.stderr, flush=True)
+    if is_measured:
+        found = _measured(profile, found, is_quiet=is_quiet)
+    gain = 1.0 / (1.0 - sum(each.saved for each in found))
+    how = "measured" if is_measured else "predicted"
+    print(f"{how} for all of {', '.join(workloads)}: {gain:.3f}x of sequential", flush=True)
     setup = profile.setup
-    print(f"predicted for all of {', '.join(workloads)}: {1.0 / (1.0 - saved):.3f}x of sequential", flush=True)
     made_for = MadeFor(model=profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
-    return StoredBook(entries=tuple(entries), made_for=made_for)
+    return StoredBook(entries=tuple(each.entry for each in found if each.entry is not None), made_for=made_for)
+
+
+def _check_machine(profile: Profile) -> None:
+    """ProfileError if the plans of a profile cannot be tried here."""
+    from nanoflow.device.detect import resolve_device, use_device
+    from nanoflow.profiler.setup import check_same_machine, detect_setup
+
+    device = resolve_device("auto")
+    use_device(device)
+    check_same_machine(profile, detect_setup(device))
+
+
+def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -> list[FoundPlan]:
+    """Every plan on the middle one of the batches that it is for; those that do not win are left out."""
+    from nanoflow.device.detect import resolve_device
+    from nanoflow.profiler.iterations import measure_trials
+
+    plans = {place: each.entry.plan for place, each in enumerate(found) if each.entry is not None}
+    places = {(found[place].cell.example, plan.digest): place for place, plan in plans.items()}
+    wanted = [(found[place].cell.example, plan) for place, plan in plans.items()]
+    judged = list(found)
+    for trial in measure_trials(profile, wanted, device=resolve_device("auto")):
+        place = places[trial.shape, trial.plan.digest]
+        judged[place] = found[place].confirmed(trial.gain)
+        if not is_quiet:
+            print(f"  {_cell(judged[place])}", file=sys.stderr, flush=True)
+    return judged
 
 
 def _simulated(profile: Profile, config: SearchConfig, workload: str) -> list[tuple[BatchShape, float]]:
@@ -167,9 +208,10 @@ def _cell(found: FoundPlan) -> str:
     cell = found.cell
     (low_share, high_share), (low_keys, high_keys) = cell.decode_share, cell.decode_context
     plan = "sequential" if found.entry is None else f"{found.entry.plan.name} ({found.entry.plan.digest})"
+    measured = "" if found.measured_gain is None else f", measured {found.measured_gain:.3f}x"
     return (
         f"{found.part:6.1%} of the time: {cell.min_tokens:,} to {cell.max_tokens:,} tokens, {low_share:.0%} to "
-        f"{high_share:.0%} decodes with {low_keys:,.0f} to {high_keys:,.0f} keys: {found.gain:.3f}x, {plan}"
+        f"{high_share:.0%} decodes with {low_keys:,.0f} to {high_keys:,.0f} keys: {found.gain:.3f}x{measured}, {plan}"
     )
 
 

@@ -16,8 +16,8 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 
-# Sizes in a cell differ by this part, and by no less than a GEMM tile; keys a token by this factor.
-_TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR = 128, 1 / 8, 1.12
+# Sizes in a cell differ by this part, no less than a GEMM tile; keys a token by this factor, where they are many.
+_TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR, _MANY_KEYS = 128, 1 / 8, 1.12, 64
 # A plan must be predicted to win this much in its cell, over batches that stand for it.
 LEAST_GAIN = 1.01
 _NUM_SAMPLES = 6
@@ -45,9 +45,14 @@ class Cell:
     decode_context: tuple[float, float]
 
     @property
+    def example(self) -> BatchShape:
+        """The middle one of the batches, by the keys that they read for each token."""
+        return self.shapes[len(self.shapes) // 2]
+
+    @property
     def middle(self) -> BatchShape:
-        """The batch that its plan is searched for: as large as the cell has them, else as the middle one."""
-        middle = self.shapes[len(self.shapes) // 2]
+        """The batch that its plan is searched for: as large as the cell has them, else as the example."""
+        middle = self.example
         scale = self.max_tokens / middle.num_tokens
         return BatchShape(
             num_tokens=self.max_tokens,
@@ -80,7 +85,7 @@ def cells_of(iterations: Iterable[tuple[BatchShape, float]], max_batch_tokens: i
     found: dict[tuple[int, int], list[tuple[BatchShape, float]]] = defaultdict(list)
     for shape, time_s in iterations:
         if shape.decode_context:
-            keys = round(math.log(shape.decode_context / shape.num_tokens, _KEYS_FACTOR))
+            keys = round(math.log1p(shape.decode_context / shape.num_tokens / _MANY_KEYS) / math.log(_KEYS_FACTOR))
             found[_largest(shape.num_tokens, max_batch_tokens), keys].append((shape, time_s))
     cells = [_cell(members, max_tokens) for (max_tokens, _), members in found.items()]
     return sorted(cells, key=lambda cell: -cell.time_s)
@@ -113,12 +118,14 @@ def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
     return sequential_s / sum(predict(shape, plan) for shape in cell.shapes)
 
 
-def best_entry(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> tuple[PlanEntry | None, float]:
-    """The cell with the plan that wins most in it, and that gain; no entry if it is less than `LEAST_GAIN`."""
+def best_entry(
+    plans: Iterable[PipelinePlan], cell: Cell, predict: Predict, least_gain: float = LEAST_GAIN
+) -> tuple[PlanEntry | None, float]:
+    """The cell with the plan that wins most in it, and that gain; no entry if it is less than `least_gain`."""
     fitting = [plan for plan in plans if plan.num_tokens == cell.max_tokens and len(plan.lanes) > 1]
     gains = [(gain_of(plan, cell, predict), place) for place, plan in enumerate(fitting)]
     gain, place = max(gains, default=(1.0, 0))
-    if gain < LEAST_GAIN:
+    if not fitting or gain < least_gain:
         return None, gain
     entry = PlanEntry(
         plan=fitting[place],
