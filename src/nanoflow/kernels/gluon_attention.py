@@ -100,18 +100,18 @@ def run_decode(launch: Launch, num_programs: int) -> None:
         num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS,
     )
-    _merge_program[(len(q), dims.num_kv_heads)](
+    merge_program[(num_programs,)](
         out,
         parts,
         log_sums,
         decodes.key_blocks,
         launch.tokens.start,
         len(q),
-        num_programs,
         GROUP=group,
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,
         MAX_GROUP=MAX_GROUP,
+        SCAN=SCAN,
         num_warps=1,
     )
 
@@ -129,39 +129,51 @@ def _check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
         raise ValueError("attention takes contiguous queries, outputs, keys and values")
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "num_programs"])
-def _merge_program(
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
+def merge_program(
     out: tl.tensor,
     parts: tl.tensor,
     log_sums: tl.tensor,
     key_blocks: tl.tensor,
     first_row: int,
     num_rows: int,
-    num_programs: int,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MAX_GROUP: tl.constexpr,
+    SCAN: tl.constexpr,
 ) -> None:
-    """A head of a request that several programs worked on: the mean of their parts, weighted by 2^log_sum."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """The head of a request that a program of `decode_program` begins and does not end, if there is one.
+
+    What it and those after it made of the head: the mean of their parts, weighted by 2^log_sum.
+    """
+    owner, num_programs = tl.program_id(0), tl.num_programs(0)
     base = tl.load(key_blocks + first_row)
+    num_blocks = (tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
+    per_program = tl.cdiv(num_blocks, num_programs)
+    # 1. Where the next program begins, and in which head of which row that is.
+    border = (owner + 1) * per_program
+    if border >= num_blocks:
+        return
+    row = border * 0
+    for at in range(0, num_rows, SCAN):
+        rows = at + tl.arange(0, SCAN)
+        ends = tl.load(key_blocks + first_row + tl.minimum(rows, num_rows - 1) + 1) - base
+        row += tl.sum(((ends * KV_HEADS <= border) & (rows < num_rows)).to(tl.int32), 0)
     before = tl.load(key_blocks + first_row + row) - base
     blocks = tl.load(key_blocks + first_row + row + 1) - base - before
-    if blocks == 0:
-        return
-    per_program = tl.cdiv((tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS, num_programs)
+    head = (border - before * KV_HEADS) // blocks
     begin = before * KV_HEADS + head * blocks
-    first, last = begin // per_program, (begin + blocks - 1) // per_program
-    if first == last:
+    # 2. It does not begin right there, and no earlier program began it.
+    if (begin == border) | (begin < owner * per_program):
         return
     heads, dims = tl.arange(0, MAX_GROUP), tl.arange(0, HEAD_DIM)
     acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
     total = tl.zeros([MAX_GROUP], tl.float32)
     peak = tl.full([MAX_GROUP], -1e30, tl.float32)
-    for program in range(first, last + 1):
-        # Only the first of them begins the head.
-        places = (2 * program + (program == first).to(tl.int32)) * MAX_GROUP + heads
+    for program in range(owner, (begin + blocks - 1) // per_program + 1):
+        # The owner's part is in its odd place.
+        places = (2 * program + (program == owner).to(tl.int32)) * MAX_GROUP + heads
         log_sum = tl.load(log_sums + places)
         part = tl.load(parts + places[:, None] * HEAD_DIM + dims[None, :])
         new_peak = tl.maximum(peak, log_sum)
