@@ -29,6 +29,7 @@ from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.triton_attention import card_of
 from nanoflow.kernels.triton_gemm import (
     GEMM_TILES,
+    PART_TILES,
     GemmTiles,
     choose_gemm_tiles,
     linear_then_swiglu,
@@ -53,7 +54,7 @@ SWEEP = (
     replace(LARGE, group_m=8),
     GEMM_TILES[1],
     replace(GEMM_TILES[1], num_warps=4),
-    replace(LARGE, block_m=256, block_n=128),
+    *PART_TILES[:4],
     replace(LARGE, block_m=64, num_warps=4, num_stages=4),
 )
 # Without the second half of the output a fourth step in flight fits undivided.
