@@ -25,17 +25,10 @@ from nanoflow.device.energy import gpu_energy_j
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource
 from nanoflow.kernels import reference
+from nanoflow.kernels.gemm_tiles import GEMM_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.triton_attention import card_of
-from nanoflow.kernels.triton_gemm import (
-    GEMM_TILES,
-    PART_TILES,
-    GemmTiles,
-    choose_gemm_tiles,
-    linear_then_swiglu,
-    run_linear,
-    run_linear_swiglu,
-)
+from nanoflow.kernels.triton_gemm import linear_then_swiglu, run_linear, run_linear_swiglu
 
 # [out features, in features]
 SHAPES = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up": (28672, 4096), "down_proj": (4096, 14336)}

@@ -1,6 +1,6 @@
 """Products of a Llama-3-8B layer on a part of a GPU, alone and beside decode attention on the rest.
 
-Every cut of `triton_gemm.PART_TILES`, with its best split of the last round, on the SMs that are not the attention's.
+Every cut of `gemm_tiles.PART_TILES`, with its best split of the last round, on the SMs that are not the attention's.
 P is the time of the product alone on the whole GPU by cuBLAS (gate_up: with SwiGLU, by our kernel), or of the
 attention alone on the whole GPU, / the time beside the other; where both sum to more than 1, overlap pays. A star marks
 what `kernels/kept.py` chooses. Needs an NVIDIA GPU with a tensor memory accelerator. From the root of the repository:
@@ -26,9 +26,9 @@ from nanoflow.device.lanes import LaneStream, partition_pair
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_gemm, triton_split_k
+from nanoflow.kernels.gemm_tiles import PART_TILES, GemmTiles, choose_gemm_tiles
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Kernel, Launch
-from nanoflow.kernels.triton_gemm import PART_TILES, GemmTiles
 from nanoflow.kernels.triton_split_k import choose_split_cut
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -178,7 +178,7 @@ def _cut(candidates: Sequence[GemmTiles], prepared: Prepared, num_tokens: int, n
     weight = prepared.workspace.model.weights.layers[0][prepared.op.weights[0]]
     shape = (num_tokens, *weight.shape)
     if prepared.op.kind is OpKind.LINEAR_SWIGLU:
-        return triton_gemm.choose_gemm_tiles(candidates, shape[0], shape[1], num_sms, _AMPLE_BYTES), 1
+        return choose_gemm_tiles(candidates, shape[0], shape[1], num_sms, _AMPLE_BYTES), 1
     return choose_split_cut(candidates, (shape[0], shape[1], shape[2]), num_sms, _AMPLE_BYTES)
 
 

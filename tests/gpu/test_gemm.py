@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from nanoflow.kernels import reference
 from nanoflow.kernels import triton_gemm as fast
-from nanoflow.kernels.triton_gemm import GEMM_TILES
+from nanoflow.kernels.gemm_tiles import GEMM_TILES, GemmTiles
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
@@ -92,7 +92,7 @@ def test_linear_add_in_a_captured_graph(dtype: torch.dtype, has_bias: bool) -> N
 
 @pytest.mark.parametrize("num_programs", [132, 84, 7])
 @pytest.mark.parametrize("tiles", GEMM_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n} s{tiles.num_stages}")
-def test_any_cut_and_number_of_programs(num_programs: int, tiles: fast.GemmTiles) -> None:
+def test_any_cut_and_number_of_programs(num_programs: int, tiles: GemmTiles) -> None:
     """K and N end within a tile."""
     launch = linear_case(300, (2984, 1000), torch.bfloat16, GPU, has_bias=True)
     fast.run_linear(launch, tiles, num_programs)

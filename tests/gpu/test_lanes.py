@@ -1,4 +1,4 @@
-"""Partitions of a GPU: each lane keeps to its own SMs, eagerly and in CUDA graphs."""
+"""Lanes on a GPU, eagerly and in CUDA graphs: each of a partition keeps to its own SMs, those beside share all SMs."""
 
 # mypy: allow-untyped-decorators
 from __future__ import annotations
@@ -16,10 +16,21 @@ pytest.importorskip("cuda.bindings")
 import triton
 import triton.language as tl
 
-from nanoflow.device.lanes import LaneError, LaneStream, partition_pair, plain_stream
+from nanoflow.device.lanes import Carveout, LaneError, LaneStream, beside_pair, partition_pair, plain_stream
+from nanoflow.kernels.dispatch import has_gluon
+from nanoflow.plan.plan import Mechanism
 
 pytestmark = pytest.mark.gpu
 _BLOCKS = 4096
+# Shared memory of a product and of decode attention that fit on a Hopper SM together, and of one that does not fit.
+_FIRST_KIB, _SECOND_KIB, _TOO_MUCH_KIB = 153, 67, 80
+# Far longer than it takes to launch two kernels.
+_LASTING_NS = 3_000_000
+# The device may take two programs of one kernel to an SM, so that one of the other has none there.
+_MOST_SMS = 0.9
+needs_hopper = pytest.mark.skipif(
+    torch.cuda.get_device_capability()[0] != 9 or not has_gluon(), reason="sizes and kernel are for Hopper"
+)
 
 
 @triton.jit
@@ -108,3 +119,83 @@ def test_closing_gives_the_sms_back_and_may_be_done_twice(device: torch.device) 
 def test_a_share_that_cannot_be_had_is_refused(device: torch.device, share: float) -> None:
     with pytest.raises(LaneError, match=r"SMs, in groups of 8, leaves a lane with none"):
         partition_pair(device, share)
+
+
+def run_beside(pair: tuple[LaneStream, LaneStream], outs: list[torch.Tensor], kib: list[int], order: list[int]) -> None:
+    """Two kernels that hold shared memory, one program an SM each, queued in some order of the lanes."""
+    from tests.sm_record import record
+
+    for lane in order:
+        with torch.cuda.stream(pair[lane].stream):
+            record(outs[lane], kib[lane], _LASTING_NS)
+
+
+def empty_records(pair: tuple[LaneStream, LaneStream], device: torch.device) -> list[torch.Tensor]:
+    outs = [torch.zeros((lane.num_sms, 3), dtype=torch.int64, device=device) for lane in pair]
+    torch.cuda.synchronize()
+    return outs
+
+
+def count_shared_sms(outs: list[torch.Tensor]) -> int:
+    from tests.sm_record import shared_sms
+
+    torch.cuda.synchronize()
+    assert all((out[:, 2] - out[:, 1] >= _LASTING_NS).all() for out in outs)
+    return len(shared_sms(*outs))
+
+
+def test_a_pair_beside_each_other_has_all_sms_and_places_the_second_first(device: torch.device) -> None:
+    first, second = beside_pair(device)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    for lane in (first, second):
+        assert (lane.mechanism, lane.num_sms, lane.share) == (Mechanism.BESIDE, num_sms, 1.0)
+    assert first.stream != second.stream and second.stream.priority < first.stream.priority
+
+
+@needs_hopper
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=["large first", "small first"])
+def test_kernels_beside_each_other_share_sms(device: torch.device, order: list[int]) -> None:
+    pair, carveout, kib = beside_pair(device), Carveout(device), [_FIRST_KIB, _SECOND_KIB]
+    # The first time they are compiled and loaded, one after the other.
+    for _ in range(2):
+        outs = empty_records(pair, device)
+        with carveout.open():
+            run_beside(pair, outs, kib, order)
+    assert count_shared_sms(outs) >= _MOST_SMS * pair[0].num_sms
+
+
+@needs_hopper
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=["large first", "small first"])
+def test_graphs_share_sms(device: torch.device, order: list[int]) -> None:
+    """The carve-out is opened while they are captured, of kernels that are loaded: these sizes occur here only."""
+    pair, carveout = beside_pair(device), Carveout(device)
+    kib = [_FIRST_KIB - 1 - order[0], _SECOND_KIB - 1 - order[0]]
+    outs = empty_records(pair, device)
+    run_beside(pair, outs, kib, order)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        capturing = torch.cuda.current_stream(device)
+        for lane in pair:
+            lane.stream.wait_stream(capturing)
+        with carveout.open():
+            run_beside(pair, outs, kib, order)
+        for lane in pair:
+            capturing.wait_stream(lane.stream)
+    for _ in range(3):
+        for out in outs:
+            out.zero_()
+        torch.cuda.synchronize()
+        graph.replay()
+        assert count_shared_sms(outs) >= _MOST_SMS * pair[0].num_sms
+
+
+@needs_hopper
+def test_kernels_that_do_not_fit_share_none(device: torch.device) -> None:
+    """What is counted above can be nothing."""
+    pair, carveout = beside_pair(device), Carveout(device)
+    for _ in range(2):
+        outs = empty_records(pair, device)
+        with carveout.open():
+            run_beside(pair, outs, [_FIRST_KIB, _TOO_MUCH_KIB], [0, 1])
+    assert count_shared_sms(outs) == 0

@@ -40,16 +40,17 @@ def test_streams_give_the_same_tokens(tmp_path: Path, cuda_graphs: bool, budget:
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_partitions_differ_only_where_tokens_nearly_tie(tmp_path: Path, cuda_graphs: bool) -> None:
+@pytest.mark.parametrize("mechanism", [Mechanism.PARTITION, Mechanism.BESIDE])
+def test_lanes_differ_only_where_tokens_nearly_tie(tmp_path: Path, cuda_graphs: bool, mechanism: Mechanism) -> None:
     """At the first differing token, each side's token is among the other's five most probable."""
     pytest.importorskip("cuda.bindings")
     folder = make_model("llama3", tmp_path, seed=1, dtype="bfloat16", std=0.12)
     path = tmp_path / "plan.json"
     graph = build_graph(load(folder), None)
     if OpKind.LINEAR_SWIGLU not in kernels_for(torch.device("cuda"), torch.bfloat16, graph.layer):
-        pytest.skip("products cannot be kept to a part of this GPU")
+        pytest.skip("products cannot be kept to a part of this GPU, nor small")
     graph = fuse_swiglu(graph)
-    path.write_bytes(ping_pong_plan(graph, 64, 40, Mechanism.PARTITION, share=84 / 132).to_json())
+    path.write_bytes(ping_pong_plan(graph, 64, 40, mechanism, share=84 / 132).to_json())
     options = {"device": "cuda", "max_batch_tokens": 64, "dtype": "bfloat16", "max_num_seqs": len(PROMPTS)}
     params = greedy(MAX_TOKENS, logprobs=5)
     ours = run_model(folder, PROMPTS, params, **options, cuda_graphs=cuda_graphs, plan=str(path))

@@ -16,10 +16,10 @@ from nanoflow.device.lanes import partition_pair
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_gemm as whole
 from nanoflow.kernels.dispatch import Kernels
+from nanoflow.kernels.gemm_tiles import PART_TILES, GemmTiles
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
-from nanoflow.kernels.triton_gemm import PART_TILES, GemmTiles
 from nanoflow.kernels.triton_split_k import (
     SplitWorkspace,
     make_workspace,

@@ -14,6 +14,7 @@ from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
+from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler import alone, pairs, profile, site
 from nanoflow.profiler.alone import measure_alone
 from nanoflow.profiler.pairs import PairTask, balanced_counts, pair_tasks, queue_order
@@ -206,7 +207,14 @@ def test_a_cpu_has_no_partitions_and_no_pairs() -> None:
 
 def test_parts_are_both_sides_of_every_pair_and_products_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     product, attention = Task(operation="o_proj", num_tokens=600), Task(operation="a", num_tokens=9, num_requests=9)
-    found = [PairTask(first=product, second=attention, second_sms=count) for count in (None, 16, 24)]
+    found = [
+        PairTask(first=product, second=attention),
+        *(
+            PairTask(first=product, second=attention, mechanism=Mechanism.PARTITION, second_sms=count)
+            for count in (16, 24)
+        ),
+        PairTask(first=product, second=attention, mechanism=Mechanism.BESIDE),
+    ]
     monkeypatch.setattr(pairs, "pair_tasks", lambda *_: found)
     parts = pairs.part_tasks(SITE, 2048, 132)
     assert [(part.task.operation, part.task.num_tokens, part.num_sms, part.is_first) for part in parts] == [

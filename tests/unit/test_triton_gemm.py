@@ -10,7 +10,7 @@ import torch
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.kernels import reference
 from nanoflow.kernels import triton_gemm as fast
-from nanoflow.kernels.triton_gemm import GEMM_TILES, GemmTiles, choose_gemm_tiles
+from nanoflow.kernels.gemm_tiles import GEMM_TILES, GemmTiles, choose_gemm_tiles
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,

@@ -1,16 +1,22 @@
-"""Where nano-operations run on a GPU: on all of it, on a plain stream beside others, or on a part of their own.
+"""Where nano-operations run on a GPU: on all of it, on a plain stream, on a part of their own, or beside others.
 
 Disjoint multiprocessors (SMs) come from the driver's green contexts, through cuda-python: what torch offers gives the
 same SMs to every context. Work keeps its SMs through capture and replay of CUDA graphs if it is captured on the lane's
-stream. Kernels that are themselves written to run beside others need a plain stream only. What a lane is worth is
-measured in `profiler/pairs.py`.
+stream.
+
+Kernels that are small enough run beside each other on every SM. An SM divides its memory into shared memory and L1
+cache, its carve-out, as suits the kernel that finds it idle, and takes no other that needs more shared memory until it
+is idle again. So both kernels must prefer the largest carve-out: `Carveout` sees to that.
+
+What a lane is worth is measured in `profiler/pairs.py`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +26,8 @@ from nanoflow.plan.plan import Mechanism
 
 # The driver hands SMs out in groups of so many, from Hopper on.
 SM_GROUP = 8
+# Of streams: the lower, the sooner the device places what is queued there; 0 is that of any other stream.
+_PLACED_FIRST = -1
 
 
 class LaneError(ValueError):
@@ -59,6 +67,64 @@ def whole(device: torch.device) -> LaneStream:
 def plain_stream(device: torch.device) -> LaneStream:
     """A stream of its own on all SMs: which kernels run is up to the device."""
     return _unpartitioned(Mechanism.STREAM, torch.cuda.Stream(device), device)  # type: ignore[no-untyped-call]
+
+
+def beside_pair(device: torch.device) -> tuple[LaneStream, LaneStream]:
+    """Two lanes on all SMs for kernels that fit on an SM together, launched within `Carveout.open`.
+
+    What waits on the second lane is placed first. Kernels for memory belong there: the others' many programs would
+    keep them from starting, while they leave room for the others.
+
+    Raises:
+        LaneError: No NVIDIA GPU.
+    """
+    _check_gpu(device)
+    first, second = (torch.cuda.Stream(device, priority=priority) for priority in (0, _PLACED_FIRST))  # type: ignore[no-untyped-call]
+    return _unpartitioned(Mechanism.BESIDE, first, device), _unpartitioned(Mechanism.BESIDE, second, device)
+
+
+class Carveout:
+    """Makes kernels prefer the largest carve-out, so that SMs which run one can take another.
+
+    Args:
+        device: An NVIDIA GPU.
+
+    Raises:
+        LaneError: No NVIDIA GPU, or cuda-python or Triton is missing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._driver = _driver(device)
+        if importlib.util.find_spec("triton") is None:
+            raise LaneError("lanes beside each other need kernels in Triton: pip install triton")
+        self._knobs = importlib.import_module("triton.knobs")
+        self._opened: set[int] = set()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Triton kernels launched within, or captured in a CUDA graph, prefer the largest carve-out from then on.
+
+        It can be a decorator too. A kernel keeps the preference wherever it runs later, which costs it L1 cache. Where
+        the driver refuses, the launch raises LaneError.
+        """
+
+        def open_function(launch: Any) -> None:
+            self._open(launch.data["function"])
+
+        hooks = self._knobs.runtime.launch_enter_hook
+        hooks.add(open_function)
+        try:
+            yield
+        finally:
+            hooks.remove(open_function)
+
+    def _open(self, function: int) -> None:
+        """Of a kernel that is loaded; once is enough, and asking takes microseconds of the host's time."""
+        if function not in self._opened:
+            preferred = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            largest = int(self._driver.CUshared_carveout.CU_SHAREDMEM_CARVEOUT_MAX_SHARED)
+            _ask(self._driver, self._driver.cuFuncSetAttribute, function, preferred, largest)
+            self._opened.add(function)
 
 
 def partition_sms(num_sms: int, first_share: float) -> tuple[int, int]:
@@ -122,11 +188,15 @@ def _limits(num_sms: int) -> tuple[float, float]:
     return (num_sms - most) / num_sms, (num_sms - SM_GROUP) / num_sms
 
 
-def _driver(device: torch.device) -> Any:
+def _check_gpu(device: torch.device) -> None:
     if device.type != "cuda":
-        raise LaneError(f"device {device.type!r} has no SMs to divide; partitions need an NVIDIA GPU")
+        raise LaneError(f"device {device.type!r} has no SMs to divide; parallel lanes need an NVIDIA GPU")
+
+
+def _driver(device: torch.device) -> Any:
+    _check_gpu(device)
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        raise LaneError("partitions need cuda-python: pip install 'nanoflow[gpu]'")
+        raise LaneError("lanes that divide a GPU need cuda-python: pip install 'nanoflow[gpu]'")
     return importlib.import_module("cuda.bindings.driver")
 
 

@@ -1,25 +1,25 @@
 """The lanes of a plan at run time: which stream a step is queued on, and the events between streams.
 
 `OneLane` queues everything in issue order on the current stream, which is right anywhere, for that order respects every
-dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own if the plan says so. Both can be captured
-in a CUDA graph: lanes fork from the current stream and join it again.
+dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own or kernels that leave room on each SM if
+the plan says so. Both can be captured in a CUDA graph: lanes fork from the current stream and join it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from nanoflow.device.lanes import SM_GROUP, LaneStream, partition_pair, plain_stream
+from nanoflow.device.lanes import SM_GROUP, Carveout, LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.steps import Step
 from nanoflow.graph.operation import Resource
 from nanoflow.kernels.dispatch import Kernels
-from nanoflow.kernels.kept import kernels_on
+from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 
 
@@ -49,7 +49,7 @@ class OneLane:
 
 
 class Partitions:
-    """Pairs of lanes on disjoint SMs with kernels cut to them, made once for each way to divide the device.
+    """Pairs of lanes on disjoint SMs, or on the same ones, with kernels cut to them, each made once.
 
     Plans share them: one runs at a time.
     """
@@ -58,6 +58,7 @@ class Partitions:
         self._device, self._kernels = device, kernels
         self._pairs: dict[int, tuple[LaneStream, LaneStream]] = {}
         self._kept: dict[tuple[int, bool], Kernels] = {}
+        self._beside: tuple[tuple[LaneStream, Kernels], ...] = ()
 
     def side(self, share: float, *, is_first: bool) -> tuple[LaneStream, Kernels]:
         """The lane with a share, and its kernels: products are on the first side, what runs beside them on the second.
@@ -76,6 +77,18 @@ class Partitions:
         if (second_sms, is_first) not in self._kept:
             self._kept[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
         return part, self._kept[second_sms, is_first]
+
+    def beside(self, *, is_first: bool) -> tuple[LaneStream, Kernels]:
+        """The lane on all SMs whose kernels leave room for those of its twin; products are on the first.
+
+        Raises:
+            LaneError: No such lanes here.
+        """
+        if not self._beside:
+            self._beside = tuple(
+                (part, beside_kernels(self._device, self._kernels, part.num_sms)) for part in beside_pair(self._device)
+            )
+        return self._beside[0 if is_first else 1]
 
 
 class GpuLanes:
@@ -101,11 +114,14 @@ class GpuLanes:
 
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
         """A lane on the whole device is the current stream, so it is not opened."""
-        if lane.mechanism is Mechanism.STREAM:
-            self._streams[lane.name] = plain_stream(self._device).stream
-        elif lane.mechanism is Mechanism.PARTITION:
-            is_first = any(step.op.resource is Resource.COMPUTE for step in steps if step.lane == lane.name)
-            part, kernels = partitions.side(lane.share, is_first=is_first)
+        is_first = any(step.op.resource is Resource.COMPUTE for step in steps if step.lane == lane.name)
+        sides: dict[Mechanism, Callable[[], tuple[LaneStream, Kernels]]] = {
+            Mechanism.STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
+            Mechanism.PARTITION: lambda: partitions.side(lane.share, is_first=is_first),
+            Mechanism.BESIDE: lambda: partitions.beside(is_first=is_first),
+        }
+        if lane.mechanism in sides:
+            part, kernels = sides[lane.mechanism]()
             self._streams[lane.name] = part.stream
             self._workspaces[lane.name] = replace(self._whole, model=replace(self._whole.model, kernels=kernels))
 
@@ -139,6 +155,16 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
     return GpuLanes(plan, steps, workspace, partitions)
+
+
+def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
+    """The kernels of one lane of `beside_pair`: small ones, each launched with the largest carve-out.
+
+    Raises:
+        LaneError: See `Carveout`.
+    """
+    carveout = Carveout(device)
+    return {kind: carveout.open()(kernel) for kind, kernel in kernels_beside(kernels, num_sms).items()}
 
 
 def _event() -> torch.cuda.Event:

@@ -27,8 +27,9 @@ from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PA
 from nanoflow.kernels.launch import KEY_BLOCK, Launch, LayerCache
 from nanoflow.kernels.triton_attention import card_of
 
-# Three programs on an SM hide each other's softmax; registers and shared memory are cut to that.
-PROGRAMS_PER_SM = 3
+# Three programs on an SM hide each other's softmax; registers and shared memory are cut to that. Beside a product there
+# is room for one.
+PROGRAMS_PER_SM, PROGRAMS_BESIDE = 3, 1
 NUM_WARPS, NUM_STAGES, MAX_REGISTERS = 4, 2, 72
 # Rows of the batch that are looked at in one step to find where a program begins.
 SCAN = 512
@@ -53,11 +54,11 @@ def decode_attention(launch: Launch) -> None:
     decode_attention_on(launch, card_of(launch.reads[0].device).num_sms)
 
 
-def decode_attention_on(launch: Launch, num_sms: int) -> None:
+def decode_attention_on(launch: Launch, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM) -> None:
     """`decode_attention` for a stream with so many SMs. Pages of other than 16 tokens are the Triton kernel's."""
     assert launch.cache is not None
     if launch.cache.keys.shape[2] == PAGE_TOKENS:
-        run_decode(launch, PROGRAMS_PER_SM * num_sms)
+        run_decode(launch, programs_per_sm * num_sms)
     else:
         triton_attention.decode_attention(launch)
 

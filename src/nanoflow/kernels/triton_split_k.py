@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow.kernels.gemm_tiles import GemmTiles, with_addend
 from nanoflow.kernels.launch import Launch
-from nanoflow.kernels.triton_gemm import GemmTiles, _check, _place, _write, with_addend
+from nanoflow.kernels.triton_gemm import _check, _place, _write
 
 # A split costs its programs about as much as so many more features of a tile (one H200, 100 SMs: 320 to 750).
 _MOVED_SUM_FEATURES = 480
@@ -148,6 +149,7 @@ def _run(
         *(tiles.num_warps * 32, is_added),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        maxnreg=tiles.max_registers,
     )
 
 

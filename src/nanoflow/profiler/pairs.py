@@ -18,7 +18,8 @@ import torch
 
 from nanoflow.cost.table import PairPoint, Point
 from nanoflow.device.energy import gpu_energy_j
-from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
+from nanoflow.device.lanes import LaneStream, beside_pair, partition_pair, plain_stream
+from nanoflow.executor.lanes import beside_kernels
 from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.kernels.dispatch import Kernels, kernels_for
 from nanoflow.kernels.kept import kernels_on
@@ -35,16 +36,19 @@ _PART_TOKENS = (256, 512, _FIRST_TOKENS)
 _DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
 # Lanes end together if the last one takes at most this part longer than the first; so many rounds are tried.
 _BALANCED, _MAX_ROUNDS = 0.02, 4
+# Of lanes on all SMs.
+BESIDE_SHARE = 0.5
 # SMs of the second lane, multiples of `SM_GROUP`.
 SECOND_SMS = (16, 24, 32, 40, 48, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairTask:
-    """Two operations on two lanes; `second_sms` is None on plain streams, else the SMs of the second one."""
+    """Two operations on two lanes; `second_sms` are the SMs of the second one's partition, None without partitions."""
 
     first: Task
     second: Task
+    mechanism: Mechanism = Mechanism.STREAM
     second_sms: int | None = None
 
 
@@ -107,9 +111,15 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
     firsts.append(attentions[OpKind.PREFILL_ATTENTION])
     found = []
     for first in firsts:
-        can_divide = bool(first.num_requests) or _can_keep_products(site)
-        parts = [count for count in SECOND_SMS if count < num_sms] if can_divide else []
-        found += [PairTask(first=first, second=second, second_sms=count) for count in (None, *parts)]
+        found.append(PairTask(first=first, second=second))
+        if first.num_requests or _can_keep_products(site):
+            found += [
+                PairTask(first=first, second=second, mechanism=Mechanism.PARTITION, second_sms=count)
+                for count in SECOND_SMS
+                if count < num_sms
+            ]
+        if _can_keep_products(site):
+            found.append(PairTask(first=first, second=second, mechanism=Mechanism.BESIDE))
     return found
 
 
@@ -211,7 +221,7 @@ def _pair_point(
     site: Site, pair: PairTask, first: tuple[Prepared, Sustained], second: tuple[Prepared, Sustained], span: Span
 ) -> PairPoint:
     sides = (first, second)
-    first_lane, second_lane = _lanes(site.device, pair.second_sms)
+    first_lane, second_lane = _lanes(site.device, pair)
     with closing(first_lane), closing(second_lane):
         runs = [
             captured_on(lane, work, _kept(site, work, lane))
@@ -236,9 +246,8 @@ def _pair_point(
         first_tokens=pair.first.num_tokens,
         second_tokens=pair.second.num_tokens,
         second_context=pair.second.context,
-        mechanism=Mechanism.STREAM if pair.second_sms is None else Mechanism.PARTITION,
-        # On plain streams the share is what the first one got.
-        share=min(max(round(performances[0], 2), 0.01), 0.99) if pair.second_sms is None else share,
+        mechanism=pair.mechanism,
+        share=_share(pair, performances[0], share),
         first_performance=performances[0],
         second_performance=performances[1],
         energy_ratio=window.energy_j / sum(known_j) if is_known and window.energy_j is not None else None,
@@ -269,11 +278,20 @@ def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> P
     )
 
 
-def _lanes(device: torch.device, second_sms: int | None) -> tuple[LaneStream, LaneStream]:
-    if second_sms is None:
+def _share(pair: PairTask, first_performance: float, sm_share: float) -> float:
+    """The first one's: on plain streams what it got, beside another one half, for nobody can ask for more or less."""
+    if pair.mechanism is Mechanism.PARTITION:
+        return sm_share
+    return BESIDE_SHARE if pair.mechanism is Mechanism.BESIDE else min(max(round(first_performance, 2), 0.01), 0.99)
+
+
+def _lanes(device: torch.device, pair: PairTask) -> tuple[LaneStream, LaneStream]:
+    if pair.mechanism is Mechanism.BESIDE:
+        return beside_pair(device)
+    if pair.second_sms is None:
         return plain_stream(device), plain_stream(device)
     total = torch.cuda.get_device_properties(device).multi_processor_count
-    return partition_pair(device, 1.0 - second_sms / total)
+    return partition_pair(device, 1.0 - pair.second_sms / total)
 
 
 def _prepare(site: Site, task: Task) -> Prepared:
@@ -291,10 +309,13 @@ def _attention(op: Operation, max_tokens: int) -> Task:
 
 
 def _kept(site: Site, prepared: Prepared, lane: LaneStream) -> Kernels | None:
-    """The kernels of an operation cut to the SMs of a lane that has its own."""
-    if lane.mechanism is not Mechanism.PARTITION or not _can_keep_products(site):
-        return None
-    return kernels_on(prepared.workspace.model.kernels, lane.num_sms)
+    """The kernels of an operation cut to its lane; None on a plain stream."""
+    kernels = prepared.workspace.model.kernels
+    if lane.mechanism is Mechanism.BESIDE:
+        return beside_kernels(site.device, kernels, lane.num_sms)
+    if lane.mechanism is Mechanism.PARTITION and _can_keep_products(site):
+        return kernels_on(kernels, lane.num_sms)
+    return None
 
 
 def _can_keep_products(site: Site) -> bool:

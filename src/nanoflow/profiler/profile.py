@@ -234,16 +234,15 @@ def _part_key(part: PartTask, num_sms: int) -> tuple[object, ...]:
 
 
 def _identity(pair: PairPoint) -> tuple[object, ...]:
-    """What was measured; on plain streams the share is a result."""
+    """What was measured; only partitions have shares that are asked for."""
     return (*pair.key[:-1], pair.share if pair.mechanism is Mechanism.PARTITION else None)
 
 
 def _pair_identity(pair: PairTask, num_sms: int) -> tuple[object, ...]:
     first, second = pair.first, pair.second
     sizes = (first.operation, second.operation, first.num_tokens, second.num_tokens, second.context)
-    if pair.second_sms is None:
-        return (*sizes, Mechanism.STREAM, None)
-    return (*sizes, Mechanism.PARTITION, (num_sms - pair.second_sms) / num_sms)
+    share = None if pair.second_sms is None else (num_sms - pair.second_sms) / num_sms
+    return (*sizes, pair.mechanism, share)
 
 
 def setup_line(setup: Setup) -> str:

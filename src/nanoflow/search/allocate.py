@@ -133,14 +133,19 @@ class Division:
 
 
 def divisions(problem: Problem, interference: Interference) -> list[Division]:
-    """Every way to divide the device that pairs were measured with, the most even first; none beside collectives."""
+    """Every way to divide the device that pairs were measured with, the most even first; none beside collectives.
+
+    On plain streams a share is a result, not a way.
+    """
     if Resource.NETWORK in {task.group.resource for task in problem.tasks}:
         return []
-    found = []
-    if Mechanism.PARTITION in interference.mechanisms:
-        for share in interference.shares(Mechanism.PARTITION, Resource.COMPUTE):
-            if share < 1.0:
-                found.append(_divide(problem, interference, Mechanism.PARTITION, share))
+    found = [
+        _divide(problem, interference, mechanism, share)
+        for mechanism in interference.mechanisms
+        if mechanism is not Mechanism.STREAM
+        for share in interference.shares(mechanism, Resource.COMPUTE)
+        if share < 1.0
+    ]
     return sorted(found, key=lambda division: division.least_period_s)
 
 

@@ -1,0 +1,95 @@
+"""Compile the products that run beside decode attention for Hopper and print what they take.
+
+    python -m tests.compile_gemm PLACE
+
+All kernels of the cut at this place of `BESIDE_TILES`. A process of its own, as `compile_gluon.py` says.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles, with_addend
+from nanoflow.kernels.triton_gemm import _linear, _linear_swiglu
+from nanoflow.kernels.triton_split_k import _linear_split_k
+
+_SIZES = {"num_rows": "i32", "num_columns": "i32", "num_features": "i32"}
+
+
+def box(*sizes: int) -> str:
+    """What TMA moves at once."""
+    return f"tensordesc<bf16{list(sizes)}>"
+
+
+def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants: dict[str, Any]) -> dict[str, int]:
+    """Shared memory of a program, registers of all its threads, and instructions that move spilled registers."""
+    constants = {"BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m, **constants}
+    # As for real sizes and addresses, which are multiples of 16.
+    names = list(signature)
+    is_aligned = {"sums", "flags", "bias", "num_columns", "num_features"}
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in is_aligned}
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(done.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers = next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:"))
+    # The card hands them out in eights.
+    registers = -(-registers // 8) * 8 * 32 * tiles.num_warps
+    num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.split())
+    return {"shared_bytes": done.metadata.shared, "registers": registers, "num_spills": num_spills}
+
+
+def main(place: int) -> None:
+    """Print a report of each kernel, with a bias where there can be one, which takes the most."""
+    tiles = BESIDE_TILES[place]
+    reports = []
+    for is_added, cut in ((False, tiles), (True, with_addend(tiles))):
+        boxes = {
+            "x": box(cut.block_m, cut.block_k),
+            "weight": box(cut.block_n, cut.block_k),
+            "rest_weight": "constexpr",
+            "bias": "*bf16",
+            "out": box(cut.block_m, cut.store_n),
+        }
+        constants = {"BLOCK_N": cut.block_n, "STORE_N": cut.store_n, "IS_ADDED": is_added}
+        whole = {"rest_weight": None, "REST_N": 0, "IS_FLAT": cut.is_flat}
+        reports.append(compiled(_linear, cut, {**boxes, **_SIZES}, {**constants, **whole}))
+        split = {name: kind for name, kind in boxes.items() if name != "rest_weight"}
+        split |= {"sums": "*fp32", "flags": "*i32", **_SIZES, "num_splits": "i32"}
+        reports.append(compiled(_linear_split_k, cut, split, {**constants, "NUM_THREADS": 32 * cut.num_warps}))
+    half, store_half = tiles.block_n // 2, tiles.store_n // 2
+    boxes = {
+        "x": box(tiles.block_m, tiles.block_k),
+        "weight": box(2, half, tiles.block_k),
+        "rest_weight": "constexpr",
+        "out": box(tiles.block_m, store_half),
+    }
+    gated = {
+        "BLOCK_N": half,
+        "STORE_N": store_half,
+        "rest_weight": None,
+        "REST_N": 0,
+        "IS_FLAT": tiles.is_flat,
+    }
+    reports.append(compiled(_linear_swiglu, tiles, {**boxes, **_SIZES}, gated))
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
