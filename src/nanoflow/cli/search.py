@@ -131,7 +131,7 @@ def _book(
 ) -> StoredBook:
     """Simulate the workloads, search a plan for each kind of batch, and try it if asked to."""
     from nanoflow.plan.book import MadeFor, StoredBook
-    from nanoflow.search.books import LEAST_GAIN_TO_TRY, search_book
+    from nanoflow.search.books import LEAST_GAIN_TO_TRY, MOST_TO_TRY, search_book
     from nanoflow.search.shapes import LEAST_GAIN
 
     iterations = [each for workload in workloads for each in _simulated(profile, config, workload)]
@@ -142,6 +142,7 @@ def _book(
         max_batch_tokens=config.max_batch_tokens,
         time_limit_s=config.time_limit,
         least_gain=LEAST_GAIN_TO_TRY if is_measured else LEAST_GAIN,
+        most=MOST_TO_TRY if is_measured else 1,
     ):
         found.append(each)
         if not is_quiet:
@@ -167,19 +168,18 @@ def _check_machine(profile: Profile) -> None:
 
 
 def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -> list[FoundPlan]:
-    """Every plan on the middle one of the batches that it is for; those that do not win are left out."""
+    """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins."""
     from nanoflow.device.detect import resolve_device
     from nanoflow.profiler.iterations import measure_trials
 
-    plans = {place: each.entry.plan for place, each in enumerate(found) if each.entry is not None}
-    places = {(found[place].cell.example, plan.digest): place for place, plan in plans.items()}
-    wanted = [(found[place].cell.example, plan) for place, plan in plans.items()]
-    judged = list(found)
-    for trial in measure_trials(profile, wanted, device=resolve_device("auto")):
-        place = places[trial.shape, trial.plan.digest]
-        judged[place] = found[place].confirmed(trial.gain)
-        if not is_quiet:
-            print(f"  {_cell(judged[place])}", file=sys.stderr, flush=True)
+    wanted = [(each.cell.example, plan) for each in found for plan in each.plans]
+    trials = measure_trials(profile, wanted, device=resolve_device("auto"))
+    judged = []
+    for each in found:
+        gains = [next(trials).gain for _ in each.plans]
+        judged.append(each.confirmed(gains) if gains else each)
+        if gains and not is_quiet:
+            print(f"  {_cell(judged[-1])}", file=sys.stderr, flush=True)
     return judged
 
 

@@ -16,12 +16,14 @@ from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.search.iteration import IterationModel
 from nanoflow.search.search import Search
-from nanoflow.search.shapes import LEAST_GAIN, Cell, best_entry, cells_of
+from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, ranked
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
 LEAST_GAIN_TO_TRY = 0.96
+# Plans of a cell that are tried: predictions rank ways to divide the device no better.
+MOST_TO_TRY = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,28 +33,33 @@ class FoundPlan:
     Attributes:
         cell: The batches.
         part: Their part of the run's time.
-        entry: The plan and its range; None if nothing wins there.
         gain: Time sequentially / under the best plan, as predicted.
-        measured_gain: The same on a device; None if it was not tried.
+        plans: The plans that may win there, the best one first; none if nothing does.
+        measured_gain: Of the first of them on a device; None if none was tried.
     """
 
     cell: Cell
     part: float
-    entry: PlanEntry | None
     gain: float
+    plans: tuple[PipelinePlan, ...]
     measured_gain: float | None = None
+
+    @property
+    def entry(self) -> PlanEntry | None:
+        """The best plan and its range; None if nothing wins there."""
+        return entry_of(self.plans[0], self.cell) if self.plans else None
 
     @property
     def saved(self) -> float:
         """Part of the run's time that the plan saves: as measured, else as predicted."""
-        if self.entry is None:
-            return 0.0
-        return self.part * (1.0 - 1.0 / (self.gain if self.measured_gain is None else self.measured_gain))
+        gain = self.gain if self.measured_gain is None else self.measured_gain
+        return self.part * (1.0 - 1.0 / gain) if self.plans else 0.0
 
-    def confirmed(self, measured_gain: float) -> FoundPlan:
-        """With what a device says; the plan stays only if it wins there too."""
-        entry = self.entry if measured_gain >= LEAST_GAIN else None
-        return replace(self, entry=entry, measured_gain=measured_gain)
+    def confirmed(self, gains: Sequence[float]) -> FoundPlan:
+        """With what a device says of each plan; the best stays, if it wins there too."""
+        best = max(range(len(gains)), key=lambda place: gains[place])
+        plans = self.plans[best : best + 1] if gains[best] >= LEAST_GAIN else ()
+        return replace(self, plans=plans, measured_gain=gains[best])
 
 
 def search_book(
@@ -62,6 +69,7 @@ def search_book(
     max_batch_tokens: int,
     time_limit_s: float,
     least_gain: float = LEAST_GAIN,
+    most: int = 1,
 ) -> Iterator[FoundPlan]:
     """Cell after cell, those that take the most time first, each as soon as it has been searched.
 
@@ -71,6 +79,7 @@ def search_book(
         max_batch_tokens: The token budget.
         time_limit_s: For one cell at most.
         least_gain: What a plan must be predicted to win; less than 1 for plans that will be tried.
+        most: Plans of a cell, at most.
     """
     model = IterationModel(profile)
     sequential_s: dict[BatchShape, float] = {}
@@ -91,5 +100,10 @@ def search_book(
         result = Search(profile, cell.middle, time_limit_s=time_limit_s, is_quick=True).run()
         for plan in (result.plan, *(attempt.plan for attempt in result.attempts)):
             plans[plan.digest] = plan
-        entry, gain = best_entry(plans.values(), cell, predict, least_gain)
-        yield FoundPlan(cell=cell, part=cell.time_s / total_s, entry=entry, gain=gain)
+        best = ranked(plans.values(), cell, predict)[:most]
+        yield FoundPlan(
+            cell=cell,
+            part=cell.time_s / total_s,
+            gain=best[0][0] if best else 1.0,
+            plans=tuple(plan for gain, plan in best if gain >= least_gain),
+        )

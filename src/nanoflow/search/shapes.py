@@ -118,17 +118,16 @@ def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
     return sequential_s / sum(predict(shape, plan) for shape in cell.shapes)
 
 
-def best_entry(
-    plans: Iterable[PipelinePlan], cell: Cell, predict: Predict, least_gain: float = LEAST_GAIN
-) -> tuple[PlanEntry | None, float]:
-    """The cell with the plan that wins most in it, and that gain; no entry if it is less than `least_gain`."""
+def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[tuple[float, PipelinePlan]]:
+    """Plans of the cell's size that overlap, each with its gain there, the best one first."""
     fitting = [plan for plan in plans if plan.num_tokens == cell.max_tokens and len(plan.lanes) > 1]
-    gains = [(gain_of(plan, cell, predict), place) for place, plan in enumerate(fitting)]
-    gain, place = max(gains, default=(1.0, 0))
-    if not fitting or gain < least_gain:
-        return None, gain
-    entry = PlanEntry(
-        plan=fitting[place],
+    return sorted(((gain_of(plan, cell, predict), plan) for plan in fitting), key=lambda found: -found[0])
+
+
+def entry_of(plan: PipelinePlan, cell: Cell) -> PlanEntry:
+    """The cell with a plan."""
+    return PlanEntry(
+        plan=plan,
         min_tokens=cell.min_tokens,
         max_tokens=cell.max_tokens,
         min_decode_share=cell.decode_share[0],
@@ -136,4 +135,3 @@ def best_entry(
         min_decode_context=cell.decode_context[0],
         max_decode_context=cell.decode_context[1],
     )
-    return entry, gain
