@@ -76,18 +76,18 @@ class Interference:
         curve = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
         if curve is None:
             return share
-        return max(_at(curve, share) * self._size_factor(mechanism, op, share, num_tokens), _LEAST)
+        here = self._kept_alone(mechanism, op.name, share, num_tokens)
+        if here is None:
+            return max(_at(curve, share), _LEAST)
+        # On less than any pair had, it loses to the other as much as it did there.
+        of_pair = max(share, min(share for share, kept in curve if kept > 0))
+        there = self._kept_alone(mechanism, op.name, of_pair, self._pair_tokens.get(op.name, num_tokens))
+        return max(here * _at(curve, of_pair) / (there or 1.0), _LEAST)
 
     def performance_alone(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         """P of an operation on a share while nothing runs beside it; as beside another where that is all there is."""
         kept = self._kept_alone(mechanism, op.name, share, num_tokens)
         return self.performance(mechanism, op, share, num_tokens) if kept is None else max(kept, _LEAST)
-
-    def _size_factor(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
-        """What it keeps alone on the share at its size / at the size of its pair."""
-        here = self._kept_alone(mechanism, op.name, share, num_tokens)
-        there = self._kept_alone(mechanism, op.name, share, self._pair_tokens.get(op.name, num_tokens))
-        return 1.0 if here is None or there is None else here / there
 
     def _kept_alone(self, mechanism: Mechanism, operation: str, share: float, num_tokens: int) -> float | None:
         """At the next larger measured size, or the largest."""

@@ -17,7 +17,7 @@ import torch
 from nanoflow.device.lanes import SM_GROUP, Carveout, LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.steps import Step
-from nanoflow.graph.operation import Resource
+from nanoflow.graph.operation import LinearDims
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
@@ -114,7 +114,7 @@ class GpuLanes:
 
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
         """A lane on the whole device is the current stream, so it is not opened."""
-        is_first = any(step.op.resource is Resource.COMPUTE for step in steps if step.lane == lane.name)
+        is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
         sides: dict[Mechanism, Callable[[], tuple[LaneStream, Kernels]]] = {
             Mechanism.STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
             Mechanism.PARTITION: lambda: partitions.side(lane.share, is_first=is_first),

@@ -132,7 +132,9 @@ def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
         sizes = [count for count in _PART_TOKENS if count < pair.first.num_tokens and not pair.first.num_requests]
         for first in (*(replace(pair.first, num_tokens=count) for count in sizes), pair.first):
             found.append(PartTask(task=first, num_sms=num_sms - pair.second_sms, is_first=True))
-        found.append(PartTask(task=pair.second, num_sms=pair.second_sms))
+        # Prefill attention may also run on the second lane, one after the other with decode attention.
+        seconds = (pair.second, pair.first) if pair.first.num_requests else (pair.second,)
+        found += [PartTask(task=second, num_sms=pair.second_sms) for second in seconds]
     # Those of one operation and size one after the other: they share their tensors.
     order = list(dict.fromkeys(part.task for part in found))
     return sorted(dict.fromkeys(found), key=lambda part: order.index(part.task))

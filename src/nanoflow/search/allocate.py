@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from nanoflow.cost.interference import Interference
 from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w
 from nanoflow.cost.table import Setup
-from nanoflow.graph.operation import Resource
+from nanoflow.graph.operation import OpKind, Resource
 from nanoflow.plan.plan import Mechanism
 from nanoflow.search.problem import Problem, Task
 from nanoflow.search.structure import Effort, Program, Row, Schedule, Solution, add_dependencies, shifted
@@ -131,22 +131,45 @@ class Division:
     shares: tuple[float, ...]
     least_period_s: float
 
+    @property
+    def name(self) -> str:
+        """In words."""
+        prefills = {task.group.resource for task in self.problem.tasks if _is_prefill(task)}
+        return f"{self.mechanism} {self.share:.2f}" + (", attentions together" if Resource.MEMORY in prefills else "")
+
 
 def divisions(problem: Problem, interference: Interference) -> list[Division]:
     """Every way to divide the device that pairs were measured with, the most even first; none beside collectives.
 
-    On plain streams a share is a result, not a way.
+    On plain streams a share is a result, not a way. Prefill attention runs beside decode attention, with the products,
+    or one after the other with it, beside the products: whichever evens out the two parts.
     """
     if Resource.NETWORK in {task.group.resource for task in problem.tasks}:
         return []
     found = [
-        _divide(problem, interference, mechanism, share)
+        _divide(variant, interference, mechanism, share)
+        for variant in dict.fromkeys((problem, _attentions_together(problem)))
         for mechanism in interference.mechanisms
         if mechanism is not Mechanism.STREAM
         for share in interference.shares(mechanism, Resource.COMPUTE)
         if share < 1.0
     ]
     return sorted(found, key=lambda division: division.least_period_s)
+
+
+def _attentions_together(problem: Problem) -> Problem:
+    """The problem with prefill attention on the lane of decode attention."""
+    tasks = tuple(
+        replace(task, group=replace(task.group, resource=Resource.MEMORY))
+        if _is_prefill(task) and task.cost.time_s > 0
+        else task
+        for task in problem.tasks
+    )
+    return replace(problem, tasks=tasks)
+
+
+def _is_prefill(task: Task) -> bool:
+    return task.group.operations[0].kind is OpKind.PREFILL_ATTENTION
 
 
 def _divide(problem: Problem, interference: Interference, mechanism: Mechanism, share: float) -> Division:

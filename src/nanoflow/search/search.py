@@ -35,6 +35,9 @@ _ALLOCATION_NODES = 2500
 _MAX_ALLOCATIONS = 3
 # Idle compute, as a part of the period, above which more nano-batches are tried.
 _BUBBLE = 0.01
+# Ways to divide the device are followed as far as they might be so much slower than the best one: a prediction tells no
+# more than that.
+_CLOSE = 1.04
 # What a plan must win under the simulator.
 _LEAST_GAIN = 0.005
 
@@ -201,13 +204,13 @@ class Search:
         """The device divided in two once, ordered anew for each way to divide it; the most even one first."""
         best_s = math.inf
         for even in divisions(candidate.problem, interference):
-            if even.least_period_s >= best_s or self._left_s() <= 0:
+            if even.least_period_s >= best_s * _CLOSE or self._left_s() <= 0:
                 break
             effort = Effort(num_nodes=_STRUCTURE_NODES, time_limit_s=max(self._left_s(), 0.1))
             schedule = solve_structure(even.problem, max_stages=_MAX_STAGES, effort=effort)
             if schedule is not None:
                 allocation = Allocation(mechanism=even.mechanism, schedule=schedule, shares=even.shares)
-                attempt = self._attempt(candidate, allocation, f"{even.mechanism} {even.share:.2f}, {candidate.label}")
+                attempt = self._attempt(even.problem, allocation, f"{even.name}, {candidate.label}")
                 best_s = min(best_s, attempt.makespan_s)
                 yield attempt
 
@@ -227,13 +230,12 @@ class Search:
             if allocation is None:
                 self._report(f"{candidate.label}, {mechanism}: no shares found in time")
                 continue
-            yield self._attempt(candidate, allocation, f"{mechanism}, {candidate.label}")
+            yield self._attempt(candidate.problem, allocation, f"{mechanism}, {candidate.label}")
 
-    def _attempt(self, candidate: _Candidate, allocation: Allocation, name: str) -> Attempt:
-        graph = candidate.problem.graph
-        plan = emit(candidate.problem, allocation, name)
-        plan.validate(graph)
-        makespan_s = self._makespan_s(graph, plan)
+    def _attempt(self, problem: Problem, allocation: Allocation, name: str) -> Attempt:
+        plan = emit(problem, allocation, name)
+        plan.validate(problem.graph)
+        makespan_s = self._makespan_s(problem.graph, plan)
         self._report(
             f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted, {allocation.schedule.period_s * 1e6:,.1f} us "
             f"planned, gap {allocation.schedule.gap:.1%}"

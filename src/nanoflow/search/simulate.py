@@ -192,8 +192,8 @@ class PlanSimulator:
         )
 
     def _energy_ratio(self, running: Sequence[_Item]) -> float:
-        """Of the pair; the first of a measured pair is the one nearest to compute."""
-        first = min(running, key=lambda item: _PRECEDENCE[lane_of(item.op)])
+        """Of the pair; the first of a measured pair is the one nearest to compute, and on the larger share."""
+        first = min(running, key=lambda item: (_PRECEDENCE[lane_of(item.op)], -item.lane.share))
         return self._interference.energy_ratio(first.lane.mechanism, first.lane.share)
 
     def _span(self, item: _Item, work: _Work) -> Span:
