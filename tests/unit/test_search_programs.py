@@ -244,10 +244,8 @@ def test_prefill_attention_goes_where_it_evens_out_the_parts() -> None:
     """On halves at half speed products take 8 and attentions 4, or 6 and 6; on streams there is nothing to choose."""
     case = problem([("qkv_proj", 0, 3.0), ("prefill_attention", 0, 1.0), ("decode_attention", 0, 2.0)], [])
     found = divisions(case, interference([(0.5, 0.5, 0.5)]))
-    assert [(each.name, each.least_period_s) for each in found] == [
-        ("partition 0.50, attentions together", pytest.approx(6.0)),
-        ("partition 0.50", pytest.approx(8.0)),
-    ]
+    assert [each.name for each in found] == ["partition 0.50, attentions together", "partition 0.50"]
+    assert [each.least_period_s for each in found] == pytest.approx([6.0, 8.0])
     assert found[0].shares == (0.5, 0.5, 0.5) and found[1].problem.tasks[1].group.resource is Resource.COMPUTE
     without = problem([("qkv_proj", 0, 3.0), ("decode_attention", 0, 2.0)], [])
     assert [each.name for each in divisions(without, interference([(0.5, 0.5, 0.5)]))] == ["partition 0.50"]

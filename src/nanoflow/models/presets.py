@@ -32,18 +32,15 @@ _LLAMA_3 = {
     "rope_theta": 500000.0,
     "eos_token_id": 128001,
 }
-_LLAMA_3_2 = {
-    **_LLAMA_3,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+_ROPE_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
+_LLAMA_3_1 = {**_LLAMA_3, "max_position_embeddings": 131072, "rope_scaling": _ROPE_SCALING}
+_LLAMA_3_2 = {**_LLAMA_3_1, "tie_word_embeddings": True, "rope_scaling": {**_ROPE_SCALING, "factor": 32.0}}
 _QWEN_2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "torch_dtype": "bfloat16",
@@ -82,6 +79,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "llama-3-8b": {
         **_LLAMA_3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.1-8b": {
+        **_LLAMA_3_1,
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,

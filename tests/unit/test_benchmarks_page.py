@@ -1,0 +1,67 @@
+"""docs/benchmarks.md: up to date, and made of whatever records there are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from benchmarks.ladder import make_ladder
+
+from tests.unit.test_ablation import PREDICTIONS, RECORDS
+
+ROOT = Path(__file__).resolve().parents[2]
+Page = Callable[[Path, Path], str]
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Page:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmarks_page
+
+    return benchmarks_page.page
+
+
+def test_the_page_is_up_to_date() -> None:
+    command = [sys.executable, "tools/benchmarks_page.py", "--check"]
+    check = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+def test_without_records_there_is_no_table(page: Page, tmp_path: Path) -> None:
+    text = page(tmp_path, tmp_path)
+    assert text.startswith("# Benchmarks") and "##" not in text and "|" not in text
+
+
+def test_a_ladder_is_shown_with_its_predictions(page: Page, tmp_path: Path) -> None:
+    folder = tmp_path / "ladder"
+    folder.mkdir()
+    ladder = make_ladder(RECORDS, PREDICTIONS)
+    (folder / "ladder_llama-3-8b.json").write_bytes(msgspec.json.encode(ladder))
+    (tmp_path / "overlap.svg").write_text("<svg/>")
+    text = page(tmp_path, tmp_path)
+    assert "## Whole runs" not in text
+    assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text
+    assert "**64/8**, 10 requests; serial bound 1,250, optimum 2,000 tokens/s:" in text
+    assert "| partition | 1,110 (1,100 to 1,120) | 1.110 | 1.050 | 55.5 | 88.8 | 20.0 | 22 | 75% | 1 |" in text
+    assert "| nano-batches | 900 (900 to 900) | 0.900 |  | 45.0 |" in text, "what was not predicted is left empty"
+    assert "| 64/8 | partition | 1,110 | 1,050 | -5.4% | 1.110 | 1.050 | -0.060 | 20.0 | 21.0 |" in text
+    assert "| 64/8 | nano-batches" not in text, "nor is there a row that compares it"
+    assert "(../benchmarks/results/ladder/ladder_llama-3-8b.json)" in text
+    assert text.count("![") == 1 and "(pictures/overlap.svg)" in text
+
+
+def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:
+    results = ROOT / "benchmarks/results"
+    for name in ("throughput_llama-3-8b_512-512.json", "peers.json"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    text = page(tmp_path, tmp_path)
+    (row,) = (line for line in text.splitlines() if line.startswith("| llama-3-8b"))
+    peers = json.loads((results / "peers.json").read_text())
+    assert f"{peers['throughput'][0]['total_tokens_per_s']:,}" in row and "## The ablation ladder" not in text
+    (tmp_path / "peers.json").unlink()
+    assert "the peer is" not in page(tmp_path, tmp_path)

@@ -1,0 +1,238 @@
+"""Write docs/benchmarks.md from the records under benchmarks/results: whole runs, and the ablation ladders.
+
+Run after adding a result: `python tools/benchmarks_page.py`. With `--check` it changes nothing and fails if the page is
+out of date; a test does that. What has no record is not mentioned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from docs import ROOT, identity, spread
+
+PAGE = ROOT / "docs/benchmarks.md"
+RESULTS = ROOT / "benchmarks/results"
+PICTURES = {
+    "sequential.svg": "The sequential plan, predicted and in a profiler's trace",
+    "nano-batches.svg": "Nano-batches on one lane",
+    "stream.svg": "Plain streams",
+    "beside.svg": "Kernels beside each other on every multiprocessor",
+    "partition.svg": "Disjoint multiprocessors",
+    "overlap.svg": "A searched plan for disjoint multiprocessors, predicted",
+    "searched.svg": "A plan of the searched book",
+}
+
+Document = dict[str, Any]
+
+_INTRO = """\
+# Benchmarks
+
+<!-- Written by tools/benchmarks_page.py from benchmarks/results; do not edit. -->
+
+Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`. Requests are
+there all at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and
+output tokens, from the first request to the last token. The *serial bound* is what a perfect engine without overlap
+would reach, every operation alone at its measured rate; the *optimum* is its products alone."""
+
+_LADDER = """\
+The same requests under one plan book after the other (`python -m benchmarks.ablation`): `sequential` has no plan;
+`nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything; `stream`,
+`beside` and `partition` run, for each kind of batch, the best plan of that mechanism, even where it is predicted to
+lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Planned* is the part of the
+iterations that did not run sequentially, *plans* how many the book has. The prediction is a simulation of the whole run
+from the profile (`bench/simulation.py`)."""
+
+
+def main() -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    args, wanted = parser.parse_args(), page(RESULTS)
+    if not args.check:
+        PAGE.write_text(wanted)
+    elif not PAGE.exists() or PAGE.read_text() != wanted:
+        raise SystemExit("docs/benchmarks.md is out of date: run python tools/benchmarks_page.py")
+
+
+def page(results: Path, pictures: Path | None = None) -> str:
+    """The page, of the records in a folder and the pictures there are."""
+    peers = _read(results / "peers.json") if (results / "peers.json").exists() else None
+    runs = [(path.name, _read(path)) for path in sorted(results.glob("throughput_*.json"))]
+    parts = [_INTRO]
+    if runs:
+        parts += ["## Whole runs", "\n".join(run_lines(runs, peers))]
+    ladders = [(path, _read(path)) for path in sorted(results.rglob("ladder_*.json"))]
+    if ladders:
+        parts += ["## The ablation ladder", _LADDER]
+    for path, ladder in ladders:
+        parts += list(ladder_parts(path.relative_to(results), ladder))
+    drawn = list(picture_parts(pictures or ROOT / "docs/pictures"))
+    if drawn:
+        parts += ["## Timelines", *drawn]
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(path: Path) -> Document:
+    document: Document = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def run_lines(runs: Sequence[tuple[str, Document]], peers: Document | None) -> Iterator[str]:
+    """The table of whole runs; a peer's rate stands beside ours where it ran the same requests."""
+    peer = "" if peers is None else f"; the peer is {peers['peer']} on {peers['hardware']}"
+    yield f"Median (least to most) of the repeats{peer}."
+    yield ""
+    yield from _table(_RUN_HEADINGS, [_run_row(name, run, peers) for name, run in runs])
+
+
+def _run_row(name: str, run: Document, peers: Document | None) -> list[str]:
+    rates, model = _values(run, "total_tokens_per_s"), run["model"]
+    entry = next((each for each in (peers or {"throughput": []})["throughput"] if _is_same(each, run)), None)
+    return [
+        f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights",
+        run["workload"]["workload"],
+        f"{run['workload']['num_requests']:,}",
+        run["plan"].split()[0],
+        spread(rates, ",.0f", ""),
+        spread(_values(run, "energy_per_token_j", 1e3), ".1f", ""),
+        spread(_values(run, "share_of_serial", 100), ".1f", ""),
+        spread(_values(run, "share_of_optimal", 100), ".1f", ""),
+        "" if entry is None else f"{entry['total_tokens_per_s']:,}",
+        "" if entry is None else f"{median(rates) / entry['total_tokens_per_s']:.2f}",
+        place_of(run["machine"]),
+        f"[JSON](../benchmarks/results/{name})",
+    ]
+
+
+def place_of(machine: Document) -> str:
+    """The GPU, or the processor of a machine that has none."""
+    if not machine["gpus"]:
+        return str(machine["cpu_name"])
+    gpu = machine["gpus"][0]
+    power = "" if gpu["power_limit_w"] is None else f", {gpu['power_limit_w']:.0f} W"
+    return f"{gpu['name']}{power}, driver {gpu['driver_version']}"
+
+
+def _is_same(entry: Document, run: Document) -> bool:
+    wanted = {"model": run["model"]["name"], **identity(run["workload"])}
+    return all(entry[key] == value for key, value in wanted.items())
+
+
+def _values(run: Document, name: str, factor: float = 1.0) -> list[float]:
+    values = [repeat.get(name) for repeat in run["repeats"]]
+    return [value * factor for value in values if value is not None]
+
+
+def ladder_parts(path: Path, ladder: Document) -> Iterator[str]:
+    """One ladder: where it was measured, a table a workload, and measured beside predicted."""
+    options, packages = ladder["options"], ladder["software"]["packages"]
+    yield f"### {ladder['model'].removeprefix('preset:')} on {place_of(ladder['machine'])}"
+    yield (
+        f"{ladder['weights'].capitalize()} weights, {options['dtype']}, token budget {options['max_batch_tokens']:,}, "
+        f"at most {options['max_num_seqs']:,} requests at once; torch {packages['torch']}, "
+        f"CUDA {ladder['software']['cuda']}, triton {packages['triton']}; revision "
+        f"{', '.join(map(_short, ladder['git_revisions']))}; [JSON](../benchmarks/results/{path.as_posix()})."
+    )
+    for workload in ladder["workloads"]:
+        yield _heading(workload)
+        yield "\n".join(_table(_RUNG_HEADINGS, [_rung_row(rung) for rung in workload["rungs"]]))
+    rows = [row for workload in ladder["workloads"] for row in _predicted_rows(workload)]
+    if rows:
+        yield "**Measured and predicted**"
+        yield "\n".join(_table(_PREDICTED_HEADINGS, rows))
+
+
+_RUN_HEADINGS = (
+    *("model", "workload", "requests", "plan", "tokens/s", "mJ/token", "% of serial", "% of optimum"),
+    *("peer", "ratio", "hardware", "record"),
+)
+_RUNG_HEADINGS = (
+    *("rung", "tokens/s, mean (least to most)", "of sequential", "predicted", "% of optimum", "% of serial"),
+    *("mJ/token", "W", "planned", "plans"),
+)
+_PREDICTED_HEADINGS = (
+    *("workload", "rung", "tokens/s", "predicted", "error", "of sequential", "predicted", "difference"),
+    *("mJ/token", "predicted"),
+)
+
+
+def _heading(workload: Document) -> str:
+    text = f"**{workload['workload']}**, {workload['num_requests']:,} requests"
+    if workload["serial_tokens_per_s"] is None:
+        return f"{text}:"
+    serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
+    return f"{text}; serial bound {serial:,.0f}, optimum {optimal:,.0f} tokens/s:"
+
+
+def _rung_row(rung: Document) -> list[str]:
+    repeats = rung["total_tokens_per_s_repeats"]
+    wrong = [f"{rung[key]} {word}" for key, word in (("num_failed", "FAILED"), ("num_short", "SHORT")) if rung[key]]
+    return [
+        " ".join([rung["rung"], *wrong]),
+        f"{rung['total_tokens_per_s']:,.0f} ({min(repeats):,.0f} to {max(repeats):,.0f})",
+        _number(rung["ratio_to_sequential"], ".3f"),
+        _number(rung["predicted_ratio"], ".3f"),
+        _number(rung["share_of_optimal"], ".1f", 100),
+        _number(rung["share_of_serial"], ".1f", 100),
+        _number(rung["energy_per_token_j"], ".1f", 1e3),
+        _number(rung["power_w"], ".0f"),
+        _number(rung["planned_part"], ".0%"),
+        str(len(rung["plans"])),
+    ]
+
+
+def _predicted_rows(workload: Document) -> Iterator[list[str]]:
+    for rung in workload["rungs"]:
+        rate, predicted = rung["total_tokens_per_s"], rung["predicted_tokens_per_s"]
+        ratio, predicted_ratio = rung["ratio_to_sequential"], rung["predicted_ratio"]
+        if predicted is not None:
+            is_compared = None not in (ratio, predicted_ratio)
+            yield [
+                workload["workload"],
+                rung["rung"],
+                f"{rate:,.0f}",
+                f"{predicted:,.0f}",
+                f"{predicted / rate - 1:+.1%}",
+                _number(ratio, ".3f"),
+                _number(predicted_ratio, ".3f"),
+                f"{predicted_ratio - ratio:+.3f}" if is_compared else "",
+                _number(rung["energy_per_token_j"], ".1f", 1e3),
+                _number(rung["predicted_energy_per_token_j"], ".1f", 1e3),
+            ]
+
+
+def picture_parts(folder: Path) -> Iterator[str]:
+    """The pictures that are there, as `nanoflow plan show --svg` draws them."""
+    there = [(name, caption) for name, caption in PICTURES.items() if (folder / name).exists()]
+    if there:
+        yield (
+            "Three layers each, lanes by time, as `nanoflow plan show PLAN --profile PROFILE --svg FILE` draws them:\n"
+            "which operation runs on which nano-batch beside what, and the use of each resource below."
+        )
+    for name, caption in there:
+        yield f"{caption}:"
+        yield f"![{caption}](pictures/{name})"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(headings)} |"
+    yield "|---" * len(headings) + "|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _short(revision: str) -> str:
+    commit, dash, rest = revision.partition("-")
+    return commit[:12] + dash + rest
+
+
+def _number(value: float | None, digits: str, factor: float = 1.0) -> str:
+    return "" if value is None else format(value * factor, digits)
+
+
+if __name__ == "__main__":
+    main()
