@@ -56,23 +56,22 @@ def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants
 
 
 def main(place: int) -> None:
-    """Print a report of each kernel, with a bias where there can be one, which takes the most."""
+    """Print a report of each kernel, with a bias and an addend where there can be one, which takes the most."""
     tiles = BESIDE_TILES[place]
-    reports = []
-    for is_added, cut in ((False, tiles), (True, with_addend(tiles))):
-        boxes = {
-            "x": box(cut.block_m, cut.block_k),
-            "weight": box(cut.block_n, cut.block_k),
-            "rest_weight": "constexpr",
-            "bias": "*bf16",
-            "out": box(cut.block_m, cut.store_n),
-        }
-        constants = {"BLOCK_N": cut.block_n, "STORE_N": cut.store_n, "IS_ADDED": is_added}
-        whole = {"rest_weight": None, "REST_N": 0, "IS_FLAT": cut.is_flat}
-        reports.append(compiled(_linear, cut, {**boxes, **_SIZES}, {**constants, **whole}))
-        split = {name: kind for name, kind in boxes.items() if name != "rest_weight"}
-        split |= {"sums": "*fp32", "flags": "*i32", **_SIZES, "num_splits": "i32"}
-        reports.append(compiled(_linear_split_k, cut, split, {**constants, "NUM_THREADS": 32 * cut.num_warps}))
+    cut = with_addend(tiles)
+    boxes = {
+        "x": box(cut.block_m, cut.block_k),
+        "weight": box(cut.block_n, cut.block_k),
+        "rest_weight": "constexpr",
+        "bias": "*bf16",
+        "out": box(cut.block_m, cut.store_n),
+    }
+    constants = {"BLOCK_N": cut.block_n, "STORE_N": cut.store_n, "IS_ADDED": True}
+    whole = {"rest_weight": None, "REST_N": 0, "IS_FLAT": cut.is_flat}
+    reports = [compiled(_linear, cut, {**boxes, **_SIZES}, {**constants, **whole})]
+    split = {name: kind for name, kind in boxes.items() if name != "rest_weight"}
+    split |= {"sums": "*fp32", "flags": "*i32", **_SIZES, "num_splits": "i32"}
+    reports.append(compiled(_linear_split_k, cut, split, {**constants, "NUM_THREADS": 32 * cut.num_warps}))
     half, store_half = tiles.block_n // 2, tiles.store_n // 2
     boxes = {
         "x": box(tiles.block_m, tiles.block_k),
