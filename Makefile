@@ -22,7 +22,7 @@ demo: $(VENV)/.installed  ## Serve the embedded model and ask it through the off
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed  ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # threads that wait for each other take longer than one
 
 lint: $(VENV)/.installed  ## Check style, types and the layers between packages
 	$(BIN)/ruff format --check .
