@@ -49,11 +49,6 @@ class Engine:
             self._scheduler.abort(request_id)
 
     @property
-    def worker(self) -> Worker:
-        """Where batches run."""
-        return self._worker
-
-    @property
     def has_work(self) -> bool:
         """True while a step can make progress."""
         return self._scheduler.has_unfinished or bool(self._in_flight)
