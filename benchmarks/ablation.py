@@ -1,8 +1,9 @@
 """The ablation ladder: the same requests sequentially, in nano-batches, overlapped by each mechanism, and as searched.
 
 A rung is a plan book: none (`sequential`), every batch cut in two on one lane (`nano-batches`), the best plan of one
-mechanism wherever there is something to overlap, even if it is predicted to lose (`partition`, `stream`, `beside`: what
-the profile has pairs of), and the book that `nanoflow search` makes (`searched`). From the root of the repository:
+mechanism wherever there is something to overlap, even if it is predicted to lose (`partition`, `stream`, `beside`,
+`inside`: what the profile has pairs of), and the book that `nanoflow search` makes (`searched`). From the root of the
+repository:
 
     python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json
 

@@ -17,7 +17,7 @@ from nanoflow.config import ConfigError
 LADDER_VERSION = 1
 SEQUENTIAL, NANO_BATCHES, SEARCHED = "sequential", "nano-batches", "searched"
 # From the baseline upwards.
-RUNGS = (SEQUENTIAL, NANO_BATCHES, "stream", "beside", "partition", SEARCHED)
+RUNGS = (SEQUENTIAL, NANO_BATCHES, "stream", "beside", "partition", "inside", SEARCHED)
 # What makes two runs comparable: of the workload, and of the engine.
 _ASKED, _ENGINE = ("num_requests", "seed"), ("max_batch_tokens", "max_num_seqs", "gpu_memory_utilization", "dtype")
 

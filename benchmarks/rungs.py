@@ -31,6 +31,7 @@ from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.allocate import Allocation, divisions
 from nanoflow.search.books import search_book
 from nanoflow.search.emit import emit
+from nanoflow.search.inside import inside_plan
 from nanoflow.search.iteration import IterationModel, Recorded, graphs_of
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.shapes import cells_of, entry_of, ranked
@@ -247,6 +248,10 @@ def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Itera
     graph = graphs_of(profile)[0]
     middle = middle_of(shape.num_tokens)
     if not 0.2 <= middle / shape.num_tokens <= 0.8:
+        return
+    if mechanism is Mechanism.INSIDE:
+        shares = Interference(profile, graph).inside.shares
+        yield from (inside_plan(graph, shape.num_tokens, middle, share) for share in shares)
         return
     splits = {group.name: (middle,) for group in groups_of(graph)}
     problem = make_problem(graph, CostTable(profile, graph), shape, splits)

@@ -76,7 +76,14 @@ _COMMON: dict[str, Any] = {
 
 
 def make_model(
-    family: str, folder: Path, *, seed: int = 0, tied: bool = False, dtype: str = "float32", std: float = 0.3
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    tied: bool = False,
+    dtype: str = "float32",
+    std: float = 0.3,
+    **changes: Any,
 ) -> Path:
     """Write a tiny random model, without a tokenizer.
 
@@ -87,6 +94,7 @@ def make_model(
         tied: Whether the output projection is the embedding.
         dtype: "float32", "bfloat16" or "float16", of the file.
         std: Standard deviation of the matrices; a small one makes a model that rounding errors do not upset.
+        changes: Of the configuration.
 
     Returns:
         The folder.
@@ -95,7 +103,7 @@ def make_model(
     import transformers
 
     made = FAMILIES[family]
-    options = {**_COMMON, **made.options, "tie_word_embeddings": tied, "dtype": dtype}
+    options = {**_COMMON, **made.options, **changes, "tie_word_embeddings": tied, "dtype": dtype}
     config = getattr(transformers, made.config_class)(**options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)

@@ -12,11 +12,13 @@ if not torch.cuda.is_available():
 
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
+from nanoflow.kernels.carrier import can_carry
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
-from tests.driving import greedy, random_prompts, run_model
+from nanoflow.search.inside import inside_plan
+from tests.driving import Run, greedy, random_prompts, run_model
 from tests.families import make_model
 from tests.plans import ping_pong_plan
 
@@ -55,6 +57,10 @@ def test_lanes_differ_only_where_tokens_nearly_tie(tmp_path: Path, cuda_graphs: 
     params = greedy(MAX_TOKENS, logprobs=5)
     ours = run_model(folder, PROMPTS, params, **options, cuda_graphs=cuda_graphs, plan=str(path))
     theirs = run_model(folder, PROMPTS, params, **options)
+    assert_nearly_equal(ours, theirs)
+
+
+def assert_nearly_equal(ours: Run, theirs: Run) -> None:
     num_equal = 0
     for our_tokens, our_top, their_tokens, their_top in zip(
         ours.tokens, ours.top_tokens, theirs.tokens, theirs.top_tokens, strict=True
@@ -66,3 +72,21 @@ def test_lanes_differ_only_where_tokens_nearly_tie(tmp_path: Path, cuda_graphs: 
             continue
         assert our_tokens[place] in their_top[place] and their_tokens[place] in our_top[place]
     assert num_equal >= len(PROMPTS) // 4
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("budget", [64, 256])
+def test_attention_inside_products_differs_only_where_tokens_nearly_tie(
+    tmp_path: Path, cuda_graphs: bool, budget: int
+) -> None:
+    """As above; batches are smaller than the plan too, so that some products carry nothing."""
+    folder = make_model("llama3", tmp_path, seed=1, dtype="bfloat16", std=0.12, head_dim=64)
+    graph = build_graph(load(folder), None)
+    if not can_carry(torch.device("cuda"), torch.bfloat16, graph.attention):
+        pytest.skip("products of this GPU carry nothing")
+    path = tmp_path / "plan.json"
+    path.write_bytes(inside_plan(fuse_swiglu(graph), budget, 40, 0.8).to_json())
+    options = {"device": "cuda", "max_batch_tokens": budget, "dtype": "bfloat16", "max_num_seqs": len(PROMPTS)}
+    params = greedy(MAX_TOKENS, logprobs=5)
+    ours = run_model(folder, PROMPTS, params, **options, cuda_graphs=cuda_graphs, plan=str(path))
+    assert_nearly_equal(ours, run_model(folder, PROMPTS, params, **options))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from nanoflow.engine.warmup import warm_up_batches
+from nanoflow.engine.warmup import plan_batches, warm_up_batches
 from nanoflow.executor.captured import Buckets
 from nanoflow.executor.inputs import BatchSize
 from nanoflow.executor.layout import lay_out
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
+from nanoflow.plan.book import PlanBook, PlanEntry
+from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.scheduler.limits import SchedulerLimits
 
 
@@ -40,3 +44,29 @@ def test_nothing_is_written_and_nothing_exceeds_the_limits() -> None:
             assert batch.num_tokens <= limits.max_batch_tokens and batch.num_requests <= limits.max_num_seqs
             assert batch.context_len.max() <= limits.max_model_len
             assert batch.page_tables.shape[1] <= -(-limits.max_model_len // limits.page_size)
+
+
+def test_every_plan_is_met_once_on_a_batch_that_it_is_for() -> None:
+    graph = build_graph(preset_config("llama-3-8b"), None)
+    whole, half = nanobatch_plan(graph, 512, [256]), nanobatch_plan(graph, 256, [128])
+    book = PlanBook(
+        fallback=sequential_plan(graph, 1024),
+        entries=(
+            PlanEntry(plan=whole, min_tokens=400, max_tokens=512, min_decode_share=0.2, max_decode_share=0.5),
+            PlanEntry(plan=half, min_tokens=200, max_tokens=250, min_decode_share=1.0),
+            PlanEntry(plan=whole, min_tokens=400, max_tokens=448, min_decode_share=0.0, max_decode_share=0.0),
+        ),
+    )
+    found = {plan.digest: batch for batch, plan in plan_batches(book, _limits(1024, 300, 4096))}
+    assert found.keys() == {whole.digest, half.digest}
+    mixed, decodes = found[whole.digest], found[half.digest]
+    assert (mixed.num_tokens, mixed.num_decodes, mixed.num_requests) == (512, 256, 257)
+    assert (decodes.num_tokens, decodes.num_decodes, decodes.num_requests) == (250, 250, 250)
+    assert mixed.positions[-1] == mixed.context_len[-1] - 1 == 255 and (mixed.slots == -1).all()
+
+
+def test_plans_that_the_limits_leave_no_batch_for_are_not_met() -> None:
+    graph = build_graph(preset_config("llama-3-8b"), None)
+    entry = PlanEntry(plan=nanobatch_plan(graph, 512, [256]), min_tokens=400, max_tokens=512)
+    book = PlanBook(fallback=sequential_plan(graph, 256), entries=(entry,))
+    assert not list(plan_batches(book, _limits(256, 300, 4096)))

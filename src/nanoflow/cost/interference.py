@@ -7,7 +7,7 @@ other waves than on the whole, which differ from size to size, so a curve is cor
 on that share at its own size, where that was measured. It also is what it keeps while nothing runs beside it.
 
 Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
-it leaves to it: what a pair gains or loses by it is in its P.
+it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `inside.py`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from nanoflow.cost.inside import Inside
 from nanoflow.cost.table import CostTable, PairPoint, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import Operation, OpKind, Resource
@@ -38,16 +39,23 @@ def lane_of(op: Operation) -> Resource:
 
 
 class Interference:
-    """The measured curves of a profile."""
+    """The measured curves of a profile.
+
+    Attributes:
+        inside: Those of decode attention inside products.
+    """
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
         self._alone = _alone_on_shares(profile, graph)
+        self.inside = Inside(profile.pairs)
         self._pair_tokens: dict[str, int] = {}
         by_operation: dict[tuple[Mechanism, str], list[tuple[float, float]]] = defaultdict(list)
         by_resource: dict[tuple[Mechanism, Resource], list[tuple[float, float]]] = defaultdict(list)
         ratios: dict[Mechanism, list[tuple[float, float]]] = defaultdict(list)
         for pair in profile.pairs:
+            if pair.mechanism is Mechanism.INSIDE:
+                continue
             for side in _sides(pair):
                 self._pair_tokens[side.operation] = side.num_tokens
                 by_operation[pair.mechanism, side.operation].append((side.share, side.performance))
@@ -61,7 +69,7 @@ class Interference:
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Mechanisms that a pair was measured with."""
+        """Mechanisms that a pair on two lanes was measured with."""
         return tuple(dict.fromkeys(mechanism for mechanism, _ in self._by_resource))
 
     def shares(self, mechanism: Mechanism, resource: Resource) -> tuple[float, ...]:

@@ -2,7 +2,8 @@
 
 `OneLane` queues everything in issue order on the current stream, which is right anywhere, for that order respects every
 dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own or kernels that leave room on each SM if
-the plan says so. Both can be captured in a CUDA graph: lanes fork from the current stream and join it again.
+the plan says so; `inside.py` has those of one instruction stream. All can be captured in a CUDA graph: lanes fork from
+the current stream and join it again.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Protocol
 
 import torch
 
-from nanoflow.device.lanes import SM_GROUP, Carveout, LaneStream, beside_pair, partition_pair, plain_stream
+from nanoflow.device.lanes import SM_GROUP, Carveout, LaneError, LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.buffers import Workspace
+from nanoflow.executor.inside import InsideLanes
 from nanoflow.executor.steps import Step
-from nanoflow.graph.operation import LinearDims
+from nanoflow.graph.operation import LinearDims, OpKind
+from nanoflow.kernels.carrier import GluonCarrier, can_carry, steps_of
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
@@ -69,7 +72,7 @@ class Partitions:
         Raises:
             LaneError: There is no such share, or no partitions here.
         """
-        total = torch.cuda.get_device_properties(self._device).multi_processor_count
+        total = _num_sms(self._device)
         second_sms = round((1.0 - share if is_first else share) * total / SM_GROUP) * SM_GROUP
         if second_sms not in self._pairs:
             self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
@@ -154,7 +157,26 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     """The lanes of a plan: parallel ones on a GPU, if it has more than one."""
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
+    if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
+        return InsideLanes(steps, workspace, _carrier(workspace, plan, steps))
     return GpuLanes(plan, steps, workspace, partitions)
+
+
+def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) -> GluonCarrier:
+    """Products with attention inside, at the rate that the share of their lane asks for.
+
+    Raises:
+        LaneError: This device or model has no such kernels.
+    """
+    model = workspace.model
+    if OpKind.LINEAR_SWIGLU not in model.kernels or not can_carry(model.device, model.dtype, model.graph.attention):
+        raise LaneError(
+            f"plan {plan.name!r}: decode attention runs inside products on Hopper GPUs, in bfloat16, with heads of 64 "
+            "or 128 and no window: run this model without the plan"
+        )
+    products = next(step.lane for step in steps if isinstance(step.op.dims, LinearDims))
+    share = next(lane.share for lane in plan.lanes if lane.name == products)
+    return GluonCarrier(num_sms=_num_sms(model.device), steps=steps_of(share))
 
 
 def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
@@ -165,6 +187,10 @@ def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kern
     """
     carveout = Carveout(device)
     return {kind: carveout.open()(kernel) for kind, kernel in kernels_beside(kernels, num_sms).items()}
+
+
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _event() -> torch.cuda.Event:

@@ -72,7 +72,7 @@ def run_decode(launch: Launch, num_programs: int) -> None:
     dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes
-    _check(q, out, cache)
+    check(q, out, cache)
     group = dims.num_heads // dims.num_kv_heads
     # Two places a program: for a part that does not begin its head of a request, and for one that does.
     parts = torch.empty((2 * num_programs, MAX_GROUP, dims.head_dim), dtype=torch.float32, device=q.device)
@@ -123,7 +123,8 @@ def _pages(cells: Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(cells.view(-1, cells.shape[3]), [PAGE_TOKENS, PANEL], layout)
 
 
-def _check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
+def check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
+    """ValueError for tensors that the Hopper kernels do not take."""
     if cache.keys.shape[2] != PAGE_TOKENS:
         raise ValueError(f"a page of {cache.keys.shape[2]} tokens; this kernel takes {PAGE_TOKENS}")
     if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):

@@ -16,6 +16,8 @@ from nanoflow.graph.operation import Operation, Scope
 
 # Keys that decode attention takes at once where its work is counted in such blocks.
 KEY_BLOCK = 64
+# Parts in which shares of a decode attention are counted where products carry it.
+SHARES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,7 @@ def run_linear_add(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
 
 def _run_linear(launch: Launch, tiles: GemmTiles, num_programs: int, is_added: bool) -> None:
     x, (out,), (weight, *biases) = launch.reads[0], launch.writes, launch.weights
-    _check(x, weight, out)
+    check_operands(x, weight, out)
     _linear[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         *weight_boxes(weight, tiles),
@@ -118,7 +118,7 @@ def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> No
             multiples of 8).
     """
     (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
-    _check(x, weight, out)
+    check_operands(x, weight, out)
     _linear_swiglu[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         # One box takes the same rows of gate and up, which so follow each other in shared memory.
@@ -140,7 +140,8 @@ def _choose(launch: Launch) -> tuple[GemmTiles, int]:
     return choose_gemm_tiles(GEMM_TILES, *shape, card.num_sms, card.shared_memory_bytes), card.num_sms
 
 
-def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def check_operands(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """ValueError for tensors that TMA does not take."""
     for name, tensor in (("input", x), ("weight", weight), ("output", out)):
         if tensor.element_size() != _ITEM_BYTES:
             raise ValueError(f"{name} of type {tensor.dtype}; products in Triton take bfloat16 and float16")

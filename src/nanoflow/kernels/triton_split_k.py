@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow.kernels.gemm_tiles import GemmTiles, with_addend
 from nanoflow.kernels.launch import Launch
-from nanoflow.kernels.triton_gemm import _check, _place, _write
+from nanoflow.kernels.triton_gemm import _place, _write, check_operands
 
 # A split costs its programs about as much as so many more features of a tile (one H200, 100 SMs: 320 to 750).
 _MOVED_SUM_FEATURES = 480
@@ -128,7 +128,7 @@ def _run(
     launch: Launch, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int, is_added: bool
 ) -> None:
     x, (out,), (weight, *biases) = launch.reads[0], launch.writes, launch.weights
-    _check(x, weight, out)
+    check_operands(x, weight, out)
     slots, cells = workspace.sums.shape
     if slots < num_programs or cells < tiles.block_m * tiles.block_n:
         raise ValueError(

@@ -18,6 +18,7 @@ import msgspec
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, TokenRange, depends
+from nanoflow.graph.operation import OpKind
 
 PLAN_VERSION = 1
 
@@ -32,6 +33,7 @@ class Mechanism(enum.StrEnum):
     WHOLE = "whole"
     PARTITION = "partition"
     BESIDE = "beside"
+    INSIDE = "inside"
     STREAM = "stream"
 
 
@@ -42,8 +44,9 @@ class Lane:
     Attributes:
         name: Unique in the plan.
         mechanism: WHOLE: all SMs. PARTITION: disjoint SMs. BESIDE: a small kernel co-resident with a large one on every
-            SM. STREAM: unpartitioned.
-        share: Resource share R, 0 < R <= 1.
+            SM. INSIDE: decode attention in the instruction stream of products, and those products. STREAM:
+            unpartitioned.
+        share: Resource share R, 0 < R <= 1; of INSIDE lanes, of the steps of the instruction stream.
     """
 
     name: str
@@ -138,6 +141,7 @@ class PipelinePlan:
         self._check_nano_operations(graph)
         self._check_tiling(graph)
         self._check_shares()
+        self._check_inside(graph)
         self._check_order(graph)
 
     def _check_lanes(self) -> None:
@@ -195,6 +199,23 @@ class PipelinePlan:
             total = sum(share_of[lane] for lane in lanes_running)
             if total > 1 + 1e-6:
                 raise PlanError(f"{nano}: when it starts, lanes {sorted(lanes_running)} together hold {total:.2f} > 1")
+
+    def _check_inside(self, graph: OpGraph) -> None:
+        """Of two lanes inside each other one has all decode attention and nothing else, and the other one the rest."""
+        inside = [lane.name for lane in self.lanes if lane.mechanism is Mechanism.INSIDE]
+        if not inside:
+            return
+        kinds = {op.name: op.kind for op in graph.layer}
+        of_attention = {nano.lane for nano in self.nano_operations if kinds[nano.operation] is OpKind.DECODE_ATTENTION}
+        of_others = {nano.lane for nano in self.nano_operations} - of_attention
+        if len(of_attention) != 1 or len(of_others) != 1 or of_attention | of_others != set(inside):
+            raise PlanError(
+                f"plan {self.name!r}: lanes inside each other are two, one for all decode attention and one for all "
+                "else that is in the layer"
+            )
+        for nano in self.nano_operations:
+            if nano.lane in of_attention and kinds[nano.operation] is not OpKind.DECODE_ATTENTION:
+                raise PlanError(f"{nano}: lane {nano.lane!r} is inside another, so it takes decode attention alone")
 
     def _check_order(self, graph: OpGraph) -> None:
         """No nano-operation is issued before one that it depends on, within a layer and across neighbouring layers."""

@@ -18,11 +18,13 @@ import torch
 from nanoflow.cost.table import PairPoint, Point, Profile, ProfileError, Setup, merged
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
+from nanoflow.kernels.carrier import share_of
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import measure_alone
+from nanoflow.profiler.inside import PRODUCTS, InsideTask, inside_tasks, measure_inside
 from nanoflow.profiler.layer import measure_layer
 from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
@@ -31,12 +33,16 @@ from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.profiler.work import Sizes, Task, num_chunks, tasks
 
 _WRITE_EVERY = 5
+# Mechanisms whose shares are asked for; on others a share is what came of it.
+_ASKED_FOR = (Mechanism.PARTITION, Mechanism.INSIDE)
 # Between two iterations; benchmarks/iteration.py measures 86 to 90 us on one H200.
 ITERATION_GAP_S = 100e-6
 # What a point takes beside settling and measuring: tensors, a capture, compilation now and then.
 _PREPARE_S = {"cuda": 0.1, "cpu": 0.02}
 # A pair is measured alone and together, and half of the pairs share what is measured alone.
 _PAIR_SPANS = 1.5
+# Products inside which attention runs are measured alone, attention too, and both together.
+_INSIDE_SPANS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +52,14 @@ class Wanted:
     alone: Sequence[Task]
     parts: Sequence[PartTask]
     pairs: Sequence[PairTask]
+    inside: Sequence[InsideTask]
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.parts) + len(self.pairs)
+        return len(self.alone) + len(self.parts) + len(self.pairs) + len(self.inside)
 
     def estimate_s(self, device: torch.device, span: Span) -> float:
         """About how long it takes."""
-        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs)
+        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs) + _INSIDE_SPANS * len(self.inside)
         return spans * (span.settle_s + span.measure_s + _PREPARE_S[device.type])
 
 
@@ -82,10 +89,12 @@ class Job:
         alone = tasks(self.site, self.sizes) if self.only != "pairs" else []
         parts = part_tasks(self.site, budget, num_sms) if self.only != "alone" else []
         beside = pair_tasks(self.site, budget, num_sms) if self.only != "alone" else []
+        inside = inside_tasks(self.site, budget, num_sms) if self.only != "alone" else []
         return Wanted(
             alone=[task for task in alone if task.key not in points],
             parts=[part for part in parts if _part_key(part, num_sms) not in points],
             pairs=[pair for pair in beside if _pair_identity(pair, num_sms) not in pairs],
+            inside=[task for task in inside if _inside_identity(task) not in pairs],
         )
 
 
@@ -196,6 +205,7 @@ def _measure(job: Job, wanted: Wanted) -> Iterator[Point | PairPoint]:
         measure_alone(job.site, wanted.alone, job.span),
         measure_parts(job.site, wanted.parts, job.span),
         measure_pairs(job.site, wanted.pairs, job.span),
+        measure_inside(job.site, wanted.inside, job.span),
     )
 
 
@@ -234,8 +244,8 @@ def _part_key(part: PartTask, num_sms: int) -> tuple[object, ...]:
 
 
 def _identity(pair: PairPoint) -> tuple[object, ...]:
-    """What was measured; only partitions have shares that are asked for."""
-    return (*pair.key[:-1], pair.share if pair.mechanism is Mechanism.PARTITION else None)
+    """What was measured; on plain streams and beside each other shares are not asked for."""
+    return (*pair.key[:-1], pair.share if pair.mechanism in _ASKED_FOR else None)
 
 
 def _pair_identity(pair: PairTask, num_sms: int) -> tuple[object, ...]:
@@ -243,6 +253,12 @@ def _pair_identity(pair: PairTask, num_sms: int) -> tuple[object, ...]:
     sizes = (first.operation, second.operation, first.num_tokens, second.num_tokens, second.context)
     share = None if pair.second_sms is None else (num_sms - pair.second_sms) / num_sms
     return (*sizes, pair.mechanism, share)
+
+
+def _inside_identity(task: InsideTask) -> tuple[object, ...]:
+    keys = task.attention
+    sizes = (PRODUCTS, keys.operation, task.num_tokens, keys.num_tokens, keys.context)
+    return (*sizes, Mechanism.INSIDE, share_of(task.steps))
 
 
 def setup_line(setup: Setup) -> str:

@@ -21,6 +21,7 @@ from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.search.allocate import Allocation, allocate, divisions, least_period_s
 from nanoflow.search.emit import emit
+from nanoflow.search.inside import can_be_inside, inside_plan
 from nanoflow.search.iteration import graphs_of
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
 from nanoflow.search.simulate import PlanSimulator
@@ -140,6 +141,7 @@ class Search:
             if self._left_s() <= 0:
                 self._report("the time limit ends the search")
                 break
+        attempts += [attempt for graph in graphs for attempt in self._inside(graph)]
         return self._choose(graphs[0], sequential_s, candidates, attempts)
 
     def _structures(self, graph: OpGraph) -> Iterator[_Candidate]:
@@ -231,6 +233,22 @@ class Search:
                 self._report(f"{candidate.label}, {mechanism}: no shares found in time")
                 continue
             yield self._attempt(candidate.problem, allocation, f"{mechanism}, {candidate.label}")
+
+    def _inside(self, graph: OpGraph) -> Iterator[Attempt]:
+        """Decode attention inside products, at every rate that was measured: there is no order to look for."""
+        if not can_be_inside(graph):
+            return
+        for share in Interference(self._profile, graph).inside.shares:
+            for boundary in self._boundaries():
+                plan = inside_plan(graph, self._shape.num_tokens, boundary, share)
+                makespan_s = self._makespan_s(graph, plan)
+                self._report(f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted")
+                yield Attempt(
+                    plan=_with_makespan(plan, makespan_s),
+                    period_s=makespan_s,
+                    least_period_s=makespan_s,
+                    makespan_s=makespan_s,
+                )
 
     def _attempt(self, problem: Problem, allocation: Allocation, name: str) -> Attempt:
         plan = emit(problem, allocation, name)

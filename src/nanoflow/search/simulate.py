@@ -16,7 +16,7 @@ from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w, static_power_
 from nanoflow.cost.table import Cost, CostTable
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import BatchShape, Operation, Resource
+from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
 from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.timeline import Span, Timeline
@@ -154,7 +154,9 @@ class PlanSimulator:
                 break
             rates, dynamic_w = self._rates([items[work.place] for work in running])
             step_s = min(
-                work.left * items[work.place].cost.time_s / rate for work, rate in zip(running, rates, strict=True)
+                work.left * items[work.place].cost.time_s / rate
+                for work, rate in zip(running, rates, strict=True)
+                if rate > 0
             )
             now_s += step_s
             energy_j += step_s * dynamic_w
@@ -168,21 +170,28 @@ class PlanSimulator:
 
     def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
         """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
-        shares = sum(item.lane.share for item in running)
         if len(running) == 1:
-            rates = [self._rate_alone(running[0])]
+            rates, energy_ratio = [self._rate_alone(running[0])], 1.0
+        elif any(item.lane.mechanism is Mechanism.INSIDE for item in running):
+            rates, energy_ratio = self._rates_inside(running)
         else:
+            shares = sum(item.lane.share for item in running)
             rates = [
                 self._interference.performance(item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens)
                 / max(shares, 1.0)
                 for item in running
             ]
+            energy_ratio = self._energy_ratio(running)
         dynamic_w = sum(
             rate * (item.dynamic_j or 0.0) / item.cost.time_s for item, rate in zip(running, rates, strict=True)
         )
-        if len(running) > 1:
-            dynamic_w *= self._energy_ratio(running)
-        return rates, dynamic_w
+        return rates, dynamic_w * energy_ratio
+
+    def _rates_inside(self, running: Sequence[_Item]) -> tuple[list[float], float]:
+        """Of decode attention and what runs in the products' lane, and the energy of both of that alone."""
+        host = next(item for item in running if item.op.kind is not OpKind.DECODE_ATTENTION)
+        found = self._interference.inside.rates(host.op, host.lane.share, host.tokens.num_tokens)
+        return [found.product if item is host else found.attention for item in running], found.energy_ratio
 
     def _rate_alone(self, item: _Item) -> float:
         if item.lane.mechanism not in _KEEPS_SHARE:

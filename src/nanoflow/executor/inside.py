@@ -1,0 +1,133 @@
+"""Lanes in one instruction stream: decode attention runs inside the products that are issued after it.
+
+Everything is queued on the current stream in issue order. A step on the attention's lane is only taken note of; the
+products issued after it carry it, each a part in proportion to its own work, until a step needs its result. What is
+not done by then, because a batch has left products without tokens, is done alone. The kernels that carry are
+`kernels/gluon_carrying.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+from nanoflow.executor.buffers import Workspace
+from nanoflow.executor.steps import Step
+from nanoflow.graph.operation import LinearDims, OpKind, Scope
+from nanoflow.kernels.launch import SHARES, Kernel, Launch
+
+_PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
+
+
+class Carrier(Protocol):
+    """Products with decode attention inside, on one device."""
+
+    def rounds(self, dims: LinearDims, num_tokens: int) -> int:
+        """How long a product takes, in what shares of attention are in proportion to."""
+
+    def take(self, attention: Launch, max_runs: int) -> Any:
+        """Attention that at most so many products, and `finish`, are going to do; queues nothing."""
+
+    def run(self, product: Launch, taken: Any, until: int) -> None:
+        """Queue a product, and with it the attention that is left up to so many of `SHARES`."""
+
+    def finish(self, taken: Any) -> None:
+        """Queue what is left of the attention, and write its result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What a product carries: of the attention at this place of the steps, everything up to so many of `SHARES`."""
+
+    attention: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """Attention under way: its place, and the carrier's note of it."""
+
+    place: int
+    note: Any
+
+
+class InsideLanes:
+    """See `lanes.Lanes`.
+
+    Args:
+        steps: What runs.
+        workspace: Tensors, and kernels for what runs by itself.
+        carrier: Runs products with attention inside.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], workspace: Workspace, carrier: Carrier) -> None:
+        self._steps, self._carrier = steps, carrier
+        self._parts = dict(parts_of(steps, carrier))
+        self._taken: _Taken | None = None
+        self._place = 0
+        kernels = workspace.model.kernels
+        carrying: dict[OpKind, Kernel] = {
+            kind: partial(self._multiply, kernels[kind]) for kind in _PRODUCTS if kind in kernels
+        }
+        inside: dict[OpKind, Kernel] = {OpKind.DECODE_ATTENTION: self._take}
+        self._workspace = replace(workspace, model=replace(workspace.model, kernels={**kernels, **carrying, **inside}))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """See `lanes.Lanes`."""
+        self._taken = None
+        yield
+        self._finish()
+
+    @contextmanager
+    def on(self, place: int) -> Iterator[Workspace]:
+        """See `lanes.Lanes`."""
+        self._place = place
+        if self._taken is not None and any(before >= self._taken.place for before in self._steps[place].waits):
+            self._finish()
+        yield self._workspace
+
+    def _take(self, attention: Launch) -> None:
+        self._finish()
+        num_products = sum(part.attention == self._place for part in self._parts.values())
+        self._taken = _Taken(place=self._place, note=self._carrier.take(attention, num_products + 1))
+
+    def _multiply(self, alone: Kernel, product: Launch) -> None:
+        part = self._parts.get(self._place)
+        if self._taken is None or part is None or part.attention != self._taken.place:
+            alone(product)
+        else:
+            self._carrier.run(product, self._taken.note, part.until)
+
+    def _finish(self) -> None:
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self._carrier.finish(taken.note)
+
+
+def parts_of(steps: Sequence[Step], carrier: Carrier) -> Iterator[tuple[int, _Part]]:
+    """Place of each product that carries, and what: products from an attention on, until it is needed or another comes.
+
+    The last one takes what the others leave; a product without tokens leaves its part to the next.
+    """
+    attentions = [place for place, step in enumerate(steps) if step.op.kind is OpKind.DECODE_ATTENTION]
+    for place, following in itertools.zip_longest(attentions, attentions[1:], fillvalue=len(steps)):
+        later = itertools.takewhile(_is_not_waiting(steps, place), range(place + 1, following))
+        products = [at for at in later if steps[at].op.kind in _PRODUCTS and steps[at].op.scope is Scope.ALL]
+        rounds = [_rounds(steps[at], carrier) for at in products]
+        for at, done in zip(products, itertools.accumulate(rounds), strict=True):
+            yield at, _Part(attention=place, until=round(SHARES * done / sum(rounds)))
+
+
+def _is_not_waiting(steps: Sequence[Step], place: int) -> Callable[[int], bool]:
+    return lambda at: all(before < place for before in steps[at].waits)
+
+
+def _rounds(step: Step, carrier: Carrier) -> int:
+    dims = step.op.dims
+    assert isinstance(dims, LinearDims)
+    return carrier.rounds(dims, step.tokens.num_tokens)

@@ -1,0 +1,310 @@
+"""Decode attention inside products, for a whole Hopper card: products that carry a share of an attention each.
+
+An attention is taken, carried by several products one after the other on one stream, and finished: what is left of it
+is done by the same program without a product, and what several runs did of one head of a request is merged. Products
+are twins of `linear`, `linear_add` and `linear_swiglu` in `reference.py`, the attention of `decode_attention`, rounded
+at the same places. Which product carries what is decided elsewhere (`executor/inside.py`).
+
+Shape legend: T tokens, K features in, N features out (rows of the weight), B rows with room for decodes, D head size.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nanoflow.graph.operation import AttentionDims, OpKind
+from nanoflow.kernels import gluon_attention
+from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.gluon_inside_programs import ADD, PARTS, PLAIN, ROWS, SWIGLU, inside_program
+from nanoflow.kernels.launch import SHARES, Launch
+from nanoflow.kernels.triton_gemm import check_operands
+
+TILE_ROWS = PARTS * ROWS
+# K-steps in shared memory, by columns of a tile; blocks of keys and of values there, of either warpgroup.
+NUM_STAGES, KV_STAGES = {128: 4, 256: 3}, 1
+# Registers of a thread of the second warpgroup; the first gets as many: 232 + 232 + 40 is three times 168.
+WORKER_REGISTERS = 232
+# K-steps of a tile of 256 columns that take as long as a block of keys for either warpgroup, one H200.
+STEPS_A_BLOCK = 1.3
+# A tile of half the columns takes more than half of the time.
+_NARROW = 1.08
+_SCAN = 512
+_LOG2_E = math.log2(math.e)
+_KINDS = {OpKind.LINEAR: PLAIN, OpKind.LINEAR_ADD: ADD, OpKind.LINEAR_SWIGLU: SWIGLU}
+
+
+@dataclass(slots=True, kw_only=True)
+class Taken:
+    """An attention under way.
+
+    Attributes:
+        launch: The attention.
+        steps: K-steps of a product, in tiles of 256 columns, to a block of keys.
+        sums: float32 [4 P runs, MAX_GROUP, D], two places for either warpgroup of each program of each run.
+        log_sums: float32 [4 P runs, MAX_GROUP], log2 of what those are divided by.
+        begins: int32 [2 P runs], where the runs of warpgroups begin, in blocks of keys.
+        num_runs: Launches so far.
+        until: What they did, in `SHARES`.
+    """
+
+    launch: Launch
+    steps: int
+    sums: Tensor
+    log_sums: Tensor
+    begins: Tensor
+    num_runs: int = 0
+    until: int = 0
+
+
+def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
+    """Whether decode attention of these heads runs inside products on this device."""
+    return dtype is torch.bfloat16 and gluon_attention.can_attend(device, dtype, dims)
+
+
+def tile_columns(num_tokens: int, num_columns: int, num_sms: int) -> int:
+    """Columns of the tiles that a product is cut in: those whose rounds take less."""
+
+    def time(columns: int) -> float:
+        tiles = -(-num_tokens // TILE_ROWS) * -(-num_columns // columns)
+        return -(-tiles // num_sms) * columns * (1.0 if columns == 256 else _NARROW)
+
+    return min((256, 128), key=time)
+
+
+def rounds_of(num_tokens: int, num_columns: int, num_features: int, num_sms: int, steps: int) -> int:
+    """Blocks of keys that a product carries in each warpgroup of its busiest program."""
+    columns = tile_columns(num_tokens, num_columns, num_sms)
+    tiles = -(-num_tokens // TILE_ROWS) * -(-num_columns // columns)
+    return -(-tiles // num_sms) * -(-num_features // (PANEL * _steps_of(steps, columns)))
+
+
+def _steps_of(steps: int, columns: int) -> int:
+    """K-steps to a block in tiles of so many columns, which take in proportion to them."""
+    return steps * 256 // columns
+
+
+def take(launch: Launch, max_runs: int, num_sms: int, steps: int) -> Taken:
+    """An attention that at most so many runs are going to do, `finish` among them; queues nothing.
+
+    Raises:
+        ValueError: Tensors that are not contiguous, or another page size.
+    """
+    (q,), (out,), cache, dims = launch.reads, launch.writes, launch.cache, launch.op.dims
+    assert cache is not None and isinstance(dims, AttentionDims)
+    gluon_attention.check(q, out, cache)
+    num_parts = PARTS * num_sms * max_runs
+    return Taken(
+        launch=launch,
+        steps=steps,
+        sums=torch.empty((2 * num_parts, MAX_GROUP, dims.head_dim), dtype=torch.float32, device=q.device),
+        log_sums=torch.empty((2 * num_parts, MAX_GROUP), dtype=torch.float32, device=q.device),
+        begins=torch.empty(num_parts, dtype=torch.int32, device=q.device),
+    )
+
+
+def carry(product: Launch, taken: Taken, until: int, num_sms: int) -> None:
+    """A product, and inside it the attention from where the last run ended to so many of `SHARES`.
+
+    Raises:
+        ValueError: Tensors that TMA does not take (see `triton_gemm.run_linear`), or a share that is none.
+    """
+    (x, *_), (out,), (weight, *biases) = product.reads, product.writes, product.weights
+    check_operands(x, weight, out)
+    kind = _KINDS[product.op.kind]
+    columns = tile_columns(len(x), len(weight), num_sms)
+    tiles_m, tiles_n = -(-len(x) // TILE_ROWS), -(-len(weight) // columns)
+    steps = _steps_of(taken.steps, columns)
+    rounds = -(-x.shape[1] // (PANEL * steps))
+    _run(
+        taken,
+        until,
+        num_sms,
+        operands=(x, weight, biases[0] if biases else None, out),
+        tiles=(tiles_m, tiles_n),
+        num_rounds=rounds,
+        second_rows=len(weight) // 2 if kind == SWIGLU else columns // 2,
+        extra=round(rounds * steps * columns / 256 / STEPS_A_BLOCK),
+        cut=(columns, steps, kind),
+    )
+
+
+def finish(taken: Taken, num_sms: int) -> None:
+    """What is left of the attention, and the result of all of it."""
+    launch = taken.launch
+    (q,), (out,), dims = launch.reads, launch.writes, launch.op.dims
+    assert isinstance(dims, AttentionDims)
+    if taken.until < SHARES:
+        # No tiles, so these operands are never looked at.
+        rows = q.view(-1, dims.head_dim)
+        _run(
+            taken,
+            SHARES,
+            num_sms,
+            operands=(rows, rows, None, rows),
+            tiles=(0, 0),
+            num_rounds=0,
+            second_rows=0,
+            extra=0,
+            cut=(256, taken.steps, PLAIN),
+        )
+    num_parts = taken.num_runs * PARTS * num_sms
+    merge_program[(num_parts,)](
+        out,
+        taken.sums,
+        taken.log_sums,
+        taken.begins,
+        launch.inputs.decodes.key_blocks,
+        launch.tokens.start,
+        len(q),
+        GROUP=dims.num_heads // dims.num_kv_heads,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        MAX_GROUP=MAX_GROUP,
+        SCAN=_SCAN,
+        num_warps=1,
+    )
+
+
+def _run(
+    taken: Taken,
+    until: int,
+    num_sms: int,
+    *,
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    tiles: tuple[int, int],
+    num_rounds: int,
+    second_rows: int,
+    extra: int,
+    cut: tuple[int, int, int],
+) -> None:
+    """One launch; it takes what comes after the last one's share."""
+    if not taken.until <= until <= SHARES:
+        raise ValueError(f"a share of attention from {taken.until} to {until}, of {SHARES}")
+    launch, (x, weight, bias, out), (columns, steps, kind) = taken.launch, operands, cut
+    dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
+    assert isinstance(dims, AttentionDims) and cache is not None
+    (q,), (attended,) = launch.reads, launch.writes
+    num_busy = tiles[0] * tiles[1] % num_sms
+    inside_program[(num_sms,)](
+        _boxes(x, TILE_ROWS),
+        _boxes(weight, columns // 2),
+        bias,
+        out,
+        len(out),
+        out.shape[1],
+        *tiles,
+        num_rounds,
+        second_rows,
+        # One head of one token a row.
+        _boxes(q.view(-1, dims.head_dim), MAX_GROUP),
+        _boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
+        _boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
+        attended,
+        taken.sums,
+        taken.log_sums,
+        taken.begins,
+        decodes.page_tables,
+        decodes.context_len,
+        decodes.key_blocks,
+        decodes.page_tables.stride(0),
+        launch.tokens.start,
+        len(q),
+        dims.scale * _LOG2_E,
+        taken.num_runs,
+        taken.until,
+        until,
+        num_busy,
+        extra if num_busy else 0,
+        BLOCK_N=columns,
+        STEPS=steps,
+        STAGES=NUM_STAGES[columns],
+        KV_STAGES=KV_STAGES,
+        GROUP=dims.num_heads // dims.num_kv_heads,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        KIND=kind,
+        HAS_BIAS=bias is not None,
+        SCAN=_SCAN,
+        WORKER_REGISTERS=WORKER_REGISTERS,
+        num_warps=4,
+    )
+    taken.num_runs, taken.until = taken.num_runs + 1, until
+
+
+def _boxes(cells: Tensor, num_rows: int) -> TensorDescriptor:
+    """Rows for TMA, which moves so many of them at once, 128 bytes of each."""
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(cells, [num_rows, PANEL], layout)
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
+def merge_program(
+    out: tl.tensor,
+    sums: tl.tensor,
+    log_sums: tl.tensor,
+    begins: tl.tensor,
+    key_blocks: tl.tensor,
+    first_row: int,
+    num_rows: int,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MAX_GROUP: tl.constexpr,
+    SCAN: tl.constexpr,
+) -> None:
+    """The head of a request that a run of a warpgroup begins and does not end, if there is one.
+
+    What it and those after it made of the head: the mean of their parts, weighted by 2^log_sum. Runs may be empty.
+    """
+    owner, num_runs = tl.program_id(0), tl.num_programs(0)
+    # 1. Where the next run begins, and in which head of which row that is; the last one ends with its head.
+    if owner + 1 == num_runs:
+        return
+    first, border = tl.load(begins + owner), tl.load(begins + owner + 1)
+    base = tl.load(key_blocks + first_row)
+    num_blocks = (tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
+    if (first == border) | (border >= num_blocks):
+        return
+    row = border * 0
+    for at in range(0, num_rows, SCAN):
+        rows = at + tl.arange(0, SCAN)
+        ends = tl.load(key_blocks + first_row + tl.minimum(rows, num_rows - 1) + 1) - base
+        row += tl.sum(((ends * KV_HEADS <= border) & (rows < num_rows)).to(tl.int32), 0)
+    before = tl.load(key_blocks + first_row + row) - base
+    blocks = tl.load(key_blocks + first_row + row + 1) - base - before
+    head = (border - before * KV_HEADS) // blocks
+    begin = before * KV_HEADS + head * blocks
+    # 2. It does not begin right there, and no earlier run began it.
+    if (begin == border) | (begin < first):
+        return
+    heads, dims = tl.arange(0, MAX_GROUP), tl.arange(0, HEAD_DIM)
+    acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
+    total = tl.zeros([MAX_GROUP], tl.float32)
+    peak = tl.full([MAX_GROUP], -1e30, tl.float32)
+    run, at = owner, first
+    while at < begin + blocks:
+        after = tl.load(begins + tl.minimum(run + 1, num_runs - 1))
+        after = tl.where(run + 1 < num_runs, after, num_blocks)
+        if after > at:
+            # The owner's part is in its odd place.
+            places = (2 * run + (run == owner).to(tl.int32)) * MAX_GROUP + heads
+            log_sum = tl.load(log_sums + places)
+            part = tl.load(sums + places[:, None] * HEAD_DIM + dims[None, :])
+            new_peak = tl.maximum(peak, log_sum)
+            weight, decay = tl.exp2(log_sum - new_peak), tl.exp2(peak - new_peak)
+            acc = acc * decay[:, None] + part * weight[:, None]
+            total = total * decay + weight
+            peak = new_peak
+        run += 1
+        at = after
+    cells = ((row * KV_HEADS + head) * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=(heads < GROUP)[:, None])

@@ -1,0 +1,86 @@
+"""Compile products with decode attention inside for Hopper and print what they take, a line each.
+
+    python -m tests.compile_inside COLUMNS:STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
+
+A process of its own, since Triton's interpreter, which other tests switch on, cannot be switched off again. Registers
+are those before warps trade them. Waits for all stand where nothing is to be under way: in either warpgroup one at the
+end of a tile, and two where keys are left after the last tile. All others leave a k-step under way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.gluon_inside import KV_STAGES, NUM_STAGES, TILE_ROWS, WORKER_REGISTERS
+from nanoflow.kernels.gluon_inside_programs import inside_program
+
+
+def main(texts: list[str]) -> None:
+    """Compile each variant."""
+    for text in texts:
+        print(json.dumps(report(*(int(part) for part in text.split(":")))), flush=True)
+
+
+def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_dim: int) -> dict[str, int]:
+    """What a variant takes."""
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    boxes = {"x": TILE_ROWS, "weight": columns // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}
+    constants = {
+        "BLOCK_N": columns,
+        "STEPS": steps,
+        "STAGES": NUM_STAGES[columns],
+        "KV_STAGES": KV_STAGES,
+        "GROUP": group,
+        "KV_HEADS": 8,
+        "HEAD_DIM": head_dim,
+        "KIND": kind,
+        "HAS_BIAS": bool(has_bias),
+        "SCAN": 512,
+        "WORKER_REGISTERS": WORKER_REGISTERS,
+        **({} if has_bias else {"bias": None}),
+    }
+    kinds = {
+        **{name: f"tensordesc<bf16[{rows}, {PANEL}],{layout!r}>" for name, rows in boxes.items()},
+        **dict.fromkeys(("bias", "out", "attended"), "*bf16"),
+        **dict.fromkeys(("parts", "log_sums"), "*fp32"),
+        **dict.fromkeys(("begins", "page_tables", "context_len", "key_blocks"), "*i32"),
+        "log2_scale": "fp32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    signature = {name: kinds.get(name, "i32") for name in inside_program.arg_names}
+    is_aligned = {"out", "attended", "parts", "log_sums", "num_columns"}
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in is_aligned}
+    source = GluonASTSource(inside_program, signature, constants, attributes)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(done.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    return {
+        "shared_bytes": done.metadata.shared,
+        "registers": next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:")),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "products_of_tiles": code.count(f"HGMMA.64x{columns}x16"),
+        "products_of_attention": code.count("HGMMA.64x8x16"),
+        "waits_for_all_but_one": code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1"),
+        "waits_for_all": code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
