@@ -84,6 +84,8 @@ def test_products_and_attention(kind: str, num_tokens: int, steps: int, monkeypa
         else:
             launch = linear_case(num_tokens, shape, dtype, GPU, has_bias=kind == "bias")
             expected = exact_linear(launch)
+        kind_of = {"swiglu": OpKind.LINEAR_SWIGLU, "add": OpKind.LINEAR_ADD}.get(kind, OpKind.LINEAR)
+        launch = dataclasses.replace(launch, op=dataclasses.replace(launch.op, kind=kind_of))
         gluon_inside.carry(launch, taken, until, NUM_SMS)
         (assert_linear_swiglu if kind == "swiglu" else assert_linear)(launch.writes[0], expected)
         if kind == "add":

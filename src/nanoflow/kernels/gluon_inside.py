@@ -33,8 +33,9 @@ TILE_ROWS = PARTS * ROWS
 NUM_STAGES, KV_STAGES = {128: 4, 256: 3}, 1
 # Registers of a thread of the second warpgroup; the first gets as many: 232 + 232 + 40 is three times 168.
 WORKER_REGISTERS = 232
-# K-steps of a tile of 256 columns that take as long as a block of keys for either warpgroup, one H200.
-STEPS_A_BLOCK = 1.3
+# K-steps of a tile of 256 columns that take as long as a block of keys for either warpgroup where no tile is left, by
+# the latency of memory; one H200.
+STEPS_A_BLOCK = 2.2
 # A tile of half the columns takes more than half of the time.
 _NARROW = 1.08
 _SCAN = 512
