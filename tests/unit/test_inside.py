@@ -1,4 +1,4 @@
-"""Decode attention inside products, without a GPU: who carries what, which results are there when, what is predicted."""
+"""Decode attention inside products, without a GPU: who carries what, what is there when, and what is predicted."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_batch_has_the_shape_it_was_made_of(shape: BatchShape) -> None:
-    batch = dense_batch(shape, 16)
+    batch = dense_batch(shape, 16, 1000)
     made = batch.shape
     assert (made.num_tokens, made.num_decode_tokens) == (shape.num_tokens, shape.num_decode_tokens)
     assert made.decode_context == shape.decode_context and made.num_sampled == shape.num_sampled

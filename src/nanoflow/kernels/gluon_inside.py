@@ -24,20 +24,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nanoflow.graph.operation import AttentionDims, OpKind
 from nanoflow.kernels import gluon_attention
 from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
-from nanoflow.kernels.gluon_inside_programs import ADD, PARTS, PLAIN, ROWS, SWIGLU, inside_program
+from nanoflow.kernels.gluon_inside_attention import PARTS
+from nanoflow.kernels.gluon_inside_product import ADD, PLAIN, ROWS, SWIGLU
+from nanoflow.kernels.gluon_inside_programs import inside_program
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.triton_gemm import check_operands
 
-TILE_ROWS = PARTS * ROWS
-# K-steps in shared memory, by columns of a tile; blocks of keys and of values there, of either warpgroup.
-NUM_STAGES, KV_STAGES = {128: 4, 256: 3}, 1
+TILE_ROWS, TILE_COLUMNS = PARTS * ROWS, 256
+# K-steps in shared memory; blocks of keys and of values there, of either warpgroup.
+NUM_STAGES, KV_STAGES = 3, 1
 # Registers of a thread of the second warpgroup; the first gets as many: 232 + 232 + 40 is three times 168.
 WORKER_REGISTERS = 232
-# K-steps of a tile of 256 columns that take as long as a block of keys for either warpgroup where no tile is left, by
-# the latency of memory; one H200.
+# K-steps that take as long as a block of keys for either warpgroup once no tile is left; the latency of memory, on one
+# H200.
 STEPS_A_BLOCK = 2.2
-# A tile of half the columns takes more than half of the time.
-_NARROW = 1.08
 _SCAN = 512
 _LOG2_E = math.log2(math.e)
 _KINDS = {OpKind.LINEAR: PLAIN, OpKind.LINEAR_ADD: ADD, OpKind.LINEAR_SWIGLU: SWIGLU}
@@ -49,7 +49,7 @@ class Taken:
 
     Attributes:
         launch: The attention.
-        steps: K-steps of a product, in tiles of 256 columns, to a block of keys.
+        steps: K-steps of a product to a block of keys.
         sums: float32 [4 P runs, MAX_GROUP, D], two places for either warpgroup of each program of each run.
         log_sums: float32 [4 P runs, MAX_GROUP], log2 of what those are divided by.
         begins: int32 [2 P runs], where the runs of warpgroups begin, in blocks of keys.
@@ -71,26 +71,15 @@ def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> 
     return dtype is torch.bfloat16 and gluon_attention.can_attend(device, dtype, dims)
 
 
-def tile_columns(num_tokens: int, num_columns: int, num_sms: int) -> int:
-    """Columns of the tiles that a product is cut in: those whose rounds take less."""
-
-    def time(columns: int) -> float:
-        tiles = -(-num_tokens // TILE_ROWS) * -(-num_columns // columns)
-        return -(-tiles // num_sms) * columns * (1.0 if columns == 256 else _NARROW)
-
-    return min((256, 128), key=time)
-
-
 def rounds_of(num_tokens: int, num_columns: int, num_features: int, num_sms: int, steps: int) -> int:
     """Blocks of keys that a product carries in each warpgroup of its busiest program."""
-    columns = tile_columns(num_tokens, num_columns, num_sms)
-    tiles = -(-num_tokens // TILE_ROWS) * -(-num_columns // columns)
-    return -(-tiles // num_sms) * -(-num_features // (PANEL * _steps_of(steps, columns)))
+    tiles_m, tiles_n = _tiles(num_tokens, num_columns)
+    return -(-tiles_m * tiles_n // num_sms) * -(-num_features // (PANEL * steps))
 
 
-def _steps_of(steps: int, columns: int) -> int:
-    """K-steps to a block in tiles of so many columns, which take in proportion to them."""
-    return steps * 256 // columns
+def _tiles(num_tokens: int, num_columns: int) -> tuple[int, int]:
+    """Tiles of a product, down and across."""
+    return -(-num_tokens // TILE_ROWS), -(-num_columns // TILE_COLUMNS)
 
 
 def take(launch: Launch, max_runs: int, num_sms: int, steps: int) -> Taken:
@@ -121,20 +110,16 @@ def carry(product: Launch, taken: Taken, until: int, num_sms: int) -> None:
     (x, *_), (out,), (weight, *biases) = product.reads, product.writes, product.weights
     check_operands(x, weight, out)
     kind = _KINDS[product.op.kind]
-    columns = tile_columns(len(x), len(weight), num_sms)
-    tiles_m, tiles_n = -(-len(x) // TILE_ROWS), -(-len(weight) // columns)
-    steps = _steps_of(taken.steps, columns)
-    rounds = -(-x.shape[1] // (PANEL * steps))
+    rounds = -(-x.shape[1] // (PANEL * taken.steps))
     _run(
         taken,
         until,
         num_sms,
         operands=(x, weight, biases[0] if biases else None, out),
-        tiles=(tiles_m, tiles_n),
+        tiles=_tiles(len(x), len(weight)),
         num_rounds=rounds,
-        second_rows=len(weight) // 2 if kind == SWIGLU else columns // 2,
-        extra=round(rounds * steps * columns / 256 / STEPS_A_BLOCK),
-        cut=(columns, steps, kind),
+        second_rows=len(weight) // 2 if kind == SWIGLU else TILE_COLUMNS // 2,
+        kind=kind,
     )
 
 
@@ -154,8 +139,7 @@ def finish(taken: Taken, num_sms: int) -> None:
             tiles=(0, 0),
             num_rounds=0,
             second_rows=0,
-            extra=0,
-            cut=(256, taken.steps, PLAIN),
+            kind=PLAIN,
         )
     num_parts = taken.num_runs * PARTS * num_sms
     merge_program[(num_parts,)](
@@ -184,20 +168,18 @@ def _run(
     tiles: tuple[int, int],
     num_rounds: int,
     second_rows: int,
-    extra: int,
-    cut: tuple[int, int, int],
+    kind: int,
 ) -> None:
     """One launch; it takes what comes after the last one's share."""
     if not taken.until <= until <= SHARES:
         raise ValueError(f"a share of attention from {taken.until} to {until}, of {SHARES}")
-    launch, (x, weight, bias, out), (columns, steps, kind) = taken.launch, operands, cut
+    launch, (x, weight, bias, out) = taken.launch, operands
     dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (attended,) = launch.reads, launch.writes
-    num_busy = tiles[0] * tiles[1] % num_sms
     inside_program[(num_sms,)](
         _boxes(x, TILE_ROWS),
-        _boxes(weight, columns // 2),
+        _boxes(weight, TILE_COLUMNS // 2),
         bias,
         out,
         len(out),
@@ -223,11 +205,10 @@ def _run(
         taken.num_runs,
         taken.until,
         until,
-        num_busy,
-        extra if num_busy else 0,
-        BLOCK_N=columns,
-        STEPS=steps,
-        STAGES=NUM_STAGES[columns],
+        round(num_rounds * taken.steps / STEPS_A_BLOCK),
+        BLOCK_N=TILE_COLUMNS,
+        STEPS=taken.steps,
+        STAGES=NUM_STAGES,
         KV_STAGES=KV_STAGES,
         GROUP=dims.num_heads // dims.num_kv_heads,
         KV_HEADS=dims.num_kv_heads,

@@ -88,7 +88,7 @@ def measure_trials(
         by_shape.setdefault(shape, []).append(plan)
     if not by_shape:
         return
-    batches = {shape: dense_batch(shape, profile.page_size) for shape in by_shape}
+    batches = {shape: dense_batch(shape, profile.page_size, graph.vocab_size) for shape in by_shape}
     sequential = {shape: sequential_plan(graph, shape.num_tokens) for shape in by_shape}
     plans = {plan.digest: plan for plan in (*sequential.values(), *(plan for _, plan in wanted))}
     worker = _worker(profile, graph, tuple(plans.values()), list(batches.values()), device)
@@ -102,8 +102,10 @@ def measure_trials(
         worker.close()
 
 
-def dense_batch(shape: BatchShape, page_size: int) -> DenseBatch:
-    """A batch of a shape, on pages at random places: equal decodes, then equal chunks of prompts.
+def dense_batch(shape: BatchShape, page_size: int, vocab_size: int) -> DenseBatch:
+    """A batch of a shape, random tokens on pages at random places: equal decodes, then equal chunks of prompts.
+
+    Equal tokens would make equal rows, whose products take less power.
 
     What a shape leaves open: chunks are as many as its sums ask for, each with as many keys before it.
     """
@@ -127,7 +129,7 @@ def dense_batch(shape: BatchShape, page_size: int) -> DenseBatch:
         num_decodes=num_decodes,
         query_start=start.astype(np.int32),
         context_len=(before + now).astype(np.int32),
-        token_ids=np.zeros(len(request), np.int32),
+        token_ids=np.random.default_rng(1).integers(0, vocab_size, len(request), dtype=np.int32),
         is_fed_back=np.zeros(len(request), np.bool_),
         positions=positions.astype(np.int32),
         slots=(tables[request, positions // page_size] * page_size + positions % page_size).astype(np.int64),
