@@ -47,9 +47,10 @@ from nanoflow.kernels.gluon_inside_attention import (
     close_head,
     issue_scores,
     issue_sums,
+    load_blocks,
     weigh,
 )
-from nanoflow.kernels.gluon_inside_product import ROWS, issue_step, place_of, write_tile
+from nanoflow.kernels.gluon_inside_product import ROWS, issue_step, load_tiles, place_of, write_tile
 from nanoflow.kernels.launch import KEY_BLOCK
 
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
