@@ -1,8 +1,8 @@
 """Batches that nobody asked for, before the first request comes: they compile kernels and capture CUDA graphs.
 
 Every size of a batch of decodes is run twice, since a size is captured when it is met again; so is one prompt as long
-as the token budget. Every plan of the book is run once, on a batch that it is for. Other mixed batches are too many
-kinds, and are captured as they come. The cache is left as it is.
+as the token budget. Every plan of the book is met twice too, by the batches that it is for: decodes with one prompt,
+and with several. Other mixed batches are too many kinds, and are captured as they come. The cache is left as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.scheduler.limits import SchedulerLimits
 
+# Prompts in a mixed batch, beside one; with the cuts of a plan they are more than four parts, which is another graph.
+_NUM_PROMPTS = 3
+
 
 def warm_up(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, show_progress: bool) -> None:
     """Run every batch of `warm_up_batches` under the plan that the book has for it, and those of its plans."""
@@ -30,14 +33,18 @@ def warm_up(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, show_pro
 
 
 def plan_batches(book: PlanBook, limits: SchedulerLimits) -> Iterator[tuple[DenseBatch, PipelinePlan]]:
-    """For each plan the largest batch of its first entry that the limits allow, decodes and one chunk of a prompt."""
+    """For each plan the largest batches of its first entry that the limits allow: decodes and chunks of prompts."""
     longest = min(limits.max_batch_tokens, limits.max_model_len)
     first = {entry.plan.digest: entry for entry in reversed(book.entries)}
     for entry in first.values():
-        num_decodes = min(round(entry.max_decode_share * entry.max_tokens), limits.max_num_seqs - 1)
+        num_decodes = min(round(entry.max_decode_share * entry.max_tokens), limits.max_num_seqs - _NUM_PROMPTS)
         chunk = min(entry.max_tokens - num_decodes, longest)
-        if num_decodes + chunk <= limits.max_batch_tokens:
-            yield _batch(num_decodes, chunk, limits), entry.plan
+        if num_decodes < 0 or num_decodes + chunk > limits.max_batch_tokens:
+            continue
+        for num_prompts in (1, _NUM_PROMPTS) if chunk >= _NUM_PROMPTS else (1,):
+            chunks = [chunk // num_prompts] * (num_prompts - 1)
+            for _ in range(2):
+                yield _batch(num_decodes, [*chunks, chunk - sum(chunks)] if chunk else [], limits), entry.plan
 
 
 def warm_up_batches(limits: SchedulerLimits) -> Iterator[DenseBatch]:
@@ -49,17 +56,17 @@ def warm_up_batches(limits: SchedulerLimits) -> Iterator[DenseBatch]:
         for count in range(1, most + 1)
     }
     longest = min(limits.max_batch_tokens, limits.max_model_len)
-    shapes = [(0, longest)] if longest > 1 else []
-    shapes += [(min(size.num_tokens, most), 0) for size in sorted(sizes, key=lambda size: -size.num_tokens)]
-    for num_decodes, chunk in shapes:
+    shapes: list[tuple[int, list[int]]] = [(0, [longest])] if longest > 1 else []
+    shapes += [(min(size.num_tokens, most), []) for size in sorted(sizes, key=lambda size: -size.num_tokens)]
+    for num_decodes, chunks in shapes:
         for _ in range(2):
-            yield _batch(num_decodes, chunk, limits)
+            yield _batch(num_decodes, chunks, limits)
 
 
-def _batch(num_decodes: int, chunk: int, limits: SchedulerLimits) -> DenseBatch:
-    """Decodes, and a prompt of so many tokens if any, all of them on the first page, to which nothing is written."""
-    lengths = np.array([1] * num_decodes + [chunk] * (chunk > 0), np.int32)
-    num_requests, num_tokens = len(lengths), num_decodes + chunk
+def _batch(num_decodes: int, chunks: list[int], limits: SchedulerLimits) -> DenseBatch:
+    """Decodes, and prompts of so many tokens, all of them on the first page, to which nothing is written."""
+    lengths = np.array([1] * num_decodes + chunks, np.int32)
+    num_requests, num_tokens = len(lengths), int(lengths.sum())
     return DenseBatch(
         iteration=0,
         rows=np.arange(num_requests, dtype=np.int32),
