@@ -63,6 +63,7 @@ class Rung:
         ratio_to_sequential: Of the rates; None without a sequential run.
         share_of_optimal, share_of_serial: Rate as a part of the bounds; None if these were not measured.
         energy_per_token_j, power_w: Mean of the repeats; None without a counter.
+        steady_tokens_per_s, steady_energy_per_token_j: Of the steady state, mean of the repeats; None if one has none.
         planned_part: Part of the iterations that did not run sequentially; None if nobody watched.
         predicted_tokens_per_s, predicted_ratio, predicted_energy_per_token_j: Simulated; None if they were not.
         num_failed, num_short: Requests that failed, or gave too few tokens: the run is not comparable.
@@ -81,6 +82,8 @@ class Rung:
     share_of_serial: float | None
     energy_per_token_j: float | None
     power_w: float | None
+    steady_tokens_per_s: float | None
+    steady_energy_per_token_j: float | None
     planned_part: float | None
     predicted_tokens_per_s: float | None
     predicted_ratio: float | None
@@ -245,6 +248,8 @@ def _rung(
         share_of_serial=None if bounds is None else rate / bounds["serial_tokens_per_s"],
         energy_per_token_j=fmean(energies_j) if is_metered else None,
         power_w=fmean(map(math.prod, zip(energies_j, rates, strict=True))) if is_metered else None,
+        steady_tokens_per_s=_steady(record, "total_tokens_per_s"),
+        steady_energy_per_token_j=_steady(record, "energy_per_token_j"),
         planned_part=_planned_part(record),
         predicted_tokens_per_s=None if own is None else own.total_tokens_per_s,
         predicted_ratio=None if own is None or base is None else own.total_tokens_per_s / base.total_tokens_per_s,
@@ -256,6 +261,12 @@ def _rung(
 
 def _rates(record: Document) -> list[float]:
     return [run["total_tokens_per_s"] for run in record["repeats"]]
+
+
+def _steady(record: Document, name: str) -> float | None:
+    """Mean over the steady states of the repeats."""
+    found = [run["steady"][name] for run in record["repeats"] if run.get("steady")]
+    return None if len(found) < len(record["repeats"]) or None in found else fmean(found)
 
 
 def _planned_part(record: Document) -> float | None:
@@ -282,7 +293,7 @@ def _block(workload: WorkloadRungs) -> Iterator[str]:
     yield f"{workload.workload} x {workload.num_requests:,}{bounds}"
     yield (
         f"  {'rung':<14}{'tokens/s':>10}{'(least to most)':>22}{'ratio':>8}{'predicted':>11}{'% optimal':>11}"
-        f"{'% serial':>10}{'mJ/token':>10}{'W':>6}{'planned':>9}"
+        f"{'% serial':>10}{'mJ/token':>10}{'W':>6}{'steady':>9}{'mJ':>6}{'planned':>9}"
     )
     for rung in workload.rungs:
         least, most = min(rung.total_tokens_per_s_repeats), max(rung.total_tokens_per_s_repeats)
@@ -293,6 +304,7 @@ def _block(workload: WorkloadRungs) -> Iterator[str]:
             f"{_number(rung.ratio_to_sequential, '.3f'):>8}{_number(rung.predicted_ratio, '.3f'):>11}"
             f"{_number(rung.share_of_optimal, '.1f', 100):>11}{_number(rung.share_of_serial, '.1f', 100):>10}"
             f"{_number(rung.energy_per_token_j, '.1f', 1e3):>10}{_number(rung.power_w, '.0f'):>6}"
+            f"{_number(rung.steady_tokens_per_s, ',.0f'):>9}{_number(rung.steady_energy_per_token_j, '.1f', 1e3):>6}"
             f"{_number(rung.planned_part, '.0%'):>9}{wrong}"
         )
 

@@ -23,6 +23,7 @@ PICTURES = {
     "stream.svg": "Plain streams",
     "beside.svg": "Kernels beside each other on every multiprocessor",
     "partition.svg": "Disjoint multiprocessors",
+    "inside.svg": "Decode attention inside products, predicted",
     "overlap.svg": "A searched plan for disjoint multiprocessors, predicted",
     "searched.svg": "A plan of the searched book",
 }
@@ -42,8 +43,9 @@ would reach, every operation alone at its measured rate; the *optimum* is its pr
 _LADDER = """\
 The same requests under one plan book after the other (`python -m benchmarks.ablation`): `sequential` has no plan;
 `nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything; `stream`,
-`beside` and `partition` run, for each kind of batch, the best plan of that mechanism, even where it is predicted to
-lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Planned* is the part of the
+`beside`, `partition` and `inside` run, for each kind of batch, the best plan of that mechanism, even where it is predicted to
+lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Steady* is the
+run without ramp and drain (`bench/steady.py`). *Planned* is the part of the
 iterations that did not run sequentially, *plans* how many the book has. The prediction is a simulation of the whole run
 from the profile (`bench/simulation.py`)."""
 
@@ -153,7 +155,7 @@ _RUN_HEADINGS = (
 )
 _RUNG_HEADINGS = (
     *("rung", "tokens/s, mean (least to most)", "of sequential", "predicted", "% of optimum", "% of serial"),
-    *("mJ/token", "W", "planned", "plans"),
+    *("mJ/token", "W", "steady tokens/s", "steady mJ/token", "planned", "plans"),
 )
 _PREDICTED_HEADINGS = (
     *("workload", "rung", "tokens/s", "predicted", "error", "of sequential", "predicted", "difference"),
@@ -181,6 +183,8 @@ def _rung_row(rung: Document) -> list[str]:
         _number(rung["share_of_serial"], ".1f", 100),
         _number(rung["energy_per_token_j"], ".1f", 1e3),
         _number(rung["power_w"], ".0f"),
+        _number(rung["steady_tokens_per_s"], ",.0f"),
+        _number(rung["steady_energy_per_token_j"], ".1f", 1e3),
         _number(rung["planned_part"], ".0%"),
         str(len(rung["plans"])),
     ]

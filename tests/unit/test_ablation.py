@@ -53,6 +53,7 @@ def _record(rung: str, rates: list[float], **changes: Any) -> dict[str, Any]:
         "num_failed": 0,
         "num_short": 0,
         "plan_iterations": {"s": 25, "c": 75} if is_planned else {"s": 100},
+        "steady": {"total_tokens_per_s": 1500.0, "energy_per_token_j": 0.01} if is_planned else None,
     }
     return {
         "created_utc": "2026-11-24T00:00:00+00:00",
@@ -226,6 +227,7 @@ def test_a_ladder_has_ratios_shares_and_predictions() -> None:
     assert overlapped.share_of_optimal == pytest.approx(1110 / 2000)
     assert overlapped.power_w == pytest.approx(0.02 * 1110)
     assert (sequential.planned_part, overlapped.planned_part) == (0.0, 0.75)
+    assert (sequential.steady_tokens_per_s, overlapped.steady_tokens_per_s) == (None, 1500.0)
     assert [dict(plan) for plan in overlapped.plans] == [{"name": "cut", "digest": "c"}]
 
 
@@ -259,7 +261,7 @@ def test_workloads_are_in_order_of_their_lengths() -> None:
 def test_the_table_has_a_line_a_rung() -> None:
     lines = table(make_ladder(RECORDS, PREDICTIONS)).splitlines()
     assert lines[0] == "64/8 x 10; serial bound 1,250, optimal 2,000 tokens/s"
-    assert " ".join(lines[4].split()) == "partition 1,110 (1,100 to 1,120) 1.110 1.050 55.5 88.8 20.0 22 75%"
+    assert " ".join(lines[4].split()) == "partition 1,110 (1,100 to 1,120) 1.110 1.050 55.5 88.8 20.0 22 1,500 10.0 75%"
     assert len(lines) == 5 and lines[3].split()[5:7] == ["0.900", "-"]
 
 
