@@ -43,10 +43,10 @@ would reach, every operation alone at its measured rate; the *optimum* is its pr
 _LADDER = """\
 The same requests under one plan book after the other (`python -m benchmarks.ablation`): `sequential` has no plan;
 `nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything; `stream`,
-`beside`, `partition` and `inside` run, for each kind of batch, the best plan of that mechanism, even where it is predicted to
-lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Steady* is the
-run without ramp and drain (`bench/steady.py`). *Planned* is the part of the
-iterations that did not run sequentially, *plans* how many the book has. The prediction is a simulation of the whole run
+`beside`, `partition` and `inside` run, for each kind of batch, the best plan of that mechanism, even where it is
+predicted to lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Steady* is the run
+without ramp and drain (`bench/steady.py`). *Planned* is the part of the iterations that did not run sequentially,
+*plans* how many the book has. The prediction is a simulation of the whole run
 from the profile (`bench/simulation.py`)."""
 
 

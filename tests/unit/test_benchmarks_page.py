@@ -47,7 +47,10 @@ def test_a_ladder_is_shown_with_its_predictions(page: Page, tmp_path: Path) -> N
     assert "## Whole runs" not in text
     assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text
     assert "**64/8**, 10 requests; serial bound 1,250, optimum 2,000 tokens/s:" in text
-    assert "| partition | 1,110 (1,100 to 1,120) | 1.110 | 1.050 | 55.5 | 88.8 | 20.0 | 22 | 1,500 | 10.0 | 75% | 1 |" in text
+    assert (
+        "| partition | 1,110 (1,100 to 1,120) | 1.110 | 1.050 | 55.5 | 88.8 | 20.0 | 22 | 1,500 | 10.0 | 75% | 1 |"
+        in text
+    )
     assert "| nano-batches | 900 (900 to 900) | 0.900 |  | 45.0 |" in text, "what was not predicted is left empty"
     assert "| 64/8 | partition | 1,110 | 1,050 | -5.4% | 1.110 | 1.050 | -0.060 | 20.0 | 21.0 |" in text
     assert "| 64/8 | nano-batches" not in text, "nor is there a row that compares it"

@@ -34,17 +34,18 @@ def _run(which, num_programs, num_tiles, num_rounds, extra, num_blocks):
     half a block less for each block of the others that goes with a round of theirs, for that is cheap.
     """
     num_busy = num_tiles % num_programs
-    num_idle = num_programs - num_busy
+    num_idle = _PARTS * (num_programs - num_busy)
     beside = num_blocks // (_PARTS * num_programs) - num_tiles // num_programs * num_rounds
     extra -= gl.minimum(gl.maximum(beside, 0), num_rounds) // 2
-    extra = gl.where(num_busy > 0, gl.maximum(extra, 0), 0)
-    per_busy = gl.maximum((num_blocks - _PARTS * num_idle * extra) // (_PARTS * num_programs), 0)
-    of_busy = _PARTS * num_busy * per_busy
-    per_idle = gl.cdiv(num_blocks - of_busy, _PARTS * num_idle)
-    is_busy = which < _PARTS * num_busy
-    begin = gl.where(is_busy, which * per_busy, of_busy + (which - _PARTS * num_busy) * per_idle)
-    begin = gl.minimum(begin, num_blocks)
-    stop = gl.minimum(begin + gl.where(is_busy, per_busy, per_idle), num_blocks)
+    extra = gl.where(num_busy > 0, gl.minimum(gl.maximum(extra, 0), gl.cdiv(num_blocks, num_idle)), 0)
+    # What is left is shared evenly; the first take one more each until it is gone.
+    rest = gl.maximum(num_blocks - num_idle * extra, 0)
+    per, more = rest // (_PARTS * num_programs), rest % (_PARTS * num_programs)
+    idle_before = gl.maximum(which - _PARTS * num_busy, 0)
+    is_idle = which >= _PARTS * num_busy
+    begin = gl.minimum(which * per + gl.minimum(which, more) + idle_before * extra, num_blocks)
+    count = per + gl.where(which < more, 1, 0) + gl.where(is_idle, extra, 0)
+    stop = gl.minimum(begin + count, num_blocks)
     return begin, stop - begin
 
 
