@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -216,6 +216,8 @@ def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way(
         # Of either warpgroup, with a block and without; a product of 16 features or keys an instruction.
         places = 2 * 2 * PANEL // 16
         assert report["shared_bytes"] <= SM_BYTES
+        # Few of them stand in loops; the accumulator, which would be hundreds, is not among them.
+        assert report["spills"] <= 128
         assert report["products_of_tiles"] == places * steps
         assert report["products_of_attention"] == places * 2 * panels
         assert report["waits_for_all_but_one"] == 2 * 2 * steps
@@ -249,5 +251,8 @@ def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     odd, _ = carrier_case("linear", 8, (256, 63), CPU)
     with pytest.raises(ValueError, match="TMA takes contiguous rows"):
         gluon_inside.carry(odd, taken, 200, 1)
+    wide = torch.empty((8, 512), dtype=torch.bfloat16)[:, :256]
+    with pytest.raises(ValueError, match="has rows every 512 elements"):
+        gluon_inside.carry(replace(product, writes=(wide,)), taken, 200, 1)
     assert (taken.num_runs, taken.until) == (1, 100)
     assert not gluon_inside.can_carry(CPU, torch.bfloat16, dims_of((6, 2, 128), None))

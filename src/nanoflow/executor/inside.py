@@ -3,7 +3,7 @@
 Everything is queued on the current stream in issue order. A step on the attention's lane is only taken note of; the
 products issued after it carry it, each a part in proportion to its own work, until a step needs its result. What is
 not done by then, because a batch has left products without tokens, is done alone. The kernels that carry are
-`kernels/gluon_carrying.py`.
+`kernels/gluon_inside.py`.
 """
 
 from __future__ import annotations

@@ -105,10 +105,15 @@ def carry(product: Launch, taken: Taken, until: int, num_sms: int) -> None:
     """A product, and inside it the attention from where the last run ended to so many of `SHARES`.
 
     Raises:
-        ValueError: Tensors that TMA does not take (see `triton_gemm.run_linear`), or a share that is none.
+        ValueError: Tensors that TMA does not take (see `triton_gemm.run_linear`), an output with rows apart, or a share
+            that is none.
     """
     (x, *_), (out,), (weight, *biases) = product.reads, product.writes, product.weights
     check_operands(x, weight, out)
+    if not out.is_contiguous():
+        raise ValueError(
+            f"output {list(out.shape)} has rows every {out.stride(0)} elements; a carrier's must be contiguous"
+        )
     kind = _KINDS[product.op.kind]
     rounds = -(-x.shape[1] // (PANEL * taken.steps))
     _run(
