@@ -32,21 +32,11 @@ from nanoflow.search.inside import can_be_inside, inside_plan
 from nanoflow.search.iteration import predict
 from nanoflow.search.search import Search
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
+from tests.unit.test_lanes import CONFIG
 from tests.unit.test_simulate import GRAPH, SHAPE, profile
 
 MAX_TOKENS = 12
 LLAMA = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
-SMALL = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 23,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 LANES = (
     Lane(name="products", mechanism=Mechanism.INSIDE, share=0.8),
     Lane(name="attention", mechanism=Mechanism.INSIDE, share=0.2),
@@ -163,7 +153,7 @@ def test_products_of_one_nano_batch_carry_the_attention_of_the_other() -> None:
 
 def test_what_products_without_tokens_leave_is_done_alone() -> None:
     """A batch that ends in the first nano-batch has nothing in the second."""
-    graph = build_graph(parse(SMALL), None)
+    graph = build_graph(parse(CONFIG), None)
     plan = inside_plan(graph, 8, 4, 0.8)
     carrier, batch = ReferenceCarrier(), batch_of([(3, 1), (5, 1), (2, 1)], 3, graph.vocab_size, 0)
     model = device_model(graph, int(batch.page_tables.max()) + 1)

@@ -28,7 +28,7 @@ _PANEL: gl.constexpr = gl.constexpr(PANEL)
 
 
 @gluon.jit
-def _advance(row, head, block, context, context_len, first_row, num_rows, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr):
+def advance(row, head, block, context, context_len, first_row, num_rows, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr):
     """The next block of keys, else of the next head, else of the next row that has any."""
     block += 1
     if block * BLOCK >= context:
@@ -68,7 +68,7 @@ def _load(
             for panel in gl.static_range(PANELS):
                 tile = value_ring.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
                 tma.async_copy_global_to_shared(values, [at, panel * _PANEL], bar, tile)
-        row, head, block, context = _advance(
+        row, head, block, context = advance(
             row, head, block, context, context_len, first_row, num_rows, KV_HEADS, BLOCK
         )
 
@@ -174,7 +174,7 @@ def _attend(
                 if PANELS == 2:
                     gl.store(parts + cells + _PANEL, acc1 / sums[None, :])
                 gl.store(log_sums + place * _GROUP + heads, peak + gl.log2(sums))
-        row, head, block, context = _advance(
+        row, head, block, context = advance(
             row, head, block, context, context_len, first_row, num_rows, KV_HEADS, BLOCK
         )
 

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, advance
 from nanoflow.kernels.launch import KEY_BLOCK, SHARES
 
 # Warpgroups that compute.
@@ -77,23 +77,6 @@ def begin_run(
 
 
 @gluon.jit
-def advance(row, head, block, context, context_len, first_row, num_rows, KV_HEADS: gl.constexpr):
-    """The next block of keys, else of the next head, else of the next row that has any."""
-    block += 1
-    if block * _BLOCK >= context:
-        block = block * 0
-        head += 1
-        if head == KV_HEADS:
-            head = head * 0
-            row = gl.minimum(row + 1, num_rows - 1)
-            context = gl.load(context_len + first_row + row)
-            while (context == 0) & (row < num_rows - 1):
-                row += 1
-                context = gl.load(context_len + first_row + row)
-    return row, head, block, context
-
-
-@gluon.jit
 def load_blocks(
     q, keys, values, query_ring, key_ring, value_ring, key_full, key_empty, value_full, value_empty, page_tables,
     table_stride, context_len, first_row, num_rows, row, head, block, context, num_blocks,
@@ -125,7 +108,9 @@ def load_blocks(
         bar = value_full.index(slot)
         mbarrier.expect(bar, _BLOCK * PANELS * _PANEL * 2)
         _load_pages(values, value_ring, bar, slot, page0, page1, page2, page3, head, KV_HEADS, PANELS)
-        row, head, block, context = advance(row, head, block, context, context_len, first_row, num_rows, KV_HEADS)
+        row, head, block, context = advance(
+            row, head, block, context, context_len, first_row, num_rows, KV_HEADS, _BLOCK
+        )
 
 
 @gluon.jit

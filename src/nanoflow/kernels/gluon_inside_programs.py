@@ -39,10 +39,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PANEL
+from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PANEL, advance
 from nanoflow.kernels.gluon_inside_attention import (
     PARTS,
-    advance,
     begin_run,
     close_head,
     issue_scores,
@@ -121,7 +120,7 @@ def _compute(
                         )  # fmt: skip
                     done += 1
                     row, head, block, context = advance(
-                        row, head, block, context, context_len, first_row, num_rows, KV_HEADS
+                        row, head, block, context, context_len, first_row, num_rows, KV_HEADS, _BLOCK
                     )
         # 2. Rounds without.
         for turn in range(fused, num_rounds):
@@ -157,7 +156,9 @@ def _compute(
                 GROUP, KV_HEADS, PANELS, mma,
             )  # fmt: skip
         done += 1
-        row, head, block, context = advance(row, head, block, context, context_len, first_row, num_rows, KV_HEADS)
+        row, head, block, context = advance(
+            row, head, block, context, context_len, first_row, num_rows, KV_HEADS, _BLOCK
+        )
 
 
 @gluon.jit(
