@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 num_tokens=num_tokens, steps=steps, attention=decode_task(attention, num_requests, num_keys)
             )
             costs = measure_costs(site, task, Span(settle_s=args.settle, measure_s=args.window))
+            assert costs.attention is not None
             apart_s = costs.products.time_s + costs.attention.time_s
             row = {
                 "tokens": num_tokens,

@@ -20,19 +20,25 @@ from nanoflow.executor.steps import bind
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import LinearDims, OpKind
+from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.carrier import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
+from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan, PlanError
-from nanoflow.search.inside import can_be_inside, inside_plan
+from nanoflow.profiler import inside as profiler_inside
+from nanoflow.profiler.inside import InsideTask, measure_inside
+from nanoflow.profiler.sustained import SPANS, Span
+from nanoflow.profiler.work import decode_task
+from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
 from nanoflow.search.iteration import predict
 from nanoflow.search.search import Search
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
 from tests.unit.test_lanes import CONFIG
+from tests.unit.test_profiler import SITE
 from tests.unit.test_simulate import GRAPH, SHAPE, profile
 
 MAX_TOKENS = 12
@@ -108,6 +114,12 @@ def inside(plan: PipelinePlan, graph: OpGraph) -> PipelinePlan:
     )
 
 
+def lanes_of(plan: PipelinePlan, graph: OpGraph, executor: PipelinedExecutor, carrier: ReferenceCarrier) -> InsideLanes:
+    """The lanes of a plan, with a carrier that runs anywhere."""
+    carried = dict(carriers(plan, graph, graph.num_layers))
+    return InsideLanes(bind(plan, graph), carried, executor.workspace, carrier)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_order_gives_what_the_reference_gives(data: st.DataObject) -> None:
@@ -123,8 +135,7 @@ def test_any_order_gives_what_the_reference_gives(data: st.DataObject) -> None:
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=batch.num_requests)
     for tensor in executor.workspace.tensors.values():
         tensor.fill_(torch.nan)
-    lanes = InsideLanes(bind(plan, graph), executor.workspace, ReferenceCarrier())
-    executor._lanes[plan.digest] = lanes
+    executor._lanes[plan.digest] = lanes_of(plan, graph, executor, ReferenceCarrier())
     executor.forward(inputs, plan)
     torch.testing.assert_close(executor.logits(inputs), expected, rtol=1e-4, atol=1e-5)
 
@@ -134,9 +145,8 @@ def test_products_of_one_nano_batch_carry_the_attention_of_the_other() -> None:
     plan = inside_plan(LLAMA, 2048, 1024, 0.8)
     plan.validate(LLAMA)
     steps = bind(plan, LLAMA)
-    parts = dict(parts_of(steps, ReferenceCarrier()))
     carried: dict[int, list[tuple[str, int, int]]] = {}
-    for place, part in parts.items():
+    for place, part in parts_of(steps, dict(carriers(plan, LLAMA, LLAMA.num_layers)), ReferenceCarrier()):
         step, attention = steps[place], steps[part.attention]
         assert step.tokens.start != attention.tokens.start
         carried.setdefault(part.attention, []).append((step.op.name, step.layer - attention.layer, part.until))
@@ -158,7 +168,7 @@ def test_what_products_without_tokens_leave_is_done_alone() -> None:
     carrier, batch = ReferenceCarrier(), batch_of([(3, 1), (5, 1), (2, 1)], 3, graph.vocab_size, 0)
     model = device_model(graph, int(batch.page_tables.max()) + 1)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=8, max_logits=3)
-    executor._lanes[plan.digest] = InsideLanes(bind(plan, graph), executor.workspace, carrier)
+    executor._lanes[plan.digest] = lanes_of(plan, graph, executor, carrier)
     inputs = InputBuilder(graph.rope, num_rows=3, device=torch.device("cpu")).build(batch)
     executor.forward(inputs, plan)
     assert carrier.shares == [] and carrier.alone == SHARES * graph.num_layers
@@ -181,38 +191,53 @@ def test_shares_stand_for_steps(steps: int) -> None:
     assert steps_of(share_of(steps)) == steps
 
 
-def pairs(*found: tuple[int, float, float, float]) -> tuple[PairPoint, ...]:
-    """Of so many tokens: share, and what both keep."""
-    return tuple(
-        PairPoint(
-            first="products",
-            second="decode_attention",
-            first_tokens=tokens,
-            second_tokens=340,
-            mechanism=Mechanism.INSIDE,
-            share=share,
-            first_performance=first,
-            second_performance=second,
-        )
-        for tokens, share, first, second in found
+def pair(num_tokens: int, share: float, first: float, second: float = 0.0, products: str = "products") -> PairPoint:
+    """Of so many tokens: what both keep at a share; without a second, the first with nothing to carry."""
+    return PairPoint(
+        first=products,
+        second="decode_attention",
+        first_tokens=num_tokens,
+        second_tokens=340 if second else 0,
+        mechanism=Mechanism.INSIDE,
+        share=share,
+        first_performance=first,
+        second_performance=second,
     )
 
 
+def op_named(name: str, graph: OpGraph = LLAMA) -> Operation:
+    return next(op for op in graph.layer if op.name == name)
+
+
 def test_rates_are_those_of_the_next_larger_size_and_the_nearest_share() -> None:
-    known = Inside(pairs((512, 0.8, 0.7, 0.4), (1024, 0.8, 0.75, 0.45), (1024, 0.67, 0.6, 0.6)))
-    product = next(op for op in LLAMA.layer if op.name == "down_proj")
-    norm = next(op for op in LLAMA.layer if op.name == "ffn_norm")
+    known = Inside((pair(512, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.75, 0.45), pair(1024, 0.67, 0.6, 0.6)))
+    product = op_named("down_proj")
     assert known.shares == (0.67, 0.8)
     for tokens, first in ((100, 0.7), (512, 0.7), (513, 0.75), (5000, 0.75)):
-        assert known.rates(product, 0.8, tokens).product == first
-    assert known.rates(product, 0.7, 512) == InsideRates(product=0.6, attention=0.6)
-    assert known.rates(norm, 0.8, 512) == InsideRates(product=1.0, attention=0.0)
+        assert known.full(product, 0.8, tokens).product == first
+    assert known.full(product, 0.7, 512) == InsideRates(product=0.6, attention=0.6)
+    assert known.empty(product, 512) == known.empty(op_named("ffn_norm"), 512) == InsideRates()
+
+
+def test_the_newest_of_two_measurements_of_a_size_counts() -> None:
+    known = Inside((pair(512, 0.8, 0.7, 0.4), replace(pair(512, 0.8, 0.6, 0.3), second_tokens=500)))
+    assert known.full(op_named("o_proj"), 0.8, 512).product == 0.6
+
+
+def test_a_product_that_is_slower_with_nothing_to_carry_is_so_with_attention_too() -> None:
+    known = Inside((pair(1024, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.9), pair(1024, 0.8, 0.81, products="o_proj")))
+    assert known.shares == (0.8,)
+    assert known.empty(op_named("o_proj"), 1024) == InsideRates(product=0.81)
+    assert known.empty(op_named("down_proj"), 1024) == InsideRates(product=0.9)
+    full = known.full(op_named("o_proj"), 0.8, 1024)
+    assert (full.product, full.attention) == pytest.approx((0.63, 0.36))
+    assert known.full(op_named("down_proj"), 0.8, 1024) == InsideRates(product=0.7, attention=0.4)
 
 
 def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
     """Products of half of the tokens 2.5 s, attention 2 s: inside, 1.875 s of it are done in the 2.5 / 0.8 s of the
     products, and 0.125 s alone."""
-    of = profile(pairs=pairs((512, 0.8, 0.8, 0.6)))
+    of = profile(pairs=(pair(512, 0.8, 0.8, 0.6),))
     plan = inside_plan(GRAPH, 512, 256, 0.8)
     assert predict(plan, of, SHAPE).makespan_s == pytest.approx(2 * (2.5 / 0.8 + 0.125), rel=1e-6)
     found = Search(of, SHAPE, is_quick=True).run()
@@ -220,9 +245,34 @@ def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
 
 
 def test_attention_stands_still_beside_what_cannot_carry() -> None:
-    """Rates beside products of 0 would make it wait for ever: it runs alone once it is waited for."""
-    of = profile(pairs=pairs((512, 0.8, 1.0, 0.0)))
+    """At no rate it would wait for ever: it runs alone once it is waited for."""
+    of = profile(pairs=(replace(pair(512, 0.8, 1.0), second_tokens=340),))
     assert predict(inside_plan(GRAPH, 512, 256, 0.8), of, SHAPE).makespan_s == pytest.approx(9.0)
+
+
+def test_products_that_carry_little_pay_for_the_kernel_that_could() -> None:
+    """Products of a nano-batch take 2.5 s, at half of their speed 5 s, in which 1.5 s of 2 s of attention are done.
+    Of them qkv_proj takes 0.5 s: alone inside it 0.3 s are done in 1 s, and the others run as ever."""
+    little = (pair(512, 0.8, 0.5, 0.3), pair(512, 0.8, 0.5), pair(512, 0.8, 0.5, products="qkv_proj"))
+    everything = predict(inside_plan(GRAPH, 512, 256, 0.8), profile(pairs=little), SHAPE).makespan_s
+    assert everything == pytest.approx(2 * (5.0 + 0.5), rel=1e-6)
+    one = predict(inside_plan(GRAPH, 512, 256, 0.8, ("qkv_proj",)), profile(pairs=little), SHAPE).makespan_s
+    assert one == pytest.approx(2 * (2.0 + 1.0 + 1.7), rel=1e-6)
+    # Where only qkv_proj carries for less than it saves, the search leaves it to that one.
+    some = (pair(512, 0.8, 0.6, 0.15), pair(512, 0.8, 0.6), pair(512, 0.8, 0.9, products="qkv_proj"))
+    found = Search(profile(pairs=some), SHAPE, is_quick=True).run()
+    assert "in qkv_proj" in found.plan.name
+    assert found.makespan_s == pytest.approx(2 * (2.0 + 0.5 / 0.9 + 2.0 - 0.225 * 0.5 / 0.9))
+
+
+@pytest.mark.parametrize("carrying", [(), *itertools.islice(carrying_runs(LLAMA), 1, None)], ids=", ".join)
+def test_only_products_that_are_to_carry_do(carrying: tuple[str, ...]) -> None:
+    plan = inside_plan(LLAMA, 2048, 1024, 0.8, carrying)
+    plan.validate(LLAMA)
+    steps = bind(plan, LLAMA)
+    found = [(steps[at], steps[attention]) for at, attention in carriers(plan, LLAMA, LLAMA.num_layers)]
+    assert {step.op.name for step, _ in found} == set(carrying or {"o_proj", "gate_up_proj", "down_proj", "qkv_proj"})
+    assert all(step.tokens != attention.tokens for step, attention in found)
 
 
 def test_two_attentions_in_a_layer_are_not_put_inside() -> None:
@@ -232,4 +282,23 @@ def test_two_attentions_in_a_layer_are_not_put_inside() -> None:
 
 def test_every_place_to_cut_gives_a_valid_plan() -> None:
     for num_tokens, boundary in itertools.product((256, 2048), (1, 128, 255)):
-        inside_plan(LLAMA, num_tokens, boundary, 2 / 3).validate(LLAMA)
+        for carrying in carrying_runs(LLAMA):
+            inside_plan(LLAMA, num_tokens, boundary, 2 / 3, carrying).validate(LLAMA)
+
+
+@pytest.mark.parametrize("products", ["products", "o_proj"])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_profile_has_what_products_carry_and_what_they_take_with_nothing_to(
+    monkeypatch: pytest.MonkeyPatch, products: str, is_empty: bool
+) -> None:
+    carrier = ReferenceCarrier()
+    monkeypatch.setitem(SPANS, "cpu", Span(settle_s=0.0, measure_s=0.001))
+    monkeypatch.setattr(profiler_inside, "_carrier", lambda _device, _steps: carrier)
+    attention = decode_task(op_named("decode_attention", SITE.graph), 3, 20)
+    task = InsideTask(num_tokens=16, steps=4, attention=attention, products=products, is_empty=is_empty)
+    [point] = measure_inside(SITE, [task])
+    assert point.key == task.key and point.share == 0.8
+    assert point.first_performance > 0 and (point.second_performance == 0) is is_empty
+    num_products = 4 if products == "products" else 1
+    assert sum(carrier.shares[:num_products]) == (0 if is_empty else SHARES)
+    assert len(carrier.shares) % num_products == 0 and carrier.alone == 0

@@ -1,15 +1,16 @@
 """Lanes in one instruction stream: decode attention runs inside the products that are issued after it.
 
 Everything is queued on the current stream in issue order. A step on the attention's lane is only taken note of; the
-products issued after it carry it, each a part in proportion to its own work, until a step needs its result. What is
-not done by then, because a batch has left products without tokens, is done alone. The kernels that carry are
+products that carry it (`plan/carriers.py`) each do a part in proportion to their own work. What is not done when a step
+waits for it, because a batch has left products without tokens, is done alone. The kernels that carry are
 `kernels/gluon_inside.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +18,9 @@ from typing import Any, Protocol
 
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.steps import Step
-from nanoflow.graph.operation import LinearDims, OpKind, Scope
+from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.launch import SHARES, Kernel, Launch
-
-_PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
+from nanoflow.plan.carriers import PRODUCTS
 
 
 class Carrier(Protocol):
@@ -60,18 +60,21 @@ class InsideLanes:
 
     Args:
         steps: What runs.
+        carried: Places of the steps that carry, and of the attention that each of them does.
         workspace: Tensors, and kernels for what runs by itself.
         carrier: Runs products with attention inside.
     """
 
-    def __init__(self, steps: tuple[Step, ...], workspace: Workspace, carrier: Carrier) -> None:
+    def __init__(
+        self, steps: tuple[Step, ...], carried: Mapping[int, int], workspace: Workspace, carrier: Carrier
+    ) -> None:
         self._steps, self._carrier = steps, carrier
-        self._parts = dict(parts_of(steps, carrier))
+        self._parts = dict(parts_of(steps, carried, carrier))
         self._taken: _Taken | None = None
         self._place = 0
         kernels = workspace.model.kernels
         carrying: dict[OpKind, Kernel] = {
-            kind: partial(self._multiply, kernels[kind]) for kind in _PRODUCTS if kind in kernels
+            kind: partial(self._multiply, kernels[kind]) for kind in PRODUCTS if kind in kernels
         }
         inside: dict[OpKind, Kernel] = {OpKind.DECODE_ATTENTION: self._take}
         self._workspace = replace(workspace, model=replace(workspace.model, kernels={**kernels, **carrying, **inside}))
@@ -109,22 +112,18 @@ class InsideLanes:
             self._carrier.finish(taken.note)
 
 
-def parts_of(steps: Sequence[Step], carrier: Carrier) -> Iterator[tuple[int, _Part]]:
-    """Place of each product that carries, and what: products from an attention on, until it is needed or another comes.
+def parts_of(steps: Sequence[Step], carried: Mapping[int, int], carrier: Carrier) -> Iterator[tuple[int, _Part]]:
+    """Place of each step that carries, and what.
 
-    The last one takes what the others leave; a product without tokens leaves its part to the next.
+    The last product takes what the others leave; one without tokens leaves its part to the next.
     """
-    attentions = [place for place, step in enumerate(steps) if step.op.kind is OpKind.DECODE_ATTENTION]
-    for place, following in itertools.zip_longest(attentions, attentions[1:], fillvalue=len(steps)):
-        later = itertools.takewhile(_is_not_waiting(steps, place), range(place + 1, following))
-        products = [at for at in later if steps[at].op.kind in _PRODUCTS and steps[at].op.scope is Scope.ALL]
-        rounds = [_rounds(steps[at], carrier) for at in products]
-        for at, done in zip(products, itertools.accumulate(rounds), strict=True):
-            yield at, _Part(attention=place, until=round(SHARES * done / sum(rounds)))
-
-
-def _is_not_waiting(steps: Sequence[Step], place: int) -> Callable[[int], bool]:
-    return lambda at: all(before < place for before in steps[at].waits)
+    products: dict[int, list[int]] = defaultdict(list)
+    for place, attention in sorted(carried.items()):
+        products[attention].append(place)
+    for attention, places in products.items():
+        rounds = [_rounds(steps[place], carrier) for place in places]
+        for place, done in zip(places, itertools.accumulate(rounds), strict=True):
+            yield place, _Part(attention=attention, until=round(SHARES * done / sum(rounds)))
 
 
 def _rounds(step: Step, carrier: Carrier) -> int:

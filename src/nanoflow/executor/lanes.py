@@ -23,6 +23,7 @@ from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.carrier import GluonCarrier, can_carry, steps_of
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.kept import kernels_beside, kernels_on
+from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 
 
@@ -158,7 +159,8 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
     if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
-        return InsideLanes(steps, workspace, _carrier(workspace, plan, steps))
+        carried = dict(carriers(plan, workspace.model.graph, workspace.model.graph.num_layers))
+        return InsideLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
     return GpuLanes(plan, steps, workspace, partitions)
 
 

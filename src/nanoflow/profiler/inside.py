@@ -2,11 +2,12 @@
 
 As an iteration runs them: one attention, and all products of a layer, which carry it. There is as much attention as
 fits in the rounds of the products, so that neither side is left alone at the end. What fits where, the carrier knows.
+Beside that, products with nothing to carry in the kernel that could: what a plan pays for products that carry little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 from nanoflow.batch import DenseBatch
+from nanoflow.cost.inside import PRODUCTS
 from nanoflow.cost.table import PairPoint
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import LinearDims, OpKind
+from nanoflow.executor.inside import Carrier
+from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.carrier import GluonCarrier, can_carry, share_of
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.launch import KEY_BLOCK, SHARES, BatchInputs, Kernel, Launch
@@ -28,8 +31,6 @@ from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
 from nanoflow.profiler.work import Task, decode_task
 
-# What a pair calls the products of a layer.
-PRODUCTS = "products"
 _TOKENS = (256, 512, 1024)
 # K-steps to a block of keys.
 _STEPS = (2, 4)
@@ -39,11 +40,27 @@ _WARPGROUPS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InsideTask:
-    """All products of a layer on so many tokens, with attention that fills them."""
+    """Products on so many tokens, with attention that fills them, or with none.
+
+    Attributes:
+        num_tokens: Of the products.
+        steps: Of theirs to a block of keys.
+        attention: What they carry.
+        products: One of them, or all of a layer.
+        is_empty: They carry nothing of it.
+    """
 
     num_tokens: int
     steps: int
     attention: Task
+    products: str = PRODUCTS
+    is_empty: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """`PairPoint.key` of its pair."""
+        keys = (0, 0.0) if self.is_empty else (self.attention.num_tokens, self.attention.context)
+        return (self.products, self.attention.operation, self.num_tokens, *keys, Mechanism.INSIDE, share_of(self.steps))
 
 
 def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
@@ -53,25 +70,27 @@ def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
     if not has_products or not can_carry(site.device, site.dtype, site.graph.attention):
         return []
     blocks_each = site.graph.attention.num_kv_heads * -(-_CONTEXT // KEY_BLOCK)
+    products = gemms(site.graph.layer)
     found = []
     for num_tokens in sorted({min(count, max_tokens) for count in _TOKENS}):
         for steps in _STEPS:
             carrier = GluonCarrier(num_sms=num_sms, steps=steps)
-            rounds = sum(
-                carrier.rounds(op.dims, num_tokens) for op in site.graph.layer if isinstance(op.dims, LinearDims)
-            )
+            rounds = sum(carrier.rounds(op.dims, num_tokens) for op in products if isinstance(op.dims, LinearDims))
             num_requests = max(rounds * _WARPGROUPS * num_sms // blocks_each, 1)
             task = decode_task(attention, num_requests, _CONTEXT)
             found.append(InsideTask(num_tokens=num_tokens, steps=steps, attention=task))
+        # With nothing to carry the rate makes no difference.
+        last = found[-1]
+        found += [replace(last, products=name, is_empty=True) for name in (PRODUCTS, *(op.name for op in products))]
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InsideCosts:
-    """The products of a layer, an attention, and that attention inside those products; of one layer."""
+    """Products, an attention, and both in one; of one layer. No attention if the products carry nothing."""
 
     products: Sustained
-    attention: Sustained
+    attention: Sustained | None
     together: Sustained
 
 
@@ -85,47 +104,61 @@ def measure_inside(site: Site, wanted: Collection[InsideTask], span: Span | None
 @torch.inference_mode()
 def measure_costs(site: Site, task: InsideTask, span: Span) -> InsideCosts:
     """Both sides alone, one after the other, and together."""
-    num_sms = torch.cuda.get_device_properties(site.device).multi_processor_count
-    carrier = GluonCarrier(num_sms=num_sms, steps=task.steps)
+    carrier = _carrier(site.device, task.steps)
     products, attention = rows_workspace(site, task.num_tokens), prepare_attention(site, task.attention)
     batch = equal_requests(1, 0, task.num_tokens, site.page_size)
+    ops = tuple(op for op in gemms(site.graph.layer) if task.products in (PRODUCTS, op.name))
     num_layers = products.model.graph.num_layers
-    multiply = sustained(over_layers(products, gemms(site.graph.layer), batch), site.device, span)
-    attend = sustained(attention.work(), site.device, span)
+    multiply = sustained(over_layers(products, ops, batch), site.device, span)
+    attend = None if task.is_empty else sustained(attention.work(), site.device, span)
     # As often as it takes to go through the layers of both.
-    num_turns = max(num_layers, attention.num_calls)
-    together = sustained(_inside(products, batch, attention, carrier, num_turns), site.device, span)
+    num_turns = num_layers if task.is_empty else max(num_layers, attention.num_calls)
+    work = _inside(ops, products, batch, attention, carrier, num_turns=num_turns, is_empty=task.is_empty)
+    together = sustained(work, site.device, span)
     return InsideCosts(
         products=per_call(multiply, num_layers),
-        attention=per_call(attend, attention.num_calls),
+        attention=None if attend is None else per_call(attend, attention.num_calls),
         together=per_call(together, num_turns),
     )
 
 
+def _carrier(device: torch.device, steps: int) -> Carrier:
+    return GluonCarrier(num_sms=torch.cuda.get_device_properties(device).multi_processor_count, steps=steps)
+
+
 def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:
     together = costs.together
-    alone_j = [cost.energy_j for cost in (costs.products, costs.attention) if cost.energy_j is not None]
-    is_known = together.energy_j is not None and len(alone_j) == 2
+    alone = [cost for cost in (costs.products, costs.attention) if cost is not None]
+    alone_j = [cost.energy_j for cost in alone if cost.energy_j is not None]
+    is_known = together.energy_j is not None and len(alone_j) == len(alone)
     return PairPoint(
-        first=PRODUCTS,
+        first=task.products,
         second=task.attention.operation,
         first_tokens=task.num_tokens,
-        second_tokens=task.attention.num_tokens,
-        second_context=task.attention.context,
+        second_tokens=0 if task.is_empty else task.attention.num_tokens,
+        second_context=0.0 if task.is_empty else task.attention.context,
         mechanism=Mechanism.INSIDE,
         share=share_of(task.steps),
         first_performance=costs.products.time_s / together.time_s,
-        second_performance=costs.attention.time_s / together.time_s,
+        second_performance=0.0 if costs.attention is None else costs.attention.time_s / together.time_s,
         energy_ratio=together.energy_j / sum(alone_j) if is_known and together.energy_j is not None else None,
         power_w=None if together.energy_j is None else together.energy_j / together.time_s,
     )
 
 
-def _inside(products: Workspace, batch: DenseBatch, attention: Prepared, carrier: GluonCarrier, num_turns: int) -> Work:
-    """Attention, carried by the products of a layer, so many times; layers of both in turn."""
-    ops = gemms(products.model.graph.layer)
+def _inside(
+    ops: Sequence[Operation],
+    products: Workspace,
+    batch: DenseBatch,
+    attention: Prepared,
+    carrier: Carrier,
+    *,
+    num_turns: int,
+    is_empty: bool,
+) -> Work:
+    """Attention, carried by some products of a layer, so many times; layers of both in turn."""
     rounds = [carrier.rounds(op.dims, batch.num_tokens) for op in ops if isinstance(op.dims, LinearDims)]
-    shares = [round(SHARES * done / sum(rounds)) for done in accumulate(rounds)]
+    shares = [0 if is_empty else round(SHARES * done / sum(rounds)) for done in accumulate(rounds)]
     taken: list[Any] = []
 
     def take(launch: Launch) -> None:
@@ -148,6 +181,8 @@ def _inside(products: Workspace, batch: DenseBatch, attention: Prepared, carrier
             keys.run_whole((attention.op,), key_inputs, turn % keys.model.graph.num_layers)
             for op, (workspace, inputs) in zip(ops, carrying, strict=True):
                 workspace.run_whole((op,), inputs, turn % workspace.model.graph.num_layers)
-            carrier.finish(taken.pop())
+            note = taken.pop()
+            if not is_empty:
+                carrier.finish(note)
 
     return work

@@ -18,13 +18,12 @@ import torch
 from nanoflow.cost.table import PairPoint, Point, Profile, ProfileError, Setup, merged
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels.carrier import share_of
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import measure_alone
-from nanoflow.profiler.inside import PRODUCTS, InsideTask, inside_tasks, measure_inside
+from nanoflow.profiler.inside import InsideTask, inside_tasks, measure_inside
 from nanoflow.profiler.layer import measure_layer
 from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
@@ -94,7 +93,7 @@ class Job:
             alone=[task for task in alone if task.key not in points],
             parts=[part for part in parts if _part_key(part, num_sms) not in points],
             pairs=[pair for pair in beside if _pair_identity(pair, num_sms) not in pairs],
-            inside=[task for task in inside if _inside_identity(task) not in pairs],
+            inside=[task for task in inside if task.key not in pairs],
         )
 
 
@@ -253,12 +252,6 @@ def _pair_identity(pair: PairTask, num_sms: int) -> tuple[object, ...]:
     sizes = (first.operation, second.operation, first.num_tokens, second.num_tokens, second.context)
     share = None if pair.second_sms is None else (num_sms - pair.second_sms) / num_sms
     return (*sizes, pair.mechanism, share)
-
-
-def _inside_identity(task: InsideTask) -> tuple[object, ...]:
-    keys = task.attention
-    sizes = (PRODUCTS, keys.operation, task.num_tokens, keys.num_tokens, keys.context)
-    return (*sizes, Mechanism.INSIDE, share_of(task.steps))
 
 
 def setup_line(setup: Setup) -> str:

@@ -7,6 +7,7 @@ time limit strikes. What the plan does on a device is measured elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.search.allocate import Allocation, allocate, divisions, least_period_s
 from nanoflow.search.emit import emit
-from nanoflow.search.inside import can_be_inside, inside_plan
+from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
 from nanoflow.search.iteration import graphs_of
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
 from nanoflow.search.simulate import PlanSimulator
@@ -235,20 +236,20 @@ class Search:
             yield self._attempt(candidate.problem, allocation, f"{mechanism}, {candidate.label}")
 
     def _inside(self, graph: OpGraph) -> Iterator[Attempt]:
-        """Decode attention inside products, at every rate that was measured: there is no order to look for."""
+        """Decode attention inside products: any of them, at every rate that was measured, and no order to look for."""
         if not can_be_inside(graph):
             return
-        for share in Interference(self._profile, graph).inside.shares:
-            for boundary in self._boundaries():
-                plan = inside_plan(graph, self._shape.num_tokens, boundary, share)
-                makespan_s = self._makespan_s(graph, plan)
-                self._report(f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted")
-                yield Attempt(
-                    plan=_with_makespan(plan, makespan_s),
-                    period_s=makespan_s,
-                    least_period_s=makespan_s,
-                    makespan_s=makespan_s,
-                )
+        shares, runs = Interference(self._profile, graph).inside.shares, list(carrying_runs(graph))
+        for share, boundary, carrying in itertools.product(shares, self._boundaries(), runs):
+            plan = inside_plan(graph, self._shape.num_tokens, boundary, share, carrying)
+            makespan_s = self._makespan_s(graph, plan)
+            self._report(f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted")
+            yield Attempt(
+                plan=_with_makespan(plan, makespan_s),
+                period_s=makespan_s,
+                least_period_s=makespan_s,
+                makespan_s=makespan_s,
+            )
 
     def _attempt(self, problem: Problem, allocation: Allocation, name: str) -> Attempt:
         plan = emit(problem, allocation, name)

@@ -11,12 +11,14 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nanoflow.cost.inside import STANDS_STILL
 from nanoflow.cost.interference import Interference, lane_of
 from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w, static_power_w
 from nanoflow.cost.table import Cost, CostTable
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
+from nanoflow.plan.carriers import carriers
 from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.timeline import Span, Timeline
@@ -63,13 +65,14 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """A nano-operation of the plan on the batch at hand."""
+    """A nano-operation of the plan on the batch at hand; `carries`: it is to have decode attention inside."""
 
     op: Operation
     lane: Lane
     tokens: TokenRange
     cost: Cost
     dynamic_j: float | None
+    carries: bool
 
 
 class PlanSimulator:
@@ -88,6 +91,9 @@ class PlanSimulator:
         self._lanes = [lanes[nano.lane] for nano in plan.nano_operations]
         self._depends = dependencies(plan, graph)
         self._setup = table.profile.setup
+        # In some layer, thus but where the pipeline fills or drains in all of them.
+        issued = [place for _, place in _issued(plan, plan.max_stage + 2)]
+        self._carriers = {issued[at] for at, _ in carriers(plan, graph, plan.max_stage + 2)}
 
     def run(self, shape: BatchShape, num_layers: int | None = None) -> Simulation:
         """Predict so many layers on a batch.
@@ -130,7 +136,8 @@ class PlanSimulator:
         dynamic_j = dynamic_energy_j(cost, self._setup)
         if cost.time_s > 0:
             cost = Cost(time_s=cost.time_s + self._table.profile.launch_gap_s, energy_j=cost.energy_j)
-        return _Item(op=op, lane=self._lanes[place], tokens=tokens, cost=cost, dynamic_j=dynamic_j)
+        carries = place in self._carriers
+        return _Item(op=op, lane=self._lanes[place], tokens=tokens, cost=cost, dynamic_j=dynamic_j, carries=carries)
 
     def _execute(self, items: Sequence[_Item], num_layers: int) -> tuple[list[_Work], float | None]:
         """Advance from event to event: something ends, whatever may start now does."""
@@ -170,10 +177,10 @@ class PlanSimulator:
 
     def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
         """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
-        if len(running) == 1:
-            rates, energy_ratio = [self._rate_alone(running[0])], 1.0
-        elif any(item.lane.mechanism is Mechanism.INSIDE for item in running):
+        if any(item.lane.mechanism is Mechanism.INSIDE for item in running):
             rates, energy_ratio = self._rates_inside(running)
+        elif len(running) == 1:
+            rates, energy_ratio = [self._rate_alone(running[0])], 1.0
         else:
             shares = sum(item.lane.share for item in running)
             rates = [
@@ -188,9 +195,15 @@ class PlanSimulator:
         return rates, dynamic_w * energy_ratio
 
     def _rates_inside(self, running: Sequence[_Item]) -> tuple[list[float], float]:
-        """Of decode attention and what runs in the products' lane, and the energy of both of that alone."""
-        host = next(item for item in running if item.op.kind is not OpKind.DECODE_ATTENTION)
-        found = self._interference.inside.rates(host.op, host.lane.share, host.tokens.num_tokens)
+        """Of what runs in the products' lane, of decode attention, and the energy of both of that alone."""
+        host = next((item for item in running if item.op.kind is not OpKind.DECODE_ATTENTION), None)
+        if host is None:
+            return [1.0], 1.0
+        found, inside = STANDS_STILL, self._interference.inside
+        if host.carries and len(running) > 1:
+            found = inside.full(host.op, host.lane.share, host.tokens.num_tokens)
+        elif host.carries:
+            found = inside.empty(host.op, host.tokens.num_tokens)
         return [found.product if item is host else found.attention for item in running], found.energy_ratio
 
     def _rate_alone(self, item: _Item) -> float:

@@ -1,0 +1,37 @@
+"""Which products of a plan carry decode attention inside them, by issue order alone.
+
+A product issued after an attention carries a part of it, until something is issued that waits for the attention, or
+another attention is. So a plan says by order and waits what carries; the executor and the simulator both ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import OpKind, Scope
+from nanoflow.plan.dependencies import dependencies
+from nanoflow.plan.plan import Mechanism, PipelinePlan
+
+PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
+
+
+def carriers(plan: PipelinePlan, graph: OpGraph, num_layers: int) -> Iterator[tuple[int, int]]:
+    """Each product that carries and the attention it carries, as places in the issue order of so many layers.
+
+    Nothing if the plan has no lanes inside each other.
+    """
+    if all(lane.mechanism is not Mechanism.INSIDE for lane in plan.lanes):
+        return
+    ops = {op.name: op for op in graph.layer}
+    needs = dependencies(plan, graph)
+    at = {id(nano): place for place, nano in enumerate(plan.nano_operations)}
+    taken: tuple[int, tuple[int, int]] | None = None
+    for issued, (layer, nano) in enumerate(plan.issue_order(num_layers)):
+        op, place = ops[nano.operation], at[id(nano)]
+        if op.kind is OpKind.DECODE_ATTENTION:
+            taken = issued, (layer, place)
+        elif taken is not None and taken[1] in {(layer - distance, before) for before, distance in needs[place]}:
+            taken = None
+        elif taken is not None and op.kind in PRODUCTS and op.scope is Scope.ALL:
+            yield issued, taken[0]
