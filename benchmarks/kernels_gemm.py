@@ -47,7 +47,7 @@ SWEEP = (
     replace(LARGE, group_m=8),
     GEMM_TILES[1],
     replace(GEMM_TILES[1], num_warps=4),
-    *PART_TILES[:4],
+    *PART_TILES[:2],
     replace(LARGE, block_m=64, num_warps=4, num_stages=4),
 )
 # Without the second half of the output a fourth step in flight fits undivided.
@@ -145,7 +145,7 @@ def fused(tiles: GemmTiles | None) -> Candidate:
 
 
 def describe(tiles: GemmTiles) -> str:
-    shape = f"{tiles.block_m}x{tiles.width}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}"
+    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}"
     is_in_pieces = tiles.store_n < tiles.block_n
     extras = (f" g{tiles.group_m}", " in pieces" if is_in_pieces else "", "" if tiles.is_flat else " not flat")
     return shape + "".join(extras)

@@ -159,7 +159,7 @@ def _on_part(product: Side, attention: Side, first: LaneStream, second: LaneStre
             operation=product.prepared.op.name,
             num_tokens=batch,
             num_sms=first.num_sms,
-            tiles=f"{tiles.block_m}x{tiles.width}x{tiles.block_k} s{tiles.num_stages}",
+            tiles=f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} s{tiles.num_stages}",
             num_splits=cut[1],
             is_chosen=cut == chosen,
             whole_us=product.whole_s * 1e6,

@@ -62,30 +62,20 @@ def main(place: int) -> None:
     boxes = {
         "x": box(cut.block_m, cut.block_k),
         "weight": box(cut.block_n, cut.block_k),
-        "rest_weight": "constexpr",
         "bias": "*bf16",
         "out": box(cut.block_m, cut.store_n),
     }
     constants = {"BLOCK_N": cut.block_n, "STORE_N": cut.store_n, "IS_ADDED": True}
-    whole = {"rest_weight": None, "REST_N": 0, "IS_FLAT": cut.is_flat}
-    reports = [compiled(_linear, cut, {**boxes, **_SIZES}, {**constants, **whole})]
-    split = {name: kind for name, kind in boxes.items() if name != "rest_weight"}
-    split |= {"sums": "*fp32", "flags": "*i32", **_SIZES, "num_splits": "i32"}
+    reports = [compiled(_linear, cut, {**boxes, **_SIZES}, {**constants, "IS_FLAT": cut.is_flat})]
+    split = {**boxes, "sums": "*fp32", "flags": "*i32", **_SIZES, "num_splits": "i32"}
     reports.append(compiled(_linear_split_k, cut, split, {**constants, "NUM_THREADS": 32 * cut.num_warps}))
     half, store_half = tiles.block_n // 2, tiles.store_n // 2
     boxes = {
         "x": box(tiles.block_m, tiles.block_k),
         "weight": box(2, half, tiles.block_k),
-        "rest_weight": "constexpr",
         "out": box(tiles.block_m, store_half),
     }
-    gated = {
-        "BLOCK_N": half,
-        "STORE_N": store_half,
-        "rest_weight": None,
-        "REST_N": 0,
-        "IS_FLAT": tiles.is_flat,
-    }
+    gated = {"BLOCK_N": half, "STORE_N": store_half, "IS_FLAT": tiles.is_flat}
     reports.append(compiled(_linear_swiglu, tiles, {**boxes, **_SIZES}, gated))
     print(json.dumps(reports))
 

@@ -91,7 +91,9 @@ def assert_attention(launch: Launch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_programs", [NUM_SMS, 7])
-@pytest.mark.parametrize("tiles", BESIDE_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.width} s{tiles.num_stages}")
+@pytest.mark.parametrize(
+    "tiles", BESIDE_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n} s{tiles.num_stages}"
+)
 @pytest.mark.parametrize("num_tokens", [1, 300])
 def test_any_cut_and_number_of_programs(
     dtype: torch.dtype, num_programs: int, tiles: GemmTiles, num_tokens: int

@@ -48,7 +48,7 @@ GATE_UP = (28672, 4096)
 ADDED_SHAPES = {name: SHAPES[name] for name in ("o_proj", "down_proj")}
 NUM_TOKENS = pytest.mark.parametrize("num_tokens", [1024, 1056, 300])
 NUM_PROGRAMS = pytest.mark.parametrize("num_programs", [132, 100, 68])
-TILES = pytest.mark.parametrize("tiles", PART_TILES[:5], ids=lambda tiles: f"{tiles.block_m}x{tiles.width}")
+TILES = pytest.mark.parametrize("tiles", PART_TILES[:3], ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n}")
 NUM_REPLAYS = 3
 
 
@@ -117,7 +117,7 @@ def test_linear_add(num_tokens: int, num_programs: int, tiles: GemmTiles, operat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_programs", [132, 84, 7])
-@pytest.mark.parametrize("tiles", PART_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.width} s{tiles.num_stages}")
+@pytest.mark.parametrize("tiles", PART_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n} s{tiles.num_stages}")
 @pytest.mark.parametrize("num_tokens", [1, 300])
 def test_any_cut_and_number_of_programs(
     dtype: torch.dtype, num_programs: int, tiles: GemmTiles, num_tokens: int

@@ -44,7 +44,7 @@ ATTENTION_WARPS = 8
 SCRATCH_BYTES = 1 << 10
 ITEM_BYTES = 2
 HEAD_DIM = 128
-TILES = pytest.mark.parametrize("tiles", BESIDE_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.width}")
+TILES = pytest.mark.parametrize("tiles", BESIDE_TILES, ids=lambda tiles: f"{tiles.block_m}x{tiles.block_n}")
 
 
 def attention_bytes() -> int:

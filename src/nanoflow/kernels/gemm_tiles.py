@@ -22,8 +22,7 @@ class GemmTiles:
             are gates.
         num_warps: Warps a program.
         num_stages: Steps in flight.
-        rest_n: Further rows of the weight, a product of their own on the same tokens, as blocks are powers of two.
-        store_n: Columns that are written at once, through shared memory; it divides `block_n` and `rest_n`.
+        store_n: Columns that are written at once, through shared memory; it divides `block_n`.
         group_m: Tiles along T whose programs run beside each other, so that they find their weights in L2.
         is_flat: Loads of the next tile begin before the last one is written.
         max_registers: Of a thread, so that others find some on the SM; None leaves it to the compiler.
@@ -34,7 +33,6 @@ class GemmTiles:
     block_n: int
     num_warps: int
     num_stages: int
-    rest_n: int = 0
     store_n: int
     block_k: int = 64
     group_m: int = 16
@@ -42,18 +40,13 @@ class GemmTiles:
     max_registers: int | None = None
     relative_speed: float = 1.0
 
-    @property
-    def width(self) -> int:
-        """Rows of the weight."""
-        return self.block_n + self.rest_n
-
     def num_tiles(self, num_rows: int, num_columns: int) -> int:
         """Of a product [num_rows, num_columns]."""
-        return -(-num_rows // self.block_m) * -(-num_columns // self.width)
+        return -(-num_rows // self.block_m) * -(-num_columns // self.block_n)
 
     def shared_memory_bytes(self, *, is_gated: bool) -> int:
         """What a program takes: both factors of every step in flight, and what is written at once."""
-        in_flight = self.num_stages * (self.block_m + self.width) * self.block_k
+        in_flight = self.num_stages * (self.block_m + self.block_n) * self.block_k
         written = self.block_m * self.store_n // (2 if is_gated else 1)
         return (in_flight + written) * _ITEM_BYTES + _SCRATCH_BYTES
 
@@ -65,12 +58,9 @@ GEMM_TILES = (
     GemmTiles(block_m=64, block_n=128, store_n=128, num_warps=4, num_stages=6, relative_speed=0.8),
     GemmTiles(block_m=64, block_n=128, store_n=128, num_warps=4, num_stages=3, relative_speed=0.47),
 )
-# Beside others, on a part of a card: more steps in flight, as memory is slow to answer there. Wider ones fill rounds of
-# other numbers of programs, which is worth their speed for few products only.
+# Beside others, on a part of a card: more steps in flight, as memory is slow to answer there.
 PART_TILES = (
     GemmTiles(block_m=128, block_n=256, store_n=64, num_warps=8, num_stages=4),
-    GemmTiles(block_m=256, block_n=128, rest_n=64, store_n=64, num_warps=8, num_stages=3, relative_speed=0.7),
-    GemmTiles(block_m=256, block_n=128, rest_n=32, store_n=32, num_warps=8, num_stages=4, relative_speed=0.7),
     GemmTiles(block_m=256, block_n=128, store_n=64, num_warps=8, num_stages=4, relative_speed=0.97),
     *GEMM_TILES[1:],
 )
@@ -100,7 +90,7 @@ def choose_gemm_tiles(
 
     def longest_time(tiles: GemmTiles) -> float:
         num_tiles = tiles.num_tiles(num_rows, num_columns)
-        cells = -(-num_tiles // num_programs) * tiles.block_m * tiles.width
+        cells = -(-num_tiles // num_programs) * tiles.block_m * tiles.block_n
         return float(cells / tiles.relative_speed)
 
     fitting = [tiles for tiles in candidates if tiles.shared_memory_bytes(is_gated=False) <= limit_bytes]

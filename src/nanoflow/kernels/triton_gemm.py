@@ -70,26 +70,16 @@ def _run_linear(launch: Launch, tiles: GemmTiles, num_programs: int, is_added: b
     check_operands(x, weight, out)
     _linear[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
-        *weight_boxes(weight, tiles),
+        TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
         biases[0] if biases else None,
         TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n]),
         *(*out.shape, x.shape[1]),
-        *(tiles.block_m, tiles.block_n, tiles.rest_n, tiles.block_k, tiles.group_m, tiles.store_n),
+        *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.store_n),
         *(tiles.is_flat, is_added),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,
     )
-
-
-def weight_boxes(weight: Tensor, tiles: GemmTiles) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """What TMA loads of a weight [N, K], or [2, N, K] of gates and others, in a step: its block, and what is beyond."""
-    parts = weight.ndim == 3
-
-    def box(num_rows: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(weight, [*([2, num_rows // 2] if parts else [num_rows]), tiles.block_k])
-
-    return box(tiles.block_n), box(tiles.rest_n) if tiles.rest_n else None
 
 
 def linear_swiglu(launch: Launch) -> None:
@@ -119,14 +109,15 @@ def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> No
     """
     (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
     check_operands(x, weight, out)
+    # One box takes the same rows of gate and up, which so follow each other in shared memory.
+    parts = weight.view(2, -1, weight.shape[1])
     _linear_swiglu[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
-        # One box takes the same rows of gate and up, which so follow each other in shared memory.
-        *weight_boxes(weight.view(2, -1, weight.shape[1]), tiles),
+        TensorDescriptor.from_tensor(parts, [2, tiles.block_n // 2, tiles.block_k]),
         TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n // 2]),
         *(*out.shape, x.shape[1]),
-        *(tiles.block_m, tiles.block_n // 2, tiles.rest_n // 2, tiles.block_k),
-        *(tiles.group_m, tiles.store_n // 2, tiles.is_flat),
+        *(tiles.block_m, tiles.block_n // 2, tiles.block_k, tiles.group_m, tiles.store_n // 2),
+        tiles.is_flat,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,
@@ -158,7 +149,6 @@ def check_operands(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _linear(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
-    rest_weight: tl.tensor_descriptor,
     bias: tl.tensor | None,
     out: tl.tensor_descriptor,
     num_rows: int,
@@ -166,66 +156,48 @@ def _linear(
     num_features: int,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    REST_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     STORE_N: tl.constexpr,
     IS_FLAT: tl.constexpr,
     IS_ADDED: tl.constexpr,
 ) -> None:
-    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N + REST_N)
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * (BLOCK_N + REST_N)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if REST_N:
-            rest = tl.zeros([BLOCK_M, REST_N], tl.float32)
         for feature in range(0, num_features, BLOCK_K):
-            cells = x.load([row, feature])
-            acc = tl.dot(cells, weight.load([column, feature]).T, acc)
-            if REST_N:
-                rest = tl.dot(cells, rest_weight.load([column + BLOCK_N, feature]).T, rest)
+            acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
         _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
-        if REST_N:
-            _write(out, bias, row, column + BLOCK_N, num_columns, rest, BLOCK_M, REST_N, STORE_N, IS_ADDED)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_swiglu(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
-    rest_weight: tl.tensor_descriptor,
     out: tl.tensor_descriptor,
     num_rows: int,
     num_columns: int,
     num_features: int,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    REST_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     STORE_N: tl.constexpr,
     IS_FLAT: tl.constexpr,
 ) -> None:
     """BLOCK_N is of the output; weight is [2, I, K], and its gate and up rows are one factor of one product."""
-    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N + REST_N)
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * (BLOCK_N + REST_N)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        if REST_N:
-            rest = tl.zeros([BLOCK_M, 2 * REST_N], tl.float32)
         for feature in range(0, num_features, BLOCK_K):
-            cells = x.load([row, feature])
-            acc = tl.dot(cells, weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K).T, acc)
-            if REST_N:
-                rows = rest_weight.load([0, column + BLOCK_N, feature]).reshape(2 * REST_N, BLOCK_K)
-                rest = tl.dot(cells, rows.T, rest)
+            rows = weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
+            acc = tl.dot(x.load([row, feature]), rows.T, acc)
         activated = _activated(acc, out.dtype, BLOCK_M, BLOCK_N)
         _write(out, None, row, column, num_columns, activated, BLOCK_M, BLOCK_N, STORE_N, False)
-        if REST_N:
-            activated = _activated(rest, out.dtype, BLOCK_M, REST_N)
-            _write(out, None, row, column + BLOCK_N, num_columns, activated, BLOCK_M, REST_N, STORE_N, False)
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def choose_split_cut(
         rounds, rest = divmod(tiles.num_tiles(*shape[:2]), num_programs)
         features = rounds * shape[2] + (shape[2] / num_splits if rest else 0)
         features += _MOVED_SUM_FEATURES * num_splits if num_splits > 1 else 0
-        return features * tiles.block_m * tiles.width / tiles.relative_speed
+        return features * tiles.block_m * tiles.block_n / tiles.relative_speed
 
     fitting = [tiles for tiles in candidates if tiles.shared_memory_bytes(is_gated=False) <= limit_bytes]
     cuts = [
@@ -92,13 +92,9 @@ def choose_split_cut(
 
 
 def max_splits(num_tiles: int, num_features: int, num_programs: int, tiles: GemmTiles) -> int:
-    """Among how many programs each tile of the last round can be split: all are busy then, with a step or more.
-
-    Tiles with a rest are not: two products and another sum are more than registers hold.
-    """
+    """Among how many programs each tile of the last round can be split: all are busy then, with a step or more."""
     rest = num_tiles % num_programs
-    can_split = rest > 0 and not tiles.rest_n
-    return max(min(num_programs // rest, triton.cdiv(num_features, tiles.block_k)), 1) if can_split else 1
+    return max(min(num_programs // rest, triton.cdiv(num_features, tiles.block_k)), 1) if rest else 1
 
 
 def run_linear_split_k(
