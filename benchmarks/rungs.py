@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,18 +30,18 @@ from nanoflow.plan.book import MadeFor, PlanBook, PlanEntry, StoredBook, load_bo
 from nanoflow.plan.plan import Mechanism, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.allocate import Allocation, divisions
-from nanoflow.search.books import search_book
+from nanoflow.search.books import covering_cells, search_book
 from nanoflow.search.emit import emit
-from nanoflow.search.inside import inside_plan
+from nanoflow.search.inside import carrying_runs, inside_plan
 from nanoflow.search.iteration import IterationModel, Recorded, graphs_of
 from nanoflow.search.problem import groups_of, make_problem
-from nanoflow.search.shapes import cells_of, entry_of, ranked
+from nanoflow.search.shapes import entry_of, ranked
 from nanoflow.search.structure import Effort, solve_structure
 
 # Products come in tiles of so many tokens: batches of two tiles and more are cut, and between them.
 _TILE = 128
 # As the search has them (`search/search.py`).
-_MAX_STAGES, _NUM_NODES, _TIME_LIMIT_S, _COVERED = 3, 300, 60.0, 0.98
+_MAX_STAGES, _NUM_NODES, _TIME_LIMIT_S = 3, 300, 60.0
 
 Iterations = Sequence[tuple[BatchShape, float]]
 
@@ -219,23 +220,9 @@ def forced(
     """In each cell the plan of a mechanism that is predicted to win most, or to lose least."""
     model = IterationModel(profile)
     plans: dict[str, PipelinePlan] = {}
-    sequential_s: dict[BatchShape, float] = {}
-
-    def iteration_s(shape: BatchShape, plan: PipelinePlan | None) -> float:
-        if plan is not None:
-            return model.predict(shape, plan).iteration_s
-        if shape not in sequential_s:
-            sequential_s[shape] = model.predict(shape).iteration_s
-        return sequential_s[shape]
-
-    left_s = sum(time_s for _, time_s in iterations)
-    least_s = (1.0 - _COVERED) * left_s
-    for cell in cells_of(iterations, max_batch_tokens):
-        if left_s < least_s:
-            break
-        left_s -= cell.time_s
+    for cell in covering_cells(iterations, max_batch_tokens):
         plans |= {plan.digest: plan for plan in plans_of(profile, mechanism, cell.middle)}
-        best = ranked(plans.values(), cell, iteration_s)
+        best = ranked(plans.values(), cell, model.iteration_s)
         if best:
             yield entry_of(best[0][1], cell)
 
@@ -251,7 +238,8 @@ def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Itera
         return
     if mechanism is Mechanism.INSIDE:
         shares = Interference(profile, graph).inside.shares
-        yield from (inside_plan(graph, shape.num_tokens, middle, share) for share in shares)
+        for share, carrying in itertools.product(shares, carrying_runs(graph)):
+            yield inside_plan(graph, shape.num_tokens, middle, share, carrying)
         return
     splits = {group.name: (middle,) for group in groups_of(graph)}
     problem = make_problem(graph, CostTable(profile, graph), shape, splits)

@@ -81,29 +81,27 @@ def search_book(
         least_gain: What a plan must be predicted to win; less than 1 for plans that will be tried.
         most: Plans of a cell, at most.
     """
-    model = IterationModel(profile)
-    sequential_s: dict[BatchShape, float] = {}
-
-    def predict(shape: BatchShape, plan: PipelinePlan | None) -> float:
-        if plan is not None:
-            return model.predict(shape, plan).iteration_s
-        if shape not in sequential_s:
-            sequential_s[shape] = model.predict(shape).iteration_s
-        return sequential_s[shape]
-
-    total_s, covered_s = sum(time_s for _, time_s in iterations), 0.0
+    model, total_s = IterationModel(profile), sum(time_s for _, time_s in iterations)
     plans: dict[str, PipelinePlan] = {}
-    for cell in cells_of(iterations, max_batch_tokens):
-        if covered_s > _COVERED * total_s:
-            break
-        covered_s += cell.time_s
+    for cell in covering_cells(iterations, max_batch_tokens):
         result = Search(profile, cell.middle, time_limit_s=time_limit_s, is_quick=True).run()
         for plan in (result.plan, *(attempt.plan for attempt in result.attempts)):
             plans[plan.digest] = plan
-        best = ranked(plans.values(), cell, predict)[:most]
+        best = ranked(plans.values(), cell, model.iteration_s)[:most]
         yield FoundPlan(
             cell=cell,
             part=cell.time_s / total_s,
             gain=best[0][0] if best else 1.0,
             plans=tuple(plan for gain, plan in best if gain >= least_gain),
         )
+
+
+def covering_cells(iterations: Sequence[tuple[BatchShape, float]], max_batch_tokens: int) -> Iterator[Cell]:
+    """Cells of the iterations of a run, those that take the most time first, until what is left is little."""
+    left_s = sum(time_s for _, time_s in iterations)
+    least_s = (1.0 - _COVERED) * left_s
+    for cell in cells_of(iterations, max_batch_tokens):
+        if left_s < least_s:
+            return
+        left_s -= cell.time_s
+        yield cell

@@ -84,6 +84,7 @@ class IterationModel:
         self._book = book
         self._simulators: dict[str, PlanSimulator] = {}
         self._known: dict[tuple[str, BatchShape], Cost] = {}
+        self._chosen_s: dict[BatchShape, float] = {}
 
     def cost(self, shape: BatchShape) -> Cost:
         """Time of one iteration, and its energy on one GPU."""
@@ -106,6 +107,14 @@ class IterationModel:
             energy_per_token_j=None if cost.energy_j is None else cost.energy_j * num_gpus / shape.num_tokens,
             simulation=simulation,
         )
+
+    def iteration_s(self, shape: BatchShape, plan: PipelinePlan | None = None) -> float:
+        """Time of that iteration; of what the book chooses it is kept, as many plans are compared with it."""
+        if plan is not None:
+            return self.predict(shape, plan).iteration_s
+        if shape not in self._chosen_s:
+            self._chosen_s[shape] = self.predict(shape).iteration_s
+        return self._chosen_s[shape]
 
     def simulate(self, plan: PipelinePlan, shape: BatchShape, num_layers: int) -> Simulation:
         """So many layers under a plan."""
