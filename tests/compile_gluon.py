@@ -18,6 +18,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from nanoflow.kernels import gluon_attention as kernel
 from nanoflow.kernels.gluon_attention_programs import PAGE_TOKENS, PANEL, decode_program
 from nanoflow.kernels.launch import KEY_BLOCK
+from nanoflow.kernels.triton_merge import SCAN
 
 
 def main(group: int, head_dim: int) -> None:
@@ -30,7 +31,7 @@ def main(group: int, head_dim: int) -> None:
         "HEAD_DIM": head_dim,
         "BLOCK": KEY_BLOCK,
         "STAGES": kernel.NUM_STAGES,
-        "SCAN": kernel.SCAN,
+        "SCAN": SCAN,
         "WARPS": kernel.NUM_WARPS,
     }
     signature = {

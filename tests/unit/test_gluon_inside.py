@@ -22,6 +22,7 @@ from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels import gluon_inside
 from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
 from nanoflow.kernels.launch import KEY_BLOCK, SHARES, Launch
+from nanoflow.kernels.triton_merge import merge_program_at
 from tests.attention_cases import assert_decoded, carrier_case, decode_case, dims_of
 from tests.gemm_cases import assert_linear, assert_linear_swiglu, assert_surroundings_untouched
 from tests.hopper import Machine, OnCpu
@@ -83,7 +84,7 @@ def test_products_and_attention_are_complete_and_right(problem: Problem, monkeyp
     torch.manual_seed(0)
     on_cpu = OnCpu()
     monkeypatch.setattr(gluon_inside, "inside_program", on_cpu)
-    monkeypatch.setattr(gluon_inside, "_SCAN", 2)
+    monkeypatch.setattr(gluon_inside, "SCAN", 2)
     carried = decode_case(list(problem.contexts), problem.heads, CPU, monkeypatch, problem.first)
     taken = gluon_inside.take(carried, len(problem.shares) + 1, problem.num_programs, problem.steps)
     # What is not written is not looked at.
@@ -173,7 +174,7 @@ def test_heads_that_runs_share_are_merged_and_the_others_left_alone(seed: int) -
                 mean, log_sum = attended(values, scores, first * block, min(last * block, context))
                 place = 2 * run + (first == 0)
                 parts[place, :group], log_sums[place, :group] = mean, log_sum
-    gluon_inside.merge_program[(num_parts,)](
+    merge_program_at[(num_parts,)](
         out,
         parts,
         log_sums,

@@ -6,11 +6,8 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
-
-pytest.importorskip("triton.experimental.gluon")
-
-from nanoflow.kernels.gluon_attention import merge_program
 from nanoflow.kernels.gluon_attention_programs import MAX_GROUP
+from nanoflow.kernels.triton_merge import merge_program
 
 GROUP, KV_HEADS, HEAD_DIM, BLOCK = 3, 2, 16, 4
 

@@ -4,7 +4,7 @@ Keys are read by the tensor memory accelerator (TMA), page after page, into a ri
 the products; so a step costs few instructions, and an SM takes in all that it can, about 47 bytes a clock: a quarter of
 a card's SMs streams keys at two thirds of the whole card's speed. Each program takes an equal run of blocks of keys,
 across requests and KV heads, so skewed lengths balance; what two programs did of one head of a request is merged by a
-second kernel. How a graph is cut into nano-batches is not known here, only rows.
+second kernel (`triton_merge.py`). How a graph is cut into nano-batches is not known here, only rows.
 
 Shape legend: T tokens, B rows with room for decodes, H heads, K KV heads, D head size, N pages, G tokens a page.
 """
@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -26,13 +24,12 @@ from nanoflow.kernels import triton_attention
 from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
 from nanoflow.kernels.launch import KEY_BLOCK, Launch, LayerCache
 from nanoflow.kernels.triton_attention import card_of
+from nanoflow.kernels.triton_merge import SCAN, merge_program
 
 # Three programs on an SM hide each other's softmax; registers and shared memory are cut to that. Beside a product there
 # is room for one.
 PROGRAMS_PER_SM, PROGRAMS_BESIDE = 3, 1
 NUM_WARPS, NUM_STAGES, MAX_REGISTERS = 4, 2, 72
-# Rows of the batch that are looked at in one step to find where a program begins.
-SCAN = 512
 _LOG2_E = math.log2(math.e)
 _HOPPER = 9
 
@@ -129,59 +126,3 @@ def check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
         raise ValueError(f"a page of {cache.keys.shape[2]} tokens; this kernel takes {PAGE_TOKENS}")
     if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):
         raise ValueError("attention takes contiguous queries, outputs, keys and values")
-
-
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
-def merge_program(
-    out: tl.tensor,
-    parts: tl.tensor,
-    log_sums: tl.tensor,
-    key_blocks: tl.tensor,
-    first_row: int,
-    num_rows: int,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MAX_GROUP: tl.constexpr,
-    SCAN: tl.constexpr,
-) -> None:
-    """The head of a request that a program of `decode_program` begins and does not end, if there is one.
-
-    What it and those after it made of the head: the mean of their parts, weighted by 2^log_sum.
-    """
-    owner, num_programs = tl.program_id(0), tl.num_programs(0)
-    base = tl.load(key_blocks + first_row)
-    num_blocks = (tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
-    per_program = tl.cdiv(num_blocks, num_programs)
-    # 1. Where the next program begins, and in which head of which row that is.
-    border = (owner + 1) * per_program
-    if border >= num_blocks:
-        return
-    row = border * 0
-    for at in range(0, num_rows, SCAN):
-        rows = at + tl.arange(0, SCAN)
-        ends = tl.load(key_blocks + first_row + tl.minimum(rows, num_rows - 1) + 1) - base
-        row += tl.sum(((ends * KV_HEADS <= border) & (rows < num_rows)).to(tl.int32), 0)
-    before = tl.load(key_blocks + first_row + row) - base
-    blocks = tl.load(key_blocks + first_row + row + 1) - base - before
-    head = (border - before * KV_HEADS) // blocks
-    begin = before * KV_HEADS + head * blocks
-    # 2. It does not begin right there, and no earlier program began it.
-    if (begin == border) | (begin < owner * per_program):
-        return
-    heads, dims = tl.arange(0, MAX_GROUP), tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
-    total = tl.zeros([MAX_GROUP], tl.float32)
-    peak = tl.full([MAX_GROUP], -1e30, tl.float32)
-    for program in range(owner, (begin + blocks - 1) // per_program + 1):
-        # The owner's part is in its odd place.
-        places = (2 * program + (program == owner).to(tl.int32)) * MAX_GROUP + heads
-        log_sum = tl.load(log_sums + places)
-        part = tl.load(parts + places[:, None] * HEAD_DIM + dims[None, :])
-        new_peak = tl.maximum(peak, log_sum)
-        weight, decay = tl.exp2(log_sum - new_peak), tl.exp2(peak - new_peak)
-        acc = acc * decay[:, None] + part * weight[:, None]
-        total = total * decay + weight
-        peak = new_peak
-    cells = ((row * KV_HEADS + head) * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=(heads < GROUP)[:, None])

@@ -15,8 +15,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -29,6 +27,7 @@ from nanoflow.kernels.gluon_inside_product import ADD, PLAIN, ROWS, SWIGLU
 from nanoflow.kernels.gluon_inside_programs import inside_program
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.triton_gemm import check_operands
+from nanoflow.kernels.triton_merge import SCAN, merge_program_at
 
 TILE_ROWS, TILE_COLUMNS = PARTS * ROWS, 256
 # K-steps in shared memory; blocks of keys and of values there, of either warpgroup.
@@ -38,7 +37,6 @@ WORKER_REGISTERS = 232
 # K-steps that take as long as a block of keys for either warpgroup once no tile is left; the latency of memory, on one
 # H200.
 STEPS_A_BLOCK = 2.2
-_SCAN = 512
 _LOG2_E = math.log2(math.e)
 _KINDS = {OpKind.LINEAR: PLAIN, OpKind.LINEAR_ADD: ADD, OpKind.LINEAR_SWIGLU: SWIGLU}
 
@@ -147,7 +145,7 @@ def finish(taken: Taken, num_sms: int) -> None:
             kind=PLAIN,
         )
     num_parts = taken.num_runs * PARTS * num_sms
-    merge_program[(num_parts,)](
+    merge_program_at[(num_parts,)](
         out,
         taken.sums,
         taken.log_sums,
@@ -159,7 +157,7 @@ def finish(taken: Taken, num_sms: int) -> None:
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,
         MAX_GROUP=MAX_GROUP,
-        SCAN=_SCAN,
+        SCAN=SCAN,
         num_warps=1,
     )
 
@@ -220,7 +218,7 @@ def _run(
         HEAD_DIM=dims.head_dim,
         KIND=kind,
         HAS_BIAS=bias is not None,
-        SCAN=_SCAN,
+        SCAN=SCAN,
         WORKER_REGISTERS=WORKER_REGISTERS,
         num_warps=4,
     )
@@ -231,67 +229,3 @@ def _boxes(cells: Tensor, num_rows: int) -> TensorDescriptor:
     """Rows for TMA, which moves so many of them at once, 128 bytes of each."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor.from_tensor(cells, [num_rows, PANEL], layout)
-
-
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
-def merge_program(
-    out: tl.tensor,
-    sums: tl.tensor,
-    log_sums: tl.tensor,
-    begins: tl.tensor,
-    key_blocks: tl.tensor,
-    first_row: int,
-    num_rows: int,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MAX_GROUP: tl.constexpr,
-    SCAN: tl.constexpr,
-) -> None:
-    """The head of a request that a run of a warpgroup begins and does not end, if there is one.
-
-    What it and those after it made of the head: the mean of their parts, weighted by 2^log_sum. Runs may be empty.
-    """
-    owner, num_runs = tl.program_id(0), tl.num_programs(0)
-    # 1. Where the next run begins, and in which head of which row that is; the last one ends with its head.
-    if owner + 1 == num_runs:
-        return
-    first, border = tl.load(begins + owner), tl.load(begins + owner + 1)
-    base = tl.load(key_blocks + first_row)
-    num_blocks = (tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
-    if (first == border) | (border >= num_blocks):
-        return
-    row = border * 0
-    for at in range(0, num_rows, SCAN):
-        rows = at + tl.arange(0, SCAN)
-        ends = tl.load(key_blocks + first_row + tl.minimum(rows, num_rows - 1) + 1) - base
-        row += tl.sum(((ends * KV_HEADS <= border) & (rows < num_rows)).to(tl.int32), 0)
-    before = tl.load(key_blocks + first_row + row) - base
-    blocks = tl.load(key_blocks + first_row + row + 1) - base - before
-    head = (border - before * KV_HEADS) // blocks
-    begin = before * KV_HEADS + head * blocks
-    # 2. It does not begin right there, and no earlier run began it.
-    if (begin == border) | (begin < first):
-        return
-    heads, dims = tl.arange(0, MAX_GROUP), tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
-    total = tl.zeros([MAX_GROUP], tl.float32)
-    peak = tl.full([MAX_GROUP], -1e30, tl.float32)
-    run, at = owner, first
-    while at < begin + blocks:
-        after = tl.load(begins + tl.minimum(run + 1, num_runs - 1))
-        after = tl.where(run + 1 < num_runs, after, num_blocks)
-        if after > at:
-            # The owner's part is in its odd place.
-            places = (2 * run + (run == owner).to(tl.int32)) * MAX_GROUP + heads
-            log_sum = tl.load(log_sums + places)
-            part = tl.load(sums + places[:, None] * HEAD_DIM + dims[None, :])
-            new_peak = tl.maximum(peak, log_sum)
-            weight, decay = tl.exp2(log_sum - new_peak), tl.exp2(peak - new_peak)
-            acc = acc * decay[:, None] + part * weight[:, None]
-            total = total * decay + weight
-            peak = new_peak
-        run += 1
-        at = after
-    cells = ((row * KV_HEADS + head) * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=(heads < GROUP)[:, None])
