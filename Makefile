@@ -6,8 +6,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Without an NVIDIA driver the CPU build of torch is installed.
+# Without an NVIDIA driver the CPU build of torch is installed, and tests run on all cores; with one they share a GPU.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo auto)
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,7 +23,9 @@ demo: $(VENV)/.installed  ## Serve the embedded model and ask it through the off
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # threads that wait for each other take longer than one
+	# Threads that wait for each other take longer than one.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -m 'not timing'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
 
 lint: $(VENV)/.installed  ## Check style, types and the layers between packages
 	$(BIN)/ruff format --check .

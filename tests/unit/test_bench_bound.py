@@ -248,6 +248,7 @@ def test_recorder_notes_every_iteration() -> None:
     ]
 
 
+@pytest.mark.timing
 def test_energy_between_two_times() -> None:
     """A counter that gives 100 W by the clock."""
     with EnergySampler(lambda: time.monotonic() * 100, interval_s=0.02) as energy:

@@ -143,6 +143,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     assert not HEAVY & set(modules.split())
 
 
+@pytest.mark.timing
 def test_help_answers_at_once() -> None:
     def seconds() -> float:
         start_s = time.perf_counter()

@@ -9,6 +9,7 @@ import torch
 
 from nanoflow.profiler.sustained import Span, sustained
 
+pytestmark = pytest.mark.timing
 CPU = torch.device("cpu")
 
 
