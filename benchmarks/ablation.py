@@ -118,7 +118,7 @@ def read_task(args: argparse.Namespace) -> Task:
     engine = _ENGINE.read(argparse.Namespace(**{"model": profile.model, **vars(args)}))
     if engine.model != profile.model:
         raise ConfigError(f"the profile is of {profile.model}, not of {engine.model}")
-    texts = args.workloads or fitting(WORKLOADS, profile)
+    texts = args.workloads or [text for text in WORKLOADS if is_short_enough(text.rpartition(":")[0], profile)]
     workloads = read_workloads(argparse.Namespace(**{**_MEASUREMENT.defaults, **vars(args), "workloads": texts}))
     record_paths(args.json_folder, engine.model, [config.workload for config in workloads])
     for config in workloads:
@@ -146,16 +146,14 @@ def read_rungs(names: Sequence[str] | None, profile: Profile) -> tuple[str, ...]
     return tuple(rung for rung in there if not names or rung in names)
 
 
-def fitting(texts: Sequence[str], profile: Profile) -> list[str]:
-    """The workloads that the model is long enough for; the others are named."""
-    found = []
-    for text in texts:
-        try:
-            check_length(text.rpartition(":")[0], profile)
-            found.append(text)
-        except ConfigError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    return found
+def is_short_enough(workload: str, profile: Profile) -> bool:
+    """Whether the model is long enough for it; says so if not."""
+    try:
+        check_length(workload, profile)
+    except ConfigError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def check_length(workload: str, profile: Profile) -> None:

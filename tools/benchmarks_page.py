@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from docs import ROOT, identity, spread
@@ -50,6 +50,14 @@ without ramp and drain (`bench/steady.py`). *Planned* is the part of the iterati
 from the profile (`bench/simulation.py`)."""
 
 
+_STEADY = """\
+A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
+are as if they had been running for a while, new ones always wait, and the rungs of the ladder take turns every few
+seconds on one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. *Of
+sequential* compares turns of one round; *weighed* leaves out what batches differ by; *predicted* is the profile's gain
+on these very batches. Tokens/s are those that the model worked through, prompt and output tokens."""
+
+
 def main() -> None:
     """Write or check the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,6 +81,11 @@ def page(results: Path, pictures: Path | None = None) -> str:
         parts += ["## The ablation ladder", _LADDER]
     for path, ladder in ladders:
         parts += list(ladder_parts(path.relative_to(results), ladder))
+    steady = [(path, _read(path)) for path in sorted(results.rglob("steady_*.json"))]
+    if steady:
+        parts += ["## The steady state, rung by rung", _STEADY]
+    for path, document in steady:
+        parts += list(steady_parts(path.relative_to(results), document))
     drawn = list(picture_parts(pictures or ROOT / "docs/pictures"))
     if drawn:
         parts += ["## Timelines", *drawn]
@@ -149,6 +162,45 @@ def ladder_parts(path: Path, ladder: Document) -> Iterator[str]:
         yield "\n".join(_table(_PREDICTED_HEADINGS, rows))
 
 
+def steady_parts(path: Path, document: Document) -> Iterator[str]:
+    """Rungs in turn: where they were measured, and a table of all workloads."""
+    options, packages = document["options"], document["software"]["packages"]
+    yield f"### {document['model'].removeprefix('preset:')} on {place_of(document['machine'])}"
+    yield (
+        f"{options['dtype'].capitalize()}, token budget {options['max_batch_tokens']:,}, at most "
+        f"{options['max_num_seqs']:,} requests at once; torch {packages['torch']}, "
+        f"CUDA {document['software']['cuda']}, triton {packages['triton']}; "
+        f"[JSON](../benchmarks/results/{path.as_posix()})."
+    )
+    rows = [_steady_row(workload, rung) for workload in document["workloads"] for rung in workload["rungs"]]
+    yield "\n".join(_table(_STEADY_HEADINGS, rows))
+
+
+def _steady_row(workload: Document, rung: Document) -> list[str]:
+    rate, energies = mean(rung["tokens_per_s"]), rung["energy_per_token_j"]
+    serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
+    return [
+        workload["workload"],
+        rung["rung"],
+        spread(rung["tokens_per_s"], ",.0f", ""),
+        f"{mean(rung['ratios']):.3f} ({min(rung['ratios']):.3f} to {max(rung['ratios']):.3f})",
+        f"{rung['weighed_ratio']:.3f}",
+        f"{rung['predicted_ratio']:.3f}",
+        "" if optimal is None else f"{rate / optimal:.1%}",
+        "" if serial is None else f"{rate / serial:.1%}",
+        "" if energies is None else f"{mean(energies) * 1e3:.1f}",
+        f"{rung['planned_part']:.0%}",
+        f"{rung['iteration_tokens']:,.0f}",
+        f"{rung['prompt_part']:.0%}",
+        f"{rung['decode_context']:,.0f}",
+    ]
+
+
+_STEADY_HEADINGS = (
+    *("workload", "rung", "tokens/s, median (least to most)", "of sequential, mean (least to most)", "weighed"),
+    *("predicted", "of optimum", "of serial", "mJ/token", "planned", "tokens an iteration", "of prompts"),
+    "keys a decode",
+)
 _RUN_HEADINGS = (
     *("model", "workload", "requests", "plan", "tokens/s", "mJ/token", "% of serial", "% of optimum"),
     *("peer", "ratio", "hardware", "record"),

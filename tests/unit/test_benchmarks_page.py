@@ -58,6 +58,36 @@ def test_a_ladder_is_shown_with_its_predictions(page: Page, tmp_path: Path) -> N
     assert text.count("![") == 1 and "(pictures/overlap.svg)" in text
 
 
+def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
+    record = RECORDS["llama-3-8b_64-8_sequential.json"]
+    rung = {
+        "rung": "searched",
+        "tokens_per_s": [1000.0, 1040.0, 1020.0],
+        "energy_per_token_j": [0.02, 0.022, 0.021],
+        "ratios": [1.05, 1.07, 1.06],
+        "weighed_ratio": 1.055,
+        "predicted_ratio": 1.08,
+        "planned_part": 0.995,
+        "iteration_tokens": 2000.4,
+        "prompt_part": 0.66,
+        "decode_context": 1280.0,
+    }
+    bounds = {"serial_tokens_per_s": 1020.0, "optimal_tokens_per_s": 2040.0}
+    document = {
+        **{key: record[key] for key in ("machine", "software")},
+        "model": "preset:llama-3-8b",
+        "options": {"dtype": "bfloat16", "max_batch_tokens": 2048, "max_num_seqs": 1024},
+        "workloads": [{"workload": "64/8", **bounds, "rungs": [rung]}],
+    }
+    (tmp_path / "steady_llama-3-8b.json").write_text(json.dumps(document))
+    text = page(tmp_path, tmp_path)
+    assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text and "token budget 2,048" in text
+    assert (
+        "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.060 (1.050 to 1.070) | 1.055 | 1.080 | 50.0% | 100.0% | 21.0 "
+        "| 100% | 2,000 | 66% | 1,280 |" in text
+    )
+
+
 def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:
     results = ROOT / "benchmarks/results"
     for name in ("throughput_llama-3-8b_512-512.json", "peers.json"):

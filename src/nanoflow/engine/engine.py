@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from nanoflow.batch import DenseBatch, SampledTokens, TopLogprobs
 from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.executor.worker import Worker
-from nanoflow.plan.book import PlanBook
-from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.book import PlanSource
+from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.scheduler import Committed, Scheduler
 
@@ -24,20 +24,32 @@ class Engine:
 
     Args:
         facts: What front ends must know.
-        scheduler, worker, book: The parts of the loop.
+        scheduler, worker, book: The parts of the loop; the worker has all plans of the book.
         is_async: Form the next batch while the current one runs.
     """
 
     def __init__(
-        self, *, facts: EngineFacts, scheduler: Scheduler, worker: Worker, book: PlanBook, is_async: bool
+        self, *, facts: EngineFacts, scheduler: Scheduler, worker: Worker, book: PlanSource, is_async: bool
     ) -> None:
         self.facts = facts
         self._scheduler = scheduler
         self._worker = worker
         self._book = book
+        self._known_plans = {plan.digest for plan in book.plans}
         self._max_in_flight = 1 if is_async else 0
         self._in_flight: deque[tuple[DenseBatch, PipelinePlan, Future[SampledTokens]]] = deque()
         self._num_iterations = 0
+
+    def use_book(self, book: PlanSource) -> None:
+        """Choose from this book from the next iteration on.
+
+        Raises:
+            PlanError: It has a plan that was not in the book that the engine was made with.
+        """
+        for plan in book.plans:
+            if plan.digest not in self._known_plans:
+                raise PlanError(f"plan {plan.name!r} ({plan.digest}) is not of the book that this engine was made with")
+        self._book = book
 
     def add(self, request: Request) -> None:
         """Take a request; ValueError if it can never run."""

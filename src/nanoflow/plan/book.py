@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -71,6 +72,17 @@ class PlanEntry:
             and self.min_decode_context <= context
             and (self.max_decode_context is None or context <= self.max_decode_context)
         )
+
+
+class PlanSource(Protocol):
+    """Whom an engine asks: a plan book, or what stands before one."""
+
+    @property
+    def plans(self) -> tuple[PipelinePlan, ...]:
+        """Every plan that may be chosen, once."""
+
+    def choose(self, shape: BatchShape) -> PipelinePlan:
+        """The plan to run for a batch of this shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,325 @@
+"""The rungs of the ablation ladder in turn, within one run in its steady state.
+
+A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
+the middle, where requests come as others leave. So the first requests are here as if they had been running for a while
+(`turns.under_way`), new ones always wait, and once all of the first are in, rungs take turns every few seconds on one
+engine: neither a card's temperature nor which card it is can tell for one of them. From the root of the repository:
+
+    python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json --prepare
+    python -m benchmarks.steady --profile benchmarks/results/profile_llama-3-8b_h200.json --json steady.json
+
+The first command makes the books of the rungs (books/MODEL_RUNG.json), for one token budget, which both must be given.
+What the document has of other workloads stays. Exit status 1 if a workload could not be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from benchmarks.ablation import check_length, is_short_enough, read_rungs
+from benchmarks.ladder import SEQUENTIAL
+from benchmarks.rungs import Task, label, write_json
+from benchmarks.turns import (
+    SteadyDocument,
+    SteadyWorkload,
+    Turn,
+    Watched,
+    order_of_turns,
+    rungs_of,
+    table,
+    under_way,
+)
+from nanoflow.bench.bound import Bounds
+from nanoflow.bench.machine import detect_machine, detect_software
+from nanoflow.bench.rates import measure_bounds
+from nanoflow.bench.steady import EnergySampler
+from nanoflow.bench.workload import Lengths, draw_lengths
+from nanoflow.cli.options import CommandParser, OptionGroup
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.cost.table import Profile
+from nanoflow.device.energy import gpu_energy_j
+from nanoflow.engine.build import build_engine
+from nanoflow.engine.engine import Engine
+from nanoflow.engine.messages import StepOutput
+from nanoflow.models.presets import preset_name
+from nanoflow.plan.book import PlanBook, StoredBook
+from nanoflow.request import Request, SamplingParams
+from nanoflow.search.iteration import IterationModel
+
+WORKLOADS = ("512/512", "1024/512", "512/1024", "1000/1000", "2048/128", "8000/1000")
+# Lengths that a trace's requests are drawn from, and requests that always wait.
+_NUM_LENGTHS, _NUM_WAITING = 4096, 32
+_ENGINE = OptionGroup(
+    kind=EngineConfig,
+    title="model and engine",
+    skip=frozenset({"plan"}),
+    defaults={"max_batch_tokens": 8192, "max_num_seqs": 2048, "dtype": "bfloat16"},
+)
+_SAME = ("max_batch_tokens", "max_num_seqs", "gpu_memory_utilization", "dtype")
+
+
+class NotSteady(Exception):
+    """A workload cannot be measured; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """Seconds: before a turn counts, that it counts, that filling the cache may take; and turns of each rung."""
+
+    settle_s: float
+    turn_s: float
+    fill_s: float
+    num_rounds: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every workload; print and write the document as it grows."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        task = read_task(args)
+        books = {rung: task.book(rung) for rung in task.rungs}
+        document = read_document(args.json, task)
+        workloads = args.workloads or [text for text in WORKLOADS if is_short_enough(text, task.profile)]
+        lengths = {label(text): draw_lengths(text, _NUM_LENGTHS, task.engine.seed) for text in workloads}
+    except ValueError as error:
+        parser.error(str(error))
+    bounds = bounds_of(task.engine, lengths) if args.bounds else {}
+    clock = Clock(settle_s=args.settle, turn_s=args.turn, fill_s=args.fill, num_rounds=args.rounds)
+    model = IterationModel(task.profile)
+    is_complete = True
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(task.engine, books, Path(folder))
+        try:
+            for name, drawn in lengths.items():
+                try:
+                    turns = measure(engine, books, drawn, clock, task.engine.seed)
+                except NotSteady as reason:
+                    print(f"{name}: {reason}", file=sys.stderr)
+                    is_complete = False
+                    continue
+                found = SteadyWorkload(
+                    workload=name,
+                    created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+                    serial_tokens_per_s=bounds[name].serial_tokens_per_s if bounds else None,
+                    optimal_tokens_per_s=bounds[name].optimal_tokens_per_s if bounds else None,
+                    rungs=rungs_of(
+                        turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape))
+                    ),
+                )
+                print(table(replace(document, workloads=[found])), flush=True)
+                others = [each for each in document.workloads if each.workload != name]
+                document = replace(document, workloads=[*others, found])
+                if args.json is not None:
+                    write_json(args.json, document)
+        finally:
+            engine.close()
+    return 0 if is_complete else 1
+
+
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m benchmarks.steady", description=__doc__)
+    parser.add_argument("--profile", type=Path, required=True, help="file written by nanoflow profile; names the model")
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        metavar="WORKLOAD",
+        help=f"IN/OUT or trace:FILE.csv (default: {' '.join(WORKLOADS)}, those that the model is long enough for)",
+    )
+    parser.add_argument(
+        "--rungs", nargs="+", metavar="RUNG", help="as of benchmarks.ablation, the sequential one always (default: all)"
+    )
+    parser.add_argument(
+        "--json-folder", type=Path, default=Path("benchmarks/results/ladder"), metavar="DIR", help="where the books are"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the document to")
+    parser.add_argument("--turn", type=float, default=8.0, metavar="SECONDS", help="of a turn (default: 8)")
+    parser.add_argument("--settle", type=float, default=2.0, metavar="SECONDS", help="before it counts (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each rung (default: 3)")
+    parser.add_argument(
+        "--fill", type=float, default=120.0, metavar="SECONDS", help="that filling the cache may take (default: 120)"
+    )
+    parser.add_argument(
+        "--bounds",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure what was possible: serial bound and optimal throughput",
+    )
+    _ENGINE.add_to(parser)
+    return parser
+
+
+def read_task(args: argparse.Namespace) -> Task:
+    """Model, engine, rungs and where the books are; ConfigError if that makes no sense or a book is missing."""
+    profile = Profile.load(args.profile)
+    engine = _ENGINE.read(argparse.Namespace(**{"model": profile.model, **vars(args)}))
+    if engine.model != profile.model:
+        raise ConfigError(f"the profile is of {profile.model}, not of {engine.model}")
+    if min(args.turn, args.fill, args.rounds) <= 0 or args.settle < 0:
+        raise ConfigError("--turn, --fill and --rounds must be positive, --settle must not be negative")
+    if preset_name(engine.model) is not None:
+        engine = replace(engine, load_format="random")
+    task = Task(
+        profile=profile,
+        engine=engine,
+        workloads=(),
+        rungs=read_rungs(args.rungs and [SEQUENTIAL, *args.rungs], profile),
+        folder=args.json_folder,
+        is_forced=False,
+        git_revision=None,
+    )
+    for workload in args.workloads or ():
+        check_length(workload, profile)
+    for rung in task.rungs:
+        if (path := task.book_path(rung)) is not None and not path.exists():
+            raise ConfigError(f"there is no book {path}: make it with python -m benchmarks.ablation --prepare")
+    return task
+
+
+def read_document(path: Path | None, task: Task) -> SteadyDocument:
+    """The document so far, or an empty one; ConfigError if what is there was measured with other options."""
+    blank = SteadyDocument(
+        model=task.engine.model,
+        options={name: getattr(task.engine, name) for name in _SAME},
+        machine=dataclasses.asdict(detect_machine()),
+        software=dataclasses.asdict(detect_software()),
+        workloads=(),
+    )
+    if path is None or not path.exists():
+        return blank
+    try:
+        stored = msgspec.json.decode(path.read_bytes(), type=SteadyDocument)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is no such document: {error}") from None
+    if (stored.model, stored.options) != (blank.model, json.loads(json.dumps(blank.options))):
+        raise ConfigError(f"{path} is of {stored.model} with {stored.options}: name another file")
+    return replace(blank, workloads=stored.workloads)
+
+
+def bounds_of(engine: EngineConfig, lengths: Mapping[str, Sequence[Lengths]]) -> dict[str, Bounds]:
+    """What was possible, by workload, while the device is empty."""
+    return {name: measure_bounds(engine, drawn) for name, drawn in lengths.items()}
+
+
+def engine_of(config: EngineConfig, books: dict[str, PlanBook], folder: Path) -> Engine:
+    """An engine that has the plans of all books."""
+    entries = tuple(entry for book in books.values() for entry in book.entries)
+    path = folder / "books.json"
+    path.write_bytes(StoredBook(entries=entries).to_json())
+    return build_engine(replace(config, plan=str(path)), show_progress=sys.stderr.isatty())
+
+
+def measure(
+    engine: Engine, books: dict[str, PlanBook], lengths: Sequence[Lengths], clock: Clock, seed: int
+) -> list[Turn]:
+    """Fill the cache, give every rung its turns, and leave the engine empty.
+
+    Raises:
+        NotSteady: The cache was not full in time, or a turn had no iteration.
+    """
+    run = _Run(engine, lengths, seed)
+    try:
+        run.fill(clock.fill_s)
+        with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
+            turns = [run.turn(rung, books[rung], clock) for rung in order_of_turns(list(books), clock.num_rounds)]
+        return [replace(turn, energy_j=energy.used_j(turn.start_s, turn.stop_s)) for turn in turns]
+    finally:
+        run.abort()
+
+
+class _Run:
+    """Requests on an engine, without end."""
+
+    def __init__(self, engine: Engine, lengths: Sequence[Lengths], seed: int) -> None:
+        facts = engine.facts
+        num_keys = facts.num_pages * facts.page_size
+        self._engine = engine
+        self._rng = np.random.default_rng(seed)
+        self._first = under_way(lengths, num_keys, facts.max_num_seqs, seed)
+        self._new = itertools.cycle(lengths)
+        self._num_requests = 0
+        for length in self._first:
+            self._add(length)
+
+    def fill(self, limit_s: float) -> None:
+        """Until all of the first requests have begun, or the cache has no room for more of them."""
+        deadline_s, num_preemptions = time.monotonic() + limit_s, self._engine.stats().num_preemptions
+        waiting = set(range(len(self._first)))
+        while waiting:
+            step = self._step()
+            waiting -= set(step.scheduled)
+            # The cache is full.
+            if step.stats.num_preemptions > num_preemptions:
+                return
+            if time.monotonic() > deadline_s:
+                raise NotSteady(f"{len(waiting)} of {len(self._first)} first requests wait after {limit_s:.0f} s")
+
+    def turn(self, rung: str, book: PlanBook, clock: Clock) -> Turn:
+        """Settle under a book, then count."""
+        watched = Watched(book)
+        self._engine.use_book(watched)
+        self._steps_until(time.monotonic() + clock.settle_s)
+        watched.shapes.clear()
+        start_s = time.monotonic()
+        steps = self._steps_until(start_s + clock.turn_s)
+        if not steps:
+            raise NotSteady(f"no iteration of {rung} ended within {clock.turn_s:g} s")
+        return Turn(
+            rung=rung,
+            start_s=start_s,
+            stop_s=time.monotonic(),
+            num_iterations=len(steps),
+            num_planned=sum(step.stats.plan_digest != book.fallback.digest for step in steps),
+            num_tokens=sum(step.stats.iteration_tokens for step in steps),
+            num_prompt_tokens=sum(step.stats.prefill_tokens for step in steps),
+            shapes=watched.shapes,
+        )
+
+    def abort(self) -> None:
+        """Forget all requests."""
+        self._engine.abort(range(self._num_requests))
+        while self._engine.has_work:
+            self._engine.step()
+
+    def _steps_until(self, stop_s: float) -> list[StepOutput]:
+        """Steps in which an iteration ended."""
+        steps = []
+        while time.monotonic() < stop_s:
+            step = self._step()
+            if step.stats.iteration_tokens:
+                steps.append(step)
+        return steps
+
+    def _step(self) -> StepOutput:
+        for _ in range(self._engine.stats().num_waiting, _NUM_WAITING):
+            self._add(next(self._new))
+        return self._engine.step()
+
+    def _add(self, length: Lengths) -> None:
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length.num_output_tokens, detokenize=False)
+        request = Request(
+            request_id=self._num_requests,
+            prompt_token_ids=self._rng.integers(self._engine.facts.vocab_size, size=length.num_prompt_tokens).tolist(),
+            params=params,
+            seed=0,
+            max_tokens=length.num_output_tokens,
+        )
+        self._num_requests += 1
+        self._engine.add(request)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""`benchmarks/steady.py`: requests under way, turns of rungs on one engine, and what is made of them; on no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from benchmarks import ablation, steady
+from benchmarks.turns import SteadyDocument, SteadyWorkload, Turn, order_of_turns, rungs_of, table, under_way
+
+from nanoflow.bench.workload import Lengths
+from nanoflow.config import EngineConfig
+from nanoflow.engine.build import build_engine
+from nanoflow.graph.operation import BatchShape
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
+from nanoflow.plan.book import PlanBook, PlanEntry
+from nanoflow.plan.plan import PlanError
+from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from tests.unit.test_ablation import CPU, path
+
+__all__ = ["path"]
+OPTIONS = ("--max-batch-tokens", "512", "--max-num-seqs", "16", "--kv-cache-gib", "0.05", *CPU)
+GRAPH = build_graph(preset_config("llama-3-8b"), None)
+BOOK = PlanBook(fallback=sequential_plan(GRAPH, 512))
+CUT = PlanBook(
+    fallback=BOOK.fallback,
+    entries=(PlanEntry(plan=nanobatch_plan(GRAPH, 512, [256]), min_tokens=300, max_tokens=512),),
+)
+
+
+def turn(rung: str, num_tokens: int, energy_j: float | None = None) -> Turn:
+    """Of 2 s and 4 iterations, a quarter of them prompts."""
+    shape = BatchShape(num_tokens=num_tokens // 4, num_decode_tokens=num_tokens // 16, decode_context=num_tokens)
+    return Turn(
+        rung=rung,
+        start_s=5.0,
+        stop_s=7.0,
+        num_iterations=4,
+        num_planned=0 if rung == "sequential" else 3,
+        num_tokens=num_tokens,
+        num_prompt_tokens=num_tokens // 4,
+        shapes=[shape] * 4,
+        energy_j=energy_j,
+    )
+
+
+def test_requests_under_way_are_anywhere_in_their_completions() -> None:
+    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 1_000_000, 2000, 0)
+    assert len(found) == 2000
+    assert {length.num_prompt_tokens + length.num_output_tokens for length in found} == {150}
+    done = [length.num_prompt_tokens - 100 for length in found]
+    assert set(done) == set(range(50)) and sum(done) / len(done) == pytest.approx(24.5, abs=1.0)
+
+
+def test_requests_that_stay_longer_are_met_more_often() -> None:
+    short, long = Lengths(num_prompt_tokens=1, num_output_tokens=10), Lengths(num_prompt_tokens=2, num_output_tokens=30)
+    found = under_way([short, long], 1_000_000, 4000, 1)
+    num_long = sum(length.num_prompt_tokens + length.num_output_tokens == 32 for length in found)
+    assert num_long / len(found) == pytest.approx(0.75, abs=0.03)
+
+
+def test_requests_under_way_fit_into_the_cache() -> None:
+    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 0)
+    assert 2000 - 150 <= sum(length.num_prompt_tokens for length in found) <= 2000
+
+
+def test_nobody_is_always_first() -> None:
+    assert list(order_of_turns(["a", "b", "c"], 3)) == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+
+
+def test_a_rung_is_compared_with_the_turn_of_its_round_and_with_its_batches() -> None:
+    """The rung has 1.2 and 1.1 as many tokens a second, but of batches that are larger by 1.15: its gain is 1."""
+    turns = [turn("sequential", 800, 2.0), turn("cut", 960, 1.2), turn("cut", 880, 1.1), turn("sequential", 800, 2.0)]
+    base, cut = rungs_of(
+        turns,
+        {"sequential": BOOK, "cut": CUT},
+        lambda rung, shape: shape.num_tokens * (1.0 if rung == "sequential" else 0.8),
+    )
+    assert base.ratios == [1.0, 1.0] and base.weighed_ratio == base.predicted_ratio == 1.0 and base.planned_part == 0.0
+    assert cut.ratios == pytest.approx([1.2, 1.1]) and cut.weighed_ratio == pytest.approx(1.15)
+    assert cut.predicted_ratio == pytest.approx(1.25) and cut.planned_part == 0.75
+    assert cut.iteration_tokens == 230 and cut.prompt_part == 0.25 and cut.decode_context == pytest.approx(16.0)
+    assert base.energy_per_token_j == [2.0 / 800] * 2 and cut.energy_per_token_j == pytest.approx(
+        [1.2 / 960, 1.1 / 880]
+    )
+    (unmetered, _) = rungs_of([replace(each, energy_j=None) for each in turns], {"sequential": BOOK, "cut": CUT}, _one)
+    assert unmetered.energy_per_token_j is None
+
+
+def _one(_rung: str, _shape: BatchShape) -> float:
+    return 1.0
+
+
+def test_larger_batches_are_weighed_off() -> None:
+    """Twice the tokens in as many iterations and as much time: worth nothing, as each is predicted to take twice."""
+    turns = [turn("sequential", 800), turn("cut", 1600)]
+    found = rungs_of(turns, {"sequential": BOOK, "cut": CUT}, lambda _rung, shape: float(shape.num_tokens > 300) + 1.0)
+    assert found[1].ratios == [2.0] and found[1].weighed_ratio == pytest.approx(2.0)
+    found = rungs_of(turns, {"sequential": BOOK, "cut": CUT}, lambda _rung, _shape: 1.0)
+    assert found[1].ratios == [2.0] and found[1].weighed_ratio == pytest.approx(1.0)
+
+
+def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
+    engine = build_engine(EngineConfig(device="cpu", max_batch_tokens=64, num_pages=8, num_threads=1))
+    try:
+        own = sequential_plan(build_graph(preset_config("llama-3-8b"), None), 64)
+        engine.use_book(PlanBook(fallback=own))
+        with pytest.raises(
+            PlanError, match=r"plan 'nano-batches' .* is not of the book that this engine was made with"
+        ):
+            engine.use_book(PlanBook(fallback=own, entries=(CUT.entries[0],)))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workloads", "64"], "workload must be IN/OUT"),
+        (["--workloads", "8000/1000"], "a request has 9,000"),
+        (["--rungs", "offload"], "there is no rung 'offload'"),
+        (["--rungs", "searched"], "make it with python -m benchmarks.ablation --prepare"),
+        (["--turn", "0"], "must be positive"),
+        (["--model", "preset:llama-3-8b"], "the profile is of default, not of preset:llama-3-8b"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    path: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        steady.main(["--profile", str(path), "--json-folder", str(tmp_path), "--workloads", "64/8", *OPTIONS, *options])
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_two_rungs_take_turns_on_the_embedded_model(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second workload is added to the document, and one that is measured again replaced."""
+    folder = ["--profile", str(path), "--json-folder", str(tmp_path)]
+    rungs = ["--rungs", "sequential", "nano-batches"]
+    prepared = [*folder, "--prepare", *rungs, "--workloads", "300/8:10", "--max-batch-tokens", "512", *CPU]
+    assert ablation.main([*prepared, "--max-num-seqs", "16"]) == 0
+    json_path = tmp_path / "steady.json"
+    turns = ["--turn", "0.5", "--settle", "0.05", "--rounds", "1", "--json", str(json_path)]
+    for workload in ("300/8", "200/4", "300/8"):
+        assert steady.main([*folder, *rungs, *turns, *OPTIONS, "--workloads", workload]) == 0
+    document = msgspec.json.decode(json_path.read_bytes(), type=SteadyDocument)
+    assert [each.workload for each in document.workloads] == ["200/4", "300/8"]
+    for found in document.workloads:
+        sequential, cut = found.rungs
+        assert (sequential.rung, sequential.planned_part, sequential.ratios) == ("sequential", 0.0, [1.0])
+        assert cut.rung == "nano-batches" and cut.planned_part > 0.5 and cut.prompt_part > 0.8
+        assert min(*cut.tokens_per_s, cut.weighed_ratio, cut.predicted_ratio) > 0
+        assert cut.energy_per_token_j is None and found.serial_tokens_per_s is None
+    assert "nano-batches" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        steady.main([*folder, *rungs, *turns, *OPTIONS, "--max-num-seqs", "8"])
+    assert "name another file" in capsys.readouterr().err
+
+
+def test_a_workload_that_does_not_fill_the_cache_in_time_is_named(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rungs", "sequential", "--fill", "1e-6", "--workloads", "300/8", *OPTIONS]
+    assert steady.main(["--profile", str(path), "--json-folder", str(tmp_path), *options]) == 1
+    assert "of 16 first requests wait after 0 s" in capsys.readouterr().err
+
+
+def test_the_table_has_a_line_a_rung() -> None:
+    rungs = rungs_of([turn("sequential", 800, 2.0), turn("cut", 960, 1.2)], {"sequential": BOOK, "cut": CUT}, _one)
+    workload = SteadyWorkload(
+        workload="64/8",
+        created_utc="2026-11-24T00:00:00+00:00",
+        serial_tokens_per_s=500.0,
+        optimal_tokens_per_s=None,
+        rungs=rungs,
+    )
+    document = SteadyDocument(model="m", options={}, machine={}, software={}, workloads=[workload])
+    head, _, sequential, cut = table(document).splitlines()
+    assert head == "64/8; serial bound 500 tokens/s" and sequential.split()[:2] == ["sequential", "400"]
+    assert cut.split()[:2] == ["cut", "480"] and "1.200" in cut
+    assert json.loads(msgspec.json.encode(document))["benchmark"] == "steady"
