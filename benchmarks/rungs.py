@@ -17,9 +17,10 @@ import msgspec
 from benchmarks.ladder import NANO_BATCHES, SEARCHED, SEQUENTIAL, Prediction, options_of
 from benchmarks.targets import is_trace, record_paths
 from nanoflow.bench import simulation
+from nanoflow.bench.batches import batches_of
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.simulation import Cluster, SimulatedRun, limits_for, simulate
-from nanoflow.bench.workload import draw_lengths
+from nanoflow.bench.workload import Lengths, draw_lengths
 from nanoflow.config import EngineConfig
 from nanoflow.cost.interference import Interference
 from nanoflow.cost.table import CostTable, Profile
@@ -29,11 +30,12 @@ from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import MadeFor, PlanBook, PlanEntry, StoredBook, load_book
 from nanoflow.plan.plan import Mechanism, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.search.allocate import Allocation, divisions
 from nanoflow.search.books import covering_cells, search_book
 from nanoflow.search.emit import emit
 from nanoflow.search.inside import carrying_runs, inside_plan
-from nanoflow.search.iteration import IterationModel, Recorded, graphs_of
+from nanoflow.search.iteration import IterationModel, graphs_of
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.shapes import entry_of, ranked
 from nanoflow.search.structure import Effort, solve_structure
@@ -92,6 +94,17 @@ class Task:
         (path,) = record_paths(self.folder, self.engine.model, [config.workload])
         return path.with_name(f"{path.stem.removeprefix('throughput_')}_{rung}.json")
 
+    def limits(self, lengths: Sequence[Lengths]) -> SchedulerLimits:
+        """Of the engine, for requests of these lengths."""
+        return limits_for(
+            self.profile,
+            self.graph,
+            lengths,
+            max_batch_tokens=self.engine.max_batch_tokens,
+            max_num_seqs=self.engine.max_num_seqs,
+            gpu_memory_utilization=self.engine.gpu_memory_utilization,
+        )
+
     def options(self, config: ThroughputConfig) -> dict[str, object]:
         """What a record of this run says of its options."""
         return options_of({"workload": dataclasses.asdict(config), "config": dataclasses.asdict(self.engine)})
@@ -113,24 +126,15 @@ def make_books(task: Task) -> None:
 
 def iterations_of(task: Task, config: ThroughputConfig) -> list[tuple[BatchShape, float]]:
     """Every iteration of a workload, sequentially, and what it takes."""
-    recorded = Recorded(IterationModel(task.profile))
-    simulated(task, config, recorded)
-    return recorded.iterations
+    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
+    return batches_of(IterationModel(task.profile), lengths, task.limits(lengths), config.seed)
 
 
 def simulated(task: Task, config: ThroughputConfig, iterations: simulation.Iterations) -> SimulatedRun:
     """A whole run of a workload, with the engine's options."""
     lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-    limits = limits_for(
-        task.profile,
-        task.graph,
-        lengths,
-        max_batch_tokens=task.engine.max_batch_tokens,
-        max_num_seqs=task.engine.max_num_seqs,
-        gpu_memory_utilization=task.engine.gpu_memory_utilization,
-    )
     cluster = Cluster(
-        limits=limits,
+        limits=task.limits(lengths),
         iterations=iterations,
         num_replicas=1,
         static_power_w=task.profile.setup.static_power_w or 0.0,

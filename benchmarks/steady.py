@@ -1,9 +1,9 @@
 """The rungs of the ablation ladder in turn, within one run in its steady state.
 
 A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
-the middle, where requests come as others leave. So the first requests are here as if they had been running for a while
-(`turns.under_way`), new ones always wait, and once all of the first are in, rungs take turns every few seconds on one
-engine: neither a card's temperature nor which card it is can tell for one of them. From the root of the repository:
+the middle, where requests come as others leave. So the first requests are here as if they had been running for a while,
+new ones always wait, and once all of the first are in, rungs take turns every few seconds on one engine: neither a
+card's temperature nor which card it is can tell for one of them. From the root of the repository:
 
     python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json --prepare
     python -m benchmarks.steady --profile benchmarks/results/profile_llama-3-8b_h200.json --json steady.json
@@ -40,13 +40,12 @@ from benchmarks.turns import (
     order_of_turns,
     rungs_of,
     table,
-    under_way,
 )
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.steady import EnergySampler
-from nanoflow.bench.workload import Lengths, draw_lengths
+from nanoflow.bench.workload import Lengths, draw_lengths, under_way
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.cost.table import Profile

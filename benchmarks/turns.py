@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from benchmarks.ladder import SEQUENTIAL
-from nanoflow.bench.workload import Lengths
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
@@ -21,35 +18,6 @@ from nanoflow.plan.plan import PipelinePlan
 STEADY_VERSION = 1
 # Batches of a rung that are predicted: they are much alike.
 _MOST_PREDICTED = 64
-
-
-def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, seed: int) -> list[Lengths]:
-    """Requests as an engine that has run for long holds them, each at some place of its completion.
-
-    What a request has generated so far is part of its prompt here. Those with long completions stay longer, so there
-    are more of them (in proportion to the completion); the place is anywhere in it.
-
-    Args:
-        lengths: What requests are drawn from.
-        num_keys: Room in the cache, in tokens.
-        most: Requests at once.
-        seed: Of the draw.
-    """
-    rng = np.random.default_rng(seed)
-    stay = np.array([length.num_output_tokens for length in lengths], float)
-    found, num_held = list[Lengths](), 0
-    for place in rng.choice(len(lengths), most, p=stay / stay.sum()):
-        length = lengths[place]
-        done = int(rng.integers(length.num_output_tokens))
-        num_held += length.num_prompt_tokens + done
-        if num_held > num_keys:
-            break
-        found.append(
-            Lengths(
-                num_prompt_tokens=length.num_prompt_tokens + done, num_output_tokens=length.num_output_tokens - done
-            )
-        )
-    return found
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import ablation, rungs
 from benchmarks.ladder import NANO_BATCHES, Prediction, book_of, make_ladder, options_of, table
 
-from nanoflow.bench.workload import Lengths
+from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.cli.main import main as nanoflow
 from nanoflow.config import ConfigError
 from nanoflow.cost.table import Profile
@@ -272,8 +272,12 @@ def test_lengths_of_requests_are_those_of_the_workload(path: Path, tmp_path: Pat
     task = ablation.read_task(args)
     assert task.engine.dtype == "bfloat16" and task.workloads[0].repeats == 3
     iterations = rungs.iterations_of(task, task.workloads[0])
-    length = Lengths(num_prompt_tokens=40, num_output_tokens=8)
-    assert sum(shape.num_tokens for shape, _ in iterations) == 60 * (length.num_prompt_tokens + 7)
+    # All at once, and once more after requests under way; the last token of each is never worked on.
+    lengths = [Lengths(num_prompt_tokens=40, num_output_tokens=8)] * 60
+    first = under_way(lengths, 1 << 30, 256, task.workloads[0].seed)
+    assert len(first) == 256
+    tokens = [length.num_prompt_tokens + length.num_output_tokens - 1 for length in (*lengths, *first, *lengths)]
+    assert sum(shape.num_tokens for shape, _ in iterations) == sum(tokens)
     assert task.book("sequential").fallback == sequential_plan(task.graph, 512)
 
 

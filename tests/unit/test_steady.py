@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from benchmarks import ablation, steady
-from benchmarks.turns import SteadyDocument, SteadyWorkload, Turn, order_of_turns, rungs_of, table, under_way
+from benchmarks.turns import SteadyDocument, SteadyWorkload, Turn, order_of_turns, rungs_of, table
 
-from nanoflow.bench.workload import Lengths
+from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.graph.operation import BatchShape

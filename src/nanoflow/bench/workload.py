@@ -23,7 +23,7 @@ MAX_TRACE_OUTPUT = 1024
 MAX_TRACE_TOTAL = 4096
 
 # Independent streams of one seed.
-_LENGTHS, _PROMPTS, _ARRIVALS = range(3)
+_LENGTHS, _PROMPTS, _ARRIVALS, _UNDER_WAY = range(4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,35 @@ def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
     if not match:
         raise ConfigError(f"workload must be IN/OUT (as 512/512) or trace:FILE.csv, got {workload!r}")
     return [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * num_requests
+
+
+def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, seed: int) -> list[Lengths]:
+    """Requests as an engine that has run for long holds them, each at some place of its completion.
+
+    What a request has generated so far is part of its prompt here. Those with long completions stay longer, so there
+    are more of them (in proportion to the completion); the place is anywhere in it.
+
+    Args:
+        lengths: What requests are drawn from.
+        num_keys: Room in the cache, in tokens.
+        most: Requests at once.
+        seed: Of the draw.
+    """
+    rng = np.random.default_rng((_UNDER_WAY, seed))
+    stay = np.array([length.num_output_tokens for length in lengths], float)
+    found, num_held = list[Lengths](), 0
+    for place in rng.choice(len(lengths), most, p=stay / stay.sum()):
+        length = lengths[place]
+        done = int(rng.integers(length.num_output_tokens))
+        num_held += length.num_prompt_tokens + done
+        if num_held > num_keys:
+            break
+        found.append(
+            Lengths(
+                num_prompt_tokens=length.num_prompt_tokens + done, num_output_tokens=length.num_output_tokens - done
+            )
+        )
+    return found
 
 
 def read_trace(path: Path) -> list[Lengths]:

@@ -44,7 +44,7 @@ _EXAMPLES = """\
 class SearchConfig:
     """What to search plans for."""
 
-    num_requests: int = option(1500, "Requests of each workload to simulate, all there at once")
+    num_requests: int = option(1500, "Requests of each workload to simulate, once all at once and once as others leave")
     max_batch_tokens: int = option(2048, "Token budget: tokens of the largest batch")
     max_num_seqs: int = option(1024, "Most requests that run at once")
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
@@ -184,23 +184,23 @@ def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -
 
 
 def _simulated(profile: Profile, config: SearchConfig, workload: str) -> list[tuple[BatchShape, float]]:
-    """Every iteration of a workload, one after the other, and what it takes sequentially."""
-    from nanoflow.bench.simulation import Cluster, limits_for, simulate
+    """Every iteration of a workload, and what it takes sequentially."""
+    from nanoflow.bench.batches import batches_of
+    from nanoflow.bench.simulation import limits_for
     from nanoflow.bench.workload import draw_lengths
-    from nanoflow.search.iteration import IterationModel, Recorded
+    from nanoflow.search.iteration import IterationModel
 
-    recorded = Recorded(IterationModel(profile))
+    model = IterationModel(profile)
     lengths = draw_lengths(workload, config.num_requests, config.seed)
     limits = limits_for(
         profile,
-        recorded.model.graph,
+        model.graph,
         lengths,
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
-    simulate(Cluster(limits=limits, iterations=recorded, num_replicas=1), lengths, [0.0] * len(lengths))
-    return recorded.iterations
+    return batches_of(model, lengths, limits, config.seed)
 
 
 def _cell(found: FoundPlan) -> str:

@@ -20,6 +20,8 @@ from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, ranked
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
+# Best plans of a cell's middle batch, which are compared on all batches that stand for the cell, and for later cells.
+_PLANS_A_CELL = 4
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
 LEAST_GAIN_TO_TRY = 0.96
 # Plans of a cell that are tried: predictions rank ways to divide the device no better.
@@ -85,8 +87,8 @@ def search_book(
     plans: dict[str, PipelinePlan] = {}
     for cell in covering_cells(iterations, max_batch_tokens):
         result = Search(profile, cell.middle, time_limit_s=time_limit_s, is_quick=True).run()
-        for plan in (result.plan, *(attempt.plan for attempt in result.attempts)):
-            plans[plan.digest] = plan
+        best_attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)[:_PLANS_A_CELL]
+        plans |= {attempt.plan.digest: attempt.plan for attempt in best_attempts}
         best = ranked(plans.values(), cell, model.iteration_s)[:most]
         yield FoundPlan(
             cell=cell,
