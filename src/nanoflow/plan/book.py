@@ -26,8 +26,8 @@ BOOK_VERSION = 1
 class PlanEntry:
     """A plan and the batches it is for; both ends of every range are included.
 
-    A plan cuts the dense batch at absolute places, decode tokens first: a batch much smaller than the plan is split
-    unevenly, so an entry's range of sizes should be narrow.
+    A plan cuts the dense batch at absolute places: a batch much smaller than the plan is split unevenly, so an entry's
+    range of sizes should be narrow.
 
     Attributes:
         plan: The plan.
