@@ -21,7 +21,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +41,7 @@ from benchmarks.turns import (
     order_of_turns,
     rungs_of,
     table,
+    with_workload,
 )
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.machine import detect_machine, detect_software
@@ -96,36 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = {label(text): draw_lengths(text, _NUM_LENGTHS, task.engine.seed) for text in workloads}
     except ValueError as error:
         parser.error(str(error))
-    bounds = bounds_of(task.engine, lengths) if args.bounds else {}
+    bounds = {name: measure_bounds(task.engine, drawn) for name, drawn in lengths.items()} if args.bounds else {}
     clock = Clock(settle_s=args.settle, turn_s=args.turn, fill_s=args.fill, num_rounds=args.rounds)
-    model = IterationModel(task.profile)
-    is_complete = True
-    with tempfile.TemporaryDirectory() as folder:
-        engine = engine_of(task.engine, books, Path(folder))
-        try:
-            for name, drawn in lengths.items():
-                try:
-                    turns = measure(engine, books, drawn, clock, task.engine.seed)
-                except NotSteady as reason:
-                    print(f"{name}: {reason}", file=sys.stderr)
-                    is_complete = False
-                    continue
-                found = SteadyWorkload(
-                    workload=name,
-                    created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-                    serial_tokens_per_s=bounds[name].serial_tokens_per_s if bounds else None,
-                    optimal_tokens_per_s=bounds[name].optimal_tokens_per_s if bounds else None,
-                    rungs=rungs_of(
-                        turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape))
-                    ),
-                )
-                print(table(replace(document, workloads=[found])), flush=True)
-                others = [each for each in document.workloads if each.workload != name]
-                document = replace(document, workloads=[*others, found])
-                if args.json is not None:
-                    write_json(args.json, document)
-        finally:
-            engine.close()
+    model, is_complete = IterationModel(task.profile), True
+    with engine_of(task.engine, books) as engine:
+        for name, drawn in lengths.items():
+            try:
+                turns = measure(engine, books, drawn, clock, task.engine.seed)
+            except NotSteady as reason:
+                print(f"{name}: {reason}", file=sys.stderr)
+                is_complete = False
+                continue
+            found = workload_of(name, turns, books, bounds.get(name), model)
+            print(table([found]), flush=True)
+            document = with_workload(document, found)
+            if args.json is not None:
+                write_json(args.json, document)
     return 0 if is_complete else 1
 
 
@@ -208,21 +196,33 @@ def read_document(path: Path | None, task: Task) -> SteadyDocument:
     return replace(blank, workloads=stored.workloads)
 
 
-def bounds_of(engine: EngineConfig, lengths: Mapping[str, Sequence[Lengths]]) -> dict[str, Bounds]:
-    """What was possible, by workload, while the device is empty."""
-    return {name: measure_bounds(engine, drawn) for name, drawn in lengths.items()}
-
-
-def engine_of(config: EngineConfig, books: dict[str, PlanBook], folder: Path) -> Engine:
+@contextmanager
+def engine_of(config: EngineConfig, books: Mapping[str, PlanBook]) -> Iterator[Engine]:
     """An engine that has the plans of all books."""
     entries = tuple(entry for book in books.values() for entry in book.entries)
-    path = folder / "books.json"
-    path.write_bytes(StoredBook(entries=entries).to_json())
-    return build_engine(replace(config, plan=str(path)), show_progress=sys.stderr.isatty())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "books.json"
+        path.write_bytes(StoredBook(entries=entries).to_json())
+        engine = build_engine(replace(config, plan=str(path)), show_progress=sys.stderr.isatty())
+    with closing(engine):
+        yield engine
+
+
+def workload_of(
+    name: str, turns: Sequence[Turn], books: Mapping[str, PlanBook], bounds: Bounds | None, model: IterationModel
+) -> SteadyWorkload:
+    """What the rungs are worth on a workload."""
+    return SteadyWorkload(
+        workload=name,
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        serial_tokens_per_s=None if bounds is None else bounds.serial_tokens_per_s,
+        optimal_tokens_per_s=None if bounds is None else bounds.optimal_tokens_per_s,
+        rungs=rungs_of(turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape))),
+    )
 
 
 def measure(
-    engine: Engine, books: dict[str, PlanBook], lengths: Sequence[Lengths], clock: Clock, seed: int
+    engine: Engine, books: Mapping[str, PlanBook], lengths: Sequence[Lengths], clock: Clock, seed: int
 ) -> list[Turn]:
     """Fill the cache, give every rung its turns, and leave the engine empty.
 

@@ -6,7 +6,7 @@ No engine is known here; `steady.py` drives one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -190,10 +190,22 @@ def _rung(
     )
 
 
-def table(document: SteadyDocument) -> str:
+def with_workload(document: SteadyDocument, new: SteadyWorkload) -> SteadyDocument:
+    """With a workload, instead of the same one if that is there; constant lengths first, short before long ones."""
+    kept = [each for each in document.workloads if each.workload != new.workload]
+    return replace(document, workloads=sorted([*kept, new], key=lambda each: _place(each.workload)))
+
+
+def _place(workload: str) -> tuple[bool, list[int], str]:
+    lengths = workload.split("/")
+    is_constant = all(length.isdecimal() for length in lengths)
+    return (not is_constant, [int(length) for length in lengths] if is_constant else [], workload)
+
+
+def table(workloads: Sequence[SteadyWorkload]) -> str:
     """For people: a block a workload, a line a rung."""
     lines = []
-    for workload in document.workloads:
+    for workload in workloads:
         bound = workload.serial_tokens_per_s
         lines.append(workload.workload if bound is None else f"{workload.workload}; serial bound {bound:,.0f} tokens/s")
         lines.append(

@@ -180,7 +180,7 @@ def test_the_table_has_a_line_a_rung() -> None:
         rungs=rungs,
     )
     document = SteadyDocument(model="m", options={}, machine={}, software={}, workloads=[workload])
-    head, _, sequential, cut = table(document).splitlines()
+    head, _, sequential, cut = table(document.workloads).splitlines()
     assert head == "64/8; serial bound 500 tokens/s" and sequential.split()[:2] == ["sequential", "400"]
     assert cut.split()[:2] == ["cut", "480"] and "1.200" in cut
     assert json.loads(msgspec.json.encode(document))["benchmark"] == "steady"
