@@ -39,7 +39,7 @@ from nanoflow.search.search import Search
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
 from tests.unit.test_lanes import CONFIG
 from tests.unit.test_profiler import SITE
-from tests.unit.test_simulate import GRAPH, SHAPE, profile
+from tests.unit.test_simulate import GRAPH, SHAPE, TIMES, profile
 
 MAX_TOKENS = 12
 LLAMA = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
@@ -192,12 +192,14 @@ def test_shares_stand_for_steps(steps: int) -> None:
 
 
 def pair(num_tokens: int, share: float, first: float, second: float = 0.0, products: str = "products") -> PairPoint:
-    """Of so many tokens: what both keep at a share; without a second, the first with nothing to carry."""
+    """Of so many tokens: what both keep at a share; without a second, the first with nothing to carry of a room as
+    large as it is long (`TIMES`)."""
     return PairPoint(
         first=products,
         second="decode_attention",
         first_tokens=num_tokens,
-        second_tokens=340 if second else 0,
+        second_tokens=round(100 * TIMES.get(products, 5.0)),
+        second_context=1280.0 if second else 0.0,
         mechanism=Mechanism.INSIDE,
         share=share,
         first_performance=first,
@@ -209,8 +211,12 @@ def op_named(name: str, graph: OpGraph = LLAMA) -> Operation:
     return next(op for op in graph.layer if op.name == name)
 
 
+def inside_of(*found: PairPoint) -> Inside:
+    return Inside(profile(pairs=found), GRAPH)
+
+
 def test_rates_are_those_of_the_next_larger_size_and_the_nearest_share() -> None:
-    known = Inside((pair(512, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.75, 0.45), pair(1024, 0.67, 0.6, 0.6)))
+    known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.75, 0.45), pair(1024, 0.67, 0.6, 0.6))
     product = op_named("down_proj")
     assert known.shares == (0.67, 0.8)
     for tokens, first in ((100, 0.7), (512, 0.7), (513, 0.75), (5000, 0.75)):
@@ -220,18 +226,25 @@ def test_rates_are_those_of_the_next_larger_size_and_the_nearest_share() -> None
 
 
 def test_the_newest_of_two_measurements_of_a_size_counts() -> None:
-    known = Inside((pair(512, 0.8, 0.7, 0.4), replace(pair(512, 0.8, 0.6, 0.3), second_tokens=500)))
+    known = inside_of(pair(512, 0.8, 0.7, 0.4), replace(pair(512, 0.8, 0.6, 0.3), second_tokens=500))
     assert known.full(op_named("o_proj"), 0.8, 512).product == 0.6
 
 
 def test_a_product_that_is_slower_with_nothing_to_carry_is_so_with_attention_too() -> None:
-    known = Inside((pair(1024, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.9), pair(1024, 0.8, 0.81, products="o_proj")))
+    known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(512, 0.8, 0.9), pair(512, 0.8, 0.81, products="o_proj"))
     assert known.shares == (0.8,)
-    assert known.empty(op_named("o_proj"), 1024) == InsideRates(product=0.81)
-    assert known.empty(op_named("down_proj"), 1024) == InsideRates(product=0.9)
-    full = known.full(op_named("o_proj"), 0.8, 1024)
+    assert known.empty(op_named("o_proj"), 512) == InsideRates(product=0.81)
+    full = known.full(op_named("o_proj"), 0.8, 512)
     assert (full.product, full.attention) == pytest.approx((0.63, 0.36))
-    assert known.full(op_named("down_proj"), 0.8, 1024) == InsideRates(product=0.7, attention=0.4)
+    assert known.full(op_named("down_proj"), 0.8, 512) == InsideRates(product=0.7, attention=0.4)
+
+
+def test_a_product_does_as_much_attention_as_fits_into_it() -> None:
+    """A fifth of the time of all products, and three tenths of the room: half as much again as they do on average."""
+    roomy = replace(pair(512, 0.8, 0.9, products="o_proj"), second_tokens=150)
+    known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(512, 0.8, 0.9), roomy)
+    full = known.full(op_named("o_proj"), 0.8, 512)
+    assert (full.product, full.attention) == pytest.approx((0.7, 0.6))
 
 
 def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
@@ -246,7 +259,7 @@ def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
 
 def test_attention_stands_still_beside_what_cannot_carry() -> None:
     """At no rate it would wait for ever: it runs alone once it is waited for."""
-    of = profile(pairs=(replace(pair(512, 0.8, 1.0), second_tokens=340),))
+    of = profile(pairs=(replace(pair(512, 0.8, 1.0), second_context=1280.0),))
     assert predict(inside_plan(GRAPH, 512, 256, 0.8), of, SHAPE).makespan_s == pytest.approx(9.0)
 
 

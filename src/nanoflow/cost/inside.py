@@ -3,6 +3,9 @@
 A product carries attention at a fixed rate, so many k-steps to a block of keys, which its lane's share stands for. The
 rate fixes how much attention there is beside how much product: what is left of either runs alone, a product that is to
 carry in the kernel that could. Nothing but a product carries, so attention stands still beside anything else.
+
+Measured are the products of a layer together with the attention that fills them, and each with nothing to carry. One of
+them is as much slower than all of them as it is with nothing to carry, and has the attention that fits into it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanoflow.cost.table import PairPoint
+from nanoflow.cost.table import CostTable, Profile
+from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import LinearDims, Operation
 from nanoflow.plan.plan import Mechanism
 
@@ -29,24 +33,36 @@ class InsideRates:
 
 
 STANDS_STILL = InsideRates()
-_BySize = dict[int, InsideRates]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Empty:
+    """Of products with nothing to carry: what they keep of their speed, and how much attention they could carry."""
+
+    rates: InsideRates
+    capacity: float
 
 
 class Inside:
-    """The pairs of a profile whose mechanism is INSIDE: with attention, and of what could carry but has none."""
+    """The pairs of a profile whose mechanism is INSIDE; of two of one size the later one counts."""
 
-    def __init__(self, pairs: Iterable[PairPoint]) -> None:
-        self._full: dict[float, _BySize] = defaultdict(dict)
-        self._empty: dict[str, _BySize] = defaultdict(dict)
-        for pair in pairs:
-            if pair.mechanism is Mechanism.INSIDE:
-                rates = InsideRates(
-                    product=pair.first_performance,
-                    attention=pair.second_performance,
-                    energy_ratio=1.0 if pair.energy_ratio is None else pair.energy_ratio,
-                )
-                known = self._full[pair.share] if pair.second_tokens else self._empty[pair.first]
-                known[pair.first_tokens] = rates
+    def __init__(self, profile: Profile, graph: OpGraph) -> None:
+        self._full: dict[float, dict[int, InsideRates]] = defaultdict(dict)
+        self._empty: dict[str, dict[int, _Empty]] = defaultdict(dict)
+        for pair in profile.pairs:
+            if pair.mechanism is not Mechanism.INSIDE:
+                continue
+            rates = InsideRates(
+                product=pair.first_performance,
+                attention=pair.second_performance,
+                energy_ratio=1.0 if pair.energy_ratio is None else pair.energy_ratio,
+            )
+            if pair.second_context:
+                self._full[pair.share][pair.first_tokens] = rates
+            else:
+                self._empty[pair.first][pair.first_tokens] = _Empty(rates=rates, capacity=pair.second_tokens)
+        self._products = [op.name for op in graph.layer if isinstance(op.dims, LinearDims)]
+        self._table = CostTable(profile, graph) if self._empty else None
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -54,28 +70,32 @@ class Inside:
         return tuple(sorted(self._full))
 
     def full(self, op: Operation, share: float, num_tokens: int) -> InsideRates:
-        """Of a product of so many tokens with attention in it, at the nearest rate.
-
-        Measured of a layer's products; one of them is as much slower as it is with nothing to carry.
-        """
+        """Of a product of so many tokens with attention in it, at the nearest rate."""
         if not self._full:
             return STANDS_STILL
-        layer = _of_size(self._full[min(self._full, key=lambda other: abs(other - share))], num_tokens)
-        slower = self._empty_rates(op.name, num_tokens).product / self._empty_rates(PRODUCTS, num_tokens).product
+        rates = self._full[min(self._full, key=lambda other: abs(other - share))]
+        layer = rates[_size(rates, num_tokens)]
+        own, every = self._empty.get(op.name), self._empty.get(PRODUCTS)
+        if own is None or every is None or self._table is None:
+            return layer
+        size = _size(own, num_tokens)
+        one, total = own[size], every[size]
+        slower = one.rates.product / total.rates.product
+        # In the time that it takes it does what fits into it.
+        times_s = {name: self._table.cost(name, size).time_s for name in self._products}
+        denser = one.capacity / total.capacity * sum(times_s.values()) / times_s[op.name]
         return InsideRates(
-            product=layer.product * slower, attention=layer.attention * slower, energy_ratio=layer.energy_ratio
+            product=layer.product * slower,
+            attention=layer.attention * slower * denser,
+            energy_ratio=layer.energy_ratio,
         )
 
     def empty(self, op: Operation, num_tokens: int) -> InsideRates:
-        """Of a product of so many tokens that could carry, and has nothing to."""
-        return self._empty_rates(op.name, num_tokens) if isinstance(op.dims, LinearDims) else STANDS_STILL
-
-    def _empty_rates(self, name: str, num_tokens: int) -> InsideRates:
-        """What was not measured is as all products of a layer; with nothing measured, as fast as any other product."""
-        known = self._empty.get(name) or self._empty.get(PRODUCTS)
-        return _of_size(known, num_tokens) if known else STANDS_STILL
+        """Of a product of so many tokens that could carry, and has nothing to; as any product if not measured."""
+        known = self._empty.get(op.name)
+        return known[_size(known, num_tokens)].rates if known else STANDS_STILL
 
 
-def _of_size(known: _BySize, num_tokens: int) -> InsideRates:
-    """Those of the next larger size, or of the largest."""
-    return known[min((size for size in known if size >= num_tokens), default=max(known))]
+def _size(known: Iterable[int], num_tokens: int) -> int:
+    """The next larger one, or the largest."""
+    return min((size for size in known if size >= num_tokens), default=max(known))

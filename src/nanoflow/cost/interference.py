@@ -48,7 +48,7 @@ class Interference:
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
         self._alone = _alone_on_shares(profile, graph)
-        self.inside = Inside(profile.pairs)
+        self.inside = Inside(profile, graph)
         self._pair_tokens: dict[str, int] = {}
         by_operation: dict[tuple[Mechanism, str], list[tuple[float, float]]] = defaultdict(list)
         by_resource: dict[tuple[Mechanism, Resource], list[tuple[float, float]]] = defaultdict(list)

@@ -91,8 +91,8 @@ class PairPoint:
 
     Attributes:
         first, second: Names of operations; the first is the one bound by compute, or by memory beside a collective.
-        first_tokens, second_tokens, second_context: Their sizes. Of mechanism INSIDE, no second tokens stand for the
-            first one in the kernel that could carry, with nothing to.
+        first_tokens, second_tokens, second_context: Their sizes. Of mechanism INSIDE, a second context of 0 stands for
+            the first one in the kernel that could carry so many tokens' attention, with nothing to carry.
         mechanism: Of the lanes.
         share: The first one's R; the second has what is left.
         first_performance, second_performance: P: time alone on the whole device / time beside the other.

@@ -47,7 +47,7 @@ class InsideTask:
         steps: Of theirs to a block of keys.
         attention: What they carry.
         products: One of them, or all of a layer.
-        is_empty: They carry nothing of it.
+        is_empty: They carry nothing of it, though they could.
     """
 
     num_tokens: int
@@ -59,8 +59,15 @@ class InsideTask:
     @property
     def key(self) -> tuple[object, ...]:
         """`PairPoint.key` of its pair."""
-        keys = (0, 0.0) if self.is_empty else (self.attention.num_tokens, self.attention.context)
-        return (self.products, self.attention.operation, self.num_tokens, *keys, Mechanism.INSIDE, share_of(self.steps))
+        return (
+            *(self.products, self.attention.operation, self.num_tokens, self.attention.num_tokens, self.context),
+            *(Mechanism.INSIDE, share_of(self.steps)),
+        )
+
+    @property
+    def context(self) -> float:
+        """Keys of each token of the attention; 0 if the products carry nothing."""
+        return 0.0 if self.is_empty else self.attention.context
 
 
 def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
@@ -71,17 +78,21 @@ def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
         return []
     blocks_each = site.graph.attention.num_kv_heads * -(-_CONTEXT // KEY_BLOCK)
     products = gemms(site.graph.layer)
+
+    def task(name: str, num_tokens: int, steps: int, *, is_empty: bool) -> InsideTask:
+        carrier = GluonCarrier(num_sms=num_sms, steps=steps)
+        ops = [op for op in products if name in (PRODUCTS, op.name)]
+        rounds = sum(carrier.rounds(op.dims, num_tokens) for op in ops if isinstance(op.dims, LinearDims))
+        num_requests = max(rounds * _WARPGROUPS * num_sms // blocks_each, 1)
+        keys = decode_task(attention, num_requests, _CONTEXT)
+        return InsideTask(num_tokens=num_tokens, steps=steps, attention=keys, products=name, is_empty=is_empty)
+
     found = []
     for num_tokens in sorted({min(count, max_tokens) for count in _TOKENS}):
-        for steps in _STEPS:
-            carrier = GluonCarrier(num_sms=num_sms, steps=steps)
-            rounds = sum(carrier.rounds(op.dims, num_tokens) for op in products if isinstance(op.dims, LinearDims))
-            num_requests = max(rounds * _WARPGROUPS * num_sms // blocks_each, 1)
-            task = decode_task(attention, num_requests, _CONTEXT)
-            found.append(InsideTask(num_tokens=num_tokens, steps=steps, attention=task))
+        found += [task(PRODUCTS, num_tokens, steps, is_empty=False) for steps in _STEPS]
         # With nothing to carry the rate makes no difference.
-        last = found[-1]
-        found += [replace(last, products=name, is_empty=True) for name in (PRODUCTS, *(op.name for op in products))]
+        names = (PRODUCTS, *(op.name for op in products))
+        found += [task(name, num_tokens, _STEPS[-1], is_empty=True) for name in names]
     return found
 
 
@@ -135,8 +146,8 @@ def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:
         first=task.products,
         second=task.attention.operation,
         first_tokens=task.num_tokens,
-        second_tokens=0 if task.is_empty else task.attention.num_tokens,
-        second_context=0.0 if task.is_empty else task.attention.context,
+        second_tokens=task.attention.num_tokens,
+        second_context=task.context,
         mechanism=Mechanism.INSIDE,
         share=share_of(task.steps),
         first_performance=costs.products.time_s / together.time_s,
