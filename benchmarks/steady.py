@@ -2,8 +2,9 @@
 
 A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
 the middle, where requests come as others leave. So the first requests are here as if they had been running for a while,
-new ones always wait, and once all of the first are in, rungs take turns every few seconds on one engine: neither a
-card's temperature nor which card it is can tell for one of them. From the root of the repository:
+new ones always wait, and once all of the first are in, rungs take turns of a second on one engine: neither a card's
+temperature, nor which card it is, nor that prompts come in bursts can tell for one of them. From the root of the
+repository:
 
     python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json --prepare
     python -m benchmarks.steady --profile benchmarks/results/profile_llama-3-8b_h200.json --json steady.json
@@ -78,12 +79,13 @@ class NotSteady(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Seconds: before a turn counts, that it counts, that filling the cache may take; and turns of each rung."""
+    """Seconds: before a turn counts, that it counts, that filling the cache may take; and how often."""
 
     settle_s: float
     turn_s: float
     fill_s: float
-    num_rounds: int
+    num_turns: int
+    num_repeats: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     bounds = {name: measure_bounds(task.engine, drawn) for name, drawn in lengths.items()} if args.bounds else {}
-    clock = Clock(settle_s=args.settle, turn_s=args.turn, fill_s=args.fill, num_rounds=args.rounds)
+    clock = Clock(
+        settle_s=args.settle,
+        turn_s=args.turn,
+        fill_s=args.fill,
+        num_turns=args.turns,
+        num_repeats=args.repeats,
+    )
     model, is_complete = IterationModel(task.profile), True
     with engine_of(task.engine, books) as engine:
         for name, drawn in lengths.items():
@@ -133,9 +141,10 @@ def make_parser() -> CommandParser:
         "--json-folder", type=Path, default=Path("benchmarks/results/ladder"), metavar="DIR", help="where the books are"
     )
     parser.add_argument("--json", type=Path, help="file to write the document to")
-    parser.add_argument("--turn", type=float, default=8.0, metavar="SECONDS", help="of a turn (default: 8)")
-    parser.add_argument("--settle", type=float, default=2.0, metavar="SECONDS", help="before it counts (default: 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each rung (default: 3)")
+    parser.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of a turn (default: 1)")
+    parser.add_argument("--settle", type=float, default=0.3, metavar="SECONDS", help="before it counts (default: 0.3)")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each rung in a repeat (default: 8)")
+    parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: 3)")
     parser.add_argument(
         "--fill", type=float, default=120.0, metavar="SECONDS", help="that filling the cache may take (default: 120)"
     )
@@ -155,8 +164,8 @@ def read_task(args: argparse.Namespace) -> Task:
     engine = _ENGINE.read(argparse.Namespace(**{"model": profile.model, **vars(args)}))
     if engine.model != profile.model:
         raise ConfigError(f"the profile is of {profile.model}, not of {engine.model}")
-    if min(args.turn, args.fill, args.rounds) <= 0 or args.settle < 0:
-        raise ConfigError("--turn, --fill and --rounds must be positive, --settle must not be negative")
+    if min(args.turn, args.fill, args.turns, args.repeats) <= 0 or args.settle < 0:
+        raise ConfigError("--turn, --turns, --repeats and --fill must be positive, --settle must not be negative")
     if preset_name(engine.model) is not None:
         engine = replace(engine, load_format="random")
     task = Task(
@@ -233,7 +242,8 @@ def measure(
     try:
         run.fill(clock.fill_s)
         with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
-            turns = [run.turn(rung, books[rung], clock) for rung in order_of_turns(list(books), clock.num_rounds)]
+            order = order_of_turns(list(books), clock.num_turns * clock.num_repeats)
+            turns = [run.turn(rung, place // clock.num_turns, books[rung], clock) for place, rung in order]
         return [replace(turn, energy_j=energy.used_j(turn.start_s, turn.stop_s)) for turn in turns]
     finally:
         run.abort()
@@ -266,7 +276,7 @@ class _Run:
             if time.monotonic() > deadline_s:
                 raise NotSteady(f"{len(waiting)} of {len(self._first)} first requests wait after {limit_s:.0f} s")
 
-    def turn(self, rung: str, book: PlanBook, clock: Clock) -> Turn:
+    def turn(self, rung: str, repeat: int, book: PlanBook, clock: Clock) -> Turn:
         """Settle under a book, then count."""
         watched = Watched(book)
         self._engine.use_book(watched)
@@ -278,6 +288,7 @@ class _Run:
             raise NotSteady(f"no iteration of {rung} ended within {clock.turn_s:g} s")
         return Turn(
             rung=rung,
+            repeat=repeat,
             start_s=start_s,
             stop_s=time.monotonic(),
             num_iterations=len(steps),

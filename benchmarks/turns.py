@@ -16,8 +16,6 @@ from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
 
 STEADY_VERSION = 1
-# Batches of a rung that are predicted: they are much alike.
-_MOST_PREDICTED = 64
 
 
 @dataclass(slots=True)
@@ -43,7 +41,7 @@ class Turn:
     """A rung's turn, without the time in which it settled.
 
     Attributes:
-        rung: Whose.
+        rung, repeat: Whose, and of which repeat.
         start_s, stop_s: From the end of an iteration to that of another one.
         num_iterations, num_planned: In between, and those of them that did not run sequentially.
         num_tokens, num_prompt_tokens: That the model worked through, and those of them that are of prompts.
@@ -52,6 +50,7 @@ class Turn:
     """
 
     rung: str
+    repeat: int
     start_s: float
     stop_s: float
     num_iterations: int
@@ -61,27 +60,17 @@ class Turn:
     shapes: Sequence[BatchShape]
     energy_j: float | None = None
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Rate."""
-        return self.num_tokens / (self.stop_s - self.start_s)
-
-    @property
-    def energy_per_token_j(self) -> float | None:
-        """None without a counter."""
-        return None if self.energy_j is None else self.energy_j / self.num_tokens
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyRung:
-    """A rung of a workload; lists have a value a turn.
+    """A rung of a workload; lists have a value a repeat.
 
     Attributes:
         rung, book: Its name, and the digest of its plan book.
         tokens_per_s, energy_per_token_j: Energies are None without a counter.
-        ratios: Rate / that of the sequential turn of the same round.
-        weighed_ratio: The same of all turns together, with batches instead of tokens, each counted as the time that it
-            is predicted to take sequentially: what it is without what the rungs' batches differ by.
+        ratios: Rate / that of the sequential rung in the same repeat.
+        weighed_ratios: The same with batches instead of tokens, each counted as the time that it is predicted to take
+            sequentially: what the rungs' batches differ by is left out.
         iteration_tokens, prompt_part, decode_context: What an iteration had: tokens, those of prompts as a part of
             them, and keys of a decode token; means.
         planned_part: Part of the iterations that did not run sequentially.
@@ -93,7 +82,7 @@ class SteadyRung:
     tokens_per_s: Sequence[float]
     energy_per_token_j: Sequence[float] | None
     ratios: Sequence[float]
-    weighed_ratio: float
+    weighed_ratios: Sequence[float]
     iteration_tokens: float
     prompt_part: float
     decode_context: float
@@ -125,10 +114,10 @@ class SteadyDocument:
     version: int = STEADY_VERSION
 
 
-def order_of_turns(rungs: Sequence[str], num_rounds: int) -> Iterator[str]:
+def order_of_turns(rungs: Sequence[str], num_rounds: int) -> Iterator[tuple[int, str]]:
     """Every rung once a round, forwards and backwards in turn, so that what drifts evenly tells for none."""
     for turn in range(num_rounds):
-        yield from rungs if turn % 2 == 0 else reversed(rungs)
+        yield from ((turn, rung) for rung in (rungs if turn % 2 == 0 else reversed(rungs)))
 
 
 def rungs_of(
@@ -137,56 +126,82 @@ def rungs_of(
     """What each rung is worth.
 
     Args:
-        turns: Of all rungs, each as often as any other, the sequential one among them.
+        turns: Of all rungs in each repeat, the sequential one among them.
         books: By rung.
         predicted_s: Time of a batch under the book of a rung.
     """
-    by_rung = {rung: [turn for turn in turns if turn.rung == rung] for rung in books}
-    base = _Batches.of(SEQUENTIAL, by_rung[SEQUENTIAL], predicted_s)
-    return [
-        _rung(found, by_rung[SEQUENTIAL], books[rung].digest, _Batches.of(rung, found, predicted_s), base)
-        for rung, found in by_rung.items()
-    ]
+    repeats = sorted({turn.repeat for turn in turns})
+    found = {
+        rung: [
+            _Repeat.of([turn for turn in turns if (turn.rung, turn.repeat) == (rung, repeat)], predicted_s)
+            for repeat in repeats
+        ]
+        for rung in books
+    }
+    return [_rung(rung, book.digest, found[rung], found[SEQUENTIAL]) for rung, book in books.items()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batches:
-    """Of a rung's turns: what one is predicted to take sequentially and under the book, and what one took; means."""
+class _Repeat:
+    """All turns of a rung in a repeat: sums, and what its batches are predicted to take sequentially and as planned."""
 
+    num_s: float
+    num_iterations: int
+    num_planned: int
+    num_tokens: int
+    num_prompt_tokens: int
+    num_decodes: int
+    num_keys: int
+    energy_j: float | None
     sequential_s: float
     planned_s: float
-    measured_s: float
 
     @staticmethod
-    def of(rung: str, turns: Sequence[Turn], predicted_s: Callable[[str, BatchShape], float]) -> _Batches:
+    def of(turns: Sequence[Turn], predicted_s: Callable[[str, BatchShape], float]) -> _Repeat:
         shapes = [shape for turn in turns for shape in turn.shapes]
-        some = shapes[:: -(-len(shapes) // _MOST_PREDICTED)]
-        return _Batches(
-            sequential_s=fmean(predicted_s(SEQUENTIAL, shape) for shape in some),
-            planned_s=fmean(predicted_s(rung, shape) for shape in some),
-            measured_s=sum(turn.stop_s - turn.start_s for turn in turns) / sum(turn.num_iterations for turn in turns),
+        energies_j = [turn.energy_j for turn in turns if turn.energy_j is not None]
+        num_iterations = sum(turn.num_iterations for turn in turns)
+        return _Repeat(
+            num_s=sum(turn.stop_s - turn.start_s for turn in turns),
+            num_iterations=num_iterations,
+            num_planned=sum(turn.num_planned for turn in turns),
+            num_tokens=sum(turn.num_tokens for turn in turns),
+            num_prompt_tokens=sum(turn.num_prompt_tokens for turn in turns),
+            num_decodes=sum(shape.num_decode_tokens for shape in shapes),
+            num_keys=sum(shape.decode_context for shape in shapes),
+            energy_j=sum(energies_j) if len(energies_j) == len(turns) else None,
+            # Of one batch more or less a turn, so by the mean.
+            sequential_s=fmean(predicted_s(SEQUENTIAL, shape) for shape in shapes) * num_iterations,
+            planned_s=fmean(predicted_s(turns[0].rung, shape) for shape in shapes) * num_iterations,
         )
 
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.num_s
 
-def _rung(
-    turns: Sequence[Turn], sequential: Sequence[Turn], book: str, batches: _Batches, base: _Batches
-) -> SteadyRung:
-    shapes = [shape for turn in turns for shape in turn.shapes]
-    energies_j = [turn.energy_per_token_j for turn in turns if turn.energy_per_token_j is not None]
-    num_iterations, num_tokens = sum(turn.num_iterations for turn in turns), sum(turn.num_tokens for turn in turns)
-    num_decodes = sum(shape.num_decode_tokens for shape in shapes)
+    @property
+    def weighed_rate(self) -> float:
+        """Work, in seconds that it takes sequentially, a second."""
+        return self.sequential_s / self.num_s
+
+
+def _rung(rung: str, book: str, repeats: Sequence[_Repeat], sequential: Sequence[_Repeat]) -> SteadyRung:
+    energies_j = [each.energy_j / each.num_tokens for each in repeats if each.energy_j is not None]
+    num_iterations, num_tokens = sum(each.num_iterations for each in repeats), sum(each.num_tokens for each in repeats)
+    num_decodes = sum(each.num_decodes for each in repeats)
+    pairs = list(zip(repeats, sequential, strict=True))
     return SteadyRung(
-        rung=turns[0].rung,
+        rung=rung,
         book=book,
-        tokens_per_s=[turn.tokens_per_s for turn in turns],
-        energy_per_token_j=energies_j if len(energies_j) == len(turns) else None,
-        ratios=[turn.tokens_per_s / base.tokens_per_s for turn, base in zip(turns, sequential, strict=True)],
-        weighed_ratio=batches.sequential_s / batches.measured_s / (base.sequential_s / base.measured_s),
+        tokens_per_s=[each.tokens_per_s for each in repeats],
+        energy_per_token_j=energies_j if len(energies_j) == len(repeats) else None,
+        ratios=[each.tokens_per_s / base.tokens_per_s for each, base in pairs],
+        weighed_ratios=[each.weighed_rate / base.weighed_rate for each, base in pairs],
         iteration_tokens=num_tokens / num_iterations,
-        prompt_part=sum(turn.num_prompt_tokens for turn in turns) / num_tokens,
-        decode_context=sum(shape.decode_context for shape in shapes) / num_decodes if num_decodes else 0.0,
-        planned_part=sum(turn.num_planned for turn in turns) / num_iterations,
-        predicted_ratio=batches.sequential_s / batches.planned_s,
+        prompt_part=sum(each.num_prompt_tokens for each in repeats) / num_tokens,
+        decode_context=sum(each.num_keys for each in repeats) / num_decodes if num_decodes else 0.0,
+        planned_part=sum(each.num_planned for each in repeats) / num_iterations,
+        predicted_ratio=sum(each.sequential_s for each in repeats) / sum(each.planned_s for each in repeats),
     )
 
 
@@ -209,17 +224,19 @@ def table(workloads: Sequence[SteadyWorkload]) -> str:
         bound = workload.serial_tokens_per_s
         lines.append(workload.workload if bound is None else f"{workload.workload}; serial bound {bound:,.0f} tokens/s")
         lines.append(
-            f"  {'rung':<14}{'tokens/s':>10}{'(least to most)':>20}{'ratio':>8}{'(least to most)':>18}{'weighed':>9}"
+            f"  {'rung':<14}{'tokens/s':>10}{'ratio':>8}{'(least to most)':>18}{'weighed':>9}{'(least to most)':>18}"
             f"{'predicted':>11}{'mJ/token':>10}{'planned':>9}{'tokens':>8}{'prompt':>8}{'keys':>8}"
         )
         for rung in workload.rungs:
             energy = "-" if rung.energy_per_token_j is None else f"{fmean(rung.energy_per_token_j) * 1e3:.1f}"
-            rates, ratios = rung.tokens_per_s, rung.ratios
             lines.append(
-                f"  {rung.rung:<14}{fmean(rates):>10,.0f}{f'({min(rates):,.0f} to {max(rates):,.0f})':>20}"
-                f"{fmean(ratios):>8.3f}{f'({min(ratios):.3f} to {max(ratios):.3f})':>18}"
-                f"{rung.weighed_ratio:>9.3f}{rung.predicted_ratio:>11.3f}"
+                f"  {rung.rung:<14}{fmean(rung.tokens_per_s):>10,.0f}{fmean(rung.ratios):>8.3f}{_span(rung.ratios):>18}"
+                f"{fmean(rung.weighed_ratios):>9.3f}{_span(rung.weighed_ratios):>18}{rung.predicted_ratio:>11.3f}"
                 f"{energy:>10}{rung.planned_part:>9.0%}{rung.iteration_tokens:>8,.0f}{rung.prompt_part:>8.0%}"
                 f"{rung.decode_context:>8,.0f}"
             )
     return "\n".join(lines)
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"({min(values):.3f} to {max(values):.3f})"

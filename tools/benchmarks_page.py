@@ -52,10 +52,12 @@ from the profile (`bench/simulation.py`)."""
 
 _STEADY = """\
 A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
-are as if they had been running for a while, new ones always wait, and the rungs of the ladder take turns every few
-seconds on one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. *Of
-sequential* compares turns of one round; *weighed* leaves out what batches differ by; *predicted* is the profile's gain
-on these very batches. Tokens/s are those that the model worked through, prompt and output tokens."""
+are as if they had been running for a while, new ones always wait, and the rungs of the ladder take turns of a second on
+one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. Prompts come in bursts,
+so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it is
+predicted to take sequentially, *of sequential* with each token alike. *Predicted* is the profile's gain on these very
+batches. Tokens/s are those that the model worked through, prompt and output tokens; numbers are means of the repeats
+(least to most)."""
 
 
 def main() -> None:
@@ -182,9 +184,9 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
     return [
         workload["workload"],
         rung["rung"],
-        spread(rung["tokens_per_s"], ",.0f", ""),
+        f"{rate:,.0f} ({min(rung['tokens_per_s']):,.0f} to {max(rung['tokens_per_s']):,.0f})",
         f"{mean(rung['ratios']):.3f} ({min(rung['ratios']):.3f} to {max(rung['ratios']):.3f})",
-        f"{rung['weighed_ratio']:.3f}",
+        f"{mean(rung['weighed_ratios']):.3f} ({min(rung['weighed_ratios']):.3f} to {max(rung['weighed_ratios']):.3f})",
         f"{rung['predicted_ratio']:.3f}",
         "" if optimal is None else f"{rate / optimal:.1%}",
         "" if serial is None else f"{rate / serial:.1%}",
@@ -197,7 +199,7 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
 
 
 _STEADY_HEADINGS = (
-    *("workload", "rung", "tokens/s, median (least to most)", "of sequential, mean (least to most)", "weighed"),
+    *("workload", "rung", "tokens/s", "of sequential", "weighed"),
     *("predicted", "of optimum", "of serial", "mJ/token", "planned", "tokens an iteration", "of prompts"),
     "keys a decode",
 )

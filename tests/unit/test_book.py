@@ -58,6 +58,7 @@ def entries(draw: st.DrawFn) -> PlanEntry:
     tokens = sorted(draw(st.tuples(st.integers(1, BUDGET), st.integers(1, BUDGET))))
     shares = sorted(draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
     contexts = sorted(draw(st.tuples(st.floats(0, 100), st.floats(0, 100))))
+    keys = sorted(draw(st.tuples(st.floats(0, 100), st.floats(0, 100))))
     return PlanEntry(
         plan=plan_of(draw(st.integers(tokens[1], BUDGET)), name=draw(st.sampled_from("abc"))),
         min_tokens=tokens[0],
@@ -66,6 +67,8 @@ def entries(draw: st.DrawFn) -> PlanEntry:
         max_decode_share=shares[1],
         min_decode_context=contexts[0],
         max_decode_context=draw(st.sampled_from([contexts[1], None])),
+        min_keys=draw(st.sampled_from([keys[0], 0.0])),
+        max_keys=draw(st.sampled_from([keys[1], None])),
     )
 
 
@@ -89,6 +92,8 @@ def is_meant(entry: PlanEntry, shape: BatchShape) -> bool:
             entry.min_tokens <= shape.num_tokens <= entry.max_tokens,
             entry.min_decode_share <= shape.num_decode_tokens / shape.num_tokens <= entry.max_decode_share,
             entry.min_decode_context <= context <= most,
+            entry.min_keys <= shape.decode_context / shape.num_tokens,
+            entry.max_keys is None or shape.decode_context / shape.num_tokens <= entry.max_keys,
         )
     )
 
@@ -124,6 +129,12 @@ def test_the_mean_decode_context_decides() -> None:
     assert names(book_of(entry_of(1, 100, max_decode_context=20)), [shape_of(100)]) == ["halves"]
 
 
+def test_the_keys_a_token_decide() -> None:
+    book = book_of(entry_of(1, 100, min_keys=10, max_keys=20))
+    chosen = names(book, (shape_of(100, decodes, 100) for decodes in (9, 10, 20, 21)))
+    assert chosen == ["sequential", "halves", "halves", "sequential"]
+
+
 def test_entries_may_overlap_and_the_first_wins() -> None:
     book = book_of(entry_of(10, 20, "first"), entry_of(15, 64, "second"))
     assert names(book, map(shape_of, (14, 20, 21))) == ["first", "first", "second"]
@@ -144,6 +155,7 @@ def test_a_plan_of_two_entries_is_there_once() -> None:
         ({"max_decode_share": 1.5}, "decode share of 0 to 1.5"),
         ({"min_decode_context": 9.0, "max_decode_context": 8.0}, "no batch has a mean decode context of 9 to 8"),
         ({"min_decode_context": -1.0}, "mean decode context of -1"),
+        ({"min_keys": 9.0, "max_keys": 8.0}, "no batch has keys a token of 9 to 8"),
     ],
 )
 def test_an_impossible_entry_is_refused(ranges: dict[str, float], message: str) -> None:

@@ -14,7 +14,7 @@ from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import load_book
+from nanoflow.plan.book import StoredBook, load_book
 from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
@@ -124,7 +124,25 @@ def test_plans_are_ranked_by_what_they_win_in_a_cell() -> None:
     assert [plan.name for _, plan in found] == ["fast", "slow"]
     assert [gain for gain, _ in found] == pytest.approx([1 / 0.95, 1 / 0.98])
     entry = entry_of(found[0][1], cell)
-    assert (entry.min_tokens, entry.max_tokens, entry.min_decode_context) == (2000, 2048, 1000.0)
+    assert (entry.min_tokens, entry.max_tokens, entry.min_decode_share) == (2000, 2048, 0.35)
+    assert entry.max_keys is not None and entry.min_keys < 350.0 < entry.max_keys < 1.13 * entry.min_keys + 8
+
+
+def test_a_batch_belongs_to_one_cell_and_is_served_by_its_plan() -> None:
+    """Many decodes of short contexts and few of long ones: ranges of shares and of contexts overlap, keys do not."""
+    run = [
+        (batch_of(2048, num_decodes, context, 512.0), 1.0)
+        for num_decodes in range(40, 1200, 40)
+        for context in range(200, 2200, 200)
+    ]
+    cells = cells_of(run, max_batch_tokens=2048)
+    plans = {place: replace(sequential_plan(GRAPH, 2048), name=str(place)) for place in range(len(cells))}
+    book = StoredBook(entries=tuple(entry_of(plans[place], cell) for place, cell in enumerate(cells)))
+    for shape, _ in run:
+        fitting = [entry.plan.name for entry in book.entries if entry.fits(shape)]
+        keys = shape.decode_context / 2048
+        assert fitting == [str(place) for place, cell in enumerate(cells) if cell.keys[0] <= keys <= cell.keys[1]]
+        assert len(fitting) == 1
 
 
 @pytest.mark.parametrize(

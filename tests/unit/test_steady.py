@@ -30,13 +30,15 @@ CUT = PlanBook(
     fallback=BOOK.fallback,
     entries=(PlanEntry(plan=nanobatch_plan(GRAPH, 512, [256]), min_tokens=300, max_tokens=512),),
 )
+BOOKS = {"sequential": BOOK, "cut": CUT}
 
 
-def turn(rung: str, num_tokens: int, energy_j: float | None = None) -> Turn:
+def turn(rung: str, num_tokens: int, energy_j: float | None = None, repeat: int = 0) -> Turn:
     """Of 2 s and 4 iterations, a quarter of them prompts."""
     shape = BatchShape(num_tokens=num_tokens // 4, num_decode_tokens=num_tokens // 16, decode_context=num_tokens)
     return Turn(
         rung=rung,
+        repeat=repeat,
         start_s=5.0,
         stop_s=7.0,
         num_iterations=4,
@@ -69,25 +71,26 @@ def test_requests_under_way_fit_into_the_cache() -> None:
 
 
 def test_nobody_is_always_first() -> None:
-    assert list(order_of_turns(["a", "b", "c"], 3)) == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+    found = list(order_of_turns(["a", "b", "c"], 3))
+    assert "".join(rung for _, rung in found) == "abccbaabc"
+    assert [place for place, _ in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_a_rung_is_compared_with_the_turn_of_its_round_and_with_its_batches() -> None:
-    """The rung has 1.2 and 1.1 as many tokens a second, but of batches that are larger by 1.15: its gain is 1."""
-    turns = [turn("sequential", 800, 2.0), turn("cut", 960, 1.2), turn("cut", 880, 1.1), turn("sequential", 800, 2.0)]
-    base, cut = rungs_of(
-        turns,
-        {"sequential": BOOK, "cut": CUT},
-        lambda rung, shape: shape.num_tokens * (1.0 if rung == "sequential" else 0.8),
-    )
-    assert base.ratios == [1.0, 1.0] and base.weighed_ratio == base.predicted_ratio == 1.0 and base.planned_part == 0.0
-    assert cut.ratios == pytest.approx([1.2, 1.1]) and cut.weighed_ratio == pytest.approx(1.15)
-    assert cut.predicted_ratio == pytest.approx(1.25) and cut.planned_part == 0.75
-    assert cut.iteration_tokens == 230 and cut.prompt_part == 0.25 and cut.decode_context == pytest.approx(16.0)
-    assert base.energy_per_token_j == [2.0 / 800] * 2 and cut.energy_per_token_j == pytest.approx(
-        [1.2 / 960, 1.1 / 880]
-    )
-    (unmetered, _) = rungs_of([replace(each, energy_j=None) for each in turns], {"sequential": BOOK, "cut": CUT}, _one)
+def test_a_rung_is_compared_with_the_sequential_one_of_its_repeat() -> None:
+    """Two turns in the first repeat, one in the second; the rung's batches are predicted to take 0.8 of the time."""
+    turns = [
+        *(turn("sequential", 700, 2.0), turn("cut", 960, 1.2), turn("cut", 880, 1.1), turn("sequential", 900, 2.0)),
+        *(turn("cut", 960, 1.2, repeat=1), turn("sequential", 800, 2.0, repeat=1)),
+    ]
+    base, cut = rungs_of(turns, BOOKS, lambda rung, _shape: 1.0 if rung == "sequential" else 0.8)
+    assert base.ratios == base.weighed_ratios == [1.0, 1.0] and base.predicted_ratio == 1.0 and base.planned_part == 0.0
+    assert base.tokens_per_s == [400.0, 400.0] and cut.tokens_per_s == [460.0, 480.0]
+    assert cut.ratios == pytest.approx([1.15, 1.2]) and cut.predicted_ratio == pytest.approx(1.25)
+    assert cut.planned_part == 0.75 and cut.prompt_part == 0.25 and cut.decode_context == pytest.approx(16.0)
+    assert cut.iteration_tokens == pytest.approx(2800 / 12)
+    assert base.energy_per_token_j == [4.0 / 1600, 2.0 / 800]
+    assert cut.energy_per_token_j == pytest.approx([2.3 / 1840, 1.2 / 960])
+    unmetered, _ = rungs_of([replace(turns[0], energy_j=None), *turns[1:]], BOOKS, _one)
     assert unmetered.energy_per_token_j is None
 
 
@@ -95,13 +98,14 @@ def _one(_rung: str, _shape: BatchShape) -> float:
     return 1.0
 
 
-def test_larger_batches_are_weighed_off() -> None:
-    """Twice the tokens in as many iterations and as much time: worth nothing, as each is predicted to take twice."""
+def test_what_batches_differ_by_is_weighed_off() -> None:
+    """Twice the tokens in as many iterations and as much time: worth twice if each takes twice sequentially, else no
+    more."""
     turns = [turn("sequential", 800), turn("cut", 1600)]
-    found = rungs_of(turns, {"sequential": BOOK, "cut": CUT}, lambda _rung, shape: float(shape.num_tokens > 300) + 1.0)
-    assert found[1].ratios == [2.0] and found[1].weighed_ratio == pytest.approx(2.0)
-    found = rungs_of(turns, {"sequential": BOOK, "cut": CUT}, lambda _rung, _shape: 1.0)
-    assert found[1].ratios == [2.0] and found[1].weighed_ratio == pytest.approx(1.0)
+    found = rungs_of(turns, BOOKS, lambda _rung, shape: float(shape.num_tokens))
+    assert found[1].ratios == [2.0] and found[1].weighed_ratios == pytest.approx([2.0])
+    found = rungs_of(turns, BOOKS, _one)
+    assert found[1].ratios == [2.0] and found[1].weighed_ratios == pytest.approx([1.0])
 
 
 def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
@@ -145,16 +149,16 @@ def test_two_rungs_take_turns_on_the_embedded_model(
     prepared = [*folder, "--prepare", *rungs, "--workloads", "300/8:10", "--max-batch-tokens", "512", *CPU]
     assert ablation.main([*prepared, "--max-num-seqs", "16"]) == 0
     json_path = tmp_path / "steady.json"
-    turns = ["--turn", "0.5", "--settle", "0.05", "--rounds", "1", "--json", str(json_path)]
+    turns = ["--turn", "0.2", "--settle", "0.05", "--turns", "2", "--repeats", "2", "--json", str(json_path)]
     for workload in ("300/8", "200/4", "300/8"):
         assert steady.main([*folder, *rungs, *turns, *OPTIONS, "--workloads", workload]) == 0
     document = msgspec.json.decode(json_path.read_bytes(), type=SteadyDocument)
     assert [each.workload for each in document.workloads] == ["200/4", "300/8"]
     for found in document.workloads:
         sequential, cut = found.rungs
-        assert (sequential.rung, sequential.planned_part, sequential.ratios) == ("sequential", 0.0, [1.0])
+        assert (sequential.rung, sequential.planned_part, sequential.ratios) == ("sequential", 0.0, [1.0, 1.0])
         assert cut.rung == "nano-batches" and cut.planned_part > 0.5 and cut.prompt_part > 0.8
-        assert min(*cut.tokens_per_s, cut.weighed_ratio, cut.predicted_ratio) > 0
+        assert min(*cut.tokens_per_s, *cut.weighed_ratios, cut.predicted_ratio) > 0 and len(cut.weighed_ratios) == 2
         assert cut.energy_per_token_j is None and found.serial_tokens_per_s is None
     assert "nano-batches" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -171,7 +175,7 @@ def test_a_workload_that_does_not_fill_the_cache_in_time_is_named(
 
 
 def test_the_table_has_a_line_a_rung() -> None:
-    rungs = rungs_of([turn("sequential", 800, 2.0), turn("cut", 960, 1.2)], {"sequential": BOOK, "cut": CUT}, _one)
+    rungs = rungs_of([turn("sequential", 800, 2.0), turn("cut", 960, 1.2)], BOOKS, _one)
     workload = SteadyWorkload(
         workload="64/8",
         created_utc="2026-11-24T00:00:00+00:00",

@@ -46,7 +46,7 @@ _EXAMPLES_SHOW = """\
   nanoflow plan show plan.json --profile profile.json --trace trace.json --layers 2"""
 
 _FALLBACK_COLUMNS = 120
-_HEADINGS = ("name", "digest", "tokens", "decode share", "context", "lanes", "us a layer")
+_HEADINGS = ("name", "digest", "tokens", "decode share", "context", "keys", "lanes", "us a layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,16 +144,20 @@ def _listed(book: StoredBook) -> Iterator[str]:
 def _entry(entry: PlanEntry) -> tuple[str, ...]:
     """Cells below `_HEADINGS`."""
     plan = entry.plan
-    most = "" if entry.max_decode_context is None else f"{entry.max_decode_context:.0f}"
     return (
         plan.name,
         plan.digest,
         f"{entry.min_tokens}-{entry.max_tokens}",
         f"{entry.min_decode_share:.2f}-{entry.max_decode_share:.2f}",
-        f"{entry.min_decode_context:.0f}-{most}",
+        _range(entry.min_decode_context, entry.max_decode_context),
+        _range(entry.min_keys, entry.max_keys),
         str(len(plan.lanes)),
         "-" if plan.predicted_makespan_s is None else f"{plan.predicted_makespan_s * 1e6:,.1f}",
     )
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"{least:.0f}-" if most is None else f"{least:.0f}-{most:.0f}"
 
 
 def _timelines(plan: PipelinePlan, config: ShowConfig) -> tuple[list[Timeline], float | None]:

@@ -35,6 +35,7 @@ class PlanEntry:
         min_decode_share, max_decode_share: Decode tokens as a part of all tokens.
         min_decode_context, max_decode_context: Keys that a decode token attends to, on average; 0 without decodes.
             No upper end if None.
+        min_keys, max_keys: The same for each token of the batch: keys of all decodes / tokens.
 
     Raises:
         PlanError: A range is empty or impossible, or larger than the plan.
@@ -47,6 +48,8 @@ class PlanEntry:
     max_decode_share: float = 1.0
     min_decode_context: float = 0.0
     max_decode_context: float | None = None
+    min_keys: float = 0.0
+    max_keys: float | None = None
 
     def __post_init__(self) -> None:
         name = self.plan.name
@@ -57,9 +60,12 @@ class PlanEntry:
         low, high = self.min_decode_share, self.max_decode_share
         if not 0 <= low <= high <= 1:
             raise PlanError(f"plan {name!r}: no batch has a decode share of {low:g} to {high:g}")
-        least, most = self.min_decode_context, self.max_decode_context
-        if least < 0 or (most is not None and most < least):
-            raise PlanError(f"plan {name!r}: no batch has a mean decode context of {least:g} to {most}")
+        for what, least, most in (
+            ("a mean decode context", self.min_decode_context, self.max_decode_context),
+            ("keys a token", self.min_keys, self.max_keys),
+        ):
+            if least < 0 or (most is not None and most < least):
+                raise PlanError(f"plan {name!r}: no batch has {what} of {least:g} to {most}")
 
     def fits(self, shape: BatchShape) -> bool:
         """True if the plan is meant for such a batch."""
@@ -69,8 +75,8 @@ class PlanEntry:
         context = shape.decode_context / decodes if decodes else 0.0
         return (
             self.min_decode_share <= decodes / tokens <= self.max_decode_share
-            and self.min_decode_context <= context
-            and (self.max_decode_context is None or context <= self.max_decode_context)
+            and _is_within(context, self.min_decode_context, self.max_decode_context)
+            and _is_within(shape.decode_context / tokens, self.min_keys, self.max_keys)
         )
 
 
@@ -218,6 +224,10 @@ def load_book(path: Path) -> StoredBook:
         raise PlanError(f"cannot read plan {path}: {error.strerror}") from None
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
+
+
+def _is_within(value: float, least: float, most: float | None) -> bool:
+    return least <= value and (most is None or value <= most)
 
 
 def _check_form(plan: PipelinePlan, graph: OpGraph) -> None:

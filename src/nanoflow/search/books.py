@@ -16,7 +16,7 @@ from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.search.iteration import IterationModel
 from nanoflow.search.search import Search
-from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, ranked
+from nanoflow.search.shapes import LEAST_GAIN, LEAST_PREDICTED_GAIN, Cell, cells_of, entry_of, ranked
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
@@ -70,7 +70,7 @@ def search_book(
     *,
     max_batch_tokens: int,
     time_limit_s: float,
-    least_gain: float = LEAST_GAIN,
+    least_gain: float = LEAST_PREDICTED_GAIN,
     most: int = 1,
 ) -> Iterator[FoundPlan]:
     """Cell after cell, those that take the most time first, each as soon as it has been searched.

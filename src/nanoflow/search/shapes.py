@@ -18,8 +18,9 @@ from nanoflow.plan.plan import PipelinePlan
 
 # Sizes in a cell differ by this part, no less than a GEMM tile; keys a token by this factor, where they are many.
 _TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR, _MANY_KEYS = 128, 1 / 8, 1.12, 64
-# A plan must be predicted to win this much in its cell, over batches that stand for it.
-LEAST_GAIN = 1.01
+# What a plan must win in its cell, over batches that stand for it: measured, and if only a prediction says so, which is
+# off by up to 4 % (docs/log.md).
+LEAST_GAIN, LEAST_PREDICTED_GAIN = 1.01, 1.03
 _NUM_SAMPLES = 6
 
 # What one iteration of a batch takes under a plan; None: sequentially.
@@ -35,6 +36,7 @@ class Cell:
         shapes: The batches, those that stand for the others; never empty.
         time_s: What all of them take sequentially.
         decode_share, decode_context: Smallest and largest decode share, and mean context of decodes.
+        keys: From so many keys that decodes read for each token to so many; no two cells of a size have any in common.
     """
 
     min_tokens: int
@@ -43,6 +45,7 @@ class Cell:
     time_s: float
     decode_share: tuple[float, float]
     decode_context: tuple[float, float]
+    keys: tuple[float, float]
 
     @property
     def example(self) -> BatchShape:
@@ -85,9 +88,9 @@ def cells_of(iterations: Iterable[tuple[BatchShape, float]], max_batch_tokens: i
     found: dict[tuple[int, int], list[tuple[BatchShape, float]]] = defaultdict(list)
     for shape, time_s in iterations:
         if shape.decode_context:
-            keys = round(math.log1p(shape.decode_context / shape.num_tokens / _MANY_KEYS) / math.log(_KEYS_FACTOR))
-            found[_largest(shape.num_tokens, max_batch_tokens), keys].append((shape, time_s))
-    cells = [_cell(members, max_tokens) for (max_tokens, _), members in found.items()]
+            step = round(math.log1p(shape.decode_context / shape.num_tokens / _MANY_KEYS) / math.log(_KEYS_FACTOR))
+            found[_largest(shape.num_tokens, max_batch_tokens), step].append((shape, time_s))
+    cells = [_cell(members, max_tokens, step) for (max_tokens, step), members in found.items()]
     return sorted(cells, key=lambda cell: -cell.time_s)
 
 
@@ -97,7 +100,12 @@ def _largest(num_tokens: int, max_batch_tokens: int) -> int:
     return min(-(-num_tokens // step) * step, max_batch_tokens)
 
 
-def _cell(members: Sequence[tuple[BatchShape, float]], max_tokens: int) -> Cell:
+def _keys(step: float) -> float:
+    """Keys a token of a step."""
+    return max(_MANY_KEYS * math.expm1(step * math.log(_KEYS_FACTOR)), 0.0)
+
+
+def _cell(members: Sequence[tuple[BatchShape, float]], max_tokens: int, keys_step: int) -> Cell:
     shapes = sorted((shape for shape, _ in members), key=lambda shape: shape.decode_context / shape.num_tokens)
     step = max(len(shapes) // _NUM_SAMPLES, 1)
     shares = [shape.num_decode_tokens / shape.num_tokens for shape in shapes]
@@ -109,6 +117,7 @@ def _cell(members: Sequence[tuple[BatchShape, float]], max_tokens: int) -> Cell:
         time_s=sum(time_s for _, time_s in members),
         decode_share=(min(shares), max(shares)),
         decode_context=(min(contexts), max(contexts)),
+        keys=(_keys(keys_step - 0.5), _keys(keys_step + 0.5)),
     )
 
 
@@ -132,6 +141,6 @@ def entry_of(plan: PipelinePlan, cell: Cell) -> PlanEntry:
         max_tokens=cell.max_tokens,
         min_decode_share=cell.decode_share[0],
         max_decode_share=cell.decode_share[1],
-        min_decode_context=cell.decode_context[0],
-        max_decode_context=cell.decode_context[1],
+        min_keys=cell.keys[0],
+        max_keys=cell.keys[1],
     )
