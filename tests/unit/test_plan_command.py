@@ -93,7 +93,7 @@ def test_a_book_is_listed_and_a_name_or_digest_chooses(
 ) -> None:
     head, titles, first, second = shown(capsys, book_file).splitlines()
     assert head == "plans for preset:x on 1 x H200; --name NAME draws one"
-    assert titles.split() == "name digest tokens decode share context keys lanes us a layer".split()
+    assert " ".join(titles.split()) == "name digest tokens decode share context keys lanes us a layer"
     assert first.split() == ["sequential", WHOLE.digest, "1-64", "0.00-1.00", "0-", "0-", "1", "-"]
     assert second.split() == ["halves", HALVES.digest, "65-256", "0.25-1.00", "0-900", "0-", "1", "-"]
     for name in ("halves", HALVES.digest):
