@@ -257,7 +257,7 @@ class _Run:
         num_keys = facts.num_pages * facts.page_size
         self._engine = engine
         self._rng = np.random.default_rng(seed)
-        self._first = under_way(lengths, num_keys, facts.max_num_seqs, seed)
+        self._first = under_way(lengths, num_keys, facts.max_num_seqs, facts.max_batch_tokens, seed)
         self._new = itertools.cycle(lengths)
         self._num_requests = 0
         for length in self._first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -50,23 +51,37 @@ def turn(rung: str, num_tokens: int, energy_j: float | None = None, repeat: int 
     )
 
 
-def test_requests_under_way_are_anywhere_in_their_completions() -> None:
-    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 1_000_000, 2000, 0)
-    assert len(found) == 2000
-    assert {length.num_prompt_tokens + length.num_output_tokens for length in found} == {150}
-    done = [length.num_prompt_tokens - 100 for length in found]
-    assert set(done) == set(range(50)) and sum(done) / len(done) == pytest.approx(24.5, abs=1.0)
+def test_requests_under_way_are_anywhere_in_their_completions_once_all_run() -> None:
+    """Given one after the other to an engine that works 64 tokens an iteration, decodes first."""
+    found = under_way([Lengths(num_prompt_tokens=40, num_output_tokens=100)], 1_000_000, 20, 64, 0)
+    assert len(found) == 20
+    assert {length.num_prompt_tokens + length.num_output_tokens for length in found} == {140}
+    waiting, generated, part = list(found), list[int](), 0
+    while waiting:
+        left = 64 - len(generated)
+        generated = [count + 1 for count in generated]
+        while left and waiting:
+            taken = min(left, waiting[0].num_prompt_tokens - part)
+            left, part = left - taken, part + taken
+            if part == waiting[0].num_prompt_tokens:
+                generated.append(part - 40)
+                part = 0
+                del waiting[0]
+    assert max(generated) < 100 and all(early > late - 4 for early, late in itertools.pairwise(generated))
+    thirds = [sum(low <= count < low + 34 for count in generated) for low in (0, 34, 68)]
+    assert min(thirds) >= 4
 
 
 def test_requests_that_stay_longer_are_met_more_often() -> None:
     short, long = Lengths(num_prompt_tokens=1, num_output_tokens=10), Lengths(num_prompt_tokens=2, num_output_tokens=30)
-    found = under_way([short, long], 1_000_000, 4000, 1)
+    found = under_way([short, long], 1_000_000, 4000, 1 << 30, 1)
     num_long = sum(length.num_prompt_tokens + length.num_output_tokens == 32 for length in found)
-    assert num_long / len(found) == pytest.approx(0.75, abs=0.03)
+    assert len(found) == 4000 and num_long / len(found) == pytest.approx(0.75, abs=0.03)
 
 
 def test_requests_under_way_fit_into_the_cache() -> None:
-    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 0)
+    """With what they have generated, all of it before they are given: their prompts fit in one batch."""
+    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 1 << 30, 0)
     assert 2000 - 150 <= sum(length.num_prompt_tokens for length in found) <= 2000
 
 

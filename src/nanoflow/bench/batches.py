@@ -30,7 +30,8 @@ def batches_of(
         ConfigError: There is no request.
     """
     recorded = Recorded(model)
-    first = under_way(lengths, limits.num_pages * limits.page_size, limits.max_num_seqs, seed) if lengths else []
+    num_keys = limits.num_pages * limits.page_size
+    first = under_way(lengths, num_keys, limits.max_num_seqs, limits.max_batch_tokens, seed) if lengths else []
     for run in (lengths, [*first, *lengths]):
         simulate(Cluster(limits=limits, iterations=recorded, num_replicas=1), run, [0.0] * len(run))
     return recorded.iterations
