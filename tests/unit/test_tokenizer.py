@@ -49,7 +49,8 @@ TEXTS = st.text(
     st.one_of(
         st.sampled_from("hello wor,."),
         st.sampled_from("漢字かな👍🏽👩\u200d🎓é\u0301\u0308ßñ\u00a0"),
-        st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT),
+        # A tokenizer with byte fallback writes spaces as U+2581, and reads that as a space.
+        st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT + "\u2581"),
     ),
     max_size=40,
 )
