@@ -55,7 +55,7 @@ _MEASUREMENT = OptionGroup(
     skip=frozenset({"workload", "num_requests", "json", "goodput"}),
     defaults={"repeats": 3},
 )
-_ENGINE = OptionGroup(
+ENGINE = OptionGroup(
     kind=EngineConfig,
     title="model and engine",
     skip=frozenset({"seed", "plan"}),
@@ -108,16 +108,13 @@ def make_parser() -> CommandParser:
     only.add_argument("--prepare", action="store_true", help="only make books and predictions")
     only.add_argument("--merge", action="store_true", help="only make one document of the records in the folder")
     _MEASUREMENT.add_to(parser)
-    _ENGINE.add_to(parser)
+    ENGINE.add_to(parser)
     return parser
 
 
 def read_task(args: argparse.Namespace) -> Task:
     """What the command line asks for; ValueError if that makes no sense."""
-    profile = Profile.load(args.profile)
-    engine = _ENGINE.read(argparse.Namespace(**{"model": profile.model, **vars(args)}))
-    if engine.model != profile.model:
-        raise ConfigError(f"the profile is of {profile.model}, not of {engine.model}")
+    profile, engine = read_engine(args)
     texts = args.workloads or [text for text in WORKLOADS if is_short_enough(text.rpartition(":")[0], profile)]
     workloads = read_workloads(argparse.Namespace(**{**_MEASUREMENT.defaults, **vars(args), "workloads": texts}))
     record_paths(args.json_folder, engine.model, [config.workload for config in workloads])
@@ -132,6 +129,15 @@ def read_task(args: argparse.Namespace) -> Task:
         is_forced=args.force,
         git_revision=args.git_revision,
     )
+
+
+def read_engine(args: argparse.Namespace) -> tuple[Profile, EngineConfig]:
+    """The profile, and the engine on its model; ConfigError if another model is asked for."""
+    profile = Profile.load(args.profile)
+    engine = ENGINE.read(argparse.Namespace(**{"model": profile.model, **vars(args)}))
+    if engine.model != profile.model:
+        raise ConfigError(f"the profile is of {profile.model}, not of {engine.model}")
+    return profile, engine
 
 
 def read_rungs(names: Sequence[str] | None, profile: Profile) -> tuple[str, ...]:

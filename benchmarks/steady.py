@@ -31,7 +31,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from benchmarks.ablation import check_length, is_short_enough, read_rungs
+from benchmarks.ablation import ENGINE, check_length, is_short_enough, read_engine, read_rungs
 from benchmarks.ladder import SEQUENTIAL
 from benchmarks.rungs import Task, label, write_json
 from benchmarks.turns import (
@@ -49,9 +49,8 @@ from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.steady import EnergySampler
 from nanoflow.bench.workload import Lengths, draw_lengths, under_way
-from nanoflow.cli.options import CommandParser, OptionGroup
+from nanoflow.cli.options import CommandParser
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.cost.table import Profile
 from nanoflow.device.energy import gpu_energy_j
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
@@ -64,12 +63,6 @@ from nanoflow.search.iteration import IterationModel
 WORKLOADS = ("512/512", "1024/512", "512/1024", "1000/1000", "2048/128", "8000/1000")
 # Lengths that a trace's requests are drawn from, and requests that always wait.
 _NUM_LENGTHS, _NUM_WAITING = 4096, 32
-_ENGINE = OptionGroup(
-    kind=EngineConfig,
-    title="model and engine",
-    skip=frozenset({"plan"}),
-    defaults={"max_batch_tokens": 8192, "max_num_seqs": 2048, "dtype": "bfloat16"},
-)
 _SAME = ("max_batch_tokens", "max_num_seqs", "gpu_memory_utilization", "dtype")
 
 
@@ -154,16 +147,13 @@ def make_parser() -> CommandParser:
         default=True,
         help="also measure what was possible: serial bound and optimal throughput",
     )
-    _ENGINE.add_to(parser)
+    ENGINE.add_to(parser)
     return parser
 
 
 def read_task(args: argparse.Namespace) -> Task:
     """Model, engine, rungs and where the books are; ConfigError if that makes no sense or a book is missing."""
-    profile = Profile.load(args.profile)
-    engine = _ENGINE.read(argparse.Namespace(**{"model": profile.model, **vars(args)}))
-    if engine.model != profile.model:
-        raise ConfigError(f"the profile is of {profile.model}, not of {engine.model}")
+    profile, engine = read_engine(args)
     if min(args.turn, args.fill, args.turns, args.repeats) <= 0 or args.settle < 0:
         raise ConfigError("--turn, --turns, --repeats and --fill must be positive, --settle must not be negative")
     if preset_name(engine.model) is not None:
