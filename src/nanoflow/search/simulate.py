@@ -91,7 +91,7 @@ class PlanSimulator:
         self._lanes = [lanes[nano.lane] for nano in plan.nano_operations]
         self._depends = dependencies(plan, graph)
         self._setup = table.profile.setup
-        # In some layer, thus but where the pipeline fills or drains in all of them.
+        # What carries in one layer does in all of them, but where the pipeline fills or drains.
         issued = [place for _, place in _issued(plan, plan.max_stage + 2)]
         self._carriers = {issued[at] for at, _ in carriers(plan, graph, plan.max_stage + 2)}
 
