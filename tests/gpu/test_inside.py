@@ -35,7 +35,7 @@ def skewed(num: int) -> list[int]:
 
 @pytest.mark.parametrize("num_tokens", [1, 300, 1000])
 @pytest.mark.parametrize("kind", ["linear", "bias", "add", "swiglu"])
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("steps", [2, 3, 4])
 def test_products_and_attention(kind: str, num_tokens: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that no tile divides; two products carry, and something is left."""
     shape = (2 * 1904, 1040)

@@ -123,7 +123,7 @@ def parts_of(steps: Sequence[Step], carried: Mapping[int, int], carrier: Carrier
     for attention, places in products.items():
         rounds = [_rounds(steps[place], carrier) for place in places]
         for place, done in zip(places, itertools.accumulate(rounds), strict=True):
-            yield place, _Part(attention=attention, until=round(SHARES * done / sum(rounds)))
+            yield place, _Part(attention=attention, until=round(SHARES * done / max(sum(rounds), 1)))
 
 
 def _rounds(step: Step, carrier: Carrier) -> int:

@@ -72,7 +72,7 @@ def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> 
 def rounds_of(num_tokens: int, num_columns: int, num_features: int, num_sms: int, steps: int) -> int:
     """Blocks of keys that a product carries in each warpgroup of its busiest program."""
     tiles_m, tiles_n = _tiles(num_tokens, num_columns)
-    return -(-tiles_m * tiles_n // num_sms) * -(-num_features // (PANEL * steps))
+    return -(-tiles_m * tiles_n // num_sms) * (-(-num_features // PANEL) // steps)
 
 
 def _tiles(num_tokens: int, num_columns: int) -> tuple[int, int]:
@@ -113,14 +113,13 @@ def carry(product: Launch, taken: Taken, until: int, num_sms: int) -> None:
             f"output {list(out.shape)} has rows every {out.stride(0)} elements; a carrier's must be contiguous"
         )
     kind = _KINDS[product.op.kind]
-    rounds = -(-x.shape[1] // (PANEL * taken.steps))
     _run(
         taken,
         until,
         num_sms,
         operands=(x, weight, biases[0] if biases else None, out),
         tiles=_tiles(len(x), len(weight)),
-        num_rounds=rounds,
+        num_steps=-(-x.shape[1] // PANEL),
         second_rows=len(weight) // 2 if kind == SWIGLU else TILE_COLUMNS // 2,
         kind=kind,
     )
@@ -140,7 +139,7 @@ def finish(taken: Taken, num_sms: int) -> None:
             num_sms,
             operands=(rows, rows, None, rows),
             tiles=(0, 0),
-            num_rounds=0,
+            num_steps=0,
             second_rows=0,
             kind=PLAIN,
         )
@@ -169,7 +168,7 @@ def _run(
     *,
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor],
     tiles: tuple[int, int],
-    num_rounds: int,
+    num_steps: int,
     second_rows: int,
     kind: int,
 ) -> None:
@@ -188,7 +187,7 @@ def _run(
         len(out),
         out.shape[1],
         *tiles,
-        num_rounds,
+        num_steps,
         second_rows,
         # One head of one token a row.
         _boxes(q.view(-1, dims.head_dim), MAX_GROUP),
@@ -208,7 +207,7 @@ def _run(
         taken.num_runs,
         taken.until,
         until,
-        round(num_rounds * taken.steps / STEPS_A_BLOCK),
+        round(num_steps / STEPS_A_BLOCK),
         BLOCK_N=TILE_COLUMNS,
         STEPS=taken.steps,
         STAGES=NUM_STAGES,

@@ -63,7 +63,7 @@ _PARTS: gl.constexpr = gl.constexpr(PARTS)
 def _compute(
     out, bias, attended, parts, log_sums, x_ring, weight_ring, full, empty, query_ring, key_ring, value_ring,
     weight_tile, key_full, key_empty, value_full, value_empty, context_len, first_row, num_rows, log2_scale, row, head,
-    block, context, num_blocks, slot, program, num_programs, tiles_m, tiles_n, num_rounds, num_tokens, num_columns,
+    block, context, num_blocks, slot, program, num_programs, tiles_m, tiles_n, num_steps, num_tokens, num_columns,
     PART: gl.constexpr, BLOCK_N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PANELS: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _compute(
     count, done = program * 0, program * 0
     for tile in range(program, tiles_m * tiles_n, num_programs):
         acc = gl.zeros([_ROWS, BLOCK_N], gl.float32, gemm)
-        fused = gl.minimum(num_blocks - done, num_rounds)
+        fused = gl.minimum(num_blocks - done, num_steps // STEPS)
         # 1. Rounds with a block.
         for turn in range(fused):
             for step in gl.static_range(STEPS):
@@ -122,13 +122,12 @@ def _compute(
                     row, head, block, context = advance(
                         row, head, block, context, context_len, first_row, num_rows, KV_HEADS, _BLOCK
                     )
-        # 2. Rounds without.
-        for turn in range(fused, num_rounds):
-            for step in gl.static_range(STEPS):
-                acc = issue_step(acc, count, x_ring, weight_ring, full, PART, STAGES)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=(step > 0) | (turn > 0))
-                count += 1
+        # 2. K-steps without.
+        for step in range(fused * STEPS, num_steps):
+            acc = issue_step(acc, count, x_ring, weight_ring, full, PART, STAGES)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=step > 0)
+            count += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
         tile_m, tile_n = place_of(tile, tiles_m, tiles_n)
@@ -163,13 +162,13 @@ def _compute(
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tokens", "tiles_m", "num_rounds", "second_rows", "run", "share_begin", "share_until", "extra",
+        "num_tokens", "tiles_m", "num_steps", "second_rows", "run", "share_begin", "share_until", "extra",
         "table_stride", "first_row", "num_rows",
     ],
     do_not_specialize_on_alignment=["page_tables", "context_len", "key_blocks", "begins", "bias"],
 )  # fmt: skip
 def inside_program(
-    x, weight, bias, out, num_tokens, num_columns, tiles_m, tiles_n, num_rounds, second_rows,
+    x, weight, bias, out, num_tokens, num_columns, tiles_m, tiles_n, num_steps, second_rows,
     q, keys, values, attended, parts, log_sums, begins, page_tables, context_len, key_blocks, table_stride, first_row,
     num_rows, log2_scale, run, share_begin, share_until, extra,
     BLOCK_N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, GROUP: gl.constexpr,
@@ -178,18 +177,18 @@ def inside_program(
 ):  # fmt: skip
     """out [M, N] of x [M, F] and weight, and a share of the attention of q [B, K x GROUP, D], into attended and parts.
 
-    Tiles of [2 ROWS, BLOCK_N] go round the programs; F is at most num_rounds x STEPS x PANEL.
+    Tiles of [2 ROWS, BLOCK_N] go round the programs; F is at most num_steps x PANEL.
     """
     PANELS: gl.constexpr = HEAD_DIM // _PANEL
     program, num_programs = gl.program_id(0), gl.num_programs(0)
     # 1. Where each warpgroup's run of blocks begins.
     num_tiles = tiles_m * tiles_n
     row0, head0, block0, context0, num_blocks0 = begin_run(
-        begins, _PARTS * program, run, num_programs, num_tiles, num_rounds, extra, share_begin, share_until,
+        begins, _PARTS * program, run, num_programs, num_tiles, num_steps // STEPS, extra, share_begin, share_until,
         context_len, key_blocks, first_row, num_rows, KV_HEADS, SCAN,
     )  # fmt: skip
     row1, head1, block1, context1, num_blocks1 = begin_run(
-        begins, _PARTS * program + 1, run, num_programs, num_tiles, num_rounds, extra, share_begin, share_until,
+        begins, _PARTS * program + 1, run, num_programs, num_tiles, num_steps // STEPS, extra, share_begin, share_until,
         context_len, key_blocks, first_row, num_rows, KV_HEADS, SCAN,
     )  # fmt: skip
     slot0 = run * (_PARTS * num_programs) + _PARTS * program
@@ -238,7 +237,7 @@ def inside_program(
                     out, bias, attended, parts, log_sums, x_ring, weight_ring, full, empty, query_ring0, key_ring0,
                     value_ring0, weight_tile0, key_full0, key_empty0, value_full0, value_empty0, context_len,
                     first_row, num_rows, log2_scale, row0, head0, block0, context0, num_blocks0, slot0, program,
-                    num_programs, tiles_m, tiles_n, num_rounds, num_tokens, num_columns,
+                    num_programs, tiles_m, tiles_n, num_steps, num_tokens, num_columns,
                     0, BLOCK_N, STEPS, STAGES, KV_STAGES, GROUP, KV_HEADS, PANELS, KIND, HAS_BIAS,
                 ),
             ),
@@ -248,7 +247,7 @@ def inside_program(
                     out, bias, attended, parts, log_sums, x_ring, weight_ring, full, empty, query_ring1, key_ring1,
                     value_ring1, weight_tile1, key_full1, key_empty1, value_full1, value_empty1, context_len,
                     first_row, num_rows, log2_scale, row1, head1, block1, context1, num_blocks1, slot0 + 1, program,
-                    num_programs, tiles_m, tiles_n, num_rounds, num_tokens, num_columns,
+                    num_programs, tiles_m, tiles_n, num_steps, num_tokens, num_columns,
                     1, BLOCK_N, STEPS, STAGES, KV_STAGES, GROUP, KV_HEADS, PANELS, KIND, HAS_BIAS,
                 ),
             ),
@@ -256,7 +255,7 @@ def inside_program(
                 load_tiles,
                 (
                     x, weight, x_ring, weight_ring, full, empty, program, num_programs, tiles_m, tiles_n,
-                    num_rounds * STEPS, second_rows, BLOCK_N, STAGES, KIND,
+                    num_steps, second_rows, BLOCK_N, STAGES, KIND,
                 ),
             ),
             (

@@ -33,7 +33,7 @@ from nanoflow.profiler.work import Task, decode_task
 
 _TOKENS = (256, 512, 768, 1024)
 # K-steps to a block of keys.
-_STEPS = (2, 4)
+_STEPS = (2, 3, 4)
 _CONTEXT = 1280
 _WARPGROUPS = 2
 
@@ -169,7 +169,7 @@ def _inside(
 ) -> Work:
     """Attention, carried by some products of a layer, so many times; layers of both in turn."""
     rounds = [carrier.rounds(op.dims, batch.num_tokens) for op in ops if isinstance(op.dims, LinearDims)]
-    shares = [0 if is_empty else round(SHARES * done / sum(rounds)) for done in accumulate(rounds)]
+    shares = [0 if is_empty else round(SHARES * done / max(sum(rounds), 1)) for done in accumulate(rounds)]
     taken: list[Any] = []
 
     def take(launch: Launch) -> None:
