@@ -22,6 +22,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ from nanoflow.device.energy import gpu_energy_j
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import StepOutput
+from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import PlanBook, StoredBook
 from nanoflow.request import Request, SamplingParams
@@ -228,7 +230,7 @@ def measure(
     Raises:
         NotSteady: The cache was not full in time, or a turn had no iteration.
     """
-    run = _Run(engine, lengths, seed)
+    run = _Run(engine, books[SEQUENTIAL], lengths, seed)
     try:
         run.fill(clock.fill_s)
         with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
@@ -242,8 +244,11 @@ def measure(
 class _Run:
     """Requests on an engine, without end."""
 
-    def __init__(self, engine: Engine, lengths: Sequence[Lengths], seed: int) -> None:
+    def __init__(self, engine: Engine, book: PlanBook, lengths: Sequence[Lengths], seed: int) -> None:
         facts = engine.facts
+        # Batches whose iterations have not ended; `step` ends them in the order in which they were planned.
+        self._shapes: deque[BatchShape] = deque()
+        engine.use_book(Watched(book, self._shapes))
         num_keys = facts.num_pages * facts.page_size
         self._engine = engine
         self._rng = np.random.default_rng(seed)
@@ -258,7 +263,7 @@ class _Run:
         deadline_s, num_preemptions = time.monotonic() + limit_s, self._engine.stats().num_preemptions
         waiting = set(range(len(self._first)))
         while waiting:
-            step = self._step()
+            step, _ = self._step()
             waiting -= set(step.scheduled)
             # The cache is full.
             if step.stats.num_preemptions > num_preemptions:
@@ -268,24 +273,19 @@ class _Run:
 
     def turn(self, rung: str, repeat: int, book: PlanBook, clock: Clock) -> Turn:
         """Settle under a book, then count."""
-        watched = Watched(book)
-        self._engine.use_book(watched)
-        self._steps_until(time.monotonic() + clock.settle_s)
-        watched.shapes.clear()
+        self._engine.use_book(Watched(book, self._shapes))
+        self._until(time.monotonic() + clock.settle_s)
         start_s = time.monotonic()
-        steps = self._steps_until(start_s + clock.turn_s)
-        if not steps:
+        ended = self._until(start_s + clock.turn_s)
+        if not ended:
             raise NotSteady(f"no iteration of {rung} ended within {clock.turn_s:g} s")
         return Turn(
             rung=rung,
             repeat=repeat,
             start_s=start_s,
             stop_s=time.monotonic(),
-            num_iterations=len(steps),
-            num_planned=sum(step.stats.plan_digest != book.fallback.digest for step in steps),
-            num_tokens=sum(step.stats.iteration_tokens for step in steps),
-            num_prompt_tokens=sum(step.stats.prefill_tokens for step in steps),
-            shapes=watched.shapes,
+            shapes=[shape for _, shape in ended],
+            num_planned=sum(step.stats.plan_digest != book.fallback.digest for step, _ in ended),
         )
 
     def abort(self) -> None:
@@ -294,19 +294,20 @@ class _Run:
         while self._engine.has_work:
             self._engine.step()
 
-    def _steps_until(self, stop_s: float) -> list[StepOutput]:
-        """Steps in which an iteration ended."""
-        steps = []
+    def _until(self, stop_s: float) -> list[tuple[StepOutput, BatchShape]]:
+        """Steps in which an iteration ended, and its batch."""
+        ended = []
         while time.monotonic() < stop_s:
-            step = self._step()
-            if step.stats.iteration_tokens:
-                steps.append(step)
-        return steps
+            step, shape = self._step()
+            if shape is not None:
+                ended.append((step, shape))
+        return ended
 
-    def _step(self) -> StepOutput:
+    def _step(self) -> tuple[StepOutput, BatchShape | None]:
         for _ in range(self._engine.stats().num_waiting, _NUM_WAITING):
             self._add(next(self._new))
-        return self._engine.step()
+        step = self._engine.step()
+        return step, self._shapes.popleft() if step.stats.iteration_tokens else None
 
     def _add(self, length: Lengths) -> None:
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length.num_output_tokens, detokenize=False)

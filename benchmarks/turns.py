@@ -5,10 +5,14 @@ No engine is known here; `steady.py` drives one.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from benchmarks.ladder import SEQUENTIAL
 from nanoflow.graph.operation import BatchShape
@@ -16,14 +20,16 @@ from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
 
 STEADY_VERSION = 1
+# Turns whose prompt tokens are off the usual by this part of their tokens hardly differ.
+_HARDLY = 0.01
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Watched:
-    """A plan book that notes which batches it was asked for."""
+    """A plan book that notes which batches it was asked for, the latest last."""
 
     book: PlanBook
-    shapes: list[BatchShape] = field(default_factory=list)
+    shapes: deque[BatchShape]
 
     @property
     def plans(self) -> tuple[PipelinePlan, ...]:
@@ -43,9 +49,8 @@ class Turn:
     Attributes:
         rung, repeat: Whose, and of which repeat.
         start_s, stop_s: From the end of an iteration to that of another one.
-        num_iterations, num_planned: In between, and those of them that did not run sequentially.
-        num_tokens, num_prompt_tokens: That the model worked through, and those of them that are of prompts.
-        shapes: Batches of those iterations, give or take one.
+        shapes: Batches of the iterations in between.
+        num_planned: Of them, those that did not run sequentially.
         energy_j: None without a counter.
     """
 
@@ -53,12 +58,19 @@ class Turn:
     repeat: int
     start_s: float
     stop_s: float
-    num_iterations: int
-    num_planned: int
-    num_tokens: int
-    num_prompt_tokens: int
     shapes: Sequence[BatchShape]
+    num_planned: int
     energy_j: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """That the model worked through."""
+        return sum(shape.num_tokens for shape in self.shapes)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those of them that are of prompts."""
+        return sum(shape.num_tokens - shape.num_decode_tokens for shape in self.shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +81,8 @@ class SteadyRung:
         rung, book: Its name, and the digest of its plan book.
         tokens_per_s, energy_per_token_j: Energies are None without a counter.
         ratios: Rate / that of the sequential rung in the same repeat.
-        weighed_ratios: The same with batches instead of tokens, each counted as the time that it is predicted to take
-            sequentially: what the rungs' batches differ by is left out.
+        weighed_ratios: The same with batches instead of tokens, each counted as what it takes sequentially (`Weight`):
+            what the rungs' batches differ by is left out.
         iteration_tokens, prompt_part, decode_context: What an iteration had: tokens, those of prompts as a part of
             them, and keys of a decode token; means.
         planned_part: Part of the iterations that did not run sequentially.
@@ -131,9 +143,10 @@ def rungs_of(
         predicted_s: Time of a batch under the book of a rung.
     """
     repeats = sorted({turn.repeat for turn in turns})
+    weight = Weight.of([turn for turn in turns if turn.rung == SEQUENTIAL], partial(predicted_s, SEQUENTIAL))
     found = {
         rung: [
-            _Repeat.of([turn for turn in turns if (turn.rung, turn.repeat) == (rung, repeat)], predicted_s)
+            _Repeat.of([turn for turn in turns if (turn.rung, turn.repeat) == (rung, repeat)], weight, predicted_s)
             for repeat in repeats
         ]
         for rung in books
@@ -142,8 +155,39 @@ def rungs_of(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """What batches take sequentially: as predicted, corrected by what sequential turns took.
+
+    seconds = scale x predicted + prompt x (prompt tokens - usual x predicted), where `usual` are the prompt tokens that
+    those turns had for each second predicted, so that turns of the usual mix are scaled alone.
+    """
+
+    predicted_s: Callable[[BatchShape], float]
+    scale: float
+    prompt: float
+    usual: float
+
+    @staticmethod
+    def of(turns: Sequence[Turn], predicted_s: Callable[[BatchShape], float]) -> Weight:
+        """The least squares over sequential turns; `prompt` shrinks to 0 where their mix hardly differs."""
+        times_s = np.array([turn.stop_s - turn.start_s for turn in turns])
+        predictions_s = np.array([sum(map(predicted_s, turn.shapes)) for turn in turns])
+        prompts = np.array([turn.num_prompt_tokens for turn in turns], float)
+        scale, usual = times_s.sum() / predictions_s.sum(), prompts.sum() / predictions_s.sum()
+        more = prompts - usual * predictions_s
+        hardly = _HARDLY * sum(turn.num_tokens for turn in turns) / len(turns)
+        prompt = (more * (times_s - scale * predictions_s)).sum() / ((more**2).sum() + len(turns) * hardly**2)
+        return Weight(predicted_s=predicted_s, scale=float(scale), prompt=float(prompt), usual=float(usual))
+
+    def seconds(self, turn: Turn) -> float:
+        """Of all batches of a turn."""
+        predicted_s = sum(map(self.predicted_s, turn.shapes))
+        return self.scale * predicted_s + self.prompt * (turn.num_prompt_tokens - self.usual * predicted_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Repeat:
-    """All turns of a rung in a repeat: sums, and what its batches are predicted to take sequentially and as planned."""
+    """All turns of a rung in a repeat: sums, what its batches weigh, and are predicted to take in both ways."""
 
     num_s: float
     num_iterations: int
@@ -153,26 +197,26 @@ class _Repeat:
     num_decodes: int
     num_keys: int
     energy_j: float | None
+    weight_s: float
     sequential_s: float
     planned_s: float
 
     @staticmethod
-    def of(turns: Sequence[Turn], predicted_s: Callable[[str, BatchShape], float]) -> _Repeat:
+    def of(turns: Sequence[Turn], weight: Weight, predicted_s: Callable[[str, BatchShape], float]) -> _Repeat:
         shapes = [shape for turn in turns for shape in turn.shapes]
         energies_j = [turn.energy_j for turn in turns if turn.energy_j is not None]
-        num_iterations = sum(turn.num_iterations for turn in turns)
         return _Repeat(
             num_s=sum(turn.stop_s - turn.start_s for turn in turns),
-            num_iterations=num_iterations,
+            num_iterations=len(shapes),
             num_planned=sum(turn.num_planned for turn in turns),
             num_tokens=sum(turn.num_tokens for turn in turns),
             num_prompt_tokens=sum(turn.num_prompt_tokens for turn in turns),
             num_decodes=sum(shape.num_decode_tokens for shape in shapes),
             num_keys=sum(shape.decode_context for shape in shapes),
             energy_j=sum(energies_j) if len(energies_j) == len(turns) else None,
-            # Of one batch more or less a turn, so by the mean.
-            sequential_s=fmean(predicted_s(SEQUENTIAL, shape) for shape in shapes) * num_iterations,
-            planned_s=fmean(predicted_s(turns[0].rung, shape) for shape in shapes) * num_iterations,
+            weight_s=sum(map(weight.seconds, turns)),
+            sequential_s=sum(predicted_s(SEQUENTIAL, shape) for shape in shapes),
+            planned_s=sum(predicted_s(turns[0].rung, shape) for shape in shapes),
         )
 
     @property
@@ -182,7 +226,7 @@ class _Repeat:
     @property
     def weighed_rate(self) -> float:
         """Work, in seconds that it takes sequentially, a second."""
-        return self.sequential_s / self.num_s
+        return self.weight_s / self.num_s
 
 
 def _rung(rung: str, book: str, repeats: Sequence[_Repeat], sequential: Sequence[_Repeat]) -> SteadyRung:

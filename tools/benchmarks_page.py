@@ -54,9 +54,9 @@ _STEADY = """\
 A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
 are as if they had been running for a while, new ones always wait, and the rungs of the ladder take turns of a second on
 one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. Prompts come in bursts,
-so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it is
-predicted to take sequentially, *of sequential* with each token alike. *Predicted* is the profile's gain on these very
-batches. Tokens/s are those that the model worked through, prompt and output tokens; numbers are means of the repeats
+so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it takes
+sequentially (predicted, and corrected by what the sequential turns took), *of sequential* with each token alike.
+*Predicted* is the profile's gain on these very batches. Tokens/s are those that the model worked through, prompt and output tokens; numbers are means of the repeats
 (least to most)."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,17 +37,15 @@ BOOKS = {"sequential": BOOK, "cut": CUT}
 
 def turn(rung: str, num_tokens: int, energy_j: float | None = None, repeat: int = 0) -> Turn:
     """Of 2 s and 4 iterations, a quarter of them prompts."""
-    shape = BatchShape(num_tokens=num_tokens // 4, num_decode_tokens=num_tokens // 16, decode_context=num_tokens)
+    num_decodes = num_tokens // 4 - num_tokens // 16
+    shape = BatchShape(num_tokens=num_tokens // 4, num_decode_tokens=num_decodes, decode_context=3 * num_tokens)
     return Turn(
         rung=rung,
         repeat=repeat,
         start_s=5.0,
         stop_s=7.0,
-        num_iterations=4,
-        num_planned=0 if rung == "sequential" else 3,
-        num_tokens=num_tokens,
-        num_prompt_tokens=num_tokens // 4,
         shapes=[shape] * 4,
+        num_planned=0 if rung == "sequential" else 3,
         energy_j=energy_j,
     )
 
@@ -121,6 +120,19 @@ def test_what_batches_differ_by_is_weighed_off() -> None:
     assert found[1].ratios == [2.0] and found[1].weighed_ratios == pytest.approx([2.0])
     found = rungs_of(turns, BOOKS, _one)
     assert found[1].ratios == [2.0] and found[1].weighed_ratios == pytest.approx([1.0])
+
+
+def test_what_a_prediction_misses_of_prompts_is_learnt_from_sequential_turns() -> None:
+    """Batches take 1 s and 2 ms more for each token of a prompt, of which the prediction knows nothing."""
+
+    def timed(rung: str, num_prompts: Sequence[int], speed: float) -> Turn:
+        shapes = [BatchShape(num_tokens=100 + count, num_decode_tokens=100) for count in num_prompts]
+        seconds = sum(1.0 + 0.002 * count for count in num_prompts) / speed
+        return Turn(rung=rung, repeat=0, start_s=0.0, stop_s=seconds, shapes=shapes, num_planned=0)
+
+    turns = [timed("sequential", mix, 1.0) for mix in ([0, 0, 500], [0, 400], [0, 0, 0], [500, 500, 0])]
+    _, cut = rungs_of([*turns, timed("cut", [500, 400, 500], 1.1)], BOOKS, _one)
+    assert cut.ratios[0] > 1.2 and cut.weighed_ratios == pytest.approx([1.1], rel=2e-3)
 
 
 def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
