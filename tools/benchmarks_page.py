@@ -56,8 +56,8 @@ are as if they had been running for a while, new ones always wait, and the rungs
 one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. Prompts come in bursts,
 so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it takes
 sequentially (predicted, and corrected by what the sequential turns took), *of sequential* with each token alike.
-*Predicted* is the profile's gain on these very batches. Tokens/s are those that the model worked through, prompt and output tokens; numbers are means of the repeats
-(least to most)."""
+*Predicted* is the profile's gain on these very batches. Tokens/s are those that the model worked through, prompt and
+output tokens; numbers are means of the repeats (least to most)."""
 
 
 def main() -> None:

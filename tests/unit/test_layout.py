@@ -63,3 +63,15 @@ def test_every_nano_batch_begins_with_its_part_of_the_decodes(batch: DenseBatch,
             assert position_at[start:stop].tolist() == list(range(context - (stop - start), context))
     assert (seen == ~is_decode).all()
     assert layout.first_prefill == (int(np.argmin(is_decode)) if not is_decode.all() else num_tokens)
+
+
+@given(st.data())
+def test_every_nano_batch_gets_its_part_of_the_keys(data: st.DataObject) -> None:
+    """Requests come oldest first, so their contexts are anything but dealt."""
+    contexts = sorted(data.draw(st.lists(st.integers(0, 5000), min_size=2, max_size=60)), reverse=True)
+    batch = batch_of([(context, 1) for context in contexts], len(contexts), 10, seed=0)
+    cut = data.draw(st.integers(1, len(contexts) - 1))
+    layout = lay_out(batch, (cut,))
+    first = batch.context_len[layout.decode_places < cut].sum()
+    even = batch.context_len.sum() * cut / len(contexts)
+    assert abs(first - even) <= max(contexts) - min(contexts)

@@ -1,8 +1,9 @@
 """Where the tokens of a batch stand in the tensors of an iteration.
 
-A batch comes with its decodes first. A plan that cuts it gets them dealt: each nano-batch begins with its part of the
-decodes, by size (`graph/nanobatch.py`), and goes on with prompts, a chunk cut in two where the nano-batch ends. Without
-cuts nothing moves. Plain numpy; `inputs.py` copies the tokens to their places.
+A batch comes with its decodes first, the oldest request first. A plan that cuts it gets them dealt: each nano-batch
+begins with its part of the decodes, by size (`graph/nanobatch.py`), long contexts and short ones alike, so that it has
+that part of their keys too. It goes on with prompts, a chunk cut in two where the nano-batch ends. Without cuts nothing
+moves. Plain numpy; `inputs.py` copies the tokens to their places.
 """
 
 from __future__ import annotations
@@ -63,16 +64,31 @@ def lay_out(batch: DenseBatch, cuts: tuple[int, ...] = ()) -> Layout:
             chunks.append((num_decodes + chunk, place, int(context[chunk]) - (int(chunk_stop[chunk]) - part_stop)))
             place, token = place + part_stop - token, part_stop
     requests, starts, contexts = (np.array(column, np.int32) for column in _columns(chunks))
-    decode_places = np.concatenate(decodes)
+    decode_places = _dealt(batch.context_len[:num_decodes], decodes)
     return Layout(
         places=np.concatenate((decode_places, *prompts)),
         decode_places=decode_places,
-        num_decodes=int(decode_places[-1]) + 1 if len(decode_places) else 0,
+        num_decodes=int(decode_places.max()) + 1 if len(decode_places) else 0,
         first_prefill=int(starts[0]) if len(starts) else num_tokens,
         chunk_requests=requests,
         chunk_start=np.append(starts, np.int32(num_tokens)),
         chunk_context=contexts,
     )
+
+
+def _dealt(contexts: Int32, sections: list[Int32]) -> Int32:
+    """The place of each decode, among those of its nano-batch.
+
+    The longest context first, every nano-batch gets one whenever its part of all is due: so what two of them get is
+    off their parts by no more than the longest and the shortest context differ.
+    """
+    places = np.concatenate(sections)
+    if sum(len(section) > 0 for section in sections) < 2:
+        return places
+    due = np.concatenate([(np.arange(len(section)) + 0.5) / max(len(section), 1) for section in sections])
+    dealt = np.empty_like(places)
+    dealt[np.argsort(-contexts, kind="stable")] = places[np.argsort(due, kind="stable")]
+    return dealt
 
 
 def _columns(chunks: list[tuple[int, int, int]]) -> list[list[int]]:
