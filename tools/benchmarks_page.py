@@ -57,7 +57,8 @@ one engine and one card (`python -m benchmarks.steady`), so that nothing but the
 so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it takes
 sequentially (predicted, and corrected by what the sequential turns took), *of sequential* with each token alike.
 *Predicted* is the profile's gain on these very batches. Tokens/s are those that the model worked through, prompt and
-output tokens; numbers are means of the repeats (least to most)."""
+output tokens; numbers are means of the repeats (least to most). The bounds are of the whole workload: where its batches
+swing, turns with more prompts, or fewer, come nearer to them than others."""
 
 
 def main() -> None:
