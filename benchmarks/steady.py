@@ -35,16 +35,8 @@ import numpy as np
 from benchmarks.ablation import ENGINE, check_length, is_short_enough, read_engine, read_rungs
 from benchmarks.ladder import SEQUENTIAL
 from benchmarks.rungs import Task, label, write_json
-from benchmarks.turns import (
-    SteadyDocument,
-    SteadyWorkload,
-    Turn,
-    Watched,
-    order_of_turns,
-    rungs_of,
-    table,
-    with_workload,
-)
+from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table, with_workload
+from benchmarks.turns import Iteration, Turn, Watched, order_of_turns, rungs_of
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.bench.rates import measure_bounds
@@ -276,17 +268,10 @@ class _Run:
         self._engine.use_book(Watched(book, self._shapes))
         self._until(time.monotonic() + clock.settle_s)
         start_s = time.monotonic()
-        ended = self._until(start_s + clock.turn_s)
-        if not ended:
+        iterations = self._until(start_s + clock.turn_s)
+        if not iterations:
             raise NotSteady(f"no iteration of {rung} ended within {clock.turn_s:g} s")
-        return Turn(
-            rung=rung,
-            repeat=repeat,
-            start_s=start_s,
-            stop_s=time.monotonic(),
-            shapes=[shape for _, shape in ended],
-            num_planned=sum(step.stats.plan_digest != book.fallback.digest for step, _ in ended),
-        )
+        return Turn(rung=rung, repeat=repeat, start_s=start_s, stop_s=time.monotonic(), iterations=iterations)
 
     def abort(self) -> None:
         """Forget all requests."""
@@ -294,16 +279,19 @@ class _Run:
         while self._engine.has_work:
             self._engine.step()
 
-    def _until(self, stop_s: float) -> list[tuple[StepOutput, BatchShape]]:
-        """Steps in which an iteration ended, and its batch."""
-        ended = []
+    def _until(self, stop_s: float) -> list[Iteration]:
+        """Those that ended meanwhile."""
+        ended, last_s = list[Iteration](), time.monotonic()
         while time.monotonic() < stop_s:
             step, shape = self._step()
-            if shape is not None:
-                ended.append((step, shape))
+            if shape is not None and step.stats.plan_digest is not None:
+                now_s = time.monotonic()
+                ended.append(Iteration(shape=shape, plan=step.stats.plan_digest, seconds=now_s - last_s))
+                last_s = now_s
         return ended
 
     def _step(self) -> tuple[StepOutput, BatchShape | None]:
+        """A step of the engine, and the batch of the iteration that ended in it."""
         for _ in range(self._engine.stats().num_waiting, _NUM_WAITING):
             self._add(next(self._new))
         step = self._engine.step()

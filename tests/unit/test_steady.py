@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from benchmarks import ablation, steady
-from benchmarks.turns import SteadyDocument, SteadyWorkload, Turn, order_of_turns, rungs_of, table
+from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table
+from benchmarks.turns import Iteration, Turn, order_of_turns, rungs_of
 
 from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.config import EngineConfig
@@ -32,6 +33,7 @@ CUT = PlanBook(
     fallback=BOOK.fallback,
     entries=(PlanEntry(plan=nanobatch_plan(GRAPH, 512, [256]), min_tokens=300, max_tokens=512),),
 )
+CUT_PLAN = CUT.entries[0].plan.digest
 BOOKS = {"sequential": BOOK, "cut": CUT}
 
 
@@ -39,13 +41,13 @@ def turn(rung: str, num_tokens: int, energy_j: float | None = None, repeat: int 
     """Of 2 s and 4 iterations, a quarter of them prompts."""
     num_decodes = num_tokens // 4 - num_tokens // 16
     shape = BatchShape(num_tokens=num_tokens // 4, num_decode_tokens=num_decodes, decode_context=3 * num_tokens)
+    plans = [BOOK.fallback.digest, *([CUT_PLAN if rung == "cut" else BOOK.fallback.digest] * 3)]
     return Turn(
         rung=rung,
         repeat=repeat,
         start_s=5.0,
         stop_s=7.0,
-        shapes=[shape] * 4,
-        num_planned=0 if rung == "sequential" else 3,
+        iterations=[Iteration(shape=shape, plan=plan, seconds=0.5) for plan in plans],
         energy_j=energy_j,
     )
 
@@ -104,6 +106,11 @@ def test_a_rung_is_compared_with_the_sequential_one_of_its_repeat() -> None:
     assert cut.iteration_tokens == pytest.approx(2800 / 12)
     assert base.energy_per_token_j == [4.0 / 1600, 2.0 / 800]
     assert cut.energy_per_token_j == pytest.approx([2.3 / 1840, 1.2 / 960])
+    # Three quarters of the time under the plan, on batches predicted to take as long as any.
+    assert [each.plan for each in cut.plans] == ["nano-batches", "sequential"]
+    assert [each.part for each in cut.plans] == [0.75, 0.25] and base.plans[0].gain == pytest.approx(1.0)
+    assert [each.gain for each in cut.plans] == pytest.approx([1.0, 1.0])
+    assert [each.predicted_gain for each in cut.plans] == pytest.approx([1.25, 1.25])
     unmetered, _ = rungs_of([replace(turns[0], energy_j=None), *turns[1:]], BOOKS, _one)
     assert unmetered.energy_per_token_j is None
 
@@ -127,12 +134,18 @@ def test_what_a_prediction_misses_of_prompts_is_learnt_from_sequential_turns() -
 
     def timed(rung: str, num_prompts: Sequence[int], speed: float) -> Turn:
         shapes = [BatchShape(num_tokens=100 + count, num_decode_tokens=100) for count in num_prompts]
-        seconds = sum(1.0 + 0.002 * count for count in num_prompts) / speed
-        return Turn(rung=rung, repeat=0, start_s=0.0, stop_s=seconds, shapes=shapes, num_planned=0)
+        times_s = [(1.0 + 0.002 * count) / speed for count in num_prompts]
+        plan = BOOK.fallback.digest if rung == "sequential" else CUT_PLAN
+        iterations = [
+            Iteration(shape=shape, plan=plan, seconds=time_s) for shape, time_s in zip(shapes, times_s, strict=True)
+        ]
+        return Turn(rung=rung, repeat=0, start_s=0.0, stop_s=sum(times_s), iterations=iterations)
 
     turns = [timed("sequential", mix, 1.0) for mix in ([0, 0, 500], [0, 400], [0, 0, 0], [500, 500, 0])]
     _, cut = rungs_of([*turns, timed("cut", [500, 400, 500], 1.1)], BOOKS, _one)
     assert cut.ratios[0] > 1.2 and cut.weighed_ratios == pytest.approx([1.1], rel=2e-3)
+    (plan,) = cut.plans
+    assert plan.digest == CUT_PLAN and plan.part == 1.0 and plan.gain == pytest.approx(1.1, rel=2e-3)
 
 
 def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
@@ -211,7 +224,8 @@ def test_the_table_has_a_line_a_rung() -> None:
         rungs=rungs,
     )
     document = SteadyDocument(model="m", options={}, machine={}, software={}, workloads=[workload])
-    head, _, sequential, cut = table(document.workloads).splitlines()
+    head, _, sequential, cut, *plans = table(document.workloads).splitlines()
     assert head == "64/8; serial bound 500 tokens/s" and sequential.split()[:2] == ["sequential", "400"]
     assert cut.split()[:2] == ["cut", "480"] and "1.200" in cut
+    assert plans[0].strip() == "75% of its time 1.000 (predicted 1.000) nano-batches" and len(plans) == 2
     assert json.loads(msgspec.json.encode(document))["benchmark"] == "steady"

@@ -1,0 +1,128 @@
+"""What `steady.py` writes: a document of workloads, each with what its rungs are worth, and a table of it for people.
+
+How that is reckoned from turns is `turns.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+STEADY_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanGain:
+    """What a plan of a rung's book is worth on the batches that it ran.
+
+    Attributes:
+        plan, digest: Its name and digest.
+        part: Of the rung's time.
+        gain: What those batches take sequentially (`Weight`) / what they took.
+        predicted_gain: The same, both as predicted.
+    """
+
+    plan: str
+    digest: str
+    part: float
+    gain: float
+    predicted_gain: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyRung:
+    """A rung of a workload; lists have a value a repeat.
+
+    Attributes:
+        rung, book: Its name, and the digest of its plan book.
+        tokens_per_s, energy_per_token_j: Energies are None without a counter.
+        ratios: Rate / that of the sequential rung in the same repeat.
+        weighed_ratios: The same with batches instead of tokens, each counted as what it takes sequentially (`Weight`):
+            what the rungs' batches differ by is left out.
+        iteration_tokens, prompt_part, decode_context: What an iteration had: tokens, those of prompts as a part of
+            them, and keys of a decode token; means.
+        planned_part: Part of the iterations that did not run sequentially.
+        predicted_ratio: Time that the profile predicts for the batches of these turns sequentially / under the book.
+        plans: Every plan that ran, those that took the most time first.
+    """
+
+    rung: str
+    book: str
+    tokens_per_s: Sequence[float]
+    energy_per_token_j: Sequence[float] | None
+    ratios: Sequence[float]
+    weighed_ratios: Sequence[float]
+    iteration_tokens: float
+    prompt_part: float
+    decode_context: float
+    planned_part: float
+    predicted_ratio: float
+    plans: Sequence[PlanGain] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyWorkload:
+    """All rungs of a workload, and its bounds in tokens/s (None if they were not measured)."""
+
+    workload: str
+    created_utc: str
+    serial_tokens_per_s: float | None
+    optimal_tokens_per_s: float | None
+    rungs: Sequence[SteadyRung]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyDocument:
+    """What `steady.py` writes."""
+
+    model: str
+    options: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    software: Mapping[str, Any]
+    workloads: Sequence[SteadyWorkload]
+    benchmark: str = "steady"
+    version: int = STEADY_VERSION
+
+
+def with_workload(document: SteadyDocument, new: SteadyWorkload) -> SteadyDocument:
+    """With a workload, instead of the same one if that is there; constant lengths first, short before long ones."""
+    kept = [each for each in document.workloads if each.workload != new.workload]
+    return replace(document, workloads=sorted([*kept, new], key=lambda each: _place(each.workload)))
+
+
+def _place(workload: str) -> tuple[bool, list[int], str]:
+    lengths = workload.split("/")
+    is_constant = all(length.isdecimal() for length in lengths)
+    return (not is_constant, [int(length) for length in lengths] if is_constant else [], workload)
+
+
+def table(workloads: Sequence[SteadyWorkload]) -> str:
+    """For people: a block a workload, a line a rung."""
+    lines = []
+    for workload in workloads:
+        bound = workload.serial_tokens_per_s
+        lines.append(workload.workload if bound is None else f"{workload.workload}; serial bound {bound:,.0f} tokens/s")
+        lines.append(
+            f"  {'rung':<14}{'tokens/s':>10}{'ratio':>8}{'(least to most)':>18}{'weighed':>9}{'(least to most)':>18}"
+            f"{'predicted':>11}{'mJ/token':>10}{'planned':>9}{'tokens':>8}{'prompt':>8}{'keys':>8}"
+        )
+        for rung in workload.rungs:
+            energy = "-" if rung.energy_per_token_j is None else f"{fmean(rung.energy_per_token_j) * 1e3:.1f}"
+            lines.append(
+                f"  {rung.rung:<14}{fmean(rung.tokens_per_s):>10,.0f}{fmean(rung.ratios):>8.3f}{_span(rung.ratios):>18}"
+                f"{fmean(rung.weighed_ratios):>9.3f}{_span(rung.weighed_ratios):>18}{rung.predicted_ratio:>11.3f}"
+                f"{energy:>10}{rung.planned_part:>9.0%}{rung.iteration_tokens:>8,.0f}{rung.prompt_part:>8.0%}"
+                f"{rung.decode_context:>8,.0f}"
+            )
+            lines += [
+                f"    {each.part:4.0%} of its time {each.gain:.3f} (predicted {each.predicted_gain:.3f}) {each.plan}"
+                for each in rung.plans
+                if len(rung.plans) > 1
+            ]
+    return "\n".join(lines)
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"({min(values):.3f} to {max(values):.3f})"
