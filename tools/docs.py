@@ -89,10 +89,33 @@ def identity(workload: dict[str, Any]) -> dict[str, Any]:
     return {key: workload[key] for key in ("workload", "num_requests")}
 
 
+def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """A row a workload: what the search chose is worth in the steady state."""
+    gpu = document["machine"]["gpus"][0]
+    for workload in document["workloads"]:
+        rungs = {rung["rung"]: rung for rung in workload["rungs"]}
+        energies = [
+            f"{statistics.fmean(rungs[rung]['energy_per_token_j']) * 1e3:.1f}"
+            for rung in ("searched", "sequential")
+            if rungs[rung]["energy_per_token_j"]
+        ]
+        gain = spread(rungs["searched"]["weighed_ratios"], ".3f", " times sequential")
+        yield {
+            "what": f"{document['model'].removeprefix('preset:')}, {document['options']['dtype']}, random weights, "
+            f"{workload['workload']}, steady state, searched plans",
+            "measured": ", ".join([gain, f"{' instead of '.join(energies)} mJ/token"] if energies else [gain]),
+            "target": "",
+            "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
+        }
+
+
 def result_rows() -> Iterator[str]:
-    """One row a record under benchmarks/results that has a headline."""
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
-        row = headline(json.loads(path.read_text()))
+    """One row a record under benchmarks/results that has a headline, and one a workload of its ladders."""
+    folder = ROOT / "benchmarks/results"
+    found = [(path, headline(json.loads(path.read_text()))) for path in sorted(folder.glob("*.json"))]
+    for path in sorted(folder.glob("ladder/steady_*.json")):
+        found += [(path, row) for row in steady_headlines(json.loads(path.read_text()))]
+    for path, row in found:
         if row is not None:
             cells = (row["what"], row["measured"], row["target"], row["hardware"])
             yield "| " + " | ".join([*cells, f"[JSON]({path.relative_to(ROOT).as_posix()})"]) + " |"
