@@ -37,8 +37,7 @@ from benchmarks.ladder import SEQUENTIAL
 from benchmarks.rungs import Task, label, write_json
 from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table, with_workload
 from benchmarks.turns import Iteration, Turn, Watched, order_of_turns, rungs_of
-from nanoflow.bench.bound import Bounds
-from nanoflow.bench.machine import detect_machine, detect_software
+from nanoflow.bench.machine import detect_machine, detect_software, git_revision
 from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.steady import EnergySampler
 from nanoflow.bench.workload import Lengths, draw_lengths, under_way
@@ -104,7 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}: {reason}", file=sys.stderr)
                 is_complete = False
                 continue
-            found = workload_of(name, turns, books, bounds.get(name), model)
+            found = SteadyWorkload(
+                workload=name,
+                created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+                git_revision=git_revision(),
+                num_turns=clock.num_turns,
+                turn_s=clock.turn_s,
+                is_corrected=True,
+                serial_tokens_per_s=bounds[name].serial_tokens_per_s if bounds else None,
+                optimal_tokens_per_s=bounds[name].optimal_tokens_per_s if bounds else None,
+                rungs=rungs_of(turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape))),
+            )
             print(table([found]), flush=True)
             document = with_workload(document, found)
             if args.json is not None:
@@ -199,19 +208,6 @@ def engine_of(config: EngineConfig, books: Mapping[str, PlanBook]) -> Iterator[E
         engine = build_engine(replace(config, plan=str(path)), show_progress=sys.stderr.isatty())
     with closing(engine):
         yield engine
-
-
-def workload_of(
-    name: str, turns: Sequence[Turn], books: Mapping[str, PlanBook], bounds: Bounds | None, model: IterationModel
-) -> SteadyWorkload:
-    """What the rungs are worth on a workload."""
-    return SteadyWorkload(
-        workload=name,
-        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        serial_tokens_per_s=None if bounds is None else bounds.serial_tokens_per_s,
-        optimal_tokens_per_s=None if bounds is None else bounds.optimal_tokens_per_s,
-        rungs=rungs_of(turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape))),
-    )
 
 
 def measure(

@@ -64,10 +64,22 @@ class SteadyRung:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyWorkload:
-    """All rungs of a workload, and its bounds in tokens/s (None if they were not measured)."""
+    """All rungs of a workload, which may have been measured after others.
+
+    Attributes:
+        workload, created_utc, git_revision: Of these figures; the revision is None outside a repository.
+        num_turns, turn_s: Turns of each rung in a repeat, and the seconds of one.
+        is_corrected: Whether weights are what sequential turns say (`Weight`); as predicted alone, if not.
+        serial_tokens_per_s, optimal_tokens_per_s: Bounds; None if they were not measured.
+        rungs: What each is worth.
+    """
 
     workload: str
     created_utc: str
+    git_revision: str | None
+    num_turns: int
+    turn_s: float
+    is_corrected: bool
     serial_tokens_per_s: float | None
     optimal_tokens_per_s: float | None
     rungs: Sequence[SteadyRung]

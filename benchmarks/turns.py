@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -99,25 +99,25 @@ def rungs_of(
         books: By rung.
         predicted_s: Time of a batch under the book of a rung.
     """
-    repeats = sorted({turn.repeat for turn in turns})
+    by_rung = {rung: [turn for turn in turns if turn.rung == rung] for rung in books}
     names = {plan.digest: plan.name for book in books.values() for plan in (book.fallback, *book.plans)}
-    weight = Weight.of([turn for turn in turns if turn.rung == SEQUENTIAL], partial(predicted_s, SEQUENTIAL))
-    found = {
+    weight = Weight.of(by_rung[SEQUENTIAL], partial(predicted_s, SEQUENTIAL))
+    repeats = {
         rung: [
             _Repeat.of(
-                [turn for turn in turns if (turn.rung, turn.repeat) == (rung, repeat)],
-                book.fallback.digest,
-                weight,
-                predicted_s,
+                [turn for turn in own if turn.repeat == repeat], books[rung].fallback.digest, weight, predicted_s
             )
-            for repeat in repeats
+            for repeat in sorted({turn.repeat for turn in turns})
         ]
-        for rung, book in books.items()
+        for rung, own in by_rung.items()
     }
     return [
-        replace(
-            _rung(rung, book.digest, found[rung], found[SEQUENTIAL]),
-            plans=_plans([turn for turn in turns if turn.rung == rung], names, weight, partial(predicted_s, rung)),
+        _rung(
+            rung,
+            book.digest,
+            repeats[rung],
+            repeats[SEQUENTIAL],
+            _plans(by_rung[rung], names, weight, partial(predicted_s, rung)),
         )
         for rung, book in books.items()
     ]
@@ -224,7 +224,9 @@ class _Repeat:
         return self.weight_s / self.num_s
 
 
-def _rung(rung: str, book: str, repeats: Sequence[_Repeat], sequential: Sequence[_Repeat]) -> SteadyRung:
+def _rung(
+    rung: str, book: str, repeats: Sequence[_Repeat], sequential: Sequence[_Repeat], plans: Sequence[PlanGain]
+) -> SteadyRung:
     energies_j = [each.energy_j / each.num_tokens for each in repeats if each.energy_j is not None]
     num_iterations, num_tokens = sum(each.num_iterations for each in repeats), sum(each.num_tokens for each in repeats)
     num_decodes = sum(each.num_decodes for each in repeats)
@@ -241,4 +243,5 @@ def _rung(rung: str, book: str, repeats: Sequence[_Repeat], sequential: Sequence
         decode_context=sum(each.num_keys for each in repeats) / num_decodes if num_decodes else 0.0,
         planned_part=sum(each.num_planned for each in repeats) / num_iterations,
         predicted_ratio=sum(each.sequential_s for each in repeats) / sum(each.planned_s for each in repeats),
+        plans=plans,
     )

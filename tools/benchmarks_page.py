@@ -177,6 +177,9 @@ def steady_parts(path: Path, document: Document) -> Iterator[str]:
     )
     rows = [_steady_row(workload, rung) for workload in document["workloads"] for rung in workload["rungs"]]
     yield "\n".join(_table(_STEADY_HEADINGS, rows))
+    predicted = [workload["workload"] for workload in document["workloads"] if not workload["is_corrected"]]
+    if predicted:
+        yield f"Weighed as predicted, without the correction, which came later: {', '.join(predicted)}."
 
 
 def _steady_row(workload: Document, rung: Document) -> list[str]:
@@ -196,13 +199,15 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
         f"{rung['iteration_tokens']:,.0f}",
         f"{rung['prompt_part']:.0%}",
         f"{rung['decode_context']:,.0f}",
+        f"{len(rung['ratios'])} x {workload['num_turns']} x {workload['turn_s']:g} s",
+        "" if workload["git_revision"] is None else _short(workload["git_revision"]),
     ]
 
 
 _STEADY_HEADINGS = (
     *("workload", "rung", "tokens/s", "of sequential", "weighed"),
     *("predicted", "of optimum", "of serial", "mJ/token", "planned", "tokens an iteration", "of prompts"),
-    "keys a decode",
+    *("keys a decode", "turns", "revision"),
 )
 _RUN_HEADINGS = (
     *("model", "workload", "requests", "plan", "tokens/s", "mJ/token", "% of serial", "% of optimum"),

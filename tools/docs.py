@@ -94,6 +94,8 @@ def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
     gpu = document["machine"]["gpus"][0]
     for workload in document["workloads"]:
         rungs = {rung["rung"]: rung for rung in workload["rungs"]}
+        if "searched" not in rungs:
+            continue
         energies = [
             f"{statistics.fmean(rungs[rung]['energy_per_token_j']) * 1e3:.1f}"
             for rung in ("searched", "sequential")

@@ -72,20 +72,25 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
         "prompt_part": 0.66,
         "decode_context": 1280.0,
     }
+    made = {"num_turns": 8, "turn_s": 1.0, "git_revision": "0123456789abcdef"}
     bounds = {"serial_tokens_per_s": 1020.0, "optimal_tokens_per_s": 2040.0}
     document = {
         **{key: record[key] for key in ("machine", "software")},
         "model": "preset:llama-3-8b",
         "options": {"dtype": "bfloat16", "max_batch_tokens": 2048, "max_num_seqs": 1024},
-        "workloads": [{"workload": "64/8", **bounds, "rungs": [rung]}],
+        "workloads": [
+            {"workload": "64/8", **made, "is_corrected": True, **bounds, "rungs": [rung]},
+            {"workload": "32/8", **made, "is_corrected": False, **bounds, "rungs": [rung]},
+        ],
     }
     (tmp_path / "steady_llama-3-8b.json").write_text(json.dumps(document))
     text = page(tmp_path, tmp_path)
     assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text and "token budget 2,048" in text
     assert (
         "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.060 (1.050 to 1.070) | 1.055 (1.050 to 1.060) | 1.080 | 50.0% "
-        "| 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 |" in text
+        "| 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
     )
+    assert "without the correction, which came later: 32/8." in text
 
 
 def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:

@@ -219,6 +219,10 @@ def test_the_table_has_a_line_a_rung() -> None:
     workload = SteadyWorkload(
         workload="64/8",
         created_utc="2026-11-24T00:00:00+00:00",
+        git_revision=None,
+        num_turns=1,
+        turn_s=2.0,
+        is_corrected=True,
         serial_tokens_per_s=500.0,
         optimal_tokens_per_s=None,
         rungs=rungs,

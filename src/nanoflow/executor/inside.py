@@ -121,9 +121,14 @@ def parts_of(steps: Sequence[Step], carried: Mapping[int, int], carrier: Carrier
     for place, attention in sorted(carried.items()):
         products[attention].append(place)
     for attention, places in products.items():
-        rounds = [_rounds(steps[place], carrier) for place in places]
-        for place, done in zip(places, itertools.accumulate(rounds), strict=True):
-            yield place, _Part(attention=attention, until=round(SHARES * done / max(sum(rounds), 1)))
+        ends = shares_by_rounds([_rounds(steps[place], carrier) for place in places])
+        for place, until in zip(places, ends, strict=True):
+            yield place, _Part(attention=attention, until=until)
+
+
+def shares_by_rounds(rounds: Sequence[int]) -> list[int]:
+    """Until where an attention is done, in `SHARES`, once each of several products has carried in all of its rounds."""
+    return [round(SHARES * done / max(sum(rounds), 1)) for done in itertools.accumulate(rounds)]
 
 
 def _rounds(step: Step, carrier: Carrier) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from nanoflow.cost.inside import PRODUCTS
 from nanoflow.cost.table import PairPoint
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.executor.inside import Carrier
+from nanoflow.executor.inside import Carrier, shares_by_rounds
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.carrier import GluonCarrier, can_carry, share_of
 from nanoflow.kernels.dispatch import kernels_for
-from nanoflow.kernels.launch import KEY_BLOCK, SHARES, BatchInputs, Kernel, Launch
+from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, Kernel, Launch
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_workspace
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
@@ -169,7 +168,7 @@ def _inside(
 ) -> Work:
     """Attention, carried by some products of a layer, so many times; layers of both in turn."""
     rounds = [carrier.rounds(op.dims, batch.num_tokens) for op in ops if isinstance(op.dims, LinearDims)]
-    shares = [0 if is_empty else round(SHARES * done / max(sum(rounds), 1)) for done in accumulate(rounds)]
+    shares = [0] * len(ops) if is_empty else shares_by_rounds(rounds)
     taken: list[Any] = []
 
     def take(launch: Launch) -> None:
