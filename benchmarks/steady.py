@@ -1,10 +1,10 @@
 """The rungs of the ablation ladder in turn, within one run in its steady state.
 
 A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
-the middle, where requests come as others leave. So the first requests are here as if they had been running for a while,
-new ones always wait, and once all of the first are in, rungs take turns of a second on one engine: neither a card's
-temperature, nor which card it is, nor that prompts come in bursts can tell for one of them. From the root of the
-repository:
+the middle, where requests come as others leave. So the first requests are here anywhere in their completions, the keys
+of what they have behind them being what the cache holds (random numbers where weights are random), new ones always
+wait, and rungs take turns of a second on one engine: neither a card's temperature, nor which card it is, nor that
+prompts come in bursts can tell for one of them. From the root of the repository:
 
     python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json --prepare
     python -m benchmarks.steady --profile benchmarks/results/profile_llama-3-8b_h200.json --json steady.json
@@ -56,6 +56,7 @@ from nanoflow.search.iteration import IterationModel
 WORKLOADS = ("512/512", "1024/512", "512/1024", "1000/1000", "2048/128", "8000/1000")
 # Lengths that a trace's requests are drawn from, and requests that always wait.
 _NUM_LENGTHS, _NUM_WAITING = 4096, 32
+_REHEARSAL_S = 1.0
 _SAME = ("max_batch_tokens", "max_num_seqs", "gpu_memory_utilization", "dtype")
 
 
@@ -65,11 +66,10 @@ class NotSteady(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Seconds: before a turn counts, that it counts, that filling the cache may take; and how often."""
+    """Seconds: before a turn counts, and that it counts; and how often."""
 
     settle_s: float
     turn_s: float
-    fill_s: float
     num_turns: int
     num_repeats: int
 
@@ -90,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock = Clock(
         settle_s=args.settle,
         turn_s=args.turn,
-        fill_s=args.fill,
         num_turns=args.turns,
         num_repeats=args.repeats,
     )
@@ -142,9 +141,6 @@ def make_parser() -> CommandParser:
     parser.add_argument("--turns", type=int, default=8, help="turns of each rung in a repeat (default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: 3)")
     parser.add_argument(
-        "--fill", type=float, default=120.0, metavar="SECONDS", help="that filling the cache may take (default: 120)"
-    )
-    parser.add_argument(
         "--bounds",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -157,8 +153,8 @@ def make_parser() -> CommandParser:
 def read_task(args: argparse.Namespace) -> Task:
     """Model, engine, rungs and where the books are; ConfigError if that makes no sense or a book is missing."""
     profile, engine = read_engine(args)
-    if min(args.turn, args.fill, args.turns, args.repeats) <= 0 or args.settle < 0:
-        raise ConfigError("--turn, --turns, --repeats and --fill must be positive, --settle must not be negative")
+    if min(args.turn, args.turns, args.repeats) <= 0 or args.settle < 0:
+        raise ConfigError("--turn, --turns and --repeats must be positive, --settle must not be negative")
     if preset_name(engine.model) is not None:
         engine = replace(engine, load_format="random")
     task = Task(
@@ -213,14 +209,15 @@ def engine_of(config: EngineConfig, books: Mapping[str, PlanBook]) -> Iterator[E
 def measure(
     engine: Engine, books: Mapping[str, PlanBook], lengths: Sequence[Lengths], clock: Clock, seed: int
 ) -> list[Turn]:
-    """Fill the cache, give every rung its turns, and leave the engine empty.
+    """Begin in the middle, give every rung its turns, and leave the engine empty.
 
     Raises:
-        NotSteady: The cache was not full in time, or a turn had no iteration.
+        NotSteady: A turn had no iteration.
     """
     run = _Run(engine, books[SEQUENTIAL], lengths, seed)
     try:
-        run.fill(clock.fill_s)
+        for rung in books:
+            run.rehearse(books[rung])
         with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
             order = order_of_turns(list(books), clock.num_turns * clock.num_repeats)
             turns = [run.turn(rung, place // clock.num_turns, books[rung], clock) for place, rung in order]
@@ -240,24 +237,18 @@ class _Run:
         num_keys = facts.num_pages * facts.page_size
         self._engine = engine
         self._rng = np.random.default_rng(seed)
-        self._first = under_way(lengths, num_keys, facts.max_num_seqs, facts.max_batch_tokens, seed)
         self._new = itertools.cycle(lengths)
         self._num_requests = 0
-        for length in self._first:
+        for length in under_way(lengths, num_keys, facts.max_num_seqs, seed):
             self._add(length)
+        # Those that are not admitted with the others would come later without a prompt to compute, as nobody does.
+        running = set(self._step()[0].scheduled)
+        self._engine.abort(request_id for request_id in range(self._num_requests) if request_id not in running)
 
-    def fill(self, limit_s: float) -> None:
-        """Until all of the first requests have begun, or the cache has no room for more of them."""
-        deadline_s, num_preemptions = time.monotonic() + limit_s, self._engine.stats().num_preemptions
-        waiting = set(range(len(self._first)))
-        while waiting:
-            step, _ = self._step()
-            waiting -= set(step.scheduled)
-            # The cache is full.
-            if step.stats.num_preemptions > num_preemptions:
-                return
-            if time.monotonic() > deadline_s:
-                raise NotSteady(f"{len(waiting)} of {len(self._first)} first requests wait after {limit_s:.0f} s")
+    def rehearse(self, book: PlanBook) -> None:
+        """Run a book for a second, so that the graphs of its batches are captured before any turn counts."""
+        self._engine.use_book(Watched(book, self._shapes))
+        self._until(time.monotonic() + _REHEARSAL_S)
 
     def turn(self, rung: str, repeat: int, book: PlanBook, clock: Clock) -> Turn:
         """Settle under a book, then count."""
@@ -287,7 +278,7 @@ class _Run:
         return ended
 
     def _step(self) -> tuple[StepOutput, BatchShape | None]:
-        """A step of the engine, and the batch of the iteration that ended in it."""
+        """A step of the engine, and the batch of the iteration that ended in it; new requests keep waiting."""
         for _ in range(self._engine.stats().num_waiting, _NUM_WAITING):
             self._add(next(self._new))
         step = self._engine.step()
@@ -303,7 +294,7 @@ class _Run:
             max_tokens=length.num_output_tokens,
         )
         self._num_requests += 1
-        self._engine.add(request)
+        self._engine.add(request, length.num_computed)
 
 
 if __name__ == "__main__":

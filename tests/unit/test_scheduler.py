@@ -437,3 +437,16 @@ def test_integrity_check_notices_a_request_with_too_few_pages() -> None:
     scheduler._tables.release(int(batch.rows[0]))
     with pytest.raises(RuntimeError, match="more or fewer pages"):
         scheduler.check_integrity()
+
+
+def test_what_is_computed_of_a_prompt_is_not_computed_again() -> None:
+    """It takes pages like any other, and none of the budget."""
+    scheduler = Scheduler(limits=make_limits(budget=8, num_pages=16))
+    scheduler.add(make_request(0, 14, max_tokens=20), 13)
+    scheduler.add(make_request(1, 12, max_tokens=2), 5)
+    first = next_batch(scheduler)
+    assert first.query_start.tolist() == [0, 1, 8] and first.context_len.tolist() == [14, 12]
+    assert first.positions.tolist() == [13, *range(5, 12)] and first.num_decodes == 1
+    assert not first.is_fed_back.any() and scheduler.pages_in_use == 4 + 3
+    with pytest.raises(ValueError, match=r"num_computed must be in 0\.\.3, got 4"):
+        scheduler.add(make_request(2, 4), 4)

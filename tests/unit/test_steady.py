@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,38 +52,43 @@ def turn(rung: str, num_tokens: int, energy_j: float | None = None, repeat: int 
     )
 
 
-def test_requests_under_way_are_anywhere_in_their_completions_once_all_run() -> None:
-    """Given one after the other to an engine that works 64 tokens an iteration, decodes first."""
-    found = under_way([Lengths(num_prompt_tokens=40, num_output_tokens=100)], 1_000_000, 20, 64, 0)
-    assert len(found) == 20
-    assert {length.num_prompt_tokens + length.num_output_tokens for length in found} == {140}
-    waiting, generated, part = list(found), list[int](), 0
-    while waiting:
-        left = 64 - len(generated)
-        generated = [count + 1 for count in generated]
-        while left and waiting:
-            taken = min(left, waiting[0].num_prompt_tokens - part)
-            left, part = left - taken, part + taken
-            if part == waiting[0].num_prompt_tokens:
-                generated.append(part - 40)
-                part = 0
-                del waiting[0]
-    assert max(generated) < 100 and all(early > late - 4 for early, late in itertools.pairwise(generated))
-    thirds = [sum(low <= count < low + 34 for count in generated) for low in (0, 34, 68)]
-    assert min(thirds) >= 4
+def test_requests_under_way_are_anywhere_in_their_completions() -> None:
+    found = under_way([Lengths(num_prompt_tokens=40, num_output_tokens=90)], 1_000_000, 300, 0)
+    assert len(found) == 300
+    assert {length.num_prompt_tokens + length.num_output_tokens for length in found} == {130}
+    assert all(length.num_prompt_tokens - length.num_computed == 1 for length in found)
+    thirds = [sum(low <= length.num_prompt_tokens - 40 < low + 30 for length in found) for low in (0, 30, 60)]
+    assert sum(thirds) == 300 and min(thirds) >= 80
 
 
 def test_requests_that_stay_longer_are_met_more_often() -> None:
     short, long = Lengths(num_prompt_tokens=1, num_output_tokens=10), Lengths(num_prompt_tokens=2, num_output_tokens=30)
-    found = under_way([short, long], 1_000_000, 4000, 1 << 30, 1)
+    found = under_way([short, long], 1_000_000, 4000, 1)
     num_long = sum(length.num_prompt_tokens + length.num_output_tokens == 32 for length in found)
     assert len(found) == 4000 and num_long / len(found) == pytest.approx(0.75, abs=0.03)
 
 
 def test_requests_under_way_fit_into_the_cache() -> None:
-    """With what they have generated, all of it before they are given: their prompts fit in one batch."""
-    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 1 << 30, 0)
+    """With what they have generated."""
+    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 0)
     assert 2000 - 150 <= sum(length.num_prompt_tokens for length in found) <= 2000
+
+
+def test_a_benchmark_begins_in_the_middle_of_requests() -> None:
+    """All at once, as many as can be admitted, and none of them computes its prompt."""
+    config = EngineConfig(device="cpu", max_batch_tokens=64, max_num_seqs=16, num_pages=60, num_threads=1)
+    engine = build_engine(config)
+    try:
+        lengths = [Lengths(num_prompt_tokens=40, num_output_tokens=30)]
+        run = steady._Run(engine, PlanBook(fallback=sequential_plan(GRAPH, 64)), lengths, seed=0)
+        num_running = engine.stats().num_running
+        assert num_running == engine.stats().num_waiting + num_running > 8
+        ended = run._until(time.monotonic() + 0.05)
+        assert ended[0].shape.num_decode_tokens >= num_running and ended[0].shape.decode_context > 40 * num_running
+        engine.check_integrity()
+    finally:
+        run.abort()
+        engine.close()
 
 
 def test_nobody_is_always_first() -> None:
@@ -204,14 +209,6 @@ def test_two_rungs_take_turns_on_the_embedded_model(
     with pytest.raises(SystemExit):
         steady.main([*folder, *rungs, *turns, *OPTIONS, "--max-num-seqs", "8"])
     assert "name another file" in capsys.readouterr().err
-
-
-def test_a_workload_that_does_not_fill_the_cache_in_time_is_named(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--rungs", "sequential", "--fill", "1e-6", "--workloads", "300/8", *OPTIONS]
-    assert steady.main(["--profile", str(path), "--json-folder", str(tmp_path), *options]) == 1
-    assert "of 16 first requests wait after 0 s" in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_a_rung() -> None:

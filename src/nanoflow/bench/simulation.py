@@ -165,16 +165,15 @@ class SimulatedEngine:
             self.now_s = max(self.now_s, arrival_s)
         self._owed[request_id] = length.num_prompt_tokens + length.num_output_tokens
         params = SamplingParams(temperature=0.0, max_tokens=length.num_output_tokens, ignore_eos=True)
-        self._scheduler.add(
-            Request(
-                request_id=request_id,
-                prompt_token_ids=[0] * length.num_prompt_tokens,
-                params=params,
-                seed=0,
-                max_tokens=length.num_output_tokens,
-                arrival_s=arrival_s,
-            )
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=[0] * length.num_prompt_tokens,
+            params=params,
+            seed=0,
+            max_tokens=length.num_output_tokens,
+            arrival_s=arrival_s,
         )
+        self._scheduler.add(request, length.num_computed)
 
     def step(self) -> None:
         """Form a batch and launch it; wait for the one before it, or for this one if nothing can be formed."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nanoflow.config import ConfigError
 
@@ -25,15 +24,15 @@ MAX_TRACE_TOTAL = 4096
 
 # Independent streams of one seed.
 _LENGTHS, _PROMPTS, _ARRIVALS, _UNDER_WAY = range(4)
-_FIXED_POINT_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Tokens of a request's prompt and of its completion."""
+    """Tokens of a request's prompt and of its completion; `num_computed` of the prompt are taken to be in the cache."""
 
     num_prompt_tokens: int
     num_output_tokens: int
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,48 +79,35 @@ def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
     return [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * num_requests
 
 
-def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, max_batch_tokens: int, seed: int) -> list[Lengths]:
-    """Requests that an engine needs to be given first to be as one that has run for long, once all of them run.
+def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, seed: int) -> list[Lengths]:
+    """The requests that an engine has which has run for long, as ones that are given to it all at once.
 
-    Each is then at some place of its completion, anywhere in it. Those with long completions stay longer, so there are
-    more of them (in proportion to the completion). What a request has generated before it is given is part of its
-    prompt here; and while the others' prompts are worked through, it goes on, so the farthest come first.
+    Each is at some place of its completion, anywhere in it. Those with long completions stay longer, so there are more
+    of them (in proportion to the completion). What a request has generated is part of its prompt here, and all but the
+    last token of that is computed.
 
     Args:
         lengths: What requests are drawn from.
         num_keys: Room in the cache, in tokens.
         most: Requests at once.
-        max_batch_tokens: Of an iteration, decodes and prompts.
         seed: Of the draw.
     """
     rng = np.random.default_rng((_UNDER_WAY, seed))
     stay = np.array([length.num_output_tokens for length in lengths], float)
     drawn = [lengths[place] for place in rng.choice(len(lengths), most, p=stay / stay.sum())]
-    found = sorted(((int(rng.integers(each.num_output_tokens)), each) for each in drawn), key=lambda pair: -pair[0])
-    done = np.array([place for place, _ in found])
-    prompts = np.array([each.num_prompt_tokens for _, each in found])
-    # As many as fit, evenly taken.
-    num_fitting = int(min(num_keys / (prompts + done).mean(), len(found)))
-    kept = np.linspace(0, len(found) - 1, num_fitting).round().astype(int)
-    done, prompts = done[kept], prompts[kept]
-    before = _before(done, prompts, max_batch_tokens)
-    return [
-        Lengths(num_prompt_tokens=int(prompt + place), num_output_tokens=found[at][1].num_output_tokens - int(place))
-        for at, prompt, place in zip(kept, prompts, before, strict=True)
-    ]
+    found = [_after(length, int(rng.integers(length.num_output_tokens))) for length in drawn]
+    fits = np.cumsum([length.num_prompt_tokens for length in found]) <= num_keys
+    return found[: int(fits.sum())]
 
 
-def _before(done: NDArray[np.int64], prompts: NDArray[np.int64], max_batch_tokens: int) -> NDArray[np.int64]:
-    """What requests must have generated before they are given, one after the other, to have generated this at the end.
-
-    Prompts are worked through by what the decodes of those before them leave of each iteration.
-    """
-    left = np.maximum(max_batch_tokens - np.arange(len(done)), max_batch_tokens / 8)
-    before = done
-    for _ in range(_FIXED_POINT_STEPS):
-        ends = np.cumsum((prompts + before) / left)
-        before = np.maximum(done - (ends[-1] - ends).astype(np.int64), 0)
-    return before
+def _after(length: Lengths, num_generated: int) -> Lengths:
+    """A request that has generated so many of its tokens."""
+    num_known = length.num_prompt_tokens + num_generated
+    return Lengths(
+        num_prompt_tokens=num_known,
+        num_output_tokens=length.num_output_tokens - num_generated,
+        num_computed=num_known - 1,
+    )
 
 
 def read_trace(path: Path) -> list[Lengths]:

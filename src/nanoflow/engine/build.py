@@ -14,7 +14,7 @@ from nanoflow.engine.engine import Engine
 from nanoflow.engine.memory import require_room_for_weights, size_cache
 from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
 from nanoflow.engine.warmup import warm_up
-from nanoflow.executor.buffers import DeviceModel, allocate_caches
+from nanoflow.executor.buffers import DeviceModel, allocate_caches, draw_keys
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
@@ -54,12 +54,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         graph = fuse_swiglu(graph)
     book = plan_book(config, graph, device)
     require_room_for_weights(graph, dtype, device)
-    if folder is None or config.load_format == "random":
+    is_random = folder is None or config.load_format == "random"
+    if folder is None or is_random:
         weights = random_weights(graph, dtype, device, config.seed)
     else:
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
     num_pages, max_model_len = size_cache(config, model_config, graph, dtype, device)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    if is_random:
+        draw_keys(caches, config.seed)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     is_captured = config.cuda_graphs and device.type == "cuda" and are_capturable(kernels)
     worker = Worker(

@@ -51,9 +51,9 @@ class Engine:
                 raise PlanError(f"plan {plan.name!r} ({plan.digest}) is not of the book that this engine was made with")
         self._book = book
 
-    def add(self, request: Request) -> None:
-        """Take a request; ValueError if it can never run."""
-        self._scheduler.add(request)
+    def add(self, request: Request, num_computed: int = 0) -> None:
+        """Take a request, maybe as one of whose prompt so many tokens are computed; see `Scheduler.add`."""
+        self._scheduler.add(request, num_computed)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Forget requests and free what they hold at once; unknown ids are ignored."""

@@ -61,6 +61,14 @@ def allocate_caches(
     )
 
 
+def draw_keys(caches: Iterable[LayerCache], seed: int) -> None:
+    """Fill caches with random numbers, for benchmarks that read keys nobody wrote: zeros would take less power."""
+    for cache in caches:
+        generator = torch.Generator(cache.keys.device).manual_seed(seed)
+        for part in (cache.keys, cache.values):
+            part.normal_(generator=generator)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
     """The tensors between operations, by name: [tokens, width], or [rows with logits, width] for `sampled_names`."""

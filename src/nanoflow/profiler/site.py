@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nanoflow.batch import DenseBatch
-from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches
+from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches, draw_keys
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import LinearDims, Operation
@@ -54,8 +54,9 @@ def random_workspace(
     kernels = kernels_for(site.device, site.dtype, graph.layer)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
-    for tensor in (*workspace.tensors.values(), *(part for cache in caches for part in (cache.keys, cache.values))):
+    for tensor in workspace.tensors.values():
         tensor.normal_()
+    draw_keys(caches, seed=0)
     return workspace
 
 

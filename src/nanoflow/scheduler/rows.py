@@ -79,7 +79,7 @@ class RowTable:
         return request
 
     def join(self, waiting: WaitingRequest) -> int:
-        """Give a request a free row; it becomes the newest. Nothing of it is computed yet."""
+        """Give a request a free row; it becomes the newest."""
         row = self._free.pop()
         request, num_known = waiting.request, len(waiting.token_ids)
         num_prompt = num_known - waiting.num_generated
@@ -89,7 +89,7 @@ class RowTable:
         self.request_id[row] = request.request_id
         self.num_prompt[row] = num_prompt
         self.num_joined[row] = self.num_known[row] = self.num_tokens[row] = num_known
-        self.num_computed[row] = 0
+        self.num_computed[row] = waiting.num_computed
         self.min_total[row] = num_prompt + request.params.min_tokens
         self.max_total[row] = min(num_prompt + request.max_tokens, self._limits.max_model_len)
         self.is_exact[row] = request.params.ignore_eos

@@ -117,17 +117,25 @@ class Scheduler:
         """Pages that requests hold."""
         return self._pool.num_in_use
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, num_computed: int = 0) -> None:
         """Put a request at the end of the queue.
 
+        Args:
+            request: Asks for what.
+            num_computed: Tokens of its prompt that are not computed: whatever its pages hold counts as their keys and
+                values. For benchmarks that begin in the middle of a request.
+
         Raises:
-            ValueError: It could never run (see `checked_prompt`), or its id is that of a living request.
+            ValueError: It could never run (see `checked_prompt`), its id is that of a living request, or nothing of its
+                prompt is left to compute.
         """
         request_id = request.request_id
         if request_id in self._waiting or self._rows.find(request_id) is not None:
             raise ValueError(f"a request with id {request_id} is already there")
         token_ids = checked_prompt(request, self._limits)
-        self._waiting.push_back(WaitingRequest(request=request, token_ids=token_ids))
+        if not 0 <= num_computed < len(token_ids):
+            raise ValueError(f"num_computed must be in 0..{len(token_ids) - 1}, got {num_computed}")
+        self._waiting.push_back(WaitingRequest(request=request, token_ids=token_ids, num_computed=num_computed))
 
     def abort(self, request_id: int) -> bool:
         """Forget a request and free what it holds; False if it is unknown or has ended."""

@@ -20,17 +20,24 @@ class WaitingRequest:
     Attributes:
         request: As it was added.
         token_ids: int32 [num_tokens], the prompt, then what was generated before a preemption.
+        num_computed: Tokens whose keys and values need not be computed.
         is_preempted: It has run before.
     """
 
     request: Request
     token_ids: Int32
+    num_computed: int = 0
     is_preempted: bool = False
 
     @property
     def num_generated(self) -> int:
         """Tokens beyond the prompt."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to compute before it can go on."""
+        return len(self.token_ids) - self.num_computed
 
 
 class WaitingQueue:
@@ -71,4 +78,4 @@ class WaitingQueue:
             if max_tokens <= 0:
                 return
             yield waiting
-            max_tokens -= len(waiting.token_ids)
+            max_tokens -= waiting.num_pending
