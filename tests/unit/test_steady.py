@@ -17,6 +17,7 @@ from benchmarks.turns import Iteration, Turn, order_of_turns, rungs_of
 from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
+from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -86,6 +87,26 @@ def test_a_benchmark_begins_in_the_middle_of_requests() -> None:
         ended = run._until(time.monotonic() + 0.05)
         assert ended[0].shape.num_decode_tokens >= num_running and ended[0].shape.decode_context > 40 * num_running
         engine.check_integrity()
+    finally:
+        run.abort()
+        engine.close()
+
+
+def test_a_turn_in_which_graphs_were_captured_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every batch up to the twentieth iteration prepares something."""
+    config = EngineConfig(device="cpu", max_batch_tokens=64, max_num_seqs=16, num_pages=60, num_threads=1)
+    engine = build_engine(config)
+    try:
+        monkeypatch.setattr(Worker, "num_prepared", property(lambda _: min(engine._num_iterations, 20)))
+        book = PlanBook(fallback=sequential_plan(GRAPH, 64))
+        run = steady._Run(engine, book, [Lengths(num_prompt_tokens=40, num_output_tokens=30)], seed=0)
+        clock = steady.Clock(settle_s=0.0, turn_s=1e-6, num_turns=1, num_repeats=1)
+        counts = []
+        for _ in range(8):
+            run.turn("sequential", 0, book, clock)
+            counts.append(engine.stats().iteration)
+        # Six attempts each at most, and one each from the twentieth iteration on.
+        assert counts[0] >= 6 and counts[-1] > 20 and counts[-1] - counts[-2] < 6
     finally:
         run.abort()
         engine.close()

@@ -136,6 +136,7 @@ class Engine:
             pages_in_use=scheduler.pages_in_use,
             num_pages=self.facts.num_pages,
             num_preemptions=scheduler.num_preemptions,
+            num_prepared=self._worker.num_prepared,
             iteration=self._num_iterations,
             iteration_tokens=batch.num_tokens if batch else 0,
             prefill_tokens=batch.num_tokens - batch.num_decodes if batch else 0,

@@ -114,6 +114,7 @@ class EngineStats:
         num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
         pages_in_use, num_pages: KV pages.
         num_preemptions: Since the start.
+        num_prepared: Batches since the start that took longer because a CUDA graph for their like was not there yet.
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
         prefill_tokens: How many of them were not decodes.
@@ -125,6 +126,7 @@ class EngineStats:
     pages_in_use: int = 0
     num_pages: int = 0
     num_preemptions: int = 0
+    num_prepared: int = 0
     iteration: int = 0
     iteration_tokens: int = 0
     prefill_tokens: int = 0

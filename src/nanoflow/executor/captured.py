@@ -29,6 +29,10 @@ _MAX_GRAPHS = 512
 class Forward(Protocol):
     """Runs prologue and layers of a batch."""
 
+    @property
+    def num_prepared(self) -> int:
+        """Batches so far that took longer because their bucket was met for the first or second time."""
+
     def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """Queue the work; gives what `PipelinedExecutor.logits` needs."""
 
@@ -39,6 +43,7 @@ class EagerForward:
 
     executor: PipelinedExecutor
     builder: InputBuilder
+    num_prepared: int = 0
 
     def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """See `Forward`."""
@@ -114,6 +119,7 @@ class CapturedForward:
         device: torch.device,
     ) -> None:
         self._executor, self._builder, self._buckets = executor, builder, buckets
+        self.num_prepared = 0
         self._decode_tables, self._prefill_tables = (
             torch.zeros((count, pages_per_request), dtype=torch.int32, device=device)
             for count in (buckets.max_decodes, buckets.max_prefills)
@@ -159,6 +165,7 @@ class CapturedForward:
     def _run(self, place: LoadedBatch, plan: PipelinePlan) -> BatchInputs:
         key = (plan.digest, place.size)
         captured = self._captured.get(key)
+        self.num_prepared += captured is None
         if captured is None and key not in self._met:
             self._met.add(key)
             inputs = self._builder.derive(place)

@@ -67,6 +67,11 @@ class Worker:
         queued = self._queue.submit(self._run, batch, plan)
         return self._reader.submit(lambda: queued.result().read())
 
+    @property
+    def num_prepared(self) -> int:
+        """See `Forward`."""
+        return self._forward.num_prepared
+
     def close(self) -> None:
         """Wait for what runs and stop."""
         self._queue.shutdown(wait=True, cancel_futures=True)
