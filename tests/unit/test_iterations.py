@@ -67,6 +67,9 @@ def test_a_batch_has_the_shape_it_was_made_of(shape: BatchShape) -> None:
     assert made.prefill_context == pytest.approx(shape.prefill_context, rel=0.02)
     assert made.prefill_kv_tokens == pytest.approx(shape.prefill_kv_tokens, rel=0.02)
     assert len(np.unique(batch.slots)) == batch.num_tokens, "no two tokens share a place"
+    if shape.num_decode_tokens:
+        contexts, mean = batch.context_len[: batch.num_decodes], shape.decode_context / shape.num_decode_tokens
+        assert contexts.min() < mean / 4 and mean * 1.75 < contexts.max() < mean * 2.25
 
 
 def test_every_plan_is_tried_beside_the_sequential_one(stored: Path) -> None:

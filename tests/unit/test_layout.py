@@ -75,3 +75,15 @@ def test_every_nano_batch_gets_its_part_of_the_keys(data: st.DataObject) -> None
     first = batch.context_len[layout.decode_places < cut].sum()
     even = batch.context_len.sum() * cut / len(contexts)
     assert abs(first - even) <= max(contexts) - min(contexts)
+
+
+def test_long_and_short_contexts_are_mixed_all_along_a_nano_batch() -> None:
+    """Any sixteenth of a nano-batch's decodes has about a sixteenth of its keys."""
+    contexts = np.random.default_rng(0).exponential(500, 640).astype(int)
+    batch = batch_of([(int(context), 1) for context in contexts], len(contexts), 10, seed=0)
+    layout = lay_out(batch, (320,))
+    at_place = np.empty(640)
+    at_place[layout.decode_places] = batch.context_len
+    for half in (at_place[:320], at_place[320:]):
+        parts = half.reshape(16, 20).sum(axis=1) / half.sum() * 16
+        assert parts.min() > 0.7 and parts.max() < 1.3

@@ -2,8 +2,9 @@
 
 A batch comes with its decodes first, the oldest request first. A plan that cuts it gets them dealt: each nano-batch
 begins with its part of the decodes, by size (`graph/nanobatch.py`), long contexts and short ones alike, so that it has
-that part of their keys too. It goes on with prompts, a chunk cut in two where the nano-batch ends. Without cuts nothing
-moves. Plain numpy; `inputs.py` copies the tokens to their places.
+that part of their keys too, and mixed all along, so that no program of a kernel that shares blocks of keys evenly
+gets all the short ones, whose ends take time. It goes on with prompts, a chunk cut in two where the nano-batch ends.
+Without cuts nothing moves. Plain numpy; `inputs.py` copies the tokens to their places.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.batch import DenseBatch, Int32
+from nanoflow.batch import DenseBatch, Int32, Int64
 from nanoflow.graph.nanobatch import decodes_before, split
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +83,23 @@ def _dealt(contexts: Int32, sections: list[Int32]) -> Int32:
     """The place of each decode, among those of its nano-batch.
 
     The longest context first, every nano-batch gets one whenever its part of all is due: so what two of them get is
-    off their parts by no more than the longest and the shortest context differ.
+    off their parts by no more than the longest and the shortest context differ. Within a nano-batch neighbours are due
+    far from each other.
     """
     places = np.concatenate(sections)
     if sum(len(section) > 0 for section in sections) < 2:
         return places
-    due = np.concatenate([(np.arange(len(section)) + 0.5) / max(len(section), 1) for section in sections])
+    due = np.concatenate([(_spread(len(section)) + 0.5) / max(len(section), 1) for section in sections])
     dealt = np.empty_like(places)
     dealt[np.argsort(-contexts, kind="stable")] = places[np.argsort(due, kind="stable")]
     return dealt
+
+
+def _spread(count: int) -> Int64:
+    """The numbers below `count`, small and large ones mixed in every part of their order: ranks of i / phi mod 1."""
+    ranks = np.empty(count, np.int64)
+    ranks[np.argsort(np.arange(count) * _GOLDEN % 1.0)] = np.arange(count)
+    return ranks
 
 
 def _columns(chunks: list[tuple[int, int, int]]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nanoflow.batch import DenseBatch, Joined, SampledTokens
+from nanoflow.batch import DenseBatch, Int64, Joined, SampledTokens
 from nanoflow.cost.table import Profile
 from nanoflow.device.energy import gpu_energy_j
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
@@ -103,17 +103,19 @@ def measure_trials(
 
 
 def dense_batch(shape: BatchShape, page_size: int, vocab_size: int) -> DenseBatch:
-    """A batch of a shape, random tokens on pages at random places: equal decodes, then equal chunks of prompts.
+    """A batch of a shape, random tokens on pages at random places: decodes, then equal chunks of prompts.
 
     Equal tokens would make equal rows, whose products take less power.
 
-    What a shape leaves open: chunks are as many as its sums ask for, each with as many keys before it.
+    What a shape leaves open: decodes see from few keys to twice the mean, each as many as any, for those of a server
+    are anything but equal, and kernels that share keys evenly show it; chunks are as many as its sums ask for, each
+    with as many keys before it.
     """
     now = np.array([1] * shape.num_decode_tokens + _chunks(shape), np.int64)
     num_decodes = shape.num_decode_tokens
     before = np.zeros_like(now)
     if num_decodes:
-        before[:num_decodes] = max(round(shape.decode_context / num_decodes) - 1, 0)
+        before[:num_decodes] = _contexts(shape.decode_context, num_decodes) - 1
     if len(now) > num_decodes:
         before[num_decodes:] = max((shape.prefill_kv_tokens - now[num_decodes:].sum()) // (len(now) - num_decodes), 0)
     pages = -(-(before + now) // page_size)
@@ -137,6 +139,13 @@ def dense_batch(shape: BatchShape, page_size: int, vocab_size: int) -> DenseBatc
         sampled=np.arange(min(shape.num_sampled, len(now)), dtype=np.int32),
         joined=tuple(_joined(row) for row in range(len(now))),
     )
+
+
+def _contexts(num_keys: int, count: int) -> Int64:
+    """Of decodes that see so many keys in all, one each at least: evenly from few to twice the mean, in any order."""
+    mean = max(num_keys / count, 1.0)
+    ends = np.round(np.cumsum(1.0 + (2.0 * (mean - 1.0) / count) * (np.arange(count) + 0.5))).astype(np.int64)
+    return np.random.default_rng(2).permutation(np.diff(ends, prepend=0))
 
 
 def _chunks(shape: BatchShape) -> list[int]:
