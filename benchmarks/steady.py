@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = SteadyWorkload(
                 workload=name,
                 created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-                git_revision=git_revision(),
+                git_revision=args.git_revision or git_revision(),
                 num_turns=clock.num_turns,
                 turn_s=clock.turn_s,
                 is_corrected=True,
@@ -142,6 +142,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--settle", type=float, default=0.3, metavar="SECONDS", help="before it counts (default: 0.3)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each rung in a repeat (default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: 3)")
+    parser.add_argument("--git-revision", metavar="TEXT", help="of the sources, where they are a copy without git")
     parser.add_argument(
         "--bounds",
         action=argparse.BooleanOptionalAction,

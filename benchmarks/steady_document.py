@@ -41,6 +41,7 @@ class SteadyRung:
         ratios: Rate / that of the sequential rung in the same repeat.
         weighed_ratios: The same with batches instead of tokens, each counted as what it takes sequentially (`Weight`):
             what the rungs' batches differ by is left out.
+        weighed_energy_ratios: Energy / that of the sequential rung in the same repeat, for batches that weigh the same.
         iteration_tokens, prompt_part, decode_context: What an iteration had: tokens, those of prompts as a part of
             them, and keys of a decode token; means.
         planned_part: Part of the iterations that did not run sequentially.
@@ -54,6 +55,7 @@ class SteadyRung:
     energy_per_token_j: Sequence[float] | None
     ratios: Sequence[float]
     weighed_ratios: Sequence[float]
+    weighed_energy_ratios: Sequence[float] | None
     iteration_tokens: float
     prompt_part: float
     decode_context: float
@@ -118,14 +120,15 @@ def table(workloads: Sequence[SteadyWorkload]) -> str:
         lines.append(workload.workload if bound is None else f"{workload.workload}; serial bound {bound:,.0f} tokens/s")
         lines.append(
             f"  {'rung':<14}{'tokens/s':>10}{'ratio':>8}{'(least to most)':>18}{'weighed':>9}{'(least to most)':>18}"
-            f"{'predicted':>11}{'mJ/token':>10}{'planned':>9}{'tokens':>8}{'prompt':>8}{'keys':>8}"
+            f"{'predicted':>11}{'energy':>9}{'mJ/token':>10}{'planned':>9}{'tokens':>8}{'prompt':>8}{'keys':>8}"
         )
         for rung in workload.rungs:
             energy = "-" if rung.energy_per_token_j is None else f"{fmean(rung.energy_per_token_j) * 1e3:.1f}"
+            ratio = "-" if rung.weighed_energy_ratios is None else f"{fmean(rung.weighed_energy_ratios):.3f}"
             lines.append(
                 f"  {rung.rung:<14}{fmean(rung.tokens_per_s):>10,.0f}{fmean(rung.ratios):>8.3f}{_span(rung.ratios):>18}"
                 f"{fmean(rung.weighed_ratios):>9.3f}{_span(rung.weighed_ratios):>18}{rung.predicted_ratio:>11.3f}"
-                f"{energy:>10}{rung.planned_part:>9.0%}{rung.iteration_tokens:>8,.0f}{rung.prompt_part:>8.0%}"
+                f"{ratio:>9}{energy:>10}{rung.planned_part:>9.0%}{rung.iteration_tokens:>8,.0f}{rung.prompt_part:>8.0%}"
                 f"{rung.decode_context:>8,.0f}"
             )
             lines += [

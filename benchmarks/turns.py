@@ -223,6 +223,11 @@ class _Repeat:
         """Work, in seconds that it takes sequentially, a second."""
         return self.weight_s / self.num_s
 
+    @property
+    def weighed_energy_j(self) -> float | None:
+        """Of work that takes a second sequentially."""
+        return None if self.energy_j is None else self.energy_j / self.weight_s
+
 
 def _rung(
     rung: str, book: str, repeats: Sequence[_Repeat], sequential: Sequence[_Repeat], plans: Sequence[PlanGain]
@@ -231,6 +236,11 @@ def _rung(
     num_iterations, num_tokens = sum(each.num_iterations for each in repeats), sum(each.num_tokens for each in repeats)
     num_decodes = sum(each.num_decodes for each in repeats)
     pairs = list(zip(repeats, sequential, strict=True))
+    ratios_j = [
+        each.weighed_energy_j / base.weighed_energy_j
+        for each, base in pairs
+        if each.weighed_energy_j is not None and base.weighed_energy_j is not None
+    ]
     return SteadyRung(
         rung=rung,
         book=book,
@@ -238,6 +248,7 @@ def _rung(
         energy_per_token_j=energies_j if len(energies_j) == len(repeats) else None,
         ratios=[each.tokens_per_s / base.tokens_per_s for each, base in pairs],
         weighed_ratios=[each.weighed_rate / base.weighed_rate for each, base in pairs],
+        weighed_energy_ratios=ratios_j if len(ratios_j) == len(pairs) else None,
         iteration_tokens=num_tokens / num_iterations,
         prompt_part=sum(each.num_prompt_tokens for each in repeats) / num_tokens,
         decode_context=sum(each.num_keys for each in repeats) / num_decodes if num_decodes else 0.0,

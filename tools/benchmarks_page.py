@@ -56,9 +56,10 @@ are as if they had been running for a while, new ones always wait, and the rungs
 one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. Prompts come in bursts,
 so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it takes
 sequentially (predicted, and corrected by what the sequential turns took), *of sequential* with each token alike.
-*Predicted* is the profile's gain on these very batches. Tokens/s are those that the model worked through, prompt and
-output tokens; numbers are means of the repeats (least to most). The bounds are of the whole workload: where its batches
-swing, turns with more prompts, or fewer, come nearer to them than others."""
+*Predicted* is the profile's gain on these very batches; *energy, weighed* is a part of the sequential rung's, for
+batches that weigh the same. Tokens/s are those that the model worked through, prompt and output tokens; numbers are
+means of the repeats (least to most). The bounds are of the whole workload: where its batches swing, turns with more
+prompts, or fewer, come nearer to them than others, and mJ/token are others too."""
 
 
 def main() -> None:
@@ -183,7 +184,7 @@ def steady_parts(path: Path, document: Document) -> Iterator[str]:
 
 
 def _steady_row(workload: Document, rung: Document) -> list[str]:
-    rate, energies = mean(rung["tokens_per_s"]), rung["energy_per_token_j"]
+    rate, energies, ratios = mean(rung["tokens_per_s"]), rung["energy_per_token_j"], rung["weighed_energy_ratios"]
     serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
     return [
         workload["workload"],
@@ -192,6 +193,7 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
         f"{mean(rung['ratios']):.3f} ({min(rung['ratios']):.3f} to {max(rung['ratios']):.3f})",
         f"{mean(rung['weighed_ratios']):.3f} ({min(rung['weighed_ratios']):.3f} to {max(rung['weighed_ratios']):.3f})",
         f"{rung['predicted_ratio']:.3f}",
+        "" if ratios is None else f"{mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
         "" if optimal is None else f"{rate / optimal:.1%}",
         "" if serial is None else f"{rate / serial:.1%}",
         "" if energies is None else f"{mean(energies) * 1e3:.1f}",
@@ -206,7 +208,16 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
 
 _STEADY_HEADINGS = (
     *("workload", "rung", "tokens/s", "of sequential", "weighed"),
-    *("predicted", "of optimum", "of serial", "mJ/token", "planned", "tokens an iteration", "of prompts"),
+    *(
+        "predicted",
+        "energy, weighed",
+        "of optimum",
+        "of serial",
+        "mJ/token",
+        "planned",
+        "tokens an iteration",
+        "of prompts",
+    ),
     *("keys a decode", "turns", "revision"),
 )
 _RUN_HEADINGS = (

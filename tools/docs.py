@@ -96,16 +96,12 @@ def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
         rungs = {rung["rung"]: rung for rung in workload["rungs"]}
         if "searched" not in rungs:
             continue
-        energies = [
-            f"{statistics.fmean(rungs[rung]['energy_per_token_j']) * 1e3:.1f}"
-            for rung in ("searched", "sequential")
-            if rungs[rung]["energy_per_token_j"]
-        ]
         gain = spread(rungs["searched"]["weighed_ratios"], ".3f", " times sequential")
+        energies = rungs["searched"]["weighed_energy_ratios"]
         yield {
             "what": f"{document['model'].removeprefix('preset:')}, {document['options']['dtype']}, random weights, "
             f"{workload['workload']}, steady state, searched plans",
-            "measured": ", ".join([gain, f"{' instead of '.join(energies)} mJ/token"] if energies else [gain]),
+            "measured": gain if energies is None else f"{gain}, {statistics.fmean(energies):.2f} of its energy",
             "target": "",
             "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
         }

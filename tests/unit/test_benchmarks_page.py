@@ -66,6 +66,7 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
         "energy_per_token_j": [0.02, 0.022, 0.021],
         "ratios": [1.05, 1.07, 1.06],
         "weighed_ratios": [1.05, 1.06, 1.055],
+        "weighed_energy_ratios": [0.94, 0.95, 0.93],
         "predicted_ratio": 1.08,
         "planned_part": 0.995,
         "iteration_tokens": 2000.4,
@@ -87,8 +88,8 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
     text = page(tmp_path, tmp_path)
     assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text and "token budget 2,048" in text
     assert (
-        "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.060 (1.050 to 1.070) | 1.055 (1.050 to 1.060) | 1.080 | 50.0% "
-        "| 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
+        "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.060 (1.050 to 1.070) | 1.055 (1.050 to 1.060) | 1.080 "
+        "| 0.940 (0.930 to 0.950) | 50.0% | 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
     )
     assert "without the correction, which came later: 32/8." in text
 

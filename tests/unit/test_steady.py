@@ -92,22 +92,30 @@ def test_a_benchmark_begins_in_the_middle_of_requests() -> None:
         engine.close()
 
 
-def test_a_turn_in_which_graphs_were_captured_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here every batch up to the twentieth iteration prepares something."""
-    config = EngineConfig(device="cpu", max_batch_tokens=64, max_num_seqs=16, num_pages=60, num_threads=1)
-    engine = build_engine(config)
+def test_a_turn_in_which_graphs_were_captured_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first four runs of an engine prepare something, then none does; then all do, and six attempts are enough."""
+    engine = build_engine(EngineConfig(device="cpu", max_batch_tokens=64, max_num_seqs=4, num_pages=60, num_threads=1))
+    runs = list[float]()
     try:
-        monkeypatch.setattr(Worker, "num_prepared", property(lambda _: min(engine._num_iterations, 20)))
         book = PlanBook(fallback=sequential_plan(GRAPH, 64))
         run = steady._Run(engine, book, [Lengths(num_prompt_tokens=40, num_output_tokens=30)], seed=0)
-        clock = steady.Clock(settle_s=0.0, turn_s=1e-6, num_turns=1, num_repeats=1)
-        counts = []
-        for _ in range(8):
-            run.turn("sequential", 0, book, clock)
-            counts.append(engine.stats().iteration)
-        # Six attempts each at most, and one each from the twentieth iteration on.
-        assert counts[0] >= 6 and counts[-1] > 20 and counts[-1] - counts[-2] < 6
+        ended = Iteration(shape=BatchShape(num_tokens=4), plan=book.fallback.digest, seconds=0.1)
+
+        def until(stop_s: float) -> list[Iteration]:
+            runs.append(stop_s)
+            return [ended]
+
+        monkeypatch.setattr(run, "_until", until)
+        clock = steady.Clock(settle_s=0.0, turn_s=1.0, num_turns=1, num_repeats=1)
+        monkeypatch.setattr(Worker, "num_prepared", property(lambda _: min(len(runs), 4)))
+        for num_runs in (5, 7):
+            assert run.turn("sequential", 0, book, clock).iterations == [ended]
+            assert len(runs) == num_runs, "one to settle, and one that is not disturbed"
+        monkeypatch.setattr(Worker, "num_prepared", property(lambda _: len(runs)))
+        run.turn("sequential", 0, book, clock)
+        assert len(runs) == 14
     finally:
+        monkeypatch.undo()
         run.abort()
         engine.close()
 
@@ -131,6 +139,8 @@ def test_a_rung_is_compared_with_the_sequential_one_of_its_repeat() -> None:
     assert cut.planned_part == 0.75 and cut.prompt_part == 0.25 and cut.decode_context == pytest.approx(16.0)
     assert cut.iteration_tokens == pytest.approx(2800 / 12)
     assert base.energy_per_token_j == [4.0 / 1600, 2.0 / 800]
+    # All batches weigh the same, 4 of them a turn: two turns took 4 J sequentially and 2.3 J under the plan.
+    assert cut.weighed_energy_ratios == pytest.approx([2.3 / 4.0, 0.6]) and base.weighed_energy_ratios == [1.0, 1.0]
     assert cut.energy_per_token_j == pytest.approx([2.3 / 1840, 1.2 / 960])
     # Three quarters of the time under the plan, on batches predicted to take as long as any.
     assert [each.plan for each in cut.plans] == ["nano-batches", "sequential"]
@@ -138,7 +148,7 @@ def test_a_rung_is_compared_with_the_sequential_one_of_its_repeat() -> None:
     assert [each.gain for each in cut.plans] == pytest.approx([1.0, 1.0])
     assert [each.predicted_gain for each in cut.plans] == pytest.approx([1.25, 1.25])
     unmetered, _ = rungs_of([replace(turns[0], energy_j=None), *turns[1:]], BOOKS, _one)
-    assert unmetered.energy_per_token_j is None
+    assert unmetered.energy_per_token_j is None and unmetered.weighed_energy_ratios is None
 
 
 def _one(_rung: str, _shape: BatchShape) -> float:
