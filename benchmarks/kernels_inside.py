@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a line each, write a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b", metavar="PRESET", help="whose layer (default: llama-3-8b)")
-    parser.add_argument("--cases", nargs="+", type=_case, default=[(1024, 340, 1280)], metavar="TOKENS:REQUESTS:KEYS")
+    parser.add_argument(
+        "--cases", nargs="+", type=parse_case, default=[(1024, 340, 1280)], metavar="TOKENS:REQUESTS:KEYS"
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=[4], help="k-steps to a block of keys (default: 4)")
     parser.add_argument("--settle", type=float, default=0.4, help="seconds before each window (default: 0.4)")
     parser.add_argument("--window", type=float, default=1.0, help="seconds of each window (default: 1)")
@@ -87,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _case(text: str) -> tuple[int, int, int]:
+def parse_case(text: str) -> tuple[int, int, int]:
+    """TOKENS:REQUESTS:KEYS."""
     try:
         num_tokens, num_requests, num_keys = (int(part) for part in text.split(":"))
     except ValueError as error:

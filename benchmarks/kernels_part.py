@@ -144,7 +144,7 @@ def _side(prepared: Prepared, span: Span) -> Side:
 
 def _on_part(product: Side, attention: Side, first: LaneStream, second: LaneStream, span: Span) -> Iterator[Point]:
     attention_kernels = kernels_on(attention.prepared.workspace.model.kernels, second.num_sms)
-    beside = captured_on(second, attention.prepared, attention_kernels)
+    beside = captured_on(second, attention.prepared.work(attention_kernels), attention.prepared.device)
     workspace = triton_split_k.make_workspace(PART_TILES, first.num_sms, product.prepared.device)
     batch = product.prepared.batch.num_tokens
     chosen = _cut(PART_TILES, product.prepared, batch, first.num_sms)
@@ -152,7 +152,7 @@ def _on_part(product: Side, attention: Side, first: LaneStream, second: LaneStre
         cut = _cut([tiles], product.prepared, batch, first.num_sms)
         kernel = _kernel(product.prepared.op.kind, cut, first.num_sms, workspace)
         kernels = {**product.prepared.workspace.model.kernels, product.prepared.op.kind: kernel}
-        run = captured_on(first, product.prepared, kernels)
+        run = captured_on(first, product.prepared.work(kernels), product.prepared.device)
         alone_s, _ = _times([run], [product], span)
         (beside_s, attention_s), power_w = _times([run, beside], [product, attention], span)
         yield Point(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoflow.cost.inside import Inside, InsideRates
+from nanoflow.cost.inside import KEY_BLOCK, Inside, InsideRates, filled
 from nanoflow.cost.table import PairPoint
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.inside import InsideLanes, parts_of
@@ -21,6 +21,7 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
+from nanoflow.kernels import launch
 from nanoflow.kernels.carrier import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -42,6 +43,8 @@ from tests.unit.test_profiler import SITE
 from tests.unit.test_simulate import GRAPH, SHAPE, TIMES, profile
 
 MAX_TOKENS = 12
+# Of the blocks of `SHAPE`.
+FILLED = filled(SHAPE.decode_context / SHAPE.num_decode_tokens)
 LLAMA = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
 LANES = (
     Lane(name="products", mechanism=Mechanism.INSIDE, share=0.8),
@@ -250,11 +253,19 @@ def test_a_product_does_as_much_attention_as_fits_into_it() -> None:
 def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
     """Products of half of the tokens 2.5 s, attention 2 s: inside, 1.875 s of it are done in the 2.5 / 0.8 s of the
     products, and 0.125 s alone."""
-    of = profile(pairs=(pair(512, 0.8, 0.8, 0.6),))
+    of = profile(pairs=(pair(512, 0.8, 0.8, 0.6 / FILLED),))
     plan = inside_plan(GRAPH, 512, 256, 0.8)
     assert predict(plan, of, SHAPE).makespan_s == pytest.approx(2 * (2.5 / 0.8 + 0.125), rel=1e-6)
     found = Search(of, SHAPE, is_quick=True).run()
     assert found.plan.lanes == plan.lanes and found.makespan_s == pytest.approx(6.5)
+
+
+def test_the_last_block_of_a_context_is_half_empty() -> None:
+    assert filled(64.0) == pytest.approx(2 / 3) and filled(8000.0) > 0.99 and filled(0.0) == 1.0
+    assert KEY_BLOCK == launch.KEY_BLOCK
+    carried_s = 2.5 / 0.8
+    found = predict(inside_plan(GRAPH, 512, 256, 0.8), profile(pairs=(pair(512, 0.8, 0.8, 0.6),)), SHAPE)
+    assert found.makespan_s == pytest.approx(2 * (carried_s + 2.0 - 0.6 * FILLED * carried_s))
 
 
 def test_attention_stands_still_beside_what_cannot_carry() -> None:
@@ -266,13 +277,13 @@ def test_attention_stands_still_beside_what_cannot_carry() -> None:
 def test_products_that_carry_little_pay_for_the_kernel_that_could() -> None:
     """Products of a nano-batch take 2.5 s, at half of their speed 5 s, in which 1.5 s of 2 s of attention are done.
     Of them qkv_proj takes 0.5 s: alone inside it 0.3 s are done in 1 s, and the others run as ever."""
-    little = (pair(512, 0.8, 0.5, 0.3), pair(512, 0.8, 0.5), pair(512, 0.8, 0.5, products="qkv_proj"))
+    little = (pair(512, 0.8, 0.5, 0.3 / FILLED), pair(512, 0.8, 0.5), pair(512, 0.8, 0.5, products="qkv_proj"))
     everything = predict(inside_plan(GRAPH, 512, 256, 0.8), profile(pairs=little), SHAPE).makespan_s
     assert everything == pytest.approx(2 * (5.0 + 0.5), rel=1e-6)
     one = predict(inside_plan(GRAPH, 512, 256, 0.8, ("qkv_proj",)), profile(pairs=little), SHAPE).makespan_s
     assert one == pytest.approx(2 * (2.0 + 1.0 + 1.7), rel=1e-6)
     # Where only qkv_proj carries for less than it saves, the search leaves it to that one.
-    some = (pair(512, 0.8, 0.6, 0.15), pair(512, 0.8, 0.6), pair(512, 0.8, 0.9, products="qkv_proj"))
+    some = (pair(512, 0.8, 0.6, 0.15 / FILLED), pair(512, 0.8, 0.6), pair(512, 0.8, 0.9, products="qkv_proj"))
     found = Search(profile(pairs=some), SHAPE, is_quick=True).run()
     assert "in qkv_proj" in found.plan.name
     assert found.makespan_s == pytest.approx(2 * (2.0 + 0.5 / 0.9 + 2.0 - 0.225 * 0.5 / 0.9))

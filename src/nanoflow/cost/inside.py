@@ -5,7 +5,8 @@ rate fixes how much attention there is beside how much product: what is left of 
 carry in the kernel that could. Nothing but a product carries, so attention stands still beside anything else.
 
 Measured are the products of a layer together with the attention that fills them, and each with nothing to carry. One of
-them is as much slower than all of them as it is with nothing to carry, and has the attention that fits into it.
+them is as much slower than all of them as it is with nothing to carry, and has the attention that fits into it. What is
+measured has contexts of whole blocks of keys, which requests have not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from nanoflow.plan.plan import Mechanism
 
 # What a pair calls the products of a layer, one after the other.
 PRODUCTS = "products"
+# Keys in a block, as kernels have it (`kernels/launch.py`); a test compares.
+KEY_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,11 @@ class _Empty:
 
     rates: InsideRates
     capacity: float
+
+
+def filled(context: float) -> float:
+    """The part of their blocks that keys of a mean context fill: of a request the last block is half empty."""
+    return context / (context + KEY_BLOCK / 2) if context else 1.0
 
 
 class Inside:

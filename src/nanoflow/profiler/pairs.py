@@ -26,7 +26,7 @@ from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
 from nanoflow.profiler.site import Site
-from nanoflow.profiler.sustained import SPANS, Span, Sustained, sustained
+from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
 from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 
 _PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -205,14 +205,13 @@ def balanced_window(
     return counts, window
 
 
-def captured_on(lane: LaneStream, prepared: Prepared, kernels: Kernels | None = None) -> LaneRun:
-    """An operation as a CUDA graph captured on a lane, with other kernels if any are given."""
-    # What the host prepares is queued on the current stream and must be there before.
-    work = prepared.work(kernels)
-    torch.cuda.synchronize(prepared.device)
+def captured_on(lane: LaneStream, work: Work, device: torch.device) -> LaneRun:
+    """Work as a CUDA graph captured on a lane."""
+    # What the host prepared for it is queued on the current stream and must be there before.
+    torch.cuda.synchronize(device)
     with torch.cuda.stream(lane.stream):
         work()
-    torch.cuda.synchronize(prepared.device)
+    torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=lane.stream):
         work()
@@ -226,7 +225,7 @@ def _pair_point(
     first_lane, second_lane = _lanes(site.device, pair)
     with closing(first_lane), closing(second_lane):
         runs = [
-            captured_on(lane, work, _kept(site, work, lane))
+            captured_on(lane, work.work(_kept(site, work, lane)), site.device)
             for lane, (work, _) in zip((first_lane, second_lane), sides, strict=True)
         ]
         alone_s = [known.time_s * work.num_calls for work, known in sides]
@@ -262,7 +261,7 @@ def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> P
     lanes = partition_pair(site.device, part.num_sms / total if part.is_first else 1.0 - part.num_sms / total)
     with closing(lanes[0]), closing(lanes[1]):
         lane = lanes[0] if part.is_first else lanes[1]
-        run = captured_on(lane, prepared, _kept(site, prepared, lane))
+        run = captured_on(lane, prepared.work(_kept(site, prepared, lane)), site.device)
         once = run_window((run,), (1,), site.device)
         settled = run_window((run,), balanced_counts((1,), once.lanes_s, span.settle_s), site.device)
         (count,) = balanced_counts(balanced_counts((1,), once.lanes_s, span.settle_s), settled.lanes_s, span.measure_s)

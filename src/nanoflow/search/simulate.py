@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanoflow.cost.inside import STANDS_STILL
+from nanoflow.cost.inside import STANDS_STILL, filled
 from nanoflow.cost.interference import Interference, lane_of
 from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w, static_power_w
 from nanoflow.cost.table import Cost, CostTable
@@ -22,7 +22,7 @@ from nanoflow.plan.carriers import carriers
 from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.timeline import Span, Timeline
-from nanoflow.search.problem import operation_cost
+from nanoflow.search.problem import mean_context, operation_cost
 
 # Layers whose ends give the period, after those in which the pipeline fills and before those in which it drains.
 _STEADY_LAYERS = 2
@@ -65,13 +65,19 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """A nano-operation of the plan on the batch at hand; `carries`: it is to have decode attention inside."""
+    """A nano-operation of the plan on the batch at hand.
+
+    Attributes:
+        context: Keys that each token of an attention sees; 0 for other operations.
+        carries: It is to have decode attention inside.
+    """
 
     op: Operation
     lane: Lane
     tokens: TokenRange
     cost: Cost
     dynamic_j: float | None
+    context: float
     carries: bool
 
 
@@ -136,8 +142,15 @@ class PlanSimulator:
         dynamic_j = dynamic_energy_j(cost, self._setup)
         if cost.time_s > 0:
             cost = Cost(time_s=cost.time_s + self._table.profile.launch_gap_s, energy_j=cost.energy_j)
-        carries = place in self._carriers
-        return _Item(op=op, lane=self._lanes[place], tokens=tokens, cost=cost, dynamic_j=dynamic_j, carries=carries)
+        return _Item(
+            op=op,
+            lane=self._lanes[place],
+            tokens=tokens,
+            cost=cost,
+            dynamic_j=dynamic_j,
+            context=mean_context(op, shape),
+            carries=place in self._carriers,
+        )
 
     def _execute(self, items: Sequence[_Item], num_layers: int) -> tuple[list[_Work], float | None]:
         """Advance from event to event: something ends, whatever may start now does."""
@@ -204,7 +217,9 @@ class PlanSimulator:
             found = inside.full(host.op, host.lane.share, host.tokens.num_tokens)
         elif host.carries:
             found = inside.empty(host.op, host.tokens.num_tokens)
-        return [found.product if item is host else found.attention for item in running], found.energy_ratio
+        return [
+            found.product if item is host else found.attention * filled(item.context) for item in running
+        ], found.energy_ratio
 
     def _rate_alone(self, item: _Item) -> float:
         if item.lane.mechanism not in _KEEPS_SHARE:
