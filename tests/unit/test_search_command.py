@@ -19,7 +19,7 @@ from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
-from nanoflow.search.books import FoundPlan
+from nanoflow.search.books import FoundPlan, divided
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, ranked
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
@@ -94,6 +94,17 @@ def test_what_a_device_says_decides() -> None:
     assert winner.saved == pytest.approx(0.5 * 0.04 / 1.04) and winner.measured_gain == 1.04
     loser = found.confirmed([1.0, 0.97])
     assert loser.entry is None and loser.saved == 0.0 and loser.measured_gain == 1.0
+
+
+def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:
+    (cell,) = cells_of([(batch_of(2000, 700, 1000.0, 512.0), 1.0)], max_batch_tokens=2048)
+    plans = tuple(replace(sequential_plan(GRAPH, 2048), name=name) for name in ("first", "second"))
+    often, nothing, last, rare, rarer = (
+        FoundPlan(cell=cell, part=part, gain=gain, plans=plans if gain > 1 else ())
+        for part, gain in ((0.6, 1.1), (0.2, 1.0), (0.15, 1.02), (0.03, 1.08), (0.02, 1.02))
+    )
+    assert divided([often, nothing, last, rare, rarer]) == ([often, last], [nothing, rare, rarer])
+    assert rare.trusted.plans == plans[:1] and rarer.trusted.plans == nothing.trusted.plans == ()
 
 
 def test_cells_hold_batches_that_are_alike() -> None:

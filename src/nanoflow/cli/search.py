@@ -30,14 +30,18 @@ workloads are simulated, and a plan is searched for each kind of batch that they
 produce; those that win over the sequential plan become a plan book. With --decodes
 the file is the one plan for that batch, sequential if nothing wins. With --measure,
 on the GPU of the profile, plans that may win are run for a second each, and only
-those that do win stay. A search ends by itself, at the latest after --time-limit
-seconds a kind of batch. docs/auto-search.md has the mathematics."""
+those that do win stay; for rare batches, those that are safely predicted to. A search
+ends by itself, at the latest after --time-limit seconds a kind of batch.
+docs/auto-search.md has the mathematics."""
 
 _EXAMPLES = """\
   nanoflow profile preset:llama-3-8b -o profile.json --max-batch-tokens 8192
   nanoflow search profile.json -o plans.json --workloads 1024/512 trace:lengths.csv --max-batch-tokens 8192 --measure
   nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 683 --context 1280 --prompt-tokens 1024
   nanoflow serve preset:llama-3-8b --plan plans.json"""
+
+# Settling, capturing and measuring, for one plan.
+_TRIAL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,19 +172,25 @@ def _check_machine(profile: Profile) -> None:
 
 
 def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -> list[FoundPlan]:
-    """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins."""
+    """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins.
+
+    Batches that are rare keep what is safely predicted to win.
+    """
     from nanoflow.device.detect import resolve_device
     from nanoflow.profiler.iterations import measure_trials
+    from nanoflow.search.books import divided
 
-    wanted = [(each.cell.example, plan) for each in found for plan in each.plans]
+    tried, rare = divided(found)
+    wanted = [(each.cell.example, plan) for each in tried for plan in each.plans]
+    if not is_quiet:
+        print(f"  {len(wanted)} plans to try, about {len(wanted) * _TRIAL_S / 60:.0f} minutes", file=sys.stderr)
     trials = measure_trials(profile, wanted, device=resolve_device("auto"))
     judged = []
-    for each in found:
-        gains = [next(trials).gain for _ in each.plans]
-        judged.append(each.confirmed(gains) if gains else each)
-        if gains and not is_quiet:
+    for each in tried:
+        judged.append(each.confirmed([next(trials).gain for _ in each.plans]))
+        if not is_quiet:
             print(f"  {_cell(judged[-1])}", file=sys.stderr, flush=True)
-    return judged
+    return [*judged, *(each.trusted for each in rare)]
 
 
 def _simulated(profile: Profile, config: SearchConfig, workload: str) -> list[tuple[BatchShape, float]]:

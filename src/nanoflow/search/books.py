@@ -7,6 +7,7 @@ is off by some percent, which is as much as there is to win: where a GPU is at h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,9 +24,11 @@ _COVERED = 0.98
 # Best plans of a cell's middle batch, which are compared on all batches that stand for the cell, and for later cells.
 _PLANS_A_CELL = 4
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
-LEAST_GAIN_TO_TRY = 0.96
+LEAST_GAIN_TO_TRY = 0.98
 # Plans of a cell that are tried: predictions rank ways to divide the device no better.
-MOST_TO_TRY = 3
+MOST_TO_TRY = 2
+# Plans are tried in cells that cover so much of the run's time; a trial takes as long for a rare kind of batch.
+_TRIED = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,11 @@ class FoundPlan:
         """Part of the run's time that the plan saves: as measured, else as predicted."""
         gain = self.gain if self.measured_gain is None else self.measured_gain
         return self.part * (1.0 - 1.0 / gain) if self.plans else 0.0
+
+    @property
+    def trusted(self) -> FoundPlan:
+        """Without a trial: the best plan stays if the prediction is safe."""
+        return replace(self, plans=self.plans[:1] if self.gain >= LEAST_PREDICTED_GAIN else ())
 
     def confirmed(self, gains: Sequence[float]) -> FoundPlan:
         """With what a device says of each plan; the best stays, if it wins there too."""
@@ -96,6 +104,15 @@ def search_book(
             gain=best[0][0] if best else 1.0,
             plans=tuple(plan for gain, plan in best if gain >= least_gain),
         )
+
+
+def divided(found: Sequence[FoundPlan]) -> tuple[list[FoundPlan], list[FoundPlan]]:
+    """Cells whose plans are worth a trial, and those that are too rare; both in order, the most time first."""
+    before = itertools.accumulate((each.part for each in found), initial=0.0)
+    is_tried = [bool(each.plans) and part < _TRIED for each, part in zip(found, before, strict=False)]
+    return list(itertools.compress(found, is_tried)), [
+        each for each, tried in zip(found, is_tried, strict=True) if not tried
+    ]
 
 
 def covering_cells(iterations: Sequence[tuple[BatchShape, float]], max_batch_tokens: int) -> Iterator[Cell]:
