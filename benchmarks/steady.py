@@ -3,8 +3,9 @@
 A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
 the middle, where requests come as others leave. So the first requests are here anywhere in their completions, the keys
 of what they have behind them being what the cache holds (random numbers where weights are random), new ones always
-wait, and rungs take turns of a second on one engine: neither a card's temperature, nor which card it is, nor that
-prompts come in bursts can tell for one of them. From the root of the repository:
+wait. Rungs take turns on one engine, each from the same beginning: what is scheduled depends on lengths alone, so all
+have the very same batches, and neither that prompts come in bursts, nor which card it is, nor its temperature can tell
+for one of them. From the root of the repository:
 
     python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json --prepare
     python -m benchmarks.steady --profile benchmarks/results/profile_llama-3-8b_h200.json --json steady.json
@@ -23,10 +24,11 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -36,7 +38,7 @@ from benchmarks.ablation import ENGINE, check_length, is_short_enough, read_engi
 from benchmarks.ladder import SEQUENTIAL
 from benchmarks.rungs import Task, label, write_json
 from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table, with_workload
-from benchmarks.turns import Iteration, Turn, Watched, order_of_turns, rungs_of
+from benchmarks.turns import Iteration, Turn, UnequalTurns, Watched, rungs_of
 from nanoflow.bench.machine import detect_machine, detect_software, git_revision
 from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.steady import EnergySampler
@@ -56,19 +58,14 @@ from nanoflow.search.iteration import IterationModel
 WORKLOADS = ("512/512", "1024/512", "512/1024", "1000/1000", "2048/128", "8000/1000")
 # Lengths that a trace's requests are drawn from, and requests that always wait.
 _NUM_LENGTHS, _NUM_WAITING = 4096, 32
-_REHEARSAL_S = 1.0
 # How often a turn is begun again because CUDA graphs were captured in it.
-_MOST_ATTEMPTS = 6
+_MOST_ATTEMPTS = 3
 _SAME = ("max_batch_tokens", "max_num_seqs", "gpu_memory_utilization", "dtype")
-
-
-class NotSteady(Exception):
-    """A workload cannot be measured; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Seconds: before a turn counts, and that it counts; and how often."""
+    """About the seconds before a turn counts, and that it counts, by the sequential rung; and how often."""
 
     settle_s: float
     turn_s: float
@@ -100,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, drawn in lengths.items():
             try:
                 turns = measure(engine, books, drawn, clock, task.engine.seed)
-            except NotSteady as reason:
+                rungs = rungs_of(turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape)))
+            except UnequalTurns as reason:
                 print(f"{name}: {reason}", file=sys.stderr)
                 is_complete = False
                 continue
@@ -110,10 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 git_revision=args.git_revision or git_revision(),
                 num_turns=clock.num_turns,
                 turn_s=clock.turn_s,
-                is_corrected=True,
+                has_same_batches=True,
                 serial_tokens_per_s=bounds[name].serial_tokens_per_s if bounds else None,
                 optimal_tokens_per_s=bounds[name].optimal_tokens_per_s if bounds else None,
-                rungs=rungs_of(turns, books, lambda rung, shape: model.iteration_s(shape, books[rung].choose(shape))),
+                rungs=rungs,
             )
             print(table([found]), flush=True)
             document = with_workload(document, found)
@@ -138,9 +136,9 @@ def make_parser() -> CommandParser:
         "--json-folder", type=Path, default=Path("benchmarks/results/ladder"), metavar="DIR", help="where the books are"
     )
     parser.add_argument("--json", type=Path, help="file to write the document to")
-    parser.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of a turn (default: 1)")
-    parser.add_argument("--settle", type=float, default=0.3, metavar="SECONDS", help="before it counts (default: 0.3)")
-    parser.add_argument("--turns", type=int, default=8, help="turns of each rung in a repeat (default: 8)")
+    parser.add_argument("--turn", type=float, default=2.0, metavar="SECONDS", help="of a turn (default: 2)")
+    parser.add_argument("--settle", type=float, default=0.5, metavar="SECONDS", help="before it counts (default: 0.5)")
+    parser.add_argument("--turns", type=int, default=1, help="turns of each rung in a repeat (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: 3)")
     parser.add_argument("--git-revision", metavar="TEXT", help="of the sources, where they are a copy without git")
     parser.add_argument(
@@ -212,76 +210,105 @@ def engine_of(config: EngineConfig, books: Mapping[str, PlanBook]) -> Iterator[E
 def measure(
     engine: Engine, books: Mapping[str, PlanBook], lengths: Sequence[Lengths], clock: Clock, seed: int
 ) -> list[Turn]:
-    """Begin in the middle, give every rung its turns, and leave the engine empty.
+    """Give every rung its turns, and leave the engine empty."""
+    turns = list[Turn]()
+    with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
+        for place in range(clock.num_turns * clock.num_repeats):
+            begin = partial(_Run, engine, lengths, (seed, place))
+            counts = counts_of(begin, books[SEQUENTIAL], clock)
+            # Forwards and backwards in turn, so that what drifts evenly tells for none.
+            for rung in books if place % 2 == 0 else reversed(list(books)):
+                turns.append(take_turn(begin, rung, books[rung], place // clock.num_turns, counts))
+    return [replace(turn, energy_j=energy.used_j(turn.start_s, turn.stop_s)) for turn in turns]
 
-    Raises:
-        NotSteady: A turn had no iteration.
-    """
-    run = _Run(engine, books[SEQUENTIAL], lengths, seed)
-    try:
-        for rung in books:
-            run.rehearse(books[rung])
-        with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
-            order = order_of_turns(list(books), clock.num_turns * clock.num_repeats)
-            turns = [run.turn(rung, place // clock.num_turns, books[rung], clock) for place, rung in order]
-        return [replace(turn, energy_j=energy.used_j(turn.start_s, turn.stop_s)) for turn in turns]
-    finally:
-        run.abort()
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Iterations of a turn: before it counts, and that count."""
+
+    num_settling: int
+    num_counted: int
+
+
+def counts_of(begin: Callable[[PlanBook], _Run], book: PlanBook, clock: Clock) -> Counts:
+    """As many iterations as this book manages in the time of a turn, one at least."""
+    with closing(begin(book)) as run:
+        return Counts(num_settling=run.during(clock.settle_s), num_counted=max(run.during(clock.turn_s), 1))
+
+
+def take_turn(begin: Callable[[PlanBook], _Run], rung: str, book: PlanBook, repeat: int, counts: Counts) -> Turn:
+    """Settle, then count; from the beginning again if graphs were captured meanwhile, which takes time only once."""
+    for _ in range(_MOST_ATTEMPTS):
+        with closing(begin(book)) as run:
+            run.iterations(counts.num_settling)
+            num_prepared, start_s = run.num_prepared, time.monotonic()
+            turn = Turn(
+                rung=rung,
+                repeat=repeat,
+                start_s=start_s,
+                iterations=run.iterations(counts.num_counted),
+                stop_s=time.monotonic(),
+            )
+            if run.num_prepared == num_prepared:
+                break
+    return turn
 
 
 class _Run:
-    """Requests on an engine, without end."""
+    """Requests on an engine, without end, from the same beginning for the same seed.
 
-    def __init__(self, engine: Engine, book: PlanBook, lengths: Sequence[Lengths], seed: int) -> None:
+    Args:
+        engine: It is empty.
+        lengths: What requests are drawn from, and new ones come in the order of.
+        seed: Of the draw, of where in that order new ones begin, and of the prompts.
+        book: What the engine runs.
+    """
+
+    def __init__(self, engine: Engine, lengths: Sequence[Lengths], seed: tuple[int, int], book: PlanBook) -> None:
         facts = engine.facts
-        # Batches whose iterations have not ended; `step` ends them in the order in which they were planned.
+        # Batches whose iterations have not ended; `_step` ends them in the order in which they were planned.
         self._shapes: deque[BatchShape] = deque()
         engine.use_book(Watched(book, self._shapes))
-        num_keys = facts.num_pages * facts.page_size
         self._engine = engine
         self._rng = np.random.default_rng(seed)
-        self._new = itertools.cycle(lengths)
+        self._new = itertools.islice(itertools.cycle(lengths), int(self._rng.integers(len(lengths))), None)
         self._num_requests = 0
-        for length in under_way(lengths, num_keys, facts.max_num_seqs, seed):
+        num_keys = facts.num_pages * facts.page_size
+        for length in under_way(lengths, num_keys, facts.max_num_seqs, int(self._rng.integers(1 << 31))):
             self._add(length)
         # Those that are not admitted with the others would come later without a prompt to compute, as nobody does.
         running = set(self._step()[0].scheduled)
-        self._engine.abort(request_id for request_id in range(self._num_requests) if request_id not in running)
+        engine.abort(request_id for request_id in range(self._num_requests) if request_id not in running)
 
-    def rehearse(self, book: PlanBook) -> None:
-        """Run a book for a second, so that the graphs of its batches are captured before any turn counts."""
-        self._engine.use_book(Watched(book, self._shapes))
-        self._until(time.monotonic() + _REHEARSAL_S)
+    @property
+    def num_prepared(self) -> int:
+        """Batches so far that had no CUDA graph."""
+        return self._engine.stats().num_prepared
 
-    def turn(self, rung: str, repeat: int, book: PlanBook, clock: Clock) -> Turn:
-        """Settle under a book, then count; once more if a CUDA graph was captured meanwhile, which happens once."""
-        self._engine.use_book(Watched(book, self._shapes))
-        self._until(time.monotonic() + clock.settle_s)
-        for _ in range(_MOST_ATTEMPTS):
-            num_prepared, start_s = self._engine.stats().num_prepared, time.monotonic()
-            iterations = self._until(start_s + clock.turn_s)
-            if not iterations:
-                raise NotSteady(f"no iteration of {rung} ended within {clock.turn_s:g} s")
-            if self._engine.stats().num_prepared == num_prepared:
-                break
-        return Turn(rung=rung, repeat=repeat, start_s=start_s, stop_s=time.monotonic(), iterations=iterations)
-
-    def abort(self) -> None:
-        """Forget all requests."""
-        self._engine.abort(range(self._num_requests))
-        while self._engine.has_work:
-            self._engine.step()
-
-    def _until(self, stop_s: float) -> list[Iteration]:
-        """Those that ended meanwhile."""
-        ended, last_s = list[Iteration](), time.monotonic()
+    def during(self, time_s: float) -> int:
+        """Iterations that end within a time."""
+        count, stop_s = 0, time.monotonic() + time_s
         while time.monotonic() < stop_s:
+            _, shape = self._step()
+            count += shape is not None
+        return count
+
+    def iterations(self, count: int) -> list[Iteration]:
+        """The next so many."""
+        ended, last_s = list[Iteration](), time.monotonic()
+        while len(ended) < count:
             step, shape = self._step()
             if shape is not None and step.stats.plan_digest is not None:
                 now_s = time.monotonic()
                 ended.append(Iteration(shape=shape, plan=step.stats.plan_digest, seconds=now_s - last_s))
                 last_s = now_s
         return ended
+
+    def close(self) -> None:
+        """Forget all requests."""
+        self._engine.abort(range(self._num_requests))
+        while self._engine.has_work:
+            self._engine.step()
 
     def _step(self) -> tuple[StepOutput, BatchShape | None]:
         """A step of the engine, and the batch of the iteration that ended in it; new requests keep waiting."""

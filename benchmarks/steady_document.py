@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-STEADY_VERSION = 1
+STEADY_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class PlanGain:
     Attributes:
         plan, digest: Its name and digest.
         part: Of the rung's time.
-        gain: What those batches take sequentially (`Weight`) / what they took.
+        gain: What those batches took sequentially / what they took.
         predicted_gain: The same, both as predicted.
     """
 
@@ -38,14 +38,12 @@ class SteadyRung:
     Attributes:
         rung, book: Its name, and the digest of its plan book.
         tokens_per_s, energy_per_token_j: Energies are None without a counter.
-        ratios: Rate / that of the sequential rung in the same repeat.
-        weighed_ratios: The same with batches instead of tokens, each counted as what it takes sequentially (`Weight`):
-            what the rungs' batches differ by is left out.
-        weighed_energy_ratios: Energy / that of the sequential rung in the same repeat, for batches that weigh the same.
+        gains: Time of the sequential rung / this one's, with the same batches.
+        energy_ratios: Energy / that of the sequential rung, with the same batches.
         iteration_tokens, prompt_part, decode_context: What an iteration had: tokens, those of prompts as a part of
             them, and keys of a decode token; means.
         planned_part: Part of the iterations that did not run sequentially.
-        predicted_ratio: Time that the profile predicts for the batches of these turns sequentially / under the book.
+        predicted_gain: Time that the profile predicts for these batches sequentially / under the book.
         plans: Every plan that ran, those that took the most time first.
     """
 
@@ -53,14 +51,13 @@ class SteadyRung:
     book: str
     tokens_per_s: Sequence[float]
     energy_per_token_j: Sequence[float] | None
-    ratios: Sequence[float]
-    weighed_ratios: Sequence[float]
-    weighed_energy_ratios: Sequence[float] | None
+    gains: Sequence[float]
+    energy_ratios: Sequence[float] | None
     iteration_tokens: float
     prompt_part: float
     decode_context: float
     planned_part: float
-    predicted_ratio: float
+    predicted_gain: float
     plans: Sequence[PlanGain] = ()
 
 
@@ -70,8 +67,9 @@ class SteadyWorkload:
 
     Attributes:
         workload, created_utc, git_revision: Of these figures; the revision is None outside a repository.
-        num_turns, turn_s: Turns of each rung in a repeat, and the seconds of one.
-        is_corrected: Whether weights are what sequential turns say (`Weight`); as predicted alone, if not.
+        num_turns, turn_s: Turns of each rung in a repeat, and about the seconds of one.
+        has_same_batches: Whether all rungs had the same batches. If not, gains are of batches that weigh the same: as
+            they are predicted to take sequentially, corrected by what sequential turns took.
         serial_tokens_per_s, optimal_tokens_per_s: Bounds; None if they were not measured.
         rungs: What each is worth.
     """
@@ -81,7 +79,7 @@ class SteadyWorkload:
     git_revision: str | None
     num_turns: int
     turn_s: float
-    is_corrected: bool
+    has_same_batches: bool
     serial_tokens_per_s: float | None
     optimal_tokens_per_s: float | None
     rungs: Sequence[SteadyRung]
@@ -119,15 +117,15 @@ def table(workloads: Sequence[SteadyWorkload]) -> str:
         bound = workload.serial_tokens_per_s
         lines.append(workload.workload if bound is None else f"{workload.workload}; serial bound {bound:,.0f} tokens/s")
         lines.append(
-            f"  {'rung':<14}{'tokens/s':>10}{'ratio':>8}{'(least to most)':>18}{'weighed':>9}{'(least to most)':>18}"
-            f"{'predicted':>11}{'energy':>9}{'mJ/token':>10}{'planned':>9}{'tokens':>8}{'prompt':>8}{'keys':>8}"
+            f"  {'rung':<14}{'tokens/s':>10}{'gain':>8}{'(least to most)':>18}{'predicted':>11}{'energy':>9}"
+            f"{'mJ/token':>10}{'planned':>9}{'tokens':>8}{'prompt':>8}{'keys':>8}"
         )
         for rung in workload.rungs:
             energy = "-" if rung.energy_per_token_j is None else f"{fmean(rung.energy_per_token_j) * 1e3:.1f}"
-            ratio = "-" if rung.weighed_energy_ratios is None else f"{fmean(rung.weighed_energy_ratios):.3f}"
+            ratio = "-" if rung.energy_ratios is None else f"{fmean(rung.energy_ratios):.3f}"
             lines.append(
-                f"  {rung.rung:<14}{fmean(rung.tokens_per_s):>10,.0f}{fmean(rung.ratios):>8.3f}{_span(rung.ratios):>18}"
-                f"{fmean(rung.weighed_ratios):>9.3f}{_span(rung.weighed_ratios):>18}{rung.predicted_ratio:>11.3f}"
+                f"  {rung.rung:<14}{fmean(rung.tokens_per_s):>10,.0f}{fmean(rung.gains):>8.3f}{_span(rung.gains):>18}"
+                f"{rung.predicted_gain:>11.3f}"
                 f"{ratio:>9}{energy:>10}{rung.planned_part:>9.0%}{rung.iteration_tokens:>8,.0f}{rung.prompt_part:>8.0%}"
                 f"{rung.decode_context:>8,.0f}"
             )

@@ -52,14 +52,13 @@ from the profile (`bench/simulation.py`)."""
 
 _STEADY = """\
 A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
-are as if they had been running for a while, new ones always wait, and the rungs of the ladder take turns of a second on
-one engine and one card (`python -m benchmarks.steady`), so that nothing but the plans differs. Prompts come in bursts,
-so batches differ from turn to turn: *weighed* compares the rungs with each batch counted as the time that it takes
-sequentially (predicted, and corrected by what the sequential turns took), *of sequential* with each token alike.
-*Predicted* is the profile's gain on these very batches; *energy, weighed* is a part of the sequential rung's, for
-batches that weigh the same. Tokens/s are those that the model worked through, prompt and output tokens; numbers are
-means of the repeats (least to most). The bounds are of the whole workload: where its batches swing, turns with more
-prompts, or fewer, come nearer to them than others, and mJ/token are others too."""
+are anywhere in their completions, new ones always wait, and the rungs of the ladder take turns on one engine and one
+card, each from the same beginning (`python -m benchmarks.steady`): what is scheduled depends on lengths alone, so all
+have the very same batches, and nothing but the plans differs. *Gain* is the time of the sequential rung / that of this
+one, *energy* a part of the sequential rung's, *predicted* the profile's gain on these very batches. Tokens/s are those
+that the model worked through, prompt and output tokens; numbers are means of the repeats (least to most). The bounds
+are of the whole workload: where its batches swing, turns with more prompts, or fewer, come nearer to them than
+others."""
 
 
 def main() -> None:
@@ -178,21 +177,24 @@ def steady_parts(path: Path, document: Document) -> Iterator[str]:
     )
     rows = [_steady_row(workload, rung) for workload in document["workloads"] for rung in workload["rungs"]]
     yield "\n".join(_table(_STEADY_HEADINGS, rows))
-    predicted = [workload["workload"] for workload in document["workloads"] if not workload["is_corrected"]]
-    if predicted:
-        yield f"Weighed as predicted, without the correction, which came later: {', '.join(predicted)}."
+    weighed = [workload["workload"] for workload in document["workloads"] if not workload["has_same_batches"]]
+    if weighed:
+        yield (
+            "Measured before rungs had the same batches, so that gain and energy are of batches that weigh the same "
+            "(as they are predicted to take sequentially, corrected by what sequential turns took), and tokens/s and "
+            f"mJ/token of other mixes of prompts and decodes: {', '.join(weighed)}."
+        )
 
 
 def _steady_row(workload: Document, rung: Document) -> list[str]:
-    rate, energies, ratios = mean(rung["tokens_per_s"]), rung["energy_per_token_j"], rung["weighed_energy_ratios"]
+    rate, energies, ratios = mean(rung["tokens_per_s"]), rung["energy_per_token_j"], rung["energy_ratios"]
     serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
     return [
         workload["workload"],
         rung["rung"],
         f"{rate:,.0f} ({min(rung['tokens_per_s']):,.0f} to {max(rung['tokens_per_s']):,.0f})",
-        f"{mean(rung['ratios']):.3f} ({min(rung['ratios']):.3f} to {max(rung['ratios']):.3f})",
-        f"{mean(rung['weighed_ratios']):.3f} ({min(rung['weighed_ratios']):.3f} to {max(rung['weighed_ratios']):.3f})",
-        f"{rung['predicted_ratio']:.3f}",
+        f"{mean(rung['gains']):.3f} ({min(rung['gains']):.3f} to {max(rung['gains']):.3f})",
+        f"{rung['predicted_gain']:.3f}",
         "" if ratios is None else f"{mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
         "" if optimal is None else f"{rate / optimal:.1%}",
         "" if serial is None else f"{rate / serial:.1%}",
@@ -201,24 +203,14 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
         f"{rung['iteration_tokens']:,.0f}",
         f"{rung['prompt_part']:.0%}",
         f"{rung['decode_context']:,.0f}",
-        f"{len(rung['ratios'])} x {workload['num_turns']} x {workload['turn_s']:g} s",
+        f"{len(rung['gains'])} x {workload['num_turns']} x {workload['turn_s']:g} s",
         "" if workload["git_revision"] is None else _short(workload["git_revision"]),
     ]
 
 
 _STEADY_HEADINGS = (
-    *("workload", "rung", "tokens/s", "of sequential", "weighed"),
-    *(
-        "predicted",
-        "energy, weighed",
-        "of optimum",
-        "of serial",
-        "mJ/token",
-        "planned",
-        "tokens an iteration",
-        "of prompts",
-    ),
-    *("keys a decode", "turns", "revision"),
+    *("workload", "rung", "tokens/s", "gain", "predicted", "energy", "of optimum", "of serial", "mJ/token", "planned"),
+    *("tokens an iteration", "of prompts", "keys a decode", "turns", "revision"),
 )
 _RUN_HEADINGS = (
     *("model", "workload", "requests", "plan", "tokens/s", "mJ/token", "% of serial", "% of optimum"),

@@ -96,8 +96,8 @@ def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
         rungs = {rung["rung"]: rung for rung in workload["rungs"]}
         if "searched" not in rungs:
             continue
-        gain = spread(rungs["searched"]["weighed_ratios"], ".3f", " times sequential")
-        energies = rungs["searched"]["weighed_energy_ratios"]
+        gain = spread(rungs["searched"]["gains"], ".3f", " times sequential")
+        energies = rungs["searched"]["energy_ratios"]
         yield {
             "what": f"{document['model'].removeprefix('preset:')}, {document['options']['dtype']}, random weights, "
             f"{workload['workload']}, steady state, searched plans",

@@ -64,10 +64,9 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
         "rung": "searched",
         "tokens_per_s": [1000.0, 1040.0, 1020.0],
         "energy_per_token_j": [0.02, 0.022, 0.021],
-        "ratios": [1.05, 1.07, 1.06],
-        "weighed_ratios": [1.05, 1.06, 1.055],
-        "weighed_energy_ratios": [0.94, 0.95, 0.93],
-        "predicted_ratio": 1.08,
+        "gains": [1.05, 1.06, 1.055],
+        "energy_ratios": [0.94, 0.95, 0.93],
+        "predicted_gain": 1.08,
         "planned_part": 0.995,
         "iteration_tokens": 2000.4,
         "prompt_part": 0.66,
@@ -80,18 +79,18 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
         "model": "preset:llama-3-8b",
         "options": {"dtype": "bfloat16", "max_batch_tokens": 2048, "max_num_seqs": 1024},
         "workloads": [
-            {"workload": "64/8", **made, "is_corrected": True, **bounds, "rungs": [rung]},
-            {"workload": "32/8", **made, "is_corrected": False, **bounds, "rungs": [rung]},
+            {"workload": "64/8", **made, "has_same_batches": True, **bounds, "rungs": [rung]},
+            {"workload": "32/8", **made, "has_same_batches": False, **bounds, "rungs": [rung]},
         ],
     }
     (tmp_path / "steady_llama-3-8b.json").write_text(json.dumps(document))
     text = page(tmp_path, tmp_path)
     assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text and "token budget 2,048" in text
     assert (
-        "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.060 (1.050 to 1.070) | 1.055 (1.050 to 1.060) | 1.080 "
+        "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.055 (1.050 to 1.060) | 1.080 "
         "| 0.940 (0.930 to 0.950) | 50.0% | 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
     )
-    assert "without the correction, which came later: 32/8." in text
+    assert "of other mixes of prompts and decodes: 32/8." in text
 
 
 def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:

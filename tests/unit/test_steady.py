@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from benchmarks import ablation, steady
 from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table
-from benchmarks.turns import Iteration, Turn, order_of_turns, rungs_of
+from benchmarks.turns import Iteration, Turn, UnequalTurns, rungs_of
 
 from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
-from nanoflow.executor.worker import Worker
+from nanoflow.engine.engine import Engine
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -38,17 +39,18 @@ CUT_PLAN = CUT.entries[0].plan.digest
 BOOKS = {"sequential": BOOK, "cut": CUT}
 
 
-def turn(rung: str, num_tokens: int, energy_j: float | None = None, repeat: int = 0) -> Turn:
-    """Of 2 s and 4 iterations, a quarter of them prompts."""
-    num_decodes = num_tokens // 4 - num_tokens // 16
-    shape = BatchShape(num_tokens=num_tokens // 4, num_decode_tokens=num_decodes, decode_context=3 * num_tokens)
-    plans = [BOOK.fallback.digest, *([CUT_PLAN if rung == "cut" else BOOK.fallback.digest] * 3)]
+def turn(rung: str, seconds: Sequence[float], energy_j: float | None = None, repeat: int = 0) -> Turn:
+    """Iterations of 200 tokens, a quarter of them prompts; under the cut book all but the first have its plan."""
+    shape = BatchShape(num_tokens=200, num_decode_tokens=150, decode_context=150 * 16)
+    plans = [BOOK.fallback.digest, *([CUT_PLAN if rung == "cut" else BOOK.fallback.digest] * (len(seconds) - 1))]
     return Turn(
         rung=rung,
         repeat=repeat,
         start_s=5.0,
-        stop_s=7.0,
-        iterations=[Iteration(shape=shape, plan=plan, seconds=0.5) for plan in plans],
+        stop_s=5.0 + sum(seconds),
+        iterations=[
+            Iteration(shape=shape, plan=plan, seconds=time_s) for plan, time_s in zip(plans, seconds, strict=True)
+        ],
         energy_j=energy_j,
     )
 
@@ -75,113 +77,109 @@ def test_requests_under_way_fit_into_the_cache() -> None:
     assert 2000 - 150 <= sum(length.num_prompt_tokens for length in found) <= 2000
 
 
-def test_a_benchmark_begins_in_the_middle_of_requests() -> None:
-    """All at once, as many as can be admitted, and none of them computes its prompt."""
+@pytest.fixture
+def engine() -> Iterator[Engine]:
     config = EngineConfig(device="cpu", max_batch_tokens=64, max_num_seqs=16, num_pages=60, num_threads=1)
-    engine = build_engine(config)
-    try:
-        lengths = [Lengths(num_prompt_tokens=40, num_output_tokens=30)]
-        run = steady._Run(engine, PlanBook(fallback=sequential_plan(GRAPH, 64)), lengths, seed=0)
+    with closing(build_engine(config)) as made:
+        yield made
+
+
+SMALL_BOOK = PlanBook(fallback=sequential_plan(GRAPH, 64))
+LENGTHS = [Lengths(num_prompt_tokens=40, num_output_tokens=30), Lengths(num_prompt_tokens=9, num_output_tokens=5)]
+
+
+def test_a_benchmark_begins_in_the_middle_of_requests(engine: Engine) -> None:
+    """All at once, as many as can be admitted, and none of them computes its prompt."""
+    with closing(steady._Run(engine, LENGTHS[:1], (0, 0), SMALL_BOOK)) as run:
         num_running = engine.stats().num_running
         assert num_running == engine.stats().num_waiting + num_running > 8
-        ended = run._until(time.monotonic() + 0.05)
-        assert ended[0].shape.num_decode_tokens >= num_running and ended[0].shape.decode_context > 40 * num_running
+        (first,) = run.iterations(1)
+        assert first.shape.num_decode_tokens >= num_running and first.shape.decode_context > 40 * num_running
         engine.check_integrity()
-    finally:
-        run.abort()
-        engine.close()
+    assert not engine.has_work and engine.stats().pages_in_use == 0
 
 
-def test_a_turn_in_which_graphs_were_captured_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first four runs of an engine prepare something, then none does; then all do, and six attempts are enough."""
-    engine = build_engine(EngineConfig(device="cpu", max_batch_tokens=64, max_num_seqs=4, num_pages=60, num_threads=1))
-    runs = list[float]()
-    try:
-        book = PlanBook(fallback=sequential_plan(GRAPH, 64))
-        run = steady._Run(engine, book, [Lengths(num_prompt_tokens=40, num_output_tokens=30)], seed=0)
-        ended = Iteration(shape=BatchShape(num_tokens=4), plan=book.fallback.digest, seconds=0.1)
-
-        def until(stop_s: float) -> list[Iteration]:
-            runs.append(stop_s)
-            return [ended]
-
-        monkeypatch.setattr(run, "_until", until)
-        clock = steady.Clock(settle_s=0.0, turn_s=1.0, num_turns=1, num_repeats=1)
-        monkeypatch.setattr(Worker, "num_prepared", property(lambda _: min(len(runs), 4)))
-        for num_runs in (5, 7):
-            assert run.turn("sequential", 0, book, clock).iterations == [ended]
-            assert len(runs) == num_runs, "one to settle, and one that is not disturbed"
-        monkeypatch.setattr(Worker, "num_prepared", property(lambda _: len(runs)))
-        run.turn("sequential", 0, book, clock)
-        assert len(runs) == 14
-    finally:
-        monkeypatch.undo()
-        run.abort()
-        engine.close()
+def test_the_same_beginning_has_the_same_batches(engine: Engine) -> None:
+    found = []
+    for seed in ((0, 0), (0, 0), (0, 1)):
+        with closing(steady._Run(engine, LENGTHS, seed, SMALL_BOOK)) as run:
+            found.append([iteration.shape for iteration in run.iterations(40)])
+    assert found[0] == found[1] != found[2] and len({shape.num_tokens for shape in found[0]}) > 3
 
 
-def test_nobody_is_always_first() -> None:
-    found = list(order_of_turns(["a", "b", "c"], 3))
-    assert "".join(rung for _, rung in found) == "abccbaabc"
-    assert [place for place, _ in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+def test_a_turn_in_which_graphs_were_captured_is_begun_again() -> None:
+    """The first three runs of an engine prepare something, then none does; then all do: three attempts are enough."""
+    runs = list[int]()
+
+    class Run:
+        """Notes that it settles and that it counts."""
+
+        def __init__(self, _book: PlanBook) -> None: ...
+
+        @property
+        def num_prepared(self) -> int:
+            return min(len(runs), limit)
+
+        def iterations(self, count: int) -> list[Iteration]:
+            runs.append(count)
+            return [Iteration(shape=BatchShape(num_tokens=4), plan="p", seconds=0.1)] * count
+
+        def close(self) -> None: ...
+
+    def turn_takes(num_runs: int) -> None:
+        before = len(runs)
+        found = steady.take_turn(Run, "cut", SMALL_BOOK, 1, steady.Counts(num_settling=2, num_counted=5))  # type: ignore[arg-type]
+        assert len(found.iterations) == 5 and (found.rung, found.repeat) == ("cut", 1)
+        assert runs[before:] == [2, 5] * (num_runs // 2)
+
+    limit = 3
+    turn_takes(4)
+    turn_takes(2)
+    limit = 1000
+    turn_takes(6)
 
 
-def test_a_rung_is_compared_with_the_sequential_one_of_its_repeat() -> None:
-    """Two turns in the first repeat, one in the second; the rung's batches are predicted to take 0.8 of the time."""
+def test_a_turn_has_as_many_iterations_as_the_sequential_rung_has_in_its_time(engine: Engine) -> None:
+    begin = partial(steady._Run, engine, LENGTHS, (0, 0))
+    clock = steady.Clock(settle_s=0.0, turn_s=0.2, num_turns=1, num_repeats=1)
+    counts = steady.counts_of(begin, SMALL_BOOK, clock)
+    assert counts.num_settling == 0 and counts.num_counted > 1
+    assert steady.counts_of(begin, SMALL_BOOK, replace(clock, turn_s=1e-9)).num_counted == 1
+
+
+def test_a_rung_is_compared_with_the_sequential_one_on_the_same_batches() -> None:
+    """Two turns in the first repeat, one in the second; predicted to take 0.8 of the time."""
     turns = [
-        *(turn("sequential", 700, 2.0), turn("cut", 960, 1.2), turn("cut", 880, 1.1), turn("sequential", 900, 2.0)),
-        *(turn("cut", 960, 1.2, repeat=1), turn("sequential", 800, 2.0, repeat=1)),
+        *(turn("sequential", [1.0, 1.0], 4.0), turn("cut", [1.0, 0.75], 3.0)),
+        *(turn("cut", [1.1, 0.9], 3.0), turn("sequential", [1.0, 1.5], 5.0)),
+        *(turn("cut", [0.8, 0.8], 2.4, repeat=1), turn("sequential", [1.0, 1.0], 4.0, repeat=1)),
     ]
     base, cut = rungs_of(turns, BOOKS, lambda rung, _shape: 1.0 if rung == "sequential" else 0.8)
-    assert base.ratios == base.weighed_ratios == [1.0, 1.0] and base.predicted_ratio == 1.0 and base.planned_part == 0.0
-    assert base.tokens_per_s == [400.0, 400.0] and cut.tokens_per_s == [460.0, 480.0]
-    assert cut.ratios == pytest.approx([1.15, 1.2]) and cut.predicted_ratio == pytest.approx(1.25)
-    assert cut.planned_part == 0.75 and cut.prompt_part == 0.25 and cut.decode_context == pytest.approx(16.0)
-    assert cut.iteration_tokens == pytest.approx(2800 / 12)
-    assert base.energy_per_token_j == [4.0 / 1600, 2.0 / 800]
-    # All batches weigh the same, 4 of them a turn: two turns took 4 J sequentially and 2.3 J under the plan.
-    assert cut.weighed_energy_ratios == pytest.approx([2.3 / 4.0, 0.6]) and base.weighed_energy_ratios == [1.0, 1.0]
-    assert cut.energy_per_token_j == pytest.approx([2.3 / 1840, 1.2 / 960])
-    # Three quarters of the time under the plan, on batches predicted to take as long as any.
-    assert [each.plan for each in cut.plans] == ["nano-batches", "sequential"]
-    assert [each.part for each in cut.plans] == [0.75, 0.25] and base.plans[0].gain == pytest.approx(1.0)
-    assert [each.gain for each in cut.plans] == pytest.approx([1.0, 1.0])
+    assert base.gains == base.energy_ratios == [1.0, 1.0] and base.predicted_gain == 1.0 and base.planned_part == 0.0
+    assert cut.gains == pytest.approx([4.5 / 3.75, 1.25]) and cut.predicted_gain == pytest.approx(1.25)
+    assert base.tokens_per_s == pytest.approx([800 / 4.5, 200.0]) and cut.tokens_per_s == pytest.approx(
+        [800 / 3.75, 250]
+    )
+    assert cut.energy_ratios == pytest.approx([6 / 9, 0.6]) and base.energy_per_token_j == pytest.approx(
+        [9 / 800, 0.01]
+    )
+    assert (cut.planned_part, cut.prompt_part, cut.decode_context, cut.iteration_tokens) == (0.5, 0.25, 16.0, 200.0)
+    # Each plan against the same iterations of the sequential rung.
+    assert [each.plan for each in cut.plans] == ["sequential", "nano-batches"]
+    assert [each.gain for each in cut.plans] == pytest.approx([3.0 / 2.9, 3.5 / 2.45])
+    assert [each.part for each in cut.plans] == pytest.approx([2.9 / 5.35, 2.45 / 5.35])
     assert [each.predicted_gain for each in cut.plans] == pytest.approx([1.25, 1.25])
     unmetered, _ = rungs_of([replace(turns[0], energy_j=None), *turns[1:]], BOOKS, _one)
-    assert unmetered.energy_per_token_j is None and unmetered.weighed_energy_ratios is None
+    assert unmetered.energy_per_token_j is None and unmetered.energy_ratios is None
 
 
 def _one(_rung: str, _shape: BatchShape) -> float:
     return 1.0
 
 
-def test_what_batches_differ_by_is_weighed_off() -> None:
-    """Twice the tokens in as many iterations and as much time: worth twice if each takes twice sequentially, else no
-    more."""
-    turns = [turn("sequential", 800), turn("cut", 1600)]
-    found = rungs_of(turns, BOOKS, lambda _rung, shape: float(shape.num_tokens))
-    assert found[1].ratios == [2.0] and found[1].weighed_ratios == pytest.approx([2.0])
-    found = rungs_of(turns, BOOKS, _one)
-    assert found[1].ratios == [2.0] and found[1].weighed_ratios == pytest.approx([1.0])
-
-
-def test_what_a_prediction_misses_of_prompts_is_learnt_from_sequential_turns() -> None:
-    """Batches take 1 s and 2 ms more for each token of a prompt, of which the prediction knows nothing."""
-
-    def timed(rung: str, num_prompts: Sequence[int], speed: float) -> Turn:
-        shapes = [BatchShape(num_tokens=100 + count, num_decode_tokens=100) for count in num_prompts]
-        times_s = [(1.0 + 0.002 * count) / speed for count in num_prompts]
-        plan = BOOK.fallback.digest if rung == "sequential" else CUT_PLAN
-        iterations = [
-            Iteration(shape=shape, plan=plan, seconds=time_s) for shape, time_s in zip(shapes, times_s, strict=True)
-        ]
-        return Turn(rung=rung, repeat=0, start_s=0.0, stop_s=sum(times_s), iterations=iterations)
-
-    turns = [timed("sequential", mix, 1.0) for mix in ([0, 0, 500], [0, 400], [0, 0, 0], [500, 500, 0])]
-    _, cut = rungs_of([*turns, timed("cut", [500, 400, 500], 1.1)], BOOKS, _one)
-    assert cut.ratios[0] > 1.2 and cut.weighed_ratios == pytest.approx([1.1], rel=2e-3)
-    (plan,) = cut.plans
-    assert plan.digest == CUT_PLAN and plan.part == 1.0 and plan.gain == pytest.approx(1.1, rel=2e-3)
+def test_rungs_with_other_batches_are_not_compared() -> None:
+    with pytest.raises(UnequalTurns, match="the rung cut had other batches than the sequential one"):
+        rungs_of([turn("sequential", [1.0, 1.0]), turn("cut", [1.0])], BOOKS, _one)
 
 
 def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
@@ -232,9 +230,10 @@ def test_two_rungs_take_turns_on_the_embedded_model(
     assert [each.workload for each in document.workloads] == ["200/4", "300/8"]
     for found in document.workloads:
         sequential, cut = found.rungs
-        assert (sequential.rung, sequential.planned_part, sequential.ratios) == ("sequential", 0.0, [1.0, 1.0])
+        assert (sequential.rung, sequential.planned_part, sequential.gains) == ("sequential", 0.0, [1.0, 1.0])
         assert cut.rung == "nano-batches" and cut.planned_part > 0.5 and cut.prompt_part > 0.8
-        assert min(*cut.tokens_per_s, *cut.weighed_ratios, cut.predicted_ratio) > 0 and len(cut.weighed_ratios) == 2
+        assert min(*cut.tokens_per_s, *cut.gains, cut.predicted_gain) > 0 and len(cut.gains) == 2
+        assert found.has_same_batches and cut.iteration_tokens == sequential.iteration_tokens
         assert cut.energy_per_token_j is None and found.serial_tokens_per_s is None
     assert "nano-batches" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -243,14 +242,14 @@ def test_two_rungs_take_turns_on_the_embedded_model(
 
 
 def test_the_table_has_a_line_a_rung() -> None:
-    rungs = rungs_of([turn("sequential", 800, 2.0), turn("cut", 960, 1.2)], BOOKS, _one)
+    rungs = rungs_of([turn("sequential", [0.5] * 4, 2.0), turn("cut", [0.5, 0.4, 0.4, 0.3], 1.2)], BOOKS, _one)
     workload = SteadyWorkload(
         workload="64/8",
         created_utc="2026-11-24T00:00:00+00:00",
         git_revision=None,
         num_turns=1,
         turn_s=2.0,
-        is_corrected=True,
+        has_same_batches=True,
         serial_tokens_per_s=500.0,
         optimal_tokens_per_s=None,
         rungs=rungs,
@@ -258,6 +257,6 @@ def test_the_table_has_a_line_a_rung() -> None:
     document = SteadyDocument(model="m", options={}, machine={}, software={}, workloads=[workload])
     head, _, sequential, cut, *plans = table(document.workloads).splitlines()
     assert head == "64/8; serial bound 500 tokens/s" and sequential.split()[:2] == ["sequential", "400"]
-    assert cut.split()[:2] == ["cut", "480"] and "1.200" in cut
-    assert plans[0].strip() == "75% of its time 1.000 (predicted 1.000) nano-batches" and len(plans) == 2
+    assert cut.split()[:3] == ["cut", "500", "1.250"] and "0.600" in cut
+    assert plans[0].strip() == "69% of its time 1.364 (predicted 1.000) nano-batches" and len(plans) == 2
     assert json.loads(msgspec.json.encode(document))["benchmark"] == "steady"
