@@ -274,7 +274,8 @@ class _Run:
         self._new = itertools.islice(itertools.cycle(lengths), int(self._rng.integers(len(lengths))), None)
         self._num_requests = 0
         num_keys = facts.num_pages * facts.page_size
-        for length in under_way(lengths, num_keys, facts.max_num_seqs, int(self._rng.integers(1 << 31))):
+        draw = int(self._rng.integers(1 << 31))
+        for length in under_way(lengths, num_keys, facts.max_num_seqs, facts.max_batch_tokens, draw):
             self._add(length)
         # Those that are not admitted with the others would come later without a prompt to compute, as nobody does.
         running = set(self._step()[0].scheduled)

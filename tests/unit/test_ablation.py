@@ -274,8 +274,8 @@ def test_lengths_of_requests_are_those_of_the_workload(path: Path, tmp_path: Pat
     iterations = rungs.iterations_of(task, task.workloads[0])
     # All at once, and once more after requests under way; the last token of each is never worked on.
     lengths = [Lengths(num_prompt_tokens=40, num_output_tokens=8)] * 60
-    first = under_way(lengths, 1 << 30, 256, task.workloads[0].seed)
-    assert len(first) == 256
+    first = under_way(lengths, 1 << 30, 256, 512, task.workloads[0].seed)
+    assert len(first) == -(-512 * 8 // 48)
     tokens = [
         length.num_prompt_tokens + length.num_output_tokens - 1 - length.num_computed
         for length in (*lengths, *first, *lengths)

@@ -56,7 +56,7 @@ def turn(rung: str, seconds: Sequence[float], energy_j: float | None = None, rep
 
 
 def test_requests_under_way_are_anywhere_in_their_completions() -> None:
-    found = under_way([Lengths(num_prompt_tokens=40, num_output_tokens=90)], 1_000_000, 300, 0)
+    found = under_way([Lengths(num_prompt_tokens=40, num_output_tokens=90)], 1_000_000, 300, 1000, 0)
     assert len(found) == 300
     assert {length.num_prompt_tokens + length.num_output_tokens for length in found} == {130}
     assert all(length.num_prompt_tokens - length.num_computed == 1 for length in found)
@@ -66,14 +66,14 @@ def test_requests_under_way_are_anywhere_in_their_completions() -> None:
 
 def test_requests_that_stay_longer_are_met_more_often() -> None:
     short, long = Lengths(num_prompt_tokens=1, num_output_tokens=10), Lengths(num_prompt_tokens=2, num_output_tokens=30)
-    found = under_way([short, long], 1_000_000, 4000, 1)
+    found = under_way([short, long], 1_000_000, 4000, 1 << 30, 1)
     num_long = sum(length.num_prompt_tokens + length.num_output_tokens == 32 for length in found)
     assert len(found) == 4000 and num_long / len(found) == pytest.approx(0.75, abs=0.03)
 
 
 def test_requests_under_way_fit_into_the_cache() -> None:
     """With what they have generated."""
-    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 0)
+    found = under_way([Lengths(num_prompt_tokens=100, num_output_tokens=50)], 2000, 2000, 1 << 30, 0)
     assert 2000 - 150 <= sum(length.num_prompt_tokens for length in found) <= 2000
 
 
@@ -86,6 +86,12 @@ def engine() -> Iterator[Engine]:
 
 SMALL_BOOK = PlanBook(fallback=sequential_plan(GRAPH, 64))
 LENGTHS = [Lengths(num_prompt_tokens=40, num_output_tokens=30), Lengths(num_prompt_tokens=9, num_output_tokens=5)]
+
+
+def test_where_prompts_fill_iterations_few_requests_are_under_way() -> None:
+    """Of 2,048 tokens an iteration a sixteenth are decodes, since completions are a sixteenth of all tokens."""
+    found = under_way([Lengths(num_prompt_tokens=1920, num_output_tokens=128)], 1 << 30, 1024, 2048, 0)
+    assert len(found) == 128
 
 
 def test_a_benchmark_begins_in_the_middle_of_requests(engine: Engine) -> None:

@@ -31,7 +31,7 @@ def batches_of(
     """
     recorded = Recorded(model)
     num_keys = limits.num_pages * limits.page_size
-    first = under_way(lengths, num_keys, limits.max_num_seqs, seed) if lengths else []
+    first = under_way(lengths, num_keys, limits.max_num_seqs, limits.max_batch_tokens, seed) if lengths else []
     for run in (lengths, [*first, *lengths]):
         simulate(Cluster(limits=limits, iterations=recorded, num_replicas=1), run, [0.0] * len(run))
     return recorded.iterations

@@ -79,22 +79,26 @@ def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
     return [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * num_requests
 
 
-def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, seed: int) -> list[Lengths]:
+def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, max_batch_tokens: int, seed: int) -> list[Lengths]:
     """The requests that an engine has which has run for long, as ones that are given to it all at once.
 
     Each is at some place of its completion, anywhere in it. Those with long completions stay longer, so there are more
     of them (in proportion to the completion). What a request has generated is part of its prompt here, and all but the
-    last token of that is computed.
+    last token of that is computed. Where prompts take most of an iteration, they come more slowly than the cache has
+    room: decodes are that part of an iteration that completions are of all tokens.
 
     Args:
         lengths: What requests are drawn from.
         num_keys: Room in the cache, in tokens.
         most: Requests at once.
+        max_batch_tokens: Of an iteration.
         seed: Of the draw.
     """
     rng = np.random.default_rng((_UNDER_WAY, seed))
     stay = np.array([length.num_output_tokens for length in lengths], float)
-    drawn = [lengths[place] for place in rng.choice(len(lengths), most, p=stay / stay.sum())]
+    share = stay.sum() / sum(length.num_prompt_tokens + length.num_output_tokens for length in lengths)
+    count = min(most, math.ceil(max_batch_tokens * share))
+    drawn = [lengths[place] for place in rng.choice(len(lengths), count, p=stay / stay.sum())]
     found = [_after(length, int(rng.integers(length.num_output_tokens))) for length in drawn]
     fits = np.cumsum([length.num_prompt_tokens for length in found]) <= num_keys
     return found[: int(fits.sum())]
