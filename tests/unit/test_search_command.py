@@ -105,6 +105,10 @@ def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:
     )
     assert divided([often, nothing, last, rare, rarer]) == ([often, last], [nothing, rare, rarer])
     assert rare.trusted.plans == plans[:1] and rarer.trusted.plans == nothing.trusted.plans == ()
+    # Predictions of attention inside products are better than others.
+    inside = tuple(replace(lane, mechanism=Mechanism.INSIDE) for lane in plans[0].lanes)
+    good = replace(rare, gain=1.04, plans=(replace(plans[0], lanes=inside),))
+    assert good.trusted == good and replace(good, plans=plans).trusted.plans == ()
 
 
 def test_cells_hold_batches_that_are_alike() -> None:

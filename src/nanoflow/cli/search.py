@@ -135,8 +135,7 @@ def _book(
 ) -> StoredBook:
     """Simulate the workloads, search a plan for each kind of batch, and try it if asked to."""
     from nanoflow.plan.book import MadeFor, StoredBook
-    from nanoflow.search.books import LEAST_GAIN_TO_TRY, MOST_TO_TRY, search_book
-    from nanoflow.search.shapes import LEAST_PREDICTED_GAIN
+    from nanoflow.search.books import search_book
 
     iterations = [each for workload in workloads for each in _simulated(profile, config, workload)]
     found = []
@@ -145,8 +144,7 @@ def _book(
         iterations,
         max_batch_tokens=config.max_batch_tokens,
         time_limit_s=config.time_limit,
-        least_gain=LEAST_GAIN_TO_TRY if is_measured else LEAST_PREDICTED_GAIN,
-        most=MOST_TO_TRY if is_measured else 1,
+        will_be_tried=is_measured,
     ):
         found.append(each)
         if not is_quiet:

@@ -17,16 +17,16 @@ from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.search.iteration import IterationModel
 from nanoflow.search.search import Search
-from nanoflow.search.shapes import LEAST_GAIN, LEAST_PREDICTED_GAIN, Cell, cells_of, entry_of, ranked
+from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, least_predicted_gain, ranked
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
 # Best plans of a cell's middle batch, which are compared on all batches that stand for the cell, and for later cells.
 _PLANS_A_CELL = 4
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
-LEAST_GAIN_TO_TRY = 0.98
+_LEAST_GAIN_TO_TRY = 0.98
 # Plans of a cell that are tried: predictions rank ways to divide the device no better.
-MOST_TO_TRY = 2
+_MOST_TO_TRY = 2
 # Plans are tried in cells that cover so much of the run's time; a trial takes as long for a rare kind of batch.
 _TRIED = 0.9
 
@@ -63,7 +63,8 @@ class FoundPlan:
     @property
     def trusted(self) -> FoundPlan:
         """Without a trial: the best plan stays if the prediction is safe."""
-        return replace(self, plans=self.plans[:1] if self.gain >= LEAST_PREDICTED_GAIN else ())
+        is_safe = bool(self.plans) and self.gain >= least_predicted_gain(self.plans[0])
+        return replace(self, plans=self.plans[:1] if is_safe else ())
 
     def confirmed(self, gains: Sequence[float]) -> FoundPlan:
         """With what a device says of each plan; the best stays, if it wins there too."""
@@ -78,8 +79,7 @@ def search_book(
     *,
     max_batch_tokens: int,
     time_limit_s: float,
-    least_gain: float = LEAST_PREDICTED_GAIN,
-    most: int = 1,
+    will_be_tried: bool = False,
 ) -> Iterator[FoundPlan]:
     """Cell after cell, those that take the most time first, each as soon as it has been searched.
 
@@ -88,8 +88,7 @@ def search_book(
         iterations: Every iteration of a run, sequential, with the time it takes.
         max_batch_tokens: The token budget.
         time_limit_s: For one cell at most.
-        least_gain: What a plan must be predicted to win; less than 1 for plans that will be tried.
-        most: Plans of a cell, at most.
+        will_be_tried: Give several plans a cell, those too that may lose; else one that is safely predicted to win.
     """
     model, total_s = IterationModel(profile), sum(time_s for _, time_s in iterations)
     plans: dict[str, PipelinePlan] = {}
@@ -97,12 +96,16 @@ def search_book(
         result = Search(profile, cell.middle, time_limit_s=time_limit_s, is_quick=True).run()
         best_attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)[:_PLANS_A_CELL]
         plans |= {attempt.plan.digest: attempt.plan for attempt in best_attempts}
-        best = ranked(plans.values(), cell, model.iteration_s)[:most]
+        found = ranked(plans.values(), cell, model.iteration_s)
+        if will_be_tried:
+            kept = [each for each in found if each[0] >= _LEAST_GAIN_TO_TRY][:_MOST_TO_TRY]
+        else:
+            kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
         yield FoundPlan(
             cell=cell,
             part=cell.time_s / total_s,
-            gain=best[0][0] if best else 1.0,
-            plans=tuple(plan for gain, plan in best if gain >= least_gain),
+            gain=next((gain for gain, _ in (*kept, *found)), 1.0),
+            plans=tuple(plan for _, plan in kept),
         )
 
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanEntry
-from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.plan import Mechanism, PipelinePlan
 
 # Sizes in a cell differ by this part, no less than a GEMM tile; keys a token by this factor, where they are many.
 _TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR, _MANY_KEYS = 128, 1 / 8, 1.12, 64
-# What a plan must win in its cell, over batches that stand for it: measured, and if only a prediction says so, which is
-# off by up to 4 % (docs/log.md).
-LEAST_GAIN, LEAST_PREDICTED_GAIN = 1.01, 1.03
+# What a plan must win in its cell, over batches that stand for it, if a device says so.
+LEAST_GAIN = 1.01
+# And if only a prediction says so: attention inside products is measured as it runs, in one kernel, and predictions are
+# off by up to 4 %; other lanes are put together from pairs of operations, and were up to 7 % worse (docs/log.md).
+_LEAST_PREDICTED_INSIDE, _LEAST_PREDICTED = 1.03, 1.08
 _NUM_SAMPLES = 6
 
 # What one iteration of a batch takes under a plan; None: sequentially.
@@ -125,6 +127,12 @@ def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
     """Time of the batches that stand for a cell, sequentially / under a plan."""
     sequential_s = sum(predict(shape, None) for shape in cell.shapes)
     return sequential_s / sum(predict(shape, plan) for shape in cell.shapes)
+
+
+def least_predicted_gain(plan: PipelinePlan) -> float:
+    """What a plan must be predicted to win to be used without a trial."""
+    is_inside = all(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes)
+    return _LEAST_PREDICTED_INSIDE if is_inside else _LEAST_PREDICTED
 
 
 def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[tuple[float, PipelinePlan]]:
