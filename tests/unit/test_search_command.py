@@ -15,7 +15,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import StoredBook, load_book
-from nanoflow.plan.plan import Lane, PipelinePlan
+from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
