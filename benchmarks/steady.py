@@ -1,4 +1,4 @@
-"""The rungs of the ablation ladder in turn, within one run in its steady state.
+"""The rungs of the ablation ladder in turn, with the same batches, in the steady state of a workload.
 
 A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
 the middle, where requests come as others leave. So the first requests are here anywhere in their completions, the keys
@@ -197,12 +197,13 @@ def read_document(path: Path | None, task: Task) -> SteadyDocument:
 
 @contextmanager
 def engine_of(config: EngineConfig, books: Mapping[str, PlanBook]) -> Iterator[Engine]:
-    """An engine that has the plans of all books."""
+    """An engine that has the plans of all books; the few that the turns meet are prepared then."""
     entries = tuple(entry for book in books.values() for entry in book.entries)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "books.json"
         path.write_bytes(StoredBook(entries=entries).to_json())
-        engine = build_engine(replace(config, plan=str(path)), show_progress=sys.stderr.isatty())
+        config = replace(config, plan=str(path))
+        engine = build_engine(config, show_progress=sys.stderr.isatty(), prepares_plans=False)
     with closing(engine):
         yield engine
 

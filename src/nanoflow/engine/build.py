@@ -35,8 +35,13 @@ from nanoflow.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
+def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_plans: bool = True) -> Engine:
     """Load a model and set up the loop around it.
+
+    Args:
+        config: All options.
+        show_progress: Draw bars on standard error.
+        prepares_plans: Capture CUDA graphs for the plans of the book before the first request; else when they are met.
 
     Raises:
         ConfigError, ModelError, PlanError: All ValueErrors with one line that says what is wrong.
@@ -82,7 +87,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     )
     load_s = time.monotonic() - start_s
     if is_captured:
-        warm_up(worker, book, limits, show_progress=show_progress)
+        prepared = book if prepares_plans else PlanBook(fallback=book.fallback)
+        warm_up(worker, prepared, limits, show_progress=show_progress)
     facts = EngineFacts(
         model_type=graph.name,
         vocab_size=graph.vocab_size,
