@@ -5,7 +5,7 @@ This file binds names to tensors. It knows no order: that is what the executors 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, OpKind, Scope
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
 from nanoflow.models.weights import Weights
+from nanoflow.plan.liveness import place
+from nanoflow.plan.plan import PipelinePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +80,26 @@ class Workspace:
     sampled_names: frozenset[str]
 
     @staticmethod
-    def allocate(model: DeviceModel, *, num_tokens: int, num_logits: int) -> Workspace:
-        """Tensors for batches of up to so many tokens and rows with logits."""
+    def allocate(
+        model: DeviceModel, *, num_tokens: int, num_logits: int, plans: Sequence[PipelinePlan] | None = None
+    ) -> Workspace:
+        """Tensors for batches of up to so many tokens and rows with logits.
+
+        Those of which none of the plans ever needs two at once share memory; each has its own without plans.
+        """
         graph = model.graph
         sampled_names = frozenset(spec.name for spec in graph.tensors if spec.scope is Scope.SAMPLED)
-        tensors = {
-            spec.name: torch.empty(
-                (num_logits if spec.name in sampled_names else num_tokens, spec.width),
-                dtype=model.dtype,
-                device=model.device,
-            )
+        shapes = {
+            spec.name: (num_logits if spec.name in sampled_names else num_tokens, spec.width)
             for spec in graph.tensors
             if not spec.is_per_layer and spec.name not in graph.inputs
         }
+        if plans is None:
+            tensors = {
+                name: torch.empty(shape, dtype=model.dtype, device=model.device) for name, shape in shapes.items()
+            }
+        else:
+            tensors = _sharing(model, shapes, plans)
         return Workspace(model=model, tensors=tensors, sampled_names=sampled_names)
 
     def run(self, op: Operation, layer: int, tokens: TokenRange, inputs: BatchInputs) -> None:
@@ -133,3 +142,17 @@ class Workspace:
             for name in names
             if name in self.tensors
         )
+
+
+def _sharing(
+    model: DeviceModel, shapes: Mapping[str, tuple[int, int]], plans: Sequence[PipelinePlan]
+) -> dict[str, Tensor]:
+    """Tensors of these shapes in one piece of memory."""
+    num_bytes = {name: rows * width * model.dtype.itemsize for name, (rows, width) in shapes.items()}
+    begins = place(model.graph, plans, num_bytes)
+    size = max((begins[name] + num_bytes[name] for name in shapes), default=0)
+    memory = torch.empty(size, dtype=torch.uint8, device=model.device)
+    return {
+        name: memory[begins[name] : begins[name] + num_bytes[name]].view(model.dtype).view(shape)
+        for name, shape in shapes.items()
+    }

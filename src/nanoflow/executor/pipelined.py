@@ -1,7 +1,8 @@
 """The pipelined executor: runs any valid plan, nano-operation by nano-operation, in the order in which it issues them.
 
 Which stream a nano-operation is queued on and what it waits for there is `lanes.py`'s; on a CPU they run in plan order,
-which `PipelinePlan.validate` has proven to respect every dependency. Tensors are allocated once, for the largest batch.
+which `PipelinePlan.validate` has proven to respect every dependency. Tensors are allocated once, for the largest batch,
+and share memory as far as the plans allow (`plan/liveness.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class PipelinedExecutor:
         self, model: DeviceModel, plans: tuple[PipelinePlan, ...], *, max_batch_tokens: int, max_logits: int
     ) -> None:
         self._model = model
-        self.workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits)
+        self.workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits, plans=plans)
         self._steps = {plan.digest: bind(plan, model.graph) for plan in plans}
         partitions = Partitions(model.device, model.kernels)
         self._lanes = {

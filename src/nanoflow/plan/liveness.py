@@ -1,0 +1,87 @@
+"""Which tensors between operations may share memory: those of which no plan ever needs two at once.
+
+A tensor that more than one section touches, or that a layer reads before it writes it, is needed throughout. Any other
+is needed from its first touch to its last one, in each layer. Sections follow each other, whatever the plan. Within a
+layer the order of issue decides where a plan has one lane; on parallel lanes everything of a layer is needed at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import Operation
+from nanoflow.plan.plan import PipelinePlan
+
+# Bytes to whose multiples tensors are placed: more than any kernel asks for.
+ALIGNMENT = 1024
+
+Conflict = frozenset[str]
+
+
+def place(graph: OpGraph, plans: Sequence[PipelinePlan], num_bytes: Mapping[str, int]) -> dict[str, int]:
+    """Where each tensor begins in memory that all share, in bytes: low, large ones first.
+
+    Args:
+        graph: Whose tensors.
+        plans: All that may run.
+        num_bytes: Size of each tensor.
+    """
+    conflicting = set(conflicts(graph, plans))
+    begins: dict[str, int] = {}
+    for name in sorted(num_bytes, key=lambda name: (-num_bytes[name], name)):
+        taken = sorted(
+            (begins[other], begins[other] + num_bytes[other])
+            for other in begins
+            if Conflict((name, other)) in conflicting
+        )
+        begin = 0
+        for start, stop in taken:
+            if begin + num_bytes[name] <= start:
+                break
+            begin = max(begin, -(-stop // ALIGNMENT) * ALIGNMENT)
+        begins[name] = begin
+    return begins
+
+
+def conflicts(graph: OpGraph, plans: Sequence[PipelinePlan]) -> Iterator[Conflict]:
+    """Every two tensors that some plan may need at once; those outside all operations are in none."""
+    throughout = _needed_throughout(graph)
+    names = {spec.name for spec in graph.tensors}
+    yield from (Conflict((name, other)) for name in throughout for other in names - {name})
+    for operations in (graph.prologue, graph.epilogue):
+        yield from _overlapping([(0, op) for op in operations], throughout)
+    for plan in plans:
+        if len(plan.lanes) > 1:
+            yield from map(Conflict, itertools.combinations(_touched(graph.layer) - throughout, 2))
+        else:
+            ops = {op.name: op for op in graph.layer}
+            issued = plan.issue_order(plan.max_stage + 2)
+            yield from _overlapping([(layer, ops[nano.operation]) for layer, nano in issued], throughout)
+
+
+def _needed_throughout(graph: OpGraph) -> set[str]:
+    sections = [_touched(operations) for _, operations in graph.sections()]
+    found = {name for one, other in itertools.combinations(sections, 2) for name in one & other}
+    written = set[str]()
+    for op in graph.layer:
+        found.update(set(op.reads) - written)
+        written.update(op.writes)
+    return found
+
+
+def _touched(operations: Iterable[Operation]) -> set[str]:
+    return {name for op in operations for name in (*op.reads, *op.writes)}
+
+
+def _overlapping(order: Sequence[tuple[int, Operation]], throughout: set[str]) -> Iterator[Conflict]:
+    """Of a section: two of which one is first touched, in some layer, before the other was for the last time."""
+    places: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for at, (layer, op) in enumerate(order):
+        for name in _touched([op]) - throughout:
+            places[name, layer].append(at)
+    for ((name, _), one), ((other, _), two) in itertools.combinations(places.items(), 2):
+        if name != other and one[0] <= two[-1] and two[0] <= one[-1]:
+            yield Conflict((name, other))

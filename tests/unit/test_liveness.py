@@ -1,0 +1,84 @@
+"""Tensors that share memory: never two that a plan may need at once, and as many others as can."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoflow.graph.fuse import fuse_swiglu
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import Scope
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
+from nanoflow.plan.liveness import ALIGNMENT, conflicts, place
+from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from nanoflow.search.inside import inside_plan
+from tests.graphs import graphs, valid_plans
+
+LLAMA = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
+SEQUENTIAL = sequential_plan(LLAMA, 2048)
+OF_LAYER = {"normed", "qkv", "q", "attn", "activation"}
+
+
+def sizes(graph: OpGraph, num_tokens: int, num_rows: int) -> dict[str, int]:
+    return {
+        spec.name: (num_rows if spec.scope is Scope.SAMPLED else num_tokens) * spec.width * 2
+        for spec in graph.tensors
+        if not spec.is_per_layer and spec.name not in graph.inputs
+    }
+
+
+def overlap(begins: dict[str, int], num_bytes: dict[str, int], one: str, other: str) -> bool:
+    return begins[one] < begins[other] + num_bytes[other] and begins[other] < begins[one] + num_bytes[one]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_what_a_plan_may_need_at_once_never_overlaps(data: st.DataObject) -> None:
+    graph = data.draw(graphs())
+    plans = [data.draw(valid_plans(graph, 12)) for _ in range(data.draw(st.integers(1, 3)))]
+    num_bytes = sizes(graph, 12, 5)
+    begins = place(graph, plans, num_bytes)
+    assert begins.keys() == num_bytes.keys() and all(begin % ALIGNMENT == 0 for begin in begins.values())
+    conflicting = set(conflicts(graph, plans))
+    for one, other in itertools.combinations(num_bytes, 2):
+        if {one, other} in conflicting:
+            assert not overlap(begins, num_bytes, one, other)
+
+
+@pytest.mark.parametrize("plan", [SEQUENTIAL, nanobatch_plan(LLAMA, 2048, [1024])], ids=["sequential", "nano-batches"])
+def test_on_one_lane_a_tensor_is_needed_from_its_first_touch_to_its_last(plan: PipelinePlan) -> None:
+    found = set(conflicts(LLAMA, [plan]))
+    # norm -> normed -> qkv_proj -> qkv -> rope_append -> q -> attentions -> attn -> o_proj; norm -> normed -> ...
+    together = [{"normed", "qkv"}, {"qkv", "q"}, {"q", "attn"}, {"normed", "activation"}, {"sampled_normed", "logits"}]
+    apart = [{"qkv", "attn"}, {"qkv", "activation"}, {"q", "activation"}, {"logits", "activation"}]
+    assert all(pair in found for pair in map(frozenset, together))
+    assert not any(pair in found for pair in map(frozenset, apart))
+
+
+@pytest.mark.parametrize("num_tokens", [2048, 8192])
+def test_less_memory_is_taken_than_by_each_alone(num_tokens: int) -> None:
+    """The logits and what is needed throughout are a floor; a layer's tensors lie where the logits will be."""
+    num_bytes = sizes(LLAMA, num_tokens, num_tokens // 4)
+    for plans in ([SEQUENTIAL], [SEQUENTIAL, inside_plan(LLAMA, 2048, 1024, 0.8)]):
+        begins = place(LLAMA, plans, num_bytes)
+        total = max(begins[name] + num_bytes[name] for name in num_bytes)
+        assert num_bytes["logits"] + num_bytes["hidden"] <= total < 0.7 * sum(num_bytes.values())
+        assert any(overlap(begins, num_bytes, "logits", name) for name in OF_LAYER)
+
+
+def test_on_parallel_lanes_everything_of_a_layer_is_needed_at_once() -> None:
+    """Also where one of several plans has them; what comes after the layers still may lie there."""
+    found = set(conflicts(LLAMA, [SEQUENTIAL, inside_plan(LLAMA, 2048, 1024, 0.8)]))
+    assert all(frozenset(pair) in found for pair in itertools.combinations(OF_LAYER, 2))
+    assert not any(frozenset((name, "logits")) in found for name in OF_LAYER)
+
+
+def test_what_goes_from_layer_to_layer_is_needed_throughout() -> None:
+    found = set(conflicts(LLAMA, [SEQUENTIAL]))
+    others = {spec.name for spec in LLAMA.tensors} - {"hidden"}
+    assert all(frozenset(("hidden", name)) in found for name in others)
