@@ -1,11 +1,13 @@
-"""A layer's products in fp8 beside decode attention on two lanes: what both keep of their speed alone, with energy.
+"""cuBLAS's products beside decode attention on two lanes: what both keep of their speed alone, with energy.
 
-In fp8 products take about half the time and energy, so that attention is as long as they are. The engine has no such
-products yet; these are cuBLAS's (e4m3, a scale a tensor), which fill every multiprocessor they may, so the lanes are
-plain streams and disjoint multiprocessors. bf16 products of the same library stand beside them. From the root of the
-repository, on a card with fp8 (Hopper or later); TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
+Three kinds of products, each beside the same attention. `bf16`: those of a layer. `fp8`: the same with e4m3 operands
+and a scale a tensor, which take about half the time and energy, so that attention is as long as they are; the engine
+has none yet. `head`: the language-model head on as many rows as there are decodes, which an iteration could leave to
+the first layers of the next one, for the nano-batch that does not wait for its tokens. These products fill every
+multiprocessor they may, so the lanes are plain streams and disjoint multiprocessors. On a Hopper card or a later one,
+from the root of the repository; TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
 
-    python -m benchmarks.kernels_fp8 --cases 1024:340:1280 2048:340:1280 --json kernels_fp8.json
+    python -m benchmarks.kernels_lanes --cases 1024:340:1280 2048:340:1280 --json kernels_lanes.json
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from benchmarks.kernels_inside import parse_case
 from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
 from nanoflow.graph.fuse import fuse_swiglu
-from nanoflow.graph.operation import LinearDims, OpKind
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -40,6 +43,12 @@ from nanoflow.profiler.work import decode_task
 # Weights that are gone through in turn: several times any cache.
 _MIN_WEIGHT_BYTES = 512 << 20
 _SECOND_SMS = (24, 32, 48, 64)
+# Operations and type of their operands.
+_KINDS: dict[str, Callable[[OpGraph], tuple[tuple[Operation, ...], torch.dtype]]] = {
+    "bf16": lambda graph: (graph.layer, torch.bfloat16),
+    "fp8": lambda graph: (graph.layer, torch.float8_e4m3fn),
+    "head": lambda graph: (graph.epilogue, torch.bfloat16),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,23 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cases", nargs="+", type=parse_case, default=[(1024, 340, 1280)], metavar="TOKENS:REQUESTS:KEYS"
     )
+    parser.add_argument(
+        "--products", nargs="+", choices=_KINDS, default=list(_KINDS), help="which kinds (default: all)"
+    )
     parser.add_argument("--settle", type=float, default=0.4, help="seconds before each window (default: 0.4)")
     parser.add_argument("--window", type=float, default=1.0, help="seconds of each window (default: 1)")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (9, 0):
-        parser.error("this needs a card with fp8 products: Hopper or later")
+        parser.error("this needs a Hopper card or a later one")
     graph = fuse_swiglu(build_graph(preset_config(args.model), None))
     site = Site(graph=graph, device=device, dtype=torch.bfloat16, page_size=16)
     span, rows = Span(settle_s=args.settle, measure_s=args.window), []
     for case in args.cases:
-        for row in measure(site, case, span):
+        for row in measure(site, args.products, case, span):
             rows.append(row)
             print(" ".join(f"{key} {_text(value)}" for key, value in row.items()), flush=True)
     if args.json is not None:
         document = {
-            "benchmark": "kernels_fp8",
+            "benchmark": "kernels_lanes",
             "model": args.model,
             "machine": dataclasses.asdict(detect_machine()),
             "software": dataclasses.asdict(detect_software()),
@@ -76,19 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.inference_mode()
-def measure(site: Site, case: tuple[int, int, int], span: Span) -> Iterator[dict[str, Any]]:
-    """Both types of products, on every pair of lanes, beside the same attention."""
+def measure(site: Site, kinds: Sequence[str], case: tuple[int, int, int], span: Span) -> Iterator[dict[str, Any]]:
+    """Every kind of products, on every pair of lanes, beside the same attention."""
     num_tokens, num_requests, num_keys = case
     op = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
     attention = prepare_attention(site, decode_task(op, num_requests, num_keys))
     attend = sustained(attention.work(), site.device, span)
-    for dtype in (torch.float8_e4m3fn, torch.bfloat16):
-        work, num_layers = products(site, num_tokens, dtype)
+    for kind in kinds:
+        work, num_layers = products(site, kind, num_requests if kind == "head" else num_tokens)
         multiply = sustained(work, site.device, span)
         for lanes in _lanes(site.device):
             with closing(lanes[0]), closing(lanes[1]):
                 yield {
-                    "type": str(dtype).removeprefix("torch."),
+                    "products": kind,
                     "tokens": num_tokens,
                     "requests": num_requests,
                     "keys": num_keys,
@@ -98,9 +110,10 @@ def measure(site: Site, case: tuple[int, int, int], span: Span) -> Iterator[dict
                 }
 
 
-def products(site: Site, num_tokens: int, dtype: torch.dtype) -> tuple[Work, int]:
+def products(site: Site, kind: str, num_tokens: int) -> tuple[Work, int]:
     """The products of as many layers as it takes to leave every cache, on random operands; and how many those are."""
-    dims = [op.dims for op in gemms(site.graph.layer) if isinstance(op.dims, LinearDims)]
+    operations, dtype = _KINDS[kind](site.graph)
+    dims = [op.dims for op in gemms(operations) if isinstance(op.dims, LinearDims)]
     num_bytes = sum(each.in_features * each.out_features for each in dims) * dtype.itemsize
     num_layers = -(-_MIN_WEIGHT_BYTES // num_bytes)
     x = {each.in_features: _random(num_tokens, each.in_features, dtype, site.device) for each in dims}
