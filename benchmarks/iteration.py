@@ -7,9 +7,7 @@ from the last kernel of an iteration (the choice of its tokens) to the first of 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanoflow.bench.machine import detect_machine, detect_software
+from benchmarks.document import write_document
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
@@ -72,14 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_summary(args.model, summary)
     if args.json is not None:
         options = {key: value for key, value in vars(args).items() if key not in ("json", "trace")}
-        document = {
-            "benchmark": "iteration",
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "options": options,
+        write_document(
+            args.json,
+            "iteration",
+            options=options,
             **summary,
-        }
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        )
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.document import write_document
 from nanoflow.batch import DenseBatch
-from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
@@ -154,15 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.sweep:
         points += [measure(case, tiles) for case, cuts in SWEEPS for tiles in cuts]
     if args.json is not None:
-        document = {
-            "benchmark": "kernels_attention",
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "page_size": PAGE_SIZE,
-            "dtype": "bfloat16",
-            "points": [dataclasses.asdict(point) for point in points],
-        }
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_attention",
+            page_size=PAGE_SIZE,
+            dtype="bfloat16",
+            points=[dataclasses.asdict(point) for point in points],
+        )
     return 0
 
 

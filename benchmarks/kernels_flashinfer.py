@@ -6,8 +6,6 @@ Needs flashinfer-python, which compiles its kernels at first use. Its plans are 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.document import write_document
 from benchmarks.kernels_attention import CASES, MIN_DATA_BYTES, PAGE_SIZE, Case, batch_of, sustained_s
 from nanoflow.batch import DenseBatch
-from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.graph.operation import AttentionDims
 
 WORKSPACE_BYTES = 256 << 20
@@ -35,13 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(" ".join(f"{key} {value}" for key, value in point.items()), flush=True)
             points.append(point)
     if args.json is not None:
-        document = {
-            "benchmark": "kernels_flashinfer",
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "points": points,
-        }
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_flashinfer",
+            points=points,
+        )
     return 0
 
 

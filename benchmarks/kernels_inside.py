@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from nanoflow.bench.machine import detect_machine, detect_software
+from benchmarks.document import write_document
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.carrier import can_carry
@@ -78,14 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     if args.json is not None:
-        document = {
-            "benchmark": "kernels_inside",
-            "model": args.model,
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_inside",
+            model=args.model,
+            rows=rows,
+        )
     return 0
 
 

@@ -13,8 +13,6 @@ from the root of the repository; TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -24,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.document import write_document
 from benchmarks.kernels_inside import parse_case
-from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
@@ -76,14 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             print(" ".join(f"{key} {_text(value)}" for key, value in row.items()), flush=True)
     if args.json is not None:
-        document = {
-            "benchmark": "kernels_lanes",
-            "model": args.model,
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_lanes",
+            model=args.model,
+            rows=rows,
+        )
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanoflow.bench.machine import detect_machine, detect_software
+from benchmarks.document import write_document
 from nanoflow.device.lanes import LaneStream, partition_pair
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
@@ -92,15 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(row(point), flush=True)
         points.append(point)
     if args.json is not None:
-        document = {
-            "benchmark": "kernels_part",
-            "shape": f"Llama-3-8B, bfloat16, beside {NUM_DECODES} decodes x {CONTEXT} keys",
-            "window_s": args.window,
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "points": [dataclasses.asdict(point) for point in points],
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_part",
+            shape=f"Llama-3-8B, bfloat16, beside {NUM_DECODES} decodes x {CONTEXT} keys",
+            window_s=args.window,
+            points=[dataclasses.asdict(point) for point in points],
+        )
     return 0
 
 

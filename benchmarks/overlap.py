@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoflow.bench.machine import detect_machine, detect_software
+from benchmarks.document import write_document
 from nanoflow.cost.table import Profile
 from nanoflow.device.detect import resolve_device, use_device
 from nanoflow.graph.operation import BatchShape
@@ -67,14 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(compare(model, texts[trial.shape], trial))
         print(line(rows[-1]), flush=True)
     if args.json is not None:
-        document = {
-            "benchmark": "overlap",
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "model": profile.model,
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "overlap",
+            model=profile.model,
+            rows=[dataclasses.asdict(row) for row in rows],
+        )
     return 0
 
 
