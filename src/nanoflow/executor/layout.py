@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -95,6 +96,7 @@ def _dealt(contexts: Int32, sections: list[Int32]) -> Int32:
     return dealt
 
 
+@lru_cache(maxsize=256)
 def _spread(count: int) -> Int64:
     """The numbers below `count`, small and large ones mixed in every part of their order: ranks of i / phi mod 1."""
     ranks = np.empty(count, np.int64)
