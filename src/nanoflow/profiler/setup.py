@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import nanoflow
 from nanoflow.cost.table import Profile, ProfileError, Setup
 from nanoflow.device.detect import device_name, total_memory_bytes
 from nanoflow.profiler.sustained import Span, sustained
@@ -78,20 +79,12 @@ def _check(profile: Profile, setup: Setup, names: tuple[str, ...]) -> None:
 
 
 def _software() -> dict[str, str]:
-    found = {"nanoflow": _own_version(), "python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {"nanoflow": nanoflow.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     if importlib.util.find_spec("triton") is not None:
         found["triton"] = metadata.version("triton")
     return found
-
-
-def _own_version() -> str:
-    """Of the installed package; run from its source, it has none."""
-    try:
-        return metadata.version("nanoflow")
-    except metadata.PackageNotFoundError:
-        return "source"
 
 
 def _nvml(question: Callable[[Any], Any]) -> Any:
