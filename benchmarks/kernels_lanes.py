@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,12 @@ def _beside(
     span: Span,
 ) -> dict[str, Any]:
     """What both keep of their speed alone while both work, and the energy of that as a part of both alone."""
-    runs = [captured_on(lane, side.work_on(lane), site.device) for lane, side in zip(lanes, sides, strict=True)]
-    counts, window = balanced_window(runs, [cost.time_s for cost in alone], site.device, span)
+    with ExitStack() as graphs:
+        runs = [
+            graphs.enter_context(captured_on(lane, side.work_on(lane), site.device))
+            for lane, side in zip(lanes, sides, strict=True)
+        ]
+        counts, window = balanced_window(runs, [cost.time_s for cost in alone], site.device, span)
     kept = [cost.time_s * count / max(window.lanes_s) for cost, count in zip(alone, counts, strict=True)]
     alone_j = [cost.energy_j * count for cost, count in zip(alone, counts, strict=True) if cost.energy_j is not None]
     is_known = window.energy_j is not None and len(alone_j) == len(alone)

@@ -140,34 +140,34 @@ def _side(prepared: Prepared, span: Span) -> Side:
 
 
 def _on_part(product: Side, attention: Side, first: LaneStream, second: LaneStream, span: Span) -> Iterator[Point]:
-    attention_kernels = kernels_on(attention.prepared.workspace.model.kernels, second.num_sms)
-    beside = captured_on(second, attention.prepared.work(attention_kernels), attention.prepared.device)
-    workspace = triton_split_k.make_workspace(PART_TILES, first.num_sms, product.prepared.device)
+    attend = attention.prepared.work(kernels_on(attention.prepared.workspace.model.kernels, second.num_sms))
+    device = product.prepared.device
+    workspace = triton_split_k.make_workspace(PART_TILES, first.num_sms, device)
     batch = product.prepared.batch.num_tokens
     chosen = _cut(PART_TILES, product.prepared, batch, first.num_sms)
-    for tiles in PART_TILES:
-        cut = _cut([tiles], product.prepared, batch, first.num_sms)
-        kernel = _kernel(product.prepared.op.kind, cut, first.num_sms, workspace)
-        kernels = {**product.prepared.workspace.model.kernels, product.prepared.op.kind: kernel}
-        run = captured_on(first, product.prepared.work(kernels), product.prepared.device)
-        alone_s, _ = _times([run], [product], span)
-        (beside_s, attention_s), power_w = _times([run, beside], [product, attention], span)
-        yield Point(
-            operation=product.prepared.op.name,
-            num_tokens=batch,
-            num_sms=first.num_sms,
-            tiles=f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} s{tiles.num_stages}",
-            num_splits=cut[1],
-            is_chosen=cut == chosen,
-            whole_us=product.whole_s * 1e6,
-            alone_us=alone_s[0] * 1e6,
-            beside_us=beside_s * 1e6,
-            attention_us=attention_s * 1e6,
-            product_p=product.whole_s / beside_s,
-            attention_p=attention.whole_s / attention_s,
-            power_w=power_w,
-        )
-        del run
+    with captured_on(second, attend, device) as beside:
+        for tiles in PART_TILES:
+            cut = _cut([tiles], product.prepared, batch, first.num_sms)
+            kernel = _kernel(product.prepared.op.kind, cut, first.num_sms, workspace)
+            kernels = {**product.prepared.workspace.model.kernels, product.prepared.op.kind: kernel}
+            with captured_on(first, product.prepared.work(kernels), device) as run:
+                alone_s, _ = _times([run], [product], span)
+                (beside_s, attention_s), power_w = _times([run, beside], [product, attention], span)
+            yield Point(
+                operation=product.prepared.op.name,
+                num_tokens=batch,
+                num_sms=first.num_sms,
+                tiles=f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} s{tiles.num_stages}",
+                num_splits=cut[1],
+                is_chosen=cut == chosen,
+                whole_us=product.whole_s * 1e6,
+                alone_us=alone_s[0] * 1e6,
+                beside_us=beside_s * 1e6,
+                attention_us=attention_s * 1e6,
+                product_p=product.whole_s / beside_s,
+                attention_p=attention.whole_s / attention_s,
+                power_w=power_w,
+            )
 
 
 def _cut(candidates: Sequence[GemmTiles], prepared: Prepared, num_tokens: int, num_sms: int) -> tuple[GemmTiles, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,8 +205,9 @@ def balanced_window(
     return counts, window
 
 
-def captured_on(lane: LaneStream, work: Work, device: torch.device) -> LaneRun:
-    """Work as a CUDA graph captured on a lane."""
+@contextmanager
+def captured_on(lane: LaneStream, work: Work, device: torch.device) -> Iterator[LaneRun]:
+    """Work as a CUDA graph captured on a lane; the graph is gone at the end, before the SMs that it was captured on."""
     # What the host prepared for it is queued on the current stream and must be there before.
     torch.cuda.synchronize(device)
     with torch.cuda.stream(lane.stream):
@@ -215,7 +216,11 @@ def captured_on(lane: LaneStream, work: Work, device: torch.device) -> LaneRun:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=lane.stream):
         work()
-    return LaneRun(stream=lane.stream, replay=graph.replay, work=work)
+    try:
+        yield LaneRun(stream=lane.stream, replay=graph.replay, work=work)
+    finally:
+        lane.stream.synchronize()
+        graph.reset()
 
 
 def _pair_point(
@@ -223,16 +228,14 @@ def _pair_point(
 ) -> PairPoint:
     sides = (first, second)
     first_lane, second_lane = _lanes(site.device, pair)
-    with closing(first_lane), closing(second_lane):
+    with closing(first_lane), closing(second_lane), ExitStack() as graphs:
         runs = [
-            captured_on(lane, work.work(_kept(site, work, lane)), site.device)
+            graphs.enter_context(captured_on(lane, work.work(_kept(site, work, lane)), site.device))
             for lane, (work, _) in zip((first_lane, second_lane), sides, strict=True)
         ]
         alone_s = [known.time_s * work.num_calls for work, known in sides]
         counts, window = balanced_window(runs, alone_s, site.device, span)
         share = first_lane.share
-        # Graphs go before the SMs that they were captured on.
-        del runs
     # Of the whole window: what is left of imbalance counts against the pair.
     performances = [time_s * count / max(window.lanes_s) for time_s, count in zip(alone_s, counts, strict=True)]
     alone_j = [
@@ -259,15 +262,15 @@ def _pair_point(
 def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> Point:
     total = torch.cuda.get_device_properties(site.device).multi_processor_count
     lanes = partition_pair(site.device, part.num_sms / total if part.is_first else 1.0 - part.num_sms / total)
+    lane = lanes[0] if part.is_first else lanes[1]
     with closing(lanes[0]), closing(lanes[1]):
-        lane = lanes[0] if part.is_first else lanes[1]
-        run = captured_on(lane, prepared.work(_kept(site, prepared, lane)), site.device)
-        once = run_window((run,), (1,), site.device)
-        settled = run_window((run,), balanced_counts((1,), once.lanes_s, span.settle_s), site.device)
-        (count,) = balanced_counts(balanced_counts((1,), once.lanes_s, span.settle_s), settled.lanes_s, span.measure_s)
-        window = run_window((run,), (count,), site.device)
+        with captured_on(lane, prepared.work(_kept(site, prepared, lane)), site.device) as run:
+            once = run_window((run,), (1,), site.device)
+            counts = balanced_counts((1,), once.lanes_s, span.settle_s)
+            settled = run_window((run,), counts, site.device)
+            (count,) = balanced_counts(counts, settled.lanes_s, span.measure_s)
+            window = run_window((run,), (count,), site.device)
         num_calls, share = count * prepared.num_calls, lane.share
-        del run
     return Point(
         operation=part.task.operation,
         num_tokens=part.task.num_tokens,
