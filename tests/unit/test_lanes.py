@@ -204,3 +204,25 @@ def test_lanes_are_opened_as_the_plan_says(mechanism: Mechanism, monkeypatch: py
         Mechanism.STREAM: [(mechanism, None, None)] * 2,
     }
     assert opened == expected[mechanism]
+
+
+def test_an_executor_gives_its_sms_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of lanes is made once for all plans, and both are closed, once."""
+    closed: list[Mechanism] = []
+
+    def partition_pair(_device: torch.device, _share: float) -> tuple[LaneStream, LaneStream]:
+        pair = fake_lane(Mechanism.PARTITION), fake_lane(Mechanism.PARTITION)
+        for lane in pair:
+            lane.stream = SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+            lane._release = lambda lane=lane: closed.append(lane.mechanism)
+        return pair
+
+    monkeypatch.setattr(executor_lanes, "partition_pair", partition_pair)
+    monkeypatch.setattr(executor_lanes, "_num_sms", lambda _device: 132)
+    monkeypatch.setattr(executor_lanes, "kernels_on", lambda kernels, _count: kernels)
+    partitions = Partitions(GPU, REFERENCE_KERNELS)
+    for is_first in (True, False):
+        partitions.side(0.75 if is_first else 0.25, is_first=is_first)
+    for _ in range(2):
+        partitions.close()
+    assert closed == [Mechanism.PARTITION] * 2

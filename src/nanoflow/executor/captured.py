@@ -36,6 +36,9 @@ class Forward(Protocol):
     def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """Queue the work; gives what `PipelinedExecutor.logits` needs."""
 
+    def close(self) -> None:
+        """Give back what it holds, once all that was queued has run; it is of no use afterwards."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerForward:
@@ -50,6 +53,10 @@ class EagerForward:
         inputs = self.builder.build(batch, layout)
         self.executor.forward(inputs, plan)
         return inputs
+
+    def close(self) -> None:
+        """See `Forward`."""
+        self.executor.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +146,14 @@ class CapturedForward:
         loaded = self._builder.load(batch, layout, size)
         inputs = self._run(self._place(size, loaded), plan)
         return replace(inputs, logit_tokens=loaded.logit_tokens)
+
+    def close(self) -> None:
+        """See `Forward`; graphs go before the SMs that they were captured on."""
+        torch.cuda.synchronize(self._decode_tables.device)
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+        self._executor.close()
 
     def _place(self, size: BatchSize, loaded: LoadedBatch) -> LoadedBatch:
         """Copy a batch to where the graphs of its size read."""

@@ -82,6 +82,12 @@ class Partitions:
             self._kept[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
         return part, self._kept[second_sms, is_first]
 
+    def close(self) -> None:
+        """Give back all SMs."""
+        for pair in self._pairs.values():
+            for part in pair:
+                part.close()
+
     def beside(self, *, is_first: bool) -> tuple[LaneStream, Kernels]:
         """The lane on all SMs whose kernels leave room for those of its twin; products are on the first.
 

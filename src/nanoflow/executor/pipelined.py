@@ -30,9 +30,9 @@ class PipelinedExecutor:
         self._model = model
         self.workspace = Workspace.allocate(model, num_tokens=max_batch_tokens, num_logits=max_logits, plans=plans)
         self._steps = {plan.digest: bind(plan, model.graph) for plan in plans}
-        partitions = Partitions(model.device, model.kernels)
+        self._partitions = Partitions(model.device, model.kernels)
         self._lanes = {
-            plan.digest: open_lanes(plan, self._steps[plan.digest], self.workspace, partitions) for plan in plans
+            plan.digest: open_lanes(plan, self._steps[plan.digest], self.workspace, self._partitions) for plan in plans
         }
 
     def forward(self, inputs: BatchInputs, plan: PipelinePlan) -> None:
@@ -52,6 +52,10 @@ class PipelinedExecutor:
                 with lanes.on(place) as workspace:
                     if tokens.num_tokens:
                         workspace.run(step.op, step.layer, tokens, inputs)
+
+    def close(self) -> None:
+        """Give back the SMs of its lanes, once nothing runs on them and no CUDA graph is left of them."""
+        self._partitions.close()
 
     def logits(self, inputs: BatchInputs) -> Tensor:
         """Logits [S, V] of the rows `inputs.logit_tokens` of the batch just run; overwritten by the next call."""

@@ -73,9 +73,10 @@ class Worker:
         return self._forward.num_prepared
 
     def close(self) -> None:
-        """Wait for what runs and stop."""
+        """Wait for what runs, stop, and give back parts of the device; closing twice does nothing more."""
         self._queue.shutdown(wait=True, cancel_futures=True)
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self._forward.close()
 
     @torch.inference_mode()
     def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
