@@ -66,7 +66,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
     num_pages, max_model_len = size_cache(config, model_config, graph, dtype, device)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
-    if is_random:
+    if is_random and device.type == "cuda":
         draw_keys(caches, config.seed)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     is_captured = config.cuda_graphs and device.type == "cuda" and are_capturable(kernels)

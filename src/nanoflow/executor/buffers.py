@@ -64,7 +64,7 @@ def allocate_caches(
 
 
 def draw_keys(caches: Iterable[LayerCache], seed: int) -> None:
-    """Fill caches with random numbers, for benchmarks that read keys nobody wrote: zeros would take less power."""
+    """Fill caches with random numbers, for benchmarks that read keys nobody wrote: zeros take a GPU less power."""
     for cache in caches:
         generator = torch.Generator(cache.keys.device).manual_seed(seed)
         for part in (cache.keys, cache.values):
