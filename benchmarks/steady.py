@@ -2,16 +2,16 @@
 
 A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
 the middle, where requests come as others leave. So the first requests are here anywhere in their completions, the keys
-of what they have behind them being what the cache holds (random numbers where weights are random), new ones always
+of what they have behind them being what the cache holds (random numbers, if weights are), new ones always
 wait. Rungs take turns on one engine, each from the same beginning: what is scheduled depends on lengths alone, so all
 have the very same batches, and neither that prompts come in bursts, nor which card it is, nor its temperature can tell
 for one of them. From the root of the repository:
 
-    python -m benchmarks.ablation --profile benchmarks/results/profile_llama-3-8b_h200.json --prepare
     python -m benchmarks.steady --profile benchmarks/results/profile_llama-3-8b_h200.json --json steady.json
 
-The first command makes the books of the rungs (books/MODEL_RUNG.json), for one token budget, which both must be given.
-What the document has of other workloads stays. Exit status 1 if a workload could not be measured.
+Books of the rungs (books/MODEL_RUNG.json, as of `benchmarks.ablation`) are made first, for these workloads and this
+token budget, if they are not there: minutes that need no GPU; with --prepare nothing else is done. What the document
+has of other workloads stays. Exit status 1 if a workload could not be measured.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ import numpy as np
 
 from benchmarks.ablation import ENGINE, check_length, is_short_enough, read_engine, read_rungs
 from benchmarks.ladder import SEQUENTIAL
-from benchmarks.rungs import Task, label, write_json
+from benchmarks.rungs import Task, label, make_books, write_json
 from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table, with_workload
 from benchmarks.turns import Iteration, Turn, UnequalTurns, Watched, rungs_of
+from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.machine import detect_machine, detect_software, git_revision
 from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.steady import EnergySampler
@@ -60,6 +61,8 @@ WORKLOADS = ("512/512", "1024/512", "512/1024", "1000/1000", "2048/128", "8000/1
 _NUM_LENGTHS, _NUM_WAITING = 4096, 32
 # How often a turn is begun again because CUDA graphs were captured in it.
 _MOST_ATTEMPTS = 3
+# Requests of each workload that plans are searched for.
+_NUM_SIMULATED = 1500
 _SAME = ("max_batch_tokens", "max_num_seqs", "gpu_memory_utilization", "dtype")
 
 
@@ -79,12 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         task = read_task(args)
-        books = {rung: task.book(rung) for rung in task.rungs}
         document = read_document(args.json, task)
-        workloads = args.workloads or [text for text in WORKLOADS if is_short_enough(text, task.profile)]
-        lengths = {label(text): draw_lengths(text, _NUM_LENGTHS, task.engine.seed) for text in workloads}
+        lengths = {
+            label(config.workload): draw_lengths(config.workload, _NUM_LENGTHS, task.engine.seed)
+            for config in task.workloads
+        }
+        make_books(task)
+        books = {rung: task.book(rung) for rung in task.rungs}
     except ValueError as error:
         parser.error(str(error))
+    if args.prepare:
+        return 0
     bounds = {name: measure_bounds(task.engine, drawn) for name, drawn in lengths.items()} if args.bounds else {}
     clock = Clock(
         settle_s=args.settle,
@@ -135,6 +143,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--json-folder", type=Path, default=Path("benchmarks/results/ladder"), metavar="DIR", help="where the books are"
     )
+    parser.add_argument("--prepare", action="store_true", help="only make the books that are not there")
     parser.add_argument("--json", type=Path, help="file to write the document to")
     parser.add_argument("--turn", type=float, default=2.0, metavar="SECONDS", help="of a turn (default: 2)")
     parser.add_argument("--settle", type=float, default=0.5, metavar="SECONDS", help="before it counts (default: 0.5)")
@@ -152,27 +161,24 @@ def make_parser() -> CommandParser:
 
 
 def read_task(args: argparse.Namespace) -> Task:
-    """Model, engine, rungs and where the books are; ConfigError if that makes no sense or a book is missing."""
+    """Model, engine, workloads, rungs and where the books are; ConfigError if that makes no sense."""
     profile, engine = read_engine(args)
     if min(args.turn, args.turns, args.repeats) <= 0 or args.settle < 0:
         raise ConfigError("--turn, --turns and --repeats must be positive, --settle must not be negative")
     if preset_name(engine.model) is not None:
         engine = replace(engine, load_format="random")
-    task = Task(
+    for workload in args.workloads or ():
+        check_length(workload, profile)
+    workloads = args.workloads or [text for text in WORKLOADS if is_short_enough(text, profile)]
+    return Task(
         profile=profile,
         engine=engine,
-        workloads=(),
+        workloads=tuple(ThroughputConfig(workload=text, num_requests=_NUM_SIMULATED) for text in workloads),
         rungs=read_rungs(args.rungs and [SEQUENTIAL, *args.rungs], profile),
         folder=args.json_folder,
         is_forced=False,
         git_revision=None,
     )
-    for workload in args.workloads or ():
-        check_length(workload, profile)
-    for rung in task.rungs:
-        if (path := task.book_path(rung)) is not None and not path.exists():
-            raise ConfigError(f"there is no book {path}: make it with python -m benchmarks.ablation --prepare")
-    return task
 
 
 def read_document(path: Path | None, task: Task) -> SteadyDocument:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from benchmarks import ablation, steady
+from benchmarks import steady
 from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table
 from benchmarks.turns import Iteration, Turn, UnequalTurns, rungs_of
 
@@ -207,7 +207,6 @@ def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
         (["--workloads", "64"], "workload must be IN/OUT"),
         (["--workloads", "8000/1000"], "a request has 9,000"),
         (["--rungs", "offload"], "there is no rung 'offload'"),
-        (["--rungs", "searched"], "make it with python -m benchmarks.ablation --prepare"),
         (["--turn", "0"], "must be positive"),
         (["--model", "preset:llama-3-8b"], "the profile is of default, not of preset:llama-3-8b"),
     ],
@@ -226,8 +225,8 @@ def test_two_rungs_take_turns_on_the_embedded_model(
     """A second workload is added to the document, and one that is measured again replaced."""
     folder = ["--profile", str(path), "--json-folder", str(tmp_path)]
     rungs = ["--rungs", "sequential", "nano-batches"]
-    prepared = [*folder, "--prepare", *rungs, "--workloads", "300/8:10", "--max-batch-tokens", "512", *CPU]
-    assert ablation.main([*prepared, "--max-num-seqs", "16"]) == 0
+    assert steady.main([*folder, *rungs, *OPTIONS, "--workloads", "300/8", "--prepare"]) == 0
+    assert [made.name for made in (tmp_path / "books").iterdir()] == ["default_nano-batches.json"]
     json_path = tmp_path / "steady.json"
     turns = ["--turn", "0.2", "--settle", "0.05", "--turns", "2", "--repeats", "2", "--json", str(json_path)]
     for workload in ("300/8", "200/4", "300/8"):
