@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nanoflow.version import __version__
+
 if TYPE_CHECKING:
     from nanoflow.config import EngineConfig, ServerConfig
     from nanoflow.engine.async_engine import AsyncEngine
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
     from nanoflow.request import SamplingParams
 
-__version__ = "0.1.0"
 
 _HOME = {
     "LLM": "nanoflow.engine.llm",

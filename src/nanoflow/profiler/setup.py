@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-import nanoflow
 from nanoflow.cost.table import Profile, ProfileError, Setup
 from nanoflow.device.detect import device_name, total_memory_bytes
 from nanoflow.profiler.sustained import Span, sustained
+from nanoflow.version import __version__
 
 # What times depend on, and what a profile that is continued must agree in besides.
 _MACHINE = ("gpu", "num_gpus", "num_sms", "power_limit_w")
@@ -79,7 +79,7 @@ def _check(profile: Profile, setup: Setup, names: tuple[str, ...]) -> None:
 
 
 def _software() -> dict[str, str]:
-    found = {"nanoflow": nanoflow.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {"nanoflow": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     if importlib.util.find_spec("triton") is not None:
