@@ -20,7 +20,9 @@ from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
 from nanoflow.search.books import FoundPlan, divided
-from nanoflow.search.shapes import batch_of, cells_of, entry_of, ranked
+from nanoflow.search.inside import inside_plan
+from nanoflow.search.shapes import batch_of, cells_of, entry_of, least_predicted_gain, ranked
+from tests.plans import ping_pong_plan
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
 LANES = (Lane(name="first"), Lane(name="second"))
@@ -106,9 +108,11 @@ def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:
     assert divided([often, nothing, last, rare, rarer]) == ([often, last], [nothing, rare, rarer])
     assert rare.trusted.plans == plans[:1] and rarer.trusted.plans == nothing.trusted.plans == ()
     # Predictions of attention inside products are better than others.
-    inside = tuple(replace(lane, mechanism=Mechanism.INSIDE) for lane in plans[0].lanes)
-    good = replace(rare, gain=1.04, plans=(replace(plans[0], lanes=inside),))
-    assert good.trusted == good and replace(good, plans=plans).trusted.plans == ()
+    inside = inside_plan(GRAPH, 2048, 1024, 0.8, ("gate_up_proj",))
+    good = replace(rare, gain=1.04, plans=(inside, *plans))
+    assert good.trusted.plans == (inside,) and replace(good, plans=plans).trusted.plans == ()
+    parted = ping_pong_plan(GRAPH, 2048, 1024, Mechanism.PARTITION, share=0.75)
+    assert least_predicted_gain(inside) == 1.03 < least_predicted_gain(parted) == least_predicted_gain(plans[0])
 
 
 def test_cells_hold_batches_that_are_alike() -> None:

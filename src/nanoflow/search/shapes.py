@@ -131,8 +131,8 @@ def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
 
 def least_predicted_gain(plan: PipelinePlan) -> float:
     """What a plan must be predicted to win to be used without a trial."""
-    is_inside = all(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes)
-    return _LEAST_PREDICTED_INSIDE if is_inside else _LEAST_PREDICTED
+    parallel = {lane.mechanism for lane in plan.lanes} - {Mechanism.WHOLE}
+    return _LEAST_PREDICTED_INSIDE if parallel == {Mechanism.INSIDE} else _LEAST_PREDICTED
 
 
 def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[tuple[float, PipelinePlan]]:
