@@ -9,20 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.document import write_document
 from nanoflow.batch import DenseBatch
-from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
@@ -75,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         points.append(measure(case, args.seconds))
         report(points[-1], points[0])
     if args.json:
-        args.json.write_text(json.dumps(document(args, points), indent=2) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_elementwise",
+            kernels="reference" if args.reference else "triton",
+            shape="Llama-3-8B, bfloat16, tensors in turns over 4 L2 caches",
+            points=[dataclasses.asdict(point) for point in points],
+        )
     return 0
 
 
@@ -235,18 +239,6 @@ def report(point: Point, copy: Point) -> None:
     share = point.bandwidth_gb_per_s / copy.bandwidth_gb_per_s
     numbers = f"{point.num_tokens:>8}{point.time_us:>10.2f}{point.bandwidth_gb_per_s:>10.0f}"
     print(f"{point.kernel:<22}{numbers}{share:>9.0%}{point.host_us:>9.1f}", flush=True)
-
-
-def document(args: argparse.Namespace, points: list[Point]) -> dict[str, Any]:
-    """The result as JSON."""
-    return {
-        "benchmark": "kernels_elementwise",
-        "kernels": "reference" if args.reference else "triton",
-        "shape": "Llama-3-8B, bfloat16, tensors in turns over 4 L2 caches",
-        "machine": dataclasses.asdict(detect_machine()),
-        "software": dataclasses.asdict(detect_software()),
-        "points": [dataclasses.asdict(point) for point in points],
-    }
 
 
 if __name__ == "__main__":

@@ -33,11 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(" ".join(f"{key} {value}" for key, value in point.items()), flush=True)
             points.append(point)
     if args.json is not None:
-        write_document(
-            args.json,
-            "kernels_flashinfer",
-            points=points,
-        )
+        write_document(args.json, "kernels_flashinfer", points=points)
     return 0
 
 

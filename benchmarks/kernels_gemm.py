@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.document import write_document
 from benchmarks.kernels_attention import elapsed_s
 from benchmarks.kernels_elementwise import index_tensors
-from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.device.energy import gpu_energy_j
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource
@@ -95,7 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             points += measure_all(LAYER, num_tokens, (cublas(), *(ours(tiles) for tiles in (LARGE, *SWEEP))))
             points += measure_all(FUSED, num_tokens, (in_two_kernels(), *map(fused, (LARGE, *FUSED_SWEEP))))
     if args.json is not None:
-        args.json.write_text(json.dumps(document(points), indent=2) + "\n", encoding="utf-8")
+        write_document(
+            args.json,
+            "kernels_gemm",
+            shape="Llama-3-8B, bfloat16",
+            window_s=WINDOW_S,
+            points=[dataclasses.asdict(point) for point in points],
+        )
     return 0
 
 
@@ -270,18 +275,6 @@ def print_row(point: Point) -> None:
         return
     cells = ((point.time_us, 8, 1), (point.energy_mj, 8, 1), (point.tflop_per_s, 9, 0), (point.speed_of_cublas, 11, 3))
     print(*(f"{'-' if x is None else f'{x:.{digits}f}':>{width}}" for x, width, digits in cells), sep="", flush=True)
-
-
-def document(points: Sequence[Point]) -> dict[str, object]:
-    """The result as JSON."""
-    return {
-        "benchmark": "kernels_gemm",
-        "shape": "Llama-3-8B, bfloat16",
-        "window_s": WINDOW_S,
-        "machine": dataclasses.asdict(detect_machine()),
-        "software": dataclasses.asdict(detect_software()),
-        "points": [dataclasses.asdict(point) for point in points],
-    }
 
 
 if __name__ == "__main__":

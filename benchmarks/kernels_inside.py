@@ -77,12 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     if args.json is not None:
-        write_document(
-            args.json,
-            "kernels_inside",
-            model=args.model,
-            rows=rows,
-        )
+        write_document(args.json, "kernels_inside", model=args.model, rows=rows)
     return 0
 
 

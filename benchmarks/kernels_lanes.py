@@ -152,8 +152,9 @@ def _prepared(prepared: Prepared) -> Side:
     """An operation of the engine's."""
 
     def work_on(lane: LaneStream | None) -> Work:
-        is_part = lane is not None and lane.mechanism is Mechanism.PARTITION
-        return prepared.work(kernels_on(prepared.workspace.model.kernels, lane.num_sms) if lane and is_part else None)
+        if lane is None or lane.mechanism is not Mechanism.PARTITION:
+            return prepared.work()
+        return prepared.work(kernels_on(prepared.workspace.model.kernels, lane.num_sms))
 
     return Side(work_on=work_on, num_calls=prepared.num_calls)
 
@@ -180,14 +181,14 @@ def _copy(site: Site, _case: Case) -> Side:
     """To pinned memory, as keys and values leave for the host."""
     source = torch.randn(_COPY_BYTES // 4, device=site.device)
     target = torch.empty(source.shape, pin_memory=site.device.type == "cuda")
-    return Side(work_on=lambda _lane: lambda: _ignore(target.copy_(source, non_blocking=True)), num_calls=1)
+
+    def work() -> None:
+        target.copy_(source, non_blocking=True)
+
+    return Side(work_on=lambda _lane: work, num_calls=1)
 
 
-def _products(site: Site, case: Case, dtype: torch.dtype) -> Side:
-    return _multiplying(site, site.graph.layer, case.num_tokens, dtype)
-
-
-def _multiplying(site: Site, operations: Sequence[Operation], num_rows: int, dtype: torch.dtype) -> Side:
+def _products(site: Site, operations: Sequence[Operation], num_rows: int, dtype: torch.dtype) -> Side:
     """Products of operations, in as many layers as it takes to leave every cache, on random operands."""
     dims = [op.dims for op in gemms(operations) if isinstance(op.dims, LinearDims)]
     num_bytes = sum(each.in_features * each.out_features for each in dims) * dtype.itemsize
@@ -213,17 +214,14 @@ def _random(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.d
     return torch.randn((num_rows, num_columns), device=device).to(dtype)
 
 
-def _ignore(_result: object) -> None: ...
-
-
 def _text(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 FIRST: dict[str, Callable[[Site, Case], Side]] = {
-    "products": lambda site, case: _products(site, case, torch.bfloat16),
-    "fp8": lambda site, case: _products(site, case, torch.float8_e4m3fn),
-    "head": lambda site, case: _multiplying(site, site.graph.epilogue, case.num_requests, torch.bfloat16),
+    "products": lambda site, case: _products(site, site.graph.layer, case.num_tokens, torch.bfloat16),
+    "fp8": lambda site, case: _products(site, site.graph.layer, case.num_tokens, torch.float8_e4m3fn),
+    "head": lambda site, case: _products(site, site.graph.epilogue, case.num_requests, torch.bfloat16),
     "prefill": _prefill,
 }
 SECOND: dict[str, Callable[[Site, Case], Side]] = {"attention": _decode, "norm": _norm, "copy": _copy}

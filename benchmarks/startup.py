@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from nanoflow.bench.machine import detect_machine, detect_software
+from benchmarks.document import write_document
 from nanoflow.config import DEFAULT_MODEL
 from nanoflow.models.presets import PRESETS, preset_config, preset_name
 from nanoflow.models.registry import build_graph
@@ -48,15 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, parts in zip(("first start", "second start"), starts, strict=True):
         print(f"{label}: " + ", ".join(f"{key} {value:.1f}" for key, value in parts.items()))
     if args.json is not None:
-        document = {
-            "benchmark": "startup",
-            "model": args.model,
-            "options": args.options,
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "starts": starts,
-        }
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_document(args.json, "startup", model=args.model, options=args.options, starts=starts)
     return 0
 
 

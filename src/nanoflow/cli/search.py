@@ -188,7 +188,10 @@ def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -
         judged.append(each.confirmed([next(trials).gain for _ in each.plans]))
         if not is_quiet:
             print(f"  {_cell(judged[-1])}", file=sys.stderr, flush=True)
-    return [*judged, *(each.trusted for each in rare)]
+    trusted = [each.trusted for each in rare]
+    if not is_quiet:
+        print(f"  rare batches: {sum(bool(each.plans) for each in trusted)} plans as predicted", file=sys.stderr)
+    return [*judged, *trusted]
 
 
 def _simulated(profile: Profile, config: SearchConfig, workload: str) -> list[tuple[BatchShape, float]]:

@@ -23,7 +23,7 @@ from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan, PlanError
 
 # A graph of a model of 32 layers takes some megabytes; the least recently used one makes room.
-_MAX_GRAPHS = 512
+_MAX_GRAPHS = 256
 
 
 class Forward(Protocol):

@@ -121,7 +121,7 @@ class Scheduler:
         """Put a request at the end of the queue.
 
         Args:
-            request: Asks for what.
+            request: What to compute.
             num_computed: Tokens of its prompt that are not computed: whatever its pages hold counts as their keys and
                 values. For benchmarks that begin in the middle of a request.
 
