@@ -5,7 +5,7 @@ What the search does not ask a profile, to know where overlap could pay beyond w
 as they are), the language-model `head` on as many rows as there are decodes (which an iteration could leave to the
 first layers of the next one), or `prefill` attention. On the second: decode `attention`, a `norm` of as many tokens, or
 a `copy` of keys and values to the host. Products are cuBLAS's, which fill every multiprocessor they may, so the lanes
-are plain streams and disjoint multiprocessors. On a Hopper card or a later one, from the root of the repository;
+are plain streams and disjoint multiprocessors; a copy needs none. On a Hopper card or a later one, from the root of the repository;
 TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
 
     python -m benchmarks.kernels_lanes --cases 1024:340:1280 2048:340:1280 --json kernels_lanes.json
@@ -60,10 +60,12 @@ class Side:
     Attributes:
         work_on: The work, cut to a lane if that has multiprocessors of its own.
         num_calls: Layers that it goes through.
+        needs_sms: Whether it runs on multiprocessors at all.
     """
 
     work_on: Callable[[LaneStream | None], Work]
     num_calls: int
+    needs_sms: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +106,7 @@ def measure(site: Site, first: str, seconds: Sequence[str], case: Case, span: Sp
     for second in seconds:
         two = SECOND[second](site, case)
         two_alone = sustained(two.work_on(None), site.device, span)
-        for lanes in _lanes(site.device):
+        for lanes in _lanes(site.device, is_divided=two.needs_sms):
             with closing(lanes[0]), closing(lanes[1]):
                 yield {
                     "first": first,
@@ -141,8 +143,10 @@ def _beside(
     }
 
 
-def _lanes(device: torch.device) -> Iterator[tuple[LaneStream, LaneStream]]:
+def _lanes(device: torch.device, *, is_divided: bool) -> Iterator[tuple[LaneStream, LaneStream]]:
     yield plain_stream(device), plain_stream(device)
+    if not is_divided:
+        return
     total = torch.cuda.get_device_properties(device).multi_processor_count
     for count in _SECOND_SMS:
         yield partition_pair(device, 1.0 - count / total)
@@ -185,7 +189,7 @@ def _copy(site: Site, _case: Case) -> Side:
     def work() -> None:
         target.copy_(source, non_blocking=True)
 
-    return Side(work_on=lambda _lane: work, num_calls=1)
+    return Side(work_on=lambda _lane: work, num_calls=1, needs_sms=False)
 
 
 def _products(site: Site, operations: Sequence[Operation], num_rows: int, dtype: torch.dtype) -> Side:

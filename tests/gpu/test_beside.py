@@ -139,7 +139,7 @@ def test_kernels_of_a_lane(num_tokens: int) -> None:
 
 
 def capture(lane: LaneStream, kernels: Kernels, launches: list[Launch]) -> torch.cuda.CUDAGraph:
-    """A graph of launches on a lane, which run there before."""
+    """A graph of launches on a lane, which run there before; the kernels must outlive it."""
     torch.cuda.synchronize()
     carveout, graph = Carveout(GPU), torch.cuda.CUDAGraph()
     with carveout.open():
@@ -159,10 +159,9 @@ def test_both_lanes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     products = [linear_case(1056, shape, torch.bfloat16, GPU) for shape in SHAPES.values()]
     attention = attention_case([1 + 37 * row % 1500 for row in range(300)], monkeypatch)
     work = (products, [attention])
-    captured = [
-        capture(lane, kernels_beside(KERNELS, lane.num_sms), launches)
-        for lane, launches in zip(pair, work, strict=True)
-    ]
+    # A graph does not keep what is theirs: the workspace that products are split in.
+    kernels = [kernels_beside(KERNELS, lane.num_sms) for lane in pair]
+    captured = [capture(lane, own, launches) for lane, own, launches in zip(pair, kernels, work, strict=True)]
     for launch in products:
         assert_linear(launch.writes[0], exact_linear(launch))
     assert_attention(attention)

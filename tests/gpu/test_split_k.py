@@ -20,8 +20,10 @@ from nanoflow.kernels.gemm_tiles import PART_TILES, GemmTiles
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.triton_attention import card_of
 from nanoflow.kernels.triton_split_k import (
     SplitWorkspace,
+    choose_split_cut,
     make_workspace,
     max_splits,
     run_linear_add_split_k,
@@ -165,7 +167,9 @@ def test_kernels_of_a_partition(num_tokens: int, num_programs: int) -> None:
 
 
 def test_a_workspace_is_not_made_while_a_graph_is_captured() -> None:
-    launch, _ = linear_add_case(300, (4096, 4096), torch.bfloat16, GPU)
+    launch, _ = linear_add_case(512, (4096, 4096), torch.bfloat16, GPU)
+    _, num_splits = choose_split_cut(PART_TILES, (512, 4096, 4096), 100, card_of(GPU).shared_memory_bytes)
+    assert num_splits > 1
     kernels_on(REFERENCE_KERNELS, 100)[OpKind.LINEAR_ADD](launch)
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="run the product once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
