@@ -5,8 +5,8 @@ What the search does not ask a profile, to know where overlap could pay beyond w
 as they are), the language-model `head` on as many rows as there are decodes (which an iteration could leave to the
 first layers of the next one), or `prefill` attention. On the second: decode `attention`, a `norm` of as many tokens, or
 a `copy` of keys and values to the host. Products are cuBLAS's, which fill every multiprocessor they may, so the lanes
-are plain streams and disjoint multiprocessors; a copy needs none. On a Hopper card or a later one, from the root of the repository;
-TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
+are plain streams and disjoint multiprocessors; a copy needs none. On a Hopper card or a later one, from the root of the
+repository; TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
 
     python -m benchmarks.kernels_lanes --cases 1024:340:1280 2048:340:1280 --json kernels_lanes.json
 """
