@@ -17,6 +17,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler import alone, pairs, profile, site
 from nanoflow.profiler.alone import measure_alone
+from nanoflow.profiler.inside import InsideTask
 from nanoflow.profiler.pairs import PairTask, balanced_counts, pair_tasks, queue_order
 from nanoflow.profiler.profile import Job, new_job, run_job
 from nanoflow.profiler.setup import check_same_machine
@@ -203,6 +204,44 @@ def test_a_cpu_has_no_partitions_and_no_pairs() -> None:
     with pytest.raises(LaneError, match="'cpu' has no SMs"):
         partition_pair(torch.device("cpu"), 0.5)
     assert pair_tasks(SITE, 1024, 132) == []
+
+
+@pytest.mark.parametrize(
+    ("only", "has_alone", "mechanisms", "has_parts"),
+    [
+        (None, True, {"stream", "partition", "beside", "inside"}, True),
+        ("alone", True, set(), False),
+        ("pairs", False, {"stream", "partition", "beside", "inside"}, True),
+        ("stream", False, {"stream"}, False),
+        ("partition", False, {"partition"}, True),
+        ("beside", False, {"beside"}, False),
+        ("inside", False, {"inside"}, False),
+    ],
+)
+def test_only_a_part_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    only: str | None,
+    has_alone: bool,
+    mechanisms: set[str],
+    has_parts: bool,
+) -> None:
+    product, attention = Task(operation="o_proj", num_tokens=600), Task(operation="a", num_tokens=9, num_requests=9)
+    apart = (Mechanism.STREAM, Mechanism.BESIDE)
+    found = [
+        *(PairTask(first=product, second=attention, mechanism=mechanism) for mechanism in apart),
+        PairTask(first=product, second=attention, mechanism=Mechanism.PARTITION, second_sms=16),
+    ]
+    carried = InsideTask(num_tokens=600, steps=4, attention=attention)
+    for module in (pairs, profile):
+        monkeypatch.setattr(module, "pair_tasks", lambda *_: found)
+    monkeypatch.setattr(profile, "inside_tasks", lambda *_: [carried])
+    begun = job(tmp_path / "profile.json")
+    on_gpu = replace(begun.profile, setup=replace(begun.profile.setup, num_sms=132))
+    wanted = replace(begun, profile=on_gpu, only=only).wanted()
+    assert bool(wanted.alone) == has_alone and bool(wanted.parts) == has_parts
+    assert {pair.mechanism.value for pair in wanted.pairs} == mechanisms - {"inside"}
+    assert wanted.inside == ([carried] if "inside" in mechanisms else [])
 
 
 def test_parts_are_both_sides_of_every_pair_and_products_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

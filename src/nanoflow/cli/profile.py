@@ -40,7 +40,9 @@ class ProfileConfig:
     max_batch_tokens: int = option(2048, "Token budget: no operation is measured on more tokens")
     quick: bool = option(False, "Look at each point half as long, and on a CPU at a few sizes only")
     fresh: bool = option(False, "Begin anew instead of adding what the file lacks")
-    only: Literal["alone", "pairs"] | None = option(None, "Measure only operations alone, or only pairs")
+    only: Literal["alone", "pairs", "stream", "partition", "beside", "inside"] | None = option(
+        None, "Measure only operations alone, only pairs, or only the pairs of one mechanism"
+    )
     device: str = option("auto", "Where to measure: auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Type of weights and activations")
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")

@@ -71,7 +71,7 @@ class Job:
         sizes: What to measure.
         profile: What there is so far.
         span: How long to look at each point.
-        only: "alone" or "pairs" to measure just these; None for all.
+        only: "alone", "pairs" or the name of a mechanism, whose pairs then, to measure just these; None for all.
     """
 
     site: Site
@@ -80,15 +80,27 @@ class Job:
     span: Span
     only: str | None = None
 
+    @property
+    def has_alone(self) -> bool:
+        """Whether operations are measured alone."""
+        return self.only in (None, "alone")
+
+    @property
+    def mechanisms(self) -> frozenset[Mechanism]:
+        """Whose pairs are measured."""
+        if self.only == "alone":
+            return frozenset()
+        return frozenset(Mechanism) if self.only in (None, "pairs") else frozenset({Mechanism(self.only)})
+
     def wanted(self) -> Wanted:
         """What the profile lacks."""
         points = {point.key for point in self.profile.points}
         pairs = {_identity(pair) for pair in self.profile.pairs}
         num_sms, budget = self.profile.setup.num_sms or 0, self.sizes.max_tokens
-        alone = tasks(self.site, self.sizes) if self.only != "pairs" else []
-        parts = part_tasks(self.site, budget, num_sms) if self.only != "alone" else []
-        beside = pair_tasks(self.site, budget, num_sms) if self.only != "alone" else []
-        inside = inside_tasks(self.site, budget, num_sms) if self.only != "alone" else []
+        alone = tasks(self.site, self.sizes) if self.has_alone else []
+        parts = part_tasks(self.site, budget, num_sms) if Mechanism.PARTITION in self.mechanisms else []
+        beside = [pair for pair in pair_tasks(self.site, budget, num_sms) if pair.mechanism in self.mechanisms]
+        inside = inside_tasks(self.site, budget, num_sms) if Mechanism.INSIDE in self.mechanisms else []
         return Wanted(
             alone=[task for task in alone if task.key not in points],
             parts=[part for part in parts if _part_key(part, num_sms) not in points],
@@ -121,7 +133,7 @@ def new_job(
         page_size: Tokens a page.
         is_quick: Look at each point half as long.
         is_fresh: Begin anew whatever there is.
-        only: "alone", "pairs" or None for both.
+        only: As `Job` has it.
 
     Raises:
         ProfileError: The file is no profile, or of another model, type or machine.
@@ -159,7 +171,7 @@ def run_job(job: Job, path: Path, *, show_progress: bool = False) -> Profile:
                 profile = _written(profile, fresh, path)
                 fresh.clear()
     profile = _written(profile, fresh, path)
-    gap_s = launch_gap_s(job, profile) if job.only != "pairs" else None
+    gap_s = launch_gap_s(job, profile) if job.has_alone else None
     if gap_s is not None:
         profile = _written(replace(profile, launch_gap_s=gap_s), (), path)
     return profile
