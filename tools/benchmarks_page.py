@@ -192,10 +192,10 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
     return [
         workload["workload"],
         rung["rung"],
-        f"{rate:,.0f} ({min(rung['tokens_per_s']):,.0f} to {max(rung['tokens_per_s']):,.0f})",
-        f"{mean(rung['gains']):.3f} ({min(rung['gains']):.3f} to {max(rung['gains']):.3f})",
+        spread(rung["tokens_per_s"], ",.0f", "", mean),
+        spread(rung["gains"], ".3f", "", mean),
         f"{rung['predicted_gain']:.3f}",
-        "" if ratios is None else f"{mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+        spread(ratios or [], ".3f", "", mean),
         "" if optimal is None else f"{rate / optimal:.1%}",
         "" if serial is None else f"{rate / serial:.1%}",
         "" if energies is None else f"{mean(energies) * 1e3:.1f}",

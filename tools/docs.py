@@ -11,7 +11,7 @@ import ast
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ def file_tree() -> str:
     return "\n".join(["```", "src/nanoflow/", *(f"  {line}" for line in tree_lines(ROOT / "src/nanoflow")), "```"])
 
 
-def spread(values: list[float], digits: str, unit: str) -> str:
-    """Median (minimum to maximum) of the repeats; nothing without values, no range if it shows none."""
+def spread(
+    values: list[float], digits: str, unit: str, middle: Callable[[list[float]], float] = statistics.median
+) -> str:
+    """Middle (minimum to maximum) of the repeats; nothing without values, no range if it shows none."""
     if not values:
         return ""
-    low, middle, high = (format(value, digits) for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle}{f' ({low} to {high})' if low != high else ''}{unit}"
+    low, central, high = (format(value, digits) for value in (min(values), middle(values), max(values)))
+    return f"{central}{f' ({low} to {high})' if low != high else ''}{unit}"
 
 
 def headline(document: dict[str, Any]) -> dict[str, str] | None:
@@ -96,7 +98,7 @@ def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
         rungs = {rung["rung"]: rung for rung in workload["rungs"]}
         if "searched" not in rungs:
             continue
-        gain = spread(rungs["searched"]["gains"], ".3f", " times sequential")
+        gain = spread(rungs["searched"]["gains"], ".3f", " times sequential", statistics.fmean)
         energies = rungs["searched"]["energy_ratios"]
         yield {
             "what": f"{document['model'].removeprefix('preset:')}, {document['options']['dtype']}, random weights, "
