@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
+from nanoflow.cost.table import Profile
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.models.presets import PRESETS
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import measure_alone, prepare_row, rows_workspace
 from nanoflow.profiler.pairs import measure_pairs, measure_parts, pair_tasks, part_tasks
-from nanoflow.profiler.profile import Job, launch_gap_s, new_job, run_job
+from nanoflow.profiler.profile import Job, new_job, run_job
 from nanoflow.profiler.sustained import Span
 from nanoflow.profiler.work import Sizes, Task
 
@@ -64,15 +66,21 @@ def test_products_kept_to_a_part_compute_the_same(job: Job, name: str) -> None:
 
 
 def test_a_profile_is_plausible(job: Job, tmp_path: Path) -> None:
-    whole = run_job(job, tmp_path / "profile.json")
+    # Those of one mechanism stand for all pairs: five, not minutes.
+    path = tmp_path / "profile.json"
+    alone_only = run_job(replace(job, span=SHORT, only="alone"), path)
+    assert not alone_only.pairs
+    whole = run_job(replace(job, profile=alone_only, span=SHORT, only="beside"), path)
+    assert Profile.load(path) == whole
     alone = [point for point in whole.points if point.mechanism is Mechanism.WHOLE]
     assert all(point.time_s > 0 and point.energy_j is not None for point in alone)
     of = {(point.operation, point.num_tokens, point.context): point.time_s for point in alone}
     # 1,024 x 4,096 x 28,672 multiply-adds at 200 to 1,000 TFLOP/s.
     assert 240e-6 < of["gate_up_proj", 1024, 0] < 1.3e-3
     assert of["decode_attention", 64, 256] < of["decode_attention", 64, 1024]
-    assert len(whole.pairs) == len(pair_tasks(job.site, 1024, whole.setup.num_sms or 0)) > 0
-    assert 0 <= (launch_gap_s(job, whole) or 0.0) < 20e-6
+    beside = [pair for pair in pair_tasks(job.site, 1024, 132) if pair.mechanism is Mechanism.BESIDE]
+    assert len(whole.pairs) == len(beside) > 0 and {pair.mechanism for pair in whole.pairs} == {Mechanism.BESIDE}
+    assert whole.launch_gap_s is not None and 0 <= whole.launch_gap_s < 20e-6
     assert whole.setup.static_power_w is not None and 30 < whole.setup.static_power_w < 500
 
 

@@ -17,18 +17,18 @@ from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.search.iteration import IterationModel
 from nanoflow.search.search import Search
-from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, least_predicted_gain, ranked
+from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, least_predicted_gain, mechanisms_of, ranked
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
 # Best plans of a cell's middle batch, which are compared on all batches that stand for the cell, and for later cells.
 _PLANS_A_CELL = 4
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
-_LEAST_GAIN_TO_TRY = 0.98
-# Plans of a cell that are tried: predictions rank ways to divide the device no better.
-_MOST_TO_TRY = 2
+_LEAST_GAIN_TO_TRY = 0.99
+# The best plans of a cell that are tried, whatever shares the device: predictions rank ways to divide it no better.
+_BEST_TO_TRY = 2
 # Plans are tried in cells that cover so much of the run's time; a trial takes as long for a rare kind of batch.
-_TRIED = 0.9
+_TRIED = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ def search_book(
         plans |= {attempt.plan.digest: attempt.plan for attempt in best_attempts}
         found = ranked(plans.values(), cell, model.iteration_s)
         if will_be_tried:
-            kept = [each for each in found if each[0] >= _LEAST_GAIN_TO_TRY][:_MOST_TO_TRY]
+            kept = worth_trying(found)
         else:
             kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
         yield FoundPlan(
@@ -107,6 +107,16 @@ def search_book(
             gain=next((gain for gain, _ in (*kept, *found)), 1.0),
             plans=tuple(plan for _, plan in kept),
         )
+
+
+def worth_trying(found: Sequence[tuple[float, PipelinePlan]]) -> list[tuple[float, PipelinePlan]]:
+    """Of plans with their gains, the best one first, those to try: the best, and the best of each mechanism.
+
+    What is predicted of one mechanism is off by other percents than what is predicted of another.
+    """
+    promising = [each for each in found if each[0] >= _LEAST_GAIN_TO_TRY]
+    leaders = {mechanisms_of(plan): plan for _, plan in reversed(promising)}.values()
+    return [each for place, each in enumerate(promising) if place < _BEST_TO_TRY or each[1] in leaders]
 
 
 def divided(found: Sequence[FoundPlan]) -> tuple[list[FoundPlan], list[FoundPlan]]:

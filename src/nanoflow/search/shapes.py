@@ -18,8 +18,8 @@ from nanoflow.plan.plan import Mechanism, PipelinePlan
 
 # Sizes in a cell differ by this part, no less than a GEMM tile; keys a token by this factor, where they are many.
 _TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR, _MANY_KEYS = 128, 1 / 8, 1.12, 64
-# What a plan must win in its cell, over batches that stand for it, if a device says so.
-LEAST_GAIN = 1.01
+# What a plan must win in its cell if a device says so: a trial of a second is off by about 0.4 % (docs/log.md).
+LEAST_GAIN = 1.005
 # And if only a prediction says so: attention inside products is measured as it runs, in one kernel, and predictions are
 # off by up to 4 %; other lanes are put together from pairs of operations, and were up to 7 % worse (docs/log.md).
 _LEAST_PREDICTED_INSIDE, _LEAST_PREDICTED = 1.03, 1.08
@@ -129,10 +129,14 @@ def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
     return sequential_s / sum(predict(shape, plan) for shape in cell.shapes)
 
 
+def mechanisms_of(plan: PipelinePlan) -> frozenset[Mechanism]:
+    """How its lanes share the device."""
+    return frozenset(lane.mechanism for lane in plan.lanes) - {Mechanism.WHOLE}
+
+
 def least_predicted_gain(plan: PipelinePlan) -> float:
     """What a plan must be predicted to win to be used without a trial."""
-    parallel = {lane.mechanism for lane in plan.lanes} - {Mechanism.WHOLE}
-    return _LEAST_PREDICTED_INSIDE if parallel == {Mechanism.INSIDE} else _LEAST_PREDICTED
+    return _LEAST_PREDICTED_INSIDE if mechanisms_of(plan) == {Mechanism.INSIDE} else _LEAST_PREDICTED
 
 
 def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[tuple[float, PipelinePlan]]:
