@@ -19,9 +19,9 @@ from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
-from nanoflow.search.books import FoundPlan, divided, worth_trying
+from nanoflow.search.books import FoundPlan, divided
 from nanoflow.search.inside import inside_plan
-from nanoflow.search.shapes import batch_of, cells_of, entry_of, least_predicted_gain, ranked
+from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
 from tests.plans import ping_pong_plan
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
@@ -98,15 +98,15 @@ def test_what_a_device_says_decides() -> None:
     assert loser.entry is None and loser.saved == 0.0 and loser.measured_gain == 1.004
 
 
-def test_the_best_plans_and_the_best_of_each_mechanism_are_tried() -> None:
+def test_the_best_plans_and_the_best_of_each_mechanism_lead() -> None:
     inside, also, third = (inside_plan(GRAPH, 2048, 1024, share, ("gate_up_proj",)) for share in (0.8, 0.75, 0.67))
     parted, streams, beside = (
         ping_pong_plan(GRAPH, 2048, 1024, mechanism, share=0.75)
         for mechanism in (Mechanism.PARTITION, Mechanism.STREAM, Mechanism.BESIDE)
     )
-    found = [(1.09, inside), (1.08, also), (1.07, third), (1.02, parted), (0.995, streams), (0.98, beside)]
-    assert worth_trying(found) == [found[0], found[1], found[3], found[4]]
-    assert worth_trying(found[5:]) == []
+    plans = [inside, also, third, parted, streams, beside]
+    assert leading(plans, 2) == [inside, also, parted, streams, beside]
+    assert leading(plans[2:], 4) == plans[2:] and leading([], 2) == []
 
 
 def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:

@@ -137,7 +137,9 @@ def test_separation_says_who_comes_when() -> None:
     assert schedule.separation(0, 1, margin=0.3) is None
 
 
-def interference(curve: Sequence[tuple[float, float, float]]) -> Interference:
+def interference(
+    curve: Sequence[tuple[float, float, float]], mechanism: Mechanism = Mechanism.PARTITION
+) -> Interference:
     """Share of the product, its performance, that of the attention."""
     pairs = tuple(
         PairPoint(
@@ -145,7 +147,7 @@ def interference(curve: Sequence[tuple[float, float, float]]) -> Interference:
             second="decode_attention",
             first_tokens=1,
             second_tokens=1,
-            mechanism=Mechanism.PARTITION,
+            mechanism=mechanism,
             share=share,
             first_performance=first,
             second_performance=second,
@@ -249,3 +251,14 @@ def test_prefill_attention_goes_where_it_evens_out_the_parts() -> None:
     assert found[0].shares == (0.5, 0.5, 0.5) and found[1].problem.tasks[1].group.resource is Resource.COMPUTE
     without = problem([("qkv_proj", 0, 3.0), ("decode_attention", 0, 2.0)], [])
     assert [each.name for each in divisions(without, interference([(0.5, 0.5, 0.5)]))] == ["partition 0.50"]
+
+
+def test_who_is_left_alone_beside_another_has_the_device_again() -> None:
+    """At 0.6 and 0.6 an attention of 3 takes 5, in which 3 of 12 are done; on parts of the device 12 take 20."""
+    case = problem([("qkv_proj", 0, 12.0), ("decode_attention", 0, 3.0)], [])
+    for mechanism, least_s in ((Mechanism.PARTITION, 20.0), (Mechanism.BESIDE, 5.0 + 9.0)):
+        (found,) = divisions(case, interference([(0.5, 0.6, 0.6)], mechanism))
+        assert found.least_period_s == pytest.approx(least_s)
+    case = problem([("qkv_proj", 0, 3.0), ("decode_attention", 0, 12.0)], [])
+    (found,) = divisions(case, interference([(0.5, 0.6, 0.6)], Mechanism.BESIDE))
+    assert found.least_period_s == pytest.approx(5.0 + 9.0)

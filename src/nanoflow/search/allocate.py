@@ -122,7 +122,7 @@ class Division:
         mechanism, share: How, and the share of the products.
         problem: The tasks with what they take there, to be ordered.
         shares: Of every task.
-        least_period_s: What the busier part has to do.
+        least_period_s: What both parts take at least, if nothing waits.
     """
 
     mechanism: Mechanism
@@ -175,18 +175,23 @@ def _is_prefill(task: Task) -> bool:
 def _divide(problem: Problem, interference: Interference, mechanism: Mechanism, share: float) -> Division:
     shares = tuple(share if task.group.resource is Resource.COMPUTE else 1.0 - share for task in problem.tasks)
     tasks = []
-    busy_s = dict.fromkeys(Resource, 0.0)
+    alone_s, shared_s = dict.fromkeys(Resource, 0.0), dict.fromkeys(Resource, 0.0)
     for task, part in zip(problem.tasks, shares, strict=True):
         main = next(op for op in task.group.operations if op.name == task.group.name)
         time_s = task.cost.time_s / interference.performance(mechanism, main, part, task.tokens.num_tokens)
         tasks.append(replace(task, cost=replace(task.cost, time_s=time_s)))
-        busy_s[task.group.resource] += time_s
+        alone_s[task.group.resource] += task.cost.time_s
+        shared_s[task.group.resource] += time_s
+    longer = max(shared_s, key=lambda resource: shared_s[resource])
+    until_s = shared_s[Resource.MEMORY if longer is Resource.COMPUTE else Resource.COMPUTE]
+    # Who is left alone keeps to its SMs, or has all of them again.
+    left_s = (shared_s if mechanism is Mechanism.PARTITION else alone_s)[longer] * (1.0 - until_s / shared_s[longer])
     return Division(
         mechanism=mechanism,
         share=share,
         problem=replace(problem, tasks=tuple(tasks)),
         shares=shares,
-        least_period_s=max(busy_s.values()),
+        least_period_s=until_s + left_s,
     )
 
 

@@ -17,11 +17,12 @@ from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.search.iteration import IterationModel
 from nanoflow.search.search import Search
-from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, least_predicted_gain, mechanisms_of, ranked
+from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, leading, least_predicted_gain, ranked
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
-# Best plans of a cell's middle batch, which are compared on all batches that stand for the cell, and for later cells.
+# Best plans of a cell's middle batch, whatever shares the device, which are compared on all batches that stand for the
+# cell, and for later cells.
 _PLANS_A_CELL = 4
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
 _LEAST_GAIN_TO_TRY = 0.99
@@ -94,11 +95,12 @@ def search_book(
     plans: dict[str, PipelinePlan] = {}
     for cell in covering_cells(iterations, max_batch_tokens):
         result = Search(profile, cell.middle, time_limit_s=time_limit_s, is_quick=True).run()
-        best_attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)[:_PLANS_A_CELL]
-        plans |= {attempt.plan.digest: attempt.plan for attempt in best_attempts}
+        attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)
+        plans |= {plan.digest: plan for plan in leading([attempt.plan for attempt in attempts], _PLANS_A_CELL)}
         found = ranked(plans.values(), cell, model.iteration_s)
         if will_be_tried:
-            kept = worth_trying(found)
+            promising = leading([plan for gain, plan in found if gain >= _LEAST_GAIN_TO_TRY], _BEST_TO_TRY)
+            kept = [each for each in found if each[1] in promising]
         else:
             kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
         yield FoundPlan(
@@ -107,16 +109,6 @@ def search_book(
             gain=next((gain for gain, _ in (*kept, *found)), 1.0),
             plans=tuple(plan for _, plan in kept),
         )
-
-
-def worth_trying(found: Sequence[tuple[float, PipelinePlan]]) -> list[tuple[float, PipelinePlan]]:
-    """Of plans with their gains, the best one first, those to try: the best, and the best of each mechanism.
-
-    What is predicted of one mechanism is off by other percents than what is predicted of another.
-    """
-    promising = [each for each in found if each[0] >= _LEAST_GAIN_TO_TRY]
-    leaders = {mechanisms_of(plan): plan for _, plan in reversed(promising)}.values()
-    return [each for place, each in enumerate(promising) if place < _BEST_TO_TRY or each[1] in leaders]
 
 
 def divided(found: Sequence[FoundPlan]) -> tuple[list[FoundPlan], list[FoundPlan]]:

@@ -134,6 +134,15 @@ def mechanisms_of(plan: PipelinePlan) -> frozenset[Mechanism]:
     return frozenset(lane.mechanism for lane in plan.lanes) - {Mechanism.WHOLE}
 
 
+def leading(plans: Sequence[PipelinePlan], count: int) -> list[PipelinePlan]:
+    """Of plans in the order of their predictions, the first ones, and the first of every mechanism.
+
+    What is predicted of one mechanism is off by other percents than what is predicted of another.
+    """
+    firsts = {mechanisms_of(plan): plan for plan in reversed(plans)}.values()
+    return [plan for place, plan in enumerate(plans) if place < count or plan in firsts]
+
+
 def least_predicted_gain(plan: PipelinePlan) -> float:
     """What a plan must be predicted to win to be used without a trial."""
     return _LEAST_PREDICTED_INSIDE if mechanisms_of(plan) == {Mechanism.INSIDE} else _LEAST_PREDICTED
