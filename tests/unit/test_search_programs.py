@@ -18,7 +18,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
 from nanoflow.search.allocate import allocate, divisions
 from nanoflow.search.problem import Edge, Group, Problem, Task
-from nanoflow.search.structure import Effort, Schedule, solve_structure
+from nanoflow.search.structure import Effort, Program, Schedule, Solution, solve_structure
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
 OPS = {op.name: op for op in GRAPH.layer}
@@ -223,6 +223,18 @@ def test_shares_are_the_best_of_all(times: tuple[float, ...], curve: list[tuple[
     best = best_on_a_grid(case, curves, largest=round(sum(times)) + 1)
     assert found.schedule.period_s <= best + 1e-6
     assert found.schedule.period_s > best - 1, "a period of fractions may be shorter, but not by a whole"
+
+
+def test_a_solver_that_was_stopped_before_it_found_more_than_nothing_found_no_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = chain([1, 1, 1, 1, 1, 1])
+    order = solve_structure(case, max_stages=3, effort=EFFORT)
+    assert order is not None
+    nothing = Solution(values=np.zeros(1000), bound=2.0)
+    monkeypatch.setattr(Program, "maximise", lambda *_args, **_kwargs: nothing)
+    curves = interference([(0.5, 1.0, 1.0)])
+    assert allocate(case, order, curves, SETUP, mechanism=Mechanism.PARTITION, max_stages=3, effort=EFFORT) is None
 
 
 def test_power_limits_the_period() -> None:

@@ -88,7 +88,8 @@ def allocate(
     # 5. Power.
     _limit_power(program, problem, picks, choices, setup)
     solution = program.maximise(rate, time_limit_s=effort.time_limit_s, num_nodes=effort.num_nodes)
-    if solution is None:
+    # A rate of 0 satisfies all rows, and a solver that is stopped early may have found nothing better.
+    if solution is None or solution.values[rate] <= 0:
         return None
     chosen = [max(pick.chosen, key=lambda place: solution.values[pick.chosen[place]]) for pick in picks]
     return Allocation(
