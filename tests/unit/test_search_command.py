@@ -101,12 +101,14 @@ def test_what_a_device_says_decides() -> None:
 def test_the_best_plans_and_the_best_of_each_mechanism_lead() -> None:
     inside, also, third = (inside_plan(GRAPH, 2048, 1024, share, ("gate_up_proj",)) for share in (0.8, 0.75, 0.67))
     parted, streams, beside = (
-        ping_pong_plan(GRAPH, 2048, 1024, mechanism, share=0.75)
+        replace(ping_pong_plan(GRAPH, 2048, 1024, mechanism, share=0.75), name=str(mechanism))
         for mechanism in (Mechanism.PARTITION, Mechanism.STREAM, Mechanism.BESIDE)
     )
     plans = [inside, also, third, parted, streams, beside]
     assert leading(plans, 2) == [inside, also, parted, streams, beside]
     assert leading(plans[2:], 4) == plans[2:] and leading([], 2) == []
+    again = replace(inside, predicted_makespan_s=1.0)
+    assert leading([inside, again, also], 2) == [inside, also] and leading([again, inside, also], 2) == [again, also]
 
 
 def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:

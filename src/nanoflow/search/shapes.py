@@ -137,10 +137,14 @@ def mechanisms_of(plan: PipelinePlan) -> frozenset[Mechanism]:
 def leading(plans: Sequence[PipelinePlan], count: int) -> list[PipelinePlan]:
     """Of plans in the order of their predictions, the first ones, and the first of every mechanism.
 
-    What is predicted of one mechanism is off by other percents than what is predicted of another.
+    What is predicted of one mechanism is off by other percents than what is predicted of another. Plans of one name
+    divide the device alike and differ in order, by less than predictions are exact to: one of them stands for all.
     """
-    firsts = {mechanisms_of(plan): plan for plan in reversed(plans)}.values()
-    return [plan for place, plan in enumerate(plans) if place < count or plan in firsts]
+    named: dict[str, PipelinePlan] = {}
+    for plan in plans:
+        named.setdefault(plan.name, plan)
+    firsts = {mechanisms_of(plan): plan for plan in reversed(named.values())}.values()
+    return [plan for place, plan in enumerate(named.values()) if place < count or plan in firsts]
 
 
 def least_predicted_gain(plan: PipelinePlan) -> float:
