@@ -42,11 +42,10 @@ from benchmarks.turns import Iteration, Turn, UnequalTurns, Watched, rungs_of
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.machine import detect_machine, detect_software, git_revision
 from nanoflow.bench.rates import measure_bounds
-from nanoflow.bench.steady import EnergySampler
 from nanoflow.bench.workload import Lengths, draw_lengths, under_way
 from nanoflow.cli.options import CommandParser
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.device.energy import gpu_energy_j
+from nanoflow.device.energy import gpu_energy
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import StepOutput
@@ -219,7 +218,7 @@ def measure(
 ) -> list[Turn]:
     """Give every rung its turns, and leave the engine empty."""
     turns = list[Turn]()
-    with EnergySampler(gpu_energy_j if engine.facts.device.startswith("cuda") else lambda: None) as energy:
+    with gpu_energy(0 if engine.facts.device.startswith("cuda") else None) as energy:
         for place in range(clock.num_turns * clock.num_repeats):
             begin = partial(_Run, engine, lengths, (seed, place))
             counts = counts_of(begin, books[SEQUENTIAL], clock)

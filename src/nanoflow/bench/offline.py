@@ -16,10 +16,10 @@ from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.steady import EnergySampler, NoSteadyState, ProgressRecorder, find_window, steady_state
+from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
-from nanoflow.device.energy import gpu_energy_j
+from nanoflow.device.energy import gpu_energy
 from nanoflow.models.presets import preset_name
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
@@ -92,7 +92,7 @@ def _measure_repeats(
 def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:
     recorder = ProgressRecorder()
     llm.observe(recorder)
-    with EnergySampler(gpu_energy_j if llm.facts.device.startswith("cuda") else lambda: None) as energy:
+    with gpu_energy(0 if llm.facts.device.startswith("cuda") else None) as energy:
         start_s = time.monotonic()
         outputs = _generate(llm, requests, use_tqdm=True)
         stop_s = time.monotonic()

@@ -1,19 +1,17 @@
 """The steady state of a run: its rate and energy with ramp-up and drain left out.
 
-`ProgressRecorder` notes every iteration as it ends, `EnergySampler` reads the card's counter beside it; `find_window`
+`ProgressRecorder` notes every iteration as it ends, while `device/energy.py` watches the card's counter; `find_window`
 says from when to when the state was steady. Who runs the requests: `offline.py`.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from nanoflow.device.energy import EnergySampler
 from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.observer import FinishedRequest
 
@@ -21,7 +19,6 @@ MIN_ITERATIONS = 20
 MIN_SHARE_OF_RUN = 0.1
 MIN_ENERGY_S = 2.0
 _FULL = 0.9
-_ENERGY_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,51 +106,6 @@ class ProgressRecorder:
     def observe_finished(self, request: FinishedRequest) -> None:
         """From now on requests leave as well as come."""
         self._has_finished = True
-
-
-class EnergySampler:
-    """Reads an energy counter now and then while it is entered, so that any part of that time can be asked for.
-
-    Args:
-        read_j: The counter in joules; None if there is none.
-        interval_s: Seconds between two readings.
-    """
-
-    def __init__(self, read_j: Callable[[], float | None], interval_s: float = _ENERGY_INTERVAL_S) -> None:
-        self._read_j = read_j
-        self._interval_s = interval_s
-        self._readings: list[tuple[float, float]] = []
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="energy", daemon=True)
-
-    def __enter__(self) -> EnergySampler:
-        self._note()
-        if self._readings:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        if self._readings:
-            self._thread.join()
-            self._note()
-
-    def used_j(self, start_s: float, stop_s: float) -> float | None:
-        """Joules used between two times of the monotonic clock, linear between readings; None without a counter."""
-        if len(self._readings) < 2:
-            return None
-        times_s, energies_j = np.array(self._readings).T
-        start_j, stop_j = np.interp((start_s, stop_s), times_s, energies_j)
-        return float(stop_j - start_j)
-
-    def _sample(self) -> None:
-        while not self._is_over.wait(self._interval_s):
-            self._note()
-
-    def _note(self) -> None:
-        energy_j = self._read_j()
-        if energy_j is not None:
-            self._readings.append((time.monotonic(), energy_j))
 
 
 def find_window(progress: Sequence[Progress], duration_s: float) -> Window:

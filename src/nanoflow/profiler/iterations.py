@@ -19,7 +19,6 @@ import torch
 
 from nanoflow.batch import DenseBatch, Int64, Joined, SampledTokens
 from nanoflow.cost.table import Profile
-from nanoflow.device.energy import gpu_energy_j
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.graph import OpGraph
@@ -28,7 +27,7 @@ from nanoflow.kernels.dispatch import are_capturable, kernels_for
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profiler.sustained import SPANS, Span
+from nanoflow.profiler.sustained import SPANS, Span, energy_of
 from nanoflow.request import SamplingParams
 from nanoflow.search.iteration import graphs_of
 
@@ -202,10 +201,11 @@ def _sustained(worker: Worker, batch: DenseBatch, plan: PipelinePlan, device: to
     if span.settle_s:
         once_s = _run(worker, batch, plan, math.ceil(span.settle_s / once_s))
     count = math.ceil(span.measure_s / once_s)
-    start_j = _energy_j(device)
-    time_s = _run(worker, batch, plan, count)
-    stop_j = _energy_j(device)
-    return Timing(time_s=time_s, energy_j=None if start_j is None or stop_j is None else (stop_j - start_j) / count)
+    with energy_of(device) as energy:
+        start_s = time.monotonic()
+        time_s = _run(worker, batch, plan, count)
+        used_j = energy.used_j(start_s, time.monotonic())
+    return Timing(time_s=time_s, energy_j=None if used_j is None else used_j / count)
 
 
 def _run(worker: Worker, batch: DenseBatch, plan: PipelinePlan, count: int) -> float:
@@ -219,10 +219,6 @@ def _run(worker: Worker, batch: DenseBatch, plan: PipelinePlan, count: int) -> f
     while queued:
         queued.popleft().result()
     return (time.perf_counter() - start_s) / count
-
-
-def _energy_j(device: torch.device) -> float | None:
-    return gpu_energy_j(device.index or 0) if device.type == "cuda" else None
 
 
 def _joined(row: int) -> Joined:

@@ -10,6 +10,7 @@ a second GPU.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanoflow.cost.table import PairPoint, Point
-from nanoflow.device.energy import gpu_energy_j
 from nanoflow.device.lanes import LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.lanes import beside_kernels
 from nanoflow.graph.operation import Operation, OpKind
@@ -26,7 +26,7 @@ from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
 from nanoflow.profiler.site import Site
-from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
+from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, energy_of, sustained
 from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 
 _PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -170,25 +170,23 @@ def measure_parts(site: Site, wanted: Collection[PartTask], span: Span | None = 
 def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.device) -> Window:
     """Run each lane's work so many times, all lanes at once; afterwards the device is idle."""
     torch.cuda.synchronize(device)
-    start_j = gpu_energy_j(device.index or 0)
-    gate = _event()
-    gate.record(torch.cuda.current_stream(device))
-    stops = [_event() for _ in runs]
-    for run in runs:
-        run.stream.wait_event(gate)
-    for lane in queue_order(counts):
-        with torch.cuda.stream(runs[lane].stream):
-            runs[lane].replay()
-    for run, stop in zip(runs, stops, strict=True):
-        stop.record(run.stream)
-    # Streams of another context: waiting for the device would not wait for them.
-    for stop in stops:
-        stop.synchronize()
-    stop_j = gpu_energy_j(device.index or 0)
-    return Window(
-        lanes_s=tuple(gate.elapsed_time(stop) / 1e3 for stop in stops),
-        energy_j=None if start_j is None or stop_j is None else stop_j - start_j,
-    )
+    with energy_of(device) as energy:
+        start_s = time.monotonic()
+        gate = _event()
+        gate.record(torch.cuda.current_stream(device))
+        stops = [_event() for _ in runs]
+        for run in runs:
+            run.stream.wait_event(gate)
+        for lane in queue_order(counts):
+            with torch.cuda.stream(runs[lane].stream):
+                runs[lane].replay()
+        for run, stop in zip(runs, stops, strict=True):
+            stop.record(run.stream)
+        # Streams of another context: waiting for the device would not wait for them.
+        for stop in stops:
+            stop.synchronize()
+        used_j = energy.used_j(start_s, time.monotonic())
+    return Window(lanes_s=tuple(gate.elapsed_time(stop) / 1e3 for stop in stops), energy_j=used_j)
 
 
 def balanced_window(

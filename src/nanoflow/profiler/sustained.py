@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoflow.device.energy import gpu_clock_mhz, gpu_energy_j
+from nanoflow.device.energy import EnergySampler, gpu_clock_mhz, gpu_energy
 
 Work = Callable[[], None]
 # Parts of the window whose times tell the spread.
@@ -28,7 +28,7 @@ class Span:
     measure_s: float
 
 
-# The energy counter of a GPU is coarse: a second or more.
+# Some ten ticks of a GPU's energy counter.
 SPANS = {"cuda": Span(settle_s=0.4, measure_s=1.0), "cpu": Span(settle_s=0.0, measure_s=0.05)}
 
 
@@ -59,15 +59,16 @@ def sustained(work: Work, device: torch.device, span: Span | None = None) -> Sus
         num_calls = math.ceil(span.settle_s / once_s)
         once_s = _elapsed_s(run, num_calls, device) / num_calls
     num_calls = math.ceil(span.measure_s / once_s / _NUM_PARTS)
-    start_j = _energy_j(device)
     parts_s = []
-    for _ in range(_NUM_PARTS):
-        parts_s.append(_elapsed_s(run, num_calls, device) / num_calls)
-    stop_j = _energy_j(device)
+    with energy_of(device) as energy:
+        start_s = time.monotonic()
+        for _ in range(_NUM_PARTS):
+            parts_s.append(_elapsed_s(run, num_calls, device) / num_calls)
+        used_j = energy.used_j(start_s, time.monotonic())
     mean_s = statistics.fmean(parts_s)
     return Sustained(
         time_s=mean_s,
-        energy_j=None if start_j is None or stop_j is None else (stop_j - start_j) / (num_calls * _NUM_PARTS),
+        energy_j=None if used_j is None else used_j / (num_calls * _NUM_PARTS),
         spread=statistics.pstdev(parts_s) / mean_s,
         clock_mhz=_clock_mhz(run, device),
     )
@@ -94,8 +95,9 @@ def _elapsed_s(run: Work, num_calls: int, device: torch.device) -> float:
     return time.perf_counter() - start_s
 
 
-def _energy_j(device: torch.device) -> float | None:
-    return gpu_energy_j(device.index or 0) if device.type == "cuda" else None
+def energy_of(device: torch.device) -> EnergySampler:
+    """Watches the device's energy, if it has a counter."""
+    return gpu_energy(device.index or 0 if device.type == "cuda" else None)
 
 
 def _clock_mhz(run: Work, device: torch.device) -> float | None:
