@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from benchmarks.document import write_document
 from benchmarks.kernels_attention import elapsed_s
 from benchmarks.kernels_elementwise import index_tensors
-from nanoflow.device.energy import gpu_energy
+from nanoflow.device.energy import energy_of
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource
 from nanoflow.kernels import reference
@@ -246,10 +245,9 @@ def sustained(kernel: Kernel, passes: Sequence[Sequence[Launch]]) -> tuple[float
     once_s = elapsed_s(graph, 3)
     once_s = elapsed_s(graph, max(1, int(WARM_UP_S / once_s)))
     num_replays = max(3, int(WINDOW_S / once_s) + 1)
-    with gpu_energy(torch.cuda.current_device()) as energy:
-        start_s = time.monotonic()
+    with energy_of(f"cuda:{torch.cuda.current_device()}") as energy:
         time_s = elapsed_s(graph, num_replays)
-        used_j = energy.used_j(start_s, time.monotonic())
+        used_j = energy.used_so_far_j()
     return time_s / len(passes), None if used_j is None else used_j / num_replays / len(passes)
 
 

@@ -45,7 +45,7 @@ from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.workload import Lengths, draw_lengths, under_way
 from nanoflow.cli.options import CommandParser
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.device.energy import gpu_energy
+from nanoflow.device.energy import energy_of
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import StepOutput
@@ -218,7 +218,7 @@ def measure(
 ) -> list[Turn]:
     """Give every rung its turns, and leave the engine empty."""
     turns = list[Turn]()
-    with gpu_energy(0 if engine.facts.device.startswith("cuda") else None) as energy:
+    with energy_of(engine.facts.device) as energy:
         for place in range(clock.num_turns * clock.num_repeats):
             begin = partial(_Run, engine, lengths, (seed, place))
             counts = counts_of(begin, books[SEQUENTIAL], clock)

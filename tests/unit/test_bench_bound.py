@@ -248,7 +248,7 @@ def test_recorder_notes_every_iteration() -> None:
 
 def test_energy_of_a_short_window_is_not_told() -> None:
     energy = EnergySampler(lambda: None)
-    energy.used_j = lambda start_s, stop_s: 700.0 * (stop_s - start_s)  # type: ignore[method-assign]
+    energy._ticks = [(0.1 * place, 70.0 * place) for place in range(30)]
     short = dataclasses.replace(find_window(run_of(RAMP, FULL), 5.0), start_s=0.0, stop_s=1.9)
     assert steady_state(short, energy).energy_per_token_j is None
     long = dataclasses.replace(short, stop_s=2.1)

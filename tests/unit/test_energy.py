@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nanoflow.device.energy import EnergySampler
+from nanoflow.device.energy import EnergySampler, energy_of
 
 TICK_S, BUSY_W, IDLE_W = 0.1, 700.0, 120.0
 
@@ -44,6 +44,7 @@ def test_ticks_are_seen_when_they_come() -> None:
         start_s = time.monotonic()
         time.sleep(0.33)
         stop_s = time.monotonic()
+        assert energy.used_so_far_j() == pytest.approx(33, rel=0.05)
         assert 5 <= len(energy._ticks) <= 7
     assert energy.used_j(start_s, stop_s) == pytest.approx((stop_s - start_s) * 100, rel=0.05)
 
@@ -53,6 +54,12 @@ def test_a_counter_that_stands_still_tells_nothing() -> None:
         time.sleep(0.01)
     assert energy.used_j(0.0, 1.0) is None
     assert sampled([(1.0, 70.0)]).used_j(0.0, 2.0) is None
+
+
+def test_of_a_cpu_nothing_is_known() -> None:
+    with energy_of("cpu") as energy:
+        pass
+    assert energy.used_so_far_j() is None
 
 
 def test_no_counter_means_no_energy_and_no_thread() -> None:

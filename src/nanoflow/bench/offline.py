@@ -19,7 +19,7 @@ from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
-from nanoflow.device.energy import gpu_energy
+from nanoflow.device.energy import energy_of
 from nanoflow.models.presets import preset_name
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
@@ -92,7 +92,7 @@ def _measure_repeats(
 def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:
     recorder = ProgressRecorder()
     llm.observe(recorder)
-    with gpu_energy(0 if llm.facts.device.startswith("cuda") else None) as energy:
+    with energy_of(llm.facts.device) as energy:
         start_s = time.monotonic()
         outputs = _generate(llm, requests, use_tqdm=True)
         stop_s = time.monotonic()

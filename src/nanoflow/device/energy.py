@@ -6,14 +6,13 @@ watched, and a window has the power between its first tick and its last one.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+
+from nanoflow.device.nvml import ask_nvml
 
 # Between two readings, a fraction of a tick.
 _INTERVAL_S = 0.02
@@ -38,7 +37,7 @@ class EnergySampler:
         self._thread = threading.Thread(target=self._watch, name="energy", daemon=True)
 
     def __enter__(self) -> EnergySampler:
-        self._last_j = self._read_j()
+        self._entered_s, self._last_j = time.monotonic(), self._read_j()
         if self._last_j is not None:
             self._thread.start()
         return self
@@ -47,6 +46,10 @@ class EnergySampler:
         self._is_over.set()
         if self._last_j is not None:
             self._thread.join()
+
+    def used_so_far_j(self) -> float | None:
+        """Joules used since it was entered, as `used_j` has them."""
+        return self.used_j(self._entered_s, time.monotonic())
 
     def used_j(self, start_s: float, stop_s: float) -> float | None:
         """Joules used between two times of `time.monotonic`; None without a counter, or if it did not move twice."""
@@ -68,41 +71,23 @@ class EnergySampler:
                 self._last_j = now_j
 
 
-def gpu_energy(index: int | None) -> EnergySampler:
-    """Watches a GPU's counter; for None, no GPU, it knows of no energy."""
-    return EnergySampler(lambda: None if index is None else gpu_energy_j(index))
+def energy_of(device: str) -> EnergySampler:
+    """Watches a device, as torch names it; of a CPU nothing is known."""
+    kind, _, index = device.partition(":")
+    return EnergySampler(lambda: gpu_energy_j(int(index or 0)) if kind == "cuda" else None)
 
 
 def gpu_energy_j(index: int = 0) -> float | None:
     """Joules that a GPU has used since its driver was loaded; None without NVML, a GPU or such a counter."""
-    millijoules = _ask(index, lambda nvml, handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+    millijoules = ask_nvml(
+        lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(nvml.nvmlDeviceGetHandleByIndex(index))
+    )
     return None if millijoules is None else millijoules / 1e3
 
 
 def gpu_clock_mhz(index: int = 0) -> float | None:
     """Clock of a GPU's multiprocessors now; None without NVML or a GPU."""
-    return _ask(index, lambda nvml, handle: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
-
-
-def _ask(index: int, question: Callable[[Any, Any], Any]) -> float | None:
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    try:
-        return float(question(nvml, nvml.nvmlDeviceGetHandleByIndex(index)))
-    except nvml.NVMLError:
-        return None
-
-
-@functools.cache
-def _nvml() -> Any:
-    """NVML, ready for questions; None without it."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
+    clock_mhz = ask_nvml(
+        lambda nvml: nvml.nvmlDeviceGetClockInfo(nvml.nvmlDeviceGetHandleByIndex(index), nvml.NVML_CLOCK_SM)
+    )
+    return None if clock_mhz is None else float(clock_mhz)

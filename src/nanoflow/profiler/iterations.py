@@ -19,6 +19,7 @@ import torch
 
 from nanoflow.batch import DenseBatch, Int64, Joined, SampledTokens
 from nanoflow.cost.table import Profile
+from nanoflow.device.energy import energy_of
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.graph import OpGraph
@@ -27,7 +28,7 @@ from nanoflow.kernels.dispatch import are_capturable, kernels_for
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profiler.sustained import SPANS, Span, energy_of
+from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.request import SamplingParams
 from nanoflow.search.iteration import graphs_of
 
@@ -201,10 +202,9 @@ def _sustained(worker: Worker, batch: DenseBatch, plan: PipelinePlan, device: to
     if span.settle_s:
         once_s = _run(worker, batch, plan, math.ceil(span.settle_s / once_s))
     count = math.ceil(span.measure_s / once_s)
-    with energy_of(device) as energy:
-        start_s = time.monotonic()
+    with energy_of(str(device)) as energy:
         time_s = _run(worker, batch, plan, count)
-        used_j = energy.used_j(start_s, time.monotonic())
+        used_j = energy.used_so_far_j()
     return Timing(time_s=time_s, energy_j=None if used_j is None else used_j / count)
 
 

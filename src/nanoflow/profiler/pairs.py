@@ -10,7 +10,6 @@ a second GPU.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanoflow.cost.table import PairPoint, Point
+from nanoflow.device.energy import energy_of
 from nanoflow.device.lanes import LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.lanes import beside_kernels
 from nanoflow.graph.operation import Operation, OpKind
@@ -26,7 +26,7 @@ from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
 from nanoflow.profiler.site import Site
-from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, energy_of, sustained
+from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
 from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 
 _PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -170,8 +170,7 @@ def measure_parts(site: Site, wanted: Collection[PartTask], span: Span | None = 
 def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.device) -> Window:
     """Run each lane's work so many times, all lanes at once; afterwards the device is idle."""
     torch.cuda.synchronize(device)
-    with energy_of(device) as energy:
-        start_s = time.monotonic()
+    with energy_of(str(device)) as energy:
         gate = _event()
         gate.record(torch.cuda.current_stream(device))
         stops = [_event() for _ in runs]
@@ -185,7 +184,7 @@ def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.dev
         # Streams of another context: waiting for the device would not wait for them.
         for stop in stops:
             stop.synchronize()
-        used_j = energy.used_j(start_s, time.monotonic())
+        used_j = energy.used_so_far_j()
     return Window(lanes_s=tuple(gate.elapsed_time(stop) / 1e3 for stop in stops), energy_j=used_j)
 
 

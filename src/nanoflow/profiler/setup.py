@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable
 from importlib import metadata
-from typing import Any
 
 import torch
 
 from nanoflow.cost.table import Profile, ProfileError, Setup
 from nanoflow.device.detect import device_name, total_memory_bytes
+from nanoflow.device.nvml import ask_nvml
 from nanoflow.profiler.sustained import Span, sustained
 from nanoflow.version import __version__
 
@@ -25,13 +24,13 @@ def detect_setup(device: torch.device) -> Setup:
     """This machine; the power that nothing takes is not measured here."""
     is_gpu = device.type == "cuda"
     index = device.index or 0
-    limit_mw = _nvml(lambda nvml: nvml.nvmlDeviceGetEnforcedPowerLimit(nvml.nvmlDeviceGetHandleByIndex(index)))
+    limit_mw = ask_nvml(lambda nvml: nvml.nvmlDeviceGetEnforcedPowerLimit(nvml.nvmlDeviceGetHandleByIndex(index)))
     return Setup(
         gpu=device_name(device),
         memory_bytes=total_memory_bytes(device),
         num_sms=torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else None,
         power_limit_w=limit_mw / 1e3 if is_gpu and limit_mw is not None else None,
-        driver=_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion())) if is_gpu else None,
+        driver=ask_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion())) if is_gpu else None,
         software=_software(),
     )
 
@@ -85,16 +84,3 @@ def _software() -> dict[str, str]:
     if importlib.util.find_spec("triton") is not None:
         found["triton"] = metadata.version("triton")
     return found
-
-
-def _nvml(question: Callable[[Any], Any]) -> Any:
-    """What the driver's management library says; None without it."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return question(pynvml)
-    except pynvml.NVMLError:
-        return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoflow.device.energy import EnergySampler, gpu_clock_mhz, gpu_energy
+from nanoflow.device.energy import energy_of, gpu_clock_mhz
 
 Work = Callable[[], None]
 # Parts of the window whose times tell the spread.
@@ -60,11 +60,10 @@ def sustained(work: Work, device: torch.device, span: Span | None = None) -> Sus
         once_s = _elapsed_s(run, num_calls, device) / num_calls
     num_calls = math.ceil(span.measure_s / once_s / _NUM_PARTS)
     parts_s = []
-    with energy_of(device) as energy:
-        start_s = time.monotonic()
+    with energy_of(str(device)) as energy:
         for _ in range(_NUM_PARTS):
             parts_s.append(_elapsed_s(run, num_calls, device) / num_calls)
-        used_j = energy.used_j(start_s, time.monotonic())
+        used_j = energy.used_so_far_j()
     mean_s = statistics.fmean(parts_s)
     return Sustained(
         time_s=mean_s,
@@ -93,11 +92,6 @@ def _elapsed_s(run: Work, num_calls: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start_s
-
-
-def energy_of(device: torch.device) -> EnergySampler:
-    """Watches the device's energy, if it has a counter."""
-    return gpu_energy(device.index or 0 if device.type == "cuda" else None)
 
 
 def _clock_mhz(run: Work, device: torch.device) -> float | None:
