@@ -69,7 +69,7 @@ def _compute(
 ):  # fmt: skip
     """Rounds of `STEPS` k-steps and one block; k-steps alone once no blocks are left, and blocks once no tiles are."""
     # Warpgroups attend at different steps, if there are enough.
-    QUERY_AT: gl.constexpr = PART * (STEPS // 2) if STEPS >= 4 else 0
+    QUERY_AT: gl.constexpr = PART * (STEPS // 2) if STEPS >= 3 else 0
     VALUE_AT: gl.constexpr = QUERY_AT + 1
     gemm: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _GROUP, 16])
