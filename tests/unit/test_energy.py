@@ -37,6 +37,13 @@ def test_a_window_with_few_ticks_lies_between_those_around_it() -> None:
     assert energy.used_j(0.05, 0.15) == pytest.approx(70.0)
 
 
+def test_what_no_ticks_enclose_has_the_power_of_what_they_do() -> None:
+    energy = sampled([(0.2, 0.0), (0.3, 70.0)])
+    assert energy.used_j(0.0, 0.4) == pytest.approx(280.0)
+    assert energy.used_j(0.25, 0.5) == pytest.approx(175.0)
+    assert energy.used_j(0.4, 0.5) is None
+
+
 @pytest.mark.timing
 def test_ticks_are_seen_when_they_come() -> None:
     """100 W by the clock, in ticks of 50 ms."""

@@ -52,16 +52,20 @@ class EnergySampler:
         return self.used_j(self._entered_s, time.monotonic())
 
     def used_j(self, start_s: float, stop_s: float) -> float | None:
-        """Joules used between two times of `time.monotonic`; None without a counter, or if it did not move twice."""
+        """Joules used between two times of `time.monotonic`; None without a counter, or without two ticks near it."""
         ticks = list(self._ticks)
         if len(ticks) < 2:
             return None
         inside = [tick for tick in ticks if start_s <= tick[0] <= stop_s]
         if len(inside) > 1 and inside[-1][0] - inside[0][0] >= _SPANNED * (stop_s - start_s):
-            (first_s, first_j), (last_s, last_j) = inside[0], inside[-1]
-            return (last_j - first_j) / (last_s - first_s) * (stop_s - start_s)
-        start_j, stop_j = np.interp((start_s, stop_s), *np.array(ticks).T)
-        return float(stop_j - start_j)
+            first_s, last_s = inside[0][0], inside[-1][0]
+        else:
+            # What lies before all ticks, or after them, has the power of what lies between.
+            first_s, last_s = max(start_s, ticks[0][0]), min(stop_s, ticks[-1][0])
+        if last_s <= first_s:
+            return None
+        first_j, last_j = np.interp((first_s, last_s), *np.array(ticks).T)
+        return float((last_j - first_j) / (last_s - first_s) * (stop_s - start_s))
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._interval_s):
