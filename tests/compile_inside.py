@@ -1,6 +1,6 @@
 """Compile products with decode attention inside for Hopper and print what they take, a line each.
 
-    python -m tests.compile_inside STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
+    python -m tests.compile_inside COLUMNS:STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
 
 A process of its own, since Triton's interpreter, which other tests switch on, cannot be switched off again. Registers
 are those before warps trade them. Waits for all stand where nothing is to be under way: in either warpgroup one at the
@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
-from nanoflow.kernels.gluon_inside import KV_STAGES, NUM_STAGES, TILE_COLUMNS, TILE_ROWS, WORKER_REGISTERS
+from nanoflow.kernels.gluon_inside import KV_STAGES, NUM_STAGES, TILE_ROWS, WORKER_REGISTERS
 from nanoflow.kernels.gluon_inside_programs import inside_program
 
 
@@ -32,14 +32,14 @@ def main(texts: list[str]) -> None:
         print(json.dumps(report(*(int(part) for part in text.split(":")))), flush=True)
 
 
-def report(steps: int, kind: int, has_bias: int, group: int, head_dim: int) -> dict[str, int]:
+def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_dim: int) -> dict[str, int]:
     """What a variant takes."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    boxes = {"x": TILE_ROWS, "weight": TILE_COLUMNS // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}
+    boxes = {"x": TILE_ROWS, "weight": columns // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}
     constants = {
-        "BLOCK_N": TILE_COLUMNS,
+        "BLOCK_N": columns,
         "STEPS": steps,
-        "STAGES": NUM_STAGES,
+        "STAGES": NUM_STAGES[columns],
         "KV_STAGES": KV_STAGES,
         "GROUP": group,
         "KV_HEADS": 8,
@@ -75,7 +75,7 @@ def report(steps: int, kind: int, has_bias: int, group: int, head_dim: int) -> d
         "shared_bytes": done.metadata.shared,
         "registers": next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:")),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "products_of_tiles": code.count(f"HGMMA.64x{TILE_COLUMNS}x16"),
+        "products_of_tiles": code.count(f"HGMMA.64x{columns}x16"),
         "products_of_attention": code.count("HGMMA.64x8x16"),
         "waits_for_all_but_one": code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1"),
         "waits_for_all": code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"),

@@ -74,6 +74,13 @@ PROBLEMS = {
     "one program, rows without keys": Problem(
         products=(("linear", 128, 256, 512),), contexts=(65, 0, 0, 130, 0, 0, 64), shares=(200,), num_programs=1
     ),
+    "SwiGLU in narrow tiles, then wide ones": Problem(
+        products=(("swiglu", 140, 1056, 520), ("bias", 140, 2304, 200)),
+        contexts=(700, 33, 0, 130),
+        shares=(170, 220),
+        num_programs=18,
+        steps=2,
+    ),
     "no rows with keys": Problem(products=(("linear", 128, 256, 256),), contexts=(0, 0), shares=(128,)),
     "no product": Problem(products=(), contexts=(320, 64, 640), shares=(), num_programs=3),
     "programs without any": Problem(
@@ -205,7 +212,7 @@ def _begins(source: random.Random, total: int) -> list[int]:
 
 
 def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way() -> None:
-    variants = ("4:0:0:4:128", "4:2:0:8:64", "2:1:1:4:128")
+    variants = ("256:4:0:0:4:128", "256:4:2:0:8:64", "256:2:1:1:4:128", "128:8:0:0:4:128", "128:4:1:1:4:128")
     done = subprocess.run(
         [sys.executable, "-m", "tests.compile_inside", *variants],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -216,7 +223,8 @@ def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way(
     assert done.returncode == 0, done.stderr
     for variant, line in zip(variants, done.stdout.splitlines(), strict=True):
         report = json.loads(line)
-        steps, panels = int(variant[0]), int(variant.rsplit(":", 1)[1]) // PANEL
+        _, steps, *_, head_dim = (int(part) for part in variant.split(":"))
+        panels = head_dim // PANEL
         # Of either warpgroup, with a block and without; a product of 16 features or keys an instruction.
         places = 2 * 2 * PANEL // 16
         assert report["shared_bytes"] <= SM_BYTES
@@ -236,9 +244,13 @@ def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way(
         ((1024, 6144, 4096, 132, 4), 2 * 16),
         ((1024, 4096, 4096, 128, 4), 16),
         ((1024, 4096, 4096, 128, 3), 21),
-        ((1, 1, 193, 132, 4), 1),
         ((1, 1, 1, 132, 4), 0),
-        ((129, 257, 257, 3, 2), 2 * 2),
+        ((129, 256, 257, 3, 2), 2),
+        # Narrow tiles, no more of them for a program than of wide ones, and half the rounds each.
+        ((512, 4096, 4096, 132, 4), 8),
+        ((512, 14336, 4096, 132, 4), 2 * 16),
+        ((1, 1, 449, 132, 4), 1),
+        ((129, 257, 257, 3, 2), 2 * 1),
     ],
 )
 def test_rounds_of_the_busiest_program(sizes: Sequence[int], expected: int) -> None:

@@ -19,7 +19,7 @@ from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
-from nanoflow.search.books import FoundPlan, divided
+from nanoflow.search.books import FoundPlan, divided, search_book
 from nanoflow.search.inside import inside_plan
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
 from tests.plans import ping_pong_plan
@@ -109,6 +109,18 @@ def test_the_best_plans_and_the_best_of_each_mechanism_lead() -> None:
     assert leading(plans[2:], 4) == plans[2:] and leading([], 2) == []
     again = replace(inside, predicted_makespan_s=1.0)
     assert leading([inside, again, also], 2) == [inside, also] and leading([again, inside, also], 2) == [again, also]
+
+
+def test_more_plans_are_tried_where_a_run_spends_its_time() -> None:
+    profile = Profile.load(RESULTS / "profile_llama-3-8b_h200.json")
+    rare, common, rarest = (batch_of(2048, 683, context, 1024.0) for context in (1280.0, 1600.0, 900.0))
+
+    def names(run: list[tuple[BatchShape, float]]) -> list[set[str]]:
+        found = search_book(profile, run, max_batch_tokens=2048, time_limit_s=30, will_be_tried=True)
+        return [{plan.name for plan in each.plans} for each in found]
+
+    (alone,), (first, second) = names([(rare, 1.0)]), names([(common, 96.6), (rare, 1.8), (rarest, 1.6)])
+    assert second < alone and len(alone) == 5 == len(first) and len(second) == 3
 
 
 def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:

@@ -29,16 +29,35 @@ from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.triton_gemm import check_operands
 from nanoflow.kernels.triton_merge import SCAN, merge_program_at
 
-TILE_ROWS, TILE_COLUMNS = PARTS * ROWS, 256
-# K-steps in shared memory; blocks of keys and of values there, of either warpgroup.
-NUM_STAGES, KV_STAGES = 3, 1
+# Of a tile; narrow ones read more of shared memory for each product, and fill more programs.
+TILE_ROWS, WIDE, NARROW = PARTS * ROWS, 256, 128
+# K-steps in shared memory, by columns of a tile; blocks of keys and of values there, of either warpgroup.
+NUM_STAGES, KV_STAGES = {WIDE: 3, NARROW: 4}, 1
 # Registers of a thread of the second warpgroup; the first gets as many: 232 + 232 + 40 is three times 168.
 WORKER_REGISTERS = 232
-# K-steps that take as long as a block of keys for either warpgroup once no tile is left; the latency of memory, on one
-# H200.
+# K-steps of a wide tile that take as long as a block of keys for either warpgroup once no tile is left; the latency of
+# memory, on one H200.
 STEPS_A_BLOCK = 2.2
 _LOG2_E = math.log2(math.e)
 _KINDS = {OpKind.LINEAR: PLAIN, OpKind.LINEAR_ADD: ADD, OpKind.LINEAR_SWIGLU: SWIGLU}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How many tiles a product has, down and across, and the columns of each."""
+
+    down: int
+    across: int
+    columns: int
+
+    @property
+    def num_tiles(self) -> int:
+        """All of them."""
+        return self.down * self.across
+
+    def steps(self, wide_steps: int) -> int:
+        """K-steps that are as much work as so many of a wide tile."""
+        return wide_steps * (WIDE // self.columns)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +66,7 @@ class Taken:
 
     Attributes:
         launch: The attention.
-        steps: K-steps of a product to a block of keys.
+        steps: K-steps of a product in wide tiles to a block of keys.
         sums: float32 [4 P runs, MAX_GROUP, D], two places for either warpgroup of each program of each run.
         log_sums: float32 [4 P runs, MAX_GROUP], log2 of what those are divided by.
         begins: int32 [2 P runs], where the runs of warpgroups begin, in blocks of keys.
@@ -71,13 +90,22 @@ def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> 
 
 def rounds_of(num_tokens: int, num_columns: int, num_features: int, num_sms: int, steps: int) -> int:
     """Blocks of keys that a product carries in each warpgroup of its busiest program."""
-    tiles_m, tiles_n = _tiles(num_tokens, num_columns)
-    return -(-tiles_m * tiles_n // num_sms) * (-(-num_features // PANEL) // steps)
+    tiles = tiles_of(num_tokens, num_columns, num_sms)
+    return _most(tiles, num_sms) * (-(-num_features // PANEL) // tiles.steps(steps))
 
 
-def _tiles(num_tokens: int, num_columns: int) -> tuple[int, int]:
-    """Tiles of a product, down and across."""
-    return -(-num_tokens // TILE_ROWS), -(-num_columns // TILE_COLUMNS)
+def tiles_of(num_tokens: int, num_columns: int, num_sms: int) -> Tiles:
+    """Narrow tiles, half as much work each, if no program gets more of them than it would of wide ones."""
+    wide, narrow = (
+        Tiles(down=-(-num_tokens // TILE_ROWS), across=-(-num_columns // columns), columns=columns)
+        for columns in (WIDE, NARROW)
+    )
+    return narrow if _most(narrow, num_sms) <= _most(wide, num_sms) else wide
+
+
+def _most(tiles: Tiles, num_sms: int) -> int:
+    """Tiles of the busiest program."""
+    return -(-tiles.num_tiles // num_sms)
 
 
 def take(launch: Launch, max_runs: int, num_sms: int, steps: int) -> Taken:
@@ -112,15 +140,15 @@ def carry(product: Launch, taken: Taken, until: int, num_sms: int) -> None:
         raise ValueError(
             f"output {list(out.shape)} has rows every {out.stride(0)} elements; a carrier's must be contiguous"
         )
-    kind = _KINDS[product.op.kind]
+    kind, tiles = _KINDS[product.op.kind], tiles_of(len(x), len(weight), num_sms)
     _run(
         taken,
         until,
         num_sms,
         operands=(x, weight, biases[0] if biases else None, out),
-        tiles=_tiles(len(x), len(weight)),
+        tiles=tiles,
         num_steps=-(-x.shape[1] // PANEL),
-        second_rows=len(weight) // 2 if kind == SWIGLU else TILE_COLUMNS // 2,
+        second_rows=len(weight) // 2 if kind == SWIGLU else tiles.columns // 2,
         kind=kind,
     )
 
@@ -138,7 +166,7 @@ def finish(taken: Taken, num_sms: int) -> None:
             SHARES,
             num_sms,
             operands=(rows, rows, None, rows),
-            tiles=(0, 0),
+            tiles=Tiles(down=0, across=0, columns=WIDE),
             num_steps=0,
             second_rows=0,
             kind=PLAIN,
@@ -167,7 +195,7 @@ def _run(
     num_sms: int,
     *,
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    tiles: tuple[int, int],
+    tiles: Tiles,
     num_steps: int,
     second_rows: int,
     kind: int,
@@ -181,12 +209,13 @@ def _run(
     (q,), (attended,) = launch.reads, launch.writes
     inside_program[(num_sms,)](
         _boxes(x, TILE_ROWS),
-        _boxes(weight, TILE_COLUMNS // 2),
+        _boxes(weight, tiles.columns // 2),
         bias,
         out,
         len(out),
         out.shape[1],
-        *tiles,
+        tiles.down,
+        tiles.across,
         num_steps,
         second_rows,
         # One head of one token a row.
@@ -207,10 +236,10 @@ def _run(
         taken.num_runs,
         taken.until,
         until,
-        round(num_steps / STEPS_A_BLOCK),
-        BLOCK_N=TILE_COLUMNS,
-        STEPS=taken.steps,
-        STAGES=NUM_STAGES,
+        round(num_steps / tiles.steps(1) / STEPS_A_BLOCK),
+        BLOCK_N=tiles.columns,
+        STEPS=tiles.steps(taken.steps),
+        STAGES=NUM_STAGES[tiles.columns],
         KV_STAGES=KV_STAGES,
         GROUP=dims.num_heads // dims.num_kv_heads,
         KV_HEADS=dims.num_kv_heads,

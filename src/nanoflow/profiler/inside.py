@@ -30,7 +30,7 @@ from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
 from nanoflow.profiler.work import Task, decode_task
 
-_TOKENS = (256, 512, 768, 1024)
+_TOKENS = (256, 384, 512, 768, 1024)
 # K-steps to a block of keys.
 _STEPS = (2, 3, 4)
 _CONTEXT = 1280

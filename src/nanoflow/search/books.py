@@ -26,8 +26,9 @@ _COVERED = 0.98
 _PLANS_A_CELL = 4
 # What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
 _LEAST_GAIN_TO_TRY = 0.99
-# The best plans of a cell that are tried, whatever shares the device: predictions rank ways to divide it no better.
-_BEST_TO_TRY = 2
+# The best plans of a cell that are tried, whatever shares the device, and of one that has so much of the run's time:
+# predictions rank ways to divide it no better.
+_BEST_TO_TRY, _BEST_OF_COMMON, _COMMON = 2, 4, 0.02
 # Plans are tried in cells that cover so much of the run's time; a trial takes as long for a rare kind of batch.
 _TRIED = 0.95
 
@@ -99,7 +100,8 @@ def search_book(
         plans |= {plan.digest: plan for plan in leading([attempt.plan for attempt in attempts], _PLANS_A_CELL)}
         found = ranked(plans.values(), cell, model.iteration_s)
         if will_be_tried:
-            promising = leading([plan for gain, plan in found if gain >= _LEAST_GAIN_TO_TRY], _BEST_TO_TRY)
+            count = _BEST_OF_COMMON if cell.time_s >= _COMMON * total_s else _BEST_TO_TRY
+            promising = leading([plan for gain, plan in found if gain >= _LEAST_GAIN_TO_TRY], count)
             kept = [each for each in found if each[1] in promising]
         else:
             kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
