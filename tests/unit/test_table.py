@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,8 +147,20 @@ def test_curves_of_the_operation_then_of_its_resource_then_the_share() -> None:
     assert curves.performance(Mechanism.STREAM, ops["o_proj"], 0.25, 1) == 0.25
     assert curves.shares(Mechanism.PARTITION, Resource.MEMORY) == (0.4, 0.8, 1.0)
     assert curves.shares(Mechanism.PARTITION, Resource.NETWORK) == (1.0,)
-    assert curves.energy_ratio(Mechanism.PARTITION, 0.4) == pytest.approx(0.8)
-    assert curves.energy_ratio(Mechanism.STREAM, 0.4) == 1.0
+    assert curves.energy_ratio(Mechanism.PARTITION, 0.4, 1) == pytest.approx(0.8)
+    assert curves.energy_ratio(Mechanism.STREAM, 0.4, 1) == 1.0
+
+
+def test_pairs_of_each_size_have_a_curve() -> None:
+    ops = {op.name: op for op in GRAPH.layer}
+    small = replace(pair(0.5, 0.5, 0.25, 1.2), first_tokens=256)
+    large = replace(pair(0.5, 0.75, 0.5, 0.9), first_tokens=1024)
+    curves = Interference(Profile(model="m", config=CONFIG, setup=SETUP, pairs=(large, small)), GRAPH)
+    for num_tokens, product, attention, ratio in ((1, 0.5, 0.25, 1.2), (256, 0.5, 0.25, 1.2), (257, 0.75, 0.5, 0.9)):
+        for name, expected in (("gate_up_proj", product), ("o_proj", product), ("decode_attention", attention)):
+            assert curves.performance(Mechanism.PARTITION, ops[name], 0.5, num_tokens) == expected
+        assert curves.energy_ratio(Mechanism.PARTITION, 0.5, num_tokens) == ratio
+    assert curves.performance(Mechanism.PARTITION, ops["o_proj"], 0.5, 4096) == 0.75
 
 
 def part(operation: str, num_tokens: int, share: float, time_s: float) -> Point:

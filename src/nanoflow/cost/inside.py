@@ -82,11 +82,11 @@ class Inside:
         if not self._full:
             return STANDS_STILL
         rates = self._full[min(self._full, key=lambda other: abs(other - share))]
-        layer = rates[_size(rates, num_tokens)]
+        layer = rates[measured_size(rates, num_tokens)]
         own, every = self._empty.get(op.name), self._empty.get(PRODUCTS)
         if own is None or every is None or self._table is None:
             return layer
-        size = _size(own, num_tokens)
+        size = measured_size(own, num_tokens)
         one, total = own[size], every[size]
         slower = one.rates.product / total.rates.product
         # In the time that it takes it does what fits into it.
@@ -101,9 +101,9 @@ class Inside:
     def empty(self, op: Operation, num_tokens: int) -> InsideRates:
         """Of a product of so many tokens that could carry, and has nothing to; as any product if not measured."""
         known = self._empty.get(op.name)
-        return known[_size(known, num_tokens)].rates if known else STANDS_STILL
+        return known[measured_size(known, num_tokens)].rates if known else STANDS_STILL
 
 
-def _size(known: Iterable[int], num_tokens: int) -> int:
-    """The next larger one, or the largest."""
+def measured_size(known: Iterable[int], num_tokens: int) -> int:
+    """Of sizes that were measured: the next larger one, or the largest."""
     return min((size for size in known if size >= num_tokens), default=max(known))

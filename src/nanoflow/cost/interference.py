@@ -1,10 +1,11 @@
 """R -> P: what an operation keeps of its speed on a share of the device, beside another one or alone.
 
 Beside another: measured pairs of a profile, one curve a mechanism and operation, and one a mechanism and resource for
-operations that were not in a pair (the paper's section 4.1.1 finds the same curve for all shapes within 5 %). Between
-measured shares they are linear; P(0) = 0 and P(1) = 1. A pair has one size; on a part of the device products come in
-other waves than on the whole, which differ from size to size, so a curve is corrected by what the operation keeps alone
-on that share at its own size, where that was measured. It also is what it keeps while nothing runs beside it.
+operations that were not in a pair (the paper's section 4.1.1 finds the same curve for all shapes within 5 %; products
+of few tokens have too few tiles for that, so there is one for each number of tokens that pairs have). Between measured
+shares they are linear; P(0) = 0 and P(1) = 1. On a part of the device products come in other waves than on the whole,
+which differ from size to size, so a curve is corrected by what the operation keeps alone on that share at its own size,
+where that was measured. It also is what it keeps while nothing runs beside it.
 
 Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
 it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `inside.py`'s.
@@ -18,13 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from nanoflow.cost.inside import Inside
+from nanoflow.cost.inside import Inside, measured_size
 from nanoflow.cost.table import CostTable, PairPoint, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
 
 Curve = tuple[tuple[float, float], ...]
+# By the tokens of the first operation of the pairs, which are those of a nano-batch.
+Curves = Mapping[int, Curve]
 # Nothing keeps nothing, the whole device keeps everything; shares are compared after rounding.
 _ENDS = ((0.0, 0.0), (1.0, 1.0))
 _DIGITS = 4
@@ -50,22 +53,23 @@ class Interference:
         self._alone = _alone_on_shares(profile, graph)
         self.inside = Inside(profile, graph)
         self._pair_tokens: dict[str, int] = {}
-        by_operation: dict[tuple[Mechanism, str], list[tuple[float, float]]] = defaultdict(list)
-        by_resource: dict[tuple[Mechanism, Resource], list[tuple[float, float]]] = defaultdict(list)
-        ratios: dict[Mechanism, list[tuple[float, float]]] = defaultdict(list)
+        by_operation: dict[tuple[Mechanism, str], _Found] = defaultdict(lambda: defaultdict(list))
+        by_resource: dict[tuple[Mechanism, Resource], _Found] = defaultdict(lambda: defaultdict(list))
+        ratios: dict[Mechanism, _Found] = defaultdict(lambda: defaultdict(list))
         for pair in profile.pairs:
             if pair.mechanism is Mechanism.INSIDE:
                 continue
             for side in _sides(pair):
                 self._pair_tokens[side.operation] = side.num_tokens
-                by_operation[pair.mechanism, side.operation].append((side.share, side.performance))
+                point = (side.share, side.performance)
+                by_operation[pair.mechanism, side.operation][pair.first_tokens].append(point)
                 if side.operation in self._resource:
-                    by_resource[pair.mechanism, self._resource[side.operation]].append((side.share, side.performance))
+                    by_resource[pair.mechanism, self._resource[side.operation]][pair.first_tokens].append(point)
             if pair.energy_ratio is not None:
-                ratios[pair.mechanism].append((pair.share, pair.energy_ratio))
-        self._by_operation = {key: _curve([*found, *_ENDS]) for key, found in by_operation.items()}
-        self._by_resource = {key: _curve([*found, *_ENDS]) for key, found in by_resource.items()}
-        self._ratios = {mechanism: _curve(found) for mechanism, found in ratios.items()}
+                ratios[pair.mechanism][pair.first_tokens].append((pair.share, pair.energy_ratio))
+        self._by_operation = {key: _curves(found, _ENDS) for key, found in by_operation.items()}
+        self._by_resource = {key: _curves(found, _ENDS) for key, found in by_resource.items()}
+        self._ratios = {mechanism: _curves(found) for mechanism, found in ratios.items()}
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
@@ -74,16 +78,18 @@ class Interference:
 
     def shares(self, mechanism: Mechanism, resource: Resource) -> tuple[float, ...]:
         """Shares that operations of a resource were measured on, increasing, the whole device last."""
-        curve = self._by_resource.get((mechanism, resource), ((1.0, 1.0),))
-        return tuple(share for share, performance in curve if performance > 0)
+        curves = self._by_resource.get((mechanism, resource), {})
+        found = {share for curve in curves.values() for share, performance in curve if performance > 0}
+        return tuple(sorted(found | {1.0}))
 
     def performance(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         """P of an operation on a share beside another one; the share itself where nothing was measured."""
         if share >= 1.0 or mechanism is Mechanism.WHOLE:
             return 1.0
-        curve = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
-        if curve is None:
+        curves = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
+        if curves is None:
             return share
+        curve = curves[measured_size(curves, num_tokens)]
         here = self._kept_alone(mechanism, op.name, share, num_tokens)
         if here is None:
             return max(_at(curve, share), _LEAST)
@@ -102,13 +108,16 @@ class Interference:
         curves = self._alone.get(operation)
         if curves is None or mechanism is not Mechanism.PARTITION:
             return None
-        sizes = sorted(curves)
-        return _at(curves[sizes[min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)]], share)
+        return _at(curves[measured_size(curves, num_tokens)], share)
 
-    def energy_ratio(self, mechanism: Mechanism, first_share: float) -> float:
+    def energy_ratio(self, mechanism: Mechanism, first_share: float, num_tokens: int) -> float:
         """Energy of a pair / of the same work one after the other; 1 where nothing was measured."""
-        curve = self._ratios.get(mechanism)
-        return 1.0 if curve is None else _at(curve, first_share)
+        curves = self._ratios.get(mechanism)
+        return 1.0 if curves is None else _at(curves[measured_size(curves, num_tokens)], first_share)
+
+
+# (share, value) by tokens.
+_Found = dict[int, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,20 +148,21 @@ def _sides(pair: PairPoint) -> tuple[_Side, _Side]:
     )
 
 
-def _alone_on_shares(profile: Profile, graph: OpGraph) -> Mapping[str, Mapping[int, Curve]]:
+def _alone_on_shares(profile: Profile, graph: OpGraph) -> Mapping[str, Curves]:
     """Time on the whole device / time alone on a share, by operation and size."""
     parts = [point for point in profile.points if point.mechanism is Mechanism.PARTITION]
     if not parts:
         return {}
     table = CostTable(profile, graph)
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, _Found] = defaultdict(lambda: defaultdict(list))
     for part in parts:
         whole_s = table.cost(part.operation, part.num_tokens, part.context).time_s
         found[part.operation][part.num_tokens].append((round(part.share, _DIGITS), whole_s / part.time_s))
-    return {
-        operation: {size: _curve([*points, *_ENDS]) for size, points in by_size.items()}
-        for operation, by_size in found.items()
-    }
+    return {operation: _curves(by_size, _ENDS) for operation, by_size in found.items()}
+
+
+def _curves(by_size: _Found, ends: Curve = ()) -> Curves:
+    return {size: _curve([*points, *ends]) for size, points in by_size.items()}
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:

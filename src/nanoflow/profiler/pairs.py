@@ -31,8 +31,9 @@ from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 
 _PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _FIRST_TOKENS = 1024
-# Products alone on a part of the device, where waves differ from size to size.
-_PART_TOKENS = (256, 512, _FIRST_TOKENS)
+# Products alone on a part of the device, where waves differ from size to size, and on all of it beside another, where
+# those of few tokens have too few tiles.
+_PRODUCT_TOKENS = (256, 512, _FIRST_TOKENS)
 _DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
 # Lanes end together if the last one takes at most this part longer than the first; so many rounds are tried.
 _BALANCED, _MAX_ROUNDS = 0.02, 4
@@ -119,7 +120,9 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
                 if count < num_sms
             ]
         if _can_keep_products(site):
-            found.append(PairTask(first=first, second=second, mechanism=Mechanism.BESIDE))
+            found += [
+                PairTask(first=each, second=second, mechanism=Mechanism.BESIDE) for each in (*_smaller(first), first)
+            ]
     return found
 
 
@@ -129,8 +132,7 @@ def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
     for pair in pair_tasks(site, max_tokens, num_sms):
         if pair.second_sms is None:
             continue
-        sizes = [count for count in _PART_TOKENS if count < pair.first.num_tokens and not pair.first.num_requests]
-        for first in (*(replace(pair.first, num_tokens=count) for count in sizes), pair.first):
+        for first in (*_smaller(pair.first), pair.first):
             found.append(PartTask(task=first, num_sms=num_sms - pair.second_sms, is_first=True))
         # Prefill attention may also run on the second lane, one after the other with decode attention.
         seconds = (pair.second, pair.first) if pair.first.num_requests else (pair.second,)
@@ -138,6 +140,12 @@ def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
     # Those of one operation and size one after the other: they share their tensors.
     order = list(dict.fromkeys(part.task for part in found))
     return sorted(dict.fromkeys(found), key=lambda part: order.index(part.task))
+
+
+def _smaller(product: Task) -> list[Task]:
+    """The same product of fewer tokens; nothing for attention."""
+    sizes = [count for count in _PRODUCT_TOKENS if count < product.num_tokens and not product.num_requests]
+    return [replace(product, num_tokens=count) for count in sizes]
 
 
 @torch.inference_mode()

@@ -208,11 +208,12 @@ def choices_of(task: Task, interference: Interference, setup: Setup, mechanism: 
     for share in interference.shares(mechanism, task.group.resource):
         main = next(op for op in task.group.operations if op.name == task.group.name)
         first_share = share if task.group.resource is Resource.COMPUTE else 1.0 - share
-        ratio = 1.0 if share >= 1.0 else interference.energy_ratio(mechanism, first_share)
+        num_tokens = task.tokens.num_tokens
+        ratio = 1.0 if share >= 1.0 else interference.energy_ratio(mechanism, first_share, num_tokens)
         found.append(
             Choice(
                 share=share,
-                time_s=cost.time_s / interference.performance(mechanism, main, share, task.tokens.num_tokens),
+                time_s=cost.time_s / interference.performance(mechanism, main, share, num_tokens),
                 dynamic_j=None if dynamic_j is None else dynamic_j * ratio,
             )
         )

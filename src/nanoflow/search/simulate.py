@@ -231,7 +231,7 @@ class PlanSimulator:
     def _energy_ratio(self, running: Sequence[_Item]) -> float:
         """Of the pair; the first of a measured pair is the one nearest to compute, and on the larger share."""
         first = min(running, key=lambda item: (_PRECEDENCE[lane_of(item.op)], -item.lane.share))
-        return self._interference.energy_ratio(first.lane.mechanism, first.lane.share)
+        return self._interference.energy_ratio(first.lane.mechanism, first.lane.share, first.tokens.num_tokens)
 
     def _span(self, item: _Item, work: _Work) -> Span:
         return Span(
