@@ -66,7 +66,7 @@ def test_products_kept_to_a_part_compute_the_same(job: Job, name: str) -> None:
 
 
 def test_a_profile_is_plausible(job: Job, tmp_path: Path) -> None:
-    # Those of one mechanism stand for all pairs: five, not minutes.
+    # Those of one mechanism stand for all pairs: a dozen, not minutes.
     path = tmp_path / "profile.json"
     alone_only = run_job(replace(job, span=SHORT, only="alone"), path)
     assert not alone_only.pairs

@@ -211,7 +211,7 @@ def test_products_of_fewer_tokens_are_measured_beside_attention_too(monkeypatch:
     found = pair_tasks(replace(SITE, device=torch.device("cuda", 0)), 1024, 132)
     beside = [pair.first for pair in found if pair.mechanism is Mechanism.BESIDE]
     sizes = {name: [task.num_tokens for task in beside if task.operation == name] for name in ("o_proj", "down_proj")}
-    assert sizes == {"o_proj": [256, 512, 1024], "down_proj": [256, 512, 1024]}
+    assert sizes == {"o_proj": [1024, 512, 256], "down_proj": [1024, 512, 256]}
     assert [task.num_tokens for task in beside if task.num_requests] == [1024]
     others = {pair.first.num_tokens for pair in found if pair.mechanism is not Mechanism.BESIDE}
     assert others == {1024}

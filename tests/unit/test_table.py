@@ -187,6 +187,10 @@ def test_curves_are_corrected_by_what_an_operation_keeps_alone_at_its_size() -> 
         assert curves.performance(Mechanism.PARTITION, op, 0.6, num_tokens) == pytest.approx(0.5 * 0.5 / 0.75)
         assert curves.performance_alone(Mechanism.PARTITION, op, 0.6, num_tokens) == pytest.approx(0.5)
     assert curves.performance_alone(Mechanism.PARTITION, op, 0.6, 1) == pytest.approx(0.75)
+    # A pair of another mechanism has another size.
+    beside = replace(pair(0.5, 0.5, 0.5), mechanism=Mechanism.BESIDE, first_tokens=8)
+    with_beside = Interference(replace(profile, pairs=(*profile.pairs, beside)), GRAPH)
+    assert with_beside.performance(Mechanism.PARTITION, op, 0.6, 1) == pytest.approx(0.5)
     # Not measured alone on a share: as beside another.
     assert curves.performance_alone(Mechanism.PARTITION, ops["decode_attention"], 0.4, 1) == pytest.approx(0.8)
     assert curves.performance(Mechanism.PARTITION, ops["o_proj"], 0.6, 8) == pytest.approx(0.5)

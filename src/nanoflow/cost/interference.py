@@ -26,7 +26,7 @@ from nanoflow.graph.operation import Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
 
 Curve = tuple[tuple[float, float], ...]
-# By the tokens of the first operation of the pairs, which are those of a nano-batch.
+# By size: tokens of an operation alone; of a pair, those of its first operation, which stand for a nano-batch's.
 Curves = Mapping[int, Curve]
 # Nothing keeps nothing, the whole device keeps everything; shares are compared after rounding.
 _ENDS = ((0.0, 0.0), (1.0, 1.0))
@@ -52,7 +52,7 @@ class Interference:
         self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
         self._alone = _alone_on_shares(profile, graph)
         self.inside = Inside(profile, graph)
-        self._pair_tokens: dict[str, int] = {}
+        self._pair_tokens: dict[tuple[Mechanism, str, int], int] = {}
         by_operation: dict[tuple[Mechanism, str], _Found] = defaultdict(lambda: defaultdict(list))
         by_resource: dict[tuple[Mechanism, Resource], _Found] = defaultdict(lambda: defaultdict(list))
         ratios: dict[Mechanism, _Found] = defaultdict(lambda: defaultdict(list))
@@ -60,7 +60,7 @@ class Interference:
             if pair.mechanism is Mechanism.INSIDE:
                 continue
             for side in _sides(pair):
-                self._pair_tokens[side.operation] = side.num_tokens
+                self._pair_tokens[pair.mechanism, side.operation, pair.first_tokens] = side.num_tokens
                 point = (side.share, side.performance)
                 by_operation[pair.mechanism, side.operation][pair.first_tokens].append(point)
                 if side.operation in self._resource:
@@ -89,13 +89,15 @@ class Interference:
         curves = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
         if curves is None:
             return share
-        curve = curves[measured_size(curves, num_tokens)]
+        size = measured_size(curves, num_tokens)
+        curve = curves[size]
         here = self._kept_alone(mechanism, op.name, share, num_tokens)
         if here is None:
             return max(_at(curve, share), _LEAST)
         # On less than any pair had, it loses to the other as much as it did there.
         of_pair = max(share, min(share for share, kept in curve if kept > 0))
-        there = self._kept_alone(mechanism, op.name, of_pair, self._pair_tokens.get(op.name, num_tokens))
+        pair_tokens = self._pair_tokens.get((mechanism, op.name, size), num_tokens)
+        there = self._kept_alone(mechanism, op.name, of_pair, pair_tokens)
         return max(here * _at(curve, of_pair) / (there or 1.0), _LEAST)
 
     def performance_alone(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:

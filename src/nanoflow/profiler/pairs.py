@@ -120,9 +120,9 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
                 if count < num_sms
             ]
         if _can_keep_products(site):
-            found += [
-                PairTask(first=each, second=second, mechanism=Mechanism.BESIDE) for each in (*_smaller(first), first)
-            ]
+            # The largest first: it has the tensors of the pairs before.
+            sizes = reversed(_in_sizes(first))
+            found += [PairTask(first=each, second=second, mechanism=Mechanism.BESIDE) for each in sizes]
     return found
 
 
@@ -132,7 +132,7 @@ def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
     for pair in pair_tasks(site, max_tokens, num_sms):
         if pair.second_sms is None:
             continue
-        for first in (*_smaller(pair.first), pair.first):
+        for first in _in_sizes(pair.first):
             found.append(PartTask(task=first, num_sms=num_sms - pair.second_sms, is_first=True))
         # Prefill attention may also run on the second lane, one after the other with decode attention.
         seconds = (pair.second, pair.first) if pair.first.num_requests else (pair.second,)
@@ -142,10 +142,10 @@ def part_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PartTask]:
     return sorted(dict.fromkeys(found), key=lambda part: order.index(part.task))
 
 
-def _smaller(product: Task) -> list[Task]:
-    """The same product of fewer tokens; nothing for attention."""
-    sizes = [count for count in _PRODUCT_TOKENS if count < product.num_tokens and not product.num_requests]
-    return [replace(product, num_tokens=count) for count in sizes]
+def _in_sizes(task: Task) -> list[Task]:
+    """A product of fewer tokens, and of its own; attention has one size."""
+    smaller = [count for count in _PRODUCT_TOKENS if count < task.num_tokens and not task.num_requests]
+    return [*(replace(task, num_tokens=count) for count in smaller), task]
 
 
 @torch.inference_mode()
