@@ -19,6 +19,8 @@ from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
+from nanoflow.profiler.kept_trials import KeptTrials
+from nanoflow.search import books
 from nanoflow.search.books import FoundPlan, divided, search_book
 from nanoflow.search.inside import inside_plan
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
@@ -26,6 +28,7 @@ from tests.plans import ping_pong_plan
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
 LANES = (Lane(name="first"), Lane(name="second"))
+INTERRUPTED = 130
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -84,6 +87,63 @@ def test_with_a_gpu_only_plans_that_win_there_stay(
     assert told.err.count("measured 1.111x, partition") == len(winners)
     assert told.err.count("measured 0.833x, sequential") == len(losers)
     assert "measured for all of 64/256" in told.out
+
+
+def test_an_interrupted_search_keeps_what_it_tried(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[tuple[BatchShape, str]] = []
+    left = 3
+    cells = cells_of(
+        [(batch_of(2048, 400, keys, 512.0), 1.0) for keys in (500.0, 900.0, 1500.0)], max_batch_tokens=2048
+    )
+    plans = tuple(replace(sequential_plan(GRAPH, 2048), name=name) for name in ("first", "second"))
+    found = [FoundPlan(cell=cell, part=0.3, gain=1.1, plans=plans) for cell in cells]
+
+    def measure(_: Profile, wanted: Sequence[tuple[BatchShape, PipelinePlan]], **__: object) -> Iterator[Trial]:
+        for shape, plan in wanted:
+            if len(tried) == left:
+                raise KeyboardInterrupt
+            tried.append((shape, plan.digest))
+            planned = Timing(time_s=0.5 + int(plan.digest, 16) % 49 / 100, energy_j=None)
+            yield Trial(shape=shape, plan=plan, planned=planned, sequential=Timing(time_s=1.0, energy_j=None))
+
+    monkeypatch.setattr(books, "search_book", lambda *_, **__: iter(found))
+    monkeypatch.setattr(command, "_simulated", lambda *_: [])
+    monkeypatch.setattr(command, "_check_machine", lambda _: None)
+    monkeypatch.setattr(iterations, "measure_trials", measure)
+    whole, path = tmp_path / "whole.json", tmp_path / "plans.json"
+    kept = tmp_path / "plans.json.trials"
+
+    def search(output: Path, *more: str) -> int:
+        return main(["search", str(profile), "-o", str(output), "--measure", *more])
+
+    assert search(path) == INTERRUPTED and kept.read_bytes().count(b"gain") == 3 and not path.exists()
+    with kept.open("ab") as file:
+        file.write(b'\n{"profile": "cut')
+    left = 4
+    assert search(path) == INTERRUPTED and "3 more were tried before" in capsys.readouterr().err
+    left = 100
+    assert search(path) == 0 and "4 more were tried before" in capsys.readouterr().err
+    assert len(tried) == len(set(tried)) == 6 and not kept.exists(), "none twice, and the file goes"
+    assert search(whole) == 0 and path.read_bytes() == whole.read_bytes() and len(tried) == 12
+    left = 14
+    assert search(path) == INTERRUPTED
+    left = 100
+    assert search(path, "--fresh") == 0 and len(tried) == 20
+
+
+def test_kept_trials_are_of_one_profile(profile: Path, tmp_path: Path) -> None:
+    stored = Profile.load(profile)
+    shape, plan = batch_of(2048, 683, 1280.0, 1024.0), sequential_plan(GRAPH, 2048)
+    second = Timing(time_s=1.0, energy_j=None)
+    kept = KeptTrials(tmp_path / "trials", stored)
+    assert (shape, plan) not in kept
+    kept.add(Trial(shape=shape, plan=plan, planned=replace(second, time_s=0.8), sequential=second))
+    assert kept[shape, plan] == 1.25 == KeptTrials(tmp_path / "trials", stored)[shape, plan]
+    assert (shape, sequential_plan(GRAPH, 1024)) not in kept
+    assert (batch_of(2048, 683, 1290.0, 1024.0), plan) not in kept
+    assert (shape, plan) not in KeptTrials(tmp_path / "trials", replace(stored, page_size=32))
 
 
 def test_what_a_device_says_decides() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanoflow.graph.operation import BatchShape
     from nanoflow.plan.book import StoredBook
     from nanoflow.plan.plan import PipelinePlan
+    from nanoflow.profiler.kept_trials import KeptTrials
     from nanoflow.search.books import FoundPlan
     from nanoflow.search.iteration import IterationModel
     from nanoflow.search.search import SearchResult
@@ -87,6 +88,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
         help="prompt tokens/output tokens of every request, or trace:FILE.csv (default: 512/512)",
     )
     parser.add_argument("--measure", action="store_true", help="Keep only plans that win on this machine's GPU")
+    parser.add_argument("--fresh", action="store_true", help="Try every plan, those of an interrupted search again")
     parser.add_argument("--quiet", action="store_true", help="Print only what was found")
     _OPTIONS.add_to(parser)
     parser.set_defaults(run=run)
@@ -105,10 +107,11 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--measure is for plan books: leave out --decodes, and name --workloads")
         args.output.write_bytes(_one_plan(profile, config, config.decodes, is_quiet=args.quiet).to_json())
     else:
-        if args.measure:
-            _check_machine(profile)
-        book = _book(profile, config, args.workloads, is_measured=args.measure, is_quiet=args.quiet)
+        kept = _kept_trials(args.output, profile, is_fresh=args.fresh) if args.measure else None
+        book = _book(profile, config, args.workloads, kept, is_quiet=args.quiet)
         args.output.write_bytes(book.to_json())
+        if kept is not None:
+            kept.forget()
         num_plans = f"{len(book.plans)} plan{'' if len(book.plans) == 1 else 's'}"
         print(f"{args.output}: {num_plans} in {len(book.entries)} ranges; every other batch runs sequentially")
     return 0
@@ -130,10 +133,21 @@ def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_qu
     return result.plan
 
 
+def _kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrials:
+    """Those of an interrupted search for this file; ProfileError if plans of the profile cannot be tried here."""
+    from nanoflow.profiler.kept_trials import KeptTrials
+
+    _check_machine(profile)
+    kept = KeptTrials(output.with_name(f"{output.name}.trials"), profile)
+    if is_fresh:
+        kept.forget()
+    return kept
+
+
 def _book(
-    profile: Profile, config: SearchConfig, workloads: Sequence[str], *, is_measured: bool, is_quiet: bool
+    profile: Profile, config: SearchConfig, workloads: Sequence[str], kept: KeptTrials | None, *, is_quiet: bool
 ) -> StoredBook:
-    """Simulate the workloads, search a plan for each kind of batch, and try it if asked to."""
+    """Simulate the workloads, search plans for each kind of batch, and try them if there is where to keep that."""
     from nanoflow.plan.book import MadeFor, StoredBook
     from nanoflow.search.books import search_book
 
@@ -144,15 +158,15 @@ def _book(
         iterations,
         max_batch_tokens=config.max_batch_tokens,
         time_limit_s=config.time_limit,
-        will_be_tried=is_measured,
+        will_be_tried=kept is not None,
     ):
         found.append(each)
         if not is_quiet:
             print(f"  {_cell(each)}", file=sys.stderr, flush=True)
-    if is_measured:
-        found = _measured(profile, found, is_quiet=is_quiet)
+    if kept is not None:
+        found = _measured(profile, found, kept, is_quiet=is_quiet)
     gain = 1.0 / (1.0 - sum(each.saved for each in found))
-    how = "measured" if is_measured else "predicted"
+    how = "predicted" if kept is None else "measured"
     print(f"{how} for all of {', '.join(workloads)}: {gain:.3f}x of sequential", flush=True)
     setup = profile.setup
     made_for = MadeFor(model=profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
@@ -169,7 +183,7 @@ def _check_machine(profile: Profile) -> None:
     check_same_machine(profile, detect_setup(device))
 
 
-def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -> list[FoundPlan]:
+def _measured(profile: Profile, found: Sequence[FoundPlan], kept: KeptTrials, *, is_quiet: bool) -> list[FoundPlan]:
     """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins.
 
     Batches that are rare keep what is safely predicted to win.
@@ -180,12 +194,18 @@ def _measured(profile: Profile, found: Sequence[FoundPlan], *, is_quiet: bool) -
 
     tried, rare = divided(found)
     wanted = [(each.cell.example, plan) for each in tried for plan in each.plans]
+    missing = [key for key in wanted if key not in kept]
     if not is_quiet:
-        print(f"  {len(wanted)} plans to try, about {len(wanted) * _TRIAL_S / 60:.0f} minutes", file=sys.stderr)
-    trials = measure_trials(profile, wanted, device=resolve_device("auto"))
+        before = f", {len(wanted) - len(missing)} more were tried before" if len(missing) < len(wanted) else ""
+        minutes = len(missing) * _TRIAL_S / 60
+        print(f"  {len(missing)} plans to try, about {minutes:.0f} minutes{before}", file=sys.stderr, flush=True)
+    trials = measure_trials(profile, missing, device=resolve_device("auto"))
     judged = []
     for each in tried:
-        judged.append(each.confirmed([next(trials).gain for _ in each.plans]))
+        keys = [(each.cell.example, plan) for plan in each.plans]
+        while not all(key in kept for key in keys):
+            kept.add(next(trials))
+        judged.append(each.confirmed([kept[key] for key in keys]))
         if not is_quiet:
             print(f"  {_cell(judged[-1])}", file=sys.stderr, flush=True)
     trusted = [each.trusted for each in rare]
