@@ -168,11 +168,11 @@ def ladder_parts(path: Path, ladder: Document) -> Iterator[str]:
 def steady_parts(path: Path, document: Document) -> Iterator[str]:
     """Rungs in turn: where they were measured, and a table of all workloads."""
     options, packages = document["options"], document["software"]["packages"]
-    yield f"### {document['model'].removeprefix('preset:')} on {place_of(document['machine'])}"
+    model, budget = document["model"].removeprefix("preset:"), options["max_batch_tokens"]
+    yield f"### {model}, token budget {budget:,}, on {place_of(document['machine'])}"
     yield (
-        f"{options['dtype'].capitalize()}, token budget {options['max_batch_tokens']:,}, at most "
-        f"{options['max_num_seqs']:,} requests at once; torch {packages['torch']}, "
-        f"CUDA {document['software']['cuda']}, triton {packages['triton']}; "
+        f"{options['dtype'].capitalize()}, at most {options['max_num_seqs']:,} requests at once; "
+        f"torch {packages['torch']}, CUDA {document['software']['cuda']}, triton {packages['triton']}; "
         f"[JSON](../benchmarks/results/{path.as_posix()})."
     )
     rows = [_steady_row(workload, rung) for workload in document["workloads"] for rung in workload["rungs"]]

@@ -93,7 +93,7 @@ def identity(workload: dict[str, Any]) -> dict[str, Any]:
 
 def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
     """A row a workload: what the search chose is worth in the steady state."""
-    gpu = document["machine"]["gpus"][0]
+    gpu, budget = document["machine"]["gpus"][0], document["options"]["max_batch_tokens"]
     for workload in document["workloads"]:
         rungs = {rung["rung"]: rung for rung in workload["rungs"]}
         if "searched" not in rungs:
@@ -102,7 +102,7 @@ def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
         energies = rungs["searched"]["energy_ratios"]
         yield {
             "what": f"{document['model'].removeprefix('preset:')}, {document['options']['dtype']}, random weights, "
-            f"{workload['workload']}, steady state, searched plans",
+            f"{workload['workload']}, token budget {budget:,}, steady state, searched plans",
             "measured": gain if energies is None else f"{gain}, {statistics.fmean(energies):.2f} of its energy",
             "target": "",
             "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
@@ -113,7 +113,7 @@ def result_rows() -> Iterator[str]:
     """One row a record under benchmarks/results that has a headline, and one a workload of its ladders."""
     folder = ROOT / "benchmarks/results"
     found = [(path, headline(json.loads(path.read_text()))) for path in sorted(folder.glob("*.json"))]
-    for path in sorted(folder.glob("ladder/steady_*.json")):
+    for path in sorted(folder.rglob("steady_*.json")):
         found += [(path, row) for row in steady_headlines(json.loads(path.read_text()))]
     for path, row in found:
         if row is not None:

@@ -85,7 +85,7 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
     }
     (tmp_path / "steady_llama-3-8b.json").write_text(json.dumps(document))
     text = page(tmp_path, tmp_path)
-    assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text and "token budget 2,048" in text
+    assert "### llama-3-8b, token budget 2,048, on NVIDIA H200, 700 W, driver 580" in text
     assert (
         "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.055 (1.050 to 1.060) | 1.080 "
         "| 0.940 (0.930 to 0.950) | 50.0% | 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
