@@ -88,7 +88,9 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
         help="prompt tokens/output tokens of every request, or trace:FILE.csv (default: 512/512)",
     )
     parser.add_argument("--measure", action="store_true", help="Keep only plans that win on this machine's GPU")
-    parser.add_argument("--fresh", action="store_true", help="Try every plan, those of an interrupted search again")
+    parser.add_argument(
+        "--fresh", action="store_true", help="With --measure: try again what an interrupted search tried"
+    )
     parser.add_argument("--quiet", action="store_true", help="Print only what was found")
     _OPTIONS.add_to(parser)
     parser.set_defaults(run=run)
@@ -147,7 +149,7 @@ def _kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrial
 def _book(
     profile: Profile, config: SearchConfig, workloads: Sequence[str], kept: KeptTrials | None, *, is_quiet: bool
 ) -> StoredBook:
-    """Simulate the workloads, search plans for each kind of batch, and try them if there is where to keep that."""
+    """Simulate the workloads and search plans for each kind of batch; try them if there is where to keep trials."""
     from nanoflow.plan.book import MadeFor, StoredBook
     from nanoflow.search.books import search_book
 

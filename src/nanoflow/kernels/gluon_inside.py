@@ -50,10 +50,9 @@ class Tiles:
     across: int
     columns: int
 
-    @property
-    def num_tiles(self) -> int:
-        """All of them."""
-        return self.down * self.across
+    def most(self, num_sms: int) -> int:
+        """Those of the busiest program."""
+        return -(-self.down * self.across // num_sms)
 
     def steps(self, wide_steps: int) -> int:
         """K-steps that are as much work as so many of a wide tile."""
@@ -91,7 +90,7 @@ def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> 
 def rounds_of(num_tokens: int, num_columns: int, num_features: int, num_sms: int, steps: int) -> int:
     """Blocks of keys that a product carries in each warpgroup of its busiest program."""
     tiles = tiles_of(num_tokens, num_columns, num_sms)
-    return _most(tiles, num_sms) * (-(-num_features // PANEL) // tiles.steps(steps))
+    return tiles.most(num_sms) * (-(-num_features // PANEL) // tiles.steps(steps))
 
 
 def tiles_of(num_tokens: int, num_columns: int, num_sms: int) -> Tiles:
@@ -103,12 +102,7 @@ def tiles_of(num_tokens: int, num_columns: int, num_sms: int) -> Tiles:
         Tiles(down=-(-num_tokens // TILE_ROWS), across=-(-num_columns // columns), columns=columns)
         for columns in (WIDE, NARROW)
     )
-    return narrow if _most(narrow, num_sms) <= _most(wide, num_sms) else wide
-
-
-def _most(tiles: Tiles, num_sms: int) -> int:
-    """Tiles of the busiest program."""
-    return -(-tiles.num_tiles // num_sms)
+    return narrow if narrow.most(num_sms) <= wide.most(num_sms) else wide
 
 
 def take(launch: Launch, max_runs: int, num_sms: int, steps: int) -> Taken:
