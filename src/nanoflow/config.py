@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "random"]
+Goal = Literal["throughput", "balanced", "latency"]
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,16 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "Longest prompt plus completion in tokens; the model's own limit if not given"
     )
+    goal: Goal = option(
+        "balanced",
+        "What limits that are not given are chosen for: throughput (most tokens a second), latency (short gaps between "
+        "tokens), or balanced",
+    )
+    max_itl_ms: float | None = option(
+        None,
+        "Longest gap between the tokens of a running request that a chunk of a prompt may cause, in milliseconds, by a "
+        "prediction of the iteration's time; chosen by the goal if not given",
+    )
     max_batch_tokens: int = option(2048, "Token budget: upper bound of the dense batch of one iteration")
     max_num_seqs: int = option(256, "Most requests running at once")
     page_size: int = option(16, "Tokens a KV page")
@@ -59,12 +70,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_num_seqs", "page_size"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_model_len", "kv_cache_gib", "num_pages", "num_threads"):
+        for name in ("max_model_len", "max_itl_ms", "kv_cache_gib", "num_pages", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         _require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _require_choice("goal", self.goal, ("throughput", "balanced", "latency"))
         _require_choice("load_format", self.load_format, ("safetensors", "random"))
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")

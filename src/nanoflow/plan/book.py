@@ -142,16 +142,31 @@ class MadeFor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BookLimits:
+    """Limits under which a book's plans were found to be fastest; an engine takes them where its user gives none.
+
+    Attributes:
+        max_batch_tokens: Token budget of an iteration.
+        max_num_seqs: Most requests that run at once.
+    """
+
+    max_batch_tokens: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredBook:
     """A plan book as a file has it, without the fallback.
 
     Attributes:
         entries: As in `PlanBook`.
         made_for: None if unknown.
+        limits: None if the book does not say.
     """
 
     entries: tuple[PlanEntry, ...]
     made_for: MadeFor | None = None
+    limits: BookLimits | None = None
     version: int = BOOK_VERSION
 
     @property
