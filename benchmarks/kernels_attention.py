@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.document import write_document
-from nanoflow.batch import DenseBatch
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
@@ -172,7 +172,7 @@ def measure(case: Case, tiles: Tiles | None = None) -> Point:
     tiles = tiles or choose_tiles(DECODE_TILES if case.is_decode else PREFILL_TILES, dims.head_dim, 2, limit_bytes)
     splits = None
     if case.is_decode:
-        splits = num_splits(batch.num_requests, dims, batch.page_tables.shape[1] * PAGE_SIZE, card.num_sms)
+        splits = num_splits(batch.num_requests, dims, batch.table_width * PAGE_SIZE, card.num_sms)
     num_bytes = case.operation.memory_bytes(batch.shape, 2)
     num_copies = -(-MIN_DATA_BYTES // num_bytes)
     works = works_of(case.operation, batch, tiles, splits, num_copies, device)
@@ -218,7 +218,8 @@ def batch_of(requests: Sequence[tuple[int, int]], is_decode: bool) -> DenseBatch
         is_fed_back=np.zeros(len(positions), np.bool_),
         positions=positions.astype(np.int32),
         slots=slots,
-        page_tables=tables,
+        new_pages=NewPages.of_tables(tables),
+        table_width=tables.shape[1],
         sampled=np.arange(len(requests), dtype=np.int32),
     )
 
@@ -229,7 +230,7 @@ def works_of(
     """The same launch on copies of the data."""
     dims = op.dims
     assert isinstance(dims, AttentionDims)
-    num_pages = int(batch.page_tables.max()) + 1
+    num_pages = int(batch.new_pages.pages.max()) + 1
     inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=batch.num_requests, device=device).build(batch)
 
     def random(*shape: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.document import write_document
-from nanoflow.batch import DenseBatch
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
@@ -182,7 +182,8 @@ def index_tensors(num_tokens: int) -> BatchInputs:
         is_fed_back=np.zeros(num_tokens, np.bool_),
         positions=rng.integers(0, 4096, num_tokens, dtype=np.int32),
         slots=rng.permutation(num_tokens),
-        page_tables=np.zeros((num_tokens, 1), np.int32),
+        new_pages=NewPages.none(),
+        table_width=1,
         sampled=rows,
     )
     return InputBuilder(ROPE, num_rows=num_tokens, device=torch.device("cuda")).build(batch)

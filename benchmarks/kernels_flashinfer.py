@@ -74,7 +74,7 @@ def _work(case: Case, batch: DenseBatch, backend: str) -> Any:
         wrapper.plan(
             torch.from_numpy(batch.query_start), indptr, indices, last, *heads, causal=True, window_left=window, **types
         )
-    shape = (int(batch.page_tables.max()) + 1, dims.num_kv_heads, PAGE_SIZE, dims.head_dim)
+    shape = (int(batch.new_pages.pages.max()) + 1, dims.num_kv_heads, PAGE_SIZE, dims.head_dim)
     keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     q = torch.randn((batch.num_tokens, dims.num_heads, dims.head_dim), dtype=torch.bfloat16, device="cuda")
     out = torch.empty_like(q)
@@ -85,7 +85,8 @@ def _pages(batch: DenseBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Page tables as FlashInfer wants them: starts, ids, and the tokens in each last page."""
     counts = -(-torch.from_numpy(batch.context_len) // PAGE_SIZE)
     indptr = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()))
-    ids = [torch.from_numpy(table[:count]) for table, count in zip(batch.page_tables, counts.tolist(), strict=True)]
+    tables = torch.from_numpy(batch.new_pages.pages).view(batch.num_requests, -1)
+    ids = [table[:count] for table, count in zip(tables, counts.tolist(), strict=True)]
     last = torch.from_numpy(batch.context_len) - (counts - 1) * PAGE_SIZE
     return indptr, torch.cat(ids).cuda(), last.int()
 

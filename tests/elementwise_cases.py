@@ -92,7 +92,7 @@ class Cases:
         """Of decodes; rows with logits, and what only `rope_append` looks at, are replaced."""
         requests = [(0, 1)] * self.num_tokens
         batch = batch_of(requests, self.num_tokens, VOCAB_SIZE, seed=self.seed)
-        inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=1, device=self.device).build(batch)
+        inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=self.num_tokens, device=self.device).build(batch)
         rows = torch.randint(VOCAB_SIZE, (self.num_tokens,), generator=self._generator(7))
         return replace(inputs, logit_tokens=rows.to(self.device))
 

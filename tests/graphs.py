@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from nanoflow.batch import DenseBatch
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, RopeSpec, TensorSpec
 from nanoflow.graph.nanobatch import Access, depends, split
@@ -257,7 +257,8 @@ def batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed
         is_fed_back=np.zeros(len(positions), np.bool_),
         positions=positions.astype(np.int32),
         slots=slots.astype(np.int64),
-        page_tables=page_tables.astype(np.int32),
+        new_pages=NewPages.of_tables(page_tables.astype(np.int32)),
+        table_width=pages_per_request,
         sampled=np.arange(len(requests), dtype=np.int32),
     )
 

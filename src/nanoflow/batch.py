@@ -63,8 +63,38 @@ class PromptScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewPages:
+    """Pages that rows have got since the batch before: N entries of the page tables, which stay on the device.
+
+    Attributes:
+        rows: int32 [N], rows of the state table.
+        columns: int32 [N], which page of its row each one is, from 0; no place twice.
+        pages: int32 [N], page ids.
+    """
+
+    rows: Int32
+    columns: Int32
+    pages: Int32
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.pages)
+
+    @staticmethod
+    def none() -> NewPages:
+        """No row has got any."""
+        return NewPages.of_tables(np.zeros((0, 0), np.int32))
+
+    @staticmethod
+    def of_tables(tables: Int32) -> NewPages:
+        """Whole page tables, int32 [B, P], of the first B rows."""
+        rows, columns = np.indices(tables.shape, dtype=np.int32)
+        return NewPages(rows=rows.reshape(-1), columns=columns.reshape(-1), pages=tables.reshape(-1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DenseBatch:
-    """All tokens of one iteration (T tokens, B requests, S of which sample a token, page tables P wide).
+    """All tokens of one iteration (T tokens, B requests, S of which sample a token).
 
     Attributes:
         iteration: Counts up.
@@ -77,7 +107,9 @@ class DenseBatch:
         is_fed_back: bool [T], the token is the one last sampled for that row; it is on the device only.
         positions: int32 [T], place of each token in its sequence.
         slots: int64 [T], place of each token in the KV cache: page * page_size + offset.
-        page_tables: int32 [B, P], page ids; beyond a request's pages any valid id.
+        new_pages: What the page tables of these requests have grown by. Batches run in the order in which they were
+            formed, so what an earlier tenant has left in a row's table is overwritten or lies behind the pages in use.
+        table_width: Pages of the request that has most.
         sampled: int32 [S], increasing: requests (by place in the batch) whose last token gets logits and a new token.
         joined: Requests that are new to their row.
         prompt_scores: Prompt log probabilities asked for.
@@ -93,7 +125,8 @@ class DenseBatch:
     is_fed_back: Bool
     positions: Int32
     slots: Int64
-    page_tables: Int32
+    new_pages: NewPages
+    table_width: int
     sampled: Int32
     joined: tuple[Joined, ...] = ()
     prompt_scores: tuple[PromptScore, ...] = ()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoflow.batch import DenseBatch
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
@@ -118,7 +118,8 @@ def _prompt_logits(folder: Path, prompt: Prompt) -> torch.Tensor:
         is_fed_back=np.zeros(count, np.bool_),
         positions=np.arange(count, dtype=np.int32),
         slots=np.arange(count, dtype=np.int64),
-        page_tables=np.arange(64, dtype=np.int32)[None],
+        new_pages=NewPages.of_tables(np.arange(64, dtype=np.int32)[None]),
+        table_width=64,
         sampled=np.zeros(1, np.int32),
     )
     inputs = InputBuilder(graph.rope, num_rows=1, device=cpu).build(batch)

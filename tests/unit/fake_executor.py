@@ -76,6 +76,8 @@ class FakeExecutor:
         self.limits = limits
         self.tenants: dict[int, _Tenant] = {}
         num_slots = limits.num_pages * limits.page_size
+        pages_per_row = -(-limits.max_model_len // limits.page_size)
+        self.page_tables = np.zeros((limits.max_num_seqs, pages_per_row), np.int32)
         self.cached_token = np.full(num_slots, -1)
         self.cached_position = np.full(num_slots, -1)
 
@@ -84,6 +86,7 @@ class FakeExecutor:
         self.check_shapes(batch)
         for joined in batch.joined:
             self.tenants[joined.row] = _Tenant(joined=joined, tokens=joined.token_ids.tolist())
+        self.take_pages(batch)
         for index in range(batch.num_requests):
             self.write(batch, index)
         for index in range(batch.num_requests):
@@ -100,11 +103,20 @@ class FakeExecutor:
         assert len(set(batch.rows.tolist())) == batch.num_requests <= self.limits.max_num_seqs
         assert len(set(batch.slots.tolist())) == batch.num_tokens == len(batch.positions) == len(batch.is_fed_back)
         assert (np.diff(batch.sampled) > 0).all()
-        assert ((batch.page_tables >= 0) & (batch.page_tables < self.limits.num_pages)).all()
         assert ((batch.token_ids >= 0) & (batch.token_ids < self.limits.vocab_size)).all()
-        for name in ("rows", "query_start", "context_len", "token_ids", "positions", "page_tables", "sampled"):
+        for name in ("rows", "query_start", "context_len", "token_ids", "positions", "sampled"):
             assert getattr(batch, name).dtype == np.int32, name
         assert batch.slots.dtype == batch.epochs.dtype == np.int64 and batch.is_fed_back.dtype == np.bool_
+
+    def take_pages(self, batch: DenseBatch) -> None:
+        """Note the new pages: each at a place of its own, and the table wide enough for every request."""
+        new = batch.new_pages
+        assert new.rows.dtype == new.columns.dtype == new.pages.dtype == np.int32
+        assert len(set(zip(new.rows.tolist(), new.columns.tolist(), strict=True))) == len(new)
+        assert ((new.pages >= 0) & (new.pages < self.limits.num_pages)).all()
+        assert batch.table_width == -(-int(batch.context_len.max()) // self.limits.page_size)
+        assert (new.columns < batch.table_width).all()
+        self.page_tables[new.rows, new.columns] = new.pages
 
     def write(self, batch: DenseBatch, index: int) -> None:
         """Write the tokens of one request where the batch says."""
@@ -117,7 +129,7 @@ class FakeExecutor:
                 token = tenant.tokens[-1]
             else:
                 token = int(batch.token_ids[place])
-            page = int(batch.page_tables[index, position // self.limits.page_size])
+            page = int(self.page_tables[batch.rows[index], position // self.limits.page_size])
             assert slot == page * self.limits.page_size + position % self.limits.page_size
             self.cached_token[slot], self.cached_position[slot] = token, position
             tenant.num_computed += 1
@@ -128,7 +140,7 @@ class FakeExecutor:
         context_len = int(batch.context_len[index])
         assert context_len == tenant.num_computed
         positions = np.arange(context_len)
-        slots = batch.page_tables[index, positions // size].astype(np.int64) * size + positions % size
+        slots = self.page_tables[batch.rows[index], positions // size].astype(np.int64) * size + positions % size
         assert self.cached_position[slots].tolist() == positions.tolist()
         assert self.cached_token[slots].tolist() == tenant.tokens[:context_len]
         assert (index in batch.sampled) == (context_len == len(tenant.tokens))

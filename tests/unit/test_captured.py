@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoflow.executor.captured import Buckets
-from nanoflow.executor.inputs import BatchSize, InputBuilder
+from nanoflow.executor.inputs import BatchSize, InputBuilder, RequestTables
 from nanoflow.executor.layout import lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.graph.operation import OpKind
@@ -63,7 +63,7 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
 ) -> None:
     batch = batch_of(requests, num_decodes, GRAPH.vocab_size, seed=3)
     plan = nanobatch_plan(GRAPH, MAX_TOKENS, boundaries) if boundaries else sequential_plan(GRAPH, MAX_TOKENS)
-    exact_model = device_model(GRAPH, int(batch.page_tables.max()) + 1)
+    exact_model = device_model(GRAPH, int(batch.new_pages.pages.max()) + 1)
     exact_model = replace(exact_model, kernels=KERNELS)
     padded_model = with_fresh_caches(exact_model)
     builder = InputBuilder(GRAPH.rope, num_rows=8, device=CPU)
@@ -78,11 +78,12 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
     for tensor in padded.workspace.tensors.values():
         tensor.fill_(torch.nan)
     size = BatchSize(num_tokens=24, num_decodes=16, num_prefills=4)
-    loaded = builder.load(batch, layout, size)
+    # As large as any batch needs; what an earlier batch left behind these tables must not matter either.
+    places = RequestTables(decodes=torch.zeros(20, 9, dtype=torch.int32), prefills=torch.zeros(6, 9, dtype=torch.int32))
+    loaded = builder.load(batch, layout, size, places)
     place = replace(
         loaded,
-        decode_tables=_with_rows(loaded.decode_tables, 16),
-        prefill_tables=_with_rows(loaded.prefill_tables, 4),
+        tables=RequestTables(decodes=places.decodes[:16], prefills=places.prefills[:4]),
         first_prefill_token=0,
         host=None,
     )
@@ -92,10 +93,6 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
     for cache, exact_cache in zip(padded_model.caches, exact_model.caches, strict=True):
         torch.testing.assert_close(cache.keys, exact_cache.keys)
         torch.testing.assert_close(cache.values, exact_cache.values)
-
-
-def _with_rows(table: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return torch.cat((table, table.new_zeros(num_rows - len(table), table.shape[1])))
 
 
 @given(

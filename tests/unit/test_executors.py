@@ -26,7 +26,7 @@ def test_any_valid_plan_gives_what_the_reference_gives(data: st.DataObject) -> N
     graph = data.draw(graphs())
     batch = data.draw(batches(MAX_TOKENS, graph.vocab_size))
     plan = data.draw(valid_plans(graph, MAX_TOKENS))
-    num_pages = int(batch.page_tables.max()) + 1
+    num_pages = int(batch.new_pages.pages.max()) + 1
     expected_model = device_model(graph, num_pages)
     model = with_fresh_caches(expected_model)
     inputs = InputBuilder(graph.rope, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)

@@ -41,7 +41,7 @@ def test_any_plan_of_a_fused_graph_gives_what_the_plain_graph_gives(data: st.Dat
     event(f"{len(graph.layer) - len(fused.layer)} fused")
     batch = data.draw(batches(MAX_TOKENS, graph.vocab_size))
     plan = data.draw(valid_plans(fused, MAX_TOKENS))
-    plain_model = device_model(graph, int(batch.page_tables.max()) + 1)
+    plain_model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     fused_model = replace(with_fresh_caches(plain_model), graph=fused, kernels=KERNELS)
     model = with_fresh_caches(fused_model)
     inputs = InputBuilder(graph.rope, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)

@@ -130,7 +130,7 @@ def test_any_order_gives_what_the_reference_gives(data: st.DataObject) -> None:
     graph = data.draw(graphs())
     batch = data.draw(batches(MAX_TOKENS, graph.vocab_size))
     plan = inside(data.draw(valid_plans(graph, MAX_TOKENS)), graph)
-    expected_model = device_model(graph, int(batch.page_tables.max()) + 1)
+    expected_model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     model = with_fresh_caches(expected_model)
     inputs = InputBuilder(graph.rope, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
 
@@ -169,7 +169,7 @@ def test_what_products_without_tokens_leave_is_done_alone() -> None:
     graph = build_graph(parse(CONFIG), None)
     plan = inside_plan(graph, 8, 4, 0.8)
     carrier, batch = ReferenceCarrier(), batch_of([(3, 1), (5, 1), (2, 1)], 3, graph.vocab_size, 0)
-    model = device_model(graph, int(batch.page_tables.max()) + 1)
+    model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=8, max_logits=3)
     executor._lanes[plan.digest] = lanes_of(plan, graph, executor, carrier)
     inputs = InputBuilder(graph.rope, num_rows=3, device=torch.device("cpu")).build(batch)

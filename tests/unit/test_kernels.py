@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from nanoflow.batch import NewPages
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
@@ -171,6 +173,26 @@ def test_fed_back_tokens_are_the_last_sampled_ones_of_their_rows() -> None:
     builder = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=8, device=CPU)
     builder.feed_back(np.array([1, 0], np.int32), torch.tensor([71, 70]))
     assert builder.build(batch).token_ids.tolist() == [70, 71, *batch.token_ids[2:].tolist()]
+
+
+def test_page_tables_stay_and_a_batch_brings_only_what_is_new() -> None:
+    first, later = batch_of([(4, 1), (9, 1), (0, 3)], 2, 10, seed=0), batch_of([(5, 1), (40, 1), (3, 2)], 2, 10, seed=0)
+    new = NewPages(
+        rows=np.array([1, 2], np.int32), columns=np.array([2, 0], np.int32), pages=np.array([70, 80], np.int32)
+    )
+    builder = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=8, device=CPU, pages_per_row=1)
+    width = first.table_width
+    tables = torch.from_numpy(first.new_pages.pages).view(3, width)
+    inputs = builder.build(first)
+    assert inputs.decodes.page_tables.tolist() == tables[:2].tolist()
+    assert inputs.prefills.page_tables.tolist() == tables[2:].tolist()
+    # Wider than the table was; the requests stand in another order; row 2 has another tenant.
+    later = replace(later, new_pages=new, table_width=2 * width + 1, rows=np.array([2, 1, 0], np.int32))
+    inputs = builder.build(later)
+    assert inputs.decodes.page_tables[:, 0].tolist() == [80, int(tables[1, 0])]
+    assert int(inputs.decodes.page_tables[1, 2]) == 70 and inputs.decodes.page_tables.shape == (2, 2 * width + 1)
+    assert inputs.prefills.page_tables[0, :width].tolist() == tables[0].tolist()
+    assert int(inputs.decodes.page_tables.max()) <= 80 and int(inputs.decodes.page_tables.min()) >= 0
 
 
 @pytest.mark.skipif(not cpu.has_onednn(), reason="this torch has no oneDNN")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanoflow.batch import Int64
+from nanoflow.batch import Int64, NewPages
 from nanoflow.kvcache import OutOfPagesError, PagePool, PageTables
 
 
@@ -67,11 +67,10 @@ def test_rows_grow_by_whole_pages_all_at_once() -> None:
     assert tables.num_held(rows).tolist() == [1, 2] and pool.num_in_use == 3
     assert tables.try_grow(rows, ints(4, 8))
     assert pool.num_in_use == 3
-    before = tables.select(rows)
+    before = tables.slots(ints(2, 0, 0), ints(0, 0, 4))
     assert tables.try_grow(rows, ints(13, 9))
     assert tables.num_held(rows).tolist() == [4, 3]
-    assert tables.select(rows)[0, :1].tolist() == before[0, :1].tolist()
-    assert tables.select(rows)[1, :2].tolist() == before[1, :2].tolist()
+    assert tables.slots(ints(2, 0, 0), ints(0, 0, 4)).tolist() == before.tolist()
     tables.check_integrity()
 
 
@@ -97,19 +96,45 @@ def test_a_row_never_shrinks_until_released() -> None:
 def test_slots_follow_the_table() -> None:
     _, tables = make_tables(6)
     assert tables.try_grow(ints(0), ints(5)) and tables.try_grow(ints(1), ints(4)) and tables.try_grow(ints(0), ints(9))
-    pages = tables.select(ints(0))[0]
+    pages = tables.drain(ints(0)).pages
     expected = [int(pages[position // 4]) * 4 + position % 4 for position in range(9)]
     slots = tables.slots(np.zeros(9, dtype=np.int64), np.arange(9))
     assert slots.tolist() == expected and slots.dtype == np.int64
-    assert int(tables.slots(ints(1), ints(2))[0]) == int(tables.select(ints(1))[0, 0]) * 4 + 2
+    assert int(tables.slots(ints(1), ints(2))[0]) == int(tables.drain(ints(1)).pages[0]) * 4 + 2
 
 
-def test_selected_tables_are_as_wide_as_the_longest_and_hold_valid_ids() -> None:
-    pool, tables = make_tables(8)
-    assert tables.try_grow(ints(0, 1), ints(1, 12))
-    selected = tables.select(ints(0, 1))
-    assert selected.shape == (2, 3) and selected.dtype == np.int32
-    assert ((selected >= 0) & (selected < pool.num_pages)).all()
+def entries(new: NewPages) -> dict[tuple[int, int], int]:
+    """Page of each (row, column); no place may stand there twice."""
+    places = list(zip(new.rows.tolist(), new.columns.tolist(), strict=True))
+    assert len(set(places)) == len(places) == len(new)
+    return dict(zip(places, new.pages.tolist(), strict=True))
+
+
+def test_every_page_is_told_once_to_those_who_ask_for_its_row() -> None:
+    _, tables = make_tables(9)
+    assert tables.try_grow(ints(0, 1), ints(1, 12)) and tables.try_grow(ints(1), ints(13))
+    assert set(entries(tables.drain(ints(1)))) == {(1, 0), (1, 1), (1, 2), (1, 3)}
+    assert len(tables.drain(ints(1))) == 0
+    assert tables.try_grow(ints(1, 0), ints(17, 5))
+    assert set(entries(tables.drain(ints(2, 0, 1)))) == {(0, 0), (0, 1), (1, 4)}
+    new = tables.drain(ints(0, 1, 2))
+    assert len(new) == 0 and new.rows.dtype == new.columns.dtype == new.pages.dtype == np.int32
+
+
+def test_what_a_row_held_before_its_release_is_not_told_and_its_next_tenant_begins_anew() -> None:
+    _, tables = make_tables(9)
+    # Told and released; grown, never told, and released; grown twice by the next tenant.
+    assert tables.try_grow(ints(0), ints(9)) and len(tables.drain(ints(0))) == 3
+    tables.release(0)
+    assert tables.try_grow(ints(0), ints(9))
+    tables.release(0)
+    tables.check_integrity()
+    assert tables.try_grow(ints(0), ints(3)) and tables.try_grow(ints(0), ints(6))
+    told = entries(tables.drain(ints(0)))
+    assert set(told) == {(0, 0), (0, 1)}
+    assert [told[0, position // 4] * 4 + position % 4 for position in range(6)] == tables.slots(
+        np.zeros(6, dtype=np.int64), np.arange(6)
+    ).tolist()
 
 
 def test_integrity_notices_lost_and_shared_pages() -> None:

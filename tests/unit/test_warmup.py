@@ -40,10 +40,10 @@ def test_every_bucket_of_decodes_is_met_twice() -> None:
 def test_nothing_is_written_and_nothing_exceeds_the_limits() -> None:
     for limits in (_limits(64, 300, 40), _limits(1, 1, 2), _limits(8, 2, 4096)):
         for batch in warm_up_batches(limits):
-            assert (batch.slots == -1).all() and not batch.page_tables.any()
+            assert (batch.slots == -1).all() and len(batch.new_pages) == 0
             assert batch.num_tokens <= limits.max_batch_tokens and batch.num_requests <= limits.max_num_seqs
             assert batch.context_len.max() <= limits.max_model_len
-            assert batch.page_tables.shape[1] <= -(-limits.max_model_len // limits.page_size)
+            assert batch.table_width <= -(-limits.max_model_len // limits.page_size)
 
 
 def test_every_plan_is_met_twice_by_batches_that_it_is_for() -> None:

@@ -85,7 +85,7 @@ def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
         site,
         graph,
         weights,
-        num_pages=requests.page_tables.size,
+        num_pages=len(requests.new_pages),
         num_tokens=requests.num_tokens,
         num_rows=requests.num_requests,
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from nanoflow.batch import DenseBatch
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.captured import Buckets
 from nanoflow.executor.inputs import BatchSize
 from nanoflow.executor.worker import Worker
@@ -78,6 +78,7 @@ def _batch(num_decodes: int, chunks: list[int], limits: SchedulerLimits) -> Dens
         is_fed_back=np.zeros(num_tokens, np.bool_),
         positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
         slots=np.full(num_tokens, -1, np.int64),
-        page_tables=np.zeros((num_requests, -(-int(lengths.max()) // limits.page_size)), np.int32),
+        new_pages=NewPages.none(),
+        table_width=-(-int(lengths.max()) // limits.page_size),
         sampled=np.arange(num_requests, dtype=np.int32),
     )

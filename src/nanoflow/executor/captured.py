@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from nanoflow.batch import DenseBatch
-from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch
+from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch, RequestTables
 from nanoflow.executor.layout import Layout
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.kernels.launch import BatchInputs
@@ -127,9 +127,9 @@ class CapturedForward:
     ) -> None:
         self._executor, self._builder, self._buckets = executor, builder, buckets
         self.num_prepared = 0
-        self._decode_tables, self._prefill_tables = (
-            torch.zeros((count, pages_per_request), dtype=torch.int32, device=device)
-            for count in (buckets.max_decodes, buckets.max_prefills)
+        self._tables = RequestTables(
+            decodes=torch.zeros((buckets.max_decodes, pages_per_request), dtype=torch.int32, device=device),
+            prefills=torch.zeros((buckets.max_prefills, pages_per_request), dtype=torch.int32, device=device),
         )
         self._places: dict[BatchSize, LoadedBatch] = {}
         self._met: set[tuple[str, BatchSize]] = set()
@@ -143,38 +143,34 @@ class CapturedForward:
         if exact.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {exact.num_tokens}")
         size = self._buckets.size_for(exact, plan.num_tokens)
-        loaded = self._builder.load(batch, layout, size)
+        loaded = self._builder.load(batch, layout, size, self._tables)
         inputs = self._run(self._place(size, loaded), plan)
         return replace(inputs, logit_tokens=loaded.logit_tokens)
 
     def close(self) -> None:
         """See `Forward`; graphs go before the SMs that they were captured on."""
-        torch.cuda.synchronize(self._decode_tables.device)
+        torch.cuda.synchronize(self._tables.decodes.device)
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
         self._executor.close()
 
     def _place(self, size: BatchSize, loaded: LoadedBatch) -> LoadedBatch:
-        """Copy a batch to where the graphs of its size read."""
+        """Copy the numbers of a batch to where the graphs of its size read; its page tables are there already."""
         place = self._places.get(size)
         if place is None:
             place = self._places[size] = LoadedBatch(
                 size=size,
                 numbers=torch.empty_like(loaded.numbers),
-                decode_tables=self._decode_tables[: size.num_decodes],
-                prefill_tables=self._prefill_tables[: size.num_prefills],
+                tables=RequestTables(
+                    decodes=self._tables.decodes[: size.num_decodes],
+                    prefills=self._tables.prefills[: size.num_prefills],
+                ),
                 logit_tokens=loaded.logit_tokens.new_empty(0),
                 first_prefill_token=0,
                 host=None,
             )
         place.numbers.copy_(loaded.numbers)
-        for target, source in (
-            (self._decode_tables, loaded.decode_tables),
-            (self._prefill_tables, loaded.prefill_tables),
-        ):
-            num_requests, width = source.shape
-            target[:num_requests, :width].copy_(source)
         return place
 
     def _run(self, place: LoadedBatch, plan: PipelinePlan) -> BatchInputs:

@@ -2,11 +2,14 @@
 
 In two steps, since a CUDA graph can hold only the second: `load` lays out and copies what the host knows, `derive`
 computes the rest on the device, where the tokens sampled last are. What reads these tensors is in `kernels/`.
+
+The page tables of all rows stay on the device. A batch brings the pages that its rows have got, a few for a thousand
+decodes, and the tables of its requests are gathered there: what travels does not grow with the length of contexts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +55,14 @@ class BatchSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTables:
+    """Page tables int32 [D, P] of decodes and [R, P] of parts of prompts."""
+
+    decodes: Tensor
+    prefills: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedBatch:
     """What the host knows of a batch, on the device.
 
@@ -59,7 +70,7 @@ class LoadedBatch:
         size: How large it is with its padding.
         numbers: int32, one after the other: token ids, rows to feed back from, whether to do so, positions and slots
             of T tokens; contexts of D decodes; starts of R parts of prompts and the end; their contexts.
-        decode_tables, prefill_tables: int32 [D, P] and [R, P]; a padding request may have no row.
+        tables: Page tables of the requests; a padding request may have no row.
         logit_tokens: int32 [S].
         first_prefill_token: No token before it is of a prefill.
         host: Lengths for kernels that loop on the host; None if the batch is for a CUDA graph.
@@ -67,59 +78,73 @@ class LoadedBatch:
 
     size: BatchSize
     numbers: Tensor
-    decode_tables: Tensor
-    prefill_tables: Tensor
+    tables: RequestTables
     logit_tokens: Tensor
     first_prefill_token: int
     host: HostLengths | None
 
 
 class InputBuilder:
-    """Makes index tensors; keeps the rotary frequencies and the last sampled token of every row on the device."""
+    """Makes index tensors; keeps rotary frequencies, and each row's page table and last token, on the device.
 
-    def __init__(self, rope: RopeSpec, *, num_rows: int, device: torch.device) -> None:
+    Args:
+        rope: Of the model.
+        num_rows: Rows of the state table.
+        device: Where.
+        pages_per_row: Width of the page tables to begin with; they are made wider, at the cost of a copy, when a batch
+            needs it.
+    """
+
+    def __init__(self, rope: RopeSpec, *, num_rows: int, device: torch.device, pages_per_row: int = 0) -> None:
         self._device = device
         self._uploader = Uploader(device)
         self._inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
         self._attention_factor = rope.attention_factor
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._page_tables = torch.zeros((num_rows, pages_per_row), dtype=torch.int32, device=device)
 
     def build(self, batch: DenseBatch, layout: Layout | None = None) -> BatchInputs:
         """Index tensors of a batch, without padding; as the batch comes without a layout."""
         layout = layout or lay_out(batch)
-        return self.derive(self.load(batch, layout, BatchSize.of(layout)))
+        host = HostLengths(
+            decode_context_len=_decode_contexts(batch, layout).tolist(),
+            prefill_query_start=layout.chunk_start.tolist(),
+            prefill_context_len=layout.chunk_context.tolist(),
+        )
+        return self.derive(replace(self.load(batch, layout, BatchSize.of(layout)), host=host))
 
-    def load(self, batch: DenseBatch, layout: Layout, size: BatchSize) -> LoadedBatch:
+    def load(
+        self, batch: DenseBatch, layout: Layout, size: BatchSize, places: RequestTables | None = None
+    ) -> LoadedBatch:
         """Copy a batch to a size that has room for it, while the device still works on the one before.
 
-        Page tables come without padding.
+        Batches are loaded in the order in which they were formed: the pages that one brings are kept for the next.
+
+        Args:
+            batch, layout, size: What, in which order, with how much padding.
+            places: Where its page tables go: to the first rows and columns of these, larger ones. By default they are
+                new tensors without padding.
         """
-        numbers, tables = _numbers(batch, layout, size), np.ascontiguousarray(batch.page_tables)
+        numbers, new = _numbers(batch, layout, size), batch.new_pages
         logit_tokens = layout.places[batch.query_start[batch.sampled + 1] - 1]
-        # Places of no request get the pages of any.
-        requests = np.zeros(layout.num_decodes, np.int32)
-        requests[layout.decode_places] = np.arange(batch.num_decodes)
-        requests = np.concatenate((requests, np.maximum(layout.chunk_requests, 0)))
-        parts = self._uploader.upload(
-            np.concatenate((numbers, logit_tokens, requests, tables.reshape(-1)), dtype=np.int32)
-        )
-        sizes = [len(numbers), len(logit_tokens), len(requests), tables.size]
-        uploaded, logits, rows, pages = torch.split(parts, sizes)
-        decode_tables, prefill_tables = torch.split(
-            pages.view(tables.shape).index_select(0, rows), [layout.num_decodes, len(layout.chunk_requests)]
-        )
+        # Places of no request get the table of any.
+        table_rows = np.zeros(layout.num_decodes + len(layout.chunk_requests), np.int32)
+        table_rows[layout.decode_places] = batch.rows[: batch.num_decodes]
+        table_rows[layout.num_decodes :] = batch.rows[np.maximum(layout.chunk_requests, 0)]
+        self._widen(batch.table_width)
+        entries = new.rows * np.int64(self._page_tables.shape[1]) + new.columns
+        parts = (numbers, logit_tokens, table_rows, entries, new.pages)
+        uploaded = self._uploader.upload(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+        on_device, logits, rows, places_of_pages, pages = torch.split(uploaded, [len(part) for part in parts])
+        if len(new):
+            self._page_tables.view(-1)[places_of_pages] = pages
         return LoadedBatch(
             size=size,
-            numbers=uploaded,
-            decode_tables=decode_tables,
-            prefill_tables=prefill_tables,
+            numbers=on_device,
+            tables=self._gather(rows, layout.num_decodes, batch.table_width, places),
             logit_tokens=logits,
             first_prefill_token=layout.first_prefill,
-            host=HostLengths(
-                decode_context_len=_decode_contexts(batch, layout).tolist(),
-                prefill_query_start=layout.chunk_start.tolist(),
-                prefill_context_len=layout.chunk_context.tolist(),
-            ),
+            host=None,
         )
 
     def derive(self, loaded: LoadedBatch) -> BatchInputs:
@@ -134,17 +159,34 @@ class InputBuilder:
             sin=angles.sin() * self._attention_factor,
             slots=slots,
             decodes=DecodeInputs(
-                page_tables=loaded.decode_tables,
+                page_tables=loaded.tables.decodes,
                 context_len=decode_contexts,
                 key_blocks=_before(-(-decode_contexts // KEY_BLOCK)),
             ),
             prefills=PrefillInputs(
-                page_tables=loaded.prefill_tables, query_start=query_start, context_len=prefill_contexts
+                page_tables=loaded.tables.prefills, query_start=query_start, context_len=prefill_contexts
             ),
             first_prefill_token=loaded.first_prefill_token,
             logit_tokens=loaded.logit_tokens,
             host=loaded.host,
         )
+
+    def _widen(self, width: int) -> None:
+        missing = width - self._page_tables.shape[1]
+        if missing > 0:
+            self._page_tables = F.pad(self._page_tables, (0, max(missing, self._page_tables.shape[1])))
+
+    def _gather(self, rows: Tensor, num_decodes: int, width: int, places: RequestTables | None) -> RequestTables:
+        """The first `width` pages of these rows, int32 [D + R], those of decodes first."""
+        table, of_decodes, of_prefills = self._page_tables[:, :width], rows[:num_decodes], rows[num_decodes:]
+        if places is None:
+            return RequestTables(decodes=table.index_select(0, of_decodes), prefills=table.index_select(0, of_prefills))
+        gathered = RequestTables(
+            decodes=places.decodes[: len(of_decodes), :width], prefills=places.prefills[: len(of_prefills), :width]
+        )
+        torch.index_select(table, 0, of_decodes, out=gathered.decodes)
+        torch.index_select(table, 0, of_prefills, out=gathered.prefills)
+        return gathered
 
     def feed_back(self, rows: Int32, token_ids: Tensor) -> None:
         """Remember the tokens (int64 [S]) just sampled for these rows (int32 [S])."""

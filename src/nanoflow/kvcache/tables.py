@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nanoflow.batch import Int32, Int64
+from nanoflow.batch import Int64, NewPages
 from nanoflow.kvcache.pages import PagePool
 
 
@@ -27,6 +27,7 @@ class PageTables:
         self._pool = pool
         self._page_size = page_size
         self._num_held = np.zeros(num_rows, dtype=np.int64)
+        self._num_told = np.zeros(num_rows, dtype=np.int64)  # of those held, the first so many were handed to a batch
         self._table = np.zeros((num_rows, -(-max_tokens // page_size)), dtype=np.int32)
 
     def num_held(self, rows: Int64) -> Int64:
@@ -54,13 +55,25 @@ class PageTables:
     def release(self, row: int) -> None:
         """Give all pages of a row back to the pool."""
         self._pool.release(self._table[row, : self._num_held[row]])
-        self._num_held[row] = 0
+        self._num_held[row] = self._num_told[row] = 0
 
-    def select(self, rows: Int64) -> Int32:
-        """Page tables of these rows, int32 [N, P], P the pages of the longest; past a row's pages any valid id."""
-        width = int(self._num_held[rows].max())
-        selected: Int32 = self._table[rows, :width]  # not np.take, which copies the whole table first
-        return selected
+    def drain(self, rows: Int64) -> NewPages:
+        """The pages that these rows (int64 [N], distinct) have got since they were last drained, or given to a tenant.
+
+        However often a row has grown or changed its tenant in between, each of its pages is told once.
+        """
+        held, told = self._num_held[rows], self._num_told[rows]
+        growing = np.flatnonzero(held > told)
+        rows, held, told = rows[growing], held[growing], told[growing]
+        count = held - told
+        columns = np.arange(count.sum()) + np.repeat(told - (np.cumsum(count) - count), count)
+        row_of_page = np.repeat(rows, count)
+        self._num_told[rows] = held
+        return NewPages(
+            rows=row_of_page.astype(np.int32),
+            columns=columns.astype(np.int32),
+            pages=self._table[row_of_page, columns],
+        )
 
     def slots(self, rows: Int64, positions: Int64) -> Int64:
         """Place in the KV cache (page * page_size + offset) of token `positions[i]` of row `rows[i]`, int64 [N]."""
@@ -68,9 +81,11 @@ class PageTables:
         return self._table[rows, columns].astype(np.int64) * self._page_size + offsets
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page is free or in exactly one table."""
+        """Raise RuntimeError unless every page is free or in exactly one table, and none was told that is not held."""
         is_held = np.arange(self._table.shape[1]) < self._num_held[:, None]
         num_holders = np.bincount(self._table[is_held], minlength=self._pool.num_pages) + self._pool.free_mask()
         wrong = np.flatnonzero(num_holders != 1)
         if len(wrong):
             raise RuntimeError(f"pages lost, or held more than once: {wrong.tolist()}")
+        if (self._num_told > self._num_held).any():
+            raise RuntimeError(f"told more pages than held: rows {np.flatnonzero(self._num_told > self._num_held)}")

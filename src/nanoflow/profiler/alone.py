@@ -105,7 +105,7 @@ def prepare_attention(site: Site, task: Task) -> Prepared:
         site,
         graph,
         Weights(shared={}, layers=({},) * graph.num_layers),
-        num_pages=batch.page_tables.size,
+        num_pages=len(batch.new_pages),
         num_tokens=batch.num_tokens,
         num_rows=1,
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nanoflow.batch import DenseBatch, Int64, Joined, SampledTokens
+from nanoflow.batch import DenseBatch, Int64, Joined, NewPages, SampledTokens
 from nanoflow.cost.table import Profile
 from nanoflow.device.energy import energy_of
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
@@ -135,7 +135,8 @@ def dense_batch(shape: BatchShape, page_size: int, vocab_size: int) -> DenseBatc
         is_fed_back=np.zeros(len(request), np.bool_),
         positions=positions.astype(np.int32),
         slots=(tables[request, positions // page_size] * page_size + positions % page_size).astype(np.int64),
-        page_tables=tables,
+        new_pages=NewPages.of_tables(tables),
+        table_width=tables.shape[1],
         sampled=np.arange(min(shape.num_sampled, len(now)), dtype=np.int32),
         joined=tuple(_joined(row) for row in range(len(now))),
     )
@@ -171,7 +172,7 @@ def _worker(
     """A worker with room for every batch; its weights and keys are random."""
     dtype: torch.dtype = getattr(torch, profile.dtype)
     kernels = kernels_for(device, dtype, graph.layer)
-    num_pages = max(int(batch.page_tables.max()) + 1 for batch in batches)
+    num_pages = max(int(batch.new_pages.pages.max()) + 1 for batch in batches)
     few = replace(graph, num_layers=min(graph.num_layers, _NUM_CACHES))
     caches = allocate_caches(few, num_pages=num_pages, page_size=profile.page_size, dtype=dtype, device=device)
     for cache in caches:
@@ -189,7 +190,7 @@ def _worker(
         plans,
         max_batch_tokens=max(batch.num_tokens for batch in batches),
         num_rows=max(batch.num_requests for batch in batches),
-        captured_pages=max(batch.page_tables.shape[1] for batch in batches) if is_captured else None,
+        captured_pages=max(batch.table_width for batch in batches) if is_captured else None,
     )
 
 

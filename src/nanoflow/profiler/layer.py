@@ -17,6 +17,6 @@ def measure_layer(site: Site, num_tokens: int, num_requests: int, span: Span | N
     graph = shortened(site.graph, elements * site.dtype.itemsize)
     weights = random_weights(graph, site.dtype, site.device, seed=0)
     workspace = random_workspace(
-        site, graph, weights, num_pages=batch.page_tables.size, num_tokens=num_tokens, num_rows=1
+        site, graph, weights, num_pages=len(batch.new_pages), num_tokens=num_tokens, num_rows=1
     )
     return sustained(over_layers(workspace, graph.layer, batch), site.device, span).time_s / graph.num_layers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanoflow.batch import DenseBatch
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches, draw_keys
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import OpGraph
@@ -89,6 +89,7 @@ def equal_requests(num_requests: int, before: int, now: int, page_size: int, *, 
         is_fed_back=np.zeros(num_requests * now, np.bool_),
         positions=np.tile(places, num_requests).astype(np.int32),
         slots=slots.reshape(-1).astype(np.int64),
-        page_tables=tables.astype(np.int32),
+        new_pages=NewPages.of_tables(tables.astype(np.int32)),
+        table_width=tables.shape[1],
         sampled=np.arange(num_requests, dtype=np.int32),
     )
