@@ -9,15 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from nanoflow.executor.captured import Buckets
-from nanoflow.executor.inputs import BatchSize, InputBuilder, RequestTables
+from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch, RequestTables, padding
 from nanoflow.executor.layout import lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
+from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_attention
+from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
 from nanoflow.models.config import parse
@@ -33,23 +32,25 @@ KERNELS = {
     OpKind.DECODE_ATTENTION: triton_attention.decode_attention,
     OpKind.PREFILL_ATTENTION: triton_attention.prefill_attention,
 }
-GRAPH = build_graph(
-    parse(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "vocab_size": 23,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 64,
-            "rms_norm_eps": 1e-5,
-        }
-    ),
-    None,
-)
+
+
+def graph_of(num_layers: int) -> OpGraph:
+    fields = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 23,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
+    return build_graph(parse(fields), None)
+
+
+GRAPH = graph_of(2)
 
 
 @pytest.mark.parametrize(
@@ -95,26 +96,47 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
         torch.testing.assert_close(cache.values, exact_cache.values)
 
 
-@given(
-    num_decodes=st.integers(0, 1000), num_prefills=st.integers(0, 300), more=st.integers(0, 1000), plan=st.booleans()
-)
-def test_a_bucket_has_room_and_stays_within_the_limits(
-    num_decodes: int, num_prefills: int, more: int, plan: bool
-) -> None:
-    num_tokens = min(num_decodes + 2 * num_prefills + (more if num_prefills else 0), 2000)
-    exact = BatchSize(num_tokens=num_tokens, num_decodes=num_decodes, num_prefills=num_prefills)
-    buckets = Buckets.of(2000, 1100)
-    size = buckets.size_for(exact, 2000 if plan else 1 << 20)
-    assert num_tokens <= size.num_tokens <= min(2000, max(16, 1.25 * num_tokens))
-    assert num_decodes <= size.num_decodes <= min(1100, size.num_tokens)
-    assert num_prefills <= size.num_prefills <= 1100
-    assert buckets.size_for(size, 2000) == size
+def test_a_batch_of_padding_changes_nothing() -> None:
+    plan, model = sequential_plan(GRAPH, MAX_TOKENS), replace(device_model(GRAPH, 3), kernels=KERNELS)
+    executor = PipelinedExecutor(model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
+    before = [(cache.keys.clone(), cache.values.clone()) for cache in model.caches]
+    size = BatchSize(num_tokens=16, num_decodes=8, num_prefills=4)
+    loaded = LoadedBatch(
+        size=size,
+        numbers=torch.from_numpy(padding(size)),
+        tables=RequestTables(
+            decodes=torch.zeros(8, 2, dtype=torch.int32), prefills=torch.zeros(4, 2, dtype=torch.int32)
+        ),
+        logit_tokens=torch.zeros(0, dtype=torch.int32),
+        first_prefill_token=0,
+        host=None,
+    )
+    executor.forward(InputBuilder(GRAPH.rope, num_rows=8, device=CPU).derive(loaded), plan)
+    for cache, (keys, values) in zip(model.caches, before, strict=True):
+        assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
 
 
-def test_the_buckets_of_a_budget_are_few() -> None:
-    buckets = Buckets.of(2048, 1024)
-    sizes = {
-        buckets.size_for(BatchSize(num_tokens=n, num_decodes=min(n, 1024), num_prefills=0), 2048)
-        for n in range(1, 2049)
-    }
-    assert len(sizes) <= 50
+def test_a_few_layers_run_every_kernel_and_leave_the_next_pass_as_it_is() -> None:
+    graph = graph_of(5)
+    batch = batch_of([(4, 1), (9, 1), (0, 7)], 2, graph.vocab_size, seed=5)
+    plan = sequential_plan(graph, MAX_TOKENS)
+    model = replace(device_model(graph, 8), kernels=KERNELS)
+    inputs = InputBuilder(graph.rope, num_rows=8, device=CPU).build(batch)
+    expected = PipelinedExecutor(with_fresh_caches(model), (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
+    expected.forward(inputs, plan)
+    launched: list[tuple[OpKind, int]] = []
+
+    def noted(kind: OpKind, kernel: Kernel) -> Kernel:
+        def run(launch: Launch) -> None:
+            launched.append((kind, launch.layer))
+            kernel(launch)
+
+        return run
+
+    noting = replace(model, kernels={kind: noted(kind, kernel) for kind, kernel in KERNELS.items()})
+    executor = PipelinedExecutor(noting, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
+    executor.forward_typical(inputs, plan)
+    assert {layer for _, layer in launched} == {0, 1}
+    assert {kind for kind, _ in launched} == {op.kind for op in (*graph.prologue, *graph.layer)}
+    executor.forward(inputs, plan)
+    torch.testing.assert_close(executor.logits(inputs), expected.logits(inputs), rtol=0, atol=0)

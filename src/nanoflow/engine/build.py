@@ -13,7 +13,7 @@ from nanoflow.device.detect import device_name, resolve_device, resolve_dtype, u
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.memory import require_room_for_weights, size_cache
 from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
-from nanoflow.engine.warmup import warm_up
+from nanoflow.engine.warmup import compile_and_record
 from nanoflow.executor.buffers import DeviceModel, allocate_caches, draw_keys
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
@@ -87,8 +87,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     )
     load_s = time.monotonic() - start_s
     if is_captured:
-        prepared = book if prepares_plans else PlanBook(fallback=book.fallback)
-        warm_up(worker, prepared, limits, show_progress=show_progress)
+        compile_and_record(worker, book, limits, with_plans=prepares_plans)
     facts = EngineFacts(
         model_type=graph.name,
         vocab_size=graph.vocab_size,

@@ -75,6 +75,10 @@ class Engine:
             return self._commit_oldest()
         return self._output()
 
+    def prepare_next(self) -> bool:
+        """Record a CUDA graph that requests may need later, a matter of some 50 ms; False if there is nothing to do."""
+        return self._worker.prepare_next()
+
     def stats(self) -> EngineStats:
         """State of the engine now."""
         return self._stats()

@@ -1,84 +1,156 @@
-"""Batches that nobody asked for, before the first request comes: they compile kernels and capture CUDA graphs.
+"""What is done before the first request comes, so that no request waits for it: compile, record, measure.
 
-Every size of a batch of decodes is run twice, since a size is captured when it is met again; so is one prompt as long
-as the token budget. Every plan of the book is met twice too, by the batches that it is for: decodes with one prompt,
-and with several. Other mixed batches are too many kinds, and are captured as they come. The cache is left as it is.
+All kernels are compiled side by side. Then CUDA graphs are recorded for the sizes of batches that serving meets, as
+many as fit into a few seconds; the others are recorded when there is nothing to do. Last, a few batches are timed: from
+them the engine knows what an iteration of given content takes. The KV cache is left as it is: what is run here writes
+to no page.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from nanoflow.batch import DenseBatch, NewPages
-from nanoflow.executor.captured import Buckets
+from nanoflow.batch import DenseBatch, Joined, NewPages
+from nanoflow.executor.buckets import Buckets
+from nanoflow.executor.captured import GraphKey
 from nanoflow.executor.inputs import BatchSize
 from nanoflow.executor.worker import Worker
-from nanoflow.plan.book import PlanBook
+from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.book import PlanBook, PlanEntry
 from nanoflow.plan.plan import PipelinePlan
+from nanoflow.request import SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits
 
-# Prompts in a mixed batch, beside one; with the cuts of a plan they are more than four parts, which is another graph.
-_NUM_PROMPTS = 3
+# Seconds for recording graphs before the engine is ready.
+_RECORD_S = 4.0
+# Prompts of a batch for which the graphs of a searched plan are recorded.
+_NUM_PROMPTS = 4
+# Batches in a row that are timed.
+_TIMED = 4
+# Every way to choose a token that has kernels of its own.
+_SAMPLING = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.8, top_p=0.95),
+    SamplingParams(temperature=0.8, top_k=50, min_p=0.05, min_tokens=1),
+    SamplingParams(temperature=0.8, presence_penalty=0.5, repetition_penalty=1.1, logit_bias={0: 1.0}),
+    SamplingParams(temperature=0.0, logprobs=5),
+)
 
 
-def warm_up(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, show_progress: bool) -> None:
-    """Run every batch of `warm_up_batches` under the plan that the book has for it, and those of its plans."""
-    work = [(batch, book.choose(batch.shape)) for batch in warm_up_batches(limits)]
-    work += plan_batches(book, limits)
-    for batch, plan in tqdm(work, desc="Preparing kernels", unit="batch", disable=not show_progress):
-        worker.launch(batch, plan).result()
+def compile_and_record(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, with_plans: bool = True) -> None:
+    """Compile all kernels and record graphs.
+
+    Args:
+        worker: Whose.
+        book: Plans that batches may come with.
+        limits: What batches there can be.
+        with_plans: Record graphs of the plans of the book too, not only of the fallback.
+    """
+    wanted = list(common_graphs(book if with_plans else PlanBook(fallback=book.fallback), limits))
+    worker.compile(wanted, list(_sampled_batches(limits)))
+    worker.prepare(wanted, _RECORD_S)
 
 
-def plan_batches(book: PlanBook, limits: SchedulerLimits) -> Iterator[tuple[DenseBatch, PipelinePlan]]:
-    """For each plan the largest batches of its first entry that the limits allow: decodes and chunks of prompts."""
-    longest = min(limits.max_batch_tokens, limits.max_model_len)
-    first = {entry.plan.digest: entry for entry in reversed(book.entries)}
+def common_graphs(book: PlanBook, limits: SchedulerLimits) -> Iterator[GraphKey]:
+    """Graphs that serving meets: of each plan of the book the largest, then those of the fallback."""
+    buckets = Buckets(max_tokens=limits.max_batch_tokens, max_requests=limits.max_num_seqs)
+    first: dict[str, PlanEntry] = {}
+    for entry in book.entries:
+        first.setdefault(entry.plan.digest, entry)
     for entry in first.values():
-        num_decodes = min(round(entry.max_decode_share * entry.max_tokens), limits.max_num_seqs - _NUM_PROMPTS)
-        chunk = min(entry.max_tokens - num_decodes, longest)
-        if num_decodes < 0 or num_decodes + chunk > limits.max_batch_tokens:
-            continue
-        for num_prompts in (1, _NUM_PROMPTS) if chunk >= _NUM_PROMPTS else (1,):
-            chunks = [chunk // num_prompts] * (num_prompts - 1)
-            for _ in range(2):
-                yield _batch(num_decodes, [*chunks, chunk - sum(chunks)] if chunk else [], limits), entry.plan
+        count = min(entry.max_tokens, limits.max_batch_tokens)
+        size = BatchSize(num_tokens=count, num_decodes=count, num_prefills=min(_NUM_PROMPTS, count))
+        yield entry.plan, buckets.size_for(size, entry.plan)
+    for size in buckets.common(book.fallback):
+        yield book.fallback, size
 
 
-def warm_up_batches(limits: SchedulerLimits) -> Iterator[DenseBatch]:
-    """Large ones first, so that the smaller ones find memory that is already taken; each twice."""
-    buckets = Buckets.of(limits.max_batch_tokens, limits.max_num_seqs)
-    most = min(limits.max_batch_tokens, limits.max_num_seqs)
-    sizes = {
-        buckets.size_for(BatchSize(num_tokens=count, num_decodes=count, num_prefills=0), limits.max_batch_tokens)
-        for count in range(1, most + 1)
-    }
-    longest = min(limits.max_batch_tokens, limits.max_model_len)
-    shapes: list[tuple[int, list[int]]] = [(0, [longest])] if longest > 1 else []
-    shapes += [(min(size.num_tokens, most), []) for size in sorted(sizes, key=lambda size: -size.num_tokens)]
-    for num_decodes, chunks in shapes:
-        for _ in range(2):
-            yield _batch(num_decodes, chunks, limits)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A batch to time: decodes of so many keys each, and chunks of prompts that end so many keys into theirs."""
+
+    num_decodes: int = 0
+    decode_keys: int = 1
+    chunks: tuple[int, ...] = ()
+    chunk_keys: int = 0
 
 
-def _batch(num_decodes: int, chunks: list[int], limits: SchedulerLimits) -> DenseBatch:
-    """Decodes, and prompts of so many tokens, all of them on the first page, to which nothing is written."""
-    lengths = np.array([1] * num_decodes + chunks, np.int32)
+def probes(limits: SchedulerLimits) -> list[Probe]:
+    """Batches that tell apart what tokens, keys and prompts cost, within the limits."""
+    most, longest = min(limits.max_batch_tokens, limits.max_num_seqs), limits.max_model_len
+    keys = max(min(1024, longest // 2), 1)
+    chunk = max(min(512, limits.max_batch_tokens // 2, longest // 4), 1)
+    many, some = min(512, most), min(128, most)
+    beside = min(some, limits.max_batch_tokens - chunk, limits.max_num_seqs - 1)
+    return [
+        Probe(num_decodes=1),
+        Probe(num_decodes=some),
+        Probe(num_decodes=some, decode_keys=keys),
+        Probe(num_decodes=many),
+        Probe(num_decodes=many, decode_keys=keys),
+        Probe(chunks=(chunk,), chunk_keys=chunk),
+        Probe(chunks=(chunk,), chunk_keys=max(longest // 2, chunk)),
+        Probe(chunks=(min(limits.max_batch_tokens, longest, 2048),)),
+        Probe(num_decodes=beside, decode_keys=keys, chunks=(chunk,)),
+    ]
+
+
+def time_iterations(worker: Worker, plan: PipelinePlan, limits: SchedulerLimits) -> list[tuple[BatchShape, float]]:
+    """Content and seconds of a few batches, each run several times in a row as serving runs them.
+
+    The first of a row takes longer, for it finds the device idle; so what several take more than one is looked at.
+    """
+    samples = []
+    for probe in probes(limits):
+        batch = probe_batch(probe, limits)
+        _, once_s, several_s = (_seconds(worker, batch, plan, count) for count in (1, 1, _TIMED))
+        if several_s > once_s:
+            samples.append((batch.shape, (several_s - once_s) / (_TIMED - 1)))
+    return samples
+
+
+def _seconds(worker: Worker, batch: DenseBatch, plan: PipelinePlan, count: int) -> float:
+    """What so many runs of a batch take, queued at once."""
+    start_s = time.monotonic()
+    for pending in [worker.launch(batch, plan) for _ in range(count)]:
+        pending.result()
+    return time.monotonic() - start_s
+
+
+def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
+    """The batch of a probe, its keys on pages all over the cache; nothing is written to them."""
+    lengths = np.array([1] * probe.num_decodes + list(probe.chunks), np.int32)
+    context = np.maximum(lengths, [probe.decode_keys] * probe.num_decodes + [probe.chunk_keys] * len(probe.chunks))
     num_requests, num_tokens = len(lengths), int(lengths.sum())
+    width = -(-int(context.max()) // limits.page_size)
+    pages = np.random.default_rng(0).integers(0, limits.num_pages, (num_requests, width))
     return DenseBatch(
         iteration=0,
         rows=np.arange(num_requests, dtype=np.int32),
         epochs=np.zeros(num_requests, np.int64),
-        num_decodes=num_decodes,
+        num_decodes=probe.num_decodes,
         query_start=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
-        context_len=lengths,
+        context_len=context.astype(np.int32),
         token_ids=np.zeros(num_tokens, np.int32),
         is_fed_back=np.zeros(num_tokens, np.bool_),
-        positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        positions=np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, context, strict=True)]).astype(np.int32),
         slots=np.full(num_tokens, -1, np.int64),
-        new_pages=NewPages.none(),
-        table_width=-(-int(lengths.max()) // limits.page_size),
+        new_pages=NewPages.of_tables(pages.astype(np.int32)),
+        table_width=width,
         sampled=np.arange(num_requests, dtype=np.int32),
     )
+
+
+def _sampled_batches(limits: SchedulerLimits) -> Iterator[DenseBatch]:
+    """Batches of one token for each way to choose the next; the rows are given to real requests later."""
+    token_ids = np.zeros(1, np.int32)
+    for params in _SAMPLING:
+        joined = Joined(row=0, params=params, seed=0, token_ids=token_ids, num_prompt_tokens=1, stop_token_ids=(0,))
+        batch = probe_batch(Probe(num_decodes=1), limits)
+        yield dataclasses.replace(batch, joined=(joined,))

@@ -1,29 +1,37 @@
 """Forward passes as CUDA graphs: one launch an iteration instead of one a kernel.
 
-A graph serves every batch of its bucket. Kernels read lengths and page tables from device memory, at places that stay
-the same; so a batch is laid out with padding up to its bucket, copied there, and the graph is replayed. A bucket runs
-kernel by kernel when it is first met, which compiles what is missing, and is captured the second time. What the kernels
-do stands in the plan: `pipelined.py`, which is also what runs where there are no graphs.
+A graph serves every batch of its size under its plan. Kernels read lengths and page tables from device memory, at
+places that stay the same; so a batch is laid out with padding up to its bucket (`buckets.py`), copied there, and the
+graph is replayed. To record a graph costs the host about as much as to run its kernels one by one, so a size that no
+graph is there for is recorded and replayed at once. Those that serving meets are recorded beforehand: `prepare` before
+the first request, `prepare_next` whenever there is nothing to do. What the kernels do stands in the plan:
+`pipelined.py`, which is also what runs where there are no graphs.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from nanoflow.batch import DenseBatch
-from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch, RequestTables
+from nanoflow.device.transfer import to_device
+from nanoflow.executor.buckets import Buckets
+from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch, RequestTables, padding
 from nanoflow.executor.layout import Layout
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan, PlanError
 
 # A graph of a model of 32 layers takes some megabytes; the least recently used one makes room.
-_MAX_GRAPHS = 256
+_MAX_GRAPHS = 512
+
+GraphKey = tuple[PipelinePlan, BatchSize]
+"""What a graph is recorded for."""
 
 
 class Forward(Protocol):
@@ -31,10 +39,19 @@ class Forward(Protocol):
 
     @property
     def num_prepared(self) -> int:
-        """Batches so far that took longer because their bucket was met for the first or second time."""
+        """Batches so far that took longer because no graph was there for their size."""
 
     def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
         """Queue the work; gives what `PipelinedExecutor.logits` needs."""
+
+    def compile(self, wanted: Sequence[GraphKey]) -> None:
+        """Launch every kernel that these need once, for the sake of compiling it; what comes out is nothing."""
+
+    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
+        """Record graphs for so long, the first of the list first; the others are left to `prepare_next`."""
+
+    def prepare_next(self) -> bool:
+        """Record one of the graphs that were left; False if there was none."""
 
     def close(self) -> None:
         """Give back what it holds, once all that was queued has run; it is of no use afterwards."""
@@ -42,7 +59,7 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerForward:
-    """Kernel by kernel."""
+    """Kernel by kernel; there is nothing to prepare."""
 
     executor: PipelinedExecutor
     builder: InputBuilder
@@ -54,48 +71,19 @@ class EagerForward:
         self.executor.forward(inputs, plan)
         return inputs
 
+    def compile(self, wanted: Sequence[GraphKey]) -> None:
+        """See `Forward`."""
+
+    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
+        """See `Forward`."""
+
+    def prepare_next(self) -> bool:
+        """See `Forward`."""
+        return False
+
     def close(self) -> None:
         """See `Forward`."""
         self.executor.close()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Buckets:
-    """Sizes that batches are padded to, so that few graphs serve all.
-
-    Attributes:
-        max_tokens: The token budget.
-        max_decodes: Places from the first on among which decodes may be.
-        max_prefills: Most parts of prompts, and gaps between them.
-    """
-
-    max_tokens: int
-    max_decodes: int
-    max_prefills: int
-
-    @staticmethod
-    def of(max_tokens: int, max_requests: int, plans: Iterable[PipelinePlan] = ()) -> Buckets:
-        """For batches of so many requests, dealt over the nano-batches of any of these plans."""
-        num_cuts = max((len(plan.cuts) for plan in plans), default=0)
-        # A cut may end a chunk, and a gap follows it.
-        return Buckets(
-            max_tokens=max_tokens,
-            max_decodes=max_tokens if num_cuts else max_requests,
-            max_prefills=max_requests + 2 * num_cuts,
-        )
-
-    def size_for(self, size: BatchSize, plan_tokens: int) -> BatchSize:
-        """The smallest bucket with room for a batch of this size, under a plan for so many tokens.
-
-        Tokens go up in steps small beside what a product costs: powers of two to 16, then eighths of the next power of
-        two, 128 at most. Decodes and prefills cost next to nothing as padding: powers of two, and of four.
-        """
-        num_tokens = min(_round_tokens(size.num_tokens), plan_tokens, self.max_tokens)
-        return BatchSize(
-            num_tokens=num_tokens,
-            num_decodes=min(_round_power(size.num_decodes, 2), self.max_decodes, num_tokens),
-            num_prefills=min(_round_power(size.num_prefills, 4), self.max_prefills),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +98,9 @@ class CapturedForward:
     """Replays graphs.
 
     Args:
-        executor, builder: Run what is not captured, and what is captured.
+        executor, builder: Run what is recorded.
         buckets: Sizes to pad to.
+        plans: All that batches may come with; their cuts say how much room page tables need.
         pages_per_request: Width of the page tables: pages of the longest sequence.
         device: Where.
     """
@@ -121,6 +110,7 @@ class CapturedForward:
         executor: PipelinedExecutor,
         builder: InputBuilder,
         buckets: Buckets,
+        plans: Sequence[PipelinePlan],
         *,
         pages_per_request: int,
         device: torch.device,
@@ -128,12 +118,15 @@ class CapturedForward:
         self._executor, self._builder, self._buckets = executor, builder, buckets
         self.num_prepared = 0
         self._tables = RequestTables(
-            decodes=torch.zeros((buckets.max_decodes, pages_per_request), dtype=torch.int32, device=device),
-            prefills=torch.zeros((buckets.max_prefills, pages_per_request), dtype=torch.int32, device=device),
+            **{
+                name: torch.zeros((max(map(room, plans)), pages_per_request), dtype=torch.int32, device=device)
+                for name, room in (("decodes", buckets.max_decodes), ("prefills", buckets.max_prefills))
+            }
         )
+        self._device = device
         self._places: dict[BatchSize, LoadedBatch] = {}
-        self._met: set[tuple[str, BatchSize]] = set()
         self._captured: OrderedDict[tuple[str, BatchSize], _Captured] = OrderedDict()
+        self._wanted: deque[GraphKey] = deque()
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -142,58 +135,77 @@ class CapturedForward:
         exact = BatchSize.of(layout)
         if exact.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {exact.num_tokens}")
-        size = self._buckets.size_for(exact, plan.num_tokens)
+        size = self._buckets.size_for(exact, plan)
         loaded = self._builder.load(batch, layout, size, self._tables)
-        inputs = self._run(self._place(size, loaded), plan)
-        return replace(inputs, logit_tokens=loaded.logit_tokens)
+        self._place(size).numbers.copy_(loaded.numbers)
+        self.num_prepared += (plan.digest, size) not in self._captured
+        captured = self._graph(plan, size)
+        captured.graph.replay()
+        return replace(captured.inputs, logit_tokens=loaded.logit_tokens)
+
+    def compile(self, wanted: Sequence[GraphKey]) -> None:
+        """See `Forward`."""
+        for plan, size in wanted:
+            self._executor.forward_typical(self._builder.derive(self._place(size)), plan)
+
+    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
+        """See `Forward`."""
+        until_s = time.monotonic() + within_s
+        self._wanted.extend(wanted)
+        while time.monotonic() < until_s and self.prepare_next():
+            pass
+
+    def prepare_next(self) -> bool:
+        """See `Forward`."""
+        while self._wanted and len(self._captured) < _MAX_GRAPHS:
+            plan, size = self._wanted.popleft()
+            if (plan.digest, size) not in self._captured:
+                self._graph(plan, size)
+                return True
+        return False
 
     def close(self) -> None:
-        """See `Forward`; graphs go before the SMs that they were captured on."""
-        torch.cuda.synchronize(self._tables.decodes.device)
+        """See `Forward`; graphs go before the SMs that they were recorded on."""
+        torch.cuda.synchronize(self._device)
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
         self._executor.close()
 
-    def _place(self, size: BatchSize, loaded: LoadedBatch) -> LoadedBatch:
-        """Copy the numbers of a batch to where the graphs of its size read; its page tables are there already."""
+    def _place(self, size: BatchSize) -> LoadedBatch:
+        """Where the graphs of a size read: at first a batch of padding alone."""
         place = self._places.get(size)
         if place is None:
             place = self._places[size] = LoadedBatch(
                 size=size,
-                numbers=torch.empty_like(loaded.numbers),
+                numbers=to_device(padding(size), self._device),
                 tables=RequestTables(
                     decodes=self._tables.decodes[: size.num_decodes],
                     prefills=self._tables.prefills[: size.num_prefills],
                 ),
-                logit_tokens=loaded.logit_tokens.new_empty(0),
+                logit_tokens=torch.empty(0, dtype=torch.int32, device=self._device),
                 first_prefill_token=0,
                 host=None,
             )
-        place.numbers.copy_(loaded.numbers)
         return place
 
-    def _run(self, place: LoadedBatch, plan: PipelinePlan) -> BatchInputs:
-        key = (plan.digest, place.size)
+    def _graph(self, plan: PipelinePlan, size: BatchSize) -> _Captured:
+        """The graph of a plan for a size, recorded now if it is not there."""
+        key = (plan.digest, size)
         captured = self._captured.get(key)
-        self.num_prepared += captured is None
-        if captured is None and key not in self._met:
-            self._met.add(key)
-            inputs = self._builder.derive(place)
-            self._executor.forward(inputs, plan)
-            return inputs
         if captured is None:
-            captured = self._captured[key] = self._capture(place, plan)
+            captured = self._captured[key] = self._capture(self._place(size), plan)
         self._captured.move_to_end(key)
-        captured.graph.replay()
-        return captured.inputs
+        return captured
 
     def _capture(self, place: LoadedBatch, plan: PipelinePlan) -> _Captured:
-        """Record the work of a bucket. The device goes on with what is queued, so this hides behind the last batch."""
-        if len(self._captured) == _MAX_GRAPHS:
+        """Record the work of a size. The device goes on with what is queued, so this hides behind the last batch."""
+        if len(self._captured) >= _MAX_GRAPHS:
             # It may still be running.
             torch.cuda.current_stream().synchronize()
             self._captured.popitem(last=False)
+        # Kernels and libraries are loaded when they first run, which they may not be while a graph is recorded.
+        self._executor.forward_typical(self._builder.derive(place), plan)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._capture_stream):
             # Other threads may wait for their copies meanwhile.
@@ -204,18 +216,3 @@ class CapturedForward:
             finally:
                 graph.capture_end()
         return _Captured(graph=graph, inputs=inputs)
-
-
-def _round_tokens(count: int) -> int:
-    """At least `count`: a power of two to 16, from there a multiple of an eighth of the next one, or of 128."""
-    power = _round_power(count, 2)
-    step = min(max(power // 8, 1), 128)
-    return power if power <= 16 else -(-count // step) * step
-
-
-def _round_power(count: int, base: int) -> int:
-    """The smallest power of `base` that is at least `count`; 0 for 0."""
-    power = 1
-    while power < count:
-        power *= base
-    return power if count else 0

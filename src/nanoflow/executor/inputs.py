@@ -193,6 +193,14 @@ class InputBuilder:
         self._last_token[to_device(rows, self._device).long()] = token_ids
 
 
+def padding(size: BatchSize) -> NDArray[np.int32]:
+    """`LoadedBatch.numbers` of a batch of no request: nothing is appended to the cache and nothing attends."""
+    parts = [np.zeros(length, np.int32) for length in size.lengths]
+    slots, query_start = parts[4], parts[6]
+    slots[:], query_start[:] = -1, size.num_tokens
+    return np.concatenate(parts)
+
+
 def _numbers(batch: DenseBatch, layout: Layout, size: BatchSize) -> NDArray[np.int32]:
     """The numbers of a batch in the layout of `LoadedBatch`, padding filled in."""
     row_of_token = np.repeat(batch.rows, np.diff(batch.query_start))

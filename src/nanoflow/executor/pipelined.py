@@ -7,11 +7,13 @@ and share memory as far as the plans allow (`plan/liveness.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from nanoflow.executor.buffers import DeviceModel, Workspace
 from nanoflow.executor.lanes import Partitions, open_lanes
-from nanoflow.executor.steps import bind
+from nanoflow.executor.steps import Step, bind
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan, PlanError
 
@@ -34,6 +36,7 @@ class PipelinedExecutor:
         self._lanes = {
             plan.digest: open_lanes(plan, self._steps[plan.digest], self.workspace, self._partitions) for plan in plans
         }
+        self._typical_layers = _typical_layers(model)
 
     def forward(self, inputs: BatchInputs, plan: PipelinePlan) -> None:
         """Run prologue and layers; `logits` reads what they leave.
@@ -41,12 +44,24 @@ class PipelinedExecutor:
         Raises:
             PlanError: The batch is larger than the plan.
         """
+        self._run(inputs, plan, enumerate(self._steps[plan.digest]))
+
+    def forward_typical(self, inputs: BatchInputs, plan: PipelinePlan) -> None:
+        """`forward` through a few layers that have every kernel between them, so that all are compiled and loaded.
+
+        What it leaves is no result; the next `forward` does not see it.
+        """
+        steps = enumerate(self._steps[plan.digest])
+        self._run(inputs, plan, ((place, step) for place, step in steps if step.layer in self._typical_layers))
+
+    def _run(self, inputs: BatchInputs, plan: PipelinePlan, steps: Iterable[tuple[int, Step]]) -> None:
+        """Run the prologue and these steps of the plan, each with its place in it."""
         if inputs.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {inputs.num_tokens}")
         self.workspace.run_whole(self._model.graph.prologue, inputs)
         lanes = self._lanes[plan.digest]
         with lanes.running():
-            for place, step in enumerate(self._steps[plan.digest]):
+            for place, step in steps:
                 there = inputs.tokens_in(step.op.scope)
                 tokens = step.tokens.clip(there.start, there.stop)
                 with lanes.on(place) as workspace:
@@ -60,3 +75,10 @@ class PipelinedExecutor:
     def logits(self, inputs: BatchInputs) -> Tensor:
         """Logits [S, V] of the rows `inputs.logit_tokens` of the batch just run; overwritten by the next call."""
         return self.workspace.logits(inputs)
+
+
+def _typical_layers(model: DeviceModel) -> frozenset[int]:
+    """Two layers that follow each other, as a plan may overlap them, and one more for each further attention window."""
+    windows = model.graph.attention.windows
+    first_with = {window: layer for layer, window in reversed(list(enumerate(windows)))}
+    return frozenset({0, 1, *first_with.values()})

@@ -7,22 +7,26 @@ is what lets the scheduler hand freed pages and rows to a later batch without wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from nanoflow.batch import DenseBatch, PromptScore, SampledTokens
 from nanoflow.device.detect import use_device
 from nanoflow.device.transfer import to_device
+from nanoflow.executor.buckets import Buckets
 from nanoflow.executor.buffers import DeviceModel
-from nanoflow.executor.captured import Buckets, CapturedForward, EagerForward, Forward
+from nanoflow.executor.captured import CapturedForward, EagerForward, Forward, GraphKey
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
-from nanoflow.executor.sampler import Sampler
+from nanoflow.executor.sampler import Drawn, Sampler
+from nanoflow.kernels.compiling import compiling
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.kernels.sample import top_logprobs
 from nanoflow.plan.plan import PipelinePlan
@@ -49,14 +53,15 @@ class Worker:
         captured_pages: int | None = None,
     ) -> None:
         graph, device = model.graph, model.device
+        self._device = device
         self._max_logits = num_rows
         self._inputs = InputBuilder(graph.rope, num_rows=num_rows, device=device, pages_per_row=captured_pages or 0)
         self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=num_rows)
         self._forward: Forward = EagerForward(executor=self._executor, builder=self._inputs)
         if captured_pages is not None:
-            buckets = Buckets.of(max_batch_tokens, num_rows, plans)
+            buckets = Buckets(max_tokens=max_batch_tokens, max_requests=num_rows)
             self._forward = CapturedForward(
-                self._executor, self._inputs, buckets, pages_per_request=captured_pages, device=device
+                self._executor, self._inputs, buckets, plans, pages_per_request=captured_pages, device=device
             )
         self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device)
         self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
@@ -72,6 +77,18 @@ class Worker:
         """See `Forward`."""
         return self._forward.num_prepared
 
+    def compile(self, wanted: Sequence[GraphKey], batches: Sequence[DenseBatch]) -> None:
+        """Compile all kernels that these graphs, and sampling as these batches ask for it, need; many at a time."""
+        self._queue.submit(self._compile, wanted, batches).result()
+
+    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
+        """See `Forward`."""
+        self._queue.submit(torch.inference_mode()(self._forward.prepare), wanted, within_s).result()
+
+    def prepare_next(self) -> bool:
+        """See `Forward`."""
+        return self._queue.submit(torch.inference_mode()(self._forward.prepare_next)).result()
+
     def close(self) -> None:
         """Wait for what runs, stop, and give back parts of the device; closing twice does nothing more."""
         self._queue.shutdown(wait=True, cancel_futures=True)
@@ -81,14 +98,25 @@ class Worker:
     @torch.inference_mode()
     def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
         """Queue one batch on the device: forward pass, prompt scores, sampling."""
-        for joined in batch.joined:
-            self._sampler.join(joined)
         layout = lay_out(batch, plan.cuts)
         inputs = self._forward(batch, layout, plan)
         prompt_scores = [self._score(inputs, score, layout) for score in batch.prompt_scores]
-        drawn = self._sampler.sample(batch, self._executor.logits(inputs))
+        drawn = self._sample(batch, self._executor.logits(inputs))
         self._inputs.feed_back(batch.rows[batch.sampled], drawn.token_ids)
         return PendingTokens(drawn, prompt_scores)
+
+    def _sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
+        """Draw the batch's tokens, once its new requests have their rows."""
+        for joined in batch.joined:
+            self._sampler.join(joined)
+        return self._sampler.sample(batch, logits)
+
+    @torch.inference_mode()
+    def _compile(self, wanted: Sequence[GraphKey], batches: Sequence[DenseBatch]) -> None:
+        with compiling(partial(use_device, self._device)):
+            self._forward.compile(wanted)
+            for batch in batches:
+                self._sample(batch, self._executor.logits(self._inputs.build(batch)))
 
     def _score(self, inputs: BatchInputs, score: PromptScore, layout: Layout) -> list[Scores]:
         """Log probabilities of prompt tokens, in slices that the logits' tensor can hold."""
