@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanoflow.engine.warmup import common_graphs, probe_batch, probes, time_iterations
+from nanoflow.engine.warmup import graphs_of_fallback, graphs_of_plans, probe_batch, probes, time_iterations
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook, PlanEntry
@@ -46,7 +46,7 @@ def test_probes_tell_tokens_keys_and_prompts_apart() -> None:
     assert np.linalg.matrix_rank(np.array(columns, float)) == 4
 
 
-def test_the_largest_batch_of_every_plan_comes_first_then_those_of_the_fallback() -> None:
+def test_the_largest_batch_of_every_plan_and_the_common_ones_of_the_fallback() -> None:
     whole, half = nanobatch_plan(GRAPH, 512, [256]), nanobatch_plan(GRAPH, 256, [128])
     book = PlanBook(
         fallback=sequential_plan(GRAPH, 1024),
@@ -56,11 +56,15 @@ def test_the_largest_batch_of_every_plan_comes_first_then_those_of_the_fallback(
             PlanEntry(plan=whole, min_tokens=400, max_tokens=448, min_decode_share=0.0, max_decode_share=0.0),
         ),
     )
-    graphs = list(common_graphs(book, _limits(1024, 300, 4096)))
-    assert [(plan.digest, size.num_tokens) for plan, size in graphs[:2]] == [(whole.digest, 512), (half.digest, 256)]
-    assert {plan.digest for plan, _ in graphs[2:]} == {book.fallback.digest}
-    assert len({(plan.digest, size) for plan, size in graphs}) == len(graphs)
-    assert max(size.num_tokens for _, size in graphs) <= 1024
+    limits = _limits(1024, 300, 4096)
+    assert [(plan.digest, size.num_tokens) for plan, size in graphs_of_plans(book, limits)] == [
+        (whole.digest, 512),
+        (half.digest, 256),
+    ]
+    graphs = graphs_of_fallback(book, limits)
+    assert {plan.digest for plan, _ in graphs} == {book.fallback.digest}
+    assert len({size for _, size in graphs}) == len(graphs)
+    assert max(size.num_tokens for _, size in graphs) == 1024
 
 
 def test_iterations_are_timed_in_a_row() -> None:

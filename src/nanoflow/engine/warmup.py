@@ -26,7 +26,7 @@ from nanoflow.plan.plan import PipelinePlan
 from nanoflow.request import SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits
 
-# Seconds for recording graphs before the engine is ready.
+# Seconds for recording graphs before the engine is ready: of the fallback, and of the plans of a book.
 _RECORD_S = 4.0
 # Prompts of a batch for which the graphs of a searched plan are recorded.
 _NUM_PROMPTS = 4
@@ -52,23 +52,29 @@ def compile_and_record(worker: Worker, book: PlanBook, limits: SchedulerLimits, 
         limits: What batches there can be.
         with_plans: Record graphs of the plans of the book too, not only of the fallback.
     """
-    wanted = list(common_graphs(book if with_plans else PlanBook(fallback=book.fallback), limits))
-    worker.compile(wanted, list(_sampled_batches(limits)))
-    worker.prepare(wanted, _RECORD_S)
+    wanted = [graphs_of_fallback(book, limits), graphs_of_plans(book, limits) if with_plans else []]
+    worker.prepare(wanted, list(_sampled_batches(limits)), _RECORD_S)
 
 
-def common_graphs(book: PlanBook, limits: SchedulerLimits) -> Iterator[GraphKey]:
-    """Graphs that serving meets: of each plan of the book the largest, then those of the fallback."""
-    buckets = Buckets(max_tokens=limits.max_batch_tokens, max_requests=limits.max_num_seqs)
-    first: dict[str, PlanEntry] = {}
-    for entry in book.entries:
-        first.setdefault(entry.plan.digest, entry)
-    for entry in first.values():
-        count = min(entry.max_tokens, limits.max_batch_tokens)
-        size = BatchSize(num_tokens=count, num_decodes=count, num_prefills=min(_NUM_PROMPTS, count))
-        yield entry.plan, buckets.size_for(size, entry.plan)
-    for size in buckets.common(book.fallback):
-        yield book.fallback, size
+def graphs_of_fallback(book: PlanBook, limits: SchedulerLimits) -> list[GraphKey]:
+    """Graphs of the fallback for the batches that serving meets, the most common first."""
+    return [(book.fallback, size) for size in _buckets(limits).common(book.fallback)]
+
+
+def graphs_of_plans(book: PlanBook, limits: SchedulerLimits) -> list[GraphKey]:
+    """One graph of each plan of the book, for the largest batch of its first entry."""
+    first = {entry.plan.digest: entry for entry in reversed(book.entries)}
+    return [_largest(entry, limits) for entry in book.entries if first[entry.plan.digest] is entry]
+
+
+def _largest(entry: PlanEntry, limits: SchedulerLimits) -> GraphKey:
+    count = min(entry.max_tokens, limits.max_batch_tokens)
+    size = BatchSize(num_tokens=count, num_decodes=count, num_prefills=min(_NUM_PROMPTS, count))
+    return entry.plan, _buckets(limits).size_for(size, entry.plan)
+
+
+def _buckets(limits: SchedulerLimits) -> Buckets:
+    return Buckets(max_tokens=limits.max_batch_tokens, max_requests=limits.max_num_seqs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

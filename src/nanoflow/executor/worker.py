@@ -77,13 +77,15 @@ class Worker:
         """See `Forward`."""
         return self._forward.num_prepared
 
-    def compile(self, wanted: Sequence[GraphKey], batches: Sequence[DenseBatch]) -> None:
-        """Compile all kernels that these graphs, and sampling as these batches ask for it, need; many at a time."""
-        self._queue.submit(self._compile, wanted, batches).result()
+    def prepare(self, wanted: Sequence[Sequence[GraphKey]], batches: Sequence[DenseBatch], within_s: float) -> None:
+        """Compile and record what batches will need, so that none of them waits for it.
 
-    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
-        """See `Forward`."""
-        self._queue.submit(torch.inference_mode()(self._forward.prepare), wanted, within_s).result()
+        Args:
+            wanted: Graphs in groups; those of the first are recorded while kernels of the others are still compiled.
+            batches: They sample in every way that has kernels of its own.
+            within_s: Seconds to record each group in; what is left is `prepare_next`'s.
+        """
+        self._queue.submit(self._prepare, wanted, batches, within_s).result()
 
     def prepare_next(self) -> bool:
         """See `Forward`."""
@@ -112,11 +114,17 @@ class Worker:
         return self._sampler.sample(batch, logits)
 
     @torch.inference_mode()
-    def _compile(self, wanted: Sequence[GraphKey], batches: Sequence[DenseBatch]) -> None:
-        with compiling(partial(use_device, self._device)):
-            self._forward.compile(wanted)
-            for batch in batches:
-                self._sample(batch, self._executor.logits(self._inputs.build(batch)))
+    def _prepare(self, wanted: Sequence[Sequence[GraphKey]], batches: Sequence[DenseBatch], within_s: float) -> None:
+        first, *others = wanted
+        with compiling(partial(use_device, self._device)) as compile_only:
+            with compile_only():
+                for batch in batches:
+                    self._sample(batch, self._executor.logits(self._inputs.build(batch)))
+                for group in wanted:
+                    self._forward.compile(group)
+            self._forward.prepare(first, within_s)
+        for group in others:
+            self._forward.prepare(group, within_s)
 
     def _score(self, inputs: BatchInputs, score: PromptScore, layout: Layout) -> list[Scores]:
         """Log probabilities of prompt tokens, in slices that the logits' tensor can hold."""

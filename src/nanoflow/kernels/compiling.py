@@ -1,8 +1,8 @@
 """Compile Triton kernels side by side, before they are needed.
 
 A kernel is compiled when it is first launched with arguments of a new kind, one after the other, each for one to five
-seconds of one core. Within `compiling()`, launches only say what has to be compiled; it is done by as many threads as
-there are cores, for the compiler leaves Python's lock to others most of the time. Knows nothing of models.
+seconds of one core. Within `compiling()` that is done by as many threads as there are cores, for the compiler leaves
+Python's lock to others most of the time. Knows nothing of models.
 """
 
 # mypy: allow-untyped-calls
@@ -12,41 +12,53 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 
 @contextmanager
-def compiling(prepare_thread: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Triton kernels launched within, in this thread, are compiled and not run; at the end all of them are compiled.
+def compiling(
+    prepare_thread: Callable[[], None] = lambda: None,
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Triton kernels that this thread launches within are compiled by other threads; at the end all of them are.
 
-    Whatever else is queued within does run. No other thread may launch kernels meanwhile. Does nothing where there is
-    no Triton or it cannot compile beside what it does: kernels are then compiled as they are launched.
+    Does nothing where there is no Triton, or one that cannot: kernels are then compiled as they are launched. So is one
+    whose compilation fails here, which then says why.
 
     Args:
         prepare_thread: Run in each compiling thread first, e.g. to choose its device.
 
-    Raises:
-        Exception: Whatever the compiler says of a kernel.
+    Yields:
+        `compile_only`: a context in which launches ask for a kernel and do not run it, so that many are compiled at
+        once. Whatever else is queued in it does run, and no other thread may launch kernels meanwhile. After it, a
+        launch waits for its own kernel.
     """
     mode = _async_mode()
     if mode is None:
-        yield
+        yield nullcontext
         return
+    with (
+        ThreadPoolExecutor(num_cores(), "nanoflow-compile", initializer=prepare_thread) as pool,
+        mode(pool, ignore_errors=True),
+    ):
+        yield _compile_only
+
+
+@contextmanager
+def _compile_only() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def ask(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return launch(self, *args, grid=grid, warmup=True, **options)
 
-    with ThreadPoolExecutor(num_cores(), "nanoflow-compile", initializer=prepare_thread) as pool, mode(pool):
-        # Triton has no other way to say of launches in code that is called that they shall only compile.
-        JITFunction.run = compile_only
-        try:
-            yield
-        finally:
-            JITFunction.run = launch
+    # Triton has no other way to say of launches in code that is called that they shall only compile.
+    JITFunction.run = ask
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
 
 
 def num_cores() -> int:

@@ -90,17 +90,23 @@ class BatchInputs:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return len(self.token_ids)
+        return self.token_ids.shape[0]
 
     def tokens_in(self, scope: Scope) -> TokenRange:
         """Rows that an operation of this scope has to look at."""
-        first, stop = {
-            Scope.ALL: (0, self.num_tokens),
-            Scope.DECODE: (0, len(self.decodes.context_len)),
-            Scope.PREFILL: (self.first_prefill_token, self.num_tokens if len(self.prefills.context_len) else 0),
-            Scope.SAMPLED: (0, len(self.logit_tokens)),
-        }[scope]
+        first, stop = _ROWS[scope](self)
         return TokenRange(start=min(first, stop), stop=stop)
+
+
+_ROWS: dict[Scope, Callable[[BatchInputs], tuple[int, int]]] = {
+    Scope.ALL: lambda inputs: (0, inputs.num_tokens),
+    Scope.DECODE: lambda inputs: (0, inputs.decodes.context_len.shape[0]),
+    Scope.PREFILL: lambda inputs: (
+        inputs.first_prefill_token,
+        inputs.num_tokens if inputs.prefills.context_len.shape[0] else 0,
+    ),
+    Scope.SAMPLED: lambda inputs: (0, inputs.logit_tokens.shape[0]),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
