@@ -6,6 +6,7 @@ tokens it may have, `rows.py` the state of running requests, `admission.py` the 
 """
 
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Committed, Finish, Scheduler, SchedulerEvents
 
-__all__ = ["Committed", "Finish", "Scheduler", "SchedulerEvents", "SchedulerLimits"]
+__all__ = ["Committed", "Finish", "Pace", "Scheduler", "SchedulerEvents", "SchedulerLimits"]

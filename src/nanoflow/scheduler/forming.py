@@ -12,6 +12,7 @@ import numpy as np
 
 from nanoflow.batch import DenseBatch, Int64, Joined, PromptScore
 from nanoflow.kvcache.tables import PageTables
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable
 
 
@@ -34,12 +35,13 @@ class Turn:
     num_left: int
 
 
-def fill_budget(table: RowTable, max_tokens: int) -> Turn:
+def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
     """Who computes how many tokens: those with one pending token first, then the others, each oldest first."""
     rows = table.order
     num_pending = table.num_pending(rows)
     by_turn = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
     rows, num_pending = rows[by_turn], num_pending[by_turn]
+    max_tokens = pace.max_tokens(max_batch_tokens, table.num_computed[rows], num_pending)
     num_ahead = np.cumsum(num_pending) - num_pending
     num_taken = np.clip(max_tokens - num_ahead, 0, num_pending)
     count = np.count_nonzero(num_taken)

@@ -22,6 +22,7 @@ from nanoflow.request import Request
 from nanoflow.scheduler.admission import OutputLength, Progress, num_admissible
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
@@ -67,10 +68,16 @@ class Scheduler:
 
     Used in order: `schedule`, run the batch, `commit` its result; or one iteration ahead: `schedule` the next batch
     before `commit` of the last.
+
+    Args:
+        limits: The sizes it works in.
+        pace: How many tokens an iteration may have within the token budget. It may be replaced at any time, e.g. when
+            the time of iterations has been measured.
     """
 
-    def __init__(self, *, limits: SchedulerLimits) -> None:
+    def __init__(self, *, limits: SchedulerLimits, pace: Pace | None = None) -> None:
         self._limits = limits
+        self.pace = pace or Pace()
         self._pool = PagePool(limits.num_pages)
         self._tables = PageTables(
             self._pool, num_rows=limits.max_num_seqs, max_tokens=limits.max_model_len, page_size=limits.page_size
@@ -208,7 +215,7 @@ class Scheduler:
             raise RuntimeError("a request waits and runs at once")
 
     def _fill_budget(self) -> Turn:
-        return fill_budget(self._rows, self._limits.max_batch_tokens)
+        return fill_budget(self._rows, self.pace, self._limits.max_batch_tokens)
 
     def _preempt_newest(self) -> None:
         """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""
