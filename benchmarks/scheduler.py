@@ -1,10 +1,12 @@
 """Time the scheduler alone: `schedule` and `commit`, with no model behind them and one batch in flight.
 
-Workloads, all with prompts of 512 tokens and measured in steady state:
+Workloads, with prompts of 512 tokens if not said otherwise, and measured in steady state:
   decode  every running request decodes, with some 2,000 tokens of context
   chunk   the same; every tenth iteration a newcomer's prefill chunk fills the token budget
   churn   requests of 512 output tokens come and go, as many as there are rows
   full    the same with a pool of pages so small that the predicted peak holds admission back
+  short   requests of 64 prompt and 32 to 96 output tokens, which are not known in advance: one in 60 leaves each time
+  long    every running request decodes; one of them has 120,000 tokens of context
 
 Run it on one core: OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/scheduler.py --check
 """
@@ -28,7 +30,7 @@ from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import Scheduler, SchedulerLimits
 
 MAX_MEDIAN_S = 1e-3
-NUM_PROMPT = 512
+EOS = 2
 NUM_WARMUP = 1500
 PAGE_SIZE = 16
 VOCAB_SIZE = 128_256
@@ -43,9 +45,15 @@ class Workload:
         num_queued: Requests that are kept waiting.
         newcomer_period: Iterations between requests that come for one token only; None: there are none.
         pool_share: Size of the pool, 1 being room for all rows at full length.
+        num_prompt: Tokens of each prompt.
+        min_output: Of requests that end by a token at a length that the scheduler does not know; None: it knows.
+        num_long: Tokens of the context of one request more.
     """
 
     num_output: int
+    num_prompt: int = 512
+    min_output: int | None = None
+    num_long: int = 0
     num_queued: int = 0
     newcomer_period: int | None = None
     pool_share: float = 1.0
@@ -56,6 +64,8 @@ WORKLOADS = {
     "chunk": Workload(num_output=7000, newcomer_period=10),
     "churn": Workload(num_output=512, num_queued=16),
     "full": Workload(num_output=512, num_queued=16, pool_share=0.65),
+    "short": Workload(num_output=96, num_prompt=64, min_output=32, num_queued=512),
+    "long": Workload(num_output=7000, num_long=120_000),
 }
 
 
@@ -63,8 +73,9 @@ class Bench:
     """A scheduler in steady state under one workload, and the times of its calls."""
 
     def __init__(self, workload: Workload, *, num_requests: int, max_batch_tokens: int) -> None:
-        num_rows = num_requests + (1 if workload.newcomer_period else 0)
-        max_model_len = NUM_PROMPT + workload.num_output
+        num_rows = num_requests + (1 if workload.newcomer_period or workload.num_long else 0)
+        usual_len = workload.num_prompt + workload.num_output
+        max_model_len = max(usual_len, workload.num_long + workload.num_output)
         self._workload = workload
         self._num_chunk = max_batch_tokens - num_requests
         self._random = np.random.default_rng(0)
@@ -75,13 +86,15 @@ class Bench:
                 max_batch_tokens=max_batch_tokens,
                 max_num_seqs=num_rows,
                 max_model_len=max_model_len,
-                num_pages=int(num_rows * workload.pool_share * -(-max_model_len // PAGE_SIZE)),
+                num_pages=int(num_rows * workload.pool_share * -(-usual_len // PAGE_SIZE)) + max_model_len // PAGE_SIZE,
                 page_size=PAGE_SIZE,
                 vocab_size=VOCAB_SIZE,
             )
         )
+        if workload.num_long:
+            self._add(workload.num_long, workload.num_output)
         for _ in range(num_requests):
-            self._add(NUM_PROMPT, workload.num_output)
+            self._add(workload.num_prompt, workload.num_output)
         for _ in range(NUM_WARMUP):
             self.step()
 
@@ -105,26 +118,36 @@ class Bench:
     def step(self) -> tuple[float, float]:
         """Schedule a batch, then commit the one before; seconds of each."""
         for _ in range(self._workload.num_queued - self.scheduler.num_waiting):
-            self._add(NUM_PROMPT, self._workload.num_output)
+            self._add(self._workload.num_prompt, self._workload.num_output)
         start_s = time.perf_counter()
         batch = self.scheduler.schedule()
         schedule_s, commit_s = time.perf_counter() - start_s, 0.0
         if self._in_flight is not None:
-            num_sampled = len(self._in_flight.sampled)
-            result = SampledTokens(token_ids=self._random.integers(0, VOCAB_SIZE, num_sampled, dtype=np.int32))
+            result = self._sample(self._in_flight)
             start_s = time.perf_counter()
             self.scheduler.commit(self._in_flight, result)
             commit_s = time.perf_counter() - start_s
         self._in_flight = batch
         return schedule_s, commit_s
 
+    def _sample(self, batch: DenseBatch) -> SampledTokens:
+        """Any tokens; the end of sequence, one time in so many, for requests that end by it."""
+        token_ids = self._random.integers(EOS + 1, VOCAB_SIZE, len(batch.sampled), dtype=np.int32)
+        workload = self._workload
+        if workload.min_output is not None:
+            num_generated = batch.context_len[batch.sampled] - workload.num_prompt
+            ends = self._random.integers(workload.min_output, workload.num_output, len(token_ids))
+            token_ids[(num_generated > workload.min_output) & (ends < workload.min_output + 2)] = EOS
+        return SampledTokens(token_ids=token_ids)
+
     def _add(self, num_prompt: int, num_output: int) -> None:
         request = Request(
             request_id=self._num_added,
             prompt_token_ids=self._random.integers(0, VOCAB_SIZE, num_prompt).tolist(),
-            params=SamplingParams(max_tokens=num_output, ignore_eos=True),
+            params=SamplingParams(max_tokens=num_output, ignore_eos=self._workload.min_output is None),
             seed=0,
             max_tokens=num_output,
+            eos_token_ids=(EOS,),
         )
         self.scheduler.add(request)
         self._num_added += 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanoflow.batch import Int64
 from nanoflow.request import Request, SamplingParams
-from nanoflow.scheduler.admission import OutputLength, Progress, num_admissible, predicted_peak_pages
+from nanoflow.scheduler.admission import OutputLength, PeakOfPages, Progress, num_admissible
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
 Lengths = list[tuple[int, int]]
@@ -28,6 +31,12 @@ def progress(lengths: Lengths, *, num_generated: int = 0, is_exact: bool = True)
         max_remaining=columns[:, 1],
         is_exact=np.full(len(lengths), is_exact),
     )
+
+
+def predicted_peak_pages(num_tokens: Int64, num_remaining: Int64, page_size: int) -> int:
+    """The fewest pages that all of them fit."""
+    peak, count = PeakOfPages(num_tokens, num_remaining, page_size), len(num_tokens)
+    return next(pages for pages in itertools.count() if peak.fits(count, pages))
 
 
 lengths_lists = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=12)

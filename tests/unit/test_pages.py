@@ -87,9 +87,9 @@ def test_a_row_never_shrinks_until_released() -> None:
     assert tables.try_grow(ints(1), ints(16))
     assert tables.try_grow(ints(1), ints(3))
     assert pool.num_free == 0
-    tables.release(1)
+    tables.release(ints(1))
     assert pool.num_free == 4 and tables.num_held(ints(1)).tolist() == [0]
-    tables.release(1)
+    tables.release(ints(1))
     tables.check_integrity()
 
 
@@ -125,9 +125,9 @@ def test_what_a_row_held_before_its_release_is_not_told_and_its_next_tenant_begi
     _, tables = make_tables(9)
     # Told and released; grown, never told, and released; grown twice by the next tenant.
     assert tables.try_grow(ints(0), ints(9)) and len(tables.drain(ints(0))) == 3
-    tables.release(0)
+    tables.release(ints(0))
     assert tables.try_grow(ints(0), ints(9))
-    tables.release(0)
+    tables.release(ints(0))
     tables.check_integrity()
     assert tables.try_grow(ints(0), ints(3)) and tables.try_grow(ints(0), ints(6))
     told = entries(tables.drain(ints(0)))

@@ -51,7 +51,7 @@ def draw_request(draw: st.DrawFn, request_id: int, limits: SchedulerLimits) -> R
         max_tokens=max_tokens,
         min_tokens=draw(st.integers(0, min(4, max_tokens))),
         ignore_eos=draw(st.booleans()),
-        stop_token_ids=draw(st.lists(tokens, max_size=2)),
+        stop_token_ids=draw(st.lists(tokens, max_size=5)),
         prompt_logprobs=draw(st.sampled_from([None, None, 0, 2])),
     )
     return Request(

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 from benchmarks.validation import compare
 
-from nanoflow.bench.simulation import Cluster, SimulatedRun, least_replicas, limits_for, simulate
+from nanoflow.bench.metrics import RunMetrics
+from nanoflow.bench.simulation import Cluster, SimulatedRun, iteration_time_of, least_replicas, limits_for, simulate
 from nanoflow.bench.workload import Lengths, draw_arrivals
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
 from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.pace import Pace
 from nanoflow.search.iteration import IterationModel
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -108,6 +111,36 @@ def test_more_replicas_are_faster_and_share_the_work() -> None:
 
 def test_a_burst_goes_to_all_replicas() -> None:
     assert run([(63, 1)] * 10, num_replicas=10).num_iterations == 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Iterations that take what these coefficients say."""
+
+    iteration_time: IterationTime
+
+    def cost(self, shape: BatchShape) -> Cost:
+        return Cost(time_s=self.iteration_time.predict_s(shape), energy_j=None)
+
+
+def test_a_bound_on_iterations_shortens_the_longest_gaps() -> None:
+    """Long prompts come while others decode: the bound cuts them up, whatever it takes, and all tokens still come."""
+    truth = IterationTime(fixed_s=2e-3, token_s=1e-5, floor_tokens=200, sampled_s=1e-6, key_s=1e-8, pair_s=1e-9)
+    limits = SchedulerLimits(
+        max_batch_tokens=4096, max_num_seqs=64, max_model_len=8192, num_pages=9999, page_size=16, vocab_size=100
+    )
+    lengths = [Lengths(num_prompt_tokens=100 + 397 * i % 7000, num_output_tokens=100) for i in range(60)]
+    arrivals_s = [0.15 * i for i in range(60)]
+
+    def simulated(pace: Pace) -> RunMetrics:
+        cluster = Cluster(limits=limits, iterations=Linear(iteration_time=truth), num_replicas=1, pace=pace)
+        return simulate(cluster, lengths, arrivals_s).metrics
+
+    unbounded = simulated(Pace())
+    bounded = simulated(Pace(max_itl_s=0.012, iteration_time=iteration_time_of(Linear(iteration_time=truth), limits)))
+    assert unbounded.itl_s is not None and bounded.itl_s is not None
+    assert unbounded.itl_s.p99 > 0.03 and bounded.itl_s.p99 < 0.0125
+    assert bounded.num_output_tokens == unbounded.num_output_tokens == 60 * 100 and not bounded.num_short
 
 
 @pytest.mark.parametrize("least", [1, 2, 3, 7, 8, 100])

@@ -23,8 +23,10 @@ from nanoflow.config import ConfigError
 from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time, shapes_to_fit
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
 
 _DTYPE_BYTES = 2
@@ -65,6 +67,16 @@ class SimulatedRun:
     def tokens_per_s_per_gpu(self) -> float:
         """Prompt and output tokens."""
         return self.metrics.total_tokens_per_s / self.num_gpus
+
+
+def iteration_time_of(iterations: Iterations, limits: SchedulerLimits) -> IterationTime:
+    """What an engine would know of these iterations: a fit of the few coefficients to some of them."""
+    shapes = shapes_to_fit(
+        max_batch_tokens=limits.max_batch_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+    )
+    return fit_iteration_time([(shape, iterations.cost(shape).time_s) for shape in shapes])
 
 
 def limits_for(
@@ -115,26 +127,44 @@ class _Times:
     """When what happened to each request; NaN: not yet."""
 
     first_token_s: np.ndarray
+    last_token_s: np.ndarray
     finished_s: np.ndarray
     num_tokens: np.ndarray
+    gaps: list[tuple[np.ndarray, np.ndarray]]
 
     @staticmethod
     def of(num_requests: int) -> _Times:
         nothing = np.full(num_requests, np.nan)
-        return _Times(nothing, nothing.copy(), np.zeros(num_requests, np.int64))
+        return _Times(nothing, nothing.copy(), nothing.copy(), np.zeros(num_requests, np.int64), [])
+
+    def note_tokens(self, ids: np.ndarray, now_s: float) -> None:
+        """Each of these requests gets a token now."""
+        self.num_tokens[ids] += 1
+        is_first = np.isnan(self.first_token_s[ids])
+        new, old = ids[is_first], ids[~is_first]
+        self.first_token_s[new] = now_s
+        self.gaps.append((old, now_s - self.last_token_s[old]))
+        self.last_token_s[ids] = now_s
+
+    def gaps_s(self) -> list[tuple[float, ...]]:
+        """Between the tokens of each request."""
+        ids, gaps = (np.concatenate(parts) for parts in zip(*self.gaps, strict=True))
+        by_request = np.argsort(ids, kind="stable")
+        ends = np.cumsum(np.bincount(ids, minlength=len(self.num_tokens)))[:-1]
+        return [tuple(part.tolist()) for part in np.split(gaps[by_request], ends)]
 
 
 class SimulatedEngine:
     """One replica.
 
     Args:
-        limits: Of its scheduler.
+        limits, pace: Of its scheduler.
         iterations: What a batch takes.
         times: Where it notes what happened, by request id.
     """
 
-    def __init__(self, limits: SchedulerLimits, iterations: Iterations, times: _Times) -> None:
-        self._scheduler = Scheduler(limits=limits)
+    def __init__(self, limits: SchedulerLimits, pace: Pace, iterations: Iterations, times: _Times) -> None:
+        self._scheduler = Scheduler(limits=limits, pace=pace)
         self._iterations, self._times, self._limits = iterations, times, limits
         self._in_flight: deque[tuple[DenseBatch, float]] = deque()
         self._free_at_s = 0.0
@@ -198,10 +228,7 @@ class SimulatedEngine:
         result = SampledTokens(token_ids=np.zeros(len(batch.sampled), np.int32))
         committed = self._scheduler.commit(batch, result)
         self._scheduler.drain_events()
-        ids = committed.request_ids
-        self._times.num_tokens[ids] += 1
-        new = ids[np.isnan(self._times.first_token_s[ids])]
-        self._times.first_token_s[new] = self.now_s
+        self._times.note_tokens(committed.request_ids, self.now_s)
         for request_id in committed.finished:
             self._times.finished_s[request_id] = self.now_s
             del self._owed[request_id]
@@ -209,13 +236,18 @@ class SimulatedEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Equal replicas behind one queue: a request goes to the one with the fewest outstanding tokens."""
+    """Equal replicas behind one queue: a request goes to the one with the fewest outstanding tokens.
+
+    With `Pace(max_itl_s=..., iteration_time=iteration_time_of(iterations, limits))` its schedulers bound the time of
+    iterations as an engine does.
+    """
 
     limits: SchedulerLimits
     iterations: Iterations
     num_replicas: int
     gpus_per_replica: int = 1
     static_power_w: float = 0.0
+    pace: Pace = field(default_factory=Pace)
     on_progress: Callable[[int], None] = field(default=lambda _finished: None)
 
 
@@ -228,7 +260,9 @@ def simulate(cluster: Cluster, lengths: Sequence[Lengths], arrivals_s: Sequence[
     if not lengths or cluster.num_replicas < 1:
         raise ConfigError(f"there must be requests and replicas, got {len(lengths)} and {cluster.num_replicas}")
     times = _Times.of(len(lengths))
-    engines = [SimulatedEngine(cluster.limits, cluster.iterations, times) for _ in range(cluster.num_replicas)]
+    engines = [
+        SimulatedEngine(cluster.limits, cluster.pace, cluster.iterations, times) for _ in range(cluster.num_replicas)
+    ]
     busy: list[tuple[float, int]] = []
     coming = deque(enumerate(arrivals_s))
     while coming or busy:
@@ -257,6 +291,7 @@ def _result(
     lengths: Sequence[Lengths],
     arrivals_s: Sequence[float],
 ) -> SimulatedRun:
+    gaps_s = times.gaps_s()
     records = [
         RequestRecord(
             num_prompt_tokens=length.num_prompt_tokens,
@@ -265,6 +300,7 @@ def _result(
             arrival_s=arrivals_s[place],
             first_token_s=float(times.first_token_s[place]),
             finished_s=float(times.finished_s[place]),
+            gaps_s=gaps_s[place],
         )
         for place, length in enumerate(lengths)
     ]

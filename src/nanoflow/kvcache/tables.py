@@ -46,16 +46,18 @@ class PageTables:
         if num_missing > self._pool.num_free:
             return False
         if num_missing:
+            growing = np.flatnonzero(missing)
+            rows, held, missing = rows[growing], held[growing], missing[growing]
             first_of_row = held - (np.cumsum(missing) - missing)
             columns = np.arange(num_missing) + np.repeat(first_of_row, missing)
             self._table[np.repeat(rows, missing), columns] = self._pool.allocate(num_missing)
             self._num_held[rows] = held + missing
         return True
 
-    def release(self, row: int) -> None:
-        """Give all pages of a row back to the pool."""
-        self._pool.release(self._table[row, : self._num_held[row]])
-        self._num_held[row] = self._num_told[row] = 0
+    def release(self, rows: Int64) -> None:
+        """Give all pages of these rows (int64 [N], distinct) back to the pool."""
+        self._pool.release(self._pages(rows, np.zeros_like(rows), self._num_held[rows]).pages)
+        self._num_held[rows] = self._num_told[rows] = 0
 
     def drain(self, rows: Int64) -> NewPages:
         """The pages that these rows (int64 [N], distinct) have got since they were last drained, or given to a tenant.
@@ -64,21 +66,25 @@ class PageTables:
         """
         held, told = self._num_held[rows], self._num_told[rows]
         growing = np.flatnonzero(held > told)
-        rows, held, told = rows[growing], held[growing], told[growing]
-        count = held - told
-        columns = np.arange(count.sum()) + np.repeat(told - (np.cumsum(count) - count), count)
-        row_of_page = np.repeat(rows, count)
         self._num_told[rows] = held
+        return self._pages(rows[growing], told[growing], held[growing])
+
+    def slots(self, rows: Int64, positions: Int64) -> Int64:
+        """Place in the KV cache (page * page_size + offset) of token `positions[i]` of row `rows[i]`, int64 [N]."""
+        columns = positions // self._page_size
+        pages = self._table.reshape(-1).take(rows * self._table.shape[1] + columns)
+        return (pages - columns) * self._page_size + positions
+
+    def _pages(self, rows: Int64, start: Int64, stop: Int64) -> NewPages:
+        """Entries start[i]..stop[i]-1 of each row."""
+        count = stop - start
+        columns = np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
+        row_of_page = np.repeat(rows, count)
         return NewPages(
             rows=row_of_page.astype(np.int32),
             columns=columns.astype(np.int32),
             pages=self._table[row_of_page, columns],
         )
-
-    def slots(self, rows: Int64, positions: Int64) -> Int64:
-        """Place in the KV cache (page * page_size + offset) of token `positions[i]` of row `rows[i]`, int64 [N]."""
-        columns, offsets = np.divmod(positions, self._page_size)
-        return self._table[rows, columns].astype(np.int64) * self._page_size + offsets
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is free or in exactly one table, and none was told that is not held."""

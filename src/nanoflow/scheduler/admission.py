@@ -7,7 +7,7 @@ it knows token counts only, neither rows nor requests (`rows.py`) nor their queu
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,31 +74,52 @@ class OutputLength:
         return np.maximum(expected, 1, dtype=np.int64)
 
 
-def predicted_peak_pages(num_tokens: Int64, num_remaining: Int64, page_size: int) -> int:
+class PeakOfPages:
     """Most pages ever in use if each of N requests generates a token an iteration and leaves at its end.
 
     Between two ends the pages only grow, so the peak is at one of the N moments just before a request ends. When the
     k-th request in order of ending, latest first, is about to end, those with r >= r_k are there and each has s + r_k
     tokens, the last of which is never computed and needs no place:
 
-        peak = max over k of sum over i with r_i >= r_k of ceil((s_i + r_k - 1) / page_size)
+        peak = max over k of sum over i with r_i >= r_k of ceil((s_i + r_k - 1) / P), P the tokens of a page
 
-    With r_k = m * page_size + q the sum is k * m plus the k-th running sum of ceil((s_i + q - 1) / page_size), and
-    there are only `page_size` different q: a table of N x page_size running sums gives all N moments at once.
+    With s_i - 1 = P c_i + d_i and r_k - 1 = P m_k + q_k the pages of request i are c_i + m_k + 1, and one more if
+    d_i + q_k >= P. So running sums of c give the peak up to a page a request; what is left to count, for the moments
+    whose bounds leave the question open, is how many of the first k have such a d.
+
+    The order is found once, for all requests; the peak may then be asked for any number of the first.
 
     Args:
         num_tokens: int64 [N], s: tokens of each request now, its whole prompt among them.
         num_remaining: int64 [N], r: tokens that it will still generate, at least 1.
         page_size: Tokens a page.
     """
-    if len(num_tokens) == 0:
-        return 0
-    latest_first = np.argsort(-num_remaining)
-    s, r = num_tokens[latest_first], num_remaining[latest_first]
-    m, q = np.divmod(r, page_size)
-    held = np.cumsum((s[:, None] + (np.arange(page_size) + page_size - 2)) // page_size, axis=0)
-    k = np.arange(len(s))
-    return int((held[k, q] + (k + 1) * m).max())
+
+    def __init__(self, num_tokens: Int64, num_remaining: Int64, page_size: int) -> None:
+        self._page_size = page_size
+        self._latest_first = np.argsort(-num_remaining)
+        s, r = (values[self._latest_first] - 1 for values in (num_tokens, num_remaining))
+        self._c, self._m = s // page_size, r // page_size
+        self._d, self._q = s - self._c * page_size, r - self._m * page_size
+
+    def fits(self, count: int, num_pages: int) -> bool:
+        """Whether the peak of the first `count` requests is at most `num_pages`."""
+        chosen = np.flatnonzero(self._latest_first < count)
+        k = np.arange(1, len(chosen) + 1)
+        least = np.cumsum(self._c[chosen]) + k * (self._m[chosen] + 1)
+        open_moments = np.flatnonzero(least + k > num_pages)
+        if len(open_moments) == 0:
+            return True
+        if (least > num_pages).any():
+            return False
+        d, q = self._d[chosen[: open_moments[-1] + 1]], self._q[chosen[open_moments]]
+        return not (least[open_moments] + self._num_carries(d, q, open_moments) > num_pages).any()
+
+    def _num_carries(self, d: Int64, q: Int64, moments: Int64) -> Int64:
+        """For each moment k, how many d of those up to k reach P - q_k. There are only P different q."""
+        values, which = np.unique(q, return_inverse=True)
+        counts = np.cumsum(d >= self._page_size - values[:, None], axis=1, dtype=np.int32)
+        return counts[which, moments].astype(np.int64)
 
 
 def num_admissible(
@@ -106,16 +127,15 @@ def num_admissible(
 ) -> int:
     """How many of the candidates, from the first, can join the running ones: the most whose predicted peak fits.
 
-    The peak grows with every request, so bisection finds the number in log2 evaluations. If nothing runs, the first
-    may always join: no request is accepted that does not fit alone, however wrong the prediction.
+    The peak grows with every request, so bisection finds the number; most often all can, or none. If nothing runs, the
+    first may always join: no request is accepted that does not fit alone, however wrong the prediction.
     """
     everyone = running + candidates
-    remaining = lengths.expected_remaining(everyone)
+    peak = PeakOfPages(everyone.num_tokens, lengths.expected_remaining(everyone), page_size)
     num_running, num_candidates = len(running.num_tokens), len(candidates.num_tokens)
-
-    def peak(count: int) -> int:
-        total = num_running + count
-        return predicted_peak_pages(everyone.num_tokens[:total], remaining[:total], page_size)
-
-    num_fitting = bisect_right(range(1, num_candidates + 1), num_pages, key=peak)
-    return max(num_fitting, min(num_candidates, 1) if num_running == 0 else 0)
+    if peak.fits(num_running + num_candidates, num_pages):
+        return num_candidates
+    if num_candidates == 0 or not peak.fits(num_running + 1, num_pages):
+        return min(num_candidates, 1) if num_running == 0 else 0
+    fitting = range(2, num_candidates)
+    return 1 + bisect_left(fitting, True, key=lambda count: not peak.fits(num_running + count, num_pages))

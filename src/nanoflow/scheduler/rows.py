@@ -10,6 +10,7 @@ right now, `num_computed` are in the KV cache (or will be when the iterations on
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from nanoflow.request import Request
 from nanoflow.scheduler.admission import Progress
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.waiting import WaitingRequest
+
+# Of each request, in an array.
+_NUM_STOP_IDS = 4
 
 
 def stop_ids(request: Request) -> tuple[int, ...]:
@@ -55,7 +59,10 @@ class RowTable:
         self.min_total, self.max_total = np.zeros((2, num_rows), dtype=np.int64)
         self.is_exact, self.is_scored = np.zeros((2, num_rows), dtype=np.bool_)
         self._token_ids = np.zeros((num_rows, limits.max_model_len), dtype=np.int32)  # untouched zeros take no memory
-        self._stop_ids = np.zeros((num_rows, 0), dtype=np.int32)
+        # Most requests have few; those of one with many stand apart, as every row pays for the size of this array.
+        self._stop_ids = np.full((_NUM_STOP_IDS, num_rows), limits.vocab_size, dtype=np.int32)
+        self._num_stop_ids = 0  # most in a column so far
+        self._more_stop_ids: dict[int, Int32] = {}
 
     @property
     def num_running(self) -> int:
@@ -78,25 +85,33 @@ class RowTable:
             raise RuntimeError(f"row {row} is free")
         return request
 
-    def join(self, waiting: WaitingRequest) -> int:
-        """Give a request a free row; it becomes the newest."""
-        row = self._free.pop()
-        request, num_known = waiting.request, len(waiting.token_ids)
-        num_prompt = num_known - waiting.num_generated
-        self._row_of[request.request_id] = row
-        self.order = np.append(self.order, row)
-        self.requests[row] = request
-        self.request_id[row] = request.request_id
-        self.num_prompt[row] = num_prompt
-        self.num_joined[row] = self.num_known[row] = self.num_tokens[row] = num_known
-        self.num_computed[row] = waiting.num_computed
-        self.min_total[row] = num_prompt + request.params.min_tokens
-        self.max_total[row] = min(num_prompt + request.max_tokens, self._limits.max_model_len)
-        self.is_exact[row] = request.params.ignore_eos
-        self.is_scored[row] = request.params.prompt_logprobs is not None
-        self._token_ids[row, :num_known] = waiting.token_ids
-        self._set_stop_ids(row, stop_ids(request))
-        return row
+    def join(self, newcomers: Sequence[WaitingRequest]) -> Int64:
+        """Give each of these requests a free row, int64 [N]; they become the newest, in this order."""
+        rows = np.array([self._free.pop() for _ in newcomers], dtype=np.int64)
+        requests = [new.request for new in newcomers]
+        num_prompt, num_known, num_computed, max_tokens, min_tokens = np.array(
+            [
+                (len(r.prompt_token_ids), len(new.token_ids), new.num_computed, r.max_tokens, r.params.min_tokens)
+                for new, r in zip(newcomers, requests, strict=True)
+            ],
+            dtype=np.int64,
+        ).T
+        self.order = np.concatenate((self.order, rows))
+        self.request_id[rows] = [request.request_id for request in requests]
+        self.num_prompt[rows] = num_prompt
+        self.num_joined[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
+        self.num_computed[rows] = num_computed
+        self.min_total[rows] = num_prompt + min_tokens
+        self.max_total[rows] = np.minimum(num_prompt + max_tokens, self._limits.max_model_len)
+        self.is_exact[rows] = [request.params.ignore_eos for request in requests]
+        self.is_scored[rows] = [request.params.prompt_logprobs is not None for request in requests]
+        self._stop_ids[:, rows] = self._limits.vocab_size  # no token has this id
+        for row, new in zip(rows.tolist(), newcomers, strict=True):
+            self._row_of[new.request.request_id] = row
+            self.requests[row] = new.request
+            self._token_ids[row, : len(new.token_ids)] = new.token_ids
+            self._set_stop_ids(row, stop_ids(new.request))
+        return rows
 
     def leave(self, rows: list[int]) -> None:
         """Free these rows; what is still on its way for their tenants will be recognised by its epoch."""
@@ -107,6 +122,7 @@ class RowTable:
         for row in rows:
             del self._row_of[self.tenant(row).request_id]
             self.requests[row] = None
+            self._more_stop_ids.pop(row, None)
         self._free.extend(rows)
 
     def num_pending(self, rows: Int64) -> Int64:
@@ -122,12 +138,15 @@ class RowTable:
         self._token_ids[rows, self.num_known[rows]] = token_ids
         self.num_known[rows] += 1
         num_known = self.num_known[rows]
-        is_stop = (self._stop_ids[rows] == token_ids[:, None]).any(axis=1) & (num_known >= self.min_total[rows])
-        return is_stop, num_known == self.max_total[rows]
+        is_stop = (self._stop_ids[: self._num_stop_ids, rows] == token_ids).any(axis=0)
+        for row, ids in self._more_stop_ids.items():
+            is_stop |= (rows == row) & np.isin(token_ids, ids)
+        return is_stop & (num_known >= self.min_total[rows]), num_known == self.max_total[rows]
 
     def tokens_at(self, rows: Int64, positions: Int64) -> Int32:
         """Token `positions[i]` of row `rows[i]`, int32 [N]; any id where the value is not known yet."""
-        return self._token_ids[rows, positions]
+        places = rows * self._token_ids.shape[1] + positions
+        return self._token_ids.reshape(-1).take(places)
 
     def known_tokens(self, row: int, start: int = 0, stop: int | None = None) -> Int32:
         """A copy of tokens start..stop-1 of a row, int32 [stop - start]; all known ones by default."""
@@ -158,8 +177,8 @@ class RowTable:
             raise RuntimeError("num_joined <= num_known <= num_tokens does not hold")
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
-        num_missing = len(ids) - self._stop_ids.shape[1]
-        if num_missing > 0:
-            self._stop_ids = np.pad(self._stop_ids, ((0, 0), (0, num_missing)), constant_values=self._limits.vocab_size)
-        self._stop_ids[row] = self._limits.vocab_size  # no token has this id
-        self._stop_ids[row, : len(ids)] = ids
+        few, more = ids[:_NUM_STOP_IDS], ids[_NUM_STOP_IDS:]
+        self._stop_ids[: len(few), row] = few
+        self._num_stop_ids = max(self._num_stop_ids, len(few))
+        if more:
+            self._more_stop_ids[row] = np.array(more, dtype=np.int32)

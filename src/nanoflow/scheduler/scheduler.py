@@ -1,8 +1,7 @@
 """The scheduler: forms the dense batch of the next iteration and takes in the tokens of a past one.
 
-One rule, no phases: a request has `num_computed` tokens and must catch up with `num_tokens`. Decode, chunked prefill
-and recompute after a preemption are that rule. It knows no tensors and does not wait: `schedule` may be called before
-the last batch is committed, since a token's place is known before its value. State is in `rows.py` and `kvcache/`,
+It knows no tensors and does not wait: `schedule` may be called before the last batch is committed, since a token's
+place is known before its value. State is in `rows.py` and `kvcache/`, what a running request computes in `forming.py`,
 the prediction behind admission in `admission.py`.
 
 Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
@@ -15,13 +14,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanoflow.batch import DenseBatch, Int32, Int64, Joined, PromptScore, SampledTokens
+from nanoflow.batch import DenseBatch, Int32, Int64, Joined, SampledTokens
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.tables import PageTables
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler.admission import OutputLength, Progress, num_admissible
+from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
@@ -62,25 +63,21 @@ class SchedulerEvents:
     preempted: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Turn:
-    """What N requests compute in an iteration, all int64 [N]: rows in batch order, tokens before it, tokens in it."""
-
-    rows: Int64
-    num_before: Int64
-    num_pending: Int64
-    num_taken: Int64
-
-
 class Scheduler:
     """Decides what every iteration computes.
 
     Used in order: `schedule`, run the batch, `commit` its result; or one iteration ahead: `schedule` the next batch
     before `commit` of the last.
+
+    Args:
+        limits: The sizes it works in.
+        pace: How many tokens an iteration may have within the token budget. It may be replaced at any time, e.g. when
+            the time of iterations has been measured.
     """
 
-    def __init__(self, *, limits: SchedulerLimits) -> None:
+    def __init__(self, *, limits: SchedulerLimits, pace: Pace | None = None) -> None:
         self._limits = limits
+        self.pace = pace or Pace()
         self._pool = PagePool(limits.num_pages)
         self._tables = PageTables(
             self._pool, num_rows=limits.max_num_seqs, max_tokens=limits.max_model_len, page_size=limits.page_size
@@ -156,7 +153,7 @@ class Scheduler:
         while not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
             self._preempt_newest()
             turn, has_preempted = self._fill_budget(), True
-        joined = () if has_preempted else self._admit(self._limits.max_batch_tokens - int(turn.num_taken.sum()))
+        joined = () if has_preempted else self._admit(turn.num_left)
         if joined:
             turn = self._fill_budget()
             if not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
@@ -217,21 +214,8 @@ class Scheduler:
         if any(int(request_id) in self._waiting for request_id in self._rows.request_id[order]):
             raise RuntimeError("a request waits and runs at once")
 
-    def _fill_budget(self) -> _Turn:
-        """Who computes how many tokens: those with one pending token first, then the others, each oldest first."""
-        rows = self._rows.order
-        num_pending = self._rows.num_pending(rows)
-        by_turn = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
-        rows, num_pending = rows[by_turn], num_pending[by_turn]
-        num_ahead = np.cumsum(num_pending) - num_pending
-        num_taken = np.clip(self._limits.max_batch_tokens - num_ahead, 0, num_pending)
-        count = np.count_nonzero(num_taken)
-        return _Turn(
-            rows=rows[:count],
-            num_before=self._rows.num_computed[rows[:count]],
-            num_pending=num_pending[:count],
-            num_taken=num_taken[:count],
-        )
+    def _fill_budget(self) -> Turn:
+        return fill_budget(self._rows, self.pace, self._limits.max_batch_tokens)
 
     def _preempt_newest(self) -> None:
         """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""
@@ -255,7 +239,7 @@ class Scheduler:
             num_pages=self._limits.num_pages,
             page_size=self._limits.page_size,
         )
-        return tuple(self._join(self._waiting.pop_front()) for _ in range(count))
+        return self._join([self._waiting.pop_front() for _ in range(count)]) if count else ()
 
     def _progress_of(self, candidates: list[WaitingRequest]) -> Progress:
         """Lengths of waiting requests."""
@@ -270,66 +254,28 @@ class Scheduler:
             is_exact=np.array([waiting.request.params.ignore_eos for waiting in candidates]),
         )
 
-    def _join(self, waiting: WaitingRequest) -> Joined:
-        request = waiting.request
-        if not waiting.is_preempted:
-            self._events.scheduled.append(request.request_id)
-        return Joined(
-            row=self._rows.join(waiting),
-            params=request.params,
-            seed=request.seed,
-            token_ids=waiting.token_ids,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            stop_token_ids=stop_ids(request),
-        )
-
-    def _advance(self, turn: _Turn, joined: tuple[Joined, ...]) -> DenseBatch:
-        """Write the turn down as a batch, and count its tokens as computed and its samplers' next tokens as there."""
-        table, rows, taken = self._rows, turn.rows, turn.num_taken
-        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(taken, out=query_start[1:])
-        row_of_token = np.repeat(rows, taken)
-        positions = np.arange(query_start[-1]) + np.repeat(turn.num_before - query_start[:-1], taken)
-        sampled = np.flatnonzero(taken == turn.num_pending)
-        self._iteration += 1
-        batch = DenseBatch(
-            iteration=self._iteration,
-            rows=rows.astype(np.int32),
-            epochs=table.epoch[rows],
-            num_decodes=int(np.count_nonzero(turn.num_pending == 1)),
-            query_start=query_start.astype(np.int32),
-            context_len=(turn.num_before + taken).astype(np.int32),
-            token_ids=table.tokens_at(row_of_token, positions),
-            is_fed_back=positions >= table.num_joined[row_of_token],
-            positions=positions.astype(np.int32),
-            slots=self._tables.slots(row_of_token, positions),
-            new_pages=self._tables.drain(rows),
-            table_width=int(self._tables.num_held(rows).max()),
-            sampled=sampled.astype(np.int32),
-            joined=joined,
-            prompt_scores=self._prompt_scores(turn, query_start),
-        )
-        table.num_computed[rows] += taken
-        table.num_tokens[rows[sampled]] += 1
-        return batch
-
-    def _prompt_scores(self, turn: _Turn, query_start: Int64) -> tuple[PromptScore, ...]:
-        """The parts of prompts whose log probabilities this turn gives: token p of a prompt scores token p + 1."""
-        is_scoring = self._rows.is_scored[turn.rows] & (turn.num_before < self._rows.num_prompt[turn.rows] - 1)
-        scores = []
-        for index in np.flatnonzero(is_scoring).tolist():
-            row, first, start = int(turn.rows[index]), int(turn.num_before[index]), int(query_start[index])
-            stop = min(first + int(turn.num_taken[index]), int(self._rows.num_prompt[row]) - 1)
-            score = PromptScore(
-                request_index=index,
-                start=start,
-                stop=start + stop - first,
-                first_position=first + 1,
-                target_ids=self._rows.known_tokens(row, first + 1, stop + 1),
-                num_logprobs=self._rows.tenant(row).params.prompt_logprobs or 0,
+    def _join(self, newcomers: list[WaitingRequest]) -> tuple[Joined, ...]:
+        rows = self._rows.join(newcomers)
+        self._events.scheduled.extend(new.request.request_id for new in newcomers if not new.is_preempted)
+        return tuple(
+            Joined(
+                row=row,
+                params=new.request.params,
+                seed=new.request.seed,
+                token_ids=new.token_ids,
+                num_prompt_tokens=len(new.request.prompt_token_ids),
+                stop_token_ids=stop_ids(new.request),
             )
-            scores.append(score)
-        return tuple(scores)
+            for row, new in zip(rows.tolist(), newcomers, strict=True)
+        )
+
+    def _advance(self, turn: Turn, joined: tuple[Joined, ...]) -> DenseBatch:
+        """The turn as a batch; its tokens count as computed and its samplers' next tokens as there."""
+        self._iteration += 1
+        batch = form_batch(turn, self._rows, self._tables, iteration=self._iteration, joined=joined)
+        self._rows.num_computed[turn.rows] += turn.num_taken
+        self._rows.num_tokens[turn.rows[batch.sampled]] += 1
+        return batch
 
     def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finish:
         """Why the request in a row ended with this token; its length is learnt from."""
@@ -344,6 +290,5 @@ class Scheduler:
     def _release(self, rows: list[int]) -> None:
         """Take rows and pages of requests at once (see the top of this file why that is safe)."""
         if rows:
-            for row in rows:
-                self._tables.release(row)
+            self._tables.release(np.array(rows, dtype=np.int64))
             self._rows.leave(rows)

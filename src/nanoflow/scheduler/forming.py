@@ -1,0 +1,101 @@
+"""What an iteration computes, and the `DenseBatch` that says so.
+
+One rule, no phases: a request has `num_computed` tokens and must catch up with `num_tokens`. Decode, chunked prefill
+and recompute after a preemption are that rule. Who may run at all is decided elsewhere (`scheduler.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.batch import DenseBatch, Int64, Joined, PromptScore
+from nanoflow.kvcache.tables import PageTables
+from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.rows import RowTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What N requests compute in an iteration, all int64 [N]: rows in batch order, tokens before it, tokens in it.
+
+    Attributes:
+        rows: The requests, those with one token to compute first.
+        num_before: Tokens that are computed before this iteration.
+        num_pending: Tokens that are there and not computed.
+        num_taken: How many of them this iteration computes.
+        num_left: Tokens that the iteration could still take.
+    """
+
+    rows: Int64
+    num_before: Int64
+    num_pending: Int64
+    num_taken: Int64
+    num_left: int
+
+
+def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
+    """Who computes how many tokens: those with one pending token first, then the others, each oldest first."""
+    rows = table.order
+    num_pending = table.num_pending(rows)
+    by_turn = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
+    rows, num_pending = rows[by_turn], num_pending[by_turn]
+    max_tokens = pace.max_tokens(max_batch_tokens, table.num_computed[rows], num_pending)
+    num_ahead = np.cumsum(num_pending) - num_pending
+    num_taken = np.clip(max_tokens - num_ahead, 0, num_pending)
+    count = np.count_nonzero(num_taken)
+    return Turn(
+        rows=rows[:count],
+        num_before=table.num_computed[rows[:count]],
+        num_pending=num_pending[:count],
+        num_taken=num_taken[:count],
+        num_left=max_tokens - int(num_taken.sum()),
+    )
+
+
+def form_batch(
+    turn: Turn, table: RowTable, pages: PageTables, *, iteration: int, joined: tuple[Joined, ...]
+) -> DenseBatch:
+    """Write a turn down as a batch; the pages that it needs are there."""
+    rows, taken = turn.rows, turn.num_taken
+    query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(taken, out=query_start[1:])
+    row_of_token = np.repeat(rows, taken)
+    positions = np.arange(query_start[-1]) + np.repeat(turn.num_before - query_start[:-1], taken)
+    return DenseBatch(
+        iteration=iteration,
+        rows=rows.astype(np.int32),
+        epochs=table.epoch[rows],
+        num_decodes=int(np.count_nonzero(turn.num_pending == 1)),
+        query_start=query_start.astype(np.int32),
+        context_len=(turn.num_before + taken).astype(np.int32),
+        token_ids=table.tokens_at(row_of_token, positions),
+        is_fed_back=positions >= table.num_joined[row_of_token],
+        positions=positions.astype(np.int32),
+        slots=pages.slots(row_of_token, positions),
+        new_pages=pages.drain(rows),
+        table_width=int(pages.num_held(rows).max()),
+        sampled=np.flatnonzero(taken == turn.num_pending).astype(np.int32),
+        joined=joined,
+        prompt_scores=_prompt_scores(turn, table, query_start),
+    )
+
+
+def _prompt_scores(turn: Turn, table: RowTable, query_start: Int64) -> tuple[PromptScore, ...]:
+    """The parts of prompts whose log probabilities this turn gives: token p of a prompt scores token p + 1."""
+    is_scoring = table.is_scored[turn.rows] & (turn.num_before < table.num_prompt[turn.rows] - 1)
+    scores = []
+    for index in np.flatnonzero(is_scoring).tolist():
+        row, first, start = int(turn.rows[index]), int(turn.num_before[index]), int(query_start[index])
+        stop = min(first + int(turn.num_taken[index]), int(table.num_prompt[row]) - 1)
+        score = PromptScore(
+            request_index=index,
+            start=start,
+            stop=start + stop - first,
+            first_position=first + 1,
+            target_ids=table.known_tokens(row, first + 1, stop + 1),
+            num_logprobs=table.tenant(row).params.prompt_logprobs or 0,
+        )
+        scores.append(score)
+    return tuple(scores)

@@ -1,0 +1,77 @@
+"""How many tokens the next iteration may have: the token budget, or fewer so that running decodes need not wait long.
+
+An iteration gives every decode one token, so its time is the gap that their readers see. Chunks of prompts that join
+make it longer; a bound on the gap is a bound on those chunks. Late in a long prompt a token attends to more keys, so
+the same bound allows fewer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.batch import Int64
+from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.iteration_time import IterationTime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """A bound on the time of iterations that decodes wait for; none, if either of the first two is None.
+
+    Attributes:
+        max_itl_s: Seconds that such an iteration should take at most. Decodes are never held back, though they alone
+            may take longer.
+        iteration_time: Predicts them.
+        min_prompt_tokens: Prompts go on by so many tokens an iteration, however long it takes.
+
+    Raises:
+        ValueError: The bound or the least number of tokens is not positive.
+    """
+
+    max_itl_s: float | None = None
+    iteration_time: IterationTime | None = None
+    min_prompt_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.max_itl_s is not None and not self.max_itl_s > 0:
+            raise ValueError(f"max_itl_s must be positive, got {self.max_itl_s}")
+        if self.min_prompt_tokens < 1:
+            raise ValueError(f"min_prompt_tokens must be at least 1, got {self.min_prompt_tokens}")
+
+    def max_tokens(self, max_batch_tokens: int, num_computed: Int64, num_pending: Int64) -> int:
+        """Tokens that the next iteration may have.
+
+        What is left when all running requests have got theirs counts as the beginning of a new prompt.
+
+        Args:
+            max_batch_tokens: The token budget.
+            num_computed: int64 [N], tokens of each request that are computed; in the order in which they get theirs,
+                those with one pending token (decodes) first.
+            num_pending: int64 [N], tokens that they could compute now, at least 1.
+        """
+        num_decodes = int(np.searchsorted(num_pending, 1, side="right"))
+        least = num_decodes + self.min_prompt_tokens
+        if self.max_itl_s is None or self.iteration_time is None or num_decodes == 0 or least >= max_batch_tokens:
+            return max_batch_tokens
+        predict_s = self.iteration_time.predict_s
+        decode_context = int(num_computed[:num_decodes].sum()) + num_decodes
+        computed = np.append(num_computed[num_decodes:], 0)
+        pending = np.append(num_pending[num_decodes:], max_batch_tokens)
+        ahead = num_decodes + np.cumsum(pending) - pending
+
+        def time_s(num_tokens: int) -> float:
+            taken = np.clip(num_tokens - ahead, 0, pending)
+            shape = BatchShape(
+                num_tokens=num_tokens,
+                num_decode_tokens=num_decodes,
+                decode_context=decode_context,
+                prefill_context=int((taken * computed + taken * (taken + 1) // 2).sum()),
+                num_sampled=num_decodes + int(np.count_nonzero(taken == pending)),
+            )
+            return predict_s(shape)
+
+        allowed = range(least, max_batch_tokens + 1)
+        return allowed[max(bisect_right(allowed, self.max_itl_s, key=time_s) - 1, 0)]
