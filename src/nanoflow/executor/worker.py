@@ -24,7 +24,6 @@ from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Sampler
 from nanoflow.kernels.launch import BatchInputs
-from nanoflow.kernels.sample import top_logprobs
 from nanoflow.plan.plan import PipelinePlan
 
 
@@ -81,8 +80,7 @@ class Worker:
     @torch.inference_mode()
     def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
         """Queue one batch on the device: forward pass, prompt scores, sampling."""
-        for joined in batch.joined:
-            self._sampler.join(joined)
+        self._sampler.join(batch.joined)
         layout = lay_out(batch, plan.cuts)
         inputs = self._forward(batch, layout, plan)
         prompt_scores = [self._score(inputs, score, layout) for score in batch.prompt_scores]
@@ -100,5 +98,5 @@ class Worker:
             tokens = to_device(places, device)
             logits = self._executor.logits(replace(inputs, logit_tokens=tokens))
             wanted = targets[first - score.start :][: len(tokens)]
-            slices.append(top_logprobs(logits, wanted, score.num_logprobs))
+            slices.append(self._sampler.score(logits, wanted, score.num_logprobs))
         return slices

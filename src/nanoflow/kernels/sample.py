@@ -84,6 +84,12 @@ def scale_of(temperature: float) -> float:
     return math.log2(math.e) / temperature
 
 
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose` for rows that all take the largest logit as the model gives it."""
+    best, token_ids = logits.max(dim=-1)
+    return token_ids, best.float()
+
+
 def choose(logits: Tensor, numbers: Tensor, tables: SampleTables) -> tuple[Tensor, Tensor]:
     """Choose a token for each row, and count it if the row has penalties.
 
@@ -230,18 +236,21 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(place, last.long())
 
 
-def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log probabilities of the given tokens and of the most probable ones; of equal ones in any order.
+def top_logprobs(logits: Tensor, places: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities of given tokens and of the most probable ones; of equal ones in any order.
 
     Args:
         logits: [S, V], of the model itself: before penalties and temperature.
-        token_ids: int64 [S], the tokens that stand there.
-        num_top: How many of the most probable to add.
+        places: int64 [N], which of the rows.
+        token_ids: int64 [N], the tokens that stand there.
+        num_top: How many of the most probable to add; the vocabulary if it has fewer.
 
     Returns:
-        The fields of `TopLogprobs`: token ids int32 and log probabilities float32 [S, 1 + num_top], ranks int32 [S].
+        The fields of `TopLogprobs`: token ids int32 and log probabilities float32 [N, 1 + num_top], ranks int32 [N].
     """
-    parts = [_top_logprobs(logits[part], token_ids[part], num_top) for part in _slices(*logits.shape)]
+    parts = [
+        _top_logprobs(logits[places[part]], token_ids[part], num_top) for part in _slices(len(places), logits.shape[1])
+    ]
     ids, logprobs, ranks = (torch.cat(fields) for fields in zip(*parts, strict=True))
     return ids, logprobs, ranks
 

@@ -33,6 +33,7 @@ class RowBlocks:
 
 # Sums are by groups of a fixed size, so neither changes a draw.
 LARGEST, CHOICE = RowBlocks(block=8192, num_warps=16), RowBlocks(block=8192, num_warps=16)
+LOGPROBS = RowBlocks(block=4096, num_warps=8)
 _INNER = 8
 # Low bits that are zero where a logit of the type is a float32.
 _GRID_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
@@ -48,9 +49,7 @@ def largest(logits: Tensor, blocks: RowBlocks = LARGEST) -> tuple[Tensor, Tensor
     return token_ids, best
 
 
-def choose(
-    logits: Tensor, numbers: Tensor, tables: SampleTables, blocks: RowBlocks = CHOICE
-) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, blocks: RowBlocks = CHOICE) -> tuple[Tensor, Tensor]:
     """See `sample.choose`; logits [S, V] contiguous, and infinite instead of NaN in what is returned."""
     token_ids, best = _results(logits)
     if len(logits):
@@ -73,6 +72,30 @@ def choose(
             **_sizes(logits, blocks),
         )
     return token_ids, best
+
+
+def top_logprobs(
+    logits: Tensor, places: Tensor, token_ids: Tensor, num_top: int, blocks: RowBlocks = LOGPROBS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `sample.top_logprobs`; logits [S, V] contiguous. Of equal logits those of lower ids come first."""
+    assert logits.is_contiguous()
+    num_rows, num_top = len(places), min(num_top, logits.shape[1])
+    top_ids = logits.new_empty(num_rows, 1 + num_top, dtype=torch.int32)
+    logprobs, ranks = logits.new_empty(top_ids.shape, dtype=torch.float32), top_ids.new_empty(num_rows)
+    if num_rows:
+        programs.top_logprobs_program[(num_rows,)](
+            logits,
+            places,
+            token_ids,
+            top_ids,
+            logprobs,
+            ranks,
+            num_top,
+            logits.shape[1],
+            num_warps=blocks.num_warps,
+            **_sizes(logits, blocks),
+        )
+    return top_ids, logprobs, ranks
 
 
 def _results(logits: Tensor) -> tuple[Tensor, Tensor]:
