@@ -22,8 +22,11 @@ GRAPH = build_graph(MODEL, None)
 
 @pytest.fixture
 def size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
-    def run(device: str, free_pages: float, total_pages: float = 0, **options: Any) -> tuple[int, int]:
+    def run(
+        device: str, free_pages: float, total_pages: float = 0, sampling_pages: float = 0, **options: Any
+    ) -> tuple[int, int]:
         monkeypatch.setattr(memory, "free_memory_bytes", lambda _: int(free_pages * PAGE_BYTES))
+        monkeypatch.setattr(memory, "sampling_bytes", lambda *_: int(sampling_pages * PAGE_BYTES))
         monkeypatch.setattr(memory, "total_memory_bytes", lambda _: int(total_pages * PAGE_BYTES))
         return memory.size_cache(EngineConfig(**options), MODEL, GRAPH, torch.float32, torch.device(device))
 
@@ -36,6 +39,11 @@ Size = Callable[..., tuple[int, int]]
 def test_pages_take_what_utilization_leaves_on_a_gpu(size: Size) -> None:
     assert size("cuda", 700, 1000, gpu_memory_utilization=0.9) == (600, 256)
     assert size("cuda", 700, 1000, gpu_memory_utilization=0.5) == (200, 256)
+
+
+def test_what_sampling_takes_on_a_gpu_is_no_room_for_pages(size: Size) -> None:
+    assert size("cuda", 700, 1000, sampling_pages=50, gpu_memory_utilization=0.9) == (550, 256)
+    assert size("cpu", 100, sampling_pages=50) == (40, 256)
 
 
 def test_no_more_pages_than_all_requests_can_use(size: Size) -> None:

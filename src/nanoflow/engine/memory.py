@@ -11,6 +11,7 @@ import torch
 
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.device.detect import free_memory_bytes, total_memory_bytes
+from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.graph.graph import OpGraph
 from nanoflow.models.config import ModelConfig
 
@@ -45,7 +46,8 @@ def size_cache(
     """
     page_bytes = graph.kv_elements_per_token * dtype.itemsize * config.page_size
     wanted_len = _wanted_len(config, model_config)
-    num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, device)
+    taken_bytes = sampling_bytes(config.max_num_seqs, graph.vocab_size, device)
+    num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, taken_bytes, device)
     capacity = num_pages * config.page_size
     if capacity < wanted_len:
         numbers = (
@@ -68,8 +70,13 @@ def _wanted_len(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _affordable_pages(config: EngineConfig, wanted_len: int, page_bytes: int, device: torch.device) -> int:
-    """Pages within the given or the free memory, but no more than all requests at full length could use."""
+def _affordable_pages(
+    config: EngineConfig, wanted_len: int, page_bytes: int, taken_bytes: int, device: torch.device
+) -> int:
+    """Pages within the given or the free memory, but no more than all requests at full length could use.
+
+    On a GPU `taken_bytes` of the free memory are for others.
+    """
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * _GIB // page_bytes)
     useful = config.max_num_seqs * -(-wanted_len // config.page_size)
@@ -77,7 +84,7 @@ def _affordable_pages(config: EngineConfig, wanted_len: int, page_bytes: int, de
     if device.type == "cpu":
         room = free * _CPU_SHARE
     else:
-        room = free - total_memory_bytes(device) * (1 - config.gpu_memory_utilization)
+        room = free - total_memory_bytes(device) * (1 - config.gpu_memory_utilization) - taken_bytes
     return max(min(useful, int(room) // page_bytes), 0)
 
 

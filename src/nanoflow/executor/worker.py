@@ -28,7 +28,6 @@ from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Drawn, Sampler
 from nanoflow.kernels.compiling import compiling
 from nanoflow.kernels.launch import BatchInputs
-from nanoflow.kernels.sample import top_logprobs
 from nanoflow.plan.plan import PipelinePlan
 
 
@@ -109,8 +108,7 @@ class Worker:
 
     def _sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
         """Draw the batch's tokens, once its new requests have their rows."""
-        for joined in batch.joined:
-            self._sampler.join(joined)
+        self._sampler.join(batch.joined)
         return self._sampler.sample(batch, logits)
 
     @torch.inference_mode()
@@ -136,5 +134,5 @@ class Worker:
             tokens = to_device(places, device)
             logits = self._executor.logits(replace(inputs, logit_tokens=tokens))
             wanted = targets[first - score.start :][: len(tokens)]
-            slices.append(top_logprobs(logits, wanted, score.num_logprobs))
+            slices.append(self._sampler.score(logits, wanted, score.num_logprobs))
         return slices

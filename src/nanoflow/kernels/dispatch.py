@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
-from nanoflow.kernels import reference
+from nanoflow.kernels import reference, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -65,6 +67,40 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     if dtype.itemsize == 2 and triton_gemm.has_tma(device) and not any(size % _TMA_MULTIPLE for size in sizes):
         kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
     return kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleKernels:
+    """What chooses tokens; the functions of `sample.py` say what they take and give.
+
+    Attributes:
+        largest, choose, top_logprobs: The functions.
+        workspace_bytes: Most device memory that they take beside their results, by the number of rows and of tokens.
+    """
+
+    largest: Callable[[Tensor], tuple[Tensor, Tensor]]
+    choose: Callable[[Tensor, Tensor, sample.SampleTables], tuple[Tensor, Tensor]]
+    top_logprobs: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    workspace_bytes: Callable[[int, int], int]
+
+
+def sample_kernels_for(device: torch.device) -> SampleKernels:
+    """Those in Triton on an NVIDIA GPU, else their twins in torch."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from nanoflow.kernels import triton_sample
+
+        return SampleKernels(
+            largest=triton_sample.largest,
+            choose=triton_sample.choose,
+            top_logprobs=triton_sample.top_logprobs,
+            workspace_bytes=lambda num_rows, vocab_size: 0,
+        )
+    return SampleKernels(
+        largest=sample.largest,
+        choose=sample.choose,
+        top_logprobs=sample.top_logprobs,
+        workspace_bytes=sample.workspace_bytes,
+    )
 
 
 def has_gluon() -> bool:

@@ -1,22 +1,73 @@
 """Choosing tokens from logits: penalties, filters, the draw, and log probabilities. Reference twins in plain torch.
 
-A draw needs one uniform number in [0, 1), which the host computes from (seed, position) alone: the same seed gives
-the same tokens on any device, whatever else is in the batch. Legend: S rows, V vocabulary.
+A draw needs one uniform number in [0, 1), which follows from (seed, position) alone: the same seed gives the same
+tokens on any device, whatever else is in the batch. It inverts the cumulative distribution in the order of the
+vocabulary. `triton_sample.py` has the fast twins. Legend: S rows, V vocabulary, R rows of the state table.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# How a row is sampled. The programs in Triton know these places.
+NUMBERS = np.dtype(
+    [
+        ("row", np.int32),  # its place in the tables
+        ("position", np.int32),  # of the token that is chosen
+        ("seed", np.uint64),
+        ("scale", np.float32),  # log2(e) / temperature; 0 takes the largest logit
+        ("top_k", np.int32),  # 0 keeps all
+        ("top_p", np.float32),
+        ("log_min_p", np.float32),  # log2 of min_p; -infinity keeps all
+        ("repetition", np.float32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("first_free_stop", np.int32),  # before this position no stop token may be drawn
+        ("num_edits", np.int32),  # entries of its list of edits
+        ("num_biases", np.int32),  # how many of them are biases
+        ("has_penalties", np.int32),
+        ("padding", np.int32),
+    ]
+)
+# In the table of seen tokens: the bit that says that the prompt has it, and the largest count of generated ones.
+IN_PROMPT, MAX_COUNT = 1 << 14, (1 << 14) - 1
+# Logits that the twins work on at once, and the bytes that they take for each at most.
+_MAX_ELEMENTS, _ELEMENT_BYTES = 1 << 22, 96
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTables:
+    """What sampling remembers of each row, on the device.
+
+    Attributes:
+        seen: int16 [R, V]: how often the token was generated, up to `MAX_COUNT`, and `IN_PROMPT` if the prompt has it;
+            looked at for rows with penalties only.
+        edit_ids: int32 [R, E], token ids with a bias and stop tokens, increasing; as many as `NUMBERS` says are valid.
+        edit_values: float32 [R, E]: what to add to the logit; -infinity for a stop token.
+    """
+
+    seen: Tensor
+    edit_ids: Tensor
+    edit_values: Tensor
+
+
+def workspace_bytes(num_rows: int, vocab_size: int) -> int:
+    """Most device memory that the twins of this file take beside their results."""
+    return _ELEMENT_BYTES * min(num_rows * vocab_size, max(_MAX_ELEMENTS, vocab_size))
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """A uniform number in [0, 1) for each (seed, position), by two rounds of the SplitMix64 finaliser."""
-    mixed = _mix(_mix(seeds) + positions.astype(np.uint64) * _GOLDEN)
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(seeds) + positions.astype(np.uint64) * _GOLDEN)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -26,6 +77,92 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def scale_of(temperature: float) -> float:
+    """What a logit is multiplied with to be a power of two of a probability."""
+    return math.log2(math.e) / temperature
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose` for rows that all take the largest logit as the model gives it."""
+    best, token_ids = logits.max(dim=-1)
+    return token_ids, best.float()
+
+
+def choose(logits: Tensor, numbers: Tensor, tables: SampleTables) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row, and count it if the row has penalties.
+
+    Args:
+        logits: [S, V] of the model.
+        numbers: int32 [S, 16], the bytes of `NUMBERS` of each row; no two rows have one place in the tables.
+        tables: What the rows' numbers refer to; `seen` is written to.
+
+    Returns:
+        token ids int64 [S] and the largest adjusted logit of each row, float32 [S]: not finite if the model's output
+        is not, and then the token means nothing.
+    """
+    host = numbers.cpu().numpy().view(NUMBERS)[:, 0]
+    parts = [_choose(logits[part], host[part], tables) for part in _slices(*logits.shape)]
+    token_ids, best = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    penalised = torch.from_numpy(np.flatnonzero(host["has_penalties"])).to(logits.device)
+    at = _rows(host, logits.device)[penalised], token_ids[penalised]
+    counts = tables.seen[at]
+    tables.seen[at] = torch.where(counts & MAX_COUNT < MAX_COUNT, counts + 1, counts).to(torch.int16)
+    return token_ids, best
+
+
+def _choose(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> tuple[Tensor, Tensor]:
+    logits = _adjusted(raw, host, tables)
+    best, token_ids = logits.max(dim=-1)
+    is_filtered = (host["top_k"] > 0) | (host["top_p"] < 1) | (host["log_min_p"] > -np.inf)
+    uniforms = torch.from_numpy(uniform(host["seed"], host["position"].astype(np.int64)))
+    # A row takes the path of its own parameters, never of its neighbours': its draw may not depend on them.
+    for is_meant in (~is_filtered, is_filtered):
+        places = np.flatnonzero((host["scale"] > 0) & is_meant)
+        if not len(places):
+            continue
+        at = torch.from_numpy(places).to(raw.device)
+        scale, *filters = (
+            torch.from_numpy(host[name][places]).to(raw.device) for name in ("scale", "top_k", "top_p", "log_min_p")
+        )
+        args = (logits[at], scale, *(filters if is_filtered[places[0]] else ()), uniforms[places].to(raw.device))
+        token_ids[at] = draw_filtered(*args) if is_filtered[places[0]] else draw(*args)
+    return token_ids, best.float()
+
+
+def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tensor:
+    """Logits as float32 with biases, then penalties applied, and stop tokens that are held back at -infinity."""
+    logits = raw.to(torch.float32, copy=True)
+    is_held = host["position"] < host["first_free_stop"]
+    for place in np.flatnonzero(host["num_edits"] * (is_held | (host["num_biases"] > 0))).tolist():
+        row, count = int(host["row"][place]), int(host["num_edits"][place])
+        ids, values = tables.edit_ids[row, :count].long(), tables.edit_values[row, :count]
+        is_stop = values == -torch.inf
+        logits[place].index_put_((ids[~is_stop],), values[~is_stop], accumulate=True)
+        if is_held[place]:
+            logits[place, ids[is_stop]] = -torch.inf
+    places = torch.from_numpy(np.flatnonzero(host["has_penalties"])).to(raw.device)
+    if len(places):
+        record = tables.seen[_rows(host, raw.device)[places]].int()
+        factors = (torch.from_numpy(host[name].copy()).to(raw.device) for name in _PENALTIES)
+        penalised = logits[places]
+        apply_penalties(penalised, record & MAX_COUNT, record >= IN_PROMPT, *(factor[places] for factor in factors))
+        logits[places] = penalised
+    return logits
+
+
+_PENALTIES = ("repetition", "presence", "frequency")
+
+
+def _rows(host: NDArray[np.void], device: torch.device) -> Tensor:
+    return torch.from_numpy(host["row"].astype(np.int64)).to(device)
+
+
+def _slices(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Cut rows so that no part has more than `_MAX_ELEMENTS` logits; no rows are one empty part."""
+    step = max(1, _MAX_ELEMENTS // vocab_size)
+    return (slice(first, first + step) for first in range(0, max(num_rows, 1), step))
 
 
 def apply_penalties(
@@ -45,71 +182,82 @@ def apply_penalties(
     logits.sub_(frequency[:, None] * counts).sub_(presence[:, None] * is_generated)
 
 
-def draw(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution.
+def draw(logits: Tensor, scale: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution, in the order of the vocabulary.
 
     Args:
         logits: float32 [S, V].
-        temperature: float32 [S], > 0.
+        scale: float32 [S], > 0, as `scale_of` gives it.
         uniforms: float64 [S] in [0, 1).
 
     Returns:
         int64 [S].
     """
-    return _invert(torch.softmax(logits / temperature[:, None], dim=-1), uniforms)
+    peaks = logits.amax(dim=-1, keepdim=True)
+    return _invert(torch.exp2((logits - peaks) * scale[:, None]), uniforms)
 
 
 def draw_filtered(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+    logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor, uniforms: Tensor
 ) -> Tensor:
-    """`draw` from the tokens that top_k, min_p and top_p leave.
+    """`draw` from the tokens that top_k, min_p and top_p leave; of equal logits those of lower ids come first.
 
     Args:
         logits: float32 [S, V].
-        temperature: float32 [S], > 0.
-        top_k: int64 [S], 0 keeps all.
-        top_p, min_p: float32 [S]; 1 and 0 keep all.
+        scale: float32 [S], > 0, as `scale_of` gives it.
+        top_k: int [S], 0 keeps all.
+        top_p: float32 [S]; 1 keeps all.
+        log_min_p: float32 [S], log2 of min_p; -infinity keeps all.
         uniforms: float64 [S] in [0, 1).
 
     Returns:
         int64 [S].
     """
-    probabilities = torch.softmax(logits / temperature[:, None], dim=-1)
-    ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    ordered, token_ids = logits.sort(dim=-1, descending=True, stable=True)
+    logs = (ordered - ordered[:, :1]) * scale[:, None]
+    weights = torch.where(logs >= log_min_p[:, None], torch.exp2(logs), 0.0)
     rank = torch.arange(ordered.shape[1], device=ordered.device)
-    keep = rank < torch.where(top_k > 0, top_k, ordered.shape[1])[:, None]
-    keep &= ordered >= min_p[:, None] * ordered[:, :1]
+    weights.masked_fill_(rank >= torch.where(top_k > 0, top_k, ordered.shape[1])[:, None], 0.0)
     # top_p looks at what top_k and min_p left, renormalised; the token that crosses the border is kept.
-    left = torch.where(keep, ordered, 0.0).double()
-    before = left.cumsum(-1) - left
-    keep &= before < top_p[:, None] * left.sum(-1, keepdim=True)
-    keep[:, 0] = True
-    place = _invert(torch.where(keep, ordered, 0.0), uniforms)
-    return token_ids.gather(-1, place[:, None]).squeeze(-1)
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    target = top_p[:, None].double() * sums[:, -1:]
+    is_left_out = (sums - weights >= target) & (top_p < 1)[:, None]
+    is_left_out[:, 0] = False
+    weights.masked_fill_(is_left_out, 0.0)
+    return _invert(torch.empty_like(weights).scatter_(-1, token_ids, weights), uniforms)
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first place whose cumulative weight exceeds uniform * total; never a place of weight 0."""
-    cumulative = weights.double().cumsum(-1)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     last = (weights > 0).int().mul(torch.arange(weights.shape[1], device=weights.device, dtype=torch.int32)).amax(-1)
     return torch.minimum(place, last.long())
 
 
-def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log probabilities of the given tokens and of the most probable ones.
+def top_logprobs(logits: Tensor, places: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities of given tokens and of the most probable ones; of equal ones in any order.
 
     Args:
         logits: [S, V], of the model itself: before penalties and temperature.
-        token_ids: int64 [S], the tokens that stand there.
-        num_top: How many of the most probable to add.
+        places: int64 [N], which of the rows.
+        token_ids: int64 [N], the tokens that stand there.
+        num_top: How many of the most probable to add; the vocabulary if it has fewer.
 
     Returns:
-        The fields of `TopLogprobs`: token ids int32 and log probabilities float32 [S, 1 + num_top], ranks int32 [S].
+        The fields of `TopLogprobs`: token ids int32 and log probabilities float32 [N, 1 + num_top], ranks int32 [N].
     """
+    parts = [
+        _top_logprobs(logits[places[part]], token_ids[part], num_top) for part in _slices(len(places), logits.shape[1])
+    ]
+    ids, logprobs, ranks = (torch.cat(fields) for fields in zip(*parts, strict=True))
+    return ids, logprobs, ranks
+
+
+def _top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(-1, token_ids[:, None])
-    ranks = (logprobs > chosen).sum(-1) + 1
+    ranks = (logits > logits.gather(-1, token_ids[:, None])).sum(-1) + 1
     values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
     return torch.cat((token_ids[:, None], ids), dim=-1).int(), torch.cat((chosen, values), dim=-1), ranks.int()

@@ -1,0 +1,109 @@
+"""Choosing tokens from logits in Triton: one launch whatever the rows ask for. Twins of `sample.py`.
+
+The same seed gives the same token as there, but where rounding decides: where a cumulative weight lies within about
+1e-6 of the whole from the drawn number, or from the border of top_p. Nothing here waits for the device.
+
+Legend: S rows, V vocabulary, R rows of the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nanoflow.kernels import triton_sample_programs as programs
+from nanoflow.kernels.sample import SampleTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBlocks:
+    """How a program reads its row.
+
+    Attributes:
+        block: Logits at once, a power of two.
+        num_warps: Warps of the program.
+    """
+
+    block: int
+    num_warps: int
+
+
+# Sums are by groups of a fixed size, so neither changes a draw.
+LARGEST, CHOICE = RowBlocks(block=8192, num_warps=16), RowBlocks(block=8192, num_warps=16)
+LOGPROBS = RowBlocks(block=4096, num_warps=8)
+_INNER = 8
+# Low bits that are zero where a logit of the type is a float32.
+_GRID_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+def largest(logits: Tensor, blocks: RowBlocks = LARGEST) -> tuple[Tensor, Tensor]:
+    """`choose` for rows that all take the largest logit as it is; logits [S, V] contiguous."""
+    token_ids, best = _results(logits)
+    if len(logits):
+        programs.largest_program[(len(logits),)](
+            logits, token_ids, best, logits.shape[1], num_warps=blocks.num_warps, **_sizes(logits, blocks)
+        )
+    return token_ids, best
+
+
+def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, blocks: RowBlocks = CHOICE) -> tuple[Tensor, Tensor]:
+    """See `sample.choose`; logits [S, V] contiguous, and infinite instead of NaN in what is returned."""
+    token_ids, best = _results(logits)
+    if len(logits):
+        programs.choose_program[(len(logits),)](
+            logits,
+            numbers,
+            numbers.view(torch.float32),
+            numbers.view(torch.int64),
+            tables.seen,
+            tables.edit_ids,
+            tables.edit_values,
+            tables.edit_ids.shape[1],
+            token_ids,
+            best,
+            logits.shape[1],
+            GRID_BITS=_GRID_BITS[logits.dtype],
+            num_warps=blocks.num_warps,
+            # Adjusted logits are those of the twin to the last bit.
+            enable_fp_fusion=False,
+            **_sizes(logits, blocks),
+        )
+    return token_ids, best
+
+
+def top_logprobs(
+    logits: Tensor, places: Tensor, token_ids: Tensor, num_top: int, blocks: RowBlocks = LOGPROBS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `sample.top_logprobs`; logits [S, V] contiguous. Of equal logits those of lower ids come first."""
+    assert logits.is_contiguous()
+    num_rows, num_top = len(places), min(num_top, logits.shape[1])
+    top_ids = logits.new_empty(num_rows, 1 + num_top, dtype=torch.int32)
+    logprobs, ranks = logits.new_empty(top_ids.shape, dtype=torch.float32), top_ids.new_empty(num_rows)
+    if num_rows:
+        programs.top_logprobs_program[(num_rows,)](
+            logits,
+            places,
+            token_ids,
+            top_ids,
+            logprobs,
+            ranks,
+            num_top,
+            logits.shape[1],
+            num_warps=blocks.num_warps,
+            **_sizes(logits, blocks),
+        )
+    return top_ids, logprobs, ranks
+
+
+def _results(logits: Tensor) -> tuple[Tensor, Tensor]:
+    assert logits.is_contiguous()
+    num_rows = len(logits)
+    return logits.new_empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows, dtype=torch.float32)
+
+
+def _sizes(logits: Tensor, blocks: RowBlocks) -> dict[str, int]:
+    num_blocks = triton.next_power_of_2(triton.cdiv(logits.shape[1], blocks.block))
+    return {"BLOCK": blocks.block, "INNER": _INNER, "NUM_BLOCKS": num_blocks}

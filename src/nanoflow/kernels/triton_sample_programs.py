@@ -1,0 +1,258 @@
+"""Programs that choose tokens from logits, one a row, which stream the row's logits instead of sorting them.
+
+A row is read once for its largest logit and for the weight of each block of the vocabulary. A filter (top_k, top_p) is
+a threshold on the logit, found by passes that measure, at three probes at once, how many tokens or how much weight lie
+above. The draw then picks a block by its weight, and reads that block again for the token.
+
+Weights are 2 ** ((logit - largest) * scale) in float32; eight neighbours are summed in float32, all else in float64.
+Shape legend: S rows, V vocabulary, R rows of the tables, B blocks, G groups of a block, I logits of a group.
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nanoflow.kernels.triton_sample_filters import filtered
+from nanoflow.kernels.triton_sample_rows import (
+    FIRST_FREE_STOP,
+    FREQUENCY,
+    HAS_PENALTIES,
+    LOG_MIN_P,
+    MAX_COUNT,
+    NUM_BIASES,
+    NUM_EDITS,
+    NUM_FIELDS,
+    POSITION,
+    PRESENCE,
+    REPETITION,
+    ROW,
+    SCALE,
+    SEED,
+    TOP_K,
+    adjusted,
+    columns_of,
+    first_column,
+    read,
+    uniform_of,
+    weights_of,
+)
+
+
+@triton.jit
+def largest_program(
+    logits: tl.tensor,
+    token_ids: tl.tensor,
+    best: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+) -> None:
+    """Of each row of logits [S, V] the largest one and its token, the lowest of equals: best [S] and token_ids [S]."""
+    place = tl.program_id(0).to(tl.int64)
+    row = logits + place * VOCAB
+    blocks = tl.arange(0, NUM_BLOCKS)
+    largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
+    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
+        exact = read(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        largest = tl.where(blocks == block, tl.max(tl.max(exact, axis=1), axis=0), largest)
+    peak = tl.max(largest, axis=0)
+    block = tl.min(tl.where(largest == peak, blocks, NUM_BLOCKS - 1), axis=0)
+    exact = read(row, block * BLOCK, VOCAB, BLOCK, INNER)
+    tl.store(best + place, peak)
+    tl.store(token_ids + place, first_column(exact == peak, block * BLOCK, VOCAB, BLOCK, INNER).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["edit_stride"], do_not_specialize_on_alignment=["numbers", "floats", "seeds"])
+def choose_program(
+    logits: tl.tensor,
+    numbers: tl.tensor,
+    floats: tl.tensor,
+    seeds: tl.tensor,
+    seen: tl.tensor,
+    edit_ids: tl.tensor,
+    edit_values: tl.tensor,
+    edit_stride: int,
+    token_ids: tl.tensor,
+    best: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    GRID_BITS: tl.constexpr,
+) -> None:
+    """Largest adjusted logit and chosen token of each row: best [S] and token_ids [S] of logits [S, V].
+
+    numbers [S], given three times, are `sample.NUMBERS`; seen [R, V] and edits [R, edit_stride] are its tables.
+    GRID_BITS low bits of a logit of this type are zero as a float32.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    numbers += place * NUM_FIELDS
+    floats += place * NUM_FIELDS
+    table_row = tl.load(numbers + ROW).to(tl.int64)
+    seen += table_row * VOCAB
+    is_held = tl.load(numbers + POSITION) < tl.load(numbers + FIRST_FREE_STOP)
+    num_edits = tl.where(is_held | (tl.load(numbers + NUM_BIASES) > 0), tl.load(numbers + NUM_EDITS), 0)
+    has_penalties = tl.load(numbers + HAS_PENALTIES) > 0
+    row = (
+        logits + place * VOCAB,
+        seen,
+        edit_ids + table_row * edit_stride,
+        edit_values + table_row * edit_stride,
+        num_edits,
+        is_held,
+        has_penalties,
+        tl.load(floats + REPETITION),
+        tl.load(floats + PRESENCE),
+        tl.load(floats + FREQUENCY),
+    )
+    scale = tl.load(floats + SCALE)
+    blocks = tl.arange(0, NUM_BLOCKS)
+    largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
+    masses = tl.zeros([NUM_BLOCKS], tl.float64)
+    of_groups = tl.full([BLOCK // INNER], float("-inf"), tl.float32)
+    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
+        exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        groups = tl.max(exact, axis=1)
+        of_groups = tl.maximum(of_groups, groups)
+        peak = tl.max(groups, axis=0)
+        largest = tl.where(blocks == block, peak, largest)
+        if scale > 0:
+            # Relative to what is finite: a block may have no token that can be drawn.
+            peak = tl.where((peak > float("-inf")) & (peak < float("inf")), peak, 0.0)
+            mass = tl.sum(tl.sum(tl.exp2((exact - peak) * scale), axis=1).to(tl.float64), axis=0)
+            masses = tl.where(blocks == block, mass, masses)
+    peak = tl.max(largest, axis=0)
+    tl.store(best + place, peak)
+    if (scale > 0) & (peak > float("-inf")) & (peak < float("inf")):
+        rises = tl.where(largest > float("-inf"), (largest - peak) * scale, float("-inf"))
+        masses *= tl.exp2(rises).to(tl.float64)
+        log_min_p = tl.load(floats + LOG_MIN_P)
+        threshold, num_equal, masses, equals = filtered(
+            row, floats, tl.load(numbers + TOP_K), log_min_p, masses, of_groups, peak, scale,
+            VOCAB, BLOCK, INNER, NUM_BLOCKS, GRID_BITS,
+        )  # fmt: skip
+        uniform = uniform_of(tl.load(seeds + place * (NUM_FIELDS // 2) + SEED // 2), tl.load(numbers + POSITION))
+        token_id = _drawn(
+            row, uniform, threshold, num_equal, masses, equals, peak, scale, log_min_p, VOCAB, BLOCK, INNER, NUM_BLOCKS
+        )
+    else:
+        block = tl.min(tl.where(largest == peak, blocks, NUM_BLOCKS - 1), axis=0)
+        exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        token_id = first_column(exact == peak, block * BLOCK, VOCAB, BLOCK, INNER)
+    tl.store(token_ids + place, token_id.to(tl.int64))
+    if has_penalties:
+        count = tl.load(seen + token_id)
+        tl.store(seen + token_id, tl.where((count & MAX_COUNT) < MAX_COUNT, count + 1, count).to(tl.int16))
+
+
+@triton.jit
+def _drawn(
+    row: tl.tuple,
+    uniform: tl.tensor,
+    threshold: tl.tensor,
+    num_equal: tl.tensor,
+    masses: tl.tensor,
+    equals: tl.tensor,
+    peak: tl.tensor,
+    scale: tl.tensor,
+    log_min_p: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+) -> tl.tensor:
+    """The first token whose weight, with all before it, exceeds uniform times the whole; never one of weight 0."""
+    blocks, groups = tl.arange(0, NUM_BLOCKS), tl.arange(0, BLOCK // INNER)
+    block, part = _place(blocks, masses, uniform * tl.sum(masses, axis=0))
+    exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
+    weights = weights_of(exact, peak, scale, log_min_p)
+    is_equal = (exact == threshold).to(tl.int32)
+    of_group = tl.sum(is_equal, axis=1)
+    before = tl.sum(tl.where(blocks < block, equals, 0), axis=0) + tl.cumsum(of_group, axis=0) - of_group
+    rank = before[:, None] + tl.cumsum(is_equal, axis=1) - is_equal
+    weights = tl.where((exact > threshold) | ((is_equal > 0) & (rank < num_equal)), weights, 0.0)
+    of_group = tl.sum(weights, axis=1).to(tl.float64)
+    # Summed anew, the weight of the block may differ in its last bits.
+    group, part = _place(groups, of_group, part * tl.sum(of_group, axis=0))
+    inner = tl.sum(tl.where(groups[:, None] == group, weights, 0.0), axis=0).to(tl.float64)
+    column, _ = _place(tl.arange(0, INNER), inner, part * tl.sum(inner, axis=0))
+    return block * BLOCK + group * INNER + column
+
+
+@triton.jit
+def _place(places: tl.tensor, weights: tl.tensor, target: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The first place whose weight with all before it exceeds the target, and the part of its weight below the target.
+
+    Sums are float64. Where rounding puts the target at the whole, it is the last place that has a weight.
+    """
+    sums = tl.cumsum(weights, axis=0)
+    last = tl.max(tl.where(weights > 0, places, 0), axis=0)
+    place = tl.min(tl.where((sums > target) & (weights > 0), places, last), axis=0)
+    weight = tl.sum(tl.where(places == place, weights, 0.0), axis=0)
+    before = tl.sum(tl.where(places == place, sums - weights, 0.0), axis=0)
+    part = (target - before) / tl.where(weight > 0, weight, 1.0)
+    return place, tl.minimum(tl.maximum(part, 0.0), 1.0)
+
+
+@triton.jit(do_not_specialize=["num_top"], do_not_specialize_on_alignment=["places", "token_ids"])
+def top_logprobs_program(
+    logits: tl.tensor,
+    places: tl.tensor,
+    token_ids: tl.tensor,
+    top_ids: tl.tensor,
+    logprobs: tl.tensor,
+    ranks: tl.tensor,
+    num_top: int,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+) -> None:
+    """`sample.top_logprobs`, one program a place: top_ids and logprobs [N, 1 + num_top], ranks [N].
+
+    The most probable are taken one by one from the block with the largest logit left, which is then read again.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    row = logits + tl.load(places + place) * VOCAB
+    token_id = tl.load(token_ids + place)
+    chosen = tl.load(row + token_id).to(tl.float32)
+    blocks = tl.arange(0, NUM_BLOCKS)
+    largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
+    sums = tl.zeros([NUM_BLOCKS], tl.float32)
+    num_above = tl.zeros([BLOCK // INNER], tl.int32)
+    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
+        exact = read(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        num_above += tl.sum((exact > chosen).to(tl.int32), axis=1)
+        peak = tl.max(tl.max(exact, axis=1), axis=0)
+        largest = tl.where(blocks == block, peak, largest)
+        total = tl.sum(tl.sum(tl.exp(exact - tl.where(peak > float("-inf"), peak, 0.0)), axis=1), axis=0)
+        sums = tl.where(blocks == block, total, sums)
+    peak = tl.max(largest, axis=0)
+    log_sum = tl.log(tl.sum(tl.where(largest > float("-inf"), sums * tl.exp(largest - peak), 0.0), axis=0))
+    at = place * (1 + num_top)
+    tl.store(top_ids + at, token_id.to(tl.int32))
+    tl.store(logprobs + at, chosen - peak - log_sum)
+    tl.store(ranks + place, tl.sum(num_above, axis=0) + 1)
+    # Of each block the logit taken last, and its token: what comes after it in the order is left.
+    last_logits = tl.full([NUM_BLOCKS], float("inf"), tl.float32)
+    last_ids = tl.full([NUM_BLOCKS], -1, tl.int32)
+    for rank in range(1, num_top + 1):
+        best = tl.max(largest, axis=0)
+        block = tl.min(tl.where(largest == best, blocks, NUM_BLOCKS - 1), axis=0)
+        is_block = blocks == block
+        last = tl.max(tl.where(is_block, last_logits, float("-inf")), axis=0)
+        last_id = tl.max(tl.where(is_block, last_ids, -1), axis=0)
+        exact = read(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        columns = columns_of(block * BLOCK, BLOCK, INNER)
+        is_left = ((exact < last) | ((exact == last) & (columns > last_id))) & (columns < VOCAB)
+        best_id = first_column(is_left & (exact == best), block * BLOCK, VOCAB, BLOCK, INNER)
+        is_left = is_left & ((exact < best) | ((exact == best) & (columns > best_id)))
+        next_best = tl.max(tl.max(tl.where(is_left, exact, float("-inf")), axis=1), axis=0)
+        largest = tl.where(is_block, next_best, largest)
+        last_logits = tl.where(is_block, best, last_logits)
+        last_ids = tl.where(is_block, best_id, last_ids)
+        tl.store(top_ids + at + rank, best_id)
+        tl.store(logprobs + at + rank, best - peak - log_sum)

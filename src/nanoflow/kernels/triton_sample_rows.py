@@ -1,0 +1,115 @@
+"""A row of logits in a program that samples: a block of it, adjusted by what its request asks for, and its weights.
+
+Logits are searched by a float32's bits, as an integer that is in the same order.
+Shape legend: S rows, V vocabulary, G groups of a block, I logits of a group.
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Places of a row's numbers, as `sample.NUMBERS` lays them out, in units of 4 bytes.
+ROW, POSITION, SEED, SCALE, TOP_K, TOP_P, LOG_MIN_P = (tl.constexpr(place) for place in (0, 1, 2, 4, 5, 6, 7))
+REPETITION, PRESENCE, FREQUENCY, FIRST_FREE_STOP = (tl.constexpr(place) for place in (8, 9, 10, 11))
+NUM_EDITS, NUM_BIASES, HAS_PENALTIES, NUM_FIELDS = (tl.constexpr(place) for place in (12, 13, 14, 16))
+# The largest count of a token in the table of seen ones; the bit above says that the prompt has it.
+MAX_COUNT = tl.constexpr((1 << 14) - 1)
+# Entries of a row's list of edits that are looked at in one step.
+_EDITS = tl.constexpr(256)
+
+
+@triton.jit
+def read(row: tl.tensor, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr) -> tl.tensor:
+    """A block of logits as float32 [G, I]: infinity where they are not numbers, -infinity outside the vocabulary."""
+    columns = columns_of(first, BLOCK, INNER)
+    exact = tl.load(row + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
+    return tl.where(exact == exact, exact, float("inf"))
+
+
+@triton.jit
+def columns_of(first: tl.tensor, BLOCK: tl.constexpr, INNER: tl.constexpr) -> tl.tensor:
+    """Token ids of a block, [G, I]."""
+    return first + tl.arange(0, BLOCK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+
+
+@triton.jit
+def first_column(
+    is_wanted: tl.tensor, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
+) -> tl.tensor:
+    """The lowest token id of a block that is wanted; the last of the vocabulary if none is."""
+    columns = columns_of(first, BLOCK, INNER)
+    return tl.min(tl.min(tl.where(is_wanted, columns, VOCAB - 1), axis=1), axis=0)
+
+
+@triton.jit
+def adjusted(
+    row: tl.tuple, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
+) -> tl.tensor:
+    """`_read`, with biases, then penalties applied, and stop tokens that are held back at -infinity."""
+    logits, seen, edit_ids, edit_values, num_edits, is_held, has_penalties, repetition, presence, frequency = row
+    exact = read(logits, first, VOCAB, BLOCK, INNER)
+    columns = columns_of(first, BLOCK, INNER)
+    if num_edits > 0:
+        begin, end = first * 0, first * 0
+        for at in range(0, num_edits, _EDITS):
+            places = at + tl.arange(0, _EDITS)
+            ids = tl.load(edit_ids + places, mask=places < num_edits, other=VOCAB + BLOCK)
+            begin += tl.sum((ids < first).to(tl.int32), axis=0)
+            end += tl.sum((ids < first + BLOCK).to(tl.int32), axis=0)
+        for edit in range(begin, end):
+            value = tl.load(edit_values + edit)
+            is_stop = value == float("-inf")
+            edited = tl.where(is_stop, float("-inf"), exact + value)
+            exact = tl.where((columns == tl.load(edit_ids + edit)) & (is_held | (is_stop == 0)), edited, exact)
+    if has_penalties:
+        record = tl.load(seen + columns, mask=columns < VOCAB, other=0).to(tl.int32)
+        count = record & MAX_COUNT
+        factor = tl.where(record > 0, repetition, 1.0)
+        exact = tl.where(exact > 0, tl.div_rn(exact, factor), exact * factor)
+        exact = exact - frequency * count.to(tl.float32)
+        exact = exact - tl.where(count > 0, presence, 0.0)
+    return exact
+
+
+@triton.jit
+def weights_of(exact: tl.tensor, peak: tl.tensor, scale: tl.tensor, log_min_p: tl.tensor) -> tl.tensor:
+    """Weights relative to that of the largest logit; 0 for tokens that min_p leaves out."""
+    logs = (exact - peak) * scale
+    return tl.where(logs >= log_min_p, tl.exp2(logs), 0.0)
+
+
+@triton.jit
+def key_of(exact: tl.tensor) -> tl.tensor:
+    """An int32 that is in the order of the float32."""
+    bits = exact.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def logit_of(key: tl.tensor) -> tl.tensor:
+    """The float32 of a `_key`."""
+    return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def on_grid(place: tl.tensor, grid_bits: tl.tensor) -> tl.tensor:
+    """The logit whose `_key` without its low bits is `place`: of a negative one these bits are ones in the key."""
+    key = place << grid_bits
+    return logit_of(tl.where(key < 0, key | ((1 << grid_bits) - 1), key))
+
+
+@triton.jit
+def uniform_of(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+    """`sample.uniform`."""
+    mixed = _mix(_mix(seed.to(tl.uint64, bitcast=True)) + position.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    return (mixed >> 11).to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def _mix(x: tl.tensor) -> tl.tensor:
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)

@@ -1,0 +1,73 @@
+"""Compile the programs of sampling for Hopper and print what they take.
+
+    python -m tests.compile_sample
+
+A process of its own, since Triton's interpreter and its compiler do not share one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanoflow.kernels import triton_sample_programs as programs
+from nanoflow.kernels.triton_sample import CHOICE, LARGEST
+
+VOCAB_SIZE = 128256
+
+
+def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+    """Registers of a thread, shared memory of a program, and instructions that move spilled registers."""
+    attributes = {(place,): [["tt.divisibility", 16]] for place in range(len(signature))}
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(done.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers = next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:"))
+    num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.split())
+    loads = sorted({word for word in code.split() if word.startswith(("LDG", "LDGSTS"))})
+    return {"registers": registers, "shared_bytes": done.metadata.shared, "num_spills": num_spills, "loads": loads}
+
+
+def main() -> None:
+    """Print a report of each program, for logits in bfloat16 and float32."""
+    reports = {}
+    for dtype, bits in (("bf16", 16), ("fp32", 0)):
+        logits = {"logits": f"*{dtype}"}
+        results = {"token_ids": "*i64", "best": "*fp32"}
+        sizes = {"VOCAB": VOCAB_SIZE, "BLOCK": LARGEST.block, "INNER": 8}
+        sizes["NUM_BLOCKS"] = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, LARGEST.block))
+        reports[f"largest {dtype}"] = compiled(
+            programs.largest_program, {**logits, **results}, sizes, LARGEST.num_warps
+        )
+        tables = {
+            "numbers": "*i32",
+            "floats": "*fp32",
+            "seeds": "*i64",
+            "seen": "*i16",
+            "edit_ids": "*i32",
+            "edit_values": "*fp32",
+            "edit_stride": "i32",
+        }
+        reports[f"choose {dtype}"] = compiled(
+            programs.choose_program, {**logits, **tables, **results}, {**sizes, "GRID_BITS": bits}, CHOICE.num_warps
+        )
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Rows to sample, for the twins of sampling: every combination of what a request can ask for."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoflow.kernels.sample import IN_PROMPT, NUMBERS, SampleTables, scale_of
+
+FILTERS: dict[str, list[Any]] = {
+    "top_k": [0, 1, 7, 50, 1500],
+    "top_p": [1.0, 1e-30, 0.3, 0.95, 0.9999],
+    "log_min_p": [-np.inf, -10.0, -2.0, 0.0],
+}
+
+
+def numbers(num_rows: int, first_position: int = 5, **columns: Any) -> Tensor:
+    """`NUMBERS` of rows in reverse order of the table: int32 [S, 16]. Without more, a draw at temperature 0.8."""
+    table = np.zeros(num_rows, NUMBERS)
+    table["row"] = np.arange(num_rows)[::-1]
+    table["position"] = first_position + np.arange(num_rows)
+    table["seed"] = np.arange(num_rows, dtype=np.uint64) * np.uint64(0x123456789ABCDEF) + np.uint64(77)
+    table["scale"], table["top_p"], table["log_min_p"], table["repetition"] = scale_of(0.8), 1.0, -np.inf, 1.0
+    for name, values in columns.items():
+        table[name] = values
+    return torch.from_numpy(table.view(np.int32).reshape(num_rows, -1))
+
+
+def filter_columns() -> dict[str, Any]:
+    """Every combination of filters, and every one at two temperatures: 200 rows."""
+    rows = list(itertools.product(*FILTERS.values(), [scale_of(0.8), scale_of(2.5)]))
+    return dict(zip((*FILTERS, "scale"), map(list, zip(*rows, strict=True)), strict=True))
+
+
+def tables(num_rows: int, vocab_size: int, *, seed: int = 0, num_edits: int = 12) -> SampleTables:
+    """Random ones: a third of all tokens seen, and edits of which the last third are stop tokens, in order of ids."""
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.randint(0, 4, (num_rows, vocab_size), generator=generator)
+    seen = torch.where(torch.rand(seen.shape, generator=generator) < 0.3, seen, 0)
+    seen += IN_PROMPT * (torch.rand(seen.shape, generator=generator) < 0.1)
+    width = min(num_edits, vocab_size)
+    ids = torch.stack([torch.randperm(vocab_size, generator=generator)[:width].sort()[0] for _ in range(num_rows)])
+    values = 4 * torch.randn(ids.shape, generator=generator)
+    values[torch.rand(ids.shape, generator=generator) < 0.3] = -torch.inf
+    return SampleTables(seen=seen.to(torch.int16), edit_ids=ids.int(), edit_values=values)
+
+
+def adjusted_columns(num_rows: int, num_edits: int = 12) -> dict[str, Any]:
+    """Penalties, biases, and stop tokens held back, each for some of the rows."""
+    rows = np.arange(num_rows)
+    return {
+        "has_penalties": rows % 2,
+        "repetition": np.where(rows % 2, 1.3, 1.0),
+        "presence": np.where(rows % 4 == 1, 0.7, 0.0),
+        "frequency": np.where(rows % 4 == 3, -0.4, 0.0),
+        "num_edits": np.where(rows % 3 == 0, num_edits, 0),
+        "num_biases": np.where(rows % 6 == 0, 5, 0),
+        "first_free_stop": np.where(rows % 5 < 3, 1000, 0),
+    }
+
+
+def to(tables_: SampleTables, device: torch.device) -> SampleTables:
+    """The tables on a device, never those given: a draw writes to them."""
+    return SampleTables(
+        seen=tables_.seen.to(device, copy=True),
+        edit_ids=tables_.edit_ids.to(device),
+        edit_values=tables_.edit_values.to(device),
+    )
