@@ -284,7 +284,7 @@ def test_generate_prints_plain_text(fake_llm: type[FakeLLM], capsys: pytest.Capt
     assert run_cli("generate", "hello", "--model", "m", "--temperature", "0", "--stop", "x") == 0
     assert capsys.readouterr().out == "HELLO\n"
     params = SamplingParams(temperature=0.0, stop=["x"], max_tokens=128)
-    assert fake_llm.seen == (EngineConfig(model="m"), ["hello"], params)
+    assert fake_llm.seen == (EngineConfig(model="m", goal="throughput"), ["hello"], params)
 
 
 def test_generate_heads_several_completions_with_their_prompt(
