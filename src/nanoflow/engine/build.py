@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
 
     Args:
         config: All options.
-        show_progress: Draw bars on standard error.
+        show_progress: Say on standard error which limits were chosen, and draw bars there.
         prepares_plans: Capture CUDA graphs for the plans of the book before the first request; else when they are met.
 
     Raises:
@@ -63,6 +64,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     stored = None if config.plan is None else load_book(Path(config.plan))
     chosen = engine_limits(config, model_config, graph, dtype, device, stored)
     logger.info("%s", chosen.reason)
+    if show_progress:
+        print(chosen.reason, file=sys.stderr)
     book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph, device)
     # 2. Weights, and KV pages in what they leave.
     require_room_for_weights(graph, dtype, device)

@@ -88,6 +88,8 @@ _COUNT_BYTES = 5
 _TABLE_BYTES = 8
 # On a CPU others want memory too: KV pages take at most this part of what is free once the weights are loaded.
 _CPU_SHARE = 0.4
+# Numbers are rounded down to multiples: of tokens, as far apart as batches are padded anyway, and of requests.
+_TOKENS_STEP = 256
 _STEP = 8
 _FEWEST_SEQS = 8
 
@@ -222,19 +224,19 @@ def _given_seqs(config: EngineConfig, book: StoredBook | None) -> _Number | None
 def _chosen_tokens(
     config: EngineConfig, wanted: GoalLimits, graph: OpGraph, device: LocalDevice, dtype_bytes: int
 ) -> _Number:
-    """The goal's budget, halved until an iteration is short enough and its tensors small enough."""
+    """The goal's budget, less where an iteration would take too long or its tensors too much memory."""
     tokens, why = wanted.max_batch_tokens, f"goal {config.goal}"
-    if config.max_num_seqs is not None and config.max_num_seqs > tokens:
-        tokens, why = config.max_num_seqs, f"a token for each of {config.max_num_seqs:,} requests"
     if wanted.full_iteration_s is not None:
-        token_s = _token_s(graph, device)
-        while tokens // 2 >= wanted.min_batch_tokens and tokens * token_s > wanted.full_iteration_s:
-            tokens //= 2
-            why = f"more would take {device.name} over {wanted.full_iteration_s * 1e3:g} ms an iteration"
+        in_time = int(wanted.full_iteration_s / _token_s(graph, device)) // _TOKENS_STEP * _TOKENS_STEP
+        if in_time < tokens:
+            tokens, why = in_time, f"about {wanted.full_iteration_s * 1e3:g} ms an iteration on {device.name}"
+        if tokens < wanted.min_batch_tokens:
+            tokens, why = wanted.min_batch_tokens, f"fewer are slow, goal {config.goal}"
     most = int(device.memory_bytes * WORKSPACE_SHARE)
     while tokens // 2 >= _STEP and _tensor_bytes(graph, tokens, config.max_num_seqs, dtype_bytes) > most:
-        tokens //= 2
-        why = f"tensors of more would take over {WORKSPACE_SHARE:.0%} of the memory"
+        tokens, why = tokens // 2, f"tensors of more would take over {WORKSPACE_SHARE:.0%} of the memory"
+    if config.max_num_seqs is not None and config.max_num_seqs > tokens:
+        tokens, why = config.max_num_seqs, "a token for each request"
     return _Number(value=tokens, origin="chosen", why=why)
 
 
@@ -267,7 +269,7 @@ def _chosen_seqs(
     a_row = row_bytes(graph, max_model_len=max_model_len, page_size=config.page_size, dtype_bytes=dtype_bytes)
     bounds = (
         (wanted.max_num_seqs, f"goal {config.goal}"),
-        (kv_tokens // short, f"the KV pages hold so many of {short} tokens"),
+        (kv_tokens // short, f"as many of {short} tokens as the KV pages hold"),
         (int(device.memory_bytes * ROWS_SHARE) // a_row, f"more would take over {ROWS_SHARE:.0%} of the memory"),
     )
     value, why = min(bounds, key=lambda bound: bound[0])
