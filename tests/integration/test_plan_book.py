@@ -136,7 +136,7 @@ def server_url(book: Book) -> Iterator[str]:
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
+        yield next(line for line in process.stdout if line.startswith("nanoflow serves ")).split()[-1]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) in (0, 130)
     finally:

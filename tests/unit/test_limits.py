@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import msgspec
@@ -114,7 +115,7 @@ def test_long_contexts_and_large_vocabularies_have_room() -> None:
     assert wide.max_num_seqs < plain / 3 and "2% of the memory" in wide.reason
 
 
-# --- what wins ---------------------------------------------------------------------------------------------------------
+# --- what wins -----------------------------------------------------------------------------------------------------
 
 
 def book_of(max_tokens: int, own: BookLimits | None = None) -> StoredBook:
@@ -166,7 +167,7 @@ def test_what_is_chosen_goes_with_what_is_given() -> None:
 def test_more_memory_never_gives_smaller_limits(preset: str, goal: Goal) -> None:
     sizes = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192, 288)
     found = [chosen(preset, gpu("a card", (9, 0), 132, gib), goal) for gib in sizes]
-    for less, more in zip(found, found[1:], strict=False):
+    for less, more in itertools.pairwise(found):
         assert less.max_batch_tokens <= more.max_batch_tokens and less.max_num_seqs <= more.max_num_seqs
 
 
