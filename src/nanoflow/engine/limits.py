@@ -43,13 +43,12 @@ class GoalLimits:
 
 
 # Where the numbers come from: Llama-3-8B and Llama-3.2-1B on one H200, saturated with requests of 1024/512 tokens and
-# of the lengths of ShareGPT, and 8B at 20 and 35 requests/s, by simulation from measured profiles (docs/limits.md).
+# of the lengths of ShareGPT, and 8B at 20 and 35 requests/s, by simulation from measured profiles (docs/log.md).
 #   throughput: 8,192 tokens and 2,048 requests were the best sequential setting measured for 8B. 4,096 requests are
 #       predicted to give 0.7 % more for 8B and 2.4 % for 1B, but take twice the memory for logits and counted tokens.
-#   balanced: an iteration of 50 ms is 2,048 tokens of 8B on this card, with 0.99 of the best throughput and gaps of at
-#       most 50 ms at these rates, 73 ms when saturated; and 8,192 tokens of 1B. A bound of 50 ms when saturated would
-#       cost 4 % of the throughput, so the bound is what a full iteration with many long contexts takes: it holds
-#       where contexts are longer than those.
+#   balanced: an iteration of 50 ms is 2,048 tokens of 8B on this card, and 8,192 of 1B. For 8B that gives 0.99 of the
+#       best throughput, with gaps of at most 50 ms at these rates, and of 73 ms when saturated, as decodes of long
+#       contexts come on top. The bound of 75 ms is for longer ones; 50 ms would cost 4 % when saturated.
 #   latency: an iteration of 25 ms is 1,024 tokens of 8B. 512 would bring the longest gap from 28 to 17 ms and the 99th
 #       first token from 113 to 147 ms at 35 requests/s.
 ON_GPU: Mapping[Goal, GoalLimits] = {
@@ -82,7 +81,8 @@ SHORT_REQUEST_TOKENS = 256
 # Parts of the device's memory that tensors between operations, and what each row holds, may take.
 WORKSPACE_SHARE = 0.03
 ROWS_SHARE = 0.02
-# Beside its logits a row has its tokens counted, for penalties: 4 bytes generated and 1 for the prompt, a token id.
+# Beside its logits a row has its tokens counted, for penalties: for each id of the vocabulary 4 bytes, and 1 more for
+# the prompt.
 _COUNT_BYTES = 5
 # A row's page table is there twice, for decodes and for prompts, 4 bytes a page.
 _TABLE_BYTES = 8
