@@ -21,13 +21,13 @@ from nanoflow.bench.batches import batches_of
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.simulation import Cluster, SimulatedRun, limits_for, simulate
 from nanoflow.bench.workload import Lengths, draw_lengths
-from nanoflow.config import EngineConfig
+from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.cost.interference import Interference
 from nanoflow.cost.table import CostTable, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_name
-from nanoflow.plan.book import MadeFor, PlanBook, PlanEntry, StoredBook, load_book
+from nanoflow.plan.book import BookLimits, MadeFor, PlanBook, PlanEntry, StoredBook, load_book
 from nanoflow.plan.plan import Mechanism, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.scheduler.limits import SchedulerLimits
@@ -66,6 +66,14 @@ class Task:
         return preset_name(self.engine.model) or Path(self.engine.model).name
 
     @property
+    def own_limits(self) -> BookLimits:
+        """Token budget and requests at once; ConfigError if the engine would choose them."""
+        tokens, seqs = self.engine.max_batch_tokens, self.engine.max_num_seqs
+        if tokens is None or seqs is None:
+            raise ConfigError("rungs are compared within the same limits: give max_batch_tokens and max_num_seqs")
+        return BookLimits(max_batch_tokens=tokens, max_num_seqs=seqs)
+
+    @property
     def graph(self) -> OpGraph:
         """The model as the engine runs it."""
         return graphs_of(self.profile)[0]
@@ -86,7 +94,7 @@ class Task:
 
     def book(self, rung: str) -> PlanBook:
         """The book as the engine will have it; PlanError if it is not there or does not fit."""
-        path, fallback = self.book_path(rung), sequential_plan(self.graph, self.engine.max_batch_tokens)
+        path, fallback = self.book_path(rung), sequential_plan(self.graph, self.own_limits.max_batch_tokens)
         return PlanBook(fallback=fallback) if path is None else load_book(path).with_fallback(fallback, self.graph)
 
     def record_path(self, config: ThroughputConfig, rung: str) -> Path:
@@ -100,8 +108,8 @@ class Task:
             self.profile,
             self.graph,
             lengths,
-            max_batch_tokens=self.engine.max_batch_tokens,
-            max_num_seqs=self.engine.max_num_seqs,
+            max_batch_tokens=self.own_limits.max_batch_tokens,
+            max_num_seqs=self.own_limits.max_num_seqs,
             gpu_memory_utilization=self.engine.gpu_memory_utilization,
         )
 
@@ -115,7 +123,7 @@ def make_books(task: Task) -> None:
     missing = [(rung, path) for rung in task.rungs if (path := task.book_path(rung)) and not path.exists()]
     is_searched = any(rung != NANO_BATCHES for rung, _ in missing)
     iterations = [each for config in task.workloads for each in iterations_of(task, config)] if is_searched else []
-    setup, budget = task.profile.setup, task.engine.max_batch_tokens
+    setup, budget = task.profile.setup, task.own_limits.max_batch_tokens
     made_for = MadeFor(model=task.profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
     for rung, path in missing:
         book = StoredBook(entries=tuple(entries_of(task.profile, rung, iterations, budget)), made_for=made_for)

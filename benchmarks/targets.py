@@ -20,13 +20,15 @@ from nanoflow.bench.offline import run_workloads
 from nanoflow.bench.record import BenchRecord, write_record
 from nanoflow.bench.steady import SteadyState
 from nanoflow.cli.options import CommandParser, OptionGroup
-from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.config import UNWATCHED_DEFAULTS, ConfigError, EngineConfig
 from nanoflow.models.presets import preset_name
 
 _MEASUREMENT = OptionGroup(
     kind=ThroughputConfig, title="measurement", skip=frozenset({"workload", "num_requests", "json"})
 )
-_ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
+_ENGINE = OptionGroup(
+    kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}), defaults=UNWATCHED_DEFAULTS
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

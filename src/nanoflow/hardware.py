@@ -105,6 +105,24 @@ class GpuGroup:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalDevice:
+    """The device that a model runs on here.
+
+    Attributes:
+        name: For people.
+        is_gpu: False for a CPU.
+        memory_bytes, free_bytes: Its memory, and what of it can be allocated now.
+        flops_per_s: What products reach in the long run, about.
+    """
+
+    name: str
+    is_gpu: bool
+    memory_bytes: int
+    free_bytes: int
+    flops_per_s: float
+
+
 GPUS: Mapping[str, GpuSpec] = {
     "a100-80": GpuSpec(
         title="NVIDIA A100 80 GB SXM",
@@ -184,3 +202,25 @@ def parse_gpus(text: str) -> GpuGroup:
     if num_gpus == 0:
         raise HardwareError(f"GPUs must be NAME or NAMExN with N from 1 (as h200 or a100-80x8), got {text!r}")
     return GpuGroup(name=f"{name}x{num_gpus}" if num_gpus > 1 else name, spec=GPUS[name], num_gpus=num_gpus)
+
+
+# The GPU of this file that stands for those of a compute capability and above it.
+_LIKE: Mapping[tuple[int, int], str] = {(8, 0): "a100-80", (8, 9): "ada6000", (9, 0): "h200", (10, 0): "b200"}
+# Where nobody measured: what GEMMs reach of the peak in the long run, as they do on an H200.
+_SUSTAINED_SHARE = 0.68
+# A core with 256-bit vectors, all of them at work and memory shared: an order of magnitude, not a measurement.
+_CORE_FLOPS_PER_S = 30e9
+
+
+def rough_gpu_flops_per_s(capability: tuple[int, int], num_sms: int) -> float:
+    """What products reach on a GPU, about: as much a multiprocessor as on the known GPU that is most like it."""
+    likes = [name for least, name in sorted(_LIKE.items()) if least <= capability] or ["ada6000"]
+    spec = GPUS[likes[-1]]
+    sustained = spec.sustained_compute_flops_per_s
+    reached = spec.compute_flops_per_s.value * _SUSTAINED_SHARE if sustained is None else sustained.value
+    return reached / spec.num_sms.value * num_sms
+
+
+def rough_cpu_flops_per_s(num_cores: int) -> float:
+    """What products reach on so many cores of a CPU, about."""
+    return num_cores * _CORE_FLOPS_PER_S

@@ -154,7 +154,7 @@ def server_url() -> Iterator[str]:
     process = subprocess.Popen([*NANOFLOW, "serve", "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
+        yield next(line for line in process.stdout if line.startswith("nanoflow serves ")).split()[-1]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) in (0, 130)
     finally:

@@ -11,7 +11,8 @@ import pytest
 
 from nanoflow import LLM, SamplingParams
 from nanoflow.bench.steady import ProgressRecorder
-from nanoflow.config import ConfigError
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.engine.build import build_engine
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.prompts import PromptInput
 from nanoflow.outputs import FinishReason
@@ -139,6 +140,20 @@ def test_the_bar_counts_requests_and_tokens(llm: LLM, capsys: pytest.CaptureFixt
     llm.generate(["a", "b"], GREEDY)
     shown = capsys.readouterr().err
     assert "2/2" in shown and "output tokens/s" in shown
+
+
+def test_limits_that_are_not_given_are_chosen_for_throughput(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"load_format": "dummy", "device": "cpu", "num_threads": 1, "block_size": 8, "enforce_eager": True}
+    with LLM(model, **options) as llm:
+        facts = llm.facts
+    assert facts.page_size == 8
+    assert facts.limits is not None and facts.limits.goal == "throughput"
+    assert (facts.max_batch_tokens, facts.max_num_seqs) == (facts.limits.max_batch_tokens, facts.limits.max_num_seqs)
+    # Only a terminal is told.
+    assert "limits for" not in capsys.readouterr().err
+    build_engine(EngineConfig(model=model, **ENGINE_OPTIONS), show_progress=True).close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "limits for" in line]
+    assert len(said) == 1 and said[0].startswith("limits for balanced: max_batch_tokens 2,048 (goal balanced)")
 
 
 def test_unknown_options_name_the_nearest(model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from nanoflow.engine.build import resolve_model
 from nanoflow.engine.llm import LLM
 from nanoflow.engine.messages import BookFacts, EngineStats
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import MadeFor, PlanEntry, StoredBook
+from nanoflow.plan.book import BookLimits, MadeFor, PlanEntry, StoredBook
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.request import SamplingParams
 from tests.integration.test_cli_end_to_end import NANOFLOW, run_cli
@@ -86,6 +87,21 @@ def sequential() -> tuple[list[list[int]], str]:
     return tokens, digest
 
 
+def test_the_engine_runs_within_the_limits_of_the_book(
+    book: Book, sequential: tuple[list[list[int]], str], tmp_path: Path
+) -> None:
+    path = tmp_path / "book.json"
+    own = BookLimits(max_batch_tokens=BUDGET + 8, max_num_seqs=3)
+    path.write_bytes(dataclasses.replace(book.stored, limits=own).to_json())
+    with LLM(plan=str(path), num_pages=200) as llm:
+        assert (llm.facts.max_batch_tokens, llm.facts.max_num_seqs) == (BUDGET + 8, 3)
+        assert llm.facts.limits is not None and llm.facts.limits.max_num_seqs_origin == "book"
+        outputs = llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == sequential[0]
+    with LLM(plan=str(path), num_pages=200, max_num_seqs=2) as llm:
+        assert (llm.facts.max_batch_tokens, llm.facts.max_num_seqs) == (BUDGET + 8, 2)
+
+
 def test_the_book_decides_and_the_tokens_stay_the_same(book: Book, sequential: tuple[list[list[int]], str]) -> None:
     expected, fallback = sequential
     tokens, recorder, facts = run_in_process(book.path)
@@ -136,7 +152,7 @@ def server_url(book: Book) -> Iterator[str]:
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
+        yield next(line for line in process.stdout if line.startswith("nanoflow serves ")).split()[-1]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) in (0, 130)
     finally:

@@ -56,6 +56,14 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.05)
 
 
+def test_limits_are_said_before_the_server_is_ready(server: ServerProcess, http: httpx.Client) -> None:
+    said, ready = server.lines[:2]
+    assert said.startswith("nanoflow limits for balanced: max_batch_tokens ") and ready.startswith("nanoflow serves ")
+    (shown,) = re.findall(r"^nanoflow:limits_info{(.*)} 1\.0$", http.get("/metrics").text, re.MULTILINE)
+    reason = said.strip().removeprefix("nanoflow ")
+    assert 'goal="balanced"' in shown and 'max_num_seqs_origin="chosen"' in shown and f'reason="{reason}"' in shown
+
+
 def is_idle(http: httpx.Client) -> bool:
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     return all(metric(http, name) == 0 for name in names)

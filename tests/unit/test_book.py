@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow.config import EngineConfig
 from nanoflow.engine.build import book_facts, plan_book
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
@@ -228,11 +227,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def load_for_engine(path: Path, graph: OpGraph = GRAPH) -> PlanBook:
-    return plan_book(EngineConfig(plan=str(path), max_batch_tokens=BUDGET), graph, CPU)
+    return plan_book(str(path), load_book(path), BUDGET, graph, CPU)
 
 
 def test_without_a_file_there_is_the_sequential_plan() -> None:
-    book = plan_book(EngineConfig(max_batch_tokens=BUDGET), GRAPH, CPU)
+    book = plan_book(None, None, BUDGET, GRAPH, CPU)
     assert book == book_of()
     assert str(book_facts(book)) == f"sequential ({FALLBACK.digest})"
 

@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoflow.executor.buffers import Workspace
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import Scope
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.liveness import ALIGNMENT, conflicts, place
+from nanoflow.plan.liveness import ALIGNMENT, conflicts, place, workspace_bytes
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.inside import inside_plan
-from tests.graphs import graphs, valid_plans
+from tests.graphs import device_model, graphs, valid_plans
 
 LLAMA = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
 SEQUENTIAL = sequential_plan(LLAMA, 2048)
@@ -69,6 +70,20 @@ def test_less_memory_is_taken_than_by_each_alone(num_tokens: int) -> None:
         total = max(begins[name] + num_bytes[name] for name in num_bytes)
         assert num_bytes["logits"] + num_bytes["hidden"] <= total < 0.7 * sum(num_bytes.values())
         assert any(overlap(begins, num_bytes, "logits", name) for name in OF_LAYER)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), num_tokens=st.integers(1, 12), num_logits=st.integers(1, 5))
+def test_the_bytes_of_all_tensors_are_what_the_executor_allocates(
+    data: st.DataObject, num_tokens: int, num_logits: int
+) -> None:
+    graph = data.draw(graphs())
+    model, plans = device_model(graph, num_pages=1), [sequential_plan(graph, num_tokens)]
+    workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_logits, plans=plans)
+    (num_bytes,) = {tensor.untyped_storage().nbytes() for tensor in workspace.tensors.values()}
+    assert num_bytes == workspace_bytes(
+        graph, plans, num_tokens=num_tokens, num_logits=num_logits, dtype_bytes=model.dtype.itemsize
+    )
 
 
 def test_on_parallel_lanes_everything_of_a_layer_is_needed_at_once() -> None:

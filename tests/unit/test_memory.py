@@ -10,6 +10,8 @@ import torch
 
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine import memory
+from nanoflow.engine.limits import choose_limits
+from nanoflow.hardware import LocalDevice
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from tests.unit.test_plan import LLAMA
@@ -23,12 +25,22 @@ GRAPH = build_graph(MODEL, None)
 @pytest.fixture
 def size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
     def run(
-        device: str, free_pages: float, total_pages: float = 0, sampling_pages: float = 0, **options: Any
+        device: str, free_pages: float, total_pages: float = 0, taken_pages: float = 0, **options: Any
     ) -> tuple[int, int]:
         monkeypatch.setattr(memory, "free_memory_bytes", lambda _: int(free_pages * PAGE_BYTES))
-        monkeypatch.setattr(memory, "sampling_bytes", lambda *_: int(sampling_pages * PAGE_BYTES))
         monkeypatch.setattr(memory, "total_memory_bytes", lambda _: int(total_pages * PAGE_BYTES))
-        return memory.size_cache(EngineConfig(**options), MODEL, GRAPH, torch.float32, torch.device(device))
+        config = EngineConfig(**{"max_batch_tokens": 2048, "max_num_seqs": 256, **options})
+        somewhere = LocalDevice(name=device, is_gpu=device == "cuda", memory_bytes=1, free_bytes=1, flops_per_s=1.0)
+        limits = choose_limits(config, GRAPH, somewhere, max_model_len=256, dtype_bytes=4)
+        return memory.size_cache(
+            config,
+            limits,
+            MODEL,
+            GRAPH,
+            torch.float32,
+            torch.device(device),
+            taken_bytes=int(taken_pages * PAGE_BYTES),
+        )
 
     return run
 
@@ -41,9 +53,9 @@ def test_pages_take_what_utilization_leaves_on_a_gpu(size: Size) -> None:
     assert size("cuda", 700, 1000, gpu_memory_utilization=0.5) == (200, 256)
 
 
-def test_what_sampling_takes_on_a_gpu_is_no_room_for_pages(size: Size) -> None:
-    assert size("cuda", 700, 1000, sampling_pages=50, gpu_memory_utilization=0.9) == (550, 256)
-    assert size("cpu", 100, sampling_pages=50) == (40, 256)
+def test_what_is_allocated_later_stays_free_on_a_gpu(size: Size) -> None:
+    assert size("cuda", 700, 1000, 50, gpu_memory_utilization=0.9) == (550, 256)
+    assert size("cpu", 1000, 0, 50) == (400, 256)
 
 
 def test_no_more_pages_than_all_requests_can_use(size: Size) -> None:

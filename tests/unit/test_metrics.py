@@ -6,8 +6,13 @@ import dataclasses
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from nanoflow.config import EngineConfig
+from nanoflow.engine.limits import choose_limits
 from nanoflow.engine.messages import BookFacts, EngineStats, PlanName
 from nanoflow.engine.observer import FinishedRequest, Observer
+from nanoflow.hardware import LocalDevice
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
 from nanoflow.outputs import FinishReason
 from nanoflow.server.metrics import ServerMetrics, token_count_buckets
 from tests.fake_async_engine import FakeAsyncEngine
@@ -145,6 +150,32 @@ def test_plans_are_named_and_their_iterations_counted() -> None:
         f'nanoflow:iterations_total{{digest="zz",{labels},plan="sequential"}} 1.0',
         f'nanoflow:iterations_total{{digest="bb",{labels},plan="overlapped"}} 2.0',
     ]
+
+
+def test_limits_are_said_with_where_they_come_from() -> None:
+    engine = FakeAsyncEngine()
+    assert "limits_info" not in metrics_of(engine).render().decode()
+    config = EngineConfig(max_num_seqs=7, max_itl_ms=12.5)
+    place = LocalDevice(name="the CPU", is_gpu=False, memory_bytes=2**34, free_bytes=2**33, flops_per_s=1e12)
+    graph = build_graph(preset_config("llama-3.2-1b"), None)
+    limits = choose_limits(config, graph, place, max_model_len=64, dtype_bytes=4)
+    engine.facts = dataclasses.replace(engine.facts, limits=limits)
+    (line,) = [line for line in metrics_of(engine).render().decode().splitlines() if "nanoflow:limits_info{" in line]
+    for label in (
+        'goal="balanced"',
+        'max_batch_tokens="1536"',
+        'max_batch_tokens_origin="chosen"',
+        'max_num_seqs="7"',
+        'max_num_seqs_origin="given"',
+        'max_itl_ms="12.5"',
+        'max_itl_ms_origin="given"',
+        f'reason="{limits.reason}"',
+    ):
+        assert label in line
+    assert line.endswith("} 1.0")
+    unbound = dataclasses.replace(limits, max_itl_ms=None)
+    engine.facts = dataclasses.replace(engine.facts, limits=unbound)
+    assert 'max_itl_ms="none"' in metrics_of(engine).render().decode()
 
 
 def test_token_buckets_end_at_the_context_length() -> None:

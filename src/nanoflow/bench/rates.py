@@ -7,6 +7,7 @@ It runs the engine's own kernels on tensors of its own, which are freed before t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from nanoflow.bench.bound import Bounds, Cost, Rates, TypicalBatch, bounds_of, t
 from nanoflow.bench.workload import Lengths
 from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
-from nanoflow.engine.build import resolve_model
+from nanoflow.engine.build import engine_limits, resolve_model
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.operation import OpKind
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, random_weights
+from nanoflow.plan.book import load_book
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Work, sustained
 
@@ -38,7 +40,9 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
     model_config, _ = resolve_model(config)
     graph = build_graph(model_config, config.max_model_len)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
-    batch = typical_batch(lengths, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs)
+    stored = None if config.plan is None else load_book(Path(config.plan))
+    limits = engine_limits(config, model_config, graph, dtype, device, stored)
+    batch = typical_batch(lengths, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs)
     rates = _measure_rates(Site(graph=graph, device=device, dtype=dtype, page_size=config.page_size), batch)
     if device.type == "cuda":
         # The engine sizes its cache by what the driver says is free.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import EngineConfig
+from nanoflow.config import UNWATCHED_DEFAULTS, EngineConfig
 
 if TYPE_CHECKING:
     from nanoflow.bench.record import BenchRecord
@@ -54,7 +54,9 @@ _EXAMPLES_SERVE = """\
 _BENCH = OptionGroup(kind=BenchConfig, title="workload and measurement")
 _THROUGHPUT = OptionGroup(kind=ThroughputConfig, title="workload and measurement")
 _LOAD = OptionGroup(kind=LoadConfig, title="server and load")
-_ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
+_ENGINE = OptionGroup(
+    kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}), defaults=UNWATCHED_DEFAULTS
+)
 
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:

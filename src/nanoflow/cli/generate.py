@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.config import UNWATCHED_DEFAULTS, ConfigError, EngineConfig
 from nanoflow.outputs import FinishReason
 from nanoflow.request import SamplingParams
 
@@ -37,7 +37,9 @@ _EXAMPLES = """\
 # What needs a program around it (biases, log probabilities, raw tokens) is left to the Python and HTTP interfaces.
 NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize"})
 
-_ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
+_ENGINE = OptionGroup(
+    kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}), defaults=UNWATCHED_DEFAULTS
+)
 _SAMPLING = OptionGroup(kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS, defaults={"max_tokens": 128})
 
 

@@ -1,8 +1,9 @@
 """Turns config dataclasses into command-line flags, and given flags back into configs.
 
-A field `max_batch_tokens: int = 2048` is the flag `--max-batch-tokens N`; its help is the field's, or stands in the
-docstring. A flag that is not given leaves no trace, so defaults live in the dataclass alone. This file knows no command
-(see `main.py`) and no config by name (see `config.py`, `request.py`, `bench/config.py`).
+A field `page_size: int = 16` is the flag `--page-size N`; its help is the field's, or stands in the docstring. Its
+aliases are flags too, and the help names them. A flag that is not given leaves no trace, so defaults live in the
+dataclass alone. This file knows no command (see `main.py`) and no config by name (see `config.py`, `request.py`,
+`bench/config.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from nanoflow.config import from_kwargs, unknown_option
+from nanoflow.config import by_own_names, from_kwargs, unknown_option
 
 ConfigT = TypeVar("ConfigT")
 Subcommands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
@@ -76,18 +77,39 @@ class OptionGroup(Generic[ConfigT]):
         texts = _attribute_texts(self.kind)
         for field in self._fields():
             text = field.metadata.get("help") or texts.get(field.name, "")
+            aliases = field.metadata.get("aliases", ())
+            also = "; ".join(" ".join(filter(None, (_flag(alias.name), alias.note))) for alias in aliases)
+            how = _how_to_parse(hints[field.name], field.metadata.get("nargs"), field.metadata.get("read"))
             group.add_argument(
-                "--" + field.name.replace("_", "-"),
+                _flag(field.name),
                 dest=field.name,
                 default=argparse.SUPPRESS,
-                help=_help(text, self.defaults.get(field.name, field.default)),
-                **_how_to_parse(hints[field.name], field.metadata.get("nargs")),
+                help=_help(f"{text} (also {also})" if also else text, self.defaults.get(field.name, field.default)),
+                **how,
             )
+            for alias in aliases:
+                # A place of its own, so that two names with different values can be told.
+                is_other = alias.convert is not None and "action" not in how
+                group.add_argument(
+                    _flag(alias.name),
+                    dest=alias.name,
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                    **({"type": str} if is_other else how),
+                )
 
     def given(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The fields whose flags stand on the command line."""
-        names = {field.name for field in self._fields()}
-        return {name: value for name, value in vars(args).items() if name in names}
+        """The fields whose flags stand on the command line, under any of their names.
+
+        Raises:
+            ConfigError: Two names of one field have different values.
+        """
+        names = {
+            name
+            for field in self._fields()
+            for name in (field.name, *(alias.name for alias in field.metadata.get("aliases", ())))
+        }
+        return by_own_names(self.kind, {name: value for name, value in vars(args).items() if name in names})
 
     def read(self, args: argparse.Namespace) -> ConfigT:
         """The config that the command line describes.
@@ -101,7 +123,11 @@ class OptionGroup(Generic[ConfigT]):
         return [field for field in dataclasses.fields(self.kind) if field.name not in self.skip]  # type: ignore[arg-type]
 
 
-def _how_to_parse(hint: Any, nargs: str | None) -> dict[str, Any]:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _how_to_parse(hint: Any, nargs: str | None, read: Callable[[str], Any] | None) -> dict[str, Any]:
     """Arguments of `add_argument` for a field's type; `X | None` parses as X, a sequence as a repeatable flag."""
     members = [member for member in get_args(hint) if member is not type(None)]
     kinds = [hint] if get_origin(hint) in (None, Literal, Sequence, tuple) else members
@@ -112,9 +138,22 @@ def _how_to_parse(hint: Any, nargs: str | None) -> dict[str, Any]:
             return {"type": item, "metavar": _METAVARS[item], **how}
     if kinds[0] is bool:
         return {"action": argparse.BooleanOptionalAction}
+    parse = {} if read is None else {"type": _parser_of(read)}
     if get_origin(kinds[0]) is Literal:
-        return {"choices": get_args(kinds[0])}
-    return {"type": kinds[0], "metavar": _METAVARS[kinds[0]]}
+        return {"choices": get_args(kinds[0]), **parse}
+    return {"type": kinds[0], "metavar": _METAVARS[kinds[0]], **parse}
+
+
+def _parser_of(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same, with errors as argparse shows them."""
+
+    def parse(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def _help(text: str, default: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from nanoflow.config import ConfigError
+from nanoflow.hardware import LocalDevice, rough_cpu_flops_per_s, rough_gpu_flops_per_s
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,6 +29,22 @@ def resolve_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """The GPU's name as its driver says it; `cpu` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def local_device(device: torch.device) -> LocalDevice:
+    """What limits are chosen by: the memory of the device now, and about how fast it is."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        flops_per_s = rough_gpu_flops_per_s((found.major, found.minor), found.multi_processor_count)
+    else:
+        flops_per_s = rough_cpu_flops_per_s(torch.get_num_threads())
+    return LocalDevice(
+        name=device_name(device) if device.type == "cuda" else "the CPU",
+        is_gpu=device.type == "cuda",
+        memory_bytes=total_memory_bytes(device),
+        free_bytes=free_memory_bytes(device),
+        flops_per_s=flops_per_s,
+    )
 
 
 def use_device(device: torch.device) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 
 import torch
 
 from nanoflow.config import EngineConfig
-from nanoflow.device.detect import device_name, resolve_device, resolve_dtype, use_device
+from nanoflow.device.detect import device_name, local_device, resolve_device, resolve_dtype, use_device
 from nanoflow.engine.engine import Engine
-from nanoflow.engine.memory import require_room_for_weights, size_cache
+from nanoflow.engine.iteration_times import IterationTimes
+from nanoflow.engine.limits import EngineLimits, choose_limits
+from nanoflow.engine.memory import require_room_for_weights, size_cache, wanted_model_len
 from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
-from nanoflow.engine.warmup import compile_and_record
+from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, allocate_caches, draw_keys
+from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
@@ -26,10 +30,12 @@ from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import load_weights, random_weights
-from nanoflow.plan.book import PlanBook, load_book
+from nanoflow.plan.book import PlanBook, StoredBook, load_book
+from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -40,7 +46,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
 
     Args:
         config: All options.
-        show_progress: Draw bars on standard error.
+        show_progress: Say on standard error which limits were chosen, and draw bars there.
         prepares_plans: Capture CUDA graphs for the plans of the book before the first request; else when they are met.
 
     Raises:
@@ -49,6 +55,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     start_s = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    # 1. What is to run, where, and within which limits. Nothing is loaded yet, so that mistakes are told at once.
     device = resolve_device(config.device)
     use_device(device)
     model_config, folder = resolve_model(config)
@@ -57,37 +64,57 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     kernels = kernels_for(device, dtype, graph.layer)
     if OpKind.LINEAR_SWIGLU in kernels:
         graph = fuse_swiglu(graph)
-    book = plan_book(config, graph, device)
+    stored = None if config.plan is None else load_book(Path(config.plan))
+    chosen = engine_limits(config, model_config, graph, dtype, device, stored)
+    logger.info("%s", chosen.reason)
+    if show_progress:
+        print(chosen.reason, file=sys.stderr)
+    book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph, device)
+    # 2. Weights, and KV pages in what they leave.
     require_room_for_weights(graph, dtype, device)
     is_random = folder is None or config.load_format == "random"
     if folder is None or is_random:
         weights = random_weights(graph, dtype, device, config.seed)
     else:
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
-    num_pages, max_model_len = size_cache(config, model_config, graph, dtype, device)
+    taken_bytes = sampling_bytes(chosen.max_num_seqs, graph.vocab_size, device) + workspace_bytes(
+        graph,
+        book.plans,
+        num_tokens=chosen.max_batch_tokens,
+        num_logits=chosen.max_num_seqs,
+        dtype_bytes=dtype.itemsize,
+    )
+    num_pages, max_model_len = size_cache(config, chosen, model_config, graph, dtype, device, taken_bytes=taken_bytes)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
     if is_random and device.type == "cuda":
         draw_keys(caches, config.seed)
+    # 3. What runs batches, and what forms them.
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     is_captured = config.cuda_graphs and device.type == "cuda" and are_capturable(kernels)
     worker = Worker(
         model,
         book.plans,
-        max_batch_tokens=config.max_batch_tokens,
-        num_rows=config.max_num_seqs,
+        max_batch_tokens=chosen.max_batch_tokens,
+        num_rows=chosen.max_num_seqs,
         captured_pages=-(-max_model_len // config.page_size) if is_captured else None,
     )
     limits = SchedulerLimits(
-        max_batch_tokens=config.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=chosen.max_batch_tokens,
+        max_num_seqs=chosen.max_num_seqs,
         max_model_len=max_model_len,
         num_pages=num_pages,
         page_size=config.page_size,
         vocab_size=graph.vocab_size,
     )
     load_s = time.monotonic() - start_s
+    # 4. Whatever can be done before a request waits for it.
     if is_captured:
         compile_and_record(worker, book, limits, with_plans=prepares_plans)
+    times = None
+    if chosen.max_itl_ms is not None:
+        known = None if stored is None else stored.iteration_time
+        samples = time_iterations(worker, book.fallback, limits) if is_captured and known is None else ()
+        times = IterationTimes(samples, known)
     facts = EngineFacts(
         model_type=graph.name,
         vocab_size=graph.vocab_size,
@@ -95,18 +122,31 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         eos_token_ids=model_config.eos_token_ids,
         num_pages=num_pages,
         page_size=config.page_size,
-        max_batch_tokens=config.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=chosen.max_batch_tokens,
+        max_num_seqs=chosen.max_num_seqs,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         plan=str(book_facts(book)),
         book=book_facts(book),
+        limits=chosen,
         load_s=load_s,
         warm_up_s=time.monotonic() - start_s - load_s,
     )
     return Engine(
-        facts=facts, scheduler=Scheduler(limits=limits), worker=worker, book=book, is_async=config.async_scheduling
+        facts=facts,
+        scheduler=Scheduler(limits=limits, pace=_pace(chosen, times)),
+        worker=worker,
+        book=book,
+        is_async=config.async_scheduling,
+        times=times,
     )
+
+
+def _pace(limits: EngineLimits, times: IterationTimes | None) -> Pace:
+    """The bound on gaps between tokens; none without an estimate of what iterations take."""
+    if limits.max_itl_ms is None or times is None:
+        return Pace()
+    return Pace(max_itl_s=limits.max_itl_ms / 1e3, iteration_time=times.estimate)
 
 
 def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
@@ -122,17 +162,46 @@ def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
     return preset_config(preset), None
 
 
-def plan_book(config: EngineConfig, graph: OpGraph, device: torch.device) -> PlanBook:
-    """The sequential plan, and the plan or plan book of the config for the batches that it is for.
+def engine_limits(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    graph: OpGraph,
+    dtype: torch.dtype,
+    device: torch.device,
+    book: StoredBook | None = None,
+) -> EngineLimits:
+    """The limits of an engine on this device, given, from the book, or chosen; before the weights are loaded.
 
     Raises:
-        PlanError: The file has no plan, or one that cannot run here; the message names the file.
+        ConfigError: The model cannot have the length that is asked for.
     """
-    fallback = sequential_plan(graph, config.max_batch_tokens)
-    if config.plan is None:
+    return choose_limits(
+        config,
+        graph,
+        local_device(device),
+        max_model_len=wanted_model_len(config, model_config),
+        dtype_bytes=dtype.itemsize,
+        book=book,
+    )
+
+
+def plan_book(
+    path: str | None, stored: StoredBook | None, max_batch_tokens: int, graph: OpGraph, device: torch.device
+) -> PlanBook:
+    """The sequential plan, and the plans of the file for the batches that they are for.
+
+    Args:
+        path: The file, for messages.
+        stored: What stands in it; None without one.
+        max_batch_tokens: The token budget.
+        graph, device: What runs the plans.
+
+    Raises:
+        PlanError: The file has a plan that cannot run here; the message names the file.
+    """
+    fallback = sequential_plan(graph, max_batch_tokens)
+    if stored is None:
         return PlanBook(fallback=fallback)
-    path = Path(config.plan)
-    stored = load_book(path)
     here, made_for = f"1 x {device_name(device)}", stored.made_for
     if made_for is not None and made_for.hardware != here:
         logger.warning("%s is for %s and runs on %s: its plans may be slow", path, made_for.hardware, here)

@@ -6,17 +6,32 @@ reads the tokens of batch i. What that means for requests is the scheduler's kno
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 from nanoflow.batch import DenseBatch, SampledTokens, TopLogprobs
+from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.executor.worker import Worker
+from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanSource
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.scheduler import Committed, Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
+    """A batch on its way, since when."""
+
+    batch: DenseBatch
+    shape: BatchShape
+    plan: PipelinePlan
+    result: Future[SampledTokens]
+    launch_s: float
 
 
 class Engine:
@@ -26,10 +41,18 @@ class Engine:
         facts: What front ends must know.
         scheduler, worker, book: The parts of the loop; the worker has all plans of the book.
         is_async: Form the next batch while the current one runs.
+        times: Told what iterations take, and asked what the scheduler may expect of them; None if it bounds none.
     """
 
     def __init__(
-        self, *, facts: EngineFacts, scheduler: Scheduler, worker: Worker, book: PlanSource, is_async: bool
+        self,
+        *,
+        facts: EngineFacts,
+        scheduler: Scheduler,
+        worker: Worker,
+        book: PlanSource,
+        is_async: bool,
+        times: IterationTimes | None = None,
     ) -> None:
         self.facts = facts
         self._scheduler = scheduler
@@ -37,8 +60,10 @@ class Engine:
         self._book = book
         self._known_plans = {plan.digest for plan in book.plans}
         self._max_in_flight = 1 if is_async else 0
-        self._in_flight: deque[tuple[DenseBatch, PipelinePlan, Future[SampledTokens]]] = deque()
+        self._in_flight: deque[_Launched] = deque()
         self._num_iterations = 0
+        self._times = times
+        self._last_end_s = 0.0
 
     def use_book(self, book: PlanSource) -> None:
         """Choose from this book from the next iteration on.
@@ -69,8 +94,12 @@ class Engine:
         """One iteration: form a batch, launch it, commit the oldest one that is due."""
         batch = self._scheduler.schedule()
         if batch is not None:
-            plan = self._book.choose(batch.shape)
-            self._in_flight.append((batch, plan, self._worker.launch(batch, plan)))
+            shape = batch.shape
+            plan = self._book.choose(shape)
+            result = self._worker.launch(batch, plan)
+            self._in_flight.append(
+                _Launched(batch=batch, shape=shape, plan=plan, result=result, launch_s=time.monotonic())
+            )
         if batch is None or len(self._in_flight) > self._max_in_flight:
             return self._commit_oldest()
         return self._output()
@@ -94,11 +123,19 @@ class Engine:
     def _commit_oldest(self) -> StepOutput:
         if not self._in_flight:
             return self._output()
-        batch, plan, pending = self._in_flight.popleft()
-        result = pending.result()
-        committed = self._scheduler.commit(batch, result)
+        launched = self._in_flight.popleft()
+        result = launched.result.result()
+        self._note_time(launched)
+        committed = self._scheduler.commit(launched.batch, result)
         self._num_iterations += 1
-        return self._output(batch, plan, result, committed)
+        return self._output(launched.batch, launched.plan, result, committed)
+
+    def _note_time(self, launched: _Launched) -> None:
+        """An iteration has ended: the device began it when the one before had ended, or when it was launched."""
+        end_s = time.monotonic()
+        time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
+        if self._times is not None and self._times.observe(launched.shape, time_s):
+            self._scheduler.pace = replace(self._scheduler.pace, iteration_time=self._times.estimate)
 
     def _output(
         self,

@@ -15,7 +15,7 @@ from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time
 
 Sample = tuple[BatchShape, float]
 
-# Samples kept of what has run, of which one in so many iterations becomes one; the estimate follows each so many samples.
+# Samples kept of what has run; one in so many iterations becomes one; the estimate follows each so many samples.
 _NUM_LATEST = 96
 _EVERY = 4
 _FIT_EVERY = 24
@@ -26,16 +26,17 @@ class IterationTimes:
 
     Args:
         samples: Contents and seconds of batches timed beforehand.
+        known: An estimate to begin with, if nothing was timed.
 
     Attributes:
         estimate: What iterations take now; None before anything is known.
     """
 
-    def __init__(self, samples: Sequence[Sample] = ()) -> None:
+    def __init__(self, samples: Sequence[Sample] = (), known: IterationTime | None = None) -> None:
         self._first = list(samples)
         self._latest: deque[Sample] = deque(maxlen=_NUM_LATEST)
         self._num_observed = 0
-        self.estimate: IterationTime | None = fit_iteration_time(self._first) if self._first else None
+        self.estimate = fit_iteration_time(self._first) if self._first else known
 
     def observe(self, shape: BatchShape, time_s: float) -> bool:
         """An iteration of this shape has taken so long; True if the estimate has changed."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanoflow.config import DEFAULT_MODEL, EngineConfig, from_kwargs
+from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig, from_kwargs
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
@@ -37,7 +37,8 @@ class LLM:
 
     Args:
         model: Model folder, Hugging Face Hub name, or "default" for the small embedded model.
-        **options: Any other field of `EngineConfig`, e.g. `dtype="bfloat16"`, `max_batch_tokens=1024`.
+        **options: Any other field of `EngineConfig`, e.g. `dtype="bfloat16"`, `max_batch_tokens=1024`, or one of its
+            aliases, e.g. `enforce_eager=True`. `goal` is "throughput" if not given (`config.UNWATCHED_DEFAULTS`).
 
     Raises:
         ConfigError: An option does not exist (the message names the nearest one) or has a value it cannot have.
@@ -48,7 +49,7 @@ class LLM:
         # Only here is torch needed.
         from nanoflow.engine.build import build_engine
 
-        config = from_kwargs(EngineConfig, {"model": model, **options})
+        config = from_kwargs(EngineConfig, {**UNWATCHED_DEFAULTS, "model": model, **options})
         self._tokenizer = load_tokenizer(config)
         self._engine = build_engine(config, show_progress=sys.stderr.isatty())
         self._processor = OutputProcessor(self._engine.facts, self._tokenizer, seed=config.seed)

@@ -11,14 +11,12 @@ import torch
 
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.device.detect import free_memory_bytes, total_memory_bytes
-from nanoflow.executor.sampler import sampling_bytes
+from nanoflow.engine.limits import EngineLimits, cache_room_bytes
 from nanoflow.graph.graph import OpGraph
 from nanoflow.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-# On a CPU others want memory too: KV pages take at most this part of what is free once the weights are loaded.
-_CPU_SHARE = 0.4
 _GIB = 2**30
 
 
@@ -37,17 +35,31 @@ def require_room_for_weights(graph: OpGraph, dtype: torch.dtype, device: torch.d
 
 
 def size_cache(
-    config: EngineConfig, model_config: ModelConfig, graph: OpGraph, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    limits: EngineLimits,
+    model_config: ModelConfig,
+    graph: OpGraph,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    taken_bytes: int = 0,
 ) -> tuple[int, int]:
     """Number of KV pages, and the longest sequence they and the model allow.
+
+    Args:
+        config: Options about memory.
+        limits: Of the engine.
+        model_config, graph: The model.
+        dtype: Of keys and values.
+        device: Where; its free memory is what the weights have left.
+        taken_bytes: What will be allocated later and must stay free on a GPU.
 
     Raises:
         ConfigError: The wanted length, or a single page, does not fit; the message has the numbers.
     """
     page_bytes = graph.kv_elements_per_token * dtype.itemsize * config.page_size
-    wanted_len = _wanted_len(config, model_config)
-    taken_bytes = sampling_bytes(config.max_num_seqs, graph.vocab_size, device)
-    num_pages = config.num_pages or _affordable_pages(config, wanted_len, page_bytes, taken_bytes, device)
+    wanted_len = wanted_model_len(config, model_config)
+    num_pages = config.num_pages or _affordable_pages(config, limits, wanted_len, page_bytes, device, taken_bytes)
     capacity = num_pages * config.page_size
     if capacity < wanted_len:
         numbers = (
@@ -60,7 +72,7 @@ def size_cache(
     return num_pages, min(wanted_len, capacity)
 
 
-def _wanted_len(config: EngineConfig, model_config: ModelConfig) -> int:
+def wanted_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
     limit = model_config.max_context_len
     if config.max_model_len is None:
@@ -71,21 +83,24 @@ def _wanted_len(config: EngineConfig, model_config: ModelConfig) -> int:
 
 
 def _affordable_pages(
-    config: EngineConfig, wanted_len: int, page_bytes: int, taken_bytes: int, device: torch.device
+    config: EngineConfig,
+    limits: EngineLimits,
+    wanted_len: int,
+    page_bytes: int,
+    device: torch.device,
+    taken_bytes: int,
 ) -> int:
-    """Pages within the given or the free memory, but no more than all requests at full length could use.
-
-    On a GPU `taken_bytes` of the free memory are for others.
-    """
+    """Pages within the given or the free memory, but no more than all requests at full length could use."""
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * _GIB // page_bytes)
-    useful = config.max_num_seqs * -(-wanted_len // config.page_size)
-    free = free_memory_bytes(device)
-    if device.type == "cpu":
-        room = free * _CPU_SHARE
-    else:
-        room = free - total_memory_bytes(device) * (1 - config.gpu_memory_utilization) - taken_bytes
-    return max(min(useful, int(room) // page_bytes), 0)
+    useful = limits.max_num_seqs * -(-wanted_len // config.page_size)
+    room = cache_room_bytes(
+        is_gpu=device.type == "cuda",
+        free_bytes=free_memory_bytes(device) - (taken_bytes if device.type == "cuda" else 0),
+        memory_bytes=total_memory_bytes(device),
+        utilization=config.gpu_memory_utilization,
+    )
+    return max(min(useful, room // page_bytes), 0)
 
 
 def _limiting_option(config: EngineConfig, device: torch.device) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanoflow.engine.limits import EngineLimits
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 
@@ -73,6 +74,7 @@ class EngineFacts:
         device, dtype: Where and in what type it computes.
         plan: The pipeline plan or plan book in use, for people.
         book: Its plans; None for an engine that has none.
+        limits: The limits of a batch with the goal, the bound on gaps and where each comes from; None if unknown.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
     """
 
@@ -90,6 +92,7 @@ class EngineFacts:
     load_s: float
     warm_up_s: float
     book: BookFacts | None = None
+    limits: EngineLimits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, OpKind, Scope
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
 from nanoflow.models.weights import Weights
-from nanoflow.plan.liveness import place
+from nanoflow.plan.liveness import place, shapes_of, size_of
 from nanoflow.plan.plan import PipelinePlan
 
 
@@ -89,11 +89,7 @@ class Workspace:
         """
         graph = model.graph
         sampled_names = frozenset(spec.name for spec in graph.tensors if spec.scope is Scope.SAMPLED)
-        shapes = {
-            spec.name: (num_logits if spec.name in sampled_names else num_tokens, spec.width)
-            for spec in graph.tensors
-            if not spec.is_per_layer and spec.name not in graph.inputs
-        }
+        shapes = shapes_of(graph, num_tokens=num_tokens, num_logits=num_logits)
         if plans is None:
             tensors = {
                 name: torch.empty(shape, dtype=model.dtype, device=model.device) for name, shape in shapes.items()
@@ -150,8 +146,7 @@ def _sharing(
     """Tensors of these shapes in one piece of memory."""
     num_bytes = {name: rows * width * model.dtype.itemsize for name, (rows, width) in shapes.items()}
     begins = place(model.graph, plans, num_bytes)
-    size = max((begins[name] + num_bytes[name] for name in shapes), default=0)
-    memory = torch.empty(size, dtype=torch.uint8, device=model.device)
+    memory = torch.empty(size_of(begins, num_bytes), dtype=torch.uint8, device=model.device)
     return {
         name: memory[begins[name] : begins[name] + num_bytes[name]].view(model.dtype).view(shape)
         for name, shape in shapes.items()

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import Operation
+from nanoflow.graph.operation import Operation, Scope
 from nanoflow.plan.plan import PipelinePlan
 
 # Bytes to whose multiples tensors are placed: more than any kernel asks for.
@@ -44,6 +44,29 @@ def place(graph: OpGraph, plans: Sequence[PipelinePlan], num_bytes: Mapping[str,
             begin = max(begin, -(-stop // ALIGNMENT) * ALIGNMENT)
         begins[name] = begin
     return begins
+
+
+def shapes_of(graph: OpGraph, *, num_tokens: int, num_logits: int) -> dict[str, tuple[int, int]]:
+    """Rows and width of every tensor between operations, for batches of up to so many tokens and rows with logits."""
+    return {
+        spec.name: (num_logits if spec.scope is Scope.SAMPLED else num_tokens, spec.width)
+        for spec in graph.tensors
+        if not spec.is_per_layer and spec.name not in graph.inputs
+    }
+
+
+def size_of(begins: Mapping[str, int], num_bytes: Mapping[str, int]) -> int:
+    """Bytes from the beginning to the end of the last tensor."""
+    return max((begins[name] + num_bytes[name] for name in begins), default=0)
+
+
+def workspace_bytes(
+    graph: OpGraph, plans: Sequence[PipelinePlan], *, num_tokens: int, num_logits: int, dtype_bytes: int
+) -> int:
+    """Bytes that the tensors between operations take, for batches of up to so many tokens and rows with logits."""
+    shapes = shapes_of(graph, num_tokens=num_tokens, num_logits=num_logits)
+    num_bytes = {name: rows * width * dtype_bytes for name, (rows, width) in shapes.items()}
+    return size_of(place(graph, plans, num_bytes), num_bytes)
 
 
 def conflicts(graph: OpGraph, plans: Sequence[PipelinePlan]) -> Iterator[Conflict]:

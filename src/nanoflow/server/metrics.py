@@ -126,6 +126,20 @@ class ServerMetrics:
             kv_cache_size_tokens=facts.page_size * facts.num_pages,
             cache_dtype=facts.dtype,
         ).set(1)
+        limits = facts.limits
+        if limits is not None:
+            self._gauge(
+                "limits_info",
+                "The limits that were given or chosen at the start, in labels",
+                goal=limits.goal,
+                max_batch_tokens=limits.max_batch_tokens,
+                max_batch_tokens_origin=limits.max_batch_tokens_origin,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_seqs_origin=limits.max_num_seqs_origin,
+                max_itl_ms="none" if limits.max_itl_ms is None else f"{limits.max_itl_ms:g}",
+                max_itl_ms_origin=limits.max_itl_ms_origin,
+                reason=limits.reason,
+            ).set(1)
 
     def _add_counters(self) -> None:
         self._preemptions = self._counter("num_preemptions", "Times KV pages were taken back from a request")

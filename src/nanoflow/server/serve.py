@@ -79,6 +79,8 @@ async def _answer(engine: AsyncEngine, config: ServerConfig, listener: socket.so
             f"kernels in {engine.facts.warm_up_s:.1f} s) at {url(listener)}/v1"
         ),
     )
+    if engine.facts.limits is not None:
+        print(f"nanoflow {engine.facts.limits.reason}", flush=True)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while engine.is_alive and not stop.is_set() and not serving.done():
         with contextlib.suppress(TimeoutError):

@@ -1,0 +1,295 @@
+"""The limits of an engine: token budget, requests at once and the bound on gaps, given or chosen for the goal.
+
+A number that the user gives stands. One that a plan book was made for comes next, and the rest is chosen here, from the
+goal, the model, the memory and the device. Pure arithmetic on sizes: what is free and how fast the device is are
+`device/detect.py`'s to say, how many KV pages there are in the end is `memory.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from nanoflow.config import EngineConfig, Goal
+from nanoflow.graph.graph import OpGraph
+from nanoflow.hardware import LocalDevice
+from nanoflow.plan.book import StoredBook
+from nanoflow.plan.liveness import workspace_bytes
+from nanoflow.plan.sequential import sequential_plan
+
+Origin = Literal["given", "book", "chosen"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoalLimits:
+    """What a goal asks for, before model and memory have their say.
+
+    Attributes:
+        max_batch_tokens: The token budget of a device with room and speed for it.
+        min_batch_tokens: The budget does not go below this for speed's sake: products of fewer tokens use less of the
+            device, and prompts would take longer.
+        max_num_seqs: Requests at once, where their keys fit.
+        full_iteration_s: An iteration as large as the budget may take about so long, by arithmetic; None: any time.
+        max_itl_ms: The bound on gaps between tokens, or what an iteration as large as the budget takes if that is more:
+            a smaller one would starve prompts. None: no bound.
+    """
+
+    max_batch_tokens: int
+    min_batch_tokens: int
+    max_num_seqs: int
+    full_iteration_s: float | None
+    max_itl_ms: float | None
+
+
+# Where the numbers come from: Llama-3-8B and Llama-3.2-1B on one H200, saturated with requests of 1024/512 tokens and
+# of the lengths of ShareGPT, and 8B at 20 and 35 requests/s, by simulation from measured profiles (docs/log.md).
+#   throughput: 8,192 tokens and 2,048 requests were the best sequential setting measured for 8B. 4,096 requests are
+#       predicted to give 0.7 % more for 8B and 2.4 % for 1B, but take twice the memory for logits and counted tokens.
+#   balanced: an iteration of 50 ms is 2,048 tokens of 8B on this card, and 8,192 of 1B. For 8B that gives 0.99 of the
+#       best throughput, with gaps of at most 50 ms at these rates, and of 73 ms when saturated, as decodes of long
+#       contexts come on top. The bound of 75 ms is for longer ones; 50 ms would cost 4 % when saturated.
+#   latency: an iteration of 25 ms is 1,024 tokens of 8B. 512 would bring the longest gap from 28 to 17 ms and the 99th
+#       first token from 113 to 147 ms at 35 requests/s.
+ON_GPU: Mapping[Goal, GoalLimits] = {
+    "throughput": GoalLimits(
+        max_batch_tokens=8192, min_batch_tokens=1024, max_num_seqs=2048, full_iteration_s=None, max_itl_ms=None
+    ),
+    "balanced": GoalLimits(
+        max_batch_tokens=8192, min_batch_tokens=1024, max_num_seqs=2048, full_iteration_s=0.05, max_itl_ms=75.0
+    ),
+    "latency": GoalLimits(
+        max_batch_tokens=2048, min_batch_tokens=256, max_num_seqs=256, full_iteration_s=0.025, max_itl_ms=25.0
+    ),
+}
+# On a CPU decodes are bound by compute nearly as much as prompts are, so large batches gain little; 2,048 tokens were
+# always enough. There is no bound on gaps: what else the machine does moves times more than a chunk of a prompt does.
+ON_CPU: Mapping[Goal, GoalLimits] = {
+    "throughput": GoalLimits(
+        max_batch_tokens=2048, min_batch_tokens=256, max_num_seqs=256, full_iteration_s=None, max_itl_ms=None
+    ),
+    "balanced": GoalLimits(
+        max_batch_tokens=2048, min_batch_tokens=256, max_num_seqs=256, full_iteration_s=4.0, max_itl_ms=None
+    ),
+    "latency": GoalLimits(
+        max_batch_tokens=512, min_batch_tokens=128, max_num_seqs=64, full_iteration_s=1.0, max_itl_ms=None
+    ),
+}
+
+# Keys of a short request: more requests than hold so many tokens each in the KV pages would only wait for pages.
+SHORT_REQUEST_TOKENS = 256
+# Parts of the device's memory that tensors between operations, and what each row holds, may take.
+WORKSPACE_SHARE = 0.03
+ROWS_SHARE = 0.02
+# Beside its logits a row has its tokens counted, for penalties, in 2 bytes for each id of the vocabulary.
+_COUNT_BYTES = 2
+# A row's page table is there twice, for decodes and for prompts, 4 bytes a page.
+_TABLE_BYTES = 8
+# On a CPU others want memory too: KV pages take at most this part of what is free once the weights are loaded.
+_CPU_SHARE = 0.4
+# Numbers are rounded down to multiples: of tokens, as far apart as batches are padded anyway, and of requests.
+_TOKENS_STEP = 256
+_STEP = 8
+_FEWEST_SEQS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """The limits that an engine runs with, and why.
+
+    Attributes:
+        goal: What those that were chosen are chosen for.
+        max_batch_tokens: Token budget of an iteration.
+        max_num_seqs: Most requests at once.
+        max_itl_ms: Longest gap between tokens that a chunk of a prompt may cause; None: any.
+        max_batch_tokens_origin, max_num_seqs_origin, max_itl_ms_origin: Where each comes from.
+        reason: The same for people, in one line.
+    """
+
+    goal: Goal
+    max_batch_tokens: int
+    max_num_seqs: int
+    max_itl_ms: float | None
+    max_batch_tokens_origin: Origin
+    max_num_seqs_origin: Origin
+    max_itl_ms_origin: Origin
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Number:
+    """A limit, where it comes from, and why it is not another, for people."""
+
+    value: int
+    origin: Origin
+    why: str
+
+
+def choose_limits(
+    config: EngineConfig,
+    graph: OpGraph,
+    device: LocalDevice,
+    *,
+    max_model_len: int,
+    dtype_bytes: int,
+    book: StoredBook | None = None,
+) -> EngineLimits:
+    """The limits of an engine on a device, before anything is loaded there.
+
+    Args:
+        config: What the user gives, and the goal.
+        graph: The model.
+        device: Where, with the memory that is free before the weights are loaded.
+        max_model_len: Longest prompt plus completion.
+        dtype_bytes: Of an element of weights, keys and activations.
+        book: The plans that will run; a book for small batches sets the budget even if it does not name limits.
+    """
+    wanted = (ON_GPU if device.is_gpu else ON_CPU)[config.goal]
+    tokens = _given_tokens(config, book, wanted) or _chosen_tokens(config, wanted, graph, device, dtype_bytes)
+    seqs = _given_seqs(config, book) or _chosen_seqs(
+        config, wanted, graph, device, max_model_len=max_model_len, dtype_bytes=dtype_bytes, most=tokens.value
+    )
+    itl_ms, itl_origin, itl_why = _gaps(config, wanted, device, tokens.value * _token_s(graph, device))
+    gaps = "gaps of any length" if itl_ms is None else f"gaps of at most {itl_ms:g} ms"
+    return EngineLimits(
+        goal=config.goal,
+        max_batch_tokens=tokens.value,
+        max_num_seqs=seqs.value,
+        max_itl_ms=itl_ms,
+        max_batch_tokens_origin=tokens.origin,
+        max_num_seqs_origin=seqs.origin,
+        max_itl_ms_origin=itl_origin,
+        reason=(
+            f"limits for {config.goal}: max_batch_tokens {tokens.value:,} ({tokens.why}), "
+            f"max_num_seqs {seqs.value:,} ({seqs.why}), {gaps} between tokens ({itl_why})"
+        ),
+    )
+
+
+def row_bytes(graph: OpGraph, *, max_model_len: int, page_size: int, dtype_bytes: int) -> int:
+    """Device memory that one more request at once takes, beside its keys: logits, counted tokens, page tables."""
+    return graph.vocab_size * (dtype_bytes + _COUNT_BYTES) + _TABLE_BYTES * -(-max_model_len // page_size)
+
+
+def cache_room_bytes(*, is_gpu: bool, free_bytes: int, memory_bytes: int, utilization: float) -> int:
+    """What KV pages may take of what is free once the weights are loaded; below 0 if that is less than nothing.
+
+    Args:
+        is_gpu: False for a CPU.
+        free_bytes: Of the device's memory, with the weights there and what comes later counted.
+        memory_bytes: All of it.
+        utilization: Part of a GPU's memory that may be used.
+    """
+    if not is_gpu:
+        return int(free_bytes * _CPU_SHARE)
+    return int(free_bytes - memory_bytes * (1 - utilization))
+
+
+def _gaps(
+    config: EngineConfig, wanted: GoalLimits, device: LocalDevice, full_iteration_s: float
+) -> tuple[float | None, Origin, str]:
+    """The bound on gaps between tokens in milliseconds, where it comes from, and why."""
+    if config.max_itl_ms is not None:
+        return config.max_itl_ms, "given", "given"
+    if wanted.max_itl_ms is None:
+        is_cpu = not device.is_gpu and config.goal != "throughput"
+        return None, "chosen", "times on a CPU vary too much for a bound" if is_cpu else f"goal {config.goal}"
+    full_ms = float(round(full_iteration_s * 1e3))
+    if full_ms > wanted.max_itl_ms:
+        return full_ms, "chosen", f"a batch of that many tokens takes about as long on {device.name}"
+    return wanted.max_itl_ms, "chosen", f"goal {config.goal}"
+
+
+def _given_tokens(config: EngineConfig, book: StoredBook | None, wanted: GoalLimits) -> _Number | None:
+    if config.max_batch_tokens is not None:
+        return _Number(value=config.max_batch_tokens, origin="given", why="given")
+    if book is None or not (book.limits or book.entries):
+        return None
+    if book.limits is not None:
+        return _Number(value=book.limits.max_batch_tokens, origin="book", why="the plan book was made for it")
+    largest = max(entry.max_tokens for entry in book.entries)
+    least = max(largest, wanted.min_batch_tokens)
+    return _Number(value=least, origin="book", why=f"the largest batch of the plan book has {largest:,}")
+
+
+def _given_seqs(config: EngineConfig, book: StoredBook | None) -> _Number | None:
+    if config.max_num_seqs is not None:
+        return _Number(value=config.max_num_seqs, origin="given", why="given")
+    if book is None or book.limits is None:
+        return None
+    return _Number(value=book.limits.max_num_seqs, origin="book", why="the plan book was made for it")
+
+
+def _chosen_tokens(
+    config: EngineConfig, wanted: GoalLimits, graph: OpGraph, device: LocalDevice, dtype_bytes: int
+) -> _Number:
+    """The goal's budget, less where an iteration would take too long or its tensors too much memory."""
+    tokens, why = wanted.max_batch_tokens, f"goal {config.goal}"
+    if wanted.full_iteration_s is not None:
+        in_time = int(wanted.full_iteration_s / _token_s(graph, device)) // _TOKENS_STEP * _TOKENS_STEP
+        if in_time < tokens:
+            tokens, why = in_time, f"about {wanted.full_iteration_s * 1e3:g} ms an iteration on {device.name}"
+        if tokens < wanted.min_batch_tokens:
+            tokens, why = wanted.min_batch_tokens, f"fewer are slow, goal {config.goal}"
+    most = int(device.memory_bytes * WORKSPACE_SHARE)
+    while tokens // 2 >= _STEP and _tensor_bytes(graph, tokens, config.max_num_seqs, dtype_bytes) > most:
+        tokens, why = tokens // 2, f"tensors of more would take over {WORKSPACE_SHARE:.0%} of the memory"
+    if config.max_num_seqs is not None and config.max_num_seqs > tokens:
+        tokens, why = config.max_num_seqs, "a token for each request"
+    return _Number(value=tokens, origin="chosen", why=why)
+
+
+def _token_s(graph: OpGraph, device: LocalDevice) -> float:
+    """Time of a token in a large batch, which products take: two operations a parameter."""
+    return 2 * graph.num_parameters / device.flops_per_s
+
+
+def _tensor_bytes(graph: OpGraph, tokens: int, num_logits: int | None, dtype_bytes: int) -> int:
+    """Of a batch of so many tokens; rows with logits are bounded apart."""
+    plan = sequential_plan(graph, tokens)
+    return workspace_bytes(
+        graph, [plan], num_tokens=tokens, num_logits=min(num_logits or 1, tokens), dtype_bytes=dtype_bytes
+    )
+
+
+def _chosen_seqs(
+    config: EngineConfig,
+    wanted: GoalLimits,
+    graph: OpGraph,
+    device: LocalDevice,
+    *,
+    max_model_len: int,
+    dtype_bytes: int,
+    most: int,
+) -> _Number:
+    """The goal's number, or fewer where pages, memory or the token budget are for fewer."""
+    kv_tokens = _kv_tokens(config, graph, device, dtype_bytes)
+    short = min(SHORT_REQUEST_TOKENS, max_model_len)
+    a_row = row_bytes(graph, max_model_len=max_model_len, page_size=config.page_size, dtype_bytes=dtype_bytes)
+    bounds = (
+        (wanted.max_num_seqs, f"goal {config.goal}"),
+        (kv_tokens // short, f"as many of {short} tokens as the KV pages hold"),
+        (int(device.memory_bytes * ROWS_SHARE) // a_row, f"more would take over {ROWS_SHARE:.0%} of the memory"),
+    )
+    value, why = min(bounds, key=lambda bound: bound[0])
+    value = max(value // _STEP * _STEP, _FEWEST_SEQS)
+    if value > most:
+        value, why = most, "a token of the budget for each"
+    return _Number(value=value, origin="chosen", why=why)
+
+
+def _kv_tokens(config: EngineConfig, graph: OpGraph, device: LocalDevice, dtype_bytes: int) -> int:
+    """Tokens that the KV pages will hold, about."""
+    if config.num_pages is not None:
+        return config.num_pages * config.page_size
+    token_bytes = graph.kv_elements_per_token * dtype_bytes
+    if config.kv_cache_gib is not None:
+        return int(config.kv_cache_gib * 2**30 // token_bytes)
+    free = device.free_bytes - graph.num_parameters * dtype_bytes
+    room = cache_room_bytes(
+        is_gpu=device.is_gpu,
+        free_bytes=free,
+        memory_bytes=device.memory_bytes,
+        utilization=config.gpu_memory_utilization,
+    )
+    return max(room, 0) // token_bytes
