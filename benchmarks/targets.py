@@ -17,6 +17,7 @@ from pathlib import Path
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RunMetrics
 from nanoflow.bench.offline import run_workloads
+from nanoflow.bench.provenance import require_clean
 from nanoflow.bench.record import BenchRecord, write_record
 from nanoflow.bench.steady import SteadyState
 from nanoflow.cli.options import CommandParser, OptionGroup
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine_config = _ENGINE.read(args)
         configs = read_workloads(args)
         paths = record_paths(args.json_folder, engine_config.model, [config.workload for config in configs])
+        require_clean(paths[0], allows_dirty=configs[0].allow_dirty)
     except ConfigError as error:
         parser.error(str(error))
     num_failed = 0

@@ -24,6 +24,9 @@ from nanoflow.models.weights import Weights, random_weights
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Work, sustained
 
+# Tokens of a batch at which products are about as fast as they get.
+_TYPICAL_TOKENS = 2048
+
 
 @torch.inference_mode()
 def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
@@ -38,7 +41,12 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
     model_config, _ = resolve_model(config)
     graph = build_graph(model_config, config.max_model_len)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
-    batch = typical_batch(lengths, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs)
+    # Limits that are not given are chosen by the engine, later: the record says at which sizes these are.
+    batch = typical_batch(
+        lengths,
+        max_batch_tokens=config.max_batch_tokens or _TYPICAL_TOKENS,
+        max_num_seqs=config.max_num_seqs or len(lengths),
+    )
     rates = _measure_rates(Site(graph=graph, device=device, dtype=dtype, page_size=config.page_size), batch)
     if device.type == "cuda":
         # The engine sizes its cache by what the driver says is free.
@@ -97,4 +105,4 @@ def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
 
 def _cost_of(work: Work, device: torch.device) -> Cost:
     measured = sustained(work, device)
-    return Cost(time_s=measured.time_s, energy_j=measured.energy_j)
+    return Cost(time_s=measured.time_s, energy_j=measured.energy_j, clock_mhz=measured.clock_mhz)
