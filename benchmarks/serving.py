@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import shlex
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.apart import RunFailed, run_apart
 from benchmarks.document import write_json
 from benchmarks.server_process import Server, ServerFailed, free_port, many_files, started, usage_of
 from nanoflow.bench.clients import Clients, Driven, draw_runs, measured, warm_up
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 document["loads"].append(found)
                 document["http_over_in_process"] = ratios(document)
                 _write(args.json, document)
-    except (ConnectionError, ServerFailed) as error:
+    except (ConnectionError, ServerFailed, RunFailed) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     for name, ratio in document["http_over_in_process"].items():
@@ -274,25 +274,17 @@ def run_in_process(engine: EngineConfig, loads: Sequence[Load]) -> list[BenchRec
     """The requests of every load all at once through `LLM.generate`, with text, in a process that leaves the card free.
 
     Raises:
-        ConnectionError: That process failed.
+        RunFailed: That process failed.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
     configs = [
         ThroughputConfig(**{**plain(load.config), "json": None}, text=has_text(engine), bounds=False) for load in loads
     ]
-    process = context.Process(target=_generate, args=(theirs, engine, distinct(configs)))
-    process.start()
-    theirs.close()
+    if preset_name(engine.model) is not None:
+        engine = replace(engine, load_format="random")
     records = []
-    try:
-        while True:
-            records.append(ours.recv())
-            print(f"in process: {statistics.median(rates(records[-1].repeats)):,.0f} tok/s", flush=True)
-    except EOFError:
-        process.join()
-    if process.exitcode != 0:
-        raise ConnectionError(f"the run in process ended with status {process.exitcode}")
+    for record in run_apart(engine, distinct(configs)):
+        print(f"in process: {statistics.median(rates(record.repeats)):,.0f} tok/s", flush=True)
+        records.append(record)
     return records
 
 
@@ -304,13 +296,6 @@ def distinct(configs: Sequence[ThroughputConfig]) -> list[ThroughputConfig]:
 def has_text(engine: EngineConfig) -> bool:
     """Whether a server of this engine sends text: architectures without a tokenizer have none."""
     return engine.tokenizer is not None or preset_name(engine.model) is None
-
-
-def _generate(end: Any, engine: EngineConfig, configs: Sequence[ThroughputConfig]) -> None:
-    from nanoflow.bench.offline import run_workloads
-
-    for record in run_workloads(engine, configs):
-        end.send(record)
 
 
 def rates(repeats: Sequence[RunMetrics]) -> list[float]:

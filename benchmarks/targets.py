@@ -64,7 +64,9 @@ def make_parser() -> CommandParser:
     return parser
 
 
-def read_workloads(args: argparse.Namespace) -> list[ThroughputConfig]:
+def read_workloads(
+    args: argparse.Namespace, measurement: OptionGroup[ThroughputConfig] = _MEASUREMENT
+) -> list[ThroughputConfig]:
     """The options of every workload; they differ in what `--workloads` says. ConfigError if that is not understood."""
     configs = []
     for text in args.workloads:
@@ -72,7 +74,9 @@ def read_workloads(args: argparse.Namespace) -> list[ThroughputConfig]:
         if not count.isdecimal():
             raise ConfigError(f"{text!r} names no number of requests; write {text}:1000")
         configs.append(
-            ThroughputConfig(**_MEASUREMENT.given(args), workload=workload, num_requests=int(count)),
+            ThroughputConfig(
+                **{**measurement.defaults, **measurement.given(args)}, workload=workload, num_requests=int(count)
+            ),
         )
     return configs
 
@@ -106,7 +110,7 @@ def summary(record: BenchRecord) -> str:
 
 
 def figures(part: RunMetrics | SteadyState) -> Iterator[str]:
-    """What is known of rate, energy and share of the serial bound."""
+    """What is known of rate, energy and share of the serial bound (the sum of parts alone)."""
     yield f"{part.total_tokens_per_s:,.0f} tok/s"
     if part.energy_per_token_j is not None:
         yield f"{part.energy_per_token_j * 1e3:.1f} mJ/token"

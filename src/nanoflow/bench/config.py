@@ -56,7 +56,9 @@ class BenchConfig:
     presence_penalty: float = option(0.0, "Subtracted from the logits of tokens generated at least once")
     frequency_penalty: float = option(0.0, "Subtracted once for each time that a token was generated")
     logprobs: int | None = option(None, "Ask for the log probabilities of so many tokens at each place")
-    min_tokens: int = option(0, "Fewest tokens before an end of sequence may be chosen; of short completions, all")
+    min_tokens: int = option(
+        0, "Fewest tokens before an end of sequence may be chosen, which is then not ignored; of short completions, all"
+    )
 
     def __post_init__(self) -> None:
         _require_at_least("num_requests", self.num_requests, 1)

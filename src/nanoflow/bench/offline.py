@@ -173,7 +173,8 @@ def _generate(
                 **config.sampling,
                 "min_tokens": min(config.min_tokens, request.num_output_tokens),
                 "max_tokens": request.num_output_tokens,
-                "ignore_eos": True,
+                # Where the end of sequence is ignored, nothing has to be held back.
+                "ignore_eos": not config.min_tokens,
                 "detokenize": config.text,
             }
         )

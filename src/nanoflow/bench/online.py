@@ -102,7 +102,7 @@ def body_of(load: LoadConfig, config: BenchConfig, model: str, request: BenchReq
     body: dict[str, Any] = {"model": model, "max_tokens": request.num_output_tokens, **config.sampling}
     if "min_tokens" in body:
         body["min_tokens"] = min(config.min_tokens, request.num_output_tokens)
-    if load.ignore_eos:
+    if load.ignore_eos and not config.min_tokens:
         body["ignore_eos"] = True
     if load.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}

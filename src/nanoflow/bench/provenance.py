@@ -70,6 +70,7 @@ def settings_of(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
         "was_given": sorted(name for name in ("max_batch_tokens", "max_num_seqs") if given[name] is not None),
         "plan": facts.plan,
         "book": None if facts.book is None else facts.book.digest,
+        "fallback": None if facts.book is None else facts.book.plans[0].digest,
         "num_plans": 0 if facts.book is None else len(facts.book.plans) - 1,
     }
 
