@@ -17,6 +17,7 @@ from pathlib import Path
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RunMetrics
 from nanoflow.bench.offline import run_workloads
+from nanoflow.bench.provenance import require_clean
 from nanoflow.bench.record import BenchRecord, write_record
 from nanoflow.bench.steady import SteadyState
 from nanoflow.cli.options import CommandParser, OptionGroup
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine_config = _ENGINE.read(args)
         configs = read_workloads(args)
         paths = record_paths(args.json_folder, engine_config.model, [config.workload for config in configs])
+        require_clean(paths[0], allows_dirty=configs[0].allow_dirty)
     except ConfigError as error:
         parser.error(str(error))
     num_failed = 0
@@ -64,7 +66,9 @@ def make_parser() -> CommandParser:
     return parser
 
 
-def read_workloads(args: argparse.Namespace) -> list[ThroughputConfig]:
+def read_workloads(
+    args: argparse.Namespace, measurement: OptionGroup[ThroughputConfig] = _MEASUREMENT
+) -> list[ThroughputConfig]:
     """The options of every workload; they differ in what `--workloads` says. ConfigError if that is not understood."""
     configs = []
     for text in args.workloads:
@@ -72,7 +76,9 @@ def read_workloads(args: argparse.Namespace) -> list[ThroughputConfig]:
         if not count.isdecimal():
             raise ConfigError(f"{text!r} names no number of requests; write {text}:1000")
         configs.append(
-            ThroughputConfig(**_MEASUREMENT.given(args), workload=workload, num_requests=int(count)),
+            ThroughputConfig(
+                **{**measurement.defaults, **measurement.given(args)}, workload=workload, num_requests=int(count)
+            ),
         )
     return configs
 
@@ -106,7 +112,7 @@ def summary(record: BenchRecord) -> str:
 
 
 def figures(part: RunMetrics | SteadyState) -> Iterator[str]:
-    """What is known of rate, energy and share of the serial bound."""
+    """What is known of rate, energy and share of the serial bound (the sum of parts alone)."""
     yield f"{part.total_tokens_per_s:,.0f} tok/s"
     if part.energy_per_token_j is not None:
         yield f"{part.energy_per_token_j * 1e3:.1f} mJ/token"

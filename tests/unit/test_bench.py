@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoflow.bench import offline, online
+from nanoflow.bench import clients, offline
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.machine import detect_gpus, git_revision
 from nanoflow.bench.metrics import (
@@ -419,7 +419,7 @@ def server_url() -> Iterator[str]:
 def test_serve_measures_streams(server_url: str) -> None:
     load = LoadConfig(url=server_url, api_key="secret", vocab_size=100)
     config = BenchConfig(workload="4/5", num_requests=3, repeats=2, num_warmup=1, goodput=["ttft_ms:1000"])
-    record = online.run_serve(load, config)
+    record = clients.run_serve(load, config)
     assert len(CompletionServer.bodies) == 1 + 2 * 3
     body = CompletionServer.bodies[-1]
     assert (body["model"], body["max_tokens"], body["ignore_eos"], len(body["prompt"])) == ("served", 5, True, 4)
@@ -436,14 +436,14 @@ def test_serve_measures_streams(server_url: str) -> None:
 def test_serve_spreads_arrivals(server_url: str) -> None:
     load = LoadConfig(url=server_url, model="m", request_rate=20.0, vocab_size=100)
     config = BenchConfig(workload="1/1", num_requests=6, num_warmup=0, seed=1)
-    run = online.run_serve(load, config).repeats[0]
+    run = clients.run_serve(load, config).repeats[0]
     assert run.duration_s >= draw_arrivals(6, 20.0, 1)[-1] + FIRST_TOKEN_S
     assert run.ttft_s is not None and run.ttft_s.p50 < FIRST_TOKEN_S + 0.5
 
 
 def test_serve_limits_concurrency(server_url: str) -> None:
     load = LoadConfig(url=server_url, max_concurrency=2, vocab_size=100)
-    run = online.run_serve(load, BenchConfig(workload="1/2", num_requests=6, num_warmup=0)).repeats[0]
+    run = clients.run_serve(load, BenchConfig(workload="1/2", num_requests=6, num_warmup=0)).repeats[0]
     assert CompletionServer.most_in_flight == 2
     # A request arrives when it can be sent, so that waiting for a free client does not count.
     assert run.ttft_s is not None and run.ttft_s.p90 < run.duration_s / 2
@@ -457,9 +457,9 @@ def test_serve_counts_every_kind_of_failure(server_url: str, monkeypatch: pytest
             dataclasses.replace(request, prompt_token_ids=[first]) for request, first in zip(plain, firsts, strict=True)
         ]
 
-    monkeypatch.setattr(online, "make_requests", failing)
+    monkeypatch.setattr(clients, "make_requests", failing)
     config = BenchConfig(workload="1/2", num_requests=5, num_warmup=0)
-    run = online.run_serve(LoadConfig(url=server_url), config).repeats[0]
+    run = clients.run_serve(LoadConfig(url=server_url), config).repeats[0]
     assert (run.num_completed, run.num_failed) == (1, 4)
     assert run.errors == {
         "HTTP 429: too many": 2,
@@ -470,5 +470,5 @@ def test_serve_counts_every_kind_of_failure(server_url: str, monkeypatch: pytest
 
 def test_serve_without_a_server_is_one_error() -> None:
     for model in (None, "m"):
-        with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1/"):
-            online.run_serve(LoadConfig(url="http://127.0.0.1:9/v1", model=model), BenchConfig(num_requests=1))
+        with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1"):
+            clients.run_serve(LoadConfig(url="http://127.0.0.1:9/v1", model=model), BenchConfig(num_requests=1))

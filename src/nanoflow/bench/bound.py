@@ -1,14 +1,16 @@
 """What was possible: tokens/s of a workload if each operation ran alone at the rate measured on this very device.
 
-The *serial bound* is a perfect engine without overlap: GEMMs, decode attention and prefill attention one after the
-other, nothing else and no gap. The *optimal throughput* (paper eq. 5) is its GEMMs alone. This file counts the work and
-adds up; it measures nothing and needs no torch, see `rates.py`.
+The *serial bound* is the sum of parts alone: GEMMs, decode attention and prefill attention one after the other, nothing
+else and no gap. It holds for the clock and power that each part had by itself: on a card that is limited by power, an
+engine that mixes hungry parts with others can pass it, and then it is no bound. The *optimal throughput* (paper eq. 5)
+is its GEMMs alone. This file counts the work and adds up; it measures nothing and needs no torch, see `rates.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +62,18 @@ class TypicalBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Time and energy of one unit of work; energy is None where it cannot be measured."""
+    """Time and energy of one unit of work, and the clock it was measured at; None where these cannot be measured."""
 
     time_s: float
     energy_j: float | None = None
+    clock_mhz: float | None = None
 
     def divided_by(self, count: float) -> Cost:
         """The cost of one of so many equal parts."""
         return Cost(
             time_s=self.time_s / count,
             energy_j=None if self.energy_j is None else self.energy_j / count,
+            clock_mhz=self.clock_mhz,
         )
 
 
@@ -100,6 +104,7 @@ class Bounds:
         gemm_tflops, lm_head_tflops, prefill_tflops: 1e12 operations/s; prefill attention counts visible pairs alone.
         decode_kv_bytes_per_s: Keys and values, each read once; None without decodes.
         batch: Sizes that these rates were measured at.
+        clocks_mhz: The multiprocessors' clock while each part was measured, by its name; empty without a GPU.
     """
 
     serial_tokens_per_s: float
@@ -111,6 +116,13 @@ class Bounds:
     prefill_tflops: float
     decode_kv_bytes_per_s: float | None
     batch: TypicalBatch
+    clocks_mhz: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def serial_power_w(self) -> float | None:
+        """Mean power of the parts alone; None without an energy counter."""
+        energy_j = self.serial_energy_per_token_j
+        return None if energy_j is None else energy_j * self.serial_tokens_per_s
 
 
 def work_of(lengths: Sequence[Lengths], windows: Windows) -> Work:
@@ -185,7 +197,18 @@ def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dty
         prefill_tflops=4 * graph.attention.q_width / rates.prefill_key.time_s / 1e12,
         decode_kv_bytes_per_s=None if rates.decode_key is None else key_bytes / rates.decode_key.time_s,
         batch=batch,
+        clocks_mhz=_clocks_mhz(rates),
     )
+
+
+def _clocks_mhz(rates: Rates) -> dict[str, float]:
+    parts = {
+        "GEMMs": rates.token,
+        "lm_head": rates.logit_row,
+        "decode attention": rates.decode_key,
+        "prefill attention": rates.prefill_key,
+    }
+    return {name: cost.clock_mhz for name, cost in parts.items() if cost is not None and cost.clock_mhz is not None}
 
 
 def _total(parts: Iterable[tuple[int, Cost]]) -> Cost:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import nanoflow
 
+# Names the sources where they are a copy that git knows nothing of; also a file of this name beside `src`.
+REVISION_VARIABLE = "NANOFLOW_REVISION"
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "fastapi", "uvicorn")
 
 
@@ -93,8 +95,25 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def git_revision() -> str | None:
-    """The commit that this package runs from; None if it is not run from a checkout of its own."""
+    """The commit that this package runs from; None if it is not run from a checkout of its own.
+
+    The environment variable NANOFLOW_REVISION says it instead, or a file of that name beside `src` where git knows
+    nothing: on a machine that has only a copy of the sources.
+    """
+    if stated := os.environ.get(REVISION_VARIABLE):
+        return stated.strip()
     package = Path(nanoflow.__file__).parent
+    return _checked_out(package) or _noted(package)
+
+
+def _noted(package: Path) -> str | None:
+    """The revision in the file beside `src`."""
+    path = package.parents[1] / REVISION_VARIABLE
+    return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
+
+
+def _checked_out(package: Path) -> str | None:
+    """The revision of the checkout that a package is in."""
     root = _output_of("git", "-C", str(package), "rev-parse", "--show-toplevel")
     if root is None or Path(root) / "src" / "nanoflow" != package:
         return None

@@ -25,7 +25,8 @@ class RequestRecord:
         num_prompt_tokens: Tokens of the prompt.
         num_requested_tokens: Tokens asked for.
         num_output_tokens: Tokens that came.
-        arrival_s, first_token_s, finished_s: When; of no meaning if it failed.
+        arrival_s, first_token_s, finished_s: When; of no meaning if it failed. The time of the first token is None if
+            the whole answer came at once.
         gaps_s: Gaps between deliveries of tokens; empty if nobody watched.
         error: Why it failed; None if it did not.
     """
@@ -34,7 +35,7 @@ class RequestRecord:
     num_requested_tokens: int
     num_output_tokens: int = 0
     arrival_s: float = 0.0
-    first_token_s: float = 0.0
+    first_token_s: float | None = 0.0
     finished_s: float = 0.0
     gaps_s: tuple[float, ...] = ()
     error: str | None = None
@@ -60,7 +61,9 @@ class RunMetrics:
         duration_s: Start to last finish.
         num_prompt_tokens, num_output_tokens: Sums.
         total_tokens_per_s, output_tokens_per_s, requests_per_s: Over the duration; total is prompt plus output.
-        ttft_s, tpot_s, itl_s, latency_s, normalized_latency_s: None where nothing was measured.
+        ttft_s, tpot_s, itl_s, latency_s, normalized_latency_s: None where nothing was measured. ITL is the gap between
+            two deliveries, which may bring several tokens each.
+        longest_gap_s: Of the longest ITL of each request.
         goodput_requests_per_s: None unless limits were stated.
         energy_per_token_j: Energy of the GPU over the duration, for each prompt and output token; None if unknown.
         errors: Message to how often.
@@ -68,6 +71,7 @@ class RunMetrics:
         steady: The run without ramp-up and drain; None if nobody watched, or for the reason given.
         no_steady_reason: Why there was no steady state, if somebody watched.
         plan_iterations: A plan's digest to the iterations it ran; None if nobody watched.
+        energy_dropped: Why an energy that was measured is not told; None if none was dropped.
     """
 
     num_requests: int
@@ -93,11 +97,13 @@ class RunMetrics:
     steady: SteadyState | None = None
     no_steady_reason: str | None = None
     plan_iterations: Mapping[str, int] | None = None
+    longest_gap_s: Distribution | None = None
+    energy_dropped: str | None = None
 
 
-def ttft_s(record: RequestRecord) -> float:
-    """Arrival to first token."""
-    return record.first_token_s - record.arrival_s
+def ttft_s(record: RequestRecord) -> float | None:
+    """Arrival to first token; None if nobody saw that one come."""
+    return None if record.first_token_s is None else record.first_token_s - record.arrival_s
 
 
 def latency_s(record: RequestRecord) -> float:
@@ -106,10 +112,10 @@ def latency_s(record: RequestRecord) -> float:
 
 
 def tpot_s(record: RequestRecord) -> float | None:
-    """Seconds a token after the first; None for a completion of one token."""
-    if record.num_output_tokens < 2:
+    """Seconds a token after the first; None for a completion of one token, or if nobody saw the first one come."""
+    if record.num_output_tokens < 2 or record.first_token_s is None:
         return None
-    return (latency_s(record) - ttft_s(record)) / (record.num_output_tokens - 1)
+    return (record.finished_s - record.first_token_s) / (record.num_output_tokens - 1)
 
 
 def normalized_latency_s(record: RequestRecord) -> float:
@@ -194,6 +200,7 @@ def measure(
         ttft_s=distribution(map(ttft_s, done)),
         tpot_s=distribution(map(tpot_s, done)),
         itl_s=distribution(gap_s for record in done for gap_s in record.gaps_s),
+        longest_gap_s=distribution(map(longest_gap_s, done)),
         latency_s=distribution(map(latency_s, done)),
         normalized_latency_s=distribution(map(normalized_latency_s, done)),
         goodput_requests_per_s=sum(meets(record, limits_ms) for record in records) / duration_s if limits_ms else None,

@@ -1,8 +1,8 @@
 """Throughput in process: all requests at once through `LLM.generate`, as fast as the engine goes.
 
-Completions are greedy, of fixed length (end of sequence ignored) and not decoded to text. What was possible is measured
-first (`rates.py`), the steady state beside the run (`steady.py`). Requests over HTTP, with arrivals in time, are
-`online.py`.
+Completions are of fixed length (end of sequence ignored); unless options say otherwise they are greedy and not decoded
+to text. What was possible is measured first (`rates.py`), the steady state beside the run (`steady.py`). Requests over
+HTTP, with arrivals in time, are `online.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.machine import detect_gpus
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
+from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
@@ -60,6 +62,7 @@ def run_workloads(engine_config: EngineConfig, configs: Sequence[ThroughputConfi
         for config, lengths in zip(configs, all_lengths, strict=True)
     ]
     with LLM(**dataclasses.asdict(engine_config)) as llm:
+        settings = settings_of(engine_config, llm.facts)
         for config, lengths, limits_ms, bounds in zip(configs, all_lengths, all_limits_ms, all_bounds, strict=True):
             yield make_record(
                 "throughput",
@@ -73,6 +76,7 @@ def run_workloads(engine_config: EngineConfig, configs: Sequence[ThroughputConfi
                 config=engine_config,
                 repeats=[with_shares(run, bounds) for run in _measure_repeats(llm, config, lengths, limits_ms)],
                 bounds=bounds,
+                settings=settings,
             )
 
 
@@ -85,16 +89,26 @@ def _measure_repeats(
         for repeat in range(config.repeats)
     ]
     if config.num_warmup:
-        _generate(llm, runs[0][: config.num_warmup], use_tqdm=False)
-    return [_measure_run(llm, requests, limits_ms) for requests in runs]
+        _generate(llm, config, runs[0][: config.num_warmup], use_tqdm=False)
+    power_limit_w = power_limit_of(llm.facts.device)
+    return [without_impossible_energy(_measure_run(llm, config, each, limits_ms), power_limit_w) for each in runs]
 
 
-def _measure_run(llm: LLM, requests: Sequence[BenchRequest], limits_ms: dict[str, float]) -> RunMetrics:
+def power_limit_of(device: str) -> float | None:
+    """Watts that a device, as torch names it, may draw; None if it is no GPU, or its driver does not say."""
+    kind, _, index = device.partition(":")
+    gpus = detect_gpus() if kind == "cuda" else ()
+    return gpus[int(index or 0)].power_limit_w if int(index or 0) < len(gpus) else None
+
+
+def _measure_run(
+    llm: LLM, config: ThroughputConfig, requests: Sequence[BenchRequest], limits_ms: dict[str, float]
+) -> RunMetrics:
     recorder = ProgressRecorder()
     llm.observe(recorder)
     with energy_of(llm.facts.device) as energy:
         start_s = time.monotonic()
-        outputs = _generate(llm, requests, use_tqdm=True)
+        outputs = _generate(llm, config, requests, use_tqdm=True)
         stop_s = time.monotonic()
     records = [_record(*pair) for pair in zip(requests, outputs, strict=True)]
     run = dataclasses.replace(
@@ -119,9 +133,51 @@ def with_shares(run: RunMetrics, bounds: Bounds | None) -> RunMetrics:
     )
 
 
-def _generate(llm: LLM, requests: Sequence[BenchRequest], *, use_tqdm: bool) -> list[RequestOutput]:
+def without_impossible_energy(run: RunMetrics, power_limit_w: float | None) -> RunMetrics:
+    """The run without energies that a card with this limit cannot have used: the counter erred, by how much is unknown.
+
+    Args:
+        run: Of one repeat.
+        power_limit_w: Of the card; None if unknown.
+    """
+    reason = impossible_power(run.energy_per_token_j, run.total_tokens_per_s, power_limit_w)
+    if reason is not None:
+        run = dataclasses.replace(run, energy_per_token_j=None, energy_dropped=reason)
+    if run.steady is None:
+        return run
+    steady = run.steady
+    reason = impossible_power(steady.energy_per_token_j, steady.total_tokens_per_s, power_limit_w)
+    if reason is None:
+        return run
+    return dataclasses.replace(
+        run, steady=dataclasses.replace(steady, energy_per_token_j=None), energy_dropped=run.energy_dropped or reason
+    )
+
+
+def impossible_power(energy_per_token_j: float | None, tokens_per_s: float, power_limit_w: float | None) -> str | None:
+    """Why an energy is impossible: its mean power is above the card's limit; None if it is possible or unknown."""
+    if energy_per_token_j is None or power_limit_w is None:
+        return None
+    power_w = energy_per_token_j * tokens_per_s
+    if power_w <= power_limit_w:
+        return None
+    return f"energy dropped: {power_w:.1f} W on average is above the card's limit of {power_limit_w:.0f} W"
+
+
+def _generate(
+    llm: LLM, config: ThroughputConfig, requests: Sequence[BenchRequest], *, use_tqdm: bool
+) -> list[RequestOutput]:
     params = [
-        SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.num_output_tokens, detokenize=False)
+        SamplingParams(
+            **{
+                **config.sampling,
+                "min_tokens": min(config.min_tokens, request.num_output_tokens),
+                "max_tokens": request.num_output_tokens,
+                # Where the end of sequence is ignored, nothing has to be held back.
+                "ignore_eos": not config.min_tokens,
+                "detokenize": config.text,
+            }
+        )
         for request in requests
     ]
     return llm.generate([request.prompt_token_ids for request in requests], params, use_tqdm=use_tqdm)

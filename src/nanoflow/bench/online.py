@@ -2,7 +2,7 @@
 
 A request arrives at its drawn time; under `max_concurrency` it arrives when one of so many clients is free to send it.
 A failed request is counted with its reason and spoils no other. What the server is made of is not known here; the
-same work in process is `offline.py`.
+same work in process is `offline.py`. Who shares requests among processes is `clients.py`, how bytes travel `client.py`.
 """
 
 from __future__ import annotations
@@ -10,33 +10,50 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
-import httpx
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
-from tqdm import tqdm
 
+from nanoflow.bench.client import Answer, ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
 from nanoflow.bench.config import BenchConfig, LoadConfig
-from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
-from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
+from nanoflow.bench.metrics import RequestRecord
+from nanoflow.bench.workload import BenchRequest
 from nanoflow.engine.messages import BookFacts, PlanName
+
+# Short words that most vocabularies have as one token each, with the space before.
+_WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "as", "with", "his", "they")
 
 
 class RequestFailed(Exception):
     """The server did not complete a request; one line says why."""
 
 
+class _Message(msgspec.Struct):
+    content: str | None = None
+    role: str | None = None
+
+
 class _Choice(msgspec.Struct):
     text: str = ""
     finish_reason: str | None = None
+    delta: _Message | None = None
+
+    @property
+    def has_tokens(self) -> bool:
+        """False for what only names the role of a message, or only says why the completion ended."""
+        if self.delta is None:
+            return bool(self.text) or self.finish_reason is None
+        return bool(self.delta.content) or (self.finish_reason is None and self.delta.role is None)
 
 
 class _Usage(msgspec.Struct):
     completion_tokens: int
+    prompt_tokens: int | None = None
 
 
 class _Event(msgspec.Struct):
@@ -48,142 +65,117 @@ class _Event(msgspec.Struct):
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
-def run_serve(load: LoadConfig, config: BenchConfig) -> BenchRecord:
-    """Warm the server up, measure every repeat.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sending:
+    """A request ready to be sent, so that load costs its process no more than bytes.
 
-    Raises:
-        ValueError: The workload or a limit is not usable.
-        ConnectionError: There is no such server, or it completes no request of the warm-up.
+    Attributes:
+        message: All of its bytes.
+        arrival_s: From the start of the run.
+        num_prompt_tokens, num_output_tokens: What it asks for.
     """
-    limits_ms = parse_limits(config.goodput)
-    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-    runs = [
-        make_requests(
-            lengths, vocab_size=load.vocab_size, seed=config.seed, repeat=repeat, request_rate=load.request_rate
-        )
-        for repeat in range(config.repeats)
-    ]
-    model, book, repeats = asyncio.run(_run(load, runs, config.num_warmup, limits_ms))
-    return make_record(
-        "serve",
-        model={"name": model} if book is None else {"name": model, "book": book},
-        plan=None if book is None else str(book),
-        workload=config,
-        config=dataclasses.replace(load, api_key=None),
-        repeats=repeats,
-    )
+
+    message: bytes
+    arrival_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
 
 
-async def _run(
-    load: LoadConfig, runs: Sequence[Sequence[BenchRequest]], num_warmup: int, limits_ms: Mapping[str, float]
-) -> tuple[str, BookFacts | None, list[RunMetrics]]:
-    """The model's name, its plans if the server names them, and the metrics of every repeat."""
-    headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=load.url, headers=headers, timeout=load.timeout_s, limits=limits) as client:
-        model = load.model or await _served_model(client)
-        if num_warmup:
-            await _warm_up(client, model, runs[0][:num_warmup])
-        repeats = [await _measure_run(client, model, load, requests, limits_ms) for requests in runs]
-        return model, await _served_book(client), repeats
-
-
-async def _served_model(client: httpx.AsyncClient) -> str:
-    try:
-        response = await client.get("models")
-        return str(response.raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
-        raise ConnectionError(f"no OpenAI-compatible server at {client.base_url}: {_describe(error)}") from error
-
-
-async def _served_book(client: httpx.AsyncClient) -> BookFacts | None:
-    """The plan book as a server's metrics name it; None if they do not."""
-    try:
-        response = await client.get(client.base_url.join("/metrics"))
-        families = list(text_string_to_metric_families(response.raise_for_status().text))
-    except (httpx.HTTPError, ValueError, LookupError):
-        return None
-    found = [sample.labels for family in families for sample in family.samples if sample.name.endswith(":plan_info")]
-    if not found or not {"name", "digest", "book"} <= found[0].keys():
-        return None
-    plans = tuple(PlanName(name=labels["name"], digest=labels["digest"]) for labels in found)
-    return BookFacts(digest=found[0]["book"], plans=plans)
-
-
-async def _warm_up(client: httpx.AsyncClient, model: str, requests: Sequence[BenchRequest]) -> None:
-    now_s = time.perf_counter()
-    records = await asyncio.gather(*(_send(client, model, request, now_s, None) for request in requests))
-    errors = [record.error for record in records if record.error is not None]
-    if len(errors) == len(records):
-        raise ConnectionError(f"the server at {client.base_url} completes no request: {errors[0]}")
-
-
-async def _measure_run(
-    client: httpx.AsyncClient,
-    model: str,
-    load: LoadConfig,
-    requests: Sequence[BenchRequest],
-    limits_ms: Mapping[str, float],
-) -> RunMetrics:
-    slots = asyncio.Semaphore(load.max_concurrency) if load.max_concurrency is not None else None
-    with tqdm(total=len(requests), unit=" requests", dynamic_ncols=True) as progress:
-        start_s = time.perf_counter()
-
-        async def follow(request: BenchRequest) -> RequestRecord:
-            record = await _send(client, model, request, start_s + request.arrival_s, slots)
-            progress.update()
-            return record
-
-        records = await asyncio.gather(*map(follow, requests))
-        return measure(records, time.perf_counter() - start_s, limits_ms)
-
-
-async def _send(
-    client: httpx.AsyncClient, model: str, request: BenchRequest, arrival_s: float, slots: asyncio.Semaphore | None
-) -> RequestRecord:
-    """Send a request at its arrival (or once a slot is free) and follow it to its end, good or bad."""
-    await asyncio.sleep(arrival_s - time.perf_counter())
-    async with slots or nullcontext():
-        sent = RequestRecord(
+def prepare(load: LoadConfig, config: BenchConfig, model: str, requests: Sequence[BenchRequest]) -> list[Sending]:
+    """The requests as bytes."""
+    address = read_address(load.url)
+    headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    path = "chat/completions" if load.api == "chat" else "completions"
+    return [
+        Sending(
+            message=post(address, path, msgspec.json.encode(body_of(load, config, model, request)), headers),
+            arrival_s=request.arrival_s,
             num_prompt_tokens=len(request.prompt_token_ids),
-            num_requested_tokens=request.num_output_tokens,
-            arrival_s=arrival_s if slots is None else time.perf_counter(),
+            num_output_tokens=request.num_output_tokens,
         )
-        try:
-            return await _stream(client, model, request, sent)
-        except (RequestFailed, httpx.HTTPError, msgspec.DecodeError) as error:
-            return dataclasses.replace(sent, error=_describe(error))
+        for request in requests
+    ]
 
 
-async def _stream(client: httpx.AsyncClient, model: str, request: BenchRequest, sent: RequestRecord) -> RequestRecord:
-    body = {
-        "model": model,
-        "prompt": request.prompt_token_ids,
-        "max_tokens": request.num_output_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+def body_of(load: LoadConfig, config: BenchConfig, model: str, request: BenchRequest) -> dict[str, Any]:
+    """The body of a request, with no option that is not asked for: not every server knows all of them."""
+    body: dict[str, Any] = {"model": model, "max_tokens": request.num_output_tokens, **config.sampling}
+    if "min_tokens" in body:
+        body["min_tokens"] = min(config.min_tokens, request.num_output_tokens)
+    if load.ignore_eos and not config.min_tokens:
+        body["ignore_eos"] = True
+    if load.stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    if load.prompts == "ids":
+        return body | {"prompt": request.prompt_token_ids}
+    text = " ".join(_WORDS[token % len(_WORDS)] for token in request.prompt_token_ids)
+    if load.api == "completions":
+        return body | {"prompt": text}
+    if config.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": config.logprobs}
+    return body | {"messages": [{"role": "user", "content": text}]}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """A request that was sent, and what came; `pieces` are None if that failed, for the reason in `request`."""
+
+    request: RequestRecord
+    pieces: Pieces | None
+
+
+async def drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -> list[Sent]:
+    """Send every request at its time after `start_s` (of `time.monotonic`) and wait for the ends of all answers."""
+    address = read_address(load.url)
+    tls = address.tls
+    slots = asyncio.Semaphore(load.max_concurrency) if load.max_concurrency is not None else None
+
+    async def follow(sending: Sending) -> Sent:
+        arrival_s = start_s + sending.arrival_s
+        await asyncio.sleep(arrival_s - time.monotonic())
+        async with slots or nullcontext():
+            request = RequestRecord(
+                num_prompt_tokens=sending.num_prompt_tokens,
+                num_requested_tokens=sending.num_output_tokens,
+                arrival_s=arrival_s if slots is None else time.monotonic(),
+            )
+            try:
+                pieces = await exchange(address, sending.message, load.timeout_s, tls)
+            except (OSError, ExchangeFailed) as error:
+                return Sent(request=dataclasses.replace(request, error=_describe(error)), pieces=None)
+            return Sent(request=request, pieces=pieces)
+
+    return list(await asyncio.gather(*map(follow, sendings)))
+
+
+def record_of(sent: Sent, *, is_stream: bool) -> RequestRecord:
+    """What became of a request, good or bad."""
+    if sent.pieces is None:
+        return sent.request
+    try:
+        answer = read_answer(sent.pieces)
+        if answer.status != 200:
+            raise RequestFailed(f"HTTP {answer.status}: {answer.body.decode(errors='replace')[:200]}")
+        return _streamed(sent.request, answer) if is_stream else _whole(sent.request, answer)
+    except (RequestFailed, ExchangeFailed, msgspec.DecodeError) as error:
+        return dataclasses.replace(sent.request, error=_describe(error))
+
+
+def _streamed(sent: RequestRecord, answer: Answer) -> RequestRecord:
     times_s: list[float] = []
     usage: _Usage | None = None
-    async with client.stream("POST", "completions", json=body) as response:
-        if response.is_error:
-            raise RequestFailed(f"HTTP {response.status_code}: {(await response.aread()).decode()[:200]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data:") or line.endswith("[DONE]"):
-                continue
-            event = _decode_event(line.removeprefix("data:"))
-            if event.error is not None:
-                raise RequestFailed(f"error in the stream: {event.error}")
-            usage = event.usage or usage
-            # A last event that only says why the completion ended delivers no token.
-            if any(choice.text or choice.finish_reason is None for choice in event.choices):
-                times_s.append(time.perf_counter())
+    for time_s, data in read_events(answer):
+        event = _decode_event(data)
+        if event.error is not None:
+            raise RequestFailed(f"error in the stream: {event.error}")
+        usage = event.usage or usage
+        if any(choice.has_tokens for choice in event.choices):
+            times_s.append(time_s)
     if usage is None or not usage.completion_tokens or not times_s:
         raise RequestFailed("the stream ended without tokens or without usage")
     return dataclasses.replace(
         sent,
+        num_prompt_tokens=usage.prompt_tokens or sent.num_prompt_tokens,
         num_output_tokens=usage.completion_tokens,
         first_token_s=times_s[0],
         finished_s=times_s[-1],
@@ -191,5 +183,77 @@ async def _stream(client: httpx.AsyncClient, model: str, request: BenchRequest, 
     )
 
 
+def _whole(sent: RequestRecord, answer: Answer) -> RequestRecord:
+    usage = _decode_event(answer.body).usage
+    if usage is None or not usage.completion_tokens:
+        raise RequestFailed("the answer has no tokens, or no usage")
+    return dataclasses.replace(
+        sent,
+        num_prompt_tokens=usage.prompt_tokens or sent.num_prompt_tokens,
+        num_output_tokens=usage.completion_tokens,
+        first_token_s=None,
+        finished_s=answer.parts[-1][0],
+    )
+
+
 def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, RequestFailed) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, RequestFailed | ExchangeFailed) else f"{type(error).__name__}: {error}"
+
+
+def served_model(load: LoadConfig) -> str:
+    """The name of a server's first model.
+
+    Raises:
+        ConnectionError: There is no such server.
+    """
+    try:
+        document = msgspec.json.decode(_get(f"{load.url.rstrip('/')}/models", load.api_key))
+        return str(document["data"][0]["id"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ConnectionError(f"no OpenAI-compatible server at {load.url}: {_describe(error)}") from error
+
+
+# Labels of a sample, and its value.
+Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
+
+
+def served_metrics(load: LoadConfig) -> Samples:
+    """A server's metrics by name, without what stands before the colon; empty if it has none that can be read."""
+    address = read_address(load.url)
+    scheme = "https" if address.is_secure else "http"
+    try:
+        text = _get(f"{scheme}://{address.host}:{address.port}/metrics", load.api_key).decode()
+        families = list(text_string_to_metric_families(text))
+    except (OSError, ValueError, LookupError):
+        return {}
+    found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        found.setdefault(sample.name.rpartition(":")[2], []).append((sample.labels, sample.value))
+    return found
+
+
+def _get(url: str, api_key: str | None) -> bytes:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    # As load does: never through a proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+        content: bytes = answer.read()
+    return content
+
+
+def served_book(metrics: Samples) -> BookFacts | None:
+    """The plan book as a server's metrics name it; None if they do not."""
+    found = [labels for labels, _ in metrics.get("plan_info", ())]
+    if not found or not {"name", "digest", "book"} <= found[0].keys():
+        return None
+    plans = tuple(PlanName(name=labels["name"], digest=labels["digest"]) for labels in found)
+    return BookFacts(digest=found[0]["book"], plans=plans)
+
+
+def served_settings(metrics: Samples) -> dict[str, Any]:
+    """What a server's metrics say of its settings: the labels of every `..._info` that has one sample."""
+    return {
+        name: dict(samples[0][0])
+        for name, samples in sorted(metrics.items())
+        if name.endswith("_info") and len(samples) == 1 and not name.startswith("python")
+    }

@@ -26,6 +26,8 @@ from nanoflow.plan.book import load_book
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Work, sustained
 
+# Tokens of a batch at which products are about as fast as they get.
+
 
 @torch.inference_mode()
 def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
@@ -101,4 +103,4 @@ def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
 
 def _cost_of(work: Work, device: torch.device) -> Cost:
     measured = sustained(work, device)
-    return Cost(time_s=measured.time_s, energy_j=measured.energy_j)
+    return Cost(time_s=measured.time_s, energy_j=measured.energy_j, clock_mhz=measured.clock_mhz)

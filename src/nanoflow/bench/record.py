@@ -19,8 +19,9 @@ from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
 from nanoflow.bench.metrics import Distribution, RunMetrics
+from nanoflow.bench.provenance import command
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class BenchRecord:
         config: The options of the engine, or of the load put on a server.
         repeats: One entry each.
         bounds: What was possible; None if it was not measured.
+        command: What was typed.
+        settings: Every option of the engine as it ran, chosen limits among them (`settings_of`); None over HTTP.
     """
 
     benchmark: str
@@ -49,6 +52,8 @@ class BenchRecord:
     config: Any
     repeats: Sequence[RunMetrics]
     bounds: Bounds | None = None
+    command: str = ""
+    settings: Mapping[str, Any] | None = None
     version: int = RECORD_VERSION
 
 
@@ -61,6 +66,7 @@ def make_record(
     config: Any,
     repeats: Sequence[RunMetrics],
     bounds: Bounds | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> BenchRecord:
     """A record of a run that has just ended on this machine."""
     return BenchRecord(
@@ -75,6 +81,8 @@ def make_record(
         config=config,
         repeats=repeats,
         bounds=bounds,
+        command=command(),
+        settings=settings,
     )
 
 
@@ -128,7 +136,7 @@ def _bound_lines(bounds: Bounds) -> Iterator[str]:
     decodes = f"{batch.num_decodes} decodes of {batch.decode_context:,} tokens"
     prefills = f"{batch.num_prefills} x {batch.prefill_tokens:,} tokens after {batch.prefill_before:,}"
     rows: tuple[tuple[str, float | None, str], ...] = (
-        ("serial bound (tokens/s)", bounds.serial_tokens_per_s, "every operation alone, one after the other"),
+        ("serial bound (tokens/s)", bounds.serial_tokens_per_s, f"sum of parts alone{_state(bounds)}"),
         ("optimal (tokens/s)", bounds.optimal_tokens_per_s, "the GEMMs alone"),
         ("serial bound (mJ/token)", _times(1e3, bounds.serial_energy_per_token_j), ""),
         ("optimal (mJ/token)", _times(1e3, bounds.optimal_energy_per_token_j), ""),
@@ -142,11 +150,19 @@ def _bound_lines(bounds: Bounds) -> Iterator[str]:
             yield f"{label:<28}{value:>12,.2f}   {remark}".rstrip()
 
 
+def _state(bounds: Bounds) -> str:
+    """The clocks and the power that the parts were measured at, as far as known."""
+    power_w = bounds.serial_power_w
+    power = "" if power_w is None else f", {power_w:,.0f} W on average"
+    return f"{power}{''.join(f', {part} at {clock:,.0f} MHz' for part, clock in bounds.clocks_mhz.items())}"
+
+
 def _latency_lines(run: RunMetrics) -> Iterator[str]:
     rows: tuple[tuple[str, Distribution | None], ...] = (
         ("TTFT", run.ttft_s),
         ("TPOT", run.tpot_s),
         ("ITL", run.itl_s),
+        ("longest gap of a request", run.longest_gap_s),
         ("latency", run.latency_s),
         ("normalized latency", run.normalized_latency_s),
     )
@@ -163,5 +179,9 @@ def _warning_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
             yield f"repeat {number}: {count} failed: {message}"
         if run.num_short:
             yield f"repeat {number}: {run.num_short} requests gave fewer tokens than asked for"
+        if run.share_of_serial is not None and run.share_of_serial > 1:
+            yield f"repeat {number}: faster than the sum of parts alone, which is no bound here"
+        if run.energy_dropped is not None:
+            yield f"repeat {number}: {run.energy_dropped}"
         if run.no_steady_reason is not None:
             yield f"repeat {number}: no steady state: {run.no_steady_reason}"

@@ -29,8 +29,9 @@ _EXAMPLES = """\
 _TEACH_THROUGHPUT = """\
 Load a model in this process, give it all requests at once and report tokens/s
 and latencies, for the whole run and for its steady state. Beside them stands what
-was possible on this device, measured just before: the serial bound (every GEMM and
-attention alone, one after the other) and the optimum (the GEMMs alone).
+was possible on this device, measured just before: the sum of parts alone (every GEMM and
+attention by itself, one after the other; the serial bound) and the optimum (the GEMMs alone).
+Tokens are greedy and not turned into text unless options say otherwise.
 --random-weights measures an architecture without its weights; preset:NAME needs no
 files at all. Exit status 1 if a request failed."""
 
@@ -41,10 +42,12 @@ _EXAMPLES_THROUGHPUT = """\
   nanoflow bench throughput --model ./my-model --workload trace:lengths.csv"""
 
 _TEACH_SERVE = """\
-Send prompts of token ids to a server's /v1/completions, with Poisson arrivals or
-all at once, and report rates, latencies and, with --goodput, the requests/s that
-meet every limit. Needs a server that understands ignore_eos and streams usage.
-Failed requests are counted by reason; exit status 1 if there are any."""
+Send prompts to a server's /v1/completions or /v1/chat/completions, with Poisson
+arrivals or all at once, and report rates, latencies, the longest gap between the
+tokens of a request and, with --goodput, the requests/s that meet every limit. Needs
+a server that streams usage. One process receives some twenty thousand tokens/s: use
+--num-processes against a fast server. Failed requests are counted by reason; exit
+status 1 if there are any."""
 
 _EXAMPLES_SERVE = """\
   nanoflow bench serve --workload 128/64 --num-requests 100 --request-rate 8
@@ -79,17 +82,21 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 def run_throughput(args: argparse.Namespace) -> int:
     """Measure the engine in this process."""
     from nanoflow.bench import offline
+    from nanoflow.bench.provenance import require_clean
 
     config = _THROUGHPUT.read(args)
+    require_clean(config.json, allows_dirty=config.allow_dirty)
     return _report(offline.run_throughput(_ENGINE.read(args), config), config.json)
 
 
 def run_serve(args: argparse.Namespace) -> int:
     """Measure a server."""
-    from nanoflow.bench import online
+    from nanoflow.bench import clients
+    from nanoflow.bench.provenance import require_clean
 
     config = _BENCH.read(args)
-    return _report(online.run_serve(_LOAD.read(args), config), config.json)
+    require_clean(config.json, allows_dirty=config.allow_dirty)
+    return _report(clients.run_serve(_LOAD.read(args), config), config.json)
 
 
 def _report(record: BenchRecord, path: str | None) -> int:

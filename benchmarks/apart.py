@@ -1,0 +1,66 @@
+"""Workloads on an engine in a process of its own, which leaves a clean device behind whatever happens to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+
+from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.offline import run_workloads
+from nanoflow.bench.record import BenchRecord
+from nanoflow.config import EngineConfig
+
+# How long a process that has sent everything may take to free its device.
+_END_S = 60.0
+
+
+class RunFailed(Exception):
+    """An engine did not start, or died, or had no time left; one line says which."""
+
+
+def run_apart(
+    engine: EngineConfig, configs: Sequence[ThroughputConfig], deadline_s: float | None = None
+) -> Iterator[BenchRecord]:
+    """Records of all workloads in turn, each as soon as it is there.
+
+    Args:
+        engine: Built once, in the new process.
+        configs: What it is given.
+        deadline_s: When to end, of `time.monotonic`; what runs then is lost.
+
+    Raises:
+        RunFailed: Not all records came.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(theirs, engine, configs))
+    process.start()
+    theirs.close()
+    try:
+        for _ in configs:
+            if not ours.poll(None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0)):
+                raise RunFailed("the time is over")
+            found = ours.recv()
+            if isinstance(found, str):
+                raise RunFailed(found)
+            yield found
+        process.join(_END_S)
+    except EOFError:
+        process.join(_END_S)
+        raise RunFailed(f"the engine's process ended with status {process.exitcode}") from None
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join(_END_S)
+        process.kill()
+        ours.close()
+
+
+def _run(end: Connection, engine: EngineConfig, configs: Sequence[ThroughputConfig]) -> None:
+    try:
+        for record in run_workloads(engine, configs):
+            end.send(record)
+    except (RuntimeError, ValueError) as error:
+        end.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
