@@ -6,15 +6,16 @@ predicted stands in `simulate.py`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nanoflow.cost.interference import Interference
+from nanoflow.cost.interference import Interference, lane_of
 from nanoflow.cost.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import BatchShape
+from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
@@ -115,6 +116,14 @@ class IterationModel:
         if shape not in self._chosen_s:
             self._chosen_s[shape] = self.predict(shape).iteration_s
         return self._chosen_s[shape]
+
+    def busy_s(self, shape: BatchShape) -> dict[Resource, float]:
+        """How long the layers of an iteration take sequentially, by the resource in whose lane operations run."""
+        tokens = TokenRange(start=0, stop=shape.num_tokens)
+        found: dict[Resource, float] = defaultdict(float)
+        for op in self.graph.layer:
+            found[lane_of(op)] += operation_cost(op, tokens, shape, self._table).time_s * self.graph.num_layers
+        return found
 
     def simulate(self, plan: PipelinePlan, shape: BatchShape, num_layers: int) -> Simulation:
         """So many layers under a plan."""
