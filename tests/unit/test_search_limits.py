@@ -19,8 +19,10 @@ from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.plan import Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profiler import iterations as iterations_module
+from nanoflow.profiler.iterations import Timing, Trial
 from nanoflow.search import limits as limits_module
 from nanoflow.search.books import BookSearch, FoundPlan
 from nanoflow.search.limits import (
@@ -37,6 +39,7 @@ from nanoflow.search.limits import (
 from nanoflow.search.shapes import batch_of, cells_of
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
+PLAN = sequential_plan(GRAPH, 1024)
 PROFILE = estimated_profile("preset:llama-3-8b", PRESETS["llama-3-8b"], parse_gpus("a100-80"), 8192)
 
 
@@ -98,7 +101,7 @@ def test_limits_whose_predictions_are_close_are_all_tried() -> None:
     rates = (104.0, 106.0, 105.5, 103.0, 105.0)
     found = [WithPlans(limits=limits_of(2048, 1), rates=(rate,), plans=()) for rate in rates]
     assert [each.rate for each in strongest(found, best)] == pytest.approx([106.0, 105.5, 105.0])
-    assert len(strongest(found[:2], best)) == 2 and len(strongest(found[3:4], best)) == 1
+    assert len(strongest(found[:2], best)) == 1 and len(strongest(found[1:3], best)) == 2
     losing = [replace(found[0], rates=(99.0,)), replace(found[0], rates=(98.5,))]
     assert strongest(losing, best) == losing[:1]
 
@@ -163,14 +166,15 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sto
     profile.write_bytes(PROFILE.to_json())
     monkeypatch.setattr(command, "SimulatedWorkloads", ToyWorkloads)
 
-    def run(rates: dict[int, float], gains: dict[int, float], *options: str) -> StoredBook:
+    def run(rates: dict[int, float], gains: dict[int, float] | None, *options: str) -> StoredBook:
         def found(_: BookSearch, iterations: list[tuple[BatchShape, float]], budget: int) -> Iterator[FoundPlan]:
+            assert gains is not None
             (cell,) = cells_of(iterations, budget)
-            plan = sequential_plan(GRAPH, budget)
-            gain = gains[budget]
+            plan, gain = sequential_plan(GRAPH, budget), gains[budget]
             yield FoundPlan(cell=cell, part=1.0, gain=gain, plans=(plan,) if gain > 1 else ())
 
-        monkeypatch.setattr(BookSearch, "found", found)
+        if gains is not None:
+            monkeypatch.setattr(BookSearch, "found", found)
         monkeypatch.setattr(ToyWorkloads, "sequential_rates", rates, raising=False)
         path = tmp_path / "plans.json"
         assert main(["search", str(profile), "-o", str(path), "--max-num-seqs", "512", *options]) == 0
@@ -228,6 +232,39 @@ def test_a_number_that_is_given_wins(search: Callable[..., StoredBook], capsys: 
     capsys.readouterr()
     assert book.limits == limits_of(4096, 512)
     assert search(rates, gains, "--quiet").limits == limits_of(2048, 512) and not capsys.readouterr().err
+
+
+def test_trials_decide_between_limits_and_none_is_made_twice(
+    search: Callable[..., StoredBook], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is predicted to be best loses on the device; a plan that two limits have for one cell is tried once."""
+    tried: list[tuple[BatchShape, str]] = []
+
+    def measure(_: object, wanted: list[tuple[BatchShape, PipelinePlan]], **__: object) -> Iterator[Trial]:
+        for shape, plan in wanted:
+            tried.append((shape, plan.name))
+            planned = Timing(time_s=1 / {"common": 1.02, "2048": 0.98, "4096": 1.05}[plan.name], energy_j=None)
+            yield Trial(shape=shape, plan=plan, planned=planned, sequential=Timing(time_s=1.0, energy_j=None))
+
+    def found(_: BookSearch, iterations: list[tuple[BatchShape, float]], budget: int) -> Iterator[FoundPlan]:
+        # The same cell of smaller batches under both limits, with other batches in it.
+        common, small = replace(PLAN, name="common"), batch_of(1024, 340, 1280.0 + budget / 1000, 1024.0)
+        own = replace(sequential_plan(GRAPH, budget), name=str(budget))
+        for shapes, plan in ((iterations, own), ([(small, 1.0)], common)):
+            (cell,) = cells_of(shapes, budget)
+            yield FoundPlan(cell=cell, part=0.45, gain=gains[budget], plans=(plan,))
+
+    gains = {2048: 1.1, 4096: 1.085}
+    monkeypatch.setattr(command, "_check_machine", lambda _: None)
+    monkeypatch.setattr(iterations_module, "measure_trials", measure)
+    monkeypatch.setattr(BookSearch, "found", found)
+    book = search({2048: 98.0, 4096: 99.0}, None, "--measure", "--max-batch-tokens", "2048", "4096")
+    assert book.limits == limits_of(4096, 512) and book.prediction is not None and book.prediction.is_measured
+    assert book.prediction.gain == pytest.approx(1.05) and {plan.name for plan in book.plans} == {"4096", "common"}
+    assert [name for _, name in tried] == ["2048", "common", "4096"]
+    told = capsys.readouterr()
+    assert "1 plans to try, about 0 minutes, 1 more were tried before" in told.err
+    assert "98 tokens/s with plans, measured" in told.err and "1.050x of sequential at its best" in told.out
 
 
 @pytest.mark.parametrize(

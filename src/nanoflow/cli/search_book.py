@@ -18,10 +18,11 @@ from nanoflow.search.limits import LimitsFound, WithPlans, fastest, limits_to_tr
 if TYPE_CHECKING:
     from nanoflow.cli.search import SearchConfig
     from nanoflow.cost.table import Profile
+    from nanoflow.graph.operation import BatchShape
     from nanoflow.profiler.kept_trials import KeptTrials
 
-# Settling, capturing and measuring, for one plan.
-_TRIAL_S = 2.0
+# Settling, capturing and measuring, for one plan; for some also the sequential plan.
+_TRIAL_S = 3.0
 
 
 def kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrials:
@@ -67,6 +68,7 @@ class LimitsSearch:
             seed=config.seed,
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
+        self._examples: dict[tuple[int, tuple[float, float]], BatchShape] = {}
         self._search = BookSearch(profile, time_limit_s=config.time_limit, will_be_tried=kept is not None)
 
     def book(self) -> StoredBook:
@@ -114,7 +116,7 @@ class LimitsSearch:
         from nanoflow.profiler.iterations import measure_trials
 
         tried, rare = divided(found.plans)
-        wanted = [(each.cell.example, plan) for each in tried for plan in each.plans]
+        wanted = [(self._example(each), plan) for each in tried for plan in each.plans]
         missing = [key for key in wanted if key not in kept]
         before = f", {len(wanted) - len(missing)} more were tried before" if len(missing) < len(wanted) else ""
         minutes = len(missing) * _TRIAL_S / 60
@@ -122,7 +124,7 @@ class LimitsSearch:
         trials = measure_trials(self._profile, missing, device=resolve_device("auto"))
         judged = []
         for each in tried:
-            keys = [(each.cell.example, plan) for plan in each.plans]
+            keys = [(self._example(each), plan) for plan in each.plans]
             while not all(key in kept for key in keys):
                 kept.add(next(trials))
             judged.append(each.confirmed([kept[key] for key in keys]))
@@ -130,6 +132,11 @@ class LimitsSearch:
         trusted = [each.trusted for each in rare]
         self._say(f"  rare batches: {sum(bool(each.plans) for each in trusted)} plans as predicted")
         return self._judged(found.limits, [*judged, *trusted], "measured")
+
+    def _example(self, found: FoundPlan) -> BatchShape:
+        """The batch that stands for a cell in trials: the same under all limits, so that no plan is tried twice."""
+        cell = found.cell
+        return self._examples.setdefault((cell.max_tokens, cell.keys), cell.example)
 
     def _judged(self, limits: BookLimits, plans: Sequence[FoundPlan], how: str) -> WithPlans:
         rates = self._simulated.rates(limits, gain_under(plans))

@@ -24,7 +24,7 @@ REQUEST_COUNTS = (256, 512, 1024, 2048)
 # Limits that plans are searched for under, at most; the best sequential ones are always among them.
 MAX_SEARCHED = 4
 # Limits under which plans are tried, and how far apart predictions of two may be that trials could exchange.
-_MOST_TRIED, _OFF_BY = 3, 0.02
+_MOST_TRIED, _OFF_BY = 3, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
