@@ -218,14 +218,22 @@ def inside_of(*found: PairPoint) -> Inside:
     return Inside(profile(pairs=found), GRAPH)
 
 
-def test_rates_are_those_of_the_next_larger_size_and_the_nearest_share() -> None:
+def test_rates_are_the_worse_of_the_sizes_around_and_those_of_the_nearest_share() -> None:
     known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.75, 0.45), pair(1024, 0.67, 0.6, 0.6))
     product = op_named("down_proj")
     assert known.shares == (0.67, 0.8)
-    for tokens, first in ((100, 0.7), (512, 0.7), (513, 0.75), (5000, 0.75)):
+    for tokens, first in ((100, 0.7), (512, 0.7), (513, 0.7), (1023, 0.7), (1024, 0.75), (5000, 0.75)):
         assert known.full(product, 0.8, tokens).product == first
     assert known.full(product, 0.7, 512) == InsideRates(product=0.6, attention=0.6)
     assert known.empty(product, 512) == known.empty(op_named("ffn_norm"), 512) == InsideRates()
+
+
+def test_rates_that_fall_with_the_size_fall_on_beyond_the_largest() -> None:
+    known = inside_of(pair(512, 0.8, 0.75, 0.4), pair(1024, 0.8, 0.7, 0.45))
+    product = op_named("down_proj")
+    found = [known.full(product, 0.8, tokens) for tokens in (512, 600, 1024, 2048, 4096, 1 << 40)]
+    assert [rates.product for rates in found] == pytest.approx([0.75, 0.7, 0.7, 0.65, 0.6, 0.35])
+    assert [rates.attention for rates in found] == pytest.approx([0.4, 0.4, 0.45, 0.45, 0.45, 0.45])
 
 
 def test_the_newest_of_two_measurements_of_a_size_counts() -> None:

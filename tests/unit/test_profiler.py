@@ -12,12 +12,13 @@ import torch
 from nanoflow.cost.table import SAMPLING, CostTable, Point, Profile, ProfileError
 from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
+from nanoflow.graph.operation import OpKind
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
-from nanoflow.profiler import alone, pairs, profile, site
+from nanoflow.profiler import alone, inside, pairs, profile, site
 from nanoflow.profiler.alone import measure_alone
-from nanoflow.profiler.inside import InsideTask
+from nanoflow.profiler.inside import InsideTask, inside_tasks
 from nanoflow.profiler.pairs import PairTask, balanced_counts, pair_tasks, queue_order
 from nanoflow.profiler.profile import Job, new_job, run_job
 from nanoflow.profiler.setup import check_same_machine
@@ -75,6 +76,12 @@ def test_every_operation_has_its_points() -> None:
 def test_products_are_dense_up_to_2048_tokens_and_coarser_above() -> None:
     found = [t.num_tokens for t in tasks(SITE, Sizes(max_tokens=8192)) if t.operation == "qkv_proj"]
     assert found == [*range(128, 2049, 128), 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192]
+    larger = [t.num_tokens for t in tasks(SITE, Sizes(max_tokens=15000)) if t.operation == "qkv_proj"]
+    assert larger == [*found, 10240, 12288, 14336, 15000], "the budget itself too"
+    rows = [t.num_tokens for t in tasks(SITE, Sizes(max_tokens=16384)) if t.operation == "attn_norm"]
+    assert max(rows) == 8192, "others are in proportion"
+    decodes = {t.num_tokens for t in tasks(SITE, Sizes(max_tokens=16384)) if t.operation == "decode_attention"}
+    assert max(decodes) == 2048
 
 
 @pytest.mark.parametrize("budget", [1, 64, 100, 2048, 3000])
@@ -215,6 +222,40 @@ def test_products_of_fewer_tokens_are_measured_beside_attention_too(monkeypatch:
     assert [task.num_tokens for task in beside if task.num_requests] == [1024]
     others = {pair.first.num_tokens for pair in found if pair.mechanism is not Mechanism.BESIDE}
     assert others == {1024}
+
+
+@pytest.mark.parametrize(("budget", "largest"), [(512, 512), (1024, 1024), (2048, 1024), (4096, 2048), (16384, 4096)])
+def test_pairs_have_the_halves_of_the_token_budget(monkeypatch: pytest.MonkeyPatch, budget: int, largest: int) -> None:
+    on_gpu = replace(SITE, device=torch.device("cuda", 0))
+    monkeypatch.setattr(pairs, "_can_keep_products", lambda _: True)
+    beside = [pair.first for pair in pair_tasks(on_gpu, budget, 132) if pair.mechanism is Mechanism.BESIDE]
+    sizes = [task.num_tokens for task in beside if task.operation == "o_proj"]
+    assert max(sizes) == largest and len(sizes) == len(set(sizes)) and {256, 512} <= set(sizes)
+    monkeypatch.setattr(inside, "can_carry", lambda *_: True)
+    monkeypatch.setattr(inside, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
+    carried = inside_tasks(on_gpu, budget, 132)
+    assert max(task.num_tokens for task in carried) == largest
+    rates = [task.steps for task in carried if task.num_tokens == largest and not task.is_empty]
+    assert rates == [2, 3, 4] and len({task.key for task in carried}) == len(carried)
+
+
+def test_what_a_smaller_budget_measured_is_not_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    first = run_job(job(path), path)
+    larger = new_job(
+        "tiny",
+        CONFIG,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        sizes=replace(SIZES, max_tokens=64),
+        path=path,
+        only="alone",
+    )
+    fresh = {task.key for task in larger.wanted().alone}
+    assert fresh and not fresh & {point.key for point in first.points}
+    whole = run_job(larger, path)
+    assert whole.points[: len(first.points)] == first.points
+    assert {point.key for point in whole.points} == fresh | {point.key for point in first.points}
 
 
 @pytest.mark.parametrize(

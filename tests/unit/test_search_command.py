@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nanoflow.cli import search as command
+from nanoflow.cli import search_book as search_book_command
 from nanoflow.cli.main import main
 from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import StoredBook, load_book
+from nanoflow.plan.book import BookLimits, StoredBook, load_book
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import iterations
 from nanoflow.profiler.iterations import Timing, Trial
 from nanoflow.profiler.kept_trials import KeptTrials
-from nanoflow.search import books
-from nanoflow.search.books import FoundPlan, divided, search_book
+from nanoflow.search.books import BookSearch, FoundPlan, divided, search_book
 from nanoflow.search.inside import inside_plan
+from nanoflow.search.limits import Run
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
 from tests.plans import ping_pong_plan
 
@@ -57,8 +57,9 @@ def test_a_workload_gives_a_book(profile: Path, tmp_path: Path, capsys: pytest.C
     book = load_book(path)
     assert book.made_for is not None and book.made_for.gpu == "NVIDIA A100 80 GB SXM"
     told = capsys.readouterr()
-    assert f"in {len(book.entries)} ranges" in told.out and "predicted for all of 256/64" in told.out
-    assert "% of the time: " in told.err, "the way there"
+    assert f"in {len(book.entries)} ranges" in told.out and "sequential best: 512 tokens, 256 requests: " in told.out
+    assert "% of the time: " in told.err and "512 tokens, 256 requests: " in told.err, "the way there"
+    assert book.limits == BookLimits(max_batch_tokens=512, max_num_seqs=256)
     for entry in book.entries:
         assert entry.min_tokens <= entry.max_tokens == entry.plan.num_tokens
 
@@ -75,7 +76,7 @@ def test_with_a_gpu_only_plans_that_win_there_stay(
             tried.append(Trial(shape=shape, plan=plan, planned=planned, sequential=Timing(time_s=1.0, energy_j=None)))
             yield tried[-1]
 
-    monkeypatch.setattr(command, "_check_machine", lambda _: None)
+    monkeypatch.setattr(search_book_command, "_check_machine", lambda _: None)
     monkeypatch.setattr(iterations, "measure_trials", measure)
     path = tmp_path / "plans.json"
     options = ["--workloads", "64/256", "--num-requests", "512", "--max-batch-tokens", "512", "--max-num-seqs", "512"]
@@ -108,15 +109,30 @@ def test_an_interrupted_search_keeps_what_it_tried(
             planned = Timing(time_s=0.5 + int(plan.digest, 16) % 49 / 100, energy_j=None)
             yield Trial(shape=shape, plan=plan, planned=planned, sequential=Timing(time_s=1.0, energy_j=None))
 
-    monkeypatch.setattr(books, "search_book", lambda *_, **__: iter(found))
-    monkeypatch.setattr(command, "_simulated", lambda *_: [])
-    monkeypatch.setattr(command, "_check_machine", lambda _: None)
+    class Simulated:
+        """Runs that take what their plans leave, so that any plan that wins is worth it."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def sequential(self, _: BookLimits) -> tuple[Run, ...]:
+            return (Run(tokens_per_s=100.0, peak_requests=400, bound_tokens_per_s=150.0),)
+
+        def batches(self, _: BookLimits) -> list[tuple[BatchShape, float]]:
+            return []
+
+        def rates(self, _: BookLimits, gain: Callable[[BatchShape], float]) -> tuple[float, ...]:
+            return (100.0 * max(gain(cell.example) for cell in cells),)
+
+    monkeypatch.setattr(search_book_command, "SimulatedWorkloads", Simulated)
+    monkeypatch.setattr(BookSearch, "found", lambda *_: iter(found))
+    monkeypatch.setattr(search_book_command, "_check_machine", lambda _: None)
     monkeypatch.setattr(iterations, "measure_trials", measure)
     whole, path = tmp_path / "whole.json", tmp_path / "plans.json"
     kept = tmp_path / "plans.json.trials"
 
     def search(output: Path, *more: str) -> int:
-        return main(["search", str(profile), "-o", str(output), "--measure", *more])
+        limits = ["--max-batch-tokens", "2048", "--max-num-seqs", "400"]
+        return main(["search", str(profile), "-o", str(output), "--measure", *limits, *more])
 
     assert search(path) == INTERRUPTED and kept.read_bytes().count(b"gain") == 3 and not path.exists()
     with kept.open("ab") as file:
@@ -127,6 +143,7 @@ def test_an_interrupted_search_keeps_what_it_tried(
     assert search(path) == 0 and "4 more were tried before" in capsys.readouterr().err
     assert len(tried) == len(set(tried)) == 6 and not kept.exists(), "none twice, and the file goes"
     assert search(whole) == 0 and path.read_bytes() == whole.read_bytes() and len(tried) == 12
+    assert load_book(whole).entries, "something is in it"
     left = 14
     assert search(path) == INTERRUPTED
     left = 100

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from benchmarks.paper import compare
 
 from nanoflow.cost.estimate import estimated_profile
+from nanoflow.cost.interference import Interference
 from nanoflow.cost.table import SAMPLING, CostTable, PairPoint, Point, Profile, ProfileError, Setup
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.hardware import parse_gpus
@@ -19,6 +21,8 @@ from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.iteration import IterationModel, graphs_of, predict, predict_timeline
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.search import Search, SearchResult
+from nanoflow.search.shapes import batch_of
+from nanoflow.search.simulate import PlanSimulator
 
 CONFIG = dict(PRESETS["llama-3-8b"])
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
@@ -26,6 +30,8 @@ SHAPE = BatchShape(num_tokens=512, num_decode_tokens=512, decode_context=512 * 1
 PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 # Seconds for 512 tokens; every product is in proportion, all else is free.
 TIMES = {"qkv_proj": 1.0, "decode_attention": 4.0, "o_proj": 1.0, "gate_up_proj": 2.0, "down_proj": 1.0}
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def profile(*, pairs: tuple[PairPoint, ...] = (), energy_w: float | None = None, setup: Setup | None = None) -> Profile:
@@ -192,6 +198,24 @@ def test_iterations_follow_the_book() -> None:
 def sampled_cost(of: Profile) -> float:
     point = Point(operation=SAMPLING, num_tokens=512, time_s=5.0)
     return IterationModel(replace(of, points=(*of.points, point))).cost(SHAPE).time_s
+
+
+@pytest.mark.parametrize("limit_w", [None, 250.0], ids=["no limit", "at the power limit"])
+@pytest.mark.parametrize("shape", [(2048, 683), (300, 300), (8192, 0), (1, 1)])
+def test_a_sequential_layer_without_events_takes_what_it_takes_with_them(
+    shape: tuple[int, int], limit_w: float | None
+) -> None:
+    of = Profile.load(RESULTS / "profile_llama-3-8b_h200.json")
+    of = replace(of, setup=replace(of.setup, power_limit_w=limit_w))
+    batch = batch_of(*shape, 1280.0, 512.0)
+    graph = graphs_of(of)[0]
+    plan = sequential_plan(graph, batch.num_tokens)
+    simulator = PlanSimulator(plan, graph, CostTable(of, graph), Interference(of, graph))
+    fast, slow = simulator.layer_in_sequence(batch), simulator.run(batch)
+    assert fast.time_s == pytest.approx(slow.period_s, rel=1e-9)
+    assert fast.energy_j == pytest.approx(slow.layer_energy_j, rel=1e-9)
+    ends_s = slow.layer_ends_s
+    assert fast.time_s * len(ends_s) == pytest.approx(ends_s[-1], rel=1e-9)
 
 
 def test_a_profile_without_an_operation_is_refused() -> None:

@@ -20,6 +20,7 @@ from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
 from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.book import BookLimits, StoredBook
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
@@ -190,6 +191,20 @@ def test_the_command_describes_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_command_predicts_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(PROFILE), "--batch", "2048", "--decodes", "1000"]) == 0
     assert "2,048 tokens, 1,000 of them decodes" in capsys.readouterr().out
+
+
+def test_a_book_is_simulated_under_its_own_limits(tmp_path: Path) -> None:
+    limits = BookLimits(max_batch_tokens=4096, max_num_seqs=32)
+    book, result = tmp_path / "plans.json", tmp_path / "result.json"
+    book.write_bytes(StoredBook(entries=(), limits=limits).to_json())
+    options = ["--workload", "64/4", "--num-requests", "40", "--json", str(result), "--plan", str(book)]
+    found = []
+    for more in ([], ["--max-num-seqs", "8"]):
+        assert main(["simulate", str(PROFILE), *options, *more]) == 0
+        document = json.loads(result.read_text())
+        asked = document["simulation"]
+        found.append((asked["max_batch_tokens"], asked["max_num_seqs"], document["result"]["peak_requests"]))
+    assert found == [(4096, 32, 32), (4096, 8, 8)], "but a number that is given wins"
 
 
 def test_the_command_finds_the_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,7 +156,12 @@ def test_pairs_of_each_size_have_a_curve() -> None:
     small = replace(pair(0.5, 0.5, 0.25, 1.2), first_tokens=256)
     large = replace(pair(0.5, 0.75, 0.5, 0.9), first_tokens=1024)
     curves = Interference(Profile(model="m", config=CONFIG, setup=SETUP, pairs=(large, small)), GRAPH)
-    for num_tokens, product, attention, ratio in ((1, 0.5, 0.25, 1.2), (256, 0.5, 0.25, 1.2), (257, 0.75, 0.5, 0.9)):
+    for num_tokens, product, attention, ratio in (
+        (1, 0.5, 0.25, 1.2),
+        (256, 0.5, 0.25, 1.2),
+        (257, 0.5, 0.25, 1.2),
+        (1024, 0.75, 0.5, 0.9),
+    ):
         for name, expected in (("gate_up_proj", product), ("o_proj", product), ("decode_attention", attention)):
             assert curves.performance(Mechanism.PARTITION, ops[name], 0.5, num_tokens) == expected
         assert curves.energy_ratio(Mechanism.PARTITION, 0.5, num_tokens) == ratio

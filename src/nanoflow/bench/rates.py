@@ -26,8 +26,6 @@ from nanoflow.plan.book import load_book
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Work, sustained
 
-# Tokens of a batch at which products are about as fast as they get.
-
 
 @torch.inference_mode()
 def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:

@@ -53,6 +53,7 @@ class SimulatedRun:
         mean_batch_tokens: Tokens of an iteration on average.
         num_preemptions: Of all replicas.
         peak_page_share: Largest part of a replica's pages in use.
+        peak_requests: Most requests that had a row of one replica at once.
     """
 
     metrics: RunMetrics
@@ -62,6 +63,7 @@ class SimulatedRun:
     mean_batch_tokens: float
     num_preemptions: int
     peak_page_share: float
+    peak_requests: int
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -172,7 +174,7 @@ class SimulatedEngine:
         self.now_s = 0.0
         self.busy_s = 0.0
         self.energy_j: float | None = 0.0
-        self.num_iterations = self.num_batch_tokens = self.peak_pages = 0
+        self.num_iterations = self.num_batch_tokens = self.peak_pages = self.peak_requests = 0
 
     @property
     def is_busy(self) -> bool:
@@ -222,6 +224,7 @@ class SimulatedEngine:
         self.num_iterations += 1
         self.num_batch_tokens += batch.num_tokens
         self.peak_pages = max(self.peak_pages, self._scheduler.pages_in_use)
+        self.peak_requests = max(self.peak_requests, self._scheduler.num_running)
 
     def _commit(self, batch: DenseBatch, done_s: float) -> None:
         self.now_s = max(self.now_s, done_s)
@@ -319,6 +322,7 @@ def _result(
         mean_batch_tokens=sum(engine.num_batch_tokens for engine in engines) / num_iterations,
         num_preemptions=sum(engine.num_preemptions for engine in engines),
         peak_page_share=max(engine.peak_pages for engine in engines) / cluster.limits.num_pages,
+        peak_requests=max(engine.peak_requests for engine in engines),
     )
 
 

@@ -1,16 +1,18 @@
 """`nanoflow search`: from a profile to plans, for one batch shape or for all that a workload produces.
 
-The search is `search/`'s; here are its options, what it says on the way, and the file that it ends in.
+The search is `search/`'s; here are its options and the file that it ends in. How a book comes about stands in
+`search_book.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import ConfigError, option
@@ -18,31 +20,37 @@ from nanoflow.config import ConfigError, option
 if TYPE_CHECKING:
     from nanoflow.cost.table import Profile
     from nanoflow.graph.operation import BatchShape
-    from nanoflow.plan.book import StoredBook
     from nanoflow.plan.plan import PipelinePlan
-    from nanoflow.profiler.kept_trials import KeptTrials
-    from nanoflow.search.books import FoundPlan
     from nanoflow.search.iteration import IterationModel
     from nanoflow.search.search import SearchResult
 
 _TEACH = """\
 Find the pipeline plans that a profile predicts to be fastest. Without --decodes the
-workloads are simulated, and a plan is searched for each kind of batch that they
-produce; those that win over the sequential plan become a plan book. With --decodes
-the file is the one plan for that batch, sequential if nothing wins. With --measure,
-on the GPU of the profile, plans that may win are run for a second each, and only
-those that do win stay; for rare batches, those that are safely predicted to. A search
-ends by itself, at the latest after --time-limit seconds a kind of batch.
-docs/auto-search.md has the mathematics."""
+workloads are simulated under several token budgets and numbers of requests, first
+sequentially. Under the limits that could win, a plan is searched for each kind of
+batch. The best limits and their plans become a plan book, if they beat the
+sequential plan under the limits that are best for it; else the book has those limits
+and no plan. A number that is given is kept: --max-batch-tokens 2048 searches under
+that budget alone. With --decodes the file is the one plan for that batch, sequential
+if nothing wins. With --measure, on the GPU of the profile, plans that may win are
+run for a second each, and only those that do win stay; for rare batches, those that
+are safely predicted to. A search ends by itself, at the latest after --time-limit
+seconds a kind of batch. docs/auto-search.md has the mathematics."""
 
 _EXAMPLES = """\
   nanoflow profile preset:llama-3-8b -o profile.json --max-batch-tokens 8192
-  nanoflow search profile.json -o plans.json --workloads 1024/512 trace:lengths.csv --max-batch-tokens 8192 --measure
+  nanoflow search profile.json -o plans.json --workloads 1024/512 trace:lengths.csv --measure
+  nanoflow search profile.json -o plans.json --max-batch-tokens 2048 4096 --max-num-seqs 1024
   nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 683 --context 1280 --prompt-tokens 1024
   nanoflow serve preset:llama-3-8b --plan plans.json"""
 
-# Settling, capturing and measuring, for one plan.
-_TRIAL_S = 2.0
+# The token budget of a single batch.
+_ONE_BATCH = 2048
+
+
+def _numbers(text: str) -> Any:
+    """Declare an option of one or more numbers; None if it is not given."""
+    return dataclasses.field(default=None, metadata={"help": text, "nargs": "+"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +58,13 @@ class SearchConfig:
     """What to search plans for."""
 
     num_requests: int = option(1500, "Requests of each workload to simulate, once all at once and once as others leave")
-    max_batch_tokens: int = option(2048, "Token budget: tokens of the largest batch")
-    max_num_seqs: int = option(1024, "Most requests that run at once")
+    max_batch_tokens: Sequence[int] | None = _numbers(
+        "Token budgets to compare: tokens of the largest batch; 2048, 4096, 8192 and 16384 if not given, as far as the "
+        "profile goes (with --decodes: 2048)"
+    )
+    max_num_seqs: Sequence[int] | None = _numbers(
+        "Numbers of requests that run at once to compare; 256, 512, 1024 and 2048 if not given"
+    )
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
     seed: int = option(0, "Seed of the lengths that are drawn from traces")
     decodes: int | None = option(None, "Search for one batch only, with so many decodes; its other tokens are prompts")
@@ -60,15 +73,25 @@ class SearchConfig:
     time_limit: float = option(60.0, "Seconds for one kind of batch at most")
 
     def __post_init__(self) -> None:
-        for name in ("num_requests", "max_batch_tokens", "max_num_seqs", "time_limit", "context", "prompt_tokens"):
+        for name in ("num_requests", "time_limit", "context", "prompt_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("max_batch_tokens", "max_num_seqs"):
+            for number in getattr(self, name) or ():
+                if number <= 0:
+                    raise ConfigError(f"{name} must be positive, got {number}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        if self.decodes is not None and not 0 <= self.decodes <= self.max_batch_tokens:
-            raise ConfigError(
-                f"decodes must be from 0 to max_batch_tokens ({self.max_batch_tokens}), got {self.decodes}"
-            )
+        if self.decodes is not None and not 0 <= self.decodes <= self.num_tokens:
+            raise ConfigError(f"decodes must be from 0 to max_batch_tokens ({self.num_tokens}), got {self.decodes}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the one batch that --decodes asks for; ConfigError if several budgets are given."""
+        budgets = self.max_batch_tokens or (_ONE_BATCH,)
+        if len(budgets) > 1:
+            raise ConfigError("--decodes is for one batch: give one --max-batch-tokens")
+        return budgets[0]
 
 
 _OPTIONS = OptionGroup(kind=SearchConfig, title="batches")
@@ -98,6 +121,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, print a line a batch, write the file."""
+    from nanoflow.cli.search_book import LimitsSearch, kept_trials
     from nanoflow.cost.table import Profile
 
     config = _OPTIONS.read(args)
@@ -108,14 +132,14 @@ def run(args: argparse.Namespace) -> int:
         if args.measure:
             raise ConfigError("--measure is for plan books: leave out --decodes, and name --workloads")
         args.output.write_bytes(_one_plan(profile, config, config.decodes, is_quiet=args.quiet).to_json())
-    else:
-        kept = _kept_trials(args.output, profile, is_fresh=args.fresh) if args.measure else None
-        book = _book(profile, config, args.workloads, kept, is_quiet=args.quiet)
-        args.output.write_bytes(book.to_json())
-        if kept is not None:
-            kept.forget()
-        num_plans = f"{len(book.plans)} plan{'' if len(book.plans) == 1 else 's'}"
-        print(f"{args.output}: {num_plans} in {len(book.entries)} ranges; every other batch runs sequentially")
+        return 0
+    kept = kept_trials(args.output, profile, is_fresh=args.fresh) if args.measure else None
+    book = LimitsSearch(profile, config, args.workloads, kept, is_quiet=args.quiet).book()
+    args.output.write_bytes(book.to_json())
+    if kept is not None:
+        kept.forget()
+    num_plans = f"{len(book.plans)} plan{'' if len(book.plans) == 1 else 's'}"
+    print(f"{args.output}: {num_plans} in {len(book.entries)} ranges; every other batch runs sequentially")
     return 0
 
 
@@ -128,124 +152,11 @@ def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_qu
         if not is_quiet:
             print(f"  {line}", file=sys.stderr, flush=True)
 
-    shape = batch_of(config.max_batch_tokens, num_decodes, config.context, config.prompt_tokens)
+    shape = batch_of(config.num_tokens, num_decodes, config.context, config.prompt_tokens)
     print(_describe(shape), flush=True)
     result = Search(profile, shape, time_limit_s=config.time_limit, report=report).run()
     print("\n".join(f"  {line}" for line in _summary(IterationModel(profile), shape, result)), flush=True)
     return result.plan
-
-
-def _kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrials:
-    """Those of an interrupted search for this file; ProfileError if plans of the profile cannot be tried here."""
-    from nanoflow.profiler.kept_trials import KeptTrials
-
-    _check_machine(profile)
-    kept = KeptTrials(output.with_name(f"{output.name}.trials"), profile)
-    if is_fresh:
-        kept.forget()
-    return kept
-
-
-def _book(
-    profile: Profile, config: SearchConfig, workloads: Sequence[str], kept: KeptTrials | None, *, is_quiet: bool
-) -> StoredBook:
-    """Simulate the workloads and search plans for each kind of batch; try them if there is where to keep trials."""
-    from nanoflow.plan.book import MadeFor, StoredBook
-    from nanoflow.search.books import search_book
-
-    iterations = [each for workload in workloads for each in _simulated(profile, config, workload)]
-    found = []
-    for each in search_book(
-        profile,
-        iterations,
-        max_batch_tokens=config.max_batch_tokens,
-        time_limit_s=config.time_limit,
-        will_be_tried=kept is not None,
-    ):
-        found.append(each)
-        if not is_quiet:
-            print(f"  {_cell(each)}", file=sys.stderr, flush=True)
-    if kept is not None:
-        found = _measured(profile, found, kept, is_quiet=is_quiet)
-    gain = 1.0 / (1.0 - sum(each.saved for each in found))
-    how = "predicted" if kept is None else "measured"
-    print(f"{how} for all of {', '.join(workloads)}: {gain:.3f}x of sequential", flush=True)
-    setup = profile.setup
-    made_for = MadeFor(model=profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
-    return StoredBook(entries=tuple(each.entry for each in found if each.entry is not None), made_for=made_for)
-
-
-def _check_machine(profile: Profile) -> None:
-    """ProfileError if the plans of a profile cannot be tried here."""
-    from nanoflow.device.detect import resolve_device, use_device
-    from nanoflow.profiler.setup import check_same_machine, detect_setup
-
-    device = resolve_device("auto")
-    use_device(device)
-    check_same_machine(profile, detect_setup(device))
-
-
-def _measured(profile: Profile, found: Sequence[FoundPlan], kept: KeptTrials, *, is_quiet: bool) -> list[FoundPlan]:
-    """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins.
-
-    Batches that are rare keep what is safely predicted to win.
-    """
-    from nanoflow.device.detect import resolve_device
-    from nanoflow.profiler.iterations import measure_trials
-    from nanoflow.search.books import divided
-
-    tried, rare = divided(found)
-    wanted = [(each.cell.example, plan) for each in tried for plan in each.plans]
-    missing = [key for key in wanted if key not in kept]
-    if not is_quiet:
-        before = f", {len(wanted) - len(missing)} more were tried before" if len(missing) < len(wanted) else ""
-        minutes = len(missing) * _TRIAL_S / 60
-        print(f"  {len(missing)} plans to try, about {minutes:.0f} minutes{before}", file=sys.stderr, flush=True)
-    trials = measure_trials(profile, missing, device=resolve_device("auto"))
-    judged = []
-    for each in tried:
-        keys = [(each.cell.example, plan) for plan in each.plans]
-        while not all(key in kept for key in keys):
-            kept.add(next(trials))
-        judged.append(each.confirmed([kept[key] for key in keys]))
-        if not is_quiet:
-            print(f"  {_cell(judged[-1])}", file=sys.stderr, flush=True)
-    trusted = [each.trusted for each in rare]
-    if not is_quiet:
-        print(f"  rare batches: {sum(bool(each.plans) for each in trusted)} plans as predicted", file=sys.stderr)
-    return [*judged, *trusted]
-
-
-def _simulated(profile: Profile, config: SearchConfig, workload: str) -> list[tuple[BatchShape, float]]:
-    """Every iteration of a workload, and what it takes sequentially."""
-    from nanoflow.bench.batches import batches_of
-    from nanoflow.bench.simulation import limits_for
-    from nanoflow.bench.workload import draw_lengths
-    from nanoflow.search.iteration import IterationModel
-
-    model = IterationModel(profile)
-    lengths = draw_lengths(workload, config.num_requests, config.seed)
-    limits = limits_for(
-        profile,
-        model.graph,
-        lengths,
-        max_batch_tokens=config.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-    )
-    return batches_of(model, lengths, limits, config.seed)
-
-
-def _cell(found: FoundPlan) -> str:
-    """The batches of a cell and what they are worth."""
-    cell = found.cell
-    (low_share, high_share), (low_keys, high_keys) = cell.decode_share, cell.decode_context
-    plan = "sequential" if found.entry is None else f"{found.entry.plan.name} ({found.entry.plan.digest})"
-    measured = "" if found.measured_gain is None else f", measured {found.measured_gain:.3f}x"
-    return (
-        f"{found.part:6.1%} of the time: {cell.min_tokens:,} to {cell.max_tokens:,} tokens, {low_share:.0%} to "
-        f"{high_share:.0%} decodes with {low_keys:,.0f} to {high_keys:,.0f} keys: {found.gain:.3f}x{measured}, {plan}"
-    )
 
 
 def _describe(shape: BatchShape) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nanoflow.bench.simulation import SimulatedRun
     from nanoflow.bench.workload import Lengths
     from nanoflow.cost.table import Profile
+    from nanoflow.plan.book import BookLimits, StoredBook
     from nanoflow.search.iteration import IterationModel
 
 _TEACH = """\
@@ -40,6 +41,10 @@ _EXAMPLES = """\
   nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 5000 --request-rate 100 --find-gpus"""
 
 
+# Limits where neither the user nor the book has any.
+_BUDGET, _REQUESTS = 2048, 1024
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateConfig:
     """What to simulate."""
@@ -49,8 +54,10 @@ class SimulateConfig:
     num_requests: int = option(1000, "Requests")
     request_rate: float = option(math.inf, "Requests/s, Poisson arrivals; inf: all at once")
     gpus: int | None = option(None, "GPUs in all; as many as the profile's model is spread over if not given")
-    max_batch_tokens: int = option(2048, "Token budget of an iteration")
-    max_num_seqs: int = option(1024, "Most requests that run at once on a replica")
+    max_batch_tokens: int | None = option(None, f"Token budget of an iteration; the book's, or {_BUDGET}, if not given")
+    max_num_seqs: int | None = option(
+        None, f"Most requests that run at once on a replica; the book's, or {_REQUESTS}, if not given"
+    )
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
     seed: int = option(0, "Seed of lengths and arrivals")
     find_gpus: bool = option(False, "Find the fewest GPUs that meet the limit")
@@ -64,7 +71,7 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         positive = ("num_requests", "request_rate", "max_batch_tokens", "max_num_seqs", "max_gpus", "context")
         for name in (*positive, "max_normalized_latency_ms"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
@@ -94,14 +101,18 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate and print."""
     from nanoflow.cost.table import Profile
+    from nanoflow.plan.book import load_book
 
     config = _OPTIONS.read(args)
     profile = Profile.load(args.profile)
-    model = _model(profile, config)
+    book = None if config.plan is None else load_book(Path(config.plan))
+    limits = _limits(config, book)
+    config = dataclasses.replace(config, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs)
+    model = _model(profile, book, max(limits.max_batch_tokens, config.batch or 0))
     if config.batch is not None:
         print("\n".join(_iteration(model, config)))
         return 0
-    simulation = _Simulation.make(profile, model, config)
+    simulation = _Simulation.make(profile, model, config, limits)
     if config.find_gpus:
         return _find(simulation, config)
     gpus = config.gpus or profile.setup.num_gpus
@@ -121,16 +132,19 @@ class _Simulation:
     profile: Profile
     model: IterationModel
     config: SimulateConfig
+    limits: BookLimits
     lengths: list[Lengths]
     arrivals_s: list[float]
 
     @staticmethod
-    def make(profile: Profile, model: IterationModel, config: SimulateConfig) -> _Simulation:
+    def make(profile: Profile, model: IterationModel, config: SimulateConfig, limits: BookLimits) -> _Simulation:
         from nanoflow.bench.workload import draw_arrivals, draw_lengths
 
         lengths = draw_lengths(config.workload, config.num_requests, config.seed)
         arrivals_s = draw_arrivals(config.num_requests, config.request_rate, config.seed)
-        return _Simulation(profile=profile, model=model, config=config, lengths=lengths, arrivals_s=arrivals_s)
+        return _Simulation(
+            profile=profile, model=model, config=config, limits=limits, lengths=lengths, arrivals_s=arrivals_s
+        )
 
     def run(self, num_replicas: int, *, show_progress: bool) -> SimulatedRun:
         """All requests on so many replicas."""
@@ -143,8 +157,8 @@ class _Simulation:
             self.profile,
             self.model.graph,
             self.lengths,
-            max_batch_tokens=config.max_batch_tokens,
-            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=self.limits.max_batch_tokens,
+            max_num_seqs=self.limits.max_num_seqs,
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
         with tqdm(total=len(self.lengths), desc="Simulating", unit="request", disable=not show_progress) as bar:
@@ -163,17 +177,27 @@ def _advance(bar: object, finished: int) -> None:
     bar.update(finished - bar.n)  # type: ignore[attr-defined]
 
 
-def _model(profile: Profile, config: SimulateConfig) -> IterationModel:
-    """Iterations under the plans that were asked for."""
-    from nanoflow.plan.book import load_book
+def _limits(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
+    """A number that is given, else that of the book, else a usual one."""
+    from nanoflow.plan.book import BookLimits
+
+    usual = BookLimits(max_batch_tokens=_BUDGET, max_num_seqs=_REQUESTS)
+    known = usual if book is None or book.limits is None else book.limits
+    return BookLimits(
+        max_batch_tokens=config.max_batch_tokens or known.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs or known.max_num_seqs,
+    )
+
+
+def _model(profile: Profile, book: StoredBook | None, num_tokens: int) -> IterationModel:
+    """Iterations of up to so many tokens under the plans of a book."""
     from nanoflow.plan.sequential import sequential_plan
     from nanoflow.search.iteration import IterationModel, graphs_of
 
-    if config.plan is None:
+    if book is None:
         return IterationModel(profile)
     graph = graphs_of(profile)[0]
-    fallback = sequential_plan(graph, max(config.max_batch_tokens, config.batch or 0))
-    return IterationModel(profile, load_book(Path(config.plan)).with_fallback(fallback, graph))
+    return IterationModel(profile, book.with_fallback(sequential_plan(graph, num_tokens), graph))
 
 
 def _iteration(model: IterationModel, config: SimulateConfig) -> Iterator[str]:

@@ -11,8 +11,10 @@ measured has contexts of whole blocks of keys, which requests have not.
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from nanoflow.cost.table import CostTable, Profile
@@ -69,6 +71,7 @@ class Inside:
                 self._full[pair.share][pair.first_tokens] = rates
             else:
                 self._empty[pair.first][pair.first_tokens] = _Empty(rates=rates, capacity=pair.second_tokens)
+        self._known: dict[tuple[str, float, int], InsideRates] = {}
         self._products = [op.name for op in graph.layer if isinstance(op.dims, LinearDims)]
         self._table = CostTable(profile, graph) if self._empty else None
 
@@ -81,8 +84,15 @@ class Inside:
         """Of a product of so many tokens with attention in it, at the nearest rate."""
         if not self._full:
             return STANDS_STILL
-        rates = self._full[min(self._full, key=lambda other: abs(other - share))]
-        layer = rates[measured_size(rates, num_tokens)]
+        key = (op.name, share, num_tokens)
+        if key not in self._known:
+            rates = self._full[min(self._full, key=lambda other: abs(other - share))]
+            measured = {size: self._full_at(op, rates[size], size) for size in rates}
+            self._known[key] = _between(measured, num_tokens)
+        return self._known[key]
+
+    def _full_at(self, op: Operation, layer: InsideRates, num_tokens: int) -> InsideRates:
+        """Of one product, from what all of a layer's have at a measured size."""
         own, every = self._empty.get(op.name), self._empty.get(PRODUCTS)
         if own is None or every is None or self._table is None:
             return layer
@@ -101,9 +111,36 @@ class Inside:
     def empty(self, op: Operation, num_tokens: int) -> InsideRates:
         """Of a product of so many tokens that could carry, and has nothing to; as any product if not measured."""
         known = self._empty.get(op.name)
-        return known[measured_size(known, num_tokens)].rates if known else STANDS_STILL
+        return _between({size: each.rates for size, each in known.items()}, num_tokens) if known else STANDS_STILL
+
+
+def _between(measured: Mapping[int, InsideRates], num_tokens: int) -> InsideRates:
+    """Rates at a size that was not measured; see `at_size`."""
+    return InsideRates(
+        product=at_size(measured, num_tokens, lambda size: measured[size].product),
+        attention=at_size(measured, num_tokens, lambda size: measured[size].attention),
+        energy_ratio=-at_size(measured, num_tokens, lambda size: -measured[size].energy_ratio),
+    )
 
 
 def measured_size(known: Iterable[int], num_tokens: int) -> int:
     """Of sizes that were measured: the next larger one, or the largest."""
     return min((size for size in known if size >= num_tokens), default=max(known))
+
+
+def at_size(known: Iterable[int], num_tokens: int, value: Callable[[int], float]) -> float:
+    """What is known at measured sizes, at any size, where more is better; never better than what was measured.
+
+    Between two sizes the worse of both. Beyond the largest one as there, or worse if it falls towards there: then it
+    falls on with every doubling, down to the half. Below the smallest as there.
+    """
+    sizes = sorted(known)
+    place = bisect.bisect_left(sizes, num_tokens)
+    if place < len(sizes):
+        found = [value(size) for size in sizes[max(place - 1, 0) : place + 1]]
+        return found[-1] if sizes[place] == num_tokens or place == 0 else min(found)
+    last = value(sizes[-1])
+    if len(sizes) == 1 or sizes[-2] <= 0:
+        return last
+    a_doubling = (last - value(sizes[-2])) / math.log2(sizes[-1] / sizes[-2])
+    return last + max(min(a_doubling, 0.0) * math.log2(num_tokens / sizes[-1]), -abs(last) / 2)

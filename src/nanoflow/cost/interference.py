@@ -1,11 +1,12 @@
 """R -> P: what an operation keeps of its speed on a share of the device, beside another one or alone.
 
 Beside another: measured pairs of a profile, one curve a mechanism and operation, and one a mechanism and resource for
-operations that were not in a pair (the paper's section 4.1.1 finds the same curve for all shapes within 5 %; products
-of few tokens have too few tiles for that, so there is one for each number of tokens that pairs have). Between measured
-shares they are linear; P(0) = 0 and P(1) = 1. On a part of the device products come in other waves than on the whole,
-which differ from size to size, so a curve is corrected by what the operation keeps alone on that share at its own size,
-where that was measured. It also is what it keeps while nothing runs beside it.
+operations that were not in a pair. The paper's section 4.1.1 finds the same curve for all shapes within 5 %. Products
+of few tokens have too few tiles for that, so there is one for each number of tokens that pairs have, and between two of
+these the worse counts. Between measured shares curves are linear; P(0) = 0 and P(1) = 1. On a part of the device
+products come in other waves than on the whole, which differ from size to size, so a curve is corrected by what the
+operation keeps alone on that share at its own size, where that was measured. It also is what it keeps while nothing
+runs beside it.
 
 Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
 it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `inside.py`'s.
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from nanoflow.cost.inside import Inside, measured_size
+from nanoflow.cost.inside import Inside, at_size, measured_size
 from nanoflow.cost.table import CostTable, PairPoint, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import Operation, OpKind, Resource
@@ -52,6 +53,7 @@ class Interference:
         self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
         self._alone = _alone_on_shares(profile, graph)
         self.inside = Inside(profile, graph)
+        self._known: dict[tuple[Mechanism, str, float, int], float] = {}
         self._pair_tokens: dict[tuple[Mechanism, str, int], int] = {}
         by_operation: dict[tuple[Mechanism, str], _Found] = defaultdict(lambda: defaultdict(list))
         by_resource: dict[tuple[Mechanism, Resource], _Found] = defaultdict(lambda: defaultdict(list))
@@ -86,19 +88,31 @@ class Interference:
         """P of an operation on a share beside another one; the share itself where nothing was measured."""
         if share >= 1.0 or mechanism is Mechanism.WHOLE:
             return 1.0
+        key = (mechanism, op.name, share, num_tokens)
+        if key not in self._known:
+            self._known[key] = self._performance(mechanism, op, share, num_tokens)
+        return self._known[key]
+
+    def _performance(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         curves = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
         if curves is None:
             return share
-        size = measured_size(curves, num_tokens)
+        found = at_size(curves, num_tokens, lambda size: self._beside(mechanism, op, share, num_tokens, size, curves))
+        return max(found, _LEAST)
+
+    def _beside(
+        self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int, size: int, curves: Curves
+    ) -> float:
+        """P by the curve of one size of the pairs."""
         curve = curves[size]
         here = self._kept_alone(mechanism, op.name, share, num_tokens)
         if here is None:
-            return max(_at(curve, share), _LEAST)
+            return _at(curve, share)
         # On less than any pair had, it loses to the other as much as it did there.
         of_pair = max(share, min(share for share, kept in curve if kept > 0))
         pair_tokens = self._pair_tokens.get((mechanism, op.name, size), num_tokens)
         there = self._kept_alone(mechanism, op.name, of_pair, pair_tokens)
-        return max(here * _at(curve, of_pair) / (there or 1.0), _LEAST)
+        return here * _at(curve, of_pair) / (there or 1.0)
 
     def performance_alone(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         """P of an operation on a share while nothing runs beside it; as beside another where that is all there is."""
@@ -115,7 +129,7 @@ class Interference:
     def energy_ratio(self, mechanism: Mechanism, first_share: float, num_tokens: int) -> float:
         """Energy of a pair / of the same work one after the other; 1 where nothing was measured."""
         curves = self._ratios.get(mechanism)
-        return 1.0 if curves is None else _at(curves[measured_size(curves, num_tokens)], first_share)
+        return 1.0 if curves is None else -at_size(curves, num_tokens, lambda size: -_at(curves[size], first_share))
 
 
 # (share, value) by tokens.

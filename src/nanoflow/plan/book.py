@@ -8,6 +8,7 @@ is not known here, nor which GPU runs.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,51 @@ class BookLimits:
     max_batch_tokens: int
     max_num_seqs: int
 
+    def __str__(self) -> str:
+        return f"{self.max_batch_tokens:,} tokens, {self.max_num_seqs:,} requests"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadPrediction:
+    """What the search predicts for a whole run of a workload, prompt and output tokens a second and GPU.
+
+    Attributes:
+        workload: As the user named it; of a trace the file's name.
+        num_requests: All at once.
+        sequential_tokens_per_s: Without plans, under the limits that are best for that.
+        tokens_per_s: With the book's plans, under the book's limits.
+    """
+
+    workload: str
+    num_requests: int
+    sequential_tokens_per_s: float
+    tokens_per_s: float
+
+    @property
+    def gain(self) -> float:
+        """Throughput with plans / without, each under its own best limits."""
+        return self.tokens_per_s / self.sequential_tokens_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BookPrediction:
+    """What a book is compared with: the best that its workloads can do without plans.
+
+    Attributes:
+        sequential_limits: Under which the workloads are fastest without plans.
+        workloads: In the order in which they were given; never empty.
+        is_measured: Whether plans were tried on the GPU, so that their gains are measured; else all is predicted.
+    """
+
+    sequential_limits: BookLimits
+    workloads: tuple[WorkloadPrediction, ...]
+    is_measured: bool = False
+
+    @property
+    def gain(self) -> float:
+        """Geometric mean over the workloads."""
+        return math.prod(each.gain for each in self.workloads) ** (1 / len(self.workloads))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredBook:
@@ -164,12 +210,14 @@ class StoredBook:
         made_for: None if unknown.
         limits: None if the book does not say.
         iteration_time: Fitted on the device that the book was made on; None if it was not.
+        prediction: What the search expected of it; None if it was not made by a search over limits.
     """
 
     entries: tuple[PlanEntry, ...]
     made_for: MadeFor | None = None
     limits: BookLimits | None = None
     iteration_time: IterationTime | None = None
+    prediction: BookPrediction | None = None
     version: int = BOOK_VERSION
 
     @property

@@ -26,11 +26,12 @@ from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, Kernel, Launch
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_workspace
+from nanoflow.profiler.pairs import largest_half
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
 from nanoflow.profiler.work import Task, decode_task
 
-_TOKENS = (256, 384, 512, 768, 1024)
+_TOKENS = (256, 384, 512, 768, 1024, 2048, 4096)
 # K-steps to a block of keys.
 _STEPS = (2, 3, 4)
 _CONTEXT = 1280
@@ -87,7 +88,7 @@ def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
         return InsideTask(num_tokens=num_tokens, steps=steps, attention=keys, products=name, is_empty=is_empty)
 
     found = []
-    for num_tokens in sorted({min(count, max_tokens) for count in _TOKENS}):
+    for num_tokens in sorted({min(count, largest_half(max_tokens)) for count in _TOKENS}):
         found += [task(PRODUCTS, num_tokens, steps, is_empty=False) for steps in _STEPS]
         # With nothing to carry the rate makes no difference.
         names = (PRODUCTS, *(op.name for op in products))

@@ -34,6 +34,8 @@ _FIRST_TOKENS = 1024
 # Products alone on a part of the device, where waves differ from size to size, and on all of it beside another, where
 # those of few tokens have too few tiles.
 _PRODUCT_TOKENS = (256, 512, _FIRST_TOKENS)
+# Beside another also those of the halves of large batches.
+_LARGE_TOKENS = (2048, 4096)
 _DECODE_REQUESTS, _DECODE_CONTEXT = 340, 1280
 # Lanes end together if the last one takes at most this part longer than the first; so many rounds are tried.
 _BALANCED, _MAX_ROUNDS = 0.02, 4
@@ -120,8 +122,8 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
                 if count < num_sms
             ]
         if _can_keep_products(site):
-            # The largest first: it has the tensors of the pairs before.
-            sizes = reversed(_in_sizes(first))
+            # That of the pairs before comes first: its tensors are there.
+            sizes = [*reversed(_in_sizes(first)), *_larger(first, max_tokens)]
             found += [PairTask(first=each, second=second, mechanism=Mechanism.BESIDE) for each in sizes]
     return found
 
@@ -146,6 +148,18 @@ def _in_sizes(task: Task) -> list[Task]:
     """A product of fewer tokens, and of its own; attention has one size."""
     smaller = [count for count in _PRODUCT_TOKENS if count < task.num_tokens and not task.num_requests]
     return [*(replace(task, num_tokens=count) for count in smaller), task]
+
+
+def _larger(task: Task, max_tokens: int) -> list[Task]:
+    """A product of the halves of larger batches within the budget; attention has one size."""
+    if task.num_requests:
+        return []
+    return [replace(task, num_tokens=count) for count in _LARGE_TOKENS if count <= largest_half(max_tokens)]
+
+
+def largest_half(max_tokens: int) -> int:
+    """Tokens of the largest nano-batch worth a pair: half of the token budget; of a small one all of it."""
+    return max(max_tokens // 2, min(max_tokens, _FIRST_TOKENS))
 
 
 @torch.inference_mode()

@@ -23,7 +23,8 @@ class Sizes:
 
     Attributes:
         max_tokens: The token budget; always measured itself, except with attentions.
-        step: Products at each multiple of it up to 2,048 tokens, then at multiples of 512 to 4,096 and of 1,024.
+        step: Products at each multiple of it up to 2,048 tokens, then at multiples of 512 to 4,096, of 1,024 to 8,192
+            and of 2,048. All other operations take in proportion beyond their largest size.
         row_tokens: Row-wise operations.
         head_rows: The product that makes logits, in rows.
         sampled_rows: Sampling.
@@ -38,7 +39,7 @@ class Sizes:
     row_tokens: tuple[int, ...] = (128, 512, 1024, 2048, 4096, 8192)
     head_rows: tuple[int, ...] = (1, 64, 128, *range(256, 2049, 256))
     sampled_rows: tuple[int, ...] = (1, 64, 256, 1024, 2048)
-    decode_requests: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024, 1536)
+    decode_requests: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024, 1536, 2048)
     decode_contexts: tuple[int, ...] = (256, 1024, 4096)
     prefill_tokens: tuple[int, ...] = (128, 512, 1024, 2048, 4096, 8192)
     prefill_before: tuple[int, ...] = (0, 1024, 4096)
@@ -131,7 +132,10 @@ def _token_counts(op: Operation, sizes: Sizes) -> list[int]:
     if op.scope is Scope.SAMPLED:
         return _within(sizes.head_rows, sizes)
     fine = range(sizes.step, 2049, sizes.step)
-    return _within((*fine, *range(2560, 4097, 512), *range(5120, sizes.max_tokens + 1, 1024)), sizes)
+    coarse = (*range(2560, 4097, 512), *range(5120, 8193, 1024), *range(10240, sizes.max_tokens + 1, 2048))
+    found = _within((*fine, *coarse), sizes)
+    # The budget is the largest batch, so it is measured wherever it lies.
+    return sorted({*found, sizes.max_tokens})
 
 
 def _within(counts: tuple[int, ...], sizes: Sizes) -> list[int]:

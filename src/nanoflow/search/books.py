@@ -8,7 +8,7 @@ is off by some percent, which is as much as there is to win: where a GPU is at h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nanoflow.cost.table import Profile
@@ -57,10 +57,16 @@ class FoundPlan:
         return entry_of(self.plans[0], self.cell) if self.plans else None
 
     @property
+    def expected_gain(self) -> float:
+        """Of its best plan: as measured, else as predicted; nobody runs a plan that was tried and loses."""
+        if not self.plans:
+            return 1.0
+        return max(self.gain, 1.0) if self.measured_gain is None else self.measured_gain
+
+    @property
     def saved(self) -> float:
-        """Part of the run's time that the plan saves: as measured, else as predicted."""
-        gain = self.gain if self.measured_gain is None else self.measured_gain
-        return self.part * (1.0 - 1.0 / gain) if self.plans else 0.0
+        """Part of the run's time that the plan saves."""
+        return self.part * (1.0 - 1.0 / self.expected_gain)
 
     @property
     def trusted(self) -> FoundPlan:
@@ -75,6 +81,57 @@ class FoundPlan:
         return replace(self, plans=plans, measured_gain=gains[best])
 
 
+class BookSearch:
+    """Searches plans for the cells of one run after the other, and keeps them for cells that are alike.
+
+    Args:
+        profile: What operations take.
+        time_limit_s: For one cell at most.
+        will_be_tried: Give several plans a cell, those too that may lose; else one that is safely predicted to win.
+    """
+
+    def __init__(self, profile: Profile, *, time_limit_s: float, will_be_tried: bool = False) -> None:
+        self._profile, self._time_limit_s, self._will_be_tried = profile, time_limit_s, will_be_tried
+        self._model = IterationModel(profile)
+        self._plans: dict[str, PipelinePlan] = {}
+        self._searched: set[tuple[int, tuple[float, float]]] = set()
+
+    def found(self, iterations: Sequence[tuple[BatchShape, float]], max_batch_tokens: int) -> Iterator[FoundPlan]:
+        """Cell after cell, those that take the most time first, each as soon as it has been searched.
+
+        Args:
+            iterations: Every iteration of a run, sequential, with the time it takes.
+            max_batch_tokens: The token budget.
+        """
+        total_s = sum(time_s for _, time_s in iterations)
+        for cell in covering_cells(iterations, max_batch_tokens):
+            self._search(cell)
+            found = ranked(self._plans.values(), cell, self._model.iteration_s)
+            if self._will_be_tried:
+                count = _BEST_OF_COMMON if cell.time_s >= _COMMON * total_s else _BEST_TO_TRY
+                promising = leading([plan for gain, plan in found if gain >= _LEAST_GAIN_TO_TRY], count)
+                kept = [each for each in found if each[1] in promising]
+            else:
+                kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
+            yield FoundPlan(
+                cell=cell,
+                part=cell.time_s / total_s,
+                gain=next((gain for gain, _ in (*kept, *found)), 1.0),
+                plans=tuple(plan for _, plan in kept),
+            )
+
+    def _search(self, cell: Cell) -> None:
+        """A quick search for the cell, unless one was made for batches of its size and keys before."""
+        key = (cell.max_tokens, cell.keys)
+        if key in self._searched:
+            return
+        self._searched.add(key)
+        result = Search(self._profile, cell.middle, time_limit_s=self._time_limit_s, is_quick=True).run()
+        attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)
+        plans = leading([attempt.plan for attempt in attempts], _PLANS_A_CELL)
+        self._plans |= {plan.digest: plan for plan in plans}
+
+
 def search_book(
     profile: Profile,
     iterations: Sequence[tuple[BatchShape, float]],
@@ -83,34 +140,19 @@ def search_book(
     time_limit_s: float,
     will_be_tried: bool = False,
 ) -> Iterator[FoundPlan]:
-    """Cell after cell, those that take the most time first, each as soon as it has been searched.
+    """One run's cells; arguments as of `BookSearch` and `BookSearch.found`."""
+    search = BookSearch(profile, time_limit_s=time_limit_s, will_be_tried=will_be_tried)
+    return search.found(iterations, max_batch_tokens)
 
-    Args:
-        profile: What operations take.
-        iterations: Every iteration of a run, sequential, with the time it takes.
-        max_batch_tokens: The token budget.
-        time_limit_s: For one cell at most.
-        will_be_tried: Give several plans a cell, those too that may lose; else one that is safely predicted to win.
-    """
-    model, total_s = IterationModel(profile), sum(time_s for _, time_s in iterations)
-    plans: dict[str, PipelinePlan] = {}
-    for cell in covering_cells(iterations, max_batch_tokens):
-        result = Search(profile, cell.middle, time_limit_s=time_limit_s, is_quick=True).run()
-        attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)
-        plans |= {plan.digest: plan for plan in leading([attempt.plan for attempt in attempts], _PLANS_A_CELL)}
-        found = ranked(plans.values(), cell, model.iteration_s)
-        if will_be_tried:
-            count = _BEST_OF_COMMON if cell.time_s >= _COMMON * total_s else _BEST_TO_TRY
-            promising = leading([plan for gain, plan in found if gain >= _LEAST_GAIN_TO_TRY], count)
-            kept = [each for each in found if each[1] in promising]
-        else:
-            kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
-        yield FoundPlan(
-            cell=cell,
-            part=cell.time_s / total_s,
-            gain=next((gain for gain, _ in (*kept, *found)), 1.0),
-            plans=tuple(plan for _, plan in kept),
-        )
+
+def gain_under(found: Sequence[FoundPlan]) -> Callable[[BatchShape], float]:
+    """How much faster a batch is with what was found for its cell: as measured, else as predicted; 1 without a plan."""
+    entries = [(each.entry, each.expected_gain) for each in found if each.entry is not None]
+
+    def gain(shape: BatchShape) -> float:
+        return next((gain for entry, gain in entries if entry.fits(shape)), 1.0)
+
+    return gain
 
 
 def divided(found: Sequence[FoundPlan]) -> tuple[list[FoundPlan], list[FoundPlan]]:

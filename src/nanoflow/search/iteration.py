@@ -6,15 +6,16 @@ predicted stands in `simulate.py`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nanoflow.cost.interference import Interference
+from nanoflow.cost.interference import Interference, lane_of
 from nanoflow.cost.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import BatchShape
+from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
@@ -92,13 +93,13 @@ class IterationModel:
         plan = self._choose(shape)
         key = (plan.digest, shape)
         if key not in self._known:
-            self._known[key] = self._cost(self._simulate(plan, shape), shape)
+            self._known[key] = self._with_layers(self._layers(plan, shape), shape)
         return self._known[key]
 
     def predict(self, shape: BatchShape, plan: PipelinePlan | None = None) -> Prediction:
         """One iteration of a batch under a plan; None: what the book chooses."""
         simulation = self._simulate(plan or self._choose(shape), shape)
-        cost = self._cost(simulation, shape)
+        cost = self._with_layers(self._simulated_layers(simulation), shape)
         num_gpus = self.profile.setup.num_gpus
         return Prediction(
             makespan_s=simulation.period_s,
@@ -116,6 +117,14 @@ class IterationModel:
             self._chosen_s[shape] = self.predict(shape).iteration_s
         return self._chosen_s[shape]
 
+    def busy_s(self, shape: BatchShape) -> dict[Resource, float]:
+        """How long the layers of an iteration take sequentially, by the resource in whose lane operations run."""
+        tokens = TokenRange(start=0, stop=shape.num_tokens)
+        found: dict[Resource, float] = defaultdict(float)
+        for op in self.graph.layer:
+            found[lane_of(op)] += operation_cost(op, tokens, shape, self._table).time_s * self.graph.num_layers
+        return found
+
     def simulate(self, plan: PipelinePlan, shape: BatchShape, num_layers: int) -> Simulation:
         """So many layers under a plan."""
         return self._simulator(plan).run(shape, num_layers)
@@ -131,23 +140,35 @@ class IterationModel:
     def _simulate(self, plan: PipelinePlan, shape: BatchShape) -> Simulation:
         return self._simulator(plan).run(shape)
 
+    def _layers(self, plan: PipelinePlan, shape: BatchShape) -> Cost:
+        """All layers of an iteration."""
+        if self._is_sequential(plan):
+            return self._simulator(plan).layer_in_sequence(shape).times(self.graph.num_layers)
+        return self._simulated_layers(self._simulate(plan, shape))
+
+    def _is_sequential(self, plan: PipelinePlan) -> bool:
+        return len(plan.lanes) == 1 and len(plan.nano_operations) == len(self.graph.layer)
+
     def _simulator(self, plan: PipelinePlan) -> PlanSimulator:
         # Sequential plans of all sizes are alike: nano-operations are cut to the batch.
-        key = plan.name if len(plan.lanes) == 1 and len(plan.nano_operations) == len(self.graph.layer) else plan.digest
+        key = plan.name if self._is_sequential(plan) else plan.digest
         if key not in self._simulators:
             plan.validate(self.graph)
             whole = plan if key == plan.digest else self._sequential(_ANY_BATCH)
             self._simulators[key] = PlanSimulator(whole, self.graph, self._table, self._interference)
         return self._simulators[key]
 
-    def _cost(self, simulation: Simulation, shape: BatchShape) -> Cost:
+    def _simulated_layers(self, simulation: Simulation) -> Cost:
         ends_s = simulation.layer_ends_s
         num_more = self.graph.num_layers - len(ends_s)
         energy_j = simulation.layer_energy_j
-        layers = Cost(
+        return Cost(
             time_s=ends_s[-1] + num_more * simulation.period_s,
             energy_j=None if energy_j is None else energy_j * self.graph.num_layers,
         )
+
+    def _with_layers(self, layers: Cost, shape: BatchShape) -> Cost:
+        """The iteration that has these layers."""
         return sum(self._around(shape), start=layers)
 
     def _around(self, shape: BatchShape) -> Iterator[Cost]:

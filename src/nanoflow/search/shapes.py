@@ -24,6 +24,8 @@ LEAST_GAIN = 1.005
 # off by up to 4 %; other lanes are put together from pairs of operations, and were up to 7 % worse (docs/log.md).
 _LEAST_PREDICTED_INSIDE, _LEAST_PREDICTED = 1.03, 1.08
 _NUM_SAMPLES = 6
+# Plans that are compared on all batches that stand for a cell, beside the best of each mechanism.
+_NUM_COMPARED = 8
 
 # What one iteration of a batch takes under a plan; None: sequentially.
 Predict = Callable[[BatchShape, PipelinePlan | None], float]
@@ -153,8 +155,11 @@ def least_predicted_gain(plan: PipelinePlan) -> float:
 
 
 def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[tuple[float, PipelinePlan]]:
-    """Plans of the cell's size that overlap, each with its gain there, the best one first."""
+    """Plans of the cell's size that overlap, each with its gain there, the best one first; of many the promising."""
     fitting = [plan for plan in plans if plan.num_tokens == cell.max_tokens and len(plan.lanes) > 1]
+    if len(fitting) > _NUM_COMPARED:
+        # The middle batch tells which of many are not among the best.
+        fitting = leading(sorted(fitting, key=lambda plan: predict(cell.example, plan)), _NUM_COMPARED)
     return sorted(((gain_of(plan, cell, predict), plan) for plan in fitting), key=lambda found: -found[0])
 
 

@@ -130,6 +130,19 @@ class PlanSimulator:
             layer_energy_j=None if dynamic_j is None else (dynamic_j + static_j) / num_layers,
         )
 
+    def layer_in_sequence(self, shape: BatchShape) -> Cost:
+        """What `run` says of one layer where nothing overlaps: all lanes run one after the other, and none is a part.
+
+        It needs no events, so it is what whole runs of the sequential plan are simulated with.
+        """
+        items = [self._item(place, shape) for place in range(len(self._ops))]
+        time_s = sum(item.cost.time_s for item in items)
+        known_j = [item.dynamic_j for item in items if item.dynamic_j is not None]
+        dynamic_j = sum(known_j) if len(known_j) == len(items) else None
+        time_s *= self._slowdown(dynamic_j, time_s)
+        static_w = static_power_w(self._setup)
+        return Cost(time_s=time_s, energy_j=None if dynamic_j is None else dynamic_j + static_w * time_s)
+
     def _slowdown(self, dynamic_j: float | None, time_s: float) -> float:
         """How much longer work takes under the power limit."""
         limit_w = dynamic_power_w(self._setup)

@@ -1,0 +1,208 @@
+"""How `nanoflow search` comes to a plan book: limits swept, plans searched under the promising ones, trials, a choice.
+
+What it says on the way goes to standard error, what came of it to standard output.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanoflow.bench.limits import SimulatedWorkloads
+from nanoflow.plan.book import BookLimits, BookPrediction, MadeFor, StoredBook, WorkloadPrediction
+from nanoflow.search.books import BookSearch, FoundPlan, divided, gain_under
+from nanoflow.search.limits import LimitsFound, WithPlans, fastest, limits_to_try, strongest, swept, worth_searching
+
+if TYPE_CHECKING:
+    from nanoflow.cli.search import SearchConfig
+    from nanoflow.cost.table import Profile
+    from nanoflow.graph.operation import BatchShape
+    from nanoflow.profiler.kept_trials import KeptTrials
+
+# Settling, capturing and measuring, for one plan; for some also the sequential plan.
+_TRIAL_S = 3.0
+
+
+def kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrials:
+    """Those of an interrupted search for this file; ProfileError if plans of the profile cannot be tried here."""
+    from nanoflow.profiler.kept_trials import KeptTrials
+
+    _check_machine(profile)
+    kept = KeptTrials(output.with_name(f"{output.name}.trials"), profile)
+    if is_fresh:
+        kept.forget()
+    return kept
+
+
+class LimitsSearch:
+    """One search.
+
+    Args:
+        profile, config: What operations take, and what to search for.
+        workloads: As the user named them.
+        kept: Where trials are kept; None if plans are not to be tried.
+        is_quiet: Say only what was found.
+
+    Raises:
+        ConfigError: A workload cannot be read, or a limit is beyond the profile or the memory.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        config: SearchConfig,
+        workloads: Sequence[str],
+        kept: KeptTrials | None,
+        *,
+        is_quiet: bool,
+    ) -> None:
+        self._profile, self._config, self._kept, self._is_quiet = profile, config, kept, is_quiet
+        self._names = [_label(workload) for workload in workloads]
+        self._budgets, self._counts = limits_to_try(profile, config.max_batch_tokens, config.max_num_seqs)
+        self._simulated = SimulatedWorkloads(
+            profile,
+            workloads,
+            num_requests=config.num_requests,
+            seed=config.seed,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )
+        self._examples: dict[tuple[int, tuple[float, float]], BatchShape] = {}
+        self._search = BookSearch(profile, time_limit_s=config.time_limit, will_be_tried=kept is not None)
+
+    def book(self) -> StoredBook:
+        """The plans of the limits under which they are fastest, or none, and those of the sequential plan."""
+        sequential = self._swept()
+        best = fastest(sequential)
+        found = [self._with_plans(each.limits) for each in worth_searching(sequential)]
+        if self._kept is not None:
+            found = [self._measured(each, self._kept) for each in strongest(found, best)]
+        chosen = max(found, key=lambda each: each.rate)
+        if chosen.rate <= best.rate:
+            chosen = WithPlans(limits=best.limits, rates=best.rates, plans=())
+        prediction = self._prediction(best, chosen)
+        self._say_result(prediction, chosen)
+        setup = self._profile.setup
+        return StoredBook(
+            entries=tuple(each.entry for each in chosen.plans if each.entry is not None),
+            made_for=MadeFor(model=self._profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus),
+            limits=chosen.limits,
+            prediction=prediction,
+        )
+
+    def _swept(self) -> list[LimitsFound]:
+        found = []
+        for each in swept(self._budgets, self._counts, self._simulated.sequential):
+            found.append(each)
+            self._say(f"{each.limits}: {self._rates(each.rates)} tokens/s sequentially")
+        return found
+
+    def _with_plans(self, limits: BookLimits) -> WithPlans:
+        """Plans for the batches that the workloads make under some limits, and what they make of the runs."""
+        self._say(f"plans for {limits}")
+        plans = []
+        for each in self._search.found(self._simulated.batches(limits), limits.max_batch_tokens):
+            plans.append(each)
+            self._say(f"  {_cell(each)}")
+        return self._judged(limits, plans, "predicted")
+
+    def _measured(self, found: WithPlans, kept: KeptTrials) -> WithPlans:
+        """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins.
+
+        Batches that are rare keep what is safely predicted to win.
+        """
+        from nanoflow.device.detect import resolve_device
+        from nanoflow.profiler.iterations import measure_trials
+
+        tried, rare = divided(found.plans)
+        wanted = [(self._example(each), plan) for each in tried for plan in each.plans]
+        missing = [key for key in wanted if key not in kept]
+        before = f", {len(wanted) - len(missing)} more were tried before" if len(missing) < len(wanted) else ""
+        minutes = len(missing) * _TRIAL_S / 60
+        self._say(f"trials for {found.limits}: {len(missing)} plans to try, about {minutes:.0f} minutes{before}")
+        trials = measure_trials(self._profile, missing, device=resolve_device("auto"))
+        judged = []
+        for each in tried:
+            keys = [(self._example(each), plan) for plan in each.plans]
+            while not all(key in kept for key in keys):
+                kept.add(next(trials))
+            judged.append(each.confirmed([kept[key] for key in keys]))
+            self._say(f"  {_cell(judged[-1])}")
+        trusted = [each.trusted for each in rare]
+        self._say(f"  rare batches: {sum(bool(each.plans) for each in trusted)} plans as predicted")
+        return self._judged(found.limits, [*judged, *trusted], "measured")
+
+    def _example(self, found: FoundPlan) -> BatchShape:
+        """The batch that stands for a cell in trials: the same under all limits, so that no plan is tried twice."""
+        cell = found.cell
+        return self._examples.setdefault((cell.max_tokens, cell.keys), cell.example)
+
+    def _judged(self, limits: BookLimits, plans: Sequence[FoundPlan], how: str) -> WithPlans:
+        rates = self._simulated.rates(limits, gain_under(plans))
+        self._say(f"{limits}: {self._rates(rates)} tokens/s with plans, {how}")
+        return WithPlans(limits=limits, rates=rates, plans=tuple(plans))
+
+    def _prediction(self, best: LimitsFound, chosen: WithPlans) -> BookPrediction:
+        return BookPrediction(
+            sequential_limits=best.limits,
+            workloads=tuple(
+                WorkloadPrediction(
+                    workload=name,
+                    num_requests=self._config.num_requests,
+                    sequential_tokens_per_s=before,
+                    tokens_per_s=now,
+                )
+                for name, before, now in zip(self._names, best.rates, chosen.rates, strict=True)
+            ),
+            is_measured=self._kept is not None,
+        )
+
+    def _say_result(self, prediction: BookPrediction, chosen: WithPlans) -> None:
+        """Both sides at their best, and the ratio; with several workloads a line each and their mean."""
+        how = "measured" if prediction.is_measured else "predicted"
+        best = [each.sequential_tokens_per_s for each in prediction.workloads]
+        print(f"sequential best: {prediction.sequential_limits}: {self._rates(best)} tokens/s, predicted")
+        if not any(each.plans for each in chosen.plans):
+            print("with plans: nothing beats that; the book has these limits and no plan", flush=True)
+            return
+        print(f"with plans: {chosen.limits}: {self._rates(chosen.rates)} tokens/s, by gains as {how}")
+        for each in prediction.workloads if len(prediction.workloads) > 1 else ():
+            print(f"  {each.workload}: {each.gain:.3f}x of sequential at its best")
+        print(
+            f"{how} for all of {', '.join(self._names)}: {prediction.gain:.3f}x of sequential at its best", flush=True
+        )
+
+    def _rates(self, rates: Sequence[float]) -> str:
+        return ", ".join(f"{rate:,.0f}" for rate in rates)
+
+    def _say(self, line: str) -> None:
+        if not self._is_quiet:
+            print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _check_machine(profile: Profile) -> None:
+    """ProfileError if the plans of a profile cannot be tried here."""
+    from nanoflow.device.detect import resolve_device, use_device
+    from nanoflow.profiler.setup import check_same_machine, detect_setup
+
+    device = resolve_device("auto")
+    use_device(device)
+    check_same_machine(profile, detect_setup(device))
+
+
+def _label(workload: str) -> str:
+    """The workload; of a trace the file's name, wherever it is."""
+    return f"trace:{Path(workload.removeprefix('trace:')).name}" if workload.startswith("trace:") else workload
+
+
+def _cell(found: FoundPlan) -> str:
+    """The batches of a cell and what they are worth."""
+    cell = found.cell
+    (low_share, high_share), (low_keys, high_keys) = cell.decode_share, cell.decode_context
+    plan = "sequential" if found.entry is None else f"{found.entry.plan.name} ({found.entry.plan.digest})"
+    measured = "" if found.measured_gain is None else f", measured {found.measured_gain:.3f}x"
+    return (
+        f"{found.part:6.1%} of the time: {cell.min_tokens:,} to {cell.max_tokens:,} tokens, {low_share:.0%} to "
+        f"{high_share:.0%} decodes with {low_keys:,.0f} to {high_keys:,.0f} keys: {found.gain:.3f}x{measured}, {plan}"
+    )
