@@ -6,6 +6,7 @@ Shaped like vLLM's outputs. This file only holds data; `engine/output.py` fills 
 from __future__ import annotations
 
 import enum
+import io
 from dataclasses import dataclass, field
 
 
@@ -30,13 +31,34 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]
 
 
-@dataclass(slots=True, kw_only=True)
+class GrowingText:
+    """Descriptor of a text that can be added to without copying what is there; reads and is set as a string.
+
+    The owner's `__dict__` holds a string, or a buffer once something was added to one. The buffer stands at its end.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> str:
+        if instance is None:
+            return ""  # the default of the dataclass field
+        held = instance.__dict__[self._name]
+        text: str = held if isinstance(held, str) else held.getvalue()
+        return text
+
+    def __set__(self, instance: object, value: str) -> None:
+        instance.__dict__[self._name] = value
+
+
+@dataclass(kw_only=True)
 class CompletionOutput:
     """One completion of a prompt.
 
     Attributes:
         index: Which of the `n` completions.
-        text: Decoded text (so far, if the request has not ended).
+        text: Decoded text (so far, if the request has not ended). While it grows each reading copies it: a stream is
+            read with `text_since`.
         token_ids: Generated token ids, the end-of-sequence or stop token included.
         cumulative_logprob: Sum of the chosen tokens' log probabilities; None unless logprobs were asked for.
         logprobs: One mapping {token id: Logprob} a generated token; None unless asked for.
@@ -45,7 +67,7 @@ class CompletionOutput:
     """
 
     index: int
-    text: str = ""
+    text: GrowingText = GrowingText()
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[PositionLogprobs] | None = None
@@ -56,6 +78,34 @@ class CompletionOutput:
     def is_finished(self) -> bool:
         """True once a finish reason is known."""
         return self.finish_reason is not None
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the text; costs the same whatever it is."""
+        held = self.__dict__["text"]
+        return len(held) if isinstance(held, str) else held.tell()
+
+    def append_text(self, piece: str) -> None:
+        """Add to the end of the text; costs as much as the piece is long."""
+        held = self.__dict__["text"]
+        if not held:
+            self.text = piece
+        elif piece:
+            if isinstance(held, str):
+                buffer = self.__dict__["text"] = io.StringIO()
+                buffer.write(held)
+                held = buffer
+            held.write(piece)
+
+    def text_since(self, num_chars: int) -> str:
+        """The text without its first characters; costs as much as what it returns is long."""
+        held = self.__dict__["text"]
+        if isinstance(held, str):
+            return held[num_chars:]
+        held.seek(num_chars)
+        piece: str = held.read()
+        held.seek(0, io.SEEK_END)
+        return piece
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepO
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
-from nanoflow.engine.stop import StopFilter
+from nanoflow.engine.stop import StopFilter, StopStrings
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import Request, SamplingParams
 from tests.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, fake_facts
@@ -61,7 +61,9 @@ def run(processor: OutputProcessor, engine: FakeEngine, requests: list[Request])
     for request in requests:
         engine.add(request)
     while engine.has_work:
-        yield from processor.process(engine.step())
+        for output in processor.process(engine.step()):
+            processor.refresh(output)
+            yield output
         engine.abort(processor.take_stopped())
 
 
@@ -143,7 +145,7 @@ def test_stop_filter_finds_the_same_wherever_the_pieces_end(
     text: str, stops: list[str], cuts: list[int], keeps: bool
 ) -> None:
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    stop_filter, shown = StopFilter(stops, keeps_stop=keeps), ""
+    stop_filter, shown = StopFilter(StopStrings(stops), keeps_stop=keeps), ""
     for start, end in itertools.pairwise(borders):
         shown += stop_filter.push(text[start:end])
         assert keeps or not any(stop in shown for stop in stops)
@@ -160,7 +162,7 @@ def test_stop_filter_finds_the_same_wherever_the_pieces_end(
 
 
 def test_stop_filter_never_shows_part_of_a_stop_string() -> None:
-    stop_filter = StopFilter(["</end>"])
+    stop_filter = StopFilter(StopStrings(["</end>"]))
     assert [stop_filter.push(char) for char in "a</enx</end>"] == ["a", *[""] * 4, "</enx", *[""] * 6]
     assert stop_filter.found == "</end>"
 
@@ -250,7 +252,8 @@ def test_prompt_logprobs_are_placed_and_may_come_twice() -> None:
     )
     rest = PlaceLogprobs(first_position=3, token_ids=[[8, 3]], logprobs=[[-6.0, -5.0]], ranks=[2])
     for scores in (part, part, rest):
-        list(processor.process(StepOutput(prompt_logprobs={requests[0].request_id: scores})))
+        processor.process(StepOutput(prompt_logprobs={requests[0].request_id: scores}))
+    processor.refresh(output)
     positions = output.prompt_logprobs
     assert positions is not None and positions[0] is None
     assert [list(position) for position in positions[1:] if position] == [[6, 3], [7, 3], [8, 3]]

@@ -9,9 +9,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nanoflow.config import EngineConfig
+from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.tokenizer import (
     REPLACEMENT,
-    IncrementalDetokenizer,
     MissingTokenizerError,
     Tokenizer,
     TokenizerError,
@@ -59,8 +59,8 @@ PROMPTS = TEXTS.map(lambda text: "hi " + text + "!")
 
 def pieces(tokenizer: Tokenizer, prompt: list[int], completion: list[int], *, skip: bool = True) -> list[str]:
     """What comes for each token, and last what is left."""
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
-    return [*(detokenizer.push(token_id) for token_id in completion), detokenizer.flush()]
+    detokenizer = make_detokenizer(tokenizer, prompt, skip)
+    return [*(detokenizer.push([token_id]) for token_id in completion), detokenizer.flush()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
