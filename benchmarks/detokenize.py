@@ -187,7 +187,7 @@ def measure_ways(tokenizer: Tokenizer, num_repeats: int) -> dict[str, float]:
     """Microseconds a token of the ways to decode one stream's tokens, or one token each of many streams."""
     text_ids = tokenizer.encode(TEXT, add_special_tokens=False)
     token_ids = list(itertools.islice(itertools.cycle(text_ids), NUM_DECODED))
-    backend = tokenizer._backend  # noqa: SLF001 - what it offers itself is compared here
+    backend = tokenizer._backend
     pairs = [token_ids[i : i + 2] for i in range(NUM_DECODED - 1)]
 
     def decode_stream() -> None:
@@ -208,7 +208,9 @@ def measure_ways(tokenizer: Tokenizer, num_repeats: int) -> dict[str, float]:
         "decode_batch, 2 tokens each": lambda: backend.decode_batch(pairs),
         "decode of everything": lambda: backend.decode(token_ids),
     }
-    kinds = {"window": WindowDetokenizer, **({"bytes": ByteDetokenizer} if tokenizer.byte_rule else {})}
+    kinds: dict[str, Callable[[Tokenizer, Sequence[int]], Detokenizer]] = {"window": WindowDetokenizer}
+    if tokenizer.byte_rule is not None:
+        kinds["bytes"] = ByteDetokenizer
     for (name, kind), size in itertools.product(kinds.items(), (1, 4, 16, NUM_DECODED)):
         ways[f"{name}, {size} at once"] = in_groups(kind, size)
     return {name: round(_least_s(way, num_repeats) / NUM_DECODED * 1e6, 3) for name, way in ways.items()}

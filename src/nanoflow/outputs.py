@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import enum
 import io
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 
 class FinishReason(enum.StrEnum):
@@ -29,6 +32,81 @@ class Logprob:
 
 
 PositionLogprobs = dict[int, Logprob]
+TokenText = Callable[[int], str | None]
+
+
+def position_logprobs(
+    token_ids: Sequence[int], logprobs: Sequence[float], rank: int, token_text: TokenText
+) -> PositionLogprobs:
+    """The mapping of one place.
+
+    Args:
+        token_ids: The token that stands there, then the most probable ones in order; it may be one of these.
+        logprobs: Of each of them.
+        rank: Of the token that stands there.
+        token_text: Text of a token id.
+    """
+    position: PositionLogprobs = {}
+    ranks = (rank, *range(1, len(token_ids)))
+    for token_id, logprob, token_rank in zip(token_ids, logprobs, ranks, strict=True):
+        if token_id not in position:
+            position[token_id] = Logprob(logprob=logprob, rank=token_rank, decoded_token=token_text(token_id))
+    return position
+
+
+class LogprobRows(Sequence[PositionLogprobs]):
+    """Log probabilities of the tokens of a completion, one mapping a place. Reads like a list and is equal to one.
+
+    Numbers are kept in arrays; mappings and their entries are made when they are looked at. As objects they would cost
+    ten times as much, most of it in the garbage collector, also where nobody reads them.
+
+    Args:
+        token_text: Text of a token id.
+    """
+
+    __slots__ = ("_ends", "_logprobs", "_ranks", "_token_ids", "_token_text")
+
+    def __init__(self, token_text: TokenText) -> None:
+        self._token_text = token_text
+        self._token_ids, self._logprobs = array("q"), array("d")
+        # Of each place: where it ends in the arrays above, and the rank of the token that stands there.
+        self._ends, self._ranks = array("q"), array("q")
+
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[float], rank: int) -> None:
+        """Add a place; arguments as of `position_logprobs`."""
+        self._token_ids.extend(token_ids)
+        self._logprobs.extend(logprobs)
+        self._ends.append(len(self._token_ids))
+        self._ranks.append(rank)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, place: int) -> PositionLogprobs: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PositionLogprobs]: ...
+    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs]:
+        if isinstance(place, slice):
+            return [self._position(i) for i in range(*place.indices(len(self)))]
+        return self._position(range(len(self))[place])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list | LogprobRows) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[type[list[PositionLogprobs]], tuple[list[PositionLogprobs]]]:
+        # A copy is a list: it has nothing to do with the tokenizer any more.
+        return list, (list(self),)
+
+    def _position(self, place: int) -> PositionLogprobs:
+        entries = slice(self._ends[place - 1] if place else 0, self._ends[place])
+        token_ids, logprobs = self._token_ids[entries], self._logprobs[entries]
+        return position_logprobs(token_ids, logprobs, self._ranks[place], self._token_text)
 
 
 class GrowingText:
@@ -70,7 +148,7 @@ class CompletionOutput:
     text: GrowingText = GrowingText()
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[PositionLogprobs] | None = None
+    logprobs: Sequence[PositionLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

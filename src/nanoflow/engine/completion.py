@@ -1,19 +1,15 @@
-"""One completion of a prompt as it grows: which of its tokens have become text, and the log probabilities of them.
+"""One completion of a prompt as it grows: which of its tokens have become text, and where that ends.
 
-Tokens come in at every iteration; what users read of them is made when it is read. `output.py` says when.
+Tokens come in at every iteration; their text is made when it is read. `output.py` says when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-
 from nanoflow.engine.detokenize import Detokenizer
 from nanoflow.engine.messages import Finished, PlaceLogprobs
 from nanoflow.engine.stop import StopFilter
-from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from nanoflow.outputs import CompletionOutput, FinishReason, LogprobRows, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
-
-TokenText = Callable[[int], str | None]
 
 
 class Completion:
@@ -27,7 +23,7 @@ class Completion:
         params: Of the request.
         detokenizer: None if there is no text.
         stops: None if there are no stop strings.
-        token_text: Text of a token id in log probabilities; None where there is no text.
+        logprobs: The log probabilities of the output; None unless asked for.
 
     Attributes:
         name: Of the request, as its user knows it.
@@ -36,10 +32,9 @@ class Completion:
 
     __slots__ = (
         "_detokenizer",
+        "_logprobs",
         "_num_read",
         "_params",
-        "_scores",
-        "_token_text",
         "engine_id",
         "last_token_s",
         "metrics",
@@ -60,7 +55,7 @@ class Completion:
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         stops: StopFilter | None,
-        token_text: TokenText,
+        logprobs: LogprobRows | None,
     ) -> None:
         self.engine_id = engine_id
         self.name = request_output.request_id
@@ -73,22 +68,23 @@ class Completion:
         self.token_ids = output.token_ids
         self._params = params
         self._detokenizer = detokenizer
-        self._token_text = token_text
-        # Tokens from here on, and these log probabilities, wait until somebody reads them.
+        self._logprobs = logprobs
+        # Tokens from here on wait to become text.
         self._num_read = 0
-        self._scores: list[PlaceLogprobs] = []
 
     def add_scores(self, scores: PlaceLogprobs) -> None:
-        """Take the log probabilities of tokens that have come."""
-        if self.output.logprobs is not None:
-            self._scores.append(scores)
+        """Take the log probabilities of the tokens that came last, without those behind a stop string."""
+        rows = self._logprobs
+        if rows is not None:
+            for token_ids, logprobs, rank in zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True):
+                if len(rows) < len(self.token_ids):
+                    rows.add(token_ids, logprobs, rank)
+                    self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + logprobs[0]
 
     def refresh(self) -> None:
-        """Bring text and log probabilities up to the tokens; with stop strings the text already is."""
+        """Bring the text up to the tokens; with stop strings it already is."""
         if self.stops is None:
             self._read(len(self.token_ids))
-        if self._scores:
-            self._read_scores()
 
     def find_stop(self, end: Finished | None) -> bool:
         """Look for stop strings in what the waiting tokens add to the text, one token after the other.
@@ -112,14 +108,13 @@ class Completion:
         return stops.found is not None
 
     def finish(self, end: Finished) -> None:
-        """Complete the output: all of its text, log probabilities, and the reason."""
+        """Complete the output: all of its text, and the reason."""
         output, stops, detokenizer = self.output, self.stops, self._detokenizer
         found = None if stops is None else stops.found
         if detokenizer is not None and found is None:
             self._read(self._num_shown(end))
             rest = detokenizer.flush()
             output.append_text(rest if stops is None else stops.push(rest, may_stop=False) + stops.flush())
-        self._read_scores()
         # A string takes less memory than the buffer of a text that grows.
         output.text = output.text
         output.finish_reason = end.reason
@@ -136,37 +131,4 @@ class Completion:
             return
         piece = self._detokenizer.push(self.token_ids[self._num_read : num_tokens])
         self._num_read = num_tokens
-        self.output.append_text(piece if self.stops is None else self.stops.push(piece, may_stop=False))
-
-    def _read_scores(self) -> None:
-        output, waiting = self.output, self._scores
-        if output.logprobs is None or not waiting:
-            return
-        self._scores = []
-        # After a stop string there may be scores of tokens that were dropped.
-        room, total = len(self.token_ids) - len(output.logprobs), output.cumulative_logprob or 0.0
-        for scores in waiting:
-            output.logprobs += read_logprobs(scores, self._token_text, max_places=room)
-            total += sum(row[0] for row in scores.logprobs[:room])
-            room = len(self.token_ids) - len(output.logprobs)
-        output.cumulative_logprob = total
-
-
-def read_logprobs(
-    scores: PlaceLogprobs, token_text: TokenText, *, max_places: int | None = None
-) -> Iterator[PositionLogprobs]:
-    """One mapping a place: the token that stands there first, then the most probable ones."""
-    rows = zip(scores.token_ids[:max_places], scores.logprobs, scores.ranks, strict=False)
-    for token_ids, logprobs, rank in rows:
-        yield _position(token_ids, logprobs, rank, token_text)
-
-
-def _position(
-    token_ids: Sequence[int], logprobs: Sequence[float], rank: int, token_text: TokenText
-) -> PositionLogprobs:
-    position: PositionLogprobs = {}
-    ranks = (rank, *range(1, len(token_ids)))
-    for token_id, logprob, token_rank in zip(token_ids, logprobs, ranks, strict=True):
-        if token_id not in position:
-            position[token_id] = Logprob(logprob=logprob, rank=token_rank, decoded_token=token_text(token_id))
-    return position
+        self.output.append_text(piece)

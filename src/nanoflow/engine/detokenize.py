@@ -11,6 +11,7 @@ character is left, and holds back everything after bytes that are no text.
 
 from __future__ import annotations
 
+import re
 from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
@@ -23,6 +24,8 @@ _MAX_CHAR_BYTES = 4
 _MAX_INCOMPLETE_TOKENS = _MAX_CHAR_BYTES - 1
 # How many tokens of the prompt the first token is decoded with; more if fewer would begin inside a character.
 _CONTEXT_SIZES = range(6, 25)
+# What the error handler "surrogateescape" makes of each.
+_WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class Detokenizer(Protocol):
@@ -122,11 +125,23 @@ class WindowDetokenizer:
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty in the middle of a character."""
         is_silent, skips = self._tokenizer.is_silent, self._skip_special_tokens
-        new = [token_id for token_id in token_ids if not is_silent(token_id, skip_special_tokens=skips)]
+        return self._push([token_id for token_id in token_ids if not is_silent(token_id, skip_special_tokens=skips)])
+
+    def flush(self) -> str:
+        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
+        return self._show(self._decode(self._window), len(self._window))
+
+    def _push(self, new: list[int]) -> str:
+        """`push` for tokens that show."""
         if not new:
             return ""
         self._window += new
         text, num_final = self._decode(self._window), len(self._window)
+        if len(new) > 1 and REPLACEMENT in text[len(self._shown_text) :]:
+            # Which of the tokens are wrong or incomplete shows only one by one.
+            del self._window[-len(new) :]
+            half = len(new) // 2
+            return self._push(new[:half]) + self._push(new[half:])
         if text.endswith(REPLACEMENT):
             # Maybe an incomplete character, then begun by one of the last tokens; what is before them is final.
             num_final -= _MAX_INCOMPLETE_TOKENS
@@ -136,10 +151,6 @@ class WindowDetokenizer:
             if not whole.startswith(text):
                 return ""
         return self._show(text, num_final)
-
-    def flush(self) -> str:
-        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
-        return self._show(self._decode(self._window), len(self._window))
 
     def _show(self, text: str, num_final: int) -> str:
         """Mark the first `num_final` tokens of the window, whose text is given, as shown; return what is new of it."""
@@ -172,13 +183,4 @@ def _last_bytes(token_bytes: TokenBytes, token_ids: Sequence[int]) -> bytes:
 
 def _replacing_each_byte(data: bytes) -> str:
     """UTF-8 in which every byte that belongs to no character gives a U+FFFD."""
-    pieces: list[str] = []
-    rest = memoryview(data)
-    while rest:
-        try:
-            pieces.append(utf_8_decode(rest, "strict", True)[0])
-            break
-        except UnicodeDecodeError as error:
-            pieces += (str(rest[: error.start], "utf-8"), REPLACEMENT * (error.end - error.start))
-            rest = rest[error.end :]
-    return "".join(pieces)
+    return _WRONG_BYTE.sub(REPLACEMENT, data.decode("utf-8", "surrogateescape"))

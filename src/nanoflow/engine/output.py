@@ -15,14 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from nanoflow.engine.completion import Completion, TokenText, read_logprobs
+from nanoflow.engine.completion import Completion
 from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.messages import EngineFacts, Finished, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.engine.prompts import Prompt, make_requests
 from nanoflow.engine.stop import StopFilter, StopStrings
 from nanoflow.engine.tokenizer import Tokenizer
-from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from nanoflow.outputs import (
+    CompletionOutput,
+    FinishReason,
+    LogprobRows,
+    RequestMetrics,
+    RequestOutput,
+    TokenText,
+    position_logprobs,
+)
 from nanoflow.request import Request, SamplingParams
 
 # Different lists of stop strings of which the search trees are kept.
@@ -112,7 +120,7 @@ class OutputProcessor:
             request_id=request_id,
             prompt=prompt.text,
             prompt_token_ids=prompt.token_ids,
-            outputs=[_empty_completion(index, params) for index in range(params.n)],
+            outputs=[CompletionOutput(index=index) for index in range(params.n)],
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt.token_ids),
             metrics=metrics,
         )
@@ -145,8 +153,8 @@ class OutputProcessor:
         """Take in what an iteration gave.
 
         Returns:
-            The outputs that grew or ended, each once. Those that are `finished` are complete; the text and the log
-            probabilities of the others lag behind their tokens until `refresh`.
+            The outputs that grew or ended, each once. Those that are `finished` are complete; the text of the others,
+            and the log probabilities of their prompts, lag behind until `refresh`.
         """
         now_s = self._clock()
         self._note_progress(step, now_s)
@@ -169,10 +177,14 @@ class OutputProcessor:
             if completion.stops is not None:
                 searched[engine_id] = completion
             grown[completion.name] = completion.request_output
+        stopped = [completion for i, completion in searched.items() if completion.find_stop(step.finished.get(i))]
         for engine_id, scores in step.logprobs.items():
-            if engine_id in self._completions:
-                self._completions[engine_id].add_scores(scores)
-        self._find_stops(searched, step.finished, now_s)
+            completion = find(engine_id)
+            if completion is not None:
+                completion.add_scores(scores)
+        for completion in stopped:
+            self._finish(completion, Finished(reason=FinishReason.STOP), now_s)
+        self._stopped += [c.engine_id for c in stopped if c.engine_id not in step.finished]
         for engine_id, end in step.finished.items():
             completion = find(engine_id)
             if completion is not None:
@@ -183,7 +195,7 @@ class OutputProcessor:
         return list(grown.values())
 
     def refresh(self, output: RequestOutput) -> None:
-        """Bring text and log probabilities of an output up to its tokens; call it before the output is shown.
+        """Bring the text of an output up to its tokens; call it before the output is shown.
 
         All that waits is made in one go. Nothing happens if nothing waits.
         """
@@ -204,6 +216,10 @@ class OutputProcessor:
         if params.stop:
             keeps_stop = params.include_stop_str_in_output
             stops = StopFilter(self._stop_strings(tuple(params.stop)), keeps_stop=keeps_stop)
+        rows = None
+        if params.logprobs is not None:
+            rows = output.logprobs = LogprobRows(self._token_text(params))
+            output.cumulative_logprob = 0.0
         return Completion(
             engine_id=request.request_id,
             request_output=living.output,
@@ -212,7 +228,7 @@ class OutputProcessor:
             params=params,
             detokenizer=detokenizer,
             stops=stops,
-            token_text=self._token_text(params),
+            logprobs=rows,
         )
 
     def _token_text(self, params: SamplingParams) -> TokenText:
@@ -240,22 +256,15 @@ class OutputProcessor:
             num_prompt_tokens = len(completion.request_output.prompt_token_ids)
             self.observer.observe_first_token(now_s - metrics.arrival_s, num_prompt_tokens)
 
-    def _find_stops(self, searched: dict[int, Completion], ends: dict[int, Finished], now_s: float) -> None:
-        """End the completions whose text has come to a stop string."""
-        for engine_id, completion in searched.items():
-            if completion.find_stop(ends.get(engine_id)):
-                if engine_id not in ends:
-                    self._stopped.append(engine_id)
-                self._finish(completion, Finished(reason=FinishReason.STOP), now_s)
-
     def _read_prompt_scores(self, living: _Living) -> None:
         positions, waiting = living.output.prompt_logprobs, living.prompt_scores
         living.prompt_scores = []
         if positions is not None:
+            token_text = self._token_text(living.params)
             for scores in waiting:
-                stop = scores.first_position + len(scores.ranks)
-                read = read_logprobs(scores, self._token_text(living.params))
-                positions[scores.first_position : stop] = read
+                rows = zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
+                for place, row in enumerate(rows, start=scores.first_position):
+                    positions[place] = position_logprobs(*row, token_text)
 
     def _finish(self, completion: Completion, end: Finished, now_s: float) -> None:
         """End a completion, and its request if it was the last."""
@@ -273,13 +282,6 @@ class OutputProcessor:
         del self._living[living.output.request_id]
         if self.observer is not None:
             self.observer.observe_finished(_summary(living, reason, now_s))
-
-
-def _empty_completion(index: int, params: SamplingParams) -> CompletionOutput:
-    wants_logprobs = params.logprobs is not None
-    return CompletionOutput(
-        index=index, logprobs=[] if wants_logprobs else None, cumulative_logprob=0.0 if wants_logprobs else None
-    )
 
 
 def _no_text(_token_id: int) -> None:

@@ -115,7 +115,7 @@ class Delta:
     is_first: bool
     text: str
     token_ids: list[int]
-    logprobs: list[PositionLogprobs] | None
+    logprobs: Sequence[PositionLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
 
