@@ -83,8 +83,9 @@ class Completion:
 
     def refresh(self) -> None:
         """Bring the text up to the tokens; with stop strings it already is."""
-        if self.stops is None:
-            self._read(len(self.token_ids))
+        num_tokens = len(self.token_ids)
+        if num_tokens > self._num_read:
+            self._read(num_tokens)
 
     def find_stop(self, end: Finished | None) -> bool:
         """Look for stop strings in what the waiting tokens add to the text, one token after the other.
@@ -98,9 +99,11 @@ class Completion:
         stops, detokenizer, min_tokens = self.stops, self._detokenizer, self._params.min_tokens
         if stops is None or detokenizer is None:
             return False
-        for num_tokens in range(self._num_read + 1, self._num_shown(end) + 1):
-            piece = detokenizer.push((self.token_ids[num_tokens - 1],))
-            self.output.append_text(stops.push(piece, may_stop=num_tokens >= min_tokens))
+        num_shown = len(self.token_ids) if end is None else self._num_shown(end)
+        for num_tokens, token_id in enumerate(self.token_ids[self._num_read : num_shown], start=self._num_read + 1):
+            piece = stops.push(detokenizer.push((token_id,)), may_stop=num_tokens >= min_tokens)
+            if piece:
+                self.output.append_text(piece)
             if stops.found is not None:
                 del self.token_ids[num_tokens:]
                 break

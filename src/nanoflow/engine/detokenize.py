@@ -86,10 +86,13 @@ class ByteDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty in the middle of a character."""
-        data = self._pending + b"".join(map(self._bytes_of, token_ids))
+        is_one = len(token_ids) == 1
+        data = self._bytes_of(token_ids[0]) if is_one else b"".join(map(self._bytes_of, token_ids))
+        if self._pending:
+            data = self._pending + data
         text, num_used = utf_8_decode(data, "replace", False)
         self._pending = data[num_used:]
-        if REPLACEMENT in text and self._replaces_each_byte:
+        if self._replaces_each_byte and REPLACEMENT in text:
             text = _replacing_each_byte(data[:num_used])
         return self._without_first_space(text) if self._is_start else text
 
