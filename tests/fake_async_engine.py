@@ -134,7 +134,7 @@ class FakeAsyncEngine:
         token_id = ord(SENTENCE[(completion.index + len(completion.token_ids)) % len(SENTENCE)])
         completion.token_ids.append(token_id)
         completion.text += chr(token_id) if params.detokenize else ""
-        if completion.logprobs is not None:
+        if isinstance(completion.logprobs, list):
             completion.logprobs.append(logprobs_of(token_id, params.logprobs or 0))
         for stop in params.stop or ():
             if stop in completion.text:

@@ -6,7 +6,11 @@ Shaped like vLLM's outputs. This file only holds data; `engine/output.py` fills 
 from __future__ import annotations
 
 import enum
+import io
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 
 class FinishReason(enum.StrEnum):
@@ -28,15 +32,111 @@ class Logprob:
 
 
 PositionLogprobs = dict[int, Logprob]
+TokenText = Callable[[int], str | None]
 
 
-@dataclass(slots=True, kw_only=True)
+def position_logprobs(
+    token_ids: Sequence[int], logprobs: Sequence[float], rank: int, token_text: TokenText
+) -> PositionLogprobs:
+    """The mapping of one place.
+
+    Args:
+        token_ids: The token that stands there, then the most probable ones in order; it may be one of these.
+        logprobs: Of each of them.
+        rank: Of the token that stands there.
+        token_text: Text of a token id.
+    """
+    position: PositionLogprobs = {}
+    ranks = (rank, *range(1, len(token_ids)))
+    for token_id, logprob, token_rank in zip(token_ids, logprobs, ranks, strict=True):
+        if token_id not in position:
+            position[token_id] = Logprob(logprob=logprob, rank=token_rank, decoded_token=token_text(token_id))
+    return position
+
+
+class LogprobRows(Sequence[PositionLogprobs]):
+    """Log probabilities of the tokens of a completion, one mapping a place. Reads like a list and is equal to one.
+
+    Numbers are kept in arrays; mappings and their entries are made when they are looked at. As objects they would cost
+    ten times as much, most of it in the garbage collector, also where nobody reads them.
+
+    Args:
+        token_text: Text of a token id.
+    """
+
+    __slots__ = ("_ends", "_logprobs", "_ranks", "_token_ids", "_token_text")
+
+    def __init__(self, token_text: TokenText) -> None:
+        self._token_text = token_text
+        self._token_ids, self._logprobs = array("q"), array("d")
+        # Of each place: where it ends in the arrays above, and the rank of the token that stands there.
+        self._ends, self._ranks = array("q"), array("q")
+
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[float], rank: int) -> None:
+        """Add a place; arguments as of `position_logprobs`."""
+        self._token_ids.extend(token_ids)
+        self._logprobs.extend(logprobs)
+        self._ends.append(len(self._token_ids))
+        self._ranks.append(rank)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, place: int) -> PositionLogprobs: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PositionLogprobs]: ...
+    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs]:
+        if isinstance(place, slice):
+            return [self._position(i) for i in range(*place.indices(len(self)))]
+        return self._position(range(len(self))[place])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list | LogprobRows) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[type[list[PositionLogprobs]], tuple[list[PositionLogprobs]]]:
+        # A copy is a list: it has nothing to do with the tokenizer any more.
+        return list, (list(self),)
+
+    def _position(self, place: int) -> PositionLogprobs:
+        entries = slice(self._ends[place - 1] if place else 0, self._ends[place])
+        token_ids, logprobs = self._token_ids[entries], self._logprobs[entries]
+        return position_logprobs(token_ids, logprobs, self._ranks[place], self._token_text)
+
+
+class GrowingText:
+    """Descriptor of a text that can be added to without copying what is there; reads and is set as a string.
+
+    The owner's `__dict__` holds a string, or a buffer once something was added to one. The buffer stands at its end.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> str:
+        if instance is None:
+            return ""  # the default of the dataclass field
+        held = instance.__dict__[self._name]
+        text: str = held if isinstance(held, str) else held.getvalue()
+        return text
+
+    def __set__(self, instance: object, value: str) -> None:
+        instance.__dict__[self._name] = value
+
+
+@dataclass(kw_only=True)
 class CompletionOutput:
     """One completion of a prompt.
 
     Attributes:
         index: Which of the `n` completions.
-        text: Decoded text (so far, if the request has not ended).
+        text: Decoded text (so far, if the request has not ended). While it grows each reading copies it: a stream is
+            read with `text_since`.
         token_ids: Generated token ids, the end-of-sequence or stop token included.
         cumulative_logprob: Sum of the chosen tokens' log probabilities; None unless logprobs were asked for.
         logprobs: One mapping {token id: Logprob} a generated token; None unless asked for.
@@ -45,10 +145,10 @@ class CompletionOutput:
     """
 
     index: int
-    text: str = ""
+    text: GrowingText = GrowingText()
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[PositionLogprobs] | None = None
+    logprobs: Sequence[PositionLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -56,6 +156,34 @@ class CompletionOutput:
     def is_finished(self) -> bool:
         """True once a finish reason is known."""
         return self.finish_reason is not None
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the text; costs the same whatever it is."""
+        held = self.__dict__["text"]
+        return len(held) if isinstance(held, str) else held.tell()
+
+    def append_text(self, piece: str) -> None:
+        """Add to the end of the text; costs as much as the piece is long."""
+        held = self.__dict__["text"]
+        if not held:
+            self.text = piece
+        elif piece:
+            if isinstance(held, str):
+                buffer = self.__dict__["text"] = io.StringIO()
+                buffer.write(held)
+                held = buffer
+            held.write(piece)
+
+    def text_since(self, num_chars: int) -> str:
+        """The text without its first characters; costs as much as what it returns is long."""
+        held = self.__dict__["text"]
+        if isinstance(held, str):
+            return held[num_chars:]
+        held.seek(num_chars)
+        piece: str = held.read()
+        held.seek(0, io.SEEK_END)
+        return piece
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
-from nanoflow.engine.stop import StopFilter
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import Request, SamplingParams
 from tests.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, fake_facts
@@ -61,7 +58,9 @@ def run(processor: OutputProcessor, engine: FakeEngine, requests: list[Request])
     for request in requests:
         engine.add(request)
     while engine.has_work:
-        yield from processor.process(engine.step())
+        for output in processor.process(engine.step()):
+            processor.refresh(output)
+            yield output
         engine.abort(processor.take_stopped())
 
 
@@ -130,39 +129,6 @@ def test_an_incomplete_character_is_shown_at_the_end_only() -> None:
 
 
 # Stop strings
-
-
-@given(
-    text=st.text("ab", max_size=30),
-    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
-    cuts=st.lists(st.integers(0, 30)),
-    keeps=st.booleans(),
-)
-@settings(max_examples=400, deadline=None)
-def test_stop_filter_finds_the_same_wherever_the_pieces_end(
-    text: str, stops: list[str], cuts: list[int], keeps: bool
-) -> None:
-    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    stop_filter, shown = StopFilter(stops, keeps_stop=keeps), ""
-    for start, end in itertools.pairwise(borders):
-        shown += stop_filter.push(text[start:end])
-        assert keeps or not any(stop in shown for stop in stops)
-        if stop_filter.found:
-            break
-    shown += stop_filter.flush()
-    ends = [(text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
-    if not ends:
-        assert (shown, stop_filter.found) == (text, None)
-        return
-    end, length = min(ends)[0], -min(ends)[1]
-    assert stop_filter.found == text[end - length : end]
-    assert shown == text[: end if keeps else end - length]
-
-
-def test_stop_filter_never_shows_part_of_a_stop_string() -> None:
-    stop_filter = StopFilter(["</end>"])
-    assert [stop_filter.push(char) for char in "a</enx</end>"] == ["a", *[""] * 4, "</enx", *[""] * 6]
-    assert stop_filter.found == "</end>"
 
 
 def test_a_stop_string_ends_a_completion_and_the_engine_is_told() -> None:
@@ -250,7 +216,8 @@ def test_prompt_logprobs_are_placed_and_may_come_twice() -> None:
     )
     rest = PlaceLogprobs(first_position=3, token_ids=[[8, 3]], logprobs=[[-6.0, -5.0]], ranks=[2])
     for scores in (part, part, rest):
-        list(processor.process(StepOutput(prompt_logprobs={requests[0].request_id: scores})))
+        processor.process(StepOutput(prompt_logprobs={requests[0].request_id: scores}))
+    processor.refresh(output)
     positions = output.prompt_logprobs
     assert positions is not None and positions[0] is None
     assert [list(position) for position in positions[1:] if position] == [[6, 3], [7, 3], [8, 3]]

@@ -82,8 +82,8 @@ class EngineSession:
         try:
             async for output in self._engine.generate(prompt, params):
                 completion = output.outputs[0]
-                pieces.put(completion.text[num_sent:])
-                num_sent = len(completion.text)
+                pieces.put(completion.text_since(num_sent))
+                num_sent = completion.num_chars
                 _raise_if_failed(completion, output.error)
         finally:
             pieces.put(None)

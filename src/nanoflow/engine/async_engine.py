@@ -148,6 +148,7 @@ class AsyncEngine:
                 is_last = output.finished
                 if not is_last:
                     self._check_alive()
+                self._processor.refresh(output)
                 yield output
         finally:
             del self._news[name]

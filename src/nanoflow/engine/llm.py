@@ -185,8 +185,7 @@ class LLM:
             while self._engine.has_work:
                 raise_if_interrupted()
                 step = self._engine.step()
-                for _ in self._processor.process(step):
-                    pass
+                self._processor.process(step)
                 self._engine.abort(self._processor.take_stopped())
                 num_tokens += len(step.token_ids)
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - start_s):.0f} output tokens/s", refresh=False)

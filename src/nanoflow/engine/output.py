@@ -1,53 +1,56 @@
 """From the engine's step outputs to what users read: text, log probabilities, finish reasons, times.
 
 `OutputProcessor` keeps the living requests of a front end: it fans a prompt out into `n` requests of the engine and
-brings their tokens back together. Results grow in place. It does not know where the engine runs: `llm.py` and
-`async_engine.py` carry requests there and step outputs back.
+brings their tokens back together. Results grow in place. An iteration costs little here: its tokens are only noted, and
+become text when somebody reads it (`refresh`) or at the end. Only requests with stop strings need their text at every
+iteration. It is not known here where the engine runs: `llm.py` and `async_engine.py` carry requests there and step
+outputs back.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 
+from nanoflow.engine.completion import Completion
+from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.messages import EngineFacts, Finished, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.engine.prompts import Prompt, make_requests
-from nanoflow.engine.stop import StopFilter
-from nanoflow.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from nanoflow.engine.stop import StopFilter, StopStrings
+from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
     CompletionOutput,
     FinishReason,
-    Logprob,
-    PositionLogprobs,
+    LogprobRows,
     RequestMetrics,
     RequestOutput,
+    TokenText,
+    position_logprobs,
 )
 from nanoflow.request import Request, SamplingParams
+
+# Different lists of stop strings of which the search trees are kept.
+_NUM_STOP_LISTS = 64
 
 
 @dataclass(slots=True, kw_only=True)
 class _Living:
-    """A request of a user that has not ended."""
+    """A request of a user that has not ended.
+
+    Attributes:
+        running: Its completions that have not ended, by the engine's id.
+        prompt_scores: Log probabilities of its prompt that nobody has read yet.
+    """
 
     output: RequestOutput
     metrics: RequestMetrics
     params: SamplingParams
-    engine_ids: set[int]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Completion:
-    """One of its completions: one request of the engine."""
-
-    engine_id: int
-    living: _Living
-    output: CompletionOutput
-    detokenizer: IncrementalDetokenizer | None
-    stops: StopFilter
-    last_token_s: float | None = None
+    running: dict[int, Completion] = field(default_factory=dict)
+    prompt_scores: list[PlaceLogprobs] = field(default_factory=list)
 
 
 class OutputProcessor:
@@ -80,8 +83,9 @@ class OutputProcessor:
         self._clock = clock
         self._next_engine_id = 0
         self._living: dict[str, _Living] = {}
-        self._completions: dict[int, _Completion] = {}
+        self._completions: dict[int, Completion] = {}
         self._stopped: list[int] = []
+        self._stop_strings = lru_cache(_NUM_STOP_LISTS)(StopStrings)
 
     def __len__(self) -> int:
         """Number of requests that have not ended."""
@@ -116,15 +120,14 @@ class OutputProcessor:
             request_id=request_id,
             prompt=prompt.text,
             prompt_token_ids=prompt.token_ids,
-            outputs=[_empty_completion(index, params) for index in range(params.n)],
+            outputs=[CompletionOutput(index=index) for index in range(params.n)],
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt.token_ids),
             metrics=metrics,
         )
-        engine_ids = {request.request_id for request in requests}
-        living = _Living(output=output, metrics=metrics, params=params, engine_ids=engine_ids)
-        self._living[request_id] = living
+        living = self._living[request_id] = _Living(output=output, metrics=metrics, params=params)
         for request, completion in zip(requests, output.outputs, strict=True):
-            self._completions[request.request_id] = self._new_completion(request.request_id, living, completion)
+            living.running[request.request_id] = self._new_completion(request, living, completion)
+        self._completions.update(living.running)
         return output, requests
 
     def abort(self, request_id: str) -> list[int]:
@@ -132,9 +135,9 @@ class OutputProcessor:
         living = self._living.get(request_id)
         if living is None:
             return []
-        engine_ids = sorted(living.engine_ids)
-        for engine_id in engine_ids:
-            self._finish(self._completions[engine_id], Finished(reason=FinishReason.ABORT), self._clock())
+        engine_ids = sorted(living.running)
+        for completion in list(living.running.values()):
+            self._finish(completion, Finished(reason=FinishReason.ABORT), self._clock())
         return engine_ids
 
     def abort_all(self) -> list[int]:
@@ -146,44 +149,90 @@ class OutputProcessor:
         stopped, self._stopped = self._stopped, []
         return stopped
 
-    def process(self, step: StepOutput) -> Iterator[RequestOutput]:
-        """Take in what an iteration gave, one token at a time.
+    def process(self, step: StepOutput) -> list[RequestOutput]:
+        """Take in what an iteration gave.
 
-        The iterator must be read to its end. Between two of its items other methods may be called.
-
-        Yields:
-            The output that just grew or ended, maybe several times.
+        Returns:
+            The outputs that grew or ended, each once. Those that are `finished` are complete; the text of the others,
+            and the log probabilities of their prompts, lag behind until `refresh`.
         """
         now_s = self._clock()
         self._note_progress(step, now_s)
-        latencies_s: list[float] = []
+        grown: dict[str, RequestOutput] = {}
+        searched: dict[int, Completion] = {}
+        gaps_s: list[float] = []
+        find = self._completions.get
+        # Once a token, and therefore short: what only some tokens need is done after it.
         for engine_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
-            completion = self._completions.get(engine_id)
+            completion = find(engine_id)
+            if completion is None:
+                continue
+            completion.token_ids.append(token_id)
+            last_s = completion.last_token_s
+            if last_s is not None:
+                gaps_s.append(now_s - last_s)
+            elif completion.metrics.first_token_s is None:
+                self._note_first_token(completion, now_s)
+            completion.last_token_s = completion.metrics.last_token_s = now_s
+            if completion.stops is not None:
+                searched[engine_id] = completion
+            grown[completion.name] = completion.request_output
+        stopped = [completion for i, completion in searched.items() if completion.find_stop(step.finished.get(i))]
+        for engine_id, scores in step.logprobs.items():
+            completion = find(engine_id)
             if completion is not None:
-                self._note_token_time(completion, now_s, latencies_s)
-                self._take_logprobs(completion, step.logprobs.get(engine_id))
-                self._take_token(completion, token_id, step.finished.get(engine_id), now_s)
-                yield completion.living.output
+                completion.add_scores(scores)
+        for completion in stopped:
+            self._finish(completion, Finished(reason=FinishReason.STOP), now_s)
+        self._stopped += [c.engine_id for c in stopped if c.engine_id not in step.finished]
         for engine_id, end in step.finished.items():
-            completion = self._completions.get(engine_id)
+            completion = find(engine_id)
             if completion is not None:
                 self._finish(completion, end, now_s)
-                yield completion.living.output
-        if self.observer is not None and latencies_s:
-            self.observer.observe_next_tokens(latencies_s)
+                grown[completion.name] = completion.request_output
+        if self.observer is not None and gaps_s:
+            self.observer.observe_next_tokens(gaps_s)
+        return list(grown.values())
 
-    def _new_completion(self, engine_id: int, living: _Living, output: CompletionOutput) -> _Completion:
+    def refresh(self, output: RequestOutput) -> None:
+        """Bring the text of an output up to its tokens; call it before the output is shown.
+
+        All that waits is made in one go. Nothing happens if nothing waits.
+        """
+        living = self._living.get(output.request_id)
+        # Another request may have taken over the name of one that has ended.
+        if living is None or living.output is not output:
+            return
+        for completion in living.running.values():
+            completion.refresh()
+        if living.prompt_scores:
+            self._read_prompt_scores(living)
+
+    def _new_completion(self, request: Request, living: _Living, output: CompletionOutput) -> Completion:
         params, detokenizer = living.params, None
         if params.detokenize and self._tokenizer is not None:
-            prompt_token_ids = living.output.prompt_token_ids
-            detokenizer = IncrementalDetokenizer(self._tokenizer, prompt_token_ids, params.skip_special_tokens)
-        return _Completion(
-            engine_id=engine_id,
-            living=living,
+            detokenizer = make_detokenizer(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+        stops = None
+        if params.stop:
+            keeps_stop = params.include_stop_str_in_output
+            stops = StopFilter(self._stop_strings(tuple(params.stop)), keeps_stop=keeps_stop)
+        rows = None
+        if params.logprobs is not None:
+            rows = output.logprobs = LogprobRows(self._token_text(params))
+            output.cumulative_logprob = 0.0
+        return Completion(
+            engine_id=request.request_id,
+            request_output=living.output,
+            metrics=living.metrics,
             output=output,
+            params=params,
             detokenizer=detokenizer,
-            stops=StopFilter(tuple(params.stop or ()), keeps_stop=params.include_stop_str_in_output),
+            stops=stops,
+            logprobs=rows,
         )
+
+    def _token_text(self, params: SamplingParams) -> TokenText:
+        return self._tokenizer.token_text if self._tokenizer is not None and params.detokenize else _no_text
 
     def _note_progress(self, step: StepOutput, now_s: float) -> None:
         """Everything of a step that is neither a token nor an end."""
@@ -191,90 +240,48 @@ class OutputProcessor:
             self.observer.observe_step(step.stats)
         for engine_id in step.scheduled:
             if engine_id in self._completions:
-                metrics = self._completions[engine_id].living.metrics
+                metrics = self._completions[engine_id].metrics
                 metrics.first_scheduled_s = now_s if metrics.first_scheduled_s is None else metrics.first_scheduled_s
         for engine_id in step.preempted:
             if engine_id in self._completions:
-                self._completions[engine_id].living.metrics.num_preemptions += 1
+                self._completions[engine_id].metrics.num_preemptions += 1
         for engine_id, scores in step.prompt_logprobs.items():
             if engine_id in self._completions:
-                living = self._completions[engine_id].living
-                positions = living.output.prompt_logprobs
-                if positions is not None:
-                    stop = scores.first_position + len(scores.ranks)
-                    positions[scores.first_position : stop] = self._read_logprobs(scores, living.params)
+                self._living[self._completions[engine_id].name].prompt_scores.append(scores)
 
-    def _note_token_time(self, completion: _Completion, now_s: float, latencies_s: list[float]) -> None:
-        living = completion.living
-        if completion.last_token_s is not None:
-            latencies_s.append(now_s - completion.last_token_s)
-        elif living.metrics.first_token_s is None:
-            living.metrics.first_token_s = now_s
-            if self.observer is not None:
-                num_prompt_tokens = len(living.output.prompt_token_ids)
-                self.observer.observe_first_token(now_s - living.metrics.arrival_s, num_prompt_tokens)
-        completion.last_token_s = living.metrics.last_token_s = now_s
+    def _note_first_token(self, completion: Completion, now_s: float) -> None:
+        metrics = completion.metrics
+        metrics.first_token_s = now_s
+        if self.observer is not None:
+            num_prompt_tokens = len(completion.request_output.prompt_token_ids)
+            self.observer.observe_first_token(now_s - metrics.arrival_s, num_prompt_tokens)
 
-    def _take_token(self, completion: _Completion, token_id: int, end: Finished | None, now_s: float) -> None:
-        output, params, stops = completion.output, completion.living.params, completion.stops
-        output.token_ids.append(token_id)
-        # A stop token is like a stop string: it ends the text and is not part of it, unless asked for.
-        is_shown = end is None or end.reason is not FinishReason.STOP or params.include_stop_str_in_output
-        if completion.detokenizer is not None and is_shown:
-            text = completion.detokenizer.push(token_id)
-            output.text += stops.push(text, may_stop=len(output.token_ids) >= params.min_tokens)
-        if stops.found is not None:
-            if end is None:
-                self._stopped.append(completion.engine_id)
-            self._finish(completion, Finished(reason=FinishReason.STOP), now_s)
-        elif end is not None:
-            self._finish(completion, end, now_s)
+    def _read_prompt_scores(self, living: _Living) -> None:
+        positions, waiting = living.output.prompt_logprobs, living.prompt_scores
+        living.prompt_scores = []
+        if positions is not None:
+            token_text = self._token_text(living.params)
+            for scores in waiting:
+                rows = zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
+                for place, row in enumerate(rows, start=scores.first_position):
+                    positions[place] = position_logprobs(*row, token_text)
 
-    def _take_logprobs(self, completion: _Completion, scores: PlaceLogprobs | None) -> None:
-        output = completion.output
-        if scores is None or output.logprobs is None:
-            return
-        output.logprobs += self._read_logprobs(scores, completion.living.params)
-        output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(row[0] for row in scores.logprobs)
-
-    def _read_logprobs(self, scores: PlaceLogprobs, params: SamplingParams) -> Iterator[PositionLogprobs]:
-        """One mapping a place: the token that stands there first, then the most probable ones."""
-        decode = self._tokenizer.token_text if self._tokenizer is not None and params.detokenize else _no_text
-        for token_ids, logprobs, rank in zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True):
-            ranks = (rank, *range(1, len(token_ids)))
-            position: PositionLogprobs = {}
-            for token_id, logprob, token_rank in zip(token_ids, logprobs, ranks, strict=True):
-                if token_id not in position:
-                    position[token_id] = Logprob(logprob=logprob, rank=token_rank, decoded_token=decode(token_id))
-            yield position
-
-    def _finish(self, completion: _Completion, end: Finished, now_s: float) -> None:
+    def _finish(self, completion: Completion, end: Finished, now_s: float) -> None:
         """End a completion, and its request if it was the last."""
-        output, living = completion.output, completion.living
-        if completion.stops.found is None and completion.detokenizer is not None:
-            output.text += completion.stops.push(completion.detokenizer.flush(), may_stop=False)
-            output.text += completion.stops.flush()
-        output.finish_reason = end.reason
-        output.stop_reason = completion.stops.found if end.stop_token_id is None else end.stop_token_id
+        completion.finish(end)
+        living = self._living[completion.name]
         living.output.error = end.error or living.output.error
-        del self._completions[completion.engine_id]
-        living.engine_ids.discard(completion.engine_id)
-        if not living.engine_ids:
+        del self._completions[completion.engine_id], living.running[completion.engine_id]
+        if not living.running:
             self._finish_request(living, end.reason, now_s)
 
     def _finish_request(self, living: _Living, reason: FinishReason, now_s: float) -> None:
+        self._read_prompt_scores(living)
         living.metrics.finished_s = now_s
         living.output.finished = True
         del self._living[living.output.request_id]
         if self.observer is not None:
             self.observer.observe_finished(_summary(living, reason, now_s))
-
-
-def _empty_completion(index: int, params: SamplingParams) -> CompletionOutput:
-    wants_logprobs = params.logprobs is not None
-    return CompletionOutput(
-        index=index, logprobs=[] if wants_logprobs else None, cumulative_logprob=0.0 if wants_logprobs else None
-    )
 
 
 def _no_text(_token_id: int) -> None:

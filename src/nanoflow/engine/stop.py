@@ -1,11 +1,94 @@
 """Stop strings in text that comes in pieces.
 
 Where the pieces begin and end makes no difference to what is found. Knows nothing of tokens.
+
+The search is Aho and Corasick's ("Efficient string matching", 1975): the stop strings form a tree by their common
+beginnings, and after each character the search stands at the node of the longest beginning that the text ends with.
+Work is linear in the text, whatever the number and the length of the strings, and nothing of the text is read twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class _Node:
+    """A beginning of a stop string.
+
+    Attributes:
+        text_of: A stop string that it is a beginning of.
+        depth: Its length.
+        fallback: The node of the longest shorter beginning that it ends with; None for the root.
+        match: The longest stop string that it ends with.
+        children: By the next character. Those of the deepest nodes are added when a search first gets there.
+    """
+
+    text_of: str = ""
+    depth: int = 0
+    fallback: _Node | None = None
+    match: str | None = None
+    children: dict[str, _Node] = field(default_factory=dict)
+
+
+class StopStrings:
+    """The tree of some stop strings; requests with the same strings may share it, in one thread.
+
+    Args:
+        stops: Non-empty strings.
+
+    Attributes:
+        root: Where a search begins.
+        first_chars: What a stop string may begin with.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.root = _Node()
+        self.first_chars = frozenset(stop[0] for stop in stops)
+        # The strings that go on below the deepest nodes there are, with their node there.
+        self._growing = [(stop, self.root) for stop in stops]
+        self._depth = 0
+        self._grow()
+
+    def step(self, node: _Node, char: str) -> _Node:
+        """Where a search that stands at a node stands after one more character."""
+        while True:
+            following = node.children.get(char)
+            if following is not None:
+                if following.depth == self._depth and self._growing:
+                    self._grow()
+                return following
+            if node.fallback is None:
+                return node
+            node = node.fallback
+
+    def held(self, node: _Node) -> _Node:
+        """The longest beginning that the text ends with and that may go on; the node itself unless it is a leaf."""
+        while not node.children and node.fallback is not None:
+            node = node.fallback
+        return node
+
+    def _grow(self) -> None:
+        """Add one level, so that long strings cost only as much as is found of them."""
+        level, self._growing = self._growing, []
+        self._depth += 1
+        for stop, parent in level:
+            char = stop[self._depth - 1]
+            node = parent.children.get(char)
+            if node is None:
+                fallback = self.root if parent.fallback is None else self._child(parent.fallback, char)
+                node = parent.children[char] = _Node(stop, self._depth, fallback, fallback.match)
+            if len(stop) == self._depth:
+                node.match = stop
+            else:
+                self._growing.append((stop, node))
+
+    def _child(self, node: _Node, char: str) -> _Node:
+        """`step` in the levels that are complete."""
+        while char not in node.children and node.fallback is not None:
+            node = node.fallback
+        return node.children.get(char, node)
 
 
 class StopFilter:
@@ -14,18 +97,21 @@ class StopFilter:
     The stop string that is complete first ends the text; of several that end at one place, the longest.
 
     Args:
-        stops: Non-empty strings; none lets all text pass.
+        stops: Of the request.
         keeps_stop: The stop string is part of the text.
 
     Attributes:
         found: The stop string that ended the text; None before.
     """
 
-    def __init__(self, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
+    __slots__ = ("_keeps_stop", "_node", "_stops", "found")
+
+    def __init__(self, stops: StopStrings, *, keeps_stop: bool = False) -> None:
         self.found: str | None = None
         self._stops = stops
         self._keeps_stop = keeps_stop
-        self._held = ""
+        # The text held back is the beginning of a stop string that this node stands for.
+        self._node = stops.root
 
     def push(self, piece: str, *, may_stop: bool = True) -> str:
         """The text to show now.
@@ -34,31 +120,27 @@ class StopFilter:
             piece: What follows the text so far.
             may_stop: False lets stop strings that end in this piece pass.
         """
-        if not self._stops or not piece:
+        stops, held = self._stops, self._node
+        if held.depth == 0 and stops.first_chars.isdisjoint(piece):
             return piece
-        text = self._held + piece
-        if may_stop:
-            ends = self._ends(text, len(self._held))
-            if ends:
-                end, start = min(ends)
-                self.found, self._held = text[start:end], ""
-                return text[: end if self._keeps_stop else start]
-        num_shown = len(text) - max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[num_shown:]
-        return text[:num_shown]
+        node, step = held, stops.step
+        for num_read, char in enumerate(piece, start=1):
+            node = step(node, char)
+            if node.match is not None and may_stop:
+                self.found, self._node = node.match, stops.root
+                num_hidden = 0 if self._keeps_stop else len(node.match)
+                return _first_chars(held, piece, held.depth + num_read - num_hidden)
+        self._node = stops.held(node)
+        return _first_chars(held, piece, held.depth + len(piece) - self._node.depth)
 
     def flush(self) -> str:
         """The text held back, once there is no more to come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _ends(self, text: str, num_seen: int) -> list[tuple[int, int]]:
-        """End and start of each stop string where it first ends behind the first `num_seen` characters."""
-        starts = ((text.find(stop, max(num_seen - len(stop) + 1, 0)), len(stop)) for stop in self._stops)
-        return [(start + length, start) for start, length in starts if start >= 0]
+        held, self._node = self._node, self._stops.root
+        return held.text_of[: held.depth]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop string without being all of it."""
-    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+def _first_chars(held: _Node, piece: str, num_chars: int) -> str:
+    """The first characters of the text held back and of the piece behind it."""
+    if num_chars <= held.depth:
+        return held.text_of[:num_chars]
+    return held.text_of[: held.depth] + piece[: num_chars - held.depth]

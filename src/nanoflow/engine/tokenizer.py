@@ -1,27 +1,24 @@
-"""Text to token ids and back, whole or token by token.
+"""Text to token ids and back.
 
-`Tokenizer` is a fast Hugging Face tokenizer (no Python of a model folder is ever run); `IncrementalDetokenizer` turns
-one completion's tokens into text as they come. Knows nothing of requests, stop strings or the engine: see `output.py`.
+`Tokenizer` is a fast Hugging Face tokenizer; no Python of a model folder is ever run. Text of tokens that come one by
+one is made in `detokenize.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
+from nanoflow.engine.token_bytes import TokenBytes, byte_rule
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
 
 ChatMessage = Mapping[str, Any]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-# A character has at most four bytes, so at most three tokens can wait for the rest of theirs.
-_MAX_INCOMPLETE_TOKENS = 3
-# How many tokens of the prompt the first token is decoded with; more if fewer would begin inside a character.
-_CONTEXT_SIZES = range(6, 25)
 
 
 class TokenizerError(ValueError):
@@ -41,6 +38,9 @@ class Tokenizer:
 
     Raises:
         TokenizerError: It is not a fast tokenizer.
+
+    Attributes:
+        byte_rule: How its tokens stand for bytes; None if they do not.
     """
 
     def __init__(self, fast: Any, chat_template: str | None = None) -> None:
@@ -55,6 +55,8 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
+        self.byte_rule = byte_rule(self._backend.decoder)
+        self._token_bytes = {skips: TokenBytes(partial(self._read_token_bytes, skips)) for skips in (False, True)}
 
     @classmethod
     def load(cls, config: EngineConfig) -> Tokenizer:
@@ -105,6 +107,14 @@ class Tokenizer:
             text = self._token_texts[token_id] = self._read_token_text(token_id)
         return text
 
+    def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
+        """Bytes of each token id by `byte_rule`; none for tokens that never show in a text.
+
+        Raises:
+            ValueError: There is no such rule (when a token is looked up).
+        """
+        return self._token_bytes[skip_special_tokens]
+
     def is_silent(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """True if a token never shows in a text: it is special and these are left out, or there is no such token."""
         if token_id in self._special_ids:
@@ -143,75 +153,17 @@ class Tokenizer:
             raise ValueError(f"the chat template refuses the messages: {_one_line(error)}") from error
         return self.encode(text, add_special_tokens=False)
 
+    def _read_token_bytes(self, skip_special_tokens: bool, token_id: int) -> bytes:
+        if self.byte_rule is None:
+            raise ValueError("the tokens of this tokenizer do not stand for bytes")
+        if self.is_silent(token_id, skip_special_tokens=skip_special_tokens):
+            return b""
+        return self.byte_rule.read(self._backend.id_to_token(token_id))
+
     def _read_token_text(self, token_id: int) -> str:
         # Some decoders drop the leading space of a text, so the second of two is the one to look at.
         alone, twice = self.decode([token_id], False), self.decode([token_id, token_id], False)
         return twice[len(alone) :] if twice.startswith(alone) else alone
-
-
-class IncrementalDetokenizer:
-    """Text of one completion, token by token.
-
-    All texts that `push` and `flush` return, put together, are what decoding prompt and completion as a whole shows
-    after the prompt. A character is not shown before it is complete. (`tokenizers.decoders.DecodeStream` gives back
-    nothing at the end and stops at bytes that are no text, hence this class.)
-
-    One exception: decoders with byte tokens ("<0xE2>") give up a whole run of them for one wrong byte. What of such a
-    run was good and already shown stays.
-
-    Args:
-        tokenizer: Decodes.
-        prompt_token_ids: What the completion continues.
-        skip_special_tokens: Leave special tokens out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        # Decoded together: tokens that were shown (for what they mean to the next ones), then tokens that were not.
-        self._window = self._context(prompt_token_ids)
-        text = self._decode(self._window)
-        # A prompt that ends inside a character: what completes it is shown, so these tokens count as not shown.
-        self._shown_text = text.rstrip(REPLACEMENT)
-        self._num_shown = len(self._window) if text == self._shown_text else 0
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; often all of its own, empty in the middle of a character."""
-        if self._tokenizer.is_silent(token_id, skip_special_tokens=self._skip_special_tokens):
-            return ""
-        self._window.append(token_id)
-        text, num_final = self._decode(self._window), len(self._window)
-        if text.endswith(REPLACEMENT):
-            # Maybe an incomplete character, then begun by one of the last tokens; what is before them is final.
-            num_final -= _MAX_INCOMPLETE_TOKENS
-            if num_final <= self._num_shown:
-                return ""
-            whole, text = text, self._decode(self._window[:num_final])
-            if not whole.startswith(text):
-                return ""
-        return self._show(text, num_final)
-
-    def flush(self) -> str:
-        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
-        return self._show(self._decode(self._window), len(self._window))
-
-    def _show(self, text: str, num_final: int) -> str:
-        """Mark the first `num_final` tokens of the window, whose text is given, as shown; return what is new of it."""
-        new_text = text[len(self._shown_text) :]
-        if new_text:
-            del self._window[: self._num_shown]
-            self._num_shown = num_final - self._num_shown
-            self._shown_text = self._decode(self._window[: self._num_shown])
-        return new_text
-
-    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt, from where they begin with a whole character."""
-        tails = (list(prompt_token_ids[-size:]) for size in _CONTEXT_SIZES)
-        clean = (tail for tail in tails if REPLACEMENT not in self._decode(tail))
-        return next(clean, list(prompt_token_ids[-_CONTEXT_SIZES[0] :]))
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, self._skip_special_tokens)
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -115,7 +115,7 @@ class Delta:
     is_first: bool
     text: str
     token_ids: list[int]
-    logprobs: list[PositionLogprobs] | None
+    logprobs: Sequence[PositionLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
 
@@ -135,13 +135,13 @@ class Cursor:
             return None
         delta = Delta(
             is_first=self.num_tokens == 0,
-            text=completion.text[self.num_chars :],
+            text=completion.text_since(self.num_chars),
             token_ids=completion.token_ids[self.num_tokens :],
             logprobs=None if completion.logprobs is None else completion.logprobs[self.num_tokens : num_tokens],
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
-        self.num_chars, self.num_tokens = len(completion.text), num_tokens
+        self.num_chars, self.num_tokens = completion.num_chars, num_tokens
         self.is_finished = completion.is_finished
         return delta
 

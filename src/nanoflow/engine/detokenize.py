@@ -1,0 +1,189 @@
+"""Tokens of one completion to text as they come, in groups of any size.
+
+`make_detokenizer` chooses between two classes. `ByteDetokenizer` adds up the tokens' bytes; it serves the decoders that
+`token_bytes.py` knows. `WindowDetokenizer` asks the tokenizer to decode the new tokens together with a few older ones;
+it serves every decoder. Neither looks at more than the new tokens and a few before them, so that the price of a token
+does not depend on how many came before it. How tokens are grouped makes no difference to the text.
+
+`tokenizers.decoders.DecodeStream` does the same token by token, but gives back nothing at the end, where an incomplete
+character is left, and holds back everything after bytes that are no text.
+"""
+
+from __future__ import annotations
+
+import re
+from codecs import utf_8_decode
+from collections.abc import Sequence
+from typing import Protocol
+
+from nanoflow.engine.token_bytes import TokenBytes
+from nanoflow.engine.tokenizer import REPLACEMENT, Tokenizer
+
+# A character of UTF-8 has at most this many bytes, so that one token less can wait for the rest of theirs.
+_MAX_CHAR_BYTES = 4
+_MAX_INCOMPLETE_TOKENS = _MAX_CHAR_BYTES - 1
+# How many tokens of the prompt the first token is decoded with; more if fewer would begin inside a character.
+_CONTEXT_SIZES = range(6, 25)
+# What the error handler "surrogateescape" makes of each.
+_WRONG_BYTE = re.compile("[\udc80-\udcff]")
+
+
+class Detokenizer(Protocol):
+    """Text of one completion.
+
+    All texts that `push` and `flush` return, put together, are what decoding prompt and completion as a whole shows
+    after the prompt. A character is not shown before it is complete. If the prompt ends inside a character, what
+    completes it belongs to the completion.
+
+    One exception: decoders with byte tokens ("<0xE2>") give up a whole run of them for one wrong byte. Here the
+    characters of such a run that are whole are shown: they may have been sent already.
+    """
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; empty in the middle of a character."""
+
+    def flush(self) -> str:
+        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
+
+
+def make_detokenizer(
+    tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True
+) -> Detokenizer:
+    """The fastest detokenizer that there is for a tokenizer.
+
+    Args:
+        tokenizer: Decodes.
+        prompt_token_ids: What the completion continues.
+        skip_special_tokens: Leave special tokens out.
+    """
+    if tokenizer.byte_rule is None:
+        return WindowDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens)
+    return ByteDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens)
+
+
+class ByteDetokenizer:
+    """A `Detokenizer` for tokens that stand for bytes.
+
+    Args:
+        tokenizer: One with a `byte_rule`.
+        prompt_token_ids: What the completion continues.
+        skip_special_tokens: Leave special tokens out.
+    """
+
+    __slots__ = ("_bytes_of", "_is_start", "_pending", "_replaces_each_byte")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+        rule = tokenizer.byte_rule
+        if rule is None:
+            raise ValueError("the tokens of this tokenizer do not stand for bytes")
+        token_bytes = tokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
+        self._bytes_of = token_bytes.__getitem__
+        self._replaces_each_byte = rule.replaces_each_byte
+        tail = _last_bytes(token_bytes, prompt_token_ids)
+        # The very beginning of the text is still to come if the prompt shows nothing.
+        self._is_start = rule.strips_first_space and not tail
+        self._pending = tail[utf_8_decode(tail, "replace", False)[1] :]
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; empty in the middle of a character."""
+        is_one = len(token_ids) == 1
+        data = self._bytes_of(token_ids[0]) if is_one else b"".join(map(self._bytes_of, token_ids))
+        if self._pending:
+            data = self._pending + data
+        text, num_used = utf_8_decode(data, "replace", False)
+        self._pending = data[num_used:]
+        if self._replaces_each_byte and REPLACEMENT in text:
+            text = _replacing_each_byte(data[:num_used])
+        return self._without_first_space(text) if self._is_start else text
+
+    def flush(self) -> str:
+        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
+        pending, self._pending = self._pending, b""
+        return REPLACEMENT * (len(pending) if self._replaces_each_byte else min(len(pending), 1))
+
+    def _without_first_space(self, text: str) -> str:
+        self._is_start = not text
+        return text.removeprefix(" ")
+
+
+class WindowDetokenizer:
+    """A `Detokenizer` for any tokenizer.
+
+    Args:
+        tokenizer: Decodes.
+        prompt_token_ids: What the completion continues.
+        skip_special_tokens: Leave special tokens out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        # Decoded together: tokens that were shown (for what they mean to the next ones), then tokens that were not.
+        self._window = self._context(prompt_token_ids)
+        text = self._decode(self._window)
+        # A prompt that ends inside a character: what completes it is shown, so these tokens count as not shown.
+        self._shown_text = text.rstrip(REPLACEMENT)
+        self._num_shown = len(self._window) if text == self._shown_text else 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; empty in the middle of a character."""
+        is_silent, skips = self._tokenizer.is_silent, self._skip_special_tokens
+        return self._push([token_id for token_id in token_ids if not is_silent(token_id, skip_special_tokens=skips)])
+
+    def flush(self) -> str:
+        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
+        return self._show(self._decode(self._window), len(self._window))
+
+    def _push(self, new: list[int]) -> str:
+        """`push` for tokens that show."""
+        if not new:
+            return ""
+        self._window += new
+        text, num_final = self._decode(self._window), len(self._window)
+        if len(new) > 1 and REPLACEMENT in text[len(self._shown_text) :]:
+            # Which of the tokens are wrong or incomplete shows only one by one.
+            del self._window[-len(new) :]
+            half = len(new) // 2
+            return self._push(new[:half]) + self._push(new[half:])
+        if text.endswith(REPLACEMENT):
+            # Maybe an incomplete character, then begun by one of the last tokens; what is before them is final.
+            num_final -= _MAX_INCOMPLETE_TOKENS
+            if num_final <= self._num_shown:
+                return ""
+            whole, text = text, self._decode(self._window[:num_final])
+            if not whole.startswith(text):
+                return ""
+        return self._show(text, num_final)
+
+    def _show(self, text: str, num_final: int) -> str:
+        """Mark the first `num_final` tokens of the window, whose text is given, as shown; return what is new of it."""
+        new_text = text[len(self._shown_text) :]
+        if new_text:
+            del self._window[: self._num_shown]
+            self._num_shown = num_final - self._num_shown
+            self._shown_text = self._decode(self._window[: self._num_shown])
+        return new_text
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from where they begin with a whole character."""
+        tails = (list(prompt_token_ids[-size:]) for size in _CONTEXT_SIZES)
+        clean = (tail for tail in tails if REPLACEMENT not in self._decode(tail))
+        return next(clean, list(prompt_token_ids[-_CONTEXT_SIZES[0] :]))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, self._skip_special_tokens)
+
+
+def _last_bytes(token_bytes: TokenBytes, token_ids: Sequence[int]) -> bytes:
+    """The bytes of the last tokens, enough to hold an incomplete character; empty if no token has any."""
+    tail = b""
+    for token_id in reversed(token_ids):
+        tail = token_bytes[token_id] + tail
+        if len(tail) >= _MAX_CHAR_BYTES:
+            break
+    return tail
+
+
+def _replacing_each_byte(data: bytes) -> str:
+    """UTF-8 in which every byte that belongs to no character gives a U+FFFD."""
+    return _WRONG_BYTE.sub(REPLACEMENT, data.decode("utf-8", "surrogateescape"))

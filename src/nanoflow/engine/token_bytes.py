@@ -1,0 +1,90 @@
+"""The bytes that each token stands for, where a tokenizer's decoder only puts bytes together.
+
+Two kinds of decoder do: byte-level BPE (GPT-2, Llama 3, Qwen), which writes each byte as a printable character, and
+byte fallback (Llama 2, Mistral, Gemma), which writes words as text and other bytes as tokens such as "<0xE2>". Their
+text is the UTF-8 of the tokens' bytes one after the other, so that a token can be decoded without its neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRule:
+    """How a decoder turns tokens into text.
+
+    Attributes:
+        read: The bytes of a token, given as the vocabulary writes it.
+        strips_first_space: A space at the very beginning of a text is left out.
+        replaces_each_byte: Each wrong byte gives a U+FFFD of its own; otherwise the beginning of a character that does
+            not go on gives one for all its bytes.
+    """
+
+    read: Callable[[str], bytes]
+    strips_first_space: bool
+    replaces_each_byte: bool
+
+
+class TokenBytes(dict[int, bytes]):
+    """Bytes by token id, read when first asked for: a vocabulary has 100,000 tokens and more.
+
+    Args:
+        read: Bytes of a token id that was not asked for before.
+    """
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, token_id: int) -> bytes:
+        """Read the bytes of a token and keep them."""
+        data = self[token_id] = self._read(token_id)
+        return data
+
+
+def byte_rule(decoder: Any) -> ByteRule | None:
+    """The rule of a decoder of `tokenizers`; None if it does more than put bytes together."""
+    if decoder is None:
+        return None
+    parts = json.loads(decoder.__getstate__())
+    parts = parts["decoders"] if parts["type"] == "Sequence" else [parts]
+    kinds = [part["type"] for part in parts]
+    if kinds == ["ByteLevel"]:
+        return ByteRule(read=_byte_level_reader(), strips_first_space=False, replaces_each_byte=False)
+    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"] or parts[0] != _replaces_by_space():
+        return None
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if parts[3:] not in ([], [strip]):
+        return None
+    return ByteRule(read=_read_fallback, strips_first_space=bool(parts[3:]), replaces_each_byte=True)
+
+
+def _replaces_by_space() -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+
+
+def _byte_level_reader() -> Callable[[str], bytes]:
+    """Bytes that are printable in Latin-1 stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    def read(token: str) -> bytes:
+        # A token with any other character is one that was added to the vocabulary: plain text.
+        is_text = any(char not in byte_of for char in token)
+        return token.encode() if is_text else bytes(map(byte_of.__getitem__, token))
+
+    return read
+
+
+def _read_fallback(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return token.replace(_SPACE, " ").encode() if byte is None else bytes([int(byte[1], 16)])
