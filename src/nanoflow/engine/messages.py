@@ -1,7 +1,8 @@
 """What crosses the border between the engine loop and its front end: plain dataclasses, sent with msgspec.
 
-Down go `Add`, `Abort`, `Shutdown`; up come `Ready` or `Failed` once, then one `StepOutput` an iteration (tokens of all
-requests together, no text: the front end detokenises) and a `Heartbeat` while there is nothing to do.
+Several front ends may talk to one engine. Down go `Join`, `Add`, `Abort`, `Leave` and `Shutdown`. Up come `Ready` or
+`Failed` once, then one `StepOutput` an iteration (the tokens of all requests of that front end together, no text: the
+front end detokenises), and a `Heartbeat` now and then to a front end that has nothing in the iterations that run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,18 @@ from dataclasses import dataclass, field
 
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """A further front end is here: it waits for `Ready`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """A front end has ended: forget its requests. Sent by the front end that started the engine."""
+
+    front_end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +41,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
-    """Stop at once."""
+    """Stop at once, for all front ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,5 +205,5 @@ class Heartbeat:
     stats: EngineStats
 
 
-FromFrontEnd = Add | Abort | Shutdown
+FromFrontEnd = Join | Add | Abort | Leave | Shutdown
 FromEngine = Ready | Failed | StepOutput | Heartbeat

@@ -146,31 +146,34 @@ class OutputProcessor:
         stopped, self._stopped = self._stopped, []
         return stopped
 
-    def process(self, step: StepOutput) -> Iterator[RequestOutput]:
-        """Take in what an iteration gave, one token at a time.
+    def process(self, step: StepOutput) -> list[RequestOutput]:
+        """Take in what an iteration gave.
 
-        The iterator must be read to its end. Between two of its items other methods may be called.
-
-        Yields:
-            The output that just grew or ended, maybe several times.
+        Returns:
+            The outputs that grew or ended, each once. Those that ended are complete, the others after `refresh`.
         """
         now_s = self._clock()
         self._note_progress(step, now_s)
         latencies_s: list[float] = []
+        grown: dict[str, RequestOutput] = {}
         for engine_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
             completion = self._completions.get(engine_id)
             if completion is not None:
                 self._note_token_time(completion, now_s, latencies_s)
                 self._take_logprobs(completion, step.logprobs.get(engine_id))
                 self._take_token(completion, token_id, step.finished.get(engine_id), now_s)
-                yield completion.living.output
+                grown[completion.living.output.request_id] = completion.living.output
         for engine_id, end in step.finished.items():
             completion = self._completions.get(engine_id)
             if completion is not None:
                 self._finish(completion, end, now_s)
-                yield completion.living.output
+                grown[completion.living.output.request_id] = completion.living.output
         if self.observer is not None and latencies_s:
             self.observer.observe_next_tokens(latencies_s)
+        return list(grown.values())
+
+    def refresh(self, output: RequestOutput) -> None:
+        """Bring the text of an output up to its tokens, before it is shown."""
 
     def _new_completion(self, engine_id: int, living: _Living, output: CompletionOutput) -> _Completion:
         params, detokenizer = living.params, None
