@@ -55,7 +55,11 @@ class ServerProcess:
 
 def start_server(*arguments: str) -> ServerProcess:
     """Start `nanoflow serve` with arguments; it is not ready yet."""
-    command = [sys.executable, "-m", "nanoflow", "serve", *arguments]
+    return launch(sys.executable, "-m", "nanoflow", "serve", *arguments)
+
+
+def launch(*command: str) -> ServerProcess:
+    """Start a command that serves; it is not ready yet."""
     server = ServerProcess(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     threading.Thread(target=server.read_output, daemon=True).start()
     return server

@@ -82,6 +82,7 @@ class AsyncEngine:
         self._stats = EngineStats(num_pages=facts.num_pages)
         self._heard_s = time.monotonic()
         self._death: str | None = None
+        self._dead = asyncio.Event()
         self._watch = None if child is None else asyncio.create_task(self._await_end(child), name="engine watch")
         link.listen(self._take)
 
@@ -183,6 +184,10 @@ class AsyncEngine:
     def death(self) -> str | None:
         """Why the engine is not alive; None while it is."""
         return self._death
+
+    async def dead(self) -> None:
+        """Wait until the engine has died or was closed."""
+        await self._dead.wait()
 
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
@@ -301,6 +306,7 @@ class AsyncEngine:
         """Let every request, running or to come, raise EngineDeadError; only the first reason counts."""
         if self._death is None:
             self._death = reason
+            self._dead.set()
             for stream in self._streams.values():
                 stream.wake()
 
