@@ -7,6 +7,7 @@ is new since nothing was shown, so that streams and answers are made by the same
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -122,6 +123,15 @@ class Delta:
     logprobs: list[PositionLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if there is nothing but text in it."""
+        return self.logprobs is None and self.finish_reason is None
+
+    def with_text(self, text: str) -> Delta:
+        """The same with another text."""
+        return dataclasses.replace(self, text=text)
 
 
 @dataclass(slots=True)
