@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sized
 from contextlib import suppress
 
 from nanoflow.config import EngineConfig
@@ -44,8 +44,9 @@ __all__ = ["AsyncEngine", "EngineDeadError", "EngineError"]
 
 logger = logging.getLogger(__name__)
 
-# Texts from this length on are encoded in a thread: shorter ones take less than a few milliseconds.
-_LONG_TEXT_CHARS = 4096
+# Prompts from this length on are read in a thread: shorter ones take less than a millisecond.
+_LONG_TEXT_CHARS = 1024
+_LONG_PROMPT_TOKENS = 1 << 16
 # How long a message may still be on its way when the engine's process has ended.
 _DRAIN_S = 0.2
 _CLOSE_GRACE_S = 10.0
@@ -333,8 +334,9 @@ async def _ready(link: EngineLink, child: EngineChild | None = None) -> EngineFa
 
 
 async def _read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
-    """`read_prompt`, beside the event loop if the text is long."""
-    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-    if isinstance(text, str) and len(text) >= _LONG_TEXT_CHARS:
+    """`read_prompt`, beside the event loop if the prompt is long."""
+    value = next(iter(prompt.values()), "") if isinstance(prompt, Mapping) else prompt
+    limit = _LONG_TEXT_CHARS if isinstance(value, str) else _LONG_PROMPT_TOKENS
+    if isinstance(value, Sized) and len(value) >= limit:
         return await asyncio.to_thread(read_prompt, prompt, tokenizer)
     return read_prompt(prompt, tokenizer)

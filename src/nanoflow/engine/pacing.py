@@ -13,7 +13,7 @@ from collections.abc import Callable
 from nanoflow.outputs import RequestOutput
 
 # A round of sending is followed by a pause of so many times its duration, in which tokens gather.
-PAUSE_RATIO = 3.0
+PAUSE_RATIO = 10.0
 # Streams that are woken before other tasks of the event loop get their turn.
 _STREAMS_A_SLICE = 128
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 import nanoflow
 from nanoflow.config import ServerConfig
 from nanoflow.server.backend import ServingEngine
+from nanoflow.server.bodies import add_body_reader
 from nanoflow.server.cells import Cells
 from nanoflow.server.chat import chat_router
 from nanoflow.server.completions import completions_router
@@ -38,6 +39,7 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
         redirect_slashes=False,
     )
     install_error_handlers(app)
+    add_body_reader(app)
     for router in (completions_router(service), chat_router(service), models_router(service), tokens_router(service)):
         app.include_router(router)
     app.include_router(status_router(service, metrics))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES, json_response
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import completion_logprobs, prompt_logprobs
@@ -20,7 +21,7 @@ from nanoflow.server.streaming import EVENT_STREAM_CONTENT, EventTemplate, event
 
 def completions_router(service: Service) -> APIRouter:
     """The route of completions."""
-    router = APIRouter(tags=["generate"])
+    router = APIRouter(tags=["generate"], route_class=BodyRoute)
     responses = {**ERROR_RESPONSES, 200: {"model": CompletionResponse, "content": EVENT_STREAM_CONTENT}}
 
     @router.post("/v1/completions", responses=responses)

@@ -79,9 +79,16 @@ class Call:
 
     async def _of_all(self, streams: bool) -> AsyncGenerator[News, None]:
         queue: asyncio.Queue[News | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(index, streams, queue)) for index in range(len(self.prompts))]
-        num_open = len(tasks)
+        tasks: list[asyncio.Task[None]] = []
+        num_open = len(self.prompts)
         try:
+            for index in range(num_open):
+                tasks.append(asyncio.create_task(self._pump(index, streams, queue)))
+                await asyncio.sleep(0)  # one prompt is tokenised in each turn of the event loop
+            early = [queue.get_nowait() for _ in range(queue.qsize())]
+            # A prompt that is refused comes before what others have generated meanwhile: nothing has been shown yet.
+            for item in sorted(early, key=lambda item: not isinstance(item, Exception)):
+                queue.put_nowait(item)
             while num_open:
                 item = await queue.get()
                 if isinstance(item, Exception):
