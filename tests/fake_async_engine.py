@@ -57,6 +57,7 @@ class FakeAsyncEngine:
         self.seen_params: list[SamplingParams] = []
         self.num_running = 0
         self.num_closed = 0
+        self.num_preemptions = 0
         self.facts = EngineFacts(
             model_type="fake",
             vocab_size=VOCAB_SIZE,
@@ -81,10 +82,15 @@ class FakeAsyncEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=self.num_running, pages_in_use=self.num_running, num_pages=64)
+        return EngineStats(
+            num_running=self.num_running,
+            pages_in_use=self.num_running,
+            num_pages=64,
+            num_preemptions=self.num_preemptions,
+        )
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
         if prompt == "crash":
@@ -105,7 +111,8 @@ class FakeAsyncEngine:
         self.num_running += 1
         try:
             async for grown in self._grow(output, params):
-                yield grown
+                if streams or grown.finished:
+                    yield grown
         finally:
             self.num_running -= 1
             self.num_closed += not output.finished

@@ -94,6 +94,9 @@ class FakeEngine:
             stats=self.stats(iteration_tokens=num_tokens),
         )
 
+    def prepare_next(self) -> bool:
+        return False
+
     def stats(self, iteration_tokens: int = 0) -> EngineStats:
         return EngineStats(
             num_running=len(self._requests), iteration=self._iteration, iteration_tokens=iteration_tokens

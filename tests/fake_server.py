@@ -14,7 +14,7 @@ import uvicorn
 
 from nanoflow.config import ServerConfig
 from nanoflow.server.app import create_app
-from nanoflow.server.serve import bind, url
+from nanoflow.server.listen import bind, url
 from tests.fake_async_engine import FakeAsyncEngine
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -25,7 +25,7 @@ def served(engine: FakeAsyncEngine, config: ServerConfig | None = None) -> Itera
     """Root URL of a server for the engine, in a thread of its own."""
     app = create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    with bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0)[0] as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         wait_until(lambda: server.started)

@@ -47,17 +47,21 @@ class ServerProcess:
             self.process.send_signal(number)
         return self.process.wait(timeout_s)
 
-    def read_output(self) -> None:
-        """Collect lines until the process closes its output."""
+    def watch(self) -> None:
+        """Collect lines, in a thread, until the process closes its output."""
         assert self.process.stdout is not None
-        self.lines.extend(self.process.stdout)
+        threading.Thread(target=self.lines.extend, args=(self.process.stdout,), daemon=True).start()
 
 
 def start_server(*arguments: str) -> ServerProcess:
     """Start `nanoflow serve` with arguments; it is not ready yet."""
-    command = [sys.executable, "-m", "nanoflow", "serve", *arguments]
+    return launch(sys.executable, "-m", "nanoflow", "serve", *arguments)
+
+
+def launch(*command: str) -> ServerProcess:
+    """Start a command that serves; it is not ready yet."""
     server = ServerProcess(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    threading.Thread(target=server.read_output, daemon=True).start()
+    server.watch()
     return server
 
 

@@ -177,6 +177,14 @@ class ServerConfig:
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
     served_model_name: str | None = option(None, "Name in the API; the model argument if not given")
+    api_servers: int | None = option(
+        None, "Processes that answer HTTP at the port, for one engine; chosen from the cores and the goal if not given"
+    )
+    stream_interval_ms: float = option(
+        20.0,
+        "Longest time in milliseconds that tokens of a stream wait to be sent together, while the server is busy with "
+        "sending; 0 never waits",
+    )
     metrics_prefix: str = option("nanoflow", "Prefix of the metric names; 'vllm' fits dashboards made for it")
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "Least severe messages to log", aliases=(Alias(name="uvicorn_log_level"),)
@@ -186,6 +194,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}")
+        if self.api_servers is not None:
+            _require_positive("api_servers", self.api_servers)
+        if not 0 <= self.stream_interval_ms <= 1000:
+            raise ConfigError(f"stream_interval_ms must be in 0..1000, got {self.stream_interval_ms}")
         _require_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
         _require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
 

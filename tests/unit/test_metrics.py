@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanoflow.config import EngineConfig
@@ -14,6 +16,7 @@ from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.outputs import FinishReason
+from nanoflow.server.cells import MAX_CELLS, Cells, HistogramCells
 from nanoflow.server.metrics import ServerMetrics, token_count_buckets
 from tests.fake_async_engine import FakeAsyncEngine
 
@@ -124,9 +127,11 @@ def test_first_tokens_of_all_completions_are_generated_tokens() -> None:
     assert values(metrics)["generation_tokens_total"] == 6
 
 
-def test_preemptions_since_the_start_become_a_counter() -> None:
-    metrics = metrics_of(FakeAsyncEngine())
+def test_iterations_and_preemptions_are_counted() -> None:
+    engine = FakeAsyncEngine()
+    metrics = metrics_of(engine)
     for num_preemptions in (0, 2, 2, 3):
+        engine.num_preemptions = num_preemptions
         metrics.observe_step(EngineStats(num_preemptions=num_preemptions, iteration_tokens=8))
     seen = values(metrics)
     assert seen["num_preemptions_total"] == 3
@@ -181,3 +186,50 @@ def test_limits_are_said_with_where_they_come_from() -> None:
 def test_token_buckets_end_at_the_context_length() -> None:
     assert token_count_buckets(130) == (1, 2, 5, 10, 20, 50, 100)
     assert token_count_buckets(1) == (1,)
+
+
+# Several front ends
+
+
+def test_counts_of_all_front_ends_add_up_and_the_engines_state_does_not(tmp_path: Path) -> None:
+    engine = FakeAsyncEngine()
+    engine.num_running, engine.num_preemptions = 16, 3
+    several = [
+        ServerMetrics(engine, prefix="nanoflow", model_name="toy", cells=Cells(tmp_path, str(number)))
+        for number in range(3)
+    ]
+    alone = metrics_of(engine)
+    for number, metrics in enumerate(several):
+        for seen in (metrics, alone):
+            seen.observe_first_token(0.3 * number, num_prompt_tokens=7)
+            seen.observe_next_tokens([0.01, 0.02, 99.0])
+            seen.observe_step(EngineStats(iteration_tokens=8))
+            seen.observe_finished(finished())
+    for metrics in several:
+        assert values(metrics) == values(alone)
+
+
+def test_what_a_front_end_counted_stays_when_it_ends(tmp_path: Path) -> None:
+    first = ServerMetrics(FakeAsyncEngine(), prefix="p", model_name="toy", cells=Cells(tmp_path, "1"))
+    first.observe_first_token(0.3, num_prompt_tokens=7)
+    del first
+    second = ServerMetrics(FakeAsyncEngine(), prefix="nanoflow", model_name="toy", cells=Cells(tmp_path, "2"))
+    second.observe_first_token(0.3, num_prompt_tokens=7)
+    assert values(second)["prompt_tokens_total"] == 14
+
+
+def test_many_observations_at_once_are_those_one_by_one() -> None:
+    bounds, observed = (0.01, 0.1, 1.0), [0.0, 0.01, 0.010001, 0.1, 0.5, 1.0, 7.0]
+    cells = Cells()
+    fast, slow = HistogramCells(cells, bounds), HistogramCells(cells, bounds)
+    fast.observe_many(observed)
+    for value in observed:
+        slow.observe(value)
+    total = cells.total()
+    assert total[fast.place].tolist() == pytest.approx(total[slow.place].tolist())
+    assert total[fast.place].tolist()[:-1] == [2, 2, 2, 1]
+
+
+def test_cells_are_limited() -> None:
+    with pytest.raises(ValueError, match="no more than"):
+        Cells().take(MAX_CELLS + 1)

@@ -1,7 +1,8 @@
 """`AsyncEngine`: completions for many callers at once, from an engine in a process of its own.
 
-One task reads what the engine sends and wakes whoever waits for it. What becomes of tokens is `output.py`'s to know,
-the process is `child.py`'s. For all prompts at once in the calling thread there is `llm.py`.
+It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is `output.py`'s to know, when
+readers are woken is `pacing.py`'s, the process is `child.py`'s. For all prompts at once in the calling thread there is
+`llm.py`.
 """
 
 from __future__ import annotations
@@ -10,17 +11,32 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sized
 from contextlib import suppress
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError, EngineError
-from nanoflow.engine.messages import Abort, Add, EngineFacts, EngineStats, Failed, Heartbeat, Ready, StepOutput
+from nanoflow.engine.link import EngineLink
+from nanoflow.engine.messages import (
+    Abort,
+    Add,
+    EngineFacts,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    Join,
+    Leave,
+    Ready,
+    StepOutput,
+)
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
+from nanoflow.engine.pacing import Pacer, Stream
 from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
+from nanoflow.engine.wire import WireError
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -28,55 +44,111 @@ __all__ = ["AsyncEngine", "EngineDeadError", "EngineError"]
 
 logger = logging.getLogger(__name__)
 
-# Texts from this length on are encoded in a thread: shorter ones take less than a few milliseconds.
-_LONG_TEXT_CHARS = 4096
-# Tokens that are taken in before other tasks of the event loop get their turn.
-_TOKENS_A_SLICE = 256
+# Prompts from this length on are read in a thread: shorter ones take less than a millisecond.
+_LONG_TEXT_CHARS = 1024
+_LONG_PROMPT_TOKENS = 1 << 16
+# How long a message may still be on its way when the engine's process has ended.
+_DRAIN_S = 0.2
 _CLOSE_GRACE_S = 10.0
+STREAM_INTERVAL_S = 0.02
 
 
 class AsyncEngine:
-    """A running engine. Made by `start`; belongs to the event loop that it was started in.
+    """A running engine, as one front end sees it. Made by `start`, or by `join` if another front end has started it.
+
+    Belongs to the event loop that it was made in.
 
     Attributes:
         facts: What is loaded.
     """
 
-    def __init__(self, child: EngineChild, facts: EngineFacts, tokenizer: Tokenizer | None, seed: int) -> None:
+    def __init__(
+        self,
+        link: EngineLink,
+        facts: EngineFacts,
+        processor: OutputProcessor,
+        tokenizer: Tokenizer | None,
+        *,
+        interval_s: float = STREAM_INTERVAL_S,
+        child: EngineChild | None = None,
+    ) -> None:
         self.facts = facts
+        self._link = link
         self._child = child
         self._tokenizer = tokenizer
-        self._processor = OutputProcessor(facts, tokenizer, seed=seed)
-        self._news: dict[str, asyncio.Event] = {}
+        self._processor = processor
+        self._pacer = Pacer(interval_s)
+        self._streams: dict[str, Stream] = {}
         self._numbers = itertools.count()
         self._stats = EngineStats(num_pages=facts.num_pages)
         self._heard_s = time.monotonic()
         self._death: str | None = None
-        self._reader = asyncio.create_task(self._read(), name="engine reader")
+        self._dead = asyncio.Event()
+        self._watch = None if child is None else asyncio.create_task(self._await_end(child), name="engine watch")
+        link.listen(self._take)
 
     @classmethod
-    async def start(cls, config: EngineConfig, *, module: str = ENGINE_MODULE) -> AsyncEngine:
+    async def start(
+        cls, config: EngineConfig, *, module: str = ENGINE_MODULE, interval_s: float = STREAM_INTERVAL_S
+    ) -> AsyncEngine:
         """Load a model in a new process and wait until it is ready.
 
         Args:
             config: What to load and how.
             module: What the process runs; tests have engines of their own.
+            interval_s: Longest time that tokens of a stream wait for more; see `pacing.py`.
 
         Raises:
             EngineError: It cannot be loaded; one line that says why.
         """
-        child = await EngineChild.start(module)
+        return await cls.load(await EngineChild.start(module), config, interval_s=interval_s)
+
+    @classmethod
+    async def load(
+        cls, child: EngineChild, config: EngineConfig, *, interval_s: float = STREAM_INTERVAL_S
+    ) -> AsyncEngine:
+        """`start`, in a process that runs already; it is closed if the model cannot be loaded."""
         try:
-            child.send(config)
+            child.link.send(config)
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
-            facts = await _ready(child)
+            facts = await _ready(child.link, child)
         except BaseException as error:
             await child.close(grace_s=0.0)
             if isinstance(error, ValueError):
                 raise EngineError(str(error)) from error
             raise
-        return cls(child, facts, tokenizer, config.seed)
+        processor = OutputProcessor(facts, tokenizer, seed=config.seed)
+        return cls(child.link, facts, processor, tokenizer, interval_s=interval_s, child=child)
+
+    @classmethod
+    async def join(
+        cls, path: str, front_end: int, config: EngineConfig, *, interval_s: float = STREAM_INTERVAL_S
+    ) -> AsyncEngine:
+        """Become a further front end of an engine, and wait until it is ready.
+
+        Args:
+            path: File of the engine's socket.
+            front_end: Number of this front end, from 1; no number may come twice in the engine's life.
+            config: What the engine was started with.
+            interval_s: As for `start`.
+
+        Raises:
+            EngineError: The engine cannot start; one line that says why.
+        """
+        link = EngineLink(path, front_end)
+        try:
+            link.send(Join())
+            tokenizer = await asyncio.to_thread(load_tokenizer, config)
+            facts = await _ready(link)
+        except BaseException as error:
+            link.close()
+            if isinstance(error, ValueError):
+                raise EngineError(str(error)) from error
+            raise
+        # Seeds that are drawn must differ between front ends, or the same prompt would get the same answers.
+        processor = OutputProcessor(facts, tokenizer, seed=config.seed + (front_end << 64))
+        return cls(link, facts, processor, tokenizer, interval_s=interval_s)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -114,8 +186,12 @@ class AsyncEngine:
         """Why the engine is not alive; None while it is."""
         return self._death
 
+    async def dead(self) -> None:
+        """Wait until the engine has died or was closed."""
+        await self._dead.wait()
+
     async def generate(
-        self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
+        self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt. Closing the generator, or cancelling who reads it, drops the request.
 
@@ -123,6 +199,7 @@ class AsyncEngine:
             prompt: Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             params: How.
             request_id: Name of the request, unique among those that have not ended; None makes one.
+            streams: False yields the finished output alone.
 
         Yields:
             The output whenever it has grown; always the same object, which grows in place, so that readers keep their
@@ -138,35 +215,47 @@ class AsyncEngine:
         self._check_alive()
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
         output, requests = self._processor.add(name, checked, params)
-        news = self._news[name] = asyncio.Event()
+        stream = self._streams[name] = Stream(output, is_whole=not streams)
         try:
-            self._child.send(Add(requests=requests))
+            self._link.send(Add(requests=requests))
             is_last = False
             while not is_last:
-                await news.wait()
-                news.clear()
+                await stream.news()
                 is_last = output.finished
                 if not is_last:
                     self._check_alive()
-                self._processor.refresh(output)
+                    self._processor.refresh(output)
                 yield output
         finally:
-            del self._news[name]
+            del self._streams[name]
             self._drop(name)
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish reason "abort"; an unknown one is ignored."""
         self._drop(request_id)
-        if request_id in self._news:
-            self._news[request_id].set()
+        if request_id in self._streams:
+            self._streams[request_id].wake()
 
-    async def close(self) -> None:
-        """End the engine's process; requests that run raise EngineDeadError."""
-        self._die("the engine has been closed")
-        self._reader.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._reader
-        await self._child.close(_CLOSE_GRACE_S)
+    def forget(self, front_end: int) -> None:
+        """Have the engine drop all requests of another front end, which has ended."""
+        if self.is_alive:
+            self._link.send(Leave(front_end=front_end))
+
+    async def close(self, reason: str = "the engine has been closed") -> None:
+        """Leave the engine, and end its process if this front end started it.
+
+        Args:
+            reason: What requests that run are told, with EngineDeadError.
+        """
+        self._die(reason)
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        if self._child is None:
+            self._link.close()
+        else:
+            await self._child.close(_CLOSE_GRACE_S)
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -175,51 +264,69 @@ class AsyncEngine:
     def _drop(self, name: str) -> None:
         engine_ids = self._processor.abort(name)
         if engine_ids and self.is_alive:
-            self._child.send(Abort(request_ids=engine_ids))
+            self._link.send(Abort(request_ids=engine_ids))
 
-    async def _read(self) -> None:
-        """Take in what the engine sends, until it dies."""
+    def _take(self, message: FromEngine | WireError) -> None:
+        """Take in what the engine sent."""
+        self._heard_s = time.monotonic()
+        if self._death is not None:
+            return
         try:
-            while True:
-                message = await self._child.receive()
-                self._heard_s = time.monotonic()
-                if isinstance(message, Failed):
-                    raise EngineDeadError(message.message)
-                if isinstance(message, StepOutput | Heartbeat):
+            match message:
+                case StepOutput():
                     self._stats = message.stats
-                if isinstance(message, StepOutput):
-                    await self._take(message)
-                # With messages waiting, none of the above gives way to other tasks.
-                await asyncio.sleep(0)
-        except EngineDeadError as error:
-            self._die(str(error))
-        # Nobody else sees what goes wrong here, and without the reader every request would wait forever.
+                    self._take_step(message)
+                case Heartbeat():
+                    self._stats = message.stats
+                case Failed():
+                    self._die(message.message)
+                case WireError():
+                    raise message
+        # Nobody else sees what goes wrong here, and every request would wait forever.
         except Exception as error:
             logger.exception("reading from the engine failed")
             self._die(f"reading from the engine failed: {type(error).__name__}: {error}")
 
-    async def _take(self, step: StepOutput) -> None:
-        for number, output in enumerate(self._processor.process(step), start=1):
-            news = self._news.get(output.request_id)
-            if news is not None:
-                news.set()
-            if number % _TOKENS_A_SLICE == 0:
-                await asyncio.sleep(0)
+    def _take_step(self, step: StepOutput) -> None:
+        streams, note = self._streams, self._pacer.note
+        for output in self._processor.process(step):
+            stream = streams.get(output.request_id)
+            if stream is not None:
+                note(stream)
         stopped = self._processor.take_stopped()
         if stopped:
-            self._child.send(Abort(request_ids=stopped))
+            self._link.send(Abort(request_ids=stopped))
+
+    async def _await_end(self, child: EngineChild) -> None:
+        """Note that the engine's process has ended, after the last that it had to say."""
+        end = await child.end()
+        await asyncio.sleep(_DRAIN_S)
+        self._die(end)
 
     def _die(self, reason: str) -> None:
         """Let every request, running or to come, raise EngineDeadError; only the first reason counts."""
         if self._death is None:
             self._death = reason
-            for news in self._news.values():
-                news.set()
+            self._dead.set()
+            for stream in self._streams.values():
+                stream.wake()
 
 
-async def _ready(child: EngineChild) -> EngineFacts:
+async def _ready(link: EngineLink, child: EngineChild | None = None) -> EngineFacts:
     """Wait for the engine; EngineError if it cannot start."""
-    message = await child.receive()
+    first = asyncio.create_task(link.receive())
+    end = None if child is None else asyncio.create_task(child.end())
+    try:
+        await asyncio.wait((first,) if end is None else (first, end), return_when=asyncio.FIRST_COMPLETED)
+        if end is not None and not first.done():
+            await asyncio.wait((first,), timeout=_DRAIN_S)
+            if not first.done():
+                raise EngineDeadError(end.result())
+        message = first.result()
+    finally:
+        first.cancel()
+        if end is not None:
+            end.cancel()
     if isinstance(message, Ready):
         return message.facts
     reason = message.message if isinstance(message, Failed) else f"unexpected {type(message).__name__}"
@@ -227,8 +334,9 @@ async def _ready(child: EngineChild) -> EngineFacts:
 
 
 async def _read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
-    """`read_prompt`, beside the event loop if the text is long."""
-    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-    if isinstance(text, str) and len(text) >= _LONG_TEXT_CHARS:
+    """`read_prompt`, beside the event loop if the prompt is long."""
+    value = next(iter(prompt.values()), "") if isinstance(prompt, Mapping) else prompt
+    limit = _LONG_TEXT_CHARS if isinstance(value, str) else _LONG_PROMPT_TOKENS
+    if isinstance(value, Sized) and len(value) >= limit:
         return await asyncio.to_thread(read_prompt, prompt, tokenizer)
     return read_prompt(prompt, tokenizer)

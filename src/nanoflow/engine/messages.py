@@ -1,7 +1,8 @@
 """What crosses the border between the engine loop and its front end: plain dataclasses, sent with msgspec.
 
-Down go `Add`, `Abort`, `Shutdown`; up come `Ready` or `Failed` once, then one `StepOutput` an iteration (tokens of all
-requests together, no text: the front end detokenises) and a `Heartbeat` while there is nothing to do.
+Several front ends may talk to one engine. Down go `Join`, `Add`, `Abort`, `Leave` and `Shutdown`. Up come `Ready` or
+`Failed` once, then one `StepOutput` an iteration (the tokens of all requests of that front end together, no text: the
+front end detokenises), and a `Heartbeat` now and then to a front end that has nothing in the iterations that run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,18 @@ from dataclasses import dataclass, field
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """A further front end is here: it waits for `Ready`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """A front end has ended: forget its requests. Sent by the front end that started the engine."""
+
+    front_end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +42,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
-    """Stop at once."""
+    """Stop at once, for all front ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,5 +208,5 @@ class Heartbeat:
     stats: EngineStats
 
 
-FromFrontEnd = Add | Abort | Shutdown
+FromFrontEnd = Join | Add | Abort | Leave | Shutdown
 FromEngine = Ready | Failed | StepOutput | Heartbeat

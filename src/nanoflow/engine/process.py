@@ -1,7 +1,7 @@
 """The engine in a process of its own: `python -m nanoflow.engine.process SOCKET`.
 
-A loop between a socket and an engine: take what the front end sends, step, send what came of it. It ends when told to,
-when the engine fails, or when its parent is gone. How a front end starts it and talks to it is in `child.py`.
+A loop between a socket and an engine: take what the front ends send, step, send each what came of it. It ends when told
+to, when the engine fails, or when its parent is gone. How a front end starts it is in `child.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from zmq.constants import PAIR
-from zmq.sugar.context import Context
+from typing import Protocol
 
 from nanoflow.config import EngineConfig
+from nanoflow.engine.channel import Channel
+from nanoflow.engine.front_ends import FrontEnds
 from nanoflow.engine.messages import (
     Abort,
     Add,
@@ -26,20 +27,24 @@ from nanoflow.engine.messages import (
     EngineStats,
     Failed,
     Finished,
-    FromEngine,
     Heartbeat,
+    Join,
+    Leave,
     Ready,
     Shutdown,
     StepOutput,
 )
-from nanoflow.engine.wire import ToEngine, WireError, decode_to_engine, encode
+from nanoflow.engine.wire import ToEngine, WireError
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-_LINGER_S = 2.0
+# Without a message for so long, the engine may prepare something; a request that comes meanwhile waits some 50 ms.
+_QUIET_S = 0.1
+
+Messages = list[tuple[int, ToEngine]]
 
 
 class EngineLoop(Protocol):
@@ -60,42 +65,14 @@ class EngineLoop(Protocol):
     def step(self) -> StepOutput:
         """One iteration."""
 
+    def prepare_next(self) -> bool:
+        """Do something ahead of need, of some 50 ms; False if there is nothing."""
+
     def stats(self) -> EngineStats:
         """State now."""
 
     def close(self) -> None:
         """Stop."""
-
-
-class Channel:
-    """The engine's end of the socket.
-
-    Args:
-        path: File of the socket, which the parent has bound.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._context = Context()
-        self._socket = self._context.socket(PAIR)
-        # Neither end may block the other: how much can be on its way is bounded by the requests that were let in.
-        self._socket.set_hwm(0)
-        self._socket.connect(f"ipc://{path}")
-
-    def send(self, message: FromEngine) -> None:
-        """Send without waiting."""
-        self._socket.send_multipart(encode(message))
-
-    def receive(self, timeout_s: float | None) -> list[ToEngine]:
-        """All messages that are there; if there are none, wait so long (None: forever) for one."""
-        messages: list[ToEngine] = []
-        if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
-            while self._socket.poll(0):
-                messages.append(decode_to_engine(self._socket.recv_multipart()))
-        return messages
-
-    def close(self) -> None:
-        """Wait a moment until what was sent has left, then close."""
-        self._context.destroy(linger=int(_LINGER_S * 1000))
 
 
 def serve(build: Callable[[EngineConfig], EngineLoop], path: str) -> int:
@@ -109,23 +86,21 @@ def serve(build: Callable[[EngineConfig], EngineLoop], path: str) -> int:
         The process's exit status: 0 after a `Shutdown`, 1 if the engine could not start or has failed.
     """
     threading.Thread(target=_end_with_parent, args=(path,), name="parent watch", daemon=True).start()
-    channel = Channel(path)
+    channel, front_ends = Channel(path), FrontEnds()
     engine: EngineLoop | None = None
     try:
-        config, *messages = channel.receive(None)
-        if not isinstance(config, EngineConfig):
-            raise WireError(f"the first message must be the configuration, got {type(config).__name__}")
+        config, messages = _configuration(channel, front_ends)
         engine = build(config)
-        channel.send(Ready(facts=engine.facts))
-        _run(engine, channel, messages)
+        _Loop(engine=engine, channel=channel, front_ends=front_ends).run(messages)
         return 0
-    # The border of the process: whatever happened is told to the front end, which ends its requests.
+    # The border of the process: whatever happened is told to the front ends, which end their requests.
     except Exception as error:
         message = _one_line(error)
         if engine is not None or not isinstance(error, ValueError | OSError):
             logger.exception("the engine has failed")
             message = f"{type(error).__name__}: {message}"
-        channel.send(Failed(message=message))
+        for front_end in front_ends:
+            channel.send(front_end, Failed(message=message))
         return 1
     finally:
         if engine is not None:
@@ -133,31 +108,82 @@ def serve(build: Callable[[EngineConfig], EngineLoop], path: str) -> int:
         channel.close()
 
 
-def _run(engine: EngineLoop, channel: Channel, messages: list[ToEngine]) -> None:
-    """The loop; while there is nothing to do it says so once a heartbeat."""
+def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfig, Messages]:
+    """Wait for the configuration, from the front end that started this process; what came with it is for later."""
+    early: Messages = []
     while True:
-        for message in messages:
-            if isinstance(message, Shutdown):
-                return
-            _HANDLERS[type(message)](engine, channel, message)
-        channel.send(engine.step() if engine.has_work else Heartbeat(stats=engine.stats()))
-        messages = channel.receive(0.0 if engine.has_work else HEARTBEAT_S)
+        for front_end, message in channel.receive(None):
+            early.append((front_end, message))
+            front_ends.join(front_end)
+        for front_end, message in early:
+            if front_end == 0:
+                if not isinstance(message, EngineConfig):
+                    raise WireError(f"the first message must be the configuration, got {type(message).__name__}")
+                early.remove((front_end, message))
+                return message, early
 
 
-def _add(engine: EngineLoop, channel: Channel, message: Add) -> None:
-    for request in message.requests:
-        try:
-            engine.add(request)
-        except ValueError as error:
-            end = Finished(reason=FinishReason.ERROR, error=_one_line(error))
-            channel.send(StepOutput(finished={request.request_id: end}, stats=engine.stats()))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loop:
+    """An engine between its front ends."""
 
+    engine: EngineLoop
+    channel: Channel
+    front_ends: FrontEnds
 
-def _abort(engine: EngineLoop, _channel: Channel, message: Abort) -> None:
-    engine.abort(message.request_ids)
+    def run(self, messages: Messages) -> None:
+        """Step while there is something to do; while there is not, say so once a heartbeat."""
+        self.channel.send(0, Ready(facts=self.engine.facts))
+        while True:
+            for front_end, message in messages:
+                if isinstance(message, Shutdown):
+                    return
+                if not self.front_ends.has_left(front_end):
+                    self._take(front_end, message)
+            if self.engine.has_work:
+                for front_end, part in self.front_ends.parts(self.engine.step()).items():
+                    self.channel.send(front_end, part)
+            # At once when the last request has ended, so that nobody is told of it late.
+            if not self.engine.has_work:
+                beat = Heartbeat(stats=self.engine.stats())
+                for front_end in self.front_ends:
+                    self.channel.send(front_end, beat)
+            messages = self.channel.receive(0.0) if self.engine.has_work else self._idle()
 
+    def _idle(self) -> Messages:
+        """Wait for messages, a heartbeat at most, and prepare what requests may need while none come."""
+        until_s = time.monotonic() + HEARTBEAT_S
+        while time.monotonic() < until_s:
+            messages = self.channel.receive(_QUIET_S)
+            if messages:
+                return messages
+            if not self.engine.prepare_next():
+                return self.channel.receive(max(until_s - time.monotonic(), 0.0))
+        return []
 
-_HANDLERS: dict[type, Callable[[EngineLoop, Channel, Any], None]] = {Add: _add, Abort: _abort}
+    def _take(self, front_end: int, message: ToEngine) -> None:
+        match message:
+            case Add():
+                self._add(front_end, message.requests)
+            case Abort():
+                self.engine.abort(self.front_ends.disown(front_end, message.request_ids))
+            case Join():
+                self.front_ends.join(front_end)
+                self.channel.send(front_end, Ready(facts=self.engine.facts))
+            case Leave():
+                self.engine.abort(self.front_ends.leave(message.front_end))
+            case _:
+                raise WireError(f"unexpected {type(message).__name__}")
+
+    def _add(self, front_end: int, requests: Iterable[Request]) -> None:
+        for request in requests:
+            try:
+                self.engine.add(self.front_ends.own(front_end, request))
+            except ValueError as error:
+                self.front_ends.disown(front_end, (request.request_id,))
+                end = Finished(reason=FinishReason.ERROR, error=_one_line(error))
+                refusal = StepOutput(finished={request.request_id: end}, stats=self.engine.stats())
+                self.channel.send(front_end, refusal)
 
 
 def _end_with_parent(path: str) -> None:

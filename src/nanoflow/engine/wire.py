@@ -1,7 +1,7 @@
 """Messages as bytes: two frames, the name of the type and its fields in MessagePack.
 
 Every type is known beforehand and checked on arrival; nothing that comes over the wire can name code to run. Sockets
-are not known here: see `process.py` (the engine's end) and `child.py` (the front end's).
+are not known here: see `channel.py` (the engine's end) and `link.py` (a front end's).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from nanoflow.engine.messages import (
     FromEngine,
     FromFrontEnd,
     Heartbeat,
+    Join,
+    Leave,
     Ready,
     Shutdown,
     StepOutput,
@@ -30,6 +32,8 @@ ToEngine = EngineConfig | FromFrontEnd
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
     b"EngineConfig": msgspec.msgpack.Decoder(EngineConfig),
+    b"Join": msgspec.msgpack.Decoder(Join),
+    b"Leave": msgspec.msgpack.Decoder(Leave),
     b"Add": msgspec.msgpack.Decoder(Add),
     b"Abort": msgspec.msgpack.Decoder(Abort),
     b"Shutdown": msgspec.msgpack.Decoder(Shutdown),

@@ -61,6 +61,6 @@ class ServingEngine(Protocol):
         """Seconds since the engine loop was last heard of."""
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the growing output; closing the generator frees all that the request holds."""
+        """Yield the growing output, or the finished one alone; closing the generator frees all that it holds."""

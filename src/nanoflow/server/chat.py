@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request, Response
 
-from nanoflow.outputs import RequestOutput
+from nanoflow.outputs import CompletionOutput, RequestOutput
+from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES, json_response
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
@@ -23,12 +23,12 @@ from nanoflow.server.responses import (
     Usage,
 )
 from nanoflow.server.service import Service
-from nanoflow.server.streaming import EVENT_STREAM_CONTENT, open_stream, while_connected
+from nanoflow.server.streaming import EVENT_STREAM_CONTENT, EventTemplate, event, open_stream, while_connected
 
 
 def chat_router(service: Service) -> APIRouter:
     """The route of chat completions."""
-    router = APIRouter(tags=["generate"])
+    router = APIRouter(tags=["generate"], route_class=BodyRoute)
     responses = {**ERROR_RESPONSES, 200: {"model": ChatCompletionResponse, "content": EVENT_STREAM_CONTENT}}
 
     @router.post("/v1/chat/completions", responses=responses)
@@ -40,10 +40,18 @@ def chat_router(service: Service) -> APIRouter:
         call = Call(engine=service.engine, prompts=[prompt], params=params, call_id=new_id("chatcmpl"))
         chat = _Chat(service=service, body=body, call=call)
         if body.stream:
-            return await open_stream(request.receive, chat.chunks())
+            return await open_stream(request.receive, chat.events())
         return json_response(await while_connected(request.receive, chat.answer()))
 
     return router
+
+
+@dataclass(slots=True, kw_only=True)
+class _ShownChoice:
+    """How much of one choice was shown, and its events with nothing but text, once there was one."""
+
+    cursor: Cursor = field(default_factory=Cursor)
+    template: EventTemplate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,22 +77,36 @@ class _Chat:
             response["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.service.token_text)
         return response
 
-    async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Answer piece by piece: for each choice its role first, then its text."""
-        cursors: defaultdict[int, Cursor] = defaultdict(Cursor)
+        shown: dict[int, _ShownChoice] = {}
         last: list[RequestOutput] = []
         async with aclosing(self.call.news()) as news:
             async for _, output in news:
                 last = [output]
-                for completion in output.outputs:
-                    delta = cursors[completion.index].advance(completion)
-                    if delta is None:
-                        continue
-                    if delta.is_first:
-                        yield self._chunk([_role_choice(completion.index)], None)
-                    yield self._chunk([self._chunk_choice(completion.index, delta)], None)
+                events = [self._events(completion, shown) for completion in output.outputs]
+                if any(events):
+                    yield b"".join(events)
         if self.body.has_usage_chunk:
-            yield self._chunk([], count_usage(last))
+            yield event(self._chunk([], count_usage(last)))
+
+    def _events(self, completion: CompletionOutput, shown: dict[int, _ShownChoice]) -> bytes:
+        """The events for what is new of a completion; empty if nothing is."""
+        index = completion.index
+        state = shown.get(index)
+        if state is None:
+            state = shown[index] = _ShownChoice()
+        delta = state.cursor.advance(completion)
+        if delta is None:
+            return b""
+        role = event(self._chunk([_role_choice(index)], None)) if delta.is_first else b""
+        if delta.is_plain:
+            if state.template is None:
+                state.template = EventTemplate(
+                    lambda text: self._chunk([self._chunk_choice(index, delta.with_text(text))], None)
+                )
+            return role + state.template.fill(delta.text)
+        return role + event(self._chunk([self._chunk_choice(index, delta)], None))
 
     def _choices(self, output: RequestOutput) -> list[ChatChoice]:
         return [

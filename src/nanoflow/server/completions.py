@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -10,18 +9,19 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES, json_response
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import completion_logprobs, prompt_logprobs
 from nanoflow.server.protocol import CompletionRequest
 from nanoflow.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from nanoflow.server.service import Service
-from nanoflow.server.streaming import EVENT_STREAM_CONTENT, open_stream, while_connected
+from nanoflow.server.streaming import EVENT_STREAM_CONTENT, EventTemplate, event, open_stream, while_connected
 
 
 def completions_router(service: Service) -> APIRouter:
     """The route of completions."""
-    router = APIRouter(tags=["generate"])
+    router = APIRouter(tags=["generate"], route_class=BodyRoute)
     responses = {**ERROR_RESPONSES, 200: {"model": CompletionResponse, "content": EVENT_STREAM_CONTENT}}
 
     @router.post("/v1/completions", responses=responses)
@@ -31,7 +31,7 @@ def completions_router(service: Service) -> APIRouter:
         call = Call(engine=service.engine, prompts=body.prompts, params=service.sampling(body), call_id=new_id("cmpl"))
         completion = _Completion(service=service, body=body, call=call)
         if body.stream:
-            return await open_stream(request.receive, completion.chunks())
+            return await open_stream(request.receive, completion.events())
         return json_response(await while_connected(request.receive, completion.answer()))
 
     return router
@@ -39,10 +39,15 @@ def completions_router(service: Service) -> APIRouter:
 
 @dataclass(slots=True, kw_only=True)
 class _ShownChoice:
-    """How much of one choice was shown: of its completion, and of the text that its log probabilities add up to."""
+    """How much of one choice was shown: of its completion, and of the text that its log probabilities add up to.
+
+    Attributes:
+        template: Its events with nothing but text, once there was one.
+    """
 
     cursor: Cursor = field(default_factory=Cursor)
     text_offset: int = 0
+    template: EventTemplate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +62,10 @@ class _Completion:
         """Generate everything, then answer."""
         outputs = await self.call.outputs()
         choices = [
-            choice
+            self._choice(output, self.call.choice_index(index, completion), delta, _ShownChoice())
             for index, output in enumerate(outputs)
             for completion in output.outputs
-            if (choice := self._choice(index, output, completion, _ShownChoice())) is not None
+            if (delta := Cursor().advance(completion)) is not None
         ]
         if self.body.prompt_logprobs is not None:
             for choice in choices:
@@ -68,20 +73,37 @@ class _Completion:
                 choice["prompt_logprobs"] = prompt_logprobs(places, self.service.token_text)
         return self._response(choices, self._usage(outputs))
 
-    async def chunks(self) -> AsyncGenerator[CompletionResponse, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Answer piece by piece."""
-        shown: defaultdict[int, _ShownChoice] = defaultdict(_ShownChoice)
+        shown: dict[int, _ShownChoice] = {}
         last: dict[int, RequestOutput] = {}
         async with aclosing(self.call.news()) as news:
             async for index, output in news:
                 last[index] = output
-                for completion in output.outputs:
-                    state = shown[self.call.choice_index(index, completion)]
-                    choice = self._choice(index, output, completion, state)
-                    if choice is not None:
-                        yield self._response([choice], None)
+                events = [self._event(index, output, completion, shown) for completion in output.outputs]
+                if any(events):
+                    yield b"".join(events)
         if self.body.has_usage_chunk:
-            yield self._response([], self._usage(last.values()))
+            yield event(self._response([], self._usage(last.values())))
+
+    def _event(
+        self, index: int, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]
+    ) -> bytes:
+        """The event for what is new of a completion of prompt `index`; empty if nothing is."""
+        place = self.call.choice_index(index, completion)
+        state = shown.get(place)
+        if state is None:
+            state = shown[place] = _ShownChoice()
+        delta = state.cursor.advance(completion)
+        if delta is None:
+            return b""
+        if not self.body.is_echo_only and not (self.body.echo and delta.is_first) and delta.is_plain:
+            if state.template is None:
+                state.template = EventTemplate(
+                    lambda text: self._response([self._choice(output, place, delta.with_text(text), state)], None)
+                )
+            return state.template.fill(delta.text)
+        return event(self._response([self._choice(output, place, delta, state)], None))
 
     def _usage(self, outputs: Iterable[RequestOutput]) -> Usage:
         return count_usage(outputs, is_completion_hidden=self.body.is_echo_only)
@@ -98,17 +120,12 @@ class _Completion:
             response["usage"] = usage
         return response
 
-    def _choice(
-        self, index: int, output: RequestOutput, completion: CompletionOutput, shown: _ShownChoice
-    ) -> CompletionChoice | None:
-        """What is new of a completion of prompt `index`, the echoed prompt before it; None if nothing is."""
-        delta = shown.cursor.advance(completion)
-        if delta is None:
-            return None
+    def _choice(self, output: RequestOutput, place: int, delta: Delta, shown: _ShownChoice) -> CompletionChoice:
+        """What is new of a choice, with the echoed prompt before it if it is the first that is shown."""
         is_echoed = bool(self.body.echo) and delta.is_first
         text = "" if self.body.is_echo_only else delta.text
         return {
-            "index": self.call.choice_index(index, completion),
+            "index": place,
             "text": self._prompt_text(output) + text if is_echoed else text,
             "logprobs": self._logprobs(output if is_echoed else None, delta, shown),
             "finish_reason": delta.finish_reason,

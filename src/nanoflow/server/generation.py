@@ -7,6 +7,7 @@ is new since nothing was shown, so that streams and answers are made by the same
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -44,13 +45,16 @@ class Call:
         """Place of a completion among those of all prompts."""
         return prompt_index * self.params.n + completion.index
 
-    async def news(self) -> AsyncGenerator[News, None]:
+    async def news(self, *, streams: bool = True) -> AsyncGenerator[News, None]:
         """Yield (place of the prompt, its output) whenever the output has grown; closing it ends all prompts.
+
+        Args:
+            streams: False yields finished outputs alone.
 
         Raises:
             ApiError: A prompt cannot be served (400), failed (500), or the engine died (503).
         """
-        news = self._of_one(0) if len(self.prompts) == 1 else self._of_all()
+        news = self._of_one(0, streams) if len(self.prompts) == 1 else self._of_all(streams)
         async with aclosing(news):
             async for index, output in news:
                 yield index, output
@@ -58,25 +62,33 @@ class Call:
     async def outputs(self) -> list[RequestOutput]:
         """The finished outputs, in the order of the prompts; errors as in `news`."""
         last: dict[int, RequestOutput] = {}
-        async with aclosing(self.news()) as news:
+        async with aclosing(self.news(streams=False)) as news:
             async for index, output in news:
                 last[index] = output
         return [last[index] for index in range(len(self.prompts))]
 
-    async def _of_one(self, index: int) -> AsyncGenerator[News, None]:
+    async def _of_one(self, index: int, streams: bool) -> AsyncGenerator[News, None]:
         with user_errors():
-            outputs = self.engine.generate(self.prompts[index], self.params, request_id=f"{self.call_id}-{index}")
+            name = f"{self.call_id}-{index}"
+            outputs = self.engine.generate(self.prompts[index], self.params, request_id=name, streams=streams)
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.error is not None:
                         raise ApiError(500, f"the request failed: {output.error}")
                     yield index, output
 
-    async def _of_all(self) -> AsyncGenerator[News, None]:
+    async def _of_all(self, streams: bool) -> AsyncGenerator[News, None]:
         queue: asyncio.Queue[News | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.prompts))]
-        num_open = len(tasks)
+        tasks: list[asyncio.Task[None]] = []
+        num_open = len(self.prompts)
         try:
+            for index in range(num_open):
+                tasks.append(asyncio.create_task(self._pump(index, streams, queue)))
+                await asyncio.sleep(0)  # one prompt is tokenised in each turn of the event loop
+            early = [queue.get_nowait() for _ in range(queue.qsize())]
+            # A prompt that is refused comes before what others have generated meanwhile: nothing has been shown yet.
+            for item in sorted(early, key=lambda item: not isinstance(item, Exception)):
+                queue.put_nowait(item)
             while num_open:
                 item = await queue.get()
                 if isinstance(item, Exception):
@@ -90,10 +102,10 @@ class Call:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, index: int, queue: asyncio.Queue[News | Exception | None]) -> None:
+    async def _pump(self, index: int, streams: bool, queue: asyncio.Queue[News | Exception | None]) -> None:
         """Put the news of one prompt into the queue, then None, or the error that ended it."""
         try:
-            async with aclosing(self._of_one(index)) as news:
+            async with aclosing(self._of_one(index, streams)) as news:
                 async for item in news:
                     queue.put_nowait(item)
             queue.put_nowait(None)
@@ -118,6 +130,15 @@ class Delta:
     logprobs: Sequence[PositionLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if there is nothing but text in it."""
+        return self.logprobs is None and self.finish_reason is None
+
+    def with_text(self, text: str) -> Delta:
+        """The same with another text."""
+        return dataclasses.replace(self, text=text)
 
 
 @dataclass(slots=True)

@@ -1,20 +1,27 @@
 """Metrics for Prometheus: observes the engine's front end and renders what it saw.
 
 Names (after the prefix), labels and buckets are those that dashboards for LLM servers expect. Knows no HTTP; the engine
-calls the observer methods with plain numbers (`engine/observer.py`). Gauges are read when asked for, so that
-they are right in an idle engine too.
+calls the observer methods with plain numbers (`engine/observer.py`). What is counted stands in `cells.py`, where the
+counts of all front ends add up. Gauges, and what the engine counts itself, are read from its state when asked for: they
+are right in an idle engine too, and the same whichever front end answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from nanoflow.engine.limits import EngineLimits
 from nanoflow.engine.messages import BookFacts, EngineStats
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.outputs import FinishReason
 from nanoflow.server.backend import ServingEngine
+from nanoflow.server.cells import Cells, CounterCell, Floats, HistogramCells
 
 FIRST_TOKEN_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
@@ -33,6 +40,8 @@ PREEMPTIONS_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 LABELS = ("model_name", "engine")
 
 Buckets = tuple[float, ...]
+# Makes one family of series from the sums over all front ends.
+Family = Callable[[Floats], Metric]
 
 
 def token_count_buckets(max_model_len: int) -> Buckets:
@@ -41,33 +50,34 @@ def token_count_buckets(max_model_len: int) -> Buckets:
     return tuple(step for step in steps if step <= max_model_len)
 
 
-class ServerMetrics:
-    """Metrics of one engine on a registry of their own.
+class ServerMetrics(Collector):
+    """Metrics of one engine, with the sums over all front ends.
 
     Args:
         engine: Asked for its state when metrics are read.
         prefix: Before each name, with a colon.
         model_name: Label of each series.
+        cells: What this front end has counted, and the others; its own alone if not given.
     """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, engine: ServingEngine, *, prefix: str, model_name: str) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, engine: ServingEngine, *, prefix: str, model_name: str, cells: Cells | None = None) -> None:
+        self._cells = cells or Cells()
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
-        self._num_preemptions_seen = 0
-        self._add_gauges(engine)
+        self._families: list[Family] = []
+        self._add_state(engine)
         self._add_counters()
         self._add_plans(engine.facts.book)
         self._add_latencies()
         self._add_sizes(token_count_buckets(engine.facts.max_model_len))
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
     def observe_step(self, stats: EngineStats) -> None:
         """An iteration has ended."""
         self._iteration_tokens.observe(stats.iteration_tokens)
-        self._preemptions.inc(max(stats.num_preemptions - self._num_preemptions_seen, 0))
-        self._num_preemptions_seen = stats.num_preemptions
         if stats.plan_digest is not None:
             self._iterations[stats.plan_digest].inc()
 
@@ -79,8 +89,7 @@ class ServerMetrics:
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Completions got a token that is not their first."""
-        for latency_s in latencies_s:
-            self._next_token_s.observe(latency_s)
+        self._next_token_s.observe_many(latencies_s)
         self._generation_tokens.inc(len(latencies_s))
 
     def observe_finished(self, request: FinishedRequest) -> None:
@@ -88,7 +97,7 @@ class ServerMetrics:
         # The first tokens of the second and further completions were in no earlier observation.
         self._generation_tokens.inc(max(min(request.n, request.num_generated_tokens) - 1, 0))
         self._ended[request.reason].inc()
-        seen: tuple[tuple[Histogram, float | None], ...] = (
+        seen: tuple[tuple[HistogramCells, float | None], ...] = (
             (self._e2e_s, request.e2e_s),
             (self._queue_s, request.queue_s),
             (self._prefill_s, request.prefill_s),
@@ -110,56 +119,62 @@ class ServerMetrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _add_gauges(self, engine: ServingEngine) -> None:
-        running = self._gauge("num_requests_running", "Requests that hold KV pages")
-        running.set_function(lambda: engine.stats.num_running)
-        waiting = self._gauge("num_requests_waiting", "Requests that wait for admission")
-        waiting.set_function(lambda: engine.stats.num_waiting)
-        usage = self._gauge("kv_cache_usage_perc", "Part of the KV pages in use, 0 to 1")
-        usage.set_function(lambda: engine.stats.pages_in_use / max(engine.stats.num_pages, 1))
+    def collect(self) -> Iterator[Metric]:
+        """All families of series, as the registry asks for them."""
+        total = self._cells.total()
+        for family in self._families:
+            yield family(total)
+
+    def _add_state(self, engine: ServingEngine) -> None:
+        add = self._gauge
+        add("num_requests_running", "Requests that hold KV pages", lambda: engine.stats.num_running)
+        add("num_requests_waiting", "Requests that wait for admission", lambda: engine.stats.num_waiting)
+        add(
+            "kv_cache_usage_perc",
+            "Part of the KV pages in use, 0 to 1",
+            lambda: engine.stats.pages_in_use / max(engine.stats.num_pages, 1),
+        )
         facts = engine.facts
-        self._gauge(
+        self._info(
             "cache_config_info",
             "The KV cache, in labels",
-            block_size=facts.page_size,
-            num_gpu_blocks=facts.num_pages,
-            kv_cache_size_tokens=facts.page_size * facts.num_pages,
-            cache_dtype=facts.dtype,
-        ).set(1)
-        limits = facts.limits
-        if limits is not None:
-            self._gauge(
-                "limits_info",
-                "The limits that were given or chosen at the start, in labels",
-                goal=limits.goal,
-                max_batch_tokens=limits.max_batch_tokens,
-                max_batch_tokens_origin=limits.max_batch_tokens_origin,
-                max_num_seqs=limits.max_num_seqs,
-                max_num_seqs_origin=limits.max_num_seqs_origin,
-                max_itl_ms="none" if limits.max_itl_ms is None else f"{limits.max_itl_ms:g}",
-                max_itl_ms_origin=limits.max_itl_ms_origin,
-                reason=limits.reason,
-            ).set(1)
+            [
+                {
+                    "block_size": facts.page_size,
+                    "num_gpu_blocks": facts.num_pages,
+                    "kv_cache_size_tokens": facts.page_size * facts.num_pages,
+                    "cache_dtype": facts.dtype,
+                }
+            ],
+        )
+        if facts.limits is not None:
+            text = "The limits that were given or chosen at the start, in labels"
+            self._info("limits_info", text, [_limits_labels(facts.limits)])
+        name, text = self._name("num_preemptions"), "Times KV pages were taken back from a request"
+
+        def preemptions(_total: Floats) -> Metric:
+            family = CounterMetricFamily(name, text, labels=LABELS)
+            family.add_metric(self._values(), engine.stats.num_preemptions)
+            return family
+
+        self._families.append(preemptions)
 
     def _add_counters(self) -> None:
-        self._preemptions = self._counter("num_preemptions", "Times KV pages were taken back from a request")
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got a first token")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens generated")
-        names = (*LABELS, "finished_reason")
-        ended = Counter(self._name("request_success"), "Requests that ended", names, registry=self._registry)
-        self._ended = {reason: ended.labels(**self._labels, finished_reason=reason.value) for reason in FinishReason}
+        add = self._counters
+        self._prompt_tokens = add("prompt_tokens", "Prompt tokens of requests that got a first token", [{}])[0]
+        self._generation_tokens = add("generation_tokens", "Tokens generated", [{}])[0]
+        reasons = [{"finished_reason": reason.value} for reason in FinishReason]
+        ended = add("request_success", "Requests that ended", reasons)
+        self._ended = dict(zip(FinishReason, ended, strict=True))
 
     def _add_plans(self, book: BookFacts | None) -> None:
-        names = [*LABELS, "name", "digest", "book"]
-        found = Gauge(self._name("plan_info"), "The plans of the plan book, in labels", names, registry=self._registry)
-        names = [*LABELS, "plan", "digest"]
-        run = Counter(self._name("iterations"), "Iterations that a plan ran", names, registry=self._registry)
-        self._iterations: dict[str, Counter] = {}
-        if book is None:
-            return
-        for plan in book.plans:
-            found.labels(**self._labels, name=plan.name, digest=plan.digest, book=book.digest).set(1)
-            self._iterations[plan.digest] = run.labels(**self._labels, plan=plan.name, digest=plan.digest)
+        plans = () if book is None else book.plans
+        digest = "" if book is None else book.digest
+        infos = [{"name": plan.name, "digest": plan.digest, "book": digest} for plan in plans]
+        self._info("plan_info", "The plans of the plan book, in labels", infos)
+        names = [{"plan": plan.name, "digest": plan.digest} for plan in plans]
+        counters = self._counters("iterations", "Iterations that a plan ran", names)
+        self._iterations = {plan.digest: counter for plan, counter in zip(plans, counters, strict=True)}
 
     def _add_latencies(self) -> None:
         add = self._histogram
@@ -184,16 +199,69 @@ class ServerMetrics:
         self._params_n = add("request_params_n", "n of a request", CHOICES_BUCKETS)
         self._request_preemptions = add("request_num_preemptions", "Preemptions of a request", PREEMPTIONS_BUCKETS)
 
-    def _gauge(self, name: str, text: str, **more_labels: object) -> Gauge:
-        gauge = Gauge(self._name(name), text, (*LABELS, *more_labels), registry=self._registry)
-        return gauge.labels(**self._labels, **more_labels)
+    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a number that is read from the engine."""
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(self._name(name), text, LABELS, registry=self._registry).labels(**self._labels)
+        def family(_total: Floats) -> Metric:
+            gauge = GaugeMetricFamily(self._name(name), text, labels=LABELS)
+            gauge.add_metric(self._values(), read())
+            return gauge
 
-    def _histogram(self, name: str, text: str, buckets: Buckets) -> Histogram:
-        histogram = Histogram(self._name(name), text, LABELS, registry=self._registry, buckets=buckets)
-        return histogram.labels(**self._labels)
+        self._families.append(family)
+
+    def _info(self, name: str, text: str, infos: Sequence[Mapping[str, object]]) -> None:
+        """Add series that say something in their labels and are 1, each with the same labels."""
+
+        def family(_total: Floats) -> Metric:
+            gauge = GaugeMetricFamily(self._name(name), text, labels=(*LABELS, *(infos[0] if infos else ())))
+            for info in infos:
+                gauge.add_metric(self._values(info), 1)
+            return gauge
+
+        self._families.append(family)
+
+    def _counters(self, name: str, text: str, labels: Sequence[Mapping[str, object]]) -> list[CounterCell]:
+        """Add one counter for each set of further labels."""
+        counters = [CounterCell(self._cells) for _ in labels]
+
+        def family(total: Floats) -> Metric:
+            counts = CounterMetricFamily(self._name(name), text, labels=(*LABELS, *(labels[0] if labels else ())))
+            for counter, more in zip(counters, labels, strict=True):
+                counts.add_metric(self._values(more), float(total[counter.place][0]))
+            return counts
+
+        self._families.append(family)
+        return counters
+
+    def _histogram(self, name: str, text: str, buckets: Buckets) -> HistogramCells:
+        """Add a histogram."""
+        cells = HistogramCells(self._cells, buckets)
+        bounds = [*map(floatToGoString, cells.bounds), "+Inf"]
+
+        def family(total: Floats) -> Metric:
+            *counts, total_value = total[cells.place].tolist()
+            histogram = HistogramMetricFamily(self._name(name), text, labels=LABELS)
+            histogram.add_metric(self._values(), list(zip(bounds, accumulate(counts), strict=True)), total_value)
+            return histogram
+
+        self._families.append(family)
+        return cells
+
+    def _values(self, more: Mapping[str, object] | None = None) -> list[str]:
+        return [*self._labels.values(), *map(str, (more or {}).values())]
 
     def _name(self, name: str) -> str:
         return f"{self._prefix}:{name}"
+
+
+def _limits_labels(limits: EngineLimits) -> dict[str, object]:
+    return {
+        "goal": limits.goal,
+        "max_batch_tokens": limits.max_batch_tokens,
+        "max_batch_tokens_origin": limits.max_batch_tokens_origin,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_seqs_origin": limits.max_num_seqs_origin,
+        "max_itl_ms": "none" if limits.max_itl_ms is None else f"{limits.max_itl_ms:g}",
+        "max_itl_ms_origin": limits.max_itl_ms_origin,
+        "reason": limits.reason,
+    }

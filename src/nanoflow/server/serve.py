@@ -1,7 +1,8 @@
-"""Run the server: start the engine, listen, say so, and stop in good order.
+"""Run the server: start the engine and the further front ends, answer, say so, and stop in good order.
 
 `run_server` returns after SIGINT or SIGTERM and raises when the engine cannot start or dies; the command line turns the
-error into one line and an exit status. Routes are in `app.py`.
+error into one line and an exit status. This process is the first front end, the others are `siblings.py`'s. Routes are
+in `app.py`.
 """
 
 from __future__ import annotations
@@ -9,52 +10,92 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import signal
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
 
-import uvicorn
-
-from nanoflow.config import ConfigError, EngineConfig, ServerConfig
+from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError
-from nanoflow.server.app import create_app
+from nanoflow.server.answering import answer, run_loop, stop_at_signals
+from nanoflow.server.cells import Cells
+from nanoflow.server.listen import bind, choose_num_front_ends, num_cores, url
+from nanoflow.server.siblings import Siblings, Surroundings
 
-LIVENESS_CHECK_S = 0.5
-STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
-
-def run_server(engine_config: EngineConfig, server_config: ServerConfig) -> None:
+def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engine_module: str = ENGINE_MODULE) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
-    Prints one line once it answers. At a signal new connections are refused, running requests end with an error, and
-    the engine is closed.
+    Prints one line once all processes answer. At a signal new connections are refused, running requests end with an
+    error, and the engine is closed.
+
+    Args:
+        engine_config, server_config: What to serve, and how.
+        engine_module: What the engine's process runs; tests have engines of their own.
 
     Raises:
         ConfigError: The address cannot be listened at.
-        EngineError: The engine cannot start.
+        EngineError: The engine or a front end cannot start.
         EngineDeadError: The engine died.
     """
     if server_config.served_model_name is None:
         server_config = dataclasses.replace(server_config, served_model_name=engine_config.model)
-    asyncio.run(_serve(engine_config, server_config))
+    if server_config.api_servers is None:
+        count = choose_num_front_ends(num_cores(), engine_config.goal)
+        server_config = dataclasses.replace(server_config, api_servers=count)
+    run_loop(_serve(engine_config, server_config, engine_module))
 
 
-async def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
-    with bind(server_config.host, server_config.port) as listener:
-        stop = _stop_at_signals()
-        engine = await _start_unless_stopped(engine_config, stop)
-        if engine is None:
-            return
+async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engine_module: str) -> None:
+    count = server_config.api_servers or 1
+    with _listening(server_config, count) as (first, *others), _counting(count) as counts:
+        stop = stop_at_signals()
+        child = await EngineChild.start(engine_module)
+        surroundings = Surroundings(
+            engine_path=child.path,
+            engine_config=engine_config,
+            server_config=server_config,
+            counts=counts or Path(),
+        )
+        siblings = await Siblings.start(surroundings, others)
         try:
-            await _answer(engine, server_config, listener, stop)
+            interval_s = server_config.stream_interval_ms / 1000
+            load = AsyncEngine.load(child, engine_config, interval_s=interval_s)
+            engine = await _unless_stopped(load, stop)
+            if engine is not None:
+                await _answer(engine, server_config, first, stop, siblings, Cells(counts))
         finally:
-            await engine.close()
+            await siblings.close()
+            await child.close(0.0)
 
 
-async def _start_unless_stopped(config: EngineConfig, stop: asyncio.Event) -> AsyncEngine | None:
-    """Start the engine; None if a signal came while it loaded."""
-    start, stopped = asyncio.create_task(AsyncEngine.start(config)), asyncio.create_task(stop.wait())
+@contextlib.contextmanager
+def _listening(config: ServerConfig, count: int) -> Iterator[list[socket.socket]]:
+    """Sockets for so many processes, closed at the end."""
+    listeners = bind(config.host, config.port, count)
+    try:
+        yield listeners
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+@contextlib.contextmanager
+def _counting(count: int) -> Iterator[Path | None]:
+    """A folder where several processes count, removed at the end; None for one process."""
+    if count == 1:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="nanoflow-counts-") as folder:
+        yield Path(folder)
+
+
+async def _unless_stopped(load: Coroutine[Any, Any, AsyncEngine], stop: asyncio.Event) -> AsyncEngine | None:
+    """The loaded engine; None if a signal came while it loaded."""
+    start, stopped = asyncio.create_task(load), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
         return start.result() if start.done() else None
@@ -64,78 +105,45 @@ async def _start_unless_stopped(config: EngineConfig, stop: asyncio.Event) -> As
         await asyncio.gather(start, stopped, return_exceptions=True)
 
 
-async def _answer(engine: AsyncEngine, config: ServerConfig, listener: socket.socket, stop: asyncio.Event) -> None:
-    app = create_app(engine, config)
-    is_verbose = config.log_level == "debug"
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_level="warning" if config.log_level == "info" else config.log_level,
-            access_log=is_verbose,
-            timeout_graceful_shutdown=STREAM_END_TIMEOUT_S,
-        ),
-        ready_line=(
-            f"nanoflow serves {config.served_model_name} (weights and cache in {engine.facts.load_s:.1f} s, "
-            f"kernels in {engine.facts.warm_up_s:.1f} s) at {url(listener)}/v1"
-        ),
-    )
-    if engine.facts.limits is not None:
-        print(f"nanoflow {engine.facts.limits.reason}", flush=True)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while engine.is_alive and not stop.is_set() and not serving.done():
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), LIVENESS_CHECK_S)
+async def _answer(
+    engine: AsyncEngine,
+    config: ServerConfig,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    siblings: Siblings,
+    cells: Cells,
+) -> None:
+    """Answer until a signal, or until the engine or the family cannot go on; then end them all."""
+    is_ready = asyncio.Event()
+    answering = asyncio.create_task(answer(engine, config, listener, stop, cells=cells, on_ready=is_ready.set))
+    family = asyncio.create_task(_keep_family(engine, siblings, is_ready, _ready_line(engine, config, listener)))
+    ends = (answering, family, asyncio.create_task(engine.dead()), asyncio.create_task(stop.wait()))
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     death = engine.death
-    server.should_exit = True
-    await engine.close()  # running requests end now, so that the server has nothing left to wait for
-    await serving
+    stop.set()
+    for end in ends[1:]:
+        end.cancel()
+    _, problem, *_ = await asyncio.gather(*ends, siblings.close(), return_exceptions=True)
     if death is not None:
         raise EngineDeadError(f"the engine died: {death}")
+    if isinstance(problem, Exception):
+        raise problem
+    answering.result()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, which says when it answers and leaves signals to us."""
-
-    def __init__(self, config: uvicorn.Config, ready_line: str) -> None:
-        super().__init__(config)
-        self._ready_line = ready_line
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self._ready_line, flush=True)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+async def _keep_family(engine: AsyncEngine, siblings: Siblings, is_ready: asyncio.Event, ready_line: str) -> None:
+    """Say once that all front ends answer, then start again whichever ends."""
+    await is_ready.wait()
+    await siblings.ready()
+    if engine.facts.limits is not None:
+        print(f"nanoflow {engine.facts.limits.reason}", flush=True)
+    print(ready_line, flush=True)
+    await siblings.watch(engine)
 
 
-def _stop_at_signals() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, which refuses connections until it is listened at; port 0 takes a free one.
-
-    Raises:
-        ConfigError: The address is not there, or taken.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
-    return listener
-
-
-def url(listener: socket.socket) -> str:
-    """Address of a bound socket for people and programs."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+def _ready_line(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> str:
+    others = f", {config.api_servers} front ends" if config.api_servers != 1 else ""
+    return (
+        f"nanoflow serves {config.served_model_name} (weights and cache in {engine.facts.load_s:.1f} s, "
+        f"kernels in {engine.facts.warm_up_s:.1f} s{others}) at {url(listener)}/v1"
+    )

@@ -7,6 +7,7 @@ import asyncio
 from fastapi import APIRouter, Response
 
 import nanoflow
+from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, user_errors
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.protocol import DetokenizeRequest, TokenizeRequest
@@ -89,7 +90,7 @@ def models_router(service: Service) -> APIRouter:
 
 def tokens_router(service: Service) -> APIRouter:
     """Routes between text and tokens."""
-    router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES)
+    router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES, route_class=BodyRoute)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:

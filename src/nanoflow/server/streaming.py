@@ -1,14 +1,15 @@
 """Server-sent events, and calls that end when their client goes away.
 
-Routes hand over a generator of chunks; this file encodes them, sends them and watches the connection. It waits for
-`http.disconnect` beside the work instead of asking now and then, so that a call that waits in the queue ends too. Knows
-nothing of what the chunks say.
+Routes hand over a generator of events, encoded with `event` or `EventTemplate`; this file sends them and watches the
+connection. It waits for `http.disconnect` beside the work instead of asking now and then, so that a call that waits in
+the queue ends too. Knows nothing of what the events say.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from nanoflow.server.errors import ClientDisconnectedError, as_api_error
 
 T = TypeVar("T")
-Chunks = AsyncGenerator[Any, None]
+Events = AsyncGenerator[bytes, None]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -33,6 +34,29 @@ EVENT_STREAM_CONTENT: dict[str, Any] = {
         }
     }
 }
+
+
+def event(chunk: Any) -> bytes:
+    """A chunk in JSON as one server-sent event."""
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+class EventTemplate:
+    """Events of which one text alone varies: what is constant is encoded once.
+
+    Args:
+        make: The chunk that has a given text somewhere, once.
+    """
+
+    __slots__ = ("_head", "_tail")
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        mark = uuid.uuid4().hex
+        self._head, self._tail = event(make(mark)).split(msgspec.json.encode(mark))
+
+    def fill(self, text: str) -> bytes:
+        """`event` of the chunk with this text."""
+        return b"".join((self._head, msgspec.json.encode(text), self._tail))
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -68,49 +92,49 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def open_stream(receive: Receive, chunks: Chunks) -> Response:
-    """Answer with a stream of events, once its first chunk is there: what fails before that still has a status code.
+async def open_stream(receive: Receive, events: Events) -> Response:
+    """Answer with a stream of events, once the first is there: what fails before that still has a status code.
+
+    Args:
+        receive: Of the connection.
+        events: One or more whole events at a time, which are sent together.
 
     Raises:
         ClientDisconnectedError: The client has gone.
-        ApiError: The first chunk could not be made.
+        ApiError: The first event could not be made.
     """
     try:
-        first = await while_connected(receive, anext(chunks))
+        first = await while_connected(receive, anext(events))
     except BaseException:
-        await chunks.aclose()
+        await events.aclose()
         raise
-    return EventStream(first, chunks)
+    return EventStream(first, events)
 
 
 class EventStream(Response):
-    """Chunks as server-sent events; closes their generator when they end or the client goes away."""
+    """Server-sent events; closes their generator when they end or the client goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Any, chunks: Chunks) -> None:
+    def __init__(self, first: bytes, events: Events) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
-        self._chunks = chunks
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole stream."""
-        async with aclosing(self._chunks):
+        async with aclosing(self._events):
             with suppress(ClientDisconnectedError):
                 await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await _send_event(send, self._first)
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
-            async for chunk in self._chunks:
-                await _send_event(send, chunk)
+            async for events in self._events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
         except Exception as problem:  # the status is sent: the error becomes an event
-            await _send_event(send, as_api_error(problem).body())
+            body = event(as_api_error(problem).body())
+            await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
-
-
-async def _send_event(send: Send, chunk: Any) -> None:
-    body = b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,56 @@
+"""The engine's end of the socket: messages from and to every front end, in the process of the engine.
+
+A front end is known by its number, which is the routing id of its socket. The other end is `link.py`.
+"""
+
+from __future__ import annotations
+
+from zmq.constants import ROUTER
+from zmq.sugar.context import Context
+
+from nanoflow.engine.messages import FromEngine
+from nanoflow.engine.wire import ToEngine, WireError, decode_to_engine, encode
+
+_LINGER_S = 2.0
+
+
+class Channel:
+    """A socket that front ends connect to; sending never waits, and a front end that has gone gets nothing.
+
+    Args:
+        path: File of the socket, in a folder that nobody else may enter.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._context = Context()
+        self._socket = self._context.socket(ROUTER)
+        self._socket.set_hwm(0)
+        self._socket.bind(f"ipc://{path}")
+
+    def send(self, front_end: int, message: FromEngine) -> None:
+        """Send a message to one front end."""
+        self._socket.send_multipart([routing_id(front_end), *encode(message)])
+
+    def receive(self, timeout_s: float | None) -> list[tuple[int, ToEngine]]:
+        """All messages that are there, each with its front end; without any, wait so long (None: forever) for one.
+
+        Raises:
+            WireError: It is no message.
+        """
+        messages: list[tuple[int, ToEngine]] = []
+        if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
+            while self._socket.poll(0):
+                sender, *frames = self._socket.recv_multipart()
+                if not sender.isdigit():
+                    raise WireError(f"a front end must have a number, got {sender!r}")
+                messages.append((int(sender), decode_to_engine(frames)))
+        return messages
+
+    def close(self) -> None:
+        """Wait a moment until what was sent has left, then close."""
+        self._context.destroy(linger=int(_LINGER_S * 1000))
+
+
+def routing_id(front_end: int) -> bytes:
+    """Routing id of a front end's socket."""
+    return str(front_end).encode()

@@ -1,0 +1,136 @@
+"""Several front ends on one engine: whose request is whose, and the part of an iteration's output that each is sent.
+
+Each front end numbers its requests by itself. The engine puts the front end's number above theirs, so that ids are
+unique, and takes it off again on the way back. Front end 0 is the one that started the engine: its ids stay as they
+are, so that a server with one front end pays nothing for this. Sockets are not known here: see `channel.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from nanoflow.engine.messages import EngineStats, Heartbeat, StepOutput
+from nanoflow.request import Request
+
+T = TypeVar("T")
+
+# Request ids are int64: so many requests of a front end, of more front ends than a machine can start.
+_ID_BITS = 40
+_ID_MASK = (1 << _ID_BITS) - 1
+# How old the state may get that a front end knows while none of its requests is in an iteration.
+STATS_INTERVAL_S = 0.1
+
+
+class FrontEnds:
+    """Who is there, and which requests of theirs live.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told_s: dict[int, float] = {}
+        self._living: defaultdict[int, set[int]] = defaultdict(set)
+        self._left: set[int] = set()
+
+    def __iter__(self) -> Iterator[int]:
+        """The front ends by number."""
+        return iter(tuple(self._told_s))
+
+    def join(self, front_end: int) -> None:
+        """Take in a front end; one that is there already changes nothing."""
+        self._told_s.setdefault(front_end, -STATS_INTERVAL_S)
+
+    def leave(self, front_end: int) -> list[int]:
+        """Let a front end go for good; return the engine's ids of its living requests."""
+        self._left.add(front_end)
+        self._told_s.pop(front_end, None)
+        return sorted(self._living.pop(front_end, ()))
+
+    def has_left(self, front_end: int) -> bool:
+        """True for one that was let go: what it had sent before may still arrive."""
+        return front_end in self._left
+
+    def own(self, front_end: int, request: Request) -> Request:
+        """A request of a front end under the engine's id, which counts as living from now on."""
+        engine_id = _engine_id(front_end, request.request_id)
+        self._living[front_end].add(engine_id)
+        return request if front_end == 0 else dataclasses.replace(request, request_id=engine_id)
+
+    def disown(self, front_end: int, request_ids: Iterable[int]) -> list[int]:
+        """The engine's ids of requests that a front end gives up."""
+        engine_ids = [_engine_id(front_end, request_id) for request_id in request_ids]
+        self._living[front_end].difference_update(engine_ids)
+        return engine_ids
+
+    def parts(self, step: StepOutput) -> dict[int, StepOutput | Heartbeat]:
+        """What to send to whom after an iteration: its part to each front end that has one, now and then its state.
+
+        The numbers of the iteration itself are in exactly one part, so that sums over the front ends are right.
+        """
+        for engine_id in step.finished:
+            self._living[engine_id >> _ID_BITS].discard(engine_id)
+        parts: dict[int, StepOutput | Heartbeat] = {}
+        if len(self._told_s) == 1 and 0 in self._told_s:
+            parts[0] = step
+        else:
+            parts |= {front_end: part for front_end, part in split(step).items() if front_end in self._told_s}
+            if not parts and step.stats.iteration_tokens and self._told_s:
+                parts[min(self._told_s)] = StepOutput(stats=step.stats)
+        now_s = self._clock()
+        for front_end, told_s in self._told_s.items():
+            if front_end in parts or now_s - told_s >= STATS_INTERVAL_S:
+                self._told_s[front_end] = now_s
+                parts.setdefault(front_end, Heartbeat(stats=_uncounted(step.stats)))
+        return parts
+
+
+def split(step: StepOutput) -> dict[int, StepOutput]:
+    """A step by front end, with the front ends' own ids; only the first part has the numbers of the iteration."""
+    engine_ids = np.array(step.request_ids, dtype=np.int64)
+    token_ids = np.array(step.token_ids, dtype=np.int64)
+    owners, request_ids = engine_ids >> _ID_BITS, engine_ids & _ID_MASK
+    finished, logprobs = _by_owner(step.finished), _by_owner(step.logprobs)
+    prompt_logprobs = _by_owner(step.prompt_logprobs)
+    scheduled = _by_owner(dict.fromkeys(step.scheduled))
+    preempted = _by_owner(dict.fromkeys(step.preempted))
+    with_tokens = np.flatnonzero(np.bincount(owners)).tolist()
+    concerned = sorted({*with_tokens, *finished, *logprobs, *prompt_logprobs, *scheduled, *preempted})
+    stats, parts = step.stats, {}
+    for front_end in concerned:
+        is_its = owners == front_end
+        parts[front_end] = StepOutput(
+            request_ids=request_ids[is_its].tolist(),
+            token_ids=token_ids[is_its].tolist(),
+            finished=finished.get(front_end, {}),
+            logprobs=logprobs.get(front_end, {}),
+            prompt_logprobs=prompt_logprobs.get(front_end, {}),
+            scheduled=list(scheduled.get(front_end, ())),
+            preempted=list(preempted.get(front_end, ())),
+            stats=stats,
+        )
+        stats = _uncounted(step.stats)
+    return parts
+
+
+def _by_owner(values: Mapping[int, T]) -> dict[int, dict[int, T]]:
+    found: defaultdict[int, dict[int, T]] = defaultdict(dict)
+    for engine_id, value in values.items():
+        found[engine_id >> _ID_BITS][engine_id & _ID_MASK] = value
+    return found
+
+
+def _engine_id(front_end: int, request_id: int) -> int:
+    return front_end << _ID_BITS | request_id
+
+
+def _uncounted(stats: EngineStats) -> EngineStats:
+    """The state after an iteration, without the iteration."""
+    return dataclasses.replace(stats, iteration_tokens=0, prefill_tokens=0, plan_digest=None)

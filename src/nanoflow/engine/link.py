@@ -1,0 +1,107 @@
+"""A front end's end of the socket to the engine, read by its event loop. The other end is `channel.py`.
+
+The socket is read by hand: a future and a task for each message would cost more than the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from zmq.constants import DEALER, FD, NOBLOCK, ROUTING_ID
+from zmq.error import Again
+from zmq.sugar.context import Context
+
+from nanoflow.engine.channel import routing_id
+from nanoflow.engine.messages import FromEngine
+from nanoflow.engine.wire import ToEngine, WireError, decode_from_engine, encode
+
+# How long messages are taken in before other tasks of the event loop get their turn.
+_SLICE_S = 0.002
+
+Take = Callable[[FromEngine | WireError], None]
+
+
+class EngineLink:
+    """A socket of one front end; belongs to the event loop that it was made in.
+
+    Args:
+        path: File of the engine's socket, which may not be there yet.
+        front_end: Number of the front end; 0 for the one that started the engine.
+    """
+
+    def __init__(self, path: str, front_end: int = 0) -> None:
+        self._context = Context()
+        self._socket = self._context.socket(DEALER)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(ROUTING_ID, routing_id(front_end))
+        self._socket.connect(f"ipc://{path}")
+        self._waiting: deque[FromEngine | WireError] = deque()
+        self._take: Take = self._keep
+        self._loop = asyncio.get_running_loop()
+        self._arrival: asyncio.Future[None] | None = None
+        self._fd: int = self._socket.getsockopt(FD)
+        self._loop.add_reader(self._fd, self._drain)
+        self._is_draining = False
+
+    def send(self, message: ToEngine) -> None:
+        """Send without waiting; an engine that has ended gets nothing."""
+        if not self._socket.closed:
+            self._socket.send_multipart(encode(message))
+            # The file descriptor tells of a change once, and sending may have taken note of it: look again.
+            self._drain_soon()
+
+    async def receive(self) -> FromEngine | WireError:
+        """The next message, until somebody listens."""
+        while not self._waiting:
+            self._arrival = self._loop.create_future()
+            await self._arrival
+        return self._waiting.popleft()
+
+    def listen(self, take: Take) -> None:
+        """Hand every message to `take` from now on, those that wait first.
+
+        It is handed the `WireError` of what is no message.
+        """
+        self._take = take
+        while self._waiting:
+            take(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Close the socket; what is on its way is lost."""
+        if not self._socket.closed:
+            self._loop.remove_reader(self._fd)
+            self._context.destroy(linger=0)
+
+    def _keep(self, message: FromEngine | WireError) -> None:
+        self._waiting.append(message)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    def _drain_soon(self) -> None:
+        if not self._is_draining:
+            self._is_draining = True
+            self._loop.call_soon(self._drain_again)
+
+    def _drain_again(self) -> None:
+        self._is_draining = False
+        self._drain()
+
+    def _drain(self) -> None:
+        """Take in what is there; come back after other tasks had their turn if it takes long."""
+        end_s = time.perf_counter() + _SLICE_S
+        while not self._socket.closed:
+            try:
+                frames = self._socket.recv_multipart(NOBLOCK)
+            except Again:
+                return
+            try:
+                message: FromEngine | WireError = decode_from_engine(frames)
+            except WireError as error:
+                message = error
+            self._take(message)
+            if time.perf_counter() >= end_s:
+                self._drain_soon()
+                return

@@ -1,0 +1,117 @@
+"""When the readers of running requests are woken: `Stream` waits for one request's news, `Pacer` wakes many at once.
+
+Sending one piece of a stream costs the same however many tokens are in it. So tokens that come while the event loop
+is busy with sending wait for each other, and go out together. Nothing is held back in a loop that has time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from nanoflow.outputs import RequestOutput
+
+# A round of sending is followed by a pause of so many times its duration, in which tokens gather.
+PAUSE_RATIO = 10.0
+# Streams that are woken before other tasks of the event loop get their turn.
+_STREAMS_A_SLICE = 128
+
+
+class Stream:
+    """One reader of one request.
+
+    Args:
+        output: The request's output, which grows in place.
+        is_whole: Wake the reader only when the output is finished.
+    """
+
+    __slots__ = ("_has_news", "_waiter", "is_marked", "is_started", "is_whole", "output")
+
+    def __init__(self, output: RequestOutput, *, is_whole: bool = False) -> None:
+        self.output = output
+        self.is_whole = is_whole
+        self.is_started = False
+        self.is_marked = False
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def news(self) -> None:
+        """Wait until the reader is woken; at once if that happened while it was busy."""
+        if not self._has_news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._has_news = False
+
+    def wake(self) -> None:
+        """Let the reader go on."""
+        self.is_marked, self.is_started, self._has_news = False, True, True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Pacer:
+    """Wakes streams in rounds; belongs to one event loop.
+
+    The next round begins when the last one is over and a pause has passed that is as long as `PAUSE_RATIO` times the
+    round, but at most `interval_s`. The first token and the end of a request do not wait for a round.
+
+    Args:
+        interval_s: Longest pause; 0 makes none.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, interval_s: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._interval_s = interval_s
+        self._clock = clock
+        self._marked: list[Stream] = []
+        self._is_planned = False
+        self._next_s = 0.0
+
+    def note(self, stream: Stream) -> None:
+        """The stream's output has grown or ended."""
+        if stream.output.finished:
+            stream.wake()
+        elif not stream.is_marked and not stream.is_whole:
+            if not stream.is_started:
+                stream.wake()
+                return
+            stream.is_marked = True
+            self._marked.append(stream)
+            if not self._is_planned:
+                self._plan()
+
+    def _plan(self) -> None:
+        self._is_planned = True
+        loop, wait_s = asyncio.get_running_loop(), self._next_s - self._clock()
+        if wait_s > 0:
+            loop.call_later(wait_s, self._begin)
+        else:
+            # After the other outputs of the same iteration.
+            loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        marked, self._marked = self._marked, []
+        self._wake(marked, 0, self._clock())
+
+    def _wake(self, marked: list[Stream], start: int, begin_s: float) -> None:
+        for stream in marked[start : start + _STREAMS_A_SLICE]:
+            # It may have been woken by its end meanwhile.
+            if stream.is_marked:
+                stream.wake()
+        # The readers that were just woken run before this.
+        loop, start = asyncio.get_running_loop(), start + _STREAMS_A_SLICE
+        if start < len(marked):
+            loop.call_soon(self._wake, marked, start, begin_s)
+        else:
+            loop.call_soon(self._end, begin_s)
+
+    def _end(self, begin_s: float) -> None:
+        now_s = self._clock()
+        self._next_s = now_s + min(PAUSE_RATIO * (now_s - begin_s), self._interval_s)
+        self._is_planned = False
+        if self._marked:
+            self._plan()

@@ -1,0 +1,99 @@
+"""Answer HTTP in one process: uvicorn around the application, until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import uvicorn
+
+from nanoflow.config import ServerConfig
+from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.server.app import create_app
+from nanoflow.server.cells import Cells
+from nanoflow.server.listen import BACKLOG
+
+STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in the fastest event loop there is: uvloop's where it is installed, else asyncio's."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if sys.platform != "win32" and find_spec("uvloop") is not None:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main)
+
+
+async def answer(
+    engine: AsyncEngine,
+    config: ServerConfig,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    *,
+    cells: Cells,
+    on_ready: Callable[[], None],
+) -> None:
+    """Serve an engine until `stop` is set, then end what runs and close the engine.
+
+    Args:
+        engine: Closed on return.
+        config: Names, limits and log level.
+        listener: A bound socket.
+        stop: Tells to stop.
+        cells: Where this process counts.
+        on_ready: Called once requests are answered.
+    """
+    server = _Server(_uvicorn_config(engine, config, cells), on_ready)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    server.should_exit = True
+    await engine.close()  # running requests end now, so that the server has nothing left to wait for
+    await serving
+
+
+def _uvicorn_config(engine: AsyncEngine, config: ServerConfig, cells: Cells) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(engine, config, cells),
+        http="auto",  # httptools where it is installed, else h11
+        ws="none",
+        lifespan="off",
+        backlog=BACKLOG,
+        log_level="warning" if config.log_level == "info" else config.log_level,
+        access_log=config.log_level == "debug",
+        timeout_graceful_shutdown=STREAM_END_TIMEOUT_S,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which says when it answers and leaves signals to us."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def stop_at_signals() -> asyncio.Event:
+    """An event that SIGINT and SIGTERM set."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    return stop
