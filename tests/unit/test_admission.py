@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from nanoflow.batch import Int64
 from nanoflow.request import Request, SamplingParams
-from nanoflow.scheduler.admission import OutputLength, PeakOfPages, Progress, num_admissible
+from nanoflow.scheduler.admission import PeakOfPages, num_admissible
+from nanoflow.scheduler.lengths import OutputLength
+from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
 Lengths = list[tuple[int, int]]
@@ -84,39 +86,79 @@ def test_no_overtaking() -> None:
     assert count == 0
 
 
-def test_expected_output_is_everything_before_anything_has_finished() -> None:
-    lengths = OutputLength()
-    assert lengths.expected_remaining(progress([(5, 40), (5, 7)], is_exact=False)).tolist() == [40, 7]
-
-
-@pytest.mark.parametrize(
-    ("num_generated", "max_remaining", "is_exact", "expected"),
-    [
-        (0, 500, False, 100),  # what is missing to the average
-        (60, 500, False, 40),
-        (90, 500, False, 22),  # a quarter of what it has already, as that is more than the 10 missing
-        (400, 500, False, 100),
-        (400, 30, False, 30),  # never more than it may
-        (0, 30, False, 30),
-        (0, 500, True, 500),  # end of sequence is ignored
-        (400, 0, False, 1),  # its last token is on its way: it still holds its pages
-    ],
-)
-def test_expected_output_rule(num_generated: int, max_remaining: int, is_exact: bool, expected: int) -> None:
-    lengths = OutputLength()
-    lengths.observe(80)
-    lengths.observe(120)
+def counted(lengths: OutputLength, num_generated: int, max_remaining: int = 100_000, *, is_exact: bool = False) -> int:
     one = progress([(600, max_remaining)], num_generated=num_generated, is_exact=is_exact)
-    assert lengths.expected_remaining(one).tolist() == [expected]
+    return int(lengths.counted_remaining(one)[0])
 
 
-def test_average_follows_a_workload_that_changes() -> None:
-    lengths, one = OutputLength(), progress([(600, 10_000)], is_exact=False)
-    for _ in range(1000):
-        lengths.observe(1000)
-    for _ in range(1000):
-        lengths.observe(100)
-    assert 100 <= int(lengths.expected_remaining(one)[0]) < 120
+def live(lengths: OutputLength, num_generated: list[int]) -> None:
+    """Requests that generate so many tokens each, side by side."""
+    ends = np.array(num_generated)
+    for step in range(1, int(ends.max()) + 1):
+        running = ends[ends >= step]
+        lengths.observe_tokens(np.full(len(running), step), running == step)
+
+
+def test_before_anything_has_ended_a_prior_counts_and_not_all_that_may_come() -> None:
+    lengths = OutputLength()
+    assert counted(lengths, 0) == pytest.approx(128, rel=0.1)
+    assert counted(lengths, 0, 40) == 40
+    assert counted(lengths, 0, 8000, is_exact=True) == 8000
+    assert counted(lengths, 400, 0) == 1  # its last token is on its way: it still holds its pages
+
+
+def test_those_that_outlive_the_prior_correct_it_before_anything_has_ended() -> None:
+    lengths = OutputLength()
+    for step in range(1, 1001):
+        lengths.observe_tokens(np.full(100, step), np.zeros(100, dtype=np.bool_))
+    # A newcomer is expected to come as far as they all have, and half of that counts.
+    assert 500 <= counted(lengths, 0) <= 700
+    assert counted(lengths, 1000) < counted(lengths, 0)
+
+
+def test_that_short_ones_end_first_does_not_mislead() -> None:
+    """Of many that live between 1 and 1,000 tokens a tenth has ended, with 50 on average; the mean is 500."""
+    lengths, ends = OutputLength(), np.arange(1, 1001)
+    for step in range(1, 101):
+        running = ends[ends >= step]
+        lengths.observe_tokens(np.full(len(running), step), running == step)
+    assert 130 <= counted(lengths, 0) <= 500
+    live(lengths, ends.tolist())
+    assert counted(lengths, 0) == pytest.approx(250, rel=0.1)
+    assert counted(lengths, 800) == pytest.approx(50, rel=0.4)
+
+
+def test_ends_that_the_front_end_found_count_like_others() -> None:
+    by_token, by_abort = OutputLength(), OutputLength()
+    for _ in range(300):
+        for step in range(1, 21):
+            by_token.observe_tokens(np.array([step]), np.array([step == 20]))
+            by_abort.observe_tokens(np.array([step]), np.array([False]))
+        by_abort.observe_end(20)
+    assert counted(by_token, 0) == counted(by_abort, 0) == pytest.approx(10, abs=2)
+
+
+def test_what_is_counted_follows_a_workload_that_changes() -> None:
+    lengths = OutputLength()
+    live(lengths, [1000] * 1000)
+    assert counted(lengths, 0) == pytest.approx(500, rel=0.15)
+    for _ in range(8):
+        live(lengths, [100] * 400)
+    assert counted(lengths, 0) == pytest.approx(50, rel=0.3)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300_000), st.booleans()), max_size=30),
+    st.integers(0, 300_000),
+    st.integers(0, 300_000),
+)
+def test_what_is_counted_is_at_least_one_and_at_most_what_may_come(
+    seen: list[tuple[int, bool]], num_generated: int, max_remaining: int
+) -> None:
+    lengths = OutputLength()
+    for length, is_last in seen:
+        lengths.observe_tokens(np.array([length]), np.array([is_last]))
+    assert 1 <= counted(lengths, num_generated, max_remaining) <= max(max_remaining, 1)
 
 
 def make_waiting(request_id: int, num_tokens: int) -> WaitingRequest:

@@ -269,9 +269,7 @@ def make_misjudging_drive(*, depth: int, num_pages: int = 7) -> Drive:
     """A scheduler that believes outputs are short, so that it admits too many and must preempt."""
     limits = make_limits(budget=64, max_model_len=28, num_pages=num_pages, page_size=4)
     drive = Drive(limits, depth=depth)
-    drive.add(make_request(100, max_tokens=1))
-    drive.run_until_idle()
-    drive.scheduler.drain_events()
+    drive.scheduler._lengths.observe_tokens(np.ones(500, dtype=np.int64), np.ones(500, dtype=np.bool_))
     return drive
 
 
@@ -434,7 +432,7 @@ def test_integrity_check_notices_a_request_with_too_few_pages() -> None:
     scheduler = Scheduler(limits=make_limits())
     scheduler.add(make_request(0))
     batch = next_batch(scheduler)
-    scheduler._tables.release(int(batch.rows[0]))
+    scheduler._tables.release(np.array([batch.rows[0]], dtype=np.int64)))
     with pytest.raises(RuntimeError, match="more or fewer pages"):
         scheduler.check_integrity()
 

@@ -1,77 +1,19 @@
 """Admission by the predicted peak of pages (NanoFlow, section 4.2.1).
 
 A request is let in when, by what is known and expected of output lengths, the pages of all running requests will at no
-time exceed the pool. The prediction may be wrong; then the scheduler preempts. This file holds the whole prediction:
-it knows token counts only, neither rows nor requests (`rows.py`) nor their queue (`waiting.py`).
+time exceed the pool. The prediction may be wrong; then the scheduler preempts. Expected lengths are `lengths.py`'s;
+both know token counts only, neither rows nor requests (`rows.py`) nor their queue (`waiting.py`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.batch import Bool, Int64
-
-_AVERAGED_REQUESTS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far N requests are, in tokens.
-
-    Attributes:
-        num_tokens: int64 [N], prompt and generated.
-        num_generated: int64 [N].
-        max_remaining: int64 [N], tokens that may still be generated.
-        is_exact: bool [N], all of them will be (end of sequence is ignored).
-    """
-
-    num_tokens: Int64
-    num_generated: Int64
-    max_remaining: Int64
-    is_exact: Bool
-
-    def __add__(self, other: Progress) -> Progress:
-        """These requests, then those."""
-        return Progress(
-            num_tokens=np.concatenate((self.num_tokens, other.num_tokens)),
-            num_generated=np.concatenate((self.num_generated, other.num_generated)),
-            max_remaining=np.concatenate((self.max_remaining, other.max_remaining)),
-            is_exact=np.concatenate((self.is_exact, other.is_exact)),
-        )
-
-
-class OutputLength:
-    """What is expected of output lengths, learnt from the requests that have finished.
-
-    The average is plain over the first 256 finished requests and exponential with weight 1/256 from then on: right at
-    once, and it follows a workload that changes.
-    """
-
-    def __init__(self) -> None:
-        self._num_finished = 0
-        self._average = 0.0
-
-    def observe(self, num_generated: int) -> None:
-        """A request has finished with so many tokens."""
-        self._num_finished += 1
-        self._average += (num_generated - self._average) / min(self._num_finished, _AVERAGED_REQUESTS)
-
-    def expected_remaining(self, progress: Progress) -> Int64:
-        """Tokens that each request is expected to generate still, int64 [N], at least 1.
-
-        The rule: what is missing to the average, and at least a quarter of what the request has generated already (one
-        that has outlived the average will go on for a while, the longer the older it is); never more than it may. If
-        nothing has finished yet, or the length is exact: all that it may.
-        """
-        expected = progress.max_remaining
-        if self._num_finished:
-            missing = np.ceil(self._average - progress.num_generated).astype(np.int64)
-            likely = np.maximum(missing, progress.num_generated // 4)
-            expected = np.where(progress.is_exact, expected, np.minimum(likely, expected))
-        return np.maximum(expected, 1, dtype=np.int64)
+from nanoflow.batch import Int64
+from nanoflow.scheduler.lengths import OutputLength
+from nanoflow.scheduler.progress import Progress
 
 
 class PeakOfPages:
@@ -131,7 +73,7 @@ def num_admissible(
     first may always join: no request is accepted that does not fit alone, however wrong the prediction.
     """
     everyone = running + candidates
-    peak = PeakOfPages(everyone.num_tokens, lengths.expected_remaining(everyone), page_size)
+    peak = PeakOfPages(everyone.num_tokens, lengths.counted_remaining(everyone), page_size)
     num_running, num_candidates = len(running.num_tokens), len(candidates.num_tokens)
     if peak.fits(num_running + num_candidates, num_pages):
         return num_candidates

@@ -16,8 +16,8 @@ import numpy as np
 
 from nanoflow.batch import Bool, Int32, Int64
 from nanoflow.request import Request
-from nanoflow.scheduler.admission import Progress
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.waiting import WaitingRequest
 
 # Of each request, in an array.

@@ -19,10 +19,12 @@ from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.tables import PageTables
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
-from nanoflow.scheduler.admission import OutputLength, Progress, num_admissible
+from nanoflow.scheduler.admission import num_admissible
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
+from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
@@ -135,10 +137,16 @@ class Scheduler:
         self._waiting.push_back(WaitingRequest(request=request, token_ids=token_ids, num_computed=num_computed))
 
     def abort(self, request_id: int) -> bool:
-        """Forget a request and free what it holds; False if it is unknown or has ended."""
+        """Forget a request and free what it holds; False if it is unknown or has ended.
+
+        How far it got is learnt from, as from any end, if it has run and got a token.
+        """
         row = self._rows.find(request_id)
         if row is None:
             return self._waiting.discard(request_id)
+        num_generated = int(self._rows.num_known[row] - self._rows.num_prompt[row])
+        if num_generated and not self._rows.is_exact[row]:
+            self._lengths.observe_end(num_generated)
         self._release([row])
         return True
 
@@ -185,7 +193,12 @@ class Scheduler:
             int(rows.request_id[row]): Finish(reason=FinishReason.ERROR, error=result.errors[place])
             for row, place in failed.items()
         }
-        ending = np.flatnonzero(is_stop | is_full)
+        is_last = is_stop | is_full
+        # A length that was known from the start says nothing of those that are not.
+        is_telling = ~rows.is_exact[kept_rows]
+        num_generated = rows.num_known[kept_rows] - rows.num_prompt[kept_rows]
+        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling])
+        ending = np.flatnonzero(is_last)
         for index in ending.tolist():
             row = int(kept_rows[index])
             finished[int(request_ids[index])] = self._finish(row, int(token_ids[index]), is_stop=bool(is_stop[index]))
@@ -226,6 +239,7 @@ class Scheduler:
         self._waiting.push_front(WaitingRequest(request=request, token_ids=token_ids, is_preempted=True))
         self._events.preempted.append(request.request_id)
         self._num_preemptions += 1
+        self._lengths.observe_preemption()
 
     def _admit(self, num_tokens_left: int) -> tuple[Joined, ...]:
         """Let in, first come first served, as many as budget, rows and the predicted peak of pages allow."""
@@ -278,8 +292,7 @@ class Scheduler:
         return batch
 
     def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finish:
-        """Why the request in a row ended with this token; its length is learnt from."""
-        self._lengths.observe(int(self._rows.num_known[row] - self._rows.num_prompt[row]))
+        """Why the request in a row ended with this token."""
         if not is_stop:
             return Finish(reason=FinishReason.LENGTH)
         request = self._rows.tenant(row)
