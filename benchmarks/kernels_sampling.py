@@ -202,14 +202,14 @@ def issues_of(kernels: Any, params: Sequence[SamplingParams], sets: Sequence[Ten
     uploaded = to_device(numbers.view(np.int32).reshape(len(params), -1), DEVICE)
     scored = to_device(np.flatnonzero([param.logprobs is not None for param in params]), DEVICE)
     num_top = max((param.logprobs or 0 for param in params), default=0)
-    is_plain = all(param.is_greedy and not param.has_penalties and not param.logit_bias for param in params)
-    is_plain &= not any(param.min_tokens for param in params)
+    adjusts = any(param.has_penalties or param.logit_bias or param.min_tokens for param in params)
+    is_plain = not adjusts and all(param.is_greedy for param in params)
 
     def issue(logits: Tensor) -> object:
         if is_plain:
             token_ids, _ = kernels.largest(logits, **options)
         else:
-            token_ids, _ = kernels.choose(logits, uploaded, state.tables, **options)
+            token_ids, _ = kernels.choose(logits, uploaded, state.tables, adjusts=adjusts, **options)
         return kernels.top_logprobs(logits, scored, token_ids[scored], num_top) if len(scored) else token_ids
 
     return [lambda logits=logits: issue(logits) for logits in sets]  # type: ignore[misc]
@@ -268,9 +268,9 @@ def tune(rows: Sequence[int], dtype: torch.dtype, seconds: float) -> None:
     from nanoflow.kernels.triton_sample import RowBlocks
 
     variants = [
-        RowBlocks(block=block, num_warps=num_warps)
-        for block, num_warps in itertools.product((2048, 4096, 8192, 16384), (4, 8, 16, 32))
-        if 4 <= block // (32 * num_warps) <= 32
+        RowBlocks(block=block, num_warps=num_warps, max_registers=registers)
+        for block, num_warps, registers in itertools.product((2048, 4096, 8192), (8, 16, 32), (None, 64, 80))
+        if 8 <= block // (32 * num_warps) <= 16 and (registers or 0) * num_warps <= 2048
     ]
     for num_rows, case in itertools.product(rows, ("greedy", "temperature", "top_p 0.95", "top_k 50")):
         sets = logit_sets("normal", num_rows, dtype)
@@ -278,9 +278,10 @@ def tune(rows: Sequence[int], dtype: torch.dtype, seconds: float) -> None:
         for variant in variants:
             with torch.inference_mode():
                 issues = issues_of(triton_sample, params_of(case, num_rows), sets, blocks=variant)
-                times[variant] = device_us(issues, seconds)
+                times[variant] = device_us(issues, seconds / 4)
         for variant, time_us in sorted(times.items(), key=lambda item: item[1])[:4]:
-            print(f"{num_rows:>6} {case:<14}{variant.block:>7} logits{variant.num_warps:>4} warps{time_us:>9.1f} us")
+            size = f"{variant.block:>7} logits{variant.num_warps:>4} warps, registers: {variant.max_registers}"
+            print(f"{num_rows:>6} {case:<14}{size:<44}{time_us:>9.1f} us", flush=True)
 
 
 def report(point: Point) -> None:

@@ -18,16 +18,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanoflow.kernels import triton_sample_programs as programs
-from nanoflow.kernels.triton_sample import CHOICE, LARGEST
+from nanoflow.kernels.triton_sample import ADJUSTED, CHOICE, LARGEST, LOGPROBS, RowBlocks
 
 VOCAB_SIZE = 128256
 
 
-def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], blocks: RowBlocks) -> dict[str, Any]:
     """Registers of a thread, shared memory of a program, and instructions that move spilled registers."""
     attributes = {(place,): [["tt.divisibility", 16]] for place in range(len(signature))}
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False, "maxnreg": blocks.max_registers}
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
@@ -43,17 +43,19 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
     return {"registers": registers, "shared_bytes": done.metadata.shared, "num_spills": num_spills, "loads": loads}
 
 
+def sizes(blocks: RowBlocks) -> dict[str, int]:
+    """Of a program that reads its row so."""
+    num_blocks = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, blocks.block))
+    return {"VOCAB": VOCAB_SIZE, "BLOCK": blocks.block, "INNER": 8, "NUM_BLOCKS": num_blocks}
+
+
 def main() -> None:
     """Print a report of each program, for logits in bfloat16 and float32."""
     reports = {}
     for dtype, bits in (("bf16", 16), ("fp32", 0)):
         logits = {"logits": f"*{dtype}"}
         results = {"token_ids": "*i64", "best": "*fp32"}
-        sizes = {"VOCAB": VOCAB_SIZE, "BLOCK": LARGEST.block, "INNER": 8}
-        sizes["NUM_BLOCKS"] = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, LARGEST.block))
-        reports[f"largest {dtype}"] = compiled(
-            programs.largest_program, {**logits, **results}, sizes, LARGEST.num_warps
-        )
+        reports[f"largest {dtype}"] = compiled(programs.largest_program, {**logits, **results}, sizes(LARGEST), LARGEST)
         tables = {
             "numbers": "*i32",
             "floats": "*fp32",
@@ -63,8 +65,15 @@ def main() -> None:
             "edit_values": "*fp32",
             "edit_stride": "i32",
         }
-        reports[f"choose {dtype}"] = compiled(
-            programs.choose_program, {**logits, **tables, **results}, {**sizes, "GRID_BITS": bits}, CHOICE.num_warps
+        for adjusts in (False, True):
+            constants = {**sizes(CHOICE), "GRID_BITS": bits, "ADJUSTS": adjusts}
+            signature = {**logits, **tables, **results}
+            reports[f"choose {dtype} {adjusts}"] = compiled(
+                programs.choose_program, signature, constants, ADJUSTED if adjusts else CHOICE
+            )
+        scored = {"places": "*i64", "token_ids": "*i64", "top_ids": "*i32", "logprobs": "*fp32", "ranks": "*i32"}
+        reports[f"logprobs {dtype}"] = compiled(
+            programs.top_logprobs_program, {**logits, **scored, "num_top": "i32"}, sizes(LOGPROBS), LOGPROBS
         )
     print(json.dumps(reports))
 

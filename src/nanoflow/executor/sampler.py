@@ -84,14 +84,15 @@ class Sampler:
 
     def _choose(self, logits: Tensor, numbers: NDArray[np.void]) -> tuple[Tensor, Tensor]:
         """Chosen token and largest adjusted logit of each row, [S] both."""
-        if _is_plain(numbers):
+        adjusts = _adjusts(numbers)
+        if not adjusts and not numbers["scale"].any():
             return self._kernels.largest(logits)
         uploaded = to_device(numbers.view(np.int32).reshape(len(numbers), -1), self._device)
-        return self._kernels.choose(logits, uploaded, self._state.tables)
+        return self._kernels.choose(logits, uploaded, self._state.tables, adjusts=adjusts)
 
 
-def _is_plain(numbers: NDArray[np.void]) -> bool:
-    """Whether each row takes the largest logit as the model gives it."""
-    if numbers["scale"].any() or numbers["has_penalties"].any() or numbers["num_biases"].any():
-        return False
-    return not ((numbers["num_edits"] > 0) & (numbers["position"] < numbers["first_free_stop"])).any()
+def _adjusts(numbers: NDArray[np.void]) -> bool:
+    """Whether any row looks at logits other than the model gives them."""
+    if numbers["has_penalties"].any() or numbers["num_biases"].any():
+        return True
+    return bool(((numbers["num_edits"] > 0) & (numbers["position"] < numbers["first_free_stop"])).any())

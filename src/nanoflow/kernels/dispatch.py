@@ -79,7 +79,7 @@ class SampleKernels:
     """
 
     largest: Callable[[Tensor], tuple[Tensor, Tensor]]
-    choose: Callable[[Tensor, Tensor, sample.SampleTables], tuple[Tensor, Tensor]]
+    choose: Callable[..., tuple[Tensor, Tensor]]
     top_logprobs: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     workspace_bytes: Callable[[int, int], int]
 

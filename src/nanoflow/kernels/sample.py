@@ -90,18 +90,20 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return token_ids, best.float()
 
 
-def choose(logits: Tensor, numbers: Tensor, tables: SampleTables) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, *, adjusts: bool = True) -> tuple[Tensor, Tensor]:
     """Choose a token for each row, and count it if the row has penalties.
 
     Args:
         logits: [S, V] of the model.
         numbers: int32 [S, 16], the bytes of `NUMBERS` of each row; no two rows have one place in the tables.
         tables: What the rows' numbers refer to; `seen` is written to.
+        adjusts: Whether a row may have penalties, or edits that apply.
 
     Returns:
         token ids int64 [S] and the largest adjusted logit of each row, float32 [S]: not finite if the model's output
         is not, and then the token means nothing.
     """
+    del adjusts  # It is seen from the numbers.
     host = numbers.cpu().numpy().view(NUMBERS)[:, 0]
     parts = [_choose(logits[part], host[part], tables) for part in _slices(*logits.shape)]
     token_ids, best = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

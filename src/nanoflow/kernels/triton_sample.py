@@ -25,14 +25,18 @@ class RowBlocks:
     Attributes:
         block: Logits at once, a power of two.
         num_warps: Warps of the program.
+        max_registers: Registers of a thread, so that several programs run on a multiprocessor; None for any number.
     """
 
     block: int
     num_warps: int
+    max_registers: int | None = None
 
 
-# Sums are by groups of a fixed size, so neither changes a draw.
-LARGEST, CHOICE = RowBlocks(block=8192, num_warps=16), RowBlocks(block=8192, num_warps=16)
+LARGEST = RowBlocks(block=8192, num_warps=16)
+# One for all numbers of rows: sums are rounded block by block.
+CHOICE = RowBlocks(block=2048, num_warps=8, max_registers=64)
+ADJUSTED = RowBlocks(block=CHOICE.block, num_warps=8, max_registers=96)
 LOGPROBS = RowBlocks(block=4096, num_warps=8)
 _INNER = 8
 # Low bits that are zero where a logit of the type is a float32.
@@ -49,8 +53,14 @@ def largest(logits: Tensor, blocks: RowBlocks = LARGEST) -> tuple[Tensor, Tensor
     return token_ids, best
 
 
-def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, blocks: RowBlocks = CHOICE) -> tuple[Tensor, Tensor]:
-    """See `sample.choose`; logits [S, V] contiguous, and infinite instead of NaN in what is returned."""
+def choose(
+    logits: Tensor, numbers: Tensor, tables: SampleTables, *, adjusts: bool = True, blocks: RowBlocks | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `sample.choose`; logits [S, V] contiguous, and infinite instead of NaN in what is returned.
+
+    Without `adjusts` no row may have penalties or edits that apply: a program with fewer registers, and the same draws.
+    """
+    blocks = blocks or (ADJUSTED if adjusts else CHOICE)
     token_ids, best = _results(logits)
     if len(logits):
         programs.choose_program[(len(logits),)](
@@ -66,7 +76,9 @@ def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, blocks: RowBlo
             best,
             logits.shape[1],
             GRID_BITS=_GRID_BITS[logits.dtype],
+            ADJUSTS=adjusts,
             num_warps=blocks.num_warps,
+            **({} if blocks.max_registers is None else {"maxnreg": blocks.max_registers}),
             # Adjusted logits are those of the twin to the last bit.
             enable_fp_fusion=False,
             **_sizes(logits, blocks),

@@ -82,6 +82,7 @@ def choose_program(
     INNER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     GRID_BITS: tl.constexpr,
+    ADJUSTS: tl.constexpr,
 ) -> None:
     """Largest adjusted logit and chosen token of each row: best [S] and token_ids [S] of logits [S, V].
 
@@ -104,9 +105,8 @@ def choose_program(
         num_edits,
         is_held,
         has_penalties,
-        tl.load(floats + REPETITION),
-        tl.load(floats + PRESENCE),
-        tl.load(floats + FREQUENCY),
+        (tl.load(floats + REPETITION), tl.load(floats + PRESENCE), tl.load(floats + FREQUENCY)),
+        ADJUSTS,
     )
     scale = tl.load(floats + SCALE)
     blocks = tl.arange(0, NUM_BLOCKS)

@@ -48,29 +48,56 @@ def adjusted(
     row: tl.tuple, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
 ) -> tl.tensor:
     """`_read`, with biases, then penalties applied, and stop tokens that are held back at -infinity."""
-    logits, seen, edit_ids, edit_values, num_edits, is_held, has_penalties, repetition, presence, frequency = row
+    logits, seen, edit_ids, edit_values, num_edits, is_held, has_penalties, penalties, ADJUSTS = row
     exact = read(logits, first, VOCAB, BLOCK, INNER)
-    columns = columns_of(first, BLOCK, INNER)
-    if num_edits > 0:
-        begin, end = first * 0, first * 0
-        for at in range(0, num_edits, _EDITS):
-            places = at + tl.arange(0, _EDITS)
-            ids = tl.load(edit_ids + places, mask=places < num_edits, other=VOCAB + BLOCK)
-            begin += tl.sum((ids < first).to(tl.int32), axis=0)
-            end += tl.sum((ids < first + BLOCK).to(tl.int32), axis=0)
-        for edit in range(begin, end):
-            value = tl.load(edit_values + edit)
-            is_stop = value == float("-inf")
-            edited = tl.where(is_stop, float("-inf"), exact + value)
-            exact = tl.where((columns == tl.load(edit_ids + edit)) & (is_held | (is_stop == 0)), edited, exact)
-    if has_penalties:
-        record = tl.load(seen + columns, mask=columns < VOCAB, other=0).to(tl.int32)
-        count = record & MAX_COUNT
-        factor = tl.where(record > 0, repetition, 1.0)
-        exact = tl.where(exact > 0, tl.div_rn(exact, factor), exact * factor)
-        exact = exact - frequency * count.to(tl.float32)
-        exact = exact - tl.where(count > 0, presence, 0.0)
+    if ADJUSTS:
+        columns = columns_of(first, BLOCK, INNER)
+        if num_edits > 0:
+            exact = _edited(exact, columns, first, edit_ids, edit_values, num_edits, is_held, VOCAB, BLOCK)
+        if has_penalties:
+            exact = _penalised(exact, columns, seen, penalties, VOCAB)
     return exact
+
+
+@triton.jit
+def _edited(
+    exact: tl.tensor,
+    columns: tl.tensor,
+    first: tl.tensor,
+    edit_ids: tl.tensor,
+    edit_values: tl.tensor,
+    num_edits: tl.tensor,
+    is_held: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """With the edits of the block: the list is in the order of the vocabulary."""
+    begin, end = first * 0, first * 0
+    for at in range(0, num_edits, _EDITS):
+        places = at + tl.arange(0, _EDITS)
+        ids = tl.load(edit_ids + places, mask=places < num_edits, other=VOCAB + BLOCK)
+        begin += tl.sum((ids < first).to(tl.int32), axis=0)
+        end += tl.sum((ids < first + BLOCK).to(tl.int32), axis=0)
+    for edit in range(begin, end):
+        value = tl.load(edit_values + edit)
+        is_stop = value == float("-inf")
+        edited = tl.where(is_stop, float("-inf"), exact + value)
+        exact = tl.where((columns == tl.load(edit_ids + edit)) & (is_held | (is_stop == 0)), edited, exact)
+    return exact
+
+
+@triton.jit
+def _penalised(
+    exact: tl.tensor, columns: tl.tensor, seen: tl.tensor, penalties: tl.tuple, VOCAB: tl.constexpr
+) -> tl.tensor:
+    """With the penalties on seen tokens."""
+    repetition, presence, frequency = penalties
+    record = tl.load(seen + columns, mask=columns < VOCAB, other=0).to(tl.int32)
+    count = record & MAX_COUNT
+    factor = tl.where(record > 0, repetition, 1.0)
+    exact = tl.where(exact > 0, tl.div_rn(exact, factor), exact * factor)
+    exact = exact - frequency * count.to(tl.float32)
+    return exact - tl.where(count > 0, presence, 0.0)
 
 
 @triton.jit
@@ -89,13 +116,13 @@ def key_of(exact: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def logit_of(key: tl.tensor) -> tl.tensor:
-    """The float32 of a `_key`."""
+    """The float32 of a `key_of`."""
     return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def on_grid(place: tl.tensor, grid_bits: tl.tensor) -> tl.tensor:
-    """The logit whose `_key` without its low bits is `place`: of a negative one these bits are ones in the key."""
+    """The logit whose `key_of` without its low bits is `place`: of a negative one these bits are ones in the key."""
     key = place << grid_bits
     return logit_of(tl.where(key < 0, key | ((1 << grid_bits) - 1), key))
 
