@@ -117,8 +117,9 @@ class Bench:
         self._next = [itertools.islice(itertools.cycle(text_ids), i % len(text_ids), None) for i in range(num_requests)]
         for _ in range(num_before):
             self._processor.process(self._step())
-        for output in self._outputs:
-            self._processor.refresh(output)
+        if case.refresh_tokens is not None:
+            for output in self._outputs:
+                self._processor.refresh(output)
 
     def run(self, num_iterations: int) -> dict[str, float]:
         """CPU seconds of so many iterations and of ending all requests."""
@@ -173,12 +174,14 @@ def _facts(tokenizer: Tokenizer) -> EngineFacts:
 def measure_cases(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a case and number of tokens before; microseconds a token, the least of the repeats of each part."""
     for (name, case), num_before in itertools.product(CASES.items(), arguments.tokens_before):
-        num_tokens = arguments.requests * arguments.iterations
+        num_timed = arguments.requests * arguments.iterations
+        # The end is the end of all tokens, however many of them are timed.
+        num_tokens = {"process": num_timed, "refresh": num_timed, "end": num_timed + arguments.requests * num_before}
         least = {"process": float("inf"), "refresh": float("inf"), "end": float("inf")}
         for _ in range(arguments.repeats):
             bench = Bench(tokenizer, case, num_requests=arguments.requests, num_before=num_before)
             spent = bench.run(arguments.iterations)
-            least = {part: min(least[part], spent[part] / num_tokens * 1e6) for part in least}
+            least = {part: min(least[part], spent[part] / num_tokens[part] * 1e6) for part in least}
         parts = {f"{part}_us": round(us, 3) for part, us in least.items()}
         yield {"case": name, "tokens_before": num_before, **parts, "token_us": round(sum(least.values()), 3)}
 
@@ -225,7 +228,7 @@ def _least_s(way: Callable[[], object], num_repeats: int) -> float:
     return min(times_s)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="model folder or name (the embedded model)")
     parser.add_argument("--requests", type=int, default=200, help="requests that run at once (200)")
@@ -233,7 +236,7 @@ def main() -> int:
     parser.add_argument("--tokens-before", type=int, nargs="+", default=[100, 20_000], help="(100 20000)")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement; the least counts (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     tokenizer = load_tokenizer(EngineConfig(model=arguments.tokenizer))
     if tokenizer is None:
         parser.error(f"{arguments.tokenizer} has no tokenizer")

@@ -72,10 +72,10 @@ class LogprobRows(Sequence[PositionLogprobs]):
         # Of each place: where it ends in the arrays above, and the rank of the token that stands there.
         self._ends, self._ranks = array("q"), array("q")
 
-    def add(self, token_ids: Sequence[int], logprobs: Sequence[float], rank: int) -> None:
+    def add(self, token_ids: list[int], logprobs: list[float], rank: int) -> None:
         """Add a place; arguments as of `position_logprobs`."""
-        self._token_ids.extend(token_ids)
-        self._logprobs.extend(logprobs)
+        self._token_ids.fromlist(token_ids)
+        self._logprobs.fromlist(logprobs)
         self._ends.append(len(self._token_ids))
         self._ranks.append(rank)
 
