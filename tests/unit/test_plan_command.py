@@ -16,7 +16,7 @@ from nanoflow.cost.table import SAMPLING, Point, Profile, Setup
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import MadeFor, PlanEntry, StoredBook
+from nanoflow.plan.book import BookLimits, BookPrediction, MadeFor, PlanEntry, StoredBook, WorkloadPrediction
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from tests.toy_models import write_toy_model
 
@@ -108,6 +108,24 @@ def test_an_empty_book(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     path = tmp_path / "book.json"
     path.write_bytes(StoredBook(entries=()).to_json())
     assert shown(capsys, path) == "the plan book has no plans\n"
+
+
+def test_a_book_says_under_which_limits_it_is_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best, other = (BookLimits(max_batch_tokens=tokens, max_num_seqs=512) for tokens in (2048, 8192))
+    workload = WorkloadPrediction(
+        workload="1024/512", num_requests=1400, sequential_tokens_per_s=20_000.0, tokens_per_s=21_000.0
+    )
+    book = StoredBook(
+        entries=(), limits=best, prediction=BookPrediction(sequential_limits=other, workloads=(workload,))
+    )
+    path = tmp_path / "book.json"
+    path.write_bytes(book.to_json())
+    assert shown(capsys, path).splitlines() == [
+        "best limits: 2,048 tokens, 512 requests",
+        "sequential best: 8,192 tokens, 512 requests",
+        "1024/512 x 1,400: 21,000 tokens/s, predicted, sequentially 20,000: 1.050x",
+        "the plan book has no plans",
+    ]
 
 
 def test_a_picture_is_written(capsys: pytest.CaptureFixture[str], plan_file: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.graph.operation import OpKind
 from nanoflow.models.config import parse
+from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profiler import alone, inside, pairs, profile, site
@@ -24,7 +25,7 @@ from nanoflow.profiler.profile import Job, new_job, run_job
 from nanoflow.profiler.setup import check_same_machine
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import SPANS, Span, Sustained
-from nanoflow.profiler.work import Sizes, Task, num_chunks, tasks
+from nanoflow.profiler.work import Sizes, Task, cache_bytes, num_chunks, tasks
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -233,10 +234,28 @@ def test_pairs_have_the_halves_of_the_token_budget(monkeypatch: pytest.MonkeyPat
     assert max(sizes) == largest and len(sizes) == len(set(sizes)) and {256, 512} <= set(sizes)
     monkeypatch.setattr(inside, "can_carry", lambda *_: True)
     monkeypatch.setattr(inside, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
-    carried = inside_tasks(on_gpu, budget, 132)
+    carried = inside_tasks(on_gpu, Sizes(max_tokens=budget), 132)
     assert max(task.num_tokens for task in carried) == largest
     rates = [task.steps for task in carried if task.num_tokens == largest and not task.is_empty]
     assert rates == [2, 3, 4] and len({task.key for task in carried}) == len(carried)
+
+
+def test_products_are_not_filled_with_more_keys_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 tokens of Llama-3-8B carry 1,424 requests of 1,280 keys at every 4 k-steps, 7 GiB, and 14 at every 2."""
+    llama = Site(
+        graph=build_graph(preset_config("llama-3-8b"), None),
+        device=torch.device("cuda", 0),
+        dtype=torch.bfloat16,
+        page_size=16,
+    )
+    monkeypatch.setattr(inside, "can_carry", lambda *_: True)
+    monkeypatch.setattr(inside, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
+    for max_cache_bytes, largest in ((16 << 30, [2, 3, 4]), (8 << 30, [4])):
+        found = inside_tasks(llama, Sizes(max_tokens=8192, max_cache_bytes=max_cache_bytes), 132)
+        full = [task for task in found if not task.is_empty]
+        steps = {size: [task.steps for task in full if task.num_tokens == size] for size in (1024, 2048, 4096)}
+        assert steps == {1024: [2, 3, 4], 2048: [2, 3, 4], 4096: largest}
+        assert max(cache_bytes(llama, task.attention) for task in full) <= max_cache_bytes
 
 
 def test_what_a_smaller_budget_measured_is_not_measured_again(tmp_path: Path) -> None:

@@ -128,7 +128,17 @@ def _chosen(book: StoredBook, name: str | None) -> PipelinePlan | None:
 
 
 def _listed(book: StoredBook) -> Iterator[str]:
-    """A row an entry."""
+    """What limits the book is for, and a row an entry."""
+    if book.limits is not None:
+        yield f"best limits: {book.limits}"
+    if book.prediction is not None:
+        how = "with gains as measured" if book.prediction.is_measured else "predicted"
+        yield f"sequential best: {book.prediction.sequential_limits}"
+        for each in book.prediction.workloads:
+            yield (
+                f"{each.workload} x {each.num_requests:,}: {each.tokens_per_s:,.0f} tokens/s, {how}, sequentially "
+                f"{each.sequential_tokens_per_s:,.0f}: {each.gain:.3f}x"
+            )
     if not book.entries:
         yield "the plan book has no plans"
         return

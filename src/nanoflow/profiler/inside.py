@@ -29,7 +29,7 @@ from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_
 from nanoflow.profiler.pairs import largest_half
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained
-from nanoflow.profiler.work import Task, decode_task
+from nanoflow.profiler.work import Sizes, Task, cache_bytes, decode_task
 
 _TOKENS = (256, 384, 512, 768, 1024, 2048, 4096)
 # K-steps to a block of keys.
@@ -70,8 +70,8 @@ class InsideTask:
         return 0.0 if self.is_empty else self.attention.context
 
 
-def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
-    """Nothing where products do not carry."""
+def inside_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[InsideTask]:
+    """Nothing where products do not carry; no product that is filled by more keys than `sizes` has memory for."""
     attention = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
     has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer)
     if not has_products or not can_carry(site.device, site.dtype, site.graph.attention):
@@ -88,8 +88,9 @@ def inside_tasks(site: Site, max_tokens: int, num_sms: int) -> list[InsideTask]:
         return InsideTask(num_tokens=num_tokens, steps=steps, attention=keys, products=name, is_empty=is_empty)
 
     found = []
-    for num_tokens in sorted({min(count, largest_half(max_tokens)) for count in _TOKENS}):
-        found += [task(PRODUCTS, num_tokens, steps, is_empty=False) for steps in _STEPS]
+    for num_tokens in sorted({min(count, largest_half(sizes.max_tokens)) for count in _TOKENS}):
+        full = [task(PRODUCTS, num_tokens, steps, is_empty=False) for steps in _STEPS]
+        found += [each for each in full if cache_bytes(site, each.attention) <= sizes.max_cache_bytes]
         # With nothing to carry the rate makes no difference.
         names = (PRODUCTS, *(op.name for op in products))
         found += [task(name, num_tokens, _STEPS[-1], is_empty=True) for name in names]

@@ -100,7 +100,7 @@ class Job:
         alone = tasks(self.site, self.sizes) if self.has_alone else []
         parts = part_tasks(self.site, budget, num_sms) if Mechanism.PARTITION in self.mechanisms else []
         beside = [pair for pair in pair_tasks(self.site, budget, num_sms) if pair.mechanism in self.mechanisms]
-        inside = inside_tasks(self.site, budget, num_sms) if Mechanism.INSIDE in self.mechanisms else []
+        inside = inside_tasks(self.site, self.sizes, num_sms) if Mechanism.INSIDE in self.mechanisms else []
         return Wanted(
             alone=[task for task in alone if task.key not in points],
             parts=[part for part in parts if _part_key(part, num_sms) not in points],
