@@ -10,12 +10,16 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from nanoflow.server.errors import ApiError, invalid_body
 
 # Shorter bodies take less than a millisecond or two.
 LONG_BODY_BYTES = 1 << 16
@@ -30,26 +34,46 @@ class BodyRoute(APIRoute):
         model = self.body_field.field_info.annotation if self.body_field is not None else None
 
         async def read_and_handle(request: Request) -> Response:
-            return await handle(_Request(request, model))
+            reading = _Request(request, model)
+            try:
+                return await handle(reading)
+            except HTTPException:
+                if reading.problem is None:
+                    raise
+                raise reading.problem from None
 
         return read_and_handle
 
 
 class _Request(Request):
+    """A request that reads a long body for itself.
+
+    Attributes:
+        problem: Why the body was refused, if it was.
+    """
+
     def __init__(self, request: Request, model: Any) -> None:
         super().__init__(request.scope, request.receive)
+        self.problem: ApiError | None = None
         self._model = model
 
     async def json(self) -> Any:
-        """The body's value; of a long one the model itself, if it fits. FastAPI tells of what does not fit."""
+        """The body's value; of a long body the model itself."""
         body = await self.body()
         if len(body) < LONG_BODY_BYTES:
             return json.loads(body)
         loop, reader = asyncio.get_running_loop(), self.app.state.body_reader
         value = await loop.run_in_executor(reader, decode, body)
-        if isinstance(self._model, type) and issubclass(self._model, BaseModel):
-            return await loop.run_in_executor(reader, _checked, self._model, value)
-        return value
+        if not (isinstance(self._model, type) and issubclass(self._model, BaseModel)):
+            return value
+        try:
+            # With the options that FastAPI gives, for errors in the same words.
+            return await loop.run_in_executor(reader, partial(self._model.model_validate, value, from_attributes=True))
+        except ValidationError as error:
+            # FastAPI would check all of it again, in the event loop.
+            problems = error.errors(include_url=False, include_input=False)
+            self.problem = invalid_body([{**problem, "loc": ("body", *problem["loc"])} for problem in problems])
+            raise HTTPException(400) from error
 
 
 def add_body_reader(app: FastAPI) -> None:
@@ -67,10 +91,3 @@ def decode(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return json.loads(body)
-
-
-def _checked(model: type[BaseModel], value: Any) -> Any:
-    try:
-        return model.model_validate(value)
-    except ValidationError:
-        return value  # to be refused where errors become answers

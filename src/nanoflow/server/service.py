@@ -73,3 +73,11 @@ class Service:
         template = self.tokenizer.apply_chat_template
         with user_errors():
             return await asyncio.to_thread(template, turns, **conversation.template_options)
+
+    async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Text of token ids, made beside the event loop; an id that does not exist is refused (400)."""
+        vocab_size, decode = self.engine.facts.vocab_size, self.tokenizer.decode
+        if await asyncio.to_thread(max, token_ids, default=0) >= vocab_size:
+            raise ApiError(400, f"tokens must be below the vocabulary size, {vocab_size}", param="tokens")
+        with user_errors():
+            return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)

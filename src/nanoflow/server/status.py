@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Response
 
 import nanoflow
 from nanoflow.server.bodies import BodyRoute
-from nanoflow.server.errors import ERROR_RESPONSES, ApiError, user_errors
+from nanoflow.server.errors import ERROR_RESPONSES, ApiError, json_response
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.protocol import DetokenizeRequest, TokenizeRequest
 from nanoflow.server.responses import (
@@ -92,25 +90,29 @@ def tokens_router(service: Service) -> APIRouter:
     """Routes between text and tokens."""
     router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES, route_class=BodyRoute)
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    # Answers may be long: they are encoded as they are, without FastAPI's check of its own models.
+    @router.post("/tokenize", response_model=TokenizeResponse)
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt or of a conversation."""
         service.check_model(body.model)
         if body.messages is not None:
             tokens = await service.encode_chat(body.messages, body)
         else:
             tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        return {"count": len(tokens), "max_model_len": service.engine.facts.max_model_len, "tokens": tokens}
+        answer: TokenizeResponse = {
+            "count": len(tokens),
+            "max_model_len": service.engine.facts.max_model_len,
+            "tokens": tokens,
+        }
+        return json_response(answer)
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+    @router.post("/detokenize", response_model=DetokenizeResponse)
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids."""
         service.check_model(body.model)
-        vocab_size = service.engine.facts.vocab_size
-        if any(token_id >= vocab_size for token_id in body.tokens):
-            raise ApiError(400, f"tokens must be below the vocabulary size, {vocab_size}", param="tokens")
-        decode, is_skipping = service.tokenizer.decode, body.skip_special_tokens is True
-        with user_errors():
-            return {"prompt": await asyncio.to_thread(decode, body.tokens, skip_special_tokens=is_skipping)}
+        answer: DetokenizeResponse = {
+            "prompt": await service.decode(body.tokens, skip_special_tokens=body.skip_special_tokens is True)
+        }
+        return json_response(answer)
 
     return router
