@@ -432,7 +432,7 @@ def test_integrity_check_notices_a_request_with_too_few_pages() -> None:
     scheduler = Scheduler(limits=make_limits())
     scheduler.add(make_request(0))
     batch = next_batch(scheduler)
-    scheduler._tables.release(np.array([batch.rows[0]], dtype=np.int64)))
+    scheduler._tables.release(np.array([batch.rows[0]], dtype=np.int64))
     with pytest.raises(RuntimeError, match="more or fewer pages"):
         scheduler.check_integrity()
 
