@@ -29,7 +29,8 @@ from nanoflow.bench.machine import detect_machine, detect_software
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import Scheduler, SchedulerLimits
 
-MAX_MEDIAN_S = 1e-3
+# Of schedule + commit, for up to 1,000 running requests and for more.
+MAX_MEDIAN_S, MAX_MEDIAN_MANY_S = 1e-3, 2e-3
 EOS = 2
 NUM_WARMUP = 1500
 PAGE_SIZE = 16
@@ -159,7 +160,7 @@ def main() -> int:
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="token budget (2048)")
     parser.add_argument("--iterations", type=int, default=1000, help="iterations to time, at most 5000 (1000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--check", action="store_true", help="fail if a median of schedule + commit is above 1 ms")
+    parser.add_argument("--check", action="store_true", help="fail if a median is above the target")
     arguments = parser.parse_args()
     if not 1 <= arguments.iterations <= 5000 or not 1 <= arguments.requests < arguments.max_batch_tokens:
         parser.error("--iterations must be in 1..5000 and --requests in 1..max_batch_tokens - 1")
@@ -178,10 +179,16 @@ def main() -> int:
         )
     if arguments.json:
         write_record(arguments.json, arguments, results)
-    is_slow = any(row["both_median_us"] > MAX_MEDIAN_S * 1e6 for row in results.values())
+    target_s = target_for(arguments.requests)
+    is_slow = any(row["both_median_us"] > target_s * 1e6 for row in results.values())
     if arguments.check and is_slow:
-        print(f"too slow: the median of schedule + commit exceeds {MAX_MEDIAN_S * 1e3:g} ms", file=sys.stderr)
+        print(f"too slow: the median of schedule + commit exceeds {target_s * 1e3:g} ms", file=sys.stderr)
     return int(arguments.check and is_slow)
+
+
+def target_for(num_requests: int) -> float:
+    """Seconds that the median of schedule + commit may take."""
+    return MAX_MEDIAN_S if num_requests <= 1000 else MAX_MEDIAN_MANY_S
 
 
 def write_record(path: Path, arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
@@ -193,7 +200,7 @@ def write_record(path: Path, arguments: argparse.Namespace, results: dict[str, d
         "headline": {
             "what": f"one iteration of the scheduler (schedule + commit), {arguments.requests:,} running requests",
             "measured": f"{min(medians) / 1e3:.2f} to {max(medians) / 1e3:.2f} ms, medians of {len(medians)} workloads",
-            "target": f"{MAX_MEDIAN_S * 1e3:g} ms on one core",
+            "target": f"{target_for(arguments.requests) * 1e3:g} ms on one core",
             "hardware": f"{machine.cpu_name}, one core",
         },
         "machine": dataclasses.asdict(machine),

@@ -73,5 +73,7 @@ class Pace:
             )
             return predict_s(shape)
 
+        if time_s(max_batch_tokens) <= self.max_itl_s:
+            return max_batch_tokens
         allowed = range(least, max_batch_tokens + 1)
         return allowed[max(bisect_right(allowed, self.max_itl_s, key=time_s) - 1, 0)]
