@@ -27,7 +27,7 @@ def numbers(num_rows: int, first_position: int = 5, **columns: Any) -> Tensor:
     table["scale"], table["top_p"], table["log_min_p"], table["repetition"] = scale_of(0.8), 1.0, -np.inf, 1.0
     for name, values in columns.items():
         table[name] = values
-    return torch.from_numpy(table.view(np.int32).reshape(num_rows, -1))
+    return torch.from_numpy(table.view(np.int32).reshape(num_rows, NUMBERS.itemsize // 4))
 
 
 def filter_columns() -> dict[str, Any]:
