@@ -189,3 +189,13 @@ def test_a_count_stops_below_the_bit_of_the_prompt() -> None:
     numbers = sample_cases.numbers(1, has_penalties=1)
     sample.choose(_logits(1), numbers, tables)
     assert bool((tables.seen == sample.IN_PROMPT | sample.MAX_COUNT).all())
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(VOCAB, 1.0), (30, 0.9)])
+def test_draws_of_many_seeds_follow_the_distribution(top_k: int, top_p: float) -> None:
+    numbers = sample_cases.numbers(20_000, scale=sample.scale_of(1.0), top_k=top_k, top_p=top_p)
+    logits = _logits(3)
+    token_ids, _ = sample.choose(logits.expand(20_000, -1), numbers, sample_cases.tables(1, VOCAB))
+    sample_cases.assert_distribution(token_ids, logits[0], top_k=top_k, top_p=top_p)
+    with pytest.raises(AssertionError):
+        sample_cases.assert_distribution(token_ids, 1.1 * logits[0], top_k=top_k, top_p=top_p)

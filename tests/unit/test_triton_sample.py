@@ -97,7 +97,7 @@ def test_tokens_that_cannot_be_drawn() -> None:
 def test_rows_that_are_not_finite_stay_alone(scale: float) -> None:
     logits = _logits(8, 300)
     clean = logits.clone()
-    logits[1, 300], logits[3, 5], logits[6] = torch.nan, torch.inf, -torch.inf
+    logits[1, 200], logits[3, 5], logits[6] = torch.nan, torch.inf, -torch.inf
     numbers, tables = sample_cases.numbers(8, scale=scale, top_p=0.9), sample_cases.tables(1, 300)
     token_ids, best = fast.choose(logits, numbers, tables, blocks=BLOCKS)
     expected, _ = sample.choose(clean, numbers, tables)
@@ -128,33 +128,23 @@ def test_top_logprobs(dtype: torch.dtype, vocab_size: int) -> None:
     _, expected, expected_ranks = sample.top_logprobs(logits, places, token_ids, 20)
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(ranks, expected_ranks) and torch.equal(ids[:, 0].long(), token_ids)
-    order = logits[places].float().sort(-1, descending=True, stable=True)[1]
+    order = logits[places].float().sort(dim=-1, descending=True, stable=True)[1]
     assert torch.equal(ids[:, 1:].long(), order[:, :20])
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square over all tokens, of draws with as many seeds; top_k leaves 30 of 40 tokens, top_p fewer."""
-    num_draws, vocab_size = 4000, 40
+    """Chi-square over the tokens that top_k and top_p leave, of draws with as many seeds."""
+    num_draws, vocab_size = 250, 12
     logits = _logits(1, vocab_size, spread=1.0).expand(num_draws, -1).contiguous()
-    numbers = sample_cases.numbers(num_draws, scale=sample.scale_of(1.0), top_k=30, top_p=0.9)
+    numbers = sample_cases.numbers(num_draws, scale=sample.scale_of(1.0), top_k=8, top_p=0.9)
     token_ids, _ = fast.choose(logits, numbers, sample_cases.tables(1, vocab_size), blocks=BLOCKS, adjusts=False)
-    probabilities, order = logits[0].double().softmax(-1).sort(descending=True)
-    kept = probabilities[:30]
-    kept = kept[kept.cumsum(0) - kept < 0.9 * kept.sum()]
-    expected = torch.zeros(vocab_size, dtype=torch.float64)
-    expected[order[: len(kept)]] = kept / kept.sum() * num_draws
-    counts = torch.bincount(token_ids, minlength=vocab_size)
-    assert not counts[expected == 0].any()
-    chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum().item()
-    degrees = len(kept) - 1
-    # Beyond this with probability 1e-4 or less.
-    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5 + 8
+    sample_cases.assert_distribution(token_ids, logits[0], top_k=8, top_p=0.9)
 
 
 def test_uniform_numbers_are_those_of_the_host() -> None:
     """Over a vocabulary of equal logits the token says the number."""
-    logits = torch.zeros(64, 1024)
-    numbers = sample_cases.numbers(64, first_position=2**30)
+    logits = torch.zeros(24, 1024)
+    numbers = sample_cases.numbers(24, first_position=2**30)
     token_ids, _ = fast.choose(logits, numbers, sample_cases.tables(1, 1024), blocks=BLOCKS, adjusts=False)
     host = numbers.numpy().view(sample.NUMBERS)[:, 0]
     expected = sample.uniform(host["seed"], host["position"].astype(np.int64))
