@@ -27,7 +27,7 @@ def numbers(num_rows: int, first_position: int = 5, **columns: Any) -> Tensor:
     table["scale"], table["top_p"], table["log_min_p"], table["repetition"] = scale_of(0.8), 1.0, -np.inf, 1.0
     for name, values in columns.items():
         table[name] = values
-    return torch.from_numpy(table.view(np.int32).reshape(num_rows, -1))
+    return torch.from_numpy(table.view(np.int32).reshape(num_rows, NUMBERS.itemsize // 4))
 
 
 def filter_columns() -> dict[str, Any]:
@@ -70,3 +70,20 @@ def to(tables_: SampleTables, device: torch.device) -> SampleTables:
         edit_ids=tables_.edit_ids.to(device),
         edit_values=tables_.edit_values.to(device),
     )
+
+
+def assert_distribution(token_ids: Tensor, logits: Tensor, *, top_k: int, top_p: float) -> None:
+    """Draws at temperature 1 from logits [V], by a chi-square test that fails the right ones once in 10,000."""
+    num_draws, vocab_size = len(token_ids), len(logits)
+    probabilities, order = logits.double().softmax(-1).sort(descending=True)
+    kept = probabilities[:top_k]
+    kept = kept[kept.cumsum(0) - kept < top_p * kept.sum()]
+    expected = torch.zeros(vocab_size, dtype=torch.float64, device=logits.device)
+    expected[order[: len(kept)]] = kept / kept.sum() * num_draws
+    counts = torch.bincount(token_ids, minlength=vocab_size)
+    assert not counts[expected == 0].any()
+    chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum().item()
+    # The approximation of Wilson and Hilferty for its quantile.
+    degrees = len(kept) - 1
+    spread = 2 / (9 * degrees)
+    assert chi_square < degrees * (1 - spread + 3.72 * spread**0.5) ** 3

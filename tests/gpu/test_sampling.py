@@ -118,6 +118,21 @@ def test_top_logprobs(num_rows: int, dtype: torch.dtype) -> None:
     assert all(len(set(row)) == 20 for row in ids[:, 1:].tolist())
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(VOCAB_SIZE, 1.0), (60, 0.9)])
+def test_draws_of_many_seeds_follow_the_distribution(top_k: int, top_p: float) -> None:
+    logits = torch.full((1, VOCAB_SIZE), -torch.inf, device=DEVICE)
+    favourites = torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(0))[:100].to(DEVICE)
+    logits[0, favourites] = torch.randn(100, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    rounds = []
+    for first_position in range(20):
+        numbers = sample_cases.numbers(
+            1000, 1000 * first_position, scale=sample.scale_of(1.0), top_k=top_k % VOCAB_SIZE, top_p=top_p
+        )
+        rows, tables = logits.expand(1000, -1).contiguous(), sample_cases.to(sample_cases.tables(1, 2), DEVICE)
+        rounds.append(triton_sample.choose(rows, numbers.to(DEVICE), tables, adjusts=False)[0])
+    sample_cases.assert_distribution(torch.cat(rounds), logits[0], top_k=min(top_k, 100), top_p=top_p)
+
+
 PARAMS = [
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=0.8),

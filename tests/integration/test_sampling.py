@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
@@ -209,3 +211,37 @@ def test_parameters_at_the_ends_of_their_ranges_sample_something(engine: Engine)
     ]
     results = _run(engine, [(PROMPTS[0], params) for params in ends])
     assert [(len(result.token_ids), result.reason) for result in results] == [(12, FinishReason.LENGTH)] * len(ends)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_end_their_request_alone(folder: Path, tmp_path: Path, value: float) -> None:
+    """One token's embedding is not finite: whoever has it in the prompt fails, and others may have its pages later."""
+    bad = 130
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][bad] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    prompts = [[token for token in prompt if token != bad] for prompt in PROMPTS]
+    # The bad token is never drawn.
+    clean = [
+        (prompt, _params(logit_bias={bad: -100.0}, temperature=i % 2 / 2, seed=i)) for i, prompt in enumerate(prompts)
+    ]
+    spoilt = [
+        ([1, bad, 5], _params()),
+        ([1, bad, 5], _params(temperature=1.0, top_p=0.9)),
+        ([bad], _params(temperature=1.0, repetition_penalty=1.2, logprobs=3)),
+        ([3, 4, bad], _params(temperature=1.0, top_k=3, prompt_logprobs=2)),
+    ]
+    engine = build_engine(
+        EngineConfig(model=str(tmp_path / "model"), max_num_seqs=16, max_batch_tokens=32, num_pages=64)
+    )
+    try:
+        expected = [result.token_ids for result in _run(engine, clean)]
+        for _ in range(2):
+            results = _run(engine, [request for pair in zip(clean, spoilt, strict=False) for request in pair])
+            assert [result.reason for result in results[1::2]] == [FinishReason.ERROR] * len(spoilt)
+            assert [result.token_ids for result in results[::2]] == expected[: len(spoilt)]
+            assert [result.token_ids for result in _run(engine, clean)] == expected
+    finally:
+        engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from nanoflow.batch import TopLogprobs
 from nanoflow.kernels import sample
+from tests import sample_cases
 
+CPU = torch.device("cpu")
 VOCAB = 50
 GRID = 20_000
 
@@ -29,11 +32,11 @@ def _draw(
     def column(value: float) -> torch.Tensor:
         return torch.full((len(logits),), value)
 
+    scale = column(sample.scale_of(temperature))
     if top_k == 0 and top_p == 1.0 and min_p == 0.0:
-        return sample.draw(logits, column(temperature), uniforms)
-    return sample.draw_filtered(
-        logits, column(temperature), column(top_k).long(), column(top_p), column(min_p), uniforms
-    )
+        return sample.draw(logits, scale, uniforms)
+    log_min_p = column(math.log2(min_p) if min_p else -math.inf)
+    return sample.draw_filtered(logits, scale, column(top_k).long(), column(top_p), log_min_p, uniforms)
 
 
 def _frequencies(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -140,7 +143,7 @@ def test_penalties_token_by_token(seed: int, repetition: float, presence: float,
 
 
 def _top(logits: torch.Tensor, chosen: torch.Tensor) -> list[Any]:
-    return [tensor.numpy() for tensor in sample.top_logprobs(logits, chosen, 3)]
+    return [tensor.numpy() for tensor in sample.top_logprobs(logits, torch.arange(len(logits)), chosen, 3)]
 
 
 def test_top_logprobs() -> None:
@@ -154,3 +157,45 @@ def test_top_logprobs() -> None:
     order = logits.argsort(-1, descending=True)
     assert top.ranks.tolist() == [order[i].tolist().index(chosen[i]) + 1 for i in range(4)]
     assert top.ranks[3] == 1
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 200])
+def test_slices_change_nothing_but_the_memory(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = sample_cases.filter_columns()
+    count = len(columns["scale"])
+    logits, tables = _logits(5, count), sample_cases.tables(count, VOCAB)
+    columns |= sample_cases.adjusted_columns(count)
+    numbers = sample_cases.numbers(count, **columns)
+    whole, others = sample_cases.to(tables, CPU), sample_cases.to(tables, CPU)
+    expected = sample.choose(logits, numbers, whole)
+    places, chosen = torch.arange(count - 1, -1, -1), torch.zeros(count, dtype=torch.int64)
+    expected_top = sample.top_logprobs(logits, places, chosen, 4)
+    monkeypatch.setattr(sample, "_MAX_ELEMENTS", num_rows * VOCAB)
+    for one, other in zip(sample.choose(logits, numbers, others), expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(sample.top_logprobs(logits, places, chosen, 4), expected_top, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(whole.seen, others.seen) and not torch.equal(whole.seen, tables.seen)
+
+
+def test_no_rows() -> None:
+    token_ids, best = sample.choose(torch.empty(0, VOCAB), sample_cases.numbers(0), sample_cases.tables(1, VOCAB))
+    assert (len(token_ids), len(best)) == (0, 0)
+
+
+def test_a_count_stops_below_the_bit_of_the_prompt() -> None:
+    tables = sample_cases.tables(1, VOCAB)
+    tables.seen.fill_(sample.IN_PROMPT | sample.MAX_COUNT)
+    numbers = sample_cases.numbers(1, has_penalties=1)
+    sample.choose(_logits(1), numbers, tables)
+    assert bool((tables.seen == sample.IN_PROMPT | sample.MAX_COUNT).all())
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(VOCAB, 1.0), (30, 0.9)])
+def test_draws_of_many_seeds_follow_the_distribution(top_k: int, top_p: float) -> None:
+    numbers = sample_cases.numbers(20_000, scale=sample.scale_of(1.0), top_k=top_k, top_p=top_p)
+    logits = _logits(3)
+    token_ids, _ = sample.choose(logits.expand(20_000, -1), numbers, sample_cases.tables(1, VOCAB))
+    sample_cases.assert_distribution(token_ids, logits[0], top_k=top_k, top_p=top_p)
+    with pytest.raises(AssertionError):
+        sample_cases.assert_distribution(token_ids, 1.1 * logits[0], top_k=top_k, top_p=top_p)

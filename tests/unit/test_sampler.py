@@ -1,14 +1,17 @@
-"""The sampler cuts large batches into parts: what comes out does not depend on where."""
+"""The sampler's state of each row: what a request brings, and that nothing of an earlier one is left."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from nanoflow.batch import DenseBatch, Joined
-from nanoflow.executor import sampler as module
-from nanoflow.executor.sampler import Drawn, Sampler
+from nanoflow.executor.sampler import Drawn, Sampler, sampling_bytes
+from nanoflow.executor.sampling_state import SamplingState
+from nanoflow.kernels.sample import IN_PROMPT
 from nanoflow.request import SamplingParams
 from tests.graphs import batch_of
 
@@ -29,37 +32,66 @@ def _batch() -> DenseBatch:
     return batch_of([(place + 2, 1) for place in range(len(PARAMS))], len(PARAMS), VOCAB_SIZE, seed=0)
 
 
-def _sample(num_elements: int, monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
-    monkeypatch.setattr(module, "_MAX_ELEMENTS", num_elements)
-    batch, generator = _batch(), torch.Generator().manual_seed(0)
-    sampler = Sampler(num_rows=16, vocab_size=VOCAB_SIZE, device=CPU)
-    for place, params in enumerate(PARAMS):
-        sampler.join(
-            Joined(
-                row=int(batch.rows[place]),
-                params=params,
-                seed=place,
-                token_ids=np.array([1, 2, 3], np.int32),
-                num_prompt_tokens=2,
-                stop_token_ids=(4,),
-            )
-        )
-    return [sampler.sample(batch, torch.randn(len(PARAMS), VOCAB_SIZE, generator=generator) * 3) for _ in range(4)]
+def _joined(row: int, params: SamplingParams, seed: int = 0, **options: Any) -> Joined:
+    tokens = {"token_ids": np.array([1, 2, 3], np.int32), "num_prompt_tokens": 2, "stop_token_ids": (4,)}
+    return Joined(row=row, params=params, seed=seed, **{**tokens, **options})
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3])
-def test_parts_do_not_change_what_is_drawn(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _sample(1 << 20, monkeypatch)
-    in_parts = _sample(num_rows * VOCAB_SIZE, monkeypatch)
-    for one, other in zip(whole, in_parts, strict=True):
+def _logits() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(len(PARAMS), VOCAB_SIZE, generator=generator) * 3 for _ in range(4)]
+
+
+def _sample(sampler: Sampler) -> list[Drawn]:
+    batch = _batch()
+    sampler.join([_joined(int(batch.rows[place]), params, place) for place, params in enumerate(PARAMS)])
+    return [sampler.sample(batch, logits) for logits in _logits()]
+
+
+def test_a_row_keeps_nothing_of_an_earlier_request() -> None:
+    fresh, used = (Sampler(num_rows=16, vocab_size=VOCAB_SIZE, device=CPU) for _ in range(2))
+    everything = SamplingParams(
+        temperature=2.0, top_k=3, top_p=0.5, min_p=0.3, repetition_penalty=2.0, logit_bias={7: 50.0}, min_tokens=9
+    )
+    used.join([_joined(row, everything, token_ids=np.arange(40, dtype=np.int32)) for row in range(16)])
+    used.sample(_batch(), _logits()[0])
+    for one, other in zip(_sample(fresh), _sample(used), strict=True):
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.best, other.best)
         assert one.logprob_places == other.logprob_places == [(0, 3), (2, 1)]
-        for field, other_field in zip(one.logprobs, other.logprobs, strict=True):
-            torch.testing.assert_close(field, other_field)
+        assert all(torch.equal(*fields) for fields in zip(one.logprobs, other.logprobs, strict=True))
 
 
-def test_rows_that_take_the_largest_logit_stay_together() -> None:
-    sampler, batch = Sampler(num_rows=16, vocab_size=1 << 24, device=CPU), _batch()
-    assert sampler._parts(batch.rows, batch.context_len) == [slice(0, len(PARAMS))]
-    sampler._temperature[batch.rows[2]] = 1.0
-    assert sampler._parts(batch.rows, batch.context_len)[0] == slice(0, 2)
+def test_seen_tokens_after_a_preemption() -> None:
+    state = SamplingState(num_rows=4, vocab_size=VOCAB_SIZE, device=CPU)
+    params = SamplingParams(frequency_penalty=1.0)
+    state.join([_joined(2, params, token_ids=np.full(9, 8, np.int32), num_prompt_tokens=5), _joined(0, params)])
+    tokens = np.array([5, 5, 9, 9, 9, 5, 30], np.int32)
+    state.join([_joined(2, params, token_ids=tokens, num_prompt_tokens=3), _joined(1, SamplingParams())])
+    seen = {int(token): int(state.tables.seen[2, token]) for token in state.tables.seen[2].nonzero()}
+    assert seen == {5: IN_PROMPT + 1, 9: IN_PROMPT + 2, 30: 1}
+    assert state.tables.seen[0].nonzero().flatten().tolist() == [1, 2, 3]
+    assert not state.tables.seen[[1, 3]].any()
+
+
+def test_edits_are_in_order_and_have_room() -> None:
+    state = SamplingState(num_rows=4, vocab_size=2000, device=CPU)
+    few = SamplingParams(logit_bias={9: 1.0, 3: -2.0}, min_tokens=5)
+    many = SamplingParams(min_tokens=1)
+    state.join([_joined(1, few, stop_token_ids=(7, 3, -1, 2000))])
+    state.join([_joined(2, many, stop_token_ids=tuple(range(1500)))])
+    (one, other) = state.numbers(np.array([1, 2], np.int32), np.array([4, 4], np.int32))
+    assert (one["num_edits"], one["num_biases"], one["first_free_stop"]) == (4, 2, 7)
+    assert state.tables.edit_ids[1, :4].tolist() == [3, 3, 7, 9]
+    assert state.tables.edit_values[1, :4].tolist() == [-2.0, -torch.inf, -torch.inf, 1.0]
+    assert other["num_edits"] == 1500 and state.tables.edit_ids[2, :1500].tolist() == list(range(1500))
+
+
+def test_stop_tokens_are_only_kept_for_those_who_hold_them_back() -> None:
+    state = SamplingState(num_rows=1, vocab_size=VOCAB_SIZE, device=CPU)
+    state.join([_joined(0, SamplingParams())])
+    assert state.numbers(np.zeros(1, np.int32), np.zeros(1, np.int32))["num_edits"] == 0
+
+
+@pytest.mark.parametrize(("num_rows", "most_mib"), [(1024, 700), (4096, 1500)])
+def test_what_sampling_takes_at_a_large_vocabulary(num_rows: int, most_mib: int) -> None:
+    assert 2 * num_rows * 128256 < sampling_bytes(num_rows, 128256, CPU) < most_mib * 2**20

@@ -122,6 +122,10 @@ def decode_attention(launch: Launch) -> None:
         requests = slice(launch.tokens.start + first, launch.tokens.start + last)
         keys, values = _gather(cache, inputs.decodes.page_tables[requests, :num_pages])
         visible = _visible(inputs.decodes.context_len[requests], keys.shape[2], dims.windows[launch.layer])
+        # What lies behind a context is another request's, and may not be finite: zero times that is not zero.
+        shortest = min(contexts[first:last])
+        for gathered in (keys, values):
+            gathered[:, :, shortest:].masked_fill_(~visible[..., shortest:].transpose(-1, -2), 0.0)
         # The query heads that share a KV head stand as one more dimension: [B, K, H / K, D].
         grouped = q[first:last].view(last - first, dims.num_kv_heads, -1, dims.head_dim)
         result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)

@@ -1,0 +1,168 @@
+"""Programs of sampling in Triton against their twins in torch, run by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
+from nanoflow.kernels import sample
+from nanoflow.kernels import triton_sample as fast
+from tests import sample_cases
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# Several blocks to a row of a vocabulary that the interpreter gets through.
+BLOCKS = fast.RowBlocks(block=256, num_warps=4)
+
+
+def _logits(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float32, spread: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(vocab_size)
+    return (spread * torch.randn(num_rows, vocab_size, generator=generator)).to(dtype)
+
+
+def _assert_twins(logits: Tensor, numbers: Tensor, tables: sample.SampleTables, **options: Any) -> Tensor:
+    ours, expected = sample_cases.to(tables, CPU), sample_cases.to(tables, CPU)
+    token_ids, best = fast.choose(logits, numbers, ours, blocks=BLOCKS, **options)
+    other_ids, other_best = sample.choose(logits, numbers, expected)
+    assert token_ids.tolist() == other_ids.tolist()
+    assert torch.equal(best, other_best) and torch.equal(ours.seen, expected.seen)
+    return token_ids
+
+
+@DTYPES
+def test_every_combination_of_filters(dtype: torch.dtype) -> None:
+    columns = sample_cases.filter_columns()
+    every = slice(None, None, 7)
+    columns = {name: values[every] for name, values in columns.items()}
+    count = len(columns["scale"])
+    numbers = sample_cases.numbers(count, **columns)
+    _assert_twins(_logits(count, 300, dtype), numbers, sample_cases.tables(1, 300), adjusts=False)
+
+
+@DTYPES
+@pytest.mark.parametrize("vocab_size", [1, 2, 7, 131, 256, 257, 1025])
+def test_vocabularies(dtype: torch.dtype, vocab_size: int) -> None:
+    rows = np.arange(12)
+    numbers = sample_cases.numbers(
+        12, top_k=rows % 5, top_p=np.where(rows % 2, 0.9, 1.0), scale=np.where(rows % 4 == 3, 0.0, 1.5)
+    )
+    _assert_twins(_logits(12, vocab_size, dtype), numbers, sample_cases.tables(1, vocab_size))
+
+
+@DTYPES
+def test_adjusted_rows(dtype: torch.dtype) -> None:
+    rows = np.arange(18)
+    columns = sample_cases.adjusted_columns(18)
+    filters = {"top_k": rows % 9, "top_p": np.where(rows % 2, 0.9, 1.0), "scale": np.where(rows % 4 == 3, 0.0, 1.5)}
+    numbers = sample_cases.numbers(18, **columns, **filters)
+    _assert_twins(_logits(18, 300, dtype), numbers, sample_cases.tables(18, 300))
+
+
+def test_without_adjustments_the_draws_are_the_same() -> None:
+    numbers, tables = sample_cases.numbers(6, top_p=0.8), sample_cases.tables(1, 300)
+    one, other = (_assert_twins(_logits(6, 300), numbers, tables, adjusts=adjusts) for adjusts in (False, True))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 2.5])
+def test_equal_logits(value: float) -> None:
+    """Filters cut among equals: those of lower ids stay."""
+    logits = torch.full((20, 300), value)
+    logits[10:, ::3] += 1.0
+    rows = np.arange(20)
+    columns = {"top_k": np.where(rows % 2, 1 + 15 * rows, 0), "top_p": np.where(rows % 3, 0.01 + rows / 21, 1.0)}
+    _assert_twins(logits, sample_cases.numbers(20, **columns), sample_cases.tables(1, 300))
+
+
+def test_tokens_that_cannot_be_drawn() -> None:
+    logits = _logits(12, 300)
+    logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.9] = -torch.inf
+    rows = np.arange(12)
+    columns = {"top_k": (rows % 3) * 40, "top_p": np.where(rows % 2, 0.7, 1.0)}
+    token_ids = _assert_twins(logits, sample_cases.numbers(12, **columns), sample_cases.tables(1, 300))
+    assert bool((logits[torch.arange(12), token_ids] > -torch.inf).all())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_rows_that_are_not_finite_stay_alone(scale: float) -> None:
+    logits = _logits(8, 300)
+    clean = logits.clone()
+    logits[1, 200], logits[3, 5], logits[6] = torch.nan, torch.inf, -torch.inf
+    numbers, tables = sample_cases.numbers(8, scale=scale, top_p=0.9), sample_cases.tables(1, 300)
+    token_ids, best = fast.choose(logits, numbers, tables, blocks=BLOCKS)
+    expected, _ = sample.choose(clean, numbers, tables)
+    is_finite = torch.tensor([row not in (1, 3, 6) for row in range(8)])
+    assert torch.equal(best.isfinite(), is_finite)
+    assert torch.equal(token_ids[is_finite], expected[is_finite])
+    assert bool(((token_ids >= 0) & (token_ids < 300)).all())
+    if scale == 0.0:
+        assert torch.equal(fast.largest(logits, BLOCKS)[1].isfinite(), is_finite)
+
+
+@DTYPES
+@pytest.mark.parametrize("vocab_size", [1, 131, 1025])
+def test_largest(dtype: torch.dtype, vocab_size: int) -> None:
+    logits = _logits(9, vocab_size, dtype, spread=0.1)
+    for ours, other in zip(fast.largest(logits, BLOCKS), sample.largest(logits), strict=True):
+        assert torch.equal(ours, other)
+
+
+@DTYPES
+@pytest.mark.parametrize("vocab_size", [1, 15, 131, 1025])
+def test_top_logprobs(dtype: torch.dtype, vocab_size: int) -> None:
+    logits = _logits(9, vocab_size, dtype)
+    logits[4, vocab_size // 2 + 1 :] = -torch.inf
+    places = torch.tensor([4, 0, 7, 7])
+    token_ids = torch.tensor([0, vocab_size - 1, 0, int(logits[7].argmax())])
+    ids, logprobs, ranks = fast.top_logprobs(logits, places, token_ids, 20, blocks=BLOCKS)
+    _, expected, expected_ranks = sample.top_logprobs(logits, places, token_ids, 20)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ranks, expected_ranks) and torch.equal(ids[:, 0].long(), token_ids)
+    order = logits[places].float().sort(dim=-1, descending=True, stable=True)[1]
+    assert torch.equal(ids[:, 1:].long(), order[:, :20])
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square over the tokens that top_k and top_p leave, of draws with as many seeds."""
+    num_draws, vocab_size = 250, 12
+    logits = _logits(1, vocab_size, spread=1.0).expand(num_draws, -1).contiguous()
+    numbers = sample_cases.numbers(num_draws, scale=sample.scale_of(1.0), top_k=8, top_p=0.9)
+    token_ids, _ = fast.choose(logits, numbers, sample_cases.tables(1, vocab_size), blocks=BLOCKS, adjusts=False)
+    sample_cases.assert_distribution(token_ids, logits[0], top_k=8, top_p=0.9)
+
+
+def test_uniform_numbers_are_those_of_the_host() -> None:
+    """Over a vocabulary of equal logits the token says the number."""
+    logits = torch.zeros(24, 1024)
+    numbers = sample_cases.numbers(24, first_position=2**30)
+    token_ids, _ = fast.choose(logits, numbers, sample_cases.tables(1, 1024), blocks=BLOCKS, adjusts=False)
+    host = numbers.numpy().view(sample.NUMBERS)[:, 0]
+    expected = sample.uniform(host["seed"], host["position"].astype(np.int64))
+    assert token_ids.tolist() == np.floor(expected * 1024).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_sample"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_programs_compile_for_hopper(reports: dict[str, dict[str, Any]]) -> None:
+    """In bfloat16 nothing is spilled, so that as many programs run on a multiprocessor as their registers allow."""
+    assert {name: report["num_spills"] for name, report in reports.items() if "bf16" in name} == dict.fromkeys(
+        ["largest bf16", "choose bf16 False", "choose bf16 True", "logprobs bf16"], 0
+    )
