@@ -53,10 +53,10 @@ def found_of(limits: BookLimits, *rates: float, bound: float = 1.0) -> LimitsFou
 
 
 def test_budgets_go_as_far_as_the_profile_and_given_numbers_win() -> None:
-    assert limits_to_try(PROFILE, None, None) == ([2048, 4096, 8192], [256, 512, 1024, 2048])
+    assert limits_to_try(PROFILE, None, None) == ([1024, 2048, 4096, 8192], [256, 512, 1024, 2048])
     assert limits_to_try(PROFILE, [4096, 3000], [64]) == ([3000, 4096], [64])
-    small = replace(PROFILE, points=tuple(point for point in PROFILE.points if point.num_tokens <= 1024))
-    assert limits_to_try(small, None, [64])[0] == [1024]
+    small = replace(PROFILE, points=tuple(point for point in PROFILE.points if point.num_tokens <= 768))
+    assert limits_to_try(small, None, [64])[0] == [768]
     with pytest.raises(ConfigError, match=r"16384 is beyond the profile, which has operations of up to 8192 tokens"):
         limits_to_try(PROFILE, [2048, 16384], None)
 
@@ -148,7 +148,7 @@ class ToyWorkloads:
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def sequential(self, limits: BookLimits) -> tuple[Run, ...]:
-        rate = self.sequential_rates[limits.max_batch_tokens]
+        rate = self.sequential_rates.get(limits.max_batch_tokens, 10.0)
         return (Run(tokens_per_s=rate, peak_requests=limits.max_num_seqs, bound_tokens_per_s=1.3 * rate),)
 
     def batches(self, limits: BookLimits) -> list[tuple[BatchShape, float]]:
@@ -199,11 +199,11 @@ def test_the_limits_that_are_best_with_plans_are_in_the_book(
     assert "with plans: 2,048 tokens, 512 requests: 108 tokens/s, by gains as predicted\n" in told.out
     assert "predicted for all of 512/512: 1.078x of sequential at its best\n" in told.out
     progress = [line.strip() for line in told.err.splitlines()]
-    assert progress[:3] == [
+    assert progress[:4] == [
         f"{tokens} tokens, 512 requests: {rate} tokens/s sequentially"
-        for tokens, rate in (("2,048", 98), ("4,096", 99), ("8,192", 100))
+        for tokens, rate in (("1,024", 10), ("2,048", 98), ("4,096", 99), ("8,192", 100))
     ]
-    assert progress[3] == "plans for 8,192 tokens, 512 requests" and "100.0% of the time" in progress[4]
+    assert progress[4] == "plans for 8,192 tokens, 512 requests" and "100.0% of the time" in progress[5]
     assert progress[-1] == "2,048 tokens, 512 requests: 108 tokens/s with plans, predicted"
 
 

@@ -59,8 +59,8 @@ class SearchConfig:
 
     num_requests: int = option(1500, "Requests of each workload to simulate, once all at once and once as others leave")
     max_batch_tokens: Sequence[int] | None = _numbers(
-        "Token budgets to compare: tokens of the largest batch; 2048, 4096, 8192 and 16384 if not given, as far as the "
-        "profile goes (with --decodes: 2048)"
+        "Token budgets to compare: tokens of the largest batch; 1024, 2048, 4096, 8192 and 16384 if not given, as far "
+        "as the profile goes (with --decodes: 2048)"
     )
     max_num_seqs: Sequence[int] | None = _numbers(
         "Numbers of requests that run at once to compare; 256, 512, 1024 and 2048 if not given"

@@ -19,7 +19,7 @@ from nanoflow.plan.book import BookLimits
 from nanoflow.search.books import FoundPlan
 
 # What is tried where the user gives no number.
-TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
+TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384)
 REQUEST_COUNTS = (256, 512, 1024, 2048)
 # Limits that plans are searched for under, at most; the best sequential ones are always among them.
 MAX_SEARCHED = 4
