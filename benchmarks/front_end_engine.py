@@ -85,6 +85,10 @@ class TextEngine:
             ),
         )
 
+    def prepare_next(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
     def stats(self) -> EngineStats:
         """State now."""
         return EngineStats(num_running=len(self._left), iteration=self._iteration)

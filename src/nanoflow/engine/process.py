@@ -20,6 +20,7 @@ from typing import Protocol
 from nanoflow.config import EngineConfig
 from nanoflow.engine.channel import Channel
 from nanoflow.engine.front_ends import FrontEnds
+from nanoflow.engine.garbage import freeze_heap
 from nanoflow.engine.messages import (
     Abort,
     Add,
@@ -91,6 +92,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], path: str) -> int:
     try:
         config, messages = _configuration(channel, front_ends)
         engine = build(config)
+        freeze_heap()
         _Loop(engine=engine, channel=channel, front_ends=front_ends).run(messages)
         return 0
     # The border of the process: whatever happened is told to the front ends, which end their requests.

@@ -15,6 +15,7 @@ import uvicorn
 
 from nanoflow.config import ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.cells import Cells
 from nanoflow.server.listen import BACKLOG
@@ -52,6 +53,7 @@ async def answer(
         cells: Where this process counts.
         on_ready: Called once requests are answered.
     """
+    freeze_heap()
     server = _Server(_uvicorn_config(engine, config, cells), on_ready)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
