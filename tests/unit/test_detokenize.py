@@ -298,3 +298,10 @@ def test_the_price_of_a_token_does_not_depend_on_those_before_it(way: str, monke
         return prompt_price + looked_at[0]
 
     assert price(20_000, 100_000) <= 1.5 * price(20, 100)
+
+
+def test_bytes_of_half_a_surrogate_at_the_end_are_two_wrong_bytes() -> None:
+    tokenizer = LEVEL_KINDS["byte-level"]
+    ids = [TOKEN_OF_BYTE[0xED], TOKEN_OF_BYTE[0xA0]]
+    for make in WAYS.values():
+        assert "".join(pieces(tokenizer, tokenizer.encode("hi"), ids, make=make)) == tokenizer.decode(ids)

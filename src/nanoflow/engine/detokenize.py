@@ -99,7 +99,8 @@ class ByteDetokenizer:
     def flush(self) -> str:
         """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
         pending, self._pending = self._pending, b""
-        return REPLACEMENT * (len(pending) if self._replaces_each_byte else min(len(pending), 1))
+        # Python waits for the rest of some bytes that no character begins with, so what is left may show as several.
+        return REPLACEMENT * len(pending) if self._replaces_each_byte else utf_8_decode(pending, "replace", True)[0]
 
     def _without_first_space(self, text: str) -> str:
         self._is_start = not text
