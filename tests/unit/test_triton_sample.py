@@ -63,7 +63,11 @@ def test_vocabularies(dtype: torch.dtype, vocab_size: int) -> None:
 def test_adjusted_rows(dtype: torch.dtype) -> None:
     rows = np.arange(18)
     columns = sample_cases.adjusted_columns(18)
-    filters = {"top_k": rows % 9, "top_p": np.where(rows % 2, 0.9, 1.0), "scale": np.where(rows % 4 == 3, 0.0, 1.5)}
+    filters: dict[str, Any] = {
+        "top_k": rows % 9,
+        "top_p": np.where(rows % 2, 0.9, 1.0),
+        "scale": np.where(rows % 4 == 3, 0.0, 1.5),
+    }
     numbers = sample_cases.numbers(18, **columns, **filters)
     _assert_twins(_logits(18, 300, dtype), numbers, sample_cases.tables(18, 300))
 
@@ -80,7 +84,10 @@ def test_equal_logits(value: float) -> None:
     logits = torch.full((20, 300), value)
     logits[10:, ::3] += 1.0
     rows = np.arange(20)
-    columns = {"top_k": np.where(rows % 2, 1 + 15 * rows, 0), "top_p": np.where(rows % 3, 0.01 + rows / 21, 1.0)}
+    columns: dict[str, Any] = {
+        "top_k": np.where(rows % 2, 1 + 15 * rows, 0),
+        "top_p": np.where(rows % 3, 0.01 + rows / 21, 1.0),
+    }
     _assert_twins(logits, sample_cases.numbers(20, **columns), sample_cases.tables(1, 300))
 
 
@@ -88,7 +95,7 @@ def test_tokens_that_cannot_be_drawn() -> None:
     logits = _logits(12, 300)
     logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.9] = -torch.inf
     rows = np.arange(12)
-    columns = {"top_k": (rows % 3) * 40, "top_p": np.where(rows % 2, 0.7, 1.0)}
+    columns: dict[str, Any] = {"top_k": (rows % 3) * 40, "top_p": np.where(rows % 2, 0.7, 1.0)}
     token_ids = _assert_twins(logits, sample_cases.numbers(12, **columns), sample_cases.tables(1, 300))
     assert bool((logits[torch.arange(12), token_ids] > -torch.inf).all())
 
