@@ -66,8 +66,8 @@ def main() -> None:
             "edit_stride": "i32",
         }
         for adjusts in (False, True):
-            constants = {**sizes(CHOICE), "GRID_BITS": bits, "ADJUSTS": adjusts}
-            signature = {**logits, **tables, **results}
+            constants = {**sizes(CHOICE), "GRID_BITS": bits, "ADJUSTS": adjusts, "ROOM": CHOICE.room}
+            signature = {**logits, **tables, **results, "scratch": "*fp32"}
             reports[f"choose {dtype} {adjusts}"] = compiled(
                 programs.choose_program, signature, constants, ADJUSTED if adjusts else CHOICE
             )

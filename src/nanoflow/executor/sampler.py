@@ -47,11 +47,20 @@ class Sampler:
     """Holds the sampling state of every row and draws tokens."""
 
     def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._device = device
+        self._device, self._vocab_size = device, vocab_size
         self._kernels = sample_kernels_for(device)
         self._state = SamplingState(num_rows=num_rows, vocab_size=vocab_size, device=device)
         self._wants_logprobs = np.zeros(num_rows, np.bool_)
         self._num_logprobs = np.zeros(num_rows, np.int64)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what draws from logits of a type run, before a request waits for it; no row is changed."""
+        logits = torch.zeros(1, self._vocab_size, dtype=dtype, device=self._device)
+        numbers = _uploaded(self._state.numbers(np.zeros(1, np.int32), np.zeros(1, np.int32)), self._device)
+        token_ids, _ = self._kernels.largest(logits)
+        for adjusts in (False, True):
+            self._kernels.choose(logits, numbers, self._state.tables, adjusts=adjusts)
+        self.score(logits, token_ids, 1)
 
     def join(self, joined: Sequence[Joined]) -> None:
         """Give rows to requests."""
@@ -87,8 +96,13 @@ class Sampler:
         adjusts = _adjusts(numbers)
         if not adjusts and not numbers["scale"].any():
             return self._kernels.largest(logits)
-        uploaded = to_device(numbers.view(np.int32).reshape(len(numbers), -1), self._device)
+        uploaded = _uploaded(numbers, self._device)
         return self._kernels.choose(logits, uploaded, self._state.tables, adjusts=adjusts)
+
+
+def _uploaded(numbers: NDArray[np.void], device: torch.device) -> Tensor:
+    """`NUMBERS` [S], at least one, as int32 [S, 16] on the device."""
+    return to_device(numbers.view(np.int32).reshape(len(numbers), -1), device)
 
 
 def _adjusts(numbers: NDArray[np.void]) -> bool:

@@ -115,13 +115,9 @@ class SamplingState:
         """Places in the flat tables, ids, and values as their bits."""
         self._make_room(max((len(edit.ids) for edit in edits), default=0))
         width = self._tables.edit_ids.shape[1]
-        places = [edit.row * width + np.arange(len(edit.ids), dtype=np.int32) for edit in edits]
-        values = _concatenated([edit.values for edit in edits], np.float32)
-        return [
-            _concatenated(places, np.int32),
-            _concatenated([edit.ids for edit in edits], np.int32),
-            values.view(np.int32),
-        ]
+        places = [np.arange(edit.row * width, edit.row * width + len(edit.ids), dtype=np.int32) for edit in edits]
+        ids, values = [edit.ids for edit in edits], [edit.values for edit in edits]
+        return [_concatenated(places), _concatenated(ids), _concatenated(values)]
 
     def _make_room(self, num_edits: int) -> None:
         """Widen the lists of edits to a power of two that has room."""
@@ -152,10 +148,10 @@ def _seen_parts(penalised: Sequence[Joined], vocab_size: int) -> list[NDArray[np
     return [
         rows,
         np.repeat(rows, [len(prompt) for prompt in prompts]),
-        _concatenated(prompts, np.int32),
+        _concatenated(prompts),
         np.repeat(rows, [len(ids) for ids, _ in generated]),
-        _concatenated([ids for ids, _ in generated], np.int32),
-        _concatenated([np.minimum(counts, MAX_COUNT).astype(np.int32) for _, counts in generated], np.int32),
+        _concatenated([ids for ids, _ in generated]),
+        _concatenated([np.minimum(counts, MAX_COUNT).astype(np.int32) for _, counts in generated]),
     ]
 
 
@@ -164,8 +160,9 @@ def _least_positive(top_p: float) -> np.float32:
     return max(np.float32(top_p), np.finfo(np.float32).tiny)
 
 
-def _concatenated(arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
-    return np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype)
+def _concatenated(arrays: Sequence[NDArray[np.generic]]) -> Int32:
+    """The numbers, or the bits of float32 numbers; nothing if there are no arrays."""
+    return np.concatenate(arrays).view(np.int32) if arrays else np.empty(0, np.int32)
 
 
 def _zeros(shape: tuple[int, int], dtype: type[np.generic], device: torch.device) -> Tensor:

@@ -93,7 +93,7 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
             largest=triton_sample.largest,
             choose=triton_sample.choose,
             top_logprobs=triton_sample.top_logprobs,
-            workspace_bytes=lambda num_rows, vocab_size: 0,
+            workspace_bytes=triton_sample.workspace_bytes,
         )
     return SampleKernels(
         largest=sample.largest,

@@ -26,11 +26,13 @@ class RowBlocks:
         block: Logits at once, a power of two.
         num_warps: Warps of the program.
         max_registers: Registers of a thread, so that several programs run on a multiprocessor; None for any number.
+        room: Logits that a search gathers at most, a power of two.
     """
 
     block: int
     num_warps: int
     max_registers: int | None = None
+    room: int = 2048
 
 
 LARGEST = RowBlocks(block=8192, num_warps=16)
@@ -74,7 +76,9 @@ def choose(
             tables.edit_ids.shape[1],
             token_ids,
             best,
+            best.new_empty(len(logits), blocks.room),
             logits.shape[1],
+            ROOM=blocks.room,
             GRID_BITS=_GRID_BITS[logits.dtype],
             ADJUSTS=adjusts,
             num_warps=blocks.num_warps,
@@ -108,6 +112,11 @@ def top_logprobs(
             **_sizes(logits, blocks),
         )
     return top_ids, logprobs, ranks
+
+
+def workspace_bytes(num_rows: int, _vocab_size: int) -> int:
+    """Most device memory that `choose` takes beside its results."""
+    return num_rows * CHOICE.room * 4
 
 
 def _results(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Filters of a program that samples: top_k and top_p as thresholds on the logit, and what they keep.
 
 A threshold is found by passes over the row that measure, at three probes at once, how many tokens or how much weight
-lie at or above. Shape legend: V vocabulary, B blocks, G groups of a block, I logits of a group.
+lie at or above, until few enough tokens are left between two probes to be gathered.
+
+Shape legend: V vocabulary, B blocks, G groups of a block, I logits of a group.
 """
 
 # mypy: allow-untyped-decorators
@@ -31,6 +33,7 @@ def filtered(
     INNER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     GRID_BITS: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """What top_k, min_p and top_p leave.
 
@@ -47,7 +50,7 @@ def filtered(
         floor = tl.where(top_k <= BLOCK // INNER, tl.min(of_groups, axis=0), LOWEST)
         threshold, above = _search(
             row, top_k.to(tl.float64), tl.maximum(floor, LOWEST), grid_bits, peak, scale, log_min_p, True,
-            VOCAB, BLOCK, INNER,
+            VOCAB, BLOCK, INNER, ROOM,
         )  # fmt: skip
         num_equal = top_k - above.to(tl.int32)
     if (top_k > 0) | (log_min_p > float("-inf")):
@@ -58,7 +61,7 @@ def filtered(
         least = tl.log2(((1 - top_p) * total / VOCAB).to(tl.float32)) - 0.001
         floor = tl.maximum(tl.maximum(peak + least / scale, threshold), LOWEST)
         border, above = _search(
-            row, top_p * total, floor, grid_bits, peak, scale, log_min_p, False, VOCAB, BLOCK, INNER
+            row, top_p * total, floor, grid_bits, peak, scale, log_min_p, False, VOCAB, BLOCK, INNER, ROOM
         )
         weight = tl.exp2((border - peak) * scale).to(tl.float64)
         most = tl.where(border == threshold, num_equal, ALL).to(tl.float64)
@@ -82,27 +85,36 @@ def _search(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The largest logit of the row with the target (a count, or a weight) at or above it, and what is above it.
 
     `floor` is a logit with the target at or above it; `LOWEST` if that is not known, and the answer if there is none.
     Logits are searched as integers in the same order. The answer lies in [low, high).
     """
+    scratch = row[9]
     low, high = key_of(floor) >> grid_bits, (key_of(peak) >> grid_bits) + 1
     above = target * 0
     num_passes = low * 0
+    # Tokens in [low, high), or a few times as many; a floor for a count is close.
+    num_inside = tl.where((floor > LOWEST) & IS_COUNT, 0, ALL)
     while high > low + 1:
         bottom, top = on_grid(low, grid_bits), on_grid(high, grid_bits)
-        first, second, third = _probes(low, high, bottom, top, peak, grid_bits, num_passes)
-        at_first, at_second, at_third, least, most = _measured(
-            row, bottom, top, on_grid(first, grid_bits), on_grid(second, grid_bits), on_grid(third, grid_bits),
-            peak, scale, log_min_p, IS_COUNT, VOCAB, BLOCK, INNER,
-        )  # fmt: skip
-        if least >= most:
-            # One value is left, or none above the floor.
-            low = tl.where(least == most, key_of(least) >> grid_bits, low)
-            high = low + 1
+        if num_inside <= 3 * ROOM:
+            num_inside = _gathered(row, bottom, top, VOCAB, BLOCK, INNER, ROOM)
+            if num_inside <= ROOM:
+                exact = tl.load(scratch + tl.arange(0, ROOM), mask=tl.arange(0, ROOM) < num_inside, other=float("-inf"))
+                low, above = _finished(
+                    exact, num_inside, low, high, above, target, grid_bits, peak, scale, log_min_p, IS_COUNT
+                )
+                high = low + 1
+            num_inside = tl.where(num_inside <= ROOM, num_inside, ALL)
         else:
+            first, second, third = _probes(low, high, bottom, top, peak, grid_bits, num_passes)
+            at_first, at_second, at_third, num_inside = _measured(
+                row, bottom, top, on_grid(first, grid_bits), on_grid(second, grid_bits), on_grid(third, grid_bits),
+                peak, scale, log_min_p, IS_COUNT, VOCAB, BLOCK, INNER,
+            )  # fmt: skip
             low = tl.where(at_first >= target, first, low)
             low = tl.where(at_second >= target, second, low)
             low = tl.where(at_third >= target, third, low)
@@ -111,6 +123,69 @@ def _search(
             above = tl.where(is_below, at_first, tl.where(is_at, at_second, tl.where(is_above, at_third, above)))
         num_passes += 1
     return on_grid(low, grid_bits), above
+
+
+@triton.jit
+def _gathered(
+    row: tl.tuple,
+    bottom: tl.tensor,
+    top: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    ROOM: tl.constexpr,
+) -> tl.tensor:
+    """How many logits are in [bottom, top), of which the first are written to the row's scratch memory."""
+    scratch = row[9]
+    # Of an earlier search others may still be read.
+    tl.debug_barrier()
+    num_inside = bottom.to(tl.int32) * 0
+    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
+        exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        is_inside = (exact >= bottom) & (exact < top)
+        inside = is_inside.to(tl.int32)
+        of_group = tl.sum(inside, axis=1)
+        before = num_inside + tl.cumsum(of_group, axis=0) - of_group
+        places = before[:, None] + tl.cumsum(inside, axis=1) - inside
+        tl.store(scratch + places, exact, mask=is_inside & (places < ROOM))
+        num_inside += tl.sum(of_group, axis=0)
+    tl.debug_barrier()
+    return num_inside
+
+
+@triton.jit
+def _finished(
+    exact: tl.tensor,
+    num_inside: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    above: tl.tensor,
+    target: tl.tensor,
+    grid_bits: tl.tensor,
+    peak: tl.tensor,
+    scale: tl.tensor,
+    log_min_p: tl.tensor,
+    IS_COUNT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The search among logits that are all of [low, high): its end, and what is above it; `above` is above high."""
+    if IS_COUNT:
+        weights = (exact > float("-inf")).to(tl.float64)
+    else:
+        weights = weights_of(exact, peak, scale, log_min_p).to(tl.float64)
+    if num_inside > 0:
+        least = tl.min(tl.where(exact > float("-inf"), exact, float("inf")), axis=0)
+        low = tl.maximum(low, key_of(least) >> grid_bits)
+        high = tl.minimum(high, (key_of(tl.max(exact, axis=0)) >> grid_bits) + 1)
+    else:
+        high = low + 1
+    beyond = above
+    while high > low + 1:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        at_middle = beyond + tl.sum(tl.where(exact >= on_grid(middle, grid_bits), weights, 0.0), axis=0)
+        is_enough = at_middle >= target
+        low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
+        above = tl.where(is_enough, above, at_middle)
+    return low, above
 
 
 @triton.jit
@@ -157,12 +232,11 @@ def _measured(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Count or weight of the tokens at or above each of three logits, and the least and largest in [bottom, top)."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Count or weight of the tokens at or above each of three logits, and the number of tokens in [bottom, top)."""
     at_first = tl.zeros([BLOCK // INNER], tl.float64)
     at_second, at_third = at_first, at_first
-    least = tl.full([BLOCK // INNER], float("inf"), tl.float32)
-    most = tl.full([BLOCK // INNER], float("-inf"), tl.float32)
+    num_inside = tl.zeros([BLOCK // INNER], tl.int32)
     for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
         exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
         if IS_COUNT:
@@ -172,15 +246,12 @@ def _measured(
         at_first += tl.sum(tl.where(exact >= first, weights, 0.0), axis=1).to(tl.float64)
         at_second += tl.sum(tl.where(exact >= second, weights, 0.0), axis=1).to(tl.float64)
         at_third += tl.sum(tl.where(exact >= third, weights, 0.0), axis=1).to(tl.float64)
-        is_inside = (exact >= bottom) & (exact < top)
-        least = tl.minimum(least, tl.min(tl.where(is_inside, exact, float("inf")), axis=1))
-        most = tl.maximum(most, tl.max(tl.where(is_inside, exact, float("-inf")), axis=1))
+        num_inside += tl.sum(((exact >= bottom) & (exact < top)).to(tl.int32), axis=1)
     return (
         tl.sum(at_first, axis=0),
         tl.sum(at_second, axis=0),
         tl.sum(at_third, axis=0),
-        tl.min(least, axis=0),
-        tl.max(most, axis=0),
+        tl.sum(num_inside, axis=0),
     )
 
 

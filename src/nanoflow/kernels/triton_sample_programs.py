@@ -77,17 +77,20 @@ def choose_program(
     edit_stride: int,
     token_ids: tl.tensor,
     best: tl.tensor,
+    scratch: tl.tensor,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     GRID_BITS: tl.constexpr,
     ADJUSTS: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> None:
     """Largest adjusted logit and chosen token of each row: best [S] and token_ids [S] of logits [S, V].
 
     numbers [S], given three times, are `sample.NUMBERS`; seen [R, V] and edits [R, edit_stride] are its tables.
-    GRID_BITS low bits of a logit of this type are zero as a float32.
+    scratch [S, ROOM] is for logits that a search gathers. GRID_BITS low bits are zero where a logit of this type is a
+    float32.
     """
     place = tl.program_id(0).to(tl.int64)
     numbers += place * NUM_FIELDS
@@ -107,6 +110,7 @@ def choose_program(
         has_penalties,
         (tl.load(floats + REPETITION), tl.load(floats + PRESENCE), tl.load(floats + FREQUENCY)),
         ADJUSTS,
+        scratch + place * ROOM,
     )
     scale = tl.load(floats + SCALE)
     blocks = tl.arange(0, NUM_BLOCKS)
@@ -132,7 +136,7 @@ def choose_program(
         log_min_p = tl.load(floats + LOG_MIN_P)
         threshold, num_equal, masses, equals = filtered(
             row, floats, tl.load(numbers + TOP_K), log_min_p, masses, of_groups, peak, scale,
-            VOCAB, BLOCK, INNER, NUM_BLOCKS, GRID_BITS,
+            VOCAB, BLOCK, INNER, NUM_BLOCKS, GRID_BITS, ROOM,
         )  # fmt: skip
         uniform = uniform_of(tl.load(seeds + place * (NUM_FIELDS // 2) + SEED // 2), tl.load(numbers + POSITION))
         token_id = _drawn(

@@ -48,7 +48,7 @@ def adjusted(
     row: tl.tuple, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
 ) -> tl.tensor:
     """`_read`, with biases, then penalties applied, and stop tokens that are held back at -infinity."""
-    logits, seen, edit_ids, edit_values, num_edits, is_held, has_penalties, penalties, ADJUSTS = row
+    logits, seen, edit_ids, edit_values, num_edits, is_held, has_penalties, penalties, ADJUSTS, _ = row
     exact = read(logits, first, VOCAB, BLOCK, INNER)
     if ADJUSTS:
         columns = columns_of(first, BLOCK, INNER)
