@@ -138,19 +138,14 @@ def _cpu_s(pid: int) -> float:
 @contextmanager
 def _server(num_front_ends: int, iteration_ms: float) -> Iterator[tuple[str, list[int]]]:
     """A server with the engine without a model; its root URL and the processes that answer."""
-    from tests.server_process import ServerProcess
+    from tests.server_process import launch
 
     flags = ("--api-servers", str(num_front_ends), "--port", "0", "--served-model-name", "bench")
     command = (sys.executable, "-m", "tests.fake_serve", "default", "--engine-module", "benchmarks.front_end_engine")
-    environment = {**os.environ, ITERATION_S: str(iteration_ms / 1000)}
-    process = subprocess.Popen(
-        (*command, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    server = ServerProcess(process)
-    server.watch()
+    server = launch(*command, *flags, **{ITERATION_S: str(iteration_ms / 1000)})
     try:
         server.wait_ready(READY_TIMEOUT_S)
-        yield server.root_url, [process.pid, *_front_ends(process.pid)]
+        yield server.root_url, [server.process.pid, *_front_ends(server.process.pid)]
     finally:
         server.stop()
 
