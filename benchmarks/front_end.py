@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--client", nargs=2, metavar=("URL", "BODY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
-        print(json.dumps(asyncio.run(_load(args.client[0], args.client[1].encode(), args.streams[0]))))
+        print(json.dumps(asyncio.run(load(args.client[0], args.client[1].encode(), args.streams[0]))))
         return 0
     points = []
     print(f"{'streams':>8} {'iteration ms':>12} {'tokens/chunk':>12} {'us a token':>10} {'tokens/s':>10}")
@@ -160,7 +160,7 @@ def _front_ends(pid: int) -> list[int]:
 # The clients
 
 
-async def _load(url: str, body: bytes, num_streams: int) -> dict[str, float]:
+async def load(url: str, body: bytes, num_streams: int) -> dict[str, float]:
     """So many requests at once, each read to its end."""
     host, _, rest = url.removeprefix("http://").partition(":")
     port, _, path = rest.partition("/")
