@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--client", nargs=2, metavar=("URL", "BODY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
-        print(json.dumps(asyncio.run(_load(args.client[0], args.client[1].encode(), args.streams[0]))))
+        print(json.dumps(asyncio.run(load(args.client[0], args.client[1].encode(), args.streams[0]))))
         return 0
     points = []
     print(f"{'streams':>8} {'iteration ms':>12} {'tokens/chunk':>12} {'us a token':>10} {'tokens/s':>10}")
@@ -138,19 +138,14 @@ def _cpu_s(pid: int) -> float:
 @contextmanager
 def _server(num_front_ends: int, iteration_ms: float) -> Iterator[tuple[str, list[int]]]:
     """A server with the engine without a model; its root URL and the processes that answer."""
-    from tests.server_process import ServerProcess
+    from tests.server_process import launch
 
     flags = ("--api-servers", str(num_front_ends), "--port", "0", "--served-model-name", "bench")
     command = (sys.executable, "-m", "tests.fake_serve", "default", "--engine-module", "benchmarks.front_end_engine")
-    environment = {**os.environ, ITERATION_S: str(iteration_ms / 1000)}
-    process = subprocess.Popen(
-        (*command, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    server = ServerProcess(process)
-    server.watch()
+    server = launch(*command, *flags, **{ITERATION_S: str(iteration_ms / 1000)})
     try:
         server.wait_ready(READY_TIMEOUT_S)
-        yield server.root_url, [process.pid, *_front_ends(process.pid)]
+        yield server.root_url, [server.process.pid, *_front_ends(server.process.pid)]
     finally:
         server.stop()
 
@@ -165,7 +160,7 @@ def _front_ends(pid: int) -> list[int]:
 # The clients
 
 
-async def _load(url: str, body: bytes, num_streams: int) -> dict[str, float]:
+async def load(url: str, body: bytes, num_streams: int) -> dict[str, float]:
     """So many requests at once, each read to its end."""
     host, _, rest = url.removeprefix("http://").partition(":")
     port, _, path = rest.partition("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -58,9 +59,12 @@ def start_server(*arguments: str) -> ServerProcess:
     return launch(sys.executable, "-m", "nanoflow", "serve", *arguments)
 
 
-def launch(*command: str) -> ServerProcess:
-    """Start a command that serves; it is not ready yet."""
-    server = ServerProcess(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+def launch(*command: str, **variables: str) -> ServerProcess:
+    """Start a command that serves, with environment variables on top; it is not ready yet."""
+    environment = {**os.environ, **variables}
+    server = ServerProcess(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    )
     server.watch()
     return server
 

@@ -38,7 +38,7 @@ def run(body: Callable[[Clock], Awaitable[None]]) -> None:
     asyncio.run(body(Clock()))  # type: ignore[arg-type]
 
 
-async def turns(count: int = 6) -> None:
+async def turns(count: int = 30) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 
 from nanoflow.outputs import RequestOutput
 
 # A round of sending is followed by a pause of so many times its duration, in which tokens gather.
 PAUSE_RATIO = 10.0
-# Streams that are woken before other tasks of the event loop get their turn.
+# Streams that are woken before other tasks of the event loop get their turn. To begin or to end one costs more.
 _STREAMS_A_SLICE = 128
+_URGENT_A_SLICE = 32
 
 
 class Stream:
@@ -26,13 +28,13 @@ class Stream:
         is_whole: Wake the reader only when the output is finished.
     """
 
-    __slots__ = ("_has_news", "_waiter", "is_marked", "is_started", "is_whole", "output")
+    __slots__ = ("_has_news", "_waiter", "is_marked", "is_started", "is_urgent", "is_whole", "output")
 
     def __init__(self, output: RequestOutput, *, is_whole: bool = False) -> None:
         self.output = output
         self.is_whole = is_whole
         self.is_started = False
-        self.is_marked = False
+        self.is_marked = self.is_urgent = False
         self._has_news = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -48,7 +50,8 @@ class Stream:
 
     def wake(self) -> None:
         """Let the reader go on."""
-        self.is_marked, self.is_started, self._has_news = False, True, True
+        self.is_marked = self.is_urgent = False
+        self.is_started = self._has_news = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -68,21 +71,32 @@ class Pacer:
         self._interval_s = interval_s
         self._clock = clock
         self._marked: list[Stream] = []
+        self._urgent: deque[Stream] = deque()
         self._is_planned = False
         self._next_s = 0.0
 
     def note(self, stream: Stream) -> None:
         """The stream's output has grown or ended."""
-        if stream.output.finished:
-            stream.wake()
-        elif not stream.is_marked and not stream.is_whole:
-            if not stream.is_started:
-                stream.wake()
-                return
+        if stream.output.finished or not (stream.is_started or stream.is_whole):
+            if not stream.is_urgent:
+                self._hurry(stream)
+        elif not (stream.is_marked or stream.is_whole):
             stream.is_marked = True
             self._marked.append(stream)
             if not self._is_planned:
                 self._plan()
+
+    def _hurry(self, stream: Stream) -> None:
+        stream.is_urgent = True
+        if not self._urgent:
+            asyncio.get_running_loop().call_soon(self._wake_urgent)
+        self._urgent.append(stream)
+
+    def _wake_urgent(self) -> None:
+        for _ in range(min(len(self._urgent), _URGENT_A_SLICE)):
+            self._urgent.popleft().wake()
+        if self._urgent:
+            asyncio.get_running_loop().call_soon(self._wake_urgent)
 
     def _plan(self) -> None:
         self._is_planned = True

@@ -18,6 +18,7 @@ from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.service import Service
 from nanoflow.server.status import models_router, status_router, tokens_router
+from nanoflow.server.turnstile import TurnstileMiddleware
 
 
 def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells | None = None) -> FastAPI:
@@ -40,6 +41,7 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
     )
     install_error_handlers(app)
     add_body_reader(app)
+    app.add_middleware(TurnstileMiddleware)
     for router in (completions_router(service), chat_router(service), models_router(service), tokens_router(service)):
         app.include_router(router)
     app.include_router(status_router(service, metrics))

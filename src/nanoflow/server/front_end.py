@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -56,7 +57,10 @@ class Setup:
 async def _serve(setup: Setup) -> None:
     stop = stop_at_signals()
     threading.Thread(
-        target=_stop_with_parent, args=(asyncio.get_running_loop(), stop), name="parent watch", daemon=True
+        target=_stop_with_parent,
+        args=(asyncio.get_running_loop(), stop, setup.counts),
+        name="parent watch",
+        daemon=True,
     ).start()
     interval_s = setup.server_config.stream_interval_ms / 1000
     join = AsyncEngine.join(setup.engine_path, setup.number, setup.engine_config, interval_s=interval_s)
@@ -76,10 +80,11 @@ def _say_ready() -> None:
     os.write(1, READY)
 
 
-def _stop_with_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _stop_with_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, counts: str) -> None:
     """Wait for the end of standard input, a pipe that only the parent holds: it closes however the parent ends."""
     while os.read(0, 1):
         pass
+    shutil.rmtree(counts, ignore_errors=True)
     with suppress(RuntimeError):  # the loop has ended by itself
         loop.call_soon_threadsafe(stop.set)
     threading.Event().wait(_ORPHAN_GRACE_S)

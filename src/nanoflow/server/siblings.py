@@ -2,7 +2,7 @@
 
 One that ends by itself is started again. Its listening socket stays open here meanwhile, so that connections wait for
 the new process instead of failing, and requests of other front ends are not disturbed. Something that ends them again
-and again is no accident: after `MAX_RESTARTS` the server stops.
+and again is no accident: after `MAX_RESTARTS` in `RESTARTS_WITHIN_S` the server stops.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import logging
 import signal
 import socket
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FRONT_END_MODULE = "nanoflow.server.front_end"
 MAX_RESTARTS = 8
+RESTARTS_WITHIN_S = 600.0
 _CLOSE_GRACE_S = STREAM_END_TIMEOUT_S + 3.0
 
 
@@ -56,7 +59,7 @@ class Siblings:
         self._surroundings = surroundings
         self._living: dict[int, _Sibling] = {}
         self._next_number = 1
-        self._num_restarts = 0
+        self._restarts_s: deque[float] = deque(maxlen=MAX_RESTARTS)
 
     @classmethod
     async def start(cls, surroundings: Surroundings, listeners: Sequence[socket.socket]) -> Siblings:
@@ -100,7 +103,9 @@ class Siblings:
                 task.cancel()
 
     async def close(self) -> None:
-        """End all, in good order if they can."""
+        """End all, in good order if they can; their listeners are closed, so that new connections are refused."""
+        for sibling in self._living.values():
+            sibling.listener.close()
         processes = [sibling.process for sibling in self._living.values()]
         for process in processes:
             with suppress(ProcessLookupError):
@@ -150,9 +155,11 @@ class Siblings:
         engine.forget(sibling.number)
         del self._living[sibling.number]
         end = end_of(sibling.process.returncode or 0)
-        self._num_restarts += 1
-        if self._num_restarts > MAX_RESTARTS:
-            raise EngineError(f"a front end {end}; this has happened {self._num_restarts} times, so the server stops")
+        now_s = time.monotonic()
+        if len(self._restarts_s) == MAX_RESTARTS and now_s - self._restarts_s[0] < RESTARTS_WITHIN_S:
+            times = f"{MAX_RESTARTS + 1} times in {RESTARTS_WITHIN_S / 60:.0f} minutes"
+            raise EngineError(f"a front end {end}; this has happened {times}, so the server stops")
+        self._restarts_s.append(now_s)
         logger.warning("front end %d %s; its requests are lost, and it is started again", sibling.number, end)
         return await self._start_one(sibling.listener)
 
