@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from nanoflow.kernels import sample
 from nanoflow.profiler.site import equal_requests
 from nanoflow.request import SamplingParams
 from tests import sample_cases
+from tests.families import make_model
+from tests.integration.test_sampling import check_that_spoilt_requests_end_alone
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -200,3 +203,8 @@ def test_memory_is_that_which_was_counted() -> None:
     sampler.sample(_batch(num_rows), logits)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - held < 16 * 2**20
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_end_their_request_alone(tmp_path: Path, value: float) -> None:
+    check_that_spoilt_requests_end_alone(make_model("llama3", tmp_path / "made", seed=2), tmp_path, value, "cuda")

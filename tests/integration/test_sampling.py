@@ -215,6 +215,10 @@ def test_parameters_at_the_ends_of_their_ranges_sample_something(engine: Engine)
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_end_their_request_alone(folder: Path, tmp_path: Path, value: float) -> None:
+    check_that_spoilt_requests_end_alone(folder, tmp_path, value, "cpu")
+
+
+def check_that_spoilt_requests_end_alone(folder: Path, tmp_path: Path, value: float, device: str) -> None:
     """One token's embedding is not finite: whoever has it in the prompt fails, and others may have its pages later."""
     bad = 130
     shutil.copytree(folder, tmp_path / "model")
@@ -234,7 +238,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(folder: Path, tmp_pa
         ([3, 4, bad], _params(temperature=1.0, top_k=3, prompt_logprobs=2)),
     ]
     engine = build_engine(
-        EngineConfig(model=str(tmp_path / "model"), max_num_seqs=16, max_batch_tokens=32, num_pages=64)
+        EngineConfig(model=str(tmp_path / "model"), device=device, max_num_seqs=16, max_batch_tokens=32, num_pages=64)
     )
     try:
         expected = [result.token_ids for result in _run(engine, clean)]
