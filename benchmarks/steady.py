@@ -37,10 +37,18 @@ import numpy as np
 from benchmarks.ablation import ENGINE, check_length, is_short_enough, read_engine, read_rungs
 from benchmarks.ladder import SEQUENTIAL
 from benchmarks.rungs import Task, label, make_books, write_json
-from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table, with_workload
+from benchmarks.steady_document import (
+    SteadyDocument,
+    SteadyWorkload,
+    table,
+    with_workload,
+    without_impossible_energies,
+)
 from benchmarks.turns import Iteration, Turn, UnequalTurns, Watched, rungs_of
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.machine import detect_machine, detect_software, git_revision
+from nanoflow.bench.offline import power_limit_of
+from nanoflow.bench.provenance import require_clean
 from nanoflow.bench.rates import measure_bounds
 from nanoflow.bench.workload import Lengths, draw_lengths, under_way
 from nanoflow.cli.options import CommandParser
@@ -80,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
+        require_clean(None if args.prepare else args.json, allows_dirty=args.allow_dirty)
         task = read_task(args)
         document = read_document(args.json, task)
         lengths = {
@@ -118,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 has_same_batches=True,
                 serial_tokens_per_s=bounds[name].serial_tokens_per_s if bounds else None,
                 optimal_tokens_per_s=bounds[name].optimal_tokens_per_s if bounds else None,
-                rungs=rungs,
+                rungs=without_impossible_energies(rungs, power_limit_of(engine.facts.device)),
             )
             print(table([found]), flush=True)
             document = with_workload(document, found)
@@ -150,10 +159,13 @@ def make_parser() -> CommandParser:
     parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: 3)")
     parser.add_argument("--git-revision", metavar="TEXT", help="of the sources, where they are a copy without git")
     parser.add_argument(
+        "--allow-dirty", action="store_true", help="write under benchmarks/results from sources without a revision"
+    )
+    parser.add_argument(
         "--bounds",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also measure what was possible: serial bound and optimal throughput",
+        help="also measure what was possible: sum of parts alone (serial bound) and optimal throughput",
     )
     ENGINE.add_to(parser)
     return parser

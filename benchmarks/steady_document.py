@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from benchmarks.ladder import SEQUENTIAL
+from nanoflow.bench.offline import impossible_power
+
 STEADY_VERSION = 2
 
 
@@ -45,6 +48,7 @@ class SteadyRung:
         planned_part: Part of the iterations that did not run sequentially.
         predicted_gain: Time that the profile predicts for these batches sequentially / under the book.
         plans: Every plan that ran, those that took the most time first.
+        energy_dropped: Why energies that were measured are not told; None if none was dropped.
     """
 
     rung: str
@@ -59,6 +63,7 @@ class SteadyRung:
     planned_part: float
     predicted_gain: float
     plans: Sequence[PlanGain] = ()
+    energy_dropped: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,30 @@ class SteadyDocument:
     workloads: Sequence[SteadyWorkload]
     benchmark: str = "steady"
     version: int = STEADY_VERSION
+
+
+def without_impossible_energies(rungs: Sequence[SteadyRung], power_limit_w: float | None) -> list[SteadyRung]:
+    """The rungs of a workload without energies whose mean power the card cannot have drawn.
+
+    Args:
+        rungs: The sequential one among them: without its energy no other one has a ratio to it.
+        power_limit_w: Of the card; None if unknown.
+    """
+    reasons = {rung.rung: _impossible(rung, power_limit_w) for rung in rungs}
+    found = []
+    for rung in rungs:
+        reason = reasons[rung.rung]
+        if reason is not None:
+            rung = replace(rung, energy_per_token_j=None, energy_ratios=None, energy_dropped=reason)
+        elif reasons.get(SEQUENTIAL) is not None:
+            rung = replace(rung, energy_ratios=None, energy_dropped=f"{SEQUENTIAL} rung: {reasons[SEQUENTIAL]}")
+        found.append(rung)
+    return found
+
+
+def _impossible(rung: SteadyRung, power_limit_w: float | None) -> str | None:
+    pairs = zip(rung.energy_per_token_j or (), rung.tokens_per_s, strict=False)
+    return next(filter(None, (impossible_power(*pair, power_limit_w) for pair in pairs)), None)
 
 
 def with_workload(document: SteadyDocument, new: SteadyWorkload) -> SteadyDocument:

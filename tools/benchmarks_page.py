@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from docs import ROOT, identity, spread
+from docs import ROOT, spread
+from records import beside, in_turn_parts, peer_of, peer_parts, place_of, ran, revision_of, sampling_of, serving_parts
+from records import table as _table
 
 PAGE = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
@@ -37,8 +39,14 @@ _INTRO = """\
 
 Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`. Requests are
 there all at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and
-output tokens, from the first request to the last token. The *serial bound* is what a perfect engine without overlap
-would reach, every operation alone at its measured rate; the *optimum* is its products alone."""
+output tokens, from the first request to the last token. Whole runs name their settings; a revision that is *dirty* had
+changes that no commit has, one that is *not known* was measured from a copy of the sources.
+
+The *sum of parts alone* (the serial bound) is what an engine without overlap would reach if every operation ran as it
+does by itself, back to back: at the clock and power that each part has alone. An engine that mixes hungry operations
+with others can pass it, because the card's power limit is then spent otherwise; where one does, the table says that it
+is no bound. The *optimum* is the products alone, at their own clock. An energy whose mean power is above the card's
+limit was an error of the counter and is left out."""
 
 _LADDER = """\
 The same requests under one plan book after the other (`python -m benchmarks.ablation`): `sequential` has no plan;
@@ -74,11 +82,16 @@ def main() -> None:
 
 def page(results: Path, pictures: Path | None = None) -> str:
     """The page, of the records in a folder and the pictures there are."""
-    peers = _read(results / "peers.json") if (results / "peers.json").exists() else None
+    peers = _read(results / "peers.json") if (results / "peers.json").exists() else {}
     runs = [(path.name, _read(path)) for path in sorted(results.glob("throughput_*.json"))]
     parts = [_INTRO]
     if runs:
         parts += ["## Whole runs", "\n".join(run_lines(runs, peers))]
+    for title, pattern, parts_of in _IN_TURN:
+        found = [(path.name, _read(path)) for path in sorted(results.glob(pattern))]
+        parts += [title] if found else []
+        for name, document in found:
+            parts += list(parts_of(name, document, peers))
     ladders = [(path, _read(path)) for path in sorted(results.rglob("ladder_*.json"))]
     if ladders:
         parts += ["## The ablation ladder", _LADDER]
@@ -89,6 +102,8 @@ def page(results: Path, pictures: Path | None = None) -> str:
         parts += ["## The steady state, rung by rung", _STEADY]
     for path, document in steady:
         parts += list(steady_parts(path.relative_to(results), document))
+    if peers:
+        parts += ["## Peers", *peer_parts(peers)]
     drawn = list(picture_parts(pictures or ROOT / "docs/pictures"))
     if drawn:
         parts += ["## Timelines", *drawn]
@@ -100,45 +115,54 @@ def _read(path: Path) -> Document:
     return document
 
 
-def run_lines(runs: Sequence[tuple[str, Document]], peers: Document | None) -> Iterator[str]:
+# Kinds of records that are shown alike: their heading, their files, and what makes parts of one.
+_IN_TURN = (
+    ("## Whole runs in turn: overlap against the best sequential setting", "whole_runs_*.json", in_turn_parts),
+    ("## Sampled", "sampled_*.json", in_turn_parts),
+    ("## Limits chosen and set by hand", "limits_*.json", in_turn_parts),
+    ("## Served over HTTP", "serving_*.json", serving_parts),
+)
+
+
+def run_lines(runs: Sequence[tuple[str, Document]], peers: Document) -> Iterator[str]:
     """The table of whole runs; a peer's rate stands beside ours where it ran the same requests."""
-    peer = "" if peers is None else f"; the peer is {peers['peer']} on {peers['hardware']}"
-    yield f"Median (least to most) of the repeats{peer}."
+    yield "Median (least to most) of the repeats. A peer stands beside a run where model, requests and sampling match."
     yield ""
     yield from _table(_RUN_HEADINGS, [_run_row(name, run, peers) for name, run in runs])
 
 
-def _run_row(name: str, run: Document, peers: Document | None) -> list[str]:
-    rates, model = _values(run, "total_tokens_per_s"), run["model"]
-    entry = next((each for each in (peers or {"throughput": []})["throughput"] if _is_same(each, run)), None)
+def _run_row(name: str, run: Document, peers: Document) -> list[str]:
+    rates, model, work = _values(run, "total_tokens_per_s"), run["model"], run["workload"]
+    entry = peer_of(
+        peers,
+        "offline",
+        model=model["name"],
+        dtype=model["dtype"],
+        workload=work["workload"],
+        num_requests=work["num_requests"],
+        sampling=sampling_of(work),
+        text=work.get("text", False),
+    )
     return [
         f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights",
-        run["workload"]["workload"],
-        f"{run['workload']['num_requests']:,}",
+        work["workload"],
+        f"{work['num_requests']:,}",
         run["plan"].split()[0],
+        f"{model['max_batch_tokens']:,} / {model['max_num_seqs']:,}",
         spread(rates, ",.0f", ""),
         spread(_values(run, "energy_per_token_j", 1e3), ".1f", ""),
-        spread(_values(run, "share_of_serial", 100), ".1f", ""),
+        _of_parts(_values(run, "share_of_serial", 100)),
         spread(_values(run, "share_of_optimal", 100), ".1f", ""),
-        "" if entry is None else f"{entry['total_tokens_per_s']:,}",
-        "" if entry is None else f"{median(rates) / entry['total_tokens_per_s']:.2f}",
+        beside(entry, median(rates)),
         place_of(run["machine"]),
+        revision_of(run["software"]["git_revision"]),
         f"[JSON](../benchmarks/results/{name})",
     ]
 
 
-def place_of(machine: Document) -> str:
-    """The GPU, or the processor of a machine that has none."""
-    if not machine["gpus"]:
-        return str(machine["cpu_name"])
-    gpu = machine["gpus"][0]
-    power = "" if gpu["power_limit_w"] is None else f", {gpu['power_limit_w']:.0f} W"
-    return f"{gpu['name']}{power}, driver {gpu['driver_version']}"
-
-
-def _is_same(entry: Document, run: Document) -> bool:
-    wanted = {"model": run["model"]["name"], **identity(run["workload"])}
-    return all(entry[key] == value for key, value in wanted.items())
+def _of_parts(percent: list[float]) -> str:
+    """Parts of the sum of parts alone; it is no bound where one is above."""
+    return spread(percent, ".1f", "") + (" (no bound)" if percent and max(percent) > 100 else "")
 
 
 def _values(run: Document, name: str, factor: float = 1.0) -> list[float]:
@@ -154,7 +178,7 @@ def ladder_parts(path: Path, ladder: Document) -> Iterator[str]:
         f"{ladder['weights'].capitalize()} weights, {options['dtype']}, token budget {options['max_batch_tokens']:,}, "
         f"at most {options['max_num_seqs']:,} requests at once; torch {packages['torch']}, "
         f"CUDA {ladder['software']['cuda']}, triton {packages['triton']}; revision "
-        f"{', '.join(map(_short, ladder['git_revisions']))}; [JSON](../benchmarks/results/{path.as_posix()})."
+        f"{', '.join(map(_known, ladder['git_revisions']))}; [JSON](../benchmarks/results/{path.as_posix()})."
     )
     for workload in ladder["workloads"]:
         yield _heading(workload)
@@ -191,33 +215,44 @@ def _steady_row(workload: Document, rung: Document) -> list[str]:
     serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
     return [
         workload["workload"],
-        rung["rung"],
+        ran(rung["rung"], rung["planned_part"]),
         spread(rung["tokens_per_s"], ",.0f", "", mean),
         spread(rung["gains"], ".3f", "", mean),
         f"{rung['predicted_gain']:.3f}",
         spread(ratios or [], ".3f", "", mean),
         "" if optimal is None else f"{rate / optimal:.1%}",
-        "" if serial is None else f"{rate / serial:.1%}",
+        "" if serial is None else f"{rate / serial:.1%}" + (" (no bound)" if rate > serial else ""),
         "" if energies is None else f"{mean(energies) * 1e3:.1f}",
         f"{rung['planned_part']:.0%}",
         f"{rung['iteration_tokens']:,.0f}",
         f"{rung['prompt_part']:.0%}",
         f"{rung['decode_context']:,.0f}",
         f"{len(rung['gains'])} x {workload['num_turns']} x {workload['turn_s']:g} s",
-        "" if workload["git_revision"] is None else _short(workload["git_revision"]),
+        revision_of(workload["git_revision"]),
     ]
 
 
 _STEADY_HEADINGS = (
-    *("workload", "rung", "tokens/s", "gain", "predicted", "energy", "of optimum", "of serial", "mJ/token", "planned"),
+    *(
+        "workload",
+        "rung",
+        "tokens/s",
+        "gain",
+        "predicted",
+        "energy",
+        "of optimum",
+        "of parts alone",
+        "mJ/token",
+        "planned",
+    ),
     *("tokens an iteration", "of prompts", "keys a decode", "turns", "revision"),
 )
 _RUN_HEADINGS = (
-    *("model", "workload", "requests", "plan", "tokens/s", "mJ/token", "% of serial", "% of optimum"),
-    *("peer", "ratio", "hardware", "record"),
+    *("model", "workload", "requests", "plan", "tokens / requests at once", "tokens/s", "mJ/token", "% of parts alone"),
+    *("% of optimum", "beside a peer", "hardware", "revision", "record"),
 )
 _RUNG_HEADINGS = (
-    *("rung", "tokens/s, mean (least to most)", "of sequential", "predicted", "% of optimum", "% of serial"),
+    *("rung", "tokens/s, mean (least to most)", "of sequential", "predicted", "% of optimum", "% of parts alone"),
     *("mJ/token", "W", "steady tokens/s", "steady mJ/token", "planned", "plans"),
 )
 _PREDICTED_HEADINGS = (
@@ -231,14 +266,14 @@ def _heading(workload: Document) -> str:
     if workload["serial_tokens_per_s"] is None:
         return f"{text}:"
     serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
-    return f"{text}; serial bound {serial:,.0f}, optimum {optimal:,.0f} tokens/s:"
+    return f"{text}; sum of parts alone {serial:,.0f}, optimum {optimal:,.0f} tokens/s:"
 
 
 def _rung_row(rung: Document) -> list[str]:
     repeats = rung["total_tokens_per_s_repeats"]
     wrong = [f"{rung[key]} {word}" for key, word in (("num_failed", "FAILED"), ("num_short", "SHORT")) if rung[key]]
     return [
-        " ".join([rung["rung"], *wrong]),
+        " ".join([ran(rung["rung"], rung["planned_part"]), *wrong]),
         f"{rung['total_tokens_per_s']:,.0f} ({min(repeats):,.0f} to {max(repeats):,.0f})",
         _number(rung["ratio_to_sequential"], ".3f"),
         _number(rung["predicted_ratio"], ".3f"),
@@ -286,15 +321,8 @@ def picture_parts(folder: Path) -> Iterator[str]:
         yield f"![{caption}](pictures/{name})"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(headings)} |"
-    yield "|---" * len(headings) + "|"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-
-
-def _short(revision: str) -> str:
-    commit, dash, rest = revision.partition("-")
-    return commit[:12] + dash + rest
+def _known(revision: str) -> str:
+    return revision_of(None if revision == "unknown" else revision)
 
 
 def _number(value: float | None, digits: str, factor: float = 1.0) -> str:

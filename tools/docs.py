@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from records import readme_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,77 +53,13 @@ def spread(
     return f"{central}{f' ({low} to {high})' if low != high else ''}{unit}"
 
 
-def headline(document: dict[str, Any]) -> dict[str, str] | None:
-    """What a record says in one row: its own headline, or that of a throughput run; None for a table of its own."""
-    if document.get("benchmark") != "throughput":
-        return document.get("headline")
-    model, workload, gpu = document["model"], document["workload"], document["machine"]["gpus"][0]
-    runs = document["repeats"]
-    measured = [
-        spread([run["total_tokens_per_s"] for run in runs], ",.0f", " total tokens/s"),
-        spread([run["energy_per_token_j"] * 1e3 for run in runs if run["energy_per_token_j"]], ".1f", " mJ/token"),
-        spread(
-            [run["share_of_serial"] * 100 for run in runs if run.get("share_of_serial")], ".1f", " % of serial bound"
-        ),
-    ]
-    return {
-        "what": f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights, "
-        f"{workload['workload']}, {workload['num_requests']:,} requests, whole run, plan {model['plan'].split()[0]}",
-        "measured": ", ".join(filter(None, measured)),
-        "target": comparison(model["name"], workload, [run["total_tokens_per_s"] for run in runs]),
-        "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
-    }
-
-
-def comparison(model: str, workload: dict[str, Any], rates: list[float]) -> str:
-    """What a peer reaches on the same model and requests, how much of that we aim at and have; nothing without one."""
-    peers = json.loads((ROOT / "benchmarks/results/peers.json").read_text())
-    for entry in peers["throughput"]:
-        if all(entry[key] == value for key, value in {"model": model, **identity(workload)}.items()):
-            ratio = statistics.median(rates) / entry["total_tokens_per_s"]
-            rate = f"{peers['peer']}: {entry['total_tokens_per_s']:,}"
-            return f"{entry['aimed_ratio']:.2f}x of {rate}; reached {ratio:.2f}x"
-    return ""
-
-
-def identity(workload: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs of a workload comparable."""
-    return {key: workload[key] for key in ("workload", "num_requests")}
-
-
-def steady_headlines(document: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """A row a workload: what the search chose is worth in the steady state."""
-    gpu, budget = document["machine"]["gpus"][0], document["options"]["max_batch_tokens"]
-    for workload in document["workloads"]:
-        rungs = {rung["rung"]: rung for rung in workload["rungs"]}
-        if "searched" not in rungs:
-            continue
-        gain = spread(rungs["searched"]["gains"], ".3f", " times sequential", statistics.fmean)
-        energies = rungs["searched"]["energy_ratios"]
-        yield {
-            "what": f"{document['model'].removeprefix('preset:')}, {document['options']['dtype']}, random weights, "
-            f"{workload['workload']}, token budget {budget:,}, steady state, searched plans",
-            "measured": gain if energies is None else f"{gain}, {statistics.fmean(energies):.2f} of its energy",
-            "target": "",
-            "hardware": f"one {gpu['name']}, {gpu['power_limit_w']:.0f} W",
-        }
-
-
-def result_rows() -> Iterator[str]:
-    """One row a record under benchmarks/results that has a headline, and one a workload of its ladders."""
-    folder = ROOT / "benchmarks/results"
-    found = [(path, headline(json.loads(path.read_text()))) for path in sorted(folder.glob("*.json"))]
-    for path in sorted(folder.rglob("steady_*.json")):
-        found += [(path, row) for row in steady_headlines(json.loads(path.read_text()))]
-    for path, row in found:
-        if row is not None:
-            cells = (row["what"], row["measured"], row["target"], row["hardware"])
-            yield "| " + " | ".join([*cells, f"[JSON]({path.relative_to(ROOT).as_posix()})"]) + " |"
-
-
 def results_table() -> str:
-    """The results table."""
-    return "\n".join(["| benchmark | measured | target | hardware | record |", "|---|---|---|---|---|", *result_rows()])
+    """The results table: five rows, each with its record or the command that makes one."""
+    lines = ["| benchmark | measured | hardware | record |", "|---|---|---|---|"]
+    for what, measured, hardware, name in readme_rows():
+        record = f"[JSON](benchmarks/results/{name}.json)" if name else ""
+        lines.append(f"| {what} | {measured} | {hardware} | {record} |")
+    return "\n".join(lines)
 
 
 def filled(text: str) -> str:

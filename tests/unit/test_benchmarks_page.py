@@ -46,7 +46,7 @@ def test_a_ladder_is_shown_with_its_predictions(page: Page, tmp_path: Path) -> N
     text = page(tmp_path, tmp_path)
     assert "## Whole runs" not in text
     assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text
-    assert "**64/8**, 10 requests; serial bound 1,250, optimum 2,000 tokens/s:" in text
+    assert "**64/8**, 10 requests; sum of parts alone 1,250, optimum 2,000 tokens/s:" in text
     assert (
         "| partition | 1,110 (1,100 to 1,120) | 1.110 | 1.050 | 55.5 | 88.8 | 20.0 | 22 | 1,500 | 10.0 | 75% | 1 |"
         in text
@@ -100,6 +100,40 @@ def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:
     text = page(tmp_path, tmp_path)
     (row,) = (line for line in text.splitlines() if line.startswith("| llama-3-8b"))
     peers = json.loads((results / "peers.json").read_text())
-    assert f"{peers['throughput'][0]['total_tokens_per_s']:,}" in row and "## The ablation ladder" not in text
+    entry = next(each for each in peers["runs"] if each["workload"] == "512/512")
+    assert f"{entry['total_tokens_per_s']:,}" in row and "## The ablation ladder" not in text
+    assert "| 8,192 / 2,048 |" in row and "| not known |" in row, "settings, and a revision that nobody noted"
     (tmp_path / "peers.json").unlink()
-    assert "the peer is" not in page(tmp_path, tmp_path)
+    assert "vLLM" not in page(tmp_path, tmp_path)
+
+
+def test_a_peer_stands_beside_the_same_requests_only(page: Page, tmp_path: Path) -> None:
+    results = ROOT / "benchmarks/results"
+    (tmp_path / "peers.json").write_bytes((results / "peers.json").read_bytes())
+    record = json.loads((results / "throughput_llama-3-8b_512-512.json").read_text())
+    for change in ({"num_requests": 1101}, {"temperature": 0.8}, {"text": True}):
+        changed = {**record, "workload": {**record["workload"], **change}}
+        (tmp_path / "throughput_llama-3-8b_512-512.json").write_text(json.dumps(changed))
+        whole_runs = page(tmp_path, tmp_path).partition("## Peers")[0]
+        assert "x vLLM" not in whole_runs, change
+
+
+def test_what_ran_is_named_after_what_ran(page: Page, tmp_path: Path) -> None:
+    document = json.loads((ROOT / "benchmarks/results/ladder/steady_llama-3.2-1b.json").read_text())
+    (tmp_path / "steady_llama-3.2-1b.json").write_text(json.dumps(document))
+    text = page(tmp_path, tmp_path)
+    assert text.count("| sequential (searched: no plan for these batches) |") == 9 and "| searched |" not in text
+
+
+def test_no_record_has_an_energy_that_the_card_cannot_have_used() -> None:
+    for path in (ROOT / "benchmarks/results").rglob("*.json"):
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict) or not document.get("machine", {}).get("gpus"):
+            continue
+        limit_w = document["machine"]["gpus"][0]["power_limit_w"]
+        rungs = [rung for each in document.get("workloads", ()) for rung in each["rungs"]]
+        pairs = [(run.get("energy_per_token_j"), run["total_tokens_per_s"]) for run in document.get("repeats", ())]
+        for rung in rungs:
+            if isinstance(rung.get("tokens_per_s"), list):
+                pairs += zip(rung["energy_per_token_j"] or (), rung["tokens_per_s"], strict=False)
+        assert all(energy_j is None or energy_j * rate <= limit_w for energy_j, rate in pairs), path.name
