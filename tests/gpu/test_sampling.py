@@ -143,7 +143,7 @@ PARAMS = [
     SamplingParams(temperature=0.8, top_k=50, min_p=0.01, logprobs=5),
     SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.5, logprobs=0),
     SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(range(300), 1.0)),
-    SamplingParams(temperature=0.7, min_tokens=20, presence_penalty=1.0),
+    SamplingParams(temperature=0.7, min_tokens=20, max_tokens=32, presence_penalty=1.0),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.vocabulary import main
+
 from nanoflow.config import EngineConfig
 from nanoflow.engine.tokenizer import Tokenizer
 
