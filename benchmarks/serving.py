@@ -32,9 +32,9 @@ import msgspec
 from benchmarks.apart import RunFailed, run_apart
 from benchmarks.document import write_json
 from benchmarks.server_process import Server, ServerFailed, free_port, many_files, started, usage_of
+from benchmarks.serving_document import is_good, line, ratios
 from nanoflow.bench.clients import Clients, Driven, draw_runs, measured, warm_up
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
-from nanoflow.bench.metrics import RunMetrics
 from nanoflow.bench.online import served_book, served_metrics, served_model, served_settings
 from nanoflow.bench.provenance import header, portable, require_clean
 from nanoflow.bench.record import BenchRecord
@@ -283,7 +283,9 @@ def run_in_process(engine: EngineConfig, loads: Sequence[Load]) -> list[BenchRec
         engine = replace(engine, load_format="random")
     records = []
     for record in run_apart(engine, distinct(configs)):
-        print(f"in process: {statistics.median(rates(record.repeats)):,.0f} tok/s", flush=True)
+        print(
+            f"in process: {statistics.median(run.total_tokens_per_s for run in record.repeats):,.0f} tok/s", flush=True
+        )
         records.append(record)
     return records
 
@@ -296,47 +298,6 @@ def distinct(configs: Sequence[ThroughputConfig]) -> list[ThroughputConfig]:
 def has_text(engine: EngineConfig) -> bool:
     """Whether a server of this engine sends text: architectures without a tokenizer have none."""
     return engine.tokenizer is not None or preset_name(engine.model) is None
-
-
-def rates(repeats: Sequence[RunMetrics]) -> list[float]:
-    return [run.total_tokens_per_s for run in repeats]
-
-
-def ratios(document: dict[str, Any]) -> dict[str, float]:
-    """HTTP over in-process, medians of total tokens/s, for each load all at once that was measured both ways."""
-    found = {}
-    for load in document["loads"]:
-        same = [each for each in document.get("in_process", ()) if _asks_same(each["workload"], load["workload"])]
-        if same and load["load"]["request_rate"] == math.inf:
-            over_http = statistics.median(run["total_tokens_per_s"] for run in load["repeats"])
-            found[load["name"]] = over_http / statistics.median(run["total_tokens_per_s"] for run in same[0]["repeats"])
-    return found
-
-
-def _asks_same(in_process: dict[str, Any], load: dict[str, Any]) -> bool:
-    return all(in_process[name] == value for name, value in load.items() if name not in ("json", "repeats"))
-
-
-def is_good(found: dict[str, Any]) -> bool:
-    """Whether no request failed and nothing was left."""
-    return all(not run["num_failed"] and not run["left_over"] for run in found["repeats"])
-
-
-def line(found: dict[str, Any]) -> str:
-    """One load for people: the repeat in the middle."""
-    repeats = sorted(found["repeats"], key=lambda run: run["total_tokens_per_s"])
-    run = repeats[len(repeats) // 2]
-    parts = [f"{found['name']}: {run['total_tokens_per_s']:,.0f} tok/s"]
-    for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("longest gap", "longest_gap_s")):
-        if run[key] is not None:
-            parts.append(f"{label} p50 {run[key]['p50'] * 1e3:,.1f} p99 {run[key]['p99'] * 1e3:,.1f} ms")
-    if run["server_cpu_s_per_output_token"] is not None:
-        parts.append(f"server CPU {run['server_cpu_s_per_output_token'] * 1e6:,.1f} us a token")
-    parts.append(f"busiest client {run['busiest_client']:.0%}")
-    for each in repeats:
-        parts += [f"{each['num_failed']} FAILED: {next(iter(each['errors']))}"] if each["num_failed"] else []
-        parts += [f"LEFT OVER: {each['left_over']}"] if each["left_over"] else []
-    return "; ".join(parts)
 
 
 def plain(value: Any) -> dict[str, Any]:

@@ -102,12 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.prepare:
         return 0
     bounds = {name: measure_bounds(task.engine, drawn) for name, drawn in lengths.items()} if args.bounds else {}
-    clock = Clock(
-        settle_s=args.settle,
-        turn_s=args.turn,
-        num_turns=args.turns,
-        num_repeats=args.repeats,
-    )
+    clock = Clock(settle_s=args.settle, turn_s=args.turn, num_turns=args.turns, num_repeats=args.repeats)
     model, is_complete = IterationModel(task.profile), True
     with engine_of(task.engine, books) as engine:
         for name, drawn in lengths.items():
@@ -158,9 +153,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--turns", type=int, default=1, help="turns of each rung in a repeat (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: 3)")
     parser.add_argument("--git-revision", metavar="TEXT", help="of the sources, where they are a copy without git")
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="write under benchmarks/results from sources without a revision"
-    )
+    parser.add_argument("--allow-dirty", action="store_true", help="write a record of sources without a revision")
     parser.add_argument(
         "--bounds",
         action=argparse.BooleanOptionalAction,

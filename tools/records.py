@@ -211,7 +211,7 @@ def in_turn_parts(name: str, document: Document, peers: Document) -> Iterator[st
         *("workload", "requests", "what ran", "settings", "total tokens/s", "over", "ratio (repeats)"),
         *("mJ/token", "peer", "revision"),
     )
-    runs = {}
+    runs: dict[tuple[str, int, str], Document] = {}
     for run in document["runs"]:
         asked = run["asked"]
         runs.setdefault((asked["workload"], asked["num_requests"], asked["name"]), run)
@@ -232,7 +232,7 @@ def in_turn_parts(name: str, document: Document, peers: Document) -> Iterator[st
             [
                 each["workload"],
                 f"{each['num_requests']:,}",
-                ran(each["name"], each["planned_part"]) + wrong,
+                ran(each["name"], each["planned_part"] if each["num_plans"] else None) + wrong,
                 settings_text(run["settings"]),
                 f"{median(rates):,.0f} {_spread(rates, ',.0f')}",
                 each["base"],
