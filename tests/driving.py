@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from nanoflow.batch import Int64
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.request import Request, SamplingParams
+from nanoflow.scheduler.progress import Progress
 
 Prompt = list[int]
 
@@ -36,6 +39,20 @@ def random_prompts(count: int, vocab_size: int, *, longest: int, seed: int = 0) 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:
     """Greedy, of fixed length."""
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def expect_less(engine: Engine, part: int) -> None:
+    """Have the scheduler count only one of so many of the tokens that requests are expected to generate still.
+
+    It lets in too many, then, and has to preempt.
+    """
+    lengths = engine._scheduler._lengths
+    counted = lengths.counted_remaining
+
+    def less(progress: Progress) -> Int64:
+        return np.maximum(counted(progress) // part, 1)
+
+    lengths.counted_remaining = less  # type: ignore[method-assign]
 
 
 def run_engine(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int = 0) -> Run:

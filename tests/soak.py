@@ -23,6 +23,7 @@ from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import Finished, PlaceLogprobs, StepOutput
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request, SamplingParams
+from tests.driving import expect_less
 
 MAX_PROMPT = 400
 # Outputs up to the one, then up to the other: admission learns to expect short ones and is mistaken.
@@ -81,6 +82,7 @@ def soak(folder: Path, *, device: str, dtype: DType, duration_s: float, seed: in
     """Load the model, soak the engine, check all that the top of this file says; tokens in float32 only."""
     config = EngineConfig(model=str(folder), device=device, dtype=dtype, **_ENGINE_OPTIONS)
     engine = build_engine(config)
+    expect_less(engine, 4)
     try:
         traffic = _Traffic(engine, seed)
         traffic.run(duration_s)

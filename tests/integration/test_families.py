@@ -23,7 +23,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import load_weights
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
-from tests.driving import HuggingFace, Prompt, greedy, random_prompts, run_engine, run_model
+from tests.driving import HuggingFace, Prompt, expect_less, greedy, random_prompts, run_engine, run_model
 from tests.families import FAMILIES, make_model
 
 MAX_TOKENS = 16
@@ -58,7 +58,7 @@ def test_greedy_tokens_without_async_scheduling(case: Case) -> None:
 
 @pytest.mark.parametrize("is_async", [True, False])
 def test_greedy_tokens_under_preemption(case: Case, is_async: bool) -> None:
-    """Requests that expect to end early (no length is known) are let in and must then be sent back."""
+    """Requests that are expected to end early are let in and must then be sent back."""
     engine = build_engine(
         EngineConfig(
             model=str(case.folder),
@@ -71,13 +71,8 @@ def test_greedy_tokens_under_preemption(case: Case, is_async: bool) -> None:
         )
     )
     try:
-        # Short completions teach the admission to expect short ones.
-        run_engine(engine, PROMPTS, greedy(1))
-        params = greedy(MAX_TOKENS)
-        # End of sequence is not ignored here, but no token is one: the length cannot be known in advance.
-        object.__setattr__(params, "ignore_eos", False)
-        object.__setattr__(engine.facts, "eos_token_ids", ())
-        run = run_engine(engine, PROMPTS, params)
+        expect_less(engine, MAX_TOKENS)
+        run = run_engine(engine, PROMPTS, greedy(MAX_TOKENS))
     finally:
         engine.close()
     assert run.tokens == case.expected

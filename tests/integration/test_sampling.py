@@ -18,7 +18,7 @@ from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import PlaceLogprobs
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request, SamplingParams
-from tests.driving import HuggingFace, random_prompts
+from tests.driving import HuggingFace, expect_less, random_prompts
 from tests.families import EOS_TOKEN_ID, make_model
 
 PROMPTS = random_prompts(12, 131, longest=40, seed=4)
@@ -117,7 +117,7 @@ def test_preempted_requests_draw_the_same_tokens_again(folder: Path, engine: Eng
         )
     )
     try:
-        _run(tight, [(prompt, _params(max_tokens=1)) for prompt in PROMPTS])
+        expect_less(tight, 30)
         result = [result.token_ids for result in _run(tight, requests)]
         assert tight.stats().num_preemptions > 0
     finally:
