@@ -178,7 +178,9 @@ class ServerConfig:
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
     served_model_name: str | None = option(None, "Name in the API; the model argument if not given")
     api_servers: int | None = option(
-        None, "Processes that answer HTTP at the port, for one engine; chosen from the cores and the goal if not given"
+        None,
+        "Processes that answer HTTP at the port, for one engine; chosen from the cores and the goal if not given",
+        aliases=(Alias(name="api_server_count"),),
     )
     stream_interval_ms: float = option(
         20.0,
@@ -266,7 +268,9 @@ def unknown_option(name: str, known: list[str]) -> str:
 
 
 def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not value > 0:
         raise ConfigError(f"{name} must be positive, got {value}")
 
 
