@@ -82,14 +82,14 @@ def numbers(found: EngineLimits) -> tuple[int, int, float | None]:
 @pytest.mark.parametrize(
     ("preset", "device", "goal", "expected"),
     [
-        ("llama-3-8b", H200, "throughput", (8192, 2048, None)),
+        ("llama-3-8b", H200, "throughput", (2048, 2048, None)),
         ("llama-3-8b", H200, "balanced", (2048, 2048, 75.0)),
         ("llama-3-8b", H200, "latency", (1024, 256, 25.0)),
         # A small model: more tokens in the same time.
         ("llama-3.2-1b", H200, "throughput", (8192, 2048, None)),
         ("llama-3.2-1b", H200, "balanced", (8192, 2048, 75.0)),
         # Few pages: 6.6 GiB hold 50,000 tokens.
-        ("llama-3-8b", CARD_24, "throughput", (8192, 208, None)),
+        ("llama-3-8b", CARD_24, "throughput", (2048, 208, None)),
         # A slow card: fewer than 1,024 tokens would use it badly, and those take 325 ms.
         ("llama-3-8b", L4, "balanced", (1024, 152, 325.0)),
         # A large model: the same.
@@ -139,8 +139,8 @@ def test_a_book_without_limits_sets_the_budget_to_its_largest_batch() -> None:
     assert numbers(found)[:2] == (2048, 2048)
     assert (found.max_batch_tokens_origin, found.max_num_seqs_origin) == ("book", "chosen")
     # Not to less than is fast: what is larger than the book runs sequentially.
-    assert chosen("llama-3-8b", H200, "throughput", book_of(64)).max_batch_tokens == 1024
-    assert chosen("llama-3-8b", H200, "throughput", StoredBook(entries=())).max_batch_tokens == 8192
+    assert chosen("llama-3-8b", H200, "throughput", book_of(64)).max_batch_tokens == 2048
+    assert chosen("llama-3-8b", H200, "throughput", StoredBook(entries=())).max_batch_tokens == 2048
 
 
 def test_numbers_that_are_given_win_over_all() -> None:
