@@ -108,7 +108,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     )
     load_s = time.monotonic() - start_s
     # 4. Whatever can be done before a request waits for it.
-    if is_captured:
+    if device.type == "cuda":
         compile_and_record(worker, book, limits, with_plans=prepares_plans)
     times = None
     if chosen.max_itl_ms is not None:

@@ -8,14 +8,12 @@ to no page.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.batch import DenseBatch, Joined, NewPages
+from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buckets import Buckets
 from nanoflow.executor.captured import GraphKey
 from nanoflow.executor.inputs import BatchSize
@@ -23,7 +21,6 @@ from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanBook, PlanEntry
 from nanoflow.plan.plan import PipelinePlan
-from nanoflow.request import SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits
 
 # Seconds for recording graphs before the engine is ready: of the fallback, and of the plans of a book.
@@ -32,15 +29,6 @@ _RECORD_S = 4.0
 _NUM_PROMPTS = 4
 # Batches in a row that are timed.
 _TIMED = 4
-# Every way to choose a token that has kernels of its own.
-_SAMPLING = (
-    SamplingParams(temperature=0.0),
-    SamplingParams(temperature=1.0),
-    SamplingParams(temperature=0.8, top_p=0.95),
-    SamplingParams(temperature=0.8, top_k=50, min_p=0.05, min_tokens=1),
-    SamplingParams(temperature=0.8, presence_penalty=0.5, repetition_penalty=1.1, logit_bias={0: 1.0}),
-    SamplingParams(temperature=0.0, logprobs=5),
-)
 
 
 def compile_and_record(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, with_plans: bool = True) -> None:
@@ -53,7 +41,7 @@ def compile_and_record(worker: Worker, book: PlanBook, limits: SchedulerLimits, 
         with_plans: Record graphs of the plans of the book too, not only of the fallback.
     """
     wanted = [graphs_of_fallback(book, limits), graphs_of_plans(book, limits) if with_plans else []]
-    worker.prepare(wanted, list(_sampled_batches(limits)), _RECORD_S)
+    worker.prepare(wanted, probe_batch(Probe(num_decodes=1), limits), _RECORD_S)
 
 
 def graphs_of_fallback(book: PlanBook, limits: SchedulerLimits) -> list[GraphKey]:
@@ -151,12 +139,3 @@ def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
         table_width=width,
         sampled=np.arange(num_requests, dtype=np.int32),
     )
-
-
-def _sampled_batches(limits: SchedulerLimits) -> Iterator[DenseBatch]:
-    """Batches of one token for each way to choose the next; the rows are given to real requests later."""
-    token_ids = np.zeros(1, np.int32)
-    for params in _SAMPLING:
-        joined = Joined(row=0, params=params, seed=0, token_ids=token_ids, num_prompt_tokens=1, stop_token_ids=(0,))
-        batch = probe_batch(Probe(num_decodes=1), limits)
-        yield dataclasses.replace(batch, joined=(joined,))

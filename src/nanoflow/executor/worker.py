@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from nanoflow.batch import DenseBatch, PromptScore, SampledTokens
 from nanoflow.device.detect import use_device
@@ -25,7 +24,7 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
-from nanoflow.executor.sampler import Drawn, Sampler
+from nanoflow.executor.sampler import Sampler
 from nanoflow.kernels.compiling import compiling
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan
@@ -63,7 +62,6 @@ class Worker:
                 self._executor, self._inputs, buckets, plans, pages_per_request=captured_pages, device=device
             )
         self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device)
-        self._sampler.prepare(model.dtype)
         self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
 
@@ -77,15 +75,15 @@ class Worker:
         """See `Forward`."""
         return self._forward.num_prepared
 
-    def prepare(self, wanted: Sequence[Sequence[GraphKey]], batches: Sequence[DenseBatch], within_s: float) -> None:
+    def prepare(self, wanted: Sequence[Sequence[GraphKey]], batch: DenseBatch, within_s: float) -> None:
         """Compile and record what batches will need, so that none of them waits for it.
 
         Args:
             wanted: Graphs in groups; those of the first are recorded while kernels of the others are still compiled.
-            batches: They sample in every way that has kernels of its own.
+            batch: Any; what follows the layers is compiled for it.
             within_s: Seconds to record each group in; what is left is `prepare_next`'s.
         """
-        self._queue.submit(self._prepare, wanted, batches, within_s).result()
+        self._queue.submit(self._prepare, wanted, batch, within_s).result()
 
     def prepare_next(self) -> bool:
         """See `Forward`."""
@@ -103,22 +101,17 @@ class Worker:
         layout = lay_out(batch, plan.cuts)
         inputs = self._forward(batch, layout, plan)
         prompt_scores = [self._score(inputs, score, layout) for score in batch.prompt_scores]
-        drawn = self._sample(batch, self._executor.logits(inputs))
+        self._sampler.join(batch.joined)
+        drawn = self._sampler.sample(batch, self._executor.logits(inputs))
         self._inputs.feed_back(batch.rows[batch.sampled], drawn.token_ids)
         return PendingTokens(drawn, prompt_scores)
 
-    def _sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
-        """Draw the batch's tokens, once its new requests have their rows."""
-        self._sampler.join(batch.joined)
-        return self._sampler.sample(batch, logits)
-
     @torch.inference_mode()
-    def _prepare(self, wanted: Sequence[Sequence[GraphKey]], batches: Sequence[DenseBatch], within_s: float) -> None:
+    def _prepare(self, wanted: Sequence[Sequence[GraphKey]], batch: DenseBatch, within_s: float) -> None:
         first, *others = wanted
         with compiling(partial(use_device, self._device)) as compile_only:
             with compile_only():
-                for batch in batches:
-                    self._sample(batch, self._executor.logits(self._inputs.build(batch)))
+                self._sampler.prepare(self._executor.logits(self._inputs.build(batch)).dtype)
                 for group in wanted:
                     self._forward.compile(group)
             self._forward.prepare(first, within_s)
