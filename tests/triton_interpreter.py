@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,3 +27,30 @@ def _repair_loop_bounds() -> None:
 
 
 _repair_loop_bounds()
+
+
+def _patch_once() -> None:
+    """The language is patched once a launch, not again for each function that a program calls: most of the time."""
+    patch, language = interpreter._patch_lang, interpreter.tl
+    everything = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    is_patched = False
+
+    def patch_unless_patched(_function: Any) -> Any:
+        nonlocal is_patched
+        if is_patched:
+            return interpreter._LangPatchScope()
+        scope, is_patched = patch(everything), True
+        restore = scope.restore
+
+        def restore_all() -> None:
+            nonlocal is_patched
+            is_patched = False
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = patch_unless_patched
+
+
+_patch_once()
