@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the records under benchmarks/results: whole runs, and the ablation ladders.
+"""Write docs/benchmarks.md from the records under benchmarks/results: whole runs, runs in turn, and older ladders.
 
 Run after adding a result: `python tools/benchmarks_page.py`. With `--check` it changes nothing and fails if the page is
 out of date; a test does that. What has no record is not mentioned.
@@ -14,8 +14,9 @@ from statistics import mean, median
 from typing import Any
 
 from docs import ROOT, spread
-from records import beside, in_turn_parts, peer_of, peer_parts, place_of, ran, revision_of, sampling_of, serving_parts
-from records import table as _table
+from records import beside, peer_of, place_of, revision_of, sampling_of
+from tables import in_turn_parts, peer_parts, ran, serving_parts
+from tables import table as _table
 
 PAGE = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
@@ -49,24 +50,30 @@ is no bound. The *optimum* is the products alone, at their own clock. An energy 
 limit was an error of the counter and is left out."""
 
 _LADDER = """\
-The same requests under one plan book after the other (`python -m benchmarks.ablation`): `sequential` has no plan;
-`nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything; `stream`,
-`beside`, `partition` and `inside` run, for each kind of batch, the best plan of that mechanism, even where it is
-predicted to lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Steady* is the run
+Measured in November 2026, before rungs had limits of their own: every rung, the sequential one too, at the limits that
+plans were searched for, which are not those at which the sequential engine is best. `benchmarks.whole_runs` and
+`benchmarks.steady` have taken its place. The same requests under one plan book after the other: `sequential` has no
+plan; `nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything;
+`stream`, `beside`, `partition` and `inside` run, for each kind of batch, the best plan of that mechanism, even where it
+is predicted to lose; `searched` is what `nanoflow search` chose, sequential wherever nothing won. *Steady* is the run
 without ramp and drain (`bench/steady.py`). *Planned* is the part of the iterations that did not run sequentially,
-*plans* how many the book has. The prediction is a simulation of the whole run
-from the profile (`bench/simulation.py`)."""
+*plans* how many the book has. The prediction is a simulation of the whole run from the profile
+(`bench/simulation.py`)."""
 
 
 _STEADY = """\
 A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
-are anywhere in their completions, new ones always wait, and the rungs of the ladder take turns on one engine and one
-card, each from the same beginning (`python -m benchmarks.steady`): what is scheduled depends on lengths alone, so all
-have the very same batches, and nothing but the plans differs. *Gain* is the time of the sequential rung / that of this
-one, *energy* a part of the sequential rung's, *predicted* the profile's gain on these very batches. Tokens/s are those
-that the model worked through, prompt and output tokens; numbers are means of the repeats (least to most). The bounds
-are of the whole workload: where its batches swing, turns with more prompts, or fewer, come nearer to them than
-others."""
+are anywhere in their completions, new ones always wait, and the rungs take turns on one card (`python -m
+benchmarks.steady`), each at its own limits, all with the same number of KV pages. A rung stands beside the fastest
+sequential one. Where a sequential rung has the same limits, both have the very same batches, since what is scheduled
+depends on lengths alone: *same batches* is its time / that of this rung, *predicted* what the profile says of them."""
+
+_OLD_STEADY = """\
+Measured in November 2026 with the same limits for all rungs, on one engine and with the very same batches. *Gain* is
+the time of the sequential rung / that of this one, *energy* a part of the sequential rung's, *predicted* the profile's
+gain on these very batches. Tokens/s are those that the model worked through, prompt and output tokens; numbers are
+means of the repeats (least to most). The bounds are of the whole workload: where its batches swing, turns with more
+prompts, or fewer, come nearer to them than others."""
 
 
 def main() -> None:
@@ -89,17 +96,19 @@ def page(results: Path, pictures: Path | None = None) -> str:
         parts += ["## Whole runs", "\n".join(run_lines(runs, peers))]
     for title, pattern, parts_of in _IN_TURN:
         found = [(path.name, _read(path)) for path in sorted(results.glob(pattern))]
-        parts += [title] if found else []
+        found = [(name, document) for name, document in found if not _is_old(document)]
+        parts += title if found else []
         for name, document in found:
             parts += list(parts_of(name, document, peers))
     ladders = [(path, _read(path)) for path in sorted(results.rglob("ladder_*.json"))]
     if ladders:
-        parts += ["## The ablation ladder", _LADDER]
+        parts += ["## History: the ablation ladder", _LADDER]
     for path, ladder in ladders:
         parts += list(ladder_parts(path.relative_to(results), ladder))
     steady = [(path, _read(path)) for path in sorted(results.rglob("steady_*.json"))]
+    steady = [(path, document) for path, document in steady if _is_old(document)]
     if steady:
-        parts += ["## The steady state, rung by rung", _STEADY]
+        parts += ["## History: the steady state, rung by rung", _OLD_STEADY]
     for path, document in steady:
         parts += list(steady_parts(path.relative_to(results), document))
     if peers:
@@ -115,12 +124,18 @@ def _read(path: Path) -> Document:
     return document
 
 
+def _is_old(document: Document) -> bool:
+    """Whether rungs stand under workloads, all at the same limits; newer records have runs in turn."""
+    return "workloads" in document
+
+
 # Kinds of records that are shown alike: their heading, their files, and what makes parts of one.
 _IN_TURN = (
-    ("## Whole runs in turn: overlap against the best sequential setting", "whole_runs_*.json", in_turn_parts),
-    ("## Sampled", "sampled_*.json", in_turn_parts),
-    ("## Limits chosen and set by hand", "limits_*.json", in_turn_parts),
-    ("## Served over HTTP", "serving_*.json", serving_parts),
+    (["## Whole runs in turn: overlap against the best sequential setting"], "whole_runs_*.json", in_turn_parts),
+    (["## The steady state: overlap against the best sequential setting", _STEADY], "steady_*.json", in_turn_parts),
+    (["## Sampled"], "sampled_*.json", in_turn_parts),
+    (["## Limits chosen and set by hand"], "limits_*.json", in_turn_parts),
+    (["## Served over HTTP"], "serving_*.json", serving_parts),
 )
 
 
@@ -147,6 +162,7 @@ def _run_row(name: str, run: Document, peers: Document) -> list[str]:
         f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights",
         work["workload"],
         f"{work['num_requests']:,}",
+        str(len(run["repeats"])),
         run["plan"].split()[0],
         f"{model['max_batch_tokens']:,} / {model['max_num_seqs']:,}",
         spread(rates, ",.0f", ""),
@@ -248,8 +264,8 @@ _STEADY_HEADINGS = (
     *("tokens an iteration", "of prompts", "keys a decode", "turns", "revision"),
 )
 _RUN_HEADINGS = (
-    *("model", "workload", "requests", "plan", "tokens / requests at once", "tokens/s", "mJ/token", "% of parts alone"),
-    *("% of optimum", "beside a peer", "hardware", "revision", "record"),
+    *("model", "workload", "requests", "repeats", "plan", "tokens / requests at once", "tokens/s", "mJ/token"),
+    *("% of parts alone", "% of optimum", "beside a peer", "hardware", "revision", "record"),
 )
 _RUNG_HEADINGS = (
     *("rung", "tokens/s, mean (least to most)", "of sequential", "predicted", "% of optimum", "% of parts alone"),
