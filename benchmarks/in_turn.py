@@ -197,7 +197,7 @@ def line(run: Run) -> str:
     energy = "" if metrics["energy_per_token_j"] is None else f", {metrics['energy_per_token_j'] * 1e3:.1f} mJ/token"
     failed = f", {metrics['num_failed']} FAILED" if metrics["num_failed"] else ""
     limits = f"{settings['max_batch_tokens']}/{settings['max_num_seqs']}"
-    gain = "" if metrics.get("gain") is None else f", {metrics['gain']:.3f} of sequential on the same batches"
+    gain = "" if metrics.get("gain") is None else f", {metrics['gain']:.3f} times sequential on the same batches"
     return (
         f"{asked['repeat']}: {asked['name']} ({limits}), {_named(asked['workload'], asked['num_requests'])}: "
         f"{metrics['total_tokens_per_s']:,.0f} tok/s{gain}{energy}{failed}"

@@ -18,7 +18,7 @@ from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import load_book
 
 # Seconds, on one H200 with Llama-3-8B: from the start of a process to its first request, a search with trials, and the
-# turn of a rung of the steady state with what stands before it.
+# turn of a rung in the steady state with all that stands before it.
 _START_S, _SEARCH_S, _TURN_S = 20.0, 300.0, 10.0
 # Requests of a quick session are this part of all.
 _QUICK = 4

@@ -13,8 +13,9 @@ the fastest sequential one. Rungs with the same limits take turns on one engine 
 sequential rung among them the record also has the gain on these. Other limits are another engine, in a process of its
 own, before or after; repeats go through the engines forwards and backwards, so that what drifts evenly tells for none.
 All engines have the same number of KV pages: that of the first, which has the largest limits, and so the least room for
-them. The record is written after each workload; begun again, only what is missing runs. Exit status 1 if something is
-missing.
+them. Under other limits a turn has, by chance, another mix of prompts and decodes: the record says it, and longer turns
+make it more alike. The record is written after each workload; begun again, only what is missing runs. Exit status 1 if
+something is missing.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m benchmarks.steady", description=__doc__)
     parser.add_argument("--workloads", nargs="+", required=True, metavar="WORKLOAD", help="IN/OUT or trace:FILE.csv")
     parser.add_argument("--rungs", nargs="+", required=True, metavar="NAME=WHAT", help="see above; one is sequential")
-    parser.add_argument("--turn", type=float, default=3.0, metavar="SECONDS", help="of a turn (default: 3)")
+    parser.add_argument("--turn", type=float, default=5.0, metavar="SECONDS", help="of a turn (default: 5)")
     parser.add_argument("--settle", type=float, default=0.5, metavar="SECONDS", help="before it counts (default: 0.5)")
     parser.add_argument("--turns", type=int, default=1, help="turns of each rung in a repeat (default: 1)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="written by nanoflow profile: also predict gains")

@@ -15,7 +15,7 @@ from typing import Any
 
 from docs import ROOT, spread
 from records import beside, peer_of, place_of, revision_of, sampling_of
-from tables import in_turn_parts, peer_parts, ran, serving_parts
+from tables import in_turn_parts, peer_parts, ran, serving_parts, startup_parts
 from tables import table as _table
 
 PAGE = ROOT / "docs/benchmarks.md"
@@ -38,10 +38,11 @@ _INTRO = """\
 
 <!-- Written by tools/benchmarks_page.py from benchmarks/results; do not edit. -->
 
-Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`. Requests are
-there all at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and
-output tokens, from the first request to the last token. Whole runs name their settings; a revision that is *dirty* had
-changes that no commit has, one that is *not known* was measured from a copy of the sources.
+Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`; `python -m
+benchmarks.session` measures what is in turn or served, piece by piece. If nothing else is said, requests are there all
+at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and output
+tokens, from the first request to the last token. Whole runs name their settings; a revision that is *dirty* had changes
+that no commit has, one that is *not known* was measured from a copy of the sources.
 
 The *sum of parts alone* (the serial bound) is what an engine without overlap would reach if every operation ran as it
 does by itself, back to back: at the clock and power that each part has alone. An engine that mixes hungry operations
@@ -105,8 +106,7 @@ def page(results: Path, pictures: Path | None = None) -> str:
         parts += ["## History: the ablation ladder", _LADDER]
     for path, ladder in ladders:
         parts += list(ladder_parts(path.relative_to(results), ladder))
-    steady = [(path, _read(path)) for path in sorted(results.rglob("steady_*.json"))]
-    steady = [(path, document) for path, document in steady if _is_old(document)]
+    steady = [(path, old) for path in sorted(results.rglob("steady_*.json")) if _is_old(old := _read(path))]
     if steady:
         parts += ["## History: the steady state, rung by rung", _OLD_STEADY]
     for path, document in steady:
@@ -136,6 +136,7 @@ _IN_TURN = (
     (["## Sampled"], "sampled_*.json", in_turn_parts),
     (["## Limits chosen and set by hand"], "limits_*.json", in_turn_parts),
     (["## Served over HTTP"], "serving_*.json", serving_parts),
+    (["## Starts of a server"], "startup_*.json", startup_parts),
 )
 
 

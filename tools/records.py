@@ -17,18 +17,12 @@ RESULTS = ROOT / "benchmarks/results"
 Document = dict[str, Any]
 Row = tuple[str, str, str, str]
 
-_COMMANDS = {
-    "sampled_llama-3-8b": "python -m benchmarks.sampled --model preset:llama-3-8b "
-    "--workloads trace:sharegpt.csv:1500 --json benchmarks/results/sampled_llama-3-8b.json",
-    "serving_llama-3-8b": "python -m benchmarks.serving --model preset:llama-3-8b --workload trace:sharegpt.csv "
-    "--temperature 0.7 --rates inf:1200 20:1200 35:1200 --repeats 3 --in-process "
-    "--json benchmarks/results/serving_llama-3-8b.json",
-    "serving_llama-3.2-1b": "python -m benchmarks.serving --model preset:llama-3.2-1b --workload trace:sharegpt.csv "
-    "--temperature 0.7 --rates inf:3000 100:3000 --repeats 3 --in-process "
-    "--json benchmarks/results/serving_llama-3.2-1b.json",
-    "whole_runs_llama-3-8b": "python -m benchmarks.whole_runs --workloads 1024/512:1400 "
-    "--rungs sequential=2048/1024 sequential=8192/2048 searched=BOOK.json "
-    "--json benchmarks/results/whole_runs_llama-3-8b.json",
+# What measures them: pieces of a session.
+_PIECES = {
+    "sampled_llama-3-8b": "sampled",
+    "serving_llama-3-8b": "serving-llama-3-8b",
+    "serving_llama-3.2-1b": "serving-llama-3.2-1b",
+    "whole_runs_llama-3-8b": "search whole-runs",
 }
 
 
@@ -117,7 +111,7 @@ def readme_rows(results: Path = RESULTS) -> Iterator[Row]:
 
 
 def _not_measured(what: str, name: str) -> Row:
-    return what, f"not measured yet: `{_COMMANDS[name]}`", "", ""
+    return what, f"not measured yet: `python -m benchmarks.session --only {_PIECES[name]}`", "", ""
 
 
 def _sampled_row(results: Path, peers: Document) -> Row:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
+from nanoflow.bench.provenance import portable
 from records import (
     Document,
     beside,
@@ -152,6 +153,20 @@ def serving_parts(name: str, document: Document, peers: Document) -> Iterator[st
 
 def _both_ms(spread: Mapping[str, float] | None) -> str:
     return "" if spread is None else f"{spread['p50'] * 1e3:,.1f} / {spread['p99'] * 1e3:,.1f}"
+
+
+def startup_parts(name: str, document: Document, _peers: Document) -> Iterator[str]:
+    """A server that is started more than once; the later starts find kernels compiled."""
+    options = " ".join(document["options"])
+    yield (
+        f"**{name}**: {document['model'].removeprefix('preset:')} on {place_of(document['machine'])}, revision "
+        f"{revision_of(document['software']['git_revision'])}"
+        + (f", `{portable(options)}`" if options else "")
+        + "; weights in the page cache; seconds."
+    )
+    starts = document["starts"]
+    rows = [[str(place), *(f"{value:.1f}" for value in each.values())] for place, each in enumerate(starts, 1)]
+    yield "\n".join(table(("start", *starts[0]), rows))
 
 
 def peer_parts(peers: Document) -> Iterator[str]:

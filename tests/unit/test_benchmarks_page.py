@@ -128,6 +128,16 @@ def test_rows_of_readme_gather_all_records_of_a_kind(
     assert rows[2][1].startswith("not measured yet"), "other models have records of their own"
 
 
+def test_starts_have_a_table(page: Page, tmp_path: Path) -> None:
+    document = json.loads((ROOT / "benchmarks/results/startup_llama-3-8b.json").read_text())
+    document["options"] = ["--plan", "/a/b/book.json"]
+    (tmp_path / "startup_llama-3-8b_book.json").write_text(json.dumps(document))
+    text = page(tmp_path, tmp_path)
+    assert "`--plan book.json`; weights in the page cache" in text
+    assert f"| 2 | {document['starts'][1]['weights and cache']:.1f} |" in text
+    assert f"{document['starts'][1]['sum']:.1f} |\n" in text
+
+
 def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:
     results = ROOT / "benchmarks/results"
     for name in ("throughput_llama-3-8b_512-512.json", "peers.json"):
@@ -168,6 +178,11 @@ def test_no_record_has_an_energy_that_the_card_cannot_have_used() -> None:
         limit_w = document["machine"]["gpus"][0]["power_limit_w"]
         rungs = [rung for each in document.get("workloads", ()) for rung in each["rungs"]]
         pairs = [(run.get("energy_per_token_j"), run["total_tokens_per_s"]) for run in document.get("repeats", ())]
+        pairs += [
+            (run["metrics"]["energy_per_token_j"], run["metrics"]["total_tokens_per_s"])
+            for run in document.get("runs", ())
+            if "metrics" in run
+        ]
         for rung in rungs:
             if isinstance(rung.get("tokens_per_s"), list):
                 pairs += zip(rung["energy_per_token_j"] or (), rung["tokens_per_s"], strict=False)

@@ -183,7 +183,7 @@ def test_kinds_of_sampling_take_turns_on_one_engine(
     text, rows = rendered(document, "sampled_llama-3-8b", tmp_path / "results", monkeypatch)
     assert "## Sampled" in text and "| 6/3 | 1 | 2 | top_p |" in text
     assert "0.500 of greedy (1 requests, 2 repeats)" in rows[0][1]
-    assert rows[1][1].startswith("not measured yet: `python -m benchmarks.serving")
+    assert rows[1][1].startswith("not measured yet: `python -m benchmarks.session --only serving-llama-3-8b`")
 
 
 def test_chosen_limits_stand_beside_the_best_pair(engines: Engines, tmp_path: Path) -> None:

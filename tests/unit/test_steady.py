@@ -290,7 +290,7 @@ def test_rungs_take_turns_at_their_own_limits_on_the_embedded_model(
     assert results["sequential 32/8"]["num_requests"] is None
     for run in document["runs"]:
         assert run["settings"]["num_pages"] == pages and run["metrics"]["total_tokens_per_s"] > 0
-    assert "of sequential on the same batches" in capsys.readouterr().out
+    assert "times sequential on the same batches" in capsys.readouterr().out
     text, _ = rendered(document, "steady_default", tmp_path / "results", monkeypatch)
     assert "## The steady state: overlap" in text and "| 40/8 | without end | 2 | cut | 64 tokens, 12 requests," in text
     assert f"{pages:,} KV pages" in text
