@@ -9,8 +9,8 @@ setting. From the root of the repository, with traces in a folder:
 Each piece is a command of its own, printed before it runs, with a record of its own under --out. A piece that is done
 is left out; `session.json` beside the records says which are. So a session may be run in short parts: repeat the
 command until it says that all is done. A record that is deleted is measured again. With --time-limit nothing is begun
-that could not end in time, and what goes on later is cut, which may take half a minute more. `--list` says what there is
-and about how long it takes on one H200. Exit status 0 if all that was asked for is done, 1 if not.
+that could not end in time, and what goes on later is cut, which may take half a minute more. `--list` says what there
+is and about how long it takes on one H200. Exit status 0 if all that was asked for is done, 1 if not.
 """
 
 from __future__ import annotations

@@ -55,6 +55,16 @@ def test_an_old_ladder_is_shown_as_history(page: Page, tmp_path: Path) -> None:
     assert text.count("![") == 1 and "(pictures/overlap.svg)" in text
 
 
+def test_old_single_runs_are_shown_as_history(page: Page, tmp_path: Path) -> None:
+    name = "ablation/llama-3-8b_1024-512_nano-batches.json"
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / name).write_bytes((ROOT / "benchmarks/results" / name).read_bytes())
+    text = page(tmp_path, tmp_path)
+    assert "## Whole runs" not in text and "## History: single runs of rungs" in text
+    (row,) = (line for line in text.splitlines() if name in line)
+    assert "| 1024/512 | 600 | 2 | nano-batches | 2,048 / 700 |" in row
+
+
 def test_old_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
     record = {
         "machine": {"gpus": [{"name": "NVIDIA H200", "power_limit_w": 700.0, "driver_version": "580"}]},
