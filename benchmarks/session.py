@@ -9,7 +9,7 @@ setting. From the root of the repository, with traces in a folder:
 Each piece is a command of its own, printed before it runs, with a record of its own under --out. A piece that is done
 is left out; `session.json` beside the records says which are. So a session may be run in short parts: repeat the
 command until it says that all is done. A record that is deleted is measured again. With --time-limit nothing is begun
-that could not end in time, and what goes on later is cut, which may take half a minute more. `--list` says what there
+that could not end in time, and what goes on later is cut, which may take a minute more. `--list` says what there
 is and about how long it takes on one H200. Exit status 0 if all that was asked for is done, 1 if not.
 """
 
@@ -39,7 +39,7 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.config import ConfigError
 
 # Least seconds to begin what goes on later, seconds to write a record in the end, and to end a command that is cut.
-_LEAST_S, _MARGIN_S, _END_S = 60.0, 15.0, 30.0
+_LEAST_S, _MARGIN_S, _END_S = 60.0, 15.0, 75.0
 
 
 class State(StrEnum):
@@ -112,6 +112,12 @@ def make_parser() -> CommandParser:
         metavar="TOKENS/SEQS",
         help="limits that the sequential rung is tried at, beside those that the search says",
     )
+    parser.add_argument(
+        "--trials",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try searched plans on the GPU; without, they are predicted alone (default: --trials)",
+    )
     parser.add_argument("--ladder", action="store_true", help="whole runs of nano-batches and of each mechanism too")
     parser.add_argument("--allow-dirty", action="store_true", help="write records of sources without a revision")
     return parser
@@ -126,7 +132,7 @@ def read_session(args: argparse.Namespace) -> Session:
     out = args.out / "quick" if args.quick else args.out
     return Session(
         out=out,
-        books=args.books or out / "books",
+        books=args.books or args.out / "books",
         traces=args.traces,
         model=args.model,
         small_model=args.small_model,
@@ -135,6 +141,7 @@ def read_session(args: argparse.Namespace) -> Session:
         sequential=args.sequential,
         repeats=args.repeats,
         is_quick=args.quick,
+        tries_plans=args.trials,
         is_whole_ladder=args.ladder,
         allows_dirty=args.allow_dirty,
         git_revision=git_revision(),

@@ -17,9 +17,11 @@ from nanoflow.cost.table import Profile
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import load_book
 
-# Seconds, on one H200 with Llama-3-8B: from the start of a process to its first request, a search with trials, and the
-# turn of a rung in the steady state with all that stands before it.
-_START_S, _SEARCH_S, _TURN_S = 20.0, 300.0, 10.0
+# Seconds, on one H200 with Llama-3-8B: from the start of a process to its first request, and the turn of a rung in the
+# steady state with all that stands before it.
+_START_S, _TURN_S = 20.0, 10.0
+# Of a search with trials and without, and of the books of the other rungs.
+_SEARCH_S, _PREDICTED_S, _BOOKS_S = 300.0, 60.0, 90.0
 # Requests of a quick session are this part of all.
 _QUICK = 4
 TRACE = "trace:{}.csv"
@@ -63,6 +65,7 @@ class Session:
         sequential: Limits that the sequential rung is tried at, beside those that the search says.
         repeats: Of all.
         is_quick: A quarter of the requests.
+        tries_plans: Whether searched plans are tried on the GPU; else they are predicted alone, in a minute.
         is_whole_ladder: Whole runs of nano-batches and each mechanism too.
         allows_dirty: Passed on.
         git_revision: Of the sources when the session began; None if unknown.
@@ -78,6 +81,7 @@ class Session:
     sequential: Sequence[str]
     repeats: int
     is_quick: bool
+    tries_plans: bool
     is_whole_ladder: bool
     allows_dirty: bool
     git_revision: str | None
@@ -246,9 +250,10 @@ def _books(session: Session, work: Work) -> Iterator[Piece]:
     workload = ["--workloads", session.located(work.workload)]
     yield Piece(
         name=f"search-{name}",
-        words=["nanoflow", "search", str(session.profile), "-o", str(searched), *workload, "--measure"],
+        words=["nanoflow", "search", str(session.profile), "-o", str(searched), *workload]
+        + (["--measure"] if session.tries_plans else []),
         record=searched,
-        minutes=_SEARCH_S / 60,
+        minutes=(_SEARCH_S if session.tries_plans else _PREDICTED_S) / 60,
         needs=needs,
         goes_on=True,
         is_there=searched.exists(),
@@ -261,7 +266,7 @@ def _books(session: Session, work: Work) -> Iterator[Piece]:
             *("--out", str(searched.parent), "--rungs", *others),
         ],
         record=searched.parent,
-        minutes=4.0,
+        minutes=_BOOKS_S / 60,
         needs=[*needs, searched],
         goes_on=True,
         is_there=bool(others) and all(path.exists() for path in others.values()),

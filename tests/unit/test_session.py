@@ -135,6 +135,8 @@ def test_a_quick_session_has_fewer_requests_and_records_of_its_own(
     assert commands.names == ["sampled", "serving"]
     assert _options(commands.ran[0]).workloads == [f"trace:{tmp_path}/sharegpt.csv:375"]
     assert _options(commands.ran[1]).rates == ["20:300"]
+    assert _session(tmp_path, profile, "--only", "search-512-512", "--quick", "--no-trials") == 0
+    assert "--measure" not in commands.ran[2] and (tmp_path / "out" / "books" / "512-512" / "searched.json").exists()
     assert (tmp_path / "out" / "quick" / "sampled_default.json").exists()
 
 
