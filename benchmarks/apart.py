@@ -1,11 +1,12 @@
-"""Workloads on an engine in a process of its own, which leaves a clean device behind whatever happens to it."""
+"""Work on an engine in a process of its own, which leaves a clean device behind whatever happens to it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.offline import run_workloads
@@ -14,6 +15,8 @@ from nanoflow.config import EngineConfig
 
 # How long a process that has sent everything may take to free its device.
 _END_S = 60.0
+
+Found = TypeVar("Found")
 
 
 class RunFailed(Exception):
@@ -33,13 +36,30 @@ def run_apart(
     Raises:
         RunFailed: Not all records came.
     """
+    return yielded_apart(run_workloads, (engine, configs), len(configs), deadline_s)
+
+
+def yielded_apart(
+    function: Callable[..., Iterable[Found]], arguments: Sequence[Any], count: int, deadline_s: float | None = None
+) -> Iterator[Found]:
+    """What a function yields in a new process, each as soon as it is there.
+
+    Args:
+        function: Of a module; it yields no strings.
+        arguments: Of it.
+        count: How much it yields.
+        deadline_s: When to end, of `time.monotonic`; what is on its way then is lost.
+
+    Raises:
+        RunFailed: Not all of it came.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(theirs, engine, configs))
+    process = context.Process(target=_send, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:
-        for _ in configs:
+        for _ in range(count):
             if not ours.poll(None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0)):
                 raise RunFailed("the time is over")
             found = ours.recv()
@@ -58,9 +78,9 @@ def run_apart(
         ours.close()
 
 
-def _run(end: Connection, engine: EngineConfig, configs: Sequence[ThroughputConfig]) -> None:
+def _send(end: Connection, function: Callable[..., Iterable[Any]], arguments: Sequence[Any]) -> None:
     try:
-        for record in run_workloads(engine, configs):
-            end.send(record)
+        for found in function(*arguments):
+            end.send(found)
     except (RuntimeError, ValueError) as error:
         end.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

@@ -2,7 +2,7 @@
 
 A setting is an engine with its limits and plans, and how tokens are sampled. Repeats go through all settings, forwards
 and backwards in turn, so that what drifts evenly tells for none. Who asks for which settings: `whole_runs.py`,
-`limits.py`, `sampled.py`.
+`limits.py`, `sampled.py`. `steady.py` writes the same record of turns on engines that rungs share.
 """
 
 from __future__ import annotations
@@ -50,20 +50,36 @@ class Wanted:
     @property
     def asked(self) -> dict[str, Any]:
         """What names this run: another one with the same is the same run."""
-        engine, config = self.setting.engine, self.setting.config
-        plain: dict[str, Any] = msgspec.to_builtins(engine)
-        book = None if engine.plan is None else load_book(Path(engine.plan)).digest
-        return {
-            "name": self.setting.name,
-            "workload": portable(config.workload),
-            "num_requests": config.num_requests,
-            "seed": config.seed,
-            "sampling": config.sampling,
-            "text": config.text,
-            "repeat": self.repeat,
-            "engine": {name: portable(value) if isinstance(value, str) else value for name, value in plain.items()},
-            "book": book,
-        }
+        config = self.setting.config
+        return asked_of(
+            self.setting.name,
+            self.setting.engine,
+            workload=config.workload,
+            num_requests=config.num_requests,
+            seed=config.seed,
+            sampling=config.sampling,
+            text=config.text,
+            repeat=self.repeat,
+        )
+
+
+def asked_of(name: str, engine: EngineConfig, *, workload: str, **more: Any) -> dict[str, Any]:
+    """What names a run.
+
+    Args:
+        name: Of the setting.
+        engine: With its limits and plans; the content of a plan book names it, not its file alone.
+        workload: Of which a trace's folder says nothing.
+        more: Everything else that another run may differ in.
+    """
+    plain: dict[str, Any] = msgspec.to_builtins(engine)
+    return {
+        "name": name,
+        "workload": portable(workload),
+        **more,
+        "engine": {key: portable(value) if isinstance(value, str) else value for key, value in plain.items()},
+        "book": None if engine.plan is None else load_book(Path(engine.plan)).digest,
+    }
 
 
 def add_options(parser: argparse.ArgumentParser, repeats: int = 3) -> None:
@@ -181,10 +197,15 @@ def line(run: Run) -> str:
     energy = "" if metrics["energy_per_token_j"] is None else f", {metrics['energy_per_token_j'] * 1e3:.1f} mJ/token"
     failed = f", {metrics['num_failed']} FAILED" if metrics["num_failed"] else ""
     limits = f"{settings['max_batch_tokens']}/{settings['max_num_seqs']}"
+    gain = "" if metrics.get("gain") is None else f", {metrics['gain']:.3f} times sequential on the same batches"
     return (
-        f"{asked['repeat']}: {asked['name']} ({limits}), {asked['workload']} x {asked['num_requests']:,}: "
-        f"{metrics['total_tokens_per_s']:,.0f} tok/s{energy}{failed}"
+        f"{asked['repeat']}: {asked['name']} ({limits}), {_named(asked['workload'], asked['num_requests'])}: "
+        f"{metrics['total_tokens_per_s']:,.0f} tok/s{gain}{energy}{failed}"
     )
+
+
+def _named(workload: str, num_requests: int | None) -> str:
+    return workload if num_requests is None else f"{workload} x {num_requests:,}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +213,7 @@ class Result:
     """A setting on a workload, beside the setting that it is compared with.
 
     Attributes:
-        workload, num_requests: What was asked for.
+        workload, num_requests: What was asked for; None if requests come without end.
         name: Of the setting.
         limits: Token budget and requests at once, as it ran.
         num_plans: Plans that it could choose from, beside the sequential one.
@@ -201,13 +222,14 @@ class Result:
         total_tokens_per_s: Median of the repeats, which stand in `repeats_tokens_per_s`.
         ratio: Of the medians.
         ratios: Of each repeat to the same repeat of the base: their spread.
+        gains: Of each repeat, if a sequential rung had the very same batches: its time / this one's.
         energy_per_token_j: Median; None without a counter, or if one was dropped.
         num_failed, num_short: Requests that failed, or gave too few tokens: the run is not comparable.
         git_revisions: Of the sources, one if all repeats are of the same.
     """
 
     workload: str
-    num_requests: int
+    num_requests: int | None
     name: str
     limits: str
     num_plans: int
@@ -217,6 +239,7 @@ class Result:
     repeats_tokens_per_s: Sequence[float]
     ratio: float
     ratios: Sequence[float]
+    gains: Sequence[float]
     energy_per_token_j: float | None
     num_failed: int
     num_short: int
@@ -243,7 +266,7 @@ def results_of(runs: Sequence[Run], is_base: Callable[[Run], bool]) -> list[Resu
     return found
 
 
-def _workload_of(run: Run) -> tuple[str, int]:
+def _workload_of(run: Run) -> tuple[str, int | None]:
     return run["asked"]["workload"], run["asked"]["num_requests"]
 
 
@@ -271,6 +294,7 @@ def _result(name: str, own: Sequence[Run], base: str, base_runs: Sequence[Run]) 
             for run in own
             if run["asked"]["repeat"] in by_repeat
         ],
+        gains=[each["gain"] for each in metrics if each.get("gain") is not None],
         energy_per_token_j=None if None in energies else median(energies),
         num_failed=sum(each["num_failed"] for each in metrics),
         num_short=sum(each["num_short"] for each in metrics),
@@ -292,13 +316,14 @@ def table(results: Sequence[Result]) -> str:
     """For people: a line a setting, a block a workload."""
     lines = []
     for workload, group in groupby(results, key=lambda each: (each.workload, each.num_requests)):
-        lines.append(f"{workload[0]} x {workload[1]:,}")
+        lines.append(_named(*workload))
         for each in group:
             least, most = min(each.ratios, default=each.ratio), max(each.ratios, default=each.ratio)
             energy = "" if each.energy_per_token_j is None else f"{each.energy_per_token_j * 1e3:8.1f} mJ/token"
             wrong = f"  {each.num_failed} FAILED" if each.num_failed else ""
+            same = f"  same batches {median(each.gains):.3f}" if each.gains else ""
             lines.append(
                 f"  {each.name:<28}{each.limits:>12}{each.total_tokens_per_s:>10,.0f} tok/s{each.ratio:>8.3f} of "
-                f"{each.base} ({least:.3f} to {most:.3f}){energy}{wrong}"
+                f"{each.base} ({least:.3f} to {most:.3f}){same}{energy}{wrong}"
             )
     return "\n".join(lines)

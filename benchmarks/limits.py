@@ -13,19 +13,19 @@ request failed.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
 from benchmarks.in_turn import Run, Setting, add_options, run_in_turn
-from benchmarks.targets import read_workloads
-from benchmarks.whole_runs import MEASUREMENT, read_engine
+from benchmarks.rungs import read_engine, read_limits
+from benchmarks.whole_runs import MEASUREMENT
+from benchmarks.workloads import read_workloads
 from nanoflow.bench.provenance import require_clean
 from nanoflow.bench.workload import draw_lengths
 from nanoflow.cli.options import CommandParser, OptionGroup
-from nanoflow.config import ConfigError, EngineConfig, Goal
+from nanoflow.config import EngineConfig, Goal
 
 PAIRS = ("2048/1024", "4096/1024", "4096/2048", "8192/1024", "8192/2048", "16384/2048")
 CHOSEN = "chosen for"
@@ -82,13 +82,11 @@ def read_settings(args: argparse.Namespace) -> list[Setting]:
     engine = read_engine(_ENGINE, args)
     engines = {}
     for pair in args.pairs:
-        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", pair):
-            raise ConfigError(f"--pairs: {pair!r} is no TOKENS/SEQS, as 2048/1024")
-        tokens, seqs = map(int, pair.split("/"))
+        tokens, seqs = read_limits(pair)
         engines[pair] = replace(engine, max_batch_tokens=tokens, max_num_seqs=seqs, goal="throughput")
     for goal in args.goals:
         engines[f"{CHOSEN} {goal}"] = replace(engine, goal=goal)
-    configs = [replace(config, bounds=False) for config in read_workloads(args, MEASUREMENT)]
+    configs = read_workloads(args, MEASUREMENT)
     for config in configs:
         draw_lengths(config.workload, 1, 0)
     return [Setting(name=name, engine=each, config=config) for name, each in engines.items() for config in configs]

@@ -1,276 +1,118 @@
-"""The rungs of the ablation ladder: the plan book of each, made from a profile, and what is predicted under it.
+"""Rungs as they are asked for: a name with limits, with a plan book, or with a goal for which the engine has limits.
 
-Books and predictions are files, made once. Which rungs there are is `ladder.py`'s, who runs them `ablation.py`'s.
+A rung is NAME=TOKENS/SEQS, NAME=BOOK.json, NAME=BOOK.json@TOKENS/SEQS, or NAME=GOAL (throughput, balanced, latency).
+Without limits of its own a book has those that it says (`StoredBook.limits`). Who runs rungs: `whole_runs.py`,
+`steady.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+import argparse
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
-import msgspec
-
-from benchmarks.ladder import NANO_BATCHES, SEARCHED, SEQUENTIAL, Prediction, options_of
-from benchmarks.targets import is_trace, record_paths
-from nanoflow.bench import simulation
-from nanoflow.bench.batches import batches_of
-from nanoflow.bench.config import ThroughputConfig
-from nanoflow.bench.simulation import Cluster, SimulatedRun, limits_for, simulate
-from nanoflow.bench.workload import Lengths, draw_lengths
-from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.cost.interference import Interference
-from nanoflow.cost.table import CostTable, Profile
-from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import BatchShape
+from nanoflow.cli.options import OptionGroup
+from nanoflow.config import ConfigError, EngineConfig, Goal
 from nanoflow.models.presets import preset_name
-from nanoflow.plan.book import BookLimits, MadeFor, PlanBook, PlanEntry, StoredBook, load_book
-from nanoflow.plan.plan import Mechanism, PipelinePlan
-from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from nanoflow.scheduler.limits import SchedulerLimits
-from nanoflow.search.allocate import Allocation, divisions
-from nanoflow.search.books import covering_cells, search_book
-from nanoflow.search.emit import emit
-from nanoflow.search.inside import carrying_runs, inside_plan
-from nanoflow.search.iteration import IterationModel, graphs_of
-from nanoflow.search.problem import groups_of, make_problem
-from nanoflow.search.shapes import entry_of, ranked
-from nanoflow.search.structure import Effort, solve_structure
+from nanoflow.plan.book import load_book
 
-# Products come in tiles of so many tokens: batches of two tiles and more are cut, and between them.
-_TILE = 128
-# As the search has them (`search/search.py`).
-_MAX_STAGES, _NUM_NODES, _TIME_LIMIT_S = 3, 300, 60.0
+SEQUENTIAL, NANO_BATCHES = "sequential", "nano-batches"
 
-Iterations = Sequence[tuple[BatchShape, float]]
+ENGINE = OptionGroup(
+    kind=EngineConfig,
+    title="model and engine",
+    skip=frozenset({"seed", "plan", "max_batch_tokens", "max_num_seqs", "goal", "load_format"}),
+    defaults={"model": "preset:llama-3-8b", "dtype": "bfloat16"},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What to do: every rung on every workload, all files in one folder."""
+class Rung:
+    """A rung as it is asked for; limits that are None are the engine's choice."""
 
-    profile: Profile
-    engine: EngineConfig
-    workloads: tuple[ThroughputConfig, ...]
-    rungs: tuple[str, ...]
-    folder: Path
-    is_forced: bool
-    git_revision: str | None
+    name: str
+    book: Path | None = None
+    max_batch_tokens: int | None = None
+    max_num_seqs: int | None = None
+    goal: Goal = "throughput"
 
-    @property
-    def model(self) -> str:
-        """Its name in file names."""
-        return preset_name(self.engine.model) or Path(self.engine.model).name
-
-    @property
-    def own_limits(self) -> BookLimits:
-        """Token budget and requests at once; ConfigError if the engine would choose them."""
-        tokens, seqs = self.engine.max_batch_tokens, self.engine.max_num_seqs
-        if tokens is None or seqs is None:
-            raise ConfigError("rungs are compared within the same limits: give max_batch_tokens and max_num_seqs")
-        return BookLimits(max_batch_tokens=tokens, max_num_seqs=seqs)
-
-    @property
-    def graph(self) -> OpGraph:
-        """The model as the engine runs it."""
-        return graphs_of(self.profile)[0]
-
-    @property
-    def profile_digest(self) -> str:
-        """Twelve hexadecimal digits that name its content."""
-        return hashlib.sha256(self.profile.to_json()).hexdigest()[:12]
-
-    @property
-    def predictions_path(self) -> Path:
-        """Where predictions are kept."""
-        return self.folder / f"predictions_{self.model}.json"
-
-    def book_path(self, rung: str) -> Path | None:
-        """The rung's plan book; the sequential one has none."""
-        return None if rung == SEQUENTIAL else self.folder / "books" / f"{self.model}_{rung}.json"
-
-    def book(self, rung: str) -> PlanBook:
-        """The book as the engine will have it; PlanError if it is not there or does not fit."""
-        path, fallback = self.book_path(rung), sequential_plan(self.graph, self.own_limits.max_batch_tokens)
-        return PlanBook(fallback=fallback) if path is None else load_book(path).with_fallback(fallback, self.graph)
-
-    def record_path(self, config: ThroughputConfig, rung: str) -> Path:
-        """Where the record of a run is."""
-        (path,) = record_paths(self.folder, self.engine.model, [config.workload])
-        return path.with_name(f"{path.stem.removeprefix('throughput_')}_{rung}.json")
-
-    def limits(self, lengths: Sequence[Lengths]) -> SchedulerLimits:
-        """Of the engine, for requests of these lengths."""
-        return limits_for(
-            self.profile,
-            self.graph,
-            lengths,
-            max_batch_tokens=self.own_limits.max_batch_tokens,
-            max_num_seqs=self.own_limits.max_num_seqs,
-            gpu_memory_utilization=self.engine.gpu_memory_utilization,
-        )
-
-    def options(self, config: ThroughputConfig) -> dict[str, object]:
-        """What a record of this run says of its options."""
-        return options_of({"workload": dataclasses.asdict(config), "config": dataclasses.asdict(self.engine)})
+    def on(self, engine: EngineConfig) -> EngineConfig:
+        """An engine with this rung's limits and plans."""
+        limits: dict[str, Any] = {"max_batch_tokens": self.max_batch_tokens, "max_num_seqs": self.max_num_seqs}
+        given = {name: value for name, value in limits.items() if value is not None}
+        plan = None if self.book is None else str(self.book)
+        return replace(engine, **given, plan=plan, goal=self.goal)
 
 
-def make_books(task: Task) -> None:
-    """The books that are not there yet; one for all workloads of the task."""
-    missing = [(rung, path) for rung in task.rungs if (path := task.book_path(rung)) and not path.exists()]
-    is_searched = any(rung != NANO_BATCHES for rung, _ in missing)
-    iterations = [each for config in task.workloads for each in iterations_of(task, config)] if is_searched else []
-    setup, budget = task.profile.setup, task.own_limits.max_batch_tokens
-    made_for = MadeFor(model=task.profile.model, gpu=setup.gpu, num_gpus=setup.num_gpus)
-    for rung, path in missing:
-        book = StoredBook(entries=tuple(entries_of(task.profile, rung, iterations, budget)), made_for=made_for)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(book.to_json())
-        print(f"{path}: {len(book.plans)} plans in {len(book.entries)} ranges", flush=True)
+def read_engine(group: OptionGroup[EngineConfig], args: argparse.Namespace) -> EngineConfig:
+    """The engine asked for; an architecture has weights drawn at random."""
+    engine = group.read(args)
+    return engine if preset_name(engine.model) is None else replace(engine, load_format="random")
 
 
-def iterations_of(task: Task, config: ThroughputConfig) -> list[tuple[BatchShape, float]]:
-    """Every iteration of a workload, sequentially, and what it takes."""
-    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-    return batches_of(IterationModel(task.profile), lengths, task.limits(lengths), config.seed)
+def read_limits(text: str) -> tuple[int, int]:
+    """Token budget and requests at once; ConfigError if the text is not TOKENS/SEQS."""
+    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text):
+        raise ConfigError(f"{text!r} is no TOKENS/SEQS, as 2048/1024")
+    tokens, seqs = map(int, text.split("/"))
+    return tokens, seqs
 
 
-def simulated(task: Task, config: ThroughputConfig, iterations: simulation.Iterations) -> SimulatedRun:
-    """A whole run of a workload, with the engine's options."""
-    lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-    cluster = Cluster(
-        limits=task.limits(lengths),
-        iterations=iterations,
-        num_replicas=1,
-        static_power_w=task.profile.setup.static_power_w or 0.0,
-    )
-    return simulate(cluster, lengths, [0.0] * len(lengths))
+def read_rungs(texts: Sequence[str]) -> list[Rung]:
+    """The rungs asked for.
 
+    Several rungs of one name get their limits into their names.
 
-def predict(task: Task) -> None:
-    """Simulate every rung on every workload, unless that is known of this very book and profile."""
-    known = load_predictions(task)
-    for rung in task.rungs:
-        book = task.book(rung)
-        for config in task.workloads:
-            wanted = Prediction(
-                workload=label(config.workload),
-                rung=rung,
-                book=book.digest,
-                profile=task.profile_digest,
-                options=task.options(config),
-            )
-            if wanted.key in known and known[wanted.key].profile == wanted.profile:
-                continue
-            run = simulated(task, config, IterationModel(task.profile, book)).metrics
-            known[wanted.key] = replace(
-                wanted, total_tokens_per_s=run.total_tokens_per_s, energy_per_token_j=run.energy_per_token_j
-            )
-            print(f"predicted: {label(config.workload)}, {rung}: {run.total_tokens_per_s:,.0f} tok/s", flush=True)
-        write_json(task.predictions_path, list(known.values()))
-
-
-def load_predictions(task: Task) -> dict[str, Prediction]:
-    """Those that are stored, by their key."""
-    path = task.predictions_path
-    stored = msgspec.json.decode(path.read_bytes(), type=list[Prediction]) if path.exists() else []
-    return {each.key: each for each in stored}
-
-
-def write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
-
-
-def label(workload: str) -> str:
-    """The workload without the folder of its trace."""
-    return f"trace:{Path(workload.removeprefix('trace:')).name}" if is_trace(workload) else workload
-
-
-def entries_of(profile: Profile, rung: str, iterations: Iterations, max_batch_tokens: int) -> Iterator[PlanEntry]:
-    """The plans of a rung.
-
-    Args:
-        profile: What operations take.
-        rung: Its name; of a mechanism, if it is no other one.
-        iterations: Every iteration of the runs, sequential, with the time it takes; not needed for nano-batches.
-        max_batch_tokens: The token budget.
+    Raises:
+        ConfigError: One makes no sense, two are the same, or none is sequential.
     """
-    if rung == NANO_BATCHES:
-        yield from nano_batches(graphs_of(profile)[0], max_batch_tokens)
-    elif rung == SEARCHED:
-        found = search_book(profile, iterations, max_batch_tokens=max_batch_tokens, time_limit_s=_TIME_LIMIT_S)
-        yield from (each.entry for each in found if each.entry is not None)
-    else:
-        yield from forced(profile, Mechanism(rung), iterations, max_batch_tokens)
+    rungs = [read_rung(text) for text in texts]
+    if all(rung.book is not None for rung in rungs):
+        raise ConfigError(f"there is no sequential rung to compare with: give {SEQUENTIAL}=TOKENS/SEQS")
+    names = [rung.name for rung in rungs]
+    named = [replace(rung, name=_with_limits(rung)) if names.count(rung.name) > 1 else rung for rung in rungs]
+    if len({rung.name for rung in named}) < len(named):
+        raise ConfigError("two rungs are the same")
+    return named
 
 
-def nano_batches(graph: OpGraph, max_batch_tokens: int) -> Iterator[PlanEntry]:
-    """Every batch of two tiles or more cut near the middle; a plan for sizes that differ by an eighth at most."""
-    smallest, size = 2 * _TILE, 2 * _TILE
-    while smallest <= max_batch_tokens:
-        size = min(size, max_batch_tokens)
-        plan = nanobatch_plan(graph, size, [middle_of(size)], f"nano-batches of {middle_of(size)}")
-        yield PlanEntry(plan=plan, min_tokens=smallest, max_tokens=size)
-        smallest, size = size + 1, size + max(size // 8 // _TILE, 1) * _TILE
+def _with_limits(rung: Rung) -> str:
+    if rung.max_batch_tokens is None:
+        return f"{rung.name} {rung.goal}"
+    return f"{rung.name} {rung.max_batch_tokens}/{rung.max_num_seqs}"
 
 
-def middle_of(num_tokens: int) -> int:
-    """The end of a tile that is nearest to the middle."""
-    return max(round(num_tokens / 2 / _TILE), 1) * _TILE
+def read_rung(text: str) -> Rung:
+    """One rung.
 
-
-def forced(
-    profile: Profile,
-    mechanism: Mechanism,
-    iterations: Iterations,
-    max_batch_tokens: int,
-) -> Iterator[PlanEntry]:
-    """In each cell the plan of a mechanism that is predicted to win most, or to lose least."""
-    model = IterationModel(profile)
-    plans: dict[str, PipelinePlan] = {}
-    for cell in covering_cells(iterations, max_batch_tokens):
-        plans |= {plan.digest: plan for plan in plans_of(profile, mechanism, cell.middle)}
-        best = ranked(plans.values(), cell, model.iteration_s)
-        if best:
-            yield entry_of(best[0][1], cell)
-
-
-def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Iterator[PipelinePlan]:
-    """A plan for each way to divide the device in two once, as a quick search has them (`search/search.py`).
-
-    On plain streams a share is a result of the measurement, not a way to divide; here it stands for one.
+    Raises:
+        ConfigError: It is none, or its book has no plan: nothing that was not searched is called so.
     """
-    graph = graphs_of(profile)[0]
-    middle = middle_of(shape.num_tokens)
-    if not 0.2 <= middle / shape.num_tokens <= 0.8:
-        return
-    if mechanism is Mechanism.INSIDE:
-        shares = Interference(profile, graph).inside.shares
-        for share, carrying in itertools.product(shares, carrying_runs(graph)):
-            yield inside_plan(graph, shape.num_tokens, middle, share, carrying)
-        return
-    splits = {group.name: (middle,) for group in groups_of(graph)}
-    problem = make_problem(graph, CostTable(profile, graph), shape, splits)
-    for division in divisions(problem, Interference(_only(profile, mechanism), graph)):
-        effort = Effort(num_nodes=_NUM_NODES, time_limit_s=_TIME_LIMIT_S)
-        schedule = solve_structure(division.problem, max_stages=_MAX_STAGES, effort=effort)
-        if schedule is not None:
-            allocation = Allocation(mechanism=mechanism, schedule=schedule, shares=division.shares)
-            name = f"{mechanism}{division.name.removeprefix(division.mechanism)}, 2 nano-batches at {middle}"
-            yield emit(division.problem, allocation, name)
-
-
-def _only(profile: Profile, mechanism: Mechanism) -> Profile:
-    """The profile with pairs of one mechanism; those of streams pass for partitions, which divide the device."""
-    pairs = tuple(pair for pair in profile.pairs if pair.mechanism is mechanism)
-    if mechanism is not Mechanism.STREAM:
-        return replace(profile, pairs=pairs)
-    return replace(
-        profile,
-        pairs=tuple(replace(pair, mechanism=Mechanism.PARTITION) for pair in pairs),
-        points=tuple(point for point in profile.points if point.mechanism is Mechanism.WHOLE),
-    )
+    name, _, what = text.partition("=")
+    if not name or not what:
+        raise ConfigError(f"{text!r} is no rung: write {SEQUENTIAL}=2048/1024 or searched=BOOK.json")
+    if what in get_args(Goal):
+        if name != SEQUENTIAL:
+            raise ConfigError(f"{text!r}: the rung {name} has no plan book, so it would be {SEQUENTIAL}")
+        return Rung(name=name, goal=what)  # type: ignore[arg-type]
+    file, _, limits = what.rpartition("@") if re.search(r"@\d+/\d+$", what) else (what, "", "")
+    if re.fullmatch(r"\d+/\d+", what):
+        file, limits = "", what
+    if name == SEQUENTIAL and file:
+        raise ConfigError(f"{text!r}: a {SEQUENTIAL} rung has no plan book")
+    if name != SEQUENTIAL and not file:
+        raise ConfigError(f"{text!r}: the rung {name} has no plan book, so it would be {SEQUENTIAL}")
+    tokens, seqs = read_limits(limits) if limits else (None, None)
+    if not file:
+        return Rung(name=name, max_batch_tokens=tokens, max_num_seqs=seqs)
+    stored = load_book(Path(file))
+    if not stored.plans:
+        raise ConfigError(f"{text!r}: the book has no plan, so the run would be {SEQUENTIAL}")
+    if not limits and stored.limits is None:
+        raise ConfigError(f"{text!r}: the book says no limits; write {text}@TOKENS/SEQS")
+    if tokens is None and stored.limits is not None:
+        tokens, seqs = stored.limits.max_batch_tokens, stored.limits.max_num_seqs
+    return Rung(name=name, book=Path(file), max_batch_tokens=tokens, max_num_seqs=seqs)

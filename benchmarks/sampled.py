@@ -21,8 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.in_turn import Run, Setting, add_options, run_in_turn
-from benchmarks.targets import read_workloads
-from benchmarks.whole_runs import MEASUREMENT, read_engine
+from benchmarks.rungs import read_engine
+from benchmarks.whole_runs import MEASUREMENT
+from benchmarks.workloads import read_workloads
 from nanoflow.bench.config import SAMPLING, ThroughputConfig
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser, OptionGroup
@@ -93,7 +94,7 @@ def read_settings(args: argparse.Namespace) -> list[Setting]:
     kinds = [kind for kind in KINDS if args.kinds is None or kind in (GREEDY, *args.kinds)]
     engine = read_engine(_ENGINE, args)
     return [
-        Setting(name=kind, engine=engine, config=replace(config, **KINDS[kind], bounds=False))
+        Setting(name=kind, engine=engine, config=replace(config, **KINDS[kind]))
         for config in read_workloads(args, _MEASUREMENT)
         for kind in kinds
     ]

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the records under benchmarks/results: whole runs, and the ablation ladders.
+"""Write docs/benchmarks.md from the records under benchmarks/results: whole runs, runs in turn, and older ladders.
 
 Run after adding a result: `python tools/benchmarks_page.py`. With `--check` it changes nothing and fails if the page is
 out of date; a test does that. What has no record is not mentioned.
@@ -10,12 +10,14 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from docs import ROOT, spread
-from records import beside, in_turn_parts, peer_of, peer_parts, place_of, ran, revision_of, sampling_of, serving_parts
-from records import table as _table
+from history import history_parts, is_old
+from records import beside, peer_of, place_of, revision_of, sampling_of
+from tables import in_turn_parts, peer_parts, serving_parts, startup_parts
+from tables import table as _table
 
 PAGE = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
@@ -37,10 +39,11 @@ _INTRO = """\
 
 <!-- Written by tools/benchmarks_page.py from benchmarks/results; do not edit. -->
 
-Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`. Requests are
-there all at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and
-output tokens, from the first request to the last token. Whole runs name their settings; a revision that is *dirty* had
-changes that no commit has, one that is *not known* was measured from a copy of the sources.
+Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`; `python -m
+benchmarks.session` measures what is in turn or served, piece by piece. If nothing else is said, requests are there all
+at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and output
+tokens, from the first request to the last token. Whole runs name their settings; a revision that is *dirty* had changes
+that no commit has, one that is *not known* was measured from a copy of the sources.
 
 The *sum of parts alone* (the serial bound) is what an engine without overlap would reach if every operation ran as it
 does by itself, back to back: at the clock and power that each part has alone. An engine that mixes hungry operations
@@ -48,25 +51,12 @@ with others can pass it, because the card's power limit is then spent otherwise;
 is no bound. The *optimum* is the products alone, at their own clock. An energy whose mean power is above the card's
 limit was an error of the counter and is left out."""
 
-_LADDER = """\
-The same requests under one plan book after the other (`python -m benchmarks.ablation`): `sequential` has no plan;
-`nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything; `stream`,
-`beside`, `partition` and `inside` run, for each kind of batch, the best plan of that mechanism, even where it is
-predicted to lose; `searched` is what `nanoflow search` chooses, sequential wherever nothing wins. *Steady* is the run
-without ramp and drain (`bench/steady.py`). *Planned* is the part of the iterations that did not run sequentially,
-*plans* how many the book has. The prediction is a simulation of the whole run
-from the profile (`bench/simulation.py`)."""
-
-
 _STEADY = """\
 A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
-are anywhere in their completions, new ones always wait, and the rungs of the ladder take turns on one engine and one
-card, each from the same beginning (`python -m benchmarks.steady`): what is scheduled depends on lengths alone, so all
-have the very same batches, and nothing but the plans differs. *Gain* is the time of the sequential rung / that of this
-one, *energy* a part of the sequential rung's, *predicted* the profile's gain on these very batches. Tokens/s are those
-that the model worked through, prompt and output tokens; numbers are means of the repeats (least to most). The bounds
-are of the whole workload: where its batches swing, turns with more prompts, or fewer, come nearer to them than
-others."""
+are anywhere in their completions, new ones always wait, and the rungs take turns on one card (`python -m
+benchmarks.steady`), each at its own limits, all with the same number of KV pages. A rung stands beside the fastest
+sequential one. Where a sequential rung has the same limits, both have the very same batches, since what is scheduled
+depends on lengths alone: *same batches* is its time / that of this rung, *predicted* what the profile says of them."""
 
 
 def main() -> None:
@@ -89,19 +79,14 @@ def page(results: Path, pictures: Path | None = None) -> str:
         parts += ["## Whole runs", "\n".join(run_lines(runs, peers))]
     for title, pattern, parts_of in _IN_TURN:
         found = [(path.name, _read(path)) for path in sorted(results.glob(pattern))]
-        parts += [title] if found else []
+        found = [(name, document) for name, document in found if not is_old(document)]
+        parts += title if found else []
         for name, document in found:
             parts += list(parts_of(name, document, peers))
-    ladders = [(path, _read(path)) for path in sorted(results.rglob("ladder_*.json"))]
-    if ladders:
-        parts += ["## The ablation ladder", _LADDER]
-    for path, ladder in ladders:
-        parts += list(ladder_parts(path.relative_to(results), ladder))
-    steady = [(path, _read(path)) for path in sorted(results.rglob("steady_*.json"))]
-    if steady:
-        parts += ["## The steady state, rung by rung", _STEADY]
-    for path, document in steady:
-        parts += list(steady_parts(path.relative_to(results), document))
+    parts += history_parts(results)
+    single = [(f"ablation/{path.name}", _read(path)) for path in sorted((results / "ablation").glob("*.json"))]
+    if single:
+        parts += ["## History: single runs of rungs at the same limits", "\n".join(run_lines(single, {}))]
     if peers:
         parts += ["## Peers", *peer_parts(peers)]
     drawn = list(picture_parts(pictures or ROOT / "docs/pictures"))
@@ -117,10 +102,12 @@ def _read(path: Path) -> Document:
 
 # Kinds of records that are shown alike: their heading, their files, and what makes parts of one.
 _IN_TURN = (
-    ("## Whole runs in turn: overlap against the best sequential setting", "whole_runs_*.json", in_turn_parts),
-    ("## Sampled", "sampled_*.json", in_turn_parts),
-    ("## Limits chosen and set by hand", "limits_*.json", in_turn_parts),
-    ("## Served over HTTP", "serving_*.json", serving_parts),
+    (["## Whole runs in turn: overlap against the best sequential setting"], "whole_runs_*.json", in_turn_parts),
+    (["## The steady state: overlap against the best sequential setting", _STEADY], "steady_*.json", in_turn_parts),
+    (["## Sampled"], "sampled_*.json", in_turn_parts),
+    (["## Limits chosen and set by hand"], "limits_*.json", in_turn_parts),
+    (["## Served over HTTP"], "serving_*.json", serving_parts),
+    (["## Starts of a server"], "startup_*.json", startup_parts),
 )
 
 
@@ -147,6 +134,7 @@ def _run_row(name: str, run: Document, peers: Document) -> list[str]:
         f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights",
         work["workload"],
         f"{work['num_requests']:,}",
+        str(len(run["repeats"])),
         run["plan"].split()[0],
         f"{model['max_batch_tokens']:,} / {model['max_num_seqs']:,}",
         spread(rates, ",.0f", ""),
@@ -170,142 +158,10 @@ def _values(run: Document, name: str, factor: float = 1.0) -> list[float]:
     return [value * factor for value in values if value is not None]
 
 
-def ladder_parts(path: Path, ladder: Document) -> Iterator[str]:
-    """One ladder: where it was measured, a table a workload, and measured beside predicted."""
-    options, packages = ladder["options"], ladder["software"]["packages"]
-    yield f"### {ladder['model'].removeprefix('preset:')} on {place_of(ladder['machine'])}"
-    yield (
-        f"{ladder['weights'].capitalize()} weights, {options['dtype']}, token budget {options['max_batch_tokens']:,}, "
-        f"at most {options['max_num_seqs']:,} requests at once; torch {packages['torch']}, "
-        f"CUDA {ladder['software']['cuda']}, triton {packages['triton']}; revision "
-        f"{', '.join(map(_known, ladder['git_revisions']))}; [JSON](../benchmarks/results/{path.as_posix()})."
-    )
-    for workload in ladder["workloads"]:
-        yield _heading(workload)
-        yield "\n".join(_table(_RUNG_HEADINGS, [_rung_row(rung) for rung in workload["rungs"]]))
-    rows = [row for workload in ladder["workloads"] for row in _predicted_rows(workload)]
-    if rows:
-        yield "**Measured and predicted**"
-        yield "\n".join(_table(_PREDICTED_HEADINGS, rows))
-
-
-def steady_parts(path: Path, document: Document) -> Iterator[str]:
-    """Rungs in turn: where they were measured, and a table of all workloads."""
-    options, packages = document["options"], document["software"]["packages"]
-    model, budget = document["model"].removeprefix("preset:"), options["max_batch_tokens"]
-    yield f"### {model}, token budget {budget:,}, on {place_of(document['machine'])}"
-    yield (
-        f"{options['dtype'].capitalize()}, at most {options['max_num_seqs']:,} requests at once; "
-        f"torch {packages['torch']}, CUDA {document['software']['cuda']}, triton {packages['triton']}; "
-        f"[JSON](../benchmarks/results/{path.as_posix()})."
-    )
-    rows = [_steady_row(workload, rung) for workload in document["workloads"] for rung in workload["rungs"]]
-    yield "\n".join(_table(_STEADY_HEADINGS, rows))
-    weighed = [workload["workload"] for workload in document["workloads"] if not workload["has_same_batches"]]
-    if weighed:
-        yield (
-            "Measured before rungs had the same batches, so that gain and energy are of batches that weigh the same "
-            "(as they are predicted to take sequentially, corrected by what sequential turns took), and tokens/s and "
-            f"mJ/token of other mixes of prompts and decodes: {', '.join(weighed)}."
-        )
-
-
-def _steady_row(workload: Document, rung: Document) -> list[str]:
-    rate, energies, ratios = mean(rung["tokens_per_s"]), rung["energy_per_token_j"], rung["energy_ratios"]
-    serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
-    return [
-        workload["workload"],
-        ran(rung["rung"], rung["planned_part"]),
-        spread(rung["tokens_per_s"], ",.0f", "", mean),
-        spread(rung["gains"], ".3f", "", mean),
-        f"{rung['predicted_gain']:.3f}",
-        spread(ratios or [], ".3f", "", mean),
-        "" if optimal is None else f"{rate / optimal:.1%}",
-        "" if serial is None else f"{rate / serial:.1%}" + (" (no bound)" if rate > serial else ""),
-        "" if energies is None else f"{mean(energies) * 1e3:.1f}",
-        f"{rung['planned_part']:.0%}",
-        f"{rung['iteration_tokens']:,.0f}",
-        f"{rung['prompt_part']:.0%}",
-        f"{rung['decode_context']:,.0f}",
-        f"{len(rung['gains'])} x {workload['num_turns']} x {workload['turn_s']:g} s",
-        revision_of(workload["git_revision"]),
-    ]
-
-
-_STEADY_HEADINGS = (
-    *(
-        "workload",
-        "rung",
-        "tokens/s",
-        "gain",
-        "predicted",
-        "energy",
-        "of optimum",
-        "of parts alone",
-        "mJ/token",
-        "planned",
-    ),
-    *("tokens an iteration", "of prompts", "keys a decode", "turns", "revision"),
-)
 _RUN_HEADINGS = (
-    *("model", "workload", "requests", "plan", "tokens / requests at once", "tokens/s", "mJ/token", "% of parts alone"),
-    *("% of optimum", "beside a peer", "hardware", "revision", "record"),
+    *("model", "workload", "requests", "repeats", "plan", "tokens / requests at once", "tokens/s", "mJ/token"),
+    *("% of parts alone", "% of optimum", "beside a peer", "hardware", "revision", "record"),
 )
-_RUNG_HEADINGS = (
-    *("rung", "tokens/s, mean (least to most)", "of sequential", "predicted", "% of optimum", "% of parts alone"),
-    *("mJ/token", "W", "steady tokens/s", "steady mJ/token", "planned", "plans"),
-)
-_PREDICTED_HEADINGS = (
-    *("workload", "rung", "tokens/s", "predicted", "error", "of sequential", "predicted", "difference"),
-    *("mJ/token", "predicted"),
-)
-
-
-def _heading(workload: Document) -> str:
-    text = f"**{workload['workload']}**, {workload['num_requests']:,} requests"
-    if workload["serial_tokens_per_s"] is None:
-        return f"{text}:"
-    serial, optimal = workload["serial_tokens_per_s"], workload["optimal_tokens_per_s"]
-    return f"{text}; sum of parts alone {serial:,.0f}, optimum {optimal:,.0f} tokens/s:"
-
-
-def _rung_row(rung: Document) -> list[str]:
-    repeats = rung["total_tokens_per_s_repeats"]
-    wrong = [f"{rung[key]} {word}" for key, word in (("num_failed", "FAILED"), ("num_short", "SHORT")) if rung[key]]
-    return [
-        " ".join([ran(rung["rung"], rung["planned_part"]), *wrong]),
-        f"{rung['total_tokens_per_s']:,.0f} ({min(repeats):,.0f} to {max(repeats):,.0f})",
-        _number(rung["ratio_to_sequential"], ".3f"),
-        _number(rung["predicted_ratio"], ".3f"),
-        _number(rung["share_of_optimal"], ".1f", 100),
-        _number(rung["share_of_serial"], ".1f", 100),
-        _number(rung["energy_per_token_j"], ".1f", 1e3),
-        _number(rung["power_w"], ".0f"),
-        _number(rung["steady_tokens_per_s"], ",.0f"),
-        _number(rung["steady_energy_per_token_j"], ".1f", 1e3),
-        _number(rung["planned_part"], ".0%"),
-        str(len(rung["plans"])),
-    ]
-
-
-def _predicted_rows(workload: Document) -> Iterator[list[str]]:
-    for rung in workload["rungs"]:
-        rate, predicted = rung["total_tokens_per_s"], rung["predicted_tokens_per_s"]
-        ratio, predicted_ratio = rung["ratio_to_sequential"], rung["predicted_ratio"]
-        if predicted is not None:
-            is_compared = None not in (ratio, predicted_ratio)
-            yield [
-                workload["workload"],
-                rung["rung"],
-                f"{rate:,.0f}",
-                f"{predicted:,.0f}",
-                f"{predicted / rate - 1:+.1%}",
-                _number(ratio, ".3f"),
-                _number(predicted_ratio, ".3f"),
-                f"{predicted_ratio - ratio:+.3f}" if is_compared else "",
-                _number(rung["energy_per_token_j"], ".1f", 1e3),
-                _number(rung["predicted_energy_per_token_j"], ".1f", 1e3),
-            ]
 
 
 def picture_parts(folder: Path) -> Iterator[str]:
@@ -319,14 +175,6 @@ def picture_parts(folder: Path) -> Iterator[str]:
     for name, caption in there:
         yield f"{caption}:"
         yield f"![{caption}](pictures/{name})"
-
-
-def _known(revision: str) -> str:
-    return revision_of(None if revision == "unknown" else revision)
-
-
-def _number(value: float | None, digits: str, factor: float = 1.0) -> str:
-    return "" if value is None else format(value * factor, digits)
 
 
 if __name__ == "__main__":

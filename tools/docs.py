@@ -54,11 +54,11 @@ def spread(
 
 
 def results_table() -> str:
-    """The results table: five rows, each with its record or the command that makes one."""
+    """The results table: five rows, each with its records or the command that makes one."""
     lines = ["| benchmark | measured | hardware | record |", "|---|---|---|---|"]
-    for what, measured, hardware, name in readme_rows():
-        record = f"[JSON](benchmarks/results/{name}.json)" if name else ""
-        lines.append(f"| {what} | {measured} | {hardware} | {record} |")
+    for what, measured, hardware, names in readme_rows():
+        records = ", ".join(f"[JSON](benchmarks/results/{name}.json)" for name in names.split())
+        lines.append(f"| {what} | {measured} | {hardware} | {records} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Records of runs in turn, of servers under load and of peers, as rows of tables: for docs/benchmarks.md and README.md.
+"""Records and peers read, and the five rows of README.md; tables of docs/benchmarks.md are `tables.py`'s.
 
 Pure functions of documents; a peer stands beside a run only where model, workload, requests and sampling are the same.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from nanoflow.bench.config import SAMPLING, BenchConfig
@@ -18,18 +17,12 @@ RESULTS = ROOT / "benchmarks/results"
 Document = dict[str, Any]
 Row = tuple[str, str, str, str]
 
-_COMMANDS = {
-    "sampled_llama-3-8b": "python -m benchmarks.sampled --model preset:llama-3-8b "
-    "--workloads trace:sharegpt.csv:1500 --json benchmarks/results/sampled_llama-3-8b.json",
-    "serving_llama-3-8b": "python -m benchmarks.serving --model preset:llama-3-8b --workload trace:sharegpt.csv "
-    "--temperature 0.7 --rates inf:1200 20:1200 35:1200 --repeats 3 --in-process "
-    "--json benchmarks/results/serving_llama-3-8b.json",
-    "serving_llama-3.2-1b": "python -m benchmarks.serving --model preset:llama-3.2-1b --workload trace:sharegpt.csv "
-    "--temperature 0.7 --rates inf:3000 100:3000 --repeats 3 --in-process "
-    "--json benchmarks/results/serving_llama-3.2-1b.json",
-    "whole_runs_llama-3-8b": "python -m benchmarks.whole_runs --workloads 1024/512:1400 "
-    "--rungs sequential=2048/1024 sequential=8192/2048 searched=BOOK.json "
-    "--json benchmarks/results/whole_runs_llama-3-8b.json",
+# What measures them: pieces of a session.
+_PIECES = {
+    "sampled_llama-3-8b": "sampled",
+    "serving_llama-3-8b": "serving-llama-3-8b",
+    "serving_llama-3.2-1b": "serving-llama-3.2-1b",
+    "whole_runs_llama-3-8b": "search whole-runs",
 }
 
 
@@ -107,19 +100,8 @@ def middle(load: Document) -> Document:
     return repeats[len(repeats) // 2]
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """The settings that a run is judged by."""
-    given = set(settings.get("was_given", ()))
-    limits = ", ".join(
-        f"{settings[name]:,} {word}{'' if name in given else ' (chosen)'}"
-        for name, word in (("max_batch_tokens", "tokens"), ("max_num_seqs", "requests"))
-    )
-    book = f", book {settings['book']} ({settings['num_plans']} plans)" if settings["num_plans"] else ", sequential"
-    return f"{limits}, goal {settings['goal']}{book}"
-
-
 def readme_rows(results: Path = RESULTS) -> Iterator[Row]:
-    """The five rows of README: what, measured, hardware, and the name of the record without its ending."""
+    """The five rows of README: what, measured, hardware, and names of records without their ending, with spaces."""
     peers = read(results / "peers.json")
     yield _sampled_row(results, peers)
     for model in ("llama-3-8b", "llama-3.2-1b"):
@@ -129,7 +111,7 @@ def readme_rows(results: Path = RESULTS) -> Iterator[Row]:
 
 
 def _not_measured(what: str, name: str) -> Row:
-    return what, f"not measured yet: `{_COMMANDS[name]}`", "", ""
+    return what, f"not measured yet: `python -m benchmarks.session --only {_PIECES[name]}`", "", ""
 
 
 def _sampled_row(results: Path, peers: Document) -> Row:
@@ -150,6 +132,7 @@ def _sampled_row(results: Path, peers: Document) -> Row:
             sampling={"temperature": 0.8, "top_p": 0.95},
         )
         text = f"{each['workload']}: {each['total_tokens_per_s']:,.0f} total tokens/s, {each['ratio']:.3f} of greedy"
+        text += f" ({_size(each)})"
         parts.append(", ".join(filter(None, (text, beside(entry, each["total_tokens_per_s"])))))
     return what, "; ".join(parts), place_of(document["machine"]), name
 
@@ -157,39 +140,76 @@ def _sampled_row(results: Path, peers: Document) -> Row:
 def _served_row(results: Path, peers: Document, model: str) -> Row:
     name = f"serving_{model}"
     what = f"{model.capitalize()}, served over HTTP, sharegpt lengths, temperature 0.7"
-    document = read(results / f"{name}.json")
-    if not document.get("loads"):
+    documents = {stem: each for stem, each in _all(results, name).items() if each.get("loads")}
+    if not documents:
         return _not_measured(what, name)
     parts = []
-    for load in document["loads"]:
-        run, entry = middle(load), served_peer(peers, document, load)
-        if load["load"]["request_rate"] is None:
-            text = f"{load_name(load)} {run['total_tokens_per_s']:,.0f} total tokens/s"
-            parts.append(", ".join(filter(None, (text, beside(entry, run["total_tokens_per_s"])))))
-        elif run["ttft_s"] is not None and run["longest_gap_s"] is not None:
-            figures = f"{run['ttft_s']['p99'] * 1e3:,.0f}, {run['longest_gap_s']['p99'] * 1e3:,.0f}"
-            there = "" if entry is None else f" ({entry['peer']}: {_ms(entry['ttft_s']['p99'])}, {_gap(entry)})"
-            parts.append(f"{load_name(load)} TTFT, longest gap p99 {figures} ms{there}")
-    parts += [f"{ratio:.2f} of in process" for ratio in document.get("http_over_in_process", {}).values()]
-    return what, "; ".join(parts), place_of(document["machine"]), name
+    for document in documents.values():
+        parts += [text for load in document["loads"] if (text := _load_text(document, load, peers))]
+        parts += [f"{ratio:.2f} of in process" for ratio in document.get("http_over_in_process", {}).values()]
+    return what, "; ".join(parts), _places(documents), _names(documents)
 
 
-def _ms(time_s: float) -> str:
+def _load_text(document: Document, load: Document, peers: Document) -> str:
+    """What README says of a load; nothing of one without times of first tokens."""
+    run, entry = middle(load), served_peer(peers, document, load)
+    size = f"{load['workload']['num_requests']:,} requests, {repeats_text(len(load['repeats']))}"
+    if load["load"]["request_rate"] is None:
+        text = f"{load_name(load)} {run['total_tokens_per_s']:,.0f} total tokens/s ({size})"
+        return ", ".join(filter(None, (text, beside(entry, run["total_tokens_per_s"]))))
+    if run["ttft_s"] is None or run["longest_gap_s"] is None:
+        return ""
+    figures = f"{run['ttft_s']['p99'] * 1e3:,.0f}, {run['longest_gap_s']['p99'] * 1e3:,.0f}"
+    there = "" if entry is None else f"; {entry['peer']}: {in_ms(entry['ttft_s']['p99'])}, {gap_of(entry)}"
+    return f"{load_name(load)} TTFT, longest gap p99 {figures} ms ({size}{there})"
+
+
+def _all(results: Path, name: str) -> dict[str, Document]:
+    """Records that are called so, or so with more after an underscore, by their names without the ending."""
+    paths = [results / f"{name}.json", *sorted(results.glob(f"{name}_*.json"))]
+    return {path.stem: read(path) for path in paths if path.exists()}
+
+
+def _places(documents: Mapping[str, Document]) -> str:
+    return "; ".join(dict.fromkeys(place_of(document["machine"]) for document in documents.values()))
+
+
+def _names(documents: Mapping[str, Document]) -> str:
+    return " ".join(documents)
+
+
+def repeats_text(count: int) -> str:
+    """How often something was measured."""
+    return "1 repeat" if count == 1 else f"{count} repeats"
+
+
+def _size(result: Document) -> str:
+    """Requests and repeats of a result of runs in turn."""
+    return f"{result['num_requests']:,} requests, {repeats_text(len(result['repeats_tokens_per_s']))}"
+
+
+def in_ms(time_s: float) -> str:
+    """Milliseconds for people."""
     return f"{time_s * 1e3:,.0f}"
 
 
-def _gap(entry: Document) -> str:
-    return _ms(entry["longest_gap_p99_s"])
+def gap_of(entry: Document) -> str:
+    """The longest gap of a peer, in milliseconds."""
+    return in_ms(entry["longest_gap_p99_s"])
 
 
 def _overlap_row(results: Path) -> Row:
     what, name = "Llama-3-8B, whole runs, searched plans over the best sequential setting", "whole_runs_llama-3-8b"
-    document = read(results / f"{name}.json")
-    found = [each for each in document.get("results", ()) if each["name"] == "searched" and each["planned_part"]]
-    if not found:
+    documents = {}
+    parts = []
+    for stem, document in _all(results, name).items():
+        for each in document.get("results", ()):
+            if each["name"] == "searched" and each["planned_part"]:
+                parts.append(f"{each['workload']} {each['ratio']:.3f} {spread_of(each['ratios'])} ({_size(each)})")
+                documents[stem] = document
+    if not parts:
         return _not_measured(what, name)
-    parts = [f"{each['workload']} {each['ratio']:.3f} {_spread(each['ratios'])}" for each in found]
-    return what, "; ".join(parts), place_of(document["machine"]), name
+    return what, "; ".join(parts), _places(documents), _names(documents)
 
 
 def _cpu_row(results: Path) -> Row:
@@ -200,137 +220,6 @@ def _cpu_row(results: Path) -> Row:
     return head["what"], head["measured"], head["hardware"], "cpu_decode_bfloat16"
 
 
-def _spread(values: Sequence[float], digits: str = ".3f") -> str:
+def spread_of(values: Sequence[float], digits: str = ".3f") -> str:
+    """Least and most; nothing without values."""
     return f"({min(values):{digits}} to {max(values):{digits}})" if values else ""
-
-
-def in_turn_parts(name: str, document: Document, peers: Document) -> Iterator[str]:
-    """A record of settings in turn: where, by which command, and a table with the settings of every row."""
-    yield f"**{name}**: {place_of(document['machine'])}; `{document['command']}`"
-    headings = (
-        *("workload", "requests", "what ran", "settings", "total tokens/s", "over", "ratio (repeats)"),
-        *("mJ/token", "peer", "revision"),
-    )
-    runs: dict[tuple[str, int, str], Document] = {}
-    for run in document["runs"]:
-        asked = run["asked"]
-        runs.setdefault((asked["workload"], asked["num_requests"], asked["name"]), run)
-    rows = []
-    for each in document.get("results", ()):
-        run = runs[each["workload"], each["num_requests"], each["name"]]
-        asked = run["asked"]
-        entry = peer_of(
-            peers,
-            "offline",
-            **{key: asked[key] for key in ("workload", "num_requests", "sampling", "text")},
-            model=asked["engine"]["model"],
-            dtype=run["settings"]["dtype"],
-        )
-        wrong = f", {each['num_failed']} FAILED" if each["num_failed"] else ""
-        rates = each["repeats_tokens_per_s"]
-        rows.append(
-            [
-                each["workload"],
-                f"{each['num_requests']:,}",
-                ran(each["name"], each["planned_part"] if each["num_plans"] else None) + wrong,
-                settings_text(run["settings"]),
-                f"{median(rates):,.0f} {_spread(rates, ',.0f')}",
-                each["base"],
-                f"{each['ratio']:.3f} {_spread(each['ratios'])}",
-                "" if each["energy_per_token_j"] is None else f"{each['energy_per_token_j'] * 1e3:.1f}",
-                beside(entry, median(rates)),
-                ", ".join(revision_of(revision) for revision in each["git_revisions"]),
-            ]
-        )
-    yield "\n".join(table(headings, rows))
-
-
-def ran(rung: str, planned_part: float | None) -> str:
-    """What ran: a rung of which no iteration had a plan of its book was sequential, whatever it is named."""
-    if rung.startswith("sequential") or planned_part is None or planned_part > 0:
-        return rung
-    return f"sequential ({rung}: no plan for these batches)"
-
-
-def serving_parts(name: str, document: Document, peers: Document) -> Iterator[str]:
-    """A record of a server under load."""
-    server = document["server"]
-    start = "" if server["start_s"] is None else f", ready after {server['start_s']:.1f} s"
-    yield (
-        f"**{name}**: {server['model']} on {place_of(document['machine'])}, revision "
-        f"{revision_of(document['software']['git_revision'])}{start}; `{document['command']}`"
-    )
-    headings = (
-        *("load", "sampling", "requests", "total tokens/s", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms"),
-        *("longest gap p50 / p99 ms", "failed", "server CPU us a token", "peer", "peer's TTFT, longest gap p99 ms"),
-    )
-    rows = []
-    for load in document["loads"]:
-        run, entry = middle(load), served_peer(peers, document, load)
-        cpu_s, rates = run["server_cpu_s_per_output_token"], [each["total_tokens_per_s"] for each in load["repeats"]]
-        rows.append(
-            [
-                f"{load['workload']['workload']} {load_name(load)}",
-                named(sampling_of(load["workload"])),
-                f"{load['workload']['num_requests']:,}",
-                f"{median(rates):,.0f} {_spread(rates, ',.0f')}",
-                *(_both_ms(run[key]) for key in ("ttft_s", "tpot_s", "longest_gap_s")),
-                str(sum(each["num_failed"] for each in load["repeats"])),
-                "" if cpu_s is None else f"{cpu_s * 1e6:.1f}",
-                beside(entry, median(rates)),
-                "" if entry is None else f"{_ms(entry['ttft_s']['p99'])}, {_gap(entry)}",
-            ]
-        )
-    yield "\n".join(table(headings, rows))
-    for load_text, ratio in document.get("http_over_in_process", {}).items():
-        yield f"{load_text}: HTTP over in-process {ratio:.3f}."
-
-
-def _both_ms(spread: Mapping[str, float] | None) -> str:
-    return "" if spread is None else f"{spread['p50'] * 1e3:,.1f} / {spread['p99'] * 1e3:,.1f}"
-
-
-def peer_parts(peers: Document) -> Iterator[str]:
-    """All that is known of peers."""
-    yield f"{peers['peer']} on {peers['hardware']}: {peers['build']}."
-    headings = (
-        *("date", "model", "workload", "requests", "sampling", "arrivals", "total tokens/s", "mJ/token"),
-        *("TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "longest gap p99 ms", "how"),
-    )
-    runs = [entry for entry in peers["runs"] if entry["mode"] != "start"]
-    hows = list(dict.fromkeys(map(_how, runs)))
-    rows = [
-        [
-            entry["date"],
-            f"{entry['model'].removeprefix('preset:')}, {entry['dtype']}",
-            entry["workload"],
-            "" if entry["num_requests"] is None else f"{entry['num_requests']:,}",
-            named(entry["sampling"]),
-            "at once" if entry["request_rate"] is None else f"{entry['request_rate']:g}/s",
-            f"{entry['total_tokens_per_s']:,}",
-            "" if entry["energy_per_token_j"] is None else f"{entry['energy_per_token_j'] * 1e3:.1f}",
-            *(_both_ms(entry.get(key)) for key in ("ttft_s", "tpot_s")),
-            _gap(entry) if "longest_gap_p99_s" in entry else "",
-            f"({hows.index(_how(entry)) + 1})",
-        ]
-        for entry in runs
-    ]
-    yield "\n".join(table(headings, rows))
-    yield "\n".join(f"({place}) {how}.  " for place, how in enumerate(hows, 1))
-    for entry in peers["runs"]:
-        if entry["mode"] == "start":
-            yield (
-                f"{entry['model'].removeprefix('preset:')}: {entry['cold_s']} s and {entry['cached_s']} s "
-                f"({entry['options']}; {entry['source']})."
-            )
-
-
-def _how(entry: Document) -> str:
-    return f"{entry['options']}; {entry['source']}"
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table in Markdown, line by line."""
-    yield f"| {' | '.join(headings)} |"
-    yield "|---" * len(headings) + "|"
-    yield from (f"| {' | '.join(row)} |" for row in rows)

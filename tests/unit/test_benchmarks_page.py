@@ -8,11 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
-from benchmarks.ladder import make_ladder
-
-from tests.unit.test_ablation import PREDICTIONS, RECORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 Page = Callable[[Path, Path], str]
@@ -37,29 +33,43 @@ def test_without_records_there_is_no_table(page: Page, tmp_path: Path) -> None:
     assert text.startswith("# Benchmarks") and "##" not in text and "|" not in text
 
 
-def test_a_ladder_is_shown_with_its_predictions(page: Page, tmp_path: Path) -> None:
+def test_an_old_ladder_is_shown_as_history(page: Page, tmp_path: Path) -> None:
     folder = tmp_path / "ladder"
     folder.mkdir()
-    ladder = make_ladder(RECORDS, PREDICTIONS)
-    (folder / "ladder_llama-3-8b.json").write_bytes(msgspec.json.encode(ladder))
+    stored = ROOT / "benchmarks/results/ladder/ladder_llama-3-8b.json"
+    ladder = json.loads(stored.read_text())
+    (folder / "ladder_llama-3-8b.json").write_text(json.dumps(ladder))
     (tmp_path / "overlap.svg").write_text("<svg/>")
     text = page(tmp_path, tmp_path)
-    assert "## Whole runs" not in text
-    assert "### llama-3-8b on NVIDIA H200, 700 W, driver 580" in text
-    assert "**64/8**, 10 requests; sum of parts alone 1,250, optimum 2,000 tokens/s:" in text
-    assert (
-        "| partition | 1,110 (1,100 to 1,120) | 1.110 | 1.050 | 55.5 | 88.8 | 20.0 | 22 | 1,500 | 10.0 | 75% | 1 |"
-        in text
+    assert "## Whole runs" not in text and "## History: the ablation ladder" in text
+    assert "### llama-3-8b on NVIDIA H200" in text
+    (workload, *_), (searched,) = (
+        ladder["workloads"],
+        [rung for rung in ladder["workloads"][0]["rungs"] if rung["rung"] == "searched"],
     )
-    assert "| nano-batches | 900 (900 to 900) | 0.900 |  | 45.0 |" in text, "what was not predicted is left empty"
-    assert "| 64/8 | partition | 1,110 | 1,050 | -5.4% | 1.110 | 1.050 | -0.060 | 20.0 | 21.0 |" in text
-    assert "| 64/8 | nano-batches" not in text, "nor is there a row that compares it"
+    assert f"**{workload['workload']}**, {workload['num_requests']:,} requests" in text
+    assert f"| searched | {searched['total_tokens_per_s']:,.0f} (" in text
+    assert f"| {searched['ratio_to_sequential']:.3f} | {searched['predicted_ratio']:.3f} |" in text
+    assert f"| {workload['workload']} | searched | {searched['total_tokens_per_s']:,.0f} |" in text
     assert "(../benchmarks/results/ladder/ladder_llama-3-8b.json)" in text
     assert text.count("![") == 1 and "(pictures/overlap.svg)" in text
 
 
-def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
-    record = RECORDS["llama-3-8b_64-8_sequential.json"]
+def test_old_single_runs_are_shown_as_history(page: Page, tmp_path: Path) -> None:
+    name = "ablation/llama-3-8b_1024-512_nano-batches.json"
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / name).write_bytes((ROOT / "benchmarks/results" / name).read_bytes())
+    text = page(tmp_path, tmp_path)
+    assert "## Whole runs" not in text and "## History: single runs of rungs" in text
+    (row,) = (line for line in text.splitlines() if name in line)
+    assert "| 1024/512 | 600 | 2 | nano-batches | 2,048 / 700 |" in row
+
+
+def test_old_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
+    record = {
+        "machine": {"gpus": [{"name": "NVIDIA H200", "power_limit_w": 700.0, "driver_version": "580"}]},
+        "software": {"cuda": "13.0", "packages": {"torch": "2.11", "triton": "3.6"}},
+    }
     rung = {
         "rung": "searched",
         "tokens_per_s": [1000.0, 1040.0, 1020.0],
@@ -91,6 +101,51 @@ def test_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
         "| 0.940 (0.930 to 0.950) | 50.0% | 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
     )
     assert "of other mixes of prompts and decodes: 32/8." in text
+
+
+def test_rows_of_readme_gather_all_records_of_a_kind(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates of a server, and workloads of whole runs, may each be in a file of their own."""
+    import records
+
+    machine = {"gpus": [{"name": "NVIDIA H200", "power_limit_w": 700.0, "driver_version": "580"}]}
+    spread = {"p50": 0.01, "p99": 0.02}
+    run = {"total_tokens_per_s": 1000.0, "ttft_s": spread, "longest_gap_s": spread}
+
+    def load(rate: float | None, repeats: int) -> dict[str, object]:
+        work = {"workload": "trace:sharegpt.csv", "num_requests": 40}
+        return {"workload": work, "load": {"request_rate": rate}, "repeats": [run] * repeats}
+
+    for name, rate, repeats in (("20", 20.0, 3), ("at-once", None, 1)):
+        document = {"machine": machine, "server": {"model": "m"}, "loads": [load(rate, repeats)]}
+        (tmp_path / f"serving_llama-3-8b_{name}.json").write_text(json.dumps(document))
+    for workload, ratio in (("512/512", 1.05), ("1024/512", 1.08)):
+        each = {"name": "searched", "planned_part": 0.9, "workload": workload, "num_requests": 1400, "ratio": ratio}
+        result = {**each, "ratios": [ratio] * 3, "repeats_tokens_per_s": [1.0] * 3}
+        path = tmp_path / f"whole_runs_llama-3-8b_{workload.replace('/', '-')}.json"
+        path.write_text(json.dumps({"machine": machine, "results": [result]}))
+    rows = list(records.readme_rows(tmp_path))
+    assert rows[1][1] == (
+        "at 20/s TTFT, longest gap p99 20, 20 ms (40 requests, 3 repeats); "
+        "at once 1,000 total tokens/s (40 requests, 1 repeat)"
+    )
+    assert rows[1][3] == "serving_llama-3-8b_20 serving_llama-3-8b_at-once"
+    assert rows[3][1] == (
+        "1024/512 1.080 (1.080 to 1.080) (1,400 requests, 3 repeats); "
+        "512/512 1.050 (1.050 to 1.050) (1,400 requests, 3 repeats)"
+    )
+    assert rows[2][1].startswith("not measured yet"), "other models have records of their own"
+
+
+def test_starts_have_a_table(page: Page, tmp_path: Path) -> None:
+    document = json.loads((ROOT / "benchmarks/results/startup_llama-3-8b.json").read_text())
+    document["options"] = ["--plan", "/a/b/book.json"]
+    (tmp_path / "startup_llama-3-8b_book.json").write_text(json.dumps(document))
+    text = page(tmp_path, tmp_path)
+    assert "`--plan book.json`; weights in the page cache" in text
+    assert f"| 2 | {document['starts'][1]['weights and cache']:.1f} |" in text
+    assert f"{document['starts'][1]['sum']:.1f} |\n" in text
 
 
 def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:
@@ -133,6 +188,11 @@ def test_no_record_has_an_energy_that_the_card_cannot_have_used() -> None:
         limit_w = document["machine"]["gpus"][0]["power_limit_w"]
         rungs = [rung for each in document.get("workloads", ()) for rung in each["rungs"]]
         pairs = [(run.get("energy_per_token_j"), run["total_tokens_per_s"]) for run in document.get("repeats", ())]
+        pairs += [
+            (run["metrics"]["energy_per_token_j"], run["metrics"]["total_tokens_per_s"])
+            for run in document.get("runs", ())
+            if "metrics" in run
+        ]
         for rung in rungs:
             if isinstance(rung.get("tokens_per_s"), list):
                 pairs += zip(rung["energy_per_token_j"] or (), rung["tokens_per_s"], strict=False)

@@ -115,9 +115,10 @@ def test_rungs_run_at_their_own_limits_beside_the_best_sequential_one(
     assert document["command"] and document["machine"] and document["is_complete"]
     assert "searched" in capsys.readouterr().out
     text, rows = rendered(document, "whole_runs_llama-3-8b", tmp_path / "results", monkeypatch)
-    (row,) = (line for line in text.splitlines() if line.startswith("| 6/3 | 1 | searched |"))
+    (row,) = (line for line in text.splitlines() if line.startswith("| 6/3 | 1 | 2 | searched |"))
     assert "64 tokens, 12 requests, goal throughput, book b (1 plans)" in row and "| sequential 128/8 | 0.500" in row
-    assert "6/3 0.500" in rows[3][1] and rows[3][3] == "whole_runs_llama-3-8b" and len(rows) == 5
+    assert rows[3][1].startswith("6/3 0.500 (0.500 to 0.500) (1 requests, 2 repeats); 9/3 0.500")
+    assert rows[3][3] == "whole_runs_llama-3-8b" and len(rows) == 5
 
 
 def test_what_is_there_does_not_run_again_and_what_is_cut_off_is_not_lost(engines: Engines, tmp_path: Path) -> None:
@@ -180,8 +181,9 @@ def test_kinds_of_sampling_take_turns_on_one_engine(
     asked = [run["asked"]["sampling"] for run in document["runs"][:3]]
     assert asked == [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.95}, {"temperature": 0.0, "logprobs": 5}]
     text, rows = rendered(document, "sampled_llama-3-8b", tmp_path / "results", monkeypatch)
-    assert "## Sampled" in text and "| 6/3 | 1 | top_p |" in text and "0.500 of greedy" in rows[0][1]
-    assert rows[1][1].startswith("not measured yet: `python -m benchmarks.serving")
+    assert "## Sampled" in text and "| 6/3 | 1 | 2 | top_p |" in text
+    assert "0.500 of greedy (1 requests, 2 repeats)" in rows[0][1]
+    assert rows[1][1].startswith("not measured yet: `python -m benchmarks.session --only serving-llama-3-8b`")
 
 
 def test_chosen_limits_stand_beside_the_best_pair(engines: Engines, tmp_path: Path) -> None:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import pytest
-from benchmarks import steady
-from benchmarks.steady_document import SteadyDocument, SteadyWorkload, table
-from benchmarks.turns import Iteration, Turn, UnequalTurns, rungs_of
+from benchmarks import steady, steady_engine
+from benchmarks.turns import Iteration, Turn, UnequalTurns, metrics_of
 
 from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.graph.operation import BatchShape
+from nanoflow.models.config import load
+from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import PlanBook, PlanEntry
-from nanoflow.plan.plan import PlanError
+from nanoflow.plan.book import BookLimits, PlanBook, PlanEntry, StoredBook
+from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from tests.unit.test_ablation import CPU, path
+from tests.unit.test_serving import rendered
 
-__all__ = ["path"]
-OPTIONS = ("--max-batch-tokens", "512", "--max-num-seqs", "16", "--kv-cache-gib", "0.05", *CPU)
+CPU = ("--model", "default", "--device", "cpu", "--dtype", "float32", "--num-threads", "1")
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
 BOOK = PlanBook(fallback=sequential_plan(GRAPH, 512))
 CUT = PlanBook(
@@ -39,13 +39,12 @@ CUT_PLAN = CUT.entries[0].plan.digest
 BOOKS = {"sequential": BOOK, "cut": CUT}
 
 
-def turn(rung: str, seconds: Sequence[float], energy_j: float | None = None, repeat: int = 0) -> Turn:
+def turn(rung: str, seconds: Sequence[float], energy_j: float | None = None) -> Turn:
     """Iterations of 200 tokens, a quarter of them prompts; under the cut book all but the first have its plan."""
     shape = BatchShape(num_tokens=200, num_decode_tokens=150, decode_context=150 * 16)
     plans = [BOOK.fallback.digest, *([CUT_PLAN if rung == "cut" else BOOK.fallback.digest] * (len(seconds) - 1))]
     return Turn(
         rung=rung,
-        repeat=repeat,
         start_s=5.0,
         stop_s=5.0 + sum(seconds),
         iterations=[
@@ -96,7 +95,7 @@ def test_where_prompts_fill_iterations_few_requests_are_under_way() -> None:
 
 def test_a_benchmark_begins_in_the_middle_of_requests(engine: Engine) -> None:
     """All at once, as many as can be admitted, and none of them computes its prompt."""
-    with closing(steady._Run(engine, LENGTHS[:1], (0, 0), SMALL_BOOK)) as run:
+    with closing(steady_engine._Run(engine, LENGTHS[:1], (0, 0), SMALL_BOOK)) as run:
         num_running = engine.stats().num_running
         assert num_running == engine.stats().num_waiting + num_running > 8
         (first,) = run.iterations(1)
@@ -108,7 +107,7 @@ def test_a_benchmark_begins_in_the_middle_of_requests(engine: Engine) -> None:
 def test_the_same_beginning_has_the_same_batches(engine: Engine) -> None:
     found = []
     for seed in ((0, 0), (0, 0), (0, 1)):
-        with closing(steady._Run(engine, LENGTHS, seed, SMALL_BOOK)) as run:
+        with closing(steady_engine._Run(engine, LENGTHS, seed, SMALL_BOOK)) as run:
             found.append([iteration.shape for iteration in run.iterations(40)])
     assert found[0] == found[1] != found[2] and len({shape.num_tokens for shape in found[0]}) > 3
 
@@ -134,8 +133,8 @@ def test_a_turn_in_which_graphs_were_captured_is_begun_again() -> None:
 
     def turn_takes(num_runs: int) -> None:
         before = len(runs)
-        found = steady.take_turn(Run, "cut", SMALL_BOOK, 1, steady.Counts(num_settling=2, num_counted=5))  # type: ignore[arg-type]
-        assert len(found.iterations) == 5 and (found.rung, found.repeat) == ("cut", 1)
+        found = steady_engine.take_turn(Run, "cut", SMALL_BOOK, steady_engine.Counts(num_settling=2, num_counted=5))  # type: ignore[arg-type]
+        assert len(found.iterations) == 5 and found.rung == "cut"
         assert runs[before:] == [2, 5] * (num_runs // 2)
 
     limit = 3
@@ -146,46 +145,68 @@ def test_a_turn_in_which_graphs_were_captured_is_begun_again() -> None:
 
 
 def test_a_turn_has_as_many_iterations_as_the_sequential_rung_has_in_its_time(engine: Engine) -> None:
-    begin = partial(steady._Run, engine, LENGTHS, (0, 0))
-    clock = steady.Clock(settle_s=0.0, turn_s=0.2, num_turns=1, num_repeats=1)
-    counts = steady.counts_of(begin, SMALL_BOOK, clock)
+    begin = partial(steady_engine._Run, engine, LENGTHS, (0, 0))
+    clock = steady_engine.Clock(settle_s=0.0, turn_s=0.2, num_turns=1)
+    counts = steady_engine.counts_of(begin, SMALL_BOOK, clock)
     assert counts.num_settling == 0 and counts.num_counted > 1
-    assert steady.counts_of(begin, SMALL_BOOK, replace(clock, turn_s=1e-9)).num_counted == 1
+    assert steady_engine.counts_of(begin, SMALL_BOOK, replace(clock, turn_s=1e-9)).num_counted == 1
+
+
+def _predicted_s(plan: PipelinePlan, _shape: BatchShape) -> float:
+    return 0.8 if plan.digest == CUT_PLAN else 1.0
 
 
 def test_a_rung_is_compared_with_the_sequential_one_on_the_same_batches() -> None:
-    """Two turns in the first repeat, one in the second; predicted to take 0.8 of the time."""
+    """Two turns; the cut batches are predicted to take 0.8 of the time, but 200 tokens are not cut by the book."""
     turns = [
         *(turn("sequential", [1.0, 1.0], 4.0), turn("cut", [1.0, 0.75], 3.0)),
         *(turn("cut", [1.1, 0.9], 3.0), turn("sequential", [1.0, 1.5], 5.0)),
-        *(turn("cut", [0.8, 0.8], 2.4, repeat=1), turn("sequential", [1.0, 1.0], 4.0, repeat=1)),
     ]
-    base, cut = rungs_of(turns, BOOKS, lambda rung, _shape: 1.0 if rung == "sequential" else 0.8)
-    assert base.gains == base.energy_ratios == [1.0, 1.0] and base.predicted_gain == 1.0 and base.planned_part == 0.0
-    assert cut.gains == pytest.approx([4.5 / 3.75, 1.25]) and cut.predicted_gain == pytest.approx(1.25)
-    assert base.tokens_per_s == pytest.approx([800 / 4.5, 200.0]) and cut.tokens_per_s == pytest.approx(
-        [800 / 3.75, 250]
-    )
-    assert cut.energy_ratios == pytest.approx([6 / 9, 0.6]) and base.energy_per_token_j == pytest.approx(
-        [9 / 800, 0.01]
-    )
-    assert (cut.planned_part, cut.prompt_part, cut.decode_context, cut.iteration_tokens) == (0.5, 0.25, 16.0, 200.0)
+    found = metrics_of(turns, BOOKS, "sequential", predicted_s=_predicted_s)
+    base, cut = found["sequential"], found["cut"]
+    assert base.gain == base.energy_ratio == base.predicted_gain == 1.0
+    assert cut.gain == pytest.approx(4.5 / 3.75) and cut.predicted_gain == 1.0
+    assert base.total_tokens_per_s == pytest.approx(800 / 4.5) and cut.total_tokens_per_s == pytest.approx(800 / 3.75)
+    assert cut.energy_ratio == pytest.approx(6 / 9) and base.energy_per_token_j == pytest.approx(9 / 800)
+    assert cut.plan_iterations == {BOOK.fallback.digest: 2, CUT_PLAN: 2} and cut.duration_s == 3.75
+    assert (cut.prompt_part, cut.decode_context, cut.iteration_tokens) == (0.25, 16.0, 200.0)
     # Each plan against the same iterations of the sequential rung.
     assert [each.plan for each in cut.plans] == ["sequential", "nano-batches"]
-    assert [each.gain for each in cut.plans] == pytest.approx([3.0 / 2.9, 3.5 / 2.45])
-    assert [each.part for each in cut.plans] == pytest.approx([2.9 / 5.35, 2.45 / 5.35])
-    assert [each.predicted_gain for each in cut.plans] == pytest.approx([1.25, 1.25])
-    unmetered, _ = rungs_of([replace(turns[0], energy_j=None), *turns[1:]], BOOKS, _one)
-    assert unmetered.energy_per_token_j is None and unmetered.energy_ratios is None
+    assert [each.gain for each in cut.plans] == pytest.approx([2.0 / 2.1, 2.5 / 1.65])
+    assert [each.part for each in cut.plans] == pytest.approx([2.1 / 3.75, 1.65 / 3.75])
+    unmetered = metrics_of([replace(turns[0], energy_j=None), *turns[1:]], BOOKS, "sequential")
+    assert unmetered["sequential"].energy_per_token_j is None and unmetered["cut"].energy_ratio is None
+    assert unmetered["cut"].energy_per_token_j is not None and unmetered["cut"].predicted_gain is None
 
 
-def _one(_rung: str, _shape: BatchShape) -> float:
-    return 1.0
+def test_a_prediction_is_of_the_plans_that_the_book_chooses() -> None:
+    large = BatchShape(num_tokens=400, num_decode_tokens=300, decode_context=4800)
+    turns = [
+        replace(each, iterations=[replace(one, shape=large) for one in each.iterations])
+        for each in (turn("sequential", [1.0, 1.0]), turn("cut", [1.0, 0.8]))
+    ]
+    found = metrics_of(turns, BOOKS, "sequential", predicted_s=_predicted_s)
+    assert found["cut"].predicted_gain == pytest.approx(1.25) and found["sequential"].predicted_gain == 1.0
+
+
+def test_without_a_sequential_rung_at_these_limits_there_is_no_gain() -> None:
+    cut = metrics_of([turn("cut", [1.0, 0.8], 2.0)], {"cut": CUT}, None)["cut"]
+    assert cut.gain is None and cut.energy_ratio is None and cut.energy_per_token_j == pytest.approx(2 / 400)
+    assert [each.gain for each in cut.plans] == [None, None]
+
+
+def test_an_energy_above_the_limit_of_the_card_is_dropped() -> None:
+    turns = [turn("sequential", [1.0, 1.0], 4.0), turn("cut", [1.0, 1.0], 1.0)]
+    found = metrics_of(turns, BOOKS, "sequential", power_limit_w=1.5)
+    assert found["sequential"].energy_per_token_j is None and "above the card's limit" in str(
+        found["sequential"].energy_dropped
+    )
+    assert found["cut"].energy_per_token_j == pytest.approx(1 / 400) and found["cut"].energy_ratio is None
 
 
 def test_rungs_with_other_batches_are_not_compared() -> None:
-    with pytest.raises(UnequalTurns, match="the rung cut had other batches than the sequential one"):
-        rungs_of([turn("sequential", [1.0, 1.0]), turn("cut", [1.0])], BOOKS, _one)
+    with pytest.raises(UnequalTurns, match="the rung cut had other batches than the rung sequential"):
+        metrics_of([turn("sequential", [1.0, 1.0]), turn("cut", [1.0])], BOOKS, "sequential")
 
 
 def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
@@ -201,67 +222,104 @@ def test_an_engine_takes_books_of_plans_that_it_was_made_with() -> None:
         engine.close()
 
 
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Batches of 33 tokens and more cut in two, at 64 tokens and 12 requests."""
+    graph = build_graph(load(locate_model("default", None)), None)
+    entry = PlanEntry(plan=nanobatch_plan(graph, 64, [32]), min_tokens=33, max_tokens=64)
+    path = tmp_path_factory.mktemp("books") / "book.json"
+    path.write_bytes(StoredBook(entries=(entry,), limits=BookLimits(max_batch_tokens=64, max_num_seqs=12)).to_json())
+    return path
+
+
+def _steady(path: Path, *options: str) -> int:
+    clock = ("--turn", "0.1", "--settle", "0.02", "--repeats", "2")
+    given = ("--json", str(path), "--workloads", "40/8", "--kv-cache-gib", "0.05")
+    return steady.main([*CPU, *given, *clock, *options])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--workloads", "64"], "workload must be IN/OUT"),
-        (["--workloads", "8000/1000"], "a request has 9,000"),
-        (["--rungs", "offload"], "there is no rung 'offload'"),
+        (["--rungs", "searched=BOOK"], "no sequential rung to compare with"),
+        (["--rungs", "sequential=throughput"], "the rung sequential has no limits"),
         (["--turn", "0"], "must be positive"),
-        (["--model", "preset:llama-3-8b"], "the profile is of default, not of preset:llama-3-8b"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    path: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    book: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        steady.main(["--profile", str(path), "--json-folder", str(tmp_path), "--workloads", "64/8", *OPTIONS, *options])
+        _steady(
+            tmp_path / "s.json", "--rungs", "sequential=64/8", *(each.replace("BOOK", str(book)) for each in options)
+        )
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_two_rungs_take_turns_on_the_embedded_model(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_rungs_take_turns_at_their_own_limits_on_the_embedded_model(
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A second workload is added to the document, and one that is measured again replaced."""
-    folder = ["--profile", str(path), "--json-folder", str(tmp_path)]
-    rungs = ["--rungs", "sequential", "nano-batches"]
-    assert steady.main([*folder, *rungs, *OPTIONS, "--workloads", "300/8", "--prepare"]) == 0
-    assert [made.name for made in (tmp_path / "books").iterdir()] == ["default_nano-batches.json"]
-    json_path = tmp_path / "steady.json"
-    turns = ["--turn", "0.2", "--settle", "0.05", "--turns", "2", "--repeats", "2", "--json", str(json_path)]
-    for workload in ("300/8", "200/4", "300/8"):
-        assert steady.main([*folder, *rungs, *turns, *OPTIONS, "--workloads", workload]) == 0
-    document = msgspec.json.decode(json_path.read_bytes(), type=SteadyDocument)
-    assert [each.workload for each in document.workloads] == ["200/4", "300/8"]
-    for found in document.workloads:
-        sequential, cut = found.rungs
-        assert (sequential.rung, sequential.planned_part, sequential.gains) == ("sequential", 0.0, [1.0, 1.0])
-        assert cut.rung == "nano-batches" and cut.planned_part > 0.5 and cut.prompt_part > 0.8
-        assert min(*cut.tokens_per_s, *cut.gains, cut.predicted_gain) > 0 and len(cut.gains) == 2
-        assert found.has_same_batches and cut.iteration_tokens == sequential.iteration_tokens
-        assert cut.energy_per_token_j is None and found.serial_tokens_per_s is None
-    assert "nano-batches" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        steady.main([*folder, *rungs, *turns, *OPTIONS, "--max-num-seqs", "8"])
-    assert "name another file" in capsys.readouterr().err
+    """Engines run here instead of in processes of their own; what is there does not run again."""
+    made: list[tuple[int | None, int | None, int | None, int]] = []
+
+    def yielded(function: Callable[..., Any], arguments: Sequence[Any], *_: Any) -> Iterator[Any]:
+        (repeat,) = arguments
+        made.append(
+            (repeat.engine.max_batch_tokens, repeat.engine.max_num_seqs, repeat.engine.num_pages, repeat.number)
+        )
+        yield from function(*arguments)
+
+    monkeypatch.setattr(steady, "yielded_apart", yielded)
+    path = tmp_path / "steady.json"
+    rungs = ("--rungs", "sequential=32/8", "sequential=64/12", f"cut={book}")
+    assert _steady(path, *rungs) == 0
+    document = json.loads(path.read_text())
+    pages = document["runs"][0]["settings"]["num_pages"]
+    assert made == [(64, 12, None, 0), (32, 8, pages, 0), (32, 8, pages, 1), (64, 12, pages, 1)]
+    assert document["is_complete"] and document["benchmark"] == "steady" and len(document["runs"]) == 6
+    results = {each["name"]: each for each in document["results"]}
+    best = max("sequential 32/8", "sequential 64/12", key=lambda name: results[name]["total_tokens_per_s"])
+    assert {each["base"] for each in results.values()} == {best} and results[best]["ratio"] == 1.0
+    cut = results["cut"]
+    assert (cut["limits"], cut["num_plans"]) == ("64/12", 1) and cut["planned_part"] > 0.5
+    assert len(cut["gains"]) == 2 and results["sequential 64/12"]["gains"] == [1.0, 1.0]
+    assert results["sequential 32/8"]["num_requests"] is None
+    for run in document["runs"]:
+        assert run["settings"]["num_pages"] == pages and run["metrics"]["total_tokens_per_s"] > 0
+    assert "times sequential on the same batches" in capsys.readouterr().out
+    text, _ = rendered(document, "steady_default", tmp_path / "results", monkeypatch)
+    assert "## The steady state: overlap" in text and "| 40/8 | without end | 2 | cut | 64 tokens, 12 requests," in text
+    assert f"{pages:,} KV pages" in text
+    # Begun again, only what is missing runs: another workload, and what was lost.
+    made.clear()
+    document["runs"] = [run for run in document["runs"] if (run["asked"]["name"], run["asked"]["repeat"]) != ("cut", 1)]
+    path.write_text(json.dumps(document))
+    assert _steady(path, *rungs) == 0
+    assert made == [(64, 12, pages, 1)]
+    assert len(json.loads(path.read_text())["runs"]) == 6
+    made.clear()
+    assert _steady(path, *rungs, "--fresh", "--time-limit", "0") == 1 and made == []
 
 
-def test_the_table_has_a_line_a_rung() -> None:
-    rungs = rungs_of([turn("sequential", [0.5] * 4, 2.0), turn("cut", [0.5, 0.4, 0.4, 0.3], 1.2)], BOOKS, _one)
-    workload = SteadyWorkload(
-        workload="64/8",
-        created_utc="2026-11-24T00:00:00+00:00",
-        git_revision=None,
-        num_turns=1,
-        turn_s=2.0,
-        has_same_batches=True,
-        serial_tokens_per_s=500.0,
-        optimal_tokens_per_s=None,
-        rungs=rungs,
-    )
-    document = SteadyDocument(model="m", options={}, machine={}, software={}, workloads=[workload])
-    head, _, sequential, cut, *plans = table(document.workloads).splitlines()
-    assert head == "64/8; serial bound 500 tokens/s" and sequential.split()[:2] == ["sequential", "400"]
-    assert cut.split()[:3] == ["cut", "500", "1.250"] and "0.600" in cut
-    assert plans[0].strip() == "69% of its time 1.364 (predicted 1.000) nano-batches" and len(plans) == 2
-    assert json.loads(msgspec.json.encode(document))["benchmark"] == "steady"
+def test_rungs_that_cannot_be_compared_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other workload is measured nevertheless."""
+
+    def yielded(_function: Any, arguments: Sequence[Any], *_: Any) -> Iterator[steady_engine.Found]:
+        (repeat,) = arguments
+        blank = steady_engine.Found(workload="", settings={"sequential": {}}, metrics={})
+        metrics = metrics_of([turn("sequential", [1.0, 1.0])], {"sequential": BOOK}, "sequential")
+        settings = {"sequential": {"max_batch_tokens": 64, "max_num_seqs": 8, "num_plans": 0, "fallback": "f"}}
+        yield replace(blank, workload=repeat.workloads[0], reason="other batches")
+        yield replace(blank, workload=repeat.workloads[1], metrics=metrics, settings=settings)
+
+    monkeypatch.setattr(steady, "yielded_apart", yielded)
+    path = tmp_path / "steady.json"
+    assert _steady(path, "--rungs", "sequential=64/8", "--workloads", "40/8", "30/8", "--repeats", "1") == 1
+    assert "40/8: other batches" in capsys.readouterr().err
+    assert [each["workload"] for each in json.loads(path.read_text())["results"]] == ["30/8"]
