@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.cases:
             points.append(measure(name, shape, num_rows, dtype, copied, args))
             report(points[-1])
+    if args.before:
+        print(f"the same with the sources of {args.before}:", flush=True)
+        measure_other(args.before, args)
     if args.json:
         write_document(
             args.json,
@@ -112,11 +117,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--twins", action="store_true", help="measure the twins in torch too")
     parser.add_argument("--tune", action="store_true", help="try sizes of blocks and numbers of warps instead")
     parser.add_argument("--seconds", type=float, default=0.5, help="least time of a point")
+    parser.add_argument("--before", type=Path, help="src folder of another revision, to be measured after this one")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(argv)
     if min(args.rows) < 1 or args.seconds <= 0:
         parser.error("--rows must be at least 1, --seconds above 0")
     return args
+
+
+def measure_other(sources: Path, args: argparse.Namespace) -> None:
+    """The same points with the kernels of other sources, in a process of its own."""
+    options = ["--dtype", args.dtype, "--seconds", str(args.seconds), "--rows", *map(str, args.rows)]
+    command = [sys.executable, "-m", "benchmarks.kernels_sampling", *options, "--cases", *args.cases, "--logits"]
+    environment = {**os.environ, "PYTHONPATH": f"{sources.resolve()}{os.pathsep}{Path.cwd()}"}
+    subprocess.run([*command, *args.logits], env=environment, check=True)
 
 
 def normal(num_rows: int, dtype: torch.dtype) -> Tensor:
@@ -269,7 +283,7 @@ def tune(rows: Sequence[int], dtype: torch.dtype, seconds: float) -> None:
 
     variants = [
         RowBlocks(block=block, num_warps=num_warps, max_registers=registers)
-        for block, num_warps, registers in itertools.product((2048, 4096, 8192), (8, 16, 32), (None, 64, 80))
+        for block, num_warps, registers in itertools.product((2048, 4096, 8192), (8, 16, 32), (None, 64, 80, 96))
         if 8 <= block // (32 * num_warps) <= 16 and (registers or 0) * num_warps <= 2048
     ]
     for num_rows, case in itertools.product(rows, ("greedy", "temperature", "top_p 0.95", "top_k 50")):
