@@ -36,7 +36,7 @@ from benchmarks.serving_document import is_good, line, ratios
 from nanoflow.bench.clients import Clients, Driven, draw_runs, measured, warm_up
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.online import served_book, served_metrics, served_model, served_settings
-from nanoflow.bench.provenance import header, portable, require_clean
+from nanoflow.bench.provenance import header, portable, portable_options, require_clean
 from nanoflow.bench.record import BenchRecord
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
@@ -234,7 +234,7 @@ def run_loads(
                 )
             yield {
                 "name": portable(load.name),
-                "workload": plain(replace(load.config, json=None)),
+                "workload": plain(portable_options(replace(load.config, json=None))),
                 "load": plain(replace(asked, api_key=None, url="", model=None)),
                 "repeats": repeats,
             }

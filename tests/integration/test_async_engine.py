@@ -193,6 +193,7 @@ def test_a_killed_process_ends_all_requests_at_once(model: str) -> None:
     async def body(engine: AsyncEngine) -> None:
         running = asyncio.create_task(last(engine, [SLOW], LONG))
         await until(lambda: engine.stats.num_running == 1)
+        assert engine._child is not None
         os.kill(engine._child.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="was ended by SIGKILL"):
             await asyncio.wait_for(running, 2.0)
@@ -205,6 +206,7 @@ def test_close_ends_the_process_and_removes_its_folder(model: str) -> None:
     async def run() -> None:
         async with fake_engine(model) as engine:
             child = engine._child
+            assert child is not None
             assert child._folder.stat().st_mode & 0o777 == 0o700
             running = asyncio.create_task(last(engine, [SLOW], LONG))
             await until(lambda: engine.stats.num_running == 1)

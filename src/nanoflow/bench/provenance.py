@@ -13,11 +13,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanoflow.bench.machine import REVISION_VARIABLE, detect_machine, detect_software, git_revision
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.messages import EngineFacts
+
+OptionsT = TypeVar("OptionsT")
 
 DIRTY = "-dirty"
 _KEPT_FOR_GOOD = ("benchmarks", "results")
@@ -53,6 +55,16 @@ def portable(text: str) -> str:
     return re.sub(r"(?<![\w./])/(?:[\w.+-]+/)*([\w.+-]+)", r"\1", text.replace(here, ""))
 
 
+def portable_options(options: OptionsT) -> OptionsT:
+    """Options in which files are named as `portable` names them."""
+    texts = {
+        field.name: portable(value)
+        for field in dataclasses.fields(options)  # type: ignore[arg-type]
+        if isinstance(value := getattr(options, field.name), str)
+    }
+    return dataclasses.replace(options, **texts)  # type: ignore[type-var]
+
+
 def settings_of(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
     """What an engine ran with: every option, those that were not given as the engine chose them.
 
@@ -60,9 +72,7 @@ def settings_of(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
         config: As it was given.
         facts: Of the engine.
     """
-    given = {
-        name: portable(value) if isinstance(value, str) else value for name, value in dataclasses.asdict(config).items()
-    }
+    given = dataclasses.asdict(portable_options(config))
     chosen = {name: value for name, value in dataclasses.asdict(facts).items() if name in given}
     return {
         **given,

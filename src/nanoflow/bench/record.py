@@ -19,7 +19,7 @@ from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
 from nanoflow.bench.metrics import Distribution, RunMetrics
-from nanoflow.bench.provenance import command
+from nanoflow.bench.provenance import command, portable_options
 
 RECORD_VERSION = 2
 
@@ -77,8 +77,8 @@ def make_record(
         model=model,
         plan=plan,
         # Where the record is written says nothing about the run.
-        workload=dataclasses.replace(workload, json=None),
-        config=config,
+        workload=portable_options(dataclasses.replace(workload, json=None)),
+        config=portable_options(config) if dataclasses.is_dataclass(config) else config,
         repeats=repeats,
         bounds=bounds,
         command=command(),
