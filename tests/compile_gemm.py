@@ -8,10 +8,7 @@ All kernels of the cut at this place of `BESIDE_TILES`. A process of its own, as
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -21,6 +18,7 @@ from triton.compiler import ASTSource
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles, with_addend
 from nanoflow.kernels.triton_gemm import _linear, _linear_swiglu
 from nanoflow.kernels.triton_split_k import _linear_split_k
+from tests.machine_code import read_machine_code
 
 _SIZES = {"num_rows": "i32", "num_columns": "i32", "num_features": "i32"}
 
@@ -40,18 +38,10 @@ def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers}
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(done.asm["cubin"])
-        usage, code = (
-            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers = next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:"))
+    code = read_machine_code(done.asm["cubin"])
     # The card hands them out in eights.
-    registers = -(-registers // 8) * 8 * 32 * tiles.num_warps
-    num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.split())
+    registers = -(-code.registers // 8) * 8 * 32 * tiles.num_warps
+    num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.sass.split())
     return {"shared_bytes": done.metadata.shared, "registers": registers, "num_spills": num_spills}
 
 

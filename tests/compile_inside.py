@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,6 +21,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
 from nanoflow.kernels.gluon_inside import KV_STAGES, NUM_STAGES, TILE_ROWS, WORKER_REGISTERS
 from nanoflow.kernels.gluon_inside_programs import inside_program
+from tests.machine_code import read_machine_code
 
 
 def main(texts: list[str]) -> None:
@@ -63,22 +61,15 @@ def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in is_aligned}
     source = GluonASTSource(inside_program, signature, constants, attributes)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(done.asm["cubin"])
-        usage, code = (
-            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+    code = read_machine_code(done.asm["cubin"])
     return {
         "shared_bytes": done.metadata.shared,
-        "registers": next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:")),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "products_of_tiles": code.count(f"HGMMA.64x{columns}x16"),
-        "products_of_attention": code.count("HGMMA.64x8x16"),
-        "waits_for_all_but_one": code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1"),
-        "waits_for_all": code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+        "registers": code.registers,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code.sass)),
+        "products_of_tiles": code.sass.count(f"HGMMA.64x{columns}x16"),
+        "products_of_attention": code.sass.count("HGMMA.64x8x16"),
+        "waits_for_all_but_one": code.sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x1"),
+        "waits_for_all": code.sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"),
     }
 
 

@@ -8,9 +8,6 @@ A process of its own, since Triton's interpreter and its compiler do not share o
 from __future__ import annotations
 
 import json
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -19,6 +16,7 @@ from triton.compiler import ASTSource
 
 from nanoflow.kernels import triton_sample_programs as programs
 from nanoflow.kernels.triton_sample import ADJUSTED, CHOICE, LARGEST, LOGPROBS, RowBlocks
+from tests.machine_code import read_machine_code
 
 VOCAB_SIZE = 128256
 
@@ -29,18 +27,10 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
     options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False, "maxnreg": blocks.max_registers}
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(done.asm["cubin"])
-        usage, code = (
-            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers = next(int(word.removeprefix("REG:")) for word in usage.split() if word.startswith("REG:"))
-    num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.split())
-    loads = sorted({word for word in code.split() if word.startswith(("LDG", "LDGSTS"))})
-    return {"registers": registers, "shared_bytes": done.metadata.shared, "num_spills": num_spills, "loads": loads}
+    code = read_machine_code(done.asm["cubin"])
+    num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.sass.split())
+    loads = sorted({word for word in code.sass.split() if word.startswith(("LDG", "LDGSTS"))})
+    return {"registers": code.registers, "shared_bytes": done.metadata.shared, "num_spills": num_spills, "loads": loads}
 
 
 def sizes(blocks: RowBlocks) -> dict[str, int]:

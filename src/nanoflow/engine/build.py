@@ -110,11 +110,12 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     # 4. Whatever can be done before a request waits for it.
     if device.type == "cuda":
         compile_and_record(worker, book, limits, with_plans=prepares_plans)
-    times = None
+    times, pace = None, Pace()
     if chosen.max_itl_ms is not None:
         known = None if stored is None else stored.iteration_time
         samples = time_iterations(worker, book.fallback, limits) if is_captured and known is None else ()
         times = IterationTimes(samples, known)
+        pace = Pace(max_itl_s=chosen.max_itl_ms / 1e3, iteration_time=times.estimate)
     facts = EngineFacts(
         model_type=graph.name,
         vocab_size=graph.vocab_size,
@@ -134,19 +135,12 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     )
     return Engine(
         facts=facts,
-        scheduler=Scheduler(limits=limits, pace=_pace(chosen, times)),
+        scheduler=Scheduler(limits=limits, pace=pace),
         worker=worker,
         book=book,
         is_async=config.async_scheduling,
         times=times,
     )
-
-
-def _pace(limits: EngineLimits, times: IterationTimes | None) -> Pace:
-    """The bound on gaps between tokens; none without an estimate of what iterations take."""
-    if limits.max_itl_ms is None or times is None:
-        return Pace()
-    return Pace(max_itl_s=limits.max_itl_ms / 1e3, iteration_time=times.estimate)
 
 
 def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:

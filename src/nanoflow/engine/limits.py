@@ -46,9 +46,9 @@ class GoalLimits:
 # of the lengths of ShareGPT, and 8B at 20 and 35 requests/s, by simulation from measured profiles (docs/log.md).
 #   throughput: an iteration of 50 ms is 2,048 tokens of 8B on this card, and 8,192 of 1B. For 8B and eight workloads
 #       that is predicted to give 0.98 to 1 of the best of 2,048, 4,096 and 8,192 tokens, which 8,192 does for 0.97 to
-#       1: larger budgets take prompts in bursts, with decodes alone between them. Measured in turn, 1024/512 makes
-#       1.6 % more with 2,048 than with 8,192. 4,096 requests are predicted to give 0.7 % more for 8B and 2.4 % for 1B,
-#       but take twice the memory for logits and counted tokens.
+#       1: larger budgets take prompts in bursts, with decodes alone between them. Measured in turn, once, 1024/512
+#       makes 1.6 % more with 2,048 tokens and 1,024 requests than with 8,192 and 2,048. 4,096 requests are
+#       predicted to give 0.7 % more for 8B and 2.4 % for 1B, but take twice the memory for logits and counted tokens.
 #   balanced: the same, with gaps of at most 50 ms at these rates, and of 73 ms when saturated, as decodes of long
 #       contexts come on top. The bound of 75 ms is for longer ones; 50 ms would cost 4 % when saturated.
 #   latency: an iteration of 25 ms is 1,024 tokens of 8B. 512 would bring the longest gap from 28 to 17 ms and the 99th

@@ -17,8 +17,8 @@ from nanoflow.plan.plan import PipelinePlan
 # Classes of room, in batches with prompts; the limits are the last class of each.
 _DECODES = (256,)
 _PREFILLS = (16, 128)
-# A larger batch keeps the device busy for longer than it takes to record a graph of its size, so that the first of its
-# kind waits for nothing.
+# While a larger batch runs there is time to record the graph of the next: an iteration of Llama-3-8B takes the device
+# 75 ms here, and recording the host 50. Smaller models are near the border (Llama-3.2-1B: 15 and 15).
 _LARGE_TOKENS = 2048
 # A batch of fewer tokens has room for so few prompts that many of them in it are rare.
 _MANY_PREFILLS_FROM = 512
@@ -65,7 +65,7 @@ class Buckets:
     def common(self, plan: PipelinePlan) -> Iterator[BatchSize]:
         """Sizes of a plan without cuts that serving meets, the most common first: decodes alone, then with prompts.
 
-        Left out are batches so large that the first of their size waits for nothing.
+        Left out are batches so large that recording the first of their size is about hidden.
         """
         for num_tokens in self._token_sizes(min(self.max_requests, plan.num_tokens)):
             yield self.size_for(BatchSize(num_tokens=num_tokens, num_decodes=num_tokens, num_prefills=0), plan)
