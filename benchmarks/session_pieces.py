@@ -149,13 +149,14 @@ def pieces(session: Session) -> Iterator[Piece]:
 
 def _starts(session: Session) -> Iterator[Piece]:
     with_book = ["--options", "--plan", str(session.book)]
+    words = ["--model", session.model, "--repeats", str(session.repeats)]
     for name, options, needs in (("plain", [], []), ("book", with_book, [session.book])):
         record = session.record("startup", session.model, name)
         yield Piece(
             name=f"startup-{name}",
-            words=["benchmarks.startup", "--model", session.model, "--json", str(record), *options],
+            words=["benchmarks.startup", *words, "--json", str(record), *options],
             record=record,
-            minutes=3.0,
+            minutes=1.0 + session.repeats,
             needs=needs,
         )
 

@@ -156,7 +156,7 @@ def _both_ms(spread: Mapping[str, float] | None) -> str:
 
 
 def startup_parts(name: str, document: Document, _peers: Document) -> Iterator[str]:
-    """A server that is started more than once; the later starts find kernels compiled."""
+    """A server that is started in pairs; the second start of a pair finds its kernels compiled."""
     options = " ".join(document["options"])
     yield (
         f"**{name}**: {document['model'].removeprefix('preset:')} on {place_of(document['machine'])}, revision "
@@ -165,8 +165,15 @@ def startup_parts(name: str, document: Document, _peers: Document) -> Iterator[s
         + "; weights in the page cache; seconds."
     )
     starts = document["starts"]
-    rows = [[str(place), *(f"{value:.1f}" for value in each.values())] for place, each in enumerate(starts, 1)]
-    yield "\n".join(table(("start", *starts[0]), rows))
+    rows = [
+        [name, str(len(each)), *(_median_of([start[part] for start in each]) for part in starts[0])]
+        for name, each in (("nothing compiled", starts[::2]), ("kernels in the cache", starts[1::2]))
+    ]
+    yield "\n".join(table(("start", "repeats", *starts[0]), rows))
+
+
+def _median_of(values: Sequence[float]) -> str:
+    return f"{median(values):.1f}" + (f" {spread_of(values, '.1f')}" if len(values) > 1 else "")
 
 
 def peer_parts(peers: Document) -> Iterator[str]:
