@@ -30,7 +30,7 @@ from nanoflow.config import DEFAULT_MODEL
 from nanoflow.models.presets import PRESETS, preset_config, preset_name
 from nanoflow.models.registry import build_graph
 
-_READY = re.compile(r"\(weights and cache in ([\d.]+) s, kernels in ([\d.]+) s\) at (http://\S+)/v1")
+_READY = re.compile(r"\(weights and cache in ([\d.]+) s, kernels in ([\d.]+) s\b.*\) at (http://\S+)/v1")
 _INDEX = "model.safetensors.index.json"
 _PROMPT_TOKENS = 128
 
