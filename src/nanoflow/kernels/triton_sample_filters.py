@@ -28,6 +28,7 @@ def searched_first(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tuple, tl.tuple]:
     """A first pass at guessed probes.
@@ -47,7 +48,7 @@ def searched_first(
     is_measured = False
     while not is_measured:
         at_tail, at_lower, at_middle, at_upper, total, peak = measured(
-            row, probes, reference, scale, scale * 0 - float("inf"), IS_COUNT, VOCAB, BLOCK, INNER
+            row, probes, reference, scale, scale * 0 - float("inf"), IS_COUNT, VOCAB, BLOCK, INNER, STAGES
         )
         # Weights are too large or small for a float32 if the largest logit was far from the guess.
         is_far = (total < 1e-18) | ((total < 1e18) == 0)
@@ -74,6 +75,7 @@ def filtered(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     GRID_BITS: tl.constexpr,
     ROOM: tl.constexpr,
@@ -96,20 +98,20 @@ def filtered(
     if top_k > 0:
         fraction = tl.minimum(top_k.to(tl.float32) / VOCAB, 1.0)
         peak, total, places, amounts = searched_first(
-            row, fraction, scale, grid_bits, True, VOCAB, BLOCK, INNER, ROOM
+            row, fraction, scale, grid_bits, True, VOCAB, BLOCK, INNER, STAGES, ROOM
         )  # fmt: skip
         low, high = key_of(scale * 0 + LOWEST) >> grid_bits, _end(peak, grid_bits)
         target, tail = top_k.to(tl.float64), places[0]
         low, high, at_low, above = between(low, high, total, above, places, amounts, target)
         low, above, is_listed, ends, above_list = search(
             row, target, low, high, at_low, above, tail, is_listed, ends, above_list, grid_bits, peak, scale, log_min_p,
-            True, VOCAB, BLOCK, INNER, NUM_BLOCKS, ROOM,
+            True, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, ROOM,
         )  # fmt: skip
         threshold, num_equal, tail = on_grid(low, grid_bits), top_k - above.to(tl.int32), tail * 0 + ALL
     if (top_k > 0) | has_min_p:
         masses, equals = _kept(
             row, threshold, num_equal, is_listed, ends, above_list, peak, scale, log_min_p,
-            VOCAB, BLOCK, INNER, NUM_BLOCKS, ROOM,
+            VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, ROOM,
         )  # fmt: skip
         # A list serves the next search too if nothing lies above it.
         is_listed = is_listed & (tl.sum(above_list, axis=0) == 0)
@@ -121,7 +123,7 @@ def filtered(
         amounts, places = (total, total, total, total), (nowhere, nowhere, nowhere, nowhere)
         if ((top_k > 0) | has_min_p) == 0:
             peak, total, places, amounts = searched_first(
-                row, top_p, scale, grid_bits, False, VOCAB, BLOCK, INNER, ROOM
+                row, top_p, scale, grid_bits, False, VOCAB, BLOCK, INNER, STAGES, ROOM
             )  # fmt: skip
             tail = places[0]
         # Tokens lighter than this have less weight in all than top_p leaves out.
@@ -133,7 +135,7 @@ def filtered(
         low, high, at_low, above = between(low, high, total, total * 0, places, amounts, target)
         low, above, is_listed, ends, above_list = search(
             row, target, low, high, at_low, above, tail, is_listed, ends, above_list, grid_bits, peak, scale, log_min_p,
-            False, VOCAB, BLOCK, INNER, NUM_BLOCKS, ROOM,
+            False, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, ROOM,
         )  # fmt: skip
         border = on_grid(low, grid_bits)
         weight = tl.exp2((border - peak) * scale).to(tl.float64)
@@ -143,7 +145,7 @@ def filtered(
         threshold = border
         masses, equals = _kept(
             row, threshold, num_equal, is_listed, ends, above_list, peak, scale, log_min_p,
-            VOCAB, BLOCK, INNER, NUM_BLOCKS, ROOM,
+            VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, ROOM,
         )  # fmt: skip
     return threshold, num_equal, masses, equals, peak
 
@@ -168,6 +170,7 @@ def _kept(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -179,6 +182,6 @@ def _kept(
         )  # fmt: skip
     else:
         masses, equals = kept_by_row(
-            row, threshold, num_equal, peak, scale, log_min_p, VOCAB, BLOCK, INNER, NUM_BLOCKS
+            row, threshold, num_equal, peak, scale, log_min_p, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS
         )  # fmt: skip
     return masses, equals

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanoflow.kernels.triton_sample_rows import STAGES, adjusted, key_of, on_grid, weights_of
+from nanoflow.kernels.triton_sample_rows import adjusted, key_of, on_grid, weights_of
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def measured(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Count or weight (relative to the reference's) at or above each of four logits and in all; the largest logit."""
     first, second, third, fourth = probes
@@ -132,6 +133,7 @@ def listed(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
@@ -179,6 +181,7 @@ def kept_by_row(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Weight that each block keeps, and its number of tokens equal to the threshold, both [B], by a pass."""

@@ -30,7 +30,6 @@ from nanoflow.kernels.triton_sample_rows import (
     ROW,
     SCALE,
     SEED,
-    STAGES,
     TOP_K,
     TOP_P,
     adjusted,
@@ -95,6 +94,9 @@ def choose_program(
     scratch [S, ROOM] is for logits that a search gathers. GRID_BITS low bits are zero where a logit of this type is a
     float32.
     """
+    # Blocks of a row that are read ahead, and one: with few rows a pass takes memory's latency as often as it waits.
+    # None where logits are adjusted: Triton 3.6 takes blocks for others if the loop that reads them has one over edits.
+    STAGES: tl.constexpr = 1 if ADJUSTS else 4
     place = tl.program_id(0).to(tl.int64)
     numbers += place * NUM_FIELDS
     floats += place * NUM_FIELDS
@@ -123,12 +125,12 @@ def choose_program(
     largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
     masses, equals = tl.zeros([NUM_BLOCKS], tl.float64), tl.zeros([NUM_BLOCKS], tl.int32)
     if is_searched == 0:
-        largest, masses = _blocks_of(row, scale, VOCAB, BLOCK, INNER, NUM_BLOCKS)
+        largest, masses = _blocks_of(row, scale, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS)
     peak = tl.max(largest, axis=0)
     threshold, num_equal = scale * 0 + LOWEST, top_k * 0 + ALL
     if is_searched | ((scale > 0) & has_min_p & (tl.abs(peak) < float("inf"))):
         threshold, num_equal, masses, equals, peak = filtered(
-            row, floats, top_k, log_min_p, masses, peak, scale, VOCAB, BLOCK, INNER, NUM_BLOCKS, GRID_BITS, ROOM
+            row, floats, top_k, log_min_p, masses, peak, scale, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, GRID_BITS, ROOM
         )
     tl.store(best + place, peak)
     if (scale > 0) & (tl.abs(peak) < float("inf")):
@@ -153,6 +155,7 @@ def _blocks_of(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The largest logit of each block, and its weight relative to the largest of all if the row is drawn, [B] both."""

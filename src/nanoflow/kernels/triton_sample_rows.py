@@ -16,8 +16,6 @@ REPETITION, PRESENCE, FREQUENCY, FIRST_FREE_STOP = (tl.constexpr(place) for plac
 NUM_EDITS, NUM_BIASES, HAS_PENALTIES, NUM_FIELDS = (tl.constexpr(place) for place in (12, 13, 14, 16))
 # The largest count of a token in the table of seen ones; the bit above says that the prompt has it.
 MAX_COUNT = tl.constexpr((1 << 14) - 1)
-# Blocks of a row that are read ahead, and one: with few rows a pass takes the memory's latency as often as it waits.
-STAGES = tl.constexpr(4)
 # Entries of a row's list of edits that are looked at in one step.
 _EDITS = tl.constexpr(256)
 
@@ -56,9 +54,8 @@ def adjusted(
         columns = columns_of(first, BLOCK, INNER)
         if num_edits > 0:
             exact = _edited(exact, columns, first, edit_ids, edit_values, num_edits, is_held, VOCAB, BLOCK)
-        # Outside the branch, so that it is read ahead as the logits are.
-        record = tl.load(seen + columns, mask=(columns < VOCAB) & has_penalties, other=0)
         if has_penalties:
+            record = tl.load(seen + columns, mask=columns < VOCAB, other=0)
             exact = _penalised(exact, record.to(tl.int32), penalties)
     return exact
 

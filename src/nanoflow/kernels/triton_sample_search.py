@@ -36,6 +36,7 @@ def search(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
@@ -54,7 +55,7 @@ def search(
             if is_narrow:
                 ends, above_list, at_last = listed(
                     row, on_grid(first, grid_bits), on_grid(last, grid_bits), peak, scale, log_min_p,
-                    IS_COUNT, VOCAB, BLOCK, INNER, NUM_BLOCKS, ROOM,
+                    IS_COUNT, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, ROOM,
                 )  # fmt: skip
                 tail = tail * 0 + ALL
                 at_first = at_last
@@ -77,7 +78,7 @@ def search(
                     row,
                     (on_grid(places[0], grid_bits), on_grid(places[1], grid_bits), on_grid(places[2], grid_bits),
                     on_grid(places[3], grid_bits)),
-                    peak, scale, log_min_p, IS_COUNT, VOCAB, BLOCK, INNER,
+                    peak, scale, log_min_p, IS_COUNT, VOCAB, BLOCK, INNER, STAGES,
                 )  # fmt: skip
                 amounts = first_at, second_at, third_at, fourth_at
                 low, high, at_low, above = between(low, high, at_low, above, places, amounts, target)
