@@ -38,7 +38,7 @@ class RowBlocks:
 LARGEST = RowBlocks(block=8192, num_warps=16)
 # One for all numbers of rows: sums are rounded block by block.
 CHOICE = RowBlocks(block=2048, num_warps=8, max_registers=64)
-ADJUSTED = RowBlocks(block=CHOICE.block, num_warps=8, max_registers=96)
+ADJUSTED = RowBlocks(block=CHOICE.block, num_warps=8, max_registers=128)
 LOGPROBS = RowBlocks(block=4096, num_warps=8)
 _INNER = 8
 # Low bits that are zero where a logit of the type is a float32.

@@ -1,8 +1,8 @@
 """Programs that choose tokens from logits, one a row, which stream the row's logits instead of sorting them.
 
-A row is read once for its largest logit and for the weight of each block of the vocabulary. A filter (top_k, top_p) is
-a threshold on the logit, found by passes that measure, at three probes at once, how many tokens or how much weight lie
-above. The draw then picks a block by its weight, and reads that block again for the token.
+A row is read once for its largest logit and for the weight of each block of the vocabulary; if it has a filter (top_k,
+top_p), which is a threshold on the logit, as a rule twice (see `triton_sample_filters.py`). The draw then picks a block
+by its weight, and reads that block again for the token.
 
 Weights are 2 ** ((logit - largest) * scale) in float32; eight neighbours are summed in float32, all else in float64.
 Shape legend: S rows, V vocabulary, R rows of the tables, B blocks, G groups of a block, I logits of a group.
@@ -31,6 +31,7 @@ from nanoflow.kernels.triton_sample_rows import (
     SCALE,
     SEED,
     TOP_K,
+    TOP_P,
     adjusted,
     columns_of,
     first_column,
@@ -38,6 +39,7 @@ from nanoflow.kernels.triton_sample_rows import (
     uniform_of,
     weights_of,
 )
+from nanoflow.kernels.triton_sample_search import ALL, LOWEST
 
 
 @triton.jit
@@ -92,6 +94,9 @@ def choose_program(
     scratch [S, ROOM] is for logits that a search gathers. GRID_BITS low bits are zero where a logit of this type is a
     float32.
     """
+    # Blocks of a row that are read ahead, and one: with few rows a pass takes memory's latency as often as it waits.
+    # None where logits are adjusted: Triton 3.6 takes blocks for others if the loop that reads them has one over edits.
+    STAGES: tl.constexpr = 1 if ADJUSTS else 4
     place = tl.program_id(0).to(tl.int64)
     numbers += place * NUM_FIELDS
     floats += place * NUM_FIELDS
@@ -112,32 +117,23 @@ def choose_program(
         ADJUSTS,
         scratch + place * ROOM,
     )
-    scale = tl.load(floats + SCALE)
+    scale, top_k, log_min_p = tl.load(floats + SCALE), tl.load(numbers + TOP_K), tl.load(floats + LOG_MIN_P)
+    has_top_p, has_min_p = tl.load(floats + TOP_P) < 1, log_min_p > float("-inf")
+    # A search makes a first pass of its own, where no logit is left out by its ratio to the largest.
+    is_searched = (scale > 0) & ((top_k > 0) | (has_top_p & (has_min_p == 0)))
     blocks = tl.arange(0, NUM_BLOCKS)
     largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
-    masses = tl.zeros([NUM_BLOCKS], tl.float64)
-    of_groups = tl.full([BLOCK // INNER], float("-inf"), tl.float32)
-    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
-        exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
-        groups = tl.max(exact, axis=1)
-        of_groups = tl.maximum(of_groups, groups)
-        peak = tl.max(groups, axis=0)
-        largest = tl.where(blocks == block, peak, largest)
-        if scale > 0:
-            # Relative to what is finite: a block may have no token that can be drawn.
-            peak = tl.where((peak > float("-inf")) & (peak < float("inf")), peak, 0.0)
-            mass = tl.sum(tl.sum(tl.exp2((exact - peak) * scale), axis=1).to(tl.float64), axis=0)
-            masses = tl.where(blocks == block, mass, masses)
+    masses, equals = tl.zeros([NUM_BLOCKS], tl.float64), tl.zeros([NUM_BLOCKS], tl.int32)
+    if is_searched == 0:
+        largest, masses = _blocks_of(row, scale, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS)
     peak = tl.max(largest, axis=0)
+    threshold, num_equal = scale * 0 + LOWEST, top_k * 0 + ALL
+    if is_searched | ((scale > 0) & has_min_p & (tl.abs(peak) < float("inf"))):
+        threshold, num_equal, masses, equals, peak = filtered(
+            row, floats, top_k, log_min_p, masses, peak, scale, VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, GRID_BITS, ROOM
+        )
     tl.store(best + place, peak)
-    if (scale > 0) & (peak > float("-inf")) & (peak < float("inf")):
-        rises = tl.where(largest > float("-inf"), (largest - peak) * scale, float("-inf"))
-        masses *= tl.exp2(rises).to(tl.float64)
-        log_min_p = tl.load(floats + LOG_MIN_P)
-        threshold, num_equal, masses, equals = filtered(
-            row, floats, tl.load(numbers + TOP_K), log_min_p, masses, of_groups, peak, scale,
-            VOCAB, BLOCK, INNER, NUM_BLOCKS, GRID_BITS, ROOM,
-        )  # fmt: skip
+    if (scale > 0) & (tl.abs(peak) < float("inf")):
         uniform = uniform_of(tl.load(seeds + place * (NUM_FIELDS // 2) + SEED // 2), tl.load(numbers + POSITION))
         token_id = _drawn(
             row, uniform, threshold, num_equal, masses, equals, peak, scale, log_min_p, VOCAB, BLOCK, INNER, NUM_BLOCKS
@@ -150,6 +146,33 @@ def choose_program(
     if has_penalties:
         count = tl.load(seen + token_id)
         tl.store(seen + token_id, tl.where((count & MAX_COUNT) < MAX_COUNT, count + 1, count).to(tl.int16))
+
+
+@triton.jit
+def _blocks_of(
+    row: tl.tuple,
+    scale: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The largest logit of each block, and its weight relative to the largest of all if the row is drawn, [B] both."""
+    blocks = tl.arange(0, NUM_BLOCKS)
+    largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
+    masses = tl.zeros([NUM_BLOCKS], tl.float64)
+    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=STAGES):
+        exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
+        peak = tl.max(tl.max(exact, axis=1), axis=0)
+        largest = tl.where(blocks == block, peak, largest)
+        if scale > 0:
+            # Relative to what is finite: a block may have no token that can be drawn.
+            peak = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
+            mass = tl.sum(tl.sum(tl.exp2((exact - peak) * scale), axis=1).to(tl.float64), axis=0)
+            masses = tl.where(blocks == block, mass, masses)
+    rises = tl.where(largest > float("-inf"), (largest - tl.max(largest, axis=0)) * scale, float("-inf"))
+    return largest, masses * tl.exp2(rises).to(tl.float64)
 
 
 @triton.jit
@@ -227,7 +250,7 @@ def top_logprobs_program(
     largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
     sums = tl.zeros([NUM_BLOCKS], tl.float32)
     num_above = tl.zeros([BLOCK // INNER], tl.int32)
-    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=2):
+    for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=3):
         exact = read(row, block * BLOCK, VOCAB, BLOCK, INNER)
         num_above += tl.sum((exact > chosen).to(tl.int32), axis=1)
         peak = tl.max(tl.max(exact, axis=1), axis=0)

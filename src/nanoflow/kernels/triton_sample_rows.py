@@ -55,7 +55,8 @@ def adjusted(
         if num_edits > 0:
             exact = _edited(exact, columns, first, edit_ids, edit_values, num_edits, is_held, VOCAB, BLOCK)
         if has_penalties:
-            exact = _penalised(exact, columns, seen, penalties, VOCAB)
+            record = tl.load(seen + columns, mask=columns < VOCAB, other=0)
+            exact = _penalised(exact, record.to(tl.int32), penalties)
     return exact
 
 
@@ -87,16 +88,15 @@ def _edited(
 
 
 @triton.jit
-def _penalised(
-    exact: tl.tensor, columns: tl.tensor, seen: tl.tensor, penalties: tl.tuple, VOCAB: tl.constexpr
-) -> tl.tensor:
+def _penalised(exact: tl.tensor, record: tl.tensor, penalties: tl.tuple) -> tl.tensor:
     """With the penalties on seen tokens."""
     repetition, presence, frequency = penalties
-    record = tl.load(seen + columns, mask=columns < VOCAB, other=0).to(tl.int32)
     count = record & MAX_COUNT
     factor = tl.where(record > 0, repetition, 1.0)
     exact = tl.where(exact > 0, tl.div_rn(exact, factor), exact * factor)
-    exact = exact - frequency * count.to(tl.float32)
+    # The count as a float32 by its bits: conversions run at a quarter of the rate or less.
+    number = (count | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    exact = exact - frequency * number
     return exact - tl.where(count > 0, presence, 0.0)
 
 
