@@ -89,11 +89,6 @@ class TextEngine:
         """There is nothing to prepare."""
         return False
 
-    @property
-    def slack_s(self) -> float:
-        """None."""
-        return 0.0
-
     def stats(self) -> EngineStats:
         """State now."""
         return EngineStats(num_running=len(self._left), iteration=self._iteration)

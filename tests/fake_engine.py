@@ -94,10 +94,6 @@ class FakeEngine:
             stats=self.stats(iteration_tokens=num_tokens),
         )
 
-    @property
-    def slack_s(self) -> float:
-        return 0.0
-
     def prepare_next(self) -> bool:
         return False
 

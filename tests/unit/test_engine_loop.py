@@ -1,19 +1,15 @@
-"""When the next batch is formed: late enough that requests which come while the device works can join it."""
+"""What the engine learns from its iterations."""
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import pytest
 
 from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.iteration_times import IterationTimes
-from nanoflow.engine.messages import Abort, Add, EngineStats, StepOutput
-from nanoflow.engine.process import _Loop
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
@@ -41,42 +37,19 @@ class SlowWorker:
         return result
 
 
-def _engine(times: IterationTimes | None, *, is_async: bool = True) -> Engine:
+def _engine(times: IterationTimes) -> Engine:
     plan = sequential_plan(build_graph(preset_config("llama-3.2-1b"), None), 64)
-    estimate = None if times is None else times.estimate
     engine = Engine(
         facts=fake_facts(),
-        scheduler=Scheduler(limits=make_limits(), pace=Pace(max_itl_s=0.05, iteration_time=estimate)),
+        scheduler=Scheduler(limits=make_limits(), pace=Pace(max_itl_s=0.05, iteration_time=times.estimate)),
         worker=SlowWorker(),  # type: ignore[arg-type]
         book=PlanBook(fallback=plan),
-        is_async=is_async,
+        is_async=True,
         times=times,
     )
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     engine.add(Request(request_id=1, prompt_token_ids=[1, 2], params=params, seed=0, max_tokens=8))
     return engine
-
-
-def test_a_long_iteration_leaves_time_for_requests_to_come() -> None:
-    engine = _engine(IterationTimes(known=IterationTime(fixed_s=0.1)))
-    assert engine.slack_s == 0.0  # nothing runs
-    engine.step()
-    assert 0.05 < engine.slack_s < 0.1
-    time.sleep(0.03)
-    assert engine.slack_s < 0.05
-
-
-@pytest.mark.parametrize("fixed_s", [None, 0.004])
-def test_there_is_none_without_an_estimate_and_in_short_iterations(fixed_s: float | None) -> None:
-    engine = _engine(None if fixed_s is None else IterationTimes(known=IterationTime(fixed_s=fixed_s)))
-    engine.step()
-    assert engine.slack_s == 0.0
-
-
-def test_there_is_none_when_no_batch_runs_ahead() -> None:
-    engine = _engine(IterationTimes(known=IterationTime(fixed_s=0.1)), is_async=False)
-    engine.step()
-    assert engine.slack_s == 0.0
 
 
 def test_iterations_change_what_the_scheduler_expects() -> None:
@@ -94,39 +67,3 @@ def _shape(engine: Engine) -> Any:
     worker = engine._worker
     assert isinstance(worker, SlowWorker)
     return worker.pending[-1][0].shape
-
-
-class LateChannel:
-    """Messages that come one after the other, each when it is waited for."""
-
-    def __init__(self, messages: list[Any]) -> None:
-        self.messages = messages
-
-    def receive(self, timeout_s: float) -> list[tuple[int, Any]]:
-        if timeout_s > 0 and self.messages:
-            time.sleep(0.002)
-            return [(0, self.messages.pop(0))]
-        time.sleep(timeout_s)
-        return []
-
-
-class SlackEngine:
-    """Has time before its next step."""
-
-    facts = fake_facts()
-    has_work = True
-    slack_s = 0.05
-
-    def stats(self) -> EngineStats:
-        return EngineStats()
-
-    def step(self) -> StepOutput:
-        return StepOutput()
-
-
-def test_all_that_come_in_time_are_taken_before_the_next_step() -> None:
-    messages: list[Any] = [Add(requests=[]), Abort(request_ids=[1]), Add(requests=[])]
-    channel = LateChannel(list(messages))
-    loop = _Loop(engine=SlackEngine(), channel=channel, front_ends=None)  # type: ignore[arg-type]
-    assert loop._gather() == [(0, message) for message in messages]
-    assert loop._gather() == []

@@ -22,10 +22,6 @@ from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.scheduler import Committed, Scheduler
 
-# What an iteration takes at least, as a part of the estimate, and seconds to form and launch the next.
-_SURE_PART = 0.75
-_FORMING_S = 5e-3
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
@@ -45,7 +41,7 @@ class Engine:
         facts: What front ends must know.
         scheduler, worker, book: The parts of the loop; the worker has all plans of the book.
         is_async: Form the next batch while the current one runs.
-        times: Told what iterations take, and asked what the scheduler may expect of them; None if it bounds none.
+        times: Told what iterations take, so that the scheduler knows what to expect of them; None if it bounds none.
     """
 
     def __init__(
@@ -107,20 +103,6 @@ class Engine:
         if batch is None or len(self._in_flight) > self._max_in_flight:
             return self._commit_oldest()
         return self._output()
-
-    @property
-    def slack_s(self) -> float:
-        """Seconds for which the next batch need not be formed: requests that come until then can still join it.
-
-        The device works on a batch meanwhile, and is expected to do so for longer than it takes to form the next. 0
-        without an estimate of that.
-        """
-        if self._times is None or self._times.estimate is None or not self._in_flight:
-            return 0.0
-        running = self._in_flight[0]
-        begin_s = max(running.launch_s, self._last_end_s)
-        time_s = self._times.estimate.predict_s(running.shape)
-        return max(begin_s + _SURE_PART * time_s - _FORMING_S - time.monotonic(), 0.0)
 
     def prepare_next(self) -> bool:
         """Record a CUDA graph that requests may need later, a matter of some 50 ms; False if there is nothing to do."""

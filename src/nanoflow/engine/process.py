@@ -66,10 +66,6 @@ class EngineLoop(Protocol):
     def step(self) -> StepOutput:
         """One iteration."""
 
-    @property
-    def slack_s(self) -> float:
-        """Seconds for which the next step need not be made."""
-
     def prepare_next(self) -> bool:
         """Do something ahead of need, of some 50 ms; False if there is nothing."""
 
@@ -154,15 +150,7 @@ class _Loop:
                 beat = Heartbeat(stats=self.engine.stats())
                 for front_end in self.front_ends:
                     self.channel.send(front_end, beat)
-            messages = self._gather() if self.engine.has_work else self._idle()
-
-    def _gather(self) -> Messages:
-        """What has come, and what comes while the next batch can wait: the later it is formed, the more can join it."""
-        until_s = time.monotonic() + self.engine.slack_s
-        messages = self.channel.receive(0.0)
-        while (left_s := until_s - time.monotonic()) > 0:
-            messages += self.channel.receive(left_s)
-        return messages
+            messages = self.channel.receive(0.0) if self.engine.has_work else self._idle()
 
     def _idle(self) -> Messages:
         """Wait for messages, a heartbeat at most, and prepare what requests may need while none come."""
