@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -116,42 +117,57 @@ def run_in_turn(
         is_base: As `results_of` has it.
 
     Raises:
-        ConfigError: As `measure`.
+        ConfigError: As `begin`.
     """
     order = in_order(settings, args.repeats)
-    document, is_complete = measure(benchmark, args.json, order, is_fresh=args.fresh, time_limit_s=args.time_limit)
-    results = results_of(document["runs"], is_base)
-    write_json(args.json, {**document, "is_complete": is_complete, "results": results})
+    document = begin(benchmark, args.json, is_fresh=args.fresh)
+    record = partial(write_record, args.json, document, is_base)
+    is_complete = measure(document["runs"], order, record, time_limit_s=args.time_limit)
+    results = record(is_complete=is_complete)
     print(table(results))
     return 0 if is_complete and not any(each.num_failed for each in results) else 1
 
 
+def write_record(
+    path: Path, document: Document, is_base: Callable[[Run], bool], *, is_complete: bool = False
+) -> list[Result]:
+    """Write what is known so far, with what it is worth, which is returned."""
+    results = results_of(document["runs"], is_base)
+    write_json(path, {**document, "is_complete": is_complete, "results": results})
+    return results
+
+
 def measure(
-    benchmark: str, path: Path, wanted: Sequence[Wanted], *, is_fresh: bool, time_limit_s: float | None
-) -> tuple[Document, bool]:
-    """Run what is missing in a document, and write it after each run.
+    kept: list[Run], wanted: Sequence[Wanted], record: Callable[[], object], *, time_limit_s: float | None
+) -> bool:
+    """Run what is missing.
+
+    Args:
+        kept: Runs that are there; more are added.
+        wanted: All that shall be there.
+        record: Called after each run.
+        time_limit_s: Seconds after which nothing begins.
 
     Returns:
-        The document with `runs`, and whether all that was wanted is in it.
-
-    Raises:
-        ConfigError: The document is of another card: no two cards are compared.
+        Whether all is there.
     """
     deadline_s = None if time_limit_s is None else time.monotonic() + time_limit_s
-    document = begin(benchmark, path, is_fresh=is_fresh)
-    kept = document["runs"]
     missing = [each for each in wanted if not any(run["asked"] == each.asked for run in kept)]
     for _, group in groupby(missing, key=lambda each: each.setting.engine):
-        for each, record in _run_group(list(group), deadline_s):
-            run = run_of(each, record)
+        for each, measured in _run_group(list(group), deadline_s):
+            run = run_of(each, measured)
             kept.append(run)
             print(line(run), flush=True)
-            write_json(path, document)
-    return document, all(any(run["asked"] == each.asked for run in kept) for each in wanted)
+            record()
+    return all(any(run["asked"] == each.asked for run in kept) for each in wanted)
 
 
 def begin(benchmark: str, path: Path, *, is_fresh: bool) -> Document:
-    """The document so far, under a head of now."""
+    """The document so far, under a head of now.
+
+    Raises:
+        ConfigError: It is of another benchmark, or of another card: no two cards are compared.
+    """
     head: Document = msgspec.json.decode(msgspec.json.encode(header(benchmark)))
     if is_fresh or not path.exists():
         return {**head, "runs": []}

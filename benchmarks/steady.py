@@ -24,17 +24,17 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from benchmarks.apart import RunFailed, yielded_apart
-from benchmarks.document import write_json
-from benchmarks.in_turn import Document, Run, add_options, asked_of, begin, line, results_of, table
+from benchmarks.in_turn import Run, add_options, asked_of, begin, line, table, write_record
 from benchmarks.rungs import ENGINE, Rung, read_engine, read_rungs
 from benchmarks.steady_engine import Clock, Found, Repeat, run_repeat
 from benchmarks.whole_runs import is_sequential
@@ -87,10 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = begin("steady", args.json, is_fresh=args.fresh)
     except ValueError as error:
         parser.error(str(error))
-    is_complete = run_missing(task, document, args.json, args.time_limit)
-    results = results_of(document["runs"], is_sequential)
-    write_json(args.json, {**document, "is_complete": is_complete, "results": results})
-    print(table(results))
+    record = partial(write_record, args.json, document, is_sequential)
+    is_complete = run_missing(task, document["runs"], record, args.time_limit)
+    print(table(record(is_complete=is_complete)))
     return 0 if is_complete else 1
 
 
@@ -132,10 +131,10 @@ def read_task(args: argparse.Namespace) -> Task:
     )
 
 
-def run_missing(task: Task, document: Document, path: Path, time_limit_s: float | None) -> bool:
-    """Run what the document lacks, and write it after each workload; whether all is there in the end."""
+def run_missing(task: Task, kept: list[Run], record: Callable[[], object], time_limit_s: float | None) -> bool:
+    """Run what is missing in what is kept, with a record after each workload; whether all is there in the end."""
     deadline_s = None if time_limit_s is None else time.monotonic() + time_limit_s
-    kept, is_complete = document["runs"], True
+    is_complete = True
     for number in range(task.num_repeats):
         for group in task.groups if number % 2 == 0 else reversed(task.groups):
             missing = [
@@ -149,7 +148,7 @@ def run_missing(task: Task, document: Document, path: Path, time_limit_s: float 
                         run = run_of(found, rung.name, task.asked(rung, found.workload, number))
                         kept[:] = [other for other in kept if other["asked"] != run["asked"]] + [run]
                         print(line(run), flush=True)
-                    write_json(path, document)
+                    record()
                     if found.reason is not None:
                         print(f"{found.workload}: {found.reason}", file=sys.stderr, flush=True)
                         is_complete = False

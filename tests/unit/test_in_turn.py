@@ -125,7 +125,9 @@ def test_what_is_there_does_not_run_again_and_what_is_cut_off_is_not_lost(engine
     path, rungs = tmp_path / "runs.json", ("--rungs", "sequential=32/8", "sequential=64/8", "--repeats", "1")
     engines.broken_at = 3
     assert _whole_runs(path, *rungs) == 1
-    assert len(json.loads(path.read_text())["runs"]) == 2 and not json.loads(path.read_text())["is_complete"]
+    document = json.loads(path.read_text())
+    assert len(document["runs"]) == 2 and not document["is_complete"]
+    assert [each["name"] for each in document["results"]] == ["sequential 32/8"] * 2, "what it is worth is there too"
     engines.broken_at, engines.groups = None, []
     assert _whole_runs(path, *rungs) == 0
     assert engines.groups == [["6/3 0.0", "9/3 0.0"]], "the first engine has nothing left to run"
