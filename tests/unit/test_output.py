@@ -28,6 +28,7 @@ class Recorder:
 
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
     finished: list[FinishedRequest] = field(default_factory=list)
     steps: list[EngineStats] = field(default_factory=list)
 
@@ -36,6 +37,9 @@ class Recorder:
 
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
         self.ttft_s.append(ttft_s)
+
+    def observe_tokens(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         self.itl_s += latencies_s
