@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import PromptInput, read_prompt
 from nanoflow.engine.tokenizer import ChatMessage, Tokenizer, load_tokenizer
 from nanoflow.outputs import RequestOutput
+from nanoflow.parameters import shown
 from nanoflow.request import Request, RequestError, SamplingParams
 
 Conversation = Sequence[ChatMessage]
@@ -198,7 +200,11 @@ class LLM:
 
 
 def _is_one_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    if isinstance(prompts, str | Mapping):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts are a prompt or a list of prompts, got {shown(prompts)}")
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
 def _params_of_each(sampling_params: ParamsInput, num_prompts: int) -> Sequence[SamplingParams]:
@@ -206,6 +212,8 @@ def _params_of_each(sampling_params: ParamsInput, num_prompts: int) -> Sequence[
         sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, Sequence):
+        raise RequestError(f"sampling_params are SamplingParams or a list of them, got {shown(sampling_params)}")
     if len(sampling_params) != num_prompts:
         raise RequestError(f"there are {len(sampling_params)} sampling_params for {num_prompts} prompts")
     return sampling_params
