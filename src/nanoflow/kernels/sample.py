@@ -146,18 +146,14 @@ def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tens
         logits[place].index_put_((ids[~is_stop],), values[~is_stop], accumulate=True)
         if is_held[place]:
             logits[place, ids[is_stop]] = -torch.inf
-    places = torch.from_numpy(np.flatnonzero(host["has_penalties"])).to(raw.device)
+    places = torch.from_numpy(np.flatnonzero(host["has_penalties"] | host["is_restricted"])).to(raw.device)
     if len(places):
         record = tables.seen[_rows(host, raw.device)[places]].int()
         factors = (torch.from_numpy(host[name].copy()).to(raw.device) for name in _PENALTIES)
         penalised = logits[places]
         is_in_prompt = (record & IN_PROMPT) > 0
         apply_penalties(penalised, record & MAX_COUNT, is_in_prompt, *(factor[places] for factor in factors))
-        logits[places] = penalised
-    places = torch.from_numpy(np.flatnonzero(host["is_restricted"])).to(raw.device)
-    if len(places):
-        is_forbidden = tables.seen[_rows(host, raw.device)[places]] < 0
-        logits[places] = logits[places].masked_fill_(is_forbidden, -torch.inf)
+        logits[places] = penalised.masked_fill_(record < 0, -torch.inf)
     return logits
 
 
