@@ -86,17 +86,18 @@ def test_lists_are_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_numpy_is_taken_and_kept_as_pythons_own() -> None:
-    params = SamplingParams(
-        n=np.int8(2),
-        temperature=np.float32(0.5),
-        top_k=np.uint64(7),
-        seed=np.int64(-3),
-        ignore_eos=np.bool_(True),
-        logit_bias={np.int32(4): np.float64(1.5), "5": 2},
-        stop_token_ids=np.array([1, 2]),
-        allowed_token_ids=range(3),
-        bad_words=("a",),
-    )
+    given: dict[str, Any] = {
+        "n": np.int8(2),
+        "temperature": np.float32(0.5),
+        "top_k": np.uint64(7),
+        "seed": np.int64(-3),
+        "ignore_eos": np.bool_(True),
+        "logit_bias": {np.int32(4): np.float64(1.5), "5": 2},
+        "stop_token_ids": np.array([1, 2]),
+        "allowed_token_ids": range(3),
+        "bad_words": ("a",),
+    }
+    params = SamplingParams(**given)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
     kept = (params.n, params.temperature, params.top_k, params.seed, params.ignore_eos)
     assert kept == (2, 0.5, 7, -3, True) and [type(one) for one in kept] == [int, float, int, int, bool]
@@ -118,12 +119,13 @@ def test_every_bound_is_inside_and_crosses_to_the_engine() -> None:
 
 
 def test_none_is_the_default() -> None:
-    assert SamplingParams(**dict.fromkeys(set(KINDS) - {"max_tokens"})) == SamplingParams()
+    nothing: dict[str, Any] = dict.fromkeys(set(KINDS) - {"max_tokens"})
+    assert SamplingParams(**nothing) == SamplingParams()
     assert SamplingParams(max_tokens=None).max_tokens is None
 
 
 def test_a_second_reading_changes_nothing() -> None:
-    params = SamplingParams(stop="a", stop_token_ids=[3], logit_bias={"7": 1}, top_k=-1, temperature=0)
+    params = SamplingParams(stop="a", stop_token_ids=[3], logit_bias={7: 1}, top_k=-1, temperature=0)
     assert dataclasses.replace(params) == copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
 
 
