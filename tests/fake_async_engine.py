@@ -95,6 +95,8 @@ class FakeAsyncEngine:
         self._check_alive()
         if prompt == "crash":
             raise RuntimeError("broken: /secret/path")
+        if prompt == "bug":
+            int("/secret/path")
         token_ids = self._prompt_ids(prompt, params)
         self.seen_params.append(params)
         output = RequestOutput(
