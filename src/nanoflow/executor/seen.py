@@ -1,6 +1,7 @@
 """The table of tokens that rows have seen, and may not choose: what penalties count, and what restrictions forbid.
 
-Requests that have neither never touch it. What joining requests bring travels in one asynchronous copy.
+Requests that have neither never touch it. What joining requests bring travels in one asynchronous copy, except lists
+of allowed tokens.
 Legend: R rows of the state table, V vocabulary.
 """
 
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoflow.batch import Int32, Joined
 from nanoflow.device.transfer import to_device
-from nanoflow.kernels.sample import FORBIDDEN, IN_PROMPT, MAX_COUNT, SEEN_BITS
+from nanoflow.kernels.sample import FORBIDDEN, IN_PROMPT, MAX_COUNT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,40 +72,36 @@ class SeenTokens:
         """Begin anew the rows of requests with penalties or restrictions; a request may have both."""
         if not penalised and not restrictions:
             return
-        parts = [*_seen_parts(penalised), *_restriction_parts(restrictions)]
+        rows = [one.row for one in (*penalised, *restrictions)]
+        parts = [np.array(rows, np.int32), *_seen_parts(penalised), *_forbidden_parts(restrictions)]
         uploaded = to_device(np.concatenate(parts, dtype=np.int32), self.table.device)
-        tensors = torch.split(uploaded.long(), [len(part) for part in parts])
-        counted, restricted = tensors[:6], tensors[6:]
-        self.table.index_fill_(0, torch.cat((counted[0], restricted[0])), 0)
-        if penalised:
-            self._count(*counted[1:])
-        if restrictions:
-            self._forbid(*restricted[1:])
+        begun, *others = torch.split(uploaded.long(), [len(part) for part in parts])
+        self.table.index_fill_(0, begun, 0)
+        for one in restrictions:
+            if one.allowed is not None:
+                self._allow(one.row, one.allowed)
+        self._count(*others[:5])
+        self._add_bits(*others[5:], FORBIDDEN)
 
-    def _count(self, prompt_rows: Tensor, prompt: Tensor, rows_of_ids: Tensor, ids: Tensor, counts: Tensor) -> None:
-        flat, vocab_size = self.table.view(-1), self.table.shape[1]
-        flat.index_fill_(0, prompt_rows * vocab_size + prompt, IN_PROMPT)
-        flat.scatter_add_(0, rows_of_ids * vocab_size + ids, counts.to(torch.int16))
+    def _allow(self, row: int, token_ids: Int32) -> None:
+        """Forbid all tokens of a row but these. One row at a time: a list may be as long as the vocabulary."""
+        self.table[row].fill_(FORBIDDEN).index_fill_(0, to_device(token_ids, self.table.device).long(), 0)
 
-    def _forbid(
-        self, closed_rows: Tensor, allowed_rows: Tensor, allowed: Tensor, forbidden_rows: Tensor, forbidden: Tensor
-    ) -> None:
-        """Forbid all of some rows, free what is allowed there, and forbid single tokens of any rows."""
-        flat, vocab_size = self.table.view(-1), self.table.shape[1]
-        self.table.index_copy_(0, closed_rows, self.table[closed_rows] | FORBIDDEN)
-        places = allowed_rows * vocab_size + allowed
-        flat.index_copy_(0, places, flat[places] & SEEN_BITS)
-        places = forbidden_rows * vocab_size + forbidden
-        flat.index_copy_(0, places, flat[places] | FORBIDDEN)
+    def _count(self, prompt_rows: Tensor, prompt: Tensor, rows: Tensor, ids: Tensor, counts: Tensor) -> None:
+        self._add_bits(prompt_rows, prompt, IN_PROMPT)
+        self.table.view(-1).scatter_add_(0, rows * self.table.shape[1] + ids, counts.to(torch.int16))
+
+    def _add_bits(self, rows: Tensor, ids: Tensor, bits: int) -> None:
+        flat, places = self.table.view(-1), rows * self.table.shape[1] + ids
+        flat.index_copy_(0, places, flat[places] | bits)
 
 
-def _seen_parts(penalised: Sequence[Joined]) -> list[NDArray[np.int32]]:
-    """Rows; row and id of each prompt token; row, id and count of each token generated before a preemption."""
+def _seen_parts(penalised: Sequence[Joined]) -> list[Int32]:
+    """Row and id of each prompt token; row, id and count of each token generated before a preemption."""
     rows = np.array([joined.row for joined in penalised], np.int32)
     prompts = [joined.token_ids[: joined.num_prompt_tokens] for joined in penalised]
     generated = [np.unique(joined.token_ids[joined.num_prompt_tokens :], return_counts=True) for joined in penalised]
     return [
-        rows,
         np.repeat(rows, [len(prompt) for prompt in prompts]),
         _concatenated(prompts),
         np.repeat(rows, [len(ids) for ids, _ in generated]),
@@ -114,21 +110,11 @@ def _seen_parts(penalised: Sequence[Joined]) -> list[NDArray[np.int32]]:
     ]
 
 
-def _restriction_parts(restrictions: Sequence[Restriction]) -> list[NDArray[np.int32]]:
-    """Rows; of them those with allowed tokens; row and id of each such token; row and id of each forbidden one."""
+def _forbidden_parts(restrictions: Sequence[Restriction]) -> list[Int32]:
+    """Row and id of each single token that is forbidden."""
     rows = np.array([one.row for one in restrictions], np.int32)
     forbidden = [one.forbidden for one in restrictions]
-    open_ids = [(one.row, one.allowed) for one in restrictions if one.allowed is not None]
-    closed_rows = np.array([row for row, _ in open_ids], np.int32)
-    allowed = [ids for _, ids in open_ids]
-    return [
-        rows,
-        closed_rows,
-        np.repeat(closed_rows, [len(ids) for ids in allowed]),
-        _concatenated(allowed),
-        np.repeat(rows, [len(ids) for ids in forbidden]),
-        _concatenated(forbidden),
-    ]
+    return [np.repeat(rows, [len(ids) for ids in forbidden]), _concatenated(forbidden)]
 
 
 def _concatenated(arrays: Sequence[Int32]) -> Int32:
