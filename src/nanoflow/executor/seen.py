@@ -72,26 +72,26 @@ class SeenTokens:
         """Begin anew the rows of requests with penalties or restrictions; a request may have both."""
         if not penalised and not restrictions:
             return
-        rows = [one.row for one in (*penalised, *restrictions)]
+        rows = [*(joined.row for joined in penalised), *(one.row for one in restrictions)]
         parts = [np.array(rows, np.int32), *_seen_parts(penalised), *_forbidden_parts(restrictions)]
         uploaded = to_device(np.concatenate(parts, dtype=np.int32), self.table.device)
-        begun, *others = torch.split(uploaded.long(), [len(part) for part in parts])
+        begun, *tensors = torch.split(uploaded.long(), [len(part) for part in parts])
         self.table.index_fill_(0, begun, 0)
         for one in restrictions:
             if one.allowed is not None:
                 self._allow(one.row, one.allowed)
-        self._count(*others[:5])
-        self._add_bits(*others[5:], FORBIDDEN)
+        self._count(*tensors[:5])
+        self._add_bits(*tensors[5:], bits=FORBIDDEN)
 
     def _allow(self, row: int, token_ids: Int32) -> None:
         """Forbid all tokens of a row but these. One row at a time: a list may be as long as the vocabulary."""
         self.table[row].fill_(FORBIDDEN).index_fill_(0, to_device(token_ids, self.table.device).long(), 0)
 
     def _count(self, prompt_rows: Tensor, prompt: Tensor, rows: Tensor, ids: Tensor, counts: Tensor) -> None:
-        self._add_bits(prompt_rows, prompt, IN_PROMPT)
+        self._add_bits(prompt_rows, prompt, bits=IN_PROMPT)
         self.table.view(-1).scatter_add_(0, rows * self.table.shape[1] + ids, counts.to(torch.int16))
 
-    def _add_bits(self, rows: Tensor, ids: Tensor, bits: int) -> None:
+    def _add_bits(self, rows: Tensor, ids: Tensor, *, bits: int) -> None:
         flat, places = self.table.view(-1), rows * self.table.shape[1] + ids
         flat.index_copy_(0, places, flat[places] | bits)
 
