@@ -44,16 +44,15 @@ def restriction_of(joined: Joined) -> Restriction | None:
     if allowed is None and not words:
         return None
     forbidden = {word[0] for word in words if len(word) == 1}
-    choices = None if allowed is None else frozenset(allowed)
+    sequences = [word for word in words if len(word) > 1 and word[-1] not in forbidden]
+    if sequences and allowed is not None:
+        choices = frozenset(allowed)
+        sequences = [word for word in sequences if word[-1] in choices]
     return Restriction(
         row=joined.row,
         allowed=None if allowed is None else np.array(allowed, np.int32),
         forbidden=np.array(sorted(forbidden), np.int32),
-        sequences=tuple(
-            word
-            for word in words
-            if len(word) > 1 and word[-1] not in forbidden and (choices is None or word[-1] in choices)
-        ),
+        sequences=tuple(sequences),
         generated=joined.token_ids[joined.num_prompt_tokens :],
     )
 

@@ -89,11 +89,9 @@ def _require_in_vocabulary(request: Request, vocab_size: int) -> None:
 def _require_a_choice(request: Request) -> None:
     """Refuse tokens to choose from of which none may be chosen at the first place."""
     params = request.params
-    left = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
-    if left is None:
-        return
-    left.difference_update(word[0] for word in request.bad_word_ids if len(word) == 1)
+    excluded = {word[0] for word in request.bad_word_ids if len(word) == 1}
     if params.min_tokens:
-        left.difference_update(request.eos_token_ids, params.stop_token_ids or ())
-    if not left:
+        excluded.update(request.eos_token_ids, params.stop_token_ids or ())
+    # The first that is not excluded will do: the list may be as long as the vocabulary.
+    if params.allowed_token_ids is not None and all(token_id in excluded for token_id in params.allowed_token_ids):
         raise RequestError("of allowed_token_ids none is left: bad_words, or min_tokens, exclude them all")

@@ -278,7 +278,7 @@ class Scheduler:
                 seed=new.request.seed,
                 token_ids=new.token_ids,
                 num_prompt_tokens=len(new.request.prompt_token_ids),
-                stop_token_ids=stop_ids(new.request),
+                stop_token_ids=stop_ids(new.request, self._limits.vocab_size),
                 bad_word_ids=new.request.bad_word_ids,
             )
             for row, new in zip(rows.tolist(), newcomers, strict=True)
