@@ -58,6 +58,12 @@ class Doors:
         assert answer.status_code == 200, answer.text
         return [answer.json()["usage"]["completion_tokens"], len(answer.json()["choices"])]
 
+    def text(self, fields: dict[str, Any]) -> str:
+        """The text over HTTP."""
+        post = self.http.post("/v1/completions", json={"prompt": PROMPT, **fields})
+        text: str = self.loop.run_until_complete(post).json()["choices"][0]["text"]
+        return text
+
     def good(self) -> RequestOutput:
         return self._last(GOOD)
 
@@ -187,6 +193,25 @@ def test_what_slips_past_the_doors_ends_its_request_alone(doors: Doors, name: st
 def test_top_p_0_is_greedy(doors: Doors) -> None:
     greedy = doors.python({"temperature": 0.0, "max_tokens": 9})
     assert doors.python({"temperature": 2.0, "top_p": 0, "max_tokens": 9, "seed": 3}) == greedy
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": list(range(40, 90))},
+        {"allowed_token_ids": list(range(40, 90)), "bad_words": ["A", "BC", "D E"], "frequency_penalty": -1},
+        {"bad_words": ["a", "b", "c"], "logit_bias": {"70": 5}},
+    ],
+)
+def test_both_doors_give_the_same_answer(doors: Doors, fields: dict[str, Any]) -> None:
+    fields = {"seed": 3, "max_tokens": 30, "ignore_eos": True, **fields}
+    answers = doors.python(fields)
+    assert not isinstance(answers, str), answers
+    (token_ids,) = answers
+    assert set(token_ids) <= set(fields.get("allowed_token_ids", range(VOCAB_SIZE)))
+    text = doors.text(fields)
+    assert text == doors.engine.tokenizer.decode(token_ids)
+    assert not any(word in text for word in fields.get("bad_words", ()))
 
 
 def test_tokens_are_counted_exactly(doors: Doors) -> None:
