@@ -74,7 +74,7 @@ _TEMPLATE: ForeignFields = {
     "thinking_token_budget": Foreign((-1,), "reasoning"),
     "mm_processor_kwargs": Foreign(({},), "input that is no text"),
     "media_io_kwargs": Foreign(({},), "input that is no text"),
-    "add_special_tokens": Foreign((False,), "special tokens before the prompt"),
+    "add_special_tokens": Foreign((), "special tokens before the prompt"),
     "truncate_prompt_tokens": Foreign((), "cutting the prompt"),
     "prompt_embeds": Foreign((), "input that is no text"),
 }
