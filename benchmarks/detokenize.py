@@ -84,6 +84,9 @@ class Recorder:
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
         """A request got its first token."""
 
+    def observe_tokens(self, num_tokens: int) -> None:
+        """Of no interest."""
+
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Requests got a token that is not their first."""
 

@@ -9,7 +9,7 @@ from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineFacts, EngineStats
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.backend import ChatMessage, Prompt
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
@@ -40,7 +40,7 @@ class ByteTokenizer:
         continue_final_message: bool = False,
     ) -> list[int]:
         if messages[-1]["content"] == "refuse me":
-            raise ValueError("the chat template refuses the messages: no")
+            raise RequestError("the chat template refuses the messages: no")
         text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
         return self.encode(text + ("\nassistant: " if add_generation_prompt else ""))
 
@@ -77,7 +77,7 @@ class FakeAsyncEngine:
     @property
     def tokenizer(self) -> ByteTokenizer:
         if not self.has_tokenizer:
-            raise ValueError("this model has no tokenizer")
+            raise RequestError("this model has no tokenizer")
         return ByteTokenizer()
 
     @property
@@ -95,6 +95,8 @@ class FakeAsyncEngine:
         self._check_alive()
         if prompt == "crash":
             raise RuntimeError("broken: /secret/path")
+        if prompt == "bug":
+            int("/secret/path")
         token_ids = self._prompt_ids(prompt, params)
         self.seen_params.append(params)
         output = RequestOutput(
@@ -155,6 +157,7 @@ class FakeAsyncEngine:
         if self.observer is None:
             return
         self.observer.observe_step(EngineStats(iteration_tokens=len(output.outputs)))
+        self.observer.observe_tokens(len(output.outputs))
         if step == 0:
             self.observer.observe_first_token(0.01, len(output.prompt_token_ids))
         else:
@@ -185,16 +188,16 @@ class FakeAsyncEngine:
     def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
-            raise ValueError("the prompt has no tokens")
+            raise RequestError("the prompt has no tokens")
         bad = [
             token_id
             for token_id in (*token_ids, *(params.stop_token_ids or ()), *(params.logit_bias or ()))
             if token_id >= VOCAB_SIZE
         ]
         if bad:
-            raise ValueError(f"token id {bad[0]} is out of the vocabulary")
+            raise RequestError(f"token id {bad[0]} is out of the vocabulary")
         if len(token_ids) >= MAX_MODEL_LEN:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens, the context length is {MAX_MODEL_LEN}")
+            raise RequestError(f"the prompt has {len(token_ids)} tokens, the context length is {MAX_MODEL_LEN}")
         return token_ids
 
     def _check_alive(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoflow.kernels.sample import IN_PROMPT, NUMBERS, SampleTables, scale_of
+from nanoflow.kernels.sample import FORBIDDEN, IN_PROMPT, NUMBERS, SampleTables, scale_of
 
 FILTERS: dict[str, list[Any]] = {
     "top_k": [0, 1, 7, 50, 1500],
@@ -37,11 +37,14 @@ def filter_columns() -> dict[str, Any]:
 
 
 def tables(num_rows: int, vocab_size: int, *, seed: int = 0, num_edits: int = 12) -> SampleTables:
-    """Random ones: a third of all tokens seen, and edits of which the last third are stop tokens, in order of ids."""
+    """Random ones: a third of all tokens seen, a fifth forbidden, and edits of which a third are stop tokens."""
     generator = torch.Generator().manual_seed(seed)
     seen = torch.randint(0, 4, (num_rows, vocab_size), generator=generator)
     seen = torch.where(torch.rand(seen.shape, generator=generator) < 0.3, seen, 0)
     seen += IN_PROMPT * (torch.rand(seen.shape, generator=generator) < 0.1)
+    is_forbidden = torch.rand(seen.shape, generator=generator) < 0.2
+    is_forbidden[:, 0] = False
+    seen += FORBIDDEN * is_forbidden
     width = min(num_edits, vocab_size)
     ids = torch.stack([torch.randperm(vocab_size, generator=generator)[:width].sort()[0] for _ in range(num_rows)])
     values = 4 * torch.randn(ids.shape, generator=generator)
@@ -50,10 +53,11 @@ def tables(num_rows: int, vocab_size: int, *, seed: int = 0, num_edits: int = 12
 
 
 def adjusted_columns(num_rows: int, num_edits: int = 12) -> dict[str, Any]:
-    """Penalties, biases, and stop tokens held back, each for some of the rows."""
+    """Penalties, tokens forbidden, biases, and stop tokens held back, each for some of the rows."""
     rows = np.arange(num_rows)
     return {
         "has_penalties": rows % 2,
+        "is_restricted": rows % 5 < 2,
         "repetition": np.where(rows % 2, 1.3, 1.0),
         "presence": np.where(rows % 4 == 1, 0.7, 0.0),
         "frequency": np.where(rows % 4 == 3, -0.4, 0.0),

@@ -52,7 +52,7 @@ _SAMPLED: tuple[Mapping[str, Any], ...] = (
     {"temperature": 1.0, "top_p": 0.7, "logprobs": 2},
     {"temperature": 1.2, "top_k": 20, "min_p": 0.05, "stop_token_ids": range(20, 60)},
     {"temperature": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
-    {"temperature": 1.0, "logit_bias": {7: 2.0}, "prompt_logprobs": 1},
+    {"temperature": 1.0, "logit_bias": {7: 2.0}, "prompt_logprobs": 1, "allowed_token_ids": range(100)},
 )
 
 
@@ -204,7 +204,15 @@ class _Traffic:
             seed=rng.getrandbits(32),
             max_tokens=max_tokens,
             eos_token_ids=facts.eos_token_ids,
+            # Greedy requests are compared by the two most probable tokens, which shall be there to choose.
+            bad_word_ids=self._bad_words() if options["temperature"] else (),
         )
+
+    def _bad_words(self) -> tuple[tuple[int, ...], ...]:
+        """Some tokens and sequences of tokens."""
+        rng, vocab_size = self._rng, self._engine.facts.vocab_size
+        lengths = (rng.choice((1, 2, 2, 3)) for _ in range(rng.randint(1, 30)))
+        return tuple(tuple(rng.randrange(4, vocab_size) for _ in range(length)) for length in lengths)
 
     def _cancel(self) -> None:
         if self._living:

@@ -1,7 +1,8 @@
-"""Fill in the generated parts of README.md: the file tree (from module docstrings) and the results (from JSON).
+"""Fill in the generated parts of README.md and docs/api.md.
 
-Run after adding a file or a result: `python tools/docs.py`. With `--check` it changes nothing and fails if the README
-is out of date; a test does that.
+The README has the file tree (from module docstrings) and the results (from JSON), the page of the API has tables of
+fields. Run after adding a file, a result or a field: `python tools/docs.py`. With `--check` it changes nothing and
+fails if a page is out of date; a test does that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from api_tables import body_fields, foreign_fields, sampling_parameters
 from records import readme_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,27 +64,36 @@ def results_table() -> str:
     return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    """The README with its generated parts made anew."""
-    for name, content in (("tree", file_tree()), ("results", results_table())):
+# Each page with its generated parts.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"tree": file_tree, "results": results_table},
+    "docs/api.md": {"parameters": sampling_parameters, "fields": body_fields, "foreign": foreign_fields},
+}
+
+
+def filled(page: str) -> str:
+    """A page with its generated parts made anew."""
+    text = (ROOT / page).read_text()
+    for name, make in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         found = pattern.search(text)
         if not found:
-            raise SystemExit(f"README.md has no part marked {name!r}")
-        text = f"{text[: found.end(1)]}{content}\n{text[found.start(2) :]}"
+            raise SystemExit(f"{page} has no part marked {name!r}")
+        text = f"{text[: found.end(1)]}{make()}\n{text[found.start(2) :]}"
     return text
 
 
 def main() -> None:
-    """Fill in or check README.md."""
+    """Fill in or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
-    path, args = ROOT / "README.md", parser.parse_args()
-    wanted = filled(path.read_text())
-    if args.check and path.read_text() != wanted:
-        raise SystemExit("README.md is out of date: run python tools/docs.py")
-    if not args.check:
-        path.write_text(wanted)
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    args = parser.parse_args()
+    for page in PAGES:
+        path, wanted = ROOT / page, filled(page)
+        if args.check and path.read_text() != wanted:
+            raise SystemExit(f"{page} is out of date: run python tools/docs.py")
+        if not args.check:
+            path.write_text(wanted)
 
 
 if __name__ == "__main__":

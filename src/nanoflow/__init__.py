@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from nanoflow.engine.async_engine import AsyncEngine
     from nanoflow.engine.llm import LLM
     from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
-    from nanoflow.request import SamplingParams
+    from nanoflow.request import RequestError, SamplingParams
 
 
 _HOME = {
     "LLM": "nanoflow.engine.llm",
     "AsyncEngine": "nanoflow.engine.async_engine",
     "SamplingParams": "nanoflow.request",
+    "RequestError": "nanoflow.request",
     "EngineConfig": "nanoflow.config",
     "ServerConfig": "nanoflow.config",
     "RequestOutput": "nanoflow.outputs",
@@ -37,6 +38,7 @@ __all__ = [
     "EngineConfig",
     "FinishReason",
     "Logprob",
+    "RequestError",
     "RequestOutput",
     "SamplingParams",
     "ServerConfig",

@@ -33,6 +33,7 @@ class Joined:
         token_ids: All tokens known so far, int32 [num_tokens]: the prompt, then what was generated before a preemption.
         num_prompt_tokens: How many of them are the prompt.
         stop_token_ids: Tokens that may not be chosen before `min_tokens` (end of sequence and stop tokens).
+        bad_word_ids: Sequences of tokens; the last one of each is not chosen where the others have just been generated.
     """
 
     row: int
@@ -41,6 +42,7 @@ class Joined:
     token_ids: Int32
     num_prompt_tokens: int
     stop_token_ids: tuple[int, ...]
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

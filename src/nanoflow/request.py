@@ -6,36 +6,70 @@ in `config.py`. Field names and defaults follow the field's habit (vLLM), so tha
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nanoflow.parameters import (
+    INT32_MAX,
+    INT64_MAX,
+    INT64_MIN,
+    UINT64_MAX,
+    Biases,
+    Flag,
+    Kind,
+    Number,
+    RequestError,
+    Texts,
+    TokenIds,
+    Whole,
+    did_you_mean,
+)
+
+__all__ = ["KINDS", "MAX_CHOICES", "MAX_LOGPROBS", "Request", "RequestError", "SamplingParams"]
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_TOKENS = 16
+
+_NUM_LOGPROBS = Whole(low=0, high=MAX_LOGPROBS)
+
+
+def _parameter(default: Any, kind: Kind) -> Any:
+    return field(default=default, metadata={"kind": kind})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
+    None stands for the default wherever it has no meaning of its own. Numbers and truth values may be numpy's.
+
     Attributes:
         n: Number of completions of the prompt. Completion i samples with `seed + i`.
         temperature: 0 is greedy; larger is more random.
-        top_p: Keep the smallest set of tokens whose probability reaches this, 0 < top_p <= 1.
-        top_k: Keep the k most probable tokens; 0 (or less) keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches this, 0 to 1; 0 keeps the most probable one.
+        top_k: Keep the k most probable tokens; 0 or -1 keeps all.
         min_p: Keep tokens at least this fraction as probable as the most probable one, 0 <= min_p <= 1.
         seed: Same seed, same tokens, whatever else is in the batch. None draws one.
         repetition_penalty: Divide (multiply, if negative) the logits of all tokens seen; 1 is off, 0.01 to 100.
         presence_penalty: Subtract from the logits of tokens generated at least once, -2 to 2.
         frequency_penalty: Subtract once per time the token was generated, -2 to 2.
         logit_bias: Token id to a number added to its logit, -100 to 100.
+        allowed_token_ids: Only these tokens may be generated; None allows all.
+        bad_words: Strings that may not be generated, whether they begin a word or not: of the tokens of each, the last
+            is not chosen where those before it have just been.
         stop: Strings that end the completion; not part of the text unless `include_stop_str_in_output`.
         stop_token_ids: Token ids that end the completion, beside the model's end of sequence.
         ignore_eos: Go on past the model's end of sequence (for benchmarks).
         max_tokens: Most tokens to generate; None means up to the model's context length.
-        min_tokens: Fewest tokens before an end of sequence or a stop token may be chosen.
+        min_tokens: So many tokens come before an end of sequence or a stop token may be chosen. A stop string that is
+            complete within them ends nothing.
         logprobs: Return this many of the most probable tokens (0: only the chosen one) at each step, with natural
             log probabilities of the model's own distribution (before temperature and penalties).
         prompt_logprobs: The same for each prompt token.
@@ -44,37 +78,55 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string in the text.
 
     Raises:
-        ValueError: A value is out of its range; the message names the field, the range and the value.
+        RequestError: A value is of the wrong kind or out of its range; the message names the field, what it may be and
+            the value. It is a ValueError.
+        TypeError: There is no such parameter; the message names the nearest.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
+    n: int = _parameter(1, Whole(low=1, high=MAX_CHOICES))
+    temperature: float = _parameter(1.0, Number(low=0.0, high=100.0))
+    top_p: float = _parameter(1.0, Number(low=0.0, high=1.0))
+    top_k: int = _parameter(0, Whole(low=-1, high=INT64_MAX))
+    min_p: float = _parameter(0.0, Number(low=0.0, high=1.0))
+    seed: int | None = _parameter(None, Whole(low=INT64_MIN, high=UINT64_MAX))
+    repetition_penalty: float = _parameter(1.0, Number(low=0.01, high=100.0))
+    presence_penalty: float = _parameter(0.0, Number(low=-2.0, high=2.0))
+    frequency_penalty: float = _parameter(0.0, Number(low=-2.0, high=2.0))
+    logit_bias: Mapping[int, float] | None = _parameter(
+        None, Biases(bias=Number(low=-100.0, high=100.0), max_items=MAX_LOGIT_BIAS)
+    )
+    allowed_token_ids: Sequence[int] | None = _parameter(None, TokenIds())
+    bad_words: Sequence[str] | None = _parameter(None, Texts(max_items=MAX_BAD_WORDS))
+    stop: str | Sequence[str] | None = _parameter(None, Texts(max_items=MAX_STOP_STRINGS, takes_one=True))
+    stop_token_ids: Sequence[int] | None = _parameter(None, TokenIds(max_items=MAX_STOP_TOKEN_IDS))
+    ignore_eos: bool = _parameter(False, Flag())
+    max_tokens: int | None = _parameter(16, Whole(low=1, high=INT32_MAX))
+    min_tokens: int = _parameter(0, Whole(low=0, high=INT32_MAX))
+    logprobs: int | None = _parameter(None, _NUM_LOGPROBS)
+    prompt_logprobs: int | None = _parameter(None, _NUM_LOGPROBS)
+    detokenize: bool = _parameter(True, Flag())
+    skip_special_tokens: bool = _parameter(True, Flag())
+    include_stop_str_in_output: bool = _parameter(False, Flag())
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, **given: Any) -> SamplingParams:
+            """Refuse unknown names in words that help; the fields themselves are the constructor's business."""
+            for name in given:
+                if name not in KINDS:
+                    hint = did_you_mean(name, KINDS) or f"; there are {', '.join(KINDS)}"
+                    raise TypeError(f"SamplingParams has no parameter {name!r}{hint}")
+            return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        normalize = object.__setattr__
-        normalize(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        normalize(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        normalize(self, "top_k", max(self.top_k, 0))
-        self._check_ranges()
-        self._check_lists()
+        for name, kind in KINDS.items():
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if value is None:
+                object.__setattr__(self, name, _MEANING_OF_NONE.get(name, default))
+            elif value is not default:
+                object.__setattr__(self, name, kind.read(name, value))
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        self._check_together()
 
     @property
     def is_greedy(self) -> bool:
@@ -86,46 +138,21 @@ class SamplingParams:
         """True if the choice depends on which tokens came before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    def _check_ranges(self) -> None:
-        _require_range("n", self.n, 1, MAX_CHOICES)
-        _require_range("temperature", self.temperature, 0.0, 100.0)
-        _require_range("top_p", self.top_p, 0.0, 1.0, is_low_open=True)
-        _require_range("min_p", self.min_p, 0.0, 1.0)
-        _require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _require_range("max_tokens", self.max_tokens, 1, math.inf)
-        _require_range("min_tokens", self.min_tokens, 0, math.inf)
-        _require_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _require_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        _require_range("seed", self.seed, -(2**63), 2**64 - 1)
+    def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
-
-    def _check_lists(self) -> None:
-        stop = self.stop or ()
-        if len(stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop may hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
-        if any(not isinstance(text, str) or not text for text in stop):
-            raise ValueError("stop must hold non-empty strings")
-        if stop and not self.detokenize:
-            raise ValueError("stop strings need detokenize=True")
-        bias = self.logit_bias or {}
-        if len(bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(bias)}")
-        for token_id, value in bias.items():
-            _require_range(f"logit_bias[{token_id}]", value, -100.0, 100.0)
+            raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True")
+        if self.allowed_token_ids == ():
+            raise RequestError("allowed_token_ids must not be empty: no token could be chosen")
 
 
-def _require_range(name: str, value: float | None, low: float, high: float, *, is_low_open: bool = False) -> None:
-    """Refuse a number outside [low, high] (or (low, high]); None and in-range numbers pass."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if value < low or value > high or (is_low_open and value == low):
-        left = "(" if is_low_open else "["
-        raise ValueError(f"{name} must be in {left}{low}, {high}], got {value}")
+KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(SamplingParams)}
+"""What each parameter may be: for every door that parameters come in by."""
+
+_DEFAULTS = {one.name: one.default for one in dataclasses.fields(SamplingParams)}
+# Where None is not the default's other name.
+_MEANING_OF_NONE: dict[str, Any] = {"max_tokens": None, "stop": (), "stop_token_ids": (), "bad_words": ()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +166,8 @@ class Request:
         seed: The seed that this sequence samples with; always set, so that a recompute draws the same tokens.
         max_tokens: Most tokens to generate, already cut to the context length.
         eos_token_ids: End of sequence of the model; empty with `ignore_eos`.
+        bad_word_ids: The sequences of tokens that `bad_words` forbids: the last token of each is not chosen where those
+            before it have just been generated.
         arrival_s: Seconds on the monotonic clock of the machine.
     """
 
@@ -148,4 +177,5 @@ class Request:
     seed: int
     max_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival_s: float = field(default=0.0)

@@ -144,6 +144,8 @@ PARAMS = [
     SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.5, logprobs=0),
     SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(range(300), 1.0)),
     SamplingParams(temperature=0.7, min_tokens=20, max_tokens=32, presence_penalty=1.0),
+    SamplingParams(temperature=0.7, allowed_token_ids=range(0, VOCAB_SIZE, 2), frequency_penalty=0.1),
+    SamplingParams(temperature=0.7, top_k=50),
 ]
 
 
@@ -157,6 +159,7 @@ def _joined(num_rows: int, num_generated: int = 3) -> list[Joined]:
             token_ids=rng.integers(0, VOCAB_SIZE, 100 + num_generated, dtype=np.int32),
             num_prompt_tokens=100,
             stop_token_ids=(3, 128001),
+            bad_word_ids=((5, 6), (6,), (7, 8, 6), (9, 10, 11)) if row % len(PARAMS) >= 6 else (),
         )
         for row in range(num_rows)
     ]
@@ -164,6 +167,25 @@ def _joined(num_rows: int, num_generated: int = 3) -> list[Joined]:
 
 def _batch(num_rows: int) -> DenseBatch:
     return equal_requests(num_rows, 105, 1, 16, is_decode=True)
+
+
+@torch.inference_mode()
+def test_rows_choose_as_their_twins_on_the_host() -> None:
+    """Restrictions, bad words and penalties over several tokens: the device's tables say what the host's say."""
+    num_rows = 3 * len(PARAMS)
+    samplers = [
+        Sampler(num_rows=num_rows, vocab_size=VOCAB_SIZE, device=device) for device in (DEVICE, torch.device("cpu"))
+    ]
+    # Few tokens are likely, so that sequences are completed; float32, so that both see the same.
+    logits = _logits(num_rows, torch.float32)
+    logits[:, :12] += 12.0
+    for sampler in samplers:
+        sampler.join(_joined(num_rows))
+    for position in range(30):
+        batch = equal_requests(num_rows, 105 + position, 1, 16, is_decode=True)
+        ours, expected = (sampler.sample(batch, logits.to(sampler._device)).token_ids.cpu() for sampler in samplers)
+        assert torch.equal(ours, expected)
+        assert torch.equal(samplers[0]._state.tables.seen.cpu(), samplers[1]._state.tables.seen)
 
 
 @pytest.fixture

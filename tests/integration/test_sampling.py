@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,12 @@ class Result:
         self.stop_token_id: int | None = None
 
 
-def _run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], seed: int = 0) -> list[Result]:
+Words = tuple[tuple[int, ...], ...]
+
+
+def _run(
+    engine: Engine, requests: list[tuple[list[int], SamplingParams]], seed: int = 0, words: Sequence[Words] = ()
+) -> list[Result]:
     for place, (prompt, params) in enumerate(requests):
         engine.add(
             Request(
@@ -57,6 +62,7 @@ def _run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], seed:
                 seed=seed if params.seed is None else params.seed,
                 max_tokens=params.max_tokens or 16,
                 eos_token_ids=() if params.ignore_eos else engine.facts.eos_token_ids,
+                bad_word_ids=words[place] if words else (),
             )
         )
     results = [Result() for _ in requests]
@@ -141,6 +147,57 @@ def test_logit_bias_forces_and_forbids(engine: Engine) -> None:
     banned = free.token_ids[0]
     (other,) = _run(engine, [(PROMPTS[0], _params(logit_bias={banned: -100.0}))])
     assert banned not in other.token_ids
+
+
+def test_only_allowed_tokens_are_chosen(engine: Engine) -> None:
+    allowed = [3, 50, 51, 52, 130]
+    free = _params(temperature=1.5, seed=4, max_tokens=40)
+    few = _params(temperature=1.5, seed=4, max_tokens=40, allowed_token_ids=allowed, frequency_penalty=0.3)
+    all_of_them = _params(temperature=1.5, seed=4, max_tokens=40, allowed_token_ids=range(131))
+    one, other, third = _run(engine, [(PROMPTS[0], free), (PROMPTS[0], few), (PROMPTS[0], all_of_them)])
+    assert set(other.token_ids) == set(allowed)
+    assert one.token_ids == third.token_ids
+
+
+def test_no_bad_word_is_completed_and_all_else_is_as_it_was(folder: Path, engine: Engine) -> None:
+    """With batches on their way whose tokens the host has not seen, after preemptions, and greedy as reference."""
+    options: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.2}] * 4
+    requests = [(prompt, _params(max_tokens=30, **more)) for prompt, more in zip(PROMPTS, options, strict=True)]
+    words = [_words_of(result.token_ids) for result in _run(engine, requests)]
+    expected = [result.token_ids for result in _run(engine, requests, words=words)]
+    for token_ids, forbidden in zip(expected, words, strict=True):
+        assert not any(_occurs(word, token_ids) for word in forbidden)
+    # The first token that is forbidden is the first that differs.
+    free = [result.token_ids for result in _run(engine, requests)]
+    for place, (token_ids, forbidden) in enumerate(zip(free, words, strict=True)):
+        first = min(
+            end for word in forbidden for end in range(len(word), 31) if token_ids[end - len(word) : end] == [*word]
+        )
+        assert (
+            expected[place][: first - 1] == token_ids[: first - 1]
+            and expected[place][first - 1] != token_ids[first - 1]
+        )
+    tight = build_engine(
+        EngineConfig(
+            model=str(folder), max_num_seqs=16, max_batch_tokens=32, page_size=4, num_pages=28, max_model_len=80
+        )
+    )
+    try:
+        expect_less(tight, 30)
+        result = [result.token_ids for result in _run(tight, requests, words=words)]
+        assert tight.stats().num_preemptions > 0
+    finally:
+        tight.close()
+    assert result == expected
+
+
+def _words_of(token_ids: list[int]) -> Words:
+    """Some of what was generated: two tokens, three, and one that stands alone."""
+    return (tuple(token_ids[4:6]), tuple(token_ids[9:12]), (token_ids[20],), (1, 2, 3, 4, 5))
+
+
+def _occurs(word: tuple[int, ...], token_ids: list[int]) -> bool:
+    return any(tuple(token_ids[first : first + len(word)]) == word for first in range(len(token_ids)))
 
 
 def test_stop_token_ends_and_is_reported(engine: Engine) -> None:

@@ -29,6 +29,8 @@ def http() -> Iterator[httpx.Client]:
         ({"prompt": "a", "logit_bias": {"9999": 1}}, "out of the vocabulary"),
         ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"prompt": "a", "best_of": 2}, "best_of is not supported"),
+        ({"prompt": "a", "tempreature": 0.5}, "did you mean 'temperature'?"),
+        ({"prompt": "a", "top_k": 2.5}, "top_k must be an integer, got 2.5"),
         ({}, "prompt: Field required"),
         ([], "valid dictionary"),
     ],
@@ -88,7 +90,7 @@ def test_a_template_may_refuse(http: httpx.Client) -> None:
     assert "refuses the messages" in error_of(answer)["message"]
 
 
-@pytest.mark.parametrize("prompt", ["fail", "crash"])
+@pytest.mark.parametrize("prompt", ["fail", "crash", "bug"])
 def test_one_request_fails_alone(http: httpx.Client, prompt: str) -> None:
     answer = http.post("/v1/completions", json={"prompt": prompt})
     assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
@@ -109,6 +111,37 @@ def test_a_model_without_tokenizer_serves_token_ids() -> None:
             ("/detokenize", {"tokens": [97]}),
         ):
             assert http.post(path, json=body).status_code == 400
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_mistake_of_ours_is_not_shown_as_the_clients(
+    http: httpx.Client, is_stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even where it is a ValueError: the log has it."""
+    answer = http.post("/v1/completions", json={"prompt": "bug", "stream": is_stream})
+    assert (answer.status_code, error_of(answer)["message"]) == (500, "internal error; the server's log says more")
+    assert "int() with base 10" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT, "max_token": 5}),
+        ("/tokenize", {"prompt": "a", "add_special_token": True}),
+        ("/detokenize", {"tokens": [97], "skip_special_token": True}),
+    ],
+)
+def test_unknown_fields_are_refused_everywhere(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer = http.post(path, json=body)
+    wrong = list(body)[-1]
+    assert answer.status_code == 400 and error_of(answer)["param"] == wrong
+    assert error_of(answer)["message"] == f"unknown field {wrong!r}; did you mean '{wrong}s'?"
+
+
+def test_a_long_body_is_refused_in_the_same_words(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "a" * 200_000, "tempreature": 1})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "tempreature")
+    assert error_of(answer)["message"] == "unknown field 'tempreature'; did you mean 'temperature'?"
 
 
 # Ends

@@ -9,16 +9,21 @@ import numpy as np
 
 from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.engine.engine import Engine
+from nanoflow.engine.front_ends import FrontEnds
 from nanoflow.engine.iteration_times import IterationTimes
+from nanoflow.engine.messages import Add, FromEngine, StepOutput, Unreadable
+from nanoflow.engine.process import _Loop
+from nanoflow.engine.wire import WireError, decode_to_engine, encode
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
+from nanoflow.outputs import FinishReason
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.request import Request, SamplingParams
+from nanoflow.request import Request, RequestError, SamplingParams
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
-from tests.fake_engine import fake_facts
+from tests.fake_engine import FakeEngine, fake_facts
 from tests.unit.test_scheduler import make_limits
 
 
@@ -67,3 +72,74 @@ def _shape(engine: Engine) -> Any:
     worker = engine._worker
     assert isinstance(worker, SlowWorker)
     return worker.pending[-1][0].shape
+
+
+class PostBox:
+    """A channel that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, FromEngine]] = []
+
+    def send(self, front_end: int, message: FromEngine) -> None:
+        self.sent.append((front_end, message))
+
+
+def _taken(message: Any, engine: Any) -> PostBox:
+    box, front_ends = PostBox(), FrontEnds()
+    for front_end in (0, 3):
+        front_ends.join(front_end)
+    _Loop(engine=engine, channel=box, front_ends=front_ends)._take(3, message)  # type: ignore[arg-type]
+    return box
+
+
+def _request(number: int, **params: Any) -> Request:
+    chosen = SamplingParams(**params)
+    return Request(request_id=number, prompt_token_ids=[5], params=chosen, seed=0, max_tokens=4)
+
+
+def _bent(request: Request, **fields: Any) -> Request:
+    """With parameters that no door lets in."""
+    for name, value in fields.items():
+        object.__setattr__(request.params, name, value)
+    return request
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_k": 2.5}, {"stop_token_ids": ["x"]}, {"n": "many"}, {"temperature": -7.0}, {"logit_bias": {5: "much"}}],
+)
+def test_an_add_that_cannot_be_read_ends_its_requests_alone(fields: dict[str, Any]) -> None:
+    frames = encode(Add(requests=[_bent(_request(7), **fields), _request(8)]))
+    message = decode_to_engine(frames)
+    assert isinstance(message, Unreadable) and message.request_ids == [7, 8]
+    engine = FakeEngine()
+    ((front_end, refusal),) = _taken(message, engine).sent
+    assert isinstance(refusal, StepOutput) and front_end == 3 and not engine.has_work
+    assert sorted(refusal.finished) == [7, 8]
+    assert all(
+        end.reason is FinishReason.ERROR and "cannot be read" in str(end.error) for end in refusal.finished.values()
+    )
+
+
+@pytest.mark.parametrize("frames", [[b"Add", b"\xc1"], [b"Add", b"\x80"], [b"Add"], [b"Abort", b"\x80"], []])
+def test_what_names_no_request_is_no_message(frames: list[bytes]) -> None:
+    with pytest.raises(WireError):
+        decode_to_engine(frames)
+
+
+@pytest.mark.parametrize("error", [RequestError("no\nmore"), TypeError("no"), OverflowError("no")])
+def test_whatever_is_wrong_with_a_request_refuses_it_alone(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    take = engine.add
+
+    def add(request: Request) -> None:
+        if request.prompt_token_ids == [5]:
+            raise error
+        take(request)
+
+    monkeypatch.setattr(engine, "add", add)
+    good = Request(request_id=9, prompt_token_ids=[6], params=SamplingParams(), seed=0, max_tokens=4)
+    ((front_end, refusal),) = _taken(Add(requests=[_request(7), good]), engine).sent
+    assert isinstance(refusal, StepOutput)
+    assert (front_end, refusal.finished[7].error, list(refusal.finished)) == (3, "no", [7])
+    assert engine.has_work

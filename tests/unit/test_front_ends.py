@@ -114,6 +114,15 @@ def test_an_iteration_without_tokens_is_counted_too() -> None:
     assert list(front_ends.parts(StepOutput(stats=STATS))) == [0]
 
 
+def test_an_iteration_counts_though_the_first_front_end_in_it_has_left() -> None:
+    front_ends = FrontEnds()
+    ids = owned(front_ends, 3, 1)
+    front_ends.leave(0)
+    parts = front_ends.parts(StepOutput(request_ids=list(ids.values()), token_ids=[7, 8, 9], stats=STATS))
+    assert sorted(parts) == [1, 2]
+    assert sum(part.stats.iteration_tokens for part in parts.values()) == STATS.iteration_tokens
+
+
 def test_a_front_end_that_leaves_gives_its_living_requests() -> None:
     front_ends = FrontEnds()
     ids = owned(front_ends, 2, 4)

@@ -107,8 +107,10 @@ def test_a_request_is_counted_once_everywhere() -> None:
     metrics = metrics_of(FakeAsyncEngine())
     observer: Observer = metrics
     observer.observe_first_token(0.3, num_prompt_tokens=7)
-    observer.observe_next_tokens([0.01, 0.02])
-    observer.observe_next_tokens([0.01, 0.02])
+    observer.observe_tokens(1)
+    for _ in range(2):
+        observer.observe_tokens(2)
+        observer.observe_next_tokens([0.01, 0.02])
     observer.observe_finished(finished())
     seen = values(metrics)
     assert (seen["prompt_tokens_total"], seen["generation_tokens_total"]) == (7, 5)
@@ -119,12 +121,13 @@ def test_a_request_is_counted_once_everywhere() -> None:
     assert (seen["request_num_preemptions_sum"], seen["request_prompt_tokens_sum"]) == (2, 7)
 
 
-def test_first_tokens_of_all_completions_are_generated_tokens() -> None:
+def test_tokens_are_counted_when_they_come_and_not_made_up_at_the_end() -> None:
     metrics = metrics_of(FakeAsyncEngine())
     metrics.observe_first_token(0.3, num_prompt_tokens=7)
-    metrics.observe_next_tokens([0.1, 0.1, 0.1])
-    metrics.observe_finished(finished(n=3, num_tokens=6))
-    assert values(metrics)["generation_tokens_total"] == 6
+    metrics.observe_tokens(3)
+    assert values(metrics)["generation_tokens_total"] == 3
+    metrics.observe_finished(finished(FinishReason.ABORT, n=8, num_tokens=3))
+    assert values(metrics)["generation_tokens_total"] == 3
 
 
 def test_iterations_and_preemptions_are_counted() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
@@ -14,7 +16,7 @@ from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
 from nanoflow.outputs import FinishReason, RequestOutput
-from nanoflow.request import Request, SamplingParams
+from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from tests.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, fake_facts
 from tests.toy_tokenizers import toy_tokenizer
 
@@ -28,6 +30,7 @@ class Recorder:
 
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
     finished: list[FinishedRequest] = field(default_factory=list)
     steps: list[EngineStats] = field(default_factory=list)
 
@@ -36,6 +39,9 @@ class Recorder:
 
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
         self.ttft_s.append(ttft_s)
+
+    def observe_tokens(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         self.itl_s += latencies_s
@@ -153,6 +159,24 @@ def test_min_tokens_lets_early_stop_strings_pass() -> None:
     assert completion.finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "num_tokens"),
+    [(0, 3), (1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, 9), (7, 9)],
+)
+def test_a_stop_string_counts_if_it_is_complete_behind_min_tokens(min_tokens: int, num_tokens: int) -> None:
+    """Complete with token 3, 6, 9, ...: within the first `min_tokens`, its last one included, it ends nothing."""
+    ids = [TOKENIZER.encode(char)[0] for char in "abX"]
+    (completion,) = complete(ids, stop="bX", min_tokens=min_tokens, max_tokens=60).outputs
+    assert (len(completion.token_ids), completion.stop_reason) == (num_tokens, "bX")
+    assert completion.text == "abX" * (num_tokens // 3 - 1) + "a"
+
+
+def test_a_stop_string_may_begin_within_min_tokens() -> None:
+    ids = [TOKENIZER.encode(char)[0] for char in "abcd"]
+    (completion,) = complete(ids, stop="abcd", min_tokens=3, max_tokens=60).outputs
+    assert (len(completion.token_ids), completion.text) == (4, "")
+
+
 def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
     assert complete("hello", stop="helloX", max_tokens=len(TOKENIZER.encode("hello"))).outputs[0].text == "hello"
 
@@ -265,6 +289,120 @@ def test_observer_counts_one_first_token_and_all_gaps() -> None:
     assert [request.num_generated_tokens for request in observer.finished] == lengths
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 9])
+def test_every_token_of_every_completion_is_counted_once_and_none_besides(num_steps: int) -> None:
+    """Several completions, of which some have ended when the request is aborted."""
+    processor, engine, observer = make_processor(), FakeEngine(), Recorder()
+    processor.observer = observer
+    many, requests = add(processor, "hello", "many", n=8, max_tokens=7, ignore_eos=True)
+    few, more = add(processor, "hello world", "few", n=2, stop="wor", max_tokens=40)
+    for request in (*requests, *more):
+        engine.add(request)
+    for _ in range(num_steps):
+        processor.process(engine.step())
+        engine.abort(processor.take_stopped())
+    engine.abort(processor.abort("many"))
+    processor.process(engine.step())
+    processor.abort("few")
+    made = [len(one.token_ids) for output in (many, few) for one in output.outputs]
+    assert observer.num_tokens == sum(made) == sum(one.num_generated_tokens for one in observer.finished)
+    assert len(observer.ttft_s) == 2 and len(observer.finished) == 2
+
+
+def test_tokens_of_a_request_that_fails_are_counted_too() -> None:
+    processor, observer = make_processor(), Recorder()
+    processor.observer = observer
+    _, requests = add(processor, "hello", n=2)
+    first, second = (request.request_id for request in requests)
+    processor.process(StepOutput(request_ids=[first, second], token_ids=[5, 6]))
+    failed = Finished(reason=FinishReason.ERROR, error="no")
+    processor.process(StepOutput(request_ids=[second], token_ids=[7], finished={first: failed}))
+    end = {second: Finished(reason=FinishReason.LENGTH)}
+    processor.process(StepOutput(request_ids=[second], token_ids=[8], finished=end))
+    assert observer.num_tokens == 4
+    # What its user is told is that it failed, whichever completion ended last.
+    assert [one.reason for one in observer.finished] == [FinishReason.ERROR]
+
+
+# What fails while answers are made
+
+
+class Broken:
+    """Fails from the second token on, as a detokenizer and wherever text of a token is asked for."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        self.num_calls += 1
+        if self.num_calls > 1:
+            raise RuntimeError("broken")
+        return "x"
+
+    def flush(self) -> str:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("params", [{}, {"stop": "zzz"}, {"n": 3}, {"logprobs": 1}])
+def test_what_fails_while_text_is_made_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, reads: bool, params: dict[str, Any]
+) -> None:
+    processor, engine, observer = make_processor(), FakeEngine(), Recorder()
+    processor.observer = observer
+    good, requests = add(processor, "hello", "good", max_tokens=12)
+    with monkeypatch.context() as patch:
+        patch.setattr("nanoflow.engine.output.make_detokenizer", lambda *_: Broken())
+        bad, more = add(processor, "hello", "bad", max_tokens=9, **params)
+    for request in (*requests, *more):
+        engine.add(request)
+    while engine.has_work:
+        for output in processor.process(engine.step()):
+            if reads:
+                processor.refresh(output)
+        engine.abort(processor.take_stopped())
+    assert not len(processor)
+    assert bad.finished and {one.finish_reason for one in bad.outputs} == {FinishReason.ERROR}
+    assert bad.error == "its answer could not be made of its tokens; the log says why"
+    assert good.error is None and good.outputs[0].text == TOKENIZER.decode(good.outputs[0].token_ids)
+    assert {one.reason for one in observer.finished} == {FinishReason.ERROR, FinishReason.LENGTH}
+    # Where text is read as it grows, the engine is told at once.
+    assert len(bad.outputs[0].token_ids) == (2 if reads or "stop" in params else 9)
+
+
+def test_log_probabilities_that_cannot_be_read_end_their_request_alone() -> None:
+    processor = make_processor()
+    good, requests = add(processor, "hello", "good", logprobs=1)
+    bad, more = add(processor, "hello", "bad", logprobs=1, prompt_logprobs=1)
+    ids = [requests[0].request_id, more[0].request_id]
+    right = PlaceLogprobs(first_position=0, token_ids=[[5]], logprobs=[[-1.0]], ranks=[1])
+    wrong = dataclasses.replace(right, ranks=[])
+    processor.process(
+        StepOutput(request_ids=ids, token_ids=[5, 5], logprobs=dict(zip(ids, (right, wrong), strict=True)))
+    )
+    assert bad.finished and bad.error is not None and not good.finished
+    assert processor.take_stopped() == ids[1:]
+    scored, more = add(processor, "hello", "scored", prompt_logprobs=1)
+    beyond = dataclasses.replace(right, first_position=10**6)
+    processor.process(StepOutput(prompt_logprobs={more[0].request_id: beyond}))
+    processor.refresh(scored)
+    assert scored.error is not None and processor.abort("good") == ids[:1]
+
+
+def test_a_request_that_is_refused_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = make_processor()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nanoflow.engine.output.make_detokenizer", fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            add(processor, "hello")
+    assert not len(processor)
+    add(processor, "hello")
+
+
 def test_times_are_spans_between_events() -> None:
     now = [10.0]
     processor, observer = make_processor(lambda: now[0]), Recorder()
@@ -330,12 +468,58 @@ def test_bad_token_ids_in_params_are_refused(params: dict[str, Any]) -> None:
         add(make_processor(), "hello", **params)
 
 
+def test_an_end_of_sequence_beyond_the_vocabulary_is_none() -> None:
+    facts = dataclasses.replace(fake_facts(), eos_token_ids=(5, VOCAB_SIZE, 2**40, -1))
+    _, (request,) = OutputProcessor(facts, None).add(
+        "a", Prompt(text=None, token_ids=[5]), SamplingParams(detokenize=False)
+    )
+    assert request.eos_token_ids == (5,)
+
+
+def test_what_is_wrong_is_said_of_the_request() -> None:
+    """A mistake of whoever sent it, and of nobody else: another ValueError is no RequestError."""
+    for params in ({"stop_token_ids": [VOCAB_SIZE]}, {"allowed_token_ids": [VOCAB_SIZE]}, {"logit_bias": {-1: 1.0}}):
+        with pytest.raises(RequestError, match=f"^{next(iter(params))}: token id .* is not in the vocabulary"):
+            add(make_processor(), "hello", **params)
+    with pytest.raises(RequestError, match="must be SamplingParams, got "):
+        make_processor().add("a", Prompt(text=None, token_ids=[5]), {"n": 2})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"min_tokens": 1, "allowed_token_ids": [EOS_ID]}, "none is left"),
+        ({"min_tokens": 1, "allowed_token_ids": [7, EOS_ID], "stop_token_ids": [7]}, "none is left"),
+    ],
+)
+def test_allowed_tokens_of_which_none_is_left_are_refused(params: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        add(make_processor(), "hello", **params)
+    add(make_processor(), "hello", **{**params, "min_tokens": 0})
+
+
+def test_bad_words_are_read_as_they_begin_a_text_and_behind_a_space() -> None:
+    _, requests = add(make_processor(), "hello", n=2, bad_words=["hello", " world", "hello", "\t"])
+    expected = [TOKENIZER.encode(form, add_special_tokens=False) for form in ("hello", " hello", "world", " world")]
+    assert requests[0].bad_word_ids == requests[1].bad_word_ids == (*map(tuple, expected), (TOKENIZER.encode("\t")[0],))
+    with pytest.raises(
+        RequestError, match=rf"^bad_words: '.*' has \d+ tokens; there may be 1 to {MAX_BAD_WORD_TOKENS}"
+    ):
+        add(make_processor(), "hello", bad_words=["x" * (MAX_BAD_WORD_TOKENS + 1)])
+    with pytest.raises(RequestError, match="no tokenizer: bad_words"):
+        OutputProcessor(fake_facts(), None).add(
+            "a", Prompt(text=None, token_ids=[5]), SamplingParams(detokenize=False, bad_words=["a"])
+        )
+
+
 def test_the_forms_of_a_prompt() -> None:
     ids = TOKENIZER.encode("hello")
     texts: list[PromptInput] = ["hello", {"prompt": "hello"}]
     assert all(read_prompt(form, TOKENIZER) == Prompt(text="hello", token_ids=ids) for form in texts)
     tokens: list[PromptInput] = [ids, tuple(ids), {"prompt_token_ids": ids}]
+    tokens.append([np.int64(token_id) for token_id in ids])  # type: ignore[misc]
     assert all(read_prompt(form, None) == Prompt(text=None, token_ids=ids) for form in tokens)
+    assert {type(token_id) for token_id in read_prompt(tokens[-1], None).token_ids} == {int}
 
 
 def test_without_tokenizer_only_tokens_are_served() -> None:

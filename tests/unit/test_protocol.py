@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.errors import ApiError, invalid_body
-from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, TokenizeRequest
+from nanoflow.server.foreign import OF_GENERATION, OF_MESSAGES, OF_PARTS, OF_STREAMS, OF_TOKENS
+from nanoflow.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    RequestBody,
+    SamplingFields,
+    StreamOptions,
+    TextPart,
+    TokenizeRequest,
+)
 
 USER = {"role": "user", "content": "hi"}
 
@@ -24,12 +35,16 @@ def chat(**fields: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest.model_validate({"messages": [USER], **fields})
 
 
+def error_of(body: dict[str, Any], kind: type[RequestBody] = CompletionRequest) -> ApiError:
+    """The error for a body that is refused."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    return invalid_body([{**problem, "loc": ("body", *problem["loc"])} for problem in caught.value.errors()])
+
+
 def refusal(**fields: Any) -> str:
     """The message for a body of completions that is refused."""
-    with pytest.raises(ValidationError) as caught:
-        completion(**fields)
-    problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in caught.value.errors()]
-    return invalid_body(problems).message
+    return error_of({"prompt": "a", **fields}).message
 
 
 def test_a_bare_body_takes_the_defaults_of_sampling_params() -> None:
@@ -68,10 +83,22 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
 
 BAD_VALUES: dict[str, list[Any]] = {
     "temperature": [-0.1, 101, "1", True, math.nan, math.inf, 10**400, []],
-    "top_p": [0, 1.1],
+    "top_p": [-0.1, 1.1],
     "n": [0, 129, 1.5, "1", True],
-    "seed": [2**63, -(2**63) - 1, 0.5],
+    "seed": [2**64, -(2**63) - 1, 0.5],
     "logprobs": [-1, 21, True],
+    "top_k": [-2, 2.5, 2**63, True],
+    "min_p": [-0.1, 1.1, "0"],
+    "repetition_penalty": [0, 101, "1"],
+    "presence_penalty": [-2.1, 2.1, False],
+    "frequency_penalty": [-2.1, 2.1, [1]],
+    "min_tokens": [-1, 2**31, 1.0],
+    "prompt_logprobs": [-1, 21, 0.5],
+    "ignore_eos": [1, "true", 0.0],
+    "skip_special_tokens": [0, "no"],
+    "include_stop_str_in_output": [1, {}],
+    "allowed_token_ids": [[1.5], "12", [2**31], {"1": 1}],
+    "bad_words": ["abc", [""], [1], ["x"] * 129],
     "stop": ["", ["a"] * 17, [""], [1], 5, "\ud800"],
     "logit_bias": [{"a": 1}, {"1": 101}, {"-1": 0}, {"1": None}, [1], {str(i): 0 for i in range(301)}],
     "stop_token_ids": [[-1], ["a"], 5],
@@ -108,11 +135,105 @@ def test_what_would_change_the_meaning_is_refused(fields: dict[str, Any]) -> Non
         {"tools": [], "tool_choice": "none"},
         {"response_format": {"type": "text"}},
         {"best_of": 1, "suffix": None},
-        {"brand_new_field": {"a": 1}},
+        {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "priority": 0},
+        {"parallel_tool_calls": True, "guided_json": None, "chat_template": None, "documents": []},
     ],
 )
 def test_what_changes_nothing_is_ignored(fields: dict[str, Any]) -> None:
     assert completion(**fields).to_params() == SamplingParams()
+
+
+# Fields that a body has not
+
+BODIES: dict[type[RequestBody], dict[str, Any]] = {
+    CompletionRequest: {"prompt": "a"},
+    ChatCompletionRequest: {"messages": [USER]},
+    TokenizeRequest: {"prompt": "a"},
+    DetokenizeRequest: {"tokens": [1]},
+    StreamOptions: {},
+    Message: USER,
+    TextPart: {"type": "text", "text": "a"},
+}
+
+
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+def test_an_unknown_field_is_refused_with_the_nearest_name(kind: type[RequestBody]) -> None:
+    real = next(iter(kind.model_fields))
+    wrong = real + "x" + real[-1]
+    error = error_of({**BODIES[kind], wrong: None}, kind)
+    assert error.message == f"unknown field {wrong!r}; did you mean {real!r}?" and error.param == wrong
+
+
+@pytest.mark.parametrize("name", ["zzzz", "", "\ud800", "{0}", "{message}", "a" * 10_000])
+def test_any_unknown_name_is_refused_in_short(name: str) -> None:
+    error = error_of({"prompt": "a", name: 1})
+    assert error.message.startswith("unknown field ") and len(error.message) < 300
+    json.dumps(error.body(), ensure_ascii=False).encode()
+
+
+def test_the_place_of_an_unknown_field_is_told() -> None:
+    messages = [USER, {"role": "user", "content": [{"type": "text", "text": "a", "txt": 1}]}]
+    error = error_of({"messages": messages}, ChatCompletionRequest)
+    assert (error.param, error.message) == (
+        "messages.1.content.0.txt",
+        "messages.1.content.0: unknown field 'txt'; did you mean 'text'?",
+    )
+    fields = {"stream": True, "stream_options": {"include_usge": True}}
+    assert refusal(**fields) == "stream_options: unknown field 'include_usge'; did you mean 'include_usage'?"
+
+
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+def test_foreign_fields_are_taken_at_harmless_values_alone(kind: type[RequestBody]) -> None:
+    for name, field in kind.foreign.items():
+        if name in kind.model_fields:
+            continue
+        for value in (None, *(field.harmless or ())):
+            kind.model_validate({**BODIES[kind], name: value})
+        if field.harmless is None:
+            kind.model_validate({**BODIES[kind], name: {"any": ["thing"]}})
+        else:
+            error = error_of({**BODIES[kind], name: {"any": ["thing"]}}, kind)
+            assert (error.message, error.param) == (f"{name} is not supported by this server", name)
+
+
+def test_every_foreign_field_has_a_reason_and_stands_in_the_document() -> None:
+    for table in (OF_GENERATION, OF_TOKENS, OF_STREAMS, OF_MESSAGES, OF_PARTS):
+        assert all(field.reason and not field.reason.endswith(".") for field in table.values())
+    for kind in BODIES:
+        schema = kind.model_json_schema()
+        assert schema["additionalProperties"] is False
+        assert schema["properties"].keys() == kind.model_fields.keys() | kind.foreign.keys()
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", [1]])
+def test_harmless_means_the_very_value(value: Any) -> None:
+    assert refusal(best_of=value) == "best_of is not supported by this server"
+    assert refusal(store=0 if value is True else value) == "store is not supported by this server"
+
+
+def test_an_earlier_answer_is_a_message() -> None:
+    """As the client of OpenAI writes what it got."""
+    nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    assert chat(messages=[USER, {"role": "assistant", "content": "a", **nulls}]).messages[1].text == "a"
+
+
+def test_the_name_of_who_speaks_reaches_the_template() -> None:
+    assert chat(messages=[{**USER, "name": "Ada"}]).messages[0].turn == {**USER, "name": "Ada"}
+    assert chat().messages[0].turn == USER
+
+
+# Both doors
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in SamplingFields.model_fields for value in BAD_VALUES.get(name, [])]
+)
+def test_both_doors_refuse_in_the_same_words(name: str, value: Any) -> None:
+    if name in ("model", "stream", "stream_options") or value == [-1]:
+        return
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{name: value})
+    assert refusal(**{name: value}) == str(caught.value)
 
 
 def test_fields_that_do_not_go_together() -> None:

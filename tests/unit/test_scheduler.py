@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -412,6 +414,14 @@ def test_what_can_never_run_is_refused(request_: Request, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scheduler.add(request_)
     assert not scheduler.has_unfinished
+
+
+def test_an_end_of_sequence_beyond_the_vocabulary_ends_nothing() -> None:
+    drive = Drive(make_limits(), depth=1)
+    request = make_request(0, ignore_eos=False)
+    drive.add(replace(request, eos_token_ids=(100, 2**40, -1)))
+    drive.run_until_idle()
+    assert len(drive.answers[0].token_ids) == request.max_tokens
 
 
 def test_the_longest_prompt_fits() -> None:

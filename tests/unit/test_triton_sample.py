@@ -72,6 +72,25 @@ def test_adjusted_rows(dtype: torch.dtype) -> None:
     _assert_twins(_logits(18, 300, dtype), numbers, sample_cases.tables(18, 300))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_forbidden_tokens_are_never_chosen(scale: float) -> None:
+    """Of rows that look for them; that no token is left shows in the largest logit."""
+    logits, tables = _logits(8, 300), sample_cases.tables(8, 300)
+    tables.seen[2] |= sample.FORBIDDEN
+    is_restricted = np.arange(8) != 6
+    numbers = sample_cases.numbers(8, scale=scale, is_restricted=is_restricted, top_p=0.9)
+    rows = torch.arange(8).flip(0)
+    ours = sample_cases.to(tables, CPU)
+    token_ids, best = fast.choose(logits, numbers, ours, blocks=BLOCKS)
+    assert torch.equal(ours.seen, tables.seen)  # nothing is counted without penalties
+    assert torch.equal(best.isneginf(), rows == 2)
+    is_forbidden = tables.seen[rows, token_ids] < 0
+    assert not is_forbidden[(rows != 2) & torch.from_numpy(is_restricted)].any()
+    keeps = [place for place in range(8) if rows[place] != 2]
+    expected, _ = sample.choose(logits, numbers, sample_cases.to(tables, CPU))
+    assert token_ids[keeps].tolist() == expected[keeps].tolist()
+
+
 def test_without_adjustments_the_draws_are_the_same() -> None:
     numbers, tables = sample_cases.numbers(6, top_p=0.8), sample_cases.tables(1, 300)
     one, other = (_assert_twins(_logits(6, 300), numbers, tables, adjusts=adjusts) for adjusts in (False, True))

@@ -100,6 +100,9 @@ class ProgressRecorder:
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
         """Of no interest."""
 
+    def observe_tokens(self, num_tokens: int) -> None:
+        """Of no interest."""
+
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Of no interest."""
 

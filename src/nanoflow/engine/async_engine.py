@@ -38,7 +38,7 @@ from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.wire import WireError
 from nanoflow.outputs import RequestOutput
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 
 __all__ = ["AsyncEngine", "EngineDeadError", "EngineError"]
 
@@ -152,9 +152,9 @@ class AsyncEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; ValueError if it has none."""
+        """The model's tokenizer; RequestError if it has none."""
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer")
+            raise RequestError("this model has no tokenizer")
         return self._tokenizer
 
     @property
@@ -207,7 +207,7 @@ class AsyncEngine:
             alone its `error` says why and a finish reason is "error".
 
         Raises:
-            ValueError: The request cannot be served, or its id is taken.
+            RequestError: The request cannot be served, or its id is taken.
             EngineDeadError: The engine has died or was closed.
         """
         self._check_alive()
@@ -225,6 +225,8 @@ class AsyncEngine:
                 if not is_last:
                     self._check_alive()
                     self._processor.refresh(output)
+                    self._abort_stopped()
+                    is_last = output.finished
                 yield output
         finally:
             del self._streams[name]
@@ -293,6 +295,10 @@ class AsyncEngine:
             stream = streams.get(output.request_id)
             if stream is not None:
                 note(stream)
+        self._abort_stopped()
+
+    def _abort_stopped(self) -> None:
+        """Have the engine forget what ended here."""
         stopped = self._processor.take_stopped()
         if stopped:
             self._link.send(Abort(request_ids=stopped))

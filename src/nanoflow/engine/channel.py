@@ -8,7 +8,7 @@ from __future__ import annotations
 from zmq.constants import ROUTER
 from zmq.sugar.context import Context
 
-from nanoflow.engine.messages import FromEngine
+from nanoflow.engine.messages import FromEngine, Unreadable
 from nanoflow.engine.wire import ToEngine, WireError, decode_to_engine, encode
 
 _LINGER_S = 2.0
@@ -31,13 +31,13 @@ class Channel:
         """Send a message to one front end."""
         self._socket.send_multipart([routing_id(front_end), *encode(message)])
 
-    def receive(self, timeout_s: float | None) -> list[tuple[int, ToEngine]]:
+    def receive(self, timeout_s: float | None) -> list[tuple[int, ToEngine | Unreadable]]:
         """All messages that are there, each with its front end; without any, wait so long (None: forever) for one.
 
         Raises:
             WireError: It is no message.
         """
-        messages: list[tuple[int, ToEngine]] = []
+        messages: list[tuple[int, ToEngine | Unreadable]] = []
         if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
             while self._socket.poll(0):
                 sender, *frames = self._socket.recv_multipart()

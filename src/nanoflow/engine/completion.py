@@ -90,6 +90,8 @@ class Completion:
     def find_stop(self, end: Finished | None) -> bool:
         """Look for stop strings in what the waiting tokens add to the text, one token after the other.
 
+        One that is complete within the first `min_tokens` tokens is passed by, one that goes on behind them is not.
+
         Args:
             end: Why the completion ends with these tokens; None if it does not.
 
@@ -101,7 +103,8 @@ class Completion:
             return False
         num_shown = len(self.token_ids) if end is None else self._num_shown(end)
         for num_tokens, token_id in enumerate(self.token_ids[self._num_read : num_shown], start=self._num_read + 1):
-            piece = stops.push(detokenizer.push((token_id,)), may_stop=num_tokens >= min_tokens)
+            may_stop = num_tokens > min_tokens
+            piece = stops.push(detokenizer.push((token_id,)), may_stop=may_stop)
             if piece:
                 self.output.append_text(piece)
             if stops.found is not None:
@@ -122,6 +125,11 @@ class Completion:
         output.text = output.text
         output.finish_reason = end.reason
         output.stop_reason = found if end.stop_token_id is None else end.stop_token_id
+
+    def fail(self, end: Finished) -> None:
+        """End the output as it is: no more text can be made of it."""
+        self.output.text = self.output.text
+        self.output.finish_reason = end.reason
 
     def _num_shown(self, end: Finished | None) -> int:
         """Number of tokens that are part of the text: a stop token ends it and is not, unless asked for."""

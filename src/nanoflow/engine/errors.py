@@ -1,4 +1,7 @@
-"""What can go wrong with an engine as a whole. A problem of one request is a ValueError or its output's `error`."""
+"""What can go wrong with an engine as a whole.
+
+A problem of one request is a `RequestError` (`nanoflow.request`), or the `error` of its output.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -81,7 +81,7 @@ class FrontEnds:
         if len(self._told_s) == 1 and 0 in self._told_s:
             parts[0] = step
         else:
-            parts |= {front_end: part for front_end, part in split(step).items() if front_end in self._told_s}
+            parts |= split(step, self._told_s)
             if not parts and step.stats.iteration_tokens and self._told_s:
                 parts[min(self._told_s)] = StepOutput(stats=step.stats)
         now_s = self._clock()
@@ -92,8 +92,13 @@ class FrontEnds:
         return parts
 
 
-def split(step: StepOutput) -> dict[int, StepOutput]:
-    """A step by front end, with the front ends' own ids; only the first part has the numbers of the iteration."""
+def split(step: StepOutput, front_ends: Container[int] | None = None) -> dict[int, StepOutput]:
+    """A step by front end, with the front ends' own ids; only the first part has the numbers of the iteration.
+
+    Args:
+        step: Of all.
+        front_ends: Those that are there, all if None; what is for others is left out.
+    """
     engine_ids = np.array(step.request_ids, dtype=np.int64)
     token_ids = np.array(step.token_ids, dtype=np.int64)
     owners, request_ids = engine_ids >> _ID_BITS, engine_ids & _ID_MASK
@@ -105,6 +110,8 @@ def split(step: StepOutput) -> dict[int, StepOutput]:
     concerned = sorted({*with_tokens, *finished, *logprobs, *prompt_logprobs, *scheduled, *preempted})
     stats, parts = step.stats, {}
     for front_end in concerned:
+        if front_ends is not None and front_end not in front_ends:
+            continue
         is_its = owners == front_end
         parts[front_end] = StepOutput(
             request_ids=request_ids[is_its].tolist(),

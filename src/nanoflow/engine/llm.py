@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -24,7 +25,8 @@ from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import PromptInput, read_prompt
 from nanoflow.engine.tokenizer import ChatMessage, Tokenizer, load_tokenizer
 from nanoflow.outputs import RequestOutput
-from nanoflow.request import Request, SamplingParams
+from nanoflow.parameters import shown
+from nanoflow.request import Request, RequestError, SamplingParams
 
 Conversation = Sequence[ChatMessage]
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
@@ -72,9 +74,9 @@ class LLM:
         self._processor.observer = observer
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; ValueError if it has none."""
+        """The model's tokenizer; RequestError if it has none."""
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer")
+            raise RequestError("this model has no tokenizer")
         return self._tokenizer
 
     def generate(
@@ -95,7 +97,7 @@ class LLM:
             One output a prompt, in their order. One that failed alone has finish reason "error" and an `error`.
 
         Raises:
-            ValueError: A prompt cannot be served; the message names its place, and no prompt has run.
+            RequestError: A prompt cannot be served; the message names its place, and no prompt has run.
             EngineDeadError: The model has been closed.
         """
         inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)
@@ -129,7 +131,7 @@ class LLM:
             use_tqdm: Show a progress bar.
 
         Raises:
-            ValueError: As for `generate`, or there is no chat template, or it refuses the messages.
+            RequestError: As for `generate`, or there is no chat template, or it refuses the messages.
         """
         tokenizer = self.get_tokenizer()
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -198,7 +200,11 @@ class LLM:
 
 
 def _is_one_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    if isinstance(prompts, str | Mapping):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts are a prompt or a list of prompts, got {shown(prompts)}")
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
 def _params_of_each(sampling_params: ParamsInput, num_prompts: int) -> Sequence[SamplingParams]:
@@ -206,20 +212,22 @@ def _params_of_each(sampling_params: ParamsInput, num_prompts: int) -> Sequence[
         sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, Sequence):
+        raise RequestError(f"sampling_params are SamplingParams or a list of them, got {shown(sampling_params)}")
     if len(sampling_params) != num_prompts:
-        raise ValueError(f"there are {len(sampling_params)} sampling_params for {num_prompts} prompts")
+        raise RequestError(f"there are {len(sampling_params)} sampling_params for {num_prompts} prompts")
     return sampling_params
 
 
 @contextmanager
 def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
-    """Say in a ValueError which of several prompts it is about."""
+    """Say in a RequestError which of several prompts it is about."""
     try:
         yield
-    except ValueError as error:
+    except RequestError as error:
         if num_prompts == 1:
             raise
-        raise ValueError(f"prompt {place}: {error}") from error
+        raise RequestError(f"prompt {place}: {error}") from error
 
 
 @contextmanager

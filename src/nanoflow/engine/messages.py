@@ -41,6 +41,14 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """Never sent: what the engine reads an `Add` as that does not fit its type, so that only these requests end."""
+
+    request_ids: list[int]
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
     """Stop at once, for all front ends."""
 

@@ -20,7 +20,7 @@ class FinishedRequest:
     Spans of time are None if the request ended (abort, error) before the span did.
 
     Attributes:
-        reason: Why the completion that ended last did.
+        reason: Why the completion that ended last did; "error" if any of them failed.
         num_prompt_tokens: Tokens of the prompt.
         num_generated_tokens: Tokens of all completions together.
         longest_completion_tokens: Tokens of the longest completion.
@@ -58,6 +58,9 @@ class Observer(Protocol):
 
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
         """A request got the first token of any of its completions; called once a request."""
+
+    def observe_tokens(self, num_tokens: int) -> None:
+        """So many tokens were generated, of all requests together: every token is in exactly one of these numbers."""
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Completions got a token that is not their first: the time since the one before, one entry a token."""

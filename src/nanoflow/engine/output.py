@@ -9,17 +9,18 @@ outputs back.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 
 from nanoflow.engine.completion import Completion
 from nanoflow.engine.detokenize import make_detokenizer
-from nanoflow.engine.messages import EngineFacts, Finished, PlaceLogprobs, StepOutput
-from nanoflow.engine.observer import FinishedRequest, Observer
-from nanoflow.engine.prompts import Prompt, make_requests
+from nanoflow.engine.living import LivingRequest
+from nanoflow.engine.messages import EngineFacts, Finished, StepOutput
+from nanoflow.engine.observer import Observer
+from nanoflow.engine.prompts import Prompt, make_requests, read_bad_words
 from nanoflow.engine.stop import StopFilter, StopStrings
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
@@ -29,28 +30,15 @@ from nanoflow.outputs import (
     RequestMetrics,
     RequestOutput,
     TokenText,
-    position_logprobs,
 )
-from nanoflow.request import Request, SamplingParams
+from nanoflow.parameters import shown
+from nanoflow.request import Request, RequestError, SamplingParams
 
-# Different lists of stop strings of which the search trees are kept.
-_NUM_STOP_LISTS = 64
+logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True, kw_only=True)
-class _Living:
-    """A request of a user that has not ended.
-
-    Attributes:
-        running: Its completions that have not ended, by the engine's id.
-        prompt_scores: Log probabilities of its prompt that nobody has read yet.
-    """
-
-    output: RequestOutput
-    metrics: RequestMetrics
-    params: SamplingParams
-    running: dict[int, Completion] = field(default_factory=dict)
-    prompt_scores: list[PlaceLogprobs] = field(default_factory=list)
+# Different lists of stop strings of which the search trees are kept, and of bad words of which the tokens are.
+_NUM_WORD_LISTS = 64
+_FAILURE = "its answer could not be made of its tokens; the log says why"
 
 
 class OutputProcessor:
@@ -78,14 +66,17 @@ class OutputProcessor:
         self._facts = facts
         self._tokenizer = tokenizer
         own_eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
-        self._eos_token_ids = tuple(dict.fromkeys((*facts.eos_token_ids, *own_eos_token_ids)))
+        known = dict.fromkeys((*facts.eos_token_ids, *own_eos_token_ids))
+        # One that the model cannot generate ends nothing.
+        self._eos_token_ids = tuple(token_id for token_id in known if 0 <= token_id < facts.vocab_size)
         self._random = random.Random(seed)
         self._clock = clock
         self._next_engine_id = 0
-        self._living: dict[str, _Living] = {}
+        self._living: dict[str, LivingRequest] = {}
         self._completions: dict[int, Completion] = {}
         self._stopped: list[int] = []
-        self._stop_strings = lru_cache(_NUM_STOP_LISTS)(StopStrings)
+        self._stop_strings = lru_cache(_NUM_WORD_LISTS)(StopStrings)
+        self._bad_words = lru_cache(_NUM_WORD_LISTS)(partial(read_bad_words, tokenizer=tokenizer))
 
     def __len__(self) -> int:
         """Number of requests that have not ended."""
@@ -98,12 +89,14 @@ class OutputProcessor:
             Its output, which grows in place from now on, and the `params.n` requests to hand to the engine.
 
         Raises:
-            ValueError: The id is that of a living request, the prompt does not fit, or a token id does not exist.
+            RequestError: The id is that of a living request, the prompt does not fit, or a token id does not exist.
         """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"how to sample must be SamplingParams, got {shown(params)}")
         if request_id in self._living:
-            raise ValueError(f"a request with id {request_id!r} is already there")
+            raise RequestError(f"a request with id {request_id!r} is already there")
         if params.detokenize and self._tokenizer is None:
-            raise ValueError("this model has no tokenizer: set detokenize=False")
+            raise RequestError("this model has no tokenizer: set detokenize=False")
         arrival_s = self._clock()
         requests = make_requests(
             prompt,
@@ -112,6 +105,7 @@ class OutputProcessor:
             first_id=self._next_engine_id,
             first_seed=self._random.getrandbits(64) if params.seed is None else params.seed,
             eos_token_ids=self._eos_token_ids,
+            bad_word_ids=self._bad_words(tuple(params.bad_words or ())),
             arrival_s=arrival_s,
         )
         self._next_engine_id += params.n
@@ -124,9 +118,11 @@ class OutputProcessor:
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt.token_ids),
             metrics=metrics,
         )
-        living = self._living[request_id] = _Living(output=output, metrics=metrics, params=params)
+        living = LivingRequest(output=output, metrics=metrics, params=params)
         for request, completion in zip(requests, output.outputs, strict=True):
             living.running[request.request_id] = self._new_completion(request, living, completion)
+        # Only now that nothing can fail any more.
+        self._living[request_id] = living
         self._completions.update(living.running)
         return output, requests
 
@@ -145,7 +141,10 @@ class OutputProcessor:
         return [engine_id for request_id in list(self._living) for engine_id in self.abort(request_id)]
 
     def take_stopped(self) -> list[int]:
-        """Requests of the engine that ended here since the last call, by a stop string: it must forget them."""
+        """Requests of the engine that ended here since the last call, by a stop string or as they failed here.
+
+        It must forget them.
+        """
         stopped, self._stopped = self._stopped, []
         return stopped
 
@@ -161,6 +160,7 @@ class OutputProcessor:
         grown: dict[str, RequestOutput] = {}
         searched: dict[int, Completion] = {}
         gaps_s: list[float] = []
+        num_first = 0
         find = self._completions.get
         # Once a token, and therefore short: what only some tokens need is done after it.
         for engine_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
@@ -171,44 +171,70 @@ class OutputProcessor:
             last_s = completion.last_token_s
             if last_s is not None:
                 gaps_s.append(now_s - last_s)
-            elif completion.metrics.first_token_s is None:
-                self._note_first_token(completion, now_s)
+            else:
+                num_first += 1
+                if completion.metrics.first_token_s is None:
+                    self._note_first_token(completion, now_s)
             completion.last_token_s = completion.metrics.last_token_s = now_s
             if completion.stops is not None:
                 searched[engine_id] = completion
             grown[completion.name] = completion.request_output
-        stopped = [completion for i, completion in searched.items() if completion.find_stop(step.finished.get(i))]
-        for engine_id, scores in step.logprobs.items():
-            completion = find(engine_id)
-            if completion is not None:
-                completion.add_scores(scores)
-        for completion in stopped:
-            self._finish(completion, Finished(reason=FinishReason.STOP), now_s)
-        self._stopped += [c.engine_id for c in stopped if c.engine_id not in step.finished]
+        ended_here = self._search(searched, step) | self._add_scores(step)
+        for engine_id, end in ended_here.items():
+            self._finish(self._completions[engine_id], end, now_s)
+        self._stopped += [engine_id for engine_id in ended_here if engine_id not in step.finished]
         for engine_id, end in step.finished.items():
             completion = find(engine_id)
             if completion is not None:
                 self._finish(completion, end, now_s)
                 grown[completion.name] = completion.request_output
-        if self.observer is not None and gaps_s:
+        if self.observer is not None and (gaps_s or num_first):
+            self.observer.observe_tokens(num_first + len(gaps_s))
             self.observer.observe_next_tokens(gaps_s)
         return list(grown.values())
 
     def refresh(self, output: RequestOutput) -> None:
         """Bring the text of an output up to its tokens; call it before the output is shown.
 
-        All that waits is made in one go. Nothing happens if nothing waits.
+        All that waits is made in one go. Nothing happens if nothing waits. What fails ends its completion.
         """
         living = self._living.get(output.request_id)
         # Another request may have taken over the name of one that has ended.
         if living is None or living.output is not output:
             return
-        for completion in living.running.values():
-            completion.refresh()
-        if living.prompt_scores:
-            self._read_prompt_scores(living)
+        self._read_prompt_scores(living)
+        for completion in list(living.running.values()):
+            try:
+                completion.refresh()
+            except Exception:
+                self._stopped.append(completion.engine_id)
+                self._finish(completion, _failure(completion), self._clock())
 
-    def _new_completion(self, request: Request, living: _Living, output: CompletionOutput) -> Completion:
+    def _search(self, searched: Mapping[int, Completion], step: StepOutput) -> dict[int, Finished]:
+        """Look for stop strings; how the completions end in which there is one, or which fail."""
+        ends = {}
+        for engine_id, completion in searched.items():
+            try:
+                if completion.find_stop(step.finished.get(engine_id)):
+                    ends[engine_id] = Finished(reason=FinishReason.STOP)
+            except Exception:
+                ends[engine_id] = _failure(completion)
+        return ends
+
+    def _add_scores(self, step: StepOutput) -> dict[int, Finished]:
+        """Hand out log probabilities; how the completions end that fail."""
+        ends = {}
+        for engine_id, scores in step.logprobs.items():
+            completion = self._completions.get(engine_id)
+            if completion is None:
+                continue
+            try:
+                completion.add_scores(scores)
+            except Exception:
+                ends[engine_id] = _failure(completion)
+        return ends
+
+    def _new_completion(self, request: Request, living: LivingRequest, output: CompletionOutput) -> Completion:
         params, detokenizer = living.params, None
         if params.detokenize and self._tokenizer is not None:
             detokenizer = make_detokenizer(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
@@ -256,58 +282,42 @@ class OutputProcessor:
             num_prompt_tokens = len(completion.request_output.prompt_token_ids)
             self.observer.observe_first_token(now_s - metrics.arrival_s, num_prompt_tokens)
 
-    def _read_prompt_scores(self, living: _Living) -> None:
-        positions, waiting = living.output.prompt_logprobs, living.prompt_scores
-        living.prompt_scores = []
-        if positions is not None:
-            token_text = self._token_text(living.params)
-            for scores in waiting:
-                rows = zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
-                for place, row in enumerate(rows, start=scores.first_position):
-                    positions[place] = position_logprobs(*row, token_text)
+    def _read_prompt_scores(self, living: LivingRequest) -> None:
+        try:
+            living.read_prompt_scores(self._token_text(living.params))
+        except Exception:
+            logger.exception("the log probabilities of the prompt of %s could not be read", living.output.request_id)
+            living.output.error = _FAILURE
 
     def _finish(self, completion: Completion, end: Finished, now_s: float) -> None:
         """End a completion, and its request if it was the last."""
-        completion.finish(end)
+        try:
+            completion.finish(end)
+        except Exception:
+            end = _failure(completion)
+            completion.fail(end)
         living = self._living[completion.name]
         living.output.error = end.error or living.output.error
         del self._completions[completion.engine_id], living.running[completion.engine_id]
         if not living.running:
             self._finish_request(living, end.reason, now_s)
 
-    def _finish_request(self, living: _Living, reason: FinishReason, now_s: float) -> None:
+    def _finish_request(self, living: LivingRequest, reason: FinishReason, now_s: float) -> None:
+        """End a request; one of which a completion failed has failed, whatever became of the others."""
         self._read_prompt_scores(living)
+        reason = FinishReason.ERROR if living.output.error is not None else reason
         living.metrics.finished_s = now_s
         living.output.finished = True
         del self._living[living.output.request_id]
         if self.observer is not None:
-            self.observer.observe_finished(_summary(living, reason, now_s))
+            self.observer.observe_finished(living.summary(reason, now_s))
+
+
+def _failure(completion: Completion) -> Finished:
+    """How a completion ends whose tokens could not be made into what its user reads: alone, and with the log told."""
+    logger.exception("request %s failed", completion.name)
+    return Finished(reason=FinishReason.ERROR, error=_FAILURE)
 
 
 def _no_text(_token_id: int) -> None:
     return None
-
-
-def _summary(living: _Living, reason: FinishReason, now_s: float) -> FinishedRequest:
-    metrics, params = living.metrics, living.params
-    lengths = [len(completion.token_ids) for completion in living.output.outputs]
-    decode_s = _span_s(metrics.first_token_s, metrics.last_token_s)
-    return FinishedRequest(
-        reason=reason,
-        num_prompt_tokens=len(living.output.prompt_token_ids),
-        num_generated_tokens=sum(lengths),
-        longest_completion_tokens=max(lengths),
-        n=params.n,
-        max_tokens=params.max_tokens,
-        num_preemptions=metrics.num_preemptions,
-        queue_s=_span_s(metrics.arrival_s, metrics.first_scheduled_s),
-        prefill_s=_span_s(metrics.first_scheduled_s, metrics.first_token_s),
-        decode_s=decode_s,
-        inference_s=_span_s(metrics.first_scheduled_s, metrics.last_token_s),
-        tpot_s=decode_s / (max(lengths) - 1) if decode_s is not None and max(lengths) > 1 else None,
-        e2e_s=now_s - metrics.arrival_s,
-    )
-
-
-def _span_s(start_s: float | None, end_s: float | None) -> float | None:
-    return None if start_s is None or end_s is None else end_s - start_s

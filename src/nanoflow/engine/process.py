@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,11 @@ from nanoflow.engine.messages import (
     Ready,
     Shutdown,
     StepOutput,
+    Unreadable,
 )
 from nanoflow.engine.wire import ToEngine, WireError
 from nanoflow.outputs import FinishReason
-from nanoflow.request import Request
+from nanoflow.request import Request, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ HEARTBEAT_S = 1.0
 # Without a message for so long, the engine may prepare something; a request that comes meanwhile waits some 50 ms.
 _QUIET_S = 0.1
 
-Messages = list[tuple[int, ToEngine]]
+Messages = list[tuple[int, ToEngine | Unreadable]]
 
 
 class EngineLoop(Protocol):
@@ -58,7 +59,7 @@ class EngineLoop(Protocol):
         """True while a step can make progress."""
 
     def add(self, request: Request) -> None:
-        """Take a request; ValueError if it can never run."""
+        """Take a request; RequestError if it can never run."""
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Forget requests."""
@@ -163,10 +164,13 @@ class _Loop:
                 return self.channel.receive(max(until_s - time.monotonic(), 0.0))
         return []
 
-    def _take(self, front_end: int, message: ToEngine) -> None:
+    def _take(self, front_end: int, message: ToEngine | Unreadable) -> None:
         match message:
             case Add():
                 self._add(front_end, message.requests)
+            case Unreadable():
+                logger.error("requests are refused: %s", message.error)
+                self._refuse(front_end, message.request_ids, message.error)
             case Abort():
                 self.engine.abort(self.front_ends.disown(front_end, message.request_ids))
             case Join():
@@ -181,11 +185,18 @@ class _Loop:
         for request in requests:
             try:
                 self.engine.add(self.front_ends.own(front_end, request))
-            except ValueError as error:
-                self.front_ends.disown(front_end, (request.request_id,))
-                end = Finished(reason=FinishReason.ERROR, error=_one_line(error))
-                refusal = StepOutput(finished={request.request_id: end}, stats=self.engine.stats())
-                self.channel.send(front_end, refusal)
+            # Nothing has been computed for it yet: whatever is wrong concerns this request alone.
+            except Exception as error:
+                if not isinstance(error, RequestError):
+                    logger.exception("a request is refused")
+                self._refuse(front_end, (request.request_id,), _one_line(error))
+
+    def _refuse(self, front_end: int, request_ids: Sequence[int], error: str) -> None:
+        """End requests that the engine does not have."""
+        self.front_ends.disown(front_end, request_ids)
+        end = Finished(reason=FinishReason.ERROR, error=error)
+        refusal = StepOutput(finished=dict.fromkeys(request_ids, end), stats=self.engine.stats())
+        self.channel.send(front_end, refusal)
 
 
 def _end_with_parent(path: str) -> None:

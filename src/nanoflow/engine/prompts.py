@@ -7,13 +7,14 @@ Everything that is wrong with a request alone is said here, in one line. What ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer
-from nanoflow.request import Request, SamplingParams
+from nanoflow.parameters import integers, shown
+from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
@@ -39,14 +40,32 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     """Read any of the forms of a prompt; a text is encoded with the model's special tokens.
 
     Raises:
-        ValueError: It is none of the forms, or a text while there is no tokenizer.
+        RequestError: It is none of the forms, or a text while there is no tokenizer.
     """
     value = _only_value(prompt) if isinstance(prompt, Mapping) else prompt
     if isinstance(value, str):
         if tokenizer is None:
-            raise ValueError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
+            raise RequestError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
         return Prompt(text=value, token_ids=tokenizer.encode(value))
     return Prompt(text=None, token_ids=_checked_ids(value))
+
+
+def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """The sequences of tokens that words stand for, each once: at the beginning of a text, and after a space.
+
+    Raises:
+        RequestError: There is no tokenizer, or a word has too many tokens or none.
+    """
+    if not words:
+        return ()
+    if tokenizer is None:
+        raise RequestError("this model has no tokenizer: bad_words cannot be read")
+    sequences = [tuple(tokenizer.encode(form, add_special_tokens=False)) for word in words for form in _forms(word)]
+    for ids in sequences:
+        if not 1 <= len(ids) <= MAX_BAD_WORD_TOKENS:
+            word = shown(tokenizer.decode(ids))
+            raise RequestError(f"bad_words: {word} has {len(ids)} tokens; there may be 1 to {MAX_BAD_WORD_TOKENS}")
+    return tuple(dict.fromkeys(sequences))
 
 
 def make_requests(
@@ -57,6 +76,7 @@ def make_requests(
     first_id: int,
     first_seed: int,
     eos_token_ids: tuple[int, ...],
+    bad_word_ids: tuple[tuple[int, ...], ...] = (),
     arrival_s: float,
 ) -> list[Request]:
     """The `n` requests of a prompt; request i has id `first_id + i` and seed `first_seed + i`.
@@ -64,10 +84,8 @@ def make_requests(
     Only the first one scores the prompt: the others would get the same.
 
     Raises:
-        ValueError: The prompt is empty or leaves no room in the context, or a token id is out of the vocabulary.
+        RequestError: The prompt is empty or leaves no room in the context, or a token id is out of the vocabulary.
     """
-    _require_ints("stop_token_ids", params.stop_token_ids or ())
-    _require_ints("the token ids of logit_bias", params.logit_bias or ())
     room = max(facts.max_model_len - len(prompt.token_ids), 0)
     first = Request(
         request_id=first_id,
@@ -76,6 +94,7 @@ def make_requests(
         seed=first_seed % _NUM_SEEDS,
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         eos_token_ids=() if params.ignore_eos else eos_token_ids,
+        bad_word_ids=bad_word_ids,
         arrival_s=arrival_s,
     )
     _check(first, facts)
@@ -86,27 +105,26 @@ def make_requests(
     ]
 
 
+def _forms(word: str) -> tuple[str, ...]:
+    """A word as it may be written; white space alone is meant as it is."""
+    stem = word.lstrip()
+    return (stem, f" {stem}") if stem else (word,)
+
+
 def _only_value(prompt: Mapping[str, Any]) -> Any:
     if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
         names = ", ".join(map(repr, prompt)) or "nothing"
-        raise ValueError(f"a prompt's mapping has either 'prompt' or 'prompt_token_ids', got {names}")
+        raise RequestError(f"a prompt's mapping has either 'prompt' or 'prompt_token_ids', got {names}")
     name, value = next(iter(prompt.items()))
     if isinstance(value, str) != (name == "prompt"):
-        raise ValueError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
+        raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
     return value
 
 
 def _checked_ids(value: Any) -> list[int]:
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise ValueError(f"a prompt is a string or a list of token ids, got {type(value).__name__}")
-    _require_ints("a prompt's token ids", value)
-    return list(value)
-
-
-def _require_ints(name: str, values: Iterable[object]) -> None:
-    wrong = set(map(type, values)) - {int}
-    if wrong:
-        raise ValueError(f"{name} must be integers, got {min(kind.__name__ for kind in wrong)}")
+        raise RequestError(f"a prompt is a string or a list of token ids, got {type(value).__name__}")
+    return integers("a prompt's token ids", value)
 
 
 def _check(request: Request, facts: EngineFacts) -> None:
@@ -119,7 +137,4 @@ def _check(request: Request, facts: EngineFacts) -> None:
         page_size=facts.page_size,
         vocab_size=facts.vocab_size,
     )
-    try:
-        checked_prompt(request, limits)
-    except OverflowError:
-        raise ValueError(f"prompt: a token id is not in the vocabulary 0..{facts.vocab_size - 1}") from None
+    checked_prompt(request, limits)

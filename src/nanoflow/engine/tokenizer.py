@@ -15,6 +15,7 @@ from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.token_bytes import TokenBytes, byte_rule
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
+from nanoflow.request import RequestError
 
 ChatMessage = Mapping[str, Any]
 
@@ -89,12 +90,12 @@ class Tokenizer:
         """Token ids of a text.
 
         Raises:
-            ValueError: The text has lone surrogates, which are no characters.
+            RequestError: The text has lone surrogates, which are no characters.
         """
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError:
-            raise ValueError("the text is not valid Unicode: it has a lone surrogate") from None
+            raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids without a token give no text, bytes that are no character give U+FFFD."""
@@ -136,10 +137,10 @@ class Tokenizer:
             continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
 
         Raises:
-            ValueError: There is no chat template, or it refuses the messages; the message says why.
+            RequestError: There is no chat template, or it refuses the messages; the message says why.
         """
         if not self.has_chat_template:
-            raise ValueError("this model has no chat template; give one (chat_template), or complete a plain prompt")
+            raise RequestError("this model has no chat template; give one (chat_template), or complete a plain prompt")
         try:
             text = self._fast.apply_chat_template(
                 [dict(message) for message in messages],
@@ -150,7 +151,7 @@ class Tokenizer:
             )
         # Templates are programs of the model's maker: whatever they raise is about these messages.
         except Exception as error:
-            raise ValueError(f"the chat template refuses the messages: {_one_line(error)}") from error
+            raise RequestError(f"the chat template refuses the messages: {_one_line(error)}") from error
         return self.encode(text, add_special_tokens=False)
 
     def _read_token_bytes(self, skip_special_tokens: bool, token_id: int) -> bytes:

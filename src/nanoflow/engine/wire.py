@@ -24,6 +24,7 @@ from nanoflow.engine.messages import (
     Ready,
     Shutdown,
     StepOutput,
+    Unreadable,
 )
 
 ToEngine = EngineConfig | FromFrontEnd
@@ -55,9 +56,18 @@ def encode(message: ToEngine | FromEngine) -> list[bytes]:
     return [type(message).__name__.encode(), _ENCODER.encode(message)]
 
 
-def decode_to_engine(frames: Sequence[bytes]) -> ToEngine:
-    """Read a message that a front end sent; WireError if it is none."""
-    message: ToEngine = _decode(frames, _TO_ENGINE)
+def decode_to_engine(frames: Sequence[bytes]) -> ToEngine | Unreadable:
+    """Read a message that a front end sent; WireError if it is none.
+
+    An `Add` that names its requests is always a message: what is wrong with it concerns them alone.
+    """
+    try:
+        message: ToEngine = _decode(frames, _TO_ENGINE)
+    except WireError as error:
+        request_ids = _ids_of_add(frames)
+        if not request_ids:
+            raise
+        return Unreadable(request_ids=request_ids, error=str(error))
     return message
 
 
@@ -65,6 +75,16 @@ def decode_from_engine(frames: Sequence[bytes]) -> FromEngine:
     """Read a message that an engine sent; WireError if it is none."""
     message: FromEngine = _decode(frames, _FROM_ENGINE)
     return message
+
+
+def _ids_of_add(frames: Sequence[bytes]) -> list[int]:
+    """The requests of an `Add` that cannot be read as one; none if it is something else."""
+    if frames[:1] != [b"Add"]:
+        return []
+    try:
+        return [fields["request_id"] for fields in msgspec.msgpack.decode(frames[1])["requests"]]
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return []
 
 
 def _decode(frames: Sequence[bytes], decoders: dict[bytes, msgspec.msgpack.Decoder[Any]]) -> Any:

@@ -29,7 +29,7 @@ class PendingTokens:
     """
 
     def __init__(self, drawn: Drawn, prompt_scores: Sequence[Sequence[Scores]]) -> None:
-        self._logprob_places = drawn.logprob_places
+        self._logprob_places, self._errors = drawn.logprob_places, drawn.errors
         self._slices_of_prompt = [len(slices) for slices in prompt_scores]
         scores = [tensor for slices in prompt_scores for fields in slices for tensor in fields]
         self._readback = Readback([drawn.token_ids.int(), drawn.best, *drawn.logprobs, *scores])
@@ -45,8 +45,13 @@ class PendingTokens:
             prompt_logprobs=tuple(
                 TopLogprobs.concatenate([_top(arrays) for _ in range(count)]) for count in self._slices_of_prompt
             ),
-            errors={int(i): "the model gave no finite logits" for i in np.flatnonzero(~np.isfinite(best))},
+            errors={int(i): _why(best[i]) for i in np.flatnonzero(~np.isfinite(best))} | self._errors,
         )
+
+
+def _why(best: np.float32) -> str:
+    """What a row whose largest logit is not finite ends with."""
+    return "there is no token that may be chosen" if np.isneginf(best) else "the model gave no finite logits"
 
 
 def _top(arrays: Any) -> TopLogprobs:

@@ -8,7 +8,7 @@ known on the host, and tokens are read back by `readback.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,12 +35,14 @@ class Drawn:
         best: float32 [S], the largest logit of each row; not finite if the model's output is not.
         logprob_places: Places in S with log probabilities, with how many of the most probable tokens each wants.
         logprobs: Token ids, log probabilities and ranks at these places, as `kernels.sample.top_logprobs` gives them.
+        errors: Places in S whose request failed before the draw, with why: its token means nothing.
     """
 
     token_ids: Tensor
     best: Tensor
     logprob_places: list[tuple[int, int]]
     logprobs: tuple[Tensor, ...]
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 class Sampler:
@@ -52,6 +54,8 @@ class Sampler:
         self._state = SamplingState(num_rows=num_rows, vocab_size=vocab_size, device=device)
         self._wants_logprobs = np.zeros(num_rows, np.bool_)
         self._num_logprobs = np.zeros(num_rows, np.int64)
+        # What went wrong when requests joined, by row; until the row has another tenant.
+        self._errors: dict[int, str] = {}
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what draws from logits of a type run, before a request waits for it; no row is changed."""
@@ -64,7 +68,9 @@ class Sampler:
 
     def join(self, joined: Sequence[Joined]) -> None:
         """Give rows to requests."""
-        self._state.join(joined)
+        for request in joined:
+            self._errors.pop(request.row, None)
+        self._errors |= self._state.join(joined)
         for request in joined:
             self._wants_logprobs[request.row] = request.params.logprobs is not None
             self._num_logprobs[request.row] = request.params.logprobs or 0
@@ -72,7 +78,9 @@ class Sampler:
     def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
         """Draw a token for each request of `batch.sampled` from its logits [S, V] in the model's type."""
         rows = batch.rows[batch.sampled]
+        self._state.restrict(rows)
         token_ids, best = self._choose(logits, self._state.numbers(rows, batch.context_len[batch.sampled]))
+        self._state.note(rows, token_ids)
         places = np.flatnonzero(self._wants_logprobs[rows])
         num_top = self._num_logprobs[rows[places]]
         logprobs: tuple[Tensor, ...] = ()
@@ -84,6 +92,9 @@ class Sampler:
             best=best,
             logprob_places=list(zip(places.tolist(), num_top.tolist(), strict=True)),
             logprobs=logprobs,
+            errors={place: self._errors[row] for place, row in enumerate(rows.tolist()) if row in self._errors}
+            if self._errors
+            else {},
         )
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
@@ -107,6 +118,6 @@ def _uploaded(numbers: NDArray[np.void], device: torch.device) -> Tensor:
 
 def _adjusts(numbers: NDArray[np.void]) -> bool:
     """Whether any row looks at logits other than the model gives them."""
-    if numbers["has_penalties"].any() or numbers["num_biases"].any():
+    if numbers["has_penalties"].any() or numbers["is_restricted"].any() or numbers["num_biases"].any():
         return True
     return bool(((numbers["num_edits"] > 0) & (numbers["position"] < numbers["first_free_stop"])).any())

@@ -1,12 +1,14 @@
 """What sampling remembers of each row: numbers on the host, which travel with each draw, and tables on the device.
 
-Everything is allocated at the start, so that a first request with penalties finds its memory. What joining requests
-bring to the tables travels in one asynchronous copy an iteration; nothing here waits for the device.
+Everything is allocated at the start, so that a first request with penalties finds its memory; tables of bad words grow
+when they are needed, and are counted from the start. What joining requests bring to a table travels in one asynchronous
+copy an iteration; nothing here waits for the device.
 Legend: R rows of the state table, V vocabulary, E entries of a row's list of edits.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,15 +19,19 @@ from torch import Tensor
 
 from nanoflow.batch import Int32, Joined
 from nanoflow.device.transfer import to_device
-from nanoflow.kernels.sample import IN_PROMPT, MAX_COUNT, NUMBERS, SampleTables, scale_of
+from nanoflow.executor.bad_words import BadWords, bad_word_bytes
+from nanoflow.executor.seen import SeenTokens, restriction_of
+from nanoflow.kernels.sample import NUMBERS, SampleTables, scale_of
+
+logger = logging.getLogger(__name__)
 
 # Biases and stop tokens that a row has room for; a request with more makes the tables larger.
 _NUM_EDITS = 512
 
 
 def table_bytes(num_rows: int, vocab_size: int) -> int:
-    """Bytes of the tables on the device: 2 for each row and token of the vocabulary, and 8 for each edit."""
-    return num_rows * (2 * vocab_size + 8 * _NUM_EDITS)
+    """Bytes of the tables on the device: 2 for each row and token of the vocabulary, 8 for each edit, and bad words."""
+    return num_rows * (2 * vocab_size + 8 * _NUM_EDITS) + bad_word_bytes(num_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +58,11 @@ class SamplingState:
         self._numbers["row"] = np.arange(num_rows)
         self._numbers["top_p"] = 1.0
         self._numbers["log_min_p"] = -np.inf
+        self._fresh = self._numbers.copy()
+        self._seen = SeenTokens(_zeros((num_rows, vocab_size), np.int16, device))
+        self._bad_words = BadWords(num_rows=num_rows, vocab_size=vocab_size, device=device)
         self._tables = SampleTables(
-            seen=_zeros((num_rows, vocab_size), np.int16, device),
+            seen=self._seen.table,
             edit_ids=_zeros((num_rows, _NUM_EDITS), np.int32, device),
             edit_values=_zeros((num_rows, _NUM_EDITS), np.float32, device),
         )
@@ -69,21 +78,33 @@ class SamplingState:
         numbers["position"] = positions
         return numbers
 
-    def join(self, joined: Sequence[Joined]) -> None:
-        """Give rows to requests."""
-        edits = [self._join(request) for request in joined]
-        edits = [edit for edit in edits if len(edit.ids)]
-        penalised = [request for request in joined if request.params.has_penalties]
-        if not edits and not penalised:
-            return
-        parts = [*self._edit_parts(edits), *_seen_parts(penalised, self._vocab_size)]
-        uploaded = to_device(np.concatenate(parts, dtype=np.int32), self._device)
-        at, ids, values, rows, *seen = torch.split(uploaded, [len(part) for part in parts])
-        if edits:
-            self._tables.edit_ids.view(-1).index_copy_(0, at.long(), ids)
-            self._tables.edit_values.view(-1).index_copy_(0, at.long(), values.view(torch.float32))
-        if penalised:
-            self._count_seen(rows, *seen)
+    def restrict(self, rows: Int32) -> None:
+        """Have the tables say what these rows (int32 [S]) may not choose next: before a draw."""
+        self._bad_words.mark(rows, self._tables.seen)
+
+    def note(self, rows: Int32, token_ids: Tensor) -> None:
+        """Take note of the tokens (int64 [S]) drawn for these rows (int32 [S])."""
+        self._bad_words.note(rows, token_ids)
+
+    def join(self, joined: Sequence[Joined]) -> dict[int, str]:
+        """Give rows to requests.
+
+        Returns:
+            What went wrong, by row: that of each such request draws as by default.
+        """
+        errors, read = {}, []
+        for request in joined:
+            try:
+                read.append((request, self._join(request), restriction_of(request)))
+            except Exception:
+                logger.exception("a request's parameters cannot be taken in")
+                self._numbers[request.row] = self._fresh[request.row]
+                errors[request.row] = "its parameters cannot be taken in; the log says why"
+        self._write_edits([edit for _, edit, _ in read if len(edit.ids)])
+        restrictions = [restriction for _, _, restriction in read if restriction is not None]
+        self._seen.join([request for request, _, _ in read if request.params.has_penalties], restrictions)
+        self._bad_words.join([request.row for request in joined], restrictions)
+        return errors
 
     def _join(self, joined: Joined) -> _Edits:
         """Write a request's numbers, and give its edits."""
@@ -96,6 +117,7 @@ class SamplingState:
         numbers["repetition"] = params.repetition_penalty
         numbers["presence"], numbers["frequency"] = params.presence_penalty, params.frequency_penalty
         numbers["has_penalties"] = params.has_penalties
+        numbers["is_restricted"] = params.allowed_token_ids is not None or bool(joined.bad_word_ids)
         numbers["first_free_stop"] = min(joined.num_prompt_tokens + params.min_tokens, 2**31 - 1)
         bias = {token_id: value for token_id, value in (params.logit_bias or {}).items() if self._is_token(token_id)}
         # Without a least number of tokens no stop token is ever held back.
@@ -111,13 +133,18 @@ class SamplingState:
     def _is_token(self, token_id: int) -> bool:
         return 0 <= token_id < self._vocab_size
 
-    def _edit_parts(self, edits: Sequence[_Edits]) -> list[NDArray[np.int32]]:
-        """Places in the flat tables, ids, and values as their bits."""
-        self._make_room(max((len(edit.ids) for edit in edits), default=0))
+    def _write_edits(self, edits: Sequence[_Edits]) -> None:
+        """Put lists of edits into their rows: places in the flat tables, ids, and values as their bits in one copy."""
+        if not edits:
+            return
+        self._make_room(max(len(edit.ids) for edit in edits))
         width = self._tables.edit_ids.shape[1]
         places = [np.arange(edit.row * width, edit.row * width + len(edit.ids), dtype=np.int32) for edit in edits]
-        ids, values = [edit.ids for edit in edits], [edit.values for edit in edits]
-        return [_concatenated(places), _concatenated(ids), _concatenated(values)]
+        ids, values = [edit.ids for edit in edits], [edit.values.view(np.int32) for edit in edits]
+        uploaded = to_device(np.concatenate((*places, *ids, *values)), self._device)
+        at, uploaded_ids, uploaded_values = uploaded.view(3, -1)
+        self._tables.edit_ids.view(-1).index_copy_(0, at.long(), uploaded_ids)
+        self._tables.edit_values.view(-1).index_copy_(0, at.long(), uploaded_values.view(torch.float32))
 
     def _make_room(self, num_edits: int) -> None:
         """Widen the lists of edits to a power of two that has room."""
@@ -130,39 +157,10 @@ class SamplingState:
         )
         self._tables = replace(self._tables, edit_ids=ids, edit_values=values)
 
-    def _count_seen(
-        self, rows: Tensor, prompt_rows: Tensor, prompt: Tensor, rows_of_ids: Tensor, ids: Tensor, counts: Tensor
-    ) -> None:
-        seen = self._tables.seen
-        seen.index_fill_(0, rows.long(), 0)
-        flat = seen.view(-1)
-        flat.index_fill_(0, prompt_rows.long() * self._vocab_size + prompt, IN_PROMPT)
-        flat.scatter_add_(0, rows_of_ids.long() * self._vocab_size + ids, counts.to(torch.int16))
-
-
-def _seen_parts(penalised: Sequence[Joined], vocab_size: int) -> list[NDArray[np.int32]]:
-    """Rows; row and id of each prompt token; row, id and count of each token generated before a preemption."""
-    rows = np.array([joined.row for joined in penalised], np.int32)
-    prompts = [joined.token_ids[: joined.num_prompt_tokens] for joined in penalised]
-    generated = [np.unique(joined.token_ids[joined.num_prompt_tokens :], return_counts=True) for joined in penalised]
-    return [
-        rows,
-        np.repeat(rows, [len(prompt) for prompt in prompts]),
-        _concatenated(prompts),
-        np.repeat(rows, [len(ids) for ids, _ in generated]),
-        _concatenated([ids for ids, _ in generated]),
-        _concatenated([np.minimum(counts, MAX_COUNT).astype(np.int32) for _, counts in generated]),
-    ]
-
 
 def _least_positive(top_p: float) -> np.float32:
     """As float32, but above 0."""
     return max(np.float32(top_p), np.finfo(np.float32).tiny)
-
-
-def _concatenated(arrays: Sequence[NDArray[np.generic]]) -> Int32:
-    """The numbers, or the bits of float32 numbers; nothing if there are no arrays."""
-    return np.concatenate(arrays).view(np.int32) if arrays else np.empty(0, np.int32)
 
 
 def _zeros(shape: tuple[int, int], dtype: type[np.generic], device: torch.device) -> Tensor:

@@ -33,11 +33,13 @@ NUMBERS = np.dtype(
         ("num_edits", np.int32),  # entries of its list of edits
         ("num_biases", np.int32),  # how many of them are biases
         ("has_penalties", np.int32),
-        ("padding", np.int32),
+        ("is_restricted", np.int32),  # some tokens may not be chosen
     ]
 )
-# In the table of seen tokens: the bit that says that the prompt has it, and the largest count of generated ones.
+# In the table of seen tokens: the bit that says that the prompt has it, and the largest count of generated ones. What
+# may not be chosen has the sign bit, too: it is negative.
 IN_PROMPT, MAX_COUNT = 1 << 14, (1 << 14) - 1
+FORBIDDEN, SEEN_BITS = -(1 << 15), (1 << 15) - 1
 # Logits that the twins work on at once, and the bytes that they take for each at most.
 _MAX_ELEMENTS, _ELEMENT_BYTES = 1 << 22, 96
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -48,8 +50,8 @@ class SampleTables:
     """What sampling remembers of each row, on the device.
 
     Attributes:
-        seen: int16 [R, V]: how often the token was generated, up to `MAX_COUNT`, and `IN_PROMPT` if the prompt has it;
-            looked at for rows with penalties only.
+        seen: int16 [R, V]: how often the token was generated, up to `MAX_COUNT`, with `IN_PROMPT` if the prompt has it,
+            and `FORBIDDEN` if it may not be chosen; looked at for rows with penalties or that are restricted only.
         edit_ids: int32 [R, E], token ids with a bias and stop tokens, increasing; as many as `NUMBERS` says are valid.
         edit_values: float32 [R, E]: what to add to the logit; -infinity for a stop token.
     """
@@ -97,7 +99,7 @@ def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, *, adjusts: bo
         logits: [S, V] of the model.
         numbers: int32 [S, 16], the bytes of `NUMBERS` of each row; no two rows have one place in the tables.
         tables: What the rows' numbers refer to; `seen` is written to.
-        adjusts: Whether a row may have penalties, or edits that apply.
+        adjusts: Whether a row may have penalties, be restricted, or have edits that apply.
 
     Returns:
         token ids int64 [S] and the largest adjusted logit of each row, float32 [S]: not finite if the model's output
@@ -134,7 +136,7 @@ def _choose(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> tuple[
 
 
 def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tensor:
-    """Logits as float32 with biases, then penalties applied, and stop tokens that are held back at -infinity."""
+    """Logits as float32 with biases, then penalties applied, and those of tokens that may not be chosen -infinity."""
     logits = raw.to(torch.float32, copy=True)
     is_held = host["position"] < host["first_free_stop"]
     for place in np.flatnonzero(host["num_edits"] * (is_held | (host["num_biases"] > 0))).tolist():
@@ -144,13 +146,14 @@ def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tens
         logits[place].index_put_((ids[~is_stop],), values[~is_stop], accumulate=True)
         if is_held[place]:
             logits[place, ids[is_stop]] = -torch.inf
-    places = torch.from_numpy(np.flatnonzero(host["has_penalties"])).to(raw.device)
+    places = torch.from_numpy(np.flatnonzero(host["has_penalties"] | host["is_restricted"])).to(raw.device)
     if len(places):
         record = tables.seen[_rows(host, raw.device)[places]].int()
         factors = (torch.from_numpy(host[name].copy()).to(raw.device) for name in _PENALTIES)
         penalised = logits[places]
-        apply_penalties(penalised, record & MAX_COUNT, record >= IN_PROMPT, *(factor[places] for factor in factors))
-        logits[places] = penalised
+        is_in_prompt = (record & IN_PROMPT) > 0
+        apply_penalties(penalised, record & MAX_COUNT, is_in_prompt, *(factor[places] for factor in factors))
+        logits[places] = penalised.masked_fill_(record < 0, -torch.inf)
     return logits
 
 

@@ -60,7 +60,8 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """See `sample.choose`; logits [S, V] contiguous, and infinite instead of NaN in what is returned.
 
-    Without `adjusts` no row may have penalties or edits that apply: a program with fewer registers, and the same draws.
+    Without `adjusts` no row may have penalties, be restricted, or have edits that apply: a program with fewer
+    registers, and the same draws.
     """
     blocks = blocks or (ADJUSTED if adjusts else CHOICE)
     token_ids, best = _results(logits)

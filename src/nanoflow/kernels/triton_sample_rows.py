@@ -13,9 +13,11 @@ import triton.language as tl
 # Places of a row's numbers, as `sample.NUMBERS` lays them out, in units of 4 bytes.
 ROW, POSITION, SEED, SCALE, TOP_K, TOP_P, LOG_MIN_P = (tl.constexpr(place) for place in (0, 1, 2, 4, 5, 6, 7))
 REPETITION, PRESENCE, FREQUENCY, FIRST_FREE_STOP = (tl.constexpr(place) for place in (8, 9, 10, 11))
-NUM_EDITS, NUM_BIASES, HAS_PENALTIES, NUM_FIELDS = (tl.constexpr(place) for place in (12, 13, 14, 16))
-# The largest count of a token in the table of seen ones; the bit above says that the prompt has it.
-MAX_COUNT = tl.constexpr((1 << 14) - 1)
+NUM_EDITS, NUM_BIASES, HAS_PENALTIES = (tl.constexpr(place) for place in (12, 13, 14))
+IS_RESTRICTED, NUM_FIELDS = (tl.constexpr(place) for place in (15, 16))
+# The largest count of a token in the table of seen ones; the bit above says that the prompt has it, the sign that it
+# may not be chosen.
+MAX_COUNT, IS_SEEN = (tl.constexpr(bits) for bits in ((1 << 14) - 1, (1 << 15) - 1))
 # Entries of a row's list of edits that are looked at in one step.
 _EDITS = tl.constexpr(256)
 
@@ -47,14 +49,14 @@ def first_column(
 def adjusted(
     row: tl.tuple, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
 ) -> tl.tensor:
-    """`_read`, with biases, then penalties applied, and stop tokens that are held back at -infinity."""
-    logits, seen, edit_ids, edit_values, num_edits, is_held, has_penalties, penalties, ADJUSTS, _ = row
+    """`read`, with biases, then penalties applied, and -infinity for tokens that may not be chosen."""
+    logits, seen, edit_ids, edit_values, num_edits, is_held, looks_at_seen, penalties, ADJUSTS, _ = row
     exact = read(logits, first, VOCAB, BLOCK, INNER)
     if ADJUSTS:
         columns = columns_of(first, BLOCK, INNER)
         if num_edits > 0:
             exact = _edited(exact, columns, first, edit_ids, edit_values, num_edits, is_held, VOCAB, BLOCK)
-        if has_penalties:
+        if looks_at_seen:
             record = tl.load(seen + columns, mask=columns < VOCAB, other=0)
             exact = _penalised(exact, record.to(tl.int32), penalties)
     return exact
@@ -89,15 +91,16 @@ def _edited(
 
 @triton.jit
 def _penalised(exact: tl.tensor, record: tl.tensor, penalties: tl.tuple) -> tl.tensor:
-    """With the penalties on seen tokens."""
+    """With the penalties on seen tokens, which change nothing where a row has none, and without forbidden ones."""
     repetition, presence, frequency = penalties
     count = record & MAX_COUNT
-    factor = tl.where(record > 0, repetition, 1.0)
+    factor = tl.where((record & IS_SEEN) > 0, repetition, 1.0)
     exact = tl.where(exact > 0, tl.div_rn(exact, factor), exact * factor)
     # The count as a float32 by its bits: conversions run at a quarter of the rate or less.
     number = (count | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     exact = exact - frequency * number
-    return exact - tl.where(count > 0, presence, 0.0)
+    exact = exact - tl.where(count > 0, presence, 0.0)
+    return tl.where(record < 0, float("-inf"), exact)
 
 
 @triton.jit

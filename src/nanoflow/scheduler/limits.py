@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoflow.batch import Int32
-from nanoflow.request import Request
+from nanoflow.parameters import shown
+from nanoflow.request import Request, RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,27 +52,46 @@ def checked_prompt(request: Request, limits: SchedulerLimits) -> Int32:
     """The prompt of a request that can run alone, int32 [num_prompt_tokens].
 
     Raises:
-        ValueError: The prompt is empty or too long, max_tokens is below 1, or a token id is out of the vocabulary.
+        RequestError: The prompt is empty or too long, max_tokens is below 1, a token id is out of the vocabulary, or no
+            token could be chosen.
     """
     num_prompt = len(request.prompt_token_ids)
     if num_prompt == 0:
-        raise ValueError("the prompt is empty")
+        raise RequestError("the prompt is empty")
     if num_prompt >= limits.max_model_len:
-        raise ValueError(
+        raise RequestError(
             f"the prompt has {num_prompt} tokens; at most {limits.max_model_len - 1} fit, "
             f"as prompt and completion together may have {limits.max_model_len}"
         )
     if request.max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
-    prompt = np.asarray(request.prompt_token_ids, dtype=np.int64)
-    _require_in_vocabulary("prompt", prompt.min(), prompt.max(), limits.vocab_size)
-    for name, ids in (("stop_token_ids", request.params.stop_token_ids), ("logit_bias", request.params.logit_bias)):
-        if ids:
-            _require_in_vocabulary(name, min(ids), max(ids), limits.vocab_size)
-    return prompt.astype(np.int32)
+        raise RequestError(f"max_tokens must be at least 1, got {request.max_tokens}")
+    _require_in_vocabulary(request, limits.vocab_size)
+    _require_a_choice(request)
+    return np.array(request.prompt_token_ids, dtype=np.int32)
 
 
-def _require_in_vocabulary(name: str, low: int, high: int, vocab_size: int) -> None:
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"{name}: token id {wrong} is not in the vocabulary 0..{vocab_size - 1}")
+def _require_in_vocabulary(request: Request, vocab_size: int) -> None:
+    """Refuse token ids that the model has not; ends of sequence are the model's own to get wrong."""
+    params = request.params
+    for name, ids in (
+        ("prompt", request.prompt_token_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids),
+        ("bad_words", [token_id for word in request.bad_word_ids for token_id in word]),
+    ):
+        low, high = (min(ids), max(ids)) if ids else (0, 0)
+        if low < 0 or high >= vocab_size:
+            wrong = shown(low if low < 0 else high)
+            raise RequestError(f"{name}: token id {wrong} is not in the vocabulary 0..{vocab_size - 1}")
+
+
+def _require_a_choice(request: Request) -> None:
+    """Refuse tokens to choose from of which none may be chosen at the first place."""
+    params = request.params
+    excluded = {word[0] for word in request.bad_word_ids if len(word) == 1}
+    if params.min_tokens:
+        excluded.update(request.eos_token_ids, params.stop_token_ids or ())
+    # The first that is not excluded will do: the list may be as long as the vocabulary.
+    if params.allowed_token_ids is not None and all(token_id in excluded for token_id in params.allowed_token_ids):
+        raise RequestError("of allowed_token_ids none is left: bad_words, or min_tokens, exclude them all")

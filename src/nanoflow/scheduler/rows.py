@@ -24,10 +24,11 @@ from nanoflow.scheduler.waiting import WaitingRequest
 _NUM_STOP_IDS = 4
 
 
-def stop_ids(request: Request) -> tuple[int, ...]:
-    """Token ids that end a request: end of sequence (unless ignored), then its own stop tokens."""
+def stop_ids(request: Request, vocab_size: int) -> tuple[int, ...]:
+    """Token ids that end a request: end of sequence (unless ignored), then its own stop tokens; such as there are."""
     end_of_sequence = () if request.params.ignore_eos else request.eos_token_ids
-    return (*end_of_sequence, *(request.params.stop_token_ids or ()))
+    wanted = (*end_of_sequence, *(request.params.stop_token_ids or ()))
+    return tuple(token_id for token_id in wanted if 0 <= token_id < vocab_size)
 
 
 class RowTable:
@@ -110,7 +111,7 @@ class RowTable:
             self._row_of[new.request.request_id] = row
             self.requests[row] = new.request
             self._token_ids[row, : len(new.token_ids)] = new.token_ids
-            self._set_stop_ids(row, stop_ids(new.request))
+            self._set_stop_ids(row, stop_ids(new.request, self._limits.vocab_size))
         return rows
 
     def leave(self, rows: list[int]) -> None:

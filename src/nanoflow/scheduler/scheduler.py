@@ -125,8 +125,8 @@ class Scheduler:
                 values. For benchmarks that begin in the middle of a request.
 
         Raises:
-            ValueError: It could never run (see `checked_prompt`), its id is that of a living request, or nothing of its
-                prompt is left to compute.
+            RequestError: It could never run; see `checked_prompt`.
+            ValueError: Its id is that of a living request, or nothing of its prompt is left to compute.
         """
         request_id = request.request_id
         if request_id in self._waiting or self._rows.find(request_id) is not None:
@@ -278,7 +278,8 @@ class Scheduler:
                 seed=new.request.seed,
                 token_ids=new.token_ids,
                 num_prompt_tokens=len(new.request.prompt_token_ids),
-                stop_token_ids=stop_ids(new.request),
+                stop_token_ids=stop_ids(new.request, self._limits.vocab_size),
+                bad_word_ids=new.request.bad_word_ids,
             )
             for row, new in zip(rows.tolist(), newcomers, strict=True)
         )

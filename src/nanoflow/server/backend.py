@@ -32,7 +32,7 @@ class ServingTokenizer(Protocol):
     def apply_chat_template(
         self, messages: list[ChatMessage], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> list[int]:
-        """Token ids of a conversation; ValueError if there is no template or it refuses the messages."""
+        """Token ids of a conversation; RequestError if there is no template or it refuses the messages."""
 
 
 class ServingEngine(Protocol):
@@ -46,7 +46,7 @@ class ServingEngine(Protocol):
 
     @property
     def tokenizer(self) -> ServingTokenizer:
-        """The model's tokenizer; ValueError if there is none, as with random weights in a benchmark."""
+        """The model's tokenizer; RequestError if there is none, as with random weights in a benchmark."""
 
     @property
     def stats(self) -> EngineStats:

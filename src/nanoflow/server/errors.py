@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.request import RequestError
 from nanoflow.server.responses import ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,13 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what the engine raises for bad input (ValueError) or for being dead into an `ApiError`."""
+    """Turn what is raised for what was asked for (`RequestError`) or for a dead engine into an `ApiError`.
+
+    Anything else is a mistake of this program, and not for the client to mend: it goes on, and ends as a 500.
+    """
     try:
         yield
-    except ValueError as problem:
+    except RequestError as problem:
         raise ApiError(400, str(problem)) from problem
     except EngineDeadError as problem:
         raise ApiError(503, "the engine does not run; the server is stopping", code="engine_dead") from problem
@@ -144,15 +148,24 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
 def _problem_text(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', 'it cannot be read')}"
-    place = _place(problem)
+    place = _dotted(problem["loc"][1:])
     text = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{place}: {text}" if place else text
+    # Messages of a parameter name it themselves.
+    return text if not place or text.startswith(place) else f"{place}: {text}"
 
 
 def _place(problem: Mapping[str, Any]) -> str:
-    """Dotted place of the field, without pydantic's leading "body" and the "<names>" of union members."""
-    parts = [str(part) for part in problem["loc"][1:]]
-    return "" if problem["type"] == "json_invalid" else ".".join(part for part in parts if not part.startswith("<"))
+    """Dotted place of the field at fault; empty for the body as a whole."""
+    if problem["type"] == "json_invalid":
+        return ""
+    # Of a field that may not be there pydantic only knows where it would be.
+    extra = problem.get("ctx", {}).get("field")
+    return _dotted(problem["loc"][1:] if extra is None else (*problem["loc"][1:], extra))
+
+
+def _dotted(place: Sequence[object]) -> str:
+    """A place without the "<names>" of union members."""
+    return ".".join(str(part) for part in place if not str(part).startswith("<"))
 
 
 def _printable(text: str) -> str:

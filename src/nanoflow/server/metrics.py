@@ -85,17 +85,17 @@ class ServerMetrics(Collector):
         """A request got the first token of any of its completions."""
         self._first_token_s.observe(ttft_s)
         self._prompt_tokens.inc(num_prompt_tokens)
-        self._generation_tokens.inc()
+
+    def observe_tokens(self, num_tokens: int) -> None:
+        """Completions got so many tokens, their first ones among them."""
+        self._generation_tokens.inc(num_tokens)
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Completions got a token that is not their first."""
         self._next_token_s.observe_many(latencies_s)
-        self._generation_tokens.inc(len(latencies_s))
 
     def observe_finished(self, request: FinishedRequest) -> None:
         """A request ended."""
-        # The first tokens of the second and further completions were in no earlier observation.
-        self._generation_tokens.inc(max(min(request.n, request.num_generated_tokens) - 1, 0))
         self._ended[request.reason].inc()
         seen: tuple[tuple[HistogramCells, float | None], ...] = (
             (self._e2e_s, request.e2e_s),

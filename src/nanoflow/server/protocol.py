@@ -1,12 +1,14 @@
 """Request bodies of the OpenAI-compatible API, with the bounds of every field.
 
-Optional fields default to None, which means "as `SamplingParams` has it": defaults live there alone. Unknown fields are
-ignored, except those that would change what an answer means (UNSUPPORTED). Bodies of answers: `responses.py`.
+Optional fields default to None, which means "as `SamplingParams` has it": defaults live there alone, and so does what
+each of its parameters may be (`KINDS`). Fields that a body has not are refused, but those of other servers whose value
+changes nothing (`foreign.py`). Bodies of answers: `responses.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,36 +22,21 @@ from pydantic import (
     model_validator,
 )
 
-from nanoflow.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from nanoflow.parameters import INT32_MAX, RequestError
+from nanoflow.request import KINDS, SamplingParams
+from nanoflow.server.foreign import (
+    OF_GENERATION,
+    OF_MESSAGES,
+    OF_PARTS,
+    OF_STREAMS,
+    OF_TOKENS,
+    ForeignFields,
+    without_foreign,
+)
+from nanoflow.server.parameter import Parameter
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
-INT32_MAX = 2**31 - 1
-INT64_MAX = 2**63 - 1
-
-# Field: values that mean the same as leaving it out. Anything else is refused rather than silently not done.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "tool_calls": (None, []),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None, {}),
-    "modalities": (None, [], ["text"]),
-    "audio": (None,),
-    "best_of": (None, 1),
-    "use_beam_search": (None, False),
-    "suffix": (None, ""),
-    "prompt_embeds": (None,),
-}
-
-# Fields that SamplingParams takes under the same name.
-_SAMPLING_FIELDS = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "seed"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "ignore_eos"),
-    *("min_tokens", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output"),
-)
 
 
 def _check_unicode(text: str) -> str:
@@ -57,7 +44,7 @@ def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text is not valid Unicode: it has a lone surrogate") from None
+        raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
     return text
 
 
@@ -66,8 +53,6 @@ TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-StopString = Annotated[Text, Field(min_length=1)]
-NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -89,30 +74,35 @@ PromptField = Annotated[
     | Annotated[TokenIdLists, Tag("<token id lists>")],
     Discriminator(_kind_of_prompt),
 ]
-StopField = Annotated[
-    Annotated[StopString, Tag("<text>")]
-    | Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)], Tag("<list>")],
-    Discriminator(_text_or_list),
-]
+
+
+def _document_foreign(schema: dict[str, Any], model: type[RequestBody]) -> None:
+    """Show in the document what is accepted and ignored, and that there is nothing else."""
+    properties = schema.setdefault("properties", {})
+    properties |= {name: field.schema for name, field in model.foreign.items() if name not in properties}
 
 
 class RequestBody(BaseModel):
-    """What every body keeps to: JSON types are taken as they are (no "5" for 5), numbers are finite."""
+    """What every body keeps to: JSON types are taken as they are (no "5" for 5), and every field counts."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
+    model_config = ConfigDict(
+        strict=True, allow_inf_nan=False, extra="forbid", frozen=True, json_schema_extra=_document_foreign
+    )
+    foreign: ClassVar[ForeignFields] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            for name, harmless in UNSUPPORTED.items():
-                if name in body and body[name] not in harmless:
-                    raise ValueError(f"{name} is not supported by this server")
-        return body
+    def _leave_out_foreign(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        is_open = cls.model_config.get("extra") == "allow"
+        return without_foreign(body, cls.model_fields, cls.foreign, is_open=is_open)
 
 
 class StreamOptions(RequestBody):
     """Extras of a stream."""
+
+    foreign: ClassVar[ForeignFields] = OF_STREAMS
 
     include_usage: bool | None = Field(None, description="Send token counts in a last chunk that has no choices")
 
@@ -120,36 +110,34 @@ class StreamOptions(RequestBody):
 class SamplingFields(RequestBody):
     """What completions and chat completions have in common."""
 
+    foreign: ClassVar[ForeignFields] = OF_GENERATION
+
     model: Text | None = Field(None, description="Name of the served model; may be left out")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1 keeps all tokens")
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: (
-        Annotated[
-            dict[
-                Annotated[str, Field(pattern=r"^[0-9]{1,10}$", description="A token id")],
-                Annotated[float, Field(ge=-100, le=100)],
-            ],
-            Field(max_length=MAX_LOGIT_BIAS),
-        ]
-        | None
-    ) = None
-    stop: StopField | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
-    prompt_logprobs: NumLogprobs | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
+    n: Annotated[int | None, Parameter.of("n")] = None
+    temperature: Annotated[float | None, Parameter.of("temperature")] = None
+    top_p: Annotated[float | None, Parameter.of("top_p")] = None
+    top_k: Annotated[int | None, Parameter.of("top_k")] = Field(None, description="0 or -1 keeps all tokens")
+    min_p: Annotated[float | None, Parameter.of("min_p")] = None
+    seed: Annotated[int | None, Parameter.of("seed")] = None
+    repetition_penalty: Annotated[float | None, Parameter.of("repetition_penalty")] = None
+    presence_penalty: Annotated[float | None, Parameter.of("presence_penalty")] = None
+    frequency_penalty: Annotated[float | None, Parameter.of("frequency_penalty")] = None
+    logit_bias: Annotated[Mapping[int, float] | None, Parameter.of("logit_bias")] = None
+    allowed_token_ids: Annotated[Sequence[int] | None, Parameter.of("allowed_token_ids", low=0)] = Field(
+        None, description="Only these tokens may be generated"
+    )
+    bad_words: Annotated[Sequence[str] | None, Parameter.of("bad_words")] = Field(
+        None, description="Strings that may not be generated"
+    )
+    stop: Annotated[Sequence[str] | None, Parameter.of("stop")] = None
+    stop_token_ids: Annotated[Sequence[int] | None, Parameter.of("stop_token_ids", low=0)] = None
+    ignore_eos: Annotated[bool | None, Parameter.of("ignore_eos")] = None
+    min_tokens: Annotated[int | None, Parameter.of("min_tokens")] = None
+    prompt_logprobs: Annotated[int | None, Parameter.of("prompt_logprobs")] = None
+    skip_special_tokens: Annotated[bool | None, Parameter.of("skip_special_tokens")] = None
+    include_stop_str_in_output: Annotated[bool | None, Parameter.of("include_stop_str_in_output")] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Accepted and ignored")
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -164,20 +152,19 @@ class SamplingFields(RequestBody):
     @model_validator(mode="after")
     def _check_stream(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
+            raise RequestError("stream_options needs stream=true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs is not available in a stream")
+            raise RequestError("prompt_logprobs is not available in a stream")
         return self
 
     def sampling(self, **more: Any) -> SamplingParams:
         """Parameters for the engine: the fields that were given, and `more` on top.
 
         Raises:
-            ValueError: Fields that do not go together.
+            RequestError: Fields that do not go together.
         """
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        if self.logit_bias:
-            given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
+        common = SamplingFields.model_fields.keys() & KINDS.keys()
+        given = {name: value for name in common if (value := getattr(self, name)) is not None}
         return SamplingParams(**{**given, **more})
 
 
@@ -185,9 +172,11 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: PromptField = Field(description="A text, a list of texts, token ids, or a list of token id lists")
-    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX, description="16 if not given; 0 only with echo")
+    max_tokens: Annotated[int | None, Parameter.of("max_tokens", low=0)] = Field(
+        None, description="16 if not given; 0 only with echo"
+    )
     echo: bool | None = Field(None, description="Put the prompt before the completion, in text and in logprobs")
-    logprobs: NumLogprobs | None = None
+    logprobs: Annotated[int | None, Parameter.of("logprobs")] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -206,7 +195,7 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="after")
     def _check_echo_only(self) -> CompletionRequest:
         if self.is_echo_only and not self.echo:
-            raise ValueError("max_tokens must be at least 1 unless echo is true")
+            raise RequestError("max_tokens must be at least 1 unless echo is true")
         return self
 
     def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
@@ -222,6 +211,8 @@ class CompletionRequest(SamplingFields):
 class TextPart(RequestBody):
     """A piece of a message."""
 
+    foreign: ClassVar[ForeignFields] = OF_PARTS
+
     type: Literal["text"]
     text: Text
 
@@ -235,13 +226,22 @@ ContentField = Annotated[
 class Message(RequestBody):
     """One turn of a conversation."""
 
+    foreign: ClassVar[ForeignFields] = OF_MESSAGES
+
     role: Literal["system", "developer", "user", "assistant"]
     content: ContentField
+    name: Text | None = Field(None, description="Of who speaks, for templates that show it")
 
     @property
     def text(self) -> str:
         """The whole content; parts stand on lines of their own."""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": self.text, **named}
 
 
 class Conversation(RequestBody):
@@ -260,7 +260,7 @@ class Conversation(RequestBody):
     @model_validator(mode="after")
     def _check_turns(self) -> Conversation:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+            raise RequestError("add_generation_prompt and continue_final_message exclude each other")
         return self
 
 
@@ -268,16 +268,22 @@ class ChatCompletionRequest(SamplingFields, Conversation):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Up to the context length if not given")
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Goes before max_tokens")
+    max_tokens: Annotated[int | None, Parameter.of("max_tokens")] = Field(
+        None, description="Up to the context length if not given"
+    )
+    max_completion_tokens: Annotated[int | None, Parameter.of("max_completion_tokens", "max_tokens")] = Field(
+        None, description="Goes before max_tokens"
+    )
     logprobs: bool | None = None
-    top_logprobs: NumLogprobs | None = Field(None, description="Needs logprobs=true")
+    top_logprobs: Annotated[int | None, Parameter.of("top_logprobs", "logprobs")] = Field(
+        None, description="Needs logprobs=true"
+    )
 
     @field_validator("top_logprobs")
     @classmethod
     def _check_top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise RequestError("top_logprobs needs logprobs=true")
         return value
 
     def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
@@ -292,6 +298,8 @@ class ChatCompletionRequest(SamplingFields, Conversation):
 class TokenizeRequest(Conversation):
     """Body of POST /tokenize: a prompt or messages."""
 
+    foreign: ClassVar[ForeignFields] = OF_TOKENS
+
     model: Text | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -300,12 +308,14 @@ class TokenizeRequest(Conversation):
     @model_validator(mode="after")
     def _check_one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise RequestError("give either prompt or messages")
         return self
 
 
 class DetokenizeRequest(RequestBody):
     """Body of POST /detokenize."""
+
+    foreign: ClassVar[ForeignFields] = OF_TOKENS
 
     model: Text | None = None
     tokens: list[TokenId]

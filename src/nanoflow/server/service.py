@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanoflow.config import DEFAULT_MODEL, ServerConfig
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.backend import ChatMessage, ServingEngine, ServingTokenizer
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, Conversation, Message
@@ -44,7 +44,7 @@ class Service:
         """False if prompts come as token ids only, and completions have no text."""
         try:
             return self.engine.tokenizer is not None
-        except ValueError:
+        except RequestError:
             return False
 
     def sampling(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
@@ -69,7 +69,7 @@ class Service:
 
     async def encode_chat(self, messages: Sequence[Message], conversation: Conversation) -> list[int]:
         """Token ids of a conversation, made beside the event loop."""
-        turns: list[ChatMessage] = [{"role": message.role, "content": message.text} for message in messages]
+        turns: list[ChatMessage] = [message.turn for message in messages]
         template = self.tokenizer.apply_chat_template
         with user_errors():
             return await asyncio.to_thread(template, turns, **conversation.template_options)

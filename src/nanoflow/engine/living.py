@@ -1,0 +1,66 @@
+"""A request of a user that has not ended: what it is made of, and what there is to say of it when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanoflow.engine.completion import Completion
+from nanoflow.engine.messages import PlaceLogprobs
+from nanoflow.engine.observer import FinishedRequest
+from nanoflow.outputs import FinishReason, RequestMetrics, RequestOutput, TokenText, position_logprobs
+from nanoflow.request import SamplingParams
+
+
+@dataclass(slots=True, kw_only=True)
+class LivingRequest:
+    """A request of a user that has not ended.
+
+    Attributes:
+        output: What its user reads; grows in place.
+        metrics: Times of the output.
+        params: How its tokens are chosen.
+        running: Its completions that have not ended, by the engine's id.
+        prompt_scores: Log probabilities of its prompt that nobody has read yet.
+    """
+
+    output: RequestOutput
+    metrics: RequestMetrics
+    params: SamplingParams
+    running: dict[int, Completion] = field(default_factory=dict)
+    prompt_scores: list[PlaceLogprobs] = field(default_factory=list)
+
+    def read_prompt_scores(self, token_text: TokenText) -> None:
+        """Put the log probabilities that wait where they belong in the output."""
+        positions, waiting = self.output.prompt_logprobs, self.prompt_scores
+        if positions is None or not waiting:
+            return
+        self.prompt_scores = []
+        for scores in waiting:
+            rows = zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
+            for place, row in enumerate(rows, start=scores.first_position):
+                positions[place] = position_logprobs(*row, token_text)
+
+    def summary(self, reason: FinishReason, now_s: float) -> FinishedRequest:
+        """What an observer is told when it ends."""
+        metrics, params = self.metrics, self.params
+        lengths = [len(completion.token_ids) for completion in self.output.outputs]
+        decode_s = _span_s(metrics.first_token_s, metrics.last_token_s)
+        return FinishedRequest(
+            reason=reason,
+            num_prompt_tokens=len(self.output.prompt_token_ids),
+            num_generated_tokens=sum(lengths),
+            longest_completion_tokens=max(lengths),
+            n=params.n,
+            max_tokens=params.max_tokens,
+            num_preemptions=metrics.num_preemptions,
+            queue_s=_span_s(metrics.arrival_s, metrics.first_scheduled_s),
+            prefill_s=_span_s(metrics.first_scheduled_s, metrics.first_token_s),
+            decode_s=decode_s,
+            inference_s=_span_s(metrics.first_scheduled_s, metrics.last_token_s),
+            tpot_s=decode_s / (max(lengths) - 1) if decode_s is not None and max(lengths) > 1 else None,
+            e2e_s=now_s - metrics.arrival_s,
+        )
+
+
+def _span_s(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else end_s - start_s

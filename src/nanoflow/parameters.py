@@ -1,0 +1,252 @@
+"""Kinds of values that a parameter takes: what is let in, what it is kept as, and how a JSON schema says so.
+
+One kind serves every door. Python reads values with it, the HTTP server does too, and its OpenAPI document shows it, so
+that a bound, a message or a conversion cannot differ between them. Knows no parameter by name: see `request.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Protocol
+
+INT32_MAX = 2**31 - 1
+INT64_MIN, INT64_MAX, UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
+_MAX_SHOWN_CHARS = 80
+# Decimal digits of the largest token id.
+_MAX_ID_DIGITS = 10
+
+
+class RequestError(ValueError):
+    """What is wrong with a request, in one line for whoever sent it.
+
+    Whatever else is raised while a request is served is not their mistake.
+    """
+
+
+class Kind(Protocol):
+    """What a parameter may be."""
+
+    def read(self, name: str, value: object) -> Any:
+        """The value as it is kept: plain Python numbers, texts and tuples, which a second reading leaves as they are.
+
+        Raises:
+            RequestError: The parameter, whose name the message begins with, cannot be this.
+        """
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of what is let in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """An integer from `low` to `high`; numpy's are integers too, truth values and floats are not."""
+
+    low: int
+    high: int
+
+    def read(self, name: str, value: object) -> int:
+        """See `Kind`."""
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise RequestError(f"{name} must be an integer, got {shown(value)}")
+        number = int(value)
+        if not self.low <= number <= self.high:
+            raise RequestError(f"{name} must be in [{self.low}, {self.high}], got {shown(number)}")
+        return number
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """A finite number from `low` to `high`."""
+
+    low: float
+    high: float
+
+    def read(self, name: str, value: object) -> float:
+        """See `Kind`."""
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(number := _as_float(value)):
+            raise RequestError(f"{name} must be a finite number, got {shown(value)}")
+        if not self.low <= number <= self.high:
+            raise RequestError(f"{name} must be in [{self.low}, {self.high}], got {shown(value)}")
+        return number
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {"type": "number", "minimum": self.low, "maximum": self.high}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """A truth value; numbers are none."""
+
+    def read(self, name: str, value: object) -> bool:
+        """See `Kind`."""
+        if isinstance(value, bool):
+            return value
+        # Only here, as `nanoflow --help` reads this file too.
+        import numpy as np
+
+        if not isinstance(value, np.bool_):
+            raise RequestError(f"{name} must be true or false, got {shown(value)}")
+        return bool(value)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """Strings that are not empty; one may stand alone if `takes_one`."""
+
+    max_items: int
+    takes_one: bool = False
+
+    def read(self, name: str, value: object) -> tuple[str, ...]:
+        """See `Kind`."""
+        texts = (value,) if self.takes_one and isinstance(value, str) else _items(name, value, "strings")
+        _require_few(name, texts, self.max_items)
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"{name} must hold non-empty strings, got {shown(text)}")
+            _require_unicode(name, text)
+        return tuple(map(str, texts))
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        text = {"type": "string", "minLength": 1}
+        several = {"type": "array", "items": text, "maxItems": self.max_items}
+        return {"anyOf": [text, several]} if self.takes_one else several
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """Token ids from `low`, as many as `max_items`; that the vocabulary has them is the model's to say."""
+
+    max_items: int | None = None
+    low: int = -INT32_MAX
+
+    def read(self, name: str, value: object) -> tuple[int, ...]:
+        """See `Kind`."""
+        items = _items(name, value, "integers")
+        _require_few(name, items, self.max_items)
+        ids = integers(name, items)
+        for token_id in (min(ids, default=self.low), max(ids, default=self.low)):
+            if not self.low <= token_id <= INT32_MAX:
+                raise RequestError(f"{name}: {shown(token_id)} is not a token id")
+        return tuple(ids)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        items = {"type": "integer", "minimum": self.low, "maximum": INT32_MAX}
+        limit = {} if self.max_items is None else {"maxItems": self.max_items}
+        return {"type": "array", "items": items, **limit}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Biases:
+    """Token ids to numbers; ids may be written as strings of digits, as JSON has no other keys."""
+
+    bias: Number
+    max_items: int
+
+    def read(self, name: str, value: object) -> dict[int, float]:
+        """See `Kind`."""
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{name} must map token ids to numbers, got {shown(value)}")
+        _require_few(name, value, self.max_items)
+        biases = {_id_of(name, key): self.bias.read(f"{name}[{shown(key)}]", bias) for key, bias in value.items()}
+        if len(biases) < len(value):
+            raise RequestError(f"{name} names a token twice")
+        return biases
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": f"^[0-9]{{1,{_MAX_ID_DIGITS}}}$"},
+            "additionalProperties": self.bias.schema,
+            "maxProperties": self.max_items,
+        }
+
+
+def integers(name: str, values: Collection[object]) -> list[int]:
+    """The values as Python's integers, however large; quick where they are that already.
+
+    Raises:
+        RequestError: One of them is no integer.
+    """
+    if set(map(type, values)) <= {int}:
+        return list(values)  # type: ignore[arg-type]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise RequestError(f"{name} must be integers, got {type(value).__name__} {shown(value)}")
+    return [int(value) for value in values]  # type: ignore[call-overload]
+
+
+def shown(value: object) -> str:
+    """A value in an error message: never long, whatever it is."""
+    try:
+        text = reprlib.repr(value)
+    # Python refuses to write very long integers, and a class may refuse anything.
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """End of a message about a name that does not exist: the nearest one that does; None if none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else None
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _items(name: str, value: object, what: str) -> Collection[object]:
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | bytearray | Mapping):
+        raise RequestError(f"{name} must be a list of {what}, got {shown(value)}")
+    return value
+
+
+def _require_few(name: str, items: Collection[object], max_items: int | None) -> None:
+    if max_items is not None and len(items) > max_items:
+        raise RequestError(f"{name} may hold at most {max_items} entries, got {len(items)}")
+
+
+def _require_unicode(name: str, text: str) -> None:
+    """Refuse lone surrogates: Python and JSON can write them, but they are no characters and cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name}: the text is not valid Unicode: it has a lone surrogate") from None
+
+
+def _id_of(name: str, key: object) -> int:
+    """A token id that is a key; int32, as all token ids."""
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS:
+        key = int(key)
+    if isinstance(key, bool) or not isinstance(key, Integral):
+        raise RequestError(f"{name} must have integers as token ids, got {shown(key)}")
+    if abs(int(key)) > INT32_MAX:
+        raise RequestError(f"{name}: {shown(key)} is not a token id")
+    return int(key)

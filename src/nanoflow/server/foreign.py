@@ -1,0 +1,178 @@
+"""Fields of OpenAI's and vLLM's request bodies that this server has not, and with which values they change nothing.
+
+Clients send many fields at their defaults, or fields that ask for nothing an answer shows. Those are taken; with any
+other value a field is refused by name, as the answer would not be what was asked for. What stands neither here nor
+among the fields of a body does not exist, and is refused with the nearest name that does.
+
+A body's own fields come first: a field that some bodies have stands here for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from nanoflow.parameters import did_you_mean, shown
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A field that is known and not supported.
+
+    Attributes:
+        harmless: Values with which it changes nothing, beside null; None if every value does.
+        reason: What it is about, or why it changes nothing.
+    """
+
+    harmless: tuple[Any, ...] | None
+    reason: str
+
+    def is_harmless(self, value: Any) -> bool:
+        """True if the field may be passed over; 1 is not true, and 0 not false."""
+        if value is None or self.harmless is None:
+            return True
+        return any(type(value) is type(other) and value == other for other in self.harmless)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of what is passed over."""
+        note = {"description": f"Accepted and ignored: {self.reason}"}
+        return note if self.harmless is None else {**note, "enum": [None, *self.harmless]}
+
+
+ForeignFields = Mapping[str, Foreign]
+
+_TOOLS: ForeignFields = {
+    "tools": Foreign(([],), "calls of functions"),
+    "tool_choice": Foreign(("none", "auto"), "calls of functions"),
+    "parallel_tool_calls": Foreign(None, "there are no calls of functions to make side by side"),
+    "functions": Foreign(([],), "calls of functions"),
+    "function_call": Foreign(("none", "auto"), "calls of functions"),
+}
+_SHAPES: ForeignFields = {
+    "response_format": Foreign(({"type": "text"},), "the shape of the text"),
+    "structured_outputs": Foreign(({},), "the shape of the text"),
+    **{
+        name: Foreign((), "the shape of the text")
+        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag")
+    },
+    "guided_decoding_backend": Foreign(None, "there is no guided decoding to choose a backend for"),
+    "guided_whitespace_pattern": Foreign((), "the shape of the text"),
+    "modalities": Foreign(([], ["text"]), "other answers than text"),
+    "audio": Foreign((), "other answers than text"),
+    "verbosity": Foreign(("medium",), "length of the answer"),
+}
+_TEMPLATE: ForeignFields = {
+    "chat_template": Foreign((), "a template of one's own; the server has the option --chat-template"),
+    "chat_template_kwargs": Foreign(({},), "variables of the template"),
+    "documents": Foreign(([],), "documents for the template"),
+    "reasoning_effort": Foreign((), "reasoning"),
+    "include_reasoning": Foreign((True,), "reasoning"),
+    "thinking_token_budget": Foreign((-1,), "reasoning"),
+    "mm_processor_kwargs": Foreign(({},), "input that is no text"),
+    "media_io_kwargs": Foreign(({},), "input that is no text"),
+    "add_special_tokens": Foreign((), "special tokens before the prompt"),
+    "truncate_prompt_tokens": Foreign((), "cutting the prompt"),
+    "prompt_embeds": Foreign((), "input that is no text"),
+}
+_SAMPLING: ForeignFields = {
+    "best_of": Foreign((1,), "completions beside those that are returned"),
+    "use_beam_search": Foreign((False,), "beam search"),
+    "early_stopping": Foreign((False,), "beam search"),
+    "length_penalty": Foreign((1, 1.0), "beam search"),
+    "logits_processors": Foreign(([],), "code of the client"),
+    "repetition_detection": Foreign((), "ends by repetition"),
+    "logprob_token_ids": Foreign(([],), "log probabilities of given tokens"),
+    "prediction": Foreign(None, "it makes an answer come sooner and does not change it"),
+}
+_ANSWER: ForeignFields = {
+    "suffix": Foreign(("",), "text behind the completion"),
+    "echo": Foreign((False,), "the prompt in the answer"),
+    "detokenize": Foreign((True,), "answers without text"),
+    "spaces_between_special_tokens": Foreign((True,), "spaces around special tokens"),
+    "return_tokens_as_token_ids": Foreign((False,), "tokens by number in log probabilities"),
+    "return_token_ids": Foreign((False,), "token ids in the answer"),
+    "return_token_strs": Foreign((False,), "tokens in the answer"),
+    "web_search_options": Foreign((), "looking things up"),
+    "store": Foreign((False,), "keeping the answer at the server"),
+    "kv_transfer_params": Foreign((), "caches of other servers"),
+    "vllm_xargs": Foreign(({},), "arguments of extensions"),
+}
+_LABELS: ForeignFields = {
+    "user": Foreign(None, "a label of the client's"),
+    "safety_identifier": Foreign(None, "a label of the client's"),
+    "metadata": Foreign(None, "labels of the client's"),
+    "request_id": Foreign(None, "a label of the client's; the answer has an id of the server's"),
+    "service_tier": Foreign(None, "there is one tier"),
+    "priority": Foreign((0,), "order of requests"),
+    "prompt_cache_key": Foreign(None, "caches of prompts do not change an answer"),
+    "prompt_cache_retention": Foreign(None, "caches of prompts do not change an answer"),
+    "cache_salt": Foreign(None, "caches of prompts do not change an answer"),
+}
+
+OF_GENERATION: ForeignFields = {**_TOOLS, **_SHAPES, **_TEMPLATE, **_SAMPLING, **_ANSWER, **_LABELS}
+"""Of bodies that ask for completions."""
+
+OF_TOKENS: ForeignFields = {
+    **_TEMPLATE,
+    **{name: field for fields in (_TOOLS, _ANSWER, _LABELS) for name, field in fields.items() if name != "echo"},
+}
+"""Of bodies that ask for tokens or their text."""
+
+OF_STREAMS: ForeignFields = {
+    "include_obfuscation": Foreign((False,), "padding of chunks"),
+    "continuous_usage_stats": Foreign((False,), "token counts in every chunk"),
+}
+"""Of `stream_options`."""
+
+OF_MESSAGES: ForeignFields = {
+    "tool_calls": Foreign(([],), "calls of functions"),
+    "function_call": Foreign((), "calls of functions"),
+    "tool_call_id": Foreign((), "calls of functions"),
+    "refusal": Foreign(("",), "refusals"),
+    "annotations": Foreign(([],), "notes on the text"),
+    "audio": Foreign((), "input that is no text"),
+    "reasoning": Foreign(("",), "reasoning"),
+    "reasoning_content": Foreign(("",), "reasoning"),
+    "id": Foreign(None, "a label of the client's"),
+}
+"""Of messages, which clients make of earlier answers."""
+
+OF_PARTS: ForeignFields = {
+    "cache_control": Foreign(None, "caches of prompts do not change an answer"),
+    "annotations": Foreign(([],), "notes on the text"),
+    **{
+        name: Foreign((), "input that is no text")
+        for name in ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal")
+    },
+}
+"""Of parts of messages."""
+
+
+def without_foreign(
+    body: Mapping[Any, Any], known: Iterable[str], foreign: ForeignFields, *, is_open: bool = False
+) -> dict[Any, Any]:
+    """A body without foreign fields: with its own alone, unless it is open to others.
+
+    Raises:
+        PydanticCustomError: There is a field that would change the answer, or one that does not exist.
+    """
+    own = set(known)
+    for name in body:
+        if name in own or (is_open and name not in foreign):
+            continue
+        if name not in foreign:
+            hint = did_you_mean(str(name), own) or ""
+            raise _refusal(name, f"unknown field {shown(name)}{hint}")
+        if not foreign[name].is_harmless(body[name]):
+            raise _refusal(name, f"{name} is not supported by this server")
+    return {name: value for name, value in body.items() if name in own or name not in foreign}
+
+
+def _refusal(name: Any, message: str) -> PydanticCustomError:
+    # As an argument: the template of a message is a format string, and a client may write braces, and lone surrogates.
+    field = str(name).encode("utf-8", "replace").decode()
+    return PydanticCustomError("field", "{message}", {"message": message, "field": field})
