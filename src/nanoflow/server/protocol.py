@@ -1,7 +1,7 @@
 """Request bodies of the OpenAI-compatible API, with the bounds of every field.
 
-Optional fields default to None, which means "as `SamplingParams` has it": defaults live there alone. Unknown fields are
-ignored, except those that would change what an answer means (UNSUPPORTED). Bodies of answers: `responses.py`.
+Optional fields default to None, which means "as the model recommends, else as `SamplingParams` has it". Unknown fields
+are ignored, except those that would change what an answer means (UNSUPPORTED). Bodies of answers: `responses.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
 from nanoflow.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 
 MAX_PROMPTS = 1024
@@ -169,8 +170,8 @@ class SamplingFields(RequestBody):
             raise ValueError("prompt_logprobs is not available in a stream")
         return self
 
-    def sampling(self, **more: Any) -> SamplingParams:
-        """Parameters for the engine: the fields that were given, and `more` on top.
+    def sampling(self, defaults: SamplingDefaults, **more: Any) -> SamplingParams:
+        """Parameters for the engine: the fields that were given, over the model's defaults, and `more` on top.
 
         Raises:
             ValueError: Fields that do not go together.
@@ -178,7 +179,7 @@ class SamplingFields(RequestBody):
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.logit_bias:
             given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
-        return SamplingParams(**{**given, **more})
+        return defaults.params({**given, **more})
 
 
 class CompletionRequest(SamplingFields):
@@ -209,14 +210,14 @@ class CompletionRequest(SamplingFields):
             raise ValueError("max_tokens must be at least 1 unless echo is true")
         return self
 
-    def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
+    def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine, which always generates a token: with `is_echo_only` it is to be hidden."""
         more: dict[str, Any] = {"logprobs": self.logprobs, "detokenize": can_detokenize}
         if self.max_tokens is not None:
             more["max_tokens"] = max(self.max_tokens, 1)
         if self.echo and self.logprobs is not None:
             more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return self.sampling(**more)
+        return self.sampling(defaults, **more)
 
 
 class TextPart(RequestBody):
@@ -280,11 +281,12 @@ class ChatCompletionRequest(SamplingFields, Conversation):
             raise ValueError("top_logprobs needs logprobs=true")
         return value
 
-    def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
+    def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine."""
         return self.sampling(
+            defaults,
             detokenize=can_detokenize,
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            max_tokens=self.max_completion_tokens or self.max_tokens or defaults.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
