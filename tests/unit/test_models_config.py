@@ -218,6 +218,7 @@ def test_layer_windows(architecture: str, fields: dict[str, Any], expected: tupl
         ({"is_causal": False}, "field 'is_causal' must be true: only causal attention is served"),
         ({"num_hidden_layers": 10**9}, "field 'num_hidden_layers' must be at most 10000, got 1000000000"),
         ({"head_dim": 10**9}, "field 'head_dim' must be at most 65536, got 1000000000"),
+        ({"hidden_size": 2**30}, "field 'hidden_size' makes heads of 268435456 dimensions, at most 65536 are served"),
         ({"hidden_size": 10**400}, "field 'hidden_size' must be at most 2147483647, got 1000000"),
         ({"rms_norm_eps": 10**400}, "field 'rms_norm_eps' must be a positive number, got 1000000"),
         ({"rope_theta": 10**400}, "field 'rope_theta' must be a positive number, got 1000000"),

@@ -115,7 +115,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
         raise ModelError(f"{path}: weight_map must map names of tensors to files")
     for name in weight_map.values():
         # A checkpoint may not reach for files outside its folder.
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ModelError(f"{path} names {shown(name)}, which is no file name")
     return weight_map
 

@@ -151,7 +151,10 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
     hidden_size = fields.positive_int("hidden_size")
     if not fields.has("head_dim") and hidden_size % num_heads:
         raise fields.error("num_attention_heads", f"must divide hidden_size {hidden_size}, got {num_heads}")
-    head_dim = fields.positive_int("head_dim", hidden_size // num_heads, most=_MAX_HEAD_DIM)
+    derived = hidden_size // num_heads
+    if not fields.has("head_dim") and derived > _MAX_HEAD_DIM:
+        raise fields.error("hidden_size", f"makes heads of {derived} dimensions, at most {_MAX_HEAD_DIM} are served")
+    head_dim = fields.positive_int("head_dim", derived, most=_MAX_HEAD_DIM)
     if head_dim % 2:
         raise fields.error("head_dim", f"must be even for the rotary embedding, got {head_dim}")
     return head_dim
