@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.registry import ARCHITECTURES, build_graph
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -240,6 +242,31 @@ def test_nonsense_is_one_line_with_file_and_field(fields: dict[str, Any], messag
     assert str(caught.value).startswith("/m/config.json")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
+
+
+# Values that no field means, or that few do.
+HOSTILE: tuple[Any, ...] = (
+    *(None, True, 0, -1, 3, 2**31, 10**9, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324, float("nan"), float("inf")),
+    *("", "x", "\n" * 500, [], [[]], [None], [10**400], ["x" * 10_000], {}, {"a": {}}, {"rope_type": []}),
+    *({"rope_type": "yarn", "factor": 5e-324}, {"rope_type": "linear", "factor": 10**400}, {"type": "dynamic"}),
+)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "MixtralForCausalLM", "MambaForCausalLM"])
+def test_no_value_of_any_field_is_more_than_one_line(architecture: str) -> None:
+    base = {**LLAMA, "architectures": [architecture], "num_local_experts": None}
+    names = {name for one in ARCHITECTURES.values() for name in one.reading.fields}
+    names |= {"architectures", "model_type", "quantization_config", "is_causal", "per_layer_config"}
+    names |= {"num_local_experts", "num_experts_per_tok"}
+    num_errors = 0
+    for name, value in itertools.product(names, HOSTILE):
+        try:
+            build_graph(parse({**base, name: value}), None)
+        except ModelError as error:
+            num_errors += 1
+            assert "\n" not in str(error)
+            assert len(str(error)) < 300
+    assert num_errors > len(names) * len(HOSTILE) / 2
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])

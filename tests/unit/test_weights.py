@@ -132,6 +132,19 @@ def test_a_tied_pair_is_read_as_transformers_reads_it(
     assert torch.allclose(logits, plain, atol=1e-3) == (change is not _both)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_type_that_config_json_does_not_have_is_that_of_the_weights(dtype: str, tmp_path: Path) -> None:
+    make_model("llama2", tmp_path, dtype=dtype)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    assert model_config.load(tmp_path).dtype == dtype
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None, "torch_dtype": "float16"}))
+    assert model_config.load(tmp_path).dtype == "float16"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    (tmp_path / "model.safetensors").unlink()
+    assert model_config.load(tmp_path).dtype == "float32"
+
+
 def test_a_tied_pair_that_differs_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_model("llama2", tmp_path, tied=True)
     tensors = load_file(tmp_path / "model.safetensors")

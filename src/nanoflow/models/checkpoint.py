@@ -66,17 +66,17 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def has_own_output(folder: Path, embedding: str, output: str) -> bool:
-    """True if a checkpoint holds both an embedding and an output projection, and the two differ.
-
-    False if there is no checkpoint or it cannot be read: that is for whoever loads it to say.
-    """
+def peek(folder: Path) -> dict[str, StoredTensor]:
+    """As `read_checkpoint`; nothing if there is no checkpoint or it cannot be read: whoever loads it will say so."""
     try:
-        stored = read_checkpoint(folder)
-        both = stored.get(embedding), stored.get(output)
-        return both[0] is not None and both[1] is not None and not _are_same(both[0], both[1])
-    except (ModelError, OSError):
-        return False
+        return read_checkpoint(folder)
+    except ModelError:
+        return {}
+
+
+def differ(one: StoredTensor | None, other: StoredTensor | None) -> bool:
+    """True if both are there, and not the same numbers in the same type."""
+    return one is not None and other is not None and not _are_same(one, other)
 
 
 def corrupt(path: Path, error: object) -> ModelError:

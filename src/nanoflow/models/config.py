@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanoflow.models.checkpoint import has_own_output
+from nanoflow.models.checkpoint import differ, peek
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
 from nanoflow.models.llama import EMBEDDING, OUTPUT
 from nanoflow.models.model import ModelConfig, RopeConfig
@@ -23,6 +23,7 @@ __all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load"
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 # More than any model has, and few enough to be listed.
 _MAX_LAYERS = 10_000
@@ -40,10 +41,10 @@ _WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
 
 
 def load(folder: Path) -> ModelConfig:
-    """Read config.json; generation_config.json for further ends of sequence; and whether a tied output is one.
+    """Read config.json, generation_config.json for further ends of sequence, and what only the weights say.
 
-    A checkpoint may hold an output projection of its own although config.json ties it to the embedding. Where the two
-    differ both are used, as transformers does.
+    That is the type if config.json has none, and whether a tied output is one: a checkpoint may hold an output
+    projection although config.json ties it to the embedding. Where the two differ both are used, as in transformers.
 
     Raises:
         ModelError: A file is missing or no JSON object, or a field makes no sense.
@@ -51,10 +52,15 @@ def load(folder: Path) -> ModelConfig:
     values = read_object(folder / "config.json")
     config = parse(values, origin=str(folder / "config.json"))
     config = replace(config, eos_token_ids=_all_eos_token_ids(folder, config, values))
-    if config.tie_word_embeddings and has_own_output(folder, EMBEDDING, OUTPUT):
+    has_dtype = any(values.get(name) is not None for name in ("dtype", "torch_dtype"))
+    if has_dtype and not config.tie_word_embeddings:
+        return config
+    stored = peek(folder)
+    if config.tie_word_embeddings and differ(stored.get(EMBEDDING), stored.get(OUTPUT)):
         logger.warning("%s ties the output to the embedding, but the weights differ: they are not tied", folder)
         config = replace(config, tie_word_embeddings=False)
-    return config
+    dtypes = (_STORED_DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in _STORED_DTYPES)
+    return config if has_dtype else replace(config, dtype=next(dtypes, config.dtype))
 
 
 def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelConfig:
@@ -68,7 +74,7 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         ModelError: A field is missing or makes no sense, or the weights are quantised.
     """
     architecture = _architecture(Fields(values=config, origin=origin))
-    fields = _as_the_architecture_sees_it(config, architecture, f"{origin} ({architecture})")
+    fields = _as_the_architecture_sees_it(config, architecture, origin)
     num_heads = fields.positive_int("num_attention_heads")
     num_layers = fields.positive_int("num_hidden_layers", most=_MAX_LAYERS)
     vocab_size = fields.positive_int("vocab_size")
@@ -120,6 +126,7 @@ def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, o
     """
     reading = reading_of(architecture) or reading_of("LlamaForCausalLM")
     assert reading is not None
+    origin = f"{origin} ({architecture})" if reading_of(architecture) is not None else origin
     given = Fields(values=config, origin=origin)
     for name, (served, problem) in _NOT_SERVED.items():
         if name in config and config[name] not in served:

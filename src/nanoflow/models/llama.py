@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
-from nanoflow.models.fields import ModelError
+from nanoflow.models.fields import ModelError, shown
 from nanoflow.models.model import ModelConfig
 from nanoflow.models.rope import rope_spec
 
@@ -38,7 +38,7 @@ def build(
         ModelError: The activation or the rotary embedding is not one that is served.
     """
     if config.hidden_act not in _ACTIVATIONS:
-        raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {config.hidden_act!r}")
+        raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
     attention = _attention_dims(config, has_qk_norm=has_qk_norm)
     parameters = _parameters(config)
     layer_parameters = (

@@ -11,7 +11,7 @@ from functools import partial
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.models import llama, readings
-from nanoflow.models.fields import ModelError
+from nanoflow.models.fields import ModelError, shown
 from nanoflow.models.model import ModelConfig
 from nanoflow.models.readings import Reading
 
@@ -66,5 +66,6 @@ def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
         experts = f"{config.num_experts} experts a layer"
         raise ModelError(f"{config.architecture}: a mixture of experts ({experts}) is not served yet")
     if config.architecture not in ARCHITECTURES:
-        raise ModelError(f"architecture {config.architecture!r} is not known; known: {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"architecture {shown(config.architecture)} is not known; known: {known}")
     return ARCHITECTURES[config.architecture].build(config, max_model_len)
