@@ -176,6 +176,8 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     {"layer_types": _ALTERNATING, "head_dim": DELETED},
     {"layer_types": DELETED, "sliding_window": None, "use_sliding_window": True},
     {"head_dim": DELETED, "num_key_value_heads": DELETED},
+    {"num_attention_heads": 16, "num_key_value_heads": DELETED},
+    {"num_attention_heads": 32, "num_key_value_heads": DELETED},
     {"head_dim": DELETED, "hidden_size": 60},
     {"head_dim": DELETED, "num_attention_heads": DELETED, "num_key_value_heads": 4},
     {"head_dim": None, "hidden_size": 96},

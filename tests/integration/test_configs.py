@@ -7,6 +7,7 @@ or a spelling that is misread moves these logits by whole nats.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -121,6 +122,24 @@ def test_every_field_means_what_it_means_to_transformers(architecture: str, tmp_
     base = compared[0].theirs
     changed = [one for one in compared if one.theirs is not None and not _are_alike(one.theirs, base)]
     assert len(changed) >= 60
+
+
+# Fields without a place in a configuration class of transformers, which reads them all the same: older spellings, those
+# that any class takes, and two that are looked for where models are made.
+_ANYWHERE = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "torch_dtype"}
+_READ_ELSEWHERE = {"MistralForCausalLM": {"layer_types"}, "Qwen2ForCausalLM": {"head_dim"}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fields_and_defaults_are_those_of_the_configuration_class(architecture: str) -> None:
+    reading = ARCHITECTURES[architecture].reading
+    kind = type(transformers.AutoConfig.for_model(reading.model_type))
+    theirs = {field.name: field.default for field in dataclasses.fields(kind)}
+    known = {name for one in ARCHITECTURES.values() for name in one.reading.fields}
+    mine = reading.fields.keys() - _ANYWHERE - _READ_ELSEWHERE.get(architecture, set())
+    assert mine == theirs.keys() & known
+    assert {name: reading.fields[name] for name in mine} == {name: theirs[name] for name in mine}
+    assert reading.fields["rope_theta"] == kind.default_theta
 
 
 def test_a_window_that_is_left_out_is_as_long_as_in_transformers(tmp_path: Path) -> None:

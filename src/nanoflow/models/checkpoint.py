@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from nanoflow.models.fields import (
-    MAX_JSON_BYTES,
+    MAX_INDEX_BYTES,
     ModelError,
     is_there,
     read_object,
@@ -110,7 +110,7 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 def _read_index(path: Path) -> Mapping[str, str]:
     """The file of each tensor, by an index."""
-    weight_map = read_object(path, max_bytes=MAX_JSON_BYTES).get("weight_map")
+    weight_map = read_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: weight_map must map names of tensors to files")
     for name in weight_map.values():

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Largest JSON file that is read: an index of a million tensors has about 100 MB, a config.json some kB.
-MAX_JSON_BYTES = 256 * 2**20
+# A config.json has some kB, the index of the largest models 10 MB.
+MAX_INDEX_BYTES = 32 * 2**20
 MAX_CONFIG_BYTES = 4 * 2**20
 INT32_MAX = 2**31 - 1
 _MAX_SHOWN = 80
@@ -67,9 +67,9 @@ class Fields:
             raise self.error(name, f"must be at most {most}, got {shown(value)}")
         return value
 
-    def whole(self, name: str, default: int | None = None, *, most: int) -> int:
+    def whole(self, name: str, *, most: int) -> int:
         """A whole number from -`most` to `most`."""
-        value = self.raw(name, default)
+        value = self.raw(name)
         if not isinstance(value, int) or isinstance(value, bool) or abs(value) > most:
             raise self.error(name, f"must be a whole number, got {shown(value)}")
         return value
