@@ -280,6 +280,8 @@ def test_ends_of_sequence_of_both_files(tmp_path: Path) -> None:
     assert load(tmp_path).eos_token_ids == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5, 7]}')
     assert load(tmp_path).eos_token_ids == (5, 3, 7)
+    (tmp_path / "other").write_text('{"eos_token_id": 9}')
+    assert load(tmp_path, tmp_path / "other").eos_token_ids == (5, 9)
     # What an architecture has by default is not added to what a file says.
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert load(tmp_path).eos_token_ids == (3, 5, 7)

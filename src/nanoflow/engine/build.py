@@ -26,7 +26,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import are_capturable, kernels_for
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.config import load as load_model_config
-from nanoflow.models.generation import load_sampling_defaults
+from nanoflow.models.generation import load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
 from nanoflow.models.registry import build_graph
@@ -164,7 +164,7 @@ def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
     preset = preset_name(config.model)
     if preset is None:
         folder = locate_model(config.model, config.revision)
-        return load_model_config(folder), folder
+        return load_model_config(folder, named_file(config.generation_config)), folder
     return preset_config(preset), None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from nanoflow.models.checkpoint import differ, peek
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
+from nanoflow.models.generation import GENERATION_CONFIG
 from nanoflow.models.llama import EMBEDDING, OUTPUT
 from nanoflow.models.model import ModelConfig, RopeConfig
 from nanoflow.models.registry import reading_of, served_as
@@ -40,27 +41,27 @@ _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 _WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
 
 
-def load(folder: Path) -> ModelConfig:
+def load(folder: Path, generation_config: Path | None = None) -> ModelConfig:
     """Read config.json, generation_config.json for further ends of sequence, and what only the weights say.
 
     That is the type if config.json has none, and whether a tied output is one: a checkpoint may hold an output
     projection although config.json ties it to the embedding. Where the two differ both are used, as in transformers.
+
+    Args:
+        folder: The model's.
+        generation_config: A file in place of the folder's generation_config.json.
 
     Raises:
         ModelError: A file is missing or no JSON object, or a field makes no sense.
     """
     values = read_object(folder / "config.json")
     config = parse(values, origin=str(folder / "config.json"))
-    config = replace(config, eos_token_ids=_all_eos_token_ids(folder, config, values))
+    own = folder / GENERATION_CONFIG
+    recommended = generation_config or (own if is_there(own) else None)
+    if recommended is not None:
+        config = replace(config, eos_token_ids=_all_eos_token_ids(recommended, config, values))
     has_dtype = any(values.get(name) is not None for name in ("dtype", "torch_dtype"))
-    if has_dtype and not config.tie_word_embeddings:
-        return config
-    stored = peek(folder)
-    if config.tie_word_embeddings and differ(stored.get(EMBEDDING), stored.get(OUTPUT)):
-        logger.warning("%s ties the output to the embedding, but the weights differ: they are not tied", folder)
-        config = replace(config, tie_word_embeddings=False)
-    dtypes = (_STORED_DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in _STORED_DTYPES)
-    return config if has_dtype else replace(config, dtype=next(dtypes, config.dtype))
+    return config if has_dtype and not config.tie_word_embeddings else _as_stored(config, folder, has_dtype=has_dtype)
 
 
 def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelConfig:
@@ -231,14 +232,23 @@ def _eos_token_ids(fields: Fields, vocab_size: int, *, is_given: bool) -> tuple[
     return fields.token_ids("eos_token_id", vocab_size)
 
 
-def _all_eos_token_ids(folder: Path, config: ModelConfig, values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Those of config.json, then those of generation_config.json; the architecture's if neither says any."""
-    path = folder / "generation_config.json"
-    if not is_there(path):
-        return config.eos_token_ids
+def _all_eos_token_ids(path: Path, config: ModelConfig, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Those of config.json, then those of a generation_config.json; the architecture's if neither says any."""
     more = Fields(values=read_object(path), origin=str(path)).token_ids("eos_token_id", config.vocab_size)
     own = config.eos_token_ids if "eos_token_id" in values or not more else ()
     return tuple(dict.fromkeys((*own, *more)))
+
+
+def _as_stored(config: ModelConfig, folder: Path, *, has_dtype: bool) -> ModelConfig:
+    """The model with the type of its weights, if it has none, and untied if a tied pair is stored and differs."""
+    stored = peek(folder)
+    if not has_dtype:
+        dtypes = (_STORED_DTYPES.get(tensor.dtype) for tensor in stored.values())
+        config = replace(config, dtype=next(filter(None, dtypes), config.dtype))
+    if config.tie_word_embeddings and differ(stored.get(EMBEDDING), stored.get(OUTPUT)):
+        logger.warning("%s ties the output to the embedding, but the weights differ: they are not tied", folder)
+        config = replace(config, tie_word_embeddings=False)
+    return config
 
 
 def _dtype(fields: Fields) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from nanoflow.models.fields import INT32_MAX, Fields, is_there, read_object
 from nanoflow.request import SamplingParams
 
-FILE = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +80,17 @@ def load_sampling_defaults(source: str, folder: Path | None) -> SamplingDefaults
     return defaults
 
 
+def named_file(source: str) -> Path | None:
+    """The file that a source names in place of the model's own; None if it names none."""
+    return None if source in ("auto", "vllm") else Path(source).expanduser() / GENERATION_CONFIG
+
+
 def _path(source: str, folder: Path | None) -> Path | None:
     """The file to read; None for none."""
-    if source == "vllm":
-        return None
-    if source != "auto":
-        return Path(source).expanduser() / FILE
-    return folder / FILE if folder is not None and is_there(folder / FILE) else None
+    named = named_file(source)
+    if named is not None or source == "vllm" or folder is None:
+        return named
+    return folder / GENERATION_CONFIG if is_there(folder / GENERATION_CONFIG) else None
 
 
 def _number(fields: Fields, name: str) -> float | None:
