@@ -106,6 +106,11 @@ class EngineConfig:
         "auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU", read=_read_dtype
     )
     device: str = option("auto", "auto, cpu or cuda")
+    generation_config: str = option(
+        "auto",
+        "Where requests that do not say how to sample take it from: auto is the model's generation_config.json, vllm "
+        "is no file, else a folder with such a file",
+    )
     load_format: LoadFormat = option(
         "safetensors", "safetensors, or random: weights drawn at random, for benchmarks", read=_read_load_format
     )

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
-from nanoflow.executor.buffers import DeviceModel, allocate_caches
-from nanoflow.executor.inputs import InputBuilder
-from nanoflow.executor.reference import ReferenceExecutor
-from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config import load
 from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import load_weights
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
-from tests.driving import HuggingFace, Prompt, expect_less, greedy, random_prompts, run_engine, run_model
+from tests.driving import HuggingFace, expect_less, greedy, random_prompts, run_engine, run_model
 from tests.families import FAMILIES, make_model
+from tests.logits import prompt_logits
 
 MAX_TOKENS = 16
 PROMPTS = random_prompts(32, 131, longest=90)
@@ -92,34 +85,7 @@ def test_greedy_tokens_under_nano_batched_plans(case: Case, boundaries: list[int
 def test_logits_are_those_of_transformers(case: Case) -> None:
     prompt = random_prompts(1, 131, longest=1, seed=3)[0] + random_prompts(1, 131, longest=150, seed=5)[0]
     expected = HuggingFace(case.folder).logits(prompt)
-    torch.testing.assert_close(_prompt_logits(case.folder, prompt), expected, rtol=2e-4, atol=2e-4)
-
-
-def _prompt_logits(folder: Path, prompt: Prompt) -> torch.Tensor:
-    """Logits [tokens, vocab] of a prompt in one chunk, by the reference executor."""
-    cpu, page_size, count = torch.device("cpu"), 16, len(prompt)
-    graph = build_graph(load(folder), None)
-    caches = allocate_caches(graph, num_pages=64, page_size=page_size, dtype=torch.float32, device=cpu)
-    weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
-    batch = DenseBatch(
-        iteration=1,
-        rows=np.zeros(1, np.int32),
-        epochs=np.zeros(1, np.int64),
-        num_decodes=0,
-        query_start=np.array([0, count], np.int32),
-        context_len=np.array([count], np.int32),
-        token_ids=np.array(prompt, np.int32),
-        is_fed_back=np.zeros(count, np.bool_),
-        positions=np.arange(count, dtype=np.int32),
-        slots=np.arange(count, dtype=np.int64),
-        new_pages=NewPages.of_tables(np.arange(64, dtype=np.int32)[None]),
-        table_width=64,
-        sampled=np.zeros(1, np.int32),
-    )
-    inputs = InputBuilder(graph.rope, num_rows=1, device=cpu).build(batch)
-    inputs = dataclasses.replace(inputs, logit_tokens=torch.arange(count))
-    return ReferenceExecutor(model).forward(inputs)
+    torch.testing.assert_close(prompt_logits(case.folder, prompt), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

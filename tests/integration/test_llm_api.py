@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,21 @@ def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
     assert completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) == 8
     whole = llm.get_tokenizer().decode([*output.prompt_token_ids, *completion.token_ids])
     assert "hello world" + completion.text == whole
+
+
+def test_a_model_s_own_sampling_is_the_default(model: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    recommended = {"temperature": 0.0, "max_new_tokens": 5, "top_p": 0.5, "eos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(recommended))
+    with LLM(str(folder), **ENGINE_OPTIONS) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, top_p=0.5, max_tokens=5)
+        outputs = llm.generate([[5, 6, 7], [5, 6, 7]], use_tqdm=False)
+        assert len(outputs[0].outputs[0].token_ids) <= 5
+        assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        assert len(llm.generate([5, 6, 7], params, use_tqdm=False)[0].outputs[0].token_ids) == 9
+    with LLM(str(folder), generation_config="vllm", **ENGINE_OPTIONS) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
 
 
 def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from nanoflow.config import ServerConfig
+from nanoflow.models.generation import SamplingDefaults
 from tests.fake_async_engine import MAX_MODEL_LEN, SENTENCE, FakeAsyncEngine
 from tests.fake_server import CHAT, complete, error_of, served
 
@@ -56,6 +58,20 @@ def test_completion(http: httpx.Client) -> None:
 def test_completion_with_the_openai_client(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="toy", prompt="a", max_tokens=3, n=2, stop=["zz"], seed=1)
     assert [choice.text for choice in answer.choices] == ["the", "he "]
+
+
+def test_a_request_that_does_not_say_samples_as_the_model_recommends() -> None:
+    engine = FakeAsyncEngine()
+    engine.facts = dataclasses.replace(engine.facts, sampling=SamplingDefaults(temperature=0.25, max_tokens=3))
+    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=10) as http:
+        assert complete(http)["choices"][0]["text"] == "the"
+        complete(http, temperature=1.0, max_tokens=1)
+        assert http.post("/v1/chat/completions", json={"messages": CHAT}).status_code == 200
+    assert [(params.temperature, params.max_tokens) for params in engine.seen_params] == [
+        (0.25, 3),
+        (1.0, 1),
+        (0.25, 3),
+    ]
 
 
 def test_several_prompts_and_choices_are_numbered(http: httpx.Client) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import pytest
 
 from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.engine.engine import Engine

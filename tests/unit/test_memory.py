@@ -92,6 +92,28 @@ def test_a_length_beyond_the_models_is_refused(size: Size) -> None:
         size("cpu", 1000, max_model_len=257)
 
 
+@pytest.mark.parametrize(
+    ("rope", "by_default", "longest"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 256, 256),
+        ({"rope_type": "yarn", "factor": 4.0}, 256, 256),
+        ({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 64, 64),
+        # Beyond 64 it changes the frequencies of all positions: not by default, and then to any length.
+        ({"rope_type": "dynamic", "factor": 4.0}, 64, None),
+    ],
+)
+def test_the_length_that_a_rotary_embedding_stretches_to(
+    rope: dict[str, Any], by_default: int, longest: int | None
+) -> None:
+    model = parse({**LLAMA, "max_position_embeddings": 64, "rope_scaling": rope})
+    assert memory.wanted_model_len(EngineConfig(), model) == by_default
+    for length in (longest or 1000, by_default - 1):
+        assert memory.wanted_model_len(EngineConfig(max_model_len=length), model) == length
+    if longest is not None:
+        with pytest.raises(ConfigError, match=f"the model was made for at most {longest} tokens"):
+            memory.wanted_model_len(EngineConfig(max_model_len=longest + 1), model)
+
+
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     needed, cpu = GRAPH.num_parameters * 4, torch.device("cpu")
     monkeypatch.setattr(memory, "free_memory_bytes", lambda _: needed)

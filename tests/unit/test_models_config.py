@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.registry import ARCHITECTURES, build_graph
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -24,6 +30,9 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
 }
+
+
+QWEN: dict[str, Any] = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
 
 
 def test_transformers_4_and_5_say_the_same() -> None:
@@ -42,23 +51,88 @@ def test_what_may_be_absent_has_the_defaults_of_llama() -> None:
     assert (config.num_kv_heads, config.head_dim, config.dtype) == (4, 16, "float32")
     assert (config.rope.rope_type, config.rope.theta) == ("default", 10000.0)
     assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
-    assert (config.eos_token_ids, config.layer_windows) == ((), (None,) * 4)
+    assert (config.eos_token_ids, config.layer_windows) == ((2,), (None,) * 4)
 
 
-def test_experts_in_the_words_of_mixtral_and_qwen() -> None:
+def test_an_end_of_sequence_by_default_only_in_a_vocabulary_that_has_it() -> None:
+    assert parse({**LLAMA, "vocab_size": 2}).eos_token_ids == ()
+    assert parse({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
+    assert parse(QWEN).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("LlamaForCausalLM", (4096, 32, 32, 32, 128, 11008, 32000, 2048)),
+        ("MistralForCausalLM", (4096, 32, 32, 8, 128, 14336, 32000, 131072)),
+        ("Qwen2ForCausalLM", (4096, 32, 32, 32, 128, 22016, 151936, 32768)),
+        ("Qwen3ForCausalLM", (4096, 32, 32, 32, 128, 22016, 151936, 32768)),
+    ],
+)
+def test_an_absent_size_is_that_of_the_architecture(architecture: str, expected: tuple[int, ...]) -> None:
+    config = parse({"architectures": [architecture]})
+    sizes = (config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
+    assert (*sizes, config.intermediate_size, config.vocab_size, config.max_position_embeddings) == expected
+
+
+def test_the_architecture_by_its_model_type() -> None:
+    nothing: list[Any] = [None, []]
+    for names in nothing:
+        config = parse({**LLAMA, "architectures": names, "model_type": "mistral"})
+        assert (config.architecture, config.layer_windows[0]) == ("MistralForCausalLM", 4096)
+    with pytest.raises(ModelError, match="'model_type' is 'mistral', but architectures has 'LlamaForCausalLM'"):
+        parse({**LLAMA, "model_type": "mistral"})
+
+
+def test_what_an_architecture_does_not_have_changes_nothing() -> None:
+    left_over = {"sliding_window": 8, "layer_types": ["sliding_attention"], "num_experts": 8, "num_local_experts": 8}
+    assert parse({**LLAMA, **left_over}) == parse(LLAMA)
+    assert not parse({**QWEN, "attention_bias": True, "mlp_bias": True}).attention_bias
+
+
+def test_experts() -> None:
+    mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"]}
     assert (parse(LLAMA).num_experts, parse(LLAMA).num_experts_per_token) == (None, None)
-    for name in ("num_local_experts", "num_experts"):
-        config = parse({**LLAMA, name: 8, "num_experts_per_tok": 2})
-        assert (config.num_experts, config.num_experts_per_token) == (8, 2)
+    assert (parse(mixtral).num_experts, parse(mixtral).num_experts_per_token) == (8, 2)
+    assert parse({**mixtral, "num_local_experts": 4}).num_experts == 4
     with pytest.raises(ModelError, match="'num_experts_per_tok' is missing"):
-        parse({**LLAMA, "num_experts": 8})
-    with pytest.raises(ModelError, match="'num_experts_per_tok' must be at most num_experts 8, got 9"):
-        parse({**LLAMA, "num_experts": 8, "num_experts_per_tok": 9})
+        parse({**mixtral, "num_experts_per_tok": None})
+    with pytest.raises(ModelError, match="'num_experts_per_tok' must be at most num_local_experts 8, got 9"):
+        parse({**mixtral, "num_experts_per_tok": 9})
 
 
-def test_null_counts_as_absent() -> None:
+def test_null_counts_as_absent_where_it_may_stand() -> None:
     config = parse({**LLAMA, "rope_scaling": None, "head_dim": None, "sliding_window": None, "eos_token_id": None})
     assert (config.rope.rope_type, config.head_dim, config.eos_token_ids) == ("default", 16, ())
+    for name in ("rms_norm_eps", "tie_word_embeddings", "rope_theta", "attention_bias"):
+        with pytest.raises(ModelError, match=f"field '{name}' is missing: it is null"):
+            parse({**LLAMA, name: None})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "linear"),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ],
+)
+def test_of_two_spellings_counts_that_which_counts_in_transformers(fields: dict[str, Any], expected: str) -> None:
+    assert parse({**LLAMA, **fields}).rope.rope_type == expected
+
+
+def test_two_spellings_that_differ_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    parse({**LLAMA, "rope_scaling": scaling, "rope_parameters": dict(scaling)})
+    assert not caplog.messages
+    config = parse({**LLAMA, "rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}})
+    assert "rope_scaling and rope_parameters differ, rope_scaling is used" in caplog.text
+    assert (config.rope.rope_type, config.rope.theta) == ("linear", 10000.0)
+
+
+def test_other_names_of_types() -> None:
+    assert parse({**LLAMA, "dtype": "half", "torch_dtype": "float32"}).dtype == "float16"
+    assert parse({**LLAMA, "dtype": None, "torch_dtype": "torch.bfloat16"}).dtype == "bfloat16"
 
 
 def test_old_name_of_the_rope_type() -> None:
@@ -73,31 +147,46 @@ def test_trained_length_outside_the_rope_parameters_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rope", "expected"),
+    ("rope", "by_default", "expected"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, 8192),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 2048),
-        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({}, 2048, 2048),
+        ({"rope_type": "yarn", "factor": 4.0}, 8192, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 2048, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096, 4096),
+        ({"rope_type": "linear", "factor": 4.0}, 8192, 8192),
+        ({"rope_type": "linear", "factor": 0.5}, 2048, 2048),
+        ({"rope_type": "linear", "factor": 1e300}, 2**31 - 1, 2**31 - 1),
+        ({"rope_type": "dynamic", "factor": 4.0}, 2048, 8192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}, 2048, 2048),
+        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 256}, 2048, 2048),
+        ({"rope_type": "default", "factor": 4.0}, 2048, 2048),
     ],
 )
-def test_longest_context(rope: dict[str, Any], expected: int) -> None:
-    assert parse({**LLAMA, "rope_scaling": rope}).max_context_len == expected
+def test_longest_context(rope: dict[str, Any], by_default: int, expected: int) -> None:
+    config = parse({**LLAMA, "rope_scaling": rope})
+    assert (config.default_context_len, config.max_context_len) == (by_default, expected)
 
 
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("architecture", "fields", "expected"),
     [
-        ({"sliding_window": 24}, (24, 24, 24, 24)),
-        ({"sliding_window": 24, "use_sliding_window": False, "max_window_layers": 2}, (None,) * 4),
-        ({"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 3}, (None, None, None, 24)),
+        ("LlamaForCausalLM", {"sliding_window": 24}, (None,) * 4),
+        ("MistralForCausalLM", {}, (4096,) * 4),
+        ("MistralForCausalLM", {"sliding_window": 24, "use_sliding_window": False}, (24,) * 4),
+        ("MistralForCausalLM", {"sliding_window": None}, (None,) * 4),
+        ("MistralForCausalLM", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, (None,) * 3 + (4096,)),
+        ("Qwen2ForCausalLM", {"sliding_window": 24, "max_window_layers": 0}, (None,) * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 24, "use_sliding_window": True}, (None,) * 4),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True, "max_window_layers": 3}, (None, None, None, 4096)),
         (
-            {"sliding_window": 24, "max_window_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "Qwen3ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 24, "layer_types": ["sliding_attention", "attention"] * 2},
             (24, None, 24, None),
         ),
     ],
 )
-def test_layer_windows(fields: dict[str, Any], expected: tuple[int | None, ...]) -> None:
-    assert parse({**LLAMA, **fields}).layer_windows == expected
+def test_layer_windows(architecture: str, fields: dict[str, Any], expected: tuple[int | None, ...]) -> None:
+    assert parse({**LLAMA, "architectures": [architecture], **fields}).layer_windows == expected
 
 
 @pytest.mark.parametrize(
@@ -116,10 +205,27 @@ def test_layer_windows(fields: dict[str, Any], expected: tuple[int | None, ...])
         ({"torch_dtype": "int8"}, "'torch_dtype' must be one of float32, bfloat16, float16, got 'int8'"),
         ({"eos_token_id": 131}, "field 'eos_token_id' must be token ids below 131, got 131"),
         ({"eos_token_id": [1, "2"]}, "field 'eos_token_id' must be token ids below 131, got '2'"),
-        ({"layer_types": ["full_attention"]}, "field 'layer_types' must list 4 layers"),
-        ({"layer_types": ["linear_attention"] * 4}, "may hold full_attention and sliding_attention, got 'linear_atte"),
-        ({"layer_types": ["sliding_attention"] * 4}, "field 'sliding_window' is missing, but layer_types asks"),
-        ({"max_window_layers": -1}, "field 'max_window_layers' must be a whole number from 0, got -1"),
+        ({**QWEN, "layer_types": ["full_attention"]}, "field 'layer_types' must list 4 layers"),
+        (
+            {**QWEN, "layer_types": ["linear_attention"] * 4},
+            "may hold full_attention and sliding_attention, got 'linear_atte",
+        ),
+        ({**QWEN, "layer_types": [[]] * 4}, "may hold full_attention and sliding_attention, got []"),
+        (
+            {**QWEN, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+            "field 'sliding_window' is missing, but layer_types asks",
+        ),
+        ({**QWEN, "max_window_layers": -1}, "field 'max_window_layers' must be a whole number from 0, got -1"),
+        ({"per_layer_config": {"0": {}}}, "field 'per_layer_config' is set: layers of different sizes are not served"),
+        ({"is_causal": False}, "field 'is_causal' must be true: only causal attention is served"),
+        ({"num_hidden_layers": 10**9}, "field 'num_hidden_layers' must be at most 10000, got 1000000000"),
+        ({"head_dim": 10**9}, "field 'head_dim' must be at most 65536, got 1000000000"),
+        ({"hidden_size": 2**30}, "field 'hidden_size' makes heads of 268435456 dimensions, at most 65536 are served"),
+        ({"hidden_size": 10**400}, "field 'hidden_size' must be at most 2147483647, got 1000000"),
+        ({"rms_norm_eps": 10**400}, "field 'rms_norm_eps' must be a positive number, got 1000000"),
+        ({"rope_theta": 10**400}, "field 'rope_theta' must be a positive number, got 1000000"),
+        ({"rope_theta": float("inf")}, "field 'rope_theta' must be a positive number, got inf"),
+        ({"hidden_act": ["x" * 1000]}, "field 'hidden_act' must be a string, got ['xxxxxxxx"),
         ({"quantization_config": {"bits": 4}}, "field 'quantization_config' is set: quantised weights are not served"),
         ({"rope_scaling": "yarn"}, "field 'rope_scaling' must be an object, got 'yarn'"),
         (
@@ -135,6 +241,32 @@ def test_nonsense_is_one_line_with_file_and_field(fields: dict[str, Any], messag
         parse({**LLAMA, **fields}, origin="/m/config.json")
     assert str(caught.value).startswith("/m/config.json")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+# Values that no field means, or that few do.
+HOSTILE: tuple[Any, ...] = (
+    *(None, True, 0, -1, 3, 2**31, 10**9, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324, float("nan"), float("inf")),
+    *("", "x", "\n" * 500, [], [[]], [None], [10**400], ["x" * 10_000], {}, {"a": {}}, {"rope_type": []}),
+    *({"rope_type": "yarn", "factor": 5e-324}, {"rope_type": "linear", "factor": 10**400}, {"type": "dynamic"}),
+)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "MixtralForCausalLM", "MambaForCausalLM"])
+def test_no_value_of_any_field_is_more_than_one_line(architecture: str) -> None:
+    base = {**LLAMA, "architectures": [architecture], "num_local_experts": None}
+    names = {name for one in ARCHITECTURES.values() for name in one.reading.fields}
+    names |= {"architectures", "model_type", "quantization_config", "is_causal", "per_layer_config"}
+    names |= {"num_local_experts", "num_experts_per_tok"}
+    num_errors = 0
+    for name, value in itertools.product(names, HOSTILE):
+        try:
+            build_graph(parse({**base, name: value}), None)
+        except ModelError as error:
+            num_errors += 1
+            assert "\n" not in str(error)
+            assert len(str(error)) < 300
+    assert num_errors > len(names) * len(HOSTILE) / 2
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])
@@ -148,18 +280,73 @@ def test_ends_of_sequence_of_both_files(tmp_path: Path) -> None:
     assert load(tmp_path).eos_token_ids == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5, 7]}')
     assert load(tmp_path).eos_token_ids == (5, 3, 7)
+    (tmp_path / "other").write_text('{"eos_token_id": 9}')
+    assert load(tmp_path, tmp_path / "other").eos_token_ids == (5, 9)
+    # What an architecture has by default is not added to what a file says.
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert load(tmp_path).eos_token_ids == (3, 5, 7)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert load(tmp_path).eos_token_ids == (2,)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("{", "not readable as JSON"), ("[]", "must hold a JSON object, holds a list")],
+    [
+        (None, "no such file"),
+        (b"", "not readable as JSON"),
+        (b"{", "not readable as JSON"),
+        (b"[]", "must hold a JSON object, holds a list"),
+        (b'{"a": "\xff"}', "not readable as JSON: 'utf-8' codec can't decode"),
+        ('{"a": 1}'.encode("utf-16"), "not readable as JSON: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, "not readable as JSON: nested too deeply"),
+        (b'{"a":' * 100_000, "not readable as JSON: nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not readable as JSON: Exceeds the limit"),
+        (b'{"vocab_size": 1, "a": {"b": 1, "b": 2}}', "not readable as JSON: the key 'b' stands twice in one object"),
+        (b" " * 2**23, "has 8388608 bytes, more than the"),
+    ],
 )
-def test_no_usable_file(content: str | None, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_no_usable_file(content: bytes | None, message: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=message) as caught:
-        load(tmp_path)
-    assert str(tmp_path / "config.json") in str(caught.value)
+        (tmp_path / name).write_bytes(content)
+    elif name == "generation_config.json":
+        pytest.skip("may be absent")
+    _expect_unreadable(tmp_path / name, message)
+
+
+def _expect_unreadable(path: Path, message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        load(path.parent)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _make_socket(path: Path) -> None:
+    # Names of sockets are short: this one is bound where it stands.
+    with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(path.parent):
+        bound.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Path.mkdir, "is no regular file"),
+        (os.mkfifo, "is no regular file"),
+        (_make_socket, "is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda path: path.symlink_to(path), "not readable: Too many levels of symbolic links"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_is_no_file_is_not_waited_for(
+    make: Callable[[Path], None], message: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    _expect_unreadable(tmp_path / name, message)
 
 
 def test_reading_a_model_and_building_its_graph_import_no_torch() -> None:

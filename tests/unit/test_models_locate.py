@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from nanoflow.models.config import ModelError
+from nanoflow.models.config import ModelError, load
 from nanoflow.models.locate import locate_model
 
 
@@ -39,6 +40,13 @@ def model(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.Model"}}))
     (tmp_path / "evil.py").write_text("raise SystemExit('code of a model folder was run')")
     return tmp_path
+
+
+def test_what_stands_in_place_of_a_config_is_for_its_reader_to_tell(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    assert locate_model(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match=r"config\.json: is no regular file"):
+        load(tmp_path)
 
 
 def _put(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:

@@ -80,6 +80,11 @@ def test_dynamic_is_plain_up_to_the_position_limit() -> None:
             "must be one of default, linear, dynamic, llama3, yarn, got 'longrope'",
         ),
         ({"type": "linear"}, "rope_scaling: field 'factor' is missing"),
+        ({"type": "linear", "factor": 1e-308}, "'linear' gives no finite frequencies with these values"),
+        ({"type": "linear", "factor": 10**400}, "field 'factor' must be a positive number, got 1000"),
+        ({"type": "yarn", "factor": 4.0, "mscale": 1e308, "mscale_all_dim": 1.0}, "gives no finite frequencies"),
+        ({"type": "yarn", "factor": 4.0, "truncate": None}, "field 'truncate' is missing: it is null"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": float("nan")}, "'beta_fast' must be a positive number, got nan"),
         ({"type": "yarn", "factor": -2.0}, "field 'factor' must be a positive number, got -2.0"),
         ({"type": "llama3", "factor": 8.0}, "field 'low_freq_factor' is missing"),
         (
@@ -90,4 +95,10 @@ def test_dynamic_is_plain_up_to_the_position_limit() -> None:
 )
 def test_wrong_rope_parameters(rope: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        rope_spec(parse({**BASE, "rope_scaling": rope}), None)
+        rope_spec(parse({**BASE, "rope_scaling": rope}), 2**20)
+
+
+def test_a_head_of_two_dimensions_cannot_be_stretched_dynamically() -> None:
+    config = parse({**BASE, "head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    with pytest.raises(ModelError, match="'dynamic' gives no finite frequencies"):
+        rope_spec(config, None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanoflow.config import EngineConfig
+from nanoflow.engine.build import build_engine
 from nanoflow.graph.graph import OpGraph
 from nanoflow.models import config as model_config
 from nanoflow.models.config import ModelError
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
+from tests.driving import HuggingFace
 from tests.families import make_model
+from tests.logits import prompt_logits
 
 CPU = torch.device("cpu")
+PROMPT = [number * 37 % 131 for number in range(40)]
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -91,6 +98,66 @@ def test_a_tied_output_is_not_stored_twice(tmp_path: Path) -> None:
     assert sorted(_load(folder).shared) == ["embed.weight", "final_norm.weight"]
 
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _only_output(tensors: dict[str, Tensor]) -> None:
+    tensors[OUTPUT] = tensors.pop(EMBEDDING)
+
+
+def _both_alike(tensors: dict[str, Tensor]) -> None:
+    tensors[OUTPUT] = tensors[EMBEDDING].clone()
+
+
+def _both(tensors: dict[str, Tensor]) -> None:
+    tensors[OUTPUT] = tensors[EMBEDDING].flip(0).contiguous()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("change", [_only_output, _both_alike, _both])
+@pytest.mark.parametrize("family", ["llama2", "qwen3"])
+def test_a_tied_pair_is_read_as_transformers_reads_it(
+    family: str, change: Callable[[dict[str, Tensor]], None], sharded: bool, tmp_path: Path
+) -> None:
+    """Stored under either name, and not tied if both are stored and differ: no tensor is dropped by its name."""
+    make_model(family, tmp_path, tied=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    plain = prompt_logits(tmp_path, PROMPT)
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if sharded:
+        _shard(tmp_path)
+    logits = prompt_logits(tmp_path, PROMPT)
+    torch.testing.assert_close(logits, HuggingFace(tmp_path).logits(PROMPT), rtol=2e-4, atol=2e-4)
+    assert torch.allclose(logits, plain, atol=1e-3) == (change is not _both)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_type_that_config_json_does_not_have_is_that_of_the_weights(dtype: str, tmp_path: Path) -> None:
+    make_model("llama2", tmp_path, dtype=dtype)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    assert model_config.load(tmp_path).dtype == dtype
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None, "torch_dtype": "float16"}))
+    assert model_config.load(tmp_path).dtype == "float16"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    (tmp_path / "model.safetensors").unlink()
+    assert model_config.load(tmp_path).dtype == "float32"
+
+
+def test_a_tied_pair_that_differs_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_model("llama2", tmp_path, tied=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    _both_alike(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert model_config.load(tmp_path).tie_word_embeddings
+    assert not caplog.messages
+    tensors[OUTPUT][-1, -1] += 1.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert not model_config.load(tmp_path).tie_word_embeddings
+    assert "ties the output to the embedding, but the weights differ: they are not tied" in caplog.text
+
+
 def test_number_of_bytes(folder: Path) -> None:
     assert _load(folder, torch.bfloat16).num_bytes == 2 * _graph(folder).num_parameters
 
@@ -139,6 +206,7 @@ def _expect_error(folder: Path, message: str) -> None:
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
         _load(folder)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 100, 20000])
@@ -169,11 +237,137 @@ def test_a_broken_index(content: str, folder: Path) -> None:
     _expect_error(folder, "model.safetensors.index.json")
 
 
-def test_an_index_may_not_leave_the_folder(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\0b", 7, None, ["x"]]
+)
+def test_an_index_may_not_leave_the_folder(name: object, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    _expect_error(folder, "names '../elsewhere.safetensors', which is no file name")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    _expect_error(folder, f"names {name!r}, which is no file name")
+
+
+def test_an_index_that_names_a_tensor_that_is_not_there(folder: Path) -> None:
+    _shard(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.rotary_emb.inv_freq"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    _expect_error(folder, "names model.rotary_emb.inv_freq in 'model-00001-of-00002.safetensors', which lacks it")
+
+
+def test_a_tensor_in_two_shards(folder: Path) -> None:
+    _shard(folder)
+    path = folder / "model-00002-of-00002.safetensors"
+    other = load_file(folder / "model-00001-of-00002.safetensors")
+    save_file({**load_file(path), QUERY: other.get(QUERY, torch.zeros(2))}, path)
+    first = folder / "model-00001-of-00002.safetensors"
+    save_file({**other, QUERY: torch.zeros(2)}, first)
+    _expect_error(folder, f"{QUERY} stands in {first} and in {path}: which is meant?")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "shard"])
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (Path.mkdir, "is no regular file"),
+        (os.mkfifo, "is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda path: path.symlink_to(path), "not readable: Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("nowhere"), "no such file"),
+    ],
+)
+def test_what_is_no_file_is_not_waited_for(name: str, make: Callable[[Path], None], problem: str, folder: Path) -> None:
+    _shard(folder)
+    path = folder / ("model-00001-of-00002.safetensors" if name == "shard" else name)
+    path.unlink(missing_ok=True)
+    make(path)
+    _expect_error(folder, f"{path}: {problem}")
+
+
+HEADER = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+def _header(header: object, num_bytes: int = 8) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (2**60).to_bytes(8, "little") + b"{}",
+        (2**64 - 1).to_bytes(8, "little") + b"{}",
+        _header(b""),
+        _header([]),
+        _header(b"{" + b"x" * 100),
+        _header(b'{"a":' * 50_000),
+        _header({"a": 1}),
+        _header({"a": {"dtype": "F32", "shape": [2]}}),
+        _header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}),
+        _header({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}),
+        _header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}),
+        _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}),
+        _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**60]}}),
+        _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}),
+        _header({"a": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}),
+        _header({**HEADER, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}),
+        _header({**HEADER, "b": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}}, 16),
+        _header(
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+        ),
+        _header(HEADER, 4),
+        _header(HEADER, 12),
+        _header(b'{"\xff": 1}'),
+    ],
+)
+def test_a_hostile_header(content: bytes, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(content)
+    tracemalloc.start()
+    _expect_error(folder, f"{path} is cut short or no safetensors file; download it again (")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_header_that_is_too_long_is_not_read(folder: Path) -> None:
+    """A sparse file says that it has the gigabyte that its header claims."""
+    path = folder / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((2**30).to_bytes(8, "little"))
+        file.truncate(2**31)
+    _expect_error(folder, f"{path} is cut short or no safetensors file; download it again (its header has 1073741824 b")
+
+
+def test_strange_names_are_quoted_and_cut(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "a\nb": torch.zeros(2), "c" * 1000: torch.zeros(2)}, folder / "model.safetensors")
+    _expect_error(folder, r"('a\nb', 'cccc")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 259}, "model.embed_tokens.weight has shape (257, 64), expected (259, 64) by config.json"),
+        (
+            {"hidden_size": 2**30, "head_dim": 16},
+            "model.embed_tokens.weight has shape (257, 64), expected (257, 1073741824) by config",
+        ),
+        ({"intermediate_size": 2**30}, "gate_proj.weight has shape (96, 64), expected (1073741824, 64) by config.json"),
+        ({"head_dim": 8}, "q_proj.weight has shape (64, 64), expected (32, 64) by config.json"),
+        ({"num_key_value_heads": 4}, "k_proj.weight has shape (32, 64), expected (64, 64) by config.json"),
+        ({"num_hidden_layers": 2}, "no place for: num_hidden_layers is 2 in config.json, the weights have 3"),
+        ({"num_hidden_layers": 9999}, "needs: num_hidden_layers is 9999 in config.json, the weights have 3"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_weights_names_both(
+    fields: dict[str, int], message: str, folder: Path
+) -> None:
+    """And an engine says so before it asks whether a model of that size fits, or makes anything."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": None, **fields}))
+    _expect_error(folder, message)
+    with pytest.raises(ModelError, match=re.escape(message)):
+        build_engine(EngineConfig(model=str(folder), device="cpu"))
 
 
 def test_only_pickles(folder: Path) -> None:

@@ -26,10 +26,11 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import are_capturable, kernels_for
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.config import load as load_model_config
+from nanoflow.models.generation import load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
 from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import load_weights, random_weights
+from nanoflow.models.weights import check_weights, load_weights, random_weights
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.plan.plan import PlanError
@@ -59,20 +60,23 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     device = resolve_device(config.device)
     use_device(device)
     model_config, folder = resolve_model(config)
+    sampling = load_sampling_defaults(config.generation_config, folder)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     graph = build_graph(model_config, config.max_model_len)
+    is_random = folder is None or config.load_format == "random"
+    if folder is not None and not is_random:
+        check_weights(graph, folder)
     kernels = kernels_for(device, dtype, graph.layer)
     if OpKind.LINEAR_SWIGLU in kernels:
         graph = fuse_swiglu(graph)
     stored = None if config.plan is None else load_book(Path(config.plan))
     chosen = engine_limits(config, model_config, graph, dtype, device, stored)
-    logger.info("%s", chosen.reason)
-    if show_progress:
-        print(chosen.reason, file=sys.stderr)
+    _tell(chosen.reason, is_shown=show_progress)
+    if sampling.fields:
+        _tell(str(sampling), is_shown=show_progress)
     book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph, device)
     # 2. Weights, and KV pages in what they leave.
     require_room_for_weights(graph, dtype, device)
-    is_random = folder is None or config.load_format == "random"
     if folder is None or is_random:
         weights = random_weights(graph, dtype, device, config.seed)
     else:
@@ -129,6 +133,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         dtype=str(dtype).removeprefix("torch."),
         plan=str(book_facts(book)),
         book=book_facts(book),
+        sampling=sampling,
         limits=chosen,
         load_s=load_s,
         warm_up_s=time.monotonic() - start_s - load_s,
@@ -143,6 +148,13 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     )
 
 
+def _tell(line: str, *, is_shown: bool) -> None:
+    """Log a line; also to standard error, for whoever watches the start."""
+    logger.info("%s", line)
+    if is_shown:
+        print(line, file=sys.stderr)
+
+
 def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
     """The model that a config names, and its folder; a preset has none, so its weights are always drawn at random.
 
@@ -152,7 +164,7 @@ def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
     preset = preset_name(config.model)
     if preset is None:
         folder = locate_model(config.model, config.revision)
-        return load_model_config(folder), folder
+        return load_model_config(folder, named_file(config.generation_config)), folder
     return preset_config(preset), None
 
 

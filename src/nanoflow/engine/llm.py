@@ -79,6 +79,10 @@ class LLM:
             raise RequestError("this model has no tokenizer")
         return self._tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model recommends in generation_config.json (see option `generation_config`), else the defaults."""
+        return self.facts.sampling.params({})
+
     def generate(
         self,
         prompts: PromptInput | Sequence[PromptInput],
@@ -90,7 +94,7 @@ class LLM:
 
         Args:
             prompts: One prompt or a list of them: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-            sampling_params: For all prompts, or one for each; `SamplingParams()` if not given.
+            sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
             use_tqdm: Show a progress bar.
 
         Returns:
@@ -101,7 +105,9 @@ class LLM:
             EngineDeadError: The model has been closed.
         """
         inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        all_params = _params_of_each(sampling_params, len(inputs))
+        all_params = _params_of_each(
+            self.get_default_sampling_params() if sampling_params is None else sampling_params, len(inputs)
+        )
         self._check_open()
         with _interrupts_deferred() as raise_if_interrupted:
             try:
@@ -207,9 +213,9 @@ def _is_one_prompt(prompts: Any) -> bool:
     return len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
-def _params_of_each(sampling_params: ParamsInput, num_prompts: int) -> Sequence[SamplingParams]:
-    if sampling_params is None:
-        sampling_params = SamplingParams()
+def _params_of_each(
+    sampling_params: SamplingParams | Sequence[SamplingParams], num_prompts: int
+) -> Sequence[SamplingParams]:
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * num_prompts
     if not isinstance(sampling_params, Sequence):

@@ -76,7 +76,7 @@ def wanted_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
     limit = model_config.max_context_len
     if config.max_model_len is None:
-        return limit
+        return model_config.default_context_len
     if config.max_model_len > limit and model_config.rope.rope_type != "dynamic":
         raise ConfigError(f"max_model_len is {config.max_model_len}, the model was made for at most {limit} tokens")
     return config.max_model_len

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nanoflow.engine.limits import EngineLimits
+from nanoflow.models.generation import SamplingDefaults
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 
@@ -95,6 +96,7 @@ class EngineFacts:
         device, dtype: Where and in what type it computes.
         plan: The pipeline plan or plan book in use, for people.
         book: Its plans; None for an engine that has none.
+        sampling: What a request samples with where it does not say.
         limits: The limits of a batch with the goal, the bound on gaps and where each comes from; None if unknown.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
     """
@@ -113,6 +115,7 @@ class EngineFacts:
     load_s: float
     warm_up_s: float
     book: BookFacts | None = None
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     limits: EngineLimits | None = None
 
 

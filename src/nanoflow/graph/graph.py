@@ -36,10 +36,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPart:
-    """A tensor of the checkpoint: its name (with `{layer}` in it if it is a layer's) and its shape."""
+    """A tensor of the checkpoint: its name (with `{layer}` in it if it is a layer's) and its shape.
+
+    `other_source` is a name under which it may be stored instead.
+    """
 
     source: str
     shape: tuple[int, ...]
+    other_source: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,20 @@ to be added later. SwiGLU stands by itself here; `graph/fuse.py` joins it to the
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
-from nanoflow.models.config import ModelConfig, ModelError
+from nanoflow.models.fields import ModelError, shown
+from nanoflow.models.model import ModelConfig
 from nanoflow.models.rope import rope_spec
 
+# What checkpoints call the embedding and the output projection.
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = "model.layers.{layer}."
+# Two names of one function.
+_ACTIVATIONS = ("silu", "swish")
 
 
 def build(
@@ -31,8 +37,8 @@ def build(
     Raises:
         ModelError: The activation or the rotary embedding is not one that is served.
     """
-    if config.hidden_act != "silu":
-        raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {config.hidden_act!r}")
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
     attention = _attention_dims(config, has_qk_norm=has_qk_norm)
     parameters = _parameters(config)
     layer_parameters = (
@@ -50,7 +56,7 @@ def build(
         parameters=parameters,
         layer_parameters=layer_parameters,
         rope=rope_spec(config, max_model_len),
-        ignored_sources=(r".*rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tie_word_embeddings else ())),
+        ignored_sources=(r".*rotary_emb\.inv_freq", *((re.escape(OUTPUT),) if config.tie_word_embeddings else ())),
     )
     graph.validate()
     return graph
@@ -217,9 +223,12 @@ def _present(names: tuple[str, ...], parameters: set[str]) -> tuple[str, ...]:
 
 def _parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     embedding = (config.vocab_size, config.hidden_size)
-    untied = () if config.tie_word_embeddings else (_fused("lm_head.weight", ("lm_head.weight", embedding)),)
+    is_tied = config.tie_word_embeddings
+    untied = () if is_tied else (_fused("lm_head.weight", (OUTPUT, embedding)),)
+    # A tied pair may be stored under either name.
+    table = ParameterPart(source=EMBEDDING, shape=embedding, other_source=OUTPUT if is_tied else None)
     return (
-        _fused("embed.weight", ("model.embed_tokens.weight", embedding)),
+        Parameter(name="embed.weight", parts=(table,)),
         _fused("final_norm.weight", ("model.norm.weight", (config.hidden_size,))),
         *untied,
     )

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from nanoflow.config import DEFAULT_MODEL
-from nanoflow.models.config import ModelError
+from nanoflow.models.fields import ModelError, is_there
 
 _ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")
 _NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
@@ -35,7 +35,7 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         raise ModelError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
     elif not model or not folder.is_dir():
         folder = _fetch(model, revision)
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         raise ModelError(f"model {model!r}: {folder} has no config.json")
     return folder
 

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.graph.graph import RopeSpec
-from nanoflow.models.config import ModelConfig
+from nanoflow.models.fields import shown
+from nanoflow.models.model import ModelConfig
 
 Float64 = NDArray[np.float64]
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
@@ -37,8 +39,15 @@ def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
     """
     rope = config.rope
     if rope.rope_type not in _RULES:
-        raise rope.options.error("rope_type", f"must be one of {', '.join(_RULES)}, got {rope.rope_type!r}")
-    inv_freq, attention_factor = _RULES[rope.rope_type](config, max_model_len or config.max_position_embeddings)
+        raise rope.options.error("rope_type", f"must be one of {', '.join(_RULES)}, got {shown(rope.rope_type)}")
+    try:
+        with np.errstate(all="ignore"):
+            inv_freq, attention_factor = _RULES[rope.rope_type](config, max_model_len or config.max_position_embeddings)
+    except ArithmeticError:
+        inv_freq, attention_factor = np.full(1, np.nan), 1.0
+    # Kernels rotate in float32.
+    if not (np.append(inv_freq, attention_factor) < _FLOAT32_MAX).all():
+        raise rope.options.error("rope_type", f"{rope.rope_type!r} gives no finite frequencies with these values")
     return RopeSpec(inv_freq=tuple(inv_freq.tolist()), attention_factor=attention_factor)
 
 
@@ -80,6 +89,7 @@ def _yarn(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
     factor = options.positive("factor", config.max_position_embeddings / config.rope.original_max_len)
     low = _yarn_dimension(options.positive("beta_fast", 32.0), config)
     high = _yarn_dimension(options.positive("beta_slow", 1.0), config)
+    options.refuse_nulls("truncate")
     if options.flag("truncate", default=True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0.0), min(high, head_dim - 1.0)

@@ -1,8 +1,8 @@
 """Request bodies of the OpenAI-compatible API, with the bounds of every field.
 
-Optional fields default to None, which means "as `SamplingParams` has it": defaults live there alone, and so does what
-each of its parameters may be (`KINDS`). Fields that a body has not are refused, but those of other servers whose value
-changes nothing (`foreign.py`). Bodies of answers: `responses.py`.
+Optional fields default to None, which means "as the model recommends, else as `SamplingParams` has it": defaults live
+there alone, and so does what each of its parameters may be (`KINDS`). Fields that a body has not are refused, but those
+of other servers whose value changes nothing (`foreign.py`). Bodies of answers: `responses.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
 from nanoflow.parameters import INT32_MAX, RequestError
 from nanoflow.request import KINDS, SamplingParams
 from nanoflow.server.foreign import (
@@ -157,15 +158,15 @@ class SamplingFields(RequestBody):
             raise RequestError("prompt_logprobs is not available in a stream")
         return self
 
-    def sampling(self, **more: Any) -> SamplingParams:
-        """Parameters for the engine: the fields that were given, and `more` on top.
+    def sampling(self, defaults: SamplingDefaults, **more: Any) -> SamplingParams:
+        """Parameters for the engine: the fields that were given, over the model's defaults, and `more` on top.
 
         Raises:
             RequestError: Fields that do not go together.
         """
         common = SamplingFields.model_fields.keys() & KINDS.keys()
         given = {name: value for name in common if (value := getattr(self, name)) is not None}
-        return SamplingParams(**{**given, **more})
+        return defaults.params({**given, **more})
 
 
 class CompletionRequest(SamplingFields):
@@ -198,14 +199,14 @@ class CompletionRequest(SamplingFields):
             raise RequestError("max_tokens must be at least 1 unless echo is true")
         return self
 
-    def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
+    def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine, which always generates a token: with `is_echo_only` it is to be hidden."""
         more: dict[str, Any] = {"logprobs": self.logprobs, "detokenize": can_detokenize}
         if self.max_tokens is not None:
             more["max_tokens"] = max(self.max_tokens, 1)
         if self.echo and self.logprobs is not None:
             more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return self.sampling(**more)
+        return self.sampling(defaults, **more)
 
 
 class TextPart(RequestBody):
@@ -286,11 +287,12 @@ class ChatCompletionRequest(SamplingFields, Conversation):
             raise RequestError("top_logprobs needs logprobs=true")
         return value
 
-    def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
+    def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine."""
         return self.sampling(
+            defaults,
             detokenize=can_detokenize,
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            max_tokens=self.max_completion_tokens or self.max_tokens or defaults.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 

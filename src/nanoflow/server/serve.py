@@ -137,6 +137,8 @@ async def _keep_family(engine: AsyncEngine, siblings: Siblings, is_ready: asynci
     await siblings.ready()
     if engine.facts.limits is not None:
         print(f"nanoflow {engine.facts.limits.reason}", flush=True)
+    if engine.facts.sampling.fields:
+        print(f"nanoflow {engine.facts.sampling}", flush=True)
     print(ready_line, flush=True)
     await siblings.watch(engine)
 

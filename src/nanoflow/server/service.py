@@ -50,7 +50,7 @@ class Service:
     def sampling(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
         """Parameters of a call; without a tokenizer there is no text."""
         with user_errors():
-            return body.to_params(can_detokenize=self.has_tokenizer)
+            return body.to_params(defaults=self.engine.facts.sampling, can_detokenize=self.has_tokenizer)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token; its id if there is no tokenizer."""

@@ -1,0 +1,119 @@
+"""What each architecture reads in config.json: the fields that exist for it, and what an absent one means. Data only.
+
+A field that is not in an architecture's table does not exist for it: whatever stands there is left over from another
+model and changes nothing. The defaults are those of the configuration classes of transformers 5 (`LlamaConfig`,
+`MistralConfig` and so on), which are those of transformers 4 too, but where the table says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How an architecture reads config.json.
+
+    Attributes:
+        model_type: What config.json calls it.
+        fields: Fields that exist for it, with the value of an absent one; None where `config.py` derives it from
+            others.
+        nullable: Those of them that may be null; a null elsewhere is an error.
+    """
+
+    model_type: str
+    fields: Mapping[str, Any]
+    nullable: frozenset[str]
+
+    def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The object as the architecture sees it: every field that exists for it, and no other."""
+        return {name: config.get(name, default) for name, default in self.fields.items()}
+
+
+# Fields that mean the same in every architecture.
+_COMMON: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
+    "dtype": None,
+    "torch_dtype": None,
+    "eos_token_id": None,
+}
+_NULLABLE = frozenset(
+    (
+        *("rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"),
+        *("dtype", "torch_dtype", "eos_token_id"),
+    )
+)
+
+LLAMA = Reading(
+    model_type="llama",
+    fields={
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": 2,
+    },
+    nullable=_NULLABLE | {"num_key_value_heads", "head_dim"},
+)
+
+# With `layer_types` transformers 5 reads a Mistral as a Ministral, whose layers differ; transformers 4 ignores it.
+_MISTRAL_FIELDS: Mapping[str, Any] = {
+    **_COMMON,
+    "vocab_size": 32000,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 2,
+    "sliding_window": 4096,
+}
+MISTRAL = Reading(
+    model_type="mistral",
+    fields={**_MISTRAL_FIELDS, "layer_types": None},
+    nullable=_NULLABLE | {"head_dim", "sliding_window", "layer_types"},
+)
+
+_QWEN_FIELDS: Mapping[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_QWEN_NULLABLE = _NULLABLE | {"num_key_value_heads", "sliding_window", "layer_types"}
+QWEN2 = Reading(model_type="qwen2", fields=_QWEN_FIELDS, nullable=_QWEN_NULLABLE)
+QWEN3 = Reading(
+    model_type="qwen3", fields={**_QWEN_FIELDS, "head_dim": 128, "attention_bias": False}, nullable=_QWEN_NULLABLE
+)
+
+# Not served yet, but its costs can be computed.
+MIXTRAL = Reading(
+    model_type="mixtral",
+    fields={
+        **_MISTRAL_FIELDS,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    nullable=_NULLABLE | {"head_dim", "sliding_window"},
+)

@@ -1,0 +1,223 @@
+"""Variations of a config.json: every field left out, null, left over from another architecture, or another value.
+
+Data for `tests/integration/test_configs.py`, which compares every one of them with transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DELETED = object()
+NUM_LAYERS = 4
+WINDOW = 24
+# Beyond the windows and the trained lengths below.
+NUM_TOKENS = 70
+
+_BASE: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 131,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 0.01,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 500.0,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+_QWEN: Mapping[str, Any] = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "max_window_layers": 2,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+}
+# A complete config.json of each architecture that is served.
+BASES: Mapping[str, Mapping[str, Any]] = {
+    "LlamaForCausalLM": {**_BASE, "model_type": "llama", "attention_bias": False, "mlp_bias": False},
+    "MistralForCausalLM": {**_BASE, "model_type": "mistral", "sliding_window": WINDOW},
+    "Qwen2ForCausalLM": {**_BASE, "model_type": "qwen2", **_QWEN},
+    "Qwen3ForCausalLM": {**_BASE, "model_type": "qwen3", **_QWEN, "attention_bias": False},
+}
+
+_ALTERNATING = ["full_attention", "sliding_attention"] * (NUM_LAYERS // 2)
+_SLIDING = ["sliding_attention"] * NUM_LAYERS
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+_ROPES: tuple[Any, ...] = (
+    {},
+    "yarn",
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_theta": 100.0},
+    {"rope_theta": None, "rope_type": "default"},
+    {"rope_type": None},
+    {"rope_type": "linear", "factor": 4.0},
+    {"type": "linear", "factor": 4.0, "rope_theta": 100.0},
+    {"type": "linear", "rope_type": "default", "factor": 4.0},
+    {"type": "default", "rope_type": "linear", "factor": 4.0},
+    {"rope_type": "linear"},
+    {"rope_type": "linear", "factor": None},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "dynamic"},
+    _LLAMA3,
+    {**_LLAMA3, "rope_theta": 100.0},
+    {name: value for name, value in _LLAMA3.items() if name != "low_freq_factor"},
+    {name: value for name, value in _LLAMA3.items() if name != "original_max_position_embeddings"},
+    _YARN,
+    {**_YARN, "rope_theta": 100.0},
+    {**_YARN, "factor": None},
+    {**_YARN, "attention_factor": 1.5},
+    {**_YARN, "attention_factor": None, "beta_fast": None, "beta_slow": None},
+    {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+    {**_YARN, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
+    {**_YARN, "truncate": None},
+    {**_YARN, "original_max_position_embeddings": None},
+    {"rope_type": "yarn", "factor": 4.0},
+    {**_LONGROPE, "original_max_position_embeddings": 32},
+    {"rope_type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    {"rope_type": "mrope", "mrope_section": [2, 3, 3]},
+    {"partial_rotary_factor": 0.5},
+    {"partial_rotary_factor": 1.0, "rope_type": "default"},
+    {"full_attention": {"rope_type": "default", "rope_theta": 100.0}},
+)
+# Other values of each field; those that an architecture does not have are left over from one that has.
+_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "hidden_size": (48, 64.0, "64", -64),
+    "num_hidden_layers": (3, 0),
+    "num_attention_heads": (8, 3, 0),
+    "num_key_value_heads": (1, 4, 3, 8),
+    "head_dim": (8, 32, 15, 0),
+    "intermediate_size": (64, True),
+    "vocab_size": (257, 0),
+    "max_position_embeddings": (64, 32, 0),
+    "rms_norm_eps": (0.5, 1, -1.0),
+    "hidden_act": ("swish", "gelu", "relu", 3),
+    "tie_word_embeddings": (True, "yes", 1),
+    "attention_bias": (True, False, 1),
+    "mlp_bias": (True, False, "no"),
+    "sliding_window": (8, WINDOW, 2048, 0, -3, "24"),
+    "use_sliding_window": (True, False, 0),
+    "max_window_layers": (0, 1, NUM_LAYERS, 28, -1),
+    "layer_types": (_ALTERNATING, _SLIDING, ["full_attention"] * NUM_LAYERS, _SLIDING[1:], ["mamba"] * NUM_LAYERS, []),
+    "rope_theta": (100.0, 10000, 1e6, "10000", -1.0),
+    "rope_scaling": _ROPES,
+    "rope_parameters": _ROPES,
+    "partial_rotary_factor": (1.0, 0.5),
+    "original_max_position_embeddings": (32, 0),
+    "torch_dtype": ("bfloat16", "half", "int8", "float64"),
+    "dtype": ("float16", "float32", "torch.bfloat16"),
+    "eos_token_id": (5, [3, 5], [], 9999, -1),
+    "pad_token_id": (0, -1, 9999),
+    "bos_token_id": (7, -1),
+    "attention_dropout": (0.5, 0),
+    "initializer_range": (0.5,),
+    "use_cache": (False,),
+    "pretraining_tp": (2,),
+    "architectures": ([], "LlamaForCausalLM", ["MambaForCausalLM"]),
+    "model_type": ("gpt2",),
+    "auto_map": ({"AutoConfig": "evil.Config"},),
+    "transformers_version": ("4.57.0", "5.24.0"),
+    "quantization_config": ({"quant_method": "fp8"},),
+    "is_causal": (True, False),
+    "num_local_experts": (8,),
+    "num_experts": (8,),
+    "num_experts_per_tok": (2,),
+    "logits_scaling": (8.0,),
+    "logit_scale": (0.5,),
+    "residual_multiplier": (0.5,),
+    "embedding_multiplier": (2.0,),
+    "attention_multiplier": (0.5,),
+    "final_logit_softcapping": (5.0,),
+    "attn_logit_softcapping": (5.0,),
+    "query_pre_attn_scalar": (4,),
+    "attention_chunk_size": (8,),
+    "mrope_section": ([2, 3, 3],),
+    "temperature": (0.5,),
+}
+# Fields together: two spellings of one thing, and what one field says about another.
+_TOGETHER: tuple[Mapping[str, Any], ...] = (
+    {"rope_scaling": _YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    {"rope_scaling": _YARN, "rope_parameters": _YARN},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": _LLAMA3},
+    {"rope_scaling": {}, "rope_parameters": _YARN},
+    {"rope_scaling": None, "rope_parameters": {**_YARN, "rope_theta": 100.0}},
+    {"rope_scaling": _YARN, "rope_parameters": None},
+    {"rope_parameters": {"rope_theta": 100.0}, "rope_theta": 1e6},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6},
+    {"rope_parameters": _YARN, "rope_theta": DELETED},
+    {"rope_scaling": _YARN, "original_max_position_embeddings": 16},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "original_max_position_embeddings": 16},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 32},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 70},
+    {"dtype": "float32", "torch_dtype": "bfloat16"},
+    {"dtype": None, "torch_dtype": "float32"},
+    {"layer_types": DELETED, "max_window_layers": DELETED},
+    {"layer_types": DELETED, "use_sliding_window": DELETED},
+    {"layer_types": DELETED, "sliding_window": DELETED},
+    {"layer_types": DELETED},
+    {"layer_types": None, "max_window_layers": 1},
+    {"layer_types": _ALTERNATING, "sliding_window": 8},
+    {"layer_types": _ALTERNATING, "sliding_window": 8, "use_sliding_window": True},
+    {"layer_types": _ALTERNATING, "sliding_window": None},
+    {"layer_types": _ALTERNATING, "head_dim": DELETED},
+    {"layer_types": DELETED, "sliding_window": None, "use_sliding_window": True},
+    {"head_dim": DELETED, "num_key_value_heads": DELETED},
+    {"num_attention_heads": 16, "num_key_value_heads": DELETED},
+    {"num_attention_heads": 32, "num_key_value_heads": DELETED},
+    {"head_dim": DELETED, "hidden_size": 60},
+    {"head_dim": DELETED, "num_attention_heads": DELETED, "num_key_value_heads": 4},
+    {"head_dim": None, "hidden_size": 96},
+    {"head_dim": 8, "tie_word_embeddings": True},
+    {"architectures": None},
+    {"architectures": None, "sliding_window": 8, "layer_types": _SLIDING},
+    {"attention_bias": True, "mlp_bias": True},
+    {"attention_bias": True, "tie_word_embeddings": True, "sliding_window": 8, "max_window_layers": 1},
+    {"num_local_experts": 8, "num_experts_per_tok": 2},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A config.json.
+
+    Attributes:
+        name: What is changed.
+        config: The object.
+    """
+
+    name: str
+    config: dict[str, Any]
+
+
+def cases_of(architecture: str) -> Iterator[Case]:
+    """Every variation of an architecture's config.json."""
+    base = {"architectures": [architecture], **BASES[architecture]}
+    yield Case(name="as it is", config=base)
+    for changes in _changes(base):
+        config = {name: value for name, value in {**base, **changes}.items() if value is not DELETED}
+        yield Case(name=", ".join(_shown(*change) for change in changes.items()), config=config)
+
+
+def _changes(base: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield from ({name: DELETED} for name in base)
+    for name, values in _VALUES.items():
+        yield from ({name: value} for value in (None, *values) if base.get(name, DELETED) != value)
+    yield from _TOGETHER
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"no {name}" if value is DELETED else f"{name}={value!r}"

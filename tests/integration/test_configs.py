@@ -1,0 +1,202 @@
+"""Every field of config.json means what it means to transformers, for every architecture, or is refused by name.
+
+Each architecture's config.json is varied (`tests/config_cases.py`). transformers builds its model from the very file,
+gives it random weights and computes logits; then nanoflow reads the folder. A window, a default
+or a spelling that is misread moves these logits by whole nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanoflow.models.fields import ModelError
+from nanoflow.models.registry import ARCHITECTURES
+from tests.config_cases import BASES, NUM_TOKENS, Case, cases_of
+from tests.logits import prompt_logits
+
+transformers = pytest.importorskip("transformers")
+
+# Why a config.json that transformers takes is refused.
+REASONS = (
+    r"field '(num_hidden_layers|max_position_embeddings|head_dim|sliding_window)' must be a positive integer, got",
+    r"field '(rms_norm_eps|rope_theta)' must be a positive number, got -1.0",
+    r"field 'eos_token_id' must be token ids below \d+, got",
+    r"hidden_act must be 'silu', got '(gelu|relu)'",
+    r"field 'torch_dtype' must be one of float32, bfloat16, float16, got '(int8|float64)'",
+    r"field 'truncate' is missing: it is null",
+    r"field 'rope_type' must be one of default, linear, dynamic, llama3, yarn, got 'longrope'",
+    r"field 'partial_rotary_factor' must be 1: partly rotated heads are not served",
+    r"rotary embeddings that differ between layers are not served",
+    r"field 'architectures' must be a list with the model's class, got 'LlamaForCausalLM'",
+    r"architecture 'MambaForCausalLM' is not known",
+    r"field 'model_type' is 'gpt2', but architectures has",
+    r"field 'quantization_config' is set: quantised weights are not served",
+    r"field 'is_causal' must be true: only causal attention is served",
+)
+# What transformers does not take, and nanoflow does: no field of these says anything about what is computed, or it can
+# only mean one thing.
+MEANT = (
+    "no model_type",
+    "model_type=None",
+    "rms_norm_eps=1",
+    "dtype='torch.bfloat16'",
+    "pad_token_id=9999",
+    "attention_dropout=None",
+    "initializer_range=None",
+    "use_cache=None",
+    "auto_map=None",
+)
+# By architecture: a list of layers that it does not have may be of any length; sizes that give the size of a head.
+MEANT_BY = {
+    "LlamaForCausalLM": (
+        "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
+        "layer_types=[]",
+    ),
+    "MistralForCausalLM": (
+        "layer_types=['full_attention', 'sliding_attention', 'full_attention', 'sliding_attention'], no head_dim",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a case: what transformers said (logits or an error), and what nanoflow did."""
+
+    case: Case
+    theirs: Tensor | None
+    ours: Tensor | None
+    our_error: str
+
+    @property
+    def is_equal(self) -> bool:
+        """True if both have the same logits within rounding: deviations of some 2e-6 were measured."""
+        assert self.theirs is not None
+        assert self.ours is not None
+        return bool((self.ours - self.theirs).abs().max() < 1e-3 * self.theirs.std())
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Without what transformers says about values that make no sense, and on one thread: the models are tiny."""
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore")
+def test_every_field_means_what_it_means_to_transformers(architecture: str, tmp_path: Path) -> None:
+    outcomes = [_outcome_of(case, tmp_path) for case in cases_of(architecture)]
+    compared = [one for one in outcomes if one.theirs is not None and one.ours is not None]
+    assert [one.case.name for one in compared if not one.is_equal] == []
+    refused = [one for one in outcomes if one.theirs is not None and one.ours is None]
+    assert [one.our_error for one in refused if not any(re.search(reason, one.our_error) for reason in REASONS)] == []
+    assert {one.case.name for one in outcomes if one.theirs is None and one.ours is not None} <= {
+        *MEANT,
+        *MEANT_BY.get(architecture, ()),
+    }
+    for one in outcomes:
+        assert one.ours is not None or re.search(r"field|architecture|hidden_act|tensor|shape|rotary", one.our_error)
+        assert "\n" not in one.our_error
+    # Measured: 188 to 201 are equal, and 27 to 31 refused that transformers takes.
+    assert len(compared) >= 180
+    assert len(refused) <= 35
+    # The test could not fail if the variations changed nothing.
+    base = compared[0].theirs
+    changed = [one for one in compared if one.theirs is not None and not _are_alike(one.theirs, base)]
+    assert len(changed) >= 60
+
+
+# Fields without a place in a configuration class of transformers, which reads them all the same: older spellings, those
+# that any class takes, and two that are looked for where models are made.
+_ANYWHERE = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "torch_dtype"}
+_READ_ELSEWHERE = {"MistralForCausalLM": {"layer_types"}, "Qwen2ForCausalLM": {"head_dim"}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fields_and_defaults_are_those_of_the_configuration_class(architecture: str) -> None:
+    reading = ARCHITECTURES[architecture].reading
+    kind = type(transformers.AutoConfig.for_model(reading.model_type))
+    theirs = {field.name: field.default for field in dataclasses.fields(kind)}
+    known = {name for one in ARCHITECTURES.values() for name in one.reading.fields}
+    mine = reading.fields.keys() - _ANYWHERE - _READ_ELSEWHERE.get(architecture, set())
+    assert mine == theirs.keys() & known
+    assert {name: reading.fields[name] for name in mine} == {name: theirs[name] for name in mine}
+    assert reading.fields["rope_theta"] == kind.default_theta
+
+
+def test_a_window_that_is_left_out_is_as_long_as_in_transformers(tmp_path: Path) -> None:
+    """Mistral's is 4,096: the first token that does not see all others is the 4,097th."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    base = {"architectures": ["MistralForCausalLM"], **BASES["MistralForCausalLM"], **sizes}
+    del base["sliding_window"]
+    prompt = torch.arange(4200) * 37 % 131
+    theirs, ours = _logits_of_both(base, tmp_path, prompt)
+    wider, _ = _logits_of_both({**base, "sliding_window": None}, tmp_path, prompt)
+    # Angles of such positions in float32 are good to 3e-4; 0.003 deviations were measured.
+    assert (ours - theirs).abs().max() < 0.02 * theirs.std()
+    assert (wider - theirs)[:4096].abs().max() < 0.02 * theirs.std()
+    assert (wider - theirs)[4096:].abs().max() > 0.1 * theirs.std()
+
+
+def _are_alike(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and bool((one - other).abs().max() < 0.05 * one.std())
+
+
+def _logits_of_both(config: dict[str, Any], folder: Path, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    (folder / "config.json").write_text(json.dumps(config))
+    return _their_logits(folder, prompt), prompt_logits(folder, prompt.tolist())
+
+
+def _outcome_of(case: Case, folder: Path) -> Outcome:
+    """Both sides of a case; with the weights of the first one, if transformers makes no model of it."""
+    (folder / "config.json").write_text(json.dumps(case.config))
+    prompt = torch.arange(NUM_TOKENS) * 37 % 131
+    theirs, ours, our_error = None, None, ""
+    try:
+        theirs = _their_logits(folder, prompt)
+    except Exception:
+        shutil.copyfile(folder / "first.safetensors", folder / "model.safetensors")
+    try:
+        ours = prompt_logits(folder, prompt.tolist())
+    except ModelError as error:
+        our_error = str(error)
+    return Outcome(case=case, theirs=theirs, ours=ours, our_error=our_error)
+
+
+def _their_logits(folder: Path, prompt: Tensor) -> Tensor:
+    """float32 [tokens, vocab] of the model that config.json describes, whose weights depend on their names alone.
+
+    Writes the weights, and those of the first model also to a file of their own.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 0.2 * noise + ("norm" in name))
+    tensors = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+    if not (folder / "first.safetensors").exists():
+        save_file(tensors, folder / "first.safetensors")
+    with torch.inference_mode():
+        logits: Tensor = model(prompt[None], use_cache=False).logits[0].float()
+    return logits

@@ -1,0 +1,53 @@
+"""Logits of a model folder by the slow, plain path: what is compared with transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanoflow.batch import DenseBatch, NewPages
+from nanoflow.executor.buffers import DeviceModel, allocate_caches
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.executor.reference import ReferenceExecutor
+from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.models.config import load
+from nanoflow.models.registry import build_graph
+from nanoflow.models.weights import load_weights
+
+_PAGE_SIZE = 16
+
+
+def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
+    """float32 [tokens, vocab] of a prompt in one chunk, by the reference executor.
+
+    Raises:
+        ModelError: The folder cannot be served.
+    """
+    cpu, count = torch.device("cpu"), len(prompt)
+    num_pages = -(-count // _PAGE_SIZE)
+    graph = build_graph(load(folder), None)
+    weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
+    caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    batch = DenseBatch(
+        iteration=1,
+        rows=np.zeros(1, np.int32),
+        epochs=np.zeros(1, np.int64),
+        num_decodes=0,
+        query_start=np.array([0, count], np.int32),
+        context_len=np.array([count], np.int32),
+        token_ids=np.array(prompt, np.int32),
+        is_fed_back=np.zeros(count, np.bool_),
+        positions=np.arange(count, dtype=np.int32),
+        slots=np.arange(count, dtype=np.int64),
+        new_pages=NewPages.of_tables(np.arange(num_pages, dtype=np.int32)[None]),
+        table_width=num_pages,
+        sampled=np.zeros(1, np.int32),
+    )
+    inputs = InputBuilder(graph.rope, num_rows=1, device=cpu).build(batch)
+    inputs = dataclasses.replace(inputs, logit_tokens=torch.arange(count))
+    return ReferenceExecutor(model).forward(inputs)
