@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -188,6 +188,49 @@ def test_what_slips_past_the_doors_ends_its_request_alone(doors: Doors, name: st
     else:
         assert output.error is not None and output.outputs[0].finish_reason == "error"
     assert doors.good().outputs[0].token_ids == doors.right
+
+
+class Broken:
+    """A detokenizer that fails from its third call on."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def push(self, _token_ids: Sequence[int]) -> str:
+        self.num_calls += 1
+        if self.num_calls > 2:
+            raise LookupError("no such piece")
+        return "x"
+
+    def flush(self) -> str:
+        raise LookupError("no such piece")
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": "zz"}, {"n": 2}])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_text_that_cannot_be_made_is_a_500_and_no_more(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch, is_stream: bool, more: dict[str, Any]
+) -> None:
+    fields = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": is_stream, **more}
+    with monkeypatch.context() as patch:
+        patch.setattr("nanoflow.engine.output.make_detokenizer", lambda *_: Broken())
+        answer = doors.loop.run_until_complete(doors.http.post("/v1/completions", json=fields))
+    assert answer.status_code == (200 if is_stream else 500)
+    error = json.loads(answer.text.split("data: ")[-2]) if is_stream else answer.json()
+    assert error["error"]["message"] == (
+        "the request failed: its answer could not be made of its tokens; the log says why"
+    )
+    assert doors.good().outputs[0].token_ids == doors.right
+    doors.loop.run_until_complete(_idle(doors.engine))
+
+
+async def _idle(engine: AsyncEngine) -> None:
+    """Wait until the engine has nothing left, also of what failed here."""
+    for _ in range(200):
+        if engine.stats.num_running == engine.stats.num_waiting == engine.stats.pages_in_use == 0:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("the engine still computes")
 
 
 def test_top_p_0_is_greedy(doors: Doors) -> None:
