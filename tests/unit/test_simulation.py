@@ -66,6 +66,14 @@ def test_one_request_alone() -> None:
     assert metrics.num_output_tokens == 4 and metrics.num_short == 0
 
 
+def test_a_batch_is_formed_while_the_one_before_runs() -> None:
+    """Who comes in the middle of an iteration finds the next one formed, and joins that after it; nothing is idle."""
+    found = run([(16, 10), (16, 1)], [0.0, 0.5 * STEP_S])
+    assert found.metrics.ttft_s is not None
+    assert found.metrics.ttft_s.mean == pytest.approx((1.0 + 2.5) / 2 * STEP_S)
+    assert found.metrics.duration_s == pytest.approx(10 * STEP_S) and found.num_iterations == 10
+
+
 def test_prompts_beyond_the_budget_take_more_iterations() -> None:
     """Four prompts of 32 and a budget of 64: two are through after one iteration, two after two."""
     found = run([(32, 1)] * 4)
