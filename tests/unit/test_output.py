@@ -153,6 +153,17 @@ def test_min_tokens_lets_early_stop_strings_pass() -> None:
     assert completion.finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(("more", "is_found"), [(-1, True), (0, True), (1, False)])
+def test_a_stop_string_counts_from_the_token_that_makes_min_tokens_full(more: int, is_found: bool) -> None:
+    """The completion then has `min_tokens` tokens, as it must; a token earlier it would not."""
+    ids = TOKENIZER.encode("hello world")
+    num_until_found = next(count for count in range(len(ids)) if "wor" in TOKENIZER.decode(ids[:count]))
+    options: dict[str, Any] = {"stop": "wor", "min_tokens": num_until_found + more, "max_tokens": len(ids)}
+    (completion,) = complete("hello world", **options).outputs
+    assert completion.text == ("hello " if is_found else "hello world")
+    assert len(completion.token_ids) == (num_until_found if is_found else len(ids))
+
+
 def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
     assert complete("hello", stop="helloX", max_tokens=len(TOKENIZER.encode("hello"))).outputs[0].text == "hello"
 
