@@ -45,6 +45,13 @@ class SlowWorker:
         return result
 
 
+def _constant(time_s: float) -> IterationTimes:
+    """Every iteration takes so long, as far as is known at first."""
+    times = IterationTimes()
+    times.estimate = IterationTime(fixed_s=time_s)
+    return times
+
+
 def _engine(times: IterationTimes | None, *, is_async: bool = True) -> Engine:
     plan = sequential_plan(build_graph(preset_config("llama-3.2-1b"), None), 64)
     estimate = None if times is None else times.estimate
@@ -62,7 +69,7 @@ def _engine(times: IterationTimes | None, *, is_async: bool = True) -> Engine:
 
 
 def test_a_long_iteration_leaves_time_for_requests_to_come() -> None:
-    engine = _engine(IterationTimes(known=IterationTime(fixed_s=0.1)))
+    engine = _engine(_constant(0.1))
     assert engine.slack_s == 0.0  # nothing runs
     engine.step()
     assert 0.05 < engine.slack_s < 0.1
@@ -72,19 +79,19 @@ def test_a_long_iteration_leaves_time_for_requests_to_come() -> None:
 
 @pytest.mark.parametrize("fixed_s", [None, 0.004])
 def test_there_is_none_without_an_estimate_and_in_short_iterations(fixed_s: float | None) -> None:
-    engine = _engine(None if fixed_s is None else IterationTimes(known=IterationTime(fixed_s=fixed_s)))
+    engine = _engine(None if fixed_s is None else _constant(fixed_s))
     engine.step()
     assert engine.slack_s == 0.0
 
 
 def test_there_is_none_when_no_batch_runs_ahead() -> None:
-    engine = _engine(IterationTimes(known=IterationTime(fixed_s=0.1)), is_async=False)
+    engine = _engine(_constant(0.1), is_async=False)
     engine.step()
     assert engine.slack_s == 0.0
 
 
 def test_iterations_change_what_the_scheduler_expects() -> None:
-    engine = _engine(IterationTimes(known=IterationTime(fixed_s=0.1)))
+    engine = _engine(_constant(0.1))
     for place in range(2, 120):
         params = SamplingParams(max_tokens=8, ignore_eos=True)
         engine.add(Request(request_id=place, prompt_token_ids=[1, 2], params=params, seed=0, max_tokens=8))

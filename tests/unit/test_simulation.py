@@ -14,7 +14,7 @@ import pytest
 from benchmarks.validation import compare
 
 from nanoflow.bench.metrics import RunMetrics
-from nanoflow.bench.simulation import Cluster, SimulatedRun, iteration_time_of, least_replicas, limits_for, simulate
+from nanoflow.bench.simulation import Cluster, SimulatedRun, least_replicas, limits_for, simulate
 from nanoflow.bench.workload import Lengths, draw_arrivals
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
@@ -146,7 +146,7 @@ def test_a_bound_on_iterations_shortens_the_longest_gaps() -> None:
         return simulate(cluster, lengths, arrivals_s).metrics
 
     unbounded = simulated(Pace())
-    bounded = simulated(Pace(max_itl_s=0.012, iteration_time=iteration_time_of(Linear(iteration_time=truth), limits)))
+    bounded = simulated(Pace(max_itl_s=0.012, iteration_time=truth))
     assert unbounded.itl_s is not None and bounded.itl_s is not None
     assert unbounded.itl_s.p99 > 0.03 and bounded.itl_s.p99 < 0.0125
     assert bounded.num_output_tokens == unbounded.num_output_tokens == 60 * 100 and not bounded.num_short

@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from nanoflow.device.nvml import ask_gpu
+
+if TYPE_CHECKING:
+    import torch
 
 # Between two readings, a fraction of a tick.
 _INTERVAL_S = 0.02
@@ -78,6 +81,9 @@ class EnergySampler:
 
 def energy_of(device: torch.device | str) -> EnergySampler:
     """Watches a device, as torch names it; of a CPU nothing is known."""
+    # Commands that only read what was measured do without it.
+    import torch
+
     watched = torch.device(device)
     if watched == torch.device("cuda"):
         # The thread that watches has a current device of its own.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def ask_gpu(device: torch.device | str, question: Callable[[Any, Any], Any]) -> Any:
@@ -25,6 +26,8 @@ def ask_gpu(device: torch.device | str, question: Callable[[Any, Any], Any]) -> 
         None where `ask_nvml` has None, for a CPU, and for a part of a card (MIG): what the library counts there is the
         whole card's, with all else that runs on it.
     """
+    import torch
+
     if torch.device(device).type != "cuda":
         return None
 
