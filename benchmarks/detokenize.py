@@ -24,9 +24,10 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from benchmarks.document import write_document
+from benchmarks.stub_facts import stub_facts
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
+from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt
@@ -106,7 +107,7 @@ class Bench:
 
     def __init__(self, tokenizer: Tokenizer, case: Case, *, num_requests: int, num_before: int) -> None:
         self._case = case
-        self._processor = OutputProcessor(_facts(tokenizer), tokenizer)
+        self._processor = OutputProcessor(stub_facts(vocab_size=tokenizer.vocab_size), tokenizer)
         self._processor.observer = Recorder()
         text_ids = tokenizer.encode(TEXT, add_special_tokens=False)
         prompt = Prompt(text=None, token_ids=list(itertools.islice(itertools.cycle(text_ids), NUM_PROMPT_TOKENS)))
@@ -154,24 +155,6 @@ class Bench:
 def _scores(token_id: int) -> PlaceLogprobs:
     top = [token_id, *range(token_id % 64, token_id % 64 + NUM_LOGPROBS)]
     return PlaceLogprobs(first_position=0, token_ids=[top], logprobs=[[-0.5] * len(top)], ranks=[1])
-
-
-def _facts(tokenizer: Tokenizer) -> EngineFacts:
-    return EngineFacts(
-        model_type="stub",
-        vocab_size=tokenizer.vocab_size,
-        max_model_len=2**20,
-        eos_token_ids=(),
-        num_pages=2**20,
-        page_size=16,
-        max_batch_tokens=8192,
-        max_num_seqs=8192,
-        device="cpu",
-        dtype="float32",
-        plan="none",
-        load_s=0.0,
-        warm_up_s=0.0,
-    )
 
 
 def measure_cases(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

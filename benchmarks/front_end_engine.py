@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterable
 
 from benchmarks.front_end import ITERATION_S, TEXT
+from benchmarks.stub_facts import stub_facts
 from nanoflow.config import EngineConfig
-from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, StepOutput
+from nanoflow.engine.messages import EngineStats, Finished, StepOutput
 from nanoflow.engine.process import serve
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
-
-MAX_MODEL_LEN = 1 << 20
 
 
 class TextEngine:
@@ -27,21 +26,7 @@ class TextEngine:
     """
 
     def __init__(self, token_ids: list[int], iteration_s: float) -> None:
-        self.facts = EngineFacts(
-            model_type="text",
-            vocab_size=1 << 30,
-            max_model_len=MAX_MODEL_LEN,
-            eos_token_ids=(),
-            num_pages=1 << 20,
-            page_size=16,
-            max_batch_tokens=8192,
-            max_num_seqs=8192,
-            device="none",
-            dtype="none",
-            plan="none",
-            load_s=0.0,
-            warm_up_s=0.0,
-        )
+        self.facts = stub_facts()
         self._text = token_ids * (2 + 8192 // len(token_ids))
         self._period = len(token_ids)
         self._iteration_s = iteration_s

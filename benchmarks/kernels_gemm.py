@@ -245,7 +245,7 @@ def sustained(kernel: Kernel, passes: Sequence[Sequence[Launch]]) -> tuple[float
     once_s = elapsed_s(graph, 3)
     once_s = elapsed_s(graph, max(1, int(WARM_UP_S / once_s)))
     num_replays = max(3, int(WINDOW_S / once_s) + 1)
-    with energy_of(f"cuda:{torch.cuda.current_device()}") as energy:
+    with energy_of("cuda") as energy:
         time_s = elapsed_s(graph, num_replays)
         used_j = energy.used_so_far_j()
     return time_s / len(passes), None if used_j is None else used_j / num_replays / len(passes)

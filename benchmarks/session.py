@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_clean(None if args.list else session.out / "session.json", allows_dirty=args.allow_dirty)
         deadline_s = None if args.time_limit is None else time.monotonic() + args.time_limit
         signal.signal(signal.SIGTERM, _end)
+        # A shell has what it starts in the background ignore Ctrl-C, and so would all that is started here: but that is
+        # how it is told to end.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         outcomes = run(session, args.only, deadline_s, lists_only=args.list)
     except ConfigError as error:
         parser.error(str(error))

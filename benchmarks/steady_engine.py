@@ -22,12 +22,11 @@ import numpy as np
 
 from benchmarks.rungs import Rung
 from benchmarks.turns import Iteration, SteadyMetrics, Turn, UnequalTurns, Watched, metrics_of
-from nanoflow.bench.offline import power_limit_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.workload import Lengths, draw_lengths, under_way
 from nanoflow.config import EngineConfig
 from nanoflow.cost.table import Profile
-from nanoflow.device.energy import energy_of
+from nanoflow.device.energy import energy_of, gpu_power_limit_w
 from nanoflow.engine.build import book_facts, build_engine, resolve_model
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import StepOutput
@@ -115,7 +114,7 @@ def run_repeat(repeat: Repeat) -> Iterator[Found]:
                         books,
                         base,
                         predicted_s=None if model is None else _predicted(model),
-                        power_limit_w=power_limit_of(engine.facts.device),
+                        power_limit_w=gpu_power_limit_w(engine.facts.device),
                     ),
                 )
             except UnequalTurns as reason:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+from benchmarks.stub_facts import stub_facts
+
 from nanoflow.engine.errors import EngineDeadError
-from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from nanoflow.request import RequestError, SamplingParams
@@ -58,20 +60,14 @@ class FakeAsyncEngine:
         self.num_running = 0
         self.num_closed = 0
         self.num_preemptions = 0
-        self.facts = EngineFacts(
+        self.facts = stub_facts(
             model_type="fake",
             vocab_size=VOCAB_SIZE,
             max_model_len=MAX_MODEL_LEN,
             eos_token_ids=(EOS,),
             num_pages=64,
-            page_size=16,
             max_batch_tokens=64,
             max_num_seqs=8,
-            device="cpu",
-            dtype="float32",
-            plan="none",
-            load_s=0.0,
-            warm_up_s=0.0,
         )
 
     @property

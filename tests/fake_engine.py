@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from benchmarks.stub_facts import stub_facts
+
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.outputs import FinishReason
@@ -22,20 +24,14 @@ STEP_S = 0.02
 
 def fake_facts() -> EngineFacts:
     """Facts of an engine for the toy tokenizers."""
-    return EngineFacts(
+    return stub_facts(
         model_type="fake",
         vocab_size=VOCAB_SIZE,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(0,),
         num_pages=256,
-        page_size=16,
         max_batch_tokens=256,
         max_num_seqs=64,
-        device="cpu",
-        dtype="float32",
-        plan="none",
-        load_s=0.0,
-        warm_up_s=0.0,
     )
 
 

@@ -6,22 +6,30 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
 from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
 
+COLLECTIVES = frozenset({OpKind.ALL_REDUCE, OpKind.ALL_GATHER})
+LANE_OF = {OpKind.DECODE_ATTENTION: "memory", **dict.fromkeys(COLLECTIVES, "network")}
+
 
 def ping_pong_plan(
     graph: OpGraph, num_tokens: int, boundary: int, mechanism: Mechanism, share: float = 0.5
 ) -> PipelinePlan:
-    """Two nano-batches, the second a layer behind: decode attention of each runs beside the products of the other."""
+    """Two nano-batches, the second a layer behind: decode attention of each runs beside the products of the other.
+
+    Collectives, where the graph has them, run beside both.
+    """
+    network = (Lane(name="network", mechanism=mechanism),) if any(op.kind in COLLECTIVES for op in graph.layer) else ()
     lanes = (
         Lane(name="whole"),
         Lane(name="compute", mechanism=mechanism, share=share),
         Lane(name="memory", mechanism=mechanism, share=1.0 - share),
+        *network,
     )
     nano_operations = tuple(
         NanoOperation(
             operation=op.name,
             start=start,
             stop=stop,
-            lane="memory" if op.kind is OpKind.DECODE_ATTENTION else "compute",
+            lane=LANE_OF.get(op.kind, "compute"),
             stage=stage,
         )
         for stage, (start, stop) in enumerate(((0, boundary), (boundary, num_tokens)))
@@ -29,4 +37,19 @@ def ping_pong_plan(
     )
     return PipelinePlan(
         name=f"ping-pong, {mechanism}", num_tokens=num_tokens, lanes=lanes, nano_operations=nano_operations
+    )
+
+
+def resource_plan(graph: OpGraph, num_tokens: int, boundary: int) -> PipelinePlan:
+    """Two nano-batches in the graph's order, and a lane for each resource, so that some steps wait for two lanes."""
+    resources = dict.fromkeys(op.resource for op in graph.layer)
+    return PipelinePlan(
+        name="a lane for each resource",
+        num_tokens=num_tokens,
+        lanes=tuple(Lane(name=resource, mechanism=Mechanism.STREAM) for resource in resources),
+        nano_operations=tuple(
+            NanoOperation(operation=op.name, start=start, stop=stop, lane=op.resource)
+            for op in graph.layer
+            for start, stop in ((0, boundary), (boundary, num_tokens))
+        ),
     )

@@ -189,8 +189,8 @@ class ServerConfig:
     )
     stream_interval_ms: float = option(
         20.0,
-        "Longest time in milliseconds that tokens of a stream wait to be sent together, while the server is busy with "
-        "sending; 0 never waits",
+        "Longest time in milliseconds that tokens of a stream wait to be sent together, where many streams take the "
+        "server's time; 0 never waits",
     )
     metrics_prefix: str = option("nanoflow", "Prefix of the metric names; 'vllm' fits dashboards made for it")
     log_level: Literal["debug", "info", "warning", "error"] = option(

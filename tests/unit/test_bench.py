@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.stub_facts import stub_facts
 
 from nanoflow.bench import clients, offline
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
@@ -32,7 +33,6 @@ from nanoflow.bench.metrics import (
 from nanoflow.bench.record import format_table, make_record, write_record
 from nanoflow.bench.workload import Lengths, draw_arrivals, draw_lengths, make_requests, read_trace
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
@@ -260,20 +260,14 @@ class FakeLLM:
     """Gives every request its tokens at known times; a prompt of one token fails."""
 
     prompts: list[list[int]]
-    facts = EngineFacts(
+    facts = stub_facts(
         model_type="fake",
         vocab_size=50,
         max_model_len=99,
-        eos_token_ids=(0,),
         num_pages=1,
-        page_size=1,
         max_batch_tokens=1,
         max_num_seqs=1,
-        device="cpu",
-        dtype="float32",
         plan="sequential",
-        load_s=0.0,
-        warm_up_s=0.0,
     )
 
     def __init__(self, **fields: Any) -> None:

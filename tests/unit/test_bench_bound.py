@@ -219,6 +219,13 @@ def test_window_is_between_the_first_finish_and_the_last_that_waited() -> None:
     assert (steady.num_iterations, steady.energy_per_token_j) == (102, None)
 
 
+def test_a_window_begins_and_ends_nearly_full() -> None:
+    """Of 100 requests 90 are full, 89 are not; iterations that are half full lie outside, also where others wait."""
+    half, nearly, almost = (5, 50, 50, True), (1, 89, 50, True), (1, 90, 50, True)
+    window = find_window(run_of(RAMP, half, nearly, almost, FULL, almost, nearly, half), duration_s=9.0)
+    assert window.start_s == pytest.approx(3.7) and window.stop_s == pytest.approx(8.8)
+
+
 @pytest.mark.parametrize(
     ("progress", "duration_s", "reason"),
     [

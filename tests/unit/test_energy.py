@@ -37,6 +37,12 @@ def test_a_window_with_few_ticks_lies_between_those_around_it() -> None:
     assert energy.used_j(0.05, 0.15) == pytest.approx(70.0)
 
 
+def test_ticks_that_span_little_of_a_window_do_not_stand_for_it() -> None:
+    """700 W for two ticks, then 100 W until a last one."""
+    energy = sampled([(0.0, 0.0), (0.1, 70.0), (0.2, 140.0), (1.0, 220.0)])
+    assert energy.used_j(0.05, 0.95) == pytest.approx(215 - 35)
+
+
 def test_what_no_ticks_enclose_has_the_power_of_what_they_do() -> None:
     energy = sampled([(0.2, 0.0), (0.3, 70.0)])
     assert energy.used_j(0.0, 0.4) == pytest.approx(280.0)

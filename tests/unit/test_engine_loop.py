@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nanoflow.batch import DenseBatch, SampledTokens
+from nanoflow.config import EngineConfig
+from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.front_ends import FrontEnds
 from nanoflow.engine.iteration_times import IterationTimes
@@ -25,6 +28,7 @@ from nanoflow.request import Request, RequestError, SamplingParams
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
 from tests.fake_engine import FakeEngine, fake_facts
+from tests.toy_models import ENGINE_OPTIONS, write_toy_model
 from tests.unit.test_scheduler import make_limits
 
 
@@ -43,14 +47,22 @@ class SlowWorker:
         return result
 
 
-def _engine(times: IterationTimes) -> Engine:
+def _constant(time_s: float) -> IterationTimes:
+    """Every iteration takes so long, as far as is known at first."""
+    times = IterationTimes()
+    times.estimate = IterationTime(fixed_s=time_s)
+    return times
+
+
+def _engine(times: IterationTimes | None, *, is_async: bool = True) -> Engine:
     plan = sequential_plan(build_graph(preset_config("llama-3.2-1b"), None), 64)
+    estimate = None if times is None else times.estimate
     engine = Engine(
         facts=fake_facts(),
-        scheduler=Scheduler(limits=make_limits(), pace=Pace(max_itl_s=0.05, iteration_time=times.estimate)),
+        scheduler=Scheduler(limits=make_limits(), pace=Pace(max_itl_s=0.05, iteration_time=estimate)),
         worker=SlowWorker(),  # type: ignore[arg-type]
         book=PlanBook(fallback=plan),
-        is_async=True,
+        is_async=is_async,
         times=times,
     )
     params = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -59,7 +71,7 @@ def _engine(times: IterationTimes) -> Engine:
 
 
 def test_iterations_change_what_the_scheduler_expects() -> None:
-    engine = _engine(IterationTimes(known=IterationTime(fixed_s=0.1)))
+    engine = _engine(_constant(0.1))
     for place in range(2, 120):
         params = SamplingParams(max_tokens=8, ignore_eos=True)
         engine.add(Request(request_id=place, prompt_token_ids=[1, 2], params=params, seed=0, max_tokens=8))
@@ -73,6 +85,66 @@ def _shape(engine: Engine) -> Any:
     worker = engine._worker
     assert isinstance(worker, SlowWorker)
     return worker.pending[-1][0].shape
+
+
+class WatchedResult(Future[SampledTokens]):
+    """Says when it is read."""
+
+    def __init__(self, number: int, happened: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self._number, self._happened = number, happened
+
+    def result(self, timeout: float | None = None) -> SampledTokens:
+        self._happened.append(("read", self._number))
+        return super().result(timeout)
+
+
+class WatchedWorker:
+    """Notes in which order batches are launched and their tokens read."""
+
+    num_prepared = 0
+
+    def __init__(self) -> None:
+        self.happened: list[tuple[str, int]] = []
+        self._num_launched = 0
+
+    def launch(self, batch: DenseBatch, _plan: object) -> Future[SampledTokens]:
+        self.happened.append(("launch", self._num_launched))
+        result = WatchedResult(self._num_launched, self.happened)
+        result.set_result(SampledTokens(token_ids=np.ones(len(batch.sampled), np.int32)))
+        self._num_launched += 1
+        return result
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_batch_is_launched_before_the_tokens_of_the_one_before_are_read(is_async: bool) -> None:
+    engine, worker = _engine(None, is_async=is_async), WatchedWorker()
+    engine._worker = worker  # type: ignore[assignment]
+    while engine.has_work:
+        engine.step()
+    count = len(worker.happened) // 2
+    assert count >= 8
+    if is_async:
+        middle = [event for i in range(count - 1) for event in (("launch", i + 1), ("read", i))]
+        assert worker.happened == [("launch", 0), *middle, ("read", count - 1)]
+    else:
+        assert worker.happened == [(what, i) for i in range(count) for what in ("launch", "read")]
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_option_decides_whether_the_first_step_waits_for_its_tokens(is_async: bool, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(write_toy_model(tmp_path)), async_scheduling=is_async, **ENGINE_OPTIONS)
+    engine = build_engine(config)
+    try:
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        engine.add(Request(request_id=1, prompt_token_ids=[1, 2], params=params, seed=0, max_tokens=2))
+        assert engine.step().request_ids == ([] if is_async else [1])
+    finally:
+        engine.close()
+
+
+def test_scheduling_is_asynchronous_unless_told_otherwise() -> None:
+    assert EngineConfig().async_scheduling
 
 
 class PostBox:

@@ -121,6 +121,14 @@ def test_rungs_run_at_their_own_limits_beside_the_best_sequential_one(
     assert rows[3][3] == "whole_runs_llama-3-8b" and len(rows) == 5
 
 
+def test_repeats_go_forwards_and_backwards_in_turn() -> None:
+    engine, config = EngineConfig(), ThroughputConfig()
+    settings = [in_turn.Setting(name=name, engine=engine, config=config) for name in "abc"]
+    order = [(wanted.setting.name, wanted.repeat) for wanted in in_turn.in_order(settings, 3)]
+    assert "".join(name for name, _ in order) == "abc" + "cba" + "abc"
+    assert [repeat for _, repeat in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_what_is_there_does_not_run_again_and_what_is_cut_off_is_not_lost(engines: Engines, tmp_path: Path) -> None:
     path, rungs = tmp_path / "runs.json", ("--rungs", "sequential=32/8", "sequential=64/8", "--repeats", "1")
     engines.broken_at = 3

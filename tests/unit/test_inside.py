@@ -30,6 +30,7 @@ from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan, PlanError
+from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profiler import inside as profiler_inside
 from nanoflow.profiler.inside import InsideTask, measure_inside
 from nanoflow.profiler.sustained import SPANS, Span
@@ -115,6 +116,18 @@ def inside(plan: PipelinePlan, graph: OpGraph) -> PipelinePlan:
             replace(nano, lane=lane[kinds[nano.operation] is OpKind.DECODE_ATTENTION]) for nano in plan.nano_operations
         ),
     )
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.2), (0.8, 1.0), (0.8, 0.21), (1.0, 1e-9)])
+def test_no_lane_has_all_of_the_instruction_stream(shares: tuple[float, float]) -> None:
+    """With a share of 1 there would be no rate at which products carry attention."""
+    graph = build_graph(preset_config("llama-3-8b"), None)
+    plan = inside(sequential_plan(graph, 64), graph)
+    plan.validate(graph)
+    lanes = tuple(replace(lane, share=share) for lane, share in zip(plan.lanes, shares, strict=True))
+    with pytest.raises(PlanError, match=f"each has less than 1 .*, not {shares[0]:g} and {shares[1]:g}") as error:
+        replace(plan, lanes=lanes).validate(graph)
+    assert "\n" not in str(error.value)
 
 
 def lanes_of(plan: PipelinePlan, graph: OpGraph, executor: PipelinedExecutor, carrier: ReferenceCarrier) -> InsideLanes:

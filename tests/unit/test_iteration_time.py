@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanoflow.engine.warmup import probe_batch, probes
 from nanoflow.graph.operation import BatchShape
-from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time, shape_of, shapes_to_fit
+from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time
+from nanoflow.scheduler.limits import SchedulerLimits
+from tests.iteration_shapes import shape_of
 
 TRUE = IterationTime(fixed_s=2e-3, token_s=9e-6, floor_tokens=256, sampled_s=1.5e-6, key_s=3e-8, pair_s=4e-10)
-SHAPES = shapes_to_fit(max_batch_tokens=2048, max_num_seqs=512, max_model_len=8192)
+LIMITS = SchedulerLimits(
+    max_batch_tokens=2048, max_num_seqs=512, max_model_len=8192, num_pages=999, page_size=16, vocab_size=50
+)
+SHAPES = [
+    shape_of(num_decodes, context, chunk, before)
+    for num_decodes, context, chunk, before in itertools.product(
+        (0, 1, 128, 512), (64, 2048), (0, 128, 1024), (0, 4096)
+    )
+    if num_decodes + chunk
+]
 
 
 def samples(noise: float = 0.0) -> list[tuple[BatchShape, float]]:
@@ -36,6 +50,13 @@ def test_the_coefficients_behind_exact_samples_are_found() -> None:
     assert found.pair_s == pytest.approx(TRUE.pair_s, rel=1e-3)
     for shape, time_s in samples():
         assert found.predict_s(shape) == pytest.approx(time_s, rel=0.01)
+
+
+def test_the_batches_that_an_engine_times_beforehand_are_enough_for_good_predictions() -> None:
+    timed = [probe_batch(probe, LIMITS).shape for probe in probes(LIMITS)]
+    found = fit_iteration_time([(shape, TRUE.predict_s(shape)) for shape in timed])
+    errors = [abs(found.predict_s(shape) / TRUE.predict_s(shape) - 1) for shape in SHAPES]
+    assert max(errors) < 0.2 and np.mean(errors) < 0.05
 
 
 def test_noise_of_five_percent_leaves_predictions_within_ten() -> None:
@@ -76,10 +97,3 @@ def test_what_cannot_be_fitted_is_said(measured: list[tuple[BatchShape, float]],
 
 def test_it_survives_a_file() -> None:
     assert msgspec.json.decode(msgspec.json.encode(TRUE), type=IterationTime) == TRUE
-
-
-def test_shapes_keep_the_limits() -> None:
-    for limits in ((2048, 512, 8192), (64, 8, 64), (1, 1, 2), (8192, 1024, 131_072)):
-        shapes = shapes_to_fit(max_batch_tokens=limits[0], max_num_seqs=limits[1], max_model_len=limits[2])
-        assert shapes and len(set(shapes)) == len(shapes) <= 160
-        assert all(0 < shape.num_tokens <= limits[0] and shape.num_decode_tokens <= limits[1] for shape in shapes)

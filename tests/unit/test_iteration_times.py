@@ -6,7 +6,7 @@ import pytest
 
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.graph.operation import BatchShape
-from nanoflow.plan.iteration_time import shape_of
+from tests.iteration_shapes import shape_of
 
 
 def _time_s(shape: BatchShape, factor: float = 1.0) -> float:

@@ -53,6 +53,16 @@ def test_pages_take_what_utilization_leaves_on_a_gpu(size: Size) -> None:
     assert size("cuda", 700, 1000, gpu_memory_utilization=0.5) == (200, 256)
 
 
+def test_all_of_a_gpu_may_be_used(size: Size) -> None:
+    assert size("cuda", 700, 1000, gpu_memory_utilization=1.0) == (700, 256)
+
+
+@pytest.mark.parametrize("part", [1.0001, 90.0, 0.0, -0.5, float("nan"), float("inf")])
+def test_what_is_no_part_of_the_memory_is_refused(part: float) -> None:
+    with pytest.raises(ConfigError, match=rf"gpu_memory_utilization must be in \(0, 1\], got {part}"):
+        EngineConfig(gpu_memory_utilization=part)
+
+
 def test_what_is_allocated_later_stays_free_on_a_gpu(size: Size) -> None:
     assert size("cuda", 700, 1000, 50, gpu_memory_utilization=0.9) == (550, 256)
     assert size("cpu", 1000, 0, 50) == (400, 256)

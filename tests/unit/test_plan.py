@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,35 @@ def test_shares_that_run_together_may_not_exceed_the_device() -> None:
     plan.validate(_graph())
     plan = timed("o_proj", "whole", timed("decode_attention", "other", plan))
     with pytest.raises(PlanError, match=r"lanes \['other', 'whole'\] together hold 1.40 > 1"):
+        plan.validate(_graph())
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.0, 1.0 + 1e-6, float("nan"), float("inf")])
+def test_a_share_is_a_part_of_the_device(share: float) -> None:
+    with pytest.raises(PlanError, match=rf"lane 'whole' has share {share}, must be in \(0, 1\]"):
+        dataclasses.replace(_PLAN, lanes=(Lane(name="whole", share=share),)).validate(_graph())
+    for possible in (1e-3, 1.0):
+        dataclasses.replace(_PLAN, lanes=(Lane(name="whole", share=possible),)).validate(_graph())
+
+
+@pytest.mark.parametrize(
+    ("shares", "begin_s", "is_too_much"),
+    [
+        ((0.7, 0.3), 1.0, False),
+        ((0.7, 0.3 + 1e-9), 1.0, False),  # 1 but for rounding
+        ((0.7, 0.31), 1.0, True),
+        ((0.7, 0.31), 1.9, True),
+        ((0.7, 0.31), 2.0, False),  # one begins as the other ends
+    ],
+)
+def test_shares_that_run_together_sum_to_at_most_one(
+    shares: tuple[float, float], begin_s: float, is_too_much: bool
+) -> None:
+    lanes = tuple(Lane(name=name, share=share) for name, share in zip(("whole", "other"), shares, strict=True))
+    plan = dataclasses.replace(_PLAN, lanes=lanes)
+    plan = _replace_nano(plan, "decode_attention", lane="other", predicted_start_s=1.0, predicted_end_s=2.0)
+    plan = _replace_nano(plan, "o_proj", predicted_start_s=begin_s, predicted_end_s=3.0)
+    with pytest.raises(PlanError, match=r"together hold 1\.01 > 1") if is_too_much else nullcontext():
         plan.validate(_graph())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from nanoflow.batch import DenseBatch, Joined
 from nanoflow.executor.sampler import Drawn, Sampler, sampling_bytes
 from nanoflow.executor.sampling_state import SamplingState
+from nanoflow.kernels.dispatch import SampleKernels
 from nanoflow.kernels.sample import IN_PROMPT
 from nanoflow.request import SamplingParams
 from tests.graphs import batch_of
@@ -59,6 +62,51 @@ def test_a_row_keeps_nothing_of_an_earlier_request() -> None:
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.best, other.best)
         assert one.logprob_places == other.logprob_places == [(0, 3), (2, 1)]
         assert all(torch.equal(*fields) for fields in zip(one.logprobs, other.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_log_probabilities_are_the_models_own(kernels: str) -> None:
+    """Of its logits as they are, whatever biases, penalties, filters and held-back stop tokens make of the draw."""
+    sampler = Sampler(num_rows=4, vocab_size=VOCAB_SIZE, device=CPU)
+    if kernels == "triton":
+        sampler._kernels = interpreted_kernels()
+    adjusted = SamplingParams(
+        temperature=1.7,
+        top_k=9,
+        logit_bias={5: 30.0, 6: -30.0},
+        repetition_penalty=1.8,
+        presence_penalty=1.5,
+        frequency_penalty=1.0,
+        min_tokens=9,
+        logprobs=20,
+    )
+    batch = batch_of([(3, 1), (3, 1)], 2, VOCAB_SIZE, seed=0)
+    batch = replace(batch, rows=np.array([3, 1], np.int32))
+    sampler.join([_joined(3, adjusted), _joined(1, replace(adjusted, logprobs=2))])
+    logits = _logits()[0][:2].contiguous()
+    expected = logits.log_softmax(-1)
+    drawn = sampler.sample(batch, logits)
+    assert drawn.token_ids.tolist() == [5, 5], "the bias decides the draw"
+    assert drawn.logprob_places == [(0, 20), (1, 2)]
+    ids, logprobs, ranks = drawn.logprobs
+    torch.testing.assert_close(logprobs, expected.gather(-1, ids.long()))
+    torch.testing.assert_close(logprobs[:, 1:], expected.topk(20)[0])
+    assert ranks.tolist() == [int((row > row[5]).sum()) + 1 for row in expected]
+
+
+def interpreted_kernels() -> SampleKernels:
+    """Those of a GPU, by Triton's interpreter."""
+    pytest.importorskip("triton")
+    import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
+    from nanoflow.kernels import triton_sample as fast
+
+    blocks = fast.RowBlocks(block=32, num_warps=4, room=32)
+    return SampleKernels(
+        largest=partial(fast.largest, blocks=blocks),
+        choose=partial(fast.choose, blocks=blocks),
+        top_logprobs=partial(fast.top_logprobs, blocks=blocks),
+        workspace_bytes=fast.workspace_bytes,
+    )
 
 
 def test_seen_tokens_after_a_preemption() -> None:

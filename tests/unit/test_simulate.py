@@ -234,8 +234,14 @@ def test_several_gpus_have_a_graph_for_each_exchange() -> None:
     ]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_the_paper_within_a_tenth() -> None:
     """LLaMA-2-70B on 8 A100 at 512/512; assumptions stand in benchmarks/paper.py."""
-    for row in compare(time_limit_s=60):
+    rows = {row.name: row for row in compare()}
+    for row in rows.values():
         assert abs(row.error) < 0.1, row
+    sequential, cut, overlapped = (rows[name] for name in ("non-overlap", "nano-batches only", "overlapped"))
+    assert sequential.at_once == pytest.approx(1.0) and cut.at_once == pytest.approx(1.0)
+    assert overlapped.at_once > 1.2, "what was found does overlap"
+    # Measured: 1.20 and 1.35 times.
+    assert overlapped.predicted > 1.05 * sequential.predicted and overlapped.predicted > 1.2 * cut.predicted

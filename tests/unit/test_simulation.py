@@ -14,7 +14,7 @@ import pytest
 from benchmarks.validation import compare
 
 from nanoflow.bench.metrics import RunMetrics
-from nanoflow.bench.simulation import Cluster, SimulatedRun, iteration_time_of, least_replicas, limits_for, simulate
+from nanoflow.bench.simulation import Cluster, SimulatedRun, least_replicas, limits_for, simulate
 from nanoflow.bench.workload import Lengths, draw_arrivals
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
@@ -64,6 +64,14 @@ def test_one_request_alone() -> None:
     assert metrics.ttft_s is not None and metrics.ttft_s.mean == pytest.approx(STEP_S)
     assert metrics.tpot_s is not None and metrics.tpot_s.mean == pytest.approx(STEP_S)
     assert metrics.num_output_tokens == 4 and metrics.num_short == 0
+
+
+def test_a_batch_is_formed_while_the_one_before_runs() -> None:
+    """Who comes in the middle of an iteration finds the next one formed, and joins that after it; nothing is idle."""
+    found = run([(16, 10), (16, 1)], [0.0, 0.5 * STEP_S])
+    assert found.metrics.ttft_s is not None
+    assert found.metrics.ttft_s.mean == pytest.approx((1.0 + 2.5) / 2 * STEP_S)
+    assert found.metrics.duration_s == pytest.approx(10 * STEP_S) and found.num_iterations == 10
 
 
 def test_prompts_beyond_the_budget_take_more_iterations() -> None:
@@ -138,7 +146,7 @@ def test_a_bound_on_iterations_shortens_the_longest_gaps() -> None:
         return simulate(cluster, lengths, arrivals_s).metrics
 
     unbounded = simulated(Pace())
-    bounded = simulated(Pace(max_itl_s=0.012, iteration_time=iteration_time_of(Linear(iteration_time=truth), limits)))
+    bounded = simulated(Pace(max_itl_s=0.012, iteration_time=truth))
     assert unbounded.itl_s is not None and bounded.itl_s is not None
     assert unbounded.itl_s.p99 > 0.03 and bounded.itl_s.p99 < 0.0125
     assert bounded.num_output_tokens == unbounded.num_output_tokens == 60 * 100 and not bounded.num_short

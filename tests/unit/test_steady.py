@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, PlanBook, PlanEntry, StoredBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from tests.fake_engine import fake_facts
 from tests.unit.test_serving import rendered
 
 CPU = ("--model", "default", "--device", "cpu", "--dtype", "float32", "--num-threads", "1")
@@ -150,6 +152,27 @@ def test_a_turn_has_as_many_iterations_as_the_sequential_rung_has_in_its_time(en
     counts = steady_engine.counts_of(begin, SMALL_BOOK, clock)
     assert counts.num_settling == 0 and counts.num_counted > 1
     assert steady_engine.counts_of(begin, SMALL_BOOK, replace(clock, turn_s=1e-9)).num_counted == 1
+
+
+@pytest.mark.parametrize(("repeat", "order"), [(0, "abc" + "cba" + "abc"), (1, "cba" + "abc" + "cba")])
+def test_rungs_take_turns_forwards_and_backwards(repeat: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what drifts evenly, as a card that gets warmer does, would tell for one of them."""
+    begins, seen = list[tuple[int, ...]](), list[str]()
+
+    def take_turn(begin: Any, rung: str, _book: PlanBook, _counts: steady_engine.Counts) -> Turn:
+        begins.append(begin.args[-1])
+        seen.append(rung)
+        return turn(rung, [1.0])
+
+    monkeypatch.setattr(steady_engine, "take_turn", take_turn)
+    counts = steady_engine.Counts(num_settling=0, num_counted=1)
+    monkeypatch.setattr(steady_engine, "counts_of", lambda *_: counts)
+    clock = steady_engine.Clock(settle_s=0.0, turn_s=1.0, num_turns=3)
+    engine: Any = SimpleNamespace(facts=fake_facts())
+    found = steady_engine.measure(engine, dict.fromkeys("abc", BOOK), LENGTHS, clock, (7, repeat))
+    assert "".join(seen) == "".join(each.rung for each in found) == order
+    # Turns that are compared begin alike.
+    assert begins == [(7, repeat, place) for place in range(3) for _ in "abc"]
 
 
 def _predicted_s(plan: PipelinePlan, _shape: BatchShape) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from nanoflow.cost.estimate import estimated_profile
 from nanoflow.executor.steps import Step, bind
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, depends
+from nanoflow.graph.shard import shard
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
@@ -21,8 +23,10 @@ from nanoflow.search.shapes import batch_of
 from tests.plans import ping_pong_plan
 
 GRAPH = replace(build_graph(preset_config("llama-3-8b"), None), num_layers=5)
+ON_TWO_GPUS = shard(GRAPH, 2)
 
 
+@functools.cache
 def searched() -> PipelinePlan:
     """A plan with many lanes: on A100 by the data sheet, overlap pays."""
     profile = estimated_profile("m", dict(PRESETS["llama-3-8b"]), parse_gpus("a100-80"), max_tokens=2048)
@@ -59,11 +63,30 @@ def missing(graph: OpGraph, steps: tuple[Step, ...]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("plan", [searched(), ping_pong_plan(GRAPH, 256, 96, Mechanism.STREAM)], ids=["searched", "pp"])
-def test_every_dependency_is_waited_for(plan: PipelinePlan) -> None:
-    steps = bind(plan, GRAPH)
-    assert len(steps) == len(plan.nano_operations) * GRAPH.num_layers
-    assert missing(GRAPH, steps) == []
+@pytest.mark.parametrize(
+    ("graph", "plan"),
+    [
+        (GRAPH, searched()),
+        (GRAPH, ping_pong_plan(GRAPH, 256, 96, Mechanism.STREAM)),
+        (ON_TWO_GPUS, ping_pong_plan(ON_TWO_GPUS, 256, 96, Mechanism.STREAM)),
+    ],
+    ids=["searched", "ping-pong", "ping-pong with a network lane"],
+)
+def test_every_dependency_is_waited_for(graph: OpGraph, plan: PipelinePlan) -> None:
+    steps = bind(plan, graph)
+    assert len(steps) == len(plan.nano_operations) * graph.num_layers
+    assert missing(graph, steps) == []
+
+
+def test_a_layer_waits_for_the_collective_at_the_end_of_the_one_before() -> None:
+    steps = bind(ping_pong_plan(ON_TWO_GPUS, 256, 96, Mechanism.STREAM), ON_TWO_GPUS)
+    waited_for = {
+        (steps[before].op.name, step.op.name, step.layer - steps[before].layer)
+        for step in steps
+        for before in step.waits
+        if steps[before].lane == "network"
+    }
+    assert ("down_proj_all_reduce", ON_TWO_GPUS.layer[0].name, 1) in waited_for
 
 
 def test_without_its_waits_a_plan_would_be_wrong() -> None:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
-from nanoflow.bench.machine import detect_gpus
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
-from nanoflow.device.energy import energy_of
+from nanoflow.device.energy import energy_of, gpu_power_limit_w
 from nanoflow.models.presets import preset_name
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
@@ -90,15 +89,8 @@ def _measure_repeats(
     ]
     if config.num_warmup:
         _generate(llm, config, runs[0][: config.num_warmup], use_tqdm=False)
-    power_limit_w = power_limit_of(llm.facts.device)
+    power_limit_w = gpu_power_limit_w(llm.facts.device)
     return [without_impossible_energy(_measure_run(llm, config, each, limits_ms), power_limit_w) for each in runs]
-
-
-def power_limit_of(device: str) -> float | None:
-    """Watts that a device, as torch names it, may draw; None if it is no GPU, or its driver does not say."""
-    kind, _, index = device.partition(":")
-    gpus = detect_gpus() if kind == "cuda" else ()
-    return gpus[int(index or 0)].power_limit_w if int(index or 0) < len(gpus) else None
 
 
 def _measure_run(

@@ -23,7 +23,6 @@ from nanoflow.config import ConfigError
 from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
-from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time, shapes_to_fit
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
@@ -69,16 +68,6 @@ class SimulatedRun:
     def tokens_per_s_per_gpu(self) -> float:
         """Prompt and output tokens."""
         return self.metrics.total_tokens_per_s / self.num_gpus
-
-
-def iteration_time_of(iterations: Iterations, limits: SchedulerLimits) -> IterationTime:
-    """What an engine would know of these iterations: a fit of the few coefficients to some of them."""
-    shapes = shapes_to_fit(
-        max_batch_tokens=limits.max_batch_tokens,
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len,
-    )
-    return fit_iteration_time([(shape, iterations.cost(shape).time_s) for shape in shapes])
 
 
 def limits_for(
@@ -241,8 +230,7 @@ class SimulatedEngine:
 class Cluster:
     """Equal replicas behind one queue: a request goes to the one with the fewest outstanding tokens.
 
-    With `Pace(max_itl_s=..., iteration_time=iteration_time_of(iterations, limits))` its schedulers bound the time of
-    iterations as an engine does.
+    With a `Pace` that has a bound and an estimate of iterations its schedulers bound their time as an engine does.
     """
 
     limits: SchedulerLimits

@@ -1,4 +1,4 @@
-"""The card's own energy counter and clock.
+"""The card's own energy counter, clock and power limit.
 
 The counter moves in ticks, about ten a second on an H200: read at both ends of a second, it is off by a tenth. So it is
 watched, and a window has the power between its first tick and its last one.
@@ -9,10 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanoflow.device.nvml import ask_nvml
+from nanoflow.device.nvml import ask_gpu
+
+if TYPE_CHECKING:
+    import torch
 
 # Between two readings, a fraction of a tick.
 _INTERVAL_S = 0.02
@@ -75,23 +79,31 @@ class EnergySampler:
                 self._last_j = now_j
 
 
-def energy_of(device: str) -> EnergySampler:
+def energy_of(device: torch.device | str) -> EnergySampler:
     """Watches a device, as torch names it; of a CPU nothing is known."""
-    kind, _, index = device.partition(":")
-    return EnergySampler(lambda: gpu_energy_j(int(index or 0)) if kind == "cuda" else None)
+    # Commands that only read what was measured do without it.
+    import torch
+
+    watched = torch.device(device)
+    if watched == torch.device("cuda"):
+        # The thread that watches has a current device of its own.
+        watched = torch.device("cuda", torch.cuda.current_device())
+    return EnergySampler(lambda: gpu_energy_j(watched))
 
 
-def gpu_energy_j(index: int = 0) -> float | None:
-    """Joules that a GPU has used since its driver was loaded; None without NVML, a GPU or such a counter."""
-    millijoules = ask_nvml(
-        lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(nvml.nvmlDeviceGetHandleByIndex(index))
-    )
+def gpu_energy_j(device: torch.device | str) -> float | None:
+    """Joules that a GPU has used since its driver was loaded; None if `ask_gpu` has none or it has no such counter."""
+    millijoules = ask_gpu(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card))
     return None if millijoules is None else millijoules / 1e3
 
 
-def gpu_clock_mhz(index: int = 0) -> float | None:
-    """Clock of a GPU's multiprocessors now; None without NVML or a GPU."""
-    clock_mhz = ask_nvml(
-        lambda nvml: nvml.nvmlDeviceGetClockInfo(nvml.nvmlDeviceGetHandleByIndex(index), nvml.NVML_CLOCK_SM)
-    )
+def gpu_clock_mhz(device: torch.device | str) -> float | None:
+    """Clock of a GPU's multiprocessors now; None if `ask_gpu` has none."""
+    clock_mhz = ask_gpu(device, lambda nvml, card: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM))
     return None if clock_mhz is None else float(clock_mhz)
+
+
+def gpu_power_limit_w(device: torch.device | str) -> float | None:
+    """Watts that a GPU may draw; None if `ask_gpu` has none."""
+    limit_mw = ask_gpu(device, lambda nvml, card: nvml.nvmlDeviceGetEnforcedPowerLimit(card))
+    return None if limit_mw is None else limit_mw / 1e3

@@ -116,9 +116,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         compile_and_record(worker, book, limits, with_plans=prepares_plans)
     times, pace = None, Pace()
     if chosen.max_itl_ms is not None:
-        known = None if stored is None else stored.iteration_time
-        samples = time_iterations(worker, book.fallback, limits) if is_captured and known is None else ()
-        times = IterationTimes(samples, known)
+        times = IterationTimes(time_iterations(worker, book.fallback, limits) if is_captured else ())
         pace = Pace(max_itl_s=chosen.max_itl_ms / 1e3, iteration_time=times.estimate)
     facts = EngineFacts(
         model_type=graph.name,

@@ -26,17 +26,16 @@ class IterationTimes:
 
     Args:
         samples: Contents and seconds of batches timed beforehand.
-        known: An estimate to begin with, if nothing was timed.
 
     Attributes:
         estimate: What iterations take now; None before anything is known.
     """
 
-    def __init__(self, samples: Sequence[Sample] = (), known: IterationTime | None = None) -> None:
+    def __init__(self, samples: Sequence[Sample] = ()) -> None:
         self._first = list(samples)
         self._latest: deque[Sample] = deque(maxlen=_NUM_LATEST)
         self._num_observed = 0
-        self.estimate = fit_iteration_time(self._first) if self._first else known
+        self.estimate: IterationTime | None = fit_iteration_time(self._first) if self._first else None
 
     def observe(self, shape: BatchShape, time_s: float) -> bool:
         """An iteration of this shape has taken so long; True if the estimate has changed."""

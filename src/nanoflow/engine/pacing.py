@@ -1,7 +1,9 @@
 """When the readers of running requests are woken: `Stream` waits for one request's news, `Pacer` wakes many at once.
 
-Sending one piece of a stream costs the same however many tokens are in it. So tokens that come while the event loop
-is busy with sending wait for each other, and go out together. Nothing is held back in a loop that has time.
+Sending one piece of a stream costs the same however many tokens are in it. So tokens that come soon after a round of
+sending wait for each other and go out together: sending takes about a tenth of the event loop's time, more only where
+the longest pause cuts in. The rounds of a few streams, and so the pauses after them, are shorter than the gaps between
+tokens: those streams are sent token by token.
 """
 
 from __future__ import annotations

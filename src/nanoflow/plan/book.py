@@ -18,7 +18,6 @@ import msgspec
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
-from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.plan.plan import PipelinePlan, PlanError
 
 BOOK_VERSION = 1
@@ -209,14 +208,12 @@ class StoredBook:
         entries: As in `PlanBook`.
         made_for: None if unknown.
         limits: None if the book does not say.
-        iteration_time: Fitted on the device that the book was made on; None if it was not.
         prediction: What the search expected of it; None if it was not made by a search over limits.
     """
 
     entries: tuple[PlanEntry, ...]
     made_for: MadeFor | None = None
     limits: BookLimits | None = None
-    iteration_time: IterationTime | None = None
     prediction: BookPrediction | None = None
     version: int = BOOK_VERSION
 

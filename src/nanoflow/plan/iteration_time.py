@@ -69,7 +69,7 @@ def fit_iteration_time(samples: Sequence[tuple[BatchShape, float]]) -> Iteration
 
     Args:
         samples: Shapes and seconds. A fit of use has a dozen: few and many decodes, short and long contexts, chunks of
-            prompts from few tokens to the whole budget, early and late in a prompt (`shapes_to_fit`).
+            prompts from few tokens to the whole budget, early and late in a prompt (`engine/warmup.py`).
 
     Raises:
         ValueError: There is no sample, or a time is not positive.
@@ -100,32 +100,6 @@ def fit_iteration_time(samples: Sequence[tuple[BatchShape, float]]) -> Iteration
         sampled_s=float(sampled_s),
         key_s=float(key_s),
         pair_s=float(pair_s),
-    )
-
-
-def shapes_to_fit(*, max_batch_tokens: int, max_num_seqs: int, max_model_len: int) -> tuple[BatchShape, ...]:
-    """Shapes within these limits whose times tell all coefficients apart: decodes, chunks of prompts, and both."""
-    most = min(max_num_seqs, max_batch_tokens)
-    shapes = {
-        shape_of(num_decodes, context, chunk, before)
-        for num_decodes in sorted({0, 1, most // 4, most // 2, most})
-        for chunk in sorted({0, 128, max_batch_tokens // 4, max_batch_tokens // 2, max_batch_tokens - num_decodes})
-        for context in sorted({min(64, max_model_len), min(1024, max_model_len), max_model_len // 4})
-        for before in sorted({0, max_model_len // 2})
-        if 0 < num_decodes + chunk <= max_batch_tokens and chunk + before <= max_model_len
-    }
-    return tuple(sorted(shapes, key=lambda shape: (shape.num_tokens, shape.decode_context, shape.prefill_context)))
-
-
-def shape_of(num_decodes: int, context: int, chunk: int, before: int) -> BatchShape:
-    """Equal decodes with so many keys each, and one chunk of a prompt of which so many tokens are computed."""
-    return BatchShape(
-        num_tokens=num_decodes + chunk,
-        num_decode_tokens=num_decodes,
-        decode_context=num_decodes * context,
-        prefill_context=chunk * before + chunk * (chunk + 1) // 2,
-        prefill_kv_tokens=before + chunk if chunk else 0,
-        num_sampled=num_decodes + (chunk > 0),
     )
 
 

@@ -21,6 +21,8 @@ from nanoflow.graph.nanobatch import Access, TokenRange, depends
 from nanoflow.graph.operation import OpKind
 
 PLAN_VERSION = 1
+# What shares that are meant to sum to 1 may be off by.
+_ROUNDING = 1e-6
 
 
 class PlanError(ValueError):
@@ -46,7 +48,7 @@ class Lane:
         mechanism: WHOLE: all SMs. PARTITION: disjoint SMs. BESIDE: a small kernel co-resident with a large one on every
             SM. INSIDE: decode attention in the instruction stream of products, and those products. STREAM:
             unpartitioned.
-        share: Resource share R, 0 < R <= 1; of INSIDE lanes, of the steps of the instruction stream.
+        share: Resource share R, 0 < R <= 1; of INSIDE lanes, of the steps of the instruction stream, R < 1.
     """
 
     name: str
@@ -197,11 +199,14 @@ class PipelinePlan:
         for start_s, _, nano in timed:
             lanes_running = {other.lane for begin_s, end_s, other in timed if begin_s <= start_s < end_s}
             total = sum(share_of[lane] for lane in lanes_running)
-            if total > 1 + 1e-6:
+            if total > 1 + _ROUNDING:
                 raise PlanError(f"{nano}: when it starts, lanes {sorted(lanes_running)} together hold {total:.2f} > 1")
 
     def _check_inside(self, graph: OpGraph) -> None:
-        """Of two lanes inside each other one has all decode attention and nothing else, and the other one the rest."""
+        """Of two lanes inside each other one has all decode attention and nothing else, and the other one the rest.
+
+        Neither has all of the instruction stream.
+        """
         inside = [lane.name for lane in self.lanes if lane.mechanism is Mechanism.INSIDE]
         if not inside:
             return
@@ -212,6 +217,12 @@ class PipelinePlan:
             raise PlanError(
                 f"plan {self.name!r}: lanes inside each other are two, one for all decode attention and one for all "
                 "else that is in the layer"
+            )
+        shares = {lane.name: lane.share for lane in self.lanes if lane.name in inside}
+        if max(shares.values()) >= 1 or sum(shares.values()) > 1 + _ROUNDING:
+            raise PlanError(
+                f"plan {self.name!r}: lanes inside each other share the steps of one instruction stream, so each has "
+                f"less than 1 of them and both at most 1, not {' and '.join(f'{share:g}' for share in shares.values())}"
             )
         for nano in self.nano_operations:
             if nano.lane in of_attention and kinds[nano.operation] is not OpKind.DECODE_ATTENTION:

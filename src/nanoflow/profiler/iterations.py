@@ -203,7 +203,7 @@ def _sustained(worker: Worker, batch: DenseBatch, plan: PipelinePlan, device: to
     if span.settle_s:
         once_s = _run(worker, batch, plan, math.ceil(span.settle_s / once_s))
     count = math.ceil(span.measure_s / once_s)
-    with energy_of(str(device)) as energy:
+    with energy_of(device) as energy:
         time_s = _run(worker, batch, plan, count)
         used_j = energy.used_so_far_j()
     return Timing(time_s=time_s, energy_j=None if used_j is None else used_j / count)

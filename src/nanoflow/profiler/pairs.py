@@ -192,7 +192,7 @@ def measure_parts(site: Site, wanted: Collection[PartTask], span: Span | None = 
 def run_window(runs: Sequence[LaneRun], counts: Sequence[int], device: torch.device) -> Window:
     """Run each lane's work so many times, all lanes at once; afterwards the device is idle."""
     torch.cuda.synchronize(device)
-    with energy_of(str(device)) as energy:
+    with energy_of(device) as energy:
         gate = _event()
         gate.record(torch.cuda.current_stream(device))
         stops = [_event() for _ in runs]

@@ -10,6 +10,7 @@ import torch
 
 from nanoflow.cost.table import Profile, ProfileError, Setup
 from nanoflow.device.detect import device_name, total_memory_bytes
+from nanoflow.device.energy import gpu_power_limit_w
 from nanoflow.device.nvml import ask_nvml
 from nanoflow.profiler.sustained import Span, sustained
 from nanoflow.version import __version__
@@ -23,13 +24,11 @@ _IDLE_CALLS = 200
 def detect_setup(device: torch.device) -> Setup:
     """This machine; the power that nothing takes is not measured here."""
     is_gpu = device.type == "cuda"
-    index = device.index or 0
-    limit_mw = ask_nvml(lambda nvml: nvml.nvmlDeviceGetEnforcedPowerLimit(nvml.nvmlDeviceGetHandleByIndex(index)))
     return Setup(
         gpu=device_name(device),
         memory_bytes=total_memory_bytes(device),
         num_sms=torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else None,
-        power_limit_w=limit_mw / 1e3 if is_gpu and limit_mw is not None else None,
+        power_limit_w=gpu_power_limit_w(device),
         driver=ask_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion())) if is_gpu else None,
         software=_software(),
     )

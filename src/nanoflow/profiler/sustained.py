@@ -60,7 +60,7 @@ def sustained(work: Work, device: torch.device, span: Span | None = None) -> Sus
         once_s = _elapsed_s(run, num_calls, device) / num_calls
     num_calls = math.ceil(span.measure_s / once_s / _NUM_PARTS)
     parts_s = []
-    with energy_of(str(device)) as energy:
+    with energy_of(device) as energy:
         for _ in range(_NUM_PARTS):
             parts_s.append(_elapsed_s(run, num_calls, device) / num_calls)
         used_j = energy.used_so_far_j()
@@ -99,4 +99,4 @@ def _clock_mhz(run: Work, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     run()
-    return gpu_clock_mhz(device.index or 0)
+    return gpu_clock_mhz(device)

@@ -64,11 +64,6 @@ class FoundPlan:
         return max(self.gain, 1.0) if self.measured_gain is None else self.measured_gain
 
     @property
-    def saved(self) -> float:
-        """Part of the run's time that the plan saves."""
-        return self.part * (1.0 - 1.0 / self.expected_gain)
-
-    @property
     def trusted(self) -> FoundPlan:
         """Without a trial: the best plan stays if the prediction is safe."""
         is_safe = bool(self.plans) and self.gain >= least_predicted_gain(self.plans[0])

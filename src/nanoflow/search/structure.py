@@ -15,10 +15,7 @@ Shares, interference and power are `allocate.py`'s.
 from __future__ import annotations
 
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,20 +75,6 @@ class Program:
             return None
         bound = -result.mip_dual_bound if result.mip_dual_bound is not None else result.x[variable]
         return Solution(values=result.x, bound=max(float(bound), float(result.x[variable])))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """The solver writes lines of its own to standard output, past Python."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
