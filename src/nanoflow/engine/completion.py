@@ -5,9 +5,12 @@ Tokens come in at every iteration; their text is made when it is read. `output.p
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from nanoflow.engine.detokenize import Detokenizer
 from nanoflow.engine.messages import Finished, PlaceLogprobs
 from nanoflow.engine.stop import StopFilter
+from nanoflow.engine.stop_special import MarkedStopFilter
 from nanoflow.outputs import CompletionOutput, FinishReason, LogprobRows, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -23,19 +26,23 @@ class Completion:
         params: Of the request.
         detokenizer: None if there is no text.
         stops: None if there are no stop strings.
+        marks: What goes into the search for stop strings for a token that is left out of the text, by its id.
         logprobs: The log probabilities of the output; None unless asked for.
 
     Attributes:
         name: Of the request, as its user knows it.
         last_token_s: When the last token came; None before the first.
+        error: Why its tokens cannot become text; None while they can.
     """
 
     __slots__ = (
         "_detokenizer",
         "_logprobs",
+        "_marks",
         "_num_read",
         "_params",
         "engine_id",
+        "error",
         "last_token_s",
         "metrics",
         "name",
@@ -54,7 +61,8 @@ class Completion:
         output: CompletionOutput,
         params: SamplingParams,
         detokenizer: Detokenizer | None,
-        stops: StopFilter | None,
+        stops: StopFilter | MarkedStopFilter | None,
+        marks: Mapping[int, str],
         logprobs: LogprobRows | None,
     ) -> None:
         self.engine_id = engine_id
@@ -64,10 +72,12 @@ class Completion:
         self.output = output
         self.stops = stops
         self.last_token_s: float | None = None
+        self.error: str | None = None
         # The list of the output: `output.py` appends to it, once a token.
         self.token_ids = output.token_ids
         self._params = params
         self._detokenizer = detokenizer
+        self._marks = marks
         self._logprobs = logprobs
         # Tokens from here on wait to become text.
         self._num_read = 0
@@ -94,33 +104,35 @@ class Completion:
             end: Why the completion ends with these tokens; None if it does not.
 
         Returns:
-            True if one was found. Then the token that completed it is the last.
+            True if the completion ends here: one was found, and the token that completed it is the last, or there is an
+            `error`.
         """
-        stops, detokenizer, min_tokens = self.stops, self._detokenizer, self._params.min_tokens
-        if stops is None or detokenizer is None:
+        stops, min_tokens = self.stops, self._params.min_tokens
+        if stops is None or self._detokenizer is None:
             return False
         num_shown = len(self.token_ids) if end is None else self._num_shown(end)
         for num_tokens, token_id in enumerate(self.token_ids[self._num_read : num_shown], start=self._num_read + 1):
-            piece = stops.push(detokenizer.push((token_id,)), may_stop=num_tokens >= min_tokens)
+            piece = self._marks.get(token_id) or self._decoded((token_id,))
+            piece = stops.push(piece, may_stop=num_tokens >= min_tokens)
             if piece:
                 self.output.append_text(piece)
             if stops.found is not None:
                 del self.token_ids[num_tokens:]
                 break
         self._num_read = len(self.token_ids)
-        return stops.found is not None
+        return stops.found is not None or self.error is not None
 
     def finish(self, end: Finished) -> None:
         """Complete the output: all of its text, and the reason."""
-        output, stops, detokenizer = self.output, self.stops, self._detokenizer
+        output, stops = self.output, self.stops
         found = None if stops is None else stops.found
-        if detokenizer is not None and found is None:
+        if found is None:
             self._read(self._num_shown(end))
-            rest = detokenizer.flush()
+            rest = self._decoded(None)
             output.append_text(rest if stops is None else stops.push(rest, may_stop=False) + stops.flush())
         # A string takes less memory than the buffer of a text that grows.
         output.text = output.text
-        output.finish_reason = end.reason
+        output.finish_reason = end.reason if self.error is None else FinishReason.ERROR
         output.stop_reason = found if end.stop_token_id is None else end.stop_token_id
 
     def _num_shown(self, end: Finished | None) -> int:
@@ -132,6 +144,17 @@ class Completion:
         """Make text of the waiting tokens up to this number."""
         if self._detokenizer is None or num_tokens <= self._num_read:
             return
-        piece = self._detokenizer.push(self.token_ids[self._num_read : num_tokens])
+        piece = self._decoded(self.token_ids[self._num_read : num_tokens])
         self._num_read = num_tokens
         self.output.append_text(piece)
+
+    def _decoded(self, token_ids: Sequence[int] | None) -> str:
+        """The text that tokens complete, what is left at the end if there are None; nothing after an error."""
+        detokenizer = self._detokenizer
+        if detokenizer is None:
+            return ""
+        try:
+            return detokenizer.flush() if token_ids is None else detokenizer.push(token_ids)
+        except ValueError as error:
+            self.error, self._detokenizer = str(error), None
+            return ""

@@ -19,8 +19,8 @@ from nanoflow.engine.completion import Completion
 from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.messages import EngineFacts, Finished, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest, Observer
-from nanoflow.engine.prompts import Prompt, make_requests
-from nanoflow.engine.stop import StopFilter, StopStrings
+from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests
+from nanoflow.engine.stop_special import StopRules
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
     CompletionOutput,
@@ -62,6 +62,9 @@ class OutputProcessor:
         seed: From it requests without a seed draw theirs.
         clock: Seconds, monotonic.
 
+    Raises:
+        TokenizerError: The tokenizer is that of another model.
+
     Attributes:
         observer: Told of times and counts; None tells nobody.
     """
@@ -77,15 +80,14 @@ class OutputProcessor:
         self.observer: Observer | None = None
         self._facts = facts
         self._tokenizer = tokenizer
-        own_eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
-        self._eos_token_ids = tuple(dict.fromkeys((*facts.eos_token_ids, *own_eos_token_ids)))
+        self._eos_token_ids = end_of_sequence(facts, tokenizer)
         self._random = random.Random(seed)
         self._clock = clock
         self._next_engine_id = 0
         self._living: dict[str, _Living] = {}
         self._completions: dict[int, Completion] = {}
         self._stopped: list[int] = []
-        self._stop_strings = lru_cache(_NUM_STOP_LISTS)(StopStrings)
+        self._stop_rules = lru_cache(_NUM_STOP_LISTS)(self._read_stops)
 
     def __len__(self) -> int:
         """Number of requests that have not ended."""
@@ -124,9 +126,10 @@ class OutputProcessor:
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt.token_ids),
             metrics=metrics,
         )
-        living = self._living[request_id] = _Living(output=output, metrics=metrics, params=params)
+        living = _Living(output=output, metrics=metrics, params=params)
         for request, completion in zip(requests, output.outputs, strict=True):
             living.running[request.request_id] = self._new_completion(request, living, completion)
+        self._living[request_id] = living
         self._completions.update(living.running)
         return output, requests
 
@@ -197,14 +200,18 @@ class OutputProcessor:
     def refresh(self, output: RequestOutput) -> None:
         """Bring the text of an output up to its tokens; call it before the output is shown.
 
-        All that waits is made in one go. Nothing happens if nothing waits.
+        All that waits is made in one go. Nothing happens if nothing waits. A completion whose tokens cannot become text
+        ends here, with reason "error".
         """
         living = self._living.get(output.request_id)
         # Another request may have taken over the name of one that has ended.
         if living is None or living.output is not output:
             return
-        for completion in living.running.values():
+        for completion in list(living.running.values()):
             completion.refresh()
+            if completion.error is not None:
+                self._stopped.append(completion.engine_id)
+                self._finish(completion, Finished(reason=FinishReason.ERROR), self._clock())
         if living.prompt_scores:
             self._read_prompt_scores(living)
 
@@ -212,10 +219,7 @@ class OutputProcessor:
         params, detokenizer = living.params, None
         if params.detokenize and self._tokenizer is not None:
             detokenizer = make_detokenizer(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
-        stops = None
-        if params.stop:
-            keeps_stop = params.include_stop_str_in_output
-            stops = StopFilter(self._stop_strings(tuple(params.stop)), keeps_stop=keeps_stop)
+        rules = self._stop_rules(tuple(params.stop), params.skip_special_tokens) if params.stop else None
         rows = None
         if params.logprobs is not None:
             rows = output.logprobs = LogprobRows(self._token_text(params))
@@ -227,9 +231,14 @@ class OutputProcessor:
             output=output,
             params=params,
             detokenizer=detokenizer,
-            stops=stops,
+            stops=None if rules is None else rules.new_filter(keeps_stop=params.include_stop_str_in_output),
+            marks={} if rules is None else rules.marks,
             logprobs=rows,
         )
+
+    def _read_stops(self, stops: tuple[str, ...], skip_special_tokens: bool) -> StopRules:
+        tokenizer = self._tokenizer
+        return StopRules(stops, tokenizer.special_names if tokenizer is not None and skip_special_tokens else None)
 
     def _token_text(self, params: SamplingParams) -> TokenText:
         return self._tokenizer.token_text if self._tokenizer is not None and params.detokenize else _no_text
@@ -270,10 +279,10 @@ class OutputProcessor:
         """End a completion, and its request if it was the last."""
         completion.finish(end)
         living = self._living[completion.name]
-        living.output.error = end.error or living.output.error
+        living.output.error = end.error or completion.error or living.output.error
         del self._completions[completion.engine_id], living.running[completion.engine_id]
         if not living.running:
-            self._finish_request(living, end.reason, now_s)
+            self._finish_request(living, completion.output.finish_reason or end.reason, now_s)
 
     def _finish_request(self, living: _Living, reason: FinishReason, now_s: float) -> None:
         self._read_prompt_scores(living)

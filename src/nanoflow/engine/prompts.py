@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.engine.messages import EngineFacts
-from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 
@@ -47,6 +47,24 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
             raise ValueError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
         return Prompt(text=value, token_ids=tokenizer.encode(value))
     return Prompt(text=None, token_ids=_checked_ids(value))
+
+
+def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The token ids that end a completion: the model's, then the tokenizer's.
+
+    Raises:
+        TokenizerError: One of them is beyond the model's vocabulary.
+    """
+    own = tokenizer.eos_token_ids if tokenizer else ()
+    for owner, token_ids in (("the model's config", facts.eos_token_ids), ("the tokenizer", own)):
+        wrong = [token_id for token_id in token_ids if not 0 <= token_id < facts.vocab_size]
+        if wrong:
+            ids = ", ".join(map(str, wrong))
+            sizes = f"the model has {facts.vocab_size} tokens" + (
+                f" and the tokenizer {tokenizer.vocab_size}" if tokenizer else ""
+            )
+            raise TokenizerError(f"{owner} ends a sequence with token id {ids}, but {sizes}: are they of one model?")
+    return tuple(dict.fromkeys((*facts.eos_token_ids, *own)))
 
 
 def make_requests(
