@@ -16,7 +16,7 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
 
-from nanoflow.engine.token_bytes import TokenBytes, num_pending_bytes
+from nanoflow.engine.token_bytes import TokenBytes, is_text, num_pending_bytes
 from nanoflow.engine.tokenizer import REPLACEMENT, Tokenizer
 
 # A character of UTF-8 has at most this many bytes.
@@ -141,36 +141,57 @@ class WindowDetokenizer:
 
     def _push(self, new: list[int]) -> str:
         """`push` for tokens that show."""
+        if not new:
+            return ""
         if len(new) > 1 and self._bytes_of is not None and REPLACEMENT in self._decode(new):
             # Decoders give up more than the wrong bytes of what they are given at once; one by one nothing is spoilt.
             half = len(new) // 2
             return self._push(new[:half]) + self._push(new[half:])
+        # A character that the new tokens do not complete is wrong; by itself, for the same reason.
+        wrong = self._show(len(self._window)) if self._is_broken_off(new[0]) else ""
         self._window += new
         num_whole = self._num_whole()
-        return self._show(num_whole) if num_whole > self._num_shown else ""
+        return wrong + (self._show(num_whole) if num_whole > self._num_shown else "")
+
+    def _is_broken_off(self, token_id: int) -> bool:
+        """True if the window ends inside a character that a token does not continue."""
+        if self._bytes_of is None:
+            return False
+        tail = _last_bytes(self._bytes_of, self._window)
+        num_pending = num_pending_bytes(tail)
+        begun = tail[len(tail) - num_pending :] + self._bytes_of[token_id][:1]
+        return num_pending > 0 and num_pending_bytes(begun) != len(begun) and not is_text(begun)
 
     def _show(self, num_whole: int) -> str:
         """Mark the first `num_whole` tokens of the window as shown; return what is new of their text."""
-        text = self._decode(self._window[:num_whole])
-        if text.startswith(self._shown_text):
-            new_text = text[len(self._shown_text) :]
-        else:
-            # Wrong bytes spoil those before them too, which are shown.
-            new_text = self._decode(self._window[self._num_shown : num_whole])
+        new_text = self._new_text(num_whole)
         if new_text:
             del self._window[: self._num_shown]
             self._num_shown = num_whole - self._num_shown
             self._shown_text = self._decode(self._window[: self._num_shown])
         return new_text
 
+    def _new_text(self, num_whole: int) -> str:
+        text, shown = self._decode(self._window[:num_whole]), self._shown_text
+        new_text = text[len(shown) :] if text.startswith(shown) else None
+        if new_text is not None and REPLACEMENT not in new_text:
+            return new_text
+        # Wrong bytes may have spoilt what stands beside them: then the new tokens have more text by themselves.
+        alone = self._decode(self._window[self._num_shown : num_whole])
+        return alone if new_text is None or new_text.count(REPLACEMENT) > alone.count(REPLACEMENT) else new_text
+
     def _num_whole(self) -> int:
         """Number of tokens of the window up to the last that ends with a whole character."""
         num_whole, window, bytes_of = len(self._window), self._window, self._bytes_of
-        # A token may end one character and begin the next.
-        while bytes_of is not None and (num_pending := num_pending_bytes(_last_bytes(bytes_of, window[:num_whole]))):
+        if bytes_of is None:
+            return num_whole
+        while num_pending := num_pending_bytes(_last_bytes(bytes_of, window[:num_whole])):
             while num_pending > 0:
                 num_whole -= 1
                 num_pending -= len(bytes_of[window[num_whole]])
+            # A token may end one character and begin the next.
+            if not self._is_inside_character(window[num_whole]):
+                break
         return num_whole
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:

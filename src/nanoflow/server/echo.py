@@ -13,6 +13,7 @@ from nanoflow.engine.detokenize import Detokenizer, make_detokenizer
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.server.backend import ServingTokenizer
+from nanoflow.server.logprobs import TokenTexts, whole_text
 
 
 class TextOffsets:
@@ -20,12 +21,19 @@ class TextOffsets:
 
     Args:
         detokenizer: Of that text; None if there is no text.
+        texts: What tokens are called.
+        before: Tokens that stand before it.
         start: Where the first token begins.
     """
 
-    def __init__(self, detokenizer: Detokenizer | None, start: int = 0) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer | None, texts: TokenTexts, *, before: Sequence[int] = (), start: int = 0
+    ) -> None:
         self._detokenizer = detokenizer
+        self._texts = texts
         self._num_chars = start
+        # True if tokens before may have begun a character; the longest has four bytes.
+        self._is_open = any(whole_text(token_id, texts) is None for token_id in before[-4:])
 
     def take(self, token_ids: Sequence[int]) -> list[int]:
         """The offsets of the tokens that follow."""
@@ -40,8 +48,13 @@ class TextOffsets:
         walk = []
         for token_id in token_ids:
             piece = "" if self._detokenizer is None else self._detokenizer.push((token_id,))
-            walk.append((self._num_chars, piece))
-            self._num_chars += len(piece)
+            begin, self._num_chars = self._num_chars, self._num_chars + len(piece)
+            own = whole_text(token_id, self._texts)
+            # A character that was not completed is shown with the token that tells so, before it.
+            if self._is_open and own is not None and piece.endswith(own):
+                begin = self._num_chars - len(own)
+            self._is_open = own is None or (self._is_open and not piece)
+            walk.append((begin, piece))
         return walk
 
 
@@ -85,13 +98,14 @@ def detokenizer_of(
 
 
 def echo_prompt(
-    tokenizer: ServingTokenizer, output: RequestOutput, *, is_continued: bool, has_offsets: bool = True
+    tokenizer: ServingTokenizer, output: RequestOutput, texts: TokenTexts, *, is_continued: bool, has_offsets: bool
 ) -> Echo:
     """The prompt of an output.
 
     Args:
         tokenizer: The model's.
         output: Of the request.
+        texts: What tokens are called.
         is_continued: A completion follows.
         has_offsets: Offsets are asked for.
 
@@ -103,6 +117,6 @@ def echo_prompt(
     if output.prompt is not None and isinstance(tokenizer, Tokenizer):
         return Echo(text=output.prompt, text_offsets=tokenizer.text_offsets(output.prompt))
     detokenizer = detokenizer_of(tokenizer, (), skip_special_tokens=output.prompt is not None)
-    offsets, text = TextOffsets(detokenizer).take_text(output.prompt_token_ids)
+    offsets, text = TextOffsets(detokenizer, texts).take_text(output.prompt_token_ids)
     text = text if is_continued else text + detokenizer.flush()
     return Echo(text=text if output.prompt is None else output.prompt, text_offsets=offsets)

@@ -33,6 +33,15 @@ class TokenTexts(Protocol):
         """The token's own bytes."""
 
 
+def whole_text(token_id: int, texts: TokenTexts) -> str | None:
+    """The text of a token; None if there are parts of characters in it."""
+    try:
+        texts.token_bytes(token_id).decode()
+    except UnicodeDecodeError:
+        return None
+    return texts.token_text(token_id)
+
+
 def completion_logprobs(
     token_ids: Sequence[int],
     places: Sequence[PositionLogprobs | None],
@@ -93,12 +102,8 @@ def _by_name(token_id: int, place: PositionLogprobs, texts: TokenTexts) -> dict[
 
 def _name(token_id: int, texts: TokenTexts) -> str:
     """A token's text, or its bytes as OpenAI writes them ("bytes:\\xe2\\x9c") if they are no whole characters."""
-    data = texts.token_bytes(token_id)
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-    return texts.token_text(token_id)
+    text = whole_text(token_id, texts)
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in texts.token_bytes(token_id)) if text is None else text
 
 
 def _top(token_id: int, entry: Logprob, texts: TokenTexts) -> TopLogprob:

@@ -68,14 +68,15 @@ class Service:
     def echo(self, output: RequestOutput, *, is_continued: bool, has_offsets: bool) -> Echo:
         """The prompt of an output, with a completion after it or alone; arguments as of `echo_prompt`."""
         with user_errors():
-            return echo_prompt(self.tokenizer, output, is_continued=is_continued, has_offsets=has_offsets)
+            return echo_prompt(self.tokenizer, output, self, is_continued=is_continued, has_offsets=has_offsets)
 
     def completion_offsets(self, output: RequestOutput, params: SamplingParams, start: int) -> TextOffsets:
         """Counts where the tokens of a completion begin in a text that has `start` characters before it."""
         if not self.has_tokenizer or not params.detokenize:
-            return TextOffsets(None, start)
-        skips = params.skip_special_tokens
-        return TextOffsets(detokenizer_of(self.tokenizer, output.prompt_token_ids, skip_special_tokens=skips), start)
+            return TextOffsets(None, self, start=start)
+        prompt, skips = output.prompt_token_ids, params.skip_special_tokens
+        detokenizer = detokenizer_of(self.tokenizer, prompt, skip_special_tokens=skips)
+        return TextOffsets(detokenizer, self, before=prompt, start=start)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not the served one (404); None is the served one."""
