@@ -91,15 +91,23 @@ def _tokenizer_json(source: str | Path) -> str | None:
 
 def _read_file(source: str | Path, file: str) -> TokenizerFiles:
     from tokenizers import Tokenizer as Backend
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    backend = Backend.from_file(file)
+    return TokenizerFiles(names=_names(source), backend=Backend.from_file(file))
+
+
+def _names(source: str | Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
     try:
         names = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    # The class is unknown here or cannot take this vocabulary. Any class gives names; this one takes all vocabularies.
+    # The class is unknown here or cannot take this vocabulary.
     except Exception:
-        names = PreTrainedTokenizerFast.from_pretrained(str(source))
-    return TokenizerFiles(names=names, backend=backend)
+        names = None
+    # Where a file that it asks for is missing, some classes give back no tokenizer and no error.
+    if isinstance(names, PreTrainedTokenizerBase):
+        return names
+    # Any class gives names; this one takes all vocabularies.
+    return PreTrainedTokenizerFast.from_pretrained(str(source))
 
 
 def _converted(source: str | Path) -> TokenizerFiles:
@@ -111,6 +119,6 @@ def _converted(source: str | Path) -> TokenizerFiles:
     except Exception as error:
         problem = f"{source} has no tokenizer.json, and its other files cannot be converted ({one_line(error)})"
         raise TokenizerError(f"{problem}; {_HOW_TO_CONVERT}") from error
-    if not names.is_fast:
-        raise TokenizerError(f"{type(names).__name__} of {source} has no fast version; {_HOW_TO_CONVERT}")
+    if not getattr(names, "is_fast", False):
+        raise TokenizerError(f"{source} has no tokenizer.json and no class that could convert it; {_HOW_TO_CONVERT}")
     return TokenizerFiles(names=names, backend=names.backend_tokenizer)
