@@ -48,9 +48,32 @@ def byte_fallback_backend() -> Backend:
     return backend
 
 
-def toy_tokenizer(backend: Backend | None = None, chat_template: str | None = None) -> Tokenizer:
+def metaspace_backend() -> Backend:
+    """Unigram pieces begun by "▁", as of T5 and XLM-R. Token 0 is the end of sequence."""
+    words = [EOS, "<unk>", "▁", "▁hello", "▁w", "or", "ld", "h", "e", "l", "o", ".", ",", "▁▁", "é", "漢", "\ufffd"]
+    backend = Backend(models.Unigram([(word, -float(place)) for place, word in enumerate(words)], unk_id=1))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    backend.add_special_tokens([EOS])
+    return backend
+
+
+def wordpiece_backend() -> Backend:
+    """Words and their ends, as of BERT. Token 0 is the end of sequence."""
+    words = [EOS, "[UNK]", "hello", "wor", "##ld", "h", "##e", "##l", "##o", ".", ",", "é", "漢", "\ufffd"]
+    backend = Backend(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens([EOS])
+    return backend
+
+
+def toy_tokenizer(
+    backend: Backend | None = None, chat_template: str | None = None, *, eos_token: str = EOS
+) -> Tokenizer:
     """A `Tokenizer` around a backend, byte-level if none is given."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend or byte_level_backend(), eos_token=EOS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend or byte_level_backend(), eos_token=eos_token)
     return Tokenizer(fast, chat_template)
 
 

@@ -33,9 +33,14 @@ def _without_strip() -> Tokenizer:
     return toy_tokenizer(backend)
 
 
+def _with_decoder(backend: Backend, decoder: decoders.Decoder) -> Tokenizer:
+    backend.decoder = decoder
+    return toy_tokenizer(backend)
+
+
 def _metaspace() -> Tokenizer:
     """As of T5: the decoder drops the first space."""
-    words = [EOS, f"{SPACE}hello", f"{SPACE}", "wor", "ld", "漢", "🎓", "é", f"{SPACE}{SPACE}", "."]
+    words = [EOS, f"{SPACE}hello", f"{SPACE}", "wor", "ld", "漢", "🎓", "é", f"{SPACE}{SPACE}", ".", REPLACEMENT]
     backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="."))
     backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
     backend.add_special_tokens([EOS])
@@ -48,6 +53,13 @@ BYTE_LEVEL_ADDED = _with_added_tokens(byte_level_backend())
 BYTE_FALLBACK_ADDED = _with_added_tokens(byte_fallback_backend())
 WITHOUT_STRIP = _without_strip()
 METASPACE = _metaspace()
+# Decoders that make characters of bytes and do more, so that they are not decoded by bytes.
+LEVEL_AND_MORE = _with_decoder(
+    byte_level_backend(), decoders.Sequence([decoders.ByteLevel(), decoders.Replace("~~", "~")])
+)
+FALLBACK_AND_MORE = _with_decoder(
+    byte_fallback_backend(), decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+)
 
 TEXT_KINDS = {"byte-level": BYTE_LEVEL, "byte-fallback": BYTE_FALLBACK}
 LEVEL_KINDS = {"byte-level": BYTE_LEVEL, "byte-level, added tokens": BYTE_LEVEL_ADDED}
@@ -56,7 +68,12 @@ FALLBACK_KINDS = {
     "byte-fallback, added tokens": BYTE_FALLBACK_ADDED,
     "without strip": WITHOUT_STRIP,
 }
-KINDS = {**LEVEL_KINDS, **FALLBACK_KINDS, "metaspace": METASPACE}
+OTHER_KINDS = {
+    "metaspace": METASPACE,
+    "byte-level and more": LEVEL_AND_MORE,
+    "byte-fallback and more": FALLBACK_AND_MORE,
+}
+KINDS = {**LEVEL_KINDS, **FALLBACK_KINDS, **OTHER_KINDS}
 
 Make = Callable[[Tokenizer, Sequence[int], bool], Detokenizer]
 WAYS: dict[str, Make] = {"bytes": ByteDetokenizer, "window": WindowDetokenizer}
@@ -122,7 +139,7 @@ def _any_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, tokenizer.vocab_size + 1), max_size=60)
 
 
-def _full(tokenizer: Tokenizer, prompt: list[int], completion: list[int], *, skip: bool = True) -> str:
+def full_text(tokenizer: Tokenizer, prompt: list[int], completion: list[int], *, skip: bool = True) -> str:
     """What decoding everything shows after the prompt, which ends with a whole character."""
     text = tokenizer.decode(prompt + completion, skip)
     shown = tokenizer.decode(prompt, skip)
@@ -134,7 +151,7 @@ def test_known_decoders_are_decoded_by_bytes() -> None:
     by_bytes = {
         kind: isinstance(make_detokenizer(tokenizer, [1]), ByteDetokenizer) for kind, tokenizer in KINDS.items()
     }
-    assert by_bytes == {kind: kind != "metaspace" for kind in KINDS}
+    assert by_bytes == {kind: kind not in OTHER_KINDS for kind in KINDS}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -163,7 +180,7 @@ def test_any_byte_level_tokens_add_up_to_the_full_decode(
 ) -> None:
     tokenizer = LEVEL_KINDS[kind]
     ids, prompt_ids = data.draw(_any_ids(tokenizer)), tokenizer.encode(prompt)
-    expected = _full(tokenizer, prompt_ids, ids, skip=skip)
+    expected = full_text(tokenizer, prompt_ids, ids, skip=skip)
     assert "".join(pieces(tokenizer, prompt_ids, ids, skip=skip, make=WAYS[way])) == expected
     assert grouped(tokenizer, prompt_ids, ids, cuts, skip=skip, make=WAYS[way]) == expected
 
@@ -199,7 +216,7 @@ def test_first_spaces_and_added_tokens_are_those_of_the_full_decode(kind: str, d
     ids, prompt = data.draw(_any_ids(tokenizer)), data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=3))
     text = tokenizer.decode(prompt + ids, skip)
     assume(REPLACEMENT not in text and REPLACEMENT not in tokenizer.decode(prompt, skip))
-    assert "".join(pieces(tokenizer, prompt, ids, skip=skip)) == _full(tokenizer, prompt, ids, skip=skip)
+    assert "".join(pieces(tokenizer, prompt, ids, skip=skip)) == full_text(tokenizer, prompt, ids, skip=skip)
 
 
 @pytest.mark.parametrize("kind", FALLBACK_KINDS)
@@ -222,7 +239,7 @@ def test_wrong_byte_tokens_spoil_no_other_token(ids: list[int]) -> None:
 @settings(max_examples=300, deadline=None)
 def test_wrong_byte_tokens_give_a_replacement_each(ids: list[int]) -> None:
     prompt = BYTE_FALLBACK.encode("hello")
-    assert "".join(pieces(BYTE_FALLBACK, prompt, ids)) == _full(BYTE_FALLBACK, prompt, ids)
+    assert "".join(pieces(BYTE_FALLBACK, prompt, ids)) == full_text(BYTE_FALLBACK, prompt, ids)
 
 
 @pytest.mark.parametrize("way", WAYS)

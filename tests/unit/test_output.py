@@ -468,14 +468,6 @@ def test_bad_token_ids_in_params_are_refused(params: dict[str, Any]) -> None:
         add(make_processor(), "hello", **params)
 
 
-def test_an_end_of_sequence_beyond_the_vocabulary_is_none() -> None:
-    facts = dataclasses.replace(fake_facts(), eos_token_ids=(5, VOCAB_SIZE, 2**40, -1))
-    _, (request,) = OutputProcessor(facts, None).add(
-        "a", Prompt(text=None, token_ids=[5]), SamplingParams(detokenize=False)
-    )
-    assert request.eos_token_ids == (5,)
-
-
 def test_what_is_wrong_is_said_of_the_request() -> None:
     """A mistake of whoever sent it, and of nobody else: another ValueError is no RequestError."""
     for params in ({"stop_token_ids": [VOCAB_SIZE]}, {"allowed_token_ids": [VOCAB_SIZE]}, {"logit_bias": {-1: 1.0}}):

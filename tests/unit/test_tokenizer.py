@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.tokenizer import (
@@ -17,7 +24,10 @@ from tests.toy_tokenizers import (
     EOS,
     TEMPLATE,
     byte_fallback_backend,
+    byte_level_backend,
+    metaspace_backend,
     toy_tokenizer,
+    wordpiece_backend,
     write_tokenizer,
 )
 
@@ -74,6 +84,176 @@ def test_a_folder_without_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(MissingTokenizerError, match=r"has no tokenizer \(tokenizer.json\)"):
         Tokenizer.load(EngineConfig(model=str(tmp_path)))
     assert load_tokenizer(EngineConfig(model=str(tmp_path), load_format="random")) is None
+
+
+# Tokens are those of tokenizer.json
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "byte-level": byte_level_backend,
+    "byte-fallback": byte_fallback_backend,
+    "metaspace": metaspace_backend,
+    "wordpiece": wordpiece_backend,
+}
+# All classes, on several versions of transformers: `python -m tools.tokenizer_classes`.
+CLASSES = [
+    "LlamaTokenizerFast",
+    "GPT2TokenizerFast",
+    "Qwen2Tokenizer",
+    "GemmaTokenizer",
+    "T5Tokenizer",
+    "BertTokenizer",
+]
+TEXTS = ["hello world", "  two  spaces ", "a\tb\n", "grüße 漢字 👍🏽", f"x{EOS}y", "\ufffd", ""]
+
+
+def load_folder(folder: Path, backend: Backend, **options: Any) -> Tokenizer:
+    write_tokenizer(folder, backend, **options)
+    (folder / "config.json").write_text("{}")
+    return Tokenizer.load(EngineConfig(model=str(folder)))
+
+
+def check_tokens(tokenizer: Tokenizer, file: Backend) -> None:
+    for text in TEXTS:
+        for adds in (True, False):
+            assert tokenizer.encode(text, add_special_tokens=adds) == file.encode(text, add_special_tokens=adds).ids
+        for skips in (True, False):
+            ids = file.encode(text).ids
+            assert tokenizer.decode(ids, skips) == file.decode(ids, skip_special_tokens=skips)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("name", [*CLASSES, "NoSuchTokenizer"])
+def test_tokens_are_those_of_the_file_whatever_the_class(kind: str, name: str, tmp_path: Path) -> None:
+    tokenizer = load_folder(tmp_path, BACKENDS[kind](), tokenizer_class=name)
+    check_tokens(tokenizer, Backend.from_file(str(tmp_path / "tokenizer.json")))
+    assert tokenizer.eos_token_ids == (0,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_bos_token": True, "add_eos_token": True, "bos_token": EOS},
+        {"add_prefix_space": True, "legacy": False},
+        {"added_tokens_decoder": {"900": {"content": "<new>", "special": True}}},
+        {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "OwnTokenizer"},
+    ],
+)
+@pytest.mark.parametrize("name", CLASSES[:2])
+def test_what_the_config_says_of_tokens_changes_nothing(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    backend = byte_level_backend()
+    backend.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    tokenizer = load_folder(tmp_path, backend, **{"tokenizer_class": name, **options})
+    check_tokens(tokenizer, backend)
+    assert tokenizer.encode("<new>")[0] == 0 and 900 not in tokenizer.encode("<new>")
+
+
+def test_padding_and_truncation_of_the_file_are_off(tmp_path: Path) -> None:
+    backend = byte_level_backend()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    assert load_folder(tmp_path, backend).encode("hello world") == BYTE_LEVEL.encode("hello world")
+
+
+def test_an_end_of_sequence_that_is_no_token_is_none(tmp_path: Path) -> None:
+    assert load_folder(tmp_path, byte_level_backend(), eos_token="<nowhere>").eos_token_ids == ()
+
+
+def test_a_folder_of_older_files_is_converted_or_says_what_to_do(tmp_path: Path) -> None:
+    vocab = {"h": 0, "i": 1, "hi": 2, "<|endoftext|>": 3}
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh i\n")
+    assert Tokenizer.load(EngineConfig(model=str(tmp_path))).encode("hi") == [2]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama"}')
+    (broken / "tokenizer.model").write_bytes(b"\x00no model")
+    with pytest.raises(TokenizerError, match=r"no tokenizer.json, .+AutoTokenizer.+save_pretrained") as problem:
+        Tokenizer.load(EngineConfig(model=str(broken)))
+    assert "\n" not in str(problem.value)
+
+
+# A token's text, bytes and places
+
+
+@given(ids=st.lists(st.integers(0, 330), max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_bytes_of_tokens_add_up_to_the_text(ids: list[int]) -> None:
+    whole = BYTE_LEVEL.decode(ids, skip_special_tokens=False)
+    assert b"".join(map(BYTE_LEVEL.bytes_of, ids)).decode("utf-8", "replace") == whole
+
+
+def test_bytes_of_tokens_that_are_no_byte_tokens_are_their_text() -> None:
+    metaspace, wordpiece = toy_tokenizer(metaspace_backend()), toy_tokenizer(wordpiece_backend())
+    assert (metaspace.bytes_of(3), metaspace.bytes_of(0), metaspace.bytes_of(16)) == (
+        b" hello",
+        EOS.encode(),
+        b"\xef\xbf\xbd",
+    )
+    assert (wordpiece.bytes_of(2), wordpiece.bytes_of(4)) == (b" hello", b"ld")
+    assert (BYTE_FALLBACK.bytes_of(1 + 0x0A), BYTE_FALLBACK.bytes_of(1 + 0xE2)) == (b"\n", b"\xe2")
+
+
+@given(text=st.text("hello  wor\n漢é🎓\ufffd", max_size=20))
+def test_offsets_of_a_text_are_where_its_tokens_begin(text: str) -> None:
+    offsets = BYTE_LEVEL.text_offsets(text)
+    for offset, token_id in zip(offsets, BYTE_LEVEL.encode(text), strict=True):
+        data = BYTE_LEVEL.bytes_of(token_id)
+        own = data.decode("utf-8", "ignore")
+        assert text[offset:].startswith(own) or own.encode() != data
+    assert offsets == sorted(offsets)
+
+
+# What a tokenizer fails at
+
+
+def _panicking() -> Tokenizer:
+    """Its pattern gives up on long runs of a letter, its decoder on a space: both panic."""
+    backend = Backend(models.WordLevel({EOS: 0, " ": 1, "a": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
+    backend.decoder = decoders.Strip(" ", 1, 1)
+    backend.add_special_tokens([EOS])
+    return toy_tokenizer(backend)
+
+
+def test_a_panic_is_an_error_of_what_was_asked() -> None:
+    tokenizer = _panicking()
+    with pytest.raises(ValueError, match=r"cannot encode this text: .+") as problem:
+        tokenizer.encode("a" * 60 + "b")
+    assert "\n" not in str(problem.value)
+    with pytest.raises(ValueError, match=r"cannot decode these tokens: .+"):
+        tokenizer.decode([2, 1])
+    assert tokenizer.encode("a") == [2] and tokenizer.token_text(1) == " "
+
+
+def test_what_the_library_refuses_is_one_too() -> None:
+    backend = Backend(models.WordLevel({EOS: 0}, unk_token="<nowhere>"))
+    with pytest.raises(ValueError, match="cannot encode this text"):
+        toy_tokenizer(backend).encode("a")
+    for token_id in (-1, 2**40):
+        with pytest.raises(ValueError, match="cannot decode these tokens"):
+            BYTE_LEVEL.decode([token_id])
+
+
+def test_ctrl_c_in_a_tokenizer_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def encode(self, *_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+    tokenizer = toy_tokenizer()
+    monkeypatch.setattr(tokenizer, "_backend", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+def test_a_file_that_panics_cannot_be_loaded(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "####"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="cannot be loaded"):
+        Tokenizer.load(EngineConfig(model=str(tmp_path)))
 
 
 def test_broken_files_are_one_clear_line(tmp_path: Path) -> None:

@@ -113,12 +113,12 @@ class AsyncEngine:
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await _ready(child.link, child)
+            processor = OutputProcessor(facts, tokenizer, seed=config.seed)
         except BaseException as error:
             await child.close(grace_s=0.0)
             if isinstance(error, ValueError):
                 raise EngineError(str(error)) from error
             raise
-        processor = OutputProcessor(facts, tokenizer, seed=config.seed)
         return cls(child.link, facts, processor, tokenizer, interval_s=interval_s, child=child)
 
     @classmethod
@@ -141,13 +141,13 @@ class AsyncEngine:
             link.send(Join())
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await _ready(link)
+            # Seeds that are drawn must differ between front ends, or the same prompt would get the same answers.
+            processor = OutputProcessor(facts, tokenizer, seed=config.seed + (front_end << 64))
         except BaseException as error:
             link.close()
             if isinstance(error, ValueError):
                 raise EngineError(str(error)) from error
             raise
-        # Seeds that are drawn must differ between front ends, or the same prompt would get the same answers.
-        processor = OutputProcessor(facts, tokenizer, seed=config.seed + (front_end << 64))
         return cls(link, facts, processor, tokenizer, interval_s=interval_s)
 
     @property
@@ -221,12 +221,11 @@ class AsyncEngine:
             is_last = False
             while not is_last:
                 await stream.news()
-                is_last = output.finished
-                if not is_last:
+                if not output.finished:
                     self._check_alive()
                     self._processor.refresh(output)
                     self._abort_stopped()
-                    is_last = output.finished
+                is_last = output.finished
                 yield output
         finally:
             del self._streams[name]

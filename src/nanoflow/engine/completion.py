@@ -5,9 +5,12 @@ Tokens come in at every iteration; their text is made when it is read. `output.p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nanoflow.engine.detokenize import Detokenizer
 from nanoflow.engine.messages import Finished, PlaceLogprobs
 from nanoflow.engine.stop import StopFilter
+from nanoflow.engine.stop_special import MarkedStopFilter
 from nanoflow.outputs import CompletionOutput, FinishReason, LogprobRows, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -23,6 +26,7 @@ class Completion:
         params: Of the request.
         detokenizer: None if there is no text.
         stops: None if there are no stop strings.
+        marks: What goes into the search for stop strings for a token that is left out of the text, by its id.
         logprobs: The log probabilities of the output; None unless asked for.
 
     Attributes:
@@ -33,6 +37,7 @@ class Completion:
     __slots__ = (
         "_detokenizer",
         "_logprobs",
+        "_marks",
         "_num_read",
         "_params",
         "engine_id",
@@ -54,7 +59,8 @@ class Completion:
         output: CompletionOutput,
         params: SamplingParams,
         detokenizer: Detokenizer | None,
-        stops: StopFilter | None,
+        stops: StopFilter | MarkedStopFilter | None,
+        marks: Mapping[int, str],
         logprobs: LogprobRows | None,
     ) -> None:
         self.engine_id = engine_id
@@ -68,6 +74,7 @@ class Completion:
         self.token_ids = output.token_ids
         self._params = params
         self._detokenizer = detokenizer
+        self._marks = marks
         self._logprobs = logprobs
         # Tokens from here on wait to become text.
         self._num_read = 0
@@ -96,15 +103,15 @@ class Completion:
             end: Why the completion ends with these tokens; None if it does not.
 
         Returns:
-            True if one was found. Then the token that completed it is the last.
+            True if the completion ends here: one was found, and the token that completed it is the last.
         """
         stops, detokenizer, min_tokens = self.stops, self._detokenizer, self._params.min_tokens
         if stops is None or detokenizer is None:
             return False
         num_shown = len(self.token_ids) if end is None else self._num_shown(end)
         for num_tokens, token_id in enumerate(self.token_ids[self._num_read : num_shown], start=self._num_read + 1):
-            may_stop = num_tokens > min_tokens
-            piece = stops.push(detokenizer.push((token_id,)), may_stop=may_stop)
+            piece = self._marks.get(token_id) or detokenizer.push((token_id,))
+            piece = stops.push(piece, may_stop=num_tokens > min_tokens)
             if piece:
                 self.output.append_text(piece)
             if stops.found is not None:
@@ -115,11 +122,11 @@ class Completion:
 
     def finish(self, end: Finished) -> None:
         """Complete the output: all of its text, and the reason."""
-        output, stops, detokenizer = self.output, self.stops, self._detokenizer
+        output, stops = self.output, self.stops
         found = None if stops is None else stops.found
-        if detokenizer is not None and found is None:
+        if found is None:
             self._read(self._num_shown(end))
-            rest = detokenizer.flush()
+            rest = "" if self._detokenizer is None else self._detokenizer.flush()
             output.append_text(rest if stops is None else stops.push(rest, may_stop=False) + stops.flush())
         # A string takes less memory than the buffer of a text that grows.
         output.text = output.text

@@ -16,14 +16,15 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
 
-from nanoflow.engine.token_bytes import TokenBytes
+from nanoflow.engine.token_bytes import TokenBytes, is_text, num_pending_bytes
 from nanoflow.engine.tokenizer import REPLACEMENT, Tokenizer
 
-# A character of UTF-8 has at most this many bytes, so that one token less can wait for the rest of theirs.
+# A character of UTF-8 has at most this many bytes.
 _MAX_CHAR_BYTES = 4
-_MAX_INCOMPLETE_TOKENS = _MAX_CHAR_BYTES - 1
 # How many tokens of the prompt the first token is decoded with; more if fewer would begin inside a character.
 _CONTEXT_SIZES = range(6, 25)
+# Bytes that only continue a character.
+_CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
 # What the error handler "surrogateescape" makes of each.
 _WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -82,7 +83,7 @@ class ByteDetokenizer:
         tail = _last_bytes(token_bytes, prompt_token_ids)
         # The very beginning of the text is still to come if the prompt shows nothing.
         self._is_start = rule.strips_first_space and not tail
-        self._pending = tail[utf_8_decode(tail, "replace", False)[1] :]
+        self._pending = tail[len(tail) - num_pending_bytes(tail) :]
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty in the middle of a character."""
@@ -119,12 +120,15 @@ class WindowDetokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        # None if every token is whole characters.
+        self._bytes_of: TokenBytes | None = None
+        if tokenizer.splits_characters:
+            self._bytes_of = tokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
         # Decoded together: tokens that were shown (for what they mean to the next ones), then tokens that were not.
         self._window = self._context(prompt_token_ids)
-        text = self._decode(self._window)
         # A prompt that ends inside a character: what completes it is shown, so these tokens count as not shown.
-        self._shown_text = text.rstrip(REPLACEMENT)
-        self._num_shown = len(self._window) if text == self._shown_text else 0
+        self._num_shown = self._num_whole()
+        self._shown_text = self._decode(self._window[: self._num_shown])
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty in the middle of a character."""
@@ -133,43 +137,73 @@ class WindowDetokenizer:
 
     def flush(self) -> str:
         """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
-        return self._show(self._decode(self._window), len(self._window))
+        return self._show(len(self._window))
 
     def _push(self, new: list[int]) -> str:
         """`push` for tokens that show."""
         if not new:
             return ""
-        self._window += new
-        text, num_final = self._decode(self._window), len(self._window)
-        if len(new) > 1 and REPLACEMENT in text[len(self._shown_text) :]:
-            # Which of the tokens are wrong or incomplete shows only one by one.
-            del self._window[-len(new) :]
+        if len(new) > 1 and self._bytes_of is not None and REPLACEMENT in self._decode(new):
+            # Decoders give up more than the wrong bytes of what they are given at once; one by one nothing is spoilt.
             half = len(new) // 2
             return self._push(new[:half]) + self._push(new[half:])
-        if text.endswith(REPLACEMENT):
-            # Maybe an incomplete character, then begun by one of the last tokens; what is before them is final.
-            num_final -= _MAX_INCOMPLETE_TOKENS
-            if num_final <= self._num_shown:
-                return ""
-            whole, text = text, self._decode(self._window[:num_final])
-            if not whole.startswith(text):
-                return ""
-        return self._show(text, num_final)
+        # A character that the new tokens do not complete is wrong; by itself, for the same reason.
+        wrong = self._show(len(self._window)) if self._is_broken_off(new[0]) else ""
+        self._window += new
+        num_whole = self._num_whole()
+        return wrong + (self._show(num_whole) if num_whole > self._num_shown else "")
 
-    def _show(self, text: str, num_final: int) -> str:
-        """Mark the first `num_final` tokens of the window, whose text is given, as shown; return what is new of it."""
-        new_text = text[len(self._shown_text) :]
+    def _is_broken_off(self, token_id: int) -> bool:
+        """True if the window ends inside a character that a token does not continue."""
+        if self._bytes_of is None:
+            return False
+        tail = _last_bytes(self._bytes_of, self._window)
+        num_pending = num_pending_bytes(tail)
+        begun = tail[len(tail) - num_pending :] + self._bytes_of[token_id][:1]
+        return num_pending > 0 and num_pending_bytes(begun) != len(begun) and not is_text(begun)
+
+    def _show(self, num_whole: int) -> str:
+        """Mark the first `num_whole` tokens of the window as shown; return what is new of their text."""
+        new_text = self._new_text(num_whole)
         if new_text:
             del self._window[: self._num_shown]
-            self._num_shown = num_final - self._num_shown
+            self._num_shown = num_whole - self._num_shown
             self._shown_text = self._decode(self._window[: self._num_shown])
         return new_text
+
+    def _new_text(self, num_whole: int) -> str:
+        text, shown = self._decode(self._window[:num_whole]), self._shown_text
+        new_text = text[len(shown) :] if text.startswith(shown) else None
+        if new_text is not None and REPLACEMENT not in new_text:
+            return new_text
+        # Wrong bytes may have spoilt what stands beside them: then the new tokens have more text by themselves.
+        alone = self._decode(self._window[self._num_shown : num_whole])
+        return alone if new_text is None or new_text.count(REPLACEMENT) > alone.count(REPLACEMENT) else new_text
+
+    def _num_whole(self) -> int:
+        """Number of tokens of the window up to the last that ends with a whole character."""
+        num_whole, window, bytes_of = len(self._window), self._window, self._bytes_of
+        if bytes_of is None:
+            return num_whole
+        while num_pending := num_pending_bytes(_last_bytes(bytes_of, window[:num_whole])):
+            while num_pending > 0:
+                num_whole -= 1
+                num_pending -= len(bytes_of[window[num_whole]])
+            # A token may end one character and begin the next.
+            if not self._is_inside_character(window[num_whole]):
+                break
+        return num_whole
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The last tokens of the prompt, from where they begin with a whole character."""
         tails = (list(prompt_token_ids[-size:]) for size in _CONTEXT_SIZES)
-        clean = (tail for tail in tails if REPLACEMENT not in self._decode(tail))
-        return next(clean, list(prompt_token_ids[-_CONTEXT_SIZES[0] :]))
+        whole = (tail for tail in tails if not tail or not self._is_inside_character(tail[0]))
+        return next(whole, list(prompt_token_ids[-_CONTEXT_SIZES[0] :]))
+
+    def _is_inside_character(self, token_id: int) -> bool:
+        """True if a token begins with a byte that only continues a character."""
+        data = b"" if self._bytes_of is None else self._bytes_of[token_id]
+        return data[:1] in _CONTINUATIONS
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip_special_tokens)

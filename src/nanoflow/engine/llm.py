@@ -54,7 +54,11 @@ class LLM:
         config = from_kwargs(EngineConfig, {**UNWATCHED_DEFAULTS, "model": model, **options})
         self._tokenizer = load_tokenizer(config)
         self._engine = build_engine(config, show_progress=sys.stderr.isatty())
-        self._processor = OutputProcessor(self._engine.facts, self._tokenizer, seed=config.seed)
+        try:
+            self._processor = OutputProcessor(self._engine.facts, self._tokenizer, seed=config.seed)
+        except BaseException:
+            self._engine.close()
+            raise
         self._num_requests = 0
         self._is_closed = False
 

@@ -20,8 +20,8 @@ from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.living import LivingRequest
 from nanoflow.engine.messages import EngineFacts, Finished, StepOutput
 from nanoflow.engine.observer import Observer
-from nanoflow.engine.prompts import Prompt, make_requests, read_bad_words
-from nanoflow.engine.stop import StopFilter, StopStrings
+from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests, read_bad_words
+from nanoflow.engine.stop_special import StopRules
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
     CompletionOutput,
@@ -50,6 +50,9 @@ class OutputProcessor:
         seed: From it requests without a seed draw theirs.
         clock: Seconds, monotonic.
 
+    Raises:
+        TokenizerError: The tokenizer is that of another model.
+
     Attributes:
         observer: Told of times and counts; None tells nobody.
     """
@@ -65,17 +68,14 @@ class OutputProcessor:
         self.observer: Observer | None = None
         self._facts = facts
         self._tokenizer = tokenizer
-        own_eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
-        known = dict.fromkeys((*facts.eos_token_ids, *own_eos_token_ids))
-        # One that the model cannot generate ends nothing.
-        self._eos_token_ids = tuple(token_id for token_id in known if 0 <= token_id < facts.vocab_size)
+        self._eos_token_ids = end_of_sequence(facts, tokenizer)
         self._random = random.Random(seed)
         self._clock = clock
         self._next_engine_id = 0
         self._living: dict[str, LivingRequest] = {}
         self._completions: dict[int, Completion] = {}
         self._stopped: list[int] = []
-        self._stop_strings = lru_cache(_NUM_WORD_LISTS)(StopStrings)
+        self._stop_rules = lru_cache(_NUM_WORD_LISTS)(self._read_stops)
         self._bad_words = lru_cache(_NUM_WORD_LISTS)(partial(read_bad_words, tokenizer=tokenizer))
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ class OutputProcessor:
     def refresh(self, output: RequestOutput) -> None:
         """Bring the text of an output up to its tokens; call it before the output is shown.
 
-        All that waits is made in one go. Nothing happens if nothing waits. What fails ends its completion.
+        All that waits is made in one go. Nothing happens if nothing waits. A completion that fails ends here.
         """
         living = self._living.get(output.request_id)
         # Another request may have taken over the name of one that has ended.
@@ -206,9 +206,9 @@ class OutputProcessor:
         for completion in list(living.running.values()):
             try:
                 completion.refresh()
-            except Exception:
+            except Exception as error:
                 self._stopped.append(completion.engine_id)
-                self._finish(completion, _failure(completion), self._clock())
+                self._finish(completion, _failure(completion, error), self._clock())
 
     def _search(self, searched: Mapping[int, Completion], step: StepOutput) -> dict[int, Finished]:
         """Look for stop strings; how the completions end in which there is one, or which fail."""
@@ -217,8 +217,8 @@ class OutputProcessor:
             try:
                 if completion.find_stop(step.finished.get(engine_id)):
                     ends[engine_id] = Finished(reason=FinishReason.STOP)
-            except Exception:
-                ends[engine_id] = _failure(completion)
+            except Exception as error:
+                ends[engine_id] = _failure(completion, error)
         return ends
 
     def _add_scores(self, step: StepOutput) -> dict[int, Finished]:
@@ -230,18 +230,15 @@ class OutputProcessor:
                 continue
             try:
                 completion.add_scores(scores)
-            except Exception:
-                ends[engine_id] = _failure(completion)
+            except Exception as error:
+                ends[engine_id] = _failure(completion, error)
         return ends
 
     def _new_completion(self, request: Request, living: LivingRequest, output: CompletionOutput) -> Completion:
         params, detokenizer = living.params, None
         if params.detokenize and self._tokenizer is not None:
             detokenizer = make_detokenizer(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
-        stops = None
-        if params.stop:
-            keeps_stop = params.include_stop_str_in_output
-            stops = StopFilter(self._stop_strings(tuple(params.stop)), keeps_stop=keeps_stop)
+        rules = self._stop_rules(tuple(params.stop), params.skip_special_tokens) if params.stop else None
         rows = None
         if params.logprobs is not None:
             rows = output.logprobs = LogprobRows(self._token_text(params))
@@ -253,9 +250,14 @@ class OutputProcessor:
             output=output,
             params=params,
             detokenizer=detokenizer,
-            stops=stops,
+            stops=None if rules is None else rules.new_filter(keeps_stop=params.include_stop_str_in_output),
+            marks={} if rules is None else rules.marks,
             logprobs=rows,
         )
+
+    def _read_stops(self, stops: tuple[str, ...], skip_special_tokens: bool) -> StopRules:
+        tokenizer = self._tokenizer
+        return StopRules(stops, tokenizer.special_names if tokenizer is not None and skip_special_tokens else None)
 
     def _token_text(self, params: SamplingParams) -> TokenText:
         return self._tokenizer.token_text if self._tokenizer is not None and params.detokenize else _no_text
@@ -293,8 +295,8 @@ class OutputProcessor:
         """End a completion, and its request if it was the last."""
         try:
             completion.finish(end)
-        except Exception:
-            end = _failure(completion)
+        except Exception as error:
+            end = _failure(completion, error)
             completion.fail(end)
         living = self._living[completion.name]
         living.output.error = end.error or living.output.error
@@ -313,9 +315,14 @@ class OutputProcessor:
             self.observer.observe_finished(living.summary(reason, now_s))
 
 
-def _failure(completion: Completion) -> Finished:
-    """How a completion ends whose tokens could not be made into what its user reads: alone, and with the log told."""
-    logger.exception("request %s failed", completion.name)
+def _failure(completion: Completion, error: Exception) -> Finished:
+    """How a completion ends whose tokens could not be made into what its user reads: alone.
+
+    The log is told unless the error is about the request.
+    """
+    if isinstance(error, RequestError):
+        return Finished(reason=FinishReason.ERROR, error=str(error))
+    logger.error("request %s failed", completion.name, exc_info=error)
     return Finished(reason=FinishReason.ERROR, error=_FAILURE)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.engine.messages import EngineFacts
-from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
 from nanoflow.parameters import integers, shown
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
@@ -66,6 +66,24 @@ def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[t
             word = shown(tokenizer.decode(ids))
             raise RequestError(f"bad_words: {word} has {len(ids)} tokens; there may be 1 to {MAX_BAD_WORD_TOKENS}")
     return tuple(dict.fromkeys(sequences))
+
+
+def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The token ids that end a completion: the model's, then the tokenizer's.
+
+    Raises:
+        TokenizerError: One of them is beyond the model's vocabulary.
+    """
+    own = tokenizer.eos_token_ids if tokenizer else ()
+    for owner, token_ids in (("the model's config", facts.eos_token_ids), ("the tokenizer", own)):
+        wrong = [token_id for token_id in token_ids if not 0 <= token_id < facts.vocab_size]
+        if wrong:
+            ids = ", ".join(map(str, wrong))
+            sizes = f"the model has {facts.vocab_size} tokens" + (
+                f" and the tokenizer {tokenizer.vocab_size}" if tokenizer else ""
+            )
+            raise TokenizerError(f"{owner} ends a sequence with token id {ids}, but {sizes}: are they of one model?")
+    return tuple(dict.fromkeys((*facts.eos_token_ids, *own)))
 
 
 def make_requests(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import utf_8_decode
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,7 @@ def byte_rule(decoder: Any) -> ByteRule | None:
     """The rule of a decoder of `tokenizers`; None if it does more than put bytes together."""
     if decoder is None:
         return None
-    parts = json.loads(decoder.__getstate__())
-    parts = parts["decoders"] if parts["type"] == "Sequence" else [parts]
+    parts = _parts(decoder)
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"]:
         return ByteRule(read=_byte_level_reader(), strips_first_space=False, replaces_each_byte=False)
@@ -65,6 +65,37 @@ def byte_rule(decoder: Any) -> ByteRule | None:
     if parts[3:] not in ([], [strip]):
         return None
     return ByteRule(read=_read_fallback, strips_first_space=bool(parts[3:]), replaces_each_byte=True)
+
+
+def byte_reader(decoder: Any) -> Callable[[str], bytes] | None:
+    """How a decoder reads the bytes of a token, whatever it does beside; None if tokens are whole characters."""
+    kinds = [] if decoder is None else [part["type"] for part in _parts(decoder)]
+    if "ByteLevel" in kinds:
+        return _byte_level_reader()
+    return _read_fallback if "ByteFallback" in kinds else None
+
+
+def is_text(data: bytes) -> bool:
+    """True if bytes are whole characters."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def num_pending_bytes(data: bytes) -> int:
+    """How many bytes at the end begin a character that is not complete."""
+    return len(data) - utf_8_decode(data, "replace", False)[1]
+
+
+def _parts(decoder: Any) -> list[dict[str, Any]]:
+    """A decoder's steps; a sequence in a sequence counts as its own steps."""
+    return _steps(json.loads(decoder.__getstate__()))
+
+
+def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for inner in part["decoders"] for step in _steps(inner)] if part["type"] == "Sequence" else [part]
 
 
 def _replaces_by_space() -> dict[str, Any]:

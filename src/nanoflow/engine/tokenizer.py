@@ -1,18 +1,25 @@
 """Text to token ids and back.
 
-`Tokenizer` is a fast Hugging Face tokenizer; no Python of a model folder is ever run. Text of tokens that come one by
-one is made in `detokenize.py`.
+`Tokenizer` encodes and decodes with the tokens of tokenizer.json; how files are read says `tokenizer_files.py`. Text of
+tokens that come one by one is made in `detokenize.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
-from nanoflow.engine.token_bytes import TokenBytes, byte_rule
+from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, is_text
+from nanoflow.engine.tokenizer_files import (
+    MissingTokenizerError,
+    TokenizerError,
+    one_line,
+    read_tokenizer,
+    refusal,
+)
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
 from nanoflow.request import RequestError
@@ -22,41 +29,38 @@ ChatMessage = Mapping[str, Any]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class TokenizerError(ValueError):
-    """A tokenizer cannot be loaded; one line that says why."""
-
-
-class MissingTokenizerError(TokenizerError):
-    """The model folder has no tokenizer at all."""
+__all__ = ["REPLACEMENT", "ChatMessage", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
 
 class Tokenizer:
     """A model's tokenizer. Methods may be called from several threads.
 
     Args:
-        fast: A `transformers` fast tokenizer.
+        fast: A `transformers` tokenizer: names of special tokens, chat template, and tokens if there is no `backend`.
         chat_template: Jinja text that replaces the tokenizer's own template.
+        backend: The `tokenizers.Tokenizer` whose tokens count.
 
     Raises:
-        TokenizerError: It is not a fast tokenizer.
+        TokenizerError: There is no backend.
 
     Attributes:
-        byte_rule: How its tokens stand for bytes; None if they do not.
+        byte_rule: How its tokens stand for bytes; None if its decoder does more than put bytes together.
     """
 
-    def __init__(self, fast: Any, chat_template: str | None = None) -> None:
-        if not fast.is_fast:
+    def __init__(self, fast: Any, chat_template: str | None = None, *, backend: Any = None) -> None:
+        if backend is None and not fast.is_fast:
             raise TokenizerError(f"{type(fast).__name__} has no fast version, and only fast tokenizers are supported")
         self._fast = fast
         self._chat_template = chat_template or fast.chat_template
         # The backend is used directly: its methods keep no state between calls, so that threads do not meet in them.
-        self._backend = fast.backend_tokenizer
+        self._backend = fast.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
         self.byte_rule = byte_rule(self._backend.decoder)
+        self._byte_reader = byte_reader(self._backend.decoder)
         self._token_bytes = {skips: TokenBytes(partial(self._read_token_bytes, skips)) for skips in (False, True)}
 
     @classmethod
@@ -68,7 +72,8 @@ class Tokenizer:
             MissingTokenizerError: Its folder has no tokenizer.
             TokenizerError: The tokenizer or the chat template cannot be read.
         """
-        return cls(_load_fast(_source(config)), _read_template(config.chat_template))
+        files = read_tokenizer(_source(config))
+        return cls(files.names, _read_template(config.chat_template), backend=files.backend)
 
     @property
     def vocab_size(self) -> int:
@@ -78,41 +83,82 @@ class Tokenizer:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokenizer's end of sequence; empty if it has none."""
-        eos_token_id = self._fast.eos_token_id
-        return () if eos_token_id is None else (int(eos_token_id),)
+        name = self._fast.eos_token
+        token_id = None if name is None else self._backend.token_to_id(str(name))
+        return () if token_id is None else (int(token_id),)
 
     @property
     def has_chat_template(self) -> bool:
         """True if conversations can be encoded."""
         return self._chat_template is not None
 
+    @cached_property
+    def special_names(self) -> Mapping[str, int]:
+        """Ids of the special tokens by name: as the vocabulary writes it, and as a text shows it."""
+        names = ((name, i) for i in sorted(self._special_ids) for name in (self._name(i), self.token_text(i)))
+        return {name: token_id for name, token_id in names if name}
+
+    @property
+    def splits_characters(self) -> bool:
+        """True if a token may be a part of a character; then `token_bytes` knows all tokens."""
+        return self._byte_reader is not None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 
         Raises:
-            RequestError: The text has lone surrogates, which are no characters.
+            RequestError: The text has lone surrogates, which are no characters, or the tokenizer fails at it.
         """
-        try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:
-            raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
+        return list(self._encoding(text, add_special_tokens).ids)
+
+    def text_offsets(self, text: str) -> list[int]:
+        """Where each token that `encode` gives begins in the text; where a token adds no text, that of the next.
+
+        Parts of a character begin where it begins. Raises as `encode`.
+        """
+        offsets, end = [], 0
+        for token_start, token_end in self._encoding(text, True).offsets:
+            # Spaces around a token may be left out of what is its own, and special tokens have no place.
+            offsets.append(end if token_start == token_end else min(token_start, end))
+            end = max(end, token_end)
+        return offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids without a token give no text, bytes that are no character give U+FFFD."""
-        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        """Text of token ids; ids without a token give no text, bytes that are no character give U+FFFD.
+
+        Raises:
+            ValueError: The tokenizer fails at them.
+        """
+        try:
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise refusal(error, "the tokenizer cannot decode these tokens") from error
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token as it stands inside a text: with its leading space, special tokens by name."""
+        """Text of one token as it stands inside a text: with its leading space, special tokens by name.
+
+        What is not a whole character shows as U+FFFD, so that several tokens may have the same text: see `bytes_of`.
+        """
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self._read_token_text(token_id)
         return text
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, a part of a character too; special tokens are spelled out."""
+        if self.byte_rule is not None:
+            return self.token_bytes(skip_special_tokens=False)[token_id]
+        if self.splits_characters:
+            data = self.token_bytes(skip_special_tokens=False)[token_id]
+            if not is_text(data):
+                return data
+        return self.token_text(token_id).encode()
+
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
-        """Bytes of each token id by `byte_rule`; none for tokens that never show in a text.
+        """Bytes of each token id before the decoder does whatever it does beside; none for tokens that never show.
 
         Raises:
-            ValueError: There is no such rule (when a token is looked up).
+            ValueError: Tokens do not stand for bytes (when a token is looked up).
         """
         return self._token_bytes[skip_special_tokens]
 
@@ -151,20 +197,36 @@ class Tokenizer:
             )
         # Templates are programs of the model's maker: whatever they raise is about these messages.
         except Exception as error:
-            raise RequestError(f"the chat template refuses the messages: {_one_line(error)}") from error
+            raise RequestError(f"the chat template refuses the messages: {one_line(error)}") from error
         return self.encode(text, add_special_tokens=False)
 
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:
+            raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
+        except BaseException as error:
+            raise refusal(error, "the tokenizer cannot encode this text") from error
+
     def _read_token_bytes(self, skip_special_tokens: bool, token_id: int) -> bytes:
-        if self.byte_rule is None:
+        if self._byte_reader is None:
             raise ValueError("the tokens of this tokenizer do not stand for bytes")
         if self.is_silent(token_id, skip_special_tokens=skip_special_tokens):
             return b""
-        return self.byte_rule.read(self._backend.id_to_token(token_id))
+        return self._byte_reader(self._name(token_id))
+
+    def _name(self, token_id: int) -> str:
+        """A token as the vocabulary writes it; empty if there is none."""
+        return str(self._backend.id_to_token(token_id) or "")
 
     def _read_token_text(self, token_id: int) -> str:
         # Some decoders drop the leading space of a text, so the second of two is the one to look at.
-        alone, twice = self.decode([token_id], False), self.decode([token_id, token_id], False)
-        return twice[len(alone) :] if twice.startswith(alone) else alone
+        try:
+            alone, twice = self.decode([token_id], False), self.decode([token_id, token_id], False)
+        # It has a name even if it has no text.
+        except ValueError:
+            return self._name(token_id)
+        return (twice[len(alone) :] if twice.startswith(alone) else "") or alone
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -194,27 +256,10 @@ def _source(config: EngineConfig) -> str | Path:
     return config.tokenizer
 
 
-def _load_fast(source: str | Path) -> Any:
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("token*")) and not (folder / "vocab.json").is_file():
-        raise MissingTokenizerError(f"{folder} has no tokenizer (tokenizer.json); name one with tokenizer")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    # Broken files surface as almost any exception; for the user all mean the same.
-    except Exception as error:
-        raise TokenizerError(f"the tokenizer of {source} cannot be loaded: {_one_line(error)}") from error
-
-
 def _read_template(file: str | None) -> str | None:
     if file is None:
         return None
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"the chat template {file} cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise TokenizerError(f"the chat template {file} cannot be read: {one_line(error)}") from error

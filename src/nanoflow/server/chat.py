@@ -74,7 +74,7 @@ class _Chat:
             "usage": count_usage([output]),
         }
         if self.body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.service.token_text)
+            response["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.service)
         return response
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -146,7 +146,7 @@ class _Chat:
         if delta.logprobs is None:
             return None
         num_top = self.body.top_logprobs or 0
-        return chat_logprobs(delta.token_ids, delta.logprobs, num_top=num_top, token_text=self.service.token_text)
+        return chat_logprobs(delta.token_ids, delta.logprobs, num_top=num_top, texts=self.service)
 
 
 def _role_choice(index: int) -> ChatChunkChoice:

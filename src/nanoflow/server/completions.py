@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from nanoflow.server.bodies import BodyRoute
+from nanoflow.server.echo import Echo, TextOffsets
 from nanoflow.server.errors import ERROR_RESPONSES, json_response
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import completion_logprobs, prompt_logprobs
@@ -39,14 +40,16 @@ def completions_router(service: Service) -> APIRouter:
 
 @dataclass(slots=True, kw_only=True)
 class _ShownChoice:
-    """How much of one choice was shown: of its completion, and of the text that its log probabilities add up to.
+    """How much of one choice was shown.
 
     Attributes:
+        cursor: Of its completion.
+        offsets: Counts where its tokens begin; None before log probabilities were shown.
         template: Its events with nothing but text, once there was one.
     """
 
     cursor: Cursor = field(default_factory=Cursor)
-    text_offset: int = 0
+    offsets: TextOffsets | None = None
     template: EventTemplate | None = None
 
 
@@ -70,7 +73,7 @@ class _Completion:
         if self.body.prompt_logprobs is not None:
             for choice in choices:
                 places = outputs[choice["index"] // self.call.params.n].prompt_logprobs or []
-                choice["prompt_logprobs"] = prompt_logprobs(places, self.service.token_text)
+                choice["prompt_logprobs"] = prompt_logprobs(places, self.service)
         return self._response(choices, self._usage(outputs))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -122,37 +125,32 @@ class _Completion:
 
     def _choice(self, output: RequestOutput, place: int, delta: Delta, shown: _ShownChoice) -> CompletionChoice:
         """What is new of a choice, with the echoed prompt before it if it is the first that is shown."""
-        is_echoed = bool(self.body.echo) and delta.is_first
+        echo = self._echo(output) if self.body.echo and delta.is_first else None
         text = "" if self.body.is_echo_only else delta.text
         return {
             "index": place,
-            "text": self._prompt_text(output) + text if is_echoed else text,
-            "logprobs": self._logprobs(output if is_echoed else None, delta, shown),
+            "text": text if echo is None else echo.text + text,
+            "logprobs": None if self.body.logprobs is None else self._logprobs(output, echo, delta, shown),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
 
-    def _prompt_text(self, output: RequestOutput) -> str:
-        if output.prompt is not None:
-            return output.prompt
-        return self.service.tokenizer.decode(
-            output.prompt_token_ids, skip_special_tokens=self.call.params.skip_special_tokens
-        )
+    def _echo(self, output: RequestOutput) -> Echo:
+        has_offsets = self.body.logprobs is not None
+        return self.service.echo(output, is_continued=not self.body.is_echo_only, has_offsets=has_offsets)
 
-    def _logprobs(self, echoed: RequestOutput | None, delta: Delta, shown: _ShownChoice) -> CompletionLogprobs | None:
-        if self.body.logprobs is None:
-            return None
+    def _logprobs(
+        self, output: RequestOutput, echo: Echo | None, delta: Delta, shown: _ShownChoice
+    ) -> CompletionLogprobs:
+        if shown.offsets is None:
+            start = 0 if echo is None else len(echo.text)
+            shown.offsets = self.service.completion_offsets(output, self.call.params, start)
         token_ids: list[int] = []
         places: Sequence[PositionLogprobs | None] = []
-        if echoed is not None:
-            token_ids, places = echoed.prompt_token_ids, echoed.prompt_logprobs or []
+        text_offsets: list[int] = []
+        if echo is not None:
+            token_ids, places, text_offsets = output.prompt_token_ids, output.prompt_logprobs or [], echo.text_offsets
         if not self.body.is_echo_only:
             token_ids, places = [*token_ids, *delta.token_ids], [*places, *(delta.logprobs or [])]
-        logprobs = completion_logprobs(
-            token_ids,
-            places,
-            text_offset=shown.text_offset,
-            token_text=self.service.token_text,
-        )
-        shown.text_offset += sum(map(len, logprobs["tokens"]))
-        return logprobs
+            text_offsets = [*text_offsets, *shown.offsets.take(delta.token_ids)]
+        return completion_logprobs(token_ids, places, text_offsets=text_offsets, texts=self.service)

@@ -1,11 +1,14 @@
 """Log probabilities in the three shapes clients read: legacy completions, chat, and prompt log probabilities.
 
-`PositionLogprobs` of `outputs.py` come in, typed dictionaries of `responses.py` go out. Knows no HTTP and no engine.
+`PositionLogprobs` of `outputs.py` come in, typed dictionaries of `responses.py` go out. A token is known by its id, and
+its bytes are its own: two tokens may have the same text, and a part of a character has none. Knows no HTTP and no
+engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from nanoflow.outputs import Logprob, PositionLogprobs
 from nanoflow.server.responses import (
@@ -18,78 +21,94 @@ from nanoflow.server.responses import (
 )
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
-TokenText = Callable[[int], str]
+
+
+class TokenTexts(Protocol):
+    """What tokens are called."""
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a token; what is not a whole character shows as U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes."""
+
+
+def whole_text(token_id: int, texts: TokenTexts) -> str | None:
+    """The text of a token; None if there are parts of characters in it."""
+    try:
+        texts.token_bytes(token_id).decode()
+    except UnicodeDecodeError:
+        return None
+    return texts.token_text(token_id)
 
 
 def completion_logprobs(
     token_ids: Sequence[int],
     places: Sequence[PositionLogprobs | None],
     *,
-    text_offset: int,
-    token_text: TokenText,
+    text_offsets: Sequence[int],
+    texts: TokenTexts,
 ) -> CompletionLogprobs:
-    """Lists of one entry a token.
+    """Lists of one entry a token. A mapping of alternatives always has the token that stands there, under its name.
 
     Args:
         token_ids: The tokens that stand there.
         places: Their log probabilities; None where there are none (the first token of a prompt).
-        text_offset: Where the first token's text begins in the text returned so far.
-        token_text: Text of a token id.
+        text_offsets: Where each begins in the text.
+        texts: What tokens are called.
     """
-    shown: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token_id, place in zip(token_ids, places, strict=True):
-        text = _text(token_id, place, token_text)
-        shown["tokens"].append(text)
-        shown["token_logprobs"].append(None if place is None else _finite(place[token_id].logprob))
-        shown["top_logprobs"].append(None if place is None else _by_text(place, token_text))
-        shown["text_offset"].append(text_offset)
-        text_offset += len(text)
-    return shown
+    pairs = list(zip(token_ids, places, strict=True))
+    return {
+        "tokens": [_name(token_id, texts) for token_id in token_ids],
+        "token_logprobs": [None if place is None else _finite(place[token_id].logprob) for token_id, place in pairs],
+        "top_logprobs": [None if place is None else _by_name(token_id, place, texts) for token_id, place in pairs],
+        "text_offset": list(text_offsets),
+    }
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], places: Sequence[PositionLogprobs], *, num_top: int, token_text: TokenText
+    token_ids: Sequence[int], places: Sequence[PositionLogprobs], *, num_top: int, texts: TokenTexts
 ) -> ChatLogprobs:
     """One entry a token, each with the `num_top` most probable ones."""
     content: list[ChatLogprob] = []
     for token_id, place in zip(token_ids, places, strict=True):
         ranked = sorted(place.items(), key=lambda item: -item[1].logprob)[:num_top]
-        top = [_top(_text(other, place, token_text), entry) for other, entry in ranked]
-        content.append({**_top(_text(token_id, place, token_text), place[token_id]), "top_logprobs": top})
+        top = [_top(other, entry, texts) for other, entry in ranked]
+        content.append({**_top(token_id, place[token_id], texts), "top_logprobs": top})
     return {"content": content}
 
 
-def prompt_logprobs(places: Sequence[PositionLogprobs | None], token_text: TokenText) -> PromptLogprobs:
+def prompt_logprobs(places: Sequence[PositionLogprobs | None], texts: TokenTexts) -> PromptLogprobs:
     """One mapping {token id: log probability, rank, text} a prompt token; None for the first."""
     return [
-        None if place is None else {str(token_id): _ranked(token_id, place, token_text) for token_id in place}
+        None if place is None else {str(token_id): _ranked(token_id, place, texts) for token_id in place}
         for place in places
     ]
 
 
-def _ranked(token_id: int, place: PositionLogprobs, token_text: TokenText) -> RankedLogprob:
+def _ranked(token_id: int, place: PositionLogprobs, texts: TokenTexts) -> RankedLogprob:
     entry = place[token_id]
-    text = _text(token_id, place, token_text)
-    return {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": text}
+    return {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": texts.token_text(token_id)}
 
 
-def _by_text(place: PositionLogprobs, token_text: TokenText) -> dict[str, float]:
-    """Log probability by token text; of tokens that read alike, the most probable one."""
-    by_text: dict[str, float] = {}
-    for token_id, entry in place.items():
-        text = _text(token_id, place, token_text)
-        by_text[text] = max(_finite(entry.logprob), by_text.get(text, LOWEST_LOGPROB))
-    return by_text
+def _by_name(token_id: int, place: PositionLogprobs, texts: TokenTexts) -> dict[str, float]:
+    """Log probability by name, that of the token itself first; one whose name is taken goes by its id."""
+    by_name: dict[str, float] = {}
+    for other in (token_id, *(other for other in place if other != token_id)):
+        name = _name(other, texts)
+        by_name[f"token_id:{other}" if name in by_name else name] = _finite(place[other].logprob)
+    return by_name
 
 
-def _top(text: str, entry: Logprob) -> TopLogprob:
-    return {"token": text, "logprob": _finite(entry.logprob), "bytes": list(text.encode())}
+def _name(token_id: int, texts: TokenTexts) -> str:
+    """A token's text, or its bytes as OpenAI writes them ("bytes:\\xe2\\x9c") if they are no whole characters."""
+    text = whole_text(token_id, texts)
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in texts.token_bytes(token_id)) if text is None else text
 
 
-def _text(token_id: int, place: PositionLogprobs | None, token_text: TokenText) -> str:
-    entry = None if place is None else place.get(token_id)
-    known = None if entry is None else entry.decoded_token
-    return token_text(token_id) if known is None else known
+def _top(token_id: int, entry: Logprob, texts: TokenTexts) -> TopLogprob:
+    data = texts.token_bytes(token_id)
+    return {"token": texts.token_text(token_id), "logprob": _finite(entry.logprob), "bytes": list(data)}
 
 
 def _finite(logprob: float) -> float:

@@ -46,7 +46,11 @@ PromptLogprobs = list[dict[str, RankedLogprob] | None]
 
 
 class CompletionLogprobs(TypedDict):
-    """Lists of one entry a token; the first token of an echoed prompt has no log probability."""
+    """Lists of one entry a token; the first token of an echoed prompt has no log probability.
+
+    Tokens go by their text, parts of characters by their bytes ("bytes:\\xe2\\x9c"). Of alternatives that go by the
+    same name, those after the first go by their id ("token_id:7"). `text_offset` counts characters of the text.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -77,7 +81,7 @@ class CompletionResponse(TypedDict):
 
 
 class TopLogprob(TypedDict):
-    """A probable token; `bytes` is its text in UTF-8."""
+    """A probable token; `bytes` are its own, also those of a part of a character, which `token` shows as U+FFFD."""
 
     token: str
     logprob: float

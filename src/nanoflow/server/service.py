@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanoflow.config import DEFAULT_MODEL, ServerConfig
+from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.outputs import RequestOutput
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.backend import ChatMessage, ServingEngine, ServingTokenizer
+from nanoflow.server.echo import Echo, TextOffsets, detokenizer_of, echo_prompt
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, Conversation, Message
 
@@ -55,6 +58,25 @@ class Service:
     def token_text(self, token_id: int) -> str:
         """Text of one token; its id if there is no tokenizer."""
         return self.tokenizer.token_text(token_id) if self.has_tokenizer else f"token_id:{token_id}"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, a part of a character too."""
+        if self.has_tokenizer and isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.bytes_of(token_id)
+        return self.token_text(token_id).encode()
+
+    def echo(self, output: RequestOutput, *, is_continued: bool, has_offsets: bool) -> Echo:
+        """The prompt of an output, with a completion after it or alone; arguments as of `echo_prompt`."""
+        with user_errors():
+            return echo_prompt(self.tokenizer, output, self, is_continued=is_continued, has_offsets=has_offsets)
+
+    def completion_offsets(self, output: RequestOutput, params: SamplingParams, start: int) -> TextOffsets:
+        """Counts where the tokens of a completion begin in a text that has `start` characters before it."""
+        if not self.has_tokenizer or not params.detokenize:
+            return TextOffsets(None, self, start=start)
+        prompt, skips = output.prompt_token_ids, params.skip_special_tokens
+        detokenizer = detokenizer_of(self.tokenizer, prompt, skip_special_tokens=skips)
+        return TextOffsets(detokenizer, self, before=prompt, start=start)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not the served one (404); None is the served one."""

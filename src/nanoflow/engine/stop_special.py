@@ -1,0 +1,113 @@
+"""Stop strings that name special tokens, where these are left out of the text.
+
+A special token that a stop string contains comes into the search as a *mark*: one character that no text has. The stop
+string has the same mark in its place, so that it is found by the search of `stop.py`, and only where the token itself
+stands. Other stop strings are searched in the text as its reader sees it: a token that is left out does not part them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from nanoflow.engine.stop import StopFilter, StopStrings
+
+# Text that was decoded from UTF-8 has no surrogates.
+_MARKS = range(0xD800, 0xE000)
+
+
+class StopRules:
+    """What ends the completions of requests with the same stop strings; requests may share it, in one thread.
+
+    Args:
+        stops: Non-empty strings.
+        left_out: Ids of the special tokens that are left out of the text, by name.
+
+    Attributes:
+        marks: What comes into the search for a token that is left out, by id.
+    """
+
+    def __init__(self, stops: Sequence[str], left_out: Mapping[str, int] | None = None) -> None:
+        named = {name: token_id for name, token_id in (left_out or {}).items() if any(name in stop for stop in stops)}
+        self.marks = {token_id: chr(mark) for token_id, mark in zip(sorted({*named.values()}), _MARKS, strict=False)}
+        mark_of = {name: self.marks[token_id] for name, token_id in named.items() if token_id in self.marks}
+        self._stop_of = {_marked(stop, mark_of): stop for stop in stops}
+        self._plain = StopStrings(stops)
+        with_marks = [pattern for pattern, stop in self._stop_of.items() if pattern != stop]
+        self._marked = StopStrings(with_marks) if with_marks else None
+
+    def new_filter(self, *, keeps_stop: bool = False) -> StopFilter | MarkedStopFilter:
+        """The search of one completion; `keeps_stop` leaves the stop string in the text."""
+        if self._marked is None:
+            return StopFilter(self._plain, keeps_stop=keeps_stop)
+        return MarkedStopFilter(self._plain, self._marked, self._stop_of, keeps_stop=keeps_stop)
+
+
+class MarkedStopFilter:
+    """A `StopFilter` whose pieces may have marks, which are not shown.
+
+    Args:
+        plain: Searched in the text.
+        marked: Searched in the text with its marks.
+        stop_of: The stop string of each string in `marked`.
+        keeps_stop: The stop string is part of the text, with the names of its special tokens.
+
+    Attributes:
+        found: The stop string that ended the text; None before.
+    """
+
+    __slots__ = ("_held", "_keeps_stop", "_marked", "_marked_node", "_plain", "_plain_node", "_stop_of", "found")
+
+    def __init__(
+        self, plain: StopStrings, marked: StopStrings, stop_of: Mapping[str, str], *, keeps_stop: bool = False
+    ) -> None:
+        self.found: str | None = None
+        self._plain, self._marked, self._stop_of = plain, marked, stop_of
+        self._plain_node, self._marked_node = plain.root, marked.root
+        self._keeps_stop = keeps_stop
+        self._held = ""
+
+    def push(self, piece: str, *, may_stop: bool = True) -> str:
+        """The text to show now; arguments as of `StopFilter.push`."""
+        text = self._held
+        for char in piece:
+            self._marked_node = self._marked.step(self._marked_node, char)
+            if not _is_mark(char):
+                text += char
+                self._plain_node = self._plain.step(self._plain_node, char)
+            found = self._longest(self._marked_node.match, None if _is_mark(char) else self._plain_node.match)
+            if found is not None and may_stop:
+                self.found, self._held = self._stop_of.get(found, found), ""
+                shown = text[: len(text) - _num_shown(found)]
+                return shown + self.found if self._keeps_stop else shown
+        self._plain_node, self._marked_node = self._plain.held(self._plain_node), self._marked.held(self._marked_node)
+        beginning = self._marked_node.text_of[: self._marked_node.depth]
+        num_shown = len(text) - max(self._plain_node.depth, _num_shown(beginning))
+        self._held = text[num_shown:]
+        return text[:num_shown]
+
+    def _longest(self, *matches: str | None) -> str | None:
+        found = [match for match in matches if match is not None]
+        return max(found, key=lambda match: len(self._stop_of.get(match, match)), default=None)
+
+    def flush(self) -> str:
+        """The text held back, once there is no more to come."""
+        held, self._held = self._held, ""
+        self._plain_node, self._marked_node = self._plain.root, self._marked.root
+        return held
+
+
+def _marked(stop: str, mark_of: Mapping[str, str]) -> str:
+    """A stop string with marks for the names in it; of names that begin at one place, the longest."""
+    if not mark_of:
+        return stop
+    names = "|".join(map(re.escape, sorted(mark_of, key=len, reverse=True)))
+    return re.sub(names, lambda name: mark_of[name[0]], stop)
+
+
+def _is_mark(char: str) -> bool:
+    return ord(char) in _MARKS
+
+
+def _num_shown(pattern: str) -> int:
+    return sum(not _is_mark(char) for char in pattern)
