@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -194,11 +194,29 @@ def test_bytes_of_tokens_that_are_no_byte_tokens_are_their_text() -> None:
     assert (BYTE_FALLBACK.bytes_of(1 + 0x0A), BYTE_FALLBACK.bytes_of(1 + 0xE2)) == (b"\n", b"\xe2")
 
 
+def test_bytes_of_parts_of_characters_by_a_decoder_that_does_more() -> None:
+    backend = byte_fallback_backend()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    tokenizer = toy_tokenizer(backend)
+    assert tokenizer.byte_rule is None
+    assert [tokenizer.bytes_of(1 + byte) for byte in "✓".encode()] == [b"\xe2", b"\x9c", b"\x93"]
+    assert tokenizer.bytes_of(tokenizer.encode("a h")[-1]) == b" h" and tokenizer.bytes_of(0) == EOS.encode()
+
+
+def _trimming() -> Tokenizer:
+    """Its offsets leave out the spaces around a token, as those of RoBERTa do."""
+    backend = byte_level_backend()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return toy_tokenizer(backend)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, _trimming()], ids=["plain", "trimming"])
 @given(text=st.text("hello  wor\n漢é🎓\ufffd", max_size=20))
-def test_offsets_of_a_text_are_where_its_tokens_begin(text: str) -> None:
-    offsets = BYTE_LEVEL.text_offsets(text)
-    for offset, token_id in zip(offsets, BYTE_LEVEL.encode(text), strict=True):
-        data = BYTE_LEVEL.bytes_of(token_id)
+@example(text="hello world")
+def test_offsets_of_a_text_are_where_its_tokens_begin(tokenizer: Tokenizer, text: str) -> None:
+    offsets = tokenizer.text_offsets(text)
+    for offset, token_id in zip(offsets, tokenizer.encode(text), strict=True):
+        data = tokenizer.bytes_of(token_id)
         own = data.decode("utf-8", "ignore")
         assert text[offset:].startswith(own) or own.encode() != data
     assert offsets == sorted(offsets)

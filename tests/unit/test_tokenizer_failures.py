@@ -54,7 +54,8 @@ def complete(prompts: list[list[int]], **params: Any) -> list[RequestOutput]:
         for output in processor.process(engine.step()):
             processor.refresh(output)
         engine.abort(processor.take_stopped())
-    assert not len(processor)
+    assert not len(processor) and (not engine.aborted or set(engine.aborted) == {*range(params.get("n", 1))})
+    assert engine.aborted or not any(output.error for output in outputs)
     return outputs
 
 
