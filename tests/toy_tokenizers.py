@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nanoflow.engine.tokenizer import Tokenizer
@@ -65,6 +65,15 @@ def wordpiece_backend() -> Backend:
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens([EOS])
+    return backend
+
+
+def panicking_backend() -> Backend:
+    """Its pattern gives up on "a" * 60 + "b", its decoder on a space (token 1): the library panics. Token 2 is "a"."""
+    backend = Backend(models.WordLevel({EOS: 0, " ": 1, "a": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
+    backend.decoder = decoders.Strip(" ", 1, 1)
     backend.add_special_tokens([EOS])
     return backend
 

@@ -24,6 +24,7 @@ from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
 from tests.fake_engine import CRASHING, FAILING, REFUSED, SLOW
 from tests.toy_models import ENGINE_OPTIONS, write_toy_model
+from tests.toy_tokenizers import panicking_backend, write_tokenizer
 
 FAKE = "tests.fake_engine_process"
 # With the slow fake engine four seconds: whoever ends earlier was ended.
@@ -161,6 +162,21 @@ def test_bad_requests_are_refused_and_leave_the_others(model: str) -> None:
         assert (await running).outputs[0].finish_reason is FinishReason.LENGTH
 
     with_engine(model, body)
+
+
+def test_tokens_that_cannot_become_text_end_their_request_alone(tmp_path: Path) -> None:
+    folder = str(write_toy_model(tmp_path))
+    write_tokenizer(tmp_path, panicking_backend())
+
+    async def body(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        # Its first token is the first that cannot be decoded.
+        bad, good = await asyncio.gather(last(engine, [1, *[2] * 6], params), last(engine, [2, SLOW], LONG))
+        assert bad.outputs[0].finish_reason is FinishReason.ERROR and "cannot decode" in (bad.error or "")
+        assert good.outputs[0].finish_reason is FinishReason.LENGTH
+        await until(lambda: engine.stats.num_running == 0)
+
+    with_engine(folder, body)
 
 
 def test_heartbeats_come_from_an_idle_engine(model: str) -> None:

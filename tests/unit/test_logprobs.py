@@ -26,7 +26,7 @@ def _place(*token_ids: int) -> dict[int, Logprob]:
 
 
 def test_no_alternative_is_lost_and_the_chosen_token_keeps_its_name() -> None:
-    place = {2: Logprob(logprob=-3.0), 1: Logprob(logprob=-1.0), 3: Logprob(logprob=-2.0), 4: Logprob(logprob=-4.0)}
+    place = {1: Logprob(logprob=-1.0), 2: Logprob(logprob=-3.0), 3: Logprob(logprob=-2.0), 4: Logprob(logprob=-4.0)}
     shown = completion_logprobs([2], [place], text_offsets=[5], texts=Texts())
     assert shown["tokens"] == ["a"] and shown["token_logprobs"] == [-3.0] and shown["text_offset"] == [5]
     assert shown["top_logprobs"] == [{"a": -3.0, "token_id:1": -1.0, "bytes:\\xe2\\x9c": -2.0, "bytes:\\x93": -4.0}]

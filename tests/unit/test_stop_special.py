@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoflow.config import ServerConfig
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import read_prompt
 from nanoflow.engine.stop_special import StopRules
 from nanoflow.outputs import CompletionOutput, FinishReason
 from nanoflow.request import SamplingParams
+from nanoflow.server.app import create_app
 from tests.fake_engine import FakeEngine, fake_facts
+from tests.local_engine import LocalEngine
 from tests.toy_tokenizers import byte_fallback_backend, byte_level_backend, metaspace_backend, toy_tokenizer
 
 IM_END, TURN = "<|im_end|>", "<|a b|>"
@@ -91,6 +98,15 @@ def test_a_name_that_other_tokens_spell_stops_too() -> None:
     assert "".join(map(stops.push, "ab<|im_end|>")) == "ab" and stops.found == IM_END
 
 
+def test_what_may_become_a_stop_string_behind_its_token_is_held_back() -> None:
+    rules = StopRules([f"lo{IM_END}he"], {IM_END: 7})
+    stops, mark = rules.new_filter(), rules.marks[7]
+    assert [stops.push(piece) for piece in ("hel", "o", mark, "h", "x")] == ["he", "", "", "", "lohx"]
+    assert [stops.push(piece) for piece in ("lo", mark, "h", "e")] == ["", "", "", ""] and stops.found
+    open_end = rules.new_filter()
+    assert open_end.push("lo" + mark) + open_end.flush() == "lo"
+
+
 def test_min_tokens_lets_an_early_one_pass() -> None:
     completion, _ = complete("byte-level", f"h{IM_END}h", stop=IM_END, min_tokens=3)
     assert completion.text == "hhh" and len(completion.token_ids) == 5
@@ -98,6 +114,26 @@ def test_min_tokens_lets_an_early_one_pass() -> None:
 
 def test_requests_without_such_names_have_no_marks() -> None:
     assert not StopRules(["a", "<|im_"], {IM_END: 7}).marks
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_over_http_whole_and_as_a_stream(keeps: bool) -> None:
+    backend = byte_level_backend()
+    backend.add_special_tokens([IM_END])
+    app = create_app(LocalEngine(toy_tokenizer(backend)), ServerConfig(served_model_name="toy"))
+    body = {"prompt": f"hello{IM_END}", "stop": [IM_END], "max_tokens": 40, "include_stop_str_in_output": keeps}
+    text = "hello" + IM_END if keeps else "hello"
+    (choice,) = asyncio.run(_post(app, body)).json()["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text, "stop", IM_END)
+    lines = asyncio.run(_post(app, {**body, "stream": True})).text.split("\n\n")
+    parts = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line.startswith("data: {")]
+    assert "".join(part["text"] for part in parts) == text
+    assert (parts[-1]["finish_reason"], parts[-1]["stop_reason"]) == ("stop", IM_END)
+
+
+async def _post(app: FastAPI, body: dict[str, Any]) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://toy") as client:
+        return await client.post("/v1/completions", json=body)
 
 
 NAMES = {"A": 1, "AB": 2, "C": 3}
@@ -138,10 +174,9 @@ def _brute_force(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
         ends += [stop for stop, name in named.items() if name != stop and marked.endswith(name)]
         if ends:
             found = max(ends, key=len)
-            hidden = max(_num_visible(named[stop], stop, visible) for stop in ends if stop == found)
-            return visible[: len(visible) - hidden], found
+            name = named[found]
+            # Found as both, the one with the special token counts.
+            is_special = name != found and marked.endswith(name)
+            num_hidden = sum(symbol not in "123" for symbol in name) if is_special else len(found)
+            return visible[: len(visible) - num_hidden], found
     return visible, None
-
-
-def _num_visible(name: str, stop: str, visible: str) -> int:
-    return len(stop) if visible.endswith(stop) else sum(symbol not in "123" for symbol in name)

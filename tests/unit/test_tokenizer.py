@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, processors
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.tokenizer import (
@@ -26,6 +26,7 @@ from tests.toy_tokenizers import (
     byte_fallback_backend,
     byte_level_backend,
     metaspace_backend,
+    panicking_backend,
     toy_tokenizer,
     wordpiece_backend,
     write_tokenizer,
@@ -147,6 +148,16 @@ def test_what_the_config_says_of_tokens_changes_nothing(name: str, options: dict
     assert tokenizer.encode("<new>")[0] == 0 and 900 not in tokenizer.encode("<new>")
 
 
+def test_tokens_that_only_the_config_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = {"0": {"content": EOS, "special": True}}
+    load_folder(tmp_path, byte_level_backend(), added_tokens_decoder=known)
+    assert not caplog.records
+    load_folder(tmp_path, byte_level_backend(), added_tokens_decoder={**known, "900": {"content": "<new>"}})
+    assert [record.message.partition(" (")[0] for record in caplog.records if record.name.startswith("nanoflow")] == [
+        "tokenizer_config.json names tokens that tokenizer.json lacks, which are not used: <new>"
+    ]
+
+
 def test_padding_and_truncation_of_the_file_are_off(tmp_path: Path) -> None:
     backend = byte_level_backend()
     backend.enable_truncation(2)
@@ -194,11 +205,29 @@ def test_bytes_of_tokens_that_are_no_byte_tokens_are_their_text() -> None:
     assert (BYTE_FALLBACK.bytes_of(1 + 0x0A), BYTE_FALLBACK.bytes_of(1 + 0xE2)) == (b"\n", b"\xe2")
 
 
+def test_bytes_of_parts_of_characters_by_a_decoder_that_does_more() -> None:
+    backend = byte_fallback_backend()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    tokenizer = toy_tokenizer(backend)
+    assert tokenizer.byte_rule is None
+    assert [tokenizer.bytes_of(1 + byte) for byte in "✓".encode()] == [b"\xe2", b"\x9c", b"\x93"]
+    assert tokenizer.bytes_of(tokenizer.encode("a h")[-1]) == b" h" and tokenizer.bytes_of(0) == EOS.encode()
+
+
+def _trimming() -> Tokenizer:
+    """Its offsets leave out the spaces around a token, as those of RoBERTa do."""
+    backend = byte_level_backend()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return toy_tokenizer(backend)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, _trimming()], ids=["plain", "trimming"])
 @given(text=st.text("hello  wor\n漢é🎓\ufffd", max_size=20))
-def test_offsets_of_a_text_are_where_its_tokens_begin(text: str) -> None:
-    offsets = BYTE_LEVEL.text_offsets(text)
-    for offset, token_id in zip(offsets, BYTE_LEVEL.encode(text), strict=True):
-        data = BYTE_LEVEL.bytes_of(token_id)
+@example(text="hello world")
+def test_offsets_of_a_text_are_where_its_tokens_begin(tokenizer: Tokenizer, text: str) -> None:
+    offsets = tokenizer.text_offsets(text)
+    for offset, token_id in zip(offsets, tokenizer.encode(text), strict=True):
+        data = tokenizer.bytes_of(token_id)
         own = data.decode("utf-8", "ignore")
         assert text[offset:].startswith(own) or own.encode() != data
     assert offsets == sorted(offsets)
@@ -207,17 +236,8 @@ def test_offsets_of_a_text_are_where_its_tokens_begin(text: str) -> None:
 # What a tokenizer fails at
 
 
-def _panicking() -> Tokenizer:
-    """Its pattern gives up on long runs of a letter, its decoder on a space: both panic."""
-    backend = Backend(models.WordLevel({EOS: 0, " ": 1, "a": 2}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
-    backend.decoder = decoders.Strip(" ", 1, 1)
-    backend.add_special_tokens([EOS])
-    return toy_tokenizer(backend)
-
-
 def test_a_panic_is_an_error_of_what_was_asked() -> None:
-    tokenizer = _panicking()
+    tokenizer = toy_tokenizer(panicking_backend())
     with pytest.raises(ValueError, match=r"cannot encode this text: .+") as problem:
         tokenizer.encode("a" * 60 + "b")
     assert "\n" not in str(problem.value)

@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from tokenizers import Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 from nanoflow.config import ServerConfig
 from nanoflow.engine.llm import LLM
@@ -23,7 +21,7 @@ from nanoflow.server.app import create_app
 from tests.fake_engine import FakeEngine, fake_facts
 from tests.local_engine import LocalEngine
 from tests.toy_models import ENGINE_OPTIONS, write_toy_model
-from tests.toy_tokenizers import EOS, byte_level_backend, toy_tokenizer, write_tokenizer
+from tests.toy_tokenizers import byte_level_backend, panicking_backend, toy_tokenizer, write_tokenizer
 
 A, SPACE = 2, 1
 TOO_MUCH = "a" * 60 + "b"
@@ -32,12 +30,7 @@ LATE = [SPACE, *[A] * 6]
 
 
 def panicking() -> Tokenizer:
-    """Its pattern gives up on long runs of a letter, its decoder on a space: the library panics at both."""
-    backend = Backend(models.WordLevel({EOS: 0, " ": SPACE, "a": A}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
-    backend.decoder = decoders.Strip(" ", 1, 1)
-    backend.add_special_tokens([EOS])
-    return toy_tokenizer(backend)
+    return toy_tokenizer(panicking_backend())
 
 
 def complete(prompts: list[list[int]], **params: Any) -> list[RequestOutput]:
@@ -54,7 +47,8 @@ def complete(prompts: list[list[int]], **params: Any) -> list[RequestOutput]:
         for output in processor.process(engine.step()):
             processor.refresh(output)
         engine.abort(processor.take_stopped())
-    assert not len(processor)
+    assert not len(processor) and (not engine.aborted or set(engine.aborted) == {*range(params.get("n", 1))})
+    assert engine.aborted or not any(output.error for output in outputs)
     return outputs
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from codecs import utf_8_decode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,21 @@ def is_text(data: bytes) -> bool:
 def num_pending_bytes(data: bytes) -> int:
     """How many bytes at the end begin a character that is not complete."""
     return len(data) - utf_8_decode(data, "replace", False)[1]
+
+
+def character_offsets(parts: Sequence[bytes], num_left_out: int = 0) -> list[int]:
+    """Where each part of a text in UTF-8 begins, in characters; a part of a character where that begins.
+
+    Args:
+        parts: The text's bytes.
+        num_left_out: Characters at the beginning that do not count.
+    """
+    offsets, num_chars = [], -num_left_out
+    for part in parts:
+        begins_inside = 0x80 <= part[0] < 0xC0 if part else False
+        offsets.append(max(num_chars - begins_inside, 0))
+        num_chars += sum(not 0x80 <= byte < 0xC0 for byte in part)
+    return offsets
 
 
 def _parts(decoder: Any) -> list[dict[str, Any]]:

@@ -12,24 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
-from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, is_text
-from nanoflow.engine.tokenizer_files import (
-    MissingTokenizerError,
-    TokenizerError,
-    one_line,
-    read_tokenizer,
-    refusal,
-)
+from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, character_offsets, is_text
+from nanoflow.engine.tokenizer_files import MissingTokenizerError, TokenizerError, read_tokenizer, refusal
+from nanoflow.engine.tokenizer_files import one_line as _one_line
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
 from nanoflow.request import RequestError
 
+__all__ = ["REPLACEMENT", "ChatMessage", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
+
 ChatMessage = Mapping[str, Any]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-__all__ = ["REPLACEMENT", "ChatMessage", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
 
 class Tokenizer:
@@ -116,9 +110,15 @@ class Tokenizer:
 
         Parts of a character begin where it begins. Raises as `encode`.
         """
+        encoding = self._encoding(text, True)
+        if self.byte_rule is not None:
+            added = encoding.special_tokens_mask
+            parts = [b"" if is_added else self.bytes_of(i) for i, is_added in zip(encoding.ids, added, strict=True)]
+            if b"".join(parts).removeprefix(b" ") == text.encode().removeprefix(b" "):
+                return character_offsets(parts, num_left_out=sum(map(len, parts)) - len(text.encode()))
+        # The tokenizer changes texts. It says what its tokens are of, without the spaces around them.
         offsets, end = [], 0
-        for token_start, token_end in self._encoding(text, True).offsets:
-            # Spaces around a token may be left out of what is its own, and special tokens have no place.
+        for token_start, token_end in encoding.offsets:
             offsets.append(end if token_start == token_end else min(token_start, end))
             end = max(end, token_end)
         return offsets
@@ -197,7 +197,7 @@ class Tokenizer:
             )
         # Templates are programs of the model's maker: whatever they raise is about these messages.
         except Exception as error:
-            raise RequestError(f"the chat template refuses the messages: {one_line(error)}") from error
+            raise RequestError(f"the chat template refuses the messages: {_one_line(error)}") from error
         return self.encode(text, add_special_tokens=False)
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
@@ -262,4 +262,4 @@ def _read_template(file: str | None) -> str | None:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"the chat template {file} cannot be read: {one_line(error)}") from error
+        raise TokenizerError(f"the chat template {file} cannot be read: {_one_line(error)}") from error

@@ -9,12 +9,17 @@ and nothing else; what tokenizer_config.json says of tokens (`add_bos_token`, `a
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanoflow.request import RequestError
 
+logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 5  # in a message
 # Any of these may hold a vocabulary or say where it is.
 _VOCABULARIES = ("token*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _HOW_TO_CONVERT = (
@@ -61,7 +66,7 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         raise MissingTokenizerError(f"{folder} has no tokenizer (tokenizer.json); name one with tokenizer")
     try:
-        file = _tokenizer_json(source)
+        file = _file(source, "tokenizer.json")
         return _converted(source) if file is None else _read_file(source, file)
     except TokenizerError:
         raise
@@ -80,21 +85,35 @@ def one_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _tokenizer_json(source: str | Path) -> str | None:
-    """The path of tokenizer.json; None if there is none."""
+def _file(source: str | Path, name: str) -> str | None:
+    """The path of a file; None if there is none."""
     if Path(source).is_dir():
-        file = Path(source) / "tokenizer.json"
+        file = Path(source) / name
         return str(file) if file.is_file() else None
     from transformers.utils import cached_file
 
-    path: str | None = cached_file(str(source), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    path: str | None = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
     return path
 
 
 def _read_file(source: str | Path, file: str) -> TokenizerFiles:
     from tokenizers import Tokenizer as Backend
 
-    return TokenizerFiles(names=_names(source), backend=Backend.from_file(file))
+    backend = Backend.from_file(file)
+    names = _names(source)
+    _warn_of_other_tokens(_file(source, "tokenizer_config.json"), backend)
+    return TokenizerFiles(names=names, backend=backend)
+
+
+def _warn_of_other_tokens(config_file: str | None, backend: Any) -> None:
+    """Say which tokens the config names that are not in the vocabulary: a chat template may count on them."""
+    config = {} if config_file is None else json.loads(Path(config_file).read_text(encoding="utf-8"))
+    tokens = (config.get("added_tokens_decoder") or {}).values()
+    named = [str(token["content"] if isinstance(token, dict) else token) for token in tokens]
+    missing = [name for name in named if backend.token_to_id(name) is None]
+    if missing:
+        names = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
+        logger.warning("tokenizer_config.json names tokens that tokenizer.json lacks, which are not used: %s", names)
 
 
 def _names(source: str | Path) -> Any:
