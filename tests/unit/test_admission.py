@@ -151,6 +151,23 @@ def test_what_is_counted_follows_a_workload_that_changes() -> None:
     assert counted(lengths, 0) == pytest.approx(100 * PART, rel=0.3)
 
 
+def test_preemptions_raise_what_is_counted_up_to_a_most_and_ends_bring_it_back() -> None:
+    calm, taught = OutputLength(), OutputLength()
+    for lengths in (calm, taught):
+        live(lengths, [100] * 50)
+    taught.observe_preemption()
+    assert counted(taught, 0) == pytest.approx(1.2 * counted(calm, 0), rel=0.05)
+    for _ in range(100):
+        taught.observe_preemption()
+    assert counted(taught, 0) == pytest.approx(1.5 / PART * counted(calm, 0), rel=0.05)
+    for lengths in (calm, taught):
+        live(lengths, [100] * 35)
+    assert 1.2 * counted(calm, 0) < counted(taught, 0) < 3.5 * counted(calm, 0), "half of it after 35 ends"
+    for lengths in (calm, taught):
+        live(lengths, [100] * 400)
+    assert counted(taught, 0) == pytest.approx(counted(calm, 0), rel=0.05)
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 300_000), st.booleans()), max_size=30),
     st.integers(0, 300_000),

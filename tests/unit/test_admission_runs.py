@@ -6,10 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 
 from nanoflow.batch import DenseBatch, SampledTokens
+from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import Scheduler, SchedulerLimits
+from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.progress import Progress
+from tests.unit.test_scheduler import make_limits, make_request
 
 EOS, WORD = 1, 5
 
@@ -142,3 +147,55 @@ def test_requests_that_end_before_their_first_token_teach_nothing() -> None:
         assert scheduler.schedule() is not None
         assert scheduler.abort(request_id)
     assert not scheduler._lengths._seen.any()
+
+
+def expected_of_a_newcomer(scheduler: Scheduler) -> int:
+    one, none = np.array([4]), np.array([0])
+    progress = Progress(
+        num_tokens=one, num_generated=none, max_remaining=np.array([9999]), is_exact=np.zeros(1, np.bool_)
+    )
+    return int(scheduler._lengths.counted_remaining(progress)[0])
+
+
+@pytest.mark.parametrize("leaves_early", [False, True])
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_a_length_that_was_known_from_the_start_says_nothing_of_others(is_exact: bool, leaves_early: bool) -> None:
+    scheduler = Scheduler(limits=make_limits(budget=64, rows=40, num_pages=400))
+    before = expected_of_a_newcomer(scheduler)
+    for request_id in range(40):
+        scheduler.add(make_request(request_id, 1, max_tokens=40 if leaves_early else 2, ignore_eos=is_exact))
+    for _ in range(3):
+        batch = scheduler.schedule()
+        if batch is not None:
+            scheduler.commit(batch, SampledTokens(token_ids=np.full(len(batch.sampled), 5, np.int32)))
+    for request_id in range(40):
+        scheduler.abort(request_id)
+    assert not scheduler.has_unfinished
+    after = expected_of_a_newcomer(scheduler)
+    assert after == before if is_exact else after < before
+
+
+def test_no_request_is_counted_beyond_the_longest_sequence() -> None:
+    """Each of the two may have 16 tokens with its prompt, so both fit at once."""
+    scheduler = Scheduler(limits=make_limits(rows=2, max_model_len=16, num_pages=8, page_size=4))
+    for request_id in range(2):
+        scheduler.add(make_request(request_id, 4, max_tokens=1000))
+    scheduler.schedule()
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+
+
+def test_nobody_is_let_in_for_tokens_that_the_pace_does_not_allow() -> None:
+    """A decode and part of a prompt fill the time of an iteration, though the budget has room."""
+    pace = Pace(max_itl_s=10e-3, iteration_time=IterationTime(token_s=1e-3), min_prompt_tokens=4)
+    scheduler = Scheduler(limits=make_limits(budget=64), pace=pace)
+    scheduler.add(make_request(0, 1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, SampledTokens(token_ids=np.array([5], np.int32)))
+    scheduler.add(make_request(1, 40))
+    scheduler.schedule()
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+    scheduler.add(make_request(2, 4))
+    batch = scheduler.schedule()
+    assert batch is not None and batch.num_tokens == 10
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)

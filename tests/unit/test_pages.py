@@ -148,3 +148,19 @@ def test_integrity_notices_lost_and_shared_pages() -> None:
     tables._table[1, 0] = tables._table[0, 0]
     with pytest.raises(RuntimeError, match="lost, or held more than once"):
         tables.check_integrity()
+
+
+def test_integrity_notices_pages_that_were_told_and_are_not_held() -> None:
+    _, tables = make_tables(4)
+    tables._num_told[1] = 1
+    with pytest.raises(RuntimeError, match=r"told more pages than held: rows \[1\]"):
+        tables.check_integrity()
+
+
+def test_pages_that_were_handed_out_stay_what_they_are() -> None:
+    """Also when others come back to where they were kept."""
+    pool = PagePool(4)
+    one, other = pool.allocate(1), pool.allocate(1)
+    before = other.tolist()
+    pool.release(one)
+    assert other.tolist() == before != one.tolist()
