@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
 
 from benchmarks.stub_facts import stub_facts
 
+from nanoflow.engine.conversation import joined_text
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.observer import FinishedRequest, Observer
@@ -34,17 +36,29 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return {EOS: "<eos>", BOS: "<bos>"}.get(token_id) or bytes([token_id]).decode("latin-1")
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.token_text(token_id) for token_id in token_ids]
+
+    def description(self) -> dict[str, Any]:
+        return {"tokenizer_class": "ByteTokenizer", "chat_template": "one line a message", "added": {"256": "<eos>"}}
+
     def apply_chat_template(
         self,
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         if messages[-1]["content"] == "refuse me":
             raise RequestError("the chat template refuses the messages: no")
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        return self.encode(text + ("\nassistant: " if add_generation_prompt else ""))
+        turns = [f"{message['role']}: {joined_text(message['content'])}" for message in messages]
+        text = "\n".join([*([chat_template] if chat_template else []), *turns])
+        options = f" {dict(chat_template_kwargs)}" if chat_template_kwargs else ""
+        extra = [BOS] if add_special_tokens else []
+        return extra + self.encode(text + (f"\nassistant{options}: " if add_generation_prompt else ""))
 
 
 class FakeAsyncEngine:
@@ -202,9 +216,10 @@ class FakeAsyncEngine:
 
 
 def logprobs_of(token_id: int, num_top: int) -> PositionLogprobs:
-    """The token itself at rank 1, then its neighbours."""
+    """The token itself at rank 1, then its neighbours; -1 for all."""
+    num_top = VOCAB_SIZE if num_top == -1 else num_top
     others = {
-        (token_id + step) % 256: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)
+        (token_id + step) % VOCAB_SIZE: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)
         for step in range(1, num_top)
     }
     return {token_id: Logprob(logprob=-0.5, rank=1, decoded_token=None), **others}

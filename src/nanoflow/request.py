@@ -27,9 +27,8 @@ from nanoflow.parameters import (
     did_you_mean,
 )
 
-__all__ = ["KINDS", "MAX_CHOICES", "MAX_LOGPROBS", "Request", "RequestError", "SamplingParams"]
+__all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "SamplingParams"]
 
-MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
@@ -37,7 +36,7 @@ MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 16
 
-_NUM_LOGPROBS = Whole(low=0, high=MAX_LOGPROBS)
+_NUM_LOGPROBS = Whole(low=-1, high=INT32_MAX)
 
 
 def _parameter(default: Any, kind: Kind) -> Any:
@@ -70,8 +69,9 @@ class SamplingParams:
         max_tokens: Most tokens to generate; None means up to the model's context length.
         min_tokens: So many tokens come before an end of sequence or a stop token may be chosen. A stop string that is
             complete within them ends nothing.
-        logprobs: Return this many of the most probable tokens (0: only the chosen one) at each step, with natural
-            log probabilities of the model's own distribution (before temperature and penalties).
+        logprobs: Return this many of the most probable tokens (0: only the chosen one, -1: all there are) at each step,
+            with natural log probabilities of the model's own distribution (before temperature and penalties). The
+            engine's `max_logprobs` is the most.
         prompt_logprobs: The same for each prompt token.
         detokenize: Produce text; False returns token ids only.
         skip_special_tokens: Leave special tokens out of the text.
@@ -164,7 +164,7 @@ class Request:
         prompt_token_ids: At least one id.
         params: Shared by the completions of one prompt; `n` is not looked at here.
         seed: The seed that this sequence samples with; always set, so that a recompute draws the same tokens.
-        max_tokens: Most tokens to generate, already cut to the context length.
+        max_tokens: Most tokens to generate; no more than the context has room for.
         eos_token_ids: End of sequence of the model; empty with `ignore_eos`.
         bad_word_ids: The sequences of tokens that `bad_words` forbids: the last token of each is not chosen where those
             before it have just been generated.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nanoflow.engine.conversation import MESSAGE_FIELDS
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.errors import ApiError, invalid_body
 from nanoflow.server.foreign import OF_GENERATION, OF_MESSAGES, OF_PARTS, OF_STREAMS, OF_TOKENS
@@ -86,14 +87,14 @@ BAD_VALUES: dict[str, list[Any]] = {
     "top_p": [-0.1, 1.1],
     "n": [0, 129, 1.5, "1", True],
     "seed": [2**64, -(2**63) - 1, 0.5],
-    "logprobs": [-1, 21, True],
+    "logprobs": [-2, 2**31, True],
     "top_k": [-2, 2.5, 2**63, True],
     "min_p": [-0.1, 1.1, "0"],
     "repetition_penalty": [0, 101, "1"],
     "presence_penalty": [-2.1, 2.1, False],
     "frequency_penalty": [-2.1, 2.1, [1]],
     "min_tokens": [-1, 2**31, 1.0],
-    "prompt_logprobs": [-1, 21, 0.5],
+    "prompt_logprobs": [-2, 2**31, 0.5],
     "ignore_eos": [1, "true", 0.0],
     "skip_special_tokens": [0, "no"],
     "include_stop_str_in_output": [1, {}],
@@ -277,6 +278,67 @@ def test_chat_limits_and_logprobs() -> None:
         chat(top_logprobs=4)
 
 
+def test_all_log_probabilities_may_be_asked_for() -> None:
+    """How many a server gives is the engine's to say."""
+    assert completion(logprobs=-1).to_params().logprobs == -1
+    assert completion(logprobs=-1, prompt_logprobs=3, echo=True).to_params().prompt_logprobs == -1
+    assert completion(logprobs=3, prompt_logprobs=-1, echo=True).to_params().prompt_logprobs == -1
+    assert chat(logprobs=True, top_logprobs=-1).to_params().logprobs == -1
+
+
+def test_top_p_may_be_zero() -> None:
+    assert completion(top_p=0).to_params().top_p == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, [1, 2, 3, 4, 5]),
+        ({"truncate_prompt_tokens": 2}, [4, 5]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "left"}, [4, 5]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, [1, 2]),
+        ({"truncate_prompt_tokens": 4}, [2, 3, 4, 5]),
+        ({"truncate_prompt_tokens": -1}, [2, 3, 4, 5]),
+        ({"truncation_side": "right"}, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_prompt_may_be_truncated(fields: dict[str, Any], kept: list[int]) -> None:
+    assert completion(**fields).truncated([1, 2, 3, 4, 5], 4) == kept
+
+
+def test_what_cannot_be_kept_of_a_prompt_is_refused() -> None:
+    assert refusal(truncate_prompt_tokens=0).startswith("truncate_prompt_tokens: a prompt has at least 1 token")
+    assert refusal(truncate_prompt_tokens=-2).startswith("truncate_prompt_tokens")
+    assert refusal(truncation_side="middle").startswith("truncation_side")
+    with pytest.raises(ValueError, match="truncate_prompt_tokens is 5, and there is room for 4 tokens"):
+        completion(truncate_prompt_tokens=5).truncated([1, 2, 3, 4, 5], 4)
+
+
+def test_template_options_are_passed_on_if_given() -> None:
+    kwargs = {"enable_thinking": False, "depth": {"a": [1, None]}}
+    assert chat(chat_template_kwargs=kwargs).template_options["chat_template_kwargs"] == kwargs
+    assert chat(chat_template="{{ x }}").template_options["chat_template"] == "{{ x }}"
+    for wrong in (5, "a", [1]):
+        with pytest.raises(ValidationError, match="chat_template_kwargs"):
+            chat(chat_template_kwargs=wrong)
+
+
+def test_an_assistant_may_say_nothing_and_templates_get_every_field() -> None:
+    (message,) = chat(messages=[{"role": "assistant", "content": None, "reasoning": "7"}]).messages
+    assert (message.text, message.turn) == ("", {"role": "assistant", "content": None, "reasoning": "7"})
+    assert chat(messages=[{"role": "assistant"}]).messages[0].turn == {"role": "assistant", "content": None}
+    part, answer = {"type": "text", "text": "a"}, {"role": "tool", "name": "f", "tool_call_id": "7"}
+    assert chat(messages=[{**answer, "content": [part]}]).messages[0].turn == {**answer, "content": [part]}
+    assert Message.model_fields.keys() == set(MESSAGE_FIELDS)
+
+
+def test_what_is_echoed_is_the_assistants() -> None:
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    assert chat(messages=[USER, answer], echo=True).echoed == "a\nb"
+    assert chat(messages=[USER, answer]).echoed == ""
+    assert chat(messages=[answer, USER], echo=True).echoed == ""
+
+
 def test_content_may_be_parts_of_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "a\nb"
@@ -288,7 +350,9 @@ def test_content_may_be_parts_of_text() -> None:
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "user", "content": []},
-        {"role": "wizard", "content": "a"},
+        {"role": "", "content": "a"},
+        {"role": "w" * 65, "content": "a"},
+        {"role": 5, "content": "a"},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "assistant", "content": "a", "tool_calls": [{}]},
     ],

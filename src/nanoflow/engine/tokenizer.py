@@ -1,27 +1,27 @@
 """Text to token ids and back.
 
 `Tokenizer` encodes and decodes with the tokens of tokenizer.json; how files are read says `tokenizer_files.py`. Text of
-tokens that come one by one is made in `detokenize.py`.
+tokens that come one by one is made in `detokenize.py`, the text of a conversation in `chat_template.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
+from nanoflow.engine.conversation import Conversation
+from nanoflow.engine.template_choice import ChatTemplates, TemplateFileError, read_given
 from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, character_offsets, is_text
 from nanoflow.engine.tokenizer_files import MissingTokenizerError, TokenizerError, read_tokenizer, refusal
-from nanoflow.engine.tokenizer_files import one_line as _one_line
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
 from nanoflow.request import RequestError
 
-__all__ = ["REPLACEMENT", "ChatMessage", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
-
-ChatMessage = Mapping[str, Any]
+__all__ = ["REPLACEMENT", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -31,21 +31,30 @@ class Tokenizer:
 
     Args:
         fast: A `transformers` tokenizer: names of special tokens, chat template, and tokens if there is no `backend`.
-        chat_template: Jinja text that replaces the tokenizer's own template.
+        chat_template: Replaces the tokenizer's own template: Jinja text, or the name of one of the tokenizer's own.
         backend: The `tokenizers.Tokenizer` whose tokens count.
+        config: How long chat templates may take, and how much they may write.
 
     Raises:
         TokenizerError: There is no backend.
 
     Attributes:
+        chat_templates: What makes a text of a conversation.
         byte_rule: How its tokens stand for bytes; None if its decoder does more than put bytes together.
     """
 
-    def __init__(self, fast: Any, chat_template: str | None = None, *, backend: Any = None) -> None:
+    def __init__(
+        self,
+        fast: Any,
+        chat_template: str | None = None,
+        *,
+        backend: Any = None,
+        config: EngineConfig | None = None,
+    ) -> None:
         if backend is None and not fast.is_fast:
             raise TokenizerError(f"{type(fast).__name__} has no fast version, and only fast tokenizers are supported")
         self._fast = fast
-        self._chat_template = chat_template or fast.chat_template
+        self.chat_templates = ChatTemplates(fast, chat_template, config or EngineConfig())
         # The backend is used directly: its methods keep no state between calls, so that threads do not meet in them.
         self._backend = fast.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
@@ -66,8 +75,13 @@ class Tokenizer:
             MissingTokenizerError: Its folder has no tokenizer.
             TokenizerError: The tokenizer or the chat template cannot be read.
         """
-        files = read_tokenizer(_source(config))
-        return cls(files.names, _read_template(config.chat_template), backend=files.backend)
+        source = _source(config)
+        files = read_tokenizer(source)
+        try:
+            given = read_given(config.chat_template, files.names.chat_template, Path(source))
+        except TemplateFileError as error:
+            raise TokenizerError(str(error)) from error
+        return cls(files.names, given, backend=files.backend, config=config)
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +98,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """True if conversations can be encoded."""
-        return self._chat_template is not None
+        return self.chat_templates.usual is not None
 
     @cached_property
     def special_names(self) -> Mapping[str, int]:
@@ -154,6 +168,17 @@ class Tokenizer:
                 return data
         return self.token_text(token_id).encode()
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary has them, where a space may be written "Ġ" or "▁"; no text for unknown ids."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def description(self) -> dict[str, Any]:
+        """Its configuration in JSON values, as tokenizer_config.json has it, with the class and the chat template."""
+        found = {name: value for name, value in self._fast.init_kwargs.items() if not name.endswith("_file")}
+        usual = self.chat_templates.usual
+        template = None if usual is None else usual.text
+        return {**_json_values(found), "tokenizer_class": type(self._fast).__name__, "chat_template": template}
+
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
         """Bytes of each token id before the decoder does whatever it does beside; none for tokens that never show.
 
@@ -170,35 +195,39 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[ChatMessage],
+        messages: Conversation,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation.
 
         Args:
-            messages: Each with "role" and "content".
+            messages: Each with "role" and "content": a text, or a list of parts {"type": "text", "text": ...}.
             add_generation_prompt: End with what opens the assistant's answer.
             continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
+            add_special_tokens: Add those that a plain text gets, although templates write them themselves.
+            chat_template: Jinja text, or the name of one of the tokenizer's own templates, instead of the usual one.
+            chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
 
         Raises:
             RequestError: There is no chat template, or it refuses the messages; the message says why.
+            EngineDeadError: The tokenizer was closed.
         """
-        if not self.has_chat_template:
-            raise RequestError("this model has no chat template; give one (chat_template), or complete a plain prompt")
-        try:
-            text = self._fast.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-        # Templates are programs of the model's maker: whatever they raise is about these messages.
-        except Exception as error:
-            raise RequestError(f"the chat template refuses the messages: {_one_line(error)}") from error
-        return self.encode(text, add_special_tokens=False)
+        text = self.chat_templates.get(chat_template).render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=chat_template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def close(self) -> None:
+        """End what renders chat templates, even at work; texts are encoded and decoded still."""
+        self.chat_templates.close()
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
         try:
@@ -256,10 +285,12 @@ def _source(config: EngineConfig) -> str | Path:
     return config.tokenizer
 
 
-def _read_template(file: str | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"the chat template {file} cannot be read: {_one_line(error)}") from error
+def _json_values(value: Any) -> Any:
+    """The same in JSON values: added tokens as their text, numbers that JSON has not as null."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(item) for item in value]
+    if isinstance(value, int | float | bool | None):
+        return value if value is None or math.isfinite(value) else None
+    return str(value)

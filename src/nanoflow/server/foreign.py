@@ -124,19 +124,15 @@ OF_TOKENS: ForeignFields = {
 
 OF_STREAMS: ForeignFields = {
     "include_obfuscation": Foreign((False,), "padding of chunks"),
-    "continuous_usage_stats": Foreign((False,), "token counts in every chunk"),
 }
 """Of `stream_options`."""
 
 OF_MESSAGES: ForeignFields = {
     "tool_calls": Foreign(([],), "calls of functions"),
     "function_call": Foreign((), "calls of functions"),
-    "tool_call_id": Foreign((), "calls of functions"),
     "refusal": Foreign(("",), "refusals"),
     "annotations": Foreign(([],), "notes on the text"),
     "audio": Foreign((), "input that is no text"),
-    "reasoning": Foreign(("",), "reasoning"),
-    "reasoning_content": Foreign(("",), "reasoning"),
     "id": Foreign(None, "a label of the client's"),
 }
 """Of messages, which clients make of earlier answers."""

@@ -33,6 +33,18 @@ class TokenTexts(Protocol):
         """The token's own bytes."""
 
 
+class TokenIdTexts:
+    """Tokens called by their ids, as clients of vLLM may ask for: "token_id:5"."""
+
+    def token_text(self, token_id: int) -> str:
+        """The id."""
+        return f"token_id:{token_id}"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Of that text."""
+        return self.token_text(token_id).encode()
+
+
 def whole_text(token_id: int, texts: TokenTexts) -> str | None:
     """The text of a token; None if there are parts of characters in it."""
     try:

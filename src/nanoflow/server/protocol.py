@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from nanoflow.engine.conversation import MAX_ROLE_CHARS, joined_text
 from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
 from nanoflow.parameters import INT32_MAX, RequestError
 from nanoflow.request import KINDS, SamplingParams
@@ -35,6 +36,7 @@ from nanoflow.server.foreign import (
     without_foreign,
 )
 from nanoflow.server.parameter import Parameter
+from nanoflow.server.prompt_fields import PromptFields
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
@@ -106,9 +108,10 @@ class StreamOptions(RequestBody):
     foreign: ClassVar[ForeignFields] = OF_STREAMS
 
     include_usage: bool | None = Field(None, description="Send token counts in a last chunk that has no choices")
+    continuous_usage_stats: bool | None = Field(None, description="With include_usage, send them in every chunk too")
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(PromptFields, RequestBody):
     """What completions and chat completions have in common."""
 
     foreign: ClassVar[ForeignFields] = OF_GENERATION
@@ -146,9 +149,13 @@ class SamplingFields(RequestBody):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
     @property
-    def num_choices(self) -> int:
-        """Completions of each prompt."""
-        return self.n or 1
+    def has_continuous_usage(self) -> bool:
+        """True if every chunk of a stream has token counts."""
+        return (
+            self.has_usage_chunk
+            and self.stream_options is not None
+            and bool(self.stream_options.continuous_usage_stats)
+        )
 
     @model_validator(mode="after")
     def _check_stream(self) -> SamplingFields:
@@ -205,8 +212,12 @@ class CompletionRequest(SamplingFields):
         if self.max_tokens is not None:
             more["max_tokens"] = max(self.max_tokens, 1)
         if self.echo and self.logprobs is not None:
-            more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+            more["prompt_logprobs"] = _more_logprobs(self.logprobs, self.prompt_logprobs)
         return self.sampling(defaults, **more)
+
+
+def _more_logprobs(one: int, other: int | None) -> int:
+    return -1 if -1 in (one, other) else max(one, other or 0)
 
 
 class TextPart(RequestBody):
@@ -225,24 +236,32 @@ ContentField = Annotated[
 
 
 class Message(RequestBody):
-    """One turn of a conversation."""
+    """One turn of a conversation. Which roles there are, and what becomes of all fields, is for the chat template."""
 
     foreign: ClassVar[ForeignFields] = OF_MESSAGES
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: ContentField
-    name: Text | None = Field(None, description="Of who speaks, for templates that show it")
+    role: Annotated[Text, Field(min_length=1, max_length=MAX_ROLE_CHARS)]
+    content: ContentField | None = None
+    name: Text | None = Field(None, description="Of who speaks")
+    tool_call_id: Text | None = Field(None, description="Of the call that a tool answers")
+    reasoning: Text | None = Field(None, description="What the assistant thought before it answered")
+    reasoning_content: Text | None = Field(None, description="Other name of reasoning")
 
     @property
     def text(self) -> str:
         """The whole content; parts stand on lines of their own."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return joined_text(self.turn["content"])
 
     @property
     def turn(self) -> dict[str, Any]:
         """The message as chat templates take it."""
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": self.text, **named}
+        return {"content": None, **self.model_dump(exclude_none=True)}
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise RequestError("content must be a text or a list of parts; only an assistant's may be null")
+        return self
 
 
 class Conversation(RequestBody):
@@ -250,13 +269,18 @@ class Conversation(RequestBody):
 
     add_generation_prompt: bool | None = Field(None, description="Open a turn of the assistant; true if not given")
     continue_final_message: bool | None = Field(None, description="Leave the last message open, to be continued")
+    chat_template: Text | None = Field(None, description="Jinja; refused unless --trust-request-chat-template")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template, such as enable_thinking"
+    )
 
     @property
-    def template_options(self) -> dict[str, bool]:
+    def template_options(self) -> dict[str, Any]:
         """Keyword arguments of the chat template: a last message to be continued opens no new turn."""
         is_continued = self.continue_final_message is True
         is_opened = not is_continued if self.add_generation_prompt is None else self.add_generation_prompt
-        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued}
+        given = {name: value for name in ("chat_template", "chat_template_kwargs") if (value := getattr(self, name))}
+        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued, **given}
 
     @model_validator(mode="after")
     def _check_turns(self) -> Conversation:
@@ -269,6 +293,7 @@ class ChatCompletionRequest(SamplingFields, Conversation):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    echo: bool | None = Field(None, description="Put a last message of the assistant before the answer")
     max_tokens: Annotated[int | None, Parameter.of("max_tokens")] = Field(
         None, description="Up to the context length if not given"
     )
@@ -286,6 +311,12 @@ class ChatCompletionRequest(SamplingFields, Conversation):
         if value and not info.data.get("logprobs"):
             raise RequestError("top_logprobs needs logprobs=true")
         return value
+
+    @property
+    def echoed(self) -> str:
+        """What is put before the answer."""
+        last = self.messages[-1]
+        return last.text if self.echo and last.role == "assistant" else ""
 
     def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine."""
@@ -305,7 +336,8 @@ class TokenizeRequest(Conversation):
     model: Text | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    add_special_tokens: bool | None = Field(None, description="For a prompt; true if not given")
+    add_special_tokens: bool | None = Field(None, description="True if not given for a prompt, false for messages")
+    return_token_strs: bool | None = Field(None, description="Send the tokens as the vocabulary has them too")
 
     @model_validator(mode="after")
     def _check_one_of(self) -> TokenizeRequest:
