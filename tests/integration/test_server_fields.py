@@ -135,7 +135,7 @@ def test_special_tokens_of_a_prompt_are_a_choice(http: httpx.Client) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         counts = []
         for adds in (False, None, True):
-            answer = http.post(path, json={"messages": CHAT, "add_special_tokens": adds, "max_tokens": 1}).json()
+            answer = http.post(path, json={"messages": CHAT, "add_special_tokens": adds}).json()
             counts.append(answer["count"] if path == "/tokenize" else answer["usage"]["prompt_tokens"])
         assert counts[0] == counts[1] == counts[2] - 1
 
