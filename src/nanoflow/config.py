@@ -154,11 +154,22 @@ class EngineConfig:
     )
     plan: str | None = option(None, "Pipeline plan or plan book (JSON) to execute; sequential if not given")
     num_threads: int | None = option(None, "CPU threads of torch; its own choice if not given")
-    chat_template: str | None = option(None, "File with a Jinja chat template; the tokenizer's own if not given")
+    chat_template: str | None = option(
+        None,
+        "Chat template: a file with Jinja, Jinja itself, or the name of one of the tokenizer's templates; its 'default' "
+        "if not given",
+    )
+    chat_template_timeout_s: float = option(
+        5.0, "Longest time in seconds that a chat template may take before it is stopped"
+    )
+    chat_template_max_chars: int = option(
+        16 * 2**20, "Longest text in characters that a chat template may write, as 4M", read=read_count
+    )
 
     def __post_init__(self) -> None:
         sizes = ("max_batch_tokens", "max_num_seqs", "page_size", "num_pages", "kv_cache_gib")
-        for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads"):
+        templates = ("chat_template_timeout_s", "chat_template_max_chars")
+        for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if not 0 < self.gpu_memory_utilization <= 1:

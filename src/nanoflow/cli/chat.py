@@ -53,6 +53,12 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
     """Add `nanoflow chat`."""
     parser = add_command(commands, "chat", "talk to a model, here or on a server", _TEACH, _EXAMPLES)
     parser.add_argument("--system", metavar="TEXT", help="System message that opens the conversation")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=_json_object,
+        help="""Further variables of the chat template, for example '{"enable_thinking": false}'""",
+    )
     parser.add_argument("--url", metavar="URL", help="Talk to the server there, for example http://127.0.0.1:8000/v1")
     parser.add_argument("--api-key", metavar="KEY", help="Key that the server asks for")
     _SAMPLING.add_to(parser)
@@ -127,7 +133,8 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
 
     params = _SAMPLING.read(args)
     session = stack.enter_context(EngineSession(_ENGINE.read(args)))
-    return lambda messages: session.stream(session.chat_prompt(messages), params)
+    template_kwargs = args.chat_template_kwargs
+    return lambda messages: session.stream(session.chat_prompt(messages, template_kwargs), params)
 
 
 def _server_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
@@ -138,7 +145,19 @@ def _server_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     client = stack.enter_context(httpx.Client(base_url=args.url, headers=headers, timeout=None))
     body = {"model": _ENGINE.given(args).get("model") or _served_model(client), **_SAMPLING.given(args)}
+    if args.chat_template_kwargs is not None:
+        body["chat_template_kwargs"] = args.chat_template_kwargs
     return lambda messages: _stream_from_server(client, {**body, "messages": list(messages), "stream": True})
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("""a JSON object is expected, as '{"enable_thinking": false}'""")
+    return value
 
 
 def _served_model(client: httpx.Client) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -56,9 +56,14 @@ class EngineSession:
         finally:
             self._stop_loop()
 
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt that the model's chat template makes of a conversation."""
-        return self._engine.tokenizer.apply_chat_template(list(messages))
+    def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> Prompt:
+        """The prompt that the model's chat template makes of a conversation.
+
+        Args:
+            messages: The conversation.
+            template_kwargs: Further variables of the template.
+        """
+        return self._engine.tokenizer.apply_chat_template(messages, chat_template_kwargs=template_kwargs)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str]:
         """Yield the text of the completion (the first, if there are several) piece by piece.

@@ -248,6 +248,8 @@ class AsyncEngine:
             reason: What requests that run are told, with EngineDeadError.
         """
         self._die(reason)
+        if self._tokenizer is not None:
+            self._tokenizer.close()
         if self._watch is not None:
             self._watch.cancel()
             with suppress(asyncio.CancelledError):

@@ -17,16 +17,16 @@ from typing import Any
 from tqdm import tqdm
 
 from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig, from_kwargs
+from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import PromptInput, read_prompt
-from nanoflow.engine.tokenizer import ChatMessage, Tokenizer, load_tokenizer
+from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import Request, SamplingParams
 
-Conversation = Sequence[ChatMessage]
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -117,36 +117,48 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, by the model's chat template.
 
         Args:
-            messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them.
+            messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them. A content is a
+                text, or a list of parts {"type": "text", "text": ...}.
             sampling_params: As for `generate`.
             add_generation_prompt: Open the assistant's turn.
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
+            chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
+            chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
             use_tqdm: Show a progress bar.
 
         Raises:
             ValueError: As for `generate`, or there is no chat template, or it refuses the messages.
+            EngineDeadError: The model has been closed.
         """
+        self._check_open()
         tokenizer = self.get_tokenizer()
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-            for conversation in conversations
-        ]
+        prompts = []
+        for place, conversation in enumerate(conversations):
+            with _naming_place(place, len(conversations)):
+                token_ids = tokenizer.apply_chat_template(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    chat_template=chat_template,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            prompts.append(token_ids)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
         """Free the model; it completes nothing afterwards."""
         if not self._is_closed:
             self._is_closed = True
+            if self._tokenizer is not None:
+                self._tokenizer.close()
             self._engine.close()
 
     def _check_open(self) -> None:

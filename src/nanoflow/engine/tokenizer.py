@@ -1,22 +1,26 @@
 """Text to token ids and back.
 
 `Tokenizer` is a fast Hugging Face tokenizer; no Python of a model folder is ever run. Text of tokens that come one by
-one is made in `detokenize.py`.
+one is made in `detokenize.py`, the text of a conversation in `chat_template.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
+from nanoflow.engine.chat_template import ChatTemplate, choose_template
+from nanoflow.engine.conversation import Conversation
+from nanoflow.engine.template_renderer import TemplateRenderer
 from nanoflow.engine.token_bytes import TokenBytes, byte_rule
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
-
-ChatMessage = Mapping[str, Any]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -34,7 +38,8 @@ class Tokenizer:
 
     Args:
         fast: A `transformers` fast tokenizer.
-        chat_template: Jinja text that replaces the tokenizer's own template.
+        chat_template: Replaces the tokenizer's own template: Jinja text, or the name of one of the tokenizer's own.
+        renderer: Runs chat templates; one with the usual limits if not given.
 
     Raises:
         TokenizerError: It is not a fast tokenizer.
@@ -43,11 +48,15 @@ class Tokenizer:
         byte_rule: How its tokens stand for bytes; None if they do not.
     """
 
-    def __init__(self, fast: Any, chat_template: str | None = None) -> None:
+    def __init__(
+        self, fast: Any, chat_template: str | None = None, *, renderer: TemplateRenderer | None = None
+    ) -> None:
         if not fast.is_fast:
             raise TokenizerError(f"{type(fast).__name__} has no fast version, and only fast tokenizers are supported")
         self._fast = fast
-        self._chat_template = chat_template or fast.chat_template
+        self._renderer = renderer or _new_renderer(EngineConfig())
+        template = choose_template(fast.chat_template, chat_template)
+        self._chat_template = None if template is None else self._new_template(template)
         # The backend is used directly: its methods keep no state between calls, so that threads do not meet in them.
         self._backend = fast.backend_tokenizer
         self._backend.no_truncation()
@@ -67,7 +76,10 @@ class Tokenizer:
             MissingTokenizerError: Its folder has no tokenizer.
             TokenizerError: The tokenizer or the chat template cannot be read.
         """
-        return cls(_load_fast(_source(config)), _read_template(config.chat_template))
+        source = _source(config)
+        fast = _load_fast(source)
+        template = _given_template(config.chat_template, fast, source)
+        return cls(fast, template, renderer=_new_renderer(config))
 
     @property
     def vocab_size(self) -> int:
@@ -92,13 +104,15 @@ class Tokenizer:
             ValueError: The text has lone surrogates, which are no characters.
         """
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            with _panics_as_errors():
+                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError:
             raise ValueError("the text is not valid Unicode: it has a lone surrogate") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids without a token give no text, bytes that are no character give U+FFFD."""
-        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        with _panics_as_errors():
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands inside a text: with its leading space, special tokens by name."""
@@ -123,35 +137,58 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[ChatMessage],
+        messages: Conversation,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation.
 
         Args:
-            messages: Each with "role" and "content".
+            messages: Each with "role" and "content": a text, or a list of parts {"type": "text", "text": ...}.
             add_generation_prompt: End with what opens the assistant's answer.
             continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
+            add_special_tokens: Add those that a plain text gets, although templates write them themselves.
+            chat_template: Jinja text, or the name of one of the tokenizer's own templates, instead of the usual one.
+            chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
 
         Raises:
             ValueError: There is no chat template, or it refuses the messages; the message says why.
+            EngineDeadError: The tokenizer was closed.
         """
-        if not self.has_chat_template:
-            raise ValueError("this model has no chat template; give one (chat_template), or complete a plain prompt")
-        try:
-            text = self._fast.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+        text = self._template(chat_template).render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=chat_template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def close(self) -> None:
+        """End what renders chat templates, even at work; texts are encoded and decoded still."""
+        self._renderer.close()
+
+    def _template(self, given: str | None) -> ChatTemplate:
+        template = choose_template(self._fast.chat_template, given) if given is not None else None
+        if template is not None:
+            return self._new_template(template)
+        if self._chat_template is None:
+            own = self._fast.chat_template
+            names = f" named 'default', but {', '.join(map(repr, own))}" if isinstance(own, Mapping) else ""
+            raise ValueError(
+                f"this model has no chat template{names}; give one (chat_template), or complete a plain prompt"
             )
-        # Templates are programs of the model's maker: whatever they raise is about these messages.
-        except Exception as error:
-            raise ValueError(f"the chat template refuses the messages: {_one_line(error)}") from error
-        return self.encode(text, add_special_tokens=False)
+        return self._chat_template
+
+    def _new_template(self, text: str) -> ChatTemplate:
+        special = {
+            name: list(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            for name, value in self._fast.special_tokens_map.items()
+        }
+        return ChatTemplate(text, special, self._renderer)
 
     def _read_token_bytes(self, skip_special_tokens: bool, token_id: int) -> bytes:
         if self.byte_rule is None:
@@ -206,14 +243,48 @@ def _load_fast(source: str | Path) -> Any:
         raise TokenizerError(f"the tokenizer of {source} cannot be loaded: {_one_line(error)}") from error
 
 
-def _read_template(file: str | None) -> str | None:
-    if file is None:
+def _new_renderer(config: EngineConfig) -> TemplateRenderer:
+    return TemplateRenderer(timeout_s=config.chat_template_timeout_s, max_chars=config.chat_template_max_chars)
+
+
+def _given_template(given: str | None, fast: Any, source: str | Path) -> str | None:
+    """What `--chat-template` says: the name of one of the tokenizer's templates, a file, or a template itself.
+
+    Without it, a template that stands in a file of its own which tokenizers do not read.
+    """
+    if given is None:
+        return None if fast.chat_template is not None else _processor_template(Path(source))
+    if isinstance(fast.chat_template, Mapping) and given in fast.chat_template:
+        return given
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise TokenizerError(f"the chat template {given} cannot be read: {_one_line(error)}") from error
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The template of `chat_template.json`, in which models for more than text have theirs."""
+    file = folder / "chat_template.json"
+    if not file.is_file():
         return None
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise TokenizerError(f"the chat template {file} cannot be read: {_one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Make a ValueError of what tokenizers raise where their own code fails: a panic of Rust is no `Exception`."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"the tokenizer failed: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,198 @@
+"""A model's chat template: which of several it is, and what becomes of a conversation.
+
+Templates are programs of the model's maker, and most know neither every role nor every form of a content. What one
+does is tried once, with messages of made-up words: whether it takes a content as one text or in parts, which roles it
+knows, and whether a message of a conversation would be left out. Where it runs is `template_renderer.py`'s to know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from nanoflow.engine.conversation import Conversation, joined_text, read_messages, text_part
+from nanoflow.engine.template_renderer import ChatTemplateError, ChatTemplateLimitError
+
+# Arguments that are set by the engine, or that would change what a rendering is.
+RESERVED = frozenset(
+    (
+        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "tokenizer_kwargs", "return_dict", "return_tensors"),
+        *("return_assistant_tokens_mask", "padding", "truncation", "max_length", "sanitize_control_tokens"),
+    )
+)
+COMMON_ROLES = frozenset(("system", "user", "assistant"))
+# Roles that mean the same as another, for templates that know only that one.
+SYNONYMS = {"developer": "system"}
+# How much is remembered of a template: roles, and the roles of whole conversations.
+_MAX_KEPT = 1024
+
+
+class Renderer(Protocol):
+    """What runs templates."""
+
+    def render(self, job: Mapping[str, Any]) -> str:
+        """Text of a conversation; ChatTemplateError if the template refuses it."""
+
+
+class ChatTemplate:
+    """A template, and what is known of it. Methods may be called from several threads.
+
+    Args:
+        text: Jinja.
+        special_tokens: Names and texts of special tokens, which templates may use.
+        renderer: Runs it.
+    """
+
+    def __init__(self, text: str, special_tokens: Mapping[str, Any], renderer: Renderer) -> None:
+        self.text = text
+        self._special_tokens = special_tokens
+        self._renderer = renderer
+        self._known_roles: dict[str, bool] = {}
+        self._shapes_shown: set[tuple[str, ...]] = set()
+
+    def render(
+        self,
+        messages: Conversation,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Text of a conversation.
+
+        Args:
+            messages: See `read_messages`.
+            add_generation_prompt: End with what opens the assistant's answer.
+            continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
+            kwargs: Further variables of the template.
+
+        Raises:
+            ValueError: A message or an argument is none, or the template refuses the messages, does not know a role or
+                leaves a message out; the message says which.
+        """
+        options = read_kwargs(kwargs, self._special_tokens)
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+        options |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        try:
+            turns = [self._adapted(message) for message in read_messages(messages)]
+            text = self._run(turns, options)
+            self._check_all_shown(tuple(turn["role"] for turn in turns))
+        except ChatTemplateLimitError as error:
+            raise ValueError(f"the chat template was stopped: {error}") from error
+        except ChatTemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        return text
+
+    @cached_property
+    def takes_text(self) -> bool:
+        """True if a content may be one text."""
+        word = _word(0)
+        return word in (self._try([{"role": "user", "content": word}]) or "")
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """True if a content may be a list of parts, of which the template shows nothing but the texts."""
+        words = [_word(0), _word(1)]
+        text = self._try([{"role": "user", "content": [*map(text_part, words)]}])
+        # In quotes the list itself is shown.
+        return text is not None and all(word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words)
+
+    def _run(self, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        job = {"conversations": [turns], "chat_template": self.text, **self._special_tokens, **options}
+        return self._renderer.render(job)
+
+    def _try(self, turns: Sequence[Mapping[str, Any]]) -> str | None:
+        """What becomes of made-up messages; None if they are refused."""
+        try:
+            return self._run(turns, {"add_generation_prompt": False})
+        except ChatTemplateLimitError:
+            raise
+        except ChatTemplateError:
+            return None
+
+    def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message as the template takes it."""
+        role, content = message["role"], message["content"]
+        if role not in COMMON_ROLES and not self._knows(role):
+            if role not in SYNONYMS:
+                raise ValueError(f"the chat template does not know the role {role!r}")
+            role = SYNONYMS[role]
+        return {**message, "role": role, "content": self._adapted_content(content)}
+
+    def _adapted_content(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return content if self.takes_text or not self.takes_parts else [text_part(content)]
+        return content if self.takes_parts else joined_text(content)
+
+    def _knows(self, role: str) -> bool:
+        """True if messages of a role are shown where it may stand: first, after the user or after the assistant."""
+        known = self._known_roles.get(role)
+        if known is None:
+            layouts = ((role, "user"), ("user", role), ("user", "assistant", role))
+            known = any(self._shows(layout, layout.index(role)) for layout in layouts)
+            if len(self._known_roles) < _MAX_KEPT:
+                self._known_roles[role] = known
+        return known
+
+    def _shows(self, roles: Sequence[str], place: int) -> bool:
+        return _word(place) in (self._try(self._made_up(roles)) or "")
+
+    def _made_up(self, roles: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"role": role, "content": self._adapted_content(_word(i))} for i, role in enumerate(roles)]
+
+    def _check_all_shown(self, roles: tuple[str, ...]) -> None:
+        """Refuse a conversation of which the template would leave out a message without a word."""
+        if roles not in self._shapes_shown:
+            place = self._first_dropped(roles)
+            if place is not None:
+                raise ChatTemplateError(f"it would leave out messages[{place}], of role {roles[place]!r}")
+            if len(self._shapes_shown) < _MAX_KEPT:
+                self._shapes_shown.add(roles)
+
+    def _first_dropped(self, roles: Sequence[str]) -> int | None:
+        text = self._try(self._made_up(roles))
+        hidden = [] if text is None else [place for place in range(len(roles)) if _word(place) not in text]
+        # A template that shows no message at all is not about messages.
+        return hidden[0] if 0 < len(hidden) < len(roles) else None
+
+
+def choose_template(own: str | Mapping[str, str] | None, given: str | None) -> str | None:
+    """The template to use.
+
+    Args:
+        own: The tokenizer's: one, or several by name, of which "default" is used.
+        given: What is asked for instead: the name of one of the tokenizer's own, or a template.
+    """
+    named = own if isinstance(own, Mapping) else {}
+    if given is not None:
+        return named.get(given, given)
+    return own if isinstance(own, str) else named.get("default")
+
+
+def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Check further variables of a template.
+
+    Raises:
+        ValueError: One is set by the engine, or no JSON value; the message names it.
+    """
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping) or any(not isinstance(name, str) for name in kwargs):
+        raise ValueError("chat_template_kwargs must be a mapping of names to values")
+    for name, value in kwargs.items():
+        if name in RESERVED or name in special_tokens:
+            raise ValueError(f"chat_template_kwargs cannot hold {name!r}: the engine sets it")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"chat_template_kwargs.{name} must be a JSON value: {error}") from None
+    return dict(kwargs)
+
+
+def _word(place: int) -> str:
+    """A word that no template has."""
+    return f"nanoflow-message-{place}."

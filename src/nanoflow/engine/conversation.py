@@ -1,0 +1,75 @@
+"""The border where conversations come in, from `LLM.chat` and over HTTP alike: what a message may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ChatMessage = Mapping[str, Any]
+Content = str | Sequence[Mapping[str, Any]]
+Conversation = Sequence[ChatMessage]
+
+MAX_ROLE_CHARS = 64
+# Between the texts of a message's parts, where a template takes but one text.
+PART_BORDER = "\n"
+
+
+def read_messages(messages: Conversation) -> list[dict[str, Any]]:
+    """Check messages. Each gets a content, an empty one if an assistant's has none, as with calls of tools.
+
+    Args:
+        messages: Each with "role" and "content": a text, or a list of parts {"type": "text", "text": ...}. What else
+            they hold is for the template.
+
+    Raises:
+        ValueError: They are none; the message names the place.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"a conversation is a list of messages, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError("a conversation has at least one message")
+    return [_read_message(place, message) for place, message in enumerate(messages)]
+
+
+def joined_text(content: Content | None) -> str:
+    """A content as one text; its parts stand on lines of their own."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return PART_BORDER.join(part["text"] for part in content)
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A part of a content."""
+    return {"type": "text", "text": text}
+
+
+def _read_message(place: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"messages[{place}] must be a mapping with role and content, got {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
+        raise ValueError(f"messages[{place}].role must be a text of 1 to {MAX_ROLE_CHARS} characters, got {role!r:.99}")
+    if content is None and role == "assistant":
+        content = ""
+    if not isinstance(content, str):
+        content = _read_parts(f"messages[{place}].content", content)
+    return {**message, "content": content}
+
+
+def _read_parts(name: str, content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
+        raise ValueError(f"{name} must be a text or a list of parts, got {type(content).__name__}")
+    if not content:
+        raise ValueError(f"{name} has no part")
+    return [_read_part(f"{name}[{place}]", part) for place, part in enumerate(content)]
+
+
+def _read_part(name: str, part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return text_part(part)
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+        raise ValueError(f"{name} must be a part of type 'text', got {kind}")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"{name}.text must be a text, got {type(part.get('text')).__name__}")
+    return {**part, "type": "text"}
