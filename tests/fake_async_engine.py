@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
 
+from nanoflow.engine.conversation import joined_text
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineFacts, EngineStats
 from nanoflow.engine.observer import FinishedRequest, Observer
@@ -32,17 +34,29 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return {EOS: "<eos>", BOS: "<bos>"}.get(token_id) or bytes([token_id]).decode("latin-1")
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.token_text(token_id) for token_id in token_ids]
+
+    def description(self) -> dict[str, Any]:
+        return {"tokenizer_class": "ByteTokenizer", "chat_template": "one line a message", "added": {"256": "<eos>"}}
+
     def apply_chat_template(
         self,
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         if messages[-1]["content"] == "refuse me":
             raise ValueError("the chat template refuses the messages: no")
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        return self.encode(text + ("\nassistant: " if add_generation_prompt else ""))
+        turns = [f"{message['role']}: {joined_text(message['content'])}" for message in messages]
+        text = "\n".join([*([chat_template] if chat_template else []), *turns])
+        options = f" {dict(chat_template_kwargs)}" if chat_template_kwargs else ""
+        extra = [BOS] if add_special_tokens else []
+        return extra + self.encode(text + (f"\nassistant{options}: " if add_generation_prompt else ""))
 
 
 class FakeAsyncEngine:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "random"]
+DEFAULT_MAX_LOGPROBS = 20
 Goal = Literal["throughput", "balanced", "latency"]
 
 # `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all is done: nobody watches the tokens come, so
@@ -146,6 +147,11 @@ class EngineConfig:
     num_pages: int | None = option(
         None, "Number of KV pages, instead of a size in GiB", aliases=(Alias(name="num_gpu_blocks_override"),)
     )
+    max_logprobs: int = option(
+        DEFAULT_MAX_LOGPROBS,
+        "Most tokens a place whose log probabilities a request may ask for; -1: the whole vocabulary, which takes time "
+        "and memory",
+    )
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     cuda_graphs: bool = option(
         True,
@@ -156,8 +162,8 @@ class EngineConfig:
     num_threads: int | None = option(None, "CPU threads of torch; its own choice if not given")
     chat_template: str | None = option(
         None,
-        "Chat template: a file with Jinja, Jinja itself, or the name of one of the tokenizer's templates; its 'default' "
-        "if not given",
+        "Chat template: a file with Jinja, Jinja itself, or the name of one of the tokenizer's templates; its own, or "
+        "its 'default', if not given",
     )
     chat_template_timeout_s: float = option(
         5.0, "Longest time in seconds that a chat template may take before it is stopped"
@@ -172,6 +178,10 @@ class EngineConfig:
         for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        if self.max_logprobs < -1:
+            raise ConfigError(
+                f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         _require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -201,6 +211,12 @@ class ServerConfig:
     metrics_prefix: str = option("nanoflow", "Prefix of the metric names; 'vllm' fits dashboards made for it")
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "Least severe messages to log", aliases=(Alias(name="uvicorn_log_level"),)
+    )
+    enable_tokenizer_info_endpoint: bool = option(
+        False, "Answer GET /tokenizer_info with the tokenizer's configuration"
+    )
+    trust_request_chat_template: bool = option(
+        False, "Let requests bring chat templates of their own; time and memory that these take are bounded"
     )
     heartbeat_timeout_s: float = option(60.0, "/health fails when the engine loop has been silent for so long")
 

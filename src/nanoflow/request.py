@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 300
@@ -23,7 +22,7 @@ class SamplingParams:
     Attributes:
         n: Number of completions of the prompt. Completion i samples with `seed + i`.
         temperature: 0 is greedy; larger is more random.
-        top_p: Keep the smallest set of tokens whose probability reaches this, 0 < top_p <= 1.
+        top_p: Keep the smallest set of tokens whose probability reaches this, 0 to 1; 0 keeps the most probable one.
         top_k: Keep the k most probable tokens; 0 (or less) keeps all.
         min_p: Keep tokens at least this fraction as probable as the most probable one, 0 <= min_p <= 1.
         seed: Same seed, same tokens, whatever else is in the batch. None draws one.
@@ -36,8 +35,9 @@ class SamplingParams:
         ignore_eos: Go on past the model's end of sequence (for benchmarks).
         max_tokens: Most tokens to generate; None means up to the model's context length.
         min_tokens: Fewest tokens before an end of sequence or a stop token may be chosen.
-        logprobs: Return this many of the most probable tokens (0: only the chosen one) at each step, with natural
-            log probabilities of the model's own distribution (before temperature and penalties).
+        logprobs: Return this many of the most probable tokens (0: only the chosen one, -1: all there are) at each step,
+            with natural log probabilities of the model's own distribution (before temperature and penalties). The
+            engine's `max_logprobs` is the most.
         prompt_logprobs: The same for each prompt token.
         detokenize: Produce text; False returns token ids only.
         skip_special_tokens: Leave special tokens out of the text.
@@ -89,15 +89,15 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         _require_range("n", self.n, 1, MAX_CHOICES)
         _require_range("temperature", self.temperature, 0.0, 100.0)
-        _require_range("top_p", self.top_p, 0.0, 1.0, is_low_open=True)
+        _require_range("top_p", self.top_p, 0.0, 1.0)
         _require_range("min_p", self.min_p, 0.0, 1.0)
         _require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _require_range("max_tokens", self.max_tokens, 1, math.inf)
         _require_range("min_tokens", self.min_tokens, 0, math.inf)
-        _require_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _require_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _require_range("logprobs", self.logprobs, -1, math.inf)
+        _require_range("prompt_logprobs", self.prompt_logprobs, -1, math.inf)
         _require_range("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
@@ -117,15 +117,14 @@ class SamplingParams:
             _require_range(f"logit_bias[{token_id}]", value, -100.0, 100.0)
 
 
-def _require_range(name: str, value: float | None, low: float, high: float, *, is_low_open: bool = False) -> None:
-    """Refuse a number outside [low, high] (or (low, high]); None and in-range numbers pass."""
+def _require_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Refuse a number outside [low, high]; None and in-range numbers pass."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if value < low or value > high or (is_low_open and value == low):
-        left = "(" if is_low_open else "["
-        raise ValueError(f"{name} must be in {left}{low}, {high}], got {value}")
+    if value < low or value > high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,9 +46,8 @@ def events(http: httpx.Client, path: str, **fields: Any) -> list[Any]:
 
 def test_completion(http: httpx.Client) -> None:
     answer = complete(http, model="toy", max_tokens=9)
-    assert answer["choices"] == [
-        {"index": 0, "text": "the quick", "logprobs": None, "finish_reason": "length", "stop_reason": None}
-    ]
+    not_asked = dict.fromkeys(("logprobs", "prompt_logprobs", "stop_reason", "token_ids", "prompt_token_ids"))
+    assert answer["choices"] == [{"index": 0, "text": "the quick", "finish_reason": "length", **not_asked}]
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
     assert (answer["object"], answer["model"]) == ("text_completion", "toy")
 
@@ -172,13 +171,16 @@ def test_a_chat_stream_adds_up(client: openai.OpenAI) -> None:
 
 def test_tokens_there_and_back(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"prompt": "hi"}).json()
-    assert tokens == {"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": [257, 104, 105]}
+    ids = [257, 104, 105]
+    assert tokens == {"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": ids, "token_strs": None}
     assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "<bos>hi"}
     assert http.post("/detokenize", json={"tokens": tokens["tokens"], "skip_special_tokens": True}).json() == {
         "prompt": "hi"
     }
     bare = http.post("/tokenize", json={"prompt": "hi", "add_special_tokens": False}).json()
     assert bare["tokens"] == [104, 105]
+    named = http.post("/tokenize", json={"prompt": "hi", "return_token_strs": True}).json()
+    assert named["token_strs"] == ["<bos>", "h", "i"]
     chat = http.post("/tokenize", json={"messages": CHAT, "add_generation_prompt": False}).json()
     assert http.post("/detokenize", json={"tokens": chat["tokens"][1:]}).json() == {"prompt": "user: hi"}
 

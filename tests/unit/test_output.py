@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
-from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
+from nanoflow.engine.prompts import Prompt, PromptInput, make_requests, read_prompt
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import Request, SamplingParams
 from tests.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, fake_facts
@@ -110,7 +111,41 @@ def test_ignore_eos_goes_on() -> None:
 
 def test_max_tokens_none_runs_to_the_end_of_the_context() -> None:
     assert len(complete([5] * 200, max_tokens=None).outputs[0].token_ids) == MAX_MODEL_LEN - 200
-    assert len(complete([5] * 200, max_tokens=1000).outputs[0].token_ids) == MAX_MODEL_LEN - 200
+
+
+def test_what_does_not_fit_in_the_context_is_refused_with_the_sizes() -> None:
+    room = MAX_MODEL_LEN - 200
+    assert len(complete([5] * 200, max_tokens=room).outputs[0].token_ids) == room
+    with pytest.raises(
+        ValueError, match=rf"200 tokens and max_tokens is {room + 1}, .* context length is {MAX_MODEL_LEN}"
+    ):
+        complete([5] * 200, max_tokens=room + 1)
+    with pytest.raises(ValueError, match="the prompt has 256 tokens"):
+        complete([5] * MAX_MODEL_LEN, max_tokens=1)
+
+
+def with_max_logprobs(max_logprobs: int, prompt: Sequence[int], **params: Any) -> list[Request]:
+    """The requests of a prompt in an engine with this limit."""
+    facts = dataclasses.replace(fake_facts(), max_logprobs=max_logprobs)
+    options: dict[str, Any] = {"first_id": 0, "first_seed": 0, "eos_token_ids": (), "arrival_s": 0.0}
+    prompt = Prompt(text=None, token_ids=list(prompt))
+    return make_requests(prompt, SamplingParams(**params), facts=facts, **options)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_log_probabilities_have_a_limit_of_the_engine(name: str) -> None:
+    assert getattr(with_max_logprobs(20, [5], **{name: 20})[0].params, name) == 20
+    assert getattr(with_max_logprobs(VOCAB_SIZE, [5], **{name: -1})[0].params, name) == VOCAB_SIZE
+    for too_many in (21, -1):
+        with pytest.raises(ValueError, match=rf"{name} is \d+, this engine gives at most 20 \(max_logprobs\)"):
+            with_max_logprobs(20, [5], **{name: too_many})
+
+
+def test_all_log_probabilities_of_many_tokens_are_too_many() -> None:
+    """A request of a few bytes must not ask for gigabytes."""
+    with pytest.raises(ValueError, match=r"logprobs is 400 at 31744 tokens, more than 8388608 numbers in all"):
+        with_max_logprobs(VOCAB_SIZE, [5] * 8, logprobs=-1, max_tokens=248, n=128)
+    assert with_max_logprobs(20, [5] * 8, logprobs=20, max_tokens=None, n=128)
 
 
 def test_without_text_there_are_only_tokens() -> None:

@@ -68,10 +68,10 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
 
 BAD_VALUES: dict[str, list[Any]] = {
     "temperature": [-0.1, 101, "1", True, math.nan, math.inf, 10**400, []],
-    "top_p": [0, 1.1],
+    "top_p": [-0.1, 1.1],
     "n": [0, 129, 1.5, "1", True],
     "seed": [2**63, -(2**63) - 1, 0.5],
-    "logprobs": [-1, 21, True],
+    "logprobs": [-2, 2**31, True],
     "stop": ["", ["a"] * 17, [""], [1], 5, "\ud800"],
     "logit_bias": [{"a": 1}, {"1": 101}, {"-1": 0}, {"1": None}, [1], {str(i): 0 for i in range(301)}],
     "stop_token_ids": [[-1], ["a"], 5],
@@ -167,7 +167,9 @@ def test_content_may_be_parts_of_text() -> None:
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "user", "content": []},
-        {"role": "wizard", "content": "a"},
+        {"role": "", "content": "a"},
+        {"role": "w" * 65, "content": "a"},
+        {"role": 5, "content": "a"},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "assistant", "content": "a", "tool_calls": [{}]},
     ],

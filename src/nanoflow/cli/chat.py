@@ -133,8 +133,8 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
 
     params = _SAMPLING.read(args)
     session = stack.enter_context(EngineSession(_ENGINE.read(args)))
-    template_kwargs = args.chat_template_kwargs
-    return lambda messages: session.stream(session.chat_prompt(messages, template_kwargs), params)
+    options = {} if args.chat_template_kwargs is None else {"template_kwargs": args.chat_template_kwargs}
+    return lambda messages: session.stream(session.chat_prompt(messages, **options), params)
 
 
 def _server_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:

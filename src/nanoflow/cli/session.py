@@ -63,7 +63,8 @@ class EngineSession:
             messages: The conversation.
             template_kwargs: Further variables of the template.
         """
-        return self._engine.tokenizer.apply_chat_template(messages, chat_template_kwargs=template_kwargs)
+        options = {} if template_kwargs is None else {"chat_template_kwargs": template_kwargs}
+        return self._engine.tokenizer.apply_chat_template(messages, **options)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str]:
         """Yield the text of the completion (the first, if there are several) piece by piece.

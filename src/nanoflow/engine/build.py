@@ -129,6 +129,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         dtype=str(dtype).removeprefix("torch."),
         plan=str(book_facts(book)),
         book=book_facts(book),
+        max_logprobs=graph.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         limits=chosen,
         load_s=load_s,
         warm_up_s=time.monotonic() - start_s - load_s,

@@ -99,7 +99,9 @@ class ChatTemplate:
         words = [_word(0), _word(1)]
         text = self._try([{"role": "user", "content": [*map(text_part, words)]}])
         # In quotes the list itself is shown.
-        return text is not None and all(word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words)
+        return text is not None and all(
+            word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words
+        )
 
     def _run(self, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         job = {"conversations": [turns], "chat_template": self.text, **self._special_tokens, **options}

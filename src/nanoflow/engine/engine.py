@@ -199,6 +199,7 @@ class Engine:
             iteration=self._num_iterations,
             iteration_tokens=batch.num_tokens if batch else 0,
             prefill_tokens=batch.num_tokens - batch.num_decodes if batch else 0,
+            prefill_ends=int((batch.sampled >= batch.num_decodes).sum()) if batch else 0,
             plan_digest=plan.digest if plan else None,
         )
 

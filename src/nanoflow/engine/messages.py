@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
@@ -89,6 +90,7 @@ class EngineFacts:
         book: Its plans; None for an engine that has none.
         limits: The limits of a batch with the goal, the bound on gaps and where each comes from; None if unknown.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
+        max_logprobs: Most tokens a place whose log probabilities a request may ask for.
     """
 
     model_type: str
@@ -106,6 +108,7 @@ class EngineFacts:
     warm_up_s: float
     book: BookFacts | None = None
     limits: EngineLimits | None = None
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,8 @@ class EngineStats:
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
         prefill_tokens: How many of them were not decodes.
+        prefill_ends: Requests that got a token after several of theirs were computed: with them `iteration_tokens` is
+            the number of prompt tokens computed and of tokens generated.
         plan_digest: Of the plan that ran it; None in a heartbeat.
     """
 
@@ -146,6 +151,7 @@ class EngineStats:
     iteration: int = 0
     iteration_tokens: int = 0
     prefill_tokens: int = 0
+    prefill_ends: int = 0
     plan_digest: str | None = None
 
 

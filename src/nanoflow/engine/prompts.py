@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.request import Request, SamplingParams
@@ -20,6 +21,9 @@ PromptInput = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 
 _NUM_SEEDS = 2**64
+# Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
+# many make an answer of about a gigabyte.
+_MAX_SCORES = 2**23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +68,51 @@ def make_requests(
     Only the first one scores the prompt: the others would get the same.
 
     Raises:
-        ValueError: The prompt is empty or leaves no room in the context, or a token id is out of the vocabulary.
+        ValueError: The prompt is empty, or does not fit in the context together with what is asked for; a token id is
+            out of the vocabulary; or more log probabilities are asked for than may be.
     """
     _require_ints("stop_token_ids", params.stop_token_ids or ())
     _require_ints("the token ids of logit_bias", params.logit_bias or ())
-    room = max(facts.max_model_len - len(prompt.token_ids), 0)
+    num_prompt = len(prompt.token_ids)
+    room = max(facts.max_model_len - num_prompt, 0)
+    max_tokens = room if params.max_tokens is None else params.max_tokens
+    params = _counted_logprobs(params, num_prompt, max_tokens, facts)
     first = Request(
         request_id=first_id,
         prompt_token_ids=prompt.token_ids,
         params=params,
         seed=first_seed % _NUM_SEEDS,
-        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        max_tokens=max_tokens,
         eos_token_ids=() if params.ignore_eos else eos_token_ids,
         arrival_s=arrival_s,
     )
     _check(first, facts)
+    if max_tokens > room:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together {num_prompt + max_tokens}; "
+            f"the context length is {facts.max_model_len}"
+        )
     others = dataclasses.replace(params, prompt_logprobs=None)
     return [first] + [
         dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
         for i in range(1, params.n)
     ]
+
+
+def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, facts: EngineFacts) -> SamplingParams:
+    """The parameters with numbers instead of -1 for all tokens, once it is sure that they may be asked for."""
+    counts: dict[str, Any] = {}
+    for name, num_places in (("logprobs", params.n * max_tokens), ("prompt_logprobs", num_prompt)):
+        wanted = getattr(params, name)
+        if wanted is None:
+            continue
+        count = facts.vocab_size if wanted == -1 else wanted
+        if count > facts.max_logprobs:
+            raise ValueError(f"{name} is {count}, this engine gives at most {facts.max_logprobs} (max_logprobs)")
+        if count > DEFAULT_MAX_LOGPROBS and count * num_places > _MAX_SCORES:
+            raise ValueError(f"{name} is {count} at {num_places} tokens, more than {_MAX_SCORES} numbers in all")
+        counts[name] = count
+    return dataclasses.replace(params, **counts) if counts else params
 
 
 def _only_value(prompt: Mapping[str, Any]) -> Any:

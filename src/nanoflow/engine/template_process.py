@@ -1,4 +1,4 @@
-"""The process in which chat templates run: a template is a program of somebody else's, which may loop or fill the memory.
+"""The process in which chat templates run: a template is somebody's program, which may loop or fill the memory.
 
 It is run as a script by `template_renderer.py`, which see. A job is a line of JSON, and so is its answer: `text`, or
 the `error`. A job that takes too long ends the process: the kernel does it, whatever the template is at.

@@ -86,6 +86,7 @@ class TemplateRenderer:
             except BaseException:
                 self._all.discard(process)
                 _end({process})
+                _close_pipes(process)
                 raise
             self._idle.append(process)
 
@@ -131,6 +132,13 @@ class TemplateRenderer:
             return ChatTemplateLimitError(f"it takes longer than {self._timeout_s:g} s")
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         return ChatTemplateLimitError(f"it ended the process that it ran in ({how})")
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # what it did not read any more
+                pipe.close()
 
 
 def _end(processes: set[subprocess.Popen[bytes]]) -> None:

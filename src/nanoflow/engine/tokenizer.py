@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -120,6 +121,16 @@ class Tokenizer:
         if text is None:
             text = self._token_texts[token_id] = self._read_token_text(token_id)
         return text
+
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary has them, where a space may be written "Ġ" or "▁"; no text for unknown ids."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def description(self) -> dict[str, Any]:
+        """Its configuration in JSON values, as tokenizer_config.json has it, with the class and the chat template."""
+        found = {name: value for name, value in self._fast.init_kwargs.items() if not name.endswith("_file")}
+        template = None if self._chat_template is None else self._chat_template.text
+        return {**_json_values(found), "tokenizer_class": type(self._fast).__name__, "chat_template": template}
 
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
         """Bytes of each token id by `byte_rule`; none for tokens that never show in a text.
@@ -273,6 +284,17 @@ def _processor_template(folder: Path) -> str | None:
         return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise TokenizerError(f"the chat template {file} cannot be read: {_one_line(error)}") from error
+
+
+def _json_values(value: Any) -> Any:
+    """The same in JSON values: added tokens as their text, numbers that JSON has not as null."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(item) for item in value]
+    if isinstance(value, int | float | bool | None):
+        return value if value is None or math.isfinite(value) else None
+    return str(value)
 
 
 @contextmanager

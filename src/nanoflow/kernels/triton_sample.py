@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nanoflow.kernels import sample
 from nanoflow.kernels import triton_sample_programs as programs
 from nanoflow.kernels.sample import SampleTables
 
@@ -41,6 +42,8 @@ CHOICE = RowBlocks(block=2048, num_warps=8, max_registers=64)
 ADJUSTED = RowBlocks(block=CHOICE.block, num_warps=8, max_registers=96)
 LOGPROBS = RowBlocks(block=4096, num_warps=8)
 _INNER = 8
+# Above this, sorting a row is faster than taking one token after the other.
+_MAX_ONE_BY_ONE = 128
 # Low bits that are zero where a logit of the type is a float32.
 _GRID_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -95,6 +98,8 @@ def top_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `sample.top_logprobs`; logits [S, V] contiguous. Of equal logits those of lower ids come first."""
     assert logits.is_contiguous()
+    if num_top > _MAX_ONE_BY_ONE:
+        return sample.top_logprobs(logits, places, token_ids, num_top)
     num_rows, num_top = len(places), min(num_top, logits.shape[1])
     top_ids = logits.new_empty(num_rows, 1 + num_top, dtype=torch.int32)
     logprobs, ranks = logits.new_empty(top_ids.shape, dtype=torch.float32), top_ids.new_empty(num_rows)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from nanoflow.engine.messages import EngineFacts, EngineStats
@@ -14,7 +14,7 @@ from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 
 Prompt = str | list[int]
-ChatMessage = dict[str, Any]
+ChatMessage = Mapping[str, Any]
 
 
 class ServingTokenizer(Protocol):
@@ -29,8 +29,21 @@ class ServingTokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """Text of one token alone, as log probabilities name it."""
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary has them."""
+
+    def description(self) -> dict[str, Any]:
+        """Its configuration in JSON values, with `tokenizer_class` and the chat template."""
+
     def apply_chat_template(
-        self, messages: list[ChatMessage], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; ValueError if there is no template or it refuses the messages."""
 

@@ -19,7 +19,9 @@ from nanoflow.server.responses import (
     ChatChunkChoice,
     ChatCompletionChunk,
     ChatCompletionResponse,
+    ChatDelta,
     ChatLogprobs,
+    ChatMessage,
     Usage,
 )
 from nanoflow.server.service import Service
@@ -36,7 +38,8 @@ def chat_router(service: Service) -> APIRouter:
         """Answer a conversation; with `stream` in server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
-        prompt = await while_connected(request.receive, service.encode_chat(body.messages, body))
+        encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
+        prompt = service.truncated(await while_connected(request.receive, encode), body)
         call = Call(engine=service.engine, prompts=[prompt], params=params, call_id=new_id("chatcmpl"))
         chat = _Chat(service=service, body=body, call=call)
         if body.stream:
@@ -70,8 +73,11 @@ class _Chat:
             "object": "chat.completion",
             "created": self.call.created,
             "model": self.service.model_name,
+            "system_fingerprint": self.service.fingerprint,
             "choices": self._choices(output),
             "usage": count_usage([output]),
+            "prompt_token_ids": output.prompt_token_ids if self.body.return_token_ids else None,
+            "prompt_logprobs": None,
         }
         if self.body.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.service.token_text)
@@ -84,13 +90,13 @@ class _Chat:
         async with aclosing(self.call.news()) as news:
             async for _, output in news:
                 last = [output]
-                events = [self._events(completion, shown) for completion in output.outputs]
+                events = [self._events(output, completion, shown) for completion in output.outputs]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._chunk([], count_usage(last)))
 
-    def _events(self, completion: CompletionOutput, shown: dict[int, _ShownChoice]) -> bytes:
+    def _events(self, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]) -> bytes:
         """The events for what is new of a completion; empty if nothing is."""
         index = completion.index
         state = shown.get(index)
@@ -99,23 +105,35 @@ class _Chat:
         delta = state.cursor.advance(completion)
         if delta is None:
             return b""
-        role = event(self._chunk([_role_choice(index)], None)) if delta.is_first else b""
-        if delta.is_plain:
+        usage = count_usage([output]) if self.body.has_continuous_usage else None
+        opening = self._opening(index, output, is_first=len(shown) == 1) if delta.is_first else b""
+        if delta.is_plain and usage is None and not self.body.return_token_ids:
             if state.template is None:
                 state.template = EventTemplate(
                     lambda text: self._chunk([self._chunk_choice(index, delta.with_text(text))], None)
                 )
-            return role + state.template.fill(delta.text)
-        return role + event(self._chunk([self._chunk_choice(index, delta)], None))
+            return opening + state.template.fill(delta.text)
+        return opening + event(self._chunk([self._chunk_choice(index, delta)], usage))
+
+    def _opening(self, index: int, output: RequestOutput, *, is_first: bool) -> bytes:
+        """The events before a choice has text: its role, and what is echoed."""
+        usage = count_usage([output], is_completion_hidden=True) if self.body.has_continuous_usage else None
+        chunk = self._chunk([_opening_choice(index, {"role": "assistant", "content": ""})], usage)
+        if is_first and self.body.return_token_ids:
+            chunk["prompt_token_ids"] = output.prompt_token_ids
+        if not self.body.echoed:
+            return event(chunk)
+        return event(chunk) + event(self._chunk([_opening_choice(index, {"content": self.body.echoed})], usage))
 
     def _choices(self, output: RequestOutput) -> list[ChatChoice]:
         return [
             {
                 "index": completion.index,
-                "message": {"role": "assistant", "content": delta.text},
+                "message": _message(self.body.echoed + delta.text),
                 "logprobs": self._logprobs(delta),
                 "finish_reason": delta.finish_reason,
                 "stop_reason": delta.stop_reason,
+                "token_ids": delta.token_ids if self.body.return_token_ids else None,
             }
             for completion in output.outputs
             if (delta := Cursor().advance(completion)) is not None
@@ -127,6 +145,7 @@ class _Chat:
             "object": "chat.completion.chunk",
             "created": self.call.created,
             "model": self.service.model_name,
+            "system_fingerprint": self.service.fingerprint,
             "choices": choices,
         }
         if self.body.has_usage_chunk:
@@ -134,25 +153,45 @@ class _Chat:
         return chunk
 
     def _chunk_choice(self, index: int, delta: Delta) -> ChatChunkChoice:
-        return {
+        choice: ChatChunkChoice = {
             "index": index,
             "delta": {"content": delta.text},
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if self.body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if delta.logprobs is None:
             return None
         num_top = self.body.top_logprobs or 0
-        return chat_logprobs(delta.token_ids, delta.logprobs, num_top=num_top, token_text=self.service.token_text)
+        return chat_logprobs(
+            delta.token_ids,
+            delta.logprobs,
+            num_top=self.service.engine.facts.vocab_size if num_top == -1 else num_top,
+            token_text=self.service.token_text,
+            names_ids=self.body.return_tokens_as_token_ids is True,
+        )
 
 
-def _role_choice(index: int) -> ChatChunkChoice:
+def _message(text: str) -> ChatMessage:
+    return {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "reasoning": None,
+        "reasoning_content": None,
+        "tool_calls": None,
+    }
+
+
+def _opening_choice(index: int, delta: ChatDelta) -> ChatChunkChoice:
     return {
         "index": index,
-        "delta": {"role": "assistant", "content": ""},
+        "delta": delta,
         "logprobs": None,
         "finish_reason": None,
         "stop_reason": None,

@@ -28,7 +28,9 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue a text; with `stream` in server-sent events."""
         service.check_model(body.model)
-        call = Call(engine=service.engine, prompts=body.prompts, params=service.sampling(body), call_id=new_id("cmpl"))
+        params = service.sampling(body)
+        prompts = await while_connected(request.receive, service.completion_prompts(body))
+        call = Call(engine=service.engine, prompts=prompts, params=params, call_id=new_id("cmpl"))
         completion = _Completion(service=service, body=body, call=call)
         if body.stream:
             return await open_stream(request.receive, completion.events())
@@ -67,10 +69,12 @@ class _Completion:
             for completion in output.outputs
             if (delta := Cursor().advance(completion)) is not None
         ]
-        if self.body.prompt_logprobs is not None:
-            for choice in choices:
-                places = outputs[choice["index"] // self.call.params.n].prompt_logprobs or []
-                choice["prompt_logprobs"] = prompt_logprobs(places, self.service.token_text)
+        for choice in choices:
+            places = outputs[choice["index"] // self.call.params.n].prompt_logprobs or []
+            is_asked = self.body.prompt_logprobs is not None
+            choice["prompt_logprobs"] = prompt_logprobs(places, self.service.token_text) if is_asked else None
+            choice.setdefault("token_ids", None)
+            choice.setdefault("prompt_token_ids", None)
         return self._response(choices, self._usage(outputs))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -80,14 +84,20 @@ class _Completion:
         async with aclosing(self.call.news()) as news:
             async for index, output in news:
                 last[index] = output
-                events = [self._event(index, output, completion, shown) for completion in output.outputs]
+                usage = self._usage(last.values()) if self.body.has_continuous_usage else None
+                events = [self._event(index, output, completion, shown, usage) for completion in output.outputs]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._response([], self._usage(last.values())))
 
     def _event(
-        self, index: int, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]
+        self,
+        index: int,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        shown: dict[int, _ShownChoice],
+        usage: Usage | None,
     ) -> bytes:
         """The event for what is new of a completion of prompt `index`; empty if nothing is."""
         place = self.call.choice_index(index, completion)
@@ -97,13 +107,18 @@ class _Completion:
         delta = state.cursor.advance(completion)
         if delta is None:
             return b""
-        if not self.body.is_echo_only and not (self.body.echo and delta.is_first) and delta.is_plain:
+        if delta.is_plain and usage is None and not self._varies(delta):
             if state.template is None:
                 state.template = EventTemplate(
                     lambda text: self._response([self._choice(output, place, delta.with_text(text), state)], None)
                 )
             return state.template.fill(delta.text)
-        return event(self._response([self._choice(output, place, delta, state)], None))
+        return event(self._response([self._choice(output, place, delta, state)], usage))
+
+    def _varies(self, delta: Delta) -> bool:
+        """True if more of an event than its text is of this delta alone."""
+        body = self.body
+        return body.is_echo_only or bool(body.echo and delta.is_first) or body.return_token_ids is True
 
     def _usage(self, outputs: Iterable[RequestOutput]) -> Usage:
         return count_usage(outputs, is_completion_hidden=self.body.is_echo_only)
@@ -114,6 +129,7 @@ class _Completion:
             "object": "text_completion",
             "created": self.call.created,
             "model": self.service.model_name,
+            "system_fingerprint": self.service.fingerprint,
             "choices": choices,
         }
         if usage is not None or self.body.has_usage_chunk:
@@ -124,13 +140,18 @@ class _Completion:
         """What is new of a choice, with the echoed prompt before it if it is the first that is shown."""
         is_echoed = bool(self.body.echo) and delta.is_first
         text = "" if self.body.is_echo_only else delta.text
-        return {
+        choice: CompletionChoice = {
             "index": place,
             "text": self._prompt_text(output) + text if is_echoed else text,
             "logprobs": self._logprobs(output if is_echoed else None, delta, shown),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if self.body.return_token_ids:
+            choice["token_ids"] = [] if self.body.is_echo_only else delta.token_ids
+            if delta.is_first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        return choice
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
@@ -153,6 +174,7 @@ class _Completion:
             places,
             text_offset=shown.text_offset,
             token_text=self.service.token_text,
+            names_ids=self.body.return_tokens_as_token_ids is True,
         )
         shown.text_offset += sum(map(len, logprobs["tokens"]))
         return logprobs

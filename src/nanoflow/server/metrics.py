@@ -77,7 +77,7 @@ class ServerMetrics(Collector):
 
     def observe_step(self, stats: EngineStats) -> None:
         """An iteration has ended."""
-        self._iteration_tokens.observe(stats.iteration_tokens)
+        self._iteration_tokens.observe(stats.iteration_tokens + stats.prefill_ends)
         if stats.plan_digest is not None:
             self._iterations[stats.plan_digest].inc()
 
@@ -189,7 +189,9 @@ class ServerMetrics(Collector):
 
     def _add_sizes(self, token_buckets: Buckets) -> None:
         add = self._histogram
-        self._iteration_tokens = add("iteration_tokens_total", "Tokens of a dense batch", ITERATION_BUCKETS)
+        self._iteration_tokens = add(
+            "iteration_tokens_total", "Prompt tokens computed and tokens generated in an iteration", ITERATION_BUCKETS
+        )
         self._request_prompt_tokens = add("request_prompt_tokens", "Prompt tokens of a request", token_buckets)
         self._request_tokens = add("request_generation_tokens", "Tokens generated for a request", token_buckets)
         self._longest_completion = add(

@@ -20,11 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from nanoflow.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from nanoflow.engine.conversation import MAX_ROLE_CHARS, joined_text
+from nanoflow.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SamplingParams
+from nanoflow.server.prompt_fields import INT32_MAX, PromptFields
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
-INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
 # Field: values that mean the same as leaving it out. Anything else is refused rather than silently not done.
@@ -67,7 +68,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 StopString = Annotated[Text, Field(min_length=1)]
-NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+NumLogprobs = Annotated[int, Field(ge=-1, le=INT32_MAX, description="-1: all; at most as many as --max-logprobs")]
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -115,15 +116,16 @@ class StreamOptions(RequestBody):
     """Extras of a stream."""
 
     include_usage: bool | None = Field(None, description="Send token counts in a last chunk that has no choices")
+    continuous_usage_stats: bool | None = Field(None, description="With include_usage, send them in every chunk too")
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(PromptFields, RequestBody):
     """What completions and chat completions have in common."""
 
     model: Text | None = Field(None, description="Name of the served model; may be left out")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the most probable token alone")
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1 keeps all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
@@ -157,9 +159,13 @@ class SamplingFields(RequestBody):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
     @property
-    def num_choices(self) -> int:
-        """Completions of each prompt."""
-        return self.n or 1
+    def has_continuous_usage(self) -> bool:
+        """True if every chunk of a stream has token counts."""
+        return (
+            self.has_usage_chunk
+            and self.stream_options is not None
+            and bool(self.stream_options.continuous_usage_stats)
+        )
 
     @model_validator(mode="after")
     def _check_stream(self) -> SamplingFields:
@@ -215,8 +221,12 @@ class CompletionRequest(SamplingFields):
         if self.max_tokens is not None:
             more["max_tokens"] = max(self.max_tokens, 1)
         if self.echo and self.logprobs is not None:
-            more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+            more["prompt_logprobs"] = _more_logprobs(self.logprobs, self.prompt_logprobs)
         return self.sampling(**more)
+
+
+def _more_logprobs(one: int, other: int | None) -> int:
+    return -1 if -1 in (one, other) else max(one, other or 0)
 
 
 class TextPart(RequestBody):
@@ -233,15 +243,28 @@ ContentField = Annotated[
 
 
 class Message(RequestBody):
-    """One turn of a conversation."""
+    """One turn of a conversation. Which roles there are is the chat template's to say."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: ContentField
+    role: Annotated[Text, Field(min_length=1, max_length=MAX_ROLE_CHARS)]
+    content: ContentField | None = None
+    name: Text | None = None
+    tool_call_id: Text | None = None
 
     @property
     def text(self) -> str:
         """The whole content; parts stand on lines of their own."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return joined_text(self.turn["content"])
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        return {"content": None, **self.model_dump(exclude_none=True)}
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content must be a text or a list of parts; only an assistant's may be null")
+        return self
 
 
 class Conversation(RequestBody):
@@ -249,13 +272,18 @@ class Conversation(RequestBody):
 
     add_generation_prompt: bool | None = Field(None, description="Open a turn of the assistant; true if not given")
     continue_final_message: bool | None = Field(None, description="Leave the last message open, to be continued")
+    chat_template: Text | None = Field(None, description="Jinja; refused unless --trust-request-chat-template")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template, such as enable_thinking"
+    )
 
     @property
-    def template_options(self) -> dict[str, bool]:
+    def template_options(self) -> dict[str, Any]:
         """Keyword arguments of the chat template: a last message to be continued opens no new turn."""
         is_continued = self.continue_final_message is True
         is_opened = not is_continued if self.add_generation_prompt is None else self.add_generation_prompt
-        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued}
+        given = {name: value for name in ("chat_template", "chat_template_kwargs") if (value := getattr(self, name))}
+        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued, **given}
 
     @model_validator(mode="after")
     def _check_turns(self) -> Conversation:
@@ -268,6 +296,7 @@ class ChatCompletionRequest(SamplingFields, Conversation):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    echo: bool | None = Field(None, description="Put a last message of the assistant before the answer")
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Up to the context length if not given")
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Goes before max_tokens")
     logprobs: bool | None = None
@@ -279,6 +308,12 @@ class ChatCompletionRequest(SamplingFields, Conversation):
         if value and not info.data.get("logprobs"):
             raise ValueError("top_logprobs needs logprobs=true")
         return value
+
+    @property
+    def echoed(self) -> str:
+        """What is put before the answer."""
+        last = self.messages[-1]
+        return last.text if self.echo and last.role == "assistant" else ""
 
     def to_params(self, *, can_detokenize: bool = True) -> SamplingParams:
         """Parameters for the engine."""
@@ -295,7 +330,8 @@ class TokenizeRequest(Conversation):
     model: Text | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    add_special_tokens: bool | None = Field(None, description="For a prompt; true if not given")
+    add_special_tokens: bool | None = Field(None, description="True if not given for a prompt, false for messages")
+    return_token_strs: bool | None = Field(None, description="Send the tokens as the vocabulary has them too")
 
     @model_validator(mode="after")
     def _check_one_of(self) -> TokenizeRequest:

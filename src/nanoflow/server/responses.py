@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NotRequired
 
+from pydantic import ConfigDict
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 
@@ -55,14 +56,19 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(TypedDict):
-    """One completion, or what is new of it in a stream."""
+    """One completion, or what is new of it in a stream.
+
+    What was not asked for is null in an answer and left out of a stream. The token ids of the prompt come once.
+    """
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
-    prompt_logprobs: NotRequired[PromptLogprobs]
+    token_ids: NotRequired[list[int] | None]
+    prompt_token_ids: NotRequired[list[int] | None]
+    prompt_logprobs: NotRequired[PromptLogprobs | None]
 
 
 class CompletionResponse(TypedDict):
@@ -72,6 +78,7 @@ class CompletionResponse(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
 
@@ -97,10 +104,14 @@ class ChatLogprobs(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """What the assistant says."""
+    """What the assistant says; the rest is null, for clients that look for it."""
 
     role: Literal["assistant"]
     content: str
+    refusal: None
+    reasoning: None
+    reasoning_content: None
+    tool_calls: None
 
 
 class ChatChoice(TypedDict):
@@ -111,6 +122,7 @@ class ChatChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
+    token_ids: list[int] | None
 
 
 class ChatCompletionResponse(TypedDict):
@@ -120,9 +132,11 @@ class ChatCompletionResponse(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: NotRequired[PromptLogprobs]
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs | None
 
 
 class ChatDelta(TypedDict, total=False):
@@ -140,17 +154,20 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletionChunk(TypedDict):
-    """One event of a stream of /v1/chat/completions."""
+    """One event of a stream of /v1/chat/completions; the token ids of the prompt stand in the first."""
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class ModelCard(TypedDict):
@@ -176,12 +193,21 @@ class TokenizeResponse(TypedDict):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None
 
 
 class DetokenizeResponse(TypedDict):
     """Text of token ids."""
 
     prompt: str
+
+
+class TokenizerInfo(TypedDict):
+    """Configuration of the tokenizer: what its tokenizer_config.json has, and the chat template in use."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    tokenizer_class: str
 
 
 class HealthResponse(TypedDict):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
 
+import nanoflow
 from nanoflow.config import DEFAULT_MODEL, ServerConfig
+from nanoflow.engine.template_renderer import MAX_PROCESSES
 from nanoflow.request import SamplingParams
-from nanoflow.server.backend import ChatMessage, ServingEngine, ServingTokenizer
+from nanoflow.server.backend import Prompt, ServingEngine, ServingTokenizer
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, Conversation, Message
 
@@ -22,11 +27,23 @@ class Service:
         engine: Who generates.
         config: Options of the server.
         started: Seconds since 1970.
+        fingerprint: What answers depend on beside the request: the version, and the model as it runs.
+        chat_threads: Where conversations become tokens: a chat template that takes long holds up nothing else.
     """
 
     engine: ServingEngine
     config: ServerConfig
     started: int = field(default_factory=lambda: int(time.time()))
+    fingerprint: str = field(init=False)
+    chat_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="chat")
+    )
+
+    def __post_init__(self) -> None:
+        facts = self.engine.facts
+        parts = (self.model_name, facts.model_type, facts.dtype, facts.device, facts.plan, str(facts.max_model_len))
+        digest = blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
+        object.__setattr__(self, "fingerprint", f"nanoflow-{nanoflow.__version__}-{digest}")
 
     @property
     def model_name(self) -> str:
@@ -67,12 +84,36 @@ class Service:
         with user_errors():
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Message], conversation: Conversation) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Message], conversation: Conversation, *, add_special_tokens: bool | None
+    ) -> list[int]:
         """Token ids of a conversation, made beside the event loop."""
-        turns: list[ChatMessage] = [{"role": message.role, "content": message.text} for message in messages]
-        template = self.tokenizer.apply_chat_template
+        options = conversation.template_options
+        if "chat_template" in options and not self.config.trust_request_chat_template:
+            message = "chat_template is refused: this server takes none from requests (--trust-request-chat-template)"
+            raise ApiError(400, message, param="chat_template")
+        if add_special_tokens:
+            options["add_special_tokens"] = True
+        render = partial(self.tokenizer.apply_chat_template, [message.turn for message in messages], **options)
         with user_errors():
-            return await asyncio.to_thread(template, turns, **conversation.template_options)
+            return await asyncio.get_running_loop().run_in_executor(self.chat_threads, render)
+
+    async def completion_prompts(self, body: CompletionRequest) -> list[Prompt]:
+        """The prompts of a call; as token ids if something is to be done with these."""
+        if body.truncate_prompt_tokens is None and body.add_special_tokens is not False:
+            return body.prompts
+        adds = body.add_special_tokens is not False
+        all_ids = [
+            await self.encode(prompt, add_special_tokens=adds) if isinstance(prompt, str) else prompt
+            for prompt in body.prompts
+        ]
+        return [self.truncated(token_ids, body) for token_ids in all_ids]
+
+    def truncated(self, token_ids: list[int], body: CompletionRequest | ChatCompletionRequest) -> list[int]:
+        """What is kept of a prompt, so that the completion fits too."""
+        wanted = self.sampling(body).max_tokens or 1
+        with user_errors():
+            return body.truncated(token_ids, max(self.engine.facts.max_model_len - wanted, 1))
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids, made beside the event loop; an id that does not exist is refused (400)."""

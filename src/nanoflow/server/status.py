@@ -16,6 +16,7 @@ from nanoflow.server.responses import (
     ModelList,
     RootResponse,
     TokenizeResponse,
+    TokenizerInfo,
     VersionResponse,
 )
 from nanoflow.server.service import Service
@@ -96,13 +97,14 @@ def tokens_router(service: Service) -> APIRouter:
         """Token ids of a prompt or of a conversation."""
         service.check_model(body.model)
         if body.messages is not None:
-            tokens = await service.encode_chat(body.messages, body)
+            tokens = await service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
         else:
             tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
         answer: TokenizeResponse = {
             "count": len(tokens),
             "max_model_len": service.engine.facts.max_model_len,
             "tokens": tokens,
+            "token_strs": service.tokenizer.token_names(tokens) if body.return_token_strs else None,
         }
         return json_response(answer)
 
@@ -114,5 +116,12 @@ def tokens_router(service: Service) -> APIRouter:
             "prompt": await service.decode(body.tokens, skip_special_tokens=body.skip_special_tokens is True)
         }
         return json_response(answer)
+
+    if service.config.enable_tokenizer_info_endpoint:
+
+        @router.get("/tokenizer_info", response_model=TokenizerInfo)
+        async def tokenizer_info() -> Response:
+            """Configuration of the tokenizer."""
+            return json_response(service.tokenizer.description())
 
     return router

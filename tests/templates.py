@@ -1,0 +1,61 @@
+"""Chat templates of the kinds that models have, and a renderer that needs no process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nanoflow.engine.chat_template import ChatTemplate
+from nanoflow.engine.template_renderer import ChatTemplateError
+
+ANY_ROLE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# Says nothing of roles that it does not know.
+KNOWN_ROLES = (
+    "{% for message in messages %}"
+    "{% if message.role in ('system', 'user', 'assistant', 'tool') %}"
+    "[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
+)
+ALTERNATING = (
+    "{% for message in messages %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content | trim }}{% endfor %}"
+)
+FIRST_SYSTEM = (
+    "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }}{% endif %}"
+    "{% for message in messages if message.role != 'system' %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+)
+PARTS_ONLY = (
+    "{% for message in messages %}[{{ message.role }}]"
+    "{% for part in message.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+)
+BOTH = (
+    "{% for message in messages %}[{{ message.role }}]{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}<{{ part.text }}>{% endfor %}{% endif %}{% endfor %}"
+)
+NO_THOUGHTS = "{% for message in messages %}[{{ message.role }}]{{ message.content.split('</think>')[-1] }}{% endfor %}"
+
+
+class InProcess:
+    """Renders here; counts."""
+
+    def __init__(self) -> None:
+        self.num_jobs = 0
+
+    def render(self, job: Mapping[str, Any]) -> str:
+        self.num_jobs += 1
+        try:
+            (text,), _ = render_jinja_template(**job)
+        except Exception as error:
+            raise ChatTemplateError(str(error)) from error
+        assert isinstance(text, str)
+        return text
+
+
+def template(text: str, **special_tokens: str) -> ChatTemplate:
+    return ChatTemplate(text, special_tokens, InProcess())

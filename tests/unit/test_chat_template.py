@@ -1,0 +1,188 @@
+"""What becomes of a conversation: roles, forms of content, variables, and messages that a template would leave out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nanoflow.engine.chat_template import ChatTemplate, choose_template
+from nanoflow.engine.conversation import joined_text, read_messages
+from nanoflow.engine.template_renderer import ChatTemplateLimitError
+from tests import templates
+from tests.templates import InProcess, template
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+def turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def text_of(source: str, *pairs: tuple[str, Any], **options: Any) -> str:
+    return template(source).render(turns(*pairs), **{"add_generation_prompt": False, **options})
+
+
+# Roles
+
+
+def test_a_role_is_passed_on_where_the_template_knows_it() -> None:
+    assert text_of(templates.ANY_ROLE, ("developer", "d"), ("user", "u")) == "[developer]d[user]u"
+    assert text_of(templates.ANY_ROLE, ("user", "u"), ("wizard", "w")) == "[user]u[wizard]w"
+    assert text_of(templates.KNOWN_ROLES, ("user", "u"), ("tool", "t")) == "[user]u[tool]t"
+
+
+def test_a_developer_is_the_system_where_the_template_drops_him() -> None:
+    assert text_of(templates.KNOWN_ROLES, ("developer", "d"), ("user", "u")) == "[system]d[user]u"
+    assert (
+        text_of(templates.KNOWN_ROLES, ("system", "s"), ("developer", "d"), ("user", "u"))
+        == "[system]s[system]d[user]u"
+    )
+
+
+def test_a_role_that_would_be_dropped_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="does not know the role 'wizard'"):
+        text_of(templates.KNOWN_ROLES, ("user", "u"), ("wizard", "w"))
+
+
+def test_a_role_is_found_where_turns_must_alternate() -> None:
+    assert text_of(templates.ALTERNATING, ("user", "u"), ("model", "m"), ("user", "v")) == "[user]u[model]m[user]v"
+    with pytest.raises(ValueError, match="refuses the messages: roles must alternate"):
+        text_of(templates.ALTERNATING, ("developer", "d"), ("user", "u"))
+
+
+def test_a_message_that_would_be_left_out_is_refused_with_its_place() -> None:
+    with pytest.raises(ValueError, match=r"leave out messages\[1\], of role 'system'"):
+        text_of(templates.FIRST_SYSTEM, ("user", "u"), ("system", "s"), ("user", "v"))
+    assert text_of(templates.FIRST_SYSTEM, ("system", "s"), ("user", "v")) == "[system]s[user]v"
+
+
+def test_a_template_may_change_contents_and_need_not_show_any() -> None:
+    assert text_of(templates.NO_THOUGHTS, ("user", "u"), ("assistant", "<think>t</think>a")) == "[user]u[assistant]a"
+    assert text_of("always the same", ("user", "u"), ("assistant", "a")) == "always the same"
+
+
+# Contents
+
+
+def test_parts_go_to_templates_that_take_them_and_are_lines_elsewhere() -> None:
+    assert text_of(templates.ANY_ROLE, ("user", PARTS)) == "[user]a\nb"
+    assert text_of(templates.BOTH, ("user", PARTS)) == "[user]<a><b>"
+    assert text_of(templates.BOTH, ("user", "ab")) == "[user]ab"
+    assert text_of(templates.PARTS_ONLY, ("user", PARTS), ("assistant", "ab")) == "[user]<a><b>[assistant]<ab>"
+
+
+def test_an_assistant_may_say_nothing() -> None:
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        conversation = [*turns(("user", "u")), message, *turns(("user", "v"))]
+        assert template(templates.ANY_ROLE).render(conversation) == "[user]u[assistant][user]v[assistant]"
+
+
+def test_parts_are_joined_in_one_way() -> None:
+    assert joined_text(PARTS) == "a\nb"
+    assert (joined_text("a"), joined_text(None)) == ("a", "")
+    assert read_messages(turns(("user", ["a", {"text": "b"}])))[0]["content"] == PARTS
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "a conversation has at least one message"),
+        ("hi", "a conversation is a list of messages, got str"),
+        ({"role": "user"}, "a conversation is a list of messages, got dict"),
+        ([5], r"messages\[0\] must be a mapping with role and content, got int"),
+        ([{"content": "a"}], r"messages\[0\].role must be a text"),
+        (turns(("", "a")), r"messages\[0\].role must be a text"),
+        (turns(("r" * 65, "a")), r"messages\[0\].role must be a text of 1 to 64 characters"),
+        (
+            turns(("user", "a"), ("user", None)),
+            r"messages\[1\].content must be a text or a list of parts, got NoneType",
+        ),
+        (turns(("user", 5)), r"messages\[0\].content must be a text or a list of parts, got int"),
+        (turns(("user", [])), r"messages\[0\].content has no part"),
+        (turns(("user", [{"type": "image_url"}])), r"content\[0\] must be a part of type 'text', got 'image_url'"),
+        (turns(("user", [{"type": "text", "text": 5}])), r"content\[0\].text must be a text, got int"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_place(messages: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        template(templates.ANY_ROLE).render(messages)
+
+
+# Variables
+
+
+def test_variables_reach_the_template() -> None:
+    source = (
+        templates.ANY_ROLE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    assert text_of(source, ("user", "u")) == "[user]u"
+    assert text_of(source, ("user", "u"), kwargs={"enable_thinking": False}) == "[user]u<think></think>"
+    nested = text_of("{{ messages[0].content }}{{ a.b[1] }}", ("user", "u"), kwargs={"a": {"b": [1, None, "x"]}})
+    assert nested == "uNone"
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "conversations", "tokenize", "add_generation_prompt", "chat_template", "bos_token"]
+)
+def test_what_the_engine_sets_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot hold '{name}': the engine sets it"):
+        template(templates.ANY_ROLE, bos_token="<s>").render(turns(("user", "u")), kwargs={name: False})
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), float("nan"), b"a", [float("inf")]])
+def test_other_than_json_values_are_refused_by_name(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"chat_template_kwargs.x must be a JSON value"):
+        template(templates.ANY_ROLE).render(turns(("user", "u")), kwargs={"x": value})
+
+
+def test_variables_are_a_mapping() -> None:
+    for wrong in ([1], "a", {1: 2}):
+        with pytest.raises(ValueError, match="chat_template_kwargs must be a mapping of names to values"):
+            template(templates.ANY_ROLE).render(turns(("user", "u")), kwargs=wrong)  # type: ignore[arg-type]
+
+
+def test_special_tokens_are_variables() -> None:
+    assert (
+        template("{{ bos_token }}" + templates.ANY_ROLE, bos_token="<s>").render(turns(("user", "u"))).startswith("<s>")
+    )
+
+
+# Cost
+
+
+def test_a_template_is_tried_once_for_a_kind_of_conversation() -> None:
+    renderer = InProcess()
+    chat = ChatTemplate(templates.KNOWN_ROLES, {}, renderer)
+    chat.render(turns(("developer", "d"), ("user", "u")))
+    before = renderer.num_jobs
+    for _ in range(5):
+        chat.render(turns(("developer", "x"), ("user", "y")))
+    assert renderer.num_jobs - before == 5
+
+
+def test_a_template_that_was_stopped_is_not_tried_again_for_the_same_request() -> None:
+    class Stopped:
+        num_jobs = 0
+
+        def render(self, job: Any) -> str:
+            self.num_jobs += 1
+            raise ChatTemplateLimitError("it takes longer than 5 s")
+
+    renderer = Stopped()
+    with pytest.raises(ValueError, match="the chat template was stopped: it takes longer than 5 s"):
+        ChatTemplate(templates.ANY_ROLE, {}, renderer).render(turns(("developer", "d"), ("user", "u")))
+    assert renderer.num_jobs == 1
+
+
+# Which of several
+
+
+def test_the_default_of_named_templates_is_used() -> None:
+    named = {"tool_use": "T", "default": "D"}
+    assert choose_template(named, None) == "D"
+    assert choose_template(named, "tool_use") == "T"
+    assert choose_template(named, "{{ x }}") == "{{ x }}"
+    assert choose_template({"tool_use": "T"}, None) is None
+    assert choose_template("one", None) == "one"
+    assert choose_template(None, None) is None

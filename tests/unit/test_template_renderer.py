@@ -1,0 +1,135 @@
+"""Templates that loop, write without end or break their process are stopped; what comes after them is served."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.template_renderer import (
+    MAX_PROCESSES,
+    ChatTemplateError,
+    ChatTemplateLimitError,
+    TemplateRenderer,
+)
+
+# Bounded, should nothing stop it: half a minute.
+LOOP = "{% for i in range(99999) %}{% for j in range(5000) %}{% endfor %}{% endfor %}"
+TIMEOUT_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[TemplateRenderer]:
+    made = TemplateRenderer(timeout_s=TIMEOUT_S, max_chars=1000)
+    yield made
+    made.close()
+
+
+def job(template: str, content: str = "hi") -> dict[str, Any]:
+    return {"conversations": [[{"role": "user", "content": content}]], "chat_template": template}
+
+
+def test_a_template_is_rendered_as_the_library_does(renderer: TemplateRenderer) -> None:
+    assert (
+        renderer.render(job("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "grüß 漢 👍"))
+        == "GRÜSS 漢 👍"
+    )
+    assert renderer.render(job("{{ messages[0].content }}", "\ud800\u2028\n")) == "\ud800\u2028\n"
+    assert (
+        renderer.render(job("{% generation %}{{ x | tojson }}{% endgeneration %}") | {"x": {"a": [1]}}) == '{"a": [1]}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('no\nmore') }}", "no"),
+        ("{% if", "unexpected 'end of template'"),
+        ("{{ x.y.z }}", "'x' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{{ 'a' * 10**10 }}", "too much memory"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+            "memory",
+        ),
+        ("{{ '%0100000000000d' % 1 }}", "too much memory"),
+        ("{{ 'a' | center(10**11) }}", "too much memory"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "recursion"),
+        ("{{ 'a' * 1001 }}", "it writes 1001 characters, and 1000 are the most"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_says_why(renderer: TemplateRenderer, template: str, problem: str) -> None:
+    with pytest.raises(ChatTemplateError, match=problem) as caught:
+        renderer.render(job(template))
+    assert "\n" not in str(caught.value)
+    assert renderer.render(job("{{ messages[0].content }}")) == "hi"
+
+
+def test_other_than_json_values_are_refused(renderer: TemplateRenderer) -> None:
+    with pytest.raises(ChatTemplateError, match="JSON values only"):
+        renderer.render(job("x") | {"x": object()})
+
+
+def test_a_loop_is_stopped_and_others_go_on_meanwhile(renderer: TemplateRenderer) -> None:
+    renderer.render(job("warm"))
+    with ThreadPoolExecutor(1) as pool:
+        start_s = time.monotonic()
+        looping = pool.submit(renderer.render, job(LOOP))
+        while not looping.done():
+            assert renderer.render(job("{{ messages[0].content }}")) == "hi"
+        with pytest.raises(ChatTemplateLimitError, match=r"it takes longer than 0\.5 s"):
+            looping.result()
+    assert TIMEOUT_S <= time.monotonic() - start_s < TIMEOUT_S + 5
+
+
+def test_a_process_that_ends_is_replaced(renderer: TemplateRenderer) -> None:
+    """Whatever ends it: the system for want of memory, or a crash."""
+    renderer.render(job("warm"))
+    for process in list(renderer._all):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert renderer.render(job("{{ messages[0].content }}")) == "hi"
+
+
+def test_a_process_that_ends_at_work_is_told(renderer: TemplateRenderer) -> None:
+    patient = TemplateRenderer(timeout_s=60.0, max_chars=1000)
+    patient.render(job("warm"))
+    threading.Timer(0.2, lambda: [process.send_signal(signal.SIGSEGV) for process in patient._all]).start()
+    with pytest.raises(ChatTemplateLimitError, match=r"ended the process that it ran in \(SIGSEGV\)"):
+        patient.render(job(LOOP))
+    patient.close()
+
+
+def test_closing_ends_what_is_at_work() -> None:
+    patient = TemplateRenderer(timeout_s=60.0, max_chars=1000)
+    with ThreadPoolExecutor(1) as pool:
+        looping = pool.submit(patient.render, job(LOOP))
+        wait_until(lambda: bool(patient._all))
+        patient.close()
+        with pytest.raises(EngineDeadError, match="closed"):
+            looping.result(timeout=5)
+    with pytest.raises(EngineDeadError, match="closed"):
+        patient.render(job("x"))
+    assert all(process.poll() is not None for process in patient._all)
+
+
+def test_many_at_once_share_a_few_processes(renderer: TemplateRenderer) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda i: renderer.render(job("{{ messages[0].content }}", str(i))), range(64)))
+    assert texts == [str(i) for i in range(64)]
+    assert len(renderer._all) <= MAX_PROCESSES
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline_s, "waited too long"
+        time.sleep(0.01)
