@@ -215,6 +215,9 @@ class ServerConfig:
     enable_tokenizer_info_endpoint: bool = option(
         False, "Answer GET /tokenizer_info with the tokenizer's configuration"
     )
+    return_tokens_as_token_ids: bool = option(
+        False, "Name tokens in log probabilities by their id, as token_id:5, unless a request says otherwise"
+    )
     trust_request_chat_template: bool = option(
         False, "Let requests bring chat templates of their own; time and memory that these take are bounded"
     )

@@ -128,8 +128,7 @@ def with_max_logprobs(max_logprobs: int, prompt: Sequence[int], **params: Any) -
     """The requests of a prompt in an engine with this limit."""
     facts = dataclasses.replace(fake_facts(), max_logprobs=max_logprobs)
     options: dict[str, Any] = {"first_id": 0, "first_seed": 0, "eos_token_ids": (), "arrival_s": 0.0}
-    prompt = Prompt(text=None, token_ids=list(prompt))
-    return make_requests(prompt, SamplingParams(**params), facts=facts, **options)
+    return make_requests(Prompt(text=None, token_ids=list(prompt)), SamplingParams(**params), facts=facts, **options)
 
 
 @pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])

@@ -102,7 +102,8 @@ def test_a_process_that_ends_is_replaced(renderer: TemplateRenderer) -> None:
 def test_a_process_that_ends_at_work_is_told(renderer: TemplateRenderer) -> None:
     patient = TemplateRenderer(timeout_s=60.0, max_chars=1000)
     patient.render(job("warm"))
-    threading.Timer(0.2, lambda: [process.send_signal(signal.SIGSEGV) for process in patient._all]).start()
+    (process,) = patient._all
+    threading.Timer(0.2, process.send_signal, (signal.SIGSEGV,)).start()
     with pytest.raises(ChatTemplateLimitError, match=r"ended the process that it ran in \(SIGSEGV\)"):
         patient.render(job(LOOP))
     patient.close()

@@ -63,7 +63,7 @@ class EngineSession:
             messages: The conversation.
             template_kwargs: Further variables of the template.
         """
-        options = {} if template_kwargs is None else {"chat_template_kwargs": template_kwargs}
+        options: dict[str, Any] = {} if template_kwargs is None else {"chat_template_kwargs": template_kwargs}
         return self._engine.tokenizer.apply_chat_template(messages, **options)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str]:

@@ -173,7 +173,7 @@ class _Chat:
             delta.logprobs,
             num_top=self.service.engine.facts.vocab_size if num_top == -1 else num_top,
             token_text=self.service.token_text,
-            names_ids=self.body.return_tokens_as_token_ids is True,
+            names_ids=self.service.names_ids(self.body),
         )
 
 

@@ -156,9 +156,8 @@ class _Completion:
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
             return output.prompt
-        return self.service.tokenizer.decode(
-            output.prompt_token_ids, skip_special_tokens=self.call.params.skip_special_tokens
-        )
+        # All of the tokens that were given, as in the log probabilities.
+        return self.service.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
 
     def _logprobs(self, echoed: RequestOutput | None, delta: Delta, shown: _ShownChoice) -> CompletionLogprobs | None:
         if self.body.logprobs is None:
@@ -174,7 +173,7 @@ class _Completion:
             places,
             text_offset=shown.text_offset,
             token_text=self.service.token_text,
-            names_ids=self.body.return_tokens_as_token_ids is True,
+            names_ids=self.service.names_ids(self.body),
         )
         shown.text_offset += sum(map(len, logprobs["tokens"]))
         return logprobs

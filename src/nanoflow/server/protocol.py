@@ -230,7 +230,9 @@ def _more_logprobs(one: int, other: int | None) -> int:
 
 
 class TextPart(RequestBody):
-    """A piece of a message."""
+    """A piece of a message. What else it holds is for the chat template."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: Literal["text"]
     text: Text
@@ -243,12 +245,12 @@ ContentField = Annotated[
 
 
 class Message(RequestBody):
-    """One turn of a conversation. Which roles there are is the chat template's to say."""
+    """One turn of a conversation. Which roles there are, and what else it holds, is for the chat template."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Annotated[Text, Field(min_length=1, max_length=MAX_ROLE_CHARS)]
     content: ContentField | None = None
-    name: Text | None = None
-    tool_call_id: Text | None = None
 
     @property
     def text(self) -> str:

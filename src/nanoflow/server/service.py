@@ -16,6 +16,7 @@ from nanoflow.engine.template_renderer import MAX_PROCESSES
 from nanoflow.request import SamplingParams
 from nanoflow.server.backend import Prompt, ServingEngine, ServingTokenizer
 from nanoflow.server.errors import ApiError, user_errors
+from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, Conversation, Message
 
 
@@ -72,6 +73,11 @@ class Service:
     def token_text(self, token_id: int) -> str:
         """Text of one token; its id if there is no tokenizer."""
         return self.tokenizer.token_text(token_id) if self.has_tokenizer else f"token_id:{token_id}"
+
+    def names_ids(self, body: PromptFields) -> bool:
+        """True if log probabilities name tokens by their ids."""
+        wanted = body.return_tokens_as_token_ids
+        return self.config.return_tokens_as_token_ids if wanted is None else wanted
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not the served one (404); None is the served one."""

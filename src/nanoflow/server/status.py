@@ -70,6 +70,8 @@ def models_router(service: Service) -> APIRouter:
             "object": "model",
             "created": service.started,
             "owned_by": "nanoflow",
+            "root": service.model_name,
+            "parent": None,
             "max_model_len": service.engine.facts.max_model_len,
         }
 
