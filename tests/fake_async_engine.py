@@ -217,9 +217,10 @@ class FakeAsyncEngine:
 
 
 def logprobs_of(token_id: int, num_top: int) -> PositionLogprobs:
-    """The token itself at rank 1, then its neighbours."""
+    """The token itself at rank 1, then its neighbours; -1 for all."""
+    num_top = VOCAB_SIZE if num_top == -1 else num_top
     others = {
-        (token_id + step) % 256: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)
+        (token_id + step) % VOCAB_SIZE: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)
         for step in range(1, num_top)
     }
     return {token_id: Logprob(logprob=-0.5, rank=1, decoded_token=None), **others}

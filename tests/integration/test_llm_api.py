@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,43 @@ def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == [one.max_tokens for one in params]
+
+
+def test_all_log_probabilities_are_a_distribution(model: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=-1, prompt_logprobs=-1)
+    with LLM(model, **ENGINE_OPTIONS, max_logprobs=-1) as llm:
+        (output,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+        vocab_size = llm.facts.vocab_size
+    assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None
+    for place in (*output.prompt_logprobs[1:], *output.outputs[0].logprobs):
+        assert place is not None and place.keys() == set(range(vocab_size))
+        assert sum(math.exp(entry.logprob) for entry in place.values()) == pytest.approx(1.0, abs=1e-3)
+        assert sorted(entry.rank or 0 for entry in place.values()) == list(range(1, vocab_size + 1))
+
+
+def test_more_than_the_context_is_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(
+        ValueError, match=rf"prompt 1: .* 3 tokens and max_tokens is {MAX_MODEL_LEN}, .*{MAX_MODEL_LEN}$"
+    ):
+        llm.generate([[5], [5, 6, 7]], [GREEDY, SamplingParams(max_tokens=MAX_MODEL_LEN)], use_tqdm=False)
+
+
+def test_chat_takes_parts_roles_and_variables(model: str) -> None:
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ word | default('none') }}"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    conversation: list[dict[str, Any]] = [{"role": "developer", "content": "d"}, {"role": "user", "content": parts}]
+    with LLM(model, **ENGINE_OPTIONS, chat_template=source) as llm:
+        for kwargs, end in ((None, "none"), ({"word": "some"}, "some")):
+            (output,) = llm.chat(conversation, GREEDY, use_tqdm=False, chat_template_kwargs=kwargs)
+            assert llm.get_tokenizer().decode(output.prompt_token_ids) == "[developer]d[user]a\nb" + end
+        (output,) = llm.chat(conversation[1:], GREEDY, use_tqdm=False, chat_template="{{ messages[0].content }}")
+        assert llm.get_tokenizer().decode(output.prompt_token_ids) == "a\nb"
+        with pytest.raises(ValueError, match=r"prompt 1: messages\[0\].role must be a text"):
+            llm.chat([conversation, [{"content": "x"}]], GREEDY, use_tqdm=False)
+        with pytest.raises(ValueError, match="chat_template_kwargs cannot hold 'messages'"):
+            llm.chat(conversation, GREEDY, use_tqdm=False, chat_template_kwargs={"messages": []})
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.chat(conversation, GREEDY, use_tqdm=False)
 
 
 def test_an_observer_sees_every_iteration(llm: LLM) -> None:

@@ -156,6 +156,66 @@ def test_chat_limits_and_logprobs() -> None:
         chat(top_logprobs=4)
 
 
+def test_all_log_probabilities_may_be_asked_for() -> None:
+    """How many a server gives is the engine's to say."""
+    assert completion(logprobs=-1).to_params().logprobs == -1
+    assert completion(logprobs=-1, prompt_logprobs=3, echo=True).to_params().prompt_logprobs == -1
+    assert completion(logprobs=3, prompt_logprobs=-1, echo=True).to_params().prompt_logprobs == -1
+    assert chat(logprobs=True, top_logprobs=-1).to_params().logprobs == -1
+
+
+def test_top_p_may_be_zero() -> None:
+    assert completion(top_p=0).to_params().top_p == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, [1, 2, 3, 4, 5]),
+        ({"truncate_prompt_tokens": 2}, [4, 5]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "left"}, [4, 5]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, [1, 2]),
+        ({"truncate_prompt_tokens": 4}, [2, 3, 4, 5]),
+        ({"truncate_prompt_tokens": -1}, [2, 3, 4, 5]),
+        ({"truncation_side": "right"}, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_prompt_may_be_truncated(fields: dict[str, Any], kept: list[int]) -> None:
+    assert completion(**fields).truncated([1, 2, 3, 4, 5], 4) == kept
+
+
+def test_what_cannot_be_kept_of_a_prompt_is_refused() -> None:
+    assert refusal(truncate_prompt_tokens=0).startswith("truncate_prompt_tokens: a prompt has at least 1 token")
+    assert refusal(truncate_prompt_tokens=-2).startswith("truncate_prompt_tokens")
+    assert refusal(truncation_side="middle").startswith("truncation_side")
+    with pytest.raises(ValueError, match="truncate_prompt_tokens is 5, and there is room for 4 tokens"):
+        completion(truncate_prompt_tokens=5).truncated([1, 2, 3, 4, 5], 4)
+
+
+def test_template_options_are_passed_on_if_given() -> None:
+    kwargs = {"enable_thinking": False, "depth": {"a": [1, None]}}
+    assert chat(chat_template_kwargs=kwargs).template_options["chat_template_kwargs"] == kwargs
+    assert chat(chat_template="{{ x }}").template_options["chat_template"] == "{{ x }}"
+    for wrong in (5, "a", [1]):
+        with pytest.raises(ValidationError, match="chat_template_kwargs"):
+            chat(chat_template_kwargs=wrong)
+
+
+def test_an_assistant_may_say_nothing_and_messages_may_hold_more() -> None:
+    (message,) = chat(messages=[{"role": "assistant", "content": None, "tool_call_id": "7"}]).messages
+    assert (message.text, message.turn) == ("", {"role": "assistant", "content": None, "tool_call_id": "7"})
+    assert chat(messages=[{"role": "assistant"}]).messages[0].turn == {"role": "assistant", "content": None}
+    part = {"type": "text", "text": "a", "source_lang_code": "en"}
+    assert chat(messages=[{"role": "user", "content": [part]}]).messages[0].turn["content"] == [part]
+
+
+def test_what_is_echoed_is_the_assistants() -> None:
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    assert chat(messages=[USER, answer], echo=True).echoed == "a\nb"
+    assert chat(messages=[USER, answer]).echoed == ""
+    assert chat(messages=[answer, USER], echo=True).echoed == ""
+
+
 def test_content_may_be_parts_of_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "a\nb"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -85,3 +88,131 @@ def test_broken_files_are_one_clear_line(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match=r"chat template .*nowhere.* cannot be read"):
         Tokenizer.load(EngineConfig(model=str(tmp_path), chat_template=str(tmp_path / "nowhere")))
+
+
+# Which template
+
+
+CONVERSATION = [{"role": "user", "content": "hello"}]
+
+
+def with_templates(folder: Path, **options: Any) -> Path:
+    """A model folder whose tokenizer_config.json has these options."""
+    write_tokenizer(folder, **options)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def template_of(folder: Path, chat_template: str | None = None, *, asked: str | None = None) -> str:
+    """The template that the folder, the option and a request choose, without the part that all have in common."""
+    tokenizer = Tokenizer.load(EngineConfig(model=str(folder), chat_template=chat_template))
+    return tokenizer.template(asked).text.removesuffix(TEMPLATE)
+
+
+def test_the_default_of_a_list_of_templates_is_used(tmp_path: Path) -> None:
+    named = [{"name": name, "template": name + TEMPLATE} for name in ("tool_use", "default")]
+    with_templates(tmp_path, chat_template=named)
+    assert template_of(tmp_path) == "default"
+    assert template_of(tmp_path, "tool_use") == "tool_use"
+    assert template_of(tmp_path, asked="tool_use") == "tool_use"
+    assert template_of(tmp_path, asked="own" + TEMPLATE) == "own"
+
+
+def test_templates_of_a_folder_are_named_by_their_files(tmp_path: Path) -> None:
+    with_templates(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("first" + TEMPLATE)
+    assert template_of(tmp_path) == "first"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag" + TEMPLATE)
+    assert template_of(tmp_path) == "first"
+    assert template_of(tmp_path, "rag") == "rag"
+
+
+def test_a_processors_template_is_used_if_there_is_no_other(tmp_path: Path) -> None:
+    with_templates(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json" + TEMPLATE}))
+    assert template_of(tmp_path) == "json"
+    (tmp_path / "chat_template.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"chat_template.json cannot be read"):
+        Tokenizer.load(EngineConfig(model=str(tmp_path)))
+
+
+def test_templates_without_a_default_are_named_when_one_is_needed(tmp_path: Path) -> None:
+    with_templates(tmp_path, chat_template=[{"name": "tool_use", "template": TEMPLATE}])
+    with pytest.raises(ValueError, match="no chat template named 'default', but 'tool_use'; give one"):
+        template_of(tmp_path)
+
+
+def test_a_template_may_be_given_as_text_or_as_a_file(tmp_path: Path) -> None:
+    with_templates(tmp_path)
+    (tmp_path / "mine").write_text("file" + TEMPLATE)
+    assert template_of(tmp_path, str(tmp_path / "mine")) == "file"
+    assert template_of(tmp_path, "text" + TEMPLATE) == "text"
+
+
+def test_limits_of_templates_are_options(tmp_path: Path) -> None:
+    with_templates(
+        tmp_path, chat_template="{% for i in range(99999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    )
+    config = EngineConfig(model=str(tmp_path), chat_template_timeout_s=0.2, chat_template_max_chars=10)
+    tokenizer = Tokenizer.load(config)
+    with pytest.raises(ValueError, match=r"the chat template was stopped: it takes longer than 0\.2 s"):
+        tokenizer.apply_chat_template(CONVERSATION)
+    with pytest.raises(ValueError, match="it writes 11 characters, and 10 are the most"):
+        tokenizer.apply_chat_template(CONVERSATION, chat_template="{{ messages[0].content }}" + "x" * 6)
+    tokenizer.close()
+
+
+def test_special_tokens_are_added_to_a_conversation_if_asked_for() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = toy_tokenizer(chat_template=TEMPLATE)
+    tokenizer._backend.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    bare = tokenizer.apply_chat_template(CONVERSATION)
+    assert tokenizer.apply_chat_template(CONVERSATION, add_special_tokens=True) == [0, *bare]
+
+
+# Failures of the tokenizer itself
+
+
+class PanicException(BaseException):
+    """As PyO3 makes of a panic in Rust: no `Exception`."""
+
+
+def test_a_panic_is_an_error_of_the_text() -> None:
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
+
+    tokenizer = toy_tokenizer(chat_template=TEMPLATE)
+    tokenizer._backend = SimpleNamespace(encode=panic, decode=panic)
+    for call in (
+        lambda: tokenizer.encode("a"),
+        lambda: tokenizer.decode([1]),
+        lambda: tokenizer.apply_chat_template(CONVERSATION),
+    ):
+        with pytest.raises(ValueError, match=r"the tokenizer failed: index out of bounds$"):
+            call()
+
+
+def test_what_ends_a_program_goes_through() -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    tokenizer = toy_tokenizer()
+    tokenizer._backend = SimpleNamespace(encode=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+def test_a_description_is_plain_json(tmp_path: Path) -> None:
+    with_templates(tmp_path, chat_template=TEMPLATE, model_max_length=1e30, odd=[1, None, 2.5])
+    tokenizer = Tokenizer.load(EngineConfig(model=str(tmp_path)))
+    description = tokenizer.description()
+    assert json.loads(json.dumps(description, allow_nan=False)) == description
+    assert (description["chat_template"], description["eos_token"], description["odd"]) == (
+        TEMPLATE,
+        EOS,
+        [1, None, 2.5],
+    )
+    assert description["tokenizer_class"] and not any(name.endswith("_file") for name in description)
+    assert tokenizer.token_names([0, *tokenizer.encode(" 1"), 99_999]) == [EOS, "Ġ", "1", ""]

@@ -170,7 +170,7 @@ class Tokenizer:
             ValueError: There is no chat template, or it refuses the messages; the message says why.
             EngineDeadError: The tokenizer was closed.
         """
-        text = self._template(chat_template).render(
+        text = self.template(chat_template).render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -182,7 +182,12 @@ class Tokenizer:
         """End what renders chat templates, even at work; texts are encoded and decoded still."""
         self._renderer.close()
 
-    def _template(self, given: str | None) -> ChatTemplate:
+    def template(self, given: str | None = None) -> ChatTemplate:
+        """The chat template in use, or the given one: Jinja text, or the name of one of the tokenizer's own.
+
+        Raises:
+            ValueError: There is none.
+        """
         template = choose_template(self._fast.chat_template, given) if given is not None else None
         if template is not None:
             return self._new_template(template)
