@@ -13,7 +13,7 @@ from nanoflow.kernels.sample import IN_PROMPT, NUMBERS, SampleTables, scale_of
 
 FILTERS: dict[str, list[Any]] = {
     "top_k": [0, 1, 7, 50, 1500],
-    "top_p": [1.0, 1e-30, 0.3, 0.95, 0.9999],
+    "top_p": [1.0, 0.0, 1e-30, 0.3, 0.95, 0.9999],
     "log_min_p": [-np.inf, -10.0, -2.0, 0.0],
 }
 

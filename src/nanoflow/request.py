@@ -15,6 +15,10 @@ MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 300
 
 
+class RequestError(ValueError):
+    """What is wrong with a request, in one line for whoever sent it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
@@ -136,7 +140,7 @@ class Request:
         prompt_token_ids: At least one id.
         params: Shared by the completions of one prompt; `n` is not looked at here.
         seed: The seed that this sequence samples with; always set, so that a recompute draws the same tokens.
-        max_tokens: Most tokens to generate, already cut to the context length.
+        max_tokens: Most tokens to generate; no more than the context has room for.
         eos_token_ids: End of sequence of the model; empty with `ignore_eos`.
         arrival_s: Seconds on the monotonic clock of the machine.
     """

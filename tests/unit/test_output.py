@@ -78,34 +78,6 @@ def complete(prompt: Any, **params: Any) -> RequestOutput:
 # Text and reasons
 
 
-class FailingDetokenizer:
-    """As a tokenizer that panics in the middle of a text."""
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        raise ValueError("the tokenizer failed: index out of bounds")
-
-    def flush(self) -> str:
-        return ""
-
-
-@pytest.mark.parametrize("params", [{}, {"stop": ["zzz"]}])
-def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]) -> None:
-    processor, engine = make_processor(), FakeEngine()
-    healthy, requests = add(processor, "hello", "healthy", max_tokens=6, **params)
-    with monkeypatch.context() as patched:
-        patched.setattr("nanoflow.engine.output.make_detokenizer", lambda *_: FailingDetokenizer())
-        broken, more = add(processor, "hello", "broken", max_tokens=3, **params)
-    for request in (*requests, *more):
-        engine.add(request)
-    while engine.has_work:
-        processor.process(engine.step())
-        engine.abort(processor.take_stopped())
-    assert (broken.outputs[0].finish_reason, broken.outputs[0].text) == (FinishReason.ERROR, "")
-    assert broken.error == "the tokenizer failed: index out of bounds"
-    assert (healthy.outputs[0].finish_reason, healthy.error) == (FinishReason.LENGTH, None)
-    assert healthy.outputs[0].text == "hello" * 6 and not len(processor)
-
-
 def test_length_ends_a_completion_with_all_its_text() -> None:
     output = complete("hello world", max_tokens=40)
     (completion,) = output.outputs

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from nanoflow.engine.conversation import Conversation, joined_text, read_messages, text_part
 from nanoflow.engine.template_renderer import ChatTemplateError, ChatTemplateLimitError
+from nanoflow.request import RequestError
 
 # Arguments that are set by the engine, or that would change what a rendering is.
 RESERVED = frozenset(
@@ -70,21 +71,21 @@ class ChatTemplate:
             kwargs: Further variables of the template.
 
         Raises:
-            ValueError: A message or an argument is none, or the template refuses the messages, does not know a role or
+            RequestError: A message or an argument is none, or the template refuses the messages, does not know a role or
                 leaves a message out; the message says which.
         """
         options = read_kwargs(kwargs, self._special_tokens)
         if continue_final_message and add_generation_prompt:
-            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+            raise RequestError("add_generation_prompt and continue_final_message exclude each other")
         options |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         try:
             turns = [self._adapted(message) for message in read_messages(messages)]
             text = self._run(turns, options)
             self._check_all_shown(tuple(turn["role"] for turn in turns))
         except ChatTemplateLimitError as error:
-            raise ValueError(f"the chat template was stopped: {error}") from error
+            raise RequestError(f"the chat template was stopped: {error}") from error
         except ChatTemplateError as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
+            raise RequestError(f"the chat template refuses the messages: {error}") from error
         return text
 
     @cached_property
@@ -121,7 +122,7 @@ class ChatTemplate:
         role, content = message["role"], message["content"]
         if role not in COMMON_ROLES and not self._knows(role):
             if role not in SYNONYMS:
-                raise ValueError(f"the chat template does not know the role {role!r}")
+                raise RequestError(f"the chat template does not know the role {role!r}")
             role = SYNONYMS[role]
         return {**message, "role": role, "content": self._adapted_content(content)}
 
@@ -179,19 +180,19 @@ def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, A
     """Check further variables of a template.
 
     Raises:
-        ValueError: One is set by the engine, or no JSON value; the message names it.
+        RequestError: One is set by the engine, or no JSON value; the message names it.
     """
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping) or any(not isinstance(name, str) for name in kwargs):
-        raise ValueError("chat_template_kwargs must be a mapping of names to values")
+        raise RequestError("chat_template_kwargs must be a mapping of names to values")
     for name, value in kwargs.items():
         if name in RESERVED or name in special_tokens:
-            raise ValueError(f"chat_template_kwargs cannot hold {name!r}: the engine sets it")
+            raise RequestError(f"chat_template_kwargs cannot hold {name!r}: the engine sets it")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"chat_template_kwargs.{name} must be a JSON value: {error}") from None
+            raise RequestError(f"chat_template_kwargs.{name} must be a JSON value: {error}") from None
     return dict(kwargs)
 
 

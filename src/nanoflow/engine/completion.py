@@ -36,7 +36,6 @@ class Completion:
         "_num_read",
         "_params",
         "engine_id",
-        "failure",
         "last_token_s",
         "metrics",
         "name",
@@ -72,11 +71,6 @@ class Completion:
         self._logprobs = logprobs
         # Tokens from here on wait to become text.
         self._num_read = 0
-        self.failure: str | None = None
-
-    def fail(self, problem: str) -> None:
-        """Note that the tokenizer cannot make text of the tokens: there will be no more of it."""
-        self.failure, self.stops, self._detokenizer = problem, None, None
 
     def add_scores(self, scores: PlaceLogprobs) -> None:
         """Take the log probabilities of the tokens that came last, without those behind a stop string."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanoflow.request import RequestError
+
 ChatMessage = Mapping[str, Any]
 Content = str | Sequence[Mapping[str, Any]]
 Conversation = Sequence[ChatMessage]
@@ -22,12 +24,12 @@ def read_messages(messages: Conversation) -> list[dict[str, Any]]:
             they hold is for the template.
 
     Raises:
-        ValueError: They are none; the message names the place.
+        RequestError: They are none; the message names the place.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"a conversation is a list of messages, got {type(messages).__name__}")
+        raise RequestError(f"a conversation is a list of messages, got {type(messages).__name__}")
     if not messages:
-        raise ValueError("a conversation has at least one message")
+        raise RequestError("a conversation has at least one message")
     return [_read_message(place, message) for place, message in enumerate(messages)]
 
 
@@ -45,10 +47,12 @@ def text_part(text: str) -> dict[str, str]:
 
 def _read_message(place: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise ValueError(f"messages[{place}] must be a mapping with role and content, got {type(message).__name__}")
+        raise RequestError(f"messages[{place}] must be a mapping with role and content, got {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
-        raise ValueError(f"messages[{place}].role must be a text of 1 to {MAX_ROLE_CHARS} characters, got {role!r:.99}")
+        raise RequestError(
+            f"messages[{place}].role must be a text of 1 to {MAX_ROLE_CHARS} characters, got {role!r:.99}"
+        )
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
@@ -58,9 +62,9 @@ def _read_message(place: int, message: Any) -> dict[str, Any]:
 
 def _read_parts(name: str, content: Any) -> list[dict[str, Any]]:
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
-        raise ValueError(f"{name} must be a text or a list of parts, got {type(content).__name__}")
+        raise RequestError(f"{name} must be a text or a list of parts, got {type(content).__name__}")
     if not content:
-        raise ValueError(f"{name} has no part")
+        raise RequestError(f"{name} has no part")
     return [_read_part(f"{name}[{place}]", part) for place, part in enumerate(content)]
 
 
@@ -69,7 +73,7 @@ def _read_part(name: str, part: Any) -> dict[str, Any]:
         return text_part(part)
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
         kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
-        raise ValueError(f"{name} must be a part of type 'text', got {kind}")
+        raise RequestError(f"{name} must be a part of type 'text', got {kind}")
     if not isinstance(part.get("text"), str):
-        raise ValueError(f"{name}.text must be a text, got {type(part.get('text')).__name__}")
+        raise RequestError(f"{name}.text must be a text, got {type(part.get('text')).__name__}")
     return {**part, "type": "text"}

@@ -177,7 +177,7 @@ class OutputProcessor:
             if completion.stops is not None:
                 searched[engine_id] = completion
             grown[completion.name] = completion.request_output
-        stopped = [completion for i, completion in searched.items() if _stops(completion, step.finished.get(i))]
+        stopped = [completion for i, completion in searched.items() if completion.find_stop(step.finished.get(i))]
         for engine_id, scores in step.logprobs.items():
             completion = find(engine_id)
             if completion is not None:
@@ -268,7 +268,7 @@ class OutputProcessor:
 
     def _finish(self, completion: Completion, end: Finished, now_s: float) -> None:
         """End a completion, and its request if it was the last."""
-        end = _complete(completion, end)
+        completion.finish(end)
         living = self._living[completion.name]
         living.output.error = end.error or living.output.error
         del self._completions[completion.engine_id], living.running[completion.engine_id]
@@ -282,28 +282,6 @@ class OutputProcessor:
         del self._living[living.output.request_id]
         if self.observer is not None:
             self.observer.observe_finished(_summary(living, reason, now_s))
-
-
-def _stops(completion: Completion, end: Finished | None) -> bool:
-    """True if a stop string ends a completion, or a tokenizer that fails: neither may end the others."""
-    try:
-        return completion.find_stop(end)
-    except ValueError as error:
-        completion.fail(str(error))
-        return True
-
-
-def _complete(completion: Completion, end: Finished) -> Finished:
-    """Complete an output; why it ended, which is an error of its own if the tokenizer has failed."""
-    if completion.failure is None:
-        try:
-            completion.finish(end)
-            return end
-        except ValueError as error:
-            completion.fail(str(error))
-    failed = Finished(reason=FinishReason.ERROR, error=completion.failure)
-    completion.finish(failed)
-    return failed
 
 
 def _no_text(_token_id: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer
-from nanoflow.request import Request, SamplingParams
+from nanoflow.request import Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
@@ -88,7 +88,7 @@ def make_requests(
     )
     _check(first, facts)
     if max_tokens > room:
-        raise ValueError(
+        raise RequestError(
             f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together {num_prompt + max_tokens}; "
             f"the context length is {facts.max_model_len}"
         )
@@ -108,9 +108,9 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
             continue
         count = facts.vocab_size if wanted == -1 else wanted
         if count > facts.max_logprobs:
-            raise ValueError(f"{name} is {count}, this engine gives at most {facts.max_logprobs} (max_logprobs)")
+            raise RequestError(f"{name} is {count}, this engine gives at most {facts.max_logprobs} (max_logprobs)")
         if count > DEFAULT_MAX_LOGPROBS and count * num_places > _MAX_SCORES:
-            raise ValueError(f"{name} is {count} at {num_places} tokens, more than {_MAX_SCORES} numbers in all")
+            raise RequestError(f"{name} is {count} at {num_places} tokens, more than {_MAX_SCORES} numbers in all")
         counts[name] = count
     return dataclasses.replace(params, **counts) if counts else params
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.request import RequestError
 
 MAX_PROCESSES = 4
 _SCRIPT = Path(__file__).with_name("template_process.py")
@@ -25,7 +26,7 @@ _SCRIPT = Path(__file__).with_name("template_process.py")
 _MEMORY_MIB = 512
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(RequestError):
     """A chat template cannot render a conversation; one line that says why."""
 
 

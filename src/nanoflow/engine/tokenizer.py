@@ -22,6 +22,7 @@ from nanoflow.engine.template_renderer import TemplateRenderer
 from nanoflow.engine.token_bytes import TokenBytes, byte_rule
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
+from nanoflow.request import RequestError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -194,7 +195,7 @@ class Tokenizer:
         if self._chat_template is None:
             own = self._fast.chat_template
             names = f" named 'default', but {', '.join(map(repr, own))}" if isinstance(own, Mapping) else ""
-            raise ValueError(
+            raise RequestError(
                 f"this model has no chat template{names}; give one (chat_template), or complete a plain prompt"
             )
         return self._chat_template
@@ -304,13 +305,13 @@ def _json_values(value: Any) -> Any:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Make a ValueError of what tokenizers raise where their own code fails: a panic of Rust is no `Exception`."""
+    """Make a RequestError of what tokenizers raise where their own code fails: a panic of Rust is no `Exception`."""
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
         raise
     except BaseException as error:
-        raise ValueError(f"the tokenizer failed: {_one_line(error)}") from error
+        raise RequestError(f"the tokenizer failed: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

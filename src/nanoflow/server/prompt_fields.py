@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from nanoflow.request import RequestError
+
 INT32_MAX = 2**31 - 1
 
 
@@ -33,7 +35,7 @@ class PromptFields(BaseModel):
     @classmethod
     def _check_truncation(cls, value: int | None) -> int | None:
         if value == 0:
-            raise ValueError("a prompt has at least 1 token; -1 keeps as many as the context has room for")
+            raise RequestError("a prompt has at least 1 token; -1 keeps as many as the context has room for")
         return value
 
     def truncated(self, token_ids: list[int], max_tokens: int) -> list[int]:
@@ -44,12 +46,12 @@ class PromptFields(BaseModel):
             max_tokens: As many as there is room for.
 
         Raises:
-            ValueError: More are to be kept than there is room for.
+            RequestError: More are to be kept than there is room for.
         """
         wanted = self.truncate_prompt_tokens
         if wanted is None:
             return token_ids
         if wanted > max_tokens:
-            raise ValueError(f"truncate_prompt_tokens is {wanted}, and there is room for {max_tokens} tokens")
+            raise RequestError(f"truncate_prompt_tokens is {wanted}, and there is room for {max_tokens} tokens")
         num_kept = max_tokens if wanted == -1 else wanted
         return token_ids[:num_kept] if self.truncation_side == "right" else token_ids[-num_kept:]
