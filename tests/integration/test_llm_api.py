@@ -16,6 +16,7 @@ from nanoflow.bench.steady import ProgressRecorder
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.prompts import PromptInput
 from nanoflow.outputs import FinishReason
 from tests.toy_models import ENGINE_OPTIONS, MAX_MODEL_LEN, write_toy_model
@@ -86,6 +87,22 @@ def test_chat_takes_parts_roles_and_variables(model: str) -> None:
             llm.chat(conversation, GREEDY, use_tqdm=False, chat_template_kwargs={"messages": []})
     with pytest.raises(EngineDeadError, match="closed"):
         llm.chat(conversation, GREEDY, use_tqdm=False)
+
+
+def test_iterations_add_up_to_prompts_and_completions(model: str) -> None:
+    """Chunks of a prompt, its first token and the others."""
+
+    class Counts(ProgressRecorder):
+        num_tokens = 0
+
+        def observe_step(self, stats: EngineStats) -> None:
+            self.num_tokens += stats.iteration_tokens + stats.prefill_ends
+
+    counts = Counts()
+    with LLM(model, **{**ENGINE_OPTIONS, "max_batch_tokens": 16}) as llm:
+        llm.observe(counts)
+        outputs = llm.generate([[5, 6, 7], [8, 9] * 15], GREEDY, use_tqdm=False)
+    assert counts.num_tokens == 3 + 30 + sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
 def test_an_observer_sees_every_iteration(llm: LLM) -> None:

@@ -347,7 +347,9 @@ class FakeAsyncEngine:
             finally:
                 engine.log.append("start cancelled")
         engine.tokenizer = SimpleNamespace(  # type: ignore[attr-defined]
-            apply_chat_template=lambda messages: " ".join(message["content"] for message in messages)
+            apply_chat_template=lambda messages, chat_template_kwargs=None: " ".join(
+                [*(message["content"] for message in messages), *map(str, (chat_template_kwargs or {}).items())]
+            )
         )
         return engine
 
@@ -418,6 +420,22 @@ def test_chat_keeps_resets_and_quits(
     captured = capsys.readouterr()
     assert captured.out.splitlines()[:3] == ["s a ", "s a s a b ", "s c "]
     assert "/reset" in captured.out and "never" not in captured.out
+
+
+def test_chat_gives_variables_to_the_template(
+    fake_engine: type[FakeAsyncEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    assert run_cli("chat", "--chat-template-kwargs", '{"enable_thinking": false}') == 0
+    assert capsys.readouterr().out == "a ('enable_thinking', False) \n"
+
+
+@pytest.mark.parametrize(("value", "problem"), [("{", "no JSON"), ("[1]", "a JSON object is expected")])
+def test_other_variables_than_an_object_are_one_line(
+    value: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("chat", "--chat-template-kwargs", value) == 2
+    assert problem in capsys.readouterr().err
 
 
 def test_chat_goes_on_after_an_error(
@@ -496,6 +514,12 @@ def test_chat_with_a_server(
     assert [message["content"] for message in ChatServer.bodies[-1]["messages"]] == ["hi", "Hello", "yo"]
     sent = {name: value for name, value in ChatServer.bodies[0].items() if name != "messages"}
     assert sent == {"model": "served", "temperature": 0.5, "stream": True}
+
+
+def test_chat_sends_variables_to_a_server(chat_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert run_cli("chat", "--url", chat_server, "--chat-template-kwargs", '{"enable_thinking": false}') == 0
+    assert ChatServer.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_chat_without_a_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

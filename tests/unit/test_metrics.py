@@ -132,10 +132,10 @@ def test_iterations_and_preemptions_are_counted() -> None:
     metrics = metrics_of(engine)
     for num_preemptions in (0, 2, 2, 3):
         engine.num_preemptions = num_preemptions
-        metrics.observe_step(EngineStats(num_preemptions=num_preemptions, iteration_tokens=8))
+        metrics.observe_step(EngineStats(num_preemptions=num_preemptions, iteration_tokens=8, prefill_ends=1))
     seen = values(metrics)
     assert seen["num_preemptions_total"] == 3
-    assert (seen["iteration_tokens_total_count"], seen["iteration_tokens_total_sum"]) == (4, 32)
+    assert (seen["iteration_tokens_total_count"], seen["iteration_tokens_total_sum"]) == (4, 36)
 
 
 def test_plans_are_named_and_their_iterations_counted() -> None:

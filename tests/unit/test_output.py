@@ -120,6 +120,7 @@ def test_what_does_not_fit_in_the_context_is_refused_with_the_sizes() -> None:
         ValueError, match=rf"200 tokens and max_tokens is {room + 1}, .* context length is {MAX_MODEL_LEN}"
     ):
         complete([5] * 200, max_tokens=room + 1)
+    assert len(complete([5] * (MAX_MODEL_LEN - 3)).outputs[0].token_ids) == 3, "nobody has asked for 16"
     with pytest.raises(ValueError, match="the prompt has 256 tokens"):
         complete([5] * MAX_MODEL_LEN, max_tokens=1)
 

@@ -71,8 +71,8 @@ class ChatTemplate:
             kwargs: Further variables of the template.
 
         Raises:
-            RequestError: A message or an argument is none, or the template refuses the messages, does not know a role or
-                leaves a message out; the message says which.
+            RequestError: A message or an argument is none, or the template refuses the messages, does not know a role
+                or leaves a message out; the error says which.
         """
         options = read_kwargs(kwargs, self._special_tokens)
         if continue_final_message and add_generation_prompt:

@@ -21,6 +21,7 @@ PromptInput = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 
 _NUM_SEEDS = 2**64
+_DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
 # many make an answer of about a gigabyte.
 _MAX_SCORES = 2**23
@@ -75,7 +76,7 @@ def make_requests(
     _require_ints("the token ids of logit_bias", params.logit_bias or ())
     num_prompt = len(prompt.token_ids)
     room = max(facts.max_model_len - num_prompt, 0)
-    max_tokens = room if params.max_tokens is None else params.max_tokens
+    max_tokens = _max_tokens(params, room)
     params = _counted_logprobs(params, num_prompt, max_tokens, facts)
     first = Request(
         request_id=first_id,
@@ -97,6 +98,14 @@ def make_requests(
         dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
         for i in range(1, params.n)
     ]
+
+
+def _max_tokens(params: SamplingParams, room: int) -> int:
+    """Most tokens to generate. The default is no demand: it yields where the context has less room."""
+    wanted = params.max_tokens
+    if wanted is None:
+        return room
+    return min(wanted, room) if wanted == _DEFAULT_MAX_TOKENS else wanted
 
 
 def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, facts: EngineFacts) -> SamplingParams:
