@@ -7,6 +7,7 @@ A process is started when it is first needed, and again when one was ended. Know
 from __future__ import annotations
 
 import json
+import queue
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from nanoflow.request import RequestError
 
 MAX_PROCESSES = 4
 _SCRIPT = Path(__file__).with_name("template_process.py")
+_PATIENCE_S = 0.05
 # For the template's own work; the text that comes of it is far smaller.
 _MEMORY_MIB = 512
 
@@ -46,7 +48,8 @@ class TemplateRenderer:
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._places = threading.BoundedSemaphore(MAX_PROCESSES)
-        self._idle: list[subprocess.Popen[bytes]] = []
+        # Last in, first out: one that was just at work is still in the processor's caches.
+        self._idle: queue.LifoQueue[subprocess.Popen[bytes]] = queue.LifoQueue()
         self._all: set[subprocess.Popen[bytes]] = set()
         self._is_closed = False
         weakref.finalize(self, _end, self._all)
@@ -81,7 +84,7 @@ class TemplateRenderer:
     def _process(self) -> Iterator[subprocess.Popen[bytes]]:
         """A process for one job; it is kept for the next one unless it has ended."""
         with self._places:
-            process = self._take_idle() or self._start()
+            process = self._idle_or_new()
             try:
                 yield process
             except BaseException:
@@ -89,16 +92,17 @@ class TemplateRenderer:
                 _end({process})
                 _close_pipes(process)
                 raise
-            self._idle.append(process)
+            self._idle.put(process)
 
-    def _take_idle(self) -> subprocess.Popen[bytes] | None:
-        with suppress(IndexError):
+    def _idle_or_new(self) -> subprocess.Popen[bytes]:
+        """One that has nothing to do. Starting one takes longer than most templates, so one is waited for first."""
+        with suppress(queue.Empty):
             while True:
-                process = self._idle.pop()
+                process = self._idle.get(timeout=_PATIENCE_S if self._all else 0)
                 if process.poll() is None:
                     return process
                 self._all.discard(process)
-        return None
+        return self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._is_closed:
