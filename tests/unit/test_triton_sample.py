@@ -139,6 +139,15 @@ def test_top_logprobs(dtype: torch.dtype, vocab_size: int) -> None:
     assert torch.equal(ids[:, 1:].long(), order[:, :20])
 
 
+def test_logprobs_of_a_whole_vocabulary_are_those_of_the_twin() -> None:
+    """One token after the other would take a reading of the row for each."""
+    logits, places, token_ids = _logits(2, 4097, torch.float32), torch.tensor([1]), torch.tensor([7])
+    found = fast.top_logprobs(logits, places, token_ids, 4097, blocks=BLOCKS)
+    for field, expected in zip(found, sample.top_logprobs(logits, places, token_ids, 4097), strict=True):
+        assert torch.equal(field, expected)
+    assert found[0].shape == (1, 4098)
+
+
 def test_draws_follow_the_distribution() -> None:
     """Chi-square over the tokens that top_k and top_p leave, of draws with as many seeds."""
     num_draws, vocab_size = 120, 12
