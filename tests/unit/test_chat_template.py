@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from nanoflow.engine.chat_template import ChatTemplate, choose_template
+from nanoflow.engine.chat_template import ChatTemplate
 from nanoflow.engine.conversation import joined_text, read_messages
+from nanoflow.engine.template_choice import choose_template
 from nanoflow.engine.template_renderer import ChatTemplateLimitError
 from tests import templates
 from tests.templates import InProcess, template

@@ -106,7 +106,7 @@ def with_templates(folder: Path, **options: Any) -> Path:
 def template_of(folder: Path, chat_template: str | None = None, *, asked: str | None = None) -> str:
     """The template that the folder, the option and a request choose, without the part that all have in common."""
     tokenizer = Tokenizer.load(EngineConfig(model=str(folder), chat_template=chat_template))
-    return tokenizer.template(asked).text.removesuffix(TEMPLATE)
+    return tokenizer.chat_templates.get(asked).text.removesuffix(TEMPLATE)
 
 
 def test_the_default_of_a_list_of_templates_is_used(tmp_path: Path) -> None:
@@ -132,6 +132,9 @@ def test_a_processors_template_is_used_if_there_is_no_other(tmp_path: Path) -> N
     with_templates(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json" + TEMPLATE}))
     assert template_of(tmp_path) == "json"
+    several = [{"name": "a", "template": "x"}, {"name": "default", "template": "named" + TEMPLATE}]
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": several}))
+    assert template_of(tmp_path) == "named"
     (tmp_path / "chat_template.json").write_text("[]")
     with pytest.raises(TokenizerError, match=r"chat_template.json cannot be read"):
         Tokenizer.load(EngineConfig(model=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""A model's chat template: which of several it is, and what becomes of a conversation.
+"""A model's chat template, and what becomes of a conversation. Which of several it is: `template_choice.py`.
 
 Templates are programs of the model's maker, and most know neither every role nor every form of a content. What one
 does is tried once, with messages of made-up words: whether it takes a content as one text or in parts, which roles it
@@ -161,19 +161,6 @@ class ChatTemplate:
         hidden = [] if text is None else [place for place in range(len(roles)) if _word(place) not in text]
         # A template that shows no message at all is not about messages.
         return hidden[0] if 0 < len(hidden) < len(roles) else None
-
-
-def choose_template(own: str | Mapping[str, str] | None, given: str | None) -> str | None:
-    """The template to use.
-
-    Args:
-        own: The tokenizer's: one, or several by name, of which "default" is used.
-        given: What is asked for instead: the name of one of the tokenizer's own, or a template.
-    """
-    named = own if isinstance(own, Mapping) else {}
-    if given is not None:
-        return named.get(given, given)
-    return own if isinstance(own, str) else named.get("default")
 
 
 def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, Any]) -> dict[str, Any]:

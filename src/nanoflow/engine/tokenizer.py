@@ -7,7 +7,6 @@ one is made in `detokenize.py`, the text of a conversation in `chat_template.py`
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
-from nanoflow.engine.chat_template import ChatTemplate, choose_template
 from nanoflow.engine.conversation import Conversation
-from nanoflow.engine.template_renderer import TemplateRenderer
+from nanoflow.engine.template_choice import ChatTemplates, TemplateFileError, read_given
 from nanoflow.engine.token_bytes import TokenBytes, byte_rule
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
@@ -41,24 +39,21 @@ class Tokenizer:
     Args:
         fast: A `transformers` fast tokenizer.
         chat_template: Replaces the tokenizer's own template: Jinja text, or the name of one of the tokenizer's own.
-        renderer: Runs chat templates; one with the usual limits if not given.
+        config: How long chat templates may take, and how much they may write.
 
     Raises:
         TokenizerError: It is not a fast tokenizer.
 
     Attributes:
+        chat_templates: What makes a text of a conversation.
         byte_rule: How its tokens stand for bytes; None if they do not.
     """
 
-    def __init__(
-        self, fast: Any, chat_template: str | None = None, *, renderer: TemplateRenderer | None = None
-    ) -> None:
+    def __init__(self, fast: Any, chat_template: str | None = None, *, config: EngineConfig | None = None) -> None:
         if not fast.is_fast:
             raise TokenizerError(f"{type(fast).__name__} has no fast version, and only fast tokenizers are supported")
         self._fast = fast
-        self._renderer = renderer or _new_renderer(EngineConfig())
-        template = choose_template(fast.chat_template, chat_template)
-        self._chat_template = None if template is None else self._new_template(template)
+        self.chat_templates = ChatTemplates(fast, chat_template, config or EngineConfig())
         # The backend is used directly: its methods keep no state between calls, so that threads do not meet in them.
         self._backend = fast.backend_tokenizer
         self._backend.no_truncation()
@@ -80,8 +75,11 @@ class Tokenizer:
         """
         source = _source(config)
         fast = _load_fast(source)
-        template = _given_template(config.chat_template, fast, source)
-        return cls(fast, template, renderer=_new_renderer(config))
+        try:
+            given = read_given(config.chat_template, fast.chat_template, Path(source))
+        except TemplateFileError as error:
+            raise TokenizerError(str(error)) from error
+        return cls(fast, given, config=config)
 
     @property
     def vocab_size(self) -> int:
@@ -97,7 +95,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """True if conversations can be encoded."""
-        return self._chat_template is not None
+        return self.chat_templates.usual is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -130,7 +128,8 @@ class Tokenizer:
     def description(self) -> dict[str, Any]:
         """Its configuration in JSON values, as tokenizer_config.json has it, with the class and the chat template."""
         found = {name: value for name, value in self._fast.init_kwargs.items() if not name.endswith("_file")}
-        template = None if self._chat_template is None else self._chat_template.text
+        usual = self.chat_templates.usual
+        template = None if usual is None else usual.text
         return {**_json_values(found), "tokenizer_class": type(self._fast).__name__, "chat_template": template}
 
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
@@ -171,7 +170,7 @@ class Tokenizer:
             ValueError: There is no chat template, or it refuses the messages; the message says why.
             EngineDeadError: The tokenizer was closed.
         """
-        text = self.template(chat_template).render(
+        text = self.chat_templates.get(chat_template).render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -181,31 +180,7 @@ class Tokenizer:
 
     def close(self) -> None:
         """End what renders chat templates, even at work; texts are encoded and decoded still."""
-        self._renderer.close()
-
-    def template(self, given: str | None = None) -> ChatTemplate:
-        """The chat template in use, or the given one: Jinja text, or the name of one of the tokenizer's own.
-
-        Raises:
-            ValueError: There is none.
-        """
-        template = choose_template(self._fast.chat_template, given) if given is not None else None
-        if template is not None:
-            return self._new_template(template)
-        if self._chat_template is None:
-            own = self._fast.chat_template
-            names = f" named 'default', but {', '.join(map(repr, own))}" if isinstance(own, Mapping) else ""
-            raise RequestError(
-                f"this model has no chat template{names}; give one (chat_template), or complete a plain prompt"
-            )
-        return self._chat_template
-
-    def _new_template(self, text: str) -> ChatTemplate:
-        special = {
-            name: list(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            for name, value in self._fast.special_tokens_map.items()
-        }
-        return ChatTemplate(text, special, self._renderer)
+        self.chat_templates.close()
 
     def _read_token_bytes(self, skip_special_tokens: bool, token_id: int) -> bytes:
         if self.byte_rule is None:
@@ -258,38 +233,6 @@ def _load_fast(source: str | Path) -> Any:
     # Broken files surface as almost any exception; for the user all mean the same.
     except Exception as error:
         raise TokenizerError(f"the tokenizer of {source} cannot be loaded: {_one_line(error)}") from error
-
-
-def _new_renderer(config: EngineConfig) -> TemplateRenderer:
-    return TemplateRenderer(timeout_s=config.chat_template_timeout_s, max_chars=config.chat_template_max_chars)
-
-
-def _given_template(given: str | None, fast: Any, source: str | Path) -> str | None:
-    """What `--chat-template` says: the name of one of the tokenizer's templates, a file, or a template itself.
-
-    Without it, a template that stands in a file of its own which tokenizers do not read.
-    """
-    if given is None:
-        return None if fast.chat_template is not None else _processor_template(Path(source))
-    if isinstance(fast.chat_template, Mapping) and given in fast.chat_template:
-        return given
-    if "{{" in given or "{%" in given:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise TokenizerError(f"the chat template {given} cannot be read: {_one_line(error)}") from error
-
-
-def _processor_template(folder: Path) -> str | None:
-    """The template of `chat_template.json`, in which models for more than text have theirs."""
-    file = folder / "chat_template.json"
-    if not file.is_file():
-        return None
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise TokenizerError(f"the chat template {file} cannot be read: {_one_line(error)}") from error
 
 
 def _json_values(value: Any) -> Any:
