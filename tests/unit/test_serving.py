@@ -236,7 +236,7 @@ def test_a_server_that_runs_is_measured_by_its_address(server_url: str, tmp_path
         (["--rates", "0:5"], "request_rate must be positive"),
         (["--base-url", "http://x/v1", "--in-process"], "is a server that runs already"),
         (["--server-command", "serve"], "must have {port}"),
-        (["--top-p", "0"], "top_p"),
+        (["--top-p", "2"], "top_p"),
     ],
 )
 def test_loads_that_make_no_sense_are_refused(

@@ -78,7 +78,7 @@ def choose_template(own: str | Mapping[str, str] | None, given: str | None) -> s
 def read_given(given: str | None, own: str | Mapping[str, str] | None, folder: Path) -> str | None:
     """What `--chat-template` says: the name of one of the tokenizer's own, a file, or a template itself.
 
-    Without it, the template of `chat_template.json` if the tokenizer has none: models for more than text have one there.
+    Without it, the template of `chat_template.json` if the tokenizer has none: models for more than text have it there.
 
     Raises:
         TemplateFileError: A file cannot be read.
