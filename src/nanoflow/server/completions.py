@@ -29,7 +29,9 @@ def completions_router(service: Service) -> APIRouter:
         """Continue a text; with `stream` in server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
-        prompts = await while_connected(request.receive, service.completion_prompts(body))
+        prompts = body.prompts
+        if body.changes_tokens:
+            prompts = await while_connected(request.receive, service.prompt_token_ids(body))
         call = Call(engine=service.engine, prompts=prompts, params=params, call_id=new_id("cmpl"))
         completion = _Completion(service=service, body=body, call=call)
         if body.stream:

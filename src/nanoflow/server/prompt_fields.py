@@ -31,6 +31,11 @@ class PromptFields(BaseModel):
         None, description="Name tokens in logprobs by their id, as token_id:5"
     )
 
+    @property
+    def changes_tokens(self) -> bool:
+        """True if a prompt's tokens are not simply those of its text."""
+        return self.truncate_prompt_tokens is not None or self.add_special_tokens is False
+
     @field_validator("truncate_prompt_tokens")
     @classmethod
     def _check_truncation(cls, value: int | None) -> int | None:

@@ -104,10 +104,8 @@ class Service:
         with user_errors():
             return await asyncio.get_running_loop().run_in_executor(self.chat_threads, render)
 
-    async def completion_prompts(self, body: CompletionRequest) -> list[Prompt]:
-        """The prompts of a call; as token ids if something is to be done with these."""
-        if body.truncate_prompt_tokens is None and body.add_special_tokens is not False:
-            return body.prompts
+    async def prompt_token_ids(self, body: CompletionRequest) -> list[Prompt]:
+        """The prompts of a call as token ids, made as it says."""
         adds = body.add_special_tokens is not False
         all_ids = [
             await self.encode(prompt, add_special_tokens=adds) if isinstance(prompt, str) else prompt
@@ -117,6 +115,8 @@ class Service:
 
     def truncated(self, token_ids: list[int], body: CompletionRequest | ChatCompletionRequest) -> list[int]:
         """What is kept of a prompt, so that the completion fits too."""
+        if body.truncate_prompt_tokens is None:
+            return token_ids
         wanted = self.sampling(body).max_tokens or 1
         with user_errors():
             return body.truncated(token_ids, max(self.engine.facts.max_model_len - wanted, 1))
