@@ -63,6 +63,16 @@ def test_a_template_may_change_contents_and_need_not_show_any() -> None:
     assert text_of("always the same", ("user", "u"), ("assistant", "a")) == "always the same"
 
 
+def test_a_template_may_need_a_variable_or_change_letters_of_some_roles() -> None:
+    only_if_asked = "{% for m in messages if m.role != 'system' or shown %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    conversation = (("system", "s"), ("user", "u"))
+    assert text_of(only_if_asked, *conversation, kwargs={"shown": True}) == "[system]s[user]u"
+    with pytest.raises(ValueError, match=r"leave out messages\[0\], of role 'system'"):
+        text_of(only_if_asked, ("system", "s"), ("user", "u"), ("assistant", "a"))
+    loud = "{% for m in messages %}{{ m.content | upper if m.role == 'system' else m.content }}{% endfor %}"
+    assert text_of(loud, *conversation) == "Su"
+
+
 # Contents
 
 

@@ -74,14 +74,14 @@ class ChatTemplate:
             RequestError: A message or an argument is none, or the template refuses the messages, does not know a role
                 or leaves a message out; the error says which.
         """
-        options = read_kwargs(kwargs, self._special_tokens)
+        own = read_kwargs(kwargs, self._special_tokens)
         if continue_final_message and add_generation_prompt:
             raise RequestError("add_generation_prompt and continue_final_message exclude each other")
-        options |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         try:
             turns = [self._adapted(message) for message in read_messages(messages)]
-            text = self._run(turns, options)
-            self._check_all_shown(tuple(turn["role"] for turn in turns))
+            text = self._run(turns, {**own, **options})
+            self._check_all_shown(tuple(turn["role"] for turn in turns), own)
         except ChatTemplateLimitError as error:
             raise RequestError(f"the chat template was stopped: {error}") from error
         except ChatTemplateError as error:
@@ -108,10 +108,10 @@ class ChatTemplate:
         job = {"conversations": [turns], "chat_template": self.text, **self._special_tokens, **options}
         return self._renderer.render(job)
 
-    def _try(self, turns: Sequence[Mapping[str, Any]]) -> str | None:
-        """What becomes of made-up messages; None if they are refused."""
+    def _try(self, turns: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:
+        """What becomes of made-up messages, in small letters; None if they are refused."""
         try:
-            return self._run(turns, {"add_generation_prompt": False})
+            return self._run(turns, {**(kwargs or {}), "add_generation_prompt": False}).lower()
         except ChatTemplateLimitError:
             raise
         except ChatTemplateError:
@@ -147,17 +147,17 @@ class ChatTemplate:
     def _made_up(self, roles: Sequence[str]) -> list[dict[str, Any]]:
         return [{"role": role, "content": self._adapted_content(_word(i))} for i, role in enumerate(roles)]
 
-    def _check_all_shown(self, roles: tuple[str, ...]) -> None:
+    def _check_all_shown(self, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse a conversation of which the template would leave out a message without a word."""
         if roles not in self._shapes_shown:
-            place = self._first_dropped(roles)
+            place = self._first_dropped(roles, kwargs)
             if place is not None:
                 raise ChatTemplateError(f"it would leave out messages[{place}], of role {roles[place]!r}")
             if len(self._shapes_shown) < _MAX_KEPT:
                 self._shapes_shown.add(roles)
 
-    def _first_dropped(self, roles: Sequence[str]) -> int | None:
-        text = self._try(self._made_up(roles))
+    def _first_dropped(self, roles: Sequence[str], kwargs: Mapping[str, Any]) -> int | None:
+        text = self._try(self._made_up(roles), kwargs)
         hidden = [] if text is None else [place for place in range(len(roles)) if _word(place) not in text]
         # A template that shows no message at all is not about messages.
         return hidden[0] if 0 < len(hidden) < len(roles) else None
