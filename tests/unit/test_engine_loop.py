@@ -178,6 +178,14 @@ def test_an_iteration_begins_when_the_one_before_has_ended(monkeypatch: pytest.M
     assert times.times_s == [10.0, 10.0, 10.0]
 
 
+def test_tokens_of_prompts_are_counted_apart() -> None:
+    engine, seen = _engine(None, is_async=False), []
+    while engine.has_work:
+        stats = engine.step().stats
+        seen.append((stats.iteration, stats.iteration_tokens, stats.prefill_tokens))
+    assert seen == [(1, 2, 2), *((count, 1, 0) for count in range(2, 9))]
+
+
 @pytest.mark.parametrize("is_async", [True, False])
 def test_the_option_decides_whether_the_first_step_waits_for_its_tokens(is_async: bool, tmp_path: Path) -> None:
     config = EngineConfig(model=str(write_toy_model(tmp_path)), async_scheduling=is_async, **ENGINE_OPTIONS)
