@@ -113,6 +113,15 @@ def test_what_overlaps_perfectly_takes_as_long_as_the_busiest_resource() -> None
     assert found is not None and found.period_s == pytest.approx(8.0)
 
 
+def test_the_earliest_task_starts_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in its period the solver puts it."""
+    found = Solution(values=np.array([1.0, 0.75, 1.25]), bound=1.0)
+    monkeypatch.setattr(Program, "maximise", lambda *_, **__: found)
+    case = problem([("qkv_proj", 0, 1.0), ("decode_attention", 0, 1.0)], [(0, 1, 0)])
+    schedule = solve_structure(case, max_stages=3, effort=EFFORT)
+    assert schedule is not None and schedule.starts == (0.0, 0.5)
+
+
 def test_one_nano_batch_cannot_overlap() -> None:
     case = problem(
         [("qkv_proj", 0, 1.0), ("decode_attention", 0, 4.0), ("down_proj", 0, 3.0)], [(0, 1, 0), (1, 2, 0), (2, 0, 1)]
