@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,12 +122,19 @@ def test_the_solver_is_bounded_by_nodes_so_that_results_repeat(monkeypatch: pyte
     asked: list[dict[str, float]] = []
 
     def noted(*args: Any, options: dict[str, float], **kwargs: Any) -> Any:
-        asked.append(options)
+        asked.append(dict(options))
         return milp(*args, options=options, **kwargs)
 
     monkeypatch.setattr(structure, "milp", noted)
     solve_structure(chain([1, 1, 4, 4, 3, 3]), max_stages=3, effort=Effort(num_nodes=7, time_limit_s=60))
     assert [(options["node_limit"], options["time_limit"]) for options in asked] == [(7, 60)]
+
+
+def test_a_device_is_not_divided_beside_collectives() -> None:
+    case, measured = chain([1, 1, 4, 4, 3, 3]), interference([(0.5, 0.5, 0.8)])
+    assert divisions(case, measured)
+    first = replace(case.tasks[0], group=replace(case.tasks[0].group, resource=Resource.NETWORK))
+    assert divisions(replace(case, tasks=(first, *case.tasks[1:])), measured) == []
 
 
 def test_the_earliest_task_starts_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
