@@ -53,3 +53,27 @@ def resource_plan(graph: OpGraph, num_tokens: int, boundary: int) -> PipelinePla
             for start, stop in ((0, boundary), (boundary, num_tokens))
         ),
     )
+
+
+def alternating_plan(graph: OpGraph, num_tokens: int, boundary: int, share: float) -> PipelinePlan:
+    """Two nano-batches, one in decode attention while the other is in products; each lane has this share."""
+    at = next(place for place, op in enumerate(graph.layer) if op.kind is OpKind.DECODE_ATTENTION)
+    before, after = graph.layer[: at + 1], graph.layer[at + 1 :]
+    halves = ((0, boundary), (boundary, num_tokens))
+    order = ((before, 0, 0), (after, 1, 1), (before, 1, 0), (after, 0, 0))
+    return PipelinePlan(
+        name="alternating",
+        num_tokens=num_tokens,
+        lanes=tuple(Lane(name=name, mechanism=Mechanism.STREAM, share=share) for name in ("compute", "memory")),
+        nano_operations=tuple(
+            NanoOperation(
+                operation=op.name,
+                start=halves[half][0],
+                stop=halves[half][1],
+                lane=LANE_OF.get(op.kind, "compute"),
+                stage=stage,
+            )
+            for operations, half, stage in order
+            for op in operations
+        ),
+    )

@@ -20,7 +20,16 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import MadeFor, PlanBook, PlanEntry, StoredBook, load_book
+from nanoflow.plan.book import (
+    BookLimits,
+    BookPrediction,
+    MadeFor,
+    PlanBook,
+    PlanEntry,
+    StoredBook,
+    WorkloadPrediction,
+    load_book,
+)
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 
@@ -286,3 +295,13 @@ def test_another_gpu_is_warned_of(
         load_for_engine(path)
     wanted = [f"{path} is for {num_gpus} x {gpu} and runs on 1 x cpu: its plans may be slow"] if is_warned else []
     assert caplog.messages == wanted
+
+
+def test_the_gain_over_several_workloads_is_their_geometric_mean() -> None:
+    limits = BookLimits(max_batch_tokens=64, max_num_seqs=8)
+    workloads = tuple(
+        WorkloadPrediction(workload="w", num_requests=1, sequential_tokens_per_s=100.0, tokens_per_s=each)
+        for each in (144.0, 100.0)
+    )
+    assert BookPrediction(sequential_limits=limits, workloads=workloads).gain == pytest.approx(1.2)
+    assert BookPrediction(sequential_limits=limits, workloads=workloads[:1]).gain == pytest.approx(1.44)

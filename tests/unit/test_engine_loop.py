@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,40 @@ def test_a_batch_is_launched_before_the_tokens_of_the_one_before_are_read(is_asy
         assert worker.happened == [("launch", 0), *middle, ("read", count - 1)]
     else:
         assert worker.happened == [(what, i) for i in range(count) for what in ("launch", "read")]
+
+
+class NotedTimes:
+    """Keeps what it is told."""
+
+    estimate = None
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def observe(self, _shape: object, time_s: float) -> bool:
+        self.times_s.append(time_s)
+        return False
+
+
+def test_an_iteration_begins_when_the_one_before_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was launched earlier; the first begins with its launch."""
+    engine, times = _engine(None), NotedTimes()
+    engine._worker = WatchedWorker()  # type: ignore[assignment]
+    engine._times = times  # type: ignore[assignment]
+    # Launch, launch, end, launch, end, ...: ten seconds each.
+    clock = iter([1.0, 2.0, 11.0, 12.0, 21.0, 22.0, 31.0])
+    monkeypatch.setattr("nanoflow.engine.engine.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for _ in range(4):
+        engine.step()
+    assert times.times_s == [10.0, 10.0, 10.0]
+
+
+def test_tokens_of_prompts_are_counted_apart() -> None:
+    engine, seen = _engine(None, is_async=False), []
+    while engine.has_work:
+        stats = engine.step().stats
+        seen.append((stats.iteration, stats.iteration_tokens, stats.prefill_tokens))
+    assert seen == [(1, 2, 2), *((count, 1, 0) for count in range(2, 9))]
 
 
 @pytest.mark.parametrize("is_async", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,40 @@ def inside(plan: PipelinePlan, graph: OpGraph) -> PipelinePlan:
             replace(nano, lane=lane[kinds[nano.operation] is OpKind.DECODE_ATTENTION]) for nano in plan.nano_operations
         ),
     )
+
+
+class NotingCarrier:
+    """Notes what it is to finish, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.finished: list[object] = []
+
+    def rounds(self, dims: LinearDims, num_tokens: int) -> int:
+        return 1
+
+    def take(self, attention: Launch, max_runs: int) -> Launch:
+        return attention
+
+    def run(self, product: Launch, taken: Launch, until: int) -> None:
+        raise AssertionError
+
+    def finish(self, taken: Launch) -> None:
+        self.finished.append(taken)
+
+
+def test_attention_that_no_step_has_waited_for_is_done_at_the_end() -> None:
+    graph = build_graph(parse(CONFIG), None)
+    plan, carrier = inside(sequential_plan(graph, 4), graph), NotingCarrier()
+    executor = PipelinedExecutor(device_model(graph, 1), (plan,), max_batch_tokens=4, max_logits=1)
+    steps = bind(plan, graph)
+    lanes = InsideLanes(steps, dict(carriers(plan, graph, graph.num_layers)), executor.workspace, carrier)
+    place = next(i for i, step in enumerate(steps) if step.op.kind is OpKind.DECODE_ATTENTION)
+    launch: Any = object()
+    with lanes.running():
+        with lanes.on(place) as workspace:
+            workspace.model.kernels[OpKind.DECODE_ATTENTION](launch)
+        assert not carrier.finished
+    assert carrier.finished == [launch]
 
 
 @pytest.mark.parametrize("shares", [(1.0, 0.2), (0.8, 1.0), (0.8, 0.21), (1.0, 1e-9)])

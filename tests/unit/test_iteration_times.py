@@ -36,6 +36,28 @@ def test_a_card_that_becomes_slower_is_followed() -> None:
         assert 1.2 < times.estimate.predict_s(shape) / _time_s(shape) < 1.55
 
 
+def test_what_was_long_ago_is_forgotten() -> None:
+    times = IterationTimes()
+    for factor, count in ((1.0, 2000), (2.0, 400)):
+        for place in range(count):
+            times.observe(SHAPES[place % len(SHAPES)], _time_s(SHAPES[place % len(SHAPES)], factor))
+    assert times.estimate is not None
+    assert times.estimate.predict_s(SHAPES[0]) == pytest.approx(_time_s(SHAPES[0], 2.0), rel=0.05)
+
+
+def test_what_is_not_met_for_long_is_known_from_the_start() -> None:
+    """Long contexts, timed beforehand, among many short iterations."""
+    times = IterationTimes([(shape, _time_s(shape)) for shape in SHAPES])
+    long, short = shape_of(256, 100_000, 0, 0), shape_of(1, 10, 0, 0)
+    before = IterationTimes([(shape, _time_s(shape)) for shape in (*SHAPES, long)])
+    for _ in range(1000):
+        times.observe(short, _time_s(short))
+        before.observe(short, _time_s(short))
+    assert before.estimate is not None and times.estimate is not None
+    assert before.estimate.predict_s(long) == pytest.approx(_time_s(long), rel=0.1)
+    assert times.estimate.predict_s(SHAPES[-1]) == pytest.approx(_time_s(SHAPES[-1]), rel=0.1)
+
+
 def test_an_engine_without_a_start_learns_from_what_runs() -> None:
     times = IterationTimes()
     for _ in range(30):

@@ -11,8 +11,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import AttentionDims, BatchShape, NormDims, Operation, OpKind, RowDims, Scope
+from nanoflow.graph.operation import (
+    AttentionDims,
+    BatchShape,
+    LinearDims,
+    NormDims,
+    Operation,
+    OpKind,
+    RowDims,
+    Scope,
+)
+from nanoflow.graph.shard import shard
 from nanoflow.models import config as model_config
+from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import ARCHITECTURES, build_graph
 from nanoflow.models.weights import Weights, load_weights
 from tests.families import FAMILIES, SLIDING_WINDOW, make_model
@@ -201,3 +212,13 @@ def test_other_activations_are_refused() -> None:
     config = model_config.parse({**LLAMA_2_70B, "hidden_act": "gelu"})
     with pytest.raises(model_config.ModelError, match="hidden_act must be 'silu', got 'gelu'"):
         build_graph(config, None)
+
+
+@pytest.mark.parametrize(("num_gpus", "num_kv_heads"), [(2, 4), (8, 1), (16, 1)])
+def test_heads_of_keys_are_repeated_where_there_are_fewer_than_gpus(num_gpus: int, num_kv_heads: int) -> None:
+    """Llama-3-8B has 32 heads and 8 of keys."""
+    graph = shard(build_graph(preset_config("llama-3-8b"), None), num_gpus)
+    (dims,) = {op.dims for op in graph.layer if isinstance(op.dims, AttentionDims)}
+    assert (dims.num_heads, dims.num_kv_heads) == (32 // num_gpus, num_kv_heads)
+    qkv = next(op.dims for op in graph.layer if op.name == "qkv_proj")
+    assert isinstance(qkv, LinearDims) and qkv.out_features == (32 // num_gpus + 2 * num_kv_heads) * 128

@@ -218,6 +218,36 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
 # Several completions
 
 
+def test_the_first_token_is_that_of_any_completion() -> None:
+    times_s = iter([1.0, 2.0, 5.0])
+    processor = make_processor(lambda: next(times_s))
+    processor.observer = recorder = Recorder()
+    output, requests = add(processor, "hello", n=2)
+    for request in reversed(requests):
+        processor.process(StepOutput(request_ids=[request.request_id], token_ids=[7]))
+    assert output.metrics is not None and output.metrics.first_token_s == 2.0
+    assert recorder.ttft_s == [1.0] and recorder.itl_s == []
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_error_of_one_completion_is_told_whichever_ends_last(place: int) -> None:
+    processor = make_processor()
+    output, requests = add(processor, "hello", n=2)
+    for at, request in enumerate(requests):
+        failed, ended = Finished(reason=FinishReason.ERROR, error="no logits"), Finished(reason=FinishReason.LENGTH)
+        processor.process(StepOutput(finished={request.request_id: failed if at == place else ended}))
+    assert output.finished and output.error == "no logits"
+
+
+def test_a_request_waits_until_its_first_completion_is_scheduled() -> None:
+    times_s = iter([1.0, 2.0, 5.0])
+    processor = make_processor(lambda: next(times_s))
+    output, (first, second) = add(processor, "hello", n=2)
+    for request in (second, first):
+        processor.process(StepOutput(scheduled=[request.request_id]))
+    assert output.metrics is not None and output.metrics.first_scheduled_s == 2.0
+
+
 def test_n_completions_have_seeds_in_a_row_and_score_the_prompt_once() -> None:
     processor = make_processor()
     _, requests = add(processor, "hello", n=3, seed=2**64 - 2, prompt_logprobs=1)

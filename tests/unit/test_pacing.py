@@ -130,3 +130,20 @@ def test_a_busy_reader_gets_its_news_later() -> None:
         await asyncio.wait_for(waiting, 1.0)
 
     run(body)
+
+
+def test_a_first_token_waits_for_none_that_is_noted_again_and_again() -> None:
+    """One turn of the loop wakes so many streams, and a stream counts once."""
+
+    async def body(clock: Clock) -> None:
+        pacer, often, once = Pacer(0.02, clock), Reader(clock, 0.0), Reader(clock, 0.0)
+        await turns()
+        for _ in range(200):
+            pacer.note(often.stream)
+        pacer.note(once.stream)
+        await turns(3)
+        assert len(often.woken_s) == len(once.woken_s) == 1
+        for reader in (often, once):
+            reader.task.cancel()
+
+    run(body)

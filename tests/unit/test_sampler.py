@@ -14,7 +14,7 @@ from nanoflow.batch import DenseBatch, Joined
 from nanoflow.executor.sampler import Drawn, Sampler, sampling_bytes
 from nanoflow.executor.sampling_state import SamplingState
 from nanoflow.kernels.dispatch import SampleKernels
-from nanoflow.kernels.sample import IN_PROMPT
+from nanoflow.kernels.sample import IN_PROMPT, MAX_COUNT
 from nanoflow.request import SamplingParams
 from tests.graphs import batch_of
 
@@ -132,6 +132,30 @@ def test_edits_are_in_order_and_have_room() -> None:
     assert state.tables.edit_ids[1, :4].tolist() == [3, 3, 7, 9]
     assert state.tables.edit_values[1, :4].tolist() == [-2.0, -torch.inf, -torch.inf, 1.0]
     assert other["num_edits"] == 1500 and state.tables.edit_ids[2, :1500].tolist() == list(range(1500))
+
+
+def test_numbers_are_what_the_request_says_as_far_as_kernels_can_tell() -> None:
+    state = SamplingState(num_rows=3, vocab_size=VOCAB_SIZE, device=CPU)
+    state.join(
+        [
+            _joined(0, SamplingParams(top_k=VOCAB_SIZE, top_p=1e-60), seed=2**64 - 3),
+            _joined(1, SamplingParams(top_k=VOCAB_SIZE - 1), seed=-3),
+            _joined(2, SamplingParams(min_tokens=2), num_prompt_tokens=7),
+        ]
+    )
+    one, other, third = state.numbers(np.arange(3, dtype=np.int32), np.zeros(3, np.int32))
+    assert one["seed"] == other["seed"] == 2**64 - 3
+    assert (one["top_k"], other["top_k"]) == (0, VOCAB_SIZE - 1), "one that keeps all costs nothing"
+    assert 0 < one["top_p"] < 1e-30, "the most probable token stays"
+    # The tokens at places 7 and 8 are the two that may not end it.
+    assert third["first_free_stop"] == 9
+
+
+def test_a_row_with_a_long_past_counts_to_the_most_that_fits() -> None:
+    state = SamplingState(num_rows=1, vocab_size=VOCAB_SIZE, device=CPU)
+    tokens = np.array([5, *[9] * (MAX_COUNT + 10)], np.int32)
+    state.join([_joined(0, SamplingParams(frequency_penalty=1.0), token_ids=tokens, num_prompt_tokens=1)])
+    assert (int(state.tables.seen[0, 5]), int(state.tables.seen[0, 9])) == (IN_PROMPT, MAX_COUNT)
 
 
 def test_stop_tokens_are_only_kept_for_those_who_hold_them_back() -> None:

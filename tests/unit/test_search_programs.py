@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import milp
 
 from nanoflow.cost.interference import Interference
 from nanoflow.cost.table import Cost, PairPoint, Profile, Setup
@@ -16,6 +19,7 @@ from nanoflow.graph.operation import BatchShape, Operation, Resource
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
+from nanoflow.search import structure
 from nanoflow.search.allocate import allocate, divisions
 from nanoflow.search.problem import Edge, Group, Problem, Task
 from nanoflow.search.structure import Effort, Program, Schedule, Solution, solve_structure
@@ -111,6 +115,35 @@ def test_the_order_is_the_best_of_all(seed: int) -> None:
 def test_what_overlaps_perfectly_takes_as_long_as_the_busiest_resource() -> None:
     found = solve_structure(chain([1, 1, 4, 4, 3, 3]), max_stages=3, effort=EFFORT)
     assert found is not None and found.period_s == pytest.approx(8.0)
+
+
+def test_the_solver_is_bounded_by_nodes_so_that_results_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is for a machine that is too slow; on any other it is the number of nodes that ends a program."""
+    asked: list[dict[str, float]] = []
+
+    def noted(*args: Any, options: dict[str, float], **kwargs: Any) -> Any:
+        asked.append(dict(options))
+        return milp(*args, options=options, **kwargs)
+
+    monkeypatch.setattr(structure, "milp", noted)
+    solve_structure(chain([1, 1, 4, 4, 3, 3]), max_stages=3, effort=Effort(num_nodes=7, time_limit_s=60))
+    assert [(options["node_limit"], options["time_limit"]) for options in asked] == [(7, 60)]
+
+
+def test_a_device_is_not_divided_beside_collectives() -> None:
+    case, measured = chain([1, 1, 4, 4, 3, 3]), interference([(0.5, 0.5, 0.8)])
+    assert divisions(case, measured)
+    first = replace(case.tasks[0], group=replace(case.tasks[0].group, resource=Resource.NETWORK))
+    assert divisions(replace(case, tasks=(first, *case.tasks[1:])), measured) == []
+
+
+def test_the_earliest_task_starts_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in its period the solver puts it."""
+    found = Solution(values=np.array([1.0, 0.75, 1.25]), bound=1.0)
+    monkeypatch.setattr(Program, "maximise", lambda *_, **__: found)
+    case = problem([("qkv_proj", 0, 1.0), ("decode_attention", 0, 1.0)], [(0, 1, 0)])
+    schedule = solve_structure(case, max_stages=3, effort=EFFORT)
+    assert schedule is not None and schedule.starts == (0.0, 0.5)
 
 
 def test_one_nano_batch_cannot_overlap() -> None:

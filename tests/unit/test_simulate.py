@@ -23,6 +23,7 @@ from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.search import Search, SearchResult
 from nanoflow.search.shapes import batch_of
 from nanoflow.search.simulate import PlanSimulator
+from tests.plans import alternating_plan, ping_pong_plan
 
 CONFIG = dict(PRESETS["llama-3-8b"])
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
@@ -216,6 +217,24 @@ def test_a_sequential_layer_without_events_takes_what_it_takes_with_them(
     assert fast.energy_j == pytest.approx(slow.layer_energy_j, rel=1e-9)
     ends_s = slow.layer_ends_s
     assert fast.time_s * len(ends_s) == pytest.approx(ends_s[-1], rel=1e-9)
+
+
+def test_a_part_of_the_device_stays_a_part_while_nothing_runs_beside_it() -> None:
+    """Operations on streams have the whole device then. Here each waits for the one before."""
+    makespans_s = [
+        predict(ping_pong_plan(GRAPH, 512, 256, mechanism), profile(), SHAPE).makespan_s
+        for mechanism in (Mechanism.STREAM, Mechanism.PARTITION)
+    ]
+    assert makespans_s == pytest.approx([sum(TIMES.values()), 2 * sum(TIMES.values())])
+
+
+def test_more_than_the_whole_device_cannot_be_shared() -> None:
+    """Where nothing was measured, lanes of 0.8 and 0.8 get half of it each, as those of 0.5 and 0.5 do."""
+    plans = [alternating_plan(GRAPH, 512, 256, share) for share in (0.5, 0.8)]
+    for plan in plans:
+        plan.validate(GRAPH)
+    half, more = (predict(plan, profile(), SHAPE).makespan_s for plan in plans)
+    assert half == pytest.approx(more) == pytest.approx(sum(TIMES.values()), rel=0.2)
 
 
 def test_a_profile_without_an_operation_is_refused() -> None:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,26 @@ def test_under_light_load_the_first_token_takes_one_iteration() -> None:
     assert found.metrics.energy_per_token_j == pytest.approx(20 * 3 * 2.0 / (20 * 19), rel=0.4)
 
 
+def test_gpus_that_have_nothing_to_do_draw_their_static_power() -> None:
+    """Two replicas, one of which is never used; four GPUs in each."""
+    lengths = [Lengths(num_prompt_tokens=16, num_output_tokens=3)] * 20
+    arrivals_s = [float(i) for i in range(20)]
+    energies_j = []
+    for static_power_w in (0.0, 5.0):
+        cluster = Cluster(
+            limits=LIMITS,
+            iterations=Constant(),
+            num_replicas=2,
+            gpus_per_replica=4,
+            static_power_w=static_power_w,
+        )
+        metrics = simulate(cluster, lengths, arrivals_s).metrics
+        assert metrics.energy_per_token_j is not None and metrics.duration_s == pytest.approx(19 + 3 * STEP_S)
+        energies_j.append(metrics.energy_per_token_j * 20 * 19)
+    idle_s = 2 * (19 + 3 * STEP_S) - 20 * 3 * STEP_S
+    assert energies_j == pytest.approx([4 * 60 * 2.0, 4 * (60 * 2.0 + 5.0 * idle_s)])
+
+
 def test_few_pages_make_requests_wait() -> None:
     lengths = [(32, 30)] * 8
     limits = SchedulerLimits(
@@ -174,6 +194,25 @@ def test_what_does_not_fit_is_said_with_numbers() -> None:
     assert limits.num_pages == 8 * 257 and limits.max_model_len == 4100
     with pytest.raises(ConfigError, match=r"weights take 16\.1 GB, which leaves \d+ tokens .* for a request of 4100"):
         limits_for(profile, graph, lengths, gpu_memory_utilization=0.11, **options)
+
+
+def test_gpus_that_share_a_model_share_its_weights() -> None:
+    """16.1 GB of them: on cards of 20 GB, of which 18 are used, one has 1.9 GB left for keys, and each of two 9.9."""
+    profile = Profile.load(PROFILE)
+    graph = IterationModel(profile).graph
+    lengths = [Lengths(num_prompt_tokens=400, num_output_tokens=100)]
+    page_bytes = graph.kv_elements_per_token * 2 * profile.page_size
+    for num_gpus in (1, 2):
+        setup = replace(profile.setup, memory_bytes=20e9, num_gpus=num_gpus)
+        limits = limits_for(
+            replace(profile, setup=setup),
+            graph,
+            lengths,
+            max_batch_tokens=2048,
+            max_num_seqs=1 << 20,
+            gpu_memory_utilization=0.9,
+        )
+        assert limits.num_pages == int((18e9 - graph.num_parameters * 2 / num_gpus) // page_bytes)
 
 
 def test_measured_runs_of_one_h200_within_seven_percent() -> None:

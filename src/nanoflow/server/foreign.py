@@ -74,8 +74,6 @@ _TEMPLATE: ForeignFields = {
     "thinking_token_budget": Foreign((-1,), "reasoning"),
     "mm_processor_kwargs": Foreign(({},), "input that is no text"),
     "media_io_kwargs": Foreign(({},), "input that is no text"),
-    "add_special_tokens": Foreign((), "special tokens before the prompt"),
-    "truncate_prompt_tokens": Foreign((), "cutting the prompt"),
     "prompt_embeds": Foreign((), "input that is no text"),
 }
 _SAMPLING: ForeignFields = {
@@ -90,11 +88,8 @@ _SAMPLING: ForeignFields = {
 }
 _ANSWER: ForeignFields = {
     "suffix": Foreign(("",), "text behind the completion"),
-    "echo": Foreign((False,), "the prompt in the answer"),
     "detokenize": Foreign((True,), "answers without text"),
     "spaces_between_special_tokens": Foreign((True,), "spaces around special tokens"),
-    "return_tokens_as_token_ids": Foreign((False,), "tokens by number in log probabilities"),
-    "return_token_ids": Foreign((False,), "token ids in the answer"),
     "return_token_strs": Foreign((False,), "tokens in the answer"),
     "web_search_options": Foreign((), "looking things up"),
     "store": Foreign((False,), "keeping the answer at the server"),
@@ -118,7 +113,9 @@ OF_GENERATION: ForeignFields = {**_TOOLS, **_SHAPES, **_TEMPLATE, **_SAMPLING, *
 
 OF_TOKENS: ForeignFields = {
     **_TEMPLATE,
-    **{name: field for fields in (_TOOLS, _ANSWER, _LABELS) for name, field in fields.items() if name != "echo"},
+    **_TOOLS,
+    **_ANSWER,
+    **_LABELS,
 }
 """Of bodies that ask for tokens or their text."""
 
