@@ -8,15 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanoflow.request import KINDS, SamplingParams
+from nanoflow.server.body import RequestBody
+from nanoflow.server.conversation_fields import Message, TextPart
 from nanoflow.server.foreign import OF_GENERATION, OF_MESSAGES, OF_PARTS, OF_STREAMS, OF_TOKENS, ForeignFields
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
-    RequestBody,
     StreamOptions,
-    TextPart,
     TokenizeRequest,
 )
 

@@ -11,17 +11,16 @@ from pydantic import ValidationError
 
 from nanoflow.engine.conversation import MESSAGE_FIELDS
 from nanoflow.request import RequestError, SamplingParams
+from nanoflow.server.body import RequestBody
+from nanoflow.server.conversation_fields import Message, TextPart
 from nanoflow.server.errors import ApiError, invalid_body
 from nanoflow.server.foreign import OF_GENERATION, OF_MESSAGES, OF_PARTS, OF_STREAMS, OF_TOKENS
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
-    RequestBody,
     SamplingFields,
     StreamOptions,
-    TextPart,
     TokenizeRequest,
 )
 

@@ -2,18 +2,16 @@
 
 Optional fields default to None, which means "as the model recommends, else as `SamplingParams` has it": defaults live
 there alone, and so does what each of its parameters may be (`KINDS`). Fields that a body has not are refused, but those
-of other servers whose value changes nothing (`foreign.py`). Bodies of answers: `responses.py`.
+of other servers whose value changes nothing (`foreign.py`). Messages: `conversation_fields.py`. Bodies of answers:
+`responses.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -22,18 +20,16 @@ from pydantic import (
     model_validator,
 )
 
-from nanoflow.engine.conversation import MAX_ROLE_CHARS, joined_text
 from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
-from nanoflow.parameters import INT32_MAX, RequestError
+from nanoflow.parameters import RequestError
 from nanoflow.request import KINDS, SamplingParams
+from nanoflow.server.body import RequestBody, Text, TokenId
+from nanoflow.server.conversation_fields import Conversation, Message
 from nanoflow.server.foreign import (
     OF_GENERATION,
-    OF_MESSAGES,
-    OF_PARTS,
     OF_STREAMS,
     OF_TOKENS,
     ForeignFields,
-    without_foreign,
 )
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.prompt_fields import PromptFields
@@ -42,17 +38,6 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 
 
-def _check_unicode(text: str) -> str:
-    """Refuse lone surrogates: JSON can escape them, but they are no characters and nothing after us can encode them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_check_unicode)]
-TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -66,10 +51,6 @@ def _kind_of_prompt(value: Any) -> str:
     return kinds.get(type(value[0]), "<token ids>") if value else "<token ids>"
 
 
-def _text_or_list(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<text>"
-
-
 PromptField = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[Texts, Tag("<texts>")]
@@ -77,29 +58,6 @@ PromptField = Annotated[
     | Annotated[TokenIdLists, Tag("<token id lists>")],
     Discriminator(_kind_of_prompt),
 ]
-
-
-def _document_foreign(schema: dict[str, Any], model: type[RequestBody]) -> None:
-    """Show in the document what is accepted and ignored, and that there is nothing else."""
-    properties = schema.setdefault("properties", {})
-    properties |= {name: field.schema for name, field in model.foreign.items() if name not in properties}
-
-
-class RequestBody(BaseModel):
-    """What every body keeps to: JSON types are taken as they are (no "5" for 5), and every field counts."""
-
-    model_config = ConfigDict(
-        strict=True, allow_inf_nan=False, extra="forbid", frozen=True, json_schema_extra=_document_foreign
-    )
-    foreign: ClassVar[ForeignFields] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_foreign(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        is_open = cls.model_config.get("extra") == "allow"
-        return without_foreign(body, cls.model_fields, cls.foreign, is_open=is_open)
 
 
 class StreamOptions(RequestBody):
@@ -218,75 +176,6 @@ class CompletionRequest(SamplingFields):
 
 def _more_logprobs(one: int, other: int | None) -> int:
     return -1 if -1 in (one, other) else max(one, other or 0)
-
-
-class TextPart(RequestBody):
-    """A piece of a message."""
-
-    foreign: ClassVar[ForeignFields] = OF_PARTS
-
-    type: Literal["text"]
-    text: Text
-
-
-ContentField = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
-    Discriminator(_text_or_list),
-]
-
-
-class Message(RequestBody):
-    """One turn of a conversation. Which roles there are, and what becomes of all fields, is for the chat template."""
-
-    foreign: ClassVar[ForeignFields] = OF_MESSAGES
-
-    role: Annotated[Text, Field(min_length=1, max_length=MAX_ROLE_CHARS)]
-    content: ContentField | None = None
-    name: Text | None = Field(None, description="Of who speaks")
-    tool_call_id: Text | None = Field(None, description="Of the call that a tool answers")
-    reasoning: Text | None = Field(None, description="What the assistant thought before it answered")
-    reasoning_content: Text | None = Field(None, description="Other name of reasoning")
-
-    @property
-    def text(self) -> str:
-        """The whole content; parts stand on lines of their own."""
-        return joined_text(self.turn["content"])
-
-    @property
-    def turn(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
-        return {"content": None, **self.model_dump(exclude_none=True)}
-
-    @model_validator(mode="after")
-    def _check_content(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise RequestError("content must be a text or a list of parts; only an assistant's may be null")
-        return self
-
-
-class Conversation(RequestBody):
-    """Messages and how to turn them into a prompt."""
-
-    add_generation_prompt: bool | None = Field(None, description="Open a turn of the assistant; true if not given")
-    continue_final_message: bool | None = Field(None, description="Leave the last message open, to be continued")
-    chat_template: Text | None = Field(None, description="Jinja; refused unless --trust-request-chat-template")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Further variables of the chat template, such as enable_thinking"
-    )
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """Keyword arguments of the chat template: a last message to be continued opens no new turn."""
-        is_continued = self.continue_final_message is True
-        is_opened = not is_continued if self.add_generation_prompt is None else self.add_generation_prompt
-        given = {name: value for name in ("chat_template", "chat_template_kwargs") if (value := getattr(self, name))}
-        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued, **given}
-
-    @model_validator(mode="after")
-    def _check_turns(self) -> Conversation:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise RequestError("add_generation_prompt and continue_final_message exclude each other")
-        return self
 
 
 class ChatCompletionRequest(SamplingFields, Conversation):

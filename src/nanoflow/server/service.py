@@ -17,11 +17,12 @@ from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.backend import Prompt, ServingEngine, ServingTokenizer
+from nanoflow.server.conversation_fields import Conversation, Message
 from nanoflow.server.echo import Echo, TextOffsets, detokenizer_of, echo_prompt
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.logprobs import TokenIdTexts, TokenTexts
 from nanoflow.server.prompt_fields import PromptFields
-from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, Conversation, Message
+from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,43 @@
+"""What every request body keeps to, and the types of texts and token ids in them. The bodies are in `protocol.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from nanoflow.parameters import INT32_MAX, RequestError
+from nanoflow.server.foreign import ForeignFields, without_foreign
+
+
+def _check_unicode(text: str) -> str:
+    """Refuse lone surrogates: JSON can escape them, but they are no characters and nothing after us can encode them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+
+
+def _document_foreign(schema: dict[str, Any], model: type[RequestBody]) -> None:
+    """Show in the document what is accepted and ignored, and that there is nothing else."""
+    properties = schema.setdefault("properties", {})
+    properties |= {name: field.schema for name, field in model.foreign.items() if name not in properties}
+
+
+class RequestBody(BaseModel):
+    """What every body keeps to: JSON types are taken as they are (no "5" for 5), and every field counts."""
+
+    model_config = ConfigDict(
+        strict=True, allow_inf_nan=False, extra="forbid", frozen=True, json_schema_extra=_document_foreign
+    )
+    foreign: ClassVar[ForeignFields] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_foreign(cls, body: Any) -> Any:
+        return without_foreign(body, cls.model_fields, cls.foreign) if isinstance(body, dict) else body

@@ -1,0 +1,85 @@
+"""Messages in a request body, and how they become a prompt. What may be in them: `engine/conversation.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from nanoflow.engine.conversation import MAX_ROLE_CHARS, joined_text
+from nanoflow.parameters import RequestError
+from nanoflow.server.body import RequestBody, Text
+from nanoflow.server.foreign import OF_MESSAGES, OF_PARTS, ForeignFields
+
+
+class TextPart(RequestBody):
+    """A piece of a message."""
+
+    foreign: ClassVar[ForeignFields] = OF_PARTS
+
+    type: Literal["text"]
+    text: Text
+
+
+def _text_or_list(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+ContentField = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
+    Discriminator(_text_or_list),
+]
+
+
+class Message(RequestBody):
+    """One turn of a conversation. Which roles there are, and what becomes of all fields, is for the chat template."""
+
+    foreign: ClassVar[ForeignFields] = OF_MESSAGES
+
+    role: Annotated[Text, Field(min_length=1, max_length=MAX_ROLE_CHARS)]
+    content: ContentField | None = None
+    name: Text | None = Field(None, description="Of who speaks")
+    tool_call_id: Text | None = Field(None, description="Of the call that a tool answers")
+    reasoning: Text | None = Field(None, description="What the assistant thought before it answered")
+    reasoning_content: Text | None = Field(None, description="Other name of reasoning")
+
+    @property
+    def text(self) -> str:
+        """The whole content; parts stand on lines of their own."""
+        return joined_text(self.turn["content"])
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        return {"content": None, **self.model_dump(exclude_none=True)}
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise RequestError("content must be a text or a list of parts; only an assistant's may be null")
+        return self
+
+
+class Conversation(RequestBody):
+    """Messages and how to turn them into a prompt."""
+
+    add_generation_prompt: bool | None = Field(None, description="Open a turn of the assistant; true if not given")
+    continue_final_message: bool | None = Field(None, description="Leave the last message open, to be continued")
+    chat_template: Text | None = Field(None, description="Jinja; refused unless --trust-request-chat-template")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template, such as enable_thinking"
+    )
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Keyword arguments of the chat template: a last message to be continued opens no new turn."""
+        is_continued = self.continue_final_message is True
+        is_opened = not is_continued if self.add_generation_prompt is None else self.add_generation_prompt
+        given = {name: value for name in ("chat_template", "chat_template_kwargs") if (value := getattr(self, name))}
+        return {"add_generation_prompt": is_opened, "continue_final_message": is_continued, **given}
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Conversation:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError("add_generation_prompt and continue_final_message exclude each other")
+        return self
