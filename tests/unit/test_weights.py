@@ -91,6 +91,15 @@ def test_a_tied_output_is_not_stored_twice(tmp_path: Path) -> None:
     assert sorted(_load(folder).shared) == ["embed.weight", "final_norm.weight"]
 
 
+def test_only_what_is_named_in_full_may_be_left_out(folder: Path) -> None:
+    """A tensor that has a longer name than one to ignore may be one that the model needs elsewhere."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq_scale"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"1 tensor \(model\.layers\.0\.self_attn\.rotary_emb\.inv_freq_scale\)"):
+        _load(folder)
+
+
 def test_number_of_bytes(folder: Path) -> None:
     assert _load(folder, torch.bfloat16).num_bytes == 2 * _graph(folder).num_parameters
 
