@@ -1,7 +1,8 @@
 """What must hold before any test is imported.
 
 Triton chooses between compiling and interpreting while it is imported. Tests press Ctrl-C, in this process and in those
-that they start, which ignore it if the shell had this one ignore it, as it does in the background.
+that they start, which ignore it if the shell had this one ignore it, as it does in the background. No example of a
+property has a deadline, for a machine may be busy.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import os
 import signal
 
 import torch
+from hypothesis import settings
 
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

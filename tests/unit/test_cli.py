@@ -25,6 +25,7 @@ from nanoflow.bench.machine import _parse_gpu
 from nanoflow.cli import chat, main, options, session
 from nanoflow.config import EngineConfig, ServerConfig, names_of, option
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
 from nanoflow.outputs import CompletionOutput, FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
 
@@ -246,6 +247,12 @@ def test_serve_hands_both_configs_over(install: Install) -> None:
 # --- generate ------------------------------------------------------------------------------------------------------
 
 
+def facts_of(config: EngineConfig) -> Any:
+    """A model that recommends how to sample, if it is named so."""
+    is_warm = config.model == "warm"
+    return SimpleNamespace(sampling=SamplingDefaults(temperature=0.6, top_k=9) if is_warm else NO_DEFAULTS)
+
+
 class FakeLLM:
     """Answers every prompt with its upper case; 'bad' fails."""
 
@@ -253,6 +260,7 @@ class FakeLLM:
 
     def __init__(self, **fields: Any) -> None:
         self.config = EngineConfig(**fields)
+        self.facts = facts_of(self.config)
 
     def __enter__(self) -> FakeLLM:
         return self
@@ -288,6 +296,11 @@ def test_generate_prints_plain_text(fake_llm: type[FakeLLM], capsys: pytest.Capt
     assert capsys.readouterr().out == "HELLO\n"
     params = SamplingParams(temperature=0.0, stop=["x"], max_tokens=128)
     assert fake_llm.seen == (EngineConfig(model="m", goal="throughput"), ["hello"], params)
+
+
+def test_generate_samples_as_the_model_recommends_where_nothing_else_is_asked_for(fake_llm: type[FakeLLM]) -> None:
+    assert run_cli("generate", "hello", "--model", "warm", "--top-k", "3") == 0
+    assert fake_llm.seen[2] == SamplingParams(temperature=0.6, top_k=3, max_tokens=128)
 
 
 def test_generate_heads_several_completions_with_their_prompt(
@@ -346,6 +359,7 @@ class FakeAsyncEngine:
                 await asyncio.sleep(60)
             finally:
                 engine.log.append("start cancelled")
+        engine.facts = facts_of(config)  # type: ignore[attr-defined]
         engine.tokenizer = SimpleNamespace(  # type: ignore[attr-defined]
             apply_chat_template=lambda messages, chat_template_kwargs=None: " ".join(
                 [*(message["content"] for message in messages), *map(str, (chat_template_kwargs or {}).items())]

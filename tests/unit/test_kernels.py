@@ -84,6 +84,28 @@ def test_decode_attention(window: int | None, limit: int, cut: int, monkeypatch:
         torch.testing.assert_close(out[i], expected)
 
 
+def test_decode_attention_reads_nothing_behind_a_context() -> None:
+    """What lies there is another request's and may not be finite; contexts of several lengths are read together."""
+    inputs, cache = _inputs(REQUESTS, NUM_DECODES), _cache(64)
+    q = torch.randn(NUM_DECODES, HEADS * DIM)
+    tokens, clean, out = TokenRange(start=0, stop=NUM_DECODES), torch.empty_like(q), torch.empty_like(q)
+    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, None, tokens, q, clean, inputs, cache)
+    is_read = torch.zeros(cache.keys.shape[0], cache.keys.shape[2], dtype=torch.bool)
+    for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
+        for place in range(before + 1):
+            page = int(inputs.decodes.page_tables[i, place // is_read.shape[1]])
+            is_read[page, place % is_read.shape[1]] = True
+    for part in (cache.keys, cache.values):
+        part.masked_fill_(~is_read[:, None, :, None], torch.nan)
+    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, None, tokens, q, out, inputs, cache)
+    torch.testing.assert_close(out, clean)
+
+
+def test_decodes_are_read_a_few_at_a_time() -> None:
+    """Neighbours, and no gaps between them, where a context of 0 is one."""
+    assert list(reference._runs([3, 1, 2, 0, 0, 5, 4], 2)) == [(0, 2), (2, 3), (5, 7)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("cut", [3, 5, 9, 11, 14])
 def test_prefill_attention_cut_anywhere(window: int | None, cut: int) -> None:

@@ -50,6 +50,11 @@ def _transformers(rope: dict[str, Any], max_model_len: int | None) -> tuple[list
         ({**YARN, "rope_theta": 1e4, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0}, None),
         ({**YARN, "rope_theta": 1e4, "beta_fast": 4.0, "beta_slow": 4.0, "truncate": False}, None),
         ({**YARN, "rope_theta": 1e4, "factor": 1.0}, None),
+        ({**YARN, "rope_theta": 1e4, "factor": 0.5}, None),
+        # A ramp that would begin before the first dimension, end behind the last, or has no width.
+        ({**YARN, "rope_theta": 1e4, "beta_fast": 1e4}, None),
+        ({**YARN, "rope_theta": 1e4, "beta_slow": 1e-9}, None),
+        ({**YARN, "rope_theta": 1e4, "beta_fast": 660.0, "beta_slow": 655.0}, None),
     ],
 )
 def test_frequencies_of_transformers(rope: dict[str, Any], max_model_len: int | None) -> None:

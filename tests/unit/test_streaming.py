@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanoflow.outputs import RequestOutput
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.errors import ApiError, ClientDisconnectedError
 from nanoflow.server.generation import Call, News
 from nanoflow.server.streaming import EventTemplate, event, while_connected
@@ -77,7 +77,7 @@ class RefusingEngine:
 
     async def generate(self, prompt: str, *_: object, request_id: str, streams: bool) -> AsyncIterator[RequestOutput]:
         if prompt == "refused":
-            raise ValueError("the prompt is refused")
+            raise RequestError("the prompt is refused")
         output = RequestOutput(request_id=request_id, prompt=prompt, prompt_token_ids=[1], outputs=[])
         output.error = "no finite logits" if prompt == "failing" else None
         yield output

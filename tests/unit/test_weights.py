@@ -158,6 +158,15 @@ def test_a_tied_pair_that_differs_is_told(tmp_path: Path, caplog: pytest.LogCapt
     assert "ties the output to the embedding, but the weights differ: they are not tied" in caplog.text
 
 
+def test_only_what_is_named_in_full_may_be_left_out(folder: Path) -> None:
+    """A tensor that has a longer name than one to ignore may be one that the model needs elsewhere."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq_scale"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"1 tensor \(model\.layers\.0\.self_attn\.rotary_emb\.inv_freq_scale\)"):
+        _load(folder)
+
+
 def test_number_of_bytes(folder: Path) -> None:
     assert _load(folder, torch.bfloat16).num_bytes == 2 * _graph(folder).num_parameters
 

@@ -131,8 +131,9 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
     """Answers of an engine in this process."""
     from nanoflow.cli.session import EngineSession
 
-    params = _SAMPLING.read(args)
+    _SAMPLING.read(args)  # Refuse here what would be refused when the model is there.
     session = stack.enter_context(EngineSession(_ENGINE.read(args)))
+    params = _SAMPLING.read(args, session.recommended)
     options = {} if args.chat_template_kwargs is None else {"template_kwargs": args.chat_template_kwargs}
     return lambda messages: session.stream(session.chat_prompt(messages, **options), params)
 

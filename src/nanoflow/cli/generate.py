@@ -57,12 +57,12 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Complete the prompts; 1 if one of them failed."""
-    params, config = _SAMPLING.read(args), _ENGINE.read(args)
+    params, config = _SAMPLING.read(args), _ENGINE.read(args)  # Before the model is there, to refuse what is wrong.
     prompts = read_prompts(args.prompts, args.file)
     if len(prompts) == 1 and params.n == 1 and not args.json and sys.stdout.isatty():
-        _print_stream(prompts[0], config, params)
+        _print_stream(prompts[0], config, args)
         return 0
-    outputs = _complete(prompts, config, params)
+    outputs = _complete(prompts, config, args)
     print_outputs(outputs, is_json=args.json)
     return report_failures(outputs)
 
@@ -111,19 +111,20 @@ def _lines(file: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _print_stream(prompt: str, config: EngineConfig, params: SamplingParams) -> None:
+def _print_stream(prompt: str, config: EngineConfig, args: argparse.Namespace) -> None:
     from nanoflow.cli.session import EngineSession
 
     with EngineSession(config) as session:
-        for piece in session.stream(prompt, params):
+        for piece in session.stream(prompt, _SAMPLING.read(args, session.recommended)):
             print(piece, end="", flush=True)
     print()
 
 
-def _complete(prompts: list[str], config: EngineConfig, params: SamplingParams) -> list[RequestOutput]:
+def _complete(prompts: list[str], config: EngineConfig, args: argparse.Namespace) -> list[RequestOutput]:
     from nanoflow.engine.llm import LLM
 
     with LLM(**dataclasses.asdict(config)) as llm:
+        params = _SAMPLING.read(args, llm.facts.sampling.fields)
         return llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
 
 

@@ -111,13 +111,17 @@ class OptionGroup(Generic[ConfigT]):
         }
         return by_own_names(self.kind, {name: value for name, value in vars(args).items() if name in names})
 
-    def read(self, args: argparse.Namespace) -> ConfigT:
+    def read(self, args: argparse.Namespace, recommended: Mapping[str, Any] | None = None) -> ConfigT:
         """The config that the command line describes.
+
+        Args:
+            args: The command line.
+            recommended: Values of fields that are not given, instead of the group's own defaults.
 
         Raises:
             ValueError: A value is out of its range (`ConfigError` for options of the engine and the server).
         """
-        return from_kwargs(self.kind, {**self.defaults, **self.given(args)})
+        return from_kwargs(self.kind, {**self.defaults, **(recommended or {}), **self.given(args)})
 
     def _fields(self) -> list[dataclasses.Field[Any]]:
         return [field for field in dataclasses.fields(self.kind) if field.name not in self.skip]  # type: ignore[arg-type]

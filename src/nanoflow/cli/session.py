@@ -56,6 +56,11 @@ class EngineSession:
         finally:
             self._stop_loop()
 
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """What the model recommends to sample with: fields of `SamplingParams`."""
+        return self._engine.facts.sampling.fields
+
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> Prompt:
         """The prompt that the model's chat template makes of a conversation.
 
