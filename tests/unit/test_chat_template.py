@@ -10,6 +10,7 @@ from nanoflow.engine.chat_template import ChatTemplate
 from nanoflow.engine.conversation import joined_text, read_messages
 from nanoflow.engine.template_choice import choose_template
 from nanoflow.engine.template_renderer import ChatTemplateLimitError
+from nanoflow.request import RequestError
 from tests import templates
 from tests.templates import InProcess, template
 
@@ -92,7 +93,26 @@ def test_an_assistant_may_say_nothing() -> None:
 def test_parts_are_joined_in_one_way() -> None:
     assert joined_text(PARTS) == "a\nb"
     assert (joined_text("a"), joined_text(None)) == ("a", "")
-    assert read_messages(turns(("user", ["a", {"text": "b"}])))[0]["content"] == PARTS
+    assert read_messages(turns(("user", ["a", {"text": "b"}])), takes=lambda _: False)[0]["content"] == PARTS
+
+
+def test_a_field_goes_to_templates_that_look_at_it_and_is_refused_elsewhere() -> None:
+    """Nothing is passed over: not a slip either."""
+    shows_language = "{% for m in messages %}[{{ m.lang }}]{{ m.content }}{% endfor %}"
+    message = {"role": "user", "content": "u", "lang": "en"}
+    assert template(shows_language).render([message]) == "[en]u"
+    for turn, problem in (
+        (message, r"^messages\[1\]: unknown field 'lang'"),
+        ({"role": "user", "content": "u", "nmae": "x"}, "unknown field 'nmae'; did you mean 'name'"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "u", "txt": "v"}]},
+            r"^messages\[1\].content\[0\]: unknown field 'txt'; did you mean 'text'",
+        ),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            template(templates.ANY_ROLE).render([*turns(("user", "a")), turn])
+    ignored = {"role": "user", "content": "u", "lang": None, "name": "x"}
+    assert template(templates.ANY_ROLE).render([ignored], add_generation_prompt=False) == "[user]u"
 
 
 @pytest.mark.parametrize(

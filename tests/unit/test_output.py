@@ -499,9 +499,9 @@ def test_times_are_spans_between_events() -> None:
         ("", "the prompt is empty"),
         ([], "the prompt is empty"),
         ([5] * MAX_MODEL_LEN, f"the prompt has {MAX_MODEL_LEN} tokens; at most {MAX_MODEL_LEN - 1} fit"),
-        ([VOCAB_SIZE], f"token id {VOCAB_SIZE} is not in the vocabulary"),
-        ([-1], "token id -1 is not in the vocabulary"),
-        ([10**30], "not in the vocabulary"),
+        ([VOCAB_SIZE], f"token id {VOCAB_SIZE} is out of vocabulary"),
+        ([-1], "token id -1 is out of vocabulary"),
+        ([10**30], "out of vocabulary"),
         ([1.5], "integers, got float"),
         ([True], "integers, got bool"),
         (7, "a string or a list of token ids, got int"),
@@ -535,7 +535,7 @@ def test_bad_token_ids_in_params_are_refused(params: dict[str, Any]) -> None:
 def test_what_is_wrong_is_said_of_the_request() -> None:
     """A mistake of whoever sent it, and of nobody else: another ValueError is no RequestError."""
     for params in ({"stop_token_ids": [VOCAB_SIZE]}, {"allowed_token_ids": [VOCAB_SIZE]}, {"logit_bias": {-1: 1.0}}):
-        with pytest.raises(RequestError, match=f"^{next(iter(params))}: token id .* is not in the vocabulary"):
+        with pytest.raises(RequestError, match=f"^{next(iter(params))}: token id .* is out of vocabulary"):
             add(make_processor(), "hello", **params)
     with pytest.raises(RequestError, match="must be SamplingParams, got "):
         make_processor().add("a", Prompt(text=None, token_ids=[5]), {"n": 2})  # type: ignore[arg-type]

@@ -393,15 +393,18 @@ def test_scores_of_a_request_that_has_left_are_nobodys() -> None:
     [
         (make_request(0, 0), "the prompt is empty"),
         (make_request(0, 64), "the prompt has 64 tokens; at most 63 fit"),
-        (make_request(0, stop_token_ids=(5, 100)), "stop_token_ids: token id 100 is not in the vocabulary 0..99"),
-        (make_request(0, logit_bias={-3: 1.0}), "logit_bias: token id -3 is not"),
+        (
+            make_request(0, stop_token_ids=(5, 100)),
+            "stop_token_ids: token id 100 is out of vocabulary, which has 100 tokens",
+        ),
+        (make_request(0, logit_bias={-3: 1.0}), "logit_bias: token id -3 is out of"),
         (
             Request(request_id=0, prompt_token_ids=[3, -1], params=SamplingParams(), seed=0, max_tokens=1),
-            "prompt: token id -1 is not in the vocabulary",
+            "prompt: token id -1 is out of vocabulary",
         ),
         (
             Request(request_id=0, prompt_token_ids=[2**40], params=SamplingParams(), seed=0, max_tokens=1),
-            f"prompt: token id {2**40} is not",
+            f"prompt: token id {2**40} is out of",
         ),
         (
             Request(request_id=0, prompt_token_ids=[3], params=SamplingParams(), seed=0, max_tokens=0),

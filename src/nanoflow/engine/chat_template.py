@@ -8,6 +8,7 @@ knows, and whether a message of a conversation would be left out. Where it runs 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -79,7 +80,7 @@ class ChatTemplate:
             raise RequestError("add_generation_prompt and continue_final_message exclude each other")
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         try:
-            turns = [self._adapted(message) for message in read_messages(messages)]
+            turns = [self._adapted(message) for message in read_messages(messages, takes=self._mentions)]
             text = self._run(turns, {**own, **options})
             self._check_all_shown(tuple(turn["role"] for turn in turns), own)
         except ChatTemplateLimitError as error:
@@ -103,6 +104,10 @@ class ChatTemplate:
         return text is not None and all(
             word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words
         )
+
+    def _mentions(self, field: str) -> bool:
+        """True if the template may look at a field of messages or parts."""
+        return re.search(rf"\b{re.escape(field)}\b", self.text) is not None
 
     def _run(self, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         job = {"conversations": [turns], "chat_template": self.text, **self._special_tokens, **options}

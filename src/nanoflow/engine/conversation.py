@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanoflow.parameters import RequestError, did_you_mean, shown
@@ -18,21 +18,22 @@ _PART_FIELDS = ("type", "text")
 PART_BORDER = "\n"
 
 
-def read_messages(messages: Conversation) -> list[dict[str, Any]]:
+def read_messages(messages: Conversation, *, takes: Callable[[str], bool]) -> list[dict[str, Any]]:
     """Check messages. Each gets a content, an empty one if an assistant's has none, as with calls of tools.
 
     Args:
         messages: Each with "role" and "content": a text, or a list of parts {"type": "text", "text": ...}. Of
-            `MESSAGE_FIELDS` the others may be there; templates get all of them. None is as if it were not there.
+            `MESSAGE_FIELDS` the others may be there. None is as if it were not there.
+        takes: Whether the chat template looks at a further field: then messages and parts may have it.
 
     Raises:
-        RequestError: They are none; the message names the place.
+        RequestError: They are none, or have a field that nothing would look at; the message names the place.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(f"a conversation is a list of messages, got {type(messages).__name__}")
     if not messages:
         raise RequestError("a conversation has at least one message")
-    return [_read_message(place, message) for place, message in enumerate(messages)]
+    return [_read_message(place, message, takes) for place, message in enumerate(messages)]
 
 
 def joined_text(content: Content | None) -> str:
@@ -47,10 +48,10 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _read_message(place: int, message: Any) -> dict[str, Any]:
+def _read_message(place: int, message: Any, takes: Callable[[str], bool]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"messages[{place}] must be a mapping with role and content, got {type(message).__name__}")
-    _refuse_unknown(f"messages[{place}]", message, MESSAGE_FIELDS)
+    _refuse_unknown(f"messages[{place}]", message, MESSAGE_FIELDS, takes)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
         raise RequestError(
@@ -59,19 +60,19 @@ def _read_message(place: int, message: Any) -> dict[str, Any]:
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
-        content = _read_parts(f"messages[{place}].content", content)
+        content = _read_parts(f"messages[{place}].content", content, takes)
     return {**{name: value for name, value in message.items() if value is not None}, "content": content}
 
 
-def _read_parts(name: str, content: Any) -> list[dict[str, Any]]:
+def _read_parts(name: str, content: Any, takes: Callable[[str], bool]) -> list[dict[str, Any]]:
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence):
         raise RequestError(f"{name} must be a text or a list of parts, got {type(content).__name__}")
     if not content:
         raise RequestError(f"{name} has no part")
-    return [_read_part(f"{name}[{place}]", part) for place, part in enumerate(content)]
+    return [_read_part(f"{name}[{place}]", part, takes) for place, part in enumerate(content)]
 
 
-def _read_part(name: str, part: Any) -> dict[str, Any]:
+def _read_part(name: str, part: Any, takes: Callable[[str], bool]) -> dict[str, Any]:
     if isinstance(part, str):
         return text_part(part)
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
@@ -79,12 +80,12 @@ def _read_part(name: str, part: Any) -> dict[str, Any]:
         raise RequestError(f"{name} must be a part of type 'text', got {kind}")
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{name}.text must be a text, got {type(part.get('text')).__name__}")
-    _refuse_unknown(name, part, _PART_FIELDS)
-    return text_part(part["text"])
+    _refuse_unknown(name, part, _PART_FIELDS, takes)
+    return {**{name: value for name, value in part.items() if value is not None}, "type": "text"}
 
 
-def _refuse_unknown(name: str, fields: Mapping[Any, Any], known: Sequence[str]) -> None:
+def _refuse_unknown(name: str, fields: Mapping[Any, Any], known: Sequence[str], takes: Callable[[str], bool]) -> None:
     """Nothing of a conversation is passed over."""
     for field, value in fields.items():
-        if field not in known and value is not None:
+        if field not in known and value is not None and not takes(str(field)):
             raise RequestError(f"{name}: unknown field {shown(field)}{did_you_mean(str(field), known) or ''}")

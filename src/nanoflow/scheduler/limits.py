@@ -83,7 +83,7 @@ def _require_in_vocabulary(request: Request, vocab_size: int) -> None:
         low, high = (min(ids), max(ids)) if ids else (0, 0)
         if low < 0 or high >= vocab_size:
             wrong = shown(low if low < 0 else high)
-            raise RequestError(f"{name}: token id {wrong} is not in the vocabulary 0..{vocab_size - 1}")
+            raise RequestError(f"{name}: token id {wrong} is out of vocabulary, which has {vocab_size} tokens")
 
 
 def _require_a_choice(request: Request) -> None:

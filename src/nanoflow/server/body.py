@@ -40,4 +40,7 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_foreign(cls, body: Any) -> Any:
-        return without_foreign(body, cls.model_fields, cls.foreign) if isinstance(body, dict) else body
+        if not isinstance(body, dict):
+            return body
+        is_open = cls.model_config.get("extra") == "allow"
+        return without_foreign(body, cls.model_fields, cls.foreign, is_open=is_open)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from nanoflow.engine.conversation import MAX_ROLE_CHARS, joined_text
 from nanoflow.parameters import RequestError
@@ -13,7 +13,9 @@ from nanoflow.server.foreign import OF_MESSAGES, OF_PARTS, ForeignFields
 
 
 class TextPart(RequestBody):
-    """A piece of a message."""
+    """A piece of a message. Further fields are refused later, unless the chat template looks at them."""
+
+    model_config = ConfigDict(extra="allow")
 
     foreign: ClassVar[ForeignFields] = OF_PARTS
 
@@ -32,7 +34,12 @@ ContentField = Annotated[
 
 
 class Message(RequestBody):
-    """One turn of a conversation. Which roles there are, and what becomes of all fields, is for the chat template."""
+    """One turn of a conversation. Which roles there are, and what becomes of all fields, is for the chat template.
+
+    Further fields are refused later, unless the template looks at them.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     foreign: ClassVar[ForeignFields] = OF_MESSAGES
 

@@ -145,22 +145,24 @@ OF_PARTS: ForeignFields = {
 """Of parts of messages."""
 
 
-def without_foreign(body: Mapping[Any, Any], known: Iterable[str], foreign: ForeignFields) -> dict[Any, Any]:
-    """A body without foreign fields.
+def without_foreign(
+    body: Mapping[Any, Any], known: Iterable[str], foreign: ForeignFields, *, is_open: bool
+) -> dict[Any, Any]:
+    """A body without foreign fields; others than its own are left to somebody else if it is open.
 
     Raises:
         PydanticCustomError: There is a field that would change the answer, or one that does not exist.
     """
     own = set(known)
     for name in body:
-        if name in own:
+        if name in own or (is_open and name not in foreign):
             continue
         if name not in foreign:
             hint = did_you_mean(str(name), own) or ""
             raise _refusal(name, f"unknown field {shown(name)}{hint}")
         if not foreign[name].is_harmless(body[name]):
             raise _refusal(name, f"{name} is not supported by this server")
-    return {name: value for name, value in body.items() if name in own}
+    return {name: value for name, value in body.items() if name in own or name not in foreign}
 
 
 def _refusal(name: Any, message: str) -> PydanticCustomError:
