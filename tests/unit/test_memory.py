@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine import memory
 from nanoflow.engine.limits import choose_limits
+from nanoflow.executor.buffers import allocate_caches
 from nanoflow.hardware import LocalDevice
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
@@ -131,3 +134,19 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(monkeypatch:
     monkeypatch.setattr(memory, "free_memory_bytes", lambda _: needed - 1)
     with pytest.raises(ConfigError, match=r"the weights of .* take 0\.0 GiB in float32, cpu has 0\.0 GiB free"):
         memory.require_room_for_weights(GRAPH, torch.float32, cpu)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to be told of memory")
+def test_caches_of_a_cpu_take_memory_only_where_something_is_written() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident_bytes()
+    num_pages = 2**30 // PAGE_BYTES
+    caches = allocate_caches(GRAPH, num_pages=num_pages, page_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) > 2**28
+    assert resident_bytes() - before < 2**26
+    keys = caches[1].keys
+    assert keys.dtype == torch.bfloat16 and keys.is_contiguous() and not keys[7].any()
+    keys[7] += 1
+    assert not keys[8].any() and not caches[1].values.any()

@@ -5,9 +5,11 @@ This file binds names to tensors. It knows no order: that is what the executors 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,15 +54,21 @@ def allocate_caches(
 ) -> tuple[LayerCache, ...]:
     """Keys and values [num_pages, KV heads, page_size, head size] of each layer, zeroed.
 
-    Zeroed, because attention multiplies what lies behind a context's end by 0, and 0 x NaN is NaN.
+    Zeroed, because attention multiplies what lies behind a context's end by 0, and 0 x NaN is NaN. On a CPU they take
+    memory only where something has been written.
     """
     shape = (num_pages, graph.attention.num_kv_heads, page_size, graph.attention.head_dim)
     return tuple(
-        LayerCache(
-            keys=torch.zeros(shape, dtype=dtype, device=device), values=torch.zeros(shape, dtype=dtype, device=device)
-        )
+        LayerCache(keys=_zeros(shape, dtype, device), values=_zeros(shape, dtype, device))
         for _ in range(graph.num_layers)
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes the zeros; numpy leaves them to the system, which gives memory when it is first written to.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def draw_keys(caches: Iterable[LayerCache], seed: int) -> None:
