@@ -32,7 +32,7 @@ class LivingRequest:
     def read_prompt_scores(self, token_text: TokenText) -> None:
         """Put the log probabilities that wait where they belong in the output."""
         positions, waiting = self.output.prompt_logprobs, self.prompt_scores
-        if positions is None or not waiting:
+        if positions is None:
             return
         self.prompt_scores = []
         for scores in waiting:

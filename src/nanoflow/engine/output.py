@@ -285,6 +285,8 @@ class OutputProcessor:
             self.observer.observe_first_token(now_s - metrics.arrival_s, num_prompt_tokens)
 
     def _read_prompt_scores(self, living: LivingRequest) -> None:
+        if not living.prompt_scores:
+            return
         try:
             living.read_prompt_scores(self._token_text(living.params))
         except Exception:
