@@ -189,12 +189,15 @@ class SampledTokens:
 
     Attributes:
         token_ids: int32 [S], in the order of `DenseBatch.sampled`.
-        logprobs: For the samplers that asked: place in `sampled` to its log probabilities (N = 1).
+        logprob_places: The N requests that asked for log probabilities: place in `sampled`, and how many of the most
+            probable tokens.
+        logprobs: Of these N, with as many of the most probable tokens as the one wants that wants most; None if N = 0.
         prompt_logprobs: One entry each of `DenseBatch.prompt_scores`.
         errors: Place in `sampled` to what went wrong with that request alone (e.g. its logits are not finite).
     """
 
     token_ids: Int32
-    logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    logprob_places: Sequence[tuple[int, int]] = ()
+    logprobs: TopLogprobs | None = None
     prompt_logprobs: tuple[TopLogprobs, ...] = ()
     errors: dict[int, str] = field(default_factory=dict)

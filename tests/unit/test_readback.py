@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nanoflow.engine.logprobs import sampled_logprobs
 from nanoflow.executor.readback import PendingTokens
 from nanoflow.executor.sampler import Drawn
 
@@ -22,8 +23,10 @@ def drawn(best: list[float], places: list[tuple[int, int]]) -> Drawn:
 def test_each_place_has_as_many_as_it_wants() -> None:
     found = PendingTokens(drawn([1.0, 2.0, 3.0], [(0, 3), (2, 1)]), []).read()
     assert found.token_ids.tolist() == [10, 11, 12] and not found.errors
-    assert {place: top.token_ids.tolist() for place, top in found.logprobs.items()} == {0: [[0, 1, 2, 3]], 2: [[4, 5]]}
-    assert found.logprobs[2].logprobs.tolist() == [[-4.0, -5.0]] and found.logprobs[2].ranks.tolist() == [1]
+    scores = sampled_logprobs(found, {0: 100, 1: 101, 2: 102})
+    assert {place: score.token_ids for place, score in scores.items()} == {100: [[0, 1, 2, 3]], 102: [[4, 5]]}
+    assert scores[102].logprobs == [[-4.0, -5.0]] and scores[102].ranks == [1]
+    assert list(sampled_logprobs(found, {2: 7})) == [7]  # the other request has left
 
 
 def test_a_row_without_finite_logits_is_an_error_of_its_own() -> None:
@@ -39,4 +42,5 @@ def test_prompt_scores_are_put_together_from_their_slices() -> None:
     ]
     found = PendingTokens(drawn([1.0], [(0, 0)]), [slices, slices[:1]]).read()
     assert [top.token_ids.tolist() for top in found.prompt_logprobs] == [[[1, 2], [3, 4], [5, 6]], [[1, 2]]]
-    assert found.prompt_logprobs[0].ranks.tolist() == [1, 2, 3] and found.logprobs[0].token_ids.tolist() == [[0]]
+    assert found.prompt_logprobs[0].ranks.tolist() == [1, 2, 3]
+    assert found.logprobs is not None and found.logprobs.token_ids.tolist() == [[0]]

@@ -82,11 +82,12 @@ class Completion:
     def add_scores(self, scores: PlaceLogprobs) -> None:
         """Take the log probabilities of the tokens that came last, without those behind a stop string."""
         rows = self._logprobs
-        if rows is not None:
-            for token_ids, logprobs, rank in zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True):
-                if len(rows) < len(self.token_ids):
-                    rows.add(token_ids, logprobs, rank)
-                    self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + logprobs[0]
+        if rows is None:
+            return
+        for token_ids, logprobs, rank in zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True):
+            if len(rows) < len(self.token_ids):
+                rows.add(token_ids, logprobs, rank)
+                self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + logprobs[0]
 
     def refresh(self) -> None:
         """Bring the text up to the tokens; with stop strings it already is."""

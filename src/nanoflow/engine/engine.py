@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from nanoflow.batch import DenseBatch, SampledTokens, TopLogprobs
+from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.engine.iteration_times import IterationTimes
-from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
+from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
+from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, StepOutput
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanSource
@@ -148,7 +149,7 @@ class Engine:
         if batch is None or result is None or committed is None:
             return StepOutput(scheduled=events.scheduled, preempted=events.preempted, stats=self.stats())
         request_ids = committed.request_ids.tolist()
-        at_place = dict(zip(committed.places.tolist(), request_ids, strict=True)) if result.logprobs else {}
+        at_place = dict(zip(committed.places.tolist(), request_ids, strict=True)) if result.logprob_places else {}
         return StepOutput(
             request_ids=request_ids,
             token_ids=committed.token_ids.tolist(),
@@ -156,9 +157,9 @@ class Engine:
                 request_id: Finished(reason=end.reason, stop_token_id=end.stop_token_id, error=end.error)
                 for request_id, end in committed.finished.items()
             },
-            logprobs={at_place[place]: _places(top) for place, top in result.logprobs.items() if place in at_place},
+            logprobs=sampled_logprobs(result, at_place),
             prompt_logprobs={
-                request_id: _places(top, score.first_position)
+                request_id: consecutive_places(top, score.first_position)
                 for request_id, score, top in zip(
                     committed.scored, batch.prompt_scores, result.prompt_logprobs, strict=True
                 )
@@ -184,12 +185,3 @@ class Engine:
             prefill_ends=int((batch.sampled >= batch.num_decodes).sum()) if batch else 0,
             plan_digest=plan.digest if plan else None,
         )
-
-
-def _places(top: TopLogprobs, first_position: int = 0) -> PlaceLogprobs:
-    return PlaceLogprobs(
-        first_position=first_position,
-        token_ids=top.token_ids.tolist(),
-        logprobs=top.logprobs.tolist(),
-        ranks=top.ranks.tolist(),
-    )

@@ -1,8 +1,10 @@
-"""The garbage collector of a process that serves."""
+"""What the garbage collector is kept from: going through all of torch and transformers between two tokens."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def freeze_heap() -> None:
@@ -13,3 +15,20 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def heap_left_alone() -> Iterator[None]:
+    """Let the collector leave alone, for as long as this lasts, what there is when it begins.
+
+    For a process that is not ours alone: afterwards all is as before. Where the program has frozen its heap itself,
+    nothing is changed, since what is frozen cannot be told apart.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig, from_kwargs
 from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.garbage import heap_left_alone
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
@@ -205,7 +206,7 @@ class LLM:
         """Step until the engine has nothing left to do."""
         start_s, num_tokens = time.monotonic(), 0
         bar = tqdm(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
-        with bar:
+        with bar, heap_left_alone():
             while self._engine.has_work:
                 raise_if_interrupted()
                 step = self._engine.step()

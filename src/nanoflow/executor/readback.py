@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoflow.batch import SampledTokens, TopLogprobs
@@ -41,7 +40,8 @@ class PendingTokens:
         top = _top(arrays) if self._logprob_places else None
         return SampledTokens(
             token_ids=token_ids,
-            logprobs={} if top is None else _split(top, self._logprob_places),
+            logprob_places=self._logprob_places,
+            logprobs=top,
             prompt_logprobs=tuple(
                 TopLogprobs.concatenate([_top(arrays) for _ in range(count)]) for count in self._slices_of_prompt
             ),
@@ -56,19 +56,3 @@ def _why(best: np.float32) -> str:
 
 def _top(arrays: Any) -> TopLogprobs:
     return TopLogprobs(token_ids=next(arrays), logprobs=next(arrays), ranks=next(arrays))
-
-
-def _split(top: TopLogprobs, places: list[tuple[int, int]]) -> dict[int, TopLogprobs]:
-    """One entry a place, with as many of the most probable tokens as it wants."""
-
-    def columns(array: NDArray[Any], i: int, num_top: int) -> NDArray[Any]:
-        return array[i : i + 1, : 1 + num_top]
-
-    return {
-        place: TopLogprobs(
-            token_ids=columns(top.token_ids, i, num_top),
-            logprobs=columns(top.logprobs, i, num_top),
-            ranks=top.ranks[i : i + 1],
-        )
-        for i, (place, num_top) in enumerate(places)
-    }

@@ -1,0 +1,39 @@
+"""Log probabilities of one iteration, from the arrays that the device gave to the messages that front ends get.
+
+Whose they are in the end: `completion.py`. How they are computed: `kernels/sample.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nanoflow.batch import SampledTokens, TopLogprobs
+from nanoflow.engine.messages import PlaceLogprobs
+
+
+def consecutive_places(top: TopLogprobs, first_position: int = 0) -> PlaceLogprobs:
+    """Of a part of a prompt whose first place is given."""
+    return PlaceLogprobs(
+        first_position=first_position,
+        token_ids=top.token_ids.tolist(),
+        logprobs=top.logprobs.tolist(),
+        ranks=top.ranks.tolist(),
+    )
+
+
+def sampled_logprobs(result: SampledTokens, at_place: Mapping[int, int]) -> dict[int, PlaceLogprobs]:
+    """Of the new tokens, by request; `at_place` has the requests that are still there, by place in the sample.
+
+    Hundreds of requests may ask in one iteration, so arrays become lists all at once.
+    """
+    if result.logprobs is None:
+        return {}
+    all_ids, all_logprobs = result.logprobs.token_ids.tolist(), result.logprobs.logprobs.tolist()
+    rows = zip(result.logprob_places, all_ids, all_logprobs, result.logprobs.ranks.tolist(), strict=True)
+    return {
+        at_place[place]: PlaceLogprobs(
+            first_position=0, token_ids=[token_ids[: 1 + num_top]], logprobs=[logprobs[: 1 + num_top]], ranks=[rank]
+        )
+        for (place, num_top), token_ids, logprobs, rank in rows
+        if place in at_place
+    }

@@ -1,0 +1,50 @@
+"""The collector leaves a heap alone while requests run, and nothing is changed afterwards."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from nanoflow import LLM, SamplingParams
+from nanoflow.engine.engine import Engine
+from nanoflow.engine.garbage import heap_left_alone
+
+
+@pytest.fixture(autouse=True)
+def unfrozen() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_a_heap_is_left_alone_until_the_end() -> None:
+    with heap_left_alone():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_an_error_ends_it_too() -> None:
+    with pytest.raises(ValueError, match="some"), heap_left_alone():
+        raise ValueError("some")
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_a_program_has_frozen_stays_so() -> None:
+    gc.freeze()
+    before = gc.get_freeze_count()
+    with heap_left_alone():
+        pass
+    assert gc.get_freeze_count() == before
+
+
+def test_completions_are_generated_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, step = [], Engine.step
+
+    def counted(engine: Engine) -> object:
+        counts.append(gc.get_freeze_count())
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    LLM("default", max_batch_tokens=64, max_num_seqs=4).generate("def ", SamplingParams(max_tokens=4))
+    assert counts and all(counts) and gc.get_freeze_count() == 0
