@@ -91,6 +91,15 @@ def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[in
     return tuple(dict.fromkeys((*facts.eos_token_ids, *own)))
 
 
+def truncated(prompt: Prompt, params: SamplingParams, facts: EngineFacts) -> Prompt:
+    """The prompt with the last of its tokens, as many as `truncate_prompt_tokens` says."""
+    wanted = params.truncate_prompt_tokens
+    if wanted is None:
+        return prompt
+    num_kept = max(facts.max_model_len - (params.max_tokens or 1), 1) if wanted == -1 else wanted
+    return dataclasses.replace(prompt, token_ids=prompt.token_ids[-num_kept:])
+
+
 def make_requests(
     prompt: Prompt,
     params: SamplingParams,

@@ -261,11 +261,14 @@ class Tokenizer:
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer of a config; None if there is none and weights are random, as in a benchmark of an architecture.
 
-    A preset has none of its own, and what else it lacks is for those to say who load the model.
+    None too where none is wanted (`skip_tokenizer_init`). A preset has none of its own, and what else it lacks is for
+    those to say who load the model.
 
     Raises:
         ModelError, TokenizerError: It cannot be loaded.
     """
+    if config.skip_tokenizer_init:
+        return None
     if config.tokenizer is None and preset_name(config.model) is not None:
         return None
     try:
