@@ -9,6 +9,7 @@ outputs back.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -48,6 +49,7 @@ class OutputProcessor:
         facts: The engine's.
         tokenizer: None serves requests without text only.
         seed: From it requests without a seed draw theirs.
+        has_text: False if nobody wants text: then no request has any, whatever its parameters say.
         clock: Seconds, monotonic.
 
     Raises:
@@ -63,11 +65,13 @@ class OutputProcessor:
         tokenizer: Tokenizer | None,
         *,
         seed: int = 0,
+        has_text: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.observer: Observer | None = None
         self._facts = facts
         self._tokenizer = tokenizer
+        self._has_text = has_text
         self._eos_token_ids = end_of_sequence(facts, tokenizer)
         self._random = random.Random(seed)
         self._clock = clock
@@ -94,7 +98,7 @@ class OutputProcessor:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"how to sample must be SamplingParams, got {shown(params)}")
         # Its user may change it while the request runs.
-        params = params.snapshot()
+        params = params.snapshot() if self._has_text else dataclasses.replace(params, detokenize=False)
         if request_id in self._living:
             raise RequestError(f"a request with id {request_id!r} is already there")
         if params.detokenize and self._tokenizer is None:
