@@ -1,8 +1,8 @@
 """The start of the `nanoflow` command: makes sure that the `nanoflow` that would run is this one.
 
 Our distribution is `nanoflow-engine`; the package and the command are `nanoflow`, and so are those of another
-distribution of that name. Where both are installed, files of one lie over those of the other. This package has a name of
-its own, so that it is there to say so. It knows nothing of what it starts: see `nanoflow/cli/main.py`.
+distribution of that name. Where both are installed, files of one lie over those of the other. This package has a name
+of its own, so that it is there to say so. It knows nothing of what it starts: see `nanoflow/cli/main.py`.
 """
 
 from __future__ import annotations

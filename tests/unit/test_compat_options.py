@@ -123,11 +123,8 @@ def test_every_parameter_of_ours_is_in_the_table() -> None:
 @pytest.mark.parametrize("table", [ENGINE, SERVER, SAMPLING], ids=lambda table: str(table.title))
 def test_reasons_are_lines_and_values_are_taken(table: Table) -> None:
     for entry in table.foreign:
-        assert (
-            entry.reason
-            and "\n" not in entry.reason
-            and entry.reason[0] != entry.reason[0].upper()
-            or (entry.reason.startswith(("`", "KV", "CUDA", "SIGTERM")))
+        assert (entry.reason and "\n" not in entry.reason and entry.reason[0] != entry.reason[0].upper()) or (
+            entry.reason.startswith(("`", "KV", "CUDA", "SIGTERM"))
         )
         assert entry.changes_nothing(None)
         assert all(entry.changes_nothing(value) for value in entry.takes)

@@ -110,9 +110,9 @@ def test_first_parameters_have_the_places_that_they_have_in_vllm() -> None:
     )
     assert SamplingParams(*places) == SamplingParams(**dict(zip(names, places, strict=True)))
     with pytest.raises(TypeError, match="got 'n' twice"):
-        SamplingParams(1, n=1)  # type: ignore[misc]
+        SamplingParams(1, n=1)  # type: ignore
     with pytest.raises(TypeError, match="takes 16 arguments without a name, got 17"):
-        SamplingParams(*places, None)  # type: ignore[misc]
+        SamplingParams(*places, None)  # type: ignore[call-arg]
 
 
 def test_they_can_be_changed_and_a_clone_stays_as_it_is() -> None:

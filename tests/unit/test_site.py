@@ -88,8 +88,9 @@ def test_a_first_file_that_is_not_ours_is_seen_without_any_record(tmp_path: Path
 
 def test_the_start_runs_the_command(tmp_path: Path) -> None:
     for module in ("nanoflow_engine", "nanoflow"):
-        done = run(tmp_path / module, "-m", module, "--version") if (tmp_path / module).mkdir() is None else None
-        assert done is not None and (done.returncode, done.stderr) == (0, "")
+        (tmp_path / module).mkdir()
+        done = run(tmp_path / module, "-m", module, "--version")
+        assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == f"nanoflow {nanoflow.__version__}\n"
 
 
