@@ -231,7 +231,7 @@ def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
             _pass_over(kind, name, values)
             continue
         field, alias = names[name]
-        if value is None and field.default is not None:
+        if value is None and (alias is not None or field.default is not None):
             continue
         read = _read(field, alias, name, value)
         if field.name in found and found[field.name] != read:

@@ -1,4 +1,4 @@
-"""Flags as people write them for `vllm serve`: spellings, short forms, JSON, and what is said of those there are not."""
+"""Flags as people write them for `vllm serve`: spellings, short forms, JSON, and those that there are not."""
 
 from __future__ import annotations
 

@@ -107,6 +107,6 @@ def test_methods_that_there_are_not_say_what_there_is() -> None:
     for name in ("encode", "beam_search", "sleep", "llm_engine"):
         with pytest.raises(AttributeError, match=f"^LLM has no {name}: "):
             getattr(llm, name)
-    with pytest.raises(AttributeError, match="^LLM has no fresh$"):
+    with pytest.raises(AttributeError, match=r"^LLM has no fresh$"):
         llm.fresh  # noqa: B018
     assert METHODS.ending("fresh") == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanoflow.compat.engine_options import ENGINE
@@ -13,6 +14,7 @@ from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.compat.server_options import SERVER
 from nanoflow.config import ConfigError, EngineConfig, ServerConfig, from_kwargs, names_of, unknown_option
 from nanoflow.request import KINDS
+from tests.vllm_defaults import ENGINE_DEFAULTS, SERVER_DEFAULTS
 
 TABLES = {"engine": (ENGINE, EngineConfig), "server": (SERVER, ServerConfig)}
 
@@ -32,6 +34,7 @@ OURS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dtype": "float"}, {"dtype": "float32"}),
     ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
     ({"max_model_len": 2048}, {"max_model_len": 2048}),
+    ({"kv_cache_memory_bytes": None, "max_num_batched_tokens": None, "performance_mode": None}, {}),
     ({"max_model_len": None}, {"max_model_len": None}),
     ({"max_num_seqs": 64}, {"max_num_seqs": 64}),
     ({"gpu_memory_utilization": 0.5}, {"gpu_memory_utilization": 0.5}),
@@ -149,6 +152,35 @@ def test_what_cannot_be_done_is_refused_by_its_line(name: str, value: Any, reaso
     message = str(problem.value)
     assert message.startswith(f"{name}=") and " is not possible: " in message and reason in message
     assert "\n" not in message
+
+
+# What vLLM does if nobody says otherwise, and this does not.
+OTHERWISE = {
+    *("allowed_origins", "allowed_methods", "allowed_headers"),  # answers have no CORS headers
+    *("h11_max_incomplete_event_size", "h11_max_header_count"),
+    "disable_uvicorn_access_log",
+}
+
+
+@pytest.mark.parametrize("kind", [EngineConfig, ServerConfig])
+def test_defaults_of_vllm_are_not_refused(kind: type[Any]) -> None:
+    defaults = ENGINE_DEFAULTS if kind is EngineConfig else SERVER_DEFAULTS
+    for name, value in defaults.items():
+        if name in OTHERWISE:
+            with pytest.raises(ConfigError, match=f"^{name}="):
+                from_kwargs(kind, {name: value})
+        else:
+            from_kwargs(SERVER_KINDS.get(name, kind), {name: value})
+
+
+# In vLLM an option of the server, here one of the engine, and the other way round.
+SERVER_KINDS = {"chat_template": EngineConfig, "shutdown_timeout": ServerConfig, "tokens_only": ServerConfig}
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert from_kwargs(EngineConfig, {"tensor_parallel_size": np.int64(1)}) == EngineConfig()
+    with pytest.raises(ConfigError, match="tensor_parallel_size="):
+        from_kwargs(EngineConfig, {"tensor_parallel_size": np.int64(2)})
 
 
 def test_secrets_are_not_shown() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from nanoflow.parameters import shown
@@ -168,4 +169,4 @@ def _is_equal(value: Any, taken: Any) -> bool:
         return value is taken
     if isinstance(value, tuple | set | frozenset) and isinstance(taken, list):
         value = list(value)
-    return isinstance(value, int | float | str | list | dict) and bool(value == taken)
+    return isinstance(value, Real | str | list | dict) and bool(value == taken)

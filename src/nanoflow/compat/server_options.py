@@ -39,8 +39,9 @@ _NETWORK = (
     *switches(_DOCS, "disable_fastapi_docs", "enable_offline_docs"),
     *switches(_ONE_SERVER, "headless", "data_parallel_multi_port_external_lb"),
     *switches(_ONE_SERVER, "disable_frontend_multiprocessing", "tokens_only"),
-    *options(_ONE_SERVER, "data_parallel_supervisor_port", "dp_supervisor_probe_interval_s"),
-    *options(_ONE_SERVER, "dp_supervisor_probe_timeout_s", "dp_supervisor_probe_failure_threshold"),
+    *options(_ONE_SERVER, "data_parallel_supervisor_port", takes=(9256,)),
+    *options(_ONE_SERVER, "dp_supervisor_probe_interval_s", "dp_supervisor_probe_timeout_s", takes=(5,)),
+    *options(_ONE_SERVER, "dp_supervisor_probe_failure_threshold", takes=(3,)),
     *switches("the server answers HTTP, not gRPC", "grpc"),
     Foreign(name="config", reason="options are given on the command line; a shell script keeps them"),
 )
@@ -61,10 +62,10 @@ _ANSWERS = (
     *switches("times are at GET /metrics", "enable_per_request_metrics", "enable_server_load_tracking"),
     Foreign(name="lora_modules", nargs="+", reason="there are no LoRA adapters: merge the adapter into the weights"),
     Foreign(name="prompt_adapters", nargs="+", reason="there are no prompt adapters"),
-    Foreign(name="fingerprint_mode", takes=("none",), reason="answers have no system_fingerprint"),
-    Foreign(name="fingerprint_value", reason="answers have no system_fingerprint"),
+    Foreign(name="fingerprint_mode", takes=("full", "hash"), reason="system_fingerprint is version and digest"),
+    Foreign(name="fingerprint_value", reason="system_fingerprint is version and digest"),
     *switches("there is no reasoning format", "cohere_is_reasoning_model", takes=(True, False)),
-    Foreign(name="cohere_format", reason="the model's own chat template is used"),
+    Foreign(name="cohere_format", takes=("cmd4",), reason="the model's own chat template is used"),
     *switches("there is no scoring", "enable_flash_late_interaction", takes=(True, False)),
 )
 _LOGGING = (
@@ -74,7 +75,7 @@ _LOGGING = (
     Foreign(name="max_log_len", reason="prompts are not in the log"),
     *switches("answers are not in the log", "enable_log_outputs"),
     *switches("answers are not in the log", "enable_log_deltas", takes=(True, False)),
-    *switches("what goes wrong in the server is in the log with its stack anyway", "log_error_stack", takes=(True,)),
+    *switches("the log has the stack of what goes wrong in the server, and nothing of refusals", "log_error_stack"),
 )
 
 SERVER = Table.of("`nanoflow serve`", _OURS, _NETWORK, _ANSWERS, _LOGGING)
