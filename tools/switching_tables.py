@@ -1,4 +1,4 @@
-"""Tables for docs/switching-from-vllm.md, from the lists in `nanoflow/compat/` that Python and the command line read."""
+"""Tables for docs/switching-from-vllm.md: from the lists in `nanoflow/compat/`, which `LLM` and the commands read."""
 
 from __future__ import annotations
 

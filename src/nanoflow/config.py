@@ -70,6 +70,7 @@ class EngineConfig:
         DEFAULT_MODEL,
         "Model folder, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a published "
         "architecture with random weights",
+        read=str,
     )
     tokenizer: str | None = option(None, "Tokenizer folder or Hub name; the model's own if not given")
     skip_tokenizer_init: bool = option(
@@ -231,6 +232,8 @@ def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
             _pass_over(kind, name, values)
             continue
         field, alias = names[name]
+        if value is None and field.name == "model":
+            raise ConfigError("model must be a folder or a name, got None")
         if value is None and (alias is not None or field.default is not None):
             continue
         read = _read(field, alias, name, value)

@@ -63,7 +63,7 @@ def test_flags_that_are_taken(line: str, expected: dict[str, Any], served: list[
 
 
 def test_flags_of_the_server(served: list[Any]) -> None:
-    assert run("--uvicorn-log-level warning -asc 2 --response-role assistant --allowed-origins []") == 0
+    assert run("--uvicorn-log-level warning -asc 2 --response-role assistant --chat-template-content-format auto") == 0
     ((_, server),) = served
     assert server == ServerConfig(log_level="warning", api_servers=2)
 

@@ -18,7 +18,8 @@ from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.familiar.engine_args import EngineArgs
 from nanoflow.familiar.snapshots import Snapshots
 from nanoflow.outputs import RequestOutput
-from nanoflow.request import RequestOutputKind, SamplingParams
+from nanoflow.parameters import shown
+from nanoflow.request import RequestError, RequestOutputKind, SamplingParams
 
 
 class AsyncLLM:
@@ -78,6 +79,8 @@ class AsyncLLM:
             EngineError: The model cannot be loaded, or the engine has died or was shut down.
         """
         pass_over(ASYNC_CALLS, "generate", others)
+        if not isinstance(sampling_params, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, got {shown(sampling_params)}")
         engine = await self.start()
         params = sampling_params.snapshot()
         kind, params.output_kind = params.output_kind, RequestOutputKind.CUMULATIVE
@@ -117,7 +120,8 @@ class AsyncLLM:
 
     async def get_tokenizer(self) -> Any:
         """The model's tokenizer as `transformers` has it; RequestError if that cannot load it."""
-        return await asyncio.to_thread(transformers_tokenizer, self._config)
+        engine = await self.start()
+        return await asyncio.to_thread(transformers_tokenizer, self._config, engine.tokenizer)
 
     async def check_health(self) -> None:
         """EngineDeadError if the engine has died or was shut down, EngineError if it cannot start."""
