@@ -159,6 +159,22 @@ def test_the_tokenizer_is_that_of_transformers(llm: LLM) -> None:
     assert output.prompt_token_ids == ids
 
 
+def test_tokens_of_a_class_that_has_others_are_put_right(llm: LLM) -> None:
+    class Fast:
+        is_fast = True
+        _tokenizer: Any = None
+        chat_template = "theirs"
+
+    class Slow(Fast):
+        is_fast = False
+
+    fast, slow = Fast(), Slow()
+    for tokenizer in (fast, slow):
+        llm.tokenizer.put_into(tokenizer)
+        assert tokenizer.chat_template not in (None, "theirs")
+    assert fast._tokenizer.encode("hello").ids == llm.tokenizer.encode("hello") and slow._tokenizer is None
+
+
 def test_chat_takes_what_changes_nothing(llm: LLM) -> None:
     conversation: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
     (first,) = llm.chat(conversation, GREEDY, False)
