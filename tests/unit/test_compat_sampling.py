@@ -145,13 +145,19 @@ def test_they_are_checked_when_they_are_used_and_kept_as_they_were_then() -> Non
 
 
 @pytest.mark.parametrize(
-    ("kept", "max_tokens", "expected"), [(3, 4, 3), (100, 4, 50), (-1, 4, 50), (-1, 40, 24), (-1, None, 50)]
+    ("kept", "max_tokens", "expected"), [(3, 4, 3), (60, 4, 50), (-1, 4, 50), (-1, 40, 24), (-1, None, 50)]
 )
 def test_the_last_tokens_of_a_prompt_are_kept(kept: int, max_tokens: int | None, expected: int) -> None:
     params = SamplingParams(truncate_prompt_tokens=kept, max_tokens=max_tokens, detokenize=False)
     ids = list(range(1, 51))
     output, (request,) = OutputProcessor(FACTS, None).add("a", Prompt(text=None, token_ids=ids), params)
     assert output.prompt_token_ids == request.prompt_token_ids == ids[-expected:]
+
+
+def test_more_of_a_prompt_than_there_is_room_for_cannot_be_kept() -> None:
+    params = SamplingParams(truncate_prompt_tokens=61, max_tokens=4, detokenize=False)
+    with pytest.raises(RequestError, match="truncate_prompt_tokens is 61, and there is room for 60 tokens"):
+        OutputProcessor(FACTS, None).add("a", Prompt(text=None, token_ids=[1]), params)
 
 
 def test_where_nobody_wants_text_there_is_none() -> None:

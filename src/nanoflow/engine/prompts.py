@@ -94,11 +94,18 @@ def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[in
 
 
 def truncated(prompt: Prompt, params: SamplingParams, facts: EngineFacts) -> Prompt:
-    """The prompt with the last of its tokens, as many as `truncate_prompt_tokens` says."""
+    """The prompt with the last of its tokens, as many as `truncate_prompt_tokens` says.
+
+    Raises:
+        RequestError: More are to be kept than there is room for.
+    """
     wanted = params.truncate_prompt_tokens
     if wanted is None:
         return prompt
-    num_kept = max(facts.max_model_len - (params.max_tokens or 1), 1) if wanted == -1 else wanted
+    room = max(facts.max_model_len - (params.max_tokens or 1), 1)
+    if wanted > room:
+        raise RequestError(f"truncate_prompt_tokens is {wanted}, and there is room for {room} tokens")
+    num_kept = room if wanted == -1 else wanted
     return dataclasses.replace(prompt, token_ids=prompt.token_ids[-num_kept:])
 
 
