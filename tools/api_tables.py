@@ -65,6 +65,8 @@ def _harmless(values: tuple[Any, ...] | None) -> str:
 
 def _values(schema: Mapping[str, Any]) -> str:
     """A JSON schema in words, as far as those of parameters go."""
+    if "enum" in schema:
+        return " or ".join(map(str, schema["enum"]))
     if "anyOf" in schema:
         return " or ".join(map(_values, schema["anyOf"]))
     match schema["type"]:

@@ -123,7 +123,7 @@ class Report:
 
 def check_templates(reference: Reference, llm: LLM) -> list[str]:
     """Conversations whose token ids differ."""
-    tokenizer, problems = llm.get_tokenizer(), []
+    tokenizer, problems = llm.tokenizer, []
     for messages in conversations():
         for opens in (True, False):
             options = {"add_generation_prompt": opens}

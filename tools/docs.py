@@ -1,8 +1,8 @@
 """Fill in the generated parts of README.md and docs/api.md.
 
 The README has the file tree (from module docstrings) and the results (from JSON), the page of the API has tables of
-fields. Run after adding a file, a result or a field: `python tools/docs.py`. With `--check` it changes nothing and
-fails if a page is out of date; a test does that.
+fields, the page for users of vLLM has the lists of `nanoflow/compat/`. Run after adding a file, a result, a field or an
+option: `python tools/docs.py`. With `--check` it changes nothing and fails if a page is out of date; a test does that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import switching_tables as switching
 from api_tables import body_fields, foreign_fields, sampling_parameters
 from records import readme_rows
 
@@ -68,6 +69,17 @@ def results_table() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"tree": file_tree, "results": results_table},
     "docs/api.md": {"parameters": sampling_parameters, "fields": body_fields, "foreign": foreign_fields},
+    "docs/switching-from-vllm.md": {
+        "engine": switching.engine_known,
+        "engine-foreign": switching.engine_foreign,
+        "server": switching.server_known,
+        "server-foreign": switching.server_foreign,
+        "sampling": switching.sampling_known,
+        "sampling-foreign": switching.sampling_foreign,
+        "calls": switching.calls,
+        "imports": switching.imports,
+        "missing": switching.missing,
+    },
 }
 
 

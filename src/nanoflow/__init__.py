@@ -1,55 +1,61 @@
 """nanoflow: serve large language models at the speed the device allows.
 
-Public names resolve on first use (PEP 562), so that `import nanoflow` and `nanoflow --help` load no torch.
+Public names resolve on first use (PEP 562), so that `import nanoflow` and `nanoflow --help` load no torch. Where they
+are at home, and which modules of vLLM can be imported under this name, says `compat/imports.py`.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from nanoflow.compat.finder import fetch, install, missing
+from nanoflow.compat.imports import NAMES
 from nanoflow.version import __version__
 
 if TYPE_CHECKING:
     from nanoflow.config import EngineConfig, ServerConfig
     from nanoflow.engine.async_engine import AsyncEngine
     from nanoflow.engine.llm import LLM
+    from nanoflow.familiar.async_llm import AsyncLLM
+    from nanoflow.familiar.async_llm import AsyncLLM as AsyncLLMEngine
+    from nanoflow.familiar.engine_args import AsyncEngineArgs, EngineArgs
+    from nanoflow.familiar.llm_engine import LLMEngine
+    from nanoflow.familiar.prompts import TextPrompt, TokensPrompt
     from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
-    from nanoflow.request import RequestError, SamplingParams
+    from nanoflow.request import RequestError, RequestOutputKind, SamplingParams
 
-
-_HOME = {
-    "LLM": "nanoflow.engine.llm",
-    "AsyncEngine": "nanoflow.engine.async_engine",
-    "SamplingParams": "nanoflow.request",
-    "RequestError": "nanoflow.request",
-    "EngineConfig": "nanoflow.config",
-    "ServerConfig": "nanoflow.config",
-    "RequestOutput": "nanoflow.outputs",
-    "CompletionOutput": "nanoflow.outputs",
-    "Logprob": "nanoflow.outputs",
-    "FinishReason": "nanoflow.outputs",
-}
+install()
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
+    "EngineArgs",
     "EngineConfig",
     "FinishReason",
+    "LLMEngine",
     "Logprob",
     "RequestError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "ServerConfig",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'nanoflow' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    if name in NAMES:
+        return fetch(NAMES[name], name)
+    error = missing(name)
+    if error is not None:
+        raise error
+    raise AttributeError(f"module 'nanoflow' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,6 @@
 
 import sys
 
-from nanoflow.cli.main import main
+from nanoflow_engine import main
 
 sys.exit(main())

@@ -1,23 +1,29 @@
 """Every option, once: a dataclass field is the Python argument, the command-line flag and its documentation.
 
 `option(default, help)` declares one. `cli/options.py` turns these classes into flags, `LLM(...)` into arguments;
-`from_kwargs` refuses an unknown name and says which known one is nearest.
+`from_kwargs` reads them under vLLM's names too, which are listed in `compat/`, and refuses what there is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import operator
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from nanoflow.compat.engine_options import ENGINE
+from nanoflow.compat.entries import EMPTY, Alias, Foreign, Table
+from nanoflow.compat.sampling_options import SAMPLING
+from nanoflow.compat.server_options import SERVER
+from nanoflow.parameters import did_you_mean, nearest
+from nanoflow.parameters import read_count as read_count
+from nanoflow.request import SamplingParams
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "random"]
 DEFAULT_MAX_LOGPROBS = 20
+_MAX_LISTED = 16  # in a message
 Goal = Literal["throughput", "balanced", "latency"]
 
 # `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all is done: nobody watches the tokens come, so
@@ -29,46 +35,15 @@ class ConfigError(ValueError):
     """An option has a value it cannot have, or does not exist; the message says which and what would do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alias:
-    """Another name of an option: what other engines call it.
-
-    Attributes:
-        name: As a keyword argument.
-        convert: From a value under this name to one of the option, where the two differ; ValueError if it cannot be.
-        note: How the two differ, in a few words for the help.
-    """
-
-    name: str
-    convert: Callable[[Any], Any] | None = None
-    note: str = ""
-
-
-def option(
-    default: Any, text: str, *, aliases: tuple[Alias, ...] = (), read: Callable[[str], Any] | None = None
-) -> Any:
+def option(default: Any, text: str, *, read: Callable[[str], Any] | None = None) -> Any:
     """Declare an option.
 
     Args:
         default: Its value if it is not given.
         text: One line of help.
-        aliases: Its other names.
         read: From what a user wrote to a value, where that is more than its type; ValueError if it is none.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "aliases": aliases, "read": read})
-
-
-def read_count(text: str) -> int:
-    """A number of tokens: 4096, 4k (thousands: 4,000), 4K (times 1,024: 4,096), and so with m, M, g, G.
-
-    Raises:
-        ValueError: It is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
-    if match is None or ("." in match[1] and not match[2]):
-        raise ValueError(f"{text!r} is no whole number, as 4096, 4k (4,000) or 4K (4,096)")
-    base = 1024 if match[2].isupper() else 1000
-    return int(float(match[1]) * base ** " kmg".index(match[2].lower() or " "))
+    return dataclasses.field(default=default, metadata={"help": text, "read": read})
 
 
 def _read_length(text: str) -> int | None:
@@ -76,20 +51,15 @@ def _read_length(text: str) -> int | None:
 
 
 def _read_dtype(text: str) -> str:
-    name = text.removeprefix("torch.")
-    return {"half": "float16", "float": "float32"}.get(name, name)
+    return ENGINE.value_of("dtype", text.removeprefix("torch."))
 
 
 def _read_load_format(text: str) -> str:
-    return {"dummy": "random", "auto": "safetensors"}.get(text, text)
+    return ENGINE.value_of("load_format", text)
 
 
-def _read_mode(text: str) -> str:
-    return {"interactivity": "latency"}.get(text, text)
-
-
-def _gib(num_bytes: Any) -> float:
-    return read_count(str(num_bytes)) / 2**30
+def _read_goal(text: str) -> str:
+    return ENGINE.value_of("goal", text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +70,12 @@ class EngineConfig:
         DEFAULT_MODEL,
         "Model folder, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a published "
         "architecture with random weights",
+        read=str,
     )
     tokenizer: str | None = option(None, "Tokenizer folder or Hub name; the model's own if not given")
+    skip_tokenizer_init: bool = option(
+        False, "Load no tokenizer: prompts are token ids, and completions are token ids without text"
+    )
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
     dtype: DType = option(
         "auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU", read=_read_dtype
@@ -126,8 +100,7 @@ class EngineConfig:
         "balanced",
         "What limits that are not given are chosen for: throughput (most tokens a second), latency (short gaps between "
         "tokens), or balanced (almost all of the throughput, gaps bounded)",
-        aliases=(Alias(name="performance_mode", note="where interactivity is latency"),),
-        read=_read_mode,
+        read=_read_goal,
     )
     max_itl_ms: float | None = option(
         None,
@@ -138,31 +111,20 @@ class EngineConfig:
         None,
         "Token budget: upper bound of the dense batch of one iteration; chosen for goal, model, memory and device if "
         "not given",
-        aliases=(Alias(name="max_num_batched_tokens"),),
         read=read_count,
     )
     max_num_seqs: int | None = option(None, "Most requests running at once; chosen likewise if not given")
-    page_size: int = option(16, "Tokens a KV page", aliases=(Alias(name="block_size"),))
-    kv_cache_gib: float | None = option(
-        None,
-        "Memory for KV pages in GiB; what the requests can use if not given",
-        aliases=(Alias(name="kv_cache_memory_bytes", convert=_gib, note="in bytes"),),
-    )
+    page_size: int = option(16, "Tokens a KV page")
+    kv_cache_gib: float | None = option(None, "Memory for KV pages in GiB; what the requests can use if not given")
     gpu_memory_utilization: float = option(0.9, "Part of the GPU's memory to use for weights, KV pages and all else")
-    num_pages: int | None = option(
-        None, "Number of KV pages, instead of a size in GiB", aliases=(Alias(name="num_gpu_blocks_override"),)
-    )
+    num_pages: int | None = option(None, "Number of KV pages, instead of a size in GiB")
     max_logprobs: int = option(
         DEFAULT_MAX_LOGPROBS,
         "Most tokens a place whose log probabilities a request may ask for; -1: the whole vocabulary, which takes time "
         "and memory",
     )
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
-    cuda_graphs: bool = option(
-        True,
-        "On a GPU, launch a forward pass as one CUDA graph",
-        aliases=(Alias(name="enforce_eager", convert=operator.not_, note="turns it off"),),
-    )
+    cuda_graphs: bool = option(True, "On a GPU, launch a forward pass as one CUDA graph")
     plan: str | None = option(None, "Pipeline plan or plan book (JSON) to execute; sequential if not given")
     num_threads: int | None = option(None, "CPU threads of torch; its own choice if not given")
     chat_template: str | None = option(
@@ -183,6 +145,9 @@ class EngineConfig:
         for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        for name in ("async_scheduling", "cuda_graphs", "skip_tokenizer_init"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.max_logprobs < -1:
             raise ConfigError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}"
@@ -206,7 +171,6 @@ class ServerConfig:
     api_servers: int | None = option(
         None,
         "Processes that answer HTTP at the port, for one engine; chosen from the cores and the goal if not given",
-        aliases=(Alias(name="api_server_count"),),
     )
     stream_interval_ms: float = option(
         20.0,
@@ -214,9 +178,7 @@ class ServerConfig:
         "server's time; 0 never waits",
     )
     metrics_prefix: str = option("nanoflow", "Prefix of the metric names; 'vllm' fits dashboards made for it")
-    log_level: Literal["debug", "info", "warning", "error"] = option(
-        "info", "Least severe messages to log", aliases=(Alias(name="uvicorn_log_level"),)
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least severe messages to log")
     enable_tokenizer_info_endpoint: bool = option(
         False, "Answer GET /tokenizer_info with the tokenizer's configuration"
     )
@@ -243,17 +205,21 @@ ConfigT = TypeVar("ConfigT")
 
 
 def from_kwargs(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a config from keyword arguments, whose names may be aliases.
+    """Build a config from keyword arguments, under any of the names that options have here and in vLLM.
+
+    None stands for the default wherever it has no meaning of its own.
 
     Raises:
-        ConfigError: An unknown name (the message names the nearest valid one), a value that cannot be read, or two
-            names of one option with different values.
+        ConfigError: An unknown name, a value that cannot be read, something that there is not, or two names of one
+            option with different values.
     """
     return kind(**by_own_names(kind, values))
 
 
 def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a config under its own names, with the values that it has them in.
+
+    Options of vLLM that there are not are left out where their value asks for what is so anyway.
 
     Raises:
         ConfigError: As `from_kwargs`.
@@ -263,8 +229,13 @@ def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     given_as: dict[str, str] = {}
     for name, value in values.items():
         if name not in names:
-            raise ConfigError(unknown_option(name, list(names)))
+            _pass_over(kind, name, values)
+            continue
         field, alias = names[name]
+        if value is None and field.name == "model":
+            raise ConfigError("model must be a folder or a name, got None")
+        if value is None and (alias is not None or field.default is not None):
+            continue
         read = _read(field, alias, name, value)
         if field.name in found and found[field.name] != read:
             other = given_as[field.name]
@@ -277,11 +248,49 @@ def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def names_of(kind: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Alias | None]]:
     """Every name of every option: its own first, then its aliases."""
-    return {
-        name: (field, alias)
-        for field in dataclasses.fields(kind)
-        for name, alias in ((field.name, None), *((alias.name, alias) for alias in field.metadata.get("aliases", ())))
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    own: dict[str, tuple[dataclasses.Field[Any], Alias | None]] = {
+        name: (field, None) for name, field in fields.items()
     }
+    other = {alias.name: (fields[alias.to], alias) for alias in table_of(kind).aliases if alias.name not in own}
+    return {**own, **other}
+
+
+def table_of(kind: type[Any]) -> Table:
+    """What users of vLLM know of the options of a config; an empty table if they know none."""
+    return {EngineConfig: ENGINE, ServerConfig: SERVER, SamplingParams: SAMPLING}.get(kind, EMPTY)
+
+
+def unknown_option(name: str, known: list[str]) -> str:
+    """One line that says a name does not exist, and what it may have meant: what it is elsewhere, or a slip."""
+    return f"unknown option {name!r}{_elsewhere(name) or did_you_mean(name, known) or _others(name, known)}"
+
+
+def _elsewhere(name: str) -> str | None:
+    """What an option is where it is known; None if it is nowhere."""
+    bare = name.lstrip("-").replace("-", "_")
+    for table in (ENGINE, SERVER, SAMPLING):
+        entry = table.entries.get(bare)
+        if entry is not None:
+            return f": {entry.reason}" if isinstance(entry, Foreign) else f" here: it is one of {table.title}"
+    return None
+
+
+def _others(name: str, known: list[str]) -> str:
+    """What there is in place of an option that is like none of the known ones."""
+    foreign = {entry.name: entry for table in (ENGINE, SERVER, SAMPLING) for entry in table.foreign}
+    for near in nearest(name.lstrip("-").replace("-", "_"), foreign):
+        return f"; {near}, if that is meant: {foreign[near].reason}"
+    return f"; known: {', '.join(known)}" if len(known) <= _MAX_LISTED else "; --help lists all, and docs/ has them"
+
+
+def _pass_over(kind: type[Any], name: str, values: Mapping[str, Any]) -> None:
+    """Refuse an option that there is not, unless its value asks for what is so anyway."""
+    entry = table_of(kind).entries.get(name)
+    if not isinstance(entry, Foreign):
+        raise ConfigError(unknown_option(name, list(names_of(kind))))
+    if not entry.changes_nothing(values[name], values):
+        raise ConfigError(entry.refusal(values[name]))
 
 
 def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: Any) -> Any:
@@ -293,13 +302,6 @@ def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: 
         return value if read is None or value is None else read(str(value))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def unknown_option(name: str, known: list[str]) -> str:
-    """One line that says an option does not exist and which one was probably meant."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-    return f"unknown option {name!r}{hint}"
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import io
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,10 @@ class CompletionOutput:
         """True once a finish reason is known."""
         return self.finish_reason is not None
 
+    def finished(self) -> bool:
+        """vLLM's name of `is_finished`."""
+        return self.is_finished
+
     @property
     def num_chars(self) -> int:
         """Length of the text; costs the same whatever it is."""
@@ -199,6 +204,77 @@ class RequestMetrics:
     last_token_s: float | None = None
     finished_s: float | None = None
     num_preemptions: int = 0
+    num_generation_tokens: int = 0
+    """Of all completions, as far as their text has been made."""
+
+    @property
+    def arrival_time(self) -> float:
+        """vLLM's name of `arrival_s`, in seconds since 1970."""
+        return _wall_s(self.arrival_s)
+
+    @property
+    def queued_ts(self) -> float:
+        """vLLM's name of `arrival_s`: a request is queued when it comes."""
+        return self.arrival_s
+
+    @property
+    def scheduled_ts(self) -> float:
+        """vLLM's name of `first_scheduled_s`; 0 if it has not happened."""
+        return self.first_scheduled_s or 0.0
+
+    @property
+    def first_token_ts(self) -> float:
+        """vLLM's name of `first_token_s`; 0 if it has not happened."""
+        return self.first_token_s or 0.0
+
+    @property
+    def last_token_ts(self) -> float:
+        """vLLM's name of `last_token_s`; 0 if it has not happened."""
+        return self.last_token_s or 0.0
+
+    @property
+    def first_token_latency(self) -> float:
+        """Seconds from arrival to the first token; 0 if there is none."""
+        return 0.0 if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def is_corrupted(self) -> bool:
+        """False: a request whose logits are no numbers ends with an error."""
+        return False
+
+    @property
+    def first_scheduled_time(self) -> float | None:
+        """`first_scheduled_s` in seconds since 1970, as older versions of vLLM have it."""
+        return _wall_s(self.first_scheduled_s)
+
+    @property
+    def first_token_time(self) -> float | None:
+        """`first_token_s` in seconds since 1970, as older versions of vLLM have it."""
+        return _wall_s(self.first_token_s)
+
+    @property
+    def last_token_time(self) -> float | None:
+        """`last_token_s` in seconds since 1970, as older versions of vLLM have it."""
+        return _wall_s(self.last_token_s)
+
+    @property
+    def finished_time(self) -> float | None:
+        """`finished_s` in seconds since 1970, as older versions of vLLM have it."""
+        return _wall_s(self.finished_s)
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival to the first iteration, as older versions of vLLM have it."""
+        return None if self.first_scheduled_s is None else self.first_scheduled_s - self.arrival_s
+
+
+@overload
+def _wall_s(monotonic_s: float) -> float: ...
+@overload
+def _wall_s(monotonic_s: None) -> None: ...
+def _wall_s(monotonic_s: float | None) -> float | None:
+    """A time of the monotonic clock in seconds since 1970, as the clocks stand to each other now."""
+    return None if monotonic_s is None else monotonic_s + time.time() - time.monotonic()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,6 +289,7 @@ class RequestOutput:
         outputs: One `CompletionOutput` each of the `n`.
         finished: True once every completion has ended.
         error: What went wrong with this request alone, if its finish reason is "error".
+        num_cached_tokens: Tokens of the prompt that need not be computed: none, as there is no prefix cache.
     """
 
     request_id: str
@@ -223,3 +300,4 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics | None = None
     error: str | None = None
+    num_cached_tokens: int = 0

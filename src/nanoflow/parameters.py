@@ -7,7 +7,9 @@ that a bound, a message or a conversion cannot differ between them. Knows no par
 from __future__ import annotations
 
 import difflib
+import enum
 import math
+import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ INT64_MIN, INT64_MAX, UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
 _MAX_SHOWN_CHARS = 80
 # Decimal digits of the largest token id.
 _MAX_ID_DIGITS = 10
+# Names less alike than this differ in more than a slip of the keyboard.
+_NEAR = 0.8
 
 
 class RequestError(ValueError):
@@ -108,6 +112,25 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OneOf:
+    """A member of an enumeration."""
+
+    members: type[enum.Enum]
+
+    def read(self, name: str, value: object) -> enum.Enum:
+        """See `Kind`."""
+        if not isinstance(value, self.members):
+            choices = ", ".join(map(str, self.members))
+            raise RequestError(f"{name} must be one of {choices}, got {shown(value)}")
+        return value
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {"enum": [member.name for member in self.members]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
     """Strings that are not empty; one may stand alone if `takes_one`."""
 
@@ -185,6 +208,19 @@ class Biases:
         }
 
 
+def read_count(text: str) -> int:
+    """A number of tokens: 4096, 4k (thousands: 4,000), 4K (times 1,024: 4,096), and so with m, M, g, G.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
+    if match is None or ("." in match[1] and not match[2]):
+        raise ValueError(f"{text!r} is no whole number, as 4096, 4k (4,000) or 4K (4,096)")
+    base = 1024 if match[2].isupper() else 1000
+    return int(float(match[1]) * base ** " kmg".index(match[2].lower() or " "))
+
+
 def integers(name: str, values: Collection[object]) -> list[int]:
     """The values as Python's integers, however large; quick where they are that already.
 
@@ -211,8 +247,19 @@ def shown(value: object) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """End of a message about a name that does not exist: the nearest one that does; None if none is near."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else None
+    return next((f"; did you mean {near!r}?" for near in nearest(name, known)), None)
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known name that a slip of the keyboard is away, or the only one that has all words of this one."""
+    names = list(known)
+    slips = difflib.get_close_matches(name, names, n=1, cutoff=_NEAR)
+    longer = [other for other in names if _words(name) <= _words(other)]
+    return slips or (longer if len(longer) == 1 else [])
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[-_]+", name.strip("-_")))
 
 
 def _as_float(value: Real) -> float:

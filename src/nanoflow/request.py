@@ -6,11 +6,15 @@ in `config.py`. Field names and defaults follow the field's habit (vLLM), so tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nanoflow.compat.entries import Foreign
+from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.parameters import (
     INT32_MAX,
     INT64_MAX,
@@ -20,6 +24,7 @@ from nanoflow.parameters import (
     Flag,
     Kind,
     Number,
+    OneOf,
     RequestError,
     Texts,
     TokenIds,
@@ -27,7 +32,7 @@ from nanoflow.parameters import (
     did_you_mean,
 )
 
-__all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "SamplingParams"]
+__all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -37,15 +42,28 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 16
 
 _NUM_LOGPROBS = Whole(low=-1, high=INT32_MAX)
+_NUM_KEPT = Whole(low=-1, high=INT32_MAX)
 
 
 def _parameter(default: Any, kind: Kind) -> Any:
     return field(default=default, metadata={"kind": kind})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutputKind(enum.Enum):
+    """What of an answer `AsyncLLM` yields each time: all so far, what is new, or nothing before it is finished."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
+
+    May be changed until it is used: then a copy is checked and made use of (`snapshot`), and what is changed later
+    concerns later requests alone. What vLLM has beside these parameters is taken where it changes nothing
+    (`compat/sampling_options.py`). The order of the first ones is vLLM's.
 
     None stands for the default wherever it has no meaning of its own. Numbers and truth values may be numpy's.
 
@@ -76,6 +94,9 @@ class SamplingParams:
         detokenize: Produce text; False returns token ids only.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string in the text.
+        output_kind: What `AsyncLLM` yields. `LLM` and `AsyncEngine` have ways of their own.
+        truncate_prompt_tokens: Keep so many tokens of the prompt, its last ones; -1 keeps as many as the context has
+            room for beside `max_tokens`.
 
     Raises:
         RequestError: A value is of the wrong kind or out of its range; the message names the field, what it may be and
@@ -84,19 +105,14 @@ class SamplingParams:
     """
 
     n: int = _parameter(1, Whole(low=1, high=MAX_CHOICES))
+    presence_penalty: float = _parameter(0.0, Number(low=-2.0, high=2.0))
+    frequency_penalty: float = _parameter(0.0, Number(low=-2.0, high=2.0))
+    repetition_penalty: float = _parameter(1.0, Number(low=0.01, high=100.0))
     temperature: float = _parameter(1.0, Number(low=0.0, high=100.0))
     top_p: float = _parameter(1.0, Number(low=0.0, high=1.0))
     top_k: int = _parameter(0, Whole(low=-1, high=INT64_MAX))
     min_p: float = _parameter(0.0, Number(low=0.0, high=1.0))
     seed: int | None = _parameter(None, Whole(low=INT64_MIN, high=UINT64_MAX))
-    repetition_penalty: float = _parameter(1.0, Number(low=0.01, high=100.0))
-    presence_penalty: float = _parameter(0.0, Number(low=-2.0, high=2.0))
-    frequency_penalty: float = _parameter(0.0, Number(low=-2.0, high=2.0))
-    logit_bias: Mapping[int, float] | None = _parameter(
-        None, Biases(bias=Number(low=-100.0, high=100.0), max_items=MAX_LOGIT_BIAS)
-    )
-    allowed_token_ids: Sequence[int] | None = _parameter(None, TokenIds())
-    bad_words: Sequence[str] | None = _parameter(None, Texts(max_items=MAX_BAD_WORDS))
     stop: str | Sequence[str] | None = _parameter(None, Texts(max_items=MAX_STOP_STRINGS, takes_one=True))
     stop_token_ids: Sequence[int] | None = _parameter(None, TokenIds(max_items=MAX_STOP_TOKEN_IDS))
     ignore_eos: bool = _parameter(False, Flag())
@@ -104,29 +120,61 @@ class SamplingParams:
     min_tokens: int = _parameter(0, Whole(low=0, high=INT32_MAX))
     logprobs: int | None = _parameter(None, _NUM_LOGPROBS)
     prompt_logprobs: int | None = _parameter(None, _NUM_LOGPROBS)
+    _: KW_ONLY
+    logit_bias: Mapping[int, float] | None = _parameter(
+        None, Biases(bias=Number(low=-100.0, high=100.0), max_items=MAX_LOGIT_BIAS)
+    )
+    allowed_token_ids: Sequence[int] | None = _parameter(None, TokenIds())
+    bad_words: Sequence[str] | None = _parameter(None, Texts(max_items=MAX_BAD_WORDS))
     detokenize: bool = _parameter(True, Flag())
     skip_special_tokens: bool = _parameter(True, Flag())
     include_stop_str_in_output: bool = _parameter(False, Flag())
+    output_kind: RequestOutputKind = _parameter(RequestOutputKind.CUMULATIVE, OneOf(members=RequestOutputKind))
+    truncate_prompt_tokens: int | None = _parameter(None, _NUM_KEPT)
 
     if not TYPE_CHECKING:
 
-        def __new__(cls, **given: Any) -> SamplingParams:
-            """Refuse unknown names in words that help; the fields themselves are the constructor's business."""
-            for name in given:
-                if name not in KINDS:
-                    hint = did_you_mean(name, KINDS) or f"; there are {', '.join(KINDS)}"
-                    raise TypeError(f"SamplingParams has no parameter {name!r}{hint}")
-            return object.__new__(cls)
+        def __init__(self, *positional: Any, **given: Any) -> None:
+            """Read the parameters, and refuse in words that help what is none."""
+            given = _by_name(positional, given)
+            for name, default in _DEFAULTS.items():
+                object.__setattr__(self, name, given.get(name, default))
+            self.__post_init__()
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Change a parameter; it is checked when it is used."""
+            if name not in KINDS:
+                raise AttributeError(f"SamplingParams has no parameter {name!r}{_hint(name)}")
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
             value, default = getattr(self, name), _DEFAULTS[name]
             if value is None:
-                object.__setattr__(self, name, _MEANING_OF_NONE.get(name, default))
+                value = _MEANING_OF_NONE.get(name, default)
             elif value is not default:
-                object.__setattr__(self, name, kind.read(name, value))
+                value = kind.read(name, value)
+            # Lists, as users add to them.
+            object.__setattr__(self, name, list(value) if isinstance(value, tuple) else value)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         self._check_together()
+
+    @classmethod
+    def from_optional(cls, **given: Any) -> SamplingParams:
+        """The same as the constructor, in which None stands for the default too."""
+        return cls(**given)
+
+    def clone(self) -> SamplingParams:
+        """A copy that has nothing in common with this one."""
+        return copy.deepcopy(self)
+
+    def snapshot(self) -> SamplingParams:
+        """A checked copy, for a request to keep.
+
+        Raises:
+            RequestError: A parameter has been changed to what it cannot be.
+        """
+        return dataclasses.replace(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -141,18 +189,53 @@ class SamplingParams:
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be at least 1, or -1 for as many as there is room for")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True")
-        if self.allowed_token_ids == ():
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids must not be empty: no token could be chosen")
 
 
 KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(SamplingParams)}
 """What each parameter may be: for every door that parameters come in by."""
 
+_POSITIONAL = tuple(one.name for one in dataclasses.fields(SamplingParams) if not one.kw_only)
 _DEFAULTS = {one.name: one.default for one in dataclasses.fields(SamplingParams)}
 # Where None is not the default's other name.
 _MEANING_OF_NONE: dict[str, Any] = {"max_tokens": None, "stop": (), "stop_token_ids": (), "bad_words": ()}
+
+
+def _by_name(positional: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `SamplingParams` by name, without those of vLLM that change nothing.
+
+    Raises:
+        RequestError: One that there is not asks for what is not so.
+        TypeError: One does not exist, or is given twice.
+    """
+    if len(positional) > len(_POSITIONAL):
+        raise TypeError(f"SamplingParams takes {len(_POSITIONAL)} arguments without a name, got {len(positional)}")
+    named = dict(zip(_POSITIONAL, positional, strict=False))
+    for name, value in given.items():
+        if name in named:
+            raise TypeError(f"SamplingParams got {name!r} twice: in its place and by name")
+        if name in KINDS:
+            named[name] = value
+            continue
+        entry = SAMPLING.entries.get(name)
+        if not isinstance(entry, Foreign):
+            raise TypeError(f"SamplingParams has no parameter {name!r}{_hint(name)}")
+        if not entry.changes_nothing(value, {**_DEFAULTS, **named, **given}):
+            raise RequestError(entry.refusal(value))
+    return named
+
+
+def _hint(name: str) -> str:
+    """The end of a message about a parameter that does not exist."""
+    entry = SAMPLING.entries.get(name)
+    if isinstance(entry, Foreign):
+        return f": {entry.reason}"
+    return did_you_mean(name, KINDS) or f"; there are {', '.join(KINDS)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

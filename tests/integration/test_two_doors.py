@@ -23,7 +23,8 @@ from tests.toy_models import ENGINE_OPTIONS, VOCAB_SIZE, write_toy_model
 PROMPT = [5, 6, 7, 8]
 GOOD = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
 # What HTTP has under another meaning, or not at all.
-ONLY_PYTHON = {"detokenize"}
+# Of a prompt's tokens the server decides itself, with a side to cut off.
+ONLY_PYTHON = {"detokenize", "output_kind", "truncate_prompt_tokens"}
 
 
 class Doors:

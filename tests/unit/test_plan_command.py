@@ -98,7 +98,7 @@ def test_a_book_is_listed_and_a_name_or_digest_chooses(
     assert second.split() == ["halves", HALVES.digest, "65-256", "0.25-1.00", "0-900", "0-", "1", "-"]
     for name in ("halves", HALVES.digest):
         assert shown(capsys, book_file, "--name", name).startswith("halves, order only")
-    with pytest.raises(ValueError, match="unknown plan 'halfs'; did you mean 'halves'"):
+    with pytest.raises(ValueError, match="unknown plan 'halfs'; known: sequential, halves"):
         show(book_file, "--name", "halfs")
     with pytest.raises(ValueError, match="has 2 plans: choose one with --name"):
         show(book_file, "--svg", tmp_path / "x.svg")

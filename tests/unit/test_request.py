@@ -17,11 +17,12 @@ from nanoflow.request import KINDS, MAX_BAD_WORDS, RequestError, SamplingParams
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
 FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
+OTHERS = ("output_kind", "truncate_prompt_tokens")
 LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logit_bias")
 
 
 def test_every_parameter_has_a_kind() -> None:
-    assert sorted((*NUMBERS, *INTEGERS, *FLAGS, *LISTS)) == sorted(KINDS)
+    assert sorted((*NUMBERS, *INTEGERS, *FLAGS, *LISTS, *OTHERS)) == sorted(KINDS)
     assert list(KINDS) == [field.name for field in dataclasses.fields(SamplingParams)]
 
 
@@ -101,8 +102,8 @@ def test_numpy_is_taken_and_kept_as_pythons_own() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
     kept = (params.n, params.temperature, params.top_k, params.seed, params.ignore_eos)
     assert kept == (2, 0.5, 7, -3, True) and [type(one) for one in kept] == [int, float, int, int, bool]
-    assert params.logit_bias == {4: 1.5, 5: 2.0} and params.stop_token_ids == (1, 2)
-    assert params.allowed_token_ids == (0, 1, 2) and params.bad_words == ("a",)
+    assert params.logit_bias == {4: 1.5, 5: 2.0} and params.stop_token_ids == [1, 2]
+    assert params.allowed_token_ids == [0, 1, 2] and params.bad_words == ["a"]
 
 
 def test_every_bound_is_inside_and_crosses_to_the_engine() -> None:
@@ -132,7 +133,7 @@ def test_a_second_reading_changes_nothing() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"no parameter 'tempreature'; did you mean 'temperature'\?"):
         SamplingParams(tempreature=0.5)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="no parameter 'zzzz'; there are n, temperature, "):
+    with pytest.raises(TypeError, match="no parameter 'zzzz'; there are n, presence_penalty, "):
         SamplingParams(zzzz=1)  # type: ignore[call-arg]
 
 

@@ -35,7 +35,7 @@ _EXAMPLES = """\
   echo "import " | nanoflow generate -"""
 
 # What needs a program around it (biases, log probabilities, raw tokens) is left to the Python and HTTP interfaces.
-NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize"})
+NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize", "output_kind"})
 
 _ENGINE = OptionGroup(
     kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}), defaults=UNWATCHED_DEFAULTS

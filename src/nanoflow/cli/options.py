@@ -1,22 +1,26 @@
 """Turns config dataclasses into command-line flags, and given flags back into configs.
 
 A field `page_size: int = 16` is the flag `--page-size N`; its help is the field's, or stands in the docstring. Its
-aliases are flags too, and the help names them. A flag that is not given leaves no trace, so defaults live in the
-dataclass alone. This file knows no command (see `main.py`) and no config by name (see `config.py`, `request.py`,
-`bench/config.py`).
+other names are flags too, and the help names them. A flag that is not given leaves no trace, so defaults live in the
+dataclass alone. Flags of vLLM that there are not are in `foreign_flags.py`. This file knows no command (see `main.py`)
+and no config by name (see `config.py`, `request.py`, `bench/config.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from nanoflow.config import by_own_names, from_kwargs, unknown_option
+from nanoflow.cli.foreign_flags import add_foreign_flags, with_dashes
+from nanoflow.compat.entries import Alias, Table
+from nanoflow.config import by_own_names, from_kwargs, names_of, table_of, unknown_option
 
 ConfigT = TypeVar("ConfigT")
 Subcommands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
@@ -29,14 +33,20 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.tables: list[Table] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse what is left over here, where the flags of the subcommand are known."""
-        parsed, extras = super().parse_known_args(args, namespace)
+        """Parse, and refuse what is left over here, where the flags of the subcommand are known.
+
+        Flags may be written with underscores. Those of vLLM that there are not come in last: ours go before them.
+        """
+        own = {flag for flag in self._option_string_actions if flag.startswith("--")}
+        add_foreign_flags(self, self.tables)
+        self.tables = []
+        parsed, extras = super().parse_known_args(with_dashes(sys.argv[1:] if args is None else args), namespace)
         if extras:
             flags = [extra.partition("=")[0] for extra in extras if extra.startswith("-")]
-            known = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
-            self.error(unknown_option(flags[0], known) if flags else f"unexpected argument {extras[0]!r}")
+            self.error(unknown_option(flags[0], sorted(own)) if flags else f"unexpected argument {extras[0]!r}")
         return parsed, extras
 
     def error(self, message: str) -> NoReturn:
@@ -71,13 +81,15 @@ class OptionGroup(Generic[ConfigT]):
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Add one flag a field to the parser."""
+        """Add one flag a field to the parser, and one each of its other names."""
+        if isinstance(parser, CommandParser):
+            parser.tables.append(table_of(self.kind))
         group = parser.add_argument_group(self.title)
         hints = get_type_hints(self.kind)
         texts = _attribute_texts(self.kind)
         for field in self._fields():
             text = field.metadata.get("help") or texts.get(field.name, "")
-            aliases = field.metadata.get("aliases", ())
+            aliases = self._aliases(field.name)
             also = "; ".join(" ".join(filter(None, (_flag(alias.name), alias.note))) for alias in aliases)
             how = _how_to_parse(hints[field.name], field.metadata.get("nargs"), field.metadata.get("read"))
             group.add_argument(
@@ -92,6 +104,7 @@ class OptionGroup(Generic[ConfigT]):
                 is_other = alias.convert is not None and "action" not in how
                 group.add_argument(
                     _flag(alias.name),
+                    *alias.flags,
                     dest=alias.name,
                     default=argparse.SUPPRESS,
                     help=argparse.SUPPRESS,
@@ -107,7 +120,7 @@ class OptionGroup(Generic[ConfigT]):
         names = {
             name
             for field in self._fields()
-            for name in (field.name, *(alias.name for alias in field.metadata.get("aliases", ())))
+            for name in (field.name, *(alias.name for alias in self._aliases(field.name)))
         }
         return by_own_names(self.kind, {name: value for name, value in vars(args).items() if name in names})
 
@@ -122,6 +135,11 @@ class OptionGroup(Generic[ConfigT]):
             ValueError: A value is out of its range (`ConfigError` for options of the engine and the server).
         """
         return from_kwargs(self.kind, {**self.defaults, **(recommended or {}), **self.given(args)})
+
+    def _aliases(self, name: str) -> list[Alias]:
+        """The other names of a field."""
+        others = (alias for _, alias in names_of(self.kind).values())
+        return [alias for alias in others if alias is not None and alias.to == name]
 
     def _fields(self) -> list[dataclasses.Field[Any]]:
         return [field for field in dataclasses.fields(self.kind) if field.name not in self.skip]  # type: ignore[arg-type]
@@ -140,6 +158,8 @@ def _how_to_parse(hint: Any, nargs: str | None, read: Callable[[str], Any] | Non
             item = get_args(kind)[0]
             how = {"action": "extend", "nargs": nargs} if nargs else {"action": "append"}
             return {"type": item, "metavar": _METAVARS[item], **how}
+    if isinstance(kinds[0], type) and issubclass(kinds[0], enum.Enum):
+        return {"type": lambda name: kinds[0][name.upper()], "metavar": "|".join(kinds[0].__members__).lower()}
     if kinds[0] is bool:
         return {"action": argparse.BooleanOptionalAction}
     parse = {} if read is None else {"type": _parser_of(read)}

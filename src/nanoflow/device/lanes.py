@@ -196,7 +196,7 @@ def _check_gpu(device: torch.device) -> None:
 def _driver(device: torch.device) -> Any:
     _check_gpu(device)
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        raise LaneError("lanes that divide a GPU need cuda-python: pip install 'nanoflow[gpu]'")
+        raise LaneError("lanes that divide a GPU need cuda-python: pip install 'nanoflow-engine[gpu]'")
     return importlib.import_module("cuda.bindings.driver")
 
 

@@ -113,7 +113,7 @@ class AsyncEngine:
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await _ready(child.link, child)
-            processor = OutputProcessor(facts, tokenizer, seed=config.seed)
+            processor = OutputProcessor(facts, tokenizer, seed=config.seed, has_text=not config.skip_tokenizer_init)
         except BaseException as error:
             await child.close(grace_s=0.0)
             if isinstance(error, ValueError):

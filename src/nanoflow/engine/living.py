@@ -40,6 +40,10 @@ class LivingRequest:
             for place, row in enumerate(rows, start=scores.first_position):
                 positions[place] = position_logprobs(*row, token_text)
 
+    def count_tokens(self) -> None:
+        """Note how many tokens there are of all completions."""
+        self.metrics.num_generation_tokens = sum(len(completion.token_ids) for completion in self.output.outputs)
+
     def summary(self, reason: FinishReason, now_s: float) -> FinishedRequest:
         """What an observer is told when it ends."""
         metrics, params = self.metrics, self.params

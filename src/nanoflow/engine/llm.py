@@ -12,22 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
 
+from nanoflow.compat.calls import CALLS, METHODS, pass_over
 from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig, from_kwargs
 from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.garbage import heap_left_alone
+from nanoflow.engine.llm_metrics import LLMMetrics, Metric
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
+from nanoflow.engine.prompt_forms import inputs_of, params_of_each
 from nanoflow.engine.prompts import PromptInput, read_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
+from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.outputs import RequestOutput
-from nanoflow.parameters import shown
 from nanoflow.request import Request, RequestError, SamplingParams
 
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
@@ -53,15 +55,27 @@ class LLM:
         from nanoflow.engine.build import build_engine
 
         config = from_kwargs(EngineConfig, {**UNWATCHED_DEFAULTS, "model": model, **options})
+        self._config = config
         self._tokenizer = load_tokenizer(config)
         self._engine = build_engine(config, show_progress=sys.stderr.isatty())
         try:
-            self._processor = OutputProcessor(self._engine.facts, self._tokenizer, seed=config.seed)
+            has_text = not config.skip_tokenizer_init
+            self._processor = OutputProcessor(self._engine.facts, self._tokenizer, seed=config.seed, has_text=has_text)
         except BaseException:
             self._engine.close()
             raise
+        self._metrics = LLMMetrics(config.model)
+        self._of_transformers: Any = None
         self._num_requests = 0
         self._is_closed = False
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any) -> LLM:
+        """A model with the options of `EngineArgs`."""
+        return cls(**vars(engine_args))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"LLM has no {name}" + METHODS.ending(name))
 
     def __enter__(self) -> LLM:
         return self
@@ -78,29 +92,52 @@ class LLM:
         """Tell this observer from now on how requests fare, in the calling thread; None tells nobody."""
         self._processor.observer = observer
 
-    def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; RequestError if it has none."""
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that requests are read with; RequestError if the model has none."""
         if self._tokenizer is None:
             raise RequestError("this model has no tokenizer")
         return self._tokenizer
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer as `transformers` has it, with the tokens of `tokenizer`; it is loaded once.
+
+        Raises:
+            RequestError: The model has none, or `transformers` cannot load it.
+        """
+        if self._of_transformers is None:
+            self._of_transformers = transformers_tokenizer(self._config, self.tokenizer)
+        return self._of_transformers
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model recommends in generation_config.json (see option `generation_config`), else the defaults."""
         return self.facts.sampling.params({})
 
+    def get_metrics(self) -> list[Metric]:
+        """Counters and gauges of all calls so far, each with `name` and `value`."""
+        return self._metrics.read()
+
+    def reset_prefix_cache(self) -> bool:
+        """True: there is no prefix cache, so that nothing of earlier prompts is left."""
+        return True
+
     def generate(
         self,
-        prompts: PromptInput | Sequence[PromptInput],
+        prompts: PromptInput | Sequence[PromptInput] | None = None,
         sampling_params: ParamsInput = None,
+        use_tqdm: bool | Callable[..., Any] = True,
         *,
-        use_tqdm: bool = True,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Complete one prompt or many. Ctrl-C drops them all and leaves the model ready for the next call.
 
         Args:
             prompts: One prompt or a list of them: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
-            use_tqdm: Show a progress bar.
+            use_tqdm: Show a progress bar; a function makes it, with the arguments of tqdm.
+            prompt_token_ids: Prompts as token ids, as older versions of vLLM take them.
+            **others: What vLLM takes beside them, at values that change nothing.
 
         Returns:
             One output a prompt, in their order. One that failed alone has finish reason "error" and an `error`.
@@ -109,15 +146,17 @@ class LLM:
             RequestError: A prompt cannot be served; the message names its place, and no prompt has run.
             EngineDeadError: The model has been closed.
         """
-        inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        all_params = _params_of_each(
+        pass_over(CALLS, "generate", others)
+        inputs = inputs_of(prompts, prompt_token_ids)
+        all_params = params_of_each(
             self.get_default_sampling_params() if sampling_params is None else sampling_params, len(inputs)
         )
         self._check_open()
         with _interrupts_deferred() as raise_if_interrupted:
             try:
                 outputs = self._add_all(inputs, all_params, raise_if_interrupted)
-                self._run(len(outputs), raise_if_interrupted, is_shown=use_tqdm)
+                self._run(len(outputs), raise_if_interrupted, use_tqdm)
+                self._metrics.end(outputs)
             except BaseException:
                 self._abort_all()
                 raise
@@ -127,31 +166,33 @@ class LLM:
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: ParamsInput = None,
+        use_tqdm: bool | Callable[..., Any] = True,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, by the model's chat template.
 
         Args:
             messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them. A content is a
                 text, or a list of parts {"type": "text", "text": ...}.
-            sampling_params: As for `generate`.
+            sampling_params, use_tqdm: As for `generate`.
             add_generation_prompt: Open the assistant's turn.
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
             chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
-            use_tqdm: Show a progress bar.
+            **others: What vLLM takes beside them, at values that change nothing.
 
         Raises:
             RequestError: As for `generate`, or there is no chat template, or it refuses the messages.
             EngineDeadError: The model has been closed.
         """
         self._check_open()
-        tokenizer = self.get_tokenizer()
+        pass_over(CALLS, "chat", others)
+        tokenizer = self.tokenizer
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = []
         for place, conversation in enumerate(conversations):
@@ -165,6 +206,33 @@ class LLM:
                 )
             prompts.append(token_ids)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def add(self, request_id: str, prompt: PromptInput, params: SamplingParams) -> RequestOutput:
+        """Take a request that `step` is to work at; its output grows in place.
+
+        Raises:
+            RequestError, EngineDeadError: As `generate`.
+        """
+        self._check_open()
+        output, requests = self._processor.add(request_id, read_prompt(prompt, self._tokenizer), params)
+        self._add_to_engine(requests)
+        return output
+
+    def step(self) -> list[RequestOutput]:
+        """Run one iteration; the outputs that grew or ended, with their text."""
+        self._check_open()
+        if not self._engine.has_work:
+            return []
+        grown = self._take_step()[0]
+        for output in grown:
+            self._processor.refresh(output)
+        self._engine.abort(self._processor.take_stopped())
+        self._metrics.end(output for output in grown if output.finished)
+        return grown
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request that was added; an unknown one is ignored."""
+        self._engine.abort(self._processor.abort(request_id))
 
     def close(self) -> None:
         """Free the model; it completes nothing afterwards."""
@@ -202,17 +270,25 @@ class LLM:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
-    def _run(self, num_requests: int, raise_if_interrupted: Callable[[], None], *, is_shown: bool) -> None:
+    def _take_step(self) -> tuple[list[RequestOutput], int]:
+        """Run an iteration; the outputs that grew, and how many tokens there are more."""
+        step = self._engine.step()
+        grown = self._processor.process(step)
+        self._engine.abort(self._processor.take_stopped())
+        self._metrics.take(step)
+        return grown, len(step.token_ids)
+
+    def _run(
+        self, num_requests: int, raise_if_interrupted: Callable[[], None], use_tqdm: bool | Callable[..., Any]
+    ) -> None:
         """Step until the engine has nothing left to do."""
         start_s, num_tokens = time.monotonic(), 0
-        bar = tqdm(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        bar = make_bar(total=num_requests, unit="request", dynamic_ncols=True, disable=not use_tqdm)
         with bar, heap_left_alone():
             while self._engine.has_work:
                 raise_if_interrupted()
-                step = self._engine.step()
-                self._processor.process(step)
-                self._engine.abort(self._processor.take_stopped())
-                num_tokens += len(step.token_ids)
+                num_tokens += self._take_step()[1]
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - start_s):.0f} output tokens/s", refresh=False)
                 bar.update(num_requests - len(self._processor) - bar.n)
 
@@ -220,26 +296,6 @@ class LLM:
         self._engine.abort(self._processor.abort_all())
         while self._engine.has_work:
             self._engine.step()
-
-
-def _is_one_prompt(prompts: Any) -> bool:
-    if isinstance(prompts, str | Mapping):
-        return True
-    if not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts are a prompt or a list of prompts, got {shown(prompts)}")
-    return len(prompts) > 0 and isinstance(prompts[0], Integral)
-
-
-def _params_of_each(
-    sampling_params: SamplingParams | Sequence[SamplingParams], num_prompts: int
-) -> Sequence[SamplingParams]:
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if not isinstance(sampling_params, Sequence):
-        raise RequestError(f"sampling_params are SamplingParams or a list of them, got {shown(sampling_params)}")
-    if len(sampling_params) != num_prompts:
-        raise RequestError(f"there are {len(sampling_params)} sampling_params for {num_prompts} prompts")
-    return sampling_params
 
 
 @contextmanager

@@ -9,6 +9,7 @@ outputs back.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -20,7 +21,7 @@ from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.living import LivingRequest
 from nanoflow.engine.messages import EngineFacts, Finished, StepOutput
 from nanoflow.engine.observer import Observer
-from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests, read_bad_words
+from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests, read_bad_words, truncated
 from nanoflow.engine.stop_special import StopRules
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
@@ -48,6 +49,7 @@ class OutputProcessor:
         facts: The engine's.
         tokenizer: None serves requests without text only.
         seed: From it requests without a seed draw theirs.
+        has_text: False if nobody wants text: then no request has any, whatever its parameters say.
         clock: Seconds, monotonic.
 
     Raises:
@@ -63,11 +65,13 @@ class OutputProcessor:
         tokenizer: Tokenizer | None,
         *,
         seed: int = 0,
+        has_text: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.observer: Observer | None = None
         self._facts = facts
         self._tokenizer = tokenizer
+        self._has_text = has_text
         self._eos_token_ids = end_of_sequence(facts, tokenizer)
         self._random = random.Random(seed)
         self._clock = clock
@@ -93,11 +97,14 @@ class OutputProcessor:
         """
         if not isinstance(params, SamplingParams):
             raise RequestError(f"how to sample must be SamplingParams, got {shown(params)}")
+        # Its user may change it while the request runs.
+        params = params.snapshot() if self._has_text else dataclasses.replace(params, detokenize=False)
         if request_id in self._living:
             raise RequestError(f"a request with id {request_id!r} is already there")
         if params.detokenize and self._tokenizer is None:
             raise RequestError("this model has no tokenizer: set detokenize=False")
         arrival_s = self._clock()
+        prompt = truncated(prompt, params, self._facts)
         requests = make_requests(
             prompt,
             params,
@@ -203,6 +210,7 @@ class OutputProcessor:
         if living is None or living.output is not output:
             return
         self._read_prompt_scores(living)
+        living.count_tokens()
         for completion in list(living.running.values()):
             try:
                 completion.refresh()
@@ -311,6 +319,7 @@ class OutputProcessor:
         self._read_prompt_scores(living)
         reason = FinishReason.ERROR if living.output.error is not None else reason
         living.metrics.finished_s = now_s
+        living.count_tokens()
         living.output.finished = True
         del self._living[living.output.request_id]
         if self.observer is not None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanoflow.compat.calls import PROMPTS, pass_over
 from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
@@ -21,6 +22,7 @@ from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 
+_PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
@@ -47,12 +49,12 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     Raises:
         RequestError: It is none of the forms, or a text while there is no tokenizer.
     """
-    value = _only_value(prompt) if isinstance(prompt, Mapping) else prompt
+    text, value = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt)
     if isinstance(value, str):
         if tokenizer is None:
             raise RequestError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
         return Prompt(text=value, token_ids=tokenizer.encode(value))
-    return Prompt(text=None, token_ids=_checked_ids(value))
+    return Prompt(text=text, token_ids=_checked_ids(value))
 
 
 def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
@@ -89,6 +91,22 @@ def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[in
             )
             raise TokenizerError(f"{owner} ends a sequence with token id {ids}, but {sizes}: are they of one model?")
     return tuple(dict.fromkeys((*facts.eos_token_ids, *own)))
+
+
+def truncated(prompt: Prompt, params: SamplingParams, facts: EngineFacts) -> Prompt:
+    """The prompt with the last of its tokens, as many as `truncate_prompt_tokens` says.
+
+    Raises:
+        RequestError: More are to be kept than there is room for.
+    """
+    wanted = params.truncate_prompt_tokens
+    if wanted is None:
+        return prompt
+    room = max(facts.max_model_len - (params.max_tokens or 1), 1)
+    if wanted > room:
+        raise RequestError(f"truncate_prompt_tokens is {wanted}, and there is room for {room} tokens")
+    num_kept = room if wanted == -1 else wanted
+    return dataclasses.replace(prompt, token_ids=prompt.token_ids[-num_kept:])
 
 
 def make_requests(
@@ -167,14 +185,17 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
     return dataclasses.replace(params, **counts) if counts else params
 
 
-def _only_value(prompt: Mapping[str, Any]) -> Any:
-    if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The text to show, and what is completed: token ids go before a text that stands beside them."""
+    pass_over(PROMPTS, "a prompt", {name: value for name, value in prompt.items() if name not in _PROMPT_KEYS})
+    given = {name: prompt[name] for name in _PROMPT_KEYS if prompt.get(name) is not None}
+    if not given:
         names = ", ".join(map(repr, prompt)) or "nothing"
-        raise RequestError(f"a prompt's mapping has either 'prompt' or 'prompt_token_ids', got {names}")
-    name, value = next(iter(prompt.items()))
-    if isinstance(value, str) != (name == "prompt"):
-        raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
-    return value
+        raise RequestError(f"a prompt's mapping has 'prompt' or 'prompt_token_ids', got {names}")
+    for name, value in given.items():
+        if isinstance(value, str) != (name == "prompt"):
+            raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
+    return given.get("prompt"), given.get("prompt_token_ids", given.get("prompt"))
 
 
 def _checked_ids(value: Any) -> list[int]:

@@ -6,6 +6,7 @@ tokens that come one by one is made in `detokenize.py`, the text of a conversati
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -75,7 +76,7 @@ class Tokenizer:
             MissingTokenizerError: Its folder has no tokenizer.
             TokenizerError: The tokenizer or the chat template cannot be read.
         """
-        source = _source(config)
+        source = source_of(config)
         files = read_tokenizer(source)
         try:
             given = read_given(config.chat_template, files.names.chat_template, Path(source))
@@ -225,6 +226,14 @@ class Tokenizer:
         )
         return self.encode(text, add_special_tokens=add_special_tokens)
 
+    def put_into(self, fast: Any) -> None:
+        """Give a tokenizer of `transformers` these tokens and this chat template, where it can have them."""
+        if getattr(fast, "is_fast", False):
+            fast._tokenizer = copy.deepcopy(self._backend)
+        usual = self.chat_templates.usual
+        if usual is not None:
+            fast.chat_template = usual.text
+
     def close(self) -> None:
         """End what renders chat templates, even at work; texts are encoded and decoded still."""
         self.chat_templates.close()
@@ -261,11 +270,14 @@ class Tokenizer:
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer of a config; None if there is none and weights are random, as in a benchmark of an architecture.
 
-    A preset has none of its own, and what else it lacks is for those to say who load the model.
+    None too where none is wanted (`skip_tokenizer_init`). A preset has none of its own, and what else it lacks is for
+    those to say who load the model.
 
     Raises:
         ModelError, TokenizerError: It cannot be loaded.
     """
+    if config.skip_tokenizer_init:
+        return None
     if config.tokenizer is None and preset_name(config.model) is not None:
         return None
     try:
@@ -276,7 +288,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
         raise
 
 
-def _source(config: EngineConfig) -> str | Path:
+def source_of(config: EngineConfig) -> str | Path:
     """Folder or Hub name. A Hub tokenizer is fetched by `transformers`: without the weights that lie beside it."""
     if config.tokenizer is None:
         return locate_model(config.model, config.revision)

@@ -25,22 +25,27 @@ class Foreign:
     Attributes:
         harmless: Values with which it changes nothing, beside null; None if every value does.
         reason: What it is about, or why it changes nothing.
+        same_as: With the value of this other field it changes nothing either.
     """
 
     harmless: tuple[Any, ...] | None
     reason: str
+    same_as: str | None = None
 
-    def is_harmless(self, value: Any) -> bool:
-        """True if the field may be passed over; 1 is not true, and 0 not false."""
+    def is_harmless(self, value: Any, body: Mapping[Any, Any]) -> bool:
+        """True if the field of a body may be passed over; 1 is not true, and 0 not false."""
         if value is None or self.harmless is None:
             return True
+        if self.same_as in body:
+            return type(value) is type(body[self.same_as]) and bool(value == body[self.same_as])
         return any(type(value) is type(other) and value == other for other in self.harmless)
 
     @property
     def schema(self) -> dict[str, Any]:
         """The JSON schema of what is passed over."""
         note = {"description": f"Accepted and ignored: {self.reason}"}
-        return note if self.harmless is None else {**note, "enum": [None, *self.harmless]}
+        is_open = self.harmless is None or self.same_as is not None
+        return note if is_open else {**note, "enum": [None, *(self.harmless or ())]}
 
 
 ForeignFields = Mapping[str, Foreign]
@@ -77,7 +82,7 @@ _TEMPLATE: ForeignFields = {
     "prompt_embeds": Foreign((), "input that is no text"),
 }
 _SAMPLING: ForeignFields = {
-    "best_of": Foreign((1,), "completions beside those that are returned"),
+    "best_of": Foreign((1,), "completions beside those that are returned, n", same_as="n"),
     "use_beam_search": Foreign((False,), "beam search"),
     "early_stopping": Foreign((False,), "beam search"),
     "length_penalty": Foreign((1, 1.0), "beam search"),
@@ -160,7 +165,7 @@ def without_foreign(
         if name not in foreign:
             hint = did_you_mean(str(name), own) or ""
             raise _refusal(name, f"unknown field {shown(name)}{hint}")
-        if not foreign[name].is_harmless(body[name]):
+        if not foreign[name].is_harmless(body[name], body):
             raise _refusal(name, f"{name} is not supported by this server")
     return {name: value for name, value in body.items() if name in own or name not in foreign}
 

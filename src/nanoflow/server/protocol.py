@@ -129,7 +129,8 @@ class SamplingFields(PromptFields, RequestBody):
         Raises:
             RequestError: Fields that do not go together.
         """
-        common = SamplingFields.model_fields.keys() & KINDS.keys()
+        # Of a prompt's tokens the server decides before it has parameters.
+        common = (SamplingFields.model_fields.keys() & KINDS.keys()) - PromptFields.model_fields.keys()
         given = {name: value for name in common if (value := getattr(self, name)) is not None}
         return defaults.params({**given, **more})
 

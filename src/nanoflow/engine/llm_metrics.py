@@ -1,0 +1,78 @@
+"""What `LLM.get_metrics` tells: counters and gauges of an engine in this process, named as those of the server.
+
+The server's own, with histograms, are in `server/metrics.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from nanoflow.engine.messages import EngineStats, StepOutput
+from nanoflow.outputs import RequestOutput
+
+PREFIX = "nanoflow"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A number with a name."""
+
+    name: str
+    value: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counter(Metric):
+    """One that only grows."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauge(Metric):
+    """One that goes up and down."""
+
+
+class LLMMetrics:
+    """Counts what an engine does.
+
+    Args:
+        model_name: Label of each metric.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._labels = {"model_name": model_name}
+        self._stats = EngineStats()
+        self._num_prompt = self._num_generated = self._num_ended = 0
+
+    def take(self, step: StepOutput) -> None:
+        """An iteration has ended."""
+        self._stats = step.stats
+        self._num_generated += len(step.token_ids)
+
+    def end(self, outputs: Iterable[RequestOutput]) -> None:
+        """Requests have ended."""
+        for output in outputs:
+            self._num_ended += 1
+            self._num_prompt += len(output.prompt_token_ids)
+
+    def read(self) -> list[Metric]:
+        """All of them, as they are now."""
+        stats = self._stats
+        gauges = {
+            "num_requests_running": stats.num_running,
+            "num_requests_waiting": stats.num_waiting,
+            "kv_cache_usage_perc": stats.pages_in_use / stats.num_pages if stats.num_pages else 0.0,
+        }
+        counters = {
+            "num_preemptions": stats.num_preemptions,
+            "prompt_tokens": self._num_prompt,
+            "generation_tokens": self._num_generated,
+            "request_success": self._num_ended,
+        }
+        return [
+            *(Gauge(name=f"{PREFIX}:{name}", value=value, labels=self._labels) for name, value in gauges.items()),
+            *(Counter(name=f"{PREFIX}:{name}", value=value, labels=self._labels) for name, value in counters.items()),
+        ]
