@@ -1,6 +1,7 @@
 """What to say of an architecture that is not served: what kind of model it is, and which one that is served is nearest.
 
-Data and one function. Which architectures are served is `registry.py`'s to know, which files a folder has `formats.py`'s.
+Data and one function. Which architectures are served is `registry.py`'s to know, which files there are
+`formats.py`'s.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _Kind:
     fields: tuple[str, ...] = ()
 
     def is_of(self, architecture: str, name: str, config: _Config) -> bool:
-        """True for a class of this kind, by the plain form of its `model_type` (else of its own name), or its fields."""
+        """True for a class of this kind, by the plain form of its `model_type` (else of its name), or its fields."""
         ends = architecture.endswith(self.suffixes or ("\0",)) and not architecture.endswith("LMHeadModel")
         begins = name.startswith(tuple(_plain(each) for each in self.types) or ("\0",))
         return begins or ends or any(config.get(field) not in (None, False, 0) for field in self.fields)
