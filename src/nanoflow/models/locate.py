@@ -1,7 +1,8 @@
 """Where a model's files are: the packaged one, a folder, or the Hugging Face Hub's cache.
 
 Knows nothing of what the files say; what a folder is that is no model, `formats.py` says. Only weights, JSON, templates
-and tokenizer files are fetched, never pickles and never code: an `auto_map` in config.json is ignored, no Python of a model folder is ever run.
+and tokenizer files are fetched, never pickles and never code: an `auto_map` in config.json is
+ignored, no Python of a model folder is ever run.
 """
 
 from __future__ import annotations

@@ -13,7 +13,10 @@ from xml.sax.saxutils import escape
 
 from nanoflow.graph.operation import Resource
 from nanoflow.plan.drawing import (
+    SHARE_LEGEND,
+    USE_LEGEND,
     NanoBatch,
+    abbreviations,
     check,
     full_s,
     headline,
@@ -21,6 +24,7 @@ from nanoflow.plan.drawing import (
     nano_batch,
     nano_batches,
     resources_used,
+    shares,
     ticks_us,
     unit,
     use_steps,
@@ -34,13 +38,13 @@ _RESOURCE_COLOURS = {Resource.COMPUTE: "#d55e00", Resource.MEMORY: "#0072b2", Re
 
 # Everything in pixels of the picture's own width.
 _WIDTH = 1200.0
-_LEFT, _RIGHT = 112.0, 16.0
+_LEFT, _RIGHT = 140.0, 16.0
 _PLOT = _WIDTH - _LEFT - _RIGHT
 _HEAD, _LAYER_ROW, _LANE_ROW, _CURVE_ROW, _AXIS, _LEGEND_ROW = 30.0, 13.0, 36.0, 34.0, 34.0, 18.0
 _GAP = 4.0
 _CHARACTER = 6.3
 _MOST_TICKS = 11
-_LANE_CHARACTERS = 15
+_LANE_CHARACTER = 6.7
 _LEGEND_COLUMNS = 6
 
 
@@ -90,8 +94,9 @@ def svg(timelines: Sequence[Timeline], *, sequential_s: float | None = None) -> 
     check(timelines)
     numbers = nano_batches(timelines)
     frames = _frames(timelines)
-    legend = list(_legend(numbers, frames[-1].bottom))
-    height = frames[-1].bottom + _legend_height(numbers)
+    keys = list(_keys(frames))
+    legend = [*_legend(numbers, frames[-1].bottom), *_sentences(keys, frames[-1].bottom + _legend_height(numbers))]
+    height = frames[-1].bottom + _legend_height(numbers) + len(keys) * _LEGEND_ROW
     title = " | ".join(headline(timeline, sequential_s) for timeline in timelines)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(_WIDTH)} {_n(height)}" role="img">',
@@ -128,7 +133,7 @@ def _style() -> str:
     return (
         "<style>text{font:11px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328}"
         ".paper{fill:#fff}.head{font-size:14px;font-weight:600}.end{text-anchor:end}.mid{text-anchor:middle}"
-        ".inside{font-size:10.5px}.faint{fill:#656d76}.grid{stroke:#8c959f;stroke-width:.5;opacity:.5}"
+        ".inside{font-size:10.5px}.scale{font-size:9px}.faint{fill:#656d76}.grid{stroke:#8c959f;stroke-width:.5;opacity:.5}"
         ".layer{fill:#8c959f;opacity:.6}.curve{fill-opacity:.35}"
         f"{batches}{depths}{curves}"
         "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.paper{fill:#0d1117}.faint{fill:#8d96a0}}</style>"
@@ -143,7 +148,7 @@ def _picture(frame: _Frame, numbers: dict[NanoBatch, int], sequential_s: float |
     for row, lane in enumerate(frame.timeline.lanes):
         y = frame.lanes_top + row * _LANE_ROW
         share = next(span.share for span in frame.timeline.spans if span.lane == lane)
-        yield f'<text class="end" x="{_n(_LEFT - 8)}" y="{_n(y + 15)}">{escape(label(lane, _LANE_CHARACTERS))}</text>'
+        yield f'<text class="end" x="{_n(_LEFT - 8)}" y="{_n(y + 15)}"{_squeezed(lane)}>{escape(lane)}</text>'
         if share:
             yield f'<text class="end faint" x="{_n(_LEFT - 8)}" y="{_n(y + 28)}">R {share:.2f}</text>'
         for span in frame.timeline.spans:
@@ -178,13 +183,24 @@ def _block(frame: _Frame, span: Span, y: float, number: int) -> str:
     x, width = frame.x(span.start_s), (span.stop_s - span.start_s) / frame.length_s * _PLOT
     # Neighbours stay apart where there is room for that.
     drawn = max(width - 1.0, min(width, 0.5))
-    name = label(span.operation, int((drawn - 7) / _CHARACTER))
+    name = _label(frame, span)
     text = f'<text class="inside" x="{_n(x + 4)}" y="{_n(y + 20)}">{escape(name)}</text>' if name else ""
     shape = f'class="b{number % len(_PALETTE)} l{span.layer % len(_LAYER_DEPTHS)}" x="{_n(x)}" y="{_n(y + 1)}"'
     return (
         f'<g><rect {shape} width="{_n(drawn)}" height="{_n(_LANE_ROW - 4)}"/>{text}'
         f"<title>{escape(_tooltip(span, frame.timeline))}</title></g>"
     )
+
+
+def _label(frame: _Frame, span: Span) -> str:
+    """What stands in a block."""
+    return label(span.operation, int(((span.stop_s - span.start_s) / frame.length_s * _PLOT - 8) / _CHARACTER))
+
+
+def _squeezed(lane: str) -> str:
+    """A lane's name is whole, however long: narrower where it would not fit."""
+    room = _LEFT - 12
+    return "" if len(lane) * _LANE_CHARACTER <= room else f' textLength="{_n(room)}" lengthAdjust="spacingAndGlyphs"'
 
 
 def _tooltip(span: Span, timeline: Timeline) -> str:
@@ -203,8 +219,10 @@ def _curve(frame: _Frame, resource: Resource, top: float) -> Iterator[str]:
     path = f"M{_n(_LEFT)} {_n(floor)}"
     for time_s, level in steps:
         path += f"H{_n(frame.x(time_s))}V{_n(floor - min(level, 1.0) * height)}"
-    yield f'<text class="end" x="{_n(_LEFT - 8)}" y="{_n(floor - 6)}">{resource}</text>'
-    yield f'<path class="grid" d="M{_n(_LEFT)} {_n(floor)}H{_n(_LEFT + _PLOT)}"/>'
+    yield f'<text class="end" x="{_n(_LEFT - 42)}" y="{_n(floor - 6)}">{resource}</text>'
+    for part, y in (("100 %", floor - height), ("0", floor)):
+        yield f'<text class="end faint scale" x="{_n(_LEFT - 6)}" y="{_n(y + 3)}">{part}</text>'
+        yield f'<path class="grid" d="M{_n(_LEFT - 3)} {_n(y)}H{_n(_LEFT + _PLOT)}"/>'
     yield f'<path class="{resource} curve" d="{path}V{_n(floor)}Z"/>'
 
 
@@ -215,6 +233,25 @@ def _legend(numbers: dict[NanoBatch, int], top: float) -> Iterator[str]:
         x, y = _LEFT + column * _PLOT / _LEGEND_COLUMNS, top + row * _LEGEND_ROW
         yield f'<rect class="b{number % len(_PALETTE)} l0" x="{_n(x)}" y="{_n(y)}" width="12" height="12"/>'
         yield f'<text x="{_n(x + 18)}" y="{_n(y + 10)}">tokens {start}:{stop}</text>'
+
+
+def _keys(frames: Sequence[_Frame]) -> Iterator[str]:
+    """Sentences below the picture: abbreviations, what R is, and the scale of the curves."""
+    drawn = {_label(frame, span): span.operation for frame in frames for span in frame.timeline.spans}
+    short = ", ".join(f"{name} {operation}" for name, operation in abbreviations(drawn).items())
+    if short:
+        yield short
+    if shares([frame.timeline for frame in frames]):
+        yield SHARE_LEGEND
+    named = ", ".join(map(str, dict.fromkeys(resource for frame in frames for resource in frame.resources)))
+    if named:
+        yield f"{named}: {USE_LEGEND}"
+
+
+def _sentences(keys: Sequence[str], top: float) -> Iterator[str]:
+    for row, words in enumerate(keys):
+        y = top + row * _LEGEND_ROW + 10
+        yield f'<text class="faint" x="{_n(_LEFT)}" y="{_n(y)}">{escape(words)}</text>'
 
 
 def _legend_height(numbers: dict[NanoBatch, int]) -> float:
