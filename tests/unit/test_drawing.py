@@ -275,13 +275,13 @@ def test_no_name_is_cut_and_what_is_abbreviated_is_explained() -> None:
     names = {op.name for op in GRAPH.layer}
     short = {abbreviation(name) for name in names}
     assert len(short) == len(names), "no two have one abbreviation"
-    for width in (60, 120, 300):
+    for width in (60, 120, 900):
         lines = text([timeline], width=width).splitlines()
         drawn = set(re.findall(r"[A-D]:([a-z_]+)", lines[1]))
         assert drawn <= names | short
         explained = set(re.findall(r"(\w+) (\w+)", " ".join(lines[2:])))
         assert all((name, full) in explained for name in drawn - names for full in names if abbreviation(full) == name)
-        assert drawn or width < 300
+        assert drawn or width < 900
     for document in (svg([timeline]), svg([two_lanes()])):
         written = {box.findtext(f"{SVG}text") for box in boxes(document)} - {None}
         assert written and written <= names | short

@@ -149,7 +149,8 @@ def test_with_a_profile_the_prediction_stands_beside_the_sequential_plan(
     text = shown(capsys, path, "--profile", profile_file, "--decodes", "16")
     # Nine operations twice, for decodes and prompts are dealt over both halves.
     assert text.startswith(
-        "mine, predicted for 16 decodes with 1,024 keys in 64 tokens: 180.0 us a layer, 50.0 % slower than one after the other (90.0 us)\n"
+        "mine, predicted for 16 decodes with 1,024 keys in 64 tokens: 180.0 us a layer, "
+        "50.0 % slower than one after the other (90.0 us)\n"
     )
     assert "\ncompute" in text
 

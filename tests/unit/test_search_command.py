@@ -299,4 +299,4 @@ def test_the_stored_book_of_one_h200_fits_its_profile(capsys: pytest.CaptureFixt
     command = ["simulate", str(RESULTS / "profile_llama-3-8b_h200.json"), "--batch", "2048", "--decodes", "683"]
     book = RESULTS / "plans_llama-3-8b_h200_1024-512.json"
     assert main([*command, "--context", "1280", "--plan", str(book)]) == 0
-    assert "partition, 2 nano-batches at 1024" in capsys.readouterr().out
+    assert "inside 0.75 in gate_up_proj, down_proj, 2 nano-batches at 1024" in capsys.readouterr().out

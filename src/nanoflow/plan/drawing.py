@@ -19,6 +19,8 @@ from nanoflow.plan.timeline import Span, Timeline
 # How wide a token is in a timeline that has only an order; so an axis in microseconds counts tokens.
 TOKEN_S = 1e-6
 
+_NO_FASTER = "no faster"
+
 NanoBatch = tuple[int, int]
 
 
@@ -121,15 +123,16 @@ def headline(timeline: Timeline, sequential_s: float | None) -> str:
     line = f"{timeline.name}: {timeline.period_s * 1e6:,.1f} us a layer"
     if sequential_s is None:
         return line
-    gain = sequential_s / timeline.period_s
-    return f"{line}, {faster_or_slower(gain)} than one after the other ({sequential_s * 1e6:,.1f} us)"
+    words = faster_or_slower(sequential_s / timeline.period_s)
+    than = "as fast as" if words == _NO_FASTER else f"{words} than"
+    return f"{line}, {than} one after the other ({sequential_s * 1e6:,.1f} us)"
 
 
 def faster_or_slower(gain: float) -> str:
     """A ratio of speeds in words: 1.1 is 10.0 % faster, 0.9 is 10.0 % slower."""
     percent = abs(gain - 1.0) * 100
     if round(percent, 1) == 0:
-        return "no faster"
+        return _NO_FASTER
     return f"{percent:.1f} % {'faster' if gain > 1 else 'slower'}"
 
 
