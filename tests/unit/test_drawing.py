@@ -282,7 +282,7 @@ def test_no_name_is_cut_and_what_is_abbreviated_is_explained() -> None:
         explained = set(re.findall(r"(\w+) (\w+)", " ".join(lines[2:])))
         assert all((name, full) in explained for name in drawn - names for full in names if abbreviation(full) == name)
         assert drawn or width < 900
-    for document in (svg([timeline]), svg([two_lanes()])):
+    for document in (svg([order_timeline(plan, GRAPH, 1)]), svg([two_lanes()])):
         written = {box.findtext(f"{SVG}text") for box in boxes(document)} - {None}
         assert written and written <= names | short
         plain = [element.text or "" for element in ET.fromstring(document).iter(f"{SVG}text")]

@@ -61,7 +61,7 @@ def test_what_was_not_kept_is_named_with_the_reason_and_margin_keeps_it(
     profile = tmp_path / "profile.json"
     assert main(["profile", "preset:llama-3-8b", "-o", str(profile), "--estimate", "a100-80"]) == 0
     path = tmp_path / "plans.json"
-    options = ["--workloads", "64/256", "--num-requests", "512", "--max-batch-tokens", "512", "--max-num-seqs", "512"]
+    options = ["--workloads", "64/64", "--num-requests", "512", "--max-batch-tokens", "512", "--max-num-seqs", "512"]
     command = ["search", str(profile), "-o", str(path), *options]
     capsys.readouterr()
     assert main([*command, "--margin", "99"]) == 0
