@@ -12,6 +12,7 @@ import pytest
 from nanoflow import LLM
 from nanoflow.cli.main import main
 from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.fields import shown
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import ARCHITECTURES
 from tests.unit.test_models_config import LLAMA
@@ -43,7 +44,9 @@ UNKNOWN: tuple[tuple[dict[str, Any], str, str | None], ...] = (
     ({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}, "sound", None),
     ({"architectures": ["Qwen2VLForConditionalGeneration"], "vision_config": {"depth": 2}}, "images", None),
     ({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, "images", None),
-    ({"architectures": ["ThingForCausalLM"], "model_type": "thing"}, "", "Llama"),
+    ({"architectures": ["ThingForCausalLM"], "model_type": "thing"}, "is not known;", "Llama"),
+    ({"architectures": ["ThingLMHeadModel"], "model_type": "thing"}, "is not known;", "Llama"),
+    ({"architectures": ["gpt2" * 50]}, LEARNED, "Llama"),
     ({"model_type": "thing", "quantization_config": {"bits": 4}}, "", "Llama"),
 )
 
@@ -57,8 +60,8 @@ def test_an_unknown_architecture_is_said_before_anything_that_it_lacks(
         with pytest.raises(ModelError) as caught:
             _ = load(tmp_path) if is_folder else parse(config)
         message = str(caught.value)
-        name = config.get("architectures", [config.get("model_type")])[0]
-        assert f"{name!r} is not known" in message and message.endswith(KNOWN) and "\n" not in message
+        name = shown(config.get("architectures", [config.get("model_type")])[0])
+        assert f"{name} is not known" in message and message.endswith(KNOWN) and "\n" not in message
         assert kind in message and "is missing" not in message
         near = "none that is known is near" if nearest is None else f"nearest known: {nearest}ForCausalLM;"
         assert near in message

@@ -274,6 +274,8 @@ def test_a_batch_belongs_to_one_cell_and_is_served_by_its_plan() -> None:
         (["--decodes", "5", "--measure"], "--measure is for plan books"),
         (["--measure"], "is an estimate"),
         (["--workloads", "512"], "workload must be IN/OUT"),
+        (["--margin", "101"], "margin must be from 0 to 100 percent, got 101.0"),
+        (["--margin", "3", "--decodes", "5"], "margin is for plan books"),
         (["--time-limit", "0"], "time_limit must be positive"),
     ],
 )
