@@ -11,7 +11,7 @@ import pytest
 from nanoflow.graph.operation import Resource
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.drawing import TOKEN_S, abbreviation, headline, order_timeline, ticks_us, use_steps
+from nanoflow.plan.drawing import TOKEN_S, abbreviation, headline, label, order_timeline, ticks_us, use_steps
 from nanoflow.plan.drawing_svg import svg
 from nanoflow.plan.drawing_text import text
 from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
@@ -288,6 +288,21 @@ def test_no_name_is_cut_and_what_is_abbreviated_is_explained() -> None:
         plain = [element.text or "" for element in ET.fromstring(document).iter(f"{SVG}text")]
         for name in written - names:
             assert any(f"{name} " in words for words in plain)
+
+
+@pytest.mark.parametrize(
+    ("operation", "room", "shown"),
+    [
+        ("gate_up_proj", 12, "gate_up_proj"),
+        ("gate_up_proj", 11, "gup"),
+        ("gate_up_proj", 3, "gup"),
+        ("gate_up_proj", 2, ""),
+        ("activation", 9, "act"),
+        ("o_proj", -1, ""),
+    ],
+)
+def test_a_name_is_whole_or_abbreviated_or_left_out(operation: str, room: int, shown: str) -> None:
+    assert label(operation, room) == shown
 
 
 def test_a_picture_says_what_its_shares_and_curves_mean() -> None:
