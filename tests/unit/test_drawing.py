@@ -309,6 +309,13 @@ def test_a_picture_says_what_its_shares_and_curves_mean() -> None:
     plain = [element.text for element in ET.fromstring(svg([two_lanes()])).iter(f"{SVG}text")]
     assert "R 0.60" in plain and "R: part of the device that a lane is given" in plain
     assert plain.count("100 %") == plain.count("0") - 1 == 2, "a scale for each resource; the axis begins with 0 too"
+    heights = {
+        words: [
+            number(each, "y") for each in ET.fromstring(svg([two_lanes()])).iter(f"{SVG}text") if each.text == words
+        ]
+        for words in ("100 %", "0")
+    }
+    assert [low - high for high, low in zip(heights["100 %"], heights["0"][-2:], strict=True)] == [25.0, 25.0]
     whole = Timeline(name="", spans=(span(0, 10, lane="a lane with a name of forty characters ok"),), period_s=1e-5)
     document = svg([whole])
     assert "a lane with a name of forty characters ok</text>" in document and "textLength" in document

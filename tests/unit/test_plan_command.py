@@ -155,6 +155,39 @@ def test_with_a_profile_the_prediction_stands_beside_the_sequential_plan(
     assert "\ncompute" in text
 
 
+@pytest.mark.parametrize(
+    ("ranges", "options", "batch"),
+    [
+        ({}, (), "32 decodes with 1,024 keys"),
+        ({"min_decode_share": 0.25, "max_decode_share": 0.5}, (), "24 decodes with 1,024 keys"),
+        (
+            {"min_decode_share": 0.25, "max_decode_share": 0.5, "min_keys": 90.0, "max_keys": 210.0},
+            (),
+            "24 decodes with 400",
+        ),
+        ({"min_decode_context": 500.0, "max_decode_context": 900.0}, (), "32 decodes with 700 keys"),
+        (
+            {"min_decode_share": 0.25, "max_decode_share": 0.5},
+            ("--decodes", "8", "--context", "9"),
+            "8 decodes with 9 keys",
+        ),
+    ],
+)
+def test_a_plan_of_a_book_is_drawn_for_a_batch_that_it_is_for(
+    capsys: pytest.CaptureFixture[str],
+    profile_file: Path,
+    tmp_path: Path,
+    ranges: dict[str, float],
+    options: tuple[str, ...],
+    batch: str,
+) -> None:
+    plan = nanobatch_plan(fuse_swiglu(GRAPH), 64, [32], name="mine")
+    entry = PlanEntry(plan=plan, min_tokens=33, max_tokens=64, **ranges)  # type: ignore[arg-type]
+    path = tmp_path / "book.json"
+    path.write_bytes(StoredBook(entries=(entry,)).to_json())
+    assert f"mine, predicted for {batch}" in shown(capsys, path, "--profile", profile_file, *options)
+
+
 def test_a_plan_for_another_form_of_the_model_is_refused(plan_file: Path, profile_file: Path) -> None:
     with pytest.raises(ValueError, match="has no operation 'activation' in its layer"):
         show(plan_file, "--profile", profile_file)

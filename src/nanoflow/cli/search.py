@@ -91,9 +91,7 @@ class SearchConfig:
         if self.margin is not None and not 0 <= self.margin <= 100:
             raise ConfigError(f"margin must be from 0 to 100 percent, got {self.margin}")
         if self.margin is not None and self.decodes is not None:
-            raise ConfigError(
-                "margin is for plan books: with --decodes the plan that is predicted to be fastest is written"
-            )
+            raise ConfigError("margin is for plan books: with --decodes the plan predicted to be fastest is written")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.decodes is not None and not 0 <= self.decodes <= self.num_tokens:
