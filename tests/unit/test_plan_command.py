@@ -182,7 +182,7 @@ def test_a_plan_of_a_book_is_drawn_for_a_batch_that_it_is_for(
     batch: str,
 ) -> None:
     plan = nanobatch_plan(fuse_swiglu(GRAPH), 64, [32], name="mine")
-    entry = PlanEntry(plan=plan, min_tokens=33, max_tokens=64, **ranges)  # type: ignore[arg-type]
+    entry = PlanEntry(plan=plan, min_tokens=33, max_tokens=64, **ranges)
     path = tmp_path / "book.json"
     path.write_bytes(StoredBook(entries=(entry,)).to_json())
     assert f"mine, predicted for {batch}" in shown(capsys, path, "--profile", profile_file, *options)
