@@ -1,4 +1,4 @@
-"""Words in pictures of plans: no name is cut, abbreviations, shares and scales are explained. The rest: test_drawing.py."""
+"""Words in pictures of plans: no name is cut; abbreviations, shares and scales are explained. Else: test_drawing.py."""
 
 from __future__ import annotations
 
