@@ -92,7 +92,10 @@ def test_use_is_the_sum_of_the_shares_that_run() -> None:
 
 def test_the_headline_compares_with_the_sequential_makespan() -> None:
     assert headline(two_lanes(), None) == "overlapped: 80.0 us a layer"
-    assert headline(two_lanes(), 100e-6) == "overlapped: 80.0 us a layer, one after the other 100.0 us (1.25 x as long)"
+    assert (
+        headline(two_lanes(), 100e-6)
+        == "overlapped: 80.0 us a layer, 25.0 % faster than one after the other (100.0 us)"
+    )
     assert headline(replace(two_lanes(), period_s=None), 100e-6) == "overlapped"
 
 
@@ -201,7 +204,7 @@ def test_names_are_left_out_where_there_is_no_room() -> None:
 def test_two_timelines_have_one_scale_and_the_legend_stands_once() -> None:
     slower = Timeline(name="measured", spans=(span(0, 200),), period_s=200e-6)
     document = svg([two_lanes(), slower], sequential_s=100e-6)
-    assert "overlapped: 80.0 us" in document and "(0.50 x as long)" in document
+    assert "overlapped: 80.0 us" in document and "50.0 % slower than one after" in document
     rects = [box.find(f"{SVG}rect") for box in boxes(document)]
     assert number(rects[-1], "width") == pytest.approx(5 * number(rects[0], "width"), rel=0.01)
     assert document.count("tokens 0:512</text>") == 1
@@ -257,7 +260,13 @@ def test_a_cell_is_a_moment() -> None:
     assert lines[3] == "compute".ljust(margin) + "▅" * 100
     assert lines[4] == "memory".ljust(margin) + " " * 50 + "▃" * 50
     assert lines[5].split()[:3] == ["us", "0", "20"] and lines[5].index("20") == margin + 20
-    assert lines[7:] == ["A tokens 0:512      B tokens 512:1024", "░░ layer 0   ▒▒ layer 1"]
+    assert lines[7:] == [
+        "A tokens 0:512      B tokens 512:1024",
+        "░░ layer 0   ▒▒ layer 1",
+        "gemm R 0.60, attention R 0.40 (R: part of the device that a lane is given)",
+        "compute, memory: sum of the parts of the device that are in use by operations which it bounds: ▁ little, ▄",
+        "half, █ all of it",
+    ]
 
 
 def test_ascii_where_the_terminal_has_nothing_else() -> None:

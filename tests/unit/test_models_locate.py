@@ -82,12 +82,12 @@ def test_neither_folder_nor_hub_name(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_file_is_no_folder(model: Path) -> None:
-    with pytest.raises(ModelError, match="is a file; give the folder"):
+    with pytest.raises(ModelError, match="is a file; give its folder"):
         locate_model(str(model / "config.json"))
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no config\.json"):
+    with pytest.raises(ModelError, match=r"is empty; give the folder that holds config\.json"):
         locate_model(str(tmp_path))
 
 

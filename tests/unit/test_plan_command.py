@@ -73,7 +73,7 @@ def profile_file(tmp_path: Path) -> Path:
 def test_without_a_profile_only_the_order_is_drawn(capsys: pytest.CaptureFixture[str], plan_file: Path) -> None:
     lines = shown(capsys, plan_file, "--width", "200", "--layers", "1").splitlines()
     assert lines[0] == "halves, order only: as wide as its tokens"
-    assert lines[1].startswith("whole   A:attn_n")
+    assert lines[1].startswith("whole   A:an░░")
     assert lines[2].startswith("tokens  0") and "compute" not in "".join(lines)
 
 
@@ -100,14 +100,20 @@ def test_a_book_is_listed_and_a_name_or_digest_chooses(
         assert shown(capsys, book_file, "--name", name).startswith("halves, order only")
     with pytest.raises(ValueError, match="unknown plan 'halfs'; known: sequential, halves"):
         show(book_file, "--name", "halfs")
-    with pytest.raises(ValueError, match="has 2 plans: choose one with --name"):
-        show(book_file, "--svg", tmp_path / "x.svg")
+    drawn = shown(capsys, book_file, "--svg", tmp_path / "x.svg")
+    assert f"drawn is sequential ({WHOLE.digest}), the plan for most of the time" in drawn
+    assert (tmp_path / "x.svg").exists() and "sequential, order only" in drawn
 
 
 def test_an_empty_book(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "book.json"
     path.write_bytes(StoredBook(entries=()).to_json())
-    assert shown(capsys, path) == "the plan book has no plans\n"
+    assert shown(capsys, path).startswith("the plan book has no plans: every batch runs sequentially, ")
+    assert shown(capsys, path, "--profile", "nowhere.json").startswith("the plan book has no plans: ")
+    with pytest.raises(ValueError, match="has no plan to draw: every batch runs sequentially"):
+        show(path, "--svg", tmp_path / "x.svg")
+    with pytest.raises(ValueError, match="no plan 'best': the plan book has no plans"):
+        show(path, "--name", "best")
 
 
 def test_a_book_says_under_which_limits_it_is_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,11 +126,11 @@ def test_a_book_says_under_which_limits_it_is_best(tmp_path: Path, capsys: pytes
     )
     path = tmp_path / "book.json"
     path.write_bytes(book.to_json())
-    assert shown(capsys, path).splitlines() == [
+    assert shown(capsys, path).splitlines()[:-1] == [
         "best limits: 2,048 tokens, 512 requests",
         "sequential best: 8,192 tokens, 512 requests",
-        "1024/512 x 1,400: 21,000 tokens/s, predicted, sequentially 20,000: 1.050x",
-        "the plan book has no plans",
+        "1024/512 x 1,400: 21,000 tokens/s, predicted, sequentially 20,000: 1.050x of the best sequential run",
+        "the plan book has no plans: every batch runs sequentially, which is what was predicted to be fastest",
     ]
 
 
@@ -142,8 +148,44 @@ def test_with_a_profile_the_prediction_stands_beside_the_sequential_plan(
     path.write_bytes(nanobatch_plan(fuse_swiglu(GRAPH), 64, [32], name="mine").to_json())
     text = shown(capsys, path, "--profile", profile_file, "--decodes", "16")
     # Nine operations twice, for decodes and prompts are dealt over both halves.
-    assert text.startswith("mine, predicted: 180.0 us a layer, one after the other 90.0 us (0.50 x as long)\n")
+    assert text.startswith(
+        "mine, predicted for 16 decodes with 1,024 keys in 64 tokens: 180.0 us a layer, "
+        "50.0 % slower than one after the other (90.0 us)\n"
+    )
     assert "\ncompute" in text
+
+
+@pytest.mark.parametrize(
+    ("ranges", "options", "batch"),
+    [
+        ({}, (), "32 decodes with 1,024 keys"),
+        ({"min_decode_share": 0.25, "max_decode_share": 0.5}, (), "24 decodes with 1,024 keys"),
+        (
+            {"min_decode_share": 0.25, "max_decode_share": 0.5, "min_keys": 90.0, "max_keys": 210.0},
+            (),
+            "24 decodes with 400",
+        ),
+        ({"min_decode_context": 500.0, "max_decode_context": 900.0}, (), "32 decodes with 700 keys"),
+        (
+            {"min_decode_share": 0.25, "max_decode_share": 0.5},
+            ("--decodes", "8", "--context", "9"),
+            "8 decodes with 9 keys",
+        ),
+    ],
+)
+def test_a_plan_of_a_book_is_drawn_for_a_batch_that_it_is_for(
+    capsys: pytest.CaptureFixture[str],
+    profile_file: Path,
+    tmp_path: Path,
+    ranges: dict[str, float],
+    options: tuple[str, ...],
+    batch: str,
+) -> None:
+    plan = nanobatch_plan(fuse_swiglu(GRAPH), 64, [32], name="mine")
+    entry = PlanEntry(plan=plan, min_tokens=33, max_tokens=64, **ranges)
+    path = tmp_path / "book.json"
+    path.write_bytes(StoredBook(entries=(entry,)).to_json())
+    assert f"mine, predicted for {batch}" in shown(capsys, path, "--profile", profile_file, *options)
 
 
 def test_a_plan_for_another_form_of_the_model_is_refused(plan_file: Path, profile_file: Path) -> None:

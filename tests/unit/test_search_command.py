@@ -274,6 +274,8 @@ def test_a_batch_belongs_to_one_cell_and_is_served_by_its_plan() -> None:
         (["--decodes", "5", "--measure"], "--measure is for plan books"),
         (["--measure"], "is an estimate"),
         (["--workloads", "512"], "workload must be IN/OUT"),
+        (["--margin", "101"], "margin must be from 0 to 100 percent, got 101.0"),
+        (["--margin", "3", "--decodes", "5"], "margin is for plan books"),
         (["--time-limit", "0"], "time_limit must be positive"),
     ],
 )
@@ -299,4 +301,4 @@ def test_the_stored_book_of_one_h200_fits_its_profile(capsys: pytest.CaptureFixt
     command = ["simulate", str(RESULTS / "profile_llama-3-8b_h200.json"), "--batch", "2048", "--decodes", "683"]
     book = RESULTS / "plans_llama-3-8b_h200_1024-512.json"
     assert main([*command, "--context", "1280", "--plan", str(book)]) == 0
-    assert "partition, 2 nano-batches at 1024" in capsys.readouterr().out
+    assert "inside 0.75 in gate_up_proj, down_proj, 2 nano-batches at 1024" in capsys.readouterr().out

@@ -103,7 +103,7 @@ def _model_config(model: str) -> ModelConfig:
         nearest = difflib.get_close_matches(model.lower().rpartition("/")[2], PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean 'preset:{nearest[0]}'?" if nearest else "give a folder with a config.json, or preset:NAME"
         raise models.ModelError(f"model {model!r}: no such folder; {hint}")
-    return models.load(locate_model(model))
+    return models.load(locate_model(model), is_served=False)
 
 
 def _mean_lengths(workload: str) -> MeanLengths:

@@ -34,8 +34,9 @@ _EXAMPLES = "  nanoflow plan show plan.json"
 _TEACH_SHOW = """\
 Draw a plan as lanes by time, with the use of each resource below: in the terminal
 and, with --svg, as a picture. PLAN is a file with a plan or with a plan book; a book
-of several plans is listed, and --name chooses one. With --profile the times are
-predicted from measurements, and compared with the sequential plan. Without it, they
+of several plans is listed, and that plan is drawn which is for most of the time, or
+the one that --name chooses. With --profile the times are predicted from its
+measurements, and compared with the sequential plan. Without it, they
 are those that the search wrote into the plan, or, if there are none, only the order
 is drawn. --trace adds what a profiler saw when the plan ran, on the same scale."""
 
@@ -46,6 +47,8 @@ _EXAMPLES_SHOW = """\
   nanoflow plan show plan.json --profile profile.json --trace trace.json --layers 2"""
 
 _FALLBACK_COLUMNS = 120
+# Keys of a decode where neither the user nor the book says any.
+_CONTEXT = 1024
 _HEADINGS = ("name", "digest", "tokens", "decode share", "context", "keys", "lanes", "us a layer")
 
 
@@ -63,12 +66,16 @@ class ShowConfig:
     width: int | None = option(None, "Columns of the drawing; those of the terminal if not given")
     layers: int = option(3, "Layers to draw")
     first_layer: int | None = option(None, "First layer to take from the trace; layers in the middle if not given")
-    decodes: int | None = option(None, "Decode tokens of the batch; half of the plan's tokens if not given")
-    context: int = option(1024, "Keys that each decode token sees; prompts are as long")
+    decodes: int | None = option(
+        None, "Decode tokens of the batch; those that the book has the plan for if not given, else half of its tokens"
+    )
+    context: int | None = option(
+        None, f"Keys that each decode token sees; the book's, else {_CONTEXT}, if not given; prompts are as long"
+    )
 
     def __post_init__(self) -> None:
         for name in ("layers", "context"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
 
 
@@ -95,12 +102,18 @@ def run_show(args: argparse.Namespace) -> int:
 
     config = _OPTIONS.read(args)
     book = load_book(Path(args.plan))
-    plan = _chosen(book, config.name)
-    if plan is None:
-        if config.svg is not None:
-            raise ValueError(f"{args.plan} has {len(book.plans)} plans: choose one with --name to draw it")
+    entry = _chosen(book, config.name)
+    if entry is None or (config.name is None and len(book.plans) > 1):
         print("\n".join(_listed(book)))
+    if entry is None:
+        if config.svg is not None:
+            raise ValueError(f"{args.plan} has no plan to draw: every batch runs sequentially")
         return 0
+    if config.name is None and len(book.plans) > 1:
+        if config.profile is None and config.model is None and config.svg is None:
+            return 0
+        print(f"\ndrawn is {entry.plan.name} ({entry.plan.digest}), the plan for most of the time")
+    plan, config = entry.plan, _for_its_batches(entry, config)
     timelines, sequential_s = _timelines(plan, config)
     if config.svg is not None:
         Path(config.svg).write_text(svg(timelines, sequential_s=sequential_s), encoding="utf-8")
@@ -117,14 +130,32 @@ def run_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(book: StoredBook, name: str | None) -> PipelinePlan | None:
-    """The plan of this name or digest, or the only one; None if there are several to choose from."""
+def _chosen(book: StoredBook, name: str | None) -> PlanEntry | None:
+    """The first entry of the plan of this name or digest; without a name the first of all, None if there is none.
+
+    The search writes entries in the order of the time that their batches take.
+    """
+    for entry in book.entries:
+        if name in (None, entry.plan.name, entry.plan.digest):
+            return entry
     if name is None:
-        return book.plans[0] if len(book.plans) == 1 else None
-    for plan in book.plans:
-        if name in (plan.name, plan.digest):
-            return plan
+        return None
+    if not book.entries:
+        raise ValueError(f"no plan {name!r}: the plan book has no plans")
     raise ValueError(unknown_option(name, [plan.name for plan in book.plans]).replace("option", "plan", 1))
+
+
+def _for_its_batches(entry: PlanEntry, config: ShowConfig) -> ShowConfig:
+    """The options with a batch that the entry is for, where none is given: from the middle of its ranges."""
+    decodes, context = config.decodes, config.context
+    if decodes is None and (entry.min_decode_share > 0 or entry.max_decode_share < 1):
+        decodes = round((entry.min_decode_share + entry.max_decode_share) / 2 * entry.plan.num_tokens)
+    share = (entry.plan.num_tokens // 2 if decodes is None else decodes) / entry.plan.num_tokens
+    if context is None and entry.max_keys is not None and share > 0:
+        context = max(round((entry.min_keys + entry.max_keys) / 2 / share), 1)
+    if context is None and entry.max_decode_context is not None:
+        context = max(round((entry.min_decode_context + entry.max_decode_context) / 2), 1)
+    return dataclasses.replace(config, decodes=decodes, context=context or _CONTEXT)
 
 
 def _listed(book: StoredBook) -> Iterator[str]:
@@ -137,10 +168,11 @@ def _listed(book: StoredBook) -> Iterator[str]:
         for each in book.prediction.workloads:
             yield (
                 f"{each.workload} x {each.num_requests:,}: {each.tokens_per_s:,.0f} tokens/s, {how}, sequentially "
-                f"{each.sequential_tokens_per_s:,.0f}: {each.gain:.3f}x"
+                f"{each.sequential_tokens_per_s:,.0f}: {each.gain:.3f}x of the best sequential run"
             )
     if not book.entries:
-        yield "the plan book has no plans"
+        yield "the plan book has no plans: every batch runs sequentially, which is what was predicted to be fastest"
+        yield "nanoflow search says what the best candidates were; --margin and --measure decide what it keeps"
         return
     if book.made_for is not None:
         yield f"plans for {book.made_for.model} on {book.made_for.hardware}; --name NAME draws one"
@@ -196,6 +228,8 @@ def _shape(plan: PipelinePlan, config: ShowConfig) -> BatchShape:
     """A batch as large as the plan; its prompts are new and as long as the decodes' context."""
     from nanoflow.graph.operation import BatchShape
 
+    context = config.context or _CONTEXT
+
     decodes = plan.num_tokens // 2 if config.decodes is None else config.decodes
     if not 0 <= decodes <= plan.num_tokens:
         raise ValueError(f"--decodes must be from 0 to the plan's {plan.num_tokens} tokens, got {decodes}")
@@ -203,8 +237,8 @@ def _shape(plan: PipelinePlan, config: ShowConfig) -> BatchShape:
     return BatchShape(
         num_tokens=plan.num_tokens,
         num_decode_tokens=decodes,
-        decode_context=decodes * config.context,
-        prefill_context=prefills * (min(config.context, prefills) + 1) // 2,
+        decode_context=decodes * context,
+        prefill_context=prefills * (min(context, prefills) + 1) // 2,
         prefill_kv_tokens=prefills,
         num_sampled=decodes,
     )
@@ -244,7 +278,13 @@ def _predicted(
 
     timeline = predict_timeline(plan, profile, shape, num_layers)
     sequential = predict_timeline(sequential_plan(graph, plan.num_tokens), profile, shape, num_layers)
-    return dataclasses.replace(timeline, name=f"{plan.name}, predicted"), sequential.period_s
+    batch = f"{shape.num_decode_tokens:,} decodes with {_keys(shape):,} keys in {plan.num_tokens:,} tokens"
+    return dataclasses.replace(timeline, name=f"{plan.name}, predicted for {batch}"), sequential.period_s
+
+
+def _keys(shape: BatchShape) -> int:
+    """Of each decode."""
+    return round(shape.decode_context / max(shape.num_decode_tokens, 1))
 
 
 def _measured(plan: PipelinePlan, graph: OpGraph, shape: BatchShape, config: ShowConfig, path: Path) -> Timeline:

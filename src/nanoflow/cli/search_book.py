@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.bench.limits import SimulatedWorkloads
+from nanoflow.cli.search_words import COMPARED, cell_line, why_none
 from nanoflow.plan.book import BookLimits, BookPrediction, MadeFor, StoredBook, WorkloadPrediction
+from nanoflow.plan.drawing import faster_or_slower
 from nanoflow.search.books import BookSearch, FoundPlan, divided, gain_under
 from nanoflow.search.limits import LimitsFound, WithPlans, fastest, limits_to_try, strongest, swept, worth_searching
 
@@ -69,7 +71,9 @@ class LimitsSearch:
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
         self._examples: dict[tuple[int, tuple[float, float]], BatchShape] = {}
-        self._search = BookSearch(profile, time_limit_s=config.time_limit, will_be_tried=kept is not None)
+        self._search = BookSearch(
+            profile, time_limit_s=config.time_limit, will_be_tried=kept is not None, margin=_part(config.margin)
+        )
 
     def book(self) -> StoredBook:
         """The plans of the limits under which they are fastest, or none, and those of the sequential plan."""
@@ -79,10 +83,15 @@ class LimitsSearch:
         if self._kept is not None:
             found = [self._measured(each, self._kept) for each in strongest(found, best)]
         chosen = max(found, key=lambda each: each.rate)
-        if chosen.rate <= best.rate:
+        is_better = chosen.rate > best.rate
+        if not is_better:
             chosen = WithPlans(limits=best.limits, rates=best.rates, plans=())
         prediction = self._prediction(best, chosen)
         self._say_result(prediction, chosen)
+        if not is_better:
+            tried, is_measured = self._kept is not None, self._profile.setup.is_measured
+            for line in why_none(found, best, is_measured=is_measured, was_tried=tried):
+                print(f"  {line}", flush=True)
         setup = self._profile.setup
         return StoredBook(
             entries=tuple(each.entry for each in chosen.plans if each.entry is not None),
@@ -100,11 +109,11 @@ class LimitsSearch:
 
     def _with_plans(self, limits: BookLimits) -> WithPlans:
         """Plans for the batches that the workloads make under some limits, and what they make of the runs."""
-        self._say(f"plans for {limits}")
+        self._say(f"plans for {limits} ({COMPARED})")
         plans = []
         for each in self._search.found(self._simulated.batches(limits), limits.max_batch_tokens):
             plans.append(each)
-            self._say(f"  {_cell(each)}")
+            self._say(f"  {cell_line(each)}")
         return self._judged(limits, plans, "predicted")
 
     def _measured(self, found: WithPlans, kept: KeptTrials) -> WithPlans:
@@ -128,7 +137,7 @@ class LimitsSearch:
             while not all(key in kept for key in keys):
                 kept.add(next(trials))
             judged.append(each.confirmed([kept[key] for key in keys]))
-            self._say(f"  {_cell(judged[-1])}")
+            self._say(f"  {cell_line(judged[-1])}")
         trusted = [each.trusted for each in rare]
         self._say(f"  rare batches: {sum(bool(each.plans) for each in trusted)} plans as predicted")
         return self._judged(found.limits, [*judged, *trusted], "measured")
@@ -170,8 +179,12 @@ class LimitsSearch:
         for each in prediction.workloads if len(prediction.workloads) > 1 else ():
             print(f"  {each.workload}: {each.gain:.3f}x of sequential at its best")
         print(
-            f"{how} for all of {', '.join(self._names)}: {prediction.gain:.3f}x of sequential at its best", flush=True
+            f"{how} for all of {', '.join(self._names)}: {prediction.gain:.3f}x of sequential at its best, "
+            f"{faster_or_slower(prediction.gain)}",
+            flush=True,
         )
+        if not prediction.is_measured:
+            print("no plan was tried on a GPU: these are predictions, --measure tries plans", flush=True)
 
     def _rates(self, rates: Sequence[float]) -> str:
         return ", ".join(f"{rate:,.0f}" for rate in rates)
@@ -191,18 +204,10 @@ def _check_machine(profile: Profile) -> None:
     check_same_machine(profile, detect_setup(device))
 
 
+def _part(percent: float | None) -> float | None:
+    return None if percent is None else percent / 100
+
+
 def _label(workload: str) -> str:
     """The workload; of a trace the file's name, wherever it is."""
     return f"trace:{Path(workload.removeprefix('trace:')).name}" if workload.startswith("trace:") else workload
-
-
-def _cell(found: FoundPlan) -> str:
-    """The batches of a cell and what they are worth."""
-    cell = found.cell
-    (low_share, high_share), (low_keys, high_keys) = cell.decode_share, cell.decode_context
-    plan = "sequential" if found.entry is None else f"{found.entry.plan.name} ({found.entry.plan.digest})"
-    measured = "" if found.measured_gain is None else f", measured {found.measured_gain:.3f}x"
-    return (
-        f"{found.part:6.1%} of the time: {cell.min_tokens:,} to {cell.max_tokens:,} tokens, {low_share:.0%} to "
-        f"{high_share:.0%} decodes with {low_keys:,.0f} to {high_keys:,.0f} keys: {found.gain:.3f}x{measured}, {plan}"
-    )

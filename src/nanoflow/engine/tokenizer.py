@@ -18,6 +18,7 @@ from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.template_choice import ChatTemplates, TemplateFileError, read_given
 from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, character_offsets, is_text
 from nanoflow.engine.tokenizer_files import MissingTokenizerError, TokenizerError, read_tokenizer, refusal
+from nanoflow.models.config import refuse_unknown
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
 from nanoflow.request import RequestError
@@ -280,6 +281,9 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
         return None
     if config.tokenizer is None and preset_name(config.model) is not None:
         return None
+    if preset_name(config.model) is None:
+        # That the model cannot be served is said before what its tokenizer lacks.
+        refuse_unknown(locate_model(config.model, config.revision))
     try:
         return Tokenizer.load(config)
     except MissingTokenizerError:

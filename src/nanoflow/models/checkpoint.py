@@ -22,6 +22,7 @@ from nanoflow.models.fields import (
     shown,
     without_duplicates,
 )
+from nanoflow.models.formats import other_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Some hundred thousand tensors.
@@ -122,12 +123,9 @@ def _read_index(path: Path) -> Mapping[str, str]:
 
 def _nothing_to_read(folder: Path) -> str:
     """Why a folder without a safetensors checkpoint cannot be read."""
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{folder} has {pickles[0]!r}, but only safetensors is read: convert with transformers' "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
+    others = other_weights(folder)
+    if others is not None:
+        return f"{folder} {others}"
     return f"{folder} has neither {SINGLE} nor {INDEX}: no weights to load"
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 from nanoflow.models.checkpoint import differ, peek
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
+from nanoflow.models.formats import quantisation, refuse_adapter, refuse_quantised
 from nanoflow.models.generation import GENERATION_CONFIG
 from nanoflow.models.llama import EMBEDDING, OUTPUT
 from nanoflow.models.model import ModelConfig, RopeConfig
-from nanoflow.models.registry import reading_of, served_as
+from nanoflow.models.registry import reading_of, refusal, served_as
 
-__all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse"]
+__all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse", "refuse_unknown"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ _MAX_HEAD_DIM = 2**16
 _LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
 # Fields that change what any model computes, with what they may be; nothing else is served.
 _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "quantization_config": ((None,), "is set: quantised weights are not served, use the original model"),
     "per_layer_config": ((None,), "is set: layers of different sizes are not served"),
     "is_causal": ((True,), "must be true: only causal attention is served"),
 }
@@ -41,7 +41,7 @@ _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 _WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
 
 
-def load(folder: Path, generation_config: Path | None = None) -> ModelConfig:
+def load(folder: Path, generation_config: Path | None = None, *, is_served: bool = True) -> ModelConfig:
     """Read config.json, generation_config.json for further ends of sequence, and what only the weights say.
 
     That is the type if config.json has none, and whether a tied output is one: a checkpoint may hold an output
@@ -50,18 +50,37 @@ def load(folder: Path, generation_config: Path | None = None) -> ModelConfig:
     Args:
         folder: The model's.
         generation_config: A file in place of the folder's generation_config.json.
+        is_served: Whether the model is to be served; what some others cost can be computed.
 
     Raises:
-        ModelError: A file is missing or no JSON object, or a field makes no sense.
+        ModelError: The architecture is not known, which is said first; the folder is no whole model; a file is missing
+            or no JSON object, or a field makes no sense.
     """
     values = read_object(folder / "config.json")
-    config = parse(values, origin=str(folder / "config.json"))
+    origin = str(folder / "config.json")
+    _architecture(Fields(values=values, origin=origin), is_served=is_served)
+    refuse_adapter(folder)
+    config = parse(values, origin=origin)
+    _refuse_quantised(Fields(values=values, origin=origin), folder)
     own = folder / GENERATION_CONFIG
     recommended = generation_config or (own if is_there(own) else None)
     if recommended is not None:
         config = replace(config, eos_token_ids=_all_eos_token_ids(recommended, config, values))
     has_dtype = any(values.get(name) is not None for name in ("dtype", "torch_dtype"))
     return config if has_dtype and not config.tie_word_embeddings else _as_stored(config, folder, has_dtype=has_dtype)
+
+
+def refuse_unknown(folder: Path) -> None:
+    """ModelError if a folder is no whole model, or its config.json names an architecture that is not served.
+
+    For callers that read something else of a folder before its configuration. Which field is wrong is `load`'s to say.
+    """
+    values = read_object(folder / "config.json")
+    fields = Fields(values=values, origin=str(folder / "config.json"))
+    if any(values.get(name) for name in ("architectures", "model_type", "_class_name")):
+        _architecture(fields)
+    refuse_adapter(folder)
+    _refuse_quantised(fields, folder)
 
 
 def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelConfig:
@@ -72,9 +91,10 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         origin: Its file, for messages.
 
     Raises:
-        ModelError: A field is missing or makes no sense, or the weights are quantised.
+        ModelError: The architecture is not known, which is said before all else; a field is missing or makes no sense,
+            or the weights are quantised.
     """
-    architecture = _architecture(Fields(values=config, origin=origin))
+    architecture = _architecture(Fields(values=config, origin=origin), is_served=False)
     fields = _as_the_architecture_sees_it(config, architecture, origin)
     num_heads = fields.positive_int("num_attention_heads")
     num_layers = fields.positive_int("num_hidden_layers", most=_MAX_LAYERS)
@@ -105,14 +125,17 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
     )
 
 
-def _architecture(fields: Fields) -> str:
+def _architecture(fields: Fields, *, is_served: bool = True) -> str:
     """The model's class, by name or by what `model_type` stands for; the two may not contradict each other."""
     names, model_type = fields.values.get("architectures"), fields.values.get("model_type")
-    if not names and isinstance(model_type, str) and (served := served_as(model_type)) is not None:
+    if not names and isinstance(model_type, str) and model_type:
+        served = served_as(model_type)
+        if served is None:
+            raise fields.problem(refusal(None, model_type, fields.values, is_served=is_served) or "")
         return served
-    names = fields.raw("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise fields.error("architectures", f"must be a list with the model's class, got {shown(names)}")
+    names = _names(fields)
+    if (reason := refusal(names[0], model_type, fields.values, is_served=is_served)) is not None:
+        raise fields.problem(reason)
     reading = reading_of(names[0])
     if reading is not None and model_type is not None and model_type != reading.model_type:
         problem = f"is {shown(model_type)}, but architectures has {names[0]!r}, which is {reading.model_type!r}"
@@ -120,15 +143,32 @@ def _architecture(fields: Fields) -> str:
     return names[0]
 
 
-def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, origin: str) -> Fields:
-    """Every field that exists for the architecture, with its default where it is absent, and no other.
+def _names(fields: Fields) -> list[str]:
+    """Classes that config.json names, at least one."""
+    if not fields.has("architectures") and isinstance(fields.values.get("_class_name"), str):
+        kind = shown(fields.values["_class_name"])
+        raise fields.problem(f"is of diffusers ({kind}), which makes no text: only language models are served")
+    names = fields.raw("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise fields.error("architectures", f"must be a list with the model's class, got {shown(names)}")
+    return names
 
-    An architecture that is not known is read like Llama: it is `registry.build_graph` that refuses it.
-    """
-    reading = reading_of(architecture) or reading_of("LlamaForCausalLM")
-    assert reading is not None
-    origin = f"{origin} ({architecture})" if reading_of(architecture) is not None else origin
+
+def _refuse_quantised(fields: Fields, folder: Path | None = None) -> None:
+    """ModelError if config.json, or a file beside it, says that weights are quantised."""
+    if (quantised := quantisation(fields.values)) is not None:
+        raise fields.problem(quantised)
+    if folder is not None:
+        refuse_quantised(folder)
+
+
+def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, origin: str) -> Fields:
+    """Every field that exists for the architecture, with its default where it is absent, and no other."""
+    reading = reading_of(architecture)
+    assert reading is not None, "refused before"
+    origin = f"{origin} ({architecture})"
     given = Fields(values=config, origin=origin)
+    _refuse_quantised(given)
     for name, (served, problem) in _NOT_SERVED.items():
         if name in config and config[name] not in served:
             raise given.error(name, problem)

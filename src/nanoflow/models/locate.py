@@ -1,7 +1,8 @@
 """Where a model's files are: the packaged one, a folder, or the Hugging Face Hub's cache.
 
-Knows nothing of what the files say. Only weights, JSON, templates and tokenizer files are fetched, never pickles and
-never code: an `auto_map` in config.json is ignored, no Python of a model folder is ever run.
+Knows nothing of what the files say; what a folder is that is no model, `formats.py` says. Only weights, JSON, templates
+and tokenizer files are fetched, never pickles and never code: an `auto_map` in config.json is
+ignored, no Python of a model folder is ever run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from nanoflow.config import DEFAULT_MODEL
 from nanoflow.models.fields import ModelError, is_there
+from nanoflow.models.formats import refuse_file, refuse_folder
 
 _ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")
 _NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
@@ -32,11 +34,11 @@ def locate_model(model: str, revision: str | None = None) -> Path:
     if model == DEFAULT_MODEL:
         folder = Path(str(importlib.resources.files("nanoflow"))) / "default_model"
     elif folder.is_file():
-        raise ModelError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
+        raise refuse_file(model, folder)
     elif not model or not folder.is_dir():
         folder = _fetch(model, revision)
     if not is_there(folder / "config.json"):
-        raise ModelError(f"model {model!r}: {folder} has no config.json")
+        raise refuse_folder(model, folder)
     return folder
 
 

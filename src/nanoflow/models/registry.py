@@ -5,13 +5,15 @@ The keys are the class names in a config.json's `architectures`. See docs/adding
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.models import llama, readings
-from nanoflow.models.fields import ModelError, shown
+from nanoflow.models.fields import ModelError
+from nanoflow.models.kinship import not_known
 from nanoflow.models.model import ModelConfig
 from nanoflow.models.readings import Reading
 
@@ -52,6 +54,22 @@ def served_as(model_type: str) -> str | None:
     return next((name for name, served in ARCHITECTURES.items() if served.reading.model_type == model_type), None)
 
 
+def refusal(architecture: str | None, model_type: object, values: Mapping[str, Any], *, is_served: bool) -> str | None:
+    """Why a model cannot be served, or, unless that is asked for, not even be analysed; None if it can.
+
+    Args:
+        architecture: The class that config.json names; None if it has only a `model_type`.
+        model_type: As it stands there.
+        values: The whole of config.json.
+        is_served: Whether the model is to be served.
+    """
+    if architecture in ARCHITECTURES or (architecture in _ANALYSED and not is_served):
+        return None
+    return not_known(
+        architecture, model_type, values, list(ARCHITECTURES), is_analysed=is_served and architecture in _ANALYSED
+    )
+
+
 def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
     """The graph of a model.
 
@@ -62,10 +80,7 @@ def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
     Raises:
         ModelError: The architecture is not known, or asks for something that is not served.
     """
-    if config.num_experts is not None:
-        experts = f"{config.num_experts} experts a layer"
-        raise ModelError(f"{config.architecture}: a mixture of experts ({experts}) is not served yet")
-    if config.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(f"architecture {shown(config.architecture)} is not known; known: {known}")
+    fields = {"num_local_experts": config.num_experts}
+    if (reason := refusal(config.architecture, None, fields, is_served=True)) is not None:
+        raise ModelError(reason)
     return ARCHITECTURES[config.architecture].build(config, max_model_len)

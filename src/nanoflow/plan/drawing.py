@@ -18,7 +18,8 @@ from nanoflow.plan.timeline import Span, Timeline
 
 # How wide a token is in a timeline that has only an order; so an axis in microseconds counts tokens.
 TOKEN_S = 1e-6
-_SHORTEST_LABEL = 3
+
+_NO_FASTER = "no faster"
 
 NanoBatch = tuple[int, int]
 
@@ -122,9 +123,17 @@ def headline(timeline: Timeline, sequential_s: float | None) -> str:
     line = f"{timeline.name}: {timeline.period_s * 1e6:,.1f} us a layer"
     if sequential_s is None:
         return line
-    return (
-        f"{line}, one after the other {sequential_s * 1e6:,.1f} us ({sequential_s / timeline.period_s:.2f} x as long)"
-    )
+    words = faster_or_slower(sequential_s / timeline.period_s)
+    than = "as fast as" if words == _NO_FASTER else f"{words} than"
+    return f"{line}, {than} one after the other ({sequential_s * 1e6:,.1f} us)"
+
+
+def faster_or_slower(gain: float) -> str:
+    """A ratio of speeds in words: 1.1 is 10.0 % faster, 0.9 is 10.0 % slower."""
+    percent = abs(gain - 1.0) * 100
+    if round(percent, 1) == 0:
+        return _NO_FASTER
+    return f"{percent:.1f} % {'faster' if gain > 1 else 'slower'}"
 
 
 def nano_batches(timelines: Sequence[Timeline]) -> dict[NanoBatch, int]:
@@ -181,5 +190,25 @@ def ticks_us(length_s: float, most: int) -> list[float]:
 
 
 def label(operation: str, room: int) -> str:
-    """The operation's name in so many characters: its beginning if it is longer, nothing if that says nothing."""
-    return operation[:room].rstrip("_") if room >= min(_SHORTEST_LABEL, len(operation)) else ""
+    """The operation's name in so many characters: whole, else its abbreviation, else nothing; never cut."""
+    return next((name for name in (operation, abbreviation(operation)) if len(name) <= room), "")
+
+
+def abbreviation(operation: str) -> str:
+    """The first letters of the name's parts; of a name of one part the first three."""
+    parts = [part for part in operation.split("_") if part]
+    return "".join(part[0] for part in parts) if len(parts) > 1 else operation[:3]
+
+
+def abbreviations(labels: Mapping[str, str]) -> dict[str, str]:
+    """What a legend explains: of labels drawn, each with its operation, those that are not the name; in order."""
+    return {short: name for short, name in sorted(labels.items()) if short and short != name}
+
+
+def shares(timelines: Sequence[Timeline]) -> dict[str, float]:
+    """The part of the device that each lane is given, where that is not all of it."""
+    return {span.lane: span.share for line in timelines for span in line.spans if 0 < span.share < 1}
+
+
+SHARE_LEGEND = "R: part of the device that a lane is given"
+USE_LEGEND = "sum of the parts of the device that are in use by operations which it bounds"

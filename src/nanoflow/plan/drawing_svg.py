@@ -7,13 +7,17 @@ is shown is `drawing.py`'s to say, the same on a terminal `drawing_text.py`'s.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from nanoflow.graph.operation import Resource
 from nanoflow.plan.drawing import (
+    SHARE_LEGEND,
+    USE_LEGEND,
     NanoBatch,
+    abbreviations,
     check,
     full_s,
     headline,
@@ -34,13 +38,14 @@ _RESOURCE_COLOURS = {Resource.COMPUTE: "#d55e00", Resource.MEMORY: "#0072b2", Re
 
 # Everything in pixels of the picture's own width.
 _WIDTH = 1200.0
-_LEFT, _RIGHT = 112.0, 16.0
+_LEFT, _RIGHT = 140.0, 16.0
 _PLOT = _WIDTH - _LEFT - _RIGHT
 _HEAD, _LAYER_ROW, _LANE_ROW, _CURVE_ROW, _AXIS, _LEGEND_ROW = 30.0, 13.0, 36.0, 34.0, 34.0, 18.0
 _GAP = 4.0
-_CHARACTER = 6.3
+_CHARACTER = 6.05
 _MOST_TICKS = 11
-_LANE_CHARACTERS = 15
+_HEAD_CHARACTERS, _HEAD_LINE = 132, 18.0
+_LANE_CHARACTER = 6.7
 _LEGEND_COLUMNS = 6
 
 
@@ -51,6 +56,7 @@ class _Frame:
     timeline: Timeline
     top: float
     length_s: float
+    head: tuple[str, ...]
     layers: tuple[int, ...]
     resources: tuple[Resource, ...]
 
@@ -58,8 +64,12 @@ class _Frame:
         return _LEFT + time_s / self.length_s * _PLOT
 
     @property
+    def layers_top(self) -> float:
+        return self.top + _HEAD + (len(self.head) - 1) * _HEAD_LINE
+
+    @property
     def lanes_top(self) -> float:
-        return self.top + _HEAD + len(self.layers) * _LAYER_ROW + _GAP
+        return self.layers_top + len(self.layers) * _LAYER_ROW + _GAP
 
     @property
     def curves_top(self) -> float:
@@ -89,23 +99,24 @@ def svg(timelines: Sequence[Timeline], *, sequential_s: float | None = None) -> 
     """
     check(timelines)
     numbers = nano_batches(timelines)
-    frames = _frames(timelines)
-    legend = list(_legend(numbers, frames[-1].bottom))
-    height = frames[-1].bottom + _legend_height(numbers)
+    frames = _frames(timelines, sequential_s)
+    keys = list(_keys(frames))
+    legend = [*_legend(numbers, frames[-1].bottom), *_sentences(keys, frames[-1].bottom + _legend_height(numbers))]
+    height = frames[-1].bottom + _legend_height(numbers) + len(keys) * _LEGEND_ROW
     title = " | ".join(headline(timeline, sequential_s) for timeline in timelines)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(_WIDTH)} {_n(height)}" role="img">',
         f"<title>{escape(title)}</title>",
         _style(),
         f'<rect class="paper" width="{_n(_WIDTH)}" height="{_n(height)}"/>',
-        *(line for frame in frames for line in _picture(frame, numbers, sequential_s)),
+        *(line for frame in frames for line in _picture(frame, numbers)),
         *legend,
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _frames(timelines: Sequence[Timeline]) -> list[_Frame]:
+def _frames(timelines: Sequence[Timeline], sequential_s: float | None) -> list[_Frame]:
     resources = tuple(resources_used(timelines))
     frames: list[_Frame] = []
     for timeline in timelines:
@@ -114,6 +125,7 @@ def _frames(timelines: Sequence[Timeline]) -> list[_Frame]:
                 timeline=timeline,
                 top=frames[-1].bottom if frames else 0.0,
                 length_s=full_s(timeline, timelines),
+                head=tuple(textwrap.wrap(headline(timeline, sequential_s), _HEAD_CHARACTERS)) or ("",),
                 layers=tuple(sorted({span.layer for span in timeline.spans})),
                 resources=resources if any(span.resource for span in timeline.spans) else (),
             )
@@ -128,22 +140,23 @@ def _style() -> str:
     return (
         "<style>text{font:11px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328}"
         ".paper{fill:#fff}.head{font-size:14px;font-weight:600}.end{text-anchor:end}.mid{text-anchor:middle}"
-        ".inside{font-size:10.5px}.faint{fill:#656d76}.grid{stroke:#8c959f;stroke-width:.5;opacity:.5}"
+        ".inside{font-size:10px}.scale{font-size:9px}.faint{fill:#656d76}.grid{stroke:#8c959f;stroke-width:.5;opacity:.5}"
         ".layer{fill:#8c959f;opacity:.6}.curve{fill-opacity:.35}"
         f"{batches}{depths}{curves}"
         "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.paper{fill:#0d1117}.faint{fill:#8d96a0}}</style>"
     )
 
 
-def _picture(frame: _Frame, numbers: dict[NanoBatch, int], sequential_s: float | None) -> Iterator[str]:
-    head = escape(headline(frame.timeline, sequential_s))
-    yield f'<text class="head" x="{_n(_GAP * 2)}" y="{_n(frame.top + 20)}">{head}</text>'
+def _picture(frame: _Frame, numbers: dict[NanoBatch, int]) -> Iterator[str]:
+    for row, words in enumerate(frame.head):
+        y = frame.top + 20 + row * _HEAD_LINE
+        yield f'<text class="head" x="{_n(_GAP * 2)}" y="{_n(y)}">{escape(words)}</text>'
     yield from _axis(frame)
     yield from _layers(frame)
     for row, lane in enumerate(frame.timeline.lanes):
         y = frame.lanes_top + row * _LANE_ROW
         share = next(span.share for span in frame.timeline.spans if span.lane == lane)
-        yield f'<text class="end" x="{_n(_LEFT - 8)}" y="{_n(y + 15)}">{escape(label(lane, _LANE_CHARACTERS))}</text>'
+        yield f'<text class="end" x="{_n(_LEFT - 8)}" y="{_n(y + 15)}"{_squeezed(lane)}>{escape(lane)}</text>'
         if share:
             yield f'<text class="end faint" x="{_n(_LEFT - 8)}" y="{_n(y + 28)}">R {share:.2f}</text>'
         for span in frame.timeline.spans:
@@ -155,7 +168,7 @@ def _picture(frame: _Frame, numbers: dict[NanoBatch, int], sequential_s: float |
 
 def _axis(frame: _Frame) -> Iterator[str]:
     """Behind everything else: a line a tick, its number below."""
-    top, bottom = frame.top + _HEAD, frame.axis_top
+    top, bottom = frame.layers_top, frame.axis_top
     ticks = ticks_us(frame.length_s, _MOST_TICKS)
     for tick in ticks:
         x = frame.x(tick * 1e-6)
@@ -167,7 +180,7 @@ def _axis(frame: _Frame) -> Iterator[str]:
 def _layers(frame: _Frame) -> Iterator[str]:
     """A bar a layer from its first start to its last end, so that one sees which are in flight at once."""
     for row, layer in enumerate(frame.layers):
-        y = frame.top + _HEAD + row * _LAYER_ROW
+        y = frame.layers_top + row * _LAYER_ROW
         spans = [span for span in frame.timeline.spans if span.layer == layer]
         start, stop = frame.x(min(span.start_s for span in spans)), frame.x(max(span.stop_s for span in spans))
         yield f'<text class="end faint" x="{_n(_LEFT - 8)}" y="{_n(y + 9)}">layer {layer}</text>'
@@ -178,13 +191,24 @@ def _block(frame: _Frame, span: Span, y: float, number: int) -> str:
     x, width = frame.x(span.start_s), (span.stop_s - span.start_s) / frame.length_s * _PLOT
     # Neighbours stay apart where there is room for that.
     drawn = max(width - 1.0, min(width, 0.5))
-    name = label(span.operation, int((drawn - 7) / _CHARACTER))
+    name = _label(frame, span)
     text = f'<text class="inside" x="{_n(x + 4)}" y="{_n(y + 20)}">{escape(name)}</text>' if name else ""
     shape = f'class="b{number % len(_PALETTE)} l{span.layer % len(_LAYER_DEPTHS)}" x="{_n(x)}" y="{_n(y + 1)}"'
     return (
         f'<g><rect {shape} width="{_n(drawn)}" height="{_n(_LANE_ROW - 4)}"/>{text}'
         f"<title>{escape(_tooltip(span, frame.timeline))}</title></g>"
     )
+
+
+def _label(frame: _Frame, span: Span) -> str:
+    """What stands in a block."""
+    return label(span.operation, int(((span.stop_s - span.start_s) / frame.length_s * _PLOT - 7) / _CHARACTER))
+
+
+def _squeezed(lane: str) -> str:
+    """A lane's name is whole, however long: narrower where it would not fit."""
+    room = _LEFT - 12
+    return "" if len(lane) * _LANE_CHARACTER <= room else f' textLength="{_n(room)}" lengthAdjust="spacingAndGlyphs"'
 
 
 def _tooltip(span: Span, timeline: Timeline) -> str:
@@ -203,8 +227,10 @@ def _curve(frame: _Frame, resource: Resource, top: float) -> Iterator[str]:
     path = f"M{_n(_LEFT)} {_n(floor)}"
     for time_s, level in steps:
         path += f"H{_n(frame.x(time_s))}V{_n(floor - min(level, 1.0) * height)}"
-    yield f'<text class="end" x="{_n(_LEFT - 8)}" y="{_n(floor - 6)}">{resource}</text>'
-    yield f'<path class="grid" d="M{_n(_LEFT)} {_n(floor)}H{_n(_LEFT + _PLOT)}"/>'
+    yield f'<text class="end" x="{_n(_LEFT - 42)}" y="{_n(floor - 6)}">{resource}</text>'
+    for part, y in (("100 %", floor - height), ("0", floor)):
+        yield f'<text class="end faint scale" x="{_n(_LEFT - 6)}" y="{_n(y + 3)}">{part}</text>'
+        yield f'<path class="grid" d="M{_n(_LEFT - 3)} {_n(y)}H{_n(_LEFT + _PLOT)}"/>'
     yield f'<path class="{resource} curve" d="{path}V{_n(floor)}Z"/>'
 
 
@@ -215,6 +241,25 @@ def _legend(numbers: dict[NanoBatch, int], top: float) -> Iterator[str]:
         x, y = _LEFT + column * _PLOT / _LEGEND_COLUMNS, top + row * _LEGEND_ROW
         yield f'<rect class="b{number % len(_PALETTE)} l0" x="{_n(x)}" y="{_n(y)}" width="12" height="12"/>'
         yield f'<text x="{_n(x + 18)}" y="{_n(y + 10)}">tokens {start}:{stop}</text>'
+
+
+def _keys(frames: Sequence[_Frame]) -> Iterator[str]:
+    """Sentences below the picture: abbreviations, what R is, and the scale of the curves."""
+    drawn = {_label(frame, span): span.operation for frame in frames for span in frame.timeline.spans}
+    short = ", ".join(f"{name} {operation}" for name, operation in abbreviations(drawn).items())
+    if short:
+        yield short
+    if any(span.share for frame in frames for span in frame.timeline.spans):
+        yield SHARE_LEGEND
+    named = ", ".join(map(str, dict.fromkeys(resource for frame in frames for resource in frame.resources)))
+    if named:
+        yield f"{named}: {USE_LEGEND}"
+
+
+def _sentences(keys: Sequence[str], top: float) -> Iterator[str]:
+    for row, words in enumerate(keys):
+        y = top + row * _LEGEND_ROW + 10
+        yield f'<text class="faint" x="{_n(_LEFT)}" y="{_n(y)}">{escape(words)}</text>'
 
 
 def _legend_height(numbers: dict[NanoBatch, int]) -> float:

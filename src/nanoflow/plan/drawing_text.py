@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import bisect
 import string
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nanoflow.graph.operation import Resource
 from nanoflow.plan.drawing import (
+    SHARE_LEGEND,
+    USE_LEGEND,
     NanoBatch,
+    abbreviations,
     check,
     full_s,
     headline,
@@ -21,6 +25,7 @@ from nanoflow.plan.drawing import (
     nano_batch,
     nano_batches,
     resources_used,
+    shares,
     ticks_us,
     unit,
     use_steps,
@@ -32,6 +37,8 @@ _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 _BACKGROUNDS = (75, 214, 79, 182, 117, 209, 227, 250)
 _LEAST_PLOT = 20
 _MARGIN = 2
+# A block's letter and colon before the name.
+_BESIDE_NAME = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +98,8 @@ def text(
             *sheet.picture(timeline, full_s(timeline, timelines), resources),
             "",
         ]
-    lines += sheet.legend(sorted({span.layer for timeline in timelines for span in timeline.spans}))
+    lines += sheet.legend(timelines)
+    lines += sheet.keys(timelines, resources)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -114,14 +122,42 @@ class _Sheet:
                 yield self._row(resource) + self._curve(timeline, resource, length_s)
         yield self._row(unit(timeline)) + self._axis(length_s)
 
-    def legend(self, layers: Sequence[int]) -> Iterator[str]:
-        """Which letter is which nano-batch, and which fill which layer."""
+    def legend(self, timelines: Sequence[Timeline]) -> Iterator[str]:
+        """Which letter is which nano-batch, which fill which layer, and what is abbreviated."""
+        layers = sorted({span.layer for timeline in timelines for span in timeline.spans})
         entries = [
             f"{self._painted(_letter(number), number)} tokens {start}:{stop}"
             for (start, stop), number in self.numbers.items()
         ]
         yield from self._wrapped(entries)
         yield from self._wrapped([f"{self._fill(layer) * 2} layer {layer}" for layer in layers])
+        drawn = {name: operation for timeline in timelines for name, operation in self._labels(timeline, timelines)}
+        short = [f"{name} {operation}" for name, operation in abbreviations(drawn).items()]
+        if short:
+            yield from self._wrapped(short)
+
+    def keys(self, timelines: Sequence[Timeline], resources: Sequence[Resource]) -> Iterator[str]:
+        """What a lane's share means, and the scale of the rows of resources."""
+        given = shares(timelines)
+        if given:
+            parts = ", ".join(f"{lane} R {share:.2f}" for lane, share in given.items())
+            yield from self._sentence(f"{parts} ({SHARE_LEGEND})")
+        if resources:
+            names, levels = ", ".join(map(str, resources)), self.marks.levels
+            scale = f"{levels[1]} little, {levels[len(levels) // 2]} half, {levels[-1]} all of it"
+            yield from self._sentence(f"{names}: {USE_LEGEND}: {scale}")
+
+    def _sentence(self, words: str) -> list[str]:
+        return textwrap.wrap(words, self.margin + self.columns)
+
+    def _labels(self, timeline: Timeline, timelines: Sequence[Timeline]) -> Iterator[tuple[str, str]]:
+        """What stands in the blocks of a timeline, and for which operation."""
+        length_s = full_s(timeline, timelines)
+        for lane in timeline.lanes:
+            owners = self._owners([span for span in timeline.spans if span.lane == lane], length_s)
+            for span, cells in _runs(owners):
+                if span is not None:
+                    yield label(span.operation, cells - _BESIDE_NAME), span.operation
 
     def _wrapped(self, entries: Sequence[str]) -> Iterator[str]:
         """Entries in columns of equal width, as wide as the widest without its colours."""
@@ -134,30 +170,26 @@ class _Sheet:
         return name.ljust(self.margin)
 
     def _lane(self, spans: Sequence[Span], length_s: float) -> str:
+        return "".join(self._block(span, cells) for span, cells in _runs(self._owners(spans, length_s)))
+
+    def _owners(self, spans: Sequence[Span], length_s: float) -> list[Span | None]:
         """Cells from a block's start to its end; one within a cell has that cell if no block before it does."""
         owners: list[Span | None] = [None] * self.columns
         for span in spans:
             first, stop = self._cell(span.start_s / length_s), self._cell(span.stop_s / length_s)
             for cell in range(first, max(stop, min(first + 1, self.columns))):
                 owners[cell] = owners[cell] or span
-        return "".join(self._blocks(owners))
+        return owners
 
     def _cell(self, part: float) -> int:
         # What ends at a cell's edge must not reach into the cell by a rounding error, nor fall short of it.
         return int(part * self.columns + 1e-6)
 
-    def _blocks(self, owners: Sequence[Span | None]) -> Iterator[str]:
-        first = 0
-        for cell in range(1, len(owners) + 1):
-            if cell == len(owners) or owners[cell] is not owners[first]:
-                yield self._block(owners[first], cell - first)
-                first = cell
-
     def _block(self, span: Span | None, cells: int) -> str:
         if span is None:
             return self.marks.empty * cells
         number = self.numbers[nano_batch(span)]
-        name = label(span.operation, cells - 3)
+        name = label(span.operation, cells - _BESIDE_NAME)
         shown = _letter(number) + (f":{name}" if name else "")
         return self._painted(shown.ljust(cells, self._fill(span.layer)), number)
 
@@ -205,6 +237,15 @@ class _Integral:
     def __call__(self, time_s: float) -> float:
         place = bisect.bisect_right(self._times_s, time_s) - 1
         return self._sums[place] + (time_s - self._times_s[place]) * self._levels[place]
+
+
+def _runs(owners: Sequence[Span | None]) -> Iterator[tuple[Span | None, int]]:
+    """Neighbouring cells of one block, or of none, and how many there are."""
+    first = 0
+    for cell in range(1, len(owners) + 1):
+        if cell == len(owners) or owners[cell] is not owners[first]:
+            yield owners[first], cell - first
+            first = cell
 
 
 def _letter(number: int) -> str:

@@ -43,6 +43,8 @@ class FoundPlan:
         gain: Time sequentially / under the best plan, as predicted.
         plans: The plans that may win there, the best one first; none if nothing does.
         measured_gain: Of the first of them on a device; None if none was tried.
+        candidate: The plan that `gain` is predicted of, kept or not; None if no plan could win at all.
+        margin: As of `BookSearch`.
     """
 
     cell: Cell
@@ -50,6 +52,8 @@ class FoundPlan:
     gain: float
     plans: tuple[PipelinePlan, ...]
     measured_gain: float | None = None
+    candidate: PipelinePlan | None = None
+    margin: float | None = None
 
     @property
     def entry(self) -> PlanEntry | None:
@@ -66,7 +70,7 @@ class FoundPlan:
     @property
     def trusted(self) -> FoundPlan:
         """Without a trial: the best plan stays if the prediction is safe."""
-        is_safe = bool(self.plans) and self.gain >= least_predicted_gain(self.plans[0])
+        is_safe = bool(self.plans) and self.gain >= least_predicted_gain(self.plans[0], self.margin)
         return replace(self, plans=self.plans[:1] if is_safe else ())
 
     def confirmed(self, gains: Sequence[float]) -> FoundPlan:
@@ -83,10 +87,14 @@ class BookSearch:
         profile: What operations take.
         time_limit_s: For one cell at most.
         will_be_tried: Give several plans a cell, those too that may lose; else one that is safely predicted to win.
+        margin: What that is, as a part, in place of what is known of each kind of lanes.
     """
 
-    def __init__(self, profile: Profile, *, time_limit_s: float, will_be_tried: bool = False) -> None:
+    def __init__(
+        self, profile: Profile, *, time_limit_s: float, will_be_tried: bool = False, margin: float | None = None
+    ) -> None:
         self._profile, self._time_limit_s, self._will_be_tried = profile, time_limit_s, will_be_tried
+        self._margin = margin
         self._model = IterationModel(profile)
         self._plans: dict[str, PipelinePlan] = {}
         self._searched: set[tuple[int, tuple[float, float]]] = set()
@@ -107,12 +115,15 @@ class BookSearch:
                 promising = leading([plan for gain, plan in found if gain >= _LEAST_GAIN_TO_TRY], count)
                 kept = [each for each in found if each[1] in promising]
             else:
-                kept = [each for each in found if each[0] >= least_predicted_gain(each[1])][:1]
+                kept = [each for each in found if each[0] >= least_predicted_gain(each[1], self._margin)][:1]
+            gain, candidate = next(iter((*kept, *found)), (1.0, None))
             yield FoundPlan(
                 cell=cell,
                 part=cell.time_s / total_s,
-                gain=next((gain for gain, _ in (*kept, *found)), 1.0),
+                gain=gain,
                 plans=tuple(plan for _, plan in kept),
+                candidate=candidate,
+                margin=self._margin,
             )
 
     def _search(self, cell: Cell) -> None:

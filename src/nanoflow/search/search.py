@@ -279,7 +279,7 @@ class Search:
         if best is not None and best.makespan_s < sequential_s * (1 - _LEAST_GAIN):
             plan, reason = best.plan, f"{sequential_s / best.makespan_s:.3f}x of sequential"
         elif best is not None:
-            reason = f"sequential: the best overlap is predicted at {sequential_s / best.makespan_s:.3f}x"
+            reason = f"sequential: the best overlap is predicted at {sequential_s / best.makespan_s:.3f}x of it"
         elif candidates:
             reason = "sequential: no pair of operations was measured, or nothing would win without interference"
         else:

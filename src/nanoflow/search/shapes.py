@@ -149,8 +149,16 @@ def leading(plans: Sequence[PipelinePlan], count: int) -> list[PipelinePlan]:
     return [plan for place, plan in enumerate(named.values()) if place < count or plan in firsts]
 
 
-def least_predicted_gain(plan: PipelinePlan) -> float:
-    """What a plan must be predicted to win to be used without a trial."""
+def least_predicted_gain(plan: PipelinePlan, margin: float | None = None) -> float:
+    """What a plan must be predicted to win to be used without a trial.
+
+    Args:
+        plan: Its lanes say how far off predictions of it may be.
+        margin: Another number than that which is known of its lanes, as a part: 0.02 is 2 %; never below what tells a
+            plan from the sequential one.
+    """
+    if margin is not None:
+        return max(1.0 + margin, LEAST_GAIN)
     return _LEAST_PREDICTED_INSIDE if mechanisms_of(plan) == {Mechanism.INSIDE} else _LEAST_PREDICTED
 
 

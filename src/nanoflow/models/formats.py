@@ -1,0 +1,272 @@
+"""What a file or folder is that is no model as nanoflow reads it: GGUF, an adapter, ONNX, a pickle, a picture pipeline.
+
+Each is named, with what can be done, in one line. Only names of files and a few small files are looked at, nothing is
+loaded. What a config.json says of the architecture is `config.py`'s to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoflow.models.fields import ModelError, is_there, read_object, shown
+
+ADAPTER_CONFIG = "adapter_config.json"
+_CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_CONVERT = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+_ORIGINAL = "take the model that it was made from, in safetensors"
+_FOLDER = "give the folder that holds config.json and the weights"
+# More entries of a folder are not looked at.
+_MAX_ENTRIES = 10_000
+
+_FILES: Mapping[str, str] = {
+    ".gguf": f"is a GGUF file (llama.cpp), which is not read: {_ORIGINAL}",
+    ".ggml": f"is a GGML file (llama.cpp), which is not read: {_ORIGINAL}",
+    ".llamafile": f"is a llamafile (llama.cpp), which is not read: {_ORIGINAL}",
+    ".onnx": f"is an ONNX graph, which is not read: {_ORIGINAL}",
+    ".safetensors": "is a file of weights alone; give the folder that holds it beside config.json and a tokenizer",
+    ".bin": "is a file; only folders with weights in safetensors are read, never pickles",
+    ".pt": "is a file; only folders with weights in safetensors are read, never pickles",
+    ".pth": "is a file; only folders with weights in safetensors are read, never pickles",
+    ".ckpt": "is a file; only folders with weights in safetensors are read, never pickles",
+    ".zip": "is an archive; unpack it and give the folder that holds config.json and the weights",
+    ".tar": "is an archive; unpack it and give the folder that holds config.json and the weights",
+    ".gz": "is an archive; unpack it and give the folder that holds config.json and the weights",
+    ".tgz": "is an archive; unpack it and give the folder that holds config.json and the weights",
+    ".nemo": f"is a NeMo archive, which is not read: {_ORIGINAL}",
+    ".h5": f"is a Keras or TensorFlow file, which is not read: {_ORIGINAL}",
+    ".keras": f"is a Keras file, which is not read: {_ORIGINAL}",
+    ".tflite": f"is a TensorFlow Lite file, which is not read: {_ORIGINAL}",
+}
+_MAGICS: Mapping[bytes, str] = {b"GGUF": ".gguf", b"lmgg": ".ggml", b"tjgg": ".ggml", b"PK\x03\x04": ".zip"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Folder:
+    """Names of what is in a folder, of files and of folders."""
+
+    path: Path
+    names: tuple[str, ...]
+
+    def having(self, *patterns: str) -> list[str]:
+        """Those that match one of the patterns, in order."""
+        return [name for name in self.names if any(Path(name.lower()).match(pattern) for pattern in patterns)]
+
+
+# What is said of a folder that matches; the first that says something is taken.
+_Says = Callable[[_Folder], str | None]
+
+
+def refuse_file(model: str, path: Path) -> ModelError:
+    """What to say of a file in place of a folder, by its first bytes or its ending."""
+    says = _FILES.get(_MAGICS.get(_beginning(path), path.suffix.lower()))
+    if says is None and path.name in (_CONFIG, ADAPTER_CONFIG):
+        says = f"is a file; give its folder, {str(path.parent)!r}"
+    return ModelError(f"model {model!r} {says or f'is a file; {_FOLDER}'}")
+
+
+def refuse_folder(model: str, path: Path) -> ModelError:
+    """What to say of a folder without a config.json."""
+    hint = "" if path == Path(model).expanduser() else hub_hint(model)
+    folder = _read(path)
+    says = None if hint else next(filter(None, (rule(folder) for rule in _WITHOUT_CONFIG)), None)
+    return ModelError(f"model {model!r}: {path} {says or f'has no {_CONFIG}{hint}'}")
+
+
+def refuse_adapter(path: Path) -> None:
+    """ModelError if a folder with a config.json is an adapter all the same, or a model that waits for one."""
+    if is_there(path / ADAPTER_CONFIG):
+        raise ModelError(f"{path} {_adapter(_read(path))}")
+
+
+def other_weights(path: Path) -> str | None:
+    """What a folder without a checkpoint in safetensors has in its place, and what can be done; None for nothing."""
+    folder = _read(path)
+    return next(filter(None, (rule(folder) for rule in _WEIGHTS_OF_OTHERS)), None)
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a model are quantised, by its config.json; None if they are not."""
+    # MLX writes `quantization`, everybody else `quantization_config`.
+    for name, family in (("quantization_config", None), ("quantization", "MLX")):
+        found = config.get(name)
+        if found is not None:
+            details = found if isinstance(found, Mapping) else {}
+            method = details.get("quant_method") or details.get("quant_algo") or family
+            bits = next((details[key] for key in ("bits", "w_bit", "num_bits") if details.get(key) is not None), None)
+            parts = [shown(method).strip("'").upper() if method else "", f"{shown(bits)} bits" if bits else ""]
+            described = ", ".join(filter(None, parts))
+            how = f" ({described})" if described else ""
+            return f"field {name!r} is set: quantised weights are not served{how}: use the original model"
+    return None
+
+
+def refuse_quantised(path: Path) -> None:
+    """ModelError if a file beside config.json says that the weights are quantised, as older tools write it."""
+    for name, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "")):
+        if is_there(path / name):
+            of = f" ({method})" if method else ""
+            raise ModelError(f"{path / name}: quantised weights{of} are not served, use the original model")
+
+
+def hub_hint(name: str) -> str:
+    """What the name of a model on the Hub says of its format, to be added to a message; mostly nothing."""
+    parts = set(name.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-"))
+    hints = {
+        "gguf": f"it seems to hold GGUF files, which are not read: {_ORIGINAL}",
+        "onnx": f"it seems to hold ONNX graphs, which are not read: {_ORIGINAL}",
+        "lora": "it seems to be a LoRA adapter, which is not served: merge it into its base model",
+    }
+    return next((f"; {hint}" for word, hint in hints.items() if word in parts), "")
+
+
+def _read(path: Path) -> _Folder:
+    names: list[str] = []
+    try:
+        for entry in path.iterdir():
+            names.append(entry.name)
+            if len(names) == _MAX_ENTRIES:
+                break
+    except OSError as error:
+        raise ModelError(f"{path}: not readable: {error.strerror}") from None
+    return _Folder(path=path, names=tuple(sorted(names)))
+
+
+def _beginning(path: Path) -> bytes:
+    """The first four bytes of a regular file; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError:
+        return b""
+
+
+def _adapter(folder: _Folder) -> str | None:
+    if ADAPTER_CONFIG not in folder.names:
+        return None
+    try:
+        values = read_object(folder.path / ADAPTER_CONFIG)
+    except ModelError:
+        values = {}
+    kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
+    name = f"a {shown(kind).strip(chr(39))} adapter" if isinstance(kind, str) else "an adapter"
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    if any(weights in folder.names for weights in _WEIGHTS):
+        return (
+            f"holds a whole model and {name}{of} ({ADAPTER_CONFIG}), which would not be applied: "
+            f"remove {ADAPTER_CONFIG} if it is merged, else merge it with PEFT's merge_and_unload()"
+        )
+    return (
+        f"is {name}{of} ({ADAPTER_CONFIG}), no whole model: adapters are not served; merge it into its base model "
+        "with PEFT's merge_and_unload() and save_pretrained(), and give that folder"
+    )
+
+
+def _gguf(folder: _Folder) -> str | None:
+    return _named(folder, ("*.gguf", "*.ggml", "ggml-*.bin"), f"is in GGUF (llama.cpp), which is not read: {_ORIGINAL}")
+
+
+def _diffusers(folder: _Folder) -> str | None:
+    if "model_index.json" not in folder.names:
+        return None
+    return "is a diffusers pipeline (model_index.json), which makes no text: only language models are served"
+
+
+def _sentences(folder: _Folder) -> str | None:
+    return _named(
+        folder,
+        ("modules.json",),
+        "is a sentence-transformers model, which makes no text: only language models are served",
+    )
+
+
+def _onnx(folder: _Folder) -> str | None:
+    return _named(folder, ("*.onnx", "onnx"), f"is in ONNX, which is not read: {_ORIGINAL}")
+
+
+def _llama_original(folder: _Folder) -> str | None:
+    if "params.json" not in folder.names:
+        return None
+    return _named(
+        folder,
+        ("consolidated*",),
+        "is a model as its makers write it, which is not read: take the one in transformers' form (config.json), or "
+        "convert it with transformers",
+    )
+
+
+def _pickles(folder: _Folder) -> str | None:
+    return _named(
+        folder,
+        ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+        f"but only safetensors is read: convert with transformers' {_CONVERT}",
+        is_sentence=False,
+    )
+
+
+def _mlx(folder: _Folder) -> str | None:
+    return _named(folder, ("weights*.npz", "*.npz"), f"is in MLX's form, which is not read: {_ORIGINAL}")
+
+
+def _frameworks(folder: _Folder) -> str | None:
+    """Formats of other frameworks."""
+    by_name = {
+        "TensorFlow": ("*.h5", "*.keras", "saved_model.pb", "*.tflite", "*.index"),
+        "Flax": ("*.msgpack",),
+        "OpenVINO": ("openvino_*.xml",),
+        "TensorRT-LLM": ("*.engine", "*.plan"),
+        "Core ML": ("*.mlmodel", "*.mlpackage"),
+        "NeMo": ("*.nemo",),
+        "a checkpoint of training in pieces (DCP or DeepSpeed)": ("*.distcp", "zero_to_fp32.py", "global_step*"),
+    }
+    says = (
+        _named(folder, names, f"is for {title}, which is not read: {_ORIGINAL}") for title, names in by_name.items()
+    )
+    return next(filter(None, says), None)
+
+
+def _nested(folder: _Folder) -> str | None:
+    """The model is in a folder of this one: checkpoints of a training run, or the Hub's cache."""
+    found = list(_models_below(folder))
+    if not found:
+        return None
+    return f"has no {_CONFIG}, but {shown(found[-1])} has one: give {str(folder.path / found[-1])!r}"
+
+
+def _models_below(folder: _Folder) -> Iterator[str]:
+    below = [f"snapshots/{name.name}" for name in sorted((folder.path / "snapshots").glob("*"))]
+    ordered = sorted(folder.names, key=lambda name: (len(name), name))
+    for name in (*below, *ordered):
+        if (folder.path / name / _CONFIG).is_file():
+            yield name
+
+
+def _weights_alone(folder: _Folder) -> str | None:
+    return _named(folder, ("*.safetensors",), f"but no {_CONFIG}: add the one of its model", is_sentence=False)
+
+
+def _tokenizer_alone(folder: _Folder) -> str | None:
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "*.tiktoken")
+    return _named(folder, names, f"is a tokenizer alone: it has neither {_CONFIG} nor weights; {_FOLDER}")
+
+
+def _empty(folder: _Folder) -> str | None:
+    return None if folder.names else f"is empty; {_FOLDER}"
+
+
+def _named(folder: _Folder, patterns: tuple[str, ...], says: str, *, is_sentence: bool = True) -> str | None:
+    """What is said if a name matches, with the name."""
+    found = folder.having(*patterns)
+    if not found:
+        return None
+    return f"{says} (it has {shown(found[0])})" if is_sentence else f"has {shown(found[0])}, {says}"
+
+
+_WEIGHTS_OF_OTHERS: tuple[_Says, ...] = (_gguf, _llama_original, _mlx, _pickles, _onnx, _frameworks)
+_WITHOUT_CONFIG: tuple[_Says, ...] = (
+    *(_adapter, _diffusers, _gguf, _llama_original, _sentences, _nested, _mlx, _weights_alone, _pickles, _onnx),
+    *(_frameworks, _tokenizer_alone, _empty),
+)

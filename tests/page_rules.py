@@ -1,0 +1,140 @@
+"""What is done with each command of the documentation: the table that `test_pages.py` goes by.
+
+Every command of a block must be in it, and everything in it must stand in a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STORED_PROFILE = "benchmarks/results/profile_llama-3-8b_h200.json"
+QUICK_SEARCH = (
+    f"nanoflow search {STORED_PROFILE} -o plans.json --workloads 1024/512 --max-batch-tokens 2048 --max-num-seqs 1024"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Run it, in this process, until it ends with status 0.
+
+    Attributes:
+        instead: The command with arguments that a test can afford; as it stands if None.
+        says: What must be in its output, as regular expressions.
+        typed: What is typed into it.
+        writes: Files that it must have written.
+    """
+
+    instead: str | None = None
+    says: tuple[str, ...] = ()
+    typed: str | None = None
+    writes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serve:
+    """A server: its options are read, and one of the default model on a free port, which all share, is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parse:
+    """It needs a GPU, the Hub or minutes: every option and value of it is read as the command reads it.
+
+    Attributes:
+        why: What it needs.
+        result: A file of the repository that is put where it writes.
+    """
+
+    why: str
+    result: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Make:
+    """A goal of the Makefile: make says what it would do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Install:
+    """An installation: names and versions are compared with pyproject.toml."""
+
+
+Rule = Run | Serve | Parse | Make | Install
+
+# One thread for the default model on CPU: short runs of a small model.
+_CPU = "--device cpu"
+_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+RULES: dict[str, Rule] = {
+    # README.md
+    "make demo": Make(),
+    "make test": Make(),
+    "make lint": Make(),
+    "pip install -e .": Install(),
+    'nanoflow generate "def "': Run(instead=f'nanoflow generate "def " {_CPU} --max-tokens 16', says=(r"\S",)),
+    "nanoflow serve Qwen/Qwen2.5-0.5B-Instruct": Serve(),
+    "nanoflow chat --model Qwen/Qwen2.5-0.5B-Instruct": Run(
+        instead=f'nanoflow chat --model default {_CPU} --max-tokens 4 --chat-template "{_TEMPLATE}"', typed="def \n"
+    ),
+    "nanoflow bench throughput --workload 512/128 --num-requests 32": Run(
+        instead=f"nanoflow bench throughput --workload 32/8 --num-requests 4 {_CPU}", says=("tokens/s",)
+    ),
+    "nanoflow bench throughput --model preset:llama-3-8b": Parse(why="a GPU"),
+    "nanoflow env": Run(says=("nanoflow", "torch")),
+    QUICK_SEARCH: Run(writes=("plans.json",)),
+    f"nanoflow plan show plans.json --profile {STORED_PROFILE} --svg plan.svg": Run(
+        says=(r"% faster than one after the other", "attention inside"), writes=("plan.svg",)
+    ),
+    f"nanoflow simulate {STORED_PROFILE} --plan plans.json --workload 1024/512 --request-rate 20 --gpus 2": Run(
+        says=(r"throughput +[\d,]+ tokens/s, [\d,]+ a GPU",)
+    ),
+    "nanoflow serve preset:llama-3-8b --plan plans.json": Parse(why="a GPU"),
+    "nanoflow profile preset:llama-3-8b -o profile.json --max-batch-tokens 2048": Parse(
+        why="a GPU", result=STORED_PROFILE
+    ),
+    "nanoflow profile preset:llama-3-8b -o estimate.json --max-batch-tokens 2048 --estimate h100": Run(
+        says=(r"estimate\.json: \d+ points",), writes=("estimate.json",)
+    ),
+    "nanoflow search profile.json -o plans.json --workloads 1024/512 --measure": Parse(why="a GPU"),
+    # docs/auto-search.md
+    "nanoflow profile preset:llama-3-8b -o profile.json --max-batch-tokens 8192": Parse(
+        why="a GPU", result=STORED_PROFILE
+    ),
+    "nanoflow search profile.json -o plans.json --workloads 512/512": Parse(
+        why="a minute", result="benchmarks/results/plans_llama-3-8b_h200_1024-512.json"
+    ),
+    "nanoflow plan show plans.json --profile profile.json --svg plan.svg": Run(writes=("plan.svg",)),
+    "nanoflow simulate profile.json --plan plans.json --workload 512/512 --num-requests 1000": Run(
+        instead="nanoflow simulate profile.json --plan plans.json --workload 512/512 --num-requests 100",
+        says=("throughput",),
+    ),
+    "nanoflow profile preset:llama-2-70b -o a100.json --estimate a100-80x8": Run(writes=("a100.json",)),
+    "nanoflow simulate a100.json --workload trace:lengths.csv --num-requests 20000 --request-rate 100 --find-gpus "
+    "--max-normalized-latency-ms 200": Run(
+        instead="nanoflow simulate a100.json --workload trace:lengths.csv --num-requests 100 --request-rate 20 "
+        "--find-gpus --max-normalized-latency-ms 200",
+        says=("GPUs serve 20 requests/s",),
+    ),
+    # docs/limits.md
+    "nanoflow serve ./my-model": Serve(),
+    "nanoflow serve ./my-model --goal latency": Serve(),
+    "nanoflow serve ./my-model --goal throughput --max-num-seqs 512": Serve(),
+}
+
+# Blocks that hold no command, by language and first line, and what they are compared with.
+SHOWN: dict[str, str] = {
+    "sequential best: 2,048 tokens, 1,024 requests: 27,462 tokens/s, predicted": "the search of the quick start",
+    "from nanoflow import LLM, SamplingParams": "run",
+    "from openai import OpenAI": "run against the server",
+    "src/nanoflow/": "the tree, written and checked by tools/docs.py",
+    "# models/readings.py: the fields that exist in its config.json, what an absent one means, and which may be "
+    "null": "run",
+    "def build(config: ModelConfig, max_model_len: int | None) -> OpGraph:": "the signature of models/llama.py",
+    '{"version": 1,': "fields of plan books",
+    "8  cli": "layers in pyproject.toml",
+    "maximise u": "a formula",
+    "nanoflow limits for balanced: max_batch_tokens 2,048 (about 50 ms an iteration on NVIDIA H200), max_num_seqs 100 "
+    "(given), gaps of at most 75 ms between tokens (goal balanced)": "a line of the server",
+    "nanoflow sampling defaults of the model: temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05": (
+        "the line of such a model"
+    ),
+}

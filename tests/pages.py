@@ -1,0 +1,88 @@
+"""Fenced blocks and inline commands of the documentation, as data for tests; `test_pages.py` does something with them.
+
+A block without a language, or of a shell, holds commands; each other language says what else a block is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "src/nanoflow/default_model/README.md",
+)
+SHELLS = ("", "sh", "shell", "bash", "console")
+# What a line of a block begins with if it is a command.
+_PROGRAMS = ("nanoflow", "python", "pip", "make", "pytest", "curl", "docker", "openssl", "git", "export", "npx", "npm")
+_FENCE = re.compile(r"^ *(```+|~~~+)(.*)$")
+_INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{'|'.join(_PROGRAMS)}) [^`]+)`")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        page, line: Where it stands; the line of its fence, from 1.
+        language: What stands behind the fence.
+        text: Its lines.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def first_line(self) -> str:
+        """The first line that says something."""
+        return next((line.strip() for line in self.text.splitlines() if line.strip()), "")
+
+    @property
+    def is_of_commands(self) -> bool:
+        """True for a block of a shell that begins with a program, or with a variable set for one."""
+        return self.language in SHELLS and self.first_line.removeprefix("$ ").split(" ")[0] in _PROGRAMS
+
+    @property
+    def commands(self) -> list[str]:
+        """Its commands: continued lines joined, comments and prompts of the shell left out."""
+        joined = re.sub(r"\\\n\s*", "", self.text)
+        lines = (re.sub(r"\s+#\s.*$", "", line).strip().removeprefix("$ ") for line in joined.splitlines())
+        return [line for line in lines if line and not line.startswith("#")]
+
+
+def blocks() -> Iterator[Block]:
+    """Every fenced block of every page."""
+    for page in PAGES:
+        fence, start, language, lines = "", 0, "", [""]
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            found = _FENCE.match(line)
+            if fence and found and found[1].startswith(fence) and not found[2].strip():
+                yield Block(page=name_of(page), line=start, language=language, text="\n".join(lines))
+                fence = ""
+            elif fence:
+                lines.append(line)
+            elif found:
+                fence, start, language, lines = found[1], number, found[2].strip(), []
+        assert not fence, f"{page}: the block of line {start} has no end"
+
+
+def inline_commands() -> list[tuple[str, str]]:
+    """Page and command of all in backticks that is a command with arguments; not in the log, which is history."""
+    found = []
+    for page in PAGES:
+        if page.name != "log.md":
+            text = re.sub(r"<!-- tree -->.*<!-- /tree -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+            found += [(name_of(page), " ".join(match.split())) for match in _INLINE.findall(text)]
+    return found
+
+
+def name_of(page: Path) -> str:
+    """The page's path in the repository."""
+    return page.relative_to(ROOT).as_posix()
