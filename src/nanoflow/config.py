@@ -145,7 +145,8 @@ class EngineConfig:
     page_size: int = option(16, "Tokens a KV page", aliases=(Alias(name="block_size"),))
     kv_cache_gib: float | None = option(
         None,
-        "Memory for KV pages in GiB; what the requests can use if not given",
+        "Memory for KV pages in GiB; if not given, what the requests can use, and on a CPU at most 1 GiB, or what one "
+        "request of full length needs",
         aliases=(Alias(name="kv_cache_memory_bytes", convert=_gib, note="in bytes"),),
     )
     gpu_memory_utilization: float = option(0.9, "Part of the GPU's memory to use for weights, KV pages and all else")

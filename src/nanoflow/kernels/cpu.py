@@ -2,16 +2,27 @@
 
 torch hands a float32 product to MKL, which on some processors is several times slower than oneDNN when there are few
 rows, as in decode. Numbers are in docs/log.md.
+
+oneDNN makes code for every shape that it meets, about 0.75 MB of it, and keeps the last 1,024 of them. Batches have
+hundreds of sizes, so products are computed in few numbers of rows: see `row_blocks`. How much is kept at most is
+`device/host_memory.py`'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference
 from nanoflow.kernels.launch import Kernel, Launch
+
+# A product of more rows is made in parts of so many: enough that reading the weights again costs next to nothing.
+MAX_ROWS = 256
+_EXACT_ROWS = 16
 
 
 def has_onednn() -> bool:
@@ -22,23 +33,39 @@ def has_onednn() -> bool:
 def linear(launch: Launch) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N])."""
     (x,), (out,), (weight, *bias) = launch.reads, launch.writes, launch.weights
-    if x.dtype != torch.float32:
-        return reference.linear(launch)
-    out.copy_(_product(x, weight, bias))
-    return None
+    for rows, product in _products(x, weight, bias):
+        out[rows].copy_(product)
 
 
 def linear_add(launch: Launch) -> None:
     """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N])."""
     (x, _), (hidden,), (weight, *bias) = launch.reads, launch.writes, launch.weights
-    if x.dtype != torch.float32:
-        return reference.linear_add(launch)
-    hidden.add_(_product(x, weight, bias))
-    return None
+    for rows, product in _products(x, weight, bias):
+        hidden[rows].add_(product)
 
 
-def _product(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
+def row_blocks(num_rows: int) -> Iterator[tuple[slice, int]]:
+    """Parts of so many rows, and the number of rows that each is padded to, of which there are 32 in all.
+
+    Numbers up to 16 stay what they are; from there they are multiples of an eighth of the next power of two.
+    """
+    for start in range(0, num_rows, MAX_ROWS):
+        count = min(num_rows - start, MAX_ROWS)
+        step = max((1 << (count - 1).bit_length()) // 8, 1) if count > _EXACT_ROWS else 1
+        yield slice(start, start + count), -(-count // step) * step
+
+
+def _products(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their product, part after part."""
+    multiply = _by_onednn if x.dtype == torch.float32 else F.linear
+    for rows, padded in row_blocks(len(x)):
+        part, count = x[rows], rows.stop - rows.start
+        whole = part if padded == count else F.pad(part, (0, 0, 0, padded - count))
+        yield rows, multiply(whole, weight, bias[0] if bias else None)[:count]
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
