@@ -163,7 +163,7 @@ class Profile:
         """The profile in a JSON document; `ProfileError` says what is wrong with it."""
         try:
             profile = msgspec.json.decode(document, type=Profile)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProfileError(f"not a profile: {error}") from None
         if profile.version != PROFILE_VERSION:
             raise ProfileError(f"the profile has version {profile.version}, this nanoflow reads {PROFILE_VERSION}")
