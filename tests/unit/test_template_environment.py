@@ -46,7 +46,7 @@ _ALL = (
 @pytest.mark.parametrize("turns", [_TURNS, _TURNS[1:2], _PARTS, []], ids=["three", "one", "parts", "none"])
 @pytest.mark.parametrize("template", _ALL)
 def test_same_as_the_library(template: str, turns: list[Mapping[str, Any]], continues: bool) -> None:
-    variables = {"bos_token": "<s>", "template": "a variable", "enable_thinking": False}
+    variables: dict[str, Any] = {"bos_token": "<s>", "template": "a variable", "enable_thinking": False}
     options = {"continue_final_message": continues, "add_generation_prompt": not continues}
     try:
         (expected,), _ = render_jinja_template(conversations=[turns], chat_template=template, **options, **variables)

@@ -178,6 +178,14 @@ class Profile:
             raise ProfileError(f"cannot read profile {path}: {error.strerror}") from None
 
 
+def write_profile(profile: Profile, path: Path) -> None:
+    """Replace the file at once: an interruption leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(profile.to_json())
+    new.replace(path)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Time of one operation, and its energy on one GPU; None if unknown."""

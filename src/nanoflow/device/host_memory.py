@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-# Five products of a layer and of the logits in 32 numbers of rows are 160, 0.75 MB each; the library's own bound is
+# Five products of a layer and of the logits in 48 numbers of rows are 240, 0.75 MB each; the library's own bound is
 # 1,024. What is over it is made again when it is needed, in about 1 ms.
 _MAX_PRIMITIVES = 256
 # By malloc.h. An arena keeps what was freed in it, and by itself there may be eight for each core.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -107,7 +107,7 @@ def _compiled(template: str) -> jinja2.Template:
 class _GenerationTag(Extension):
     """{% generation %} marks what a model has said, for training; here it means nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (jinja declares it so)
 
     def parse(self, parser: Parser) -> list[Node]:
         """The statements up to {% endgeneration %}."""

@@ -22,7 +22,6 @@ from nanoflow.kernels.launch import Kernel, Launch
 
 # A product of more rows is made in parts of so many: enough that reading the weights again costs next to nothing.
 MAX_ROWS = 256
-_EXACT_ROWS = 16
 
 
 def has_onednn() -> bool:
@@ -45,13 +44,14 @@ def linear_add(launch: Launch) -> None:
 
 
 def row_blocks(num_rows: int) -> Iterator[tuple[slice, int]]:
-    """Parts of so many rows, and the number of rows that each is padded to, of which there are 32 in all.
+    """Parts of so many rows, and the number of rows that each is padded to, of which there are 48 in all.
 
-    Numbers up to 16 stay what they are; from there they are multiples of an eighth of the next power of two.
+    Numbers up to 16 stay what they are; from there they are multiples of a sixteenth of the next power of two. A row more
+    costs about 1.6 % of a product of 32 rows, so padding costs 1 % up to there on average, and 3 % of larger ones.
     """
     for start in range(0, num_rows, MAX_ROWS):
         count = min(num_rows - start, MAX_ROWS)
-        step = max((1 << (count - 1).bit_length()) // 8, 1) if count > _EXACT_ROWS else 1
+        step = max((1 << (count - 1).bit_length()) // 16, 1)
         yield slice(start, start + count), -(-count // step) * step
 
 
