@@ -46,8 +46,8 @@ def linear_add(launch: Launch) -> None:
 def row_blocks(num_rows: int) -> Iterator[tuple[slice, int]]:
     """Parts of so many rows, and the number of rows that each is padded to, of which there are 48 in all.
 
-    Numbers up to 16 stay what they are; from there they are multiples of a sixteenth of the next power of two. A row more
-    costs about 1.6 % of a product of 32 rows, so padding costs 1 % up to there on average, and 3 % of larger ones.
+    Numbers up to 16 stay what they are; from there they are multiples of a sixteenth of the next power of two. A row
+    more costs about 1.6 % of a product of 32 rows, so padding costs 1 % up to there on average, and 3 % of larger ones.
     """
     for start in range(0, num_rows, MAX_ROWS):
         count = min(num_rows - start, MAX_ROWS)
