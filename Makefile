@@ -38,7 +38,7 @@ bench: $(VENV)/.installed  ## Measure the scheduler and CPU decode against their
 	$(BIN)/python benchmarks/cpu_decode.py --check
 
 fuzz: $(VENV)/.installed  ## Send 100,000 hostile inputs to a server and to the loaders of files
-	PYTHONPATH=. $(BIN)/python -m tools.fuzz
+	PYTHONPATH=. $(BIN)/python -m benchmarks.fuzz
 
 soak: $(VENV)/.installed  ## Load a server for 20 minutes and see that memory stays flat
 	PYTHONPATH=. $(BIN)/python -m benchmarks.soak --check

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tools import fuzz
+from benchmarks import fuzz
+
+from tests.fuzz.clients import Findings
 
 
 def test_hostile_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,10 +25,10 @@ def test_hostile_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_finding_is_told_with_how_to_have_it_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def find(numbers: list[int], findings: fuzz.Findings, seed: int) -> None:
+    def find(numbers: list[int], findings: Findings, seed: int) -> None:
         findings.add(numbers[0], "it broke")
 
     monkeypatch.setattr(fuzz, "_fuzz_files", find)
     assert fuzz.main(["--only", "16", "--seed", "9"]) == 1
     told = capsys.readouterr().out
-    assert "it broke" in told and "python -m tools.fuzz --seed 9 --only 16" in told
+    assert "it broke" in told and "python -m benchmarks.fuzz --seed 9 --only 16" in told

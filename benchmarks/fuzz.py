@@ -1,8 +1,8 @@
 """Send hostile inputs to a server and to the loaders of files; say what was wrong, and how to have it again.
 
-  python -m tools.fuzz                     100,000 inputs: seven of eight over HTTP, the others as files
-  python -m tools.fuzz --seed 7 --num 5000
-  python -m tools.fuzz --seed 7 --only 4711,4712      these inputs again
+  python -m benchmarks.fuzz                     100,000 inputs: seven of eight over HTTP, the others as files
+  python -m benchmarks.fuzz --seed 7 --num 5000
+  python -m benchmarks.fuzz --seed 7 --only 4711,4712      these inputs again
 
 It fails if an answer is a 5xx (but 503) or no answer, if a refusal is not in OpenAI's shape, if a loader raises an
 error that it does not document, if the server dies, or if afterwards a page, a file or a thread is left. /health is
@@ -24,11 +24,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import write_document
-from benchmarks.server_process import free_port, started
 from tests.fuzz.clients import Findings, send_all
 from tests.fuzz.messages import hostile
 
+from benchmarks.document import write_document
+from benchmarks.server_process import free_port, started
 from nanoflow.bench.processes import ProcessState, processes_of
 
 # One of so many inputs is a file.
@@ -173,10 +173,9 @@ def _fuzz_files(numbers: Sequence[int], findings: Findings, seed: int) -> None:
 
 def _report(findings: Findings, found: dict[str, Any], args: argparse.Namespace) -> None:
     for finding in findings.findings[:_MAX_SHOWN]:
-        again = (
-            f"python -m tools.fuzz --seed {args.seed} --only {finding.number}" if finding.number >= 0 else "at the end"
-        )
-        print(f"finding: {finding.what}\n  {again}")
+        print(f"finding: {finding.what}")
+        if finding.number >= 0:
+            print(f"  python -m benchmarks.fuzz --seed {args.seed} --only {finding.number}")
     if len(findings.findings) > _MAX_SHOWN:
         print(f"... and {len(findings.findings) - _MAX_SHOWN} more")
     print(json.dumps(found, indent=1))
