@@ -34,7 +34,7 @@ from nanoflow.bench.processes import ProcessState, processes_of
 # One of so many inputs is a file.
 FILES_EVERY = 8
 _MAX_SHOWN = 40
-_REST_S = 4.0
+_REST_S = 20.0  # for requests whose clients have left, on a machine that is busy with other things
 # Pools of threads are filled when they are first needed, and kept, and so are a few files of theirs.
 _SLACK = {"num_files": 8, "num_threads": 40}
 _GAUGE = re.compile(r"^\w+:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)(?:\{[^}]*\})? (\S+)$", re.M)
@@ -97,7 +97,7 @@ def _fuzz_server(numbers: Sequence[int], findings: Findings, args: argparse.Name
         with _polled(port) as poll:
             asyncio.run(send_all(port, lambda number: hostile(args.seed, number), numbers, args.clients, findings))
         health = poll()
-        time.sleep(_REST_S)
+        _rest(port)
         try:
             if _greedy(port) != expected:
                 findings.add(-1, "the same request has another answer afterwards")
@@ -122,6 +122,16 @@ def _polled(port: int) -> Iterator[Callable[[], dict[str, Any]]]:
         finally:
             with suppress(ValueError):
                 said.append(poller.communicate(timeout=60)[0])
+
+
+def _rest(port: int) -> None:
+    """Wait until nothing runs, for some time."""
+    deadline_s = time.monotonic() + _REST_S
+    while time.monotonic() < deadline_s:
+        time.sleep(0.5)
+        with suppress(OSError):
+            if not any(float(value) for _, value in _GAUGE.findall(_get(port, "/metrics"))):
+                return
 
 
 def _look_for_rest(
