@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from nanoflow.engine.chat_template import ChatTemplate
+from nanoflow.engine.template_environment import render
 from nanoflow.engine.template_renderer import ChatTemplateError
 
 ANY_ROLE = (
@@ -50,11 +49,10 @@ class InProcess:
     def render(self, job: Mapping[str, Any]) -> str:
         self.num_jobs += 1
         try:
-            (text,), _ = render_jinja_template(**job)
+            options = {name: value for name, value in job.items() if name not in ("messages", "chat_template")}
+            return render(job["messages"], job["chat_template"], **options)
         except Exception as error:
             raise ChatTemplateError(str(error)) from error
-        assert isinstance(text, str)
-        return text
 
 
 def template(text: str, **special_tokens: str) -> ChatTemplate:

@@ -115,7 +115,11 @@ class EngineConfig:
     )
     max_num_seqs: int | None = option(None, "Most requests running at once; chosen likewise if not given")
     page_size: int = option(16, "Tokens a KV page")
-    kv_cache_gib: float | None = option(None, "Memory for KV pages in GiB; what the requests can use if not given")
+    kv_cache_gib: float | None = option(
+        None,
+        "Memory for KV pages in GiB; if not given, what the requests can use, and on a CPU at most 1 GiB, or what one "
+        "request of full length needs",
+    )
     gpu_memory_utilization: float = option(0.9, "Part of the GPU's memory to use for weights, KV pages and all else")
     num_pages: int | None = option(None, "Number of KV pages, instead of a size in GiB")
     max_logprobs: int = option(

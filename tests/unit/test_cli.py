@@ -295,7 +295,7 @@ def test_generate_prints_plain_text(fake_llm: type[FakeLLM], capsys: pytest.Capt
     assert run_cli("generate", "hello", "--model", "m", "--temperature", "0", "--stop", "x") == 0
     assert capsys.readouterr().out == "HELLO\n"
     params = SamplingParams(temperature=0.0, stop=["x"], max_tokens=128)
-    assert fake_llm.seen == (EngineConfig(model="m", goal="throughput"), ["hello"], params)
+    assert fake_llm.seen == (EngineConfig(model="m", goal="throughput", max_num_seqs=1), ["hello"], params)
 
 
 def test_generate_samples_as_the_model_recommends_where_nothing_else_is_asked_for(fake_llm: type[FakeLLM]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nanoflow.cli.generate import for_so_many
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine import memory
+from nanoflow.engine import limits, memory
 from nanoflow.engine.limits import choose_limits
 from nanoflow.executor.buffers import allocate_caches
 from nanoflow.hardware import LocalDevice
@@ -150,3 +151,32 @@ def test_caches_of_a_cpu_take_memory_only_where_something_is_written() -> None:
     assert keys.dtype == torch.bfloat16 and keys.is_contiguous() and not keys[7].any()
     keys[7] += 1
     assert not keys[8].any() and not caches[1].values.any()
+
+
+def test_pages_of_a_cpu_are_few_unless_one_request_needs_more(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_CPU_CACHE_BYTES", 100 * PAGE_BYTES)
+    assert size("cpu", 1000) == (100, 256)
+    assert size("cpu", 1000, kv_cache_gib=500 * PAGE_BYTES / 2**30) == (500, 256)
+    # Not more than a part of what is free, and not more than all requests can use.
+    assert size("cpu", 50) == (20, 256)
+    assert size("cpu", 1000, max_num_seqs=2) == (32, 256)
+    monkeypatch.setattr(limits, "_CPU_CACHE_BYTES", 10 * PAGE_BYTES)
+    assert size("cpu", 1000) == (16, 256)
+
+
+def test_pages_that_the_system_refuses_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "allocate_caches", refuse)
+    with pytest.raises(
+        ConfigError, match=r"does not let this process reserve 0\.01 GiB for KV pages: lower kv_cache_gib"
+    ):
+        memory.reserve_caches(GRAPH, num_pages=1000, page_size=16, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_one_off_commands_have_rows_for_their_requests_alone() -> None:
+    assert for_so_many(EngineConfig(), 3).max_num_seqs == 3
+    assert for_so_many(EngineConfig(max_num_seqs=9), 3).max_num_seqs == 9
+    assert for_so_many(EngineConfig(plan="book.json"), 3).max_num_seqs is None
+    assert for_so_many(EngineConfig(), 1000).max_num_seqs is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoflow.cost.table import SAMPLING, CostTable, Point, Profile, ProfileError
+from nanoflow.cost.table import SAMPLING, CostTable, Point, Profile, ProfileError, write_profile
 from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.graph.operation import OpKind
@@ -154,13 +154,13 @@ def test_a_profile_is_written_as_it_grows_and_continued(tmp_path: Path, monkeypa
 def test_a_profile_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     made = job(path).profile
-    profile.write_profile(made, path)
+    write_profile(made, path)
     with pytest.raises(ProfileError, match=r"dtype float32, not bfloat16: name another file or give --fresh"):
         job(path, dtype=torch.bfloat16)
-    profile.write_profile(replace(made, setup=replace(made.setup, gpu="H20")), path)
+    write_profile(replace(made, setup=replace(made.setup, gpu="H20")), path)
     with pytest.raises(ProfileError, match=r"made with gpu H20, here it is cpu"):
         job(path)
-    profile.write_profile(replace(made, setup=replace(made.setup, software={"torch": "1"})), path)
+    write_profile(replace(made, setup=replace(made.setup, software={"torch": "1"})), path)
     with pytest.raises(ProfileError, match=r"made with software"):
         job(path)
 

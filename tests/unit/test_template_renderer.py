@@ -38,7 +38,7 @@ def patient(timeout_s: float = PATIENT_S) -> TemplateRenderer:
 
 
 def job(template: str, content: str = "hi") -> dict[str, Any]:
-    return {"conversations": [[{"role": "user", "content": content}]], "chat_template": template}
+    return {"messages": [{"role": "user", "content": content}], "chat_template": template}
 
 
 def test_a_template_is_rendered_as_the_library_does(renderer: TemplateRenderer) -> None:

@@ -18,6 +18,8 @@ from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.graph.graph import OpGraph
 from nanoflow.models import config as model_config
+from nanoflow.models import weights as weights_module
+from nanoflow.models.checkpoint import StoredTensor
 from nanoflow.models.config import ModelError
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
@@ -419,3 +421,21 @@ def test_random_weights(dtype: torch.dtype, folder: Path) -> None:
     assert not torch.equal(gate_up, weights.layers[0]["gate_up_proj.weight"])
     assert torch.all(weights.layers[0]["attn_norm.weight"] == 1.0)
     assert 0.0 < weights.layers[0]["qkv_proj.bias"].abs().max().item() < 0.02
+
+
+def test_tensors_are_mapped_in_parts_in_the_order_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tensor(start: int, end: int) -> StoredTensor:
+        return StoredTensor(path=Path("x"), shape=(), dtype="F32", start=start, end=end)
+
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 10)
+    stored = {"c": tensor(8, 14), "a": tensor(0, 4), "d": tensor(14, 40), "b": tensor(4, 8), "e": tensor(40, 42)}
+    assert list(weights_module._groups(stored)) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert list(weights_module._groups({})) == []
+
+
+def test_a_checkpoint_mapped_in_parts_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _load(folder)
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 1)
+    parts = _load(folder)
+    for one, other in zip((whole.shared, *whole.layers), (parts.shared, *parts.layers), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()

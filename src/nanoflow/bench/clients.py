@@ -16,9 +16,11 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
+from nanoflow.bench.client import read_address
 from nanoflow.bench.config import BenchConfig, LoadConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.online import Sending, Sent, drive, prepare, record_of, served_book, served_metrics, served_model
+from nanoflow.bench.processes import ProcessState, listeners_at, processes_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
 
@@ -177,7 +179,15 @@ def run_serve(load: LoadConfig, config: BenchConfig) -> BenchRecord:
         workload=config,
         config=dataclasses.replace(load, api_key=None),
         repeats=repeats,
+        processes=server_processes(load.url),
     )
+
+
+def server_processes(url: str) -> list[ProcessState]:
+    """The processes of a server on this machine; none of one elsewhere, or of another user."""
+    address = read_address(url)
+    is_here = address.host == "localhost" or address.host == "::1" or address.host.startswith("127.")
+    return processes_of(listeners_at(address.port)) if is_here else []
 
 
 def draw_runs(load: LoadConfig, config: BenchConfig) -> list[list[BenchRequest]]:

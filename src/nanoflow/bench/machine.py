@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import nanoflow
@@ -64,14 +66,12 @@ def detect_machine() -> Machine:
 
 
 def detect_software() -> Software:
-    """Describe what is installed; imports torch for the version of CUDA that it was built with."""
-    import torch
-
+    """Describe what is installed."""
     return Software(
         nanoflow=nanoflow.__version__,
         git_revision=git_revision(),
         python=platform.python_version(),
-        cuda=torch.version.cuda,
+        cuda=_cuda_of_torch(),
         packages={name: _package_version(name) for name in _PACKAGES},
     )
 
@@ -120,6 +120,13 @@ def _checked_out(package: Path) -> str | None:
     revision = _output_of("git", "-C", root, "rev-parse", "HEAD")
     changes = _output_of("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
     return f"{revision}-dirty" if revision and changes else revision
+
+
+def _cuda_of_torch() -> str | None:
+    """The version of CUDA that torch was built with, without importing it, which takes seconds."""
+    spec = find_spec("torch")
+    file = None if spec is None or spec.origin is None else Path(spec.origin).with_name("version.py")
+    return runpy.run_path(str(file)).get("cuda") if file is not None and file.is_file() else None
 
 
 def _output_of(*command: str) -> str | None:

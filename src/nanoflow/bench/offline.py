@@ -8,6 +8,7 @@ HTTP, with arrivals in time, are `online.py`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
+from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
@@ -76,6 +78,7 @@ def run_workloads(engine_config: EngineConfig, configs: Sequence[ThroughputConfi
                 repeats=[with_shares(run, bounds) for run in _measure_repeats(llm, config, lengths, limits_ms)],
                 bounds=bounds,
                 settings=settings,
+                processes=processes_of([os.getpid()]),
             )
 
 

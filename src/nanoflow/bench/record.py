@@ -19,6 +19,7 @@ from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
 from nanoflow.bench.metrics import Distribution, RunMetrics
+from nanoflow.bench.processes import ProcessState
 from nanoflow.bench.provenance import command, portable_options
 
 RECORD_VERSION = 2
@@ -40,6 +41,8 @@ class BenchRecord:
         bounds: What was possible; None if it was not measured.
         command: What was typed.
         settings: Every option of the engine as it ran, chosen limits among them (`settings_of`); None over HTTP.
+        processes: Those that computed, with their memory at most; over HTTP the server's if it is on this machine.
+            Empty where that cannot be known.
     """
 
     benchmark: str
@@ -54,6 +57,7 @@ class BenchRecord:
     bounds: Bounds | None = None
     command: str = ""
     settings: Mapping[str, Any] | None = None
+    processes: Sequence[ProcessState] = ()
     version: int = RECORD_VERSION
 
 
@@ -67,6 +71,7 @@ def make_record(
     repeats: Sequence[RunMetrics],
     bounds: Bounds | None = None,
     settings: Mapping[str, Any] | None = None,
+    processes: Sequence[ProcessState] = (),
 ) -> BenchRecord:
     """A record of a run that has just ended on this machine."""
     return BenchRecord(
@@ -83,6 +88,7 @@ def make_record(
         bounds=bounds,
         command=command(),
         settings=settings,
+        processes=processes,
     )
 
 
@@ -92,12 +98,21 @@ def write_record(record: BenchRecord, path: Path) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
 
-def format_table(repeats: Sequence[RunMetrics], bounds: Bounds | None = None) -> str:
+def format_table(
+    repeats: Sequence[RunMetrics], bounds: Bounds | None = None, processes: Sequence[ProcessState] = ()
+) -> str:
     """The run for people: rates as median (and range) of the repeats, latencies of the repeat in the middle."""
     middle = sorted(repeats, key=lambda run: run.total_tokens_per_s)[len(repeats) // 2]
     bound_lines = ["", *_bound_lines(bounds)] if bounds is not None else []
     return "\n".join(
-        [*_rate_lines(repeats), *bound_lines, "", *_latency_lines(middle), *_warning_lines(repeats)],
+        [
+            *_rate_lines(repeats),
+            *_memory_lines(processes),
+            *bound_lines,
+            "",
+            *_latency_lines(middle),
+            *_warning_lines(repeats),
+        ],
     )
 
 
@@ -124,6 +139,11 @@ def _rate_lines(repeats: Sequence[RunMetrics]) -> Iterator[str]:
             low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
             spread = f"   ({low} to {high})" if low != high else ""
             yield f"{label:<28}{statistics.median(values):>12,.{digits}f}{spread}"
+
+
+def _memory_lines(processes: Sequence[ProcessState]) -> Iterator[str]:
+    for state in processes:
+        yield f"{f'peak memory (MiB), {state.role}':<28}{state.peak_rss_bytes / 2**20:>12,.0f}"
 
 
 def _times(factor: float, value: float | None) -> float | None:

@@ -103,7 +103,7 @@ def _report(record: BenchRecord, path: str | None) -> int:
     """Print the table, write the record where asked for, and return 1 if a request failed."""
     from nanoflow.bench.record import format_table, write_record
 
-    print(format_table(record.repeats, record.bounds))
+    print(format_table(record.repeats, record.bounds, record.processes))
     if path is not None:
         write_record(record, Path(path))
     return 1 if any(run.num_failed for run in record.repeats) else 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
-from nanoflow.cli.generate import NOT_FOR_TERMINALS
+from nanoflow.cli.generate import NOT_FOR_TERMINALS, for_so_many
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import EngineConfig
 from nanoflow.request import SamplingParams
@@ -132,7 +132,7 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
     from nanoflow.cli.session import EngineSession
 
     _SAMPLING.read(args)  # Refuse here what would be refused when the model is there.
-    session = stack.enter_context(EngineSession(_ENGINE.read(args)))
+    session = stack.enter_context(EngineSession(for_so_many(_ENGINE.read(args), 1)))
     params = _SAMPLING.read(args, session.recommended)
     options = {} if args.chat_template_kwargs is None else {"template_kwargs": args.chat_template_kwargs}
     return lambda messages: session.stream(session.chat_prompt(messages, **options), params)

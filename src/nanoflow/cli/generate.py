@@ -37,6 +37,9 @@ _EXAMPLES = """\
 # What needs a program around it (biases, log probabilities, raw tokens) is left to the Python and HTTP interfaces.
 NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize", "output_kind"})
 
+# More than these are no one-off command: an engine chooses how many of them run at once.
+_FEW_REQUESTS = 64
+
 _ENGINE = OptionGroup(
     kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}), defaults=UNWATCHED_DEFAULTS
 )
@@ -59,12 +62,23 @@ def run(args: argparse.Namespace) -> int:
     """Complete the prompts; 1 if one of them failed."""
     params, config = _SAMPLING.read(args), _ENGINE.read(args)  # Before the model is there, to refuse what is wrong.
     prompts = read_prompts(args.prompts, args.file)
+    config = for_so_many(config, len(prompts) * params.n)
     if len(prompts) == 1 and params.n == 1 and not args.json and sys.stdout.isatty():
         _print_stream(prompts[0], config, args)
         return 0
     outputs = _complete(prompts, config, args)
     print_outputs(outputs, is_json=args.json)
     return report_failures(outputs)
+
+
+def for_so_many(config: EngineConfig, num_requests: int) -> EngineConfig:
+    """The config of an engine that will never have more requests than these: few need few KV pages.
+
+    What is given, and a plan book's limits, stand.
+    """
+    if config.max_num_seqs is not None or config.plan is not None or num_requests > _FEW_REQUESTS:
+        return config
+    return dataclasses.replace(config, max_num_seqs=num_requests)
 
 
 def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:

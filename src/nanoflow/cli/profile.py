@@ -113,8 +113,8 @@ def _size_of(job: Job) -> str:
 
 def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
     from nanoflow.cost.estimate import estimated_profile
+    from nanoflow.cost.table import write_profile
     from nanoflow.hardware import parse_gpus
-    from nanoflow.profiler.profile import write_profile
 
     profile = estimated_profile(model, _config_of(model), parse_gpus(config.estimate or ""), config.max_batch_tokens)
     write_profile(profile, path)

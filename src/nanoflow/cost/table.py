@@ -163,7 +163,7 @@ class Profile:
         """The profile in a JSON document; `ProfileError` says what is wrong with it."""
         try:
             profile = msgspec.json.decode(document, type=Profile)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProfileError(f"not a profile: {error}") from None
         if profile.version != PROFILE_VERSION:
             raise ProfileError(f"the profile has version {profile.version}, this nanoflow reads {PROFILE_VERSION}")
@@ -176,6 +176,14 @@ class Profile:
             return Profile.from_json(path.read_bytes())
         except OSError as error:
             raise ProfileError(f"cannot read profile {path}: {error.strerror}") from None
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Replace the file at once: an interruption leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(profile.to_json())
+    new.replace(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,14 @@ import torch
 
 from nanoflow.config import EngineConfig
 from nanoflow.device.detect import device_name, local_device, resolve_device, resolve_dtype, use_device
+from nanoflow.device.host_memory import bound_host_memory
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.limits import EngineLimits, choose_limits
-from nanoflow.engine.memory import require_room_for_weights, size_cache, wanted_model_len
+from nanoflow.engine.memory import require_room_for_weights, reserve_caches, size_cache, wanted_model_len
 from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
 from nanoflow.engine.warmup import compile_and_record, time_iterations
-from nanoflow.executor.buffers import DeviceModel, allocate_caches, draw_keys
+from nanoflow.executor.buffers import DeviceModel, draw_keys
 from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
@@ -54,6 +55,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         ConfigError, ModelError, PlanError: All ValueErrors with one line that says what is wrong.
     """
     start_s = time.monotonic()
+    bound_host_memory()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     # 1. What is to run, where, and within which limits. Nothing is loaded yet, so that mistakes are told at once.
@@ -89,7 +91,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         dtype_bytes=dtype.itemsize,
     )
     num_pages, max_model_len = size_cache(config, chosen, model_config, graph, dtype, device, taken_bytes=taken_bytes)
-    caches = allocate_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    caches = reserve_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
     if is_random and device.type == "cuda":
         draw_keys(caches, config.seed)
     # 3. What runs batches, and what forms them.

@@ -110,7 +110,7 @@ class ChatTemplate:
         return re.search(rf"\b{re.escape(field)}\b", self.text) is not None
 
     def _run(self, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-        job = {"conversations": [turns], "chat_template": self.text, **self._special_tokens, **options}
+        job = {"messages": turns, "chat_template": self.text, **self._special_tokens, **options}
         return self._renderer.render(job)
 
     def _try(self, turns: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:

@@ -1,6 +1,6 @@
 """What fits: weights, then KV pages, in the memory that is free. Everything that does not is said with numbers.
 
-Sizes only; what is allocated is `executor/buffers.py`'s and `models/weights.py`'s.
+How it is allocated is `executor/buffers.py`'s and `models/weights.py`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.device.detect import free_memory_bytes, total_memory_bytes
 from nanoflow.engine.limits import EngineLimits, cache_room_bytes
+from nanoflow.executor.buffers import allocate_caches
 from nanoflow.graph.graph import OpGraph
+from nanoflow.kernels.launch import LayerCache
 from nanoflow.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,23 @@ def size_cache(
     return num_pages, min(wanted_len, capacity)
 
 
+def reserve_caches(
+    graph: OpGraph, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[LayerCache, ...]:
+    """The KV pages of all layers; see `allocate_caches`.
+
+    Raises:
+        ConfigError: The system does not let this process have so much; the message has the number.
+    """
+    try:
+        return allocate_caches(graph, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+    except MemoryError:
+        gib = num_pages * page_size * graph.kv_elements_per_token * dtype.itemsize / _GIB
+        raise ConfigError(
+            f"the system does not let this process reserve {gib:.2f} GiB for KV pages: lower kv_cache_gib"
+        ) from None
+
+
 def wanted_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
     limit = model_config.max_context_len
@@ -93,14 +112,15 @@ def _affordable_pages(
     """Pages within the given or the free memory, but no more than all requests at full length could use."""
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * _GIB // page_bytes)
-    useful = limits.max_num_seqs * -(-wanted_len // config.page_size)
+    pages_per_request = -(-wanted_len // config.page_size)
     room = cache_room_bytes(
         is_gpu=device.type == "cuda",
         free_bytes=free_memory_bytes(device) - (taken_bytes if device.type == "cuda" else 0),
         memory_bytes=total_memory_bytes(device),
         utilization=config.gpu_memory_utilization,
+        longest_bytes=pages_per_request * page_bytes,
     )
-    return max(min(useful, room // page_bytes), 0)
+    return max(min(limits.max_num_seqs * pages_per_request, room // page_bytes), 0)
 
 
 def _limiting_option(config: EngineConfig, device: torch.device) -> str:

@@ -100,7 +100,7 @@ def _processor_template(file: Path) -> str | None:
         found = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
         named = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
         return choose_template(named, None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _cannot_read(str(file), error) from error
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from nanoflow.engine.template_environment import render
 
 _MIB = 1 << 20
 
@@ -23,12 +23,12 @@ def answer(line: bytes, max_chars: int) -> dict[str, str]:
     """Render a conversation.
 
     Args:
-        line: Keyword arguments of `render_jinja_template`, those for the template among them.
+        line: Keyword arguments of `render`, those for the template among them.
         max_chars: Longest text that is given back.
     """
     try:
         job: dict[str, Any] = json.loads(line)
-        (text,), _ = render_jinja_template(**job)
+        text = render(job.pop("messages"), job.pop("chat_template"), **job)
     except MemoryError:
         return {"error": "it takes too much memory"}
     # Whatever a template raises is about this job alone.

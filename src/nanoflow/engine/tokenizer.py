@@ -32,7 +32,8 @@ class Tokenizer:
     """A model's tokenizer. Methods may be called from several threads.
 
     Args:
-        fast: A `transformers` tokenizer: names of special tokens, chat template, and tokens if there is no `backend`.
+        fast: Names of special tokens and chat template: `TokenizerNames`, or a `transformers` tokenizer, which has the
+            tokens too if there is no `backend`.
         chat_template: Replaces the tokenizer's own template: Jinja text, or the name of one of the tokenizer's own.
         backend: The `tokenizers.Tokenizer` whose tokens count.
         config: How long chat templates may take, and how much they may write.
@@ -62,6 +63,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
+        self._class_name = str(getattr(fast, "tokenizer_class", None) or type(fast).__name__)
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
         self.byte_rule = byte_rule(self._backend.decoder)
@@ -179,7 +181,7 @@ class Tokenizer:
         found = {name: value for name, value in self._fast.init_kwargs.items() if not name.endswith("_file")}
         usual = self.chat_templates.usual
         template = None if usual is None else usual.text
-        return {**_json_values(found), "tokenizer_class": type(self._fast).__name__, "chat_template": template}
+        return {**_json_values(found), "tokenizer_class": self._class_name, "chat_template": template}
 
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
         """Bytes of each token id before the decoder does whatever it does beside; none for tokens that never show.

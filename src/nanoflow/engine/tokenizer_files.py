@@ -3,8 +3,9 @@
 The tokens are those of tokenizer.json, as the `tokenizers` library reads it. `transformers` has a class for each
 architecture, and some classes build tokens of their own from the vocabulary alone, each version others: a byte-level
 vocabulary under a Llama class loses its spaces. So its objects give the names of special tokens and the chat template
-and nothing else; what tokenizer_config.json says of tokens (`add_bos_token`, `add_prefix_space`, `legacy`,
-`added_tokens_decoder`) changes nothing. Only a folder without tokenizer.json gets its tokens from `transformers`.
+and nothing else, and only where the files do not say these themselves (`tokenizer_names.py`). What
+tokenizer_config.json says of tokens (`add_bos_token`, `add_prefix_space`, `legacy`, `added_tokens_decoder`) changes
+nothing. Only a folder without tokenizer.json gets its tokens from `transformers`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoflow.engine.tokenizer_names import read_names
 from nanoflow.request import RequestError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class TokenizerFiles:
     """What a tokenizer's files say.
 
     Attributes:
-        names: A `transformers` tokenizer, for names of special tokens and the chat template.
+        names: Names of special tokens and the chat template: `TokenizerNames`, or a `transformers` tokenizer.
         backend: The `tokenizers.Tokenizer` that encodes and decodes.
     """
 
@@ -117,6 +119,10 @@ def _warn_of_other_tokens(config_file: str | None, backend: Any) -> None:
 
 
 def _names(source: str | Path) -> Any:
+    return (read_names(Path(source)) if Path(source).is_dir() else None) or _names_by_class(source)
+
+
+def _names_by_class(source: str | Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     try:

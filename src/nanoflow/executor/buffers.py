@@ -56,6 +56,9 @@ def allocate_caches(
 
     Zeroed, because attention multiplies what lies behind a context's end by 0, and 0 x NaN is NaN. On a CPU they take
     memory only where something has been written.
+
+    Raises:
+        MemoryError: The system does not let this process have so much.
     """
     shape = (num_pages, graph.attention.num_kv_heads, page_size, graph.attention.head_dim)
     return tuple(

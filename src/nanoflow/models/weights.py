@@ -1,8 +1,9 @@
 """Fill a graph's parameters, from safetensors files or at random. The only file of `models/` that knows torch.
 
 Names and shapes of a whole checkpoint are checked from the files' headers before any memory is allocated. Then each
-tensor is copied from the mapped file straight into its slice of its fused parameter, so the peak is the model plus at
-most one tensor (pages of the mapped file come on top, but the system may take those back).
+tensor is copied from the mapped file straight into its slice of its fused parameter. A file is mapped anew for every
+`_MAPPED_BYTES` of tensors, as pages that were read count as the process's memory as long as they are mapped: so the
+peak is the model plus that much, or plus the largest tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nanoflow.models.fields import ModelError, shown
 
 _FLOATING = ("F32", "F16", "BF16", "F64")
 _NUM_NAMED = 3
+_MAPPED_BYTES = 64 * 2**20
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 
 
@@ -64,8 +66,9 @@ def load_weights(
     targets = dict(_targets(graph, weights, stored))
     with tqdm(total=len(targets), desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
         for path in dict.fromkeys(tensor.path for tensor in stored.values()):
-            names = [name for name, tensor in stored.items() if tensor.path == path and name in targets]
-            _copy_file(path, names, targets, progress)
+            here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
+            for names in _groups(here):
+                _copy_file(path, names, targets, progress)
     return weights
 
 
@@ -183,6 +186,20 @@ def _listed(names: list[str]) -> str:
     first = ", ".join(printable(name) for name in names[:_NUM_NAMED])
     more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first}{more})"
+
+
+def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
+    """Names of tensors in the order in which they lie in their file, as many together as may be mapped at once."""
+    names: list[str] = []
+    num_bytes = 0
+    for name, tensor in sorted(stored.items(), key=lambda item: item[1].start):
+        if names and num_bytes + tensor.end - tensor.start > _MAPPED_BYTES:
+            yield names
+            names, num_bytes = [], 0
+        names.append(name)
+        num_bytes += tensor.end - tensor.start
+    if names:
+        yield names
 
 
 def _copy_file(path: Path, names: list[str], targets: Mapping[str, Tensor], progress: tqdm[None]) -> None:

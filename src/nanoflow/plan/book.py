@@ -275,7 +275,7 @@ class StoredBook:
                     f"the plan book has version {content.get('version')}, this nanoflow reads {BOOK_VERSION}"
                 )
             return msgspec.convert(content, StoredBook)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PlanError(f"neither a pipeline plan nor a plan book: {error}") from None
 
 

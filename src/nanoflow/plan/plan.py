@@ -259,7 +259,7 @@ class PipelinePlan:
         """
         try:
             return msgspec.json.decode(document, type=PipelinePlan)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PlanError(f"not a pipeline plan: {error}") from None
 
     @staticmethod

@@ -68,6 +68,6 @@ def _lines(path: Path) -> list[_Line]:
     """Those that are whole: a run may have ended in the middle of one."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(msgspec.DecodeError):
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             lines.append(msgspec.json.decode(text, type=_Line))
     return lines

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nanoflow.cost.table import PairPoint, Point, Profile, ProfileError, Setup, merged
+from nanoflow.cost.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import kernels_for
@@ -175,14 +175,6 @@ def run_job(job: Job, path: Path, *, show_progress: bool = False) -> Profile:
     if gap_s is not None:
         profile = _written(replace(profile, launch_gap_s=gap_s), (), path)
     return profile
-
-
-def write_profile(profile: Profile, path: Path) -> None:
-    """Replace the file at once: an interruption leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(profile.to_json())
-    new.replace(path)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from nanoflow.config import ServerConfig
+from nanoflow.device.host_memory import bound_host_memory
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
@@ -25,6 +26,7 @@ STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine in the fastest event loop there is: uvloop's where it is installed, else asyncio's."""
+    bound_host_memory()
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform != "win32" and find_spec("uvloop") is not None:
         import uvloop
