@@ -140,11 +140,15 @@ class SamplingParams:
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
+            )
         if self.stop and not self.detokenize:
-            raise RequestError("stop strings need detokenize=True")
+            raise RequestError("stop strings need detokenize=True", param="stop")
         if self.allowed_token_ids == ():
-            raise RequestError("allowed_token_ids must not be empty: no token could be chosen")
+            raise RequestError(
+                "allowed_token_ids must not be empty: no token could be chosen", param="allowed_token_ids"
+            )
 
 
 KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(SamplingParams)}

@@ -34,13 +34,18 @@ class Foreign:
         """True if the field may be passed over; 1 is not true, and 0 not false."""
         if value is None or self.harmless is None:
             return True
-        return any(type(value) is type(other) and value == other for other in self.harmless)
+        return any(_kind(value) is _kind(other) and value == other for other in self.harmless)
 
     @property
     def schema(self) -> dict[str, Any]:
         """The JSON schema of what is passed over."""
         note = {"description": f"Accepted and ignored: {self.reason}"}
         return note if self.harmless is None else {**note, "enum": [None, *self.harmless]}
+
+
+def _kind(value: Any) -> type:
+    """The kind of a JSON value: 1 and 1.0 are of one, 1 and true are not."""
+    return float if type(value) is int else type(value)
 
 
 ForeignFields = Mapping[str, Foreign]
