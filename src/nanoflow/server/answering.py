@@ -88,7 +88,9 @@ def http_protocol() -> Any:
         return on_the_wire(H11Protocol)
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-    return on_the_wire(HttpToolsProtocol)
+    from nanoflow.server.upgrades import without_upgrades
+
+    return on_the_wire(without_upgrades(HttpToolsProtocol))
 
 
 class _Server(uvicorn.Server):

@@ -133,14 +133,14 @@ async def _on_disconnect(_request: Request, _problem: ClientDisconnectedError) -
 
 
 async def _on_http_exception(request: Request, problem: HTTPException) -> Response:
-    path, headers = _printable(request.url.path)[:MAX_PATH_CHARS], problem.headers or {}
+    path = _printable(request.url.path)[:MAX_PATH_CHARS]
     if problem.status_code == 404:
-        return ApiError(404, no_such_route(request.app, path), code="unknown_url").response(headers)
+        return ApiError(404, no_such_route(request.app, path), code="unknown_url").response()
     if problem.status_code == 405:
         allowed = allowed_methods(request.app, request.url.path)
         message = f"{request.method} is not allowed at {path}; use {' or '.join(allowed)}"
-        return ApiError(405, message, code="method_not_allowed").response({**headers, "allow": ", ".join(allowed)})
-    return ApiError(problem.status_code, str(problem.detail)).response(headers)
+        return ApiError(405, message, code="method_not_allowed").response({"allow": ", ".join(allowed)})
+    return ApiError(problem.status_code, str(problem.detail)).response(problem.headers)
 
 
 async def _on_invalid_body(_request: Request, problem: RequestValidationError) -> Response:
@@ -163,6 +163,8 @@ def _problem_text(problem: Mapping[str, Any]) -> str:
     if not place and problem["type"] == "missing":
         return "there is no body; one in JSON is expected"
     text = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in ("model_attributes_type", "model_type"):
+        text = "a JSON object is expected" if place else "the body must be a JSON object"
     # Messages of a parameter name it themselves.
     return text if not place or text.startswith(place) else f"{place}: {text}"
 

@@ -61,8 +61,10 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engine_module: str) -> None:
     count = server_config.api_servers or 1
     with _listening(server_config, count) as (first, *others), _counting(count) as counts:
-        if not server_config.api_key and not is_loopback(server_config.host):
-            logger.warning("%s", _open_to_all(url(first, has_tls=server_config.ssl_certfile is not None)))
+        if (
+            warning := open_to_all(server_config, url(first, has_tls=server_config.ssl_certfile is not None))
+        ) is not None:
+            logger.warning(warning)
         stop = stop_at_signals()
         child = await EngineChild.start(engine_module)
         surroundings = Surroundings(
@@ -163,5 +165,8 @@ def _ready_line(engine: AsyncEngine, config: ServerConfig, listener: socket.sock
     )
 
 
-def _open_to_all(root_url: str) -> str:
+def open_to_all(config: ServerConfig, root_url: str) -> str | None:
+    """What to say if anybody on the network may use the server; None if that is not so."""
+    if config.api_key or is_loopback(config.host):
+        return None
     return f"whoever reaches {root_url} can use the model: give --api-key-file, or --host 127.0.0.1"

@@ -20,27 +20,25 @@ def check_tls(config: ServerConfig) -> None:
     """
     if config.ssl_certfile is None:
         return
-    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
-        path = getattr(config, name)
-        if path is not None:
-            _check_readable(name, path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     key = config.ssl_keyfile or config.ssl_certfile
+    _check_holds("ssl_certfile", config.ssl_certfile, b"CERTIFICATE-----", "certificate")
+    _check_holds("ssl_keyfile", key, b"PRIVATE KEY-----", "private key")
+    if config.ssl_ca_certs is not None:
+        _check_holds("ssl_ca_certs", config.ssl_ca_certs, b"CERTIFICATE-----", "certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_no_password)
     except _EncryptedKeyError:
         raise ConfigError(
-            f"the key in {key!r} is encrypted; give one without password (openssl pkey -in ... )"
+            f"the key in {key!r} is encrypted; give one without password (openssl pkey -in FILE)"
         ) from None
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(_cannot_load(config.ssl_certfile, key, error)) from None
-    if config.ssl_ca_certs is not None:
-        try:
+    try:
+        if config.ssl_ca_certs is not None:
             context.load_verify_locations(config.ssl_ca_certs)
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"ssl_ca_certs {config.ssl_ca_certs!r} holds no certificates (PEM): {_why(error)}"
-            ) from None
+    except (ssl.SSLError, OSError):
+        raise ConfigError(f"ssl_ca_certs {config.ssl_ca_certs!r}: its certificates cannot be read") from None
 
 
 def uvicorn_arguments(config: ServerConfig) -> dict[str, Any]:
@@ -63,23 +61,19 @@ def _no_password() -> str:
     raise _EncryptedKeyError
 
 
-def _check_readable(name: str, path: str) -> None:
+def _check_holds(name: str, path: str, mark: bytes, what: str) -> None:
+    """Refuse a file that cannot be read or has nothing of a kind in it."""
     try:
         if not Path(path).is_file():
             raise ConfigError(f"{name} {path!r}: there is no such file")
-        with Path(path).open("rb"):
-            pass
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{name} {path!r} cannot be read: {_why(error)}") from None
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} {path!r} cannot be read: {error.strerror or error}") from None
+    if mark not in content:
+        raise ConfigError(f"{name} {path!r} holds no {what} (PEM)")
 
 
 def _cannot_load(certificate: str, key: str, error: Exception) -> str:
     if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
         return f"the key in {key!r} is not that of the certificate in {certificate!r}"
-    return f"{certificate!r} and {key!r} are no certificate and key (PEM): {_why(error)}"
-
-
-def _why(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error).lower().replace("_", " ")
+    return f"the certificate in {certificate!r} and the key in {key!r} cannot be used"

@@ -43,7 +43,8 @@ def on_the_wire(base: Any) -> Any:
             if cycle is None or cycle.response_complete or cycle.more_body or self.scheme == "https":
                 return False
             cycle.keep_alive = False
-            if not cycle.response_started and not self.pipeline:
+            # An earlier request of the connection may have its answer still to come; that is then what begins.
+            if not cycle.response_started and not getattr(self, "pipeline", ()):
                 probed = cycle.transport = ProbedTransport(self.transport)
                 probed.probe_later(asyncio.get_running_loop())
             return True
