@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both need only Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench clients clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -37,5 +37,8 @@ bench: $(VENV)/.installed  ## Measure the scheduler and CPU decode against their
 	$(BIN)/python benchmarks/scheduler.py --check
 	$(BIN)/python benchmarks/cpu_decode.py --check
 
+clients: $(VENV)/.installed  ## Ask a server through the client libraries that people use (installs them)
+	$(BIN)/python tools/clients.py
+
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -206,7 +206,8 @@ class FakeAsyncEngine:
             if token_id >= VOCAB_SIZE
         ]
         if bad:
-            raise RequestError(f"token id {bad[0]} is out of the vocabulary")
+            message = f"prompt: token id {bad[0]} is out of vocabulary, which has {VOCAB_SIZE} tokens"
+            raise RequestError(message, param="prompt")
         if len(token_ids) >= MAX_MODEL_LEN:
             raise RequestError(
                 f"This model's maximum context length is {MAX_MODEL_LEN} tokens; the prompt has {len(token_ids)}",

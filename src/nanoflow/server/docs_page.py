@@ -102,7 +102,7 @@ def _kind(document: Schema, field: Schema) -> str:
         return f"list of {_kind(document, field.get('items', {}))}"
     if "enum" in field or "const" in field:
         return " or ".join(map(repr, field.get("enum", [field.get("const")])))
-    bounds = [str(field[name]) for name in ("minimum", "maximum") if name in field]
+    bounds = [format(field[name], "g") for name in ("minimum", "maximum") if name in field]
     return f"{field.get('type', 'any')}{f' ({bounds[0]} to {bounds[1]})' if len(bounds) == 2 else ''}"
 
 
