@@ -113,6 +113,7 @@ def test_the_openai_client_maps_errors(root_url: str) -> None:
 def test_the_host_must_be_one_that_is_answered(root_url: str, headers: str, expected: int) -> None:
     answer = ask(root_url, get("/health", headers=headers))
     assert status(answer) == expected
+    assert b"x-request-id: " in answer
     if expected != 200:
         assert json.loads(split(answer)[1])["error"]["code"] in ("host_not_allowed", "invalid_host")
 
