@@ -14,6 +14,7 @@ from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from nanoflow.request import RequestError, SamplingParams
+from nanoflow.scheduler.limits import CONTEXT_OVERFLOW
 from nanoflow.server.backend import ChatMessage, Prompt
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
@@ -205,9 +206,14 @@ class FakeAsyncEngine:
             if token_id >= VOCAB_SIZE
         ]
         if bad:
-            raise RequestError(f"token id {bad[0]} is out of the vocabulary")
+            message = f"prompt: token id {bad[0]} is out of vocabulary, which has {VOCAB_SIZE} tokens"
+            raise RequestError(message, param="prompt")
         if len(token_ids) >= MAX_MODEL_LEN:
-            raise RequestError(f"the prompt has {len(token_ids)} tokens, the context length is {MAX_MODEL_LEN}")
+            raise RequestError(
+                f"This model's maximum context length is {MAX_MODEL_LEN} tokens; the prompt has {len(token_ids)}",
+                param="prompt",
+                code=CONTEXT_OVERFLOW,
+            )
         return token_ids
 
     def _check_alive(self) -> None:

@@ -13,6 +13,7 @@ import httpx
 import uvicorn
 
 from nanoflow.config import ServerConfig
+from nanoflow.server.answering import http_protocol
 from nanoflow.server.app import create_app
 from nanoflow.server.listen import bind, url
 from tests.fake_async_engine import FakeAsyncEngine
@@ -21,10 +22,12 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 
 @contextmanager
-def served(engine: FakeAsyncEngine, config: ServerConfig | None = None) -> Iterator[str]:
-    """Root URL of a server for the engine, in a thread of its own."""
+def served(engine: FakeAsyncEngine, config: ServerConfig | None = None, *, http: Any = None) -> Iterator[str]:
+    """Root URL of a server for the engine, in a thread of its own; it speaks HTTP by `http`, or as the server does."""
     app = create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=http or http_protocol(), ws="none", log_level="warning", timeout_graceful_shutdown=1)
+    )
     with bind("127.0.0.1", 0)[0] as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-_READY = re.compile(r"nanoflow serves .* at (http://\S+)/v1")
+_READY = re.compile(r"nanoflow serves .* at (https?://\S+)/v1")
 
 
 @dataclass(slots=True)

@@ -1,22 +1,26 @@
 """Every option, once: a dataclass field is the Python argument, the command-line flag and its documentation.
 
-`option(default, help)` declares one. `cli/options.py` turns these classes into flags, `LLM(...)` into arguments;
-`from_kwargs` reads them under vLLM's names too, which are listed in `compat/`, and refuses what there is not.
+`option(default, help)` of `option.py` declares one. `cli/options.py` turns these classes into flags, `LLM(...)` into
+arguments; `from_kwargs` reads them under vLLM's names too, which `compat/` lists, and refuses what there is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from nanoflow.access import AccessOptions as AccessOptions
 from nanoflow.compat.engine_options import ENGINE
 from nanoflow.compat.entries import EMPTY, Alias, Foreign, Table
 from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.compat.server_options import SERVER
+from nanoflow.option import ConfigError as ConfigError
+from nanoflow.option import option as option
+from nanoflow.option import read_count as read_count
+from nanoflow.option import require_positive
 from nanoflow.parameters import did_you_mean, nearest
-from nanoflow.parameters import read_count as read_count
 from nanoflow.request import SamplingParams
 
 DEFAULT_MODEL = "default"
@@ -29,21 +33,6 @@ Goal = Literal["throughput", "balanced", "latency"]
 # `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all is done: nobody watches the tokens come, so
 # gaps between them do not matter there. Their defaults differ from those of `EngineConfig` in this.
 UNWATCHED_DEFAULTS: Mapping[str, Any] = {"goal": "throughput"}
-
-
-class ConfigError(ValueError):
-    """An option has a value it cannot have, or does not exist; the message says which and what would do."""
-
-
-def option(default: Any, text: str, *, read: Callable[[str], Any] | None = None) -> Any:
-    """Declare an option.
-
-    Args:
-        default: Its value if it is not given.
-        text: One line of help.
-        read: From what a user wrote to a value, where that is more than its type; ValueError if it is none.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, "read": read})
 
 
 def _read_length(text: str) -> int | None:
@@ -148,7 +137,7 @@ class EngineConfig:
         templates = ("chat_template_timeout_s", "chat_template_max_chars")
         for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+                require_positive(name, getattr(self, name))
         for name in ("async_scheduling", "cuda_graphs", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -166,12 +155,14 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """How the HTTP server listens."""
+class ServerConfig(AccessOptions):
+    """How the HTTP server listens; who may use it says `access.py`."""
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
-    served_model_name: str | None = option(None, "Name in the API; the model argument if not given")
+    served_model_name: str | Sequence[str] | None = option(
+        None, "Name in the API, may be given several times: the first is in answers; the model argument if not given"
+    )
     api_servers: int | None = option(
         None,
         "Processes that answer HTTP at the port, for one engine; chosen from the cores and the goal if not given",
@@ -195,14 +186,23 @@ class ServerConfig:
     heartbeat_timeout_s: float = option(60.0, "/health fails when the engine loop has been silent for so long")
 
     def __post_init__(self) -> None:
+        self.check_access()
+        if not all(self.model_names) or len(set(self.model_names)) < len(self.model_names):
+            raise ConfigError(f"served_model_name must be different names, got {list(self.model_names)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}")
         if self.api_servers is not None:
-            _require_positive("api_servers", self.api_servers)
+            require_positive("api_servers", self.api_servers)
         if not 0 <= self.stream_interval_ms <= 1000:
             raise ConfigError(f"stream_interval_ms must be in 0..1000, got {self.stream_interval_ms}")
         _require_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
-        _require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
+        require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the model in the API, the one that answers say first."""
+        names = self.served_model_name
+        return (names,) if isinstance(names, str) else tuple(names or (DEFAULT_MODEL,))
 
 
 ConfigT = TypeVar("ConfigT")
@@ -306,13 +306,6 @@ def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: 
         return value if read is None or value is None else read(str(value))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not value > 0:
-        raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

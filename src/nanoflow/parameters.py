@@ -29,7 +29,16 @@ class RequestError(ValueError):
     """What is wrong with a request, in one line for whoever sent it.
 
     Whatever else is raised while a request is served is not their mistake.
+
+    Attributes:
+        param: The parameter at fault, if it is one; "prompt" for what is to be continued.
+        code: A word for programs, where they are known to look for one.
     """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class Kind(Protocol):
@@ -49,16 +58,16 @@ class Kind(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """An integer from `low` to `high`; numpy's are integers too, truth values and floats are not."""
+    """An integer from `low` to `high`; numpy's are integers too, and so is 2.0, but neither truth values nor 2.5."""
 
     low: int
     high: int
 
     def read(self, name: str, value: object) -> int:
         """See `Kind`."""
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not is_whole(value):
             raise RequestError(f"{name} must be an integer, got {shown(value)}")
-        number = int(value)
+        number: int = int(value)  # type: ignore[call-overload]
         if not self.low <= number <= self.high:
             raise RequestError(f"{name} must be in [{self.low}, {self.high}], got {shown(number)}")
         return number
@@ -169,7 +178,7 @@ class TokenIds:
         ids = integers(name, items)
         for token_id in (min(ids, default=self.low), max(ids, default=self.low)):
             if not self.low <= token_id <= INT32_MAX:
-                raise RequestError(f"{name}: {shown(token_id)} is not a token id")
+                raise RequestError(f"{name}: token id {shown(token_id)} is out of vocabulary")
         return tuple(ids)
 
     @property
@@ -221,6 +230,13 @@ def read_count(text: str) -> int:
     return int(float(match[1]) * base ** " kmg".index(match[2].lower() or " "))
 
 
+def is_whole(value: object) -> bool:
+    """True for an integer, however it is written: JSON does not tell 2 from 2.0. Truth values are none."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, Integral) or (isinstance(value, Real) and _as_float(value).is_integer())
+
+
 def integers(name: str, values: Collection[object]) -> list[int]:
     """The values as Python's integers, however large; quick where they are that already.
 
@@ -230,7 +246,7 @@ def integers(name: str, values: Collection[object]) -> list[int]:
     if set(map(type, values)) <= {int}:
         return list(values)  # type: ignore[arg-type]
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not is_whole(value):
             raise RequestError(f"{name} must be integers, got {type(value).__name__} {shown(value)}")
     return [int(value) for value in values]  # type: ignore[call-overload]
 
@@ -295,5 +311,5 @@ def _id_of(name: str, key: object) -> int:
     if isinstance(key, bool) or not isinstance(key, Integral):
         raise RequestError(f"{name} must have integers as token ids, got {shown(key)}")
     if abs(int(key)) > INT32_MAX:
-        raise RequestError(f"{name}: {shown(key)} is not a token id")
+        raise RequestError(f"{name}: token id {shown(key)} is out of vocabulary")
     return int(key)

@@ -188,13 +188,20 @@ class SamplingParams:
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
+            )
         if self.truncate_prompt_tokens == 0:
-            raise RequestError("truncate_prompt_tokens must be at least 1, or -1 for as many as there is room for")
+            raise RequestError(
+                "truncate_prompt_tokens must be at least 1, or -1 for as many as there is room for",
+                param="truncate_prompt_tokens",
+            )
         if self.stop and not self.detokenize:
-            raise RequestError("stop strings need detokenize=True")
+            raise RequestError("stop strings need detokenize=True", param="stop")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids must not be empty: no token could be chosen")
+            raise RequestError(
+                "allowed_token_ids must not be empty: no token could be chosen", param="allowed_token_ids"
+            )
 
 
 KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(SamplingParams)}

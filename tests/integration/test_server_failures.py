@@ -23,16 +23,16 @@ def http() -> Iterator[httpx.Client]:
     ("body", "words"),
     [
         ({"prompt": ""}, "no tokens"),
-        ({"prompt": [9999]}, "out of the vocabulary"),
+        ({"prompt": [9999]}, "out of vocabulary"),
         ({"prompt": ["a", ""]}, "no tokens"),
         ({"prompt": "a" * MAX_MODEL_LEN}, "context length"),
-        ({"prompt": "a", "logit_bias": {"9999": 1}}, "out of the vocabulary"),
+        ({"prompt": "a", "logit_bias": {"9999": 1}}, "out of vocabulary"),
         ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"prompt": "a", "best_of": 2}, "best_of is not supported"),
         ({"prompt": "a", "tempreature": 0.5}, "did you mean 'temperature'?"),
         ({"prompt": "a", "top_k": 2.5}, "top_k must be an integer, got 2.5"),
         ({}, "prompt: Field required"),
-        ([], "valid dictionary"),
+        ([], "must be a JSON object"),
     ],
 )
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -71,7 +71,8 @@ def test_a_wrong_place_or_method(http: httpx.Client) -> None:
     nowhere = http.get("/v1/nothing")
     assert (nowhere.status_code, error_of(nowhere)["message"]) == (
         404,
-        "there is nothing at /v1/nothing; the API is under /v1",
+        "there is nothing at /v1/nothing; there are POST /v1/completions, POST /v1/chat/completions, GET /v1/models, "
+        "GET /v1/models/{model_id}, POST /tokenize, POST /detokenize, GET /health, GET /version, GET /metrics",
     )
     wrong = http.get("/v1/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")

@@ -141,7 +141,7 @@ def test_both_doors_take_and_refuse_the_same(doors: Doors, fields: dict[str, Any
     "fields",
     [
         {"top_k": 2.5},
-        {"top_k": np.float64(2.0)},
+        {"top_k": np.float64(2.5)},
         {"n": True},
         {"seed": 2**64},
         {"stop_token_ids": "ab"},

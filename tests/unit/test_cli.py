@@ -489,7 +489,7 @@ class ChatServer(BaseHTTPRequestHandler):
     bodies: list[dict[str, Any]]
 
     def do_GET(self) -> None:
-        self._start(200)
+        self._start(200 if self.path == "/v1/models" else 404)
         self.wfile.write(b'{"data": [{"id": "served"}]}')
 
     def do_POST(self) -> None:
@@ -528,6 +528,20 @@ def test_chat_with_a_server(
     assert [message["content"] for message in ChatServer.bodies[-1]["messages"]] == ["hi", "Hello", "yo"]
     sent = {name: value for name, value in ChatServer.bodies[0].items() if name != "messages"}
     assert sent == {"model": "served", "temperature": 0.5, "stream": True}
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_chat_finds_the_api_below_a_server(chat_server: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert run_cli("chat", "--url", chat_server.removesuffix("/v1") + end) == 0
+    assert ChatServer.bodies[0]["model"] == "served"
+
+
+def test_chat_says_what_is_meant_where_there_is_no_api(chat_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("chat", "--url", f"{chat_server.removesuffix('/v1')}/nowhere") == 1
+    assert "neither there nor below /v1" in capsys.readouterr().err
+    assert run_cli("chat", "--url", "127.0.0.1:8000") == 1
+    assert "give it as http://HOST:PORT/v1" in capsys.readouterr().err
 
 
 def test_chat_sends_variables_to_a_server(chat_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

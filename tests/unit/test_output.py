@@ -122,12 +122,17 @@ def test_what_does_not_fit_in_the_context_is_refused_with_the_sizes() -> None:
     room = MAX_MODEL_LEN - 200
     assert len(complete([5] * 200, max_tokens=room).outputs[0].token_ids) == room
     with pytest.raises(
-        ValueError, match=rf"200 tokens and max_tokens is {room + 1}, .* context length is {MAX_MODEL_LEN}"
+        ValueError,
+        match=rf"context length is {MAX_MODEL_LEN} tokens; .* 200 tokens and max_tokens is {room + 1}, together",
     ):
         complete([5] * 200, max_tokens=room + 1)
     assert len(complete([5] * (MAX_MODEL_LEN - 3)).outputs[0].token_ids) == 3, "nobody has asked for 16"
-    with pytest.raises(ValueError, match="the prompt has 256 tokens"):
+    with pytest.raises(RequestError, match="the prompt has 256 tokens") as caught:
         complete([5] * MAX_MODEL_LEN, max_tokens=1)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(RequestError, match="maximum context length") as caught:
+        complete([5] * 200, max_tokens=room + 1)
+    assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
 
 
 def with_max_logprobs(max_logprobs: int, prompt: Sequence[int], **params: Any) -> list[Request]:

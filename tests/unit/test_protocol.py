@@ -92,7 +92,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "repetition_penalty": [0, 101, "1"],
     "presence_penalty": [-2.1, 2.1, False],
     "frequency_penalty": [-2.1, 2.1, [1]],
-    "min_tokens": [-1, 2**31, 1.0],
+    "min_tokens": [-1, 2**31, 1.5],
     "prompt_logprobs": [-2, 2**31, 0.5],
     "ignore_eos": [1, "true", 0.0],
     "skip_special_tokens": [0, "no"],
@@ -216,7 +216,7 @@ def test_every_foreign_field_has_a_reason_and_stands_in_the_document() -> None:
         assert schema["properties"].keys() == kind.model_fields.keys() | kind.foreign.keys()
 
 
-@pytest.mark.parametrize("value", [True, 1.0, "1", [1]])
+@pytest.mark.parametrize("value", [True, 1.5, "1", [1]])
 def test_harmless_means_the_very_value(value: Any) -> None:
     assert refusal(best_of=value) == "best_of is not supported by this server"
     assert refusal(store=0 if value is True else value) == "store is not supported by this server"

@@ -27,7 +27,9 @@ def test_every_parameter_has_a_kind() -> None:
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-@pytest.mark.parametrize("value", [2.5, 2.0, True, "2", [2], np.float32(2), np.bool_(True), 10**30, -(10**30)])
+@pytest.mark.parametrize(
+    "value", [2.5, True, "2", [2], np.float32(2.5), float("nan"), float("inf"), np.bool_(True), 10**30, -(10**30)]
+)
 def test_what_is_no_integer_of_the_range_is_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"^{name} must be "):
         SamplingParams(**{name: value})
@@ -61,7 +63,8 @@ def test_what_is_no_truth_value_is_refused(name: str, value: Any) -> None:
         ("bad_words", [""]),
         ("bad_words", ["x"] * (MAX_BAD_WORDS + 1)),
         ("stop_token_ids", "12"),
-        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [1.5]),
+        ("stop_token_ids", [float("nan")]),
         ("stop_token_ids", [True]),
         ("stop_token_ids", 7),
         ("stop_token_ids", [2**31]),

@@ -22,6 +22,7 @@ from nanoflow.engine.messages import EngineFacts
 OptionsT = TypeVar("OptionsT")
 
 DIRTY = "-dirty"
+_KEY_FLAG = "--api-key"
 _KEPT_FOR_GOOD = ("benchmarks", "results")
 
 
@@ -46,7 +47,13 @@ def command(argv: Sequence[str] | None = None) -> str:
     if words and Path(words[0]).name.startswith("python"):
         # A script that stands beside the interpreter is a command of its own.
         words = words[1:] if len(words) > 1 and Path(words[1]).name == "nanoflow" else ["python", *words[1:]]
-    return shlex.join(portable(word) for word in words)
+    return shlex.join(portable(word) for word in _without_keys(words))
+
+
+def _without_keys(words: Sequence[str]) -> list[str]:
+    """The words of a command with stars for the value of `--api-key`."""
+    shown = [f"{_KEY_FLAG}=***" if word.startswith(f"{_KEY_FLAG}=") else word for word in words]
+    return ["***" if before == _KEY_FLAG else word for before, word in zip(("", *shown), shown, strict=False)]
 
 
 def portable(text: str) -> str:

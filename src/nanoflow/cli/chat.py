@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli.generate import NOT_FOR_TERMINALS, for_so_many
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import EngineConfig
+from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _COMMANDS_HELP = """\
 /quit   leave (also: Ctrl-D)
 Ctrl-C stops the answer."""
 
+KEY_VARIABLE = "NANOFLOW_API_KEY"
 _ENGINE = OptionGroup(kind=EngineConfig, title="model and engine", skip=frozenset({"seed"}))
 _SAMPLING = OptionGroup(
     kind=SamplingParams, title="sampling", skip=NOT_FOR_TERMINALS | {"n"}, defaults={"max_tokens": None}
@@ -60,7 +62,9 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
         help="""Further variables of the chat template, for example '{"enable_thinking": false}'""",
     )
     parser.add_argument("--url", metavar="URL", help="Talk to the server there, for example http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", metavar="KEY", help="Key that the server asks for")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"Key that the server asks for (also: the environment variable {KEY_VARIABLE})"
+    )
     _SAMPLING.add_to(parser)
     _ENGINE.add_to(parser)
     parser.set_defaults(run=run)
@@ -143,9 +147,11 @@ def _server_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
     import httpx
 
     _SAMPLING.read(args)  # Refuse here what the server would refuse later.
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    client = stack.enter_context(httpx.Client(base_url=args.url, headers=headers, timeout=None))
-    body = {"model": _ENGINE.given(args).get("model") or _served_model(client), **_SAMPLING.given(args)}
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    client = stack.enter_context(httpx.Client(base_url=_checked_url(args.url), headers=headers, timeout=None))
+    served = _served_model(client)
+    body = {"model": _ENGINE.given(args).get("model") or served, **_SAMPLING.given(args)}
     if args.chat_template_kwargs is not None:
         body["chat_template_kwargs"] = args.chat_template_kwargs
     return lambda messages: _stream_from_server(client, {**body, "messages": list(messages), "stream": True})
@@ -161,13 +167,39 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _checked_url(url: str) -> str:
+    """A URL as it was given; ConfigError if it has no scheme."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url!r} is no URL; give it as http://HOST:PORT/v1")
+    return url
+
+
 def _served_model(client: httpx.Client) -> str:
+    """The model of a server. Its API is below /v1: where the URL leaves that out, the client goes on with it."""
     import httpx
 
+    given = client.base_url
     try:
-        return str(client.get("models").raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, LookupError, ValueError) as error:
-        raise ConnectionError(f"no model to talk to at {client.base_url}: {error}") from error
+        response = client.get("models")
+        if response.status_code == httpx.codes.NOT_FOUND and not given.path.rstrip("/").endswith("/v1"):
+            client.base_url = given.join("v1/")
+            response = client.get("models")
+            if response.status_code == httpx.codes.NOT_FOUND:
+                raise LookupError("neither there nor below /v1 is an OpenAI-compatible API")
+        if response.is_error:
+            raise LookupError(_refusal(response))
+        return str(response.json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, LookupError, ValueError, TypeError) as error:
+        raise ConnectionError(f"no model to talk to at {given}: {error}") from error
+
+
+def _refusal(response: httpx.Response) -> str:
+    """What a server says of a request that it refuses, in one line."""
+    try:
+        said = str(response.json()["error"]["message"])
+    except (LookupError, ValueError, TypeError):
+        said = response.reason_phrase
+    return f"HTTP {response.status_code}: {said}"
 
 
 def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Generator[str]:
@@ -176,7 +208,8 @@ def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Genera
     try:
         with client.stream("POST", "chat/completions", json=body) as response:
             if response.is_error:
-                raise ConnectionError(f"HTTP {response.status_code}: {response.read().decode()}")
+                response.read()
+                raise ConnectionError(_refusal(response))
             for line in response.iter_lines():
                 if line.startswith("data:") and (data := line.removeprefix("data:").strip()) != "[DONE]":
                     yield _text_of(json.loads(data))

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Sequence
 
 import nanoflow
+from nanoflow.access import several
 from nanoflow.cli import analyze, bench, chat, env, generate, plan, profile, search, serve, simulate
 from nanoflow.cli.options import CommandParser
+from nanoflow.cli.secrets import hide_arguments
 
 _TEACH = """\
 nanoflow serves large language models at the speed the device allows: it fills
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 on an error, 130 when interrupted. A wrong command line leaves with 2 by `SystemExit`.
     """
     args = build_parser().parse_args(argv)
+    hide_arguments(several(getattr(args, "api_key", None)))
     try:
         status: int = args.run(args)
         sys.stdout.flush()

@@ -16,6 +16,7 @@ _EXAMPLES = """\
   nanoflow serve                              the small embedded model
   nanoflow serve Qwen/Qwen3-0.6B --port 9000  a model of the Hugging Face Hub
   nanoflow serve ./my-model --max-batch-tokens 4096
+  nanoflow serve --host 0.0.0.0 --api-key-file keys.txt --ssl-certfile c.pem --ssl-keyfile k.pem
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "default", "prompt": "import ", "max_tokens": 16}'"""
 

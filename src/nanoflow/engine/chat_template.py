@@ -30,6 +30,7 @@ COMMON_ROLES = frozenset(("system", "user", "assistant"))
 SYNONYMS = {"developer": "system"}
 # How much is remembered of a template: roles, and the roles of whole conversations.
 _MAX_KEPT = 1024
+_KWARGS = "chat_template_kwargs"
 
 
 class Renderer(Protocol):
@@ -77,7 +78,9 @@ class ChatTemplate:
         """
         own = read_kwargs(kwargs, self._special_tokens)
         if continue_final_message and add_generation_prompt:
-            raise RequestError("add_generation_prompt and continue_final_message exclude each other")
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other", param="add_generation_prompt"
+            )
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         try:
             turns = [self._adapted(message) for message in read_messages(messages, takes=self._mentions)]
@@ -177,14 +180,15 @@ def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, A
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping) or any(not isinstance(name, str) for name in kwargs):
-        raise RequestError("chat_template_kwargs must be a mapping of names to values")
+        raise RequestError("chat_template_kwargs must be a mapping of names to values", param=_KWARGS)
     for name, value in kwargs.items():
         if name in RESERVED or name in special_tokens:
-            raise RequestError(f"chat_template_kwargs cannot hold {name!r}: the engine sets it")
+            raise RequestError(f"chat_template_kwargs cannot hold {name!r}: the engine sets it", param=_KWARGS)
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"chat_template_kwargs.{name} must be a JSON value: {error}") from None
+            message = f"chat_template_kwargs.{name} must be a JSON value: {error}"
+            raise RequestError(message, param=_KWARGS) from None
     return dict(kwargs)
 
 

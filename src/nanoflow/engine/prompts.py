@@ -17,7 +17,7 @@ from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
 from nanoflow.parameters import integers, shown
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
-from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
+from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
@@ -52,7 +52,9 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     text, value = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt)
     if isinstance(value, str):
         if tokenizer is None:
-            raise RequestError("this model has no tokenizer: give the prompt as token ids, with detokenize=False")
+            raise RequestError(
+                "this model has no tokenizer: give the prompt as token ids, with detokenize=False", param="prompt"
+            )
         return Prompt(text=value, token_ids=tokenizer.encode(value))
     return Prompt(text=text, token_ids=_checked_ids(value))
 
@@ -66,12 +68,13 @@ def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[t
     if not words:
         return ()
     if tokenizer is None:
-        raise RequestError("this model has no tokenizer: bad_words cannot be read")
+        raise RequestError("this model has no tokenizer: bad_words cannot be read", param="bad_words")
     sequences = [tuple(tokenizer.encode(form, add_special_tokens=False)) for word in words for form in _forms(word)]
     for ids in sequences:
         if not 1 <= len(ids) <= MAX_BAD_WORD_TOKENS:
             word = shown(tokenizer.decode(ids))
-            raise RequestError(f"bad_words: {word} has {len(ids)} tokens; there may be 1 to {MAX_BAD_WORD_TOKENS}")
+            message = f"bad_words: {word} has {len(ids)} tokens; there may be 1 to {MAX_BAD_WORD_TOKENS}"
+            raise RequestError(message, param="bad_words")
     return tuple(dict.fromkeys(sequences))
 
 
@@ -145,8 +148,10 @@ def make_requests(
     _check(first, facts)
     if max_tokens > room:
         raise RequestError(
-            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together {num_prompt + max_tokens}; "
-            f"the context length is {facts.max_model_len}"
+            f"This model's maximum context length is {facts.max_model_len} tokens; the prompt has {num_prompt} tokens "
+            f"and max_tokens is {max_tokens}, together {num_prompt + max_tokens}",
+            param="max_tokens",
+            code=CONTEXT_OVERFLOW,
         )
     others = dataclasses.replace(params, prompt_logprobs=None)
     return [first] + [
@@ -178,9 +183,11 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
             continue
         count = facts.vocab_size if wanted == -1 else wanted
         if count > facts.max_logprobs:
-            raise RequestError(f"{name} is {count}, this engine gives at most {facts.max_logprobs} (max_logprobs)")
+            message = f"{name} is {count}, this engine gives at most {facts.max_logprobs} (max_logprobs)"
+            raise RequestError(message, param=name)
         if count > DEFAULT_MAX_LOGPROBS and count * num_places > _MAX_SCORES:
-            raise RequestError(f"{name} is {count} at {num_places} tokens, more than {_MAX_SCORES} numbers in all")
+            message = f"{name} is {count} at {num_places} tokens, more than {_MAX_SCORES} numbers in all"
+            raise RequestError(message, param=name)
         counts[name] = count
     return dataclasses.replace(params, **counts) if counts else params
 
@@ -191,16 +198,16 @@ def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     given = {name: prompt[name] for name in _PROMPT_KEYS if prompt.get(name) is not None}
     if not given:
         names = ", ".join(map(repr, prompt)) or "nothing"
-        raise RequestError(f"a prompt's mapping has 'prompt' or 'prompt_token_ids', got {names}")
+        raise RequestError(f"a prompt's mapping has 'prompt' or 'prompt_token_ids', got {names}", param="prompt")
     for name, value in given.items():
         if isinstance(value, str) != (name == "prompt"):
-            raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}")
+            raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}", param="prompt")
     return given.get("prompt"), given.get("prompt_token_ids", given.get("prompt"))
 
 
 def _checked_ids(value: Any) -> list[int]:
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise RequestError(f"a prompt is a string or a list of token ids, got {type(value).__name__}")
+        raise RequestError(f"a prompt is a string or a list of token ids, got {type(value).__name__}", param="prompt")
     return integers("a prompt's token ids", value)
 
 

@@ -14,6 +14,9 @@ from nanoflow.batch import Int32
 from nanoflow.parameters import shown
 from nanoflow.request import Request, RequestError
 
+# What clients of OpenAI's API look for, to shorten a prompt or to take another model.
+CONTEXT_OVERFLOW = "context_length_exceeded"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -57,14 +60,16 @@ def checked_prompt(request: Request, limits: SchedulerLimits) -> Int32:
     """
     num_prompt = len(request.prompt_token_ids)
     if num_prompt == 0:
-        raise RequestError("the prompt is empty")
+        raise RequestError("the prompt is empty", param="prompt")
     if num_prompt >= limits.max_model_len:
         raise RequestError(
-            f"the prompt has {num_prompt} tokens; at most {limits.max_model_len - 1} fit, "
-            f"as prompt and completion together may have {limits.max_model_len}"
+            f"This model's maximum context length is {limits.max_model_len} tokens, of prompt and completion together; "
+            f"the prompt has {num_prompt} tokens; at most {limits.max_model_len - 1} fit",
+            param="prompt",
+            code=CONTEXT_OVERFLOW,
         )
     if request.max_tokens < 1:
-        raise RequestError(f"max_tokens must be at least 1, got {request.max_tokens}")
+        raise RequestError(f"max_tokens must be at least 1, got {request.max_tokens}", param="max_tokens")
     _require_in_vocabulary(request, limits.vocab_size)
     _require_a_choice(request)
     return np.array(request.prompt_token_ids, dtype=np.int32)
@@ -83,7 +88,8 @@ def _require_in_vocabulary(request: Request, vocab_size: int) -> None:
         low, high = (min(ids), max(ids)) if ids else (0, 0)
         if low < 0 or high >= vocab_size:
             wrong = shown(low if low < 0 else high)
-            raise RequestError(f"{name}: token id {wrong} is out of vocabulary, which has {vocab_size} tokens")
+            message = f"{name}: token id {wrong} is out of vocabulary, which has {vocab_size} tokens"
+            raise RequestError(message, param=name)
 
 
 def _require_a_choice(request: Request) -> None:
@@ -94,4 +100,5 @@ def _require_a_choice(request: Request) -> None:
         excluded.update(request.eos_token_ids, params.stop_token_ids or ())
     # The first that is not excluded will do: the list may be as long as the vocabulary.
     if params.allowed_token_ids is not None and all(token_id in excluded for token_id in params.allowed_token_ids):
-        raise RequestError("of allowed_token_ids none is left: bad_words, or min_tokens, exclude them all")
+        message = "of allowed_token_ids none is left: bad_words, or min_tokens, exclude them all"
+        raise RequestError(message, param="allowed_token_ids")

@@ -20,6 +20,8 @@ from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.cells import Cells
 from nanoflow.server.listen import BACKLOG
+from nanoflow.server.tls import uvicorn_arguments
+from nanoflow.server.wire import on_the_wire
 
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
@@ -69,14 +71,28 @@ async def answer(
 def _uvicorn_config(engine: AsyncEngine, config: ServerConfig, cells: Cells) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(engine, config, cells),
-        http="auto",  # httptools where it is installed, else h11
+        http=http_protocol(),
         ws="none",
         lifespan="off",
         backlog=BACKLOG,
         log_level="warning" if config.log_level == "info" else config.log_level,
         access_log=config.log_level == "debug",
         timeout_graceful_shutdown=STREAM_END_TIMEOUT_S,
+        **uvicorn_arguments(config),
     )
+
+
+def http_protocol() -> Any:
+    """The class that speaks HTTP: on httptools where it is installed, else on h11."""
+    if find_spec("httptools") is None:
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+
+        return on_the_wire(H11Protocol)
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    from nanoflow.server.upgrades import without_upgrades
+
+    return on_the_wire(without_upgrades(HttpToolsProtocol))
 
 
 class _Server(uvicorn.Server):

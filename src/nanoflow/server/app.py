@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 import nanoflow
 from nanoflow.config import ServerConfig
@@ -14,8 +15,11 @@ from nanoflow.server.bodies import add_body_reader
 from nanoflow.server.cells import Cells
 from nanoflow.server.chat import chat_router
 from nanoflow.server.completions import completions_router
+from nanoflow.server.docs_page import docs_router
+from nanoflow.server.door import door
 from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.metrics import ServerMetrics
+from nanoflow.server.routes import include
 from nanoflow.server.service import Service
 from nanoflow.server.status import models_router, status_router, tokens_router
 from nanoflow.server.turnstile import TurnstileMiddleware
@@ -26,23 +30,31 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
 
     Args:
         engine: A running engine; the caller closes it.
-        server_config: Only names, the metrics prefix and the heartbeat limit matter here.
+        server_config: Where it listens does not matter here, but for the names it may be called by.
         cells: Where metrics are counted, with other front ends; for this process alone if not given.
     """
     service = Service(engine=engine, config=server_config)
     metrics = ServerMetrics(engine, prefix=server_config.metrics_prefix, model_name=service.model_name, cells=cells)
     engine.observer = metrics
-    app = FastAPI(
+    app = _Application(
         title="nanoflow",
         summary="An OpenAI-compatible server",
         version=nanoflow.__version__,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.server_config = server_config
     install_error_handlers(app)
     add_body_reader(app)
     app.add_middleware(TurnstileMiddleware)
-    for router in (completions_router(service), chat_router(service), models_router(service), tokens_router(service)):
-        app.include_router(router)
-    app.include_router(status_router(service, metrics))
+    routers = (completions_router, chat_router, models_router, tokens_router)
+    include(app, [*(router(service) for router in routers), status_router(service, metrics), docs_router(app, service)])
     return app
+
+
+class _Application(FastAPI):
+    """FastAPI with everything behind the door, its own pages and its answers to errors too."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return door(super().build_middleware_stack(), self.state.server_config)

@@ -17,6 +17,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from nanoflow.server.errors import ApiError, invalid_body
@@ -34,6 +35,8 @@ class BodyRoute(APIRoute):
         model = self.body_field.field_info.annotation if self.body_field is not None else None
 
         async def read_and_handle(request: Request) -> Response:
+            if model is not None:
+                require_json(request.headers)
             reading = _Request(request, model)
             try:
                 return await handle(reading)
@@ -43,6 +46,24 @@ class BodyRoute(APIRoute):
                 raise reading.problem from None
 
         return read_and_handle
+
+
+def require_json(headers: Headers) -> None:
+    """Refuse a body that does not say that it is JSON: a form of a web page, or curl without a header (415).
+
+    Raises:
+        ApiError: The content type is another, or there is none.
+    """
+    given = headers.get("content-type")
+    kind = (given or "").partition(";")[0].strip().lower()
+    is_empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return
+    if given is None and is_empty:
+        return  # what is missing is the body
+    what = f"it says {given[:100]!r}" if given else "it does not say what it is"
+    message = f"the body must be JSON, and {what}: send the header 'Content-Type: application/json'"
+    raise ApiError(415, message, code="unsupported_media_type")
 
 
 class _Request(Request):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from nanoflow.parameters import INT32_MAX, RequestError
+from nanoflow.parameters import INT32_MAX, RequestError, is_whole, shown
 from nanoflow.server.foreign import ForeignFields, without_foreign
 
 
@@ -19,7 +19,27 @@ def _check_unicode(text: str) -> str:
     return text
 
 
+def read_ids(value: Any) -> Any:
+    """Token ids as integers, however JSON has them; what is no list of numbers is left to be refused later."""
+    kinds = set(map(type, value)) if isinstance(value, list) else set()
+    if not kinds or not kinds <= {int, float}:
+        return value
+    ids = value
+    if float in kinds:
+        ids = [int(item) if is_whole(item) else item for item in value]
+    low, high = min(ids), max(ids)
+    if low < 0 or high > INT32_MAX:
+        raise RequestError(f"token id {shown(low if low < 0 else high)} is out of vocabulary")
+    return ids
+
+
+def _read_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and is_whole(value) else value
+
+
 Text = Annotated[str, AfterValidator(_check_unicode)]
+WholeNumber = Annotated[int, BeforeValidator(_read_whole)]
+"""An integer, which JSON may also write as 2.0."""
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 
 

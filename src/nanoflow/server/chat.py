@@ -40,7 +40,13 @@ def chat_router(service: Service) -> APIRouter:
         params = service.sampling(body)
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
         prompt = service.truncated(await while_connected(request.receive, encode), body)
-        call = Call(engine=service.engine, prompts=[prompt], params=params, call_id=new_id("chatcmpl"))
+        call = Call(
+            engine=service.engine,
+            prompts=[prompt],
+            params=params,
+            call_id=new_id("chatcmpl"),
+            field_names=body.field_names,
+        )
         chat = _Chat(service=service, body=body, call=call)
         if body.stream:
             return await open_stream(request.receive, chat.events())

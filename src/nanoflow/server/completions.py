@@ -33,7 +33,9 @@ def completions_router(service: Service) -> APIRouter:
         prompts = body.prompts
         if body.changes_tokens:
             prompts = await while_connected(request.receive, service.prompt_token_ids(body))
-        call = Call(engine=service.engine, prompts=prompts, params=params, call_id=new_id("cmpl"))
+        call = Call(
+            engine=service.engine, prompts=prompts, params=params, call_id=new_id("cmpl"), field_names=body.field_names
+        )
         completion = _Completion(service=service, body=body, call=call)
         if body.stream:
             return await open_stream(request.receive, completion.events())

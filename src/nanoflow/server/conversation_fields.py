@@ -63,7 +63,9 @@ class Message(RequestBody):
     @model_validator(mode="after")
     def _check_content(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise RequestError("content must be a text or a list of parts; only an assistant's may be null")
+            raise RequestError(
+                "content must be a text or a list of parts; only an assistant's may be null", param="content"
+            )
         return self
 
 
@@ -88,5 +90,7 @@ class Conversation(RequestBody):
     @model_validator(mode="after")
     def _check_turns(self) -> Conversation:
         if self.continue_final_message and self.add_generation_prompt:
-            raise RequestError("add_generation_prompt and continue_final_message exclude each other")
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other", param="add_generation_prompt"
+            )
         return self

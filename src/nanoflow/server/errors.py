@@ -18,11 +18,13 @@ from starlette.exceptions import HTTPException
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.request import RequestError
 from nanoflow.server.responses import ErrorResponse
+from nanoflow.server.routes import allowed_methods, no_such_route
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 1000
 MAX_PROBLEMS_SHOWN = 4
+MAX_PATH_CHARS = 100
 CLIENT_CLOSED_REQUEST = 499
 INTERNAL_ERROR = "internal error; the server's log says more"
 
@@ -33,7 +35,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "The engine does not run"},
 }
 
-_STATUS_TYPES = {404: "not_found_error", 405: "invalid_request_error", 500: "server_error", 503: "server_error"}
+_STATUS_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
 class ApiError(Exception):
@@ -58,7 +60,9 @@ class ApiError(Exception):
         return {
             "error": {
                 "message": _printable(self.message),
-                "type": _STATUS_TYPES.get(self.status, "invalid_request_error"),
+                "type": "server_error"
+                if self.status >= 500
+                else _STATUS_TYPES.get(self.status, "invalid_request_error"),
                 "param": None if self.param is None else _printable(self.param),
                 "code": self.code,
             }
@@ -81,15 +85,20 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(param: str | None = None, *, fields: Mapping[str, str] = {}) -> Iterator[None]:
     """Turn what is raised for what was asked for (`RequestError`) or for a dead engine into an `ApiError`.
 
     Anything else is a mistake of this program, and not for the client to mend: it goes on, and ends as a 500.
+
+    Args:
+        param: Field at fault where the error does not say.
+        fields: Parameter at fault to the field that it came in, where the names differ.
     """
     try:
         yield
     except RequestError as problem:
-        raise ApiError(400, str(problem)) from problem
+        name = problem.param or param
+        raise ApiError(400, str(problem), param=fields.get(name or "", name), code=problem.code) from problem
     except EngineDeadError as problem:
         raise ApiError(503, "the engine does not run; the server is stopping", code="engine_dead") from problem
 
@@ -124,12 +133,14 @@ async def _on_disconnect(_request: Request, _problem: ClientDisconnectedError) -
 
 
 async def _on_http_exception(request: Request, problem: HTTPException) -> Response:
-    messages = {
-        404: f"there is nothing at {request.url.path}; the API is under /v1",
-        405: f"{request.method} is not allowed at {request.url.path}",
-    }
-    message = messages.get(problem.status_code, str(problem.detail))
-    return ApiError(problem.status_code, message).response(problem.headers)
+    path = _printable(request.url.path)[:MAX_PATH_CHARS]
+    if problem.status_code == 404:
+        return ApiError(404, no_such_route(request.app, path), code="unknown_url").response()
+    if problem.status_code == 405:
+        allowed = allowed_methods(request.app, request.url.path)
+        message = f"{request.method} is not allowed at {path}; use {' or '.join(allowed)}"
+        return ApiError(405, message, code="method_not_allowed").response({"allow": ", ".join(allowed)})
+    return ApiError(problem.status_code, str(problem.detail)).response(problem.headers)
 
 
 async def _on_invalid_body(_request: Request, problem: RequestValidationError) -> Response:
@@ -149,7 +160,11 @@ def _problem_text(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', 'it cannot be read')}"
     place = _dotted(problem["loc"][1:])
+    if not place and problem["type"] == "missing":
+        return "there is no body; one in JSON is expected"
     text = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in ("model_attributes_type", "model_type"):
+        text = "a JSON object is expected" if place else "the body must be a JSON object"
     # Messages of a parameter name it themselves.
     return text if not place or text.startswith(place) else f"{place}: {text}"
 
@@ -159,7 +174,8 @@ def _place(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
         return ""
     # Of a field that may not be there pydantic only knows where it would be.
-    extra = problem.get("ctx", {}).get("field")
+    context = problem.get("ctx", {})
+    extra = context.get("field") or getattr(context.get("error"), "param", None)
     return _dotted(problem["loc"][1:] if extra is None else (*problem["loc"][1:], extra))
 
 

@@ -37,8 +37,8 @@ class Foreign:
         if value is None or self.harmless is None:
             return True
         if self.same_as in body:
-            return type(value) is type(body[self.same_as]) and bool(value == body[self.same_as])
-        return any(type(value) is type(other) and value == other for other in self.harmless)
+            return _kind(value) is _kind(body[self.same_as]) and bool(value == body[self.same_as])
+        return any(_kind(value) is _kind(other) and value == other for other in self.harmless)
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -46,6 +46,11 @@ class Foreign:
         note = {"description": f"Accepted and ignored: {self.reason}"}
         is_open = self.harmless is None or self.same_as is not None
         return note if is_open else {**note, "enum": [None, *(self.harmless or ())]}
+
+
+def _kind(value: Any) -> type:
+    """The kind of a JSON value: 1 and 1.0 are of one, 1 and true are not."""
+    return float if type(value) is int else type(value)
 
 
 ForeignFields = Mapping[str, Foreign]

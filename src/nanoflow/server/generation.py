@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -32,6 +32,7 @@ class Call:
         prompts: One or more.
         params: How, for each of them.
         call_id: In the answer, and the label of the engine's requests.
+        field_names: Field of the body that a parameter came in, where the names differ; for errors.
         created: Seconds since 1970.
     """
 
@@ -39,6 +40,7 @@ class Call:
     prompts: Sequence[Prompt]
     params: SamplingParams
     call_id: str
+    field_names: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choice_index(self, prompt_index: int, completion: CompletionOutput) -> int:
@@ -68,7 +70,7 @@ class Call:
         return [last[index] for index in range(len(self.prompts))]
 
     async def _of_one(self, index: int, streams: bool) -> AsyncGenerator[News, None]:
-        with user_errors():
+        with user_errors(fields=self.field_names):
             name = f"{self.call_id}-{index}"
             outputs = self.engine.generate(self.prompts[index], self.params, request_id=name, streams=streams)
             async with aclosing(outputs):

@@ -78,7 +78,8 @@ def _bind(family: int, kind: int, address: object, *, is_shared: bool) -> socket
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def url(listener: socket.socket, *, has_tls: bool = False) -> str:
     """Address of a bound socket for people and programs."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+    place = f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
+    return f"{'https' if has_tls else 'http'}://{place}"

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator
 
 from nanoflow.request import RequestError
+from nanoflow.server.body import WholeNumber
 
 INT32_MAX = 2**31 - 1
 
@@ -17,7 +18,7 @@ class PromptFields(BaseModel):
     add_special_tokens: bool | None = Field(
         None, description="Add the model's, such as a beginning of sequence; true for prompts, false for conversations"
     )
-    truncate_prompt_tokens: int | None = Field(
+    truncate_prompt_tokens: WholeNumber | None = Field(
         None,
         ge=-1,
         le=INT32_MAX,
@@ -57,6 +58,7 @@ class PromptFields(BaseModel):
         if wanted is None:
             return token_ids
         if wanted > max_tokens:
-            raise RequestError(f"truncate_prompt_tokens is {wanted}, and there is room for {max_tokens} tokens")
+            message = f"truncate_prompt_tokens is {wanted}, and there is room for {max_tokens} tokens"
+            raise RequestError(message, param="truncate_prompt_tokens")
         num_kept = max_tokens if wanted == -1 else wanted
         return token_ids[:num_kept] if self.truncation_side == "right" else token_ids[-num_kept:]

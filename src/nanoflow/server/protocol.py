@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
+    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -23,7 +24,7 @@ from pydantic import (
 from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
 from nanoflow.parameters import RequestError
 from nanoflow.request import KINDS, SamplingParams
-from nanoflow.server.body import RequestBody, Text, TokenId
+from nanoflow.server.body import RequestBody, Text, TokenId, read_ids
 from nanoflow.server.conversation_fields import Conversation, Message
 from nanoflow.server.foreign import (
     OF_GENERATION,
@@ -38,7 +39,7 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(read_ids)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 
@@ -102,6 +103,11 @@ class SamplingFields(PromptFields, RequestBody):
     stream_options: StreamOptions | None = None
 
     @property
+    def field_names(self) -> Mapping[str, str]:
+        """Field that a parameter of the engine came in, where it has another name."""
+        return {}
+
+    @property
     def has_usage_chunk(self) -> bool:
         """True if a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage is True
@@ -118,9 +124,9 @@ class SamplingFields(PromptFields, RequestBody):
     @model_validator(mode="after")
     def _check_stream(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream=true")
+            raise RequestError("stream_options needs stream=true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            raise RequestError("prompt_logprobs is not available in a stream")
+            raise RequestError("prompt_logprobs is not available in a stream", param="prompt_logprobs")
         return self
 
     def sampling(self, defaults: SamplingDefaults, **more: Any) -> SamplingParams:
@@ -162,7 +168,7 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="after")
     def _check_echo_only(self) -> CompletionRequest:
         if self.is_echo_only and not self.echo:
-            raise RequestError("max_tokens must be at least 1 unless echo is true")
+            raise RequestError("max_tokens must be at least 1 unless echo is true", param="max_tokens")
         return self
 
     def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
@@ -203,6 +209,12 @@ class ChatCompletionRequest(SamplingFields, Conversation):
         return value
 
     @property
+    def field_names(self) -> Mapping[str, str]:
+        """Field that a parameter of the engine came in, where it has another name."""
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+
+    @property
     def echoed(self) -> str:
         """What is put before the answer."""
         last = self.messages[-1]
@@ -232,7 +244,7 @@ class TokenizeRequest(Conversation):
     @model_validator(mode="after")
     def _check_one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise RequestError("give either prompt or messages")
+            raise RequestError("give either prompt or messages", param="prompt")
         return self
 
 
@@ -242,5 +254,5 @@ class DetokenizeRequest(RequestBody):
     foreign: ClassVar[ForeignFields] = OF_TOKENS
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], BeforeValidator(read_ids)]
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out; false if not given")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
+import os
 import socket
 import tempfile
 from collections.abc import Coroutine, Iterator
@@ -22,8 +24,13 @@ from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.server.answering import answer, run_loop, stop_at_signals
 from nanoflow.server.cells import Cells
+from nanoflow.server.hosts import is_loopback, with_hosts
+from nanoflow.server.keys import with_all_keys
 from nanoflow.server.listen import bind, choose_num_front_ends, num_cores, url
 from nanoflow.server.siblings import Siblings, Surroundings
+from nanoflow.server.tls import check_tls
+
+logger = logging.getLogger(__name__)
 
 
 def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engine_module: str = ENGINE_MODULE) -> None:
@@ -37,10 +44,12 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
         engine_module: What the engine's process runs; tests have engines of their own.
 
     Raises:
-        ConfigError: The address cannot be listened at.
+        ConfigError: The address cannot be listened at, or keys or certificates cannot be used.
         EngineError: The engine or a front end cannot start.
         EngineDeadError: The engine died.
     """
+    server_config = with_hosts(with_all_keys(server_config, os.environ))
+    check_tls(server_config)
     if server_config.served_model_name is None:
         server_config = dataclasses.replace(server_config, served_model_name=engine_config.model)
     if server_config.api_servers is None:
@@ -52,6 +61,10 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engine_module: str) -> None:
     count = server_config.api_servers or 1
     with _listening(server_config, count) as (first, *others), _counting(count) as counts:
+        if (
+            warning := open_to_all(server_config, url(first, has_tls=server_config.ssl_certfile is not None))
+        ) is not None:
+            logger.warning(warning)
         stop = stop_at_signals()
         child = await EngineChild.start(engine_module)
         surroundings = Surroundings(
@@ -144,8 +157,16 @@ async def _keep_family(engine: AsyncEngine, siblings: Siblings, is_ready: asynci
 
 
 def _ready_line(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> str:
+    root_url = url(listener, has_tls=config.ssl_certfile is not None)
     others = f", {config.api_servers} front ends" if config.api_servers != 1 else ""
     return (
-        f"nanoflow serves {config.served_model_name} (weights and cache in {engine.facts.load_s:.1f} s, "
-        f"kernels in {engine.facts.warm_up_s:.1f} s{others}) at {url(listener)}/v1"
+        f"nanoflow serves {config.model_names[0]} (weights and cache in {engine.facts.load_s:.1f} s, "
+        f"kernels in {engine.facts.warm_up_s:.1f} s{others}) at {root_url}/v1"
     )
+
+
+def open_to_all(config: ServerConfig, root_url: str) -> str | None:
+    """What to say if anybody on the network may use the server; None if that is not so."""
+    if config.api_key or is_loopback(config.host):
+        return None
+    return f"whoever reaches {root_url} can use the model: give --api-key-file, or --host 127.0.0.1"

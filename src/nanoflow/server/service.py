@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import blake2b
 
 import nanoflow
-from nanoflow.config import DEFAULT_MODEL, ServerConfig
+from nanoflow.config import ServerConfig
 from nanoflow.engine.template_renderer import MAX_PROCESSES
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
@@ -54,7 +54,7 @@ class Service:
     @property
     def model_name(self) -> str:
         """The model's name in the API."""
-        return self.config.served_model_name or DEFAULT_MODEL
+        return self.config.model_names[0]
 
     @property
     def tokenizer(self) -> ServingTokenizer:
@@ -72,7 +72,7 @@ class Service:
 
     def sampling(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
         """Parameters of a call; without a tokenizer there is no text."""
-        with user_errors():
+        with user_errors(fields=body.field_names):
             return body.to_params(defaults=self.engine.facts.sampling, can_detokenize=self.has_tokenizer)
 
     def token_text(self, token_id: int) -> str:
@@ -104,14 +104,15 @@ class Service:
         return TokenIdTexts() if (self.config.return_tokens_as_token_ids if wanted is None else wanted) else self
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not the served one (404); None is the served one."""
-        if name is not None and name != self.model_name:
-            message = f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}"
+        """Refuse a model that is not the served one, under any of its names (404); None is the served one."""
+        names = self.config.model_names
+        if name is not None and name not in names:
+            message = f"the model {name[:200]!r} does not exist; this server has {', '.join(map(repr, names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, made beside the event loop: a long text takes a while."""
-        with user_errors():
+        with user_errors("prompt"):
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(
@@ -125,7 +126,7 @@ class Service:
         if add_special_tokens:
             options["add_special_tokens"] = True
         render = partial(self.tokenizer.apply_chat_template, [message.turn for message in messages], **options)
-        with user_errors():
+        with user_errors("messages"):
             return await asyncio.get_running_loop().run_in_executor(self.chat_threads, render)
 
     async def prompt_token_ids(self, body: CompletionRequest) -> list[Prompt]:
@@ -148,7 +149,9 @@ class Service:
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids, made beside the event loop; an id that does not exist is refused (400)."""
         vocab_size, decode = self.engine.facts.vocab_size, self.tokenizer.decode
-        if await asyncio.to_thread(max, token_ids, default=0) >= vocab_size:
-            raise ApiError(400, f"tokens must be below the vocabulary size, {vocab_size}", param="tokens")
-        with user_errors():
+        highest = await asyncio.to_thread(max, token_ids, default=0)
+        if highest >= vocab_size:
+            message = f"tokens: token id {highest} is out of vocabulary, which has {vocab_size} tokens"
+            raise ApiError(400, message, param="tokens")
+        with user_errors("tokens"):
             return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)

@@ -64,9 +64,9 @@ def models_router(service: Service) -> APIRouter:
     """Routes that say what is served."""
     router = APIRouter(tags=["models"], responses=ERROR_RESPONSES)
 
-    def card() -> ModelCard:
+    def card(name: str) -> ModelCard:
         return {
-            "id": service.model_name,
+            "id": name,
             "object": "model",
             "created": service.started,
             "owned_by": "nanoflow",
@@ -77,14 +77,14 @@ def models_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
-        """The served model."""
-        return {"object": "list", "data": [card()]}
+        """The served model, under each of its names."""
+        return {"object": "list", "data": [card(name) for name in service.config.model_names]}
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> ModelCard:
         """One model."""
         service.check_model(model_id)
-        return card()
+        return card(model_id)
 
     return router
 

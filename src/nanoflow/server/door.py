@@ -1,0 +1,112 @@
+"""What every request passes before it meets a route, whatever it asks for: names, hosts, origins, keys.
+
+`door` wraps the whole application, its error pages included, so that there is nothing beside it. From outside in: the
+`x-request-id` of the answer, no WebSockets, the Host header (`hosts.py`), CORS, the API key (`keys.py`), and HEAD.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanoflow.access import several
+from nanoflow.config import ServerConfig
+from nanoflow.server.errors import ApiError
+from nanoflow.server.hosts import ALL, HostMiddleware, Hosts
+from nanoflow.server.keys import KeyMiddleware, Keys
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
+_POLICY_VIOLATION = 1008  # of WebSockets
+
+
+def door(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    """The application behind everything that is checked first."""
+    app = HeadMiddleware(app)
+    keys, origins = several(config.api_key), several(config.allowed_origins)
+    if keys:
+        app = KeyMiddleware(app, Keys(keys))
+    if origins:
+        app = _Origins(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "retry-after"),
+        )
+    hosts = (ALL,) if config.allowed_hosts is None else several(config.allowed_hosts)
+    return RequestIdMiddleware(HostMiddleware(app, Hosts(hosts)))
+
+
+class _Origins(CORSMiddleware):
+    """CORS, with refusals in OpenAI's shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """What a browser asks before it sends the request itself."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        message = "the origin, method or headers of the page are not allowed (option --allowed-origins)"
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return ApiError(response.status_code, message, code="origin_not_allowed").response(kept)
+
+
+class RequestIdMiddleware:
+    """Gives each answer an `x-request-id`, the client's own if it is short and plain. Refuses WebSockets.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = request_id_of(scope["headers"])
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        return await self._app(scope, receive, send_with_id)
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id that a client gives its request, if there is one that can be sent back; else a new one."""
+    given = [value for name, value in headers if name.lower() == REQUEST_ID.encode()]
+    if len(given) == 1 and _SANE_ID.fullmatch(given[0]):
+        return given[0].decode()
+    return f"req-{uuid.uuid4().hex}"
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET, without the body.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self._app(scope, receive, send)
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        return await self._app({**scope, "method": "GET"}, receive, send_head)

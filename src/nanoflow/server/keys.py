@@ -1,0 +1,136 @@
+"""API keys: where they are read, and the check that lets nothing through without one but GET /health.
+
+The check sees the path as it came over the wire, before anything decodes or normalises it: what is not literally
+`/health` needs a key, whatever routes there are. Keys are compared as digests, all of them each time, so that the time
+taken tells nothing of them. Which characters a key may have: `access.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from nanoflow.access import check_key, several
+from nanoflow.config import ConfigError, ServerConfig
+from nanoflow.server.errors import ApiError
+
+# The second is what vLLM reads: who comes from there must not be served without a key unawares.
+KEY_VARIABLES = ("NANOFLOW_API_KEY", "VLLM_API_KEY")
+MAX_KEY_FILE_BYTES = 1 << 20
+OPEN_PATH = "/health"
+
+
+def with_all_keys(config: ServerConfig, environment: MutableMapping[str, str]) -> ServerConfig:
+    """The options with the keys of file and environment among `api_key`.
+
+    Keys of options go before those of the environment. The variables are taken out of it, so that no process started
+    later inherits them.
+
+    Args:
+        config: Options of the server.
+        environment: Such as `os.environ`.
+
+    Raises:
+        ConfigError: The file cannot be read, or a place that should hold keys holds none, or something that is none.
+    """
+    inherited = {name: environment.pop(name) for name in KEY_VARIABLES if name in environment}
+    keys = [*several(config.api_key), *(_keys_of_file(config.api_key_file) if config.api_key_file else ())]
+    keys = keys or _keys_of_environment(inherited)
+    return dataclasses.replace(config, api_key=tuple(dict.fromkeys(keys)), api_key_file=None)
+
+
+def _keys_of_file(path: str) -> list[str]:
+    name = f"api_key_file {path!r}"
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_KEY_FILE_BYTES + 1).decode()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name} is no text") from None
+    if len(text) > MAX_KEY_FILE_BYTES:
+        raise ConfigError(f"{name} is longer than {MAX_KEY_FILE_BYTES} bytes")
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    keys = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    for number, key in keys:
+        check_key(key, f"{name}, line {number}")
+    if not keys:
+        raise ConfigError(f"{name} holds no key")
+    return [key for _, key in keys]
+
+
+def _keys_of_environment(variables: Mapping[str, str]) -> list[str]:
+    """The keys of the first variable that is set, several divided by blanks."""
+    for name, value in variables.items():
+        keys = value.split()
+        if not keys:
+            raise ConfigError(f"the environment variable {name} is set and holds no key; unset it to serve without")
+        for key in keys:
+            check_key(key, f"the environment variable {name}")
+        return keys
+    return []
+
+
+class Keys:
+    """Keys, kept as digests.
+
+    Args:
+        keys: At least one.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def accept(self, token: bytes) -> bool:
+        """True for one of the keys; takes as long for any token of one length."""
+        digest, is_known = _digest(token), False
+        for known in self._digests:
+            is_known |= hmac.compare_digest(known, digest)
+        return is_known
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+class KeyMiddleware:
+    """Refuses HTTP requests without a key (401), but for GET and HEAD of /health.
+
+    Args:
+        app: The application behind it.
+        keys: What is let in.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        problem = None if scope["type"] == "lifespan" or _is_open(scope) else self._problem(scope)
+        if problem is None:
+            return await self._app(scope, receive, send)
+        error = ApiError(401, problem, code="invalid_api_key")
+        return await error.response({"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> str | None:
+        values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        scheme, _, token = values[0].strip().partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        is_known = self._keys.accept(token.strip())
+        if len(values) > 1:
+            return "there is more than one Authorization header"
+        if scheme.lower() != b"bearer":
+            return "this server needs an API key: send the header 'Authorization: Bearer KEY'"
+        return None if is_known else "the API key is not known to this server"
+
+
+def _is_open(scope: Scope) -> bool:
+    """True for what needs no key; the path is looked at as it was sent and as it was read."""
+    sent = scope.get("raw_path")
+    is_health = scope["path"] == OPEN_PATH and (sent is None or sent == OPEN_PATH.encode())
+    return is_health and scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
