@@ -9,10 +9,32 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from nanoflow.bounds import ServerBounds
+from nanoflow.option import Alias, ConfigError, option, read_count, require_positive
+
+__all__ = [
+    "DEFAULT_MAX_LOGPROBS",
+    "DEFAULT_MODEL",
+    "UNWATCHED_DEFAULTS",
+    "Alias",
+    "ConfigError",
+    "DType",
+    "EngineConfig",
+    "Goal",
+    "LoadFormat",
+    "ServerBounds",
+    "ServerConfig",
+    "by_own_names",
+    "from_kwargs",
+    "names_of",
+    "option",
+    "read_count",
+    "unknown_option",
+]
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,52 +45,6 @@ Goal = Literal["throughput", "balanced", "latency"]
 # `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all is done: nobody watches the tokens come, so
 # gaps between them do not matter there. Their defaults differ from those of `EngineConfig` in this.
 UNWATCHED_DEFAULTS: Mapping[str, Any] = {"goal": "throughput"}
-
-
-class ConfigError(ValueError):
-    """An option has a value it cannot have, or does not exist; the message says which and what would do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alias:
-    """Another name of an option: what other engines call it.
-
-    Attributes:
-        name: As a keyword argument.
-        convert: From a value under this name to one of the option, where the two differ; ValueError if it cannot be.
-        note: How the two differ, in a few words for the help.
-    """
-
-    name: str
-    convert: Callable[[Any], Any] | None = None
-    note: str = ""
-
-
-def option(
-    default: Any, text: str, *, aliases: tuple[Alias, ...] = (), read: Callable[[str], Any] | None = None
-) -> Any:
-    """Declare an option.
-
-    Args:
-        default: Its value if it is not given.
-        text: One line of help.
-        aliases: Its other names.
-        read: From what a user wrote to a value, where that is more than its type; ValueError if it is none.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, "aliases": aliases, "read": read})
-
-
-def read_count(text: str) -> int:
-    """A number of tokens: 4096, 4k (thousands: 4,000), 4K (times 1,024: 4,096), and so with m, M, g, G.
-
-    Raises:
-        ValueError: It is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
-    if match is None or ("." in match[1] and not match[2]):
-        raise ValueError(f"{text!r} is no whole number, as 4096, 4k (4,000) or 4K (4,096)")
-    base = 1024 if match[2].isupper() else 1000
-    return int(float(match[1]) * base ** " kmg".index(match[2].lower() or " "))
 
 
 def _read_length(text: str) -> int | None:
@@ -182,7 +158,7 @@ class EngineConfig:
         templates = ("chat_template_timeout_s", "chat_template_max_chars")
         for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+                require_positive(name, getattr(self, name))
         if self.max_logprobs < -1:
             raise ConfigError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}"
@@ -197,8 +173,8 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """How the HTTP server listens."""
+class ServerConfig(ServerBounds):
+    """How the HTTP server listens; what it lets in says `bounds.py`."""
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
@@ -229,14 +205,15 @@ class ServerConfig:
     heartbeat_timeout_s: float = option(60.0, "/health fails when the engine loop has been silent for so long")
 
     def __post_init__(self) -> None:
+        self.check_bounds()
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}")
         if self.api_servers is not None:
-            _require_positive("api_servers", self.api_servers)
+            require_positive("api_servers", self.api_servers)
         if not 0 <= self.stream_interval_ms <= 1000:
             raise ConfigError(f"stream_interval_ms must be in 0..1000, got {self.stream_interval_ms}")
         _require_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
-        _require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
+        require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
 
 
 ConfigT = TypeVar("ConfigT")
@@ -300,13 +277,6 @@ def unknown_option(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
     return f"unknown option {name!r}{hint}"
-
-
-def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not value > 0:
-        raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

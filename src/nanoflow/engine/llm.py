@@ -108,7 +108,7 @@ class LLM:
             RequestError: A prompt cannot be served; the message names its place, and no prompt has run.
             EngineDeadError: The model has been closed.
         """
-        inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        inputs = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[arg-type]
         all_params = _params_of_each(
             self.get_default_sampling_params() if sampling_params is None else sampling_params, len(inputs)
         )

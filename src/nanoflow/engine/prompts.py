@@ -18,9 +18,6 @@ from nanoflow.parameters import integers, shown
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 
-PromptInput = str | Sequence[int] | Mapping[str, Any]
-"""A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
-
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
@@ -41,12 +38,18 @@ class Prompt:
     token_ids: list[int]
 
 
+PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
+"""A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already."""
+
+
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     """Read any of the forms of a prompt; a text is encoded with the model's special tokens.
 
     Raises:
         RequestError: It is none of the forms, or a text while there is no tokenizer.
     """
+    if isinstance(prompt, Prompt):
+        return prompt
     value = _only_value(prompt) if isinstance(prompt, Mapping) else prompt
     if isinstance(value, str):
         if tokenizer is None:

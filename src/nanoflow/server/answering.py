@@ -12,14 +12,17 @@ from importlib.util import find_spec
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from nanoflow.config import ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.cells import Cells
+from nanoflow.server.connections import Connections
 from nanoflow.server.listen import BACKLOG
 
+_NEVER_S = 10**6
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
 
@@ -54,23 +57,32 @@ async def answer(
         on_ready: Called once requests are answered.
     """
     freeze_heap()
-    server = _Server(_uvicorn_config(engine, config, cells), on_ready)
+    connections = Connections(config)
+    server = _Server(_uvicorn_config(engine, config, cells, connections), on_ready)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    watching = asyncio.create_task(connections.watch(), name="connection watch")
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
+    watching.cancel()
     server.should_exit = True
     await engine.close()  # running requests end now, so that the server has nothing left to wait for
     await serving
 
 
-def _uvicorn_config(engine: AsyncEngine, config: ServerConfig, cells: Cells) -> uvicorn.Config:
+def _uvicorn_config(
+    engine: AsyncEngine, config: ServerConfig, cells: Cells, connections: Connections
+) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(engine, config, cells),
-        http="auto",  # httptools where it is installed, else h11
+        # httptools where it is installed, else h11.
+        http=connections.protocol(AutoHTTPProtocol),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         backlog=BACKLOG,
+        log_config=None,  # as `log_quietly` has it
+        # Connections without a request are ended by `connections.py`.
+        timeout_keep_alive=_NEVER_S,
         log_level="warning" if config.log_level == "info" else config.log_level,
         access_log=config.log_level == "debug",
         timeout_graceful_shutdown=STREAM_END_TIMEOUT_S,

@@ -9,8 +9,10 @@ from fastapi import FastAPI
 
 import nanoflow
 from nanoflow.config import ServerConfig
+from nanoflow.server.admission import Ledger
 from nanoflow.server.backend import ServingEngine
 from nanoflow.server.bodies import add_body_reader
+from nanoflow.server.body_bounds import BodyBoundsMiddleware
 from nanoflow.server.cells import Cells
 from nanoflow.server.chat import chat_router
 from nanoflow.server.completions import completions_router
@@ -26,10 +28,11 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
 
     Args:
         engine: A running engine; the caller closes it.
-        server_config: Only names, the metrics prefix and the heartbeat limit matter here.
+        server_config: Names, bounds, the metrics prefix and the heartbeat limit matter here.
         cells: Where metrics are counted, with other front ends; for this process alone if not given.
     """
-    service = Service(engine=engine, config=server_config)
+    folder = None if cells is None else cells.folder
+    service = Service(engine=engine, config=server_config, ledger=Ledger(folder))
     metrics = ServerMetrics(engine, prefix=server_config.metrics_prefix, model_name=service.model_name, cells=cells)
     engine.observer = metrics
     app = FastAPI(
@@ -40,7 +43,8 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
         redirect_slashes=False,
     )
     install_error_handlers(app)
-    add_body_reader(app)
+    add_body_reader(app, service.call_bounds)
+    app.add_middleware(BodyBoundsMiddleware, bounds=server_config)
     app.add_middleware(TurnstileMiddleware)
     for router in (completions_router(service), chat_router(service), models_router(service), tokens_router(service)):
         app.include_router(router)

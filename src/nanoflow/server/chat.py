@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, RequestOutput
+from nanoflow.server.answers import answer_of, beside
 from nanoflow.server.bodies import BodyRoute
-from nanoflow.server.errors import ERROR_RESPONSES, json_response
+from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
 from nanoflow.server.protocol import ChatCompletionRequest
@@ -38,13 +39,15 @@ def chat_router(service: Service) -> APIRouter:
         """Answer a conversation; with `stream` in server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
+        deadline_s = service.deadline_s()
+        service.admission.check(params.n)
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
-        prompt = service.truncated(await while_connected(request.receive, encode), body)
-        call = Call(engine=service.engine, prompts=[prompt], params=params, call_id=new_id("chatcmpl"))
+        prompt = service.truncated(await while_connected(request.receive, encode, deadline_s), body)
+        call = Call(engine=service.engine, prompts=[prompt], params=params, doors=service, call_id=new_id("chatcmpl"))
         chat = _Chat(service=service, body=body, call=call)
         if body.stream:
-            return await open_stream(request.receive, chat.events())
-        return json_response(await while_connected(request.receive, chat.answer()))
+            return await open_stream(request.receive, chat.events(), deadline_s)
+        return await while_connected(request.receive, answer_of(chat.answer()), deadline_s)
 
     return router
 
@@ -68,6 +71,9 @@ class _Chat:
     async def answer(self) -> ChatCompletionResponse:
         """Generate everything, then answer."""
         (output,) = await self.call.outputs()
+        return await beside(self._answer, output)
+
+    def _answer(self, output: RequestOutput) -> ChatCompletionResponse:
         response: ChatCompletionResponse = {
             "id": self.call.call_id,
             "object": "chat.completion",

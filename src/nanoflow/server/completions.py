@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from nanoflow.server.answers import answer_of, beside
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.echo import Echo, TextOffsets
-from nanoflow.server.errors import ERROR_RESPONSES, json_response
+from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import completion_logprobs, prompt_logprobs
 from nanoflow.server.protocol import CompletionRequest
 from nanoflow.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from nanoflow.server.service import Service
 from nanoflow.server.streaming import EVENT_STREAM_CONTENT, EventTemplate, event, open_stream, while_connected
+
+_LONG_ECHO_TOKENS = 64
 
 
 def completions_router(service: Service) -> APIRouter:
@@ -30,14 +34,15 @@ def completions_router(service: Service) -> APIRouter:
         """Continue a text; with `stream` in server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
-        prompts = body.prompts
+        prompts, deadline_s = body.prompts, service.deadline_s()
+        service.admission.check(len(prompts) * params.n)
         if body.changes_tokens:
-            prompts = await while_connected(request.receive, service.prompt_token_ids(body))
-        call = Call(engine=service.engine, prompts=prompts, params=params, call_id=new_id("cmpl"))
+            prompts = await while_connected(request.receive, service.prompt_token_ids(body), deadline_s)
+        call = Call(engine=service.engine, prompts=prompts, params=params, doors=service, call_id=new_id("cmpl"))
         completion = _Completion(service=service, body=body, call=call)
         if body.stream:
-            return await open_stream(request.receive, completion.events())
-        return json_response(await while_connected(request.receive, completion.answer()))
+            return await open_stream(request.receive, completion.events(), deadline_s)
+        return await while_connected(request.receive, answer_of(completion.answer()), deadline_s)
 
     return router
 
@@ -67,7 +72,9 @@ class _Completion:
 
     async def answer(self) -> CompletionResponse:
         """Generate everything, then answer."""
-        outputs = await self.call.outputs()
+        return await beside(self._answer, await self.call.outputs())
+
+    def _answer(self, outputs: Sequence[RequestOutput]) -> CompletionResponse:
         choices = [
             self._choice(output, self.call.choice_index(index, completion), delta, _ShownChoice())
             for index, output in enumerate(outputs)
@@ -90,11 +97,19 @@ class _Completion:
             async for index, output in news:
                 last[index] = output
                 usage = self._usage(last.values()) if self.body.has_continuous_usage else None
-                events = [self._event(index, output, completion, shown, usage) for completion in output.outputs]
+                events = [
+                    await self._made(output, partial(self._event, index, output, completion, shown, usage))
+                    for completion in output.outputs
+                ]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._response([], self._usage(last.values())))
+
+    async def _made(self, output: RequestOutput, make: Callable[[], bytes]) -> bytes:
+        """An event; one that may be long is made beside the event loop."""
+        is_long = self.body.echo and len(output.prompt_token_ids) > _LONG_ECHO_TOKENS
+        return await beside(make) if is_long else make()
 
     def _event(
         self,

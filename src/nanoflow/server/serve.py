@@ -20,6 +20,7 @@ from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.server.answering import answer, run_loop, stop_at_signals
 from nanoflow.server.cells import Cells
 from nanoflow.server.listen import bind, choose_num_front_ends, num_cores, url
@@ -41,6 +42,7 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
         EngineError: The engine or a front end cannot start.
         EngineDeadError: The engine died.
     """
+    log_quietly("nanoflow")
     if server_config.served_model_name is None:
         server_config = dataclasses.replace(server_config, served_model_name=engine_config.model)
     if server_config.api_servers is None:
