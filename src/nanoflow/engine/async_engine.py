@@ -1,8 +1,7 @@
 """`AsyncEngine`: completions for many callers at once, from an engine in a process of its own.
 
-It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is `output.py`'s to know, when
-readers are woken is `pacing.py`'s, the process is `child.py`'s. For all prompts at once in the calling thread there is
-`llm.py`.
+It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is for `output.py` to know, when
+readers are woken for `pacing.py`, the process for `child.py`. The calling thread does it all itself in `llm.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sized
+from collections.abc import AsyncGenerator, Mapping, Sized
 from contextlib import suppress
 
 from nanoflow.config import EngineConfig
@@ -34,11 +33,11 @@ from nanoflow.engine.messages import (
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.pacing import Pacer, Stream
-from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
+from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt, sendable
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.wire import WireError
 from nanoflow.outputs import RequestOutput
-from nanoflow.request import Request, RequestError, SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 
 __all__ = ["AsyncEngine", "EngineDeadError", "EngineError"]
 
@@ -47,7 +46,6 @@ logger = logging.getLogger(__name__)
 # Prompts from this length on are read in a thread: shorter ones take less than a millisecond.
 _LONG_TEXT_CHARS = 1024
 _LONG_PROMPT_TOKENS = 1 << 16
-_NUMBERS_A_MESSAGE = 1 << 16
 # How long a message may still be on its way when the engine's process has ended.
 _DRAIN_S = 0.2
 _CLOSE_GRACE_S = 10.0
@@ -218,10 +216,9 @@ class AsyncEngine:
         output, requests = self._processor.add(name, checked, params)
         stream = self._streams[name] = Stream(output, is_whole=not streams)
         try:
-            for piece in _pieces(requests):
+            for piece in sendable(requests):
                 self._link.send(Add(requests=piece))
-                if len(piece) < len(requests):
-                    await asyncio.sleep(0)  # to send much takes a while
+                await asyncio.sleep(0)  # to send much takes a while
             is_last = False
             while not is_last:
                 await stream.news()
@@ -344,18 +341,8 @@ async def _ready(link: EngineLink, child: EngineChild | None = None) -> EngineFa
     raise EngineError(reason)
 
 
-def _pieces(requests: list[Request]) -> Iterator[list[Request]]:
-    """Requests, so many together that to send them takes some milliseconds."""
-    first = requests[0]
-    num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + 64
-    count = max(_NUMBERS_A_MESSAGE // num_numbers, 1)
-    return (requests[start : start + count] for start in range(0, len(requests), count))
-
-
 async def _read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     """`read_prompt`, beside the event loop if the prompt is long."""
-    if isinstance(prompt, Prompt):
-        return prompt
     value = next(iter(prompt.values()), "") if isinstance(prompt, Mapping) else prompt
     limit = _LONG_TEXT_CHARS if isinstance(value, str) else _LONG_PROMPT_TOKENS
     if isinstance(value, Sized) and len(value) >= limit:

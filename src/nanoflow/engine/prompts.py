@@ -7,7 +7,7 @@ Everything that is wrong with a request alone is said here, in one line. What ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
 # many make an answer of about a gigabyte.
 _MAX_SCORES = 2**23
+# Numbers of requests that are sent in one message.
+_NUMBERS_A_MESSAGE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,14 @@ def make_requests(
         dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
         for i in range(1, params.n)
     ]
+
+
+def sendable(requests: list[Request]) -> Iterator[list[Request]]:
+    """The requests of one prompt, so many together that to send them takes some milliseconds."""
+    first = requests[0]
+    num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + 64
+    count = max(_NUMBERS_A_MESSAGE // num_numbers, 1)
+    return (requests[start : start + count] for start in range(0, len(requests), count))
 
 
 def _forms(word: str) -> tuple[str, ...]:

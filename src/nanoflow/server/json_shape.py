@@ -1,7 +1,7 @@
 """How deep and how large JSON is, counted before it is parsed.
 
-Parsing holds the interpreter lock and makes an object of every value; counting brackets and commas outside of strings
-does neither. A text is counted a piece at a time. The parser refuses what is no JSON.
+Parsing holds the interpreter lock and makes an object of every value; counting brackets, commas and colons outside of
+strings does neither. A text is counted a piece at a time. The parser refuses what is no JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIECE_BYTES = 1 << 18
-_QUOTE, _COMMA = ord('"'), ord(",")
+_QUOTE = ord('"')
+_IS_BETWEEN = np.zeros(256, bool)
+_IS_BETWEEN[[ord(","), ord(":")]] = True
 _OPENS = np.zeros(256, np.int8)
 _OPENS[[ord("["), ord("{")]] = 1
 _OPENS[[ord("]"), ord("}")]] = -1
@@ -24,7 +26,7 @@ class JsonShape:
 
     Attributes:
         depth: Lists and objects inside each other, at most.
-        num_items: Values in lists and objects, all together; an empty list counts as one.
+        num_items: Values in lists and objects, all together, and names in objects; an empty list counts as one.
     """
 
     depth: int
@@ -46,7 +48,7 @@ def json_shape(text: bytes) -> JsonShape:
         quotes = np.flatnonzero(array == _QUOTE)
         steps = _OPENS[array]
         brackets = _outside(np.flatnonzero(steps), quotes, is_in_string)
-        num_items += len(_outside(np.flatnonzero(array == _COMMA), quotes, is_in_string))
+        num_items += len(_outside(np.flatnonzero(_IS_BETWEEN[array]), quotes, is_in_string))
         if len(brackets):
             depths = depth + np.cumsum(steps[brackets], dtype=np.int64)
             num_items += int(np.count_nonzero(steps[brackets] > 0))
