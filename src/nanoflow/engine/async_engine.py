@@ -1,7 +1,7 @@
 """`AsyncEngine`: completions for many callers at once, from an engine in a process of its own.
 
-It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is for `output.py` to know, when
-readers are woken for `pacing.py`, the process for `child.py`. The calling thread does it all itself in `llm.py`.
+It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is for `output.py` to know,
+when readers are woken for `pacing.py`, the process for `child.py`. The calling thread does it all itself in `llm.py`.
 """
 
 from __future__ import annotations

@@ -85,9 +85,8 @@ class Guard(asyncio.Protocol):
         self._linger_s: float | None = None
         self._write_s: float | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take in a connection, if there is room."""
-        assert isinstance(transport, asyncio.Transport)
         self._transport, self._idle_s = transport, self._loop.time()
         if not self._connections.take(self):
             self._refuse(503, "the server has as many connections as it can have; try again soon")
@@ -233,7 +232,7 @@ class Connections:
         self.max_connections = most_connections(bounds)
         self._living: dict[Guard, None] = {}
         self._ending: dict[Guard, None] = {}
-        # Idle ones, the longest idle last, as the last search found them; and when the next search makes sense.
+        # Idle ones, the longest idle last, as the last search found them; where there were none, when to search again.
         self._candidates: list[Guard] = []
         self._next_search_s = 0.0
 
@@ -289,9 +288,10 @@ class Connections:
             now_s = asyncio.get_running_loop().time()
             if now_s < self._next_search_s:
                 return None
-            self._next_search_s = now_s + SEARCH_INTERVAL_S
             idle = [guard for guard in self._living if guard.is_idle and not guard.is_closing]
             self._candidates = sorted(idle, key=lambda guard: guard.idle_since_s, reverse=True)
+            if not idle:
+                self._next_search_s = now_s + SEARCH_INTERVAL_S
 
 
 def most_connections(bounds: ServerBounds) -> int:
