@@ -2,8 +2,8 @@
 
 `nanoflow serve` runs the embedded model. So many clients stream completions, one after the other's end, all the time;
 another asks for /health twenty times a second. Of a few seconds without and a few seconds with each hostile use
-(`evil.py`) the longest gap between two pieces of a stream is told, and the longest answer of /health. The streams run on
-from one use to the next, so that gaps of a beginning are told too.
+(`evil.py`) the longest gap between two pieces of a stream is told, and the longest answer of /health. The streams go on
+meanwhile.
 
     python -m benchmarks.evil_beside_good --json benchmarks/results/evil_beside_good.json
 """

@@ -38,8 +38,8 @@ class ServerBounds:
     max_json_depth: int = option(64, "Deepest nesting of lists and objects in a body (400)")
     max_json_items: int | None = option(
         None,
-        "Most values in the lists and objects of a body, and names in objects; token ids count too (413). 512K, or "
-        "twice the context length if that is more, if not given",
+        "Most values in the lists and objects of a body (413): token ids count, lists and objects count as eight, "
+        "names in objects as four. 512K, or twice the context length if that is more, if not given",
         read=read_count,
     )
     max_prompts: int = option(1024, "Most prompts of a call (400)")

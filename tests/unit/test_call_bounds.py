@@ -102,7 +102,8 @@ def test_wrong_types_are_left_to_the_model_of_the_body(body: Any) -> None:
     [
         (b"[" * 6 + b"]" * 6, {"max_json_depth": 5}, 400),
         (b'{"a":' * 6 + b"1" + b"}" * 6, {"max_json_depth": 5}, 400),
-        (b"[1,2,3,4,5,6]", {"max_json_items": 5}, 413),
+        (b"[1,2,3,4,5,6]", {"max_json_items": 12}, 413),
+        (b"[[],[]]", {"max_json_items": 24}, 413),
     ],
 )
 def test_json_is_refused_by_its_shape(text: bytes, bounds: dict[str, int], status: int) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.server import json_shape as module
-from nanoflow.server.json_shape import JsonShape, json_shape
+from nanoflow.server.json_shape import ITEMS_A_CONTAINER, ITEMS_A_NAME, JsonShape, json_shape
 
 _TEXTS = st.text(st.sampled_from(list('ab\\"[]{},:\n\u00e9')), max_size=6)
 _VALUES = st.recursive(
@@ -21,11 +21,11 @@ _VALUES = st.recursive(
 
 
 def shape_of(value: Any) -> JsonShape:
-    """The same from the value: commas, colons and lists."""
+    """The same from the value: commas, names and lists."""
     if not isinstance(value, list | dict):
         return JsonShape(depth=0, num_items=0)
     inner = list(map(shape_of, value.values() if isinstance(value, dict) else value))
-    own = max(len(value) - 1, 0) + 1 + (len(value) if isinstance(value, dict) else 0)
+    own = max(len(value) - 1, 0) + ITEMS_A_CONTAINER + (ITEMS_A_NAME * len(value) if isinstance(value, dict) else 0)
     return JsonShape(
         depth=1 + max((one.depth for one in inner), default=0), num_items=own + sum(one.num_items for one in inner)
     )

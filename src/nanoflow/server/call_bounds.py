@@ -12,7 +12,7 @@ from typing import Any
 from nanoflow.bounds import ServerBounds
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.server.errors import ApiError
-from nanoflow.server.json_shape import json_shape
+from nanoflow.server.json_shape import ITEMS_A_CONTAINER, json_shape
 
 _CHARS_A_TOKEN = 8
 _CALL_CHARS = 2**20
@@ -52,8 +52,8 @@ class CallBounds:
     def check_text(self, body: bytes) -> None:
         """Refuse JSON that is nested too deeply (400) or has too many values (413), before it is parsed."""
         depth, items = self.bounds.max_json_depth, self.max_json_items
-        # So few brackets and bytes cannot be too many.
-        if len(body) <= items and body.count(b"[") + body.count(b"{") <= depth:
+        # So few brackets and bytes cannot be too many: no byte counts for more than a container.
+        if len(body) <= items // ITEMS_A_CONTAINER and body.count(b"[") + body.count(b"{") <= depth:
             return
         shape = json_shape(body)
         if shape.depth > depth:

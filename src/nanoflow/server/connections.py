@@ -28,7 +28,7 @@ SEARCH_INTERVAL_S = 0.05
 # A client that is refused before its body was read has so long to see the answer.
 LINGER_S = 5.0
 RETRY_AFTER_S = 1
-_PIECE_BYTES = 1 << 14
+_HEAD_PIECE_BYTES, _PIECE_BYTES = 1 << 12, 1 << 14
 _MAX_PIPELINED = 64
 _HEAD_END = b"\r\n\r\n"
 _PHRASES = {
@@ -100,10 +100,13 @@ class Guard(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Let bytes in, a piece at a time: what a piece holds is parsed in one go."""
-        for start in range(0, len(data), _PIECE_BYTES):
+        start = 0
+        while start < len(data):
             if self.is_closing:
                 return
-            piece = data[start : start + _PIECE_BYTES] if len(data) > _PIECE_BYTES else data
+            num_bytes = _PIECE_BYTES if self._is_in_body else _HEAD_PIECE_BYTES
+            piece = data[start : start + num_bytes] if start or len(data) > num_bytes else data
+            start += num_bytes
             if not self._is_in_body and not self._count_head(piece):
                 return
             self._parser.data_received(piece)
