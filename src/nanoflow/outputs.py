@@ -133,8 +133,14 @@ class PromptLogprobRows(Sequence[PositionLogprobs | None]):
         logprobs: Sequence[Sequence[float]],
         ranks: Sequence[int],
     ) -> None:
-        """Fill consecutive places, one entry of each list a place as `position_logprobs` takes it."""
+        """Fill consecutive places, one entry of each list a place as `position_logprobs` takes it.
+
+        Raises:
+            IndexError: There are no such places.
+        """
         rows = list(zip(token_ids, logprobs, ranks, strict=True))
+        if first_place < 0 or first_place + len(rows) > len(self._rows):
+            raise IndexError(f"there are {len(self._rows)} places, got {len(rows)} from place {first_place} on")
         self._rows[first_place : first_place + len(rows)] = rows
 
     def __len__(self) -> int:
