@@ -1,7 +1,7 @@
-"""Fill in the generated parts of README.md and docs/api.md.
+"""Fill in the generated parts of README.md, docs/api.md and docs/bounds.md.
 
 The README has the file tree (from module docstrings) and the results (from JSON), the page of the API has tables of
-fields. Run after adding a file, a result or a field: `python tools/docs.py`. With `--check` it changes nothing and
+fields, that of bounds their options. Run after adding a file, a result or a field: `python tools/docs.py`. With `--check` it changes nothing and
 fails if a page is out of date; a test does that.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from api_tables import body_fields, foreign_fields, sampling_parameters
+from bounds_table import bounds_table
 from records import readme_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,7 @@ def results_table() -> str:
 # Each page with its generated parts.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"tree": file_tree, "results": results_table},
+    "docs/bounds.md": {"bounds": bounds_table},
     "docs/api.md": {"parameters": sampling_parameters, "fields": body_fields, "foreign": foreign_fields},
 }
 

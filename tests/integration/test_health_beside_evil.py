@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from benchmarks.evil import ATTACKS, Address
+from benchmarks.evil import ATTACKS, Address, Attack
 
 from tests.server_process import launch
 from tests.toy_models import write_toy_model
@@ -50,6 +50,13 @@ def longest_answer_s(address: Address, stop: threading.Event) -> float:
     return longest_s
 
 
+def run(attack: Attack, address: Address, stop: threading.Event) -> None:
+    try:
+        attack(address, SECONDS)
+    finally:
+        stop.set()
+
+
 @pytest.mark.timing
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_health_is_never_late(name: str, address: Address) -> None:
@@ -57,7 +64,7 @@ def test_health_is_never_late(name: str, address: Address) -> None:
     attack, latest_s = ATTACKS[name](), list[float]()
     for _ in range(ATTEMPTS):
         stop = threading.Event()
-        attacking = threading.Thread(target=lambda: (attack(address, SECONDS), stop.set()))
+        attacking = threading.Thread(target=run, args=(attack, address, stop))
         time.sleep(INTERVAL_S)
         attacking.start()
         latest_s.append(longest_answer_s(address, stop))

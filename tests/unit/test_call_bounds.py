@@ -61,7 +61,7 @@ def call_bounds(**bounds: Any) -> CallBounds:
     ],
 )
 def test_too_much_is_refused_and_names_its_field(
-    body: dict[str, Any], bounds: dict[str, int], status: int, param: str
+    body: dict[str, Any], bounds: dict[str, Any], status: int, param: str
 ) -> None:
     problem = problem_of(body, **bounds)
     assert (problem.status, problem.param) == (status, param)

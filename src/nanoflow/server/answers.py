@@ -19,11 +19,18 @@ T = TypeVar("T")
 
 # Entries of a list that are encoded at once; each may have twenty log probabilities.
 _ENTRIES = 256
+# Tokens and log probabilities of an event that is made in the event loop: some two milliseconds.
+_LONG_EVENT = 512
 
 
 async def beside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Do something that may take a while beside the event loop."""
     return await asyncio.to_thread(work, *args, **kwargs)
+
+
+async def made(make: Callable[[], T], num_entries: int) -> T:
+    """Make an event; beside the event loop if it has many entries, as those of a client that reads slowly."""
+    return await beside(make) if num_entries > _LONG_EVENT else make()
 
 
 async def answer_of(making: Coroutine[Any, Any, Any]) -> Response:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, RequestOutput
-from nanoflow.server.answers import answer_of, beside
+from nanoflow.server.answers import answer_of, beside, made
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
@@ -96,13 +96,15 @@ class _Chat:
         async with aclosing(self.call.news()) as news:
             async for _, output in news:
                 last = [output]
-                events = [self._events(output, completion, shown) for completion in output.outputs]
+                events = [await self._events(output, completion, shown) for completion in output.outputs]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._chunk([], count_usage(last)))
 
-    def _events(self, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]) -> bytes:
+    async def _events(
+        self, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]
+    ) -> bytes:
         """The events for what is new of a completion; empty if nothing is."""
         index = completion.index
         state = shown.get(index)
@@ -119,7 +121,8 @@ class _Chat:
                     lambda text: self._chunk([self._chunk_choice(index, delta.with_text(text))], None)
                 )
             return opening + state.template.fill(delta.text)
-        return opening + event(self._chunk([self._chunk_choice(index, delta)], usage))
+        chunk = await made(lambda: event(self._chunk([self._chunk_choice(index, delta)], usage)), delta.num_entries)
+        return opening + chunk
 
     def _opening(self, index: int, output: RequestOutput, *, is_first: bool) -> bytes:
         """The events before a choice has text: its role, and what is echoed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +10,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from nanoflow.server.answers import answer_of, beside
+from nanoflow.server.answers import answer_of, beside, made
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.echo import Echo, TextOffsets
 from nanoflow.server.errors import ERROR_RESPONSES
@@ -20,8 +20,6 @@ from nanoflow.server.protocol import CompletionRequest
 from nanoflow.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from nanoflow.server.service import Service
 from nanoflow.server.streaming import EVENT_STREAM_CONTENT, EventTemplate, event, open_stream, while_connected
-
-_LONG_ECHO_TOKENS = 64
 
 
 def completions_router(service: Service) -> APIRouter:
@@ -97,21 +95,13 @@ class _Completion:
             async for index, output in news:
                 last[index] = output
                 usage = self._usage(last.values()) if self.body.has_continuous_usage else None
-                events = [
-                    await self._made(output, partial(self._event, index, output, completion, shown, usage))
-                    for completion in output.outputs
-                ]
+                events = [await self._event(index, output, completion, shown, usage) for completion in output.outputs]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._response([], self._usage(last.values())))
 
-    async def _made(self, output: RequestOutput, make: Callable[[], bytes]) -> bytes:
-        """An event; one that may be long is made beside the event loop."""
-        is_long = self.body.echo and len(output.prompt_token_ids) > _LONG_ECHO_TOKENS
-        return await beside(make) if is_long else make()
-
-    def _event(
+    async def _event(
         self,
         index: int,
         output: RequestOutput,
@@ -133,6 +123,13 @@ class _Completion:
                     lambda text: self._response([self._choice(output, place, delta.with_text(text), state)], None)
                 )
             return state.template.fill(delta.text)
+        num_echoed = len(output.prompt_token_ids) if self.body.echo and delta.is_first else 0
+        num_entries = delta.num_entries + num_echoed * (2 + max(self.body.logprobs or 0, 0))
+        return await made(partial(self._chunk, output, place, delta, state, usage), num_entries)
+
+    def _chunk(
+        self, output: RequestOutput, place: int, delta: Delta, state: _ShownChoice, usage: Usage | None
+    ) -> bytes:
         return event(self._response([self._choice(output, place, delta, state)], usage))
 
     def _varies(self, delta: Delta) -> bool:

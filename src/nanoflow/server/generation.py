@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 from nanoflow.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestOutput
 from nanoflow.request import SamplingParams
@@ -139,6 +139,26 @@ class Call:
             queue.put_nowait(problem)
 
 
+class Window(Sequence[PositionLogprobs]):
+    """A part of log probabilities that may grow meanwhile; mappings are made where they are looked at."""
+
+    def __init__(self, whole: Sequence[PositionLogprobs], start: int, end: int) -> None:
+        self._whole = whole
+        self._places = range(start, end)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> PositionLogprobs: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PositionLogprobs]: ...
+    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs]:
+        if isinstance(place, slice):
+            return [self._whole[i] for i in self._places[place]]
+        return self._whole[self._places[place]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """What is new of a completion.
@@ -162,6 +182,11 @@ class Delta:
         """True if there is nothing but text in it."""
         return self.logprobs is None and self.finish_reason is None
 
+    @property
+    def num_entries(self) -> int:
+        """Tokens and log probabilities in it."""
+        return len(self.token_ids) + (len(self.logprobs) * len(self.logprobs[0]) if self.logprobs else 0)
+
     def with_text(self, text: str) -> Delta:
         """The same with another text."""
         return dataclasses.replace(self, text=text)
@@ -184,7 +209,7 @@ class Cursor:
             is_first=self.num_tokens == 0,
             text=completion.text_since(self.num_chars),
             token_ids=completion.token_ids[self.num_tokens :],
-            logprobs=None if completion.logprobs is None else completion.logprobs[self.num_tokens : num_tokens],
+            logprobs=None if completion.logprobs is None else Window(completion.logprobs, self.num_tokens, num_tokens),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
