@@ -1,8 +1,8 @@
 """Fill in the generated parts of README.md, docs/api.md and docs/bounds.md.
 
 The README has the file tree (from module docstrings) and the results (from JSON), the page of the API has tables of
-fields, that of bounds their options. Run after adding a file, a result or a field: `python tools/docs.py`. With `--check` it changes nothing and
-fails if a page is out of date; a test does that.
+fields, that of bounds their options. Run after adding a file, a result, a field or an option: `python tools/docs.py`.
+With `--check` it changes nothing and fails if a page is out of date; a test does that.
 """
 
 from __future__ import annotations
