@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -162,6 +163,7 @@ def main() -> int:
             num_streams=args.streams,
             seconds=args.seconds,
             num_front_ends=args.api_servers,
+            load_average=os.getloadavg()[0],
             rows=[dataclasses.asdict(row) for row in rows],
         )
     return 0

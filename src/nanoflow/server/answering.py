@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -28,6 +29,8 @@ STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine in the fastest event loop there is: uvloop's where it is installed, else asyncio's."""
+    # A text becomes tokens in the thread that asks for it: on all cores at once it would hold up those who stream.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform != "win32" and find_spec("uvloop") is not None:
         import uvloop
