@@ -37,16 +37,14 @@ bench: $(VENV)/.installed  ## Measure the scheduler and CPU decode against their
 	$(BIN)/python benchmarks/scheduler.py --check
 	$(BIN)/python benchmarks/cpu_decode.py --check
 
-<<<<<<< HEAD
 fuzz: $(VENV)/.installed  ## Send 100,000 hostile inputs to a server and to the loaders of files
 	PYTHONPATH=. $(BIN)/python -m benchmarks.fuzz
 
 soak: $(VENV)/.installed  ## Load a server for 20 minutes and see that memory stays flat
 	PYTHONPATH=. $(BIN)/python -m benchmarks.soak --check
-=======
+
 clients: $(VENV)/.installed  ## Ask a server through the client libraries that people use (installs them)
 	$(BIN)/python tools/clients.py
->>>>>>> door
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,7 +15,7 @@ from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW
-from nanoflow.server.backend import ChatMessage, Prompt
+from nanoflow.server.backend import AnyPrompt, ChatMessage
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 EOS, BOS = 256, 257
@@ -101,7 +101,7 @@ class FakeAsyncEngine:
         )
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
         if prompt == "crash":
@@ -196,8 +196,8 @@ class FakeAsyncEngine:
             )
         )
 
-    def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _prompt_ids(self, prompt: AnyPrompt, params: SamplingParams) -> list[int]:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
         if not token_ids:
             raise RequestError("the prompt has no tokens")
         bad = [

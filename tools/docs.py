@@ -1,8 +1,9 @@
-"""Fill in the generated parts of README.md and docs/api.md.
+"""Fill in the generated parts of README.md, docs/api.md and docs/bounds.md.
 
 The README has the file tree (from module docstrings) and the results (from JSON), the page of the API has tables of
-fields, the page for users of vLLM has the lists of `nanoflow/compat/`. Run after adding a file, a result, a field or an
-option: `python tools/docs.py`. With `--check` it changes nothing and fails if a page is out of date; a test does that.
+fields, that of bounds their options, the page for users of vLLM the lists of `nanoflow/compat/`. Run after adding a
+file, a result, a field or an option: `python tools/docs.py`. With `--check` it changes nothing and fails if a page is
+out of date; a test does that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import switching_tables as switching
 from api_tables import body_fields, foreign_fields, sampling_parameters
+from bounds_table import bounds_table
 from records import readme_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,7 @@ def results_table() -> str:
 # Each page with its generated parts.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"tree": file_tree, "results": results_table},
+    "docs/bounds.md": {"bounds": bounds_table},
     "docs/api.md": {"parameters": sampling_parameters, "fields": body_fields, "foreign": foreign_fields},
     "docs/switching-from-vllm.md": {
         "engine": switching.engine_known,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from nanoflow.access import AccessOptions as AccessOptions
+from nanoflow.bounds import ServerBounds as ServerBounds
 from nanoflow.compat.engine_options import ENGINE
 from nanoflow.compat.entries import EMPTY, Alias, Foreign, Table
 from nanoflow.compat.sampling_options import SAMPLING
@@ -156,7 +157,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig(AccessOptions):
-    """How the HTTP server listens; who may use it says `access.py`."""
+    """How the HTTP server listens; who may use it says `access.py`, what it lets in `bounds.py`."""
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
@@ -186,6 +187,7 @@ class ServerConfig(AccessOptions):
     heartbeat_timeout_s: float = option(60.0, "/health fails when the engine loop has been silent for so long")
 
     def __post_init__(self) -> None:
+        self.check_bounds()
         self.check_access()
         if not all(self.model_names) or len(set(self.model_names)) < len(self.model_names):
             raise ConfigError(f"served_model_name must be different names, got {list(self.model_names)}")

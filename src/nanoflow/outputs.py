@@ -110,6 +110,65 @@ class LogprobRows(Sequence[PositionLogprobs]):
         return position_logprobs(token_ids, logprobs, self._ranks[place], self._token_text)
 
 
+class PromptLogprobRows(Sequence[PositionLogprobs | None]):
+    """Log probabilities of the tokens of a prompt, one mapping a place, None where there is none (yet).
+
+    Reads like a list and is equal to one. Mappings are made when they are looked at: those of a long prompt take
+    seconds, and whoever takes in what the engine sends must not.
+
+    Args:
+        num_places: Tokens of the prompt.
+        token_text: Text of a token id.
+    """
+
+    __slots__ = ("_rows", "_token_text")
+
+    def __init__(self, num_places: int, token_text: TokenText) -> None:
+        self._rows: list[tuple[Sequence[int], Sequence[float], int] | None] = [None] * num_places
+        self._token_text = token_text
+
+    def put(
+        self,
+        first_place: int,
+        token_ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+        ranks: Sequence[int],
+    ) -> None:
+        """Fill consecutive places, one entry of each list a place as `position_logprobs` takes it.
+
+        Raises:
+            IndexError: There are no such places.
+        """
+        rows = list(zip(token_ids, logprobs, ranks, strict=True))
+        if first_place < 0 or first_place + len(rows) > len(self._rows):
+            raise IndexError(f"there are {len(self._rows)} places, got {len(rows)} from place {first_place} on")
+        self._rows[first_place : first_place + len(rows)] = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> PositionLogprobs | None: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PositionLogprobs | None]: ...
+    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs | None] | None:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        row = self._rows[place]
+        return None if row is None else position_logprobs(*row, self._token_text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list | PromptLogprobRows) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[type[list[PositionLogprobs | None]], tuple[list[PositionLogprobs | None]]]:
+        return list, (list(self),)
+
+
 class GrowingText:
     """Descriptor of a text that can be added to without copying what is there; reads and is set as a string.
 
@@ -296,7 +355,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    prompt_logprobs: Sequence[PositionLogprobs | None] | None = None
     finished: bool = False
     metrics: RequestMetrics | None = None
     error: str | None = None

@@ -68,9 +68,10 @@ async def longest_turn_s(stop: asyncio.Event) -> float:
 
 
 def test_no_call_holds_the_event_loop_for_long(model: str) -> None:
-    ids, text = [index % 300 for index in range(MIB)], "hello world " * 20_000
+    ids, text = [index % 300 for index in range(MIB // 2 - 8)], "hello world " * 20_000
     bodies: list[tuple[str, dict[str, Any], int]] = [
         ("/v1/completions", {"prompt": ids}, 400),
+        ("/v1/completions", {"prompt": [*ids, *ids]}, 413),
         ("/v1/completions", {"prompt": text}, 400),
         ("/v1/completions", {"prompt": ["hello world " * 80] * 128}, 400),
         ("/v1/completions", {"prompt": [*ids[:-1], "no token"]}, 400),

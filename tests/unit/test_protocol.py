@@ -75,7 +75,7 @@ def test_four_forms_of_prompt(prompt: Any, prompts: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, 5, {}, [], [[]], ["a", 1], [1, "a"], [1, [2]], [1.5], [True], [-1], [2**31], [None], ["a"] * 1025, "\ud800"],
+    [None, 5, {}, [], [[]], ["a", 1], [1, "a"], [1, [2]], [1.5], [True], [-1], [2**31], [None], "\ud800"],
 )
 def test_other_prompts_are_refused(prompt: Any) -> None:
     assert refusal(prompt=prompt).startswith("prompt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -180,3 +181,18 @@ def _brute_force(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
             num_hidden = sum(symbol not in "123" for symbol in name) if is_special else len(found)
             return visible[: len(visible) - num_hidden], found
     return visible, None
+
+
+def test_work_is_linear_in_the_text_with_marks_too() -> None:
+    """What is held is not read again: 16 stop strings of 20,000 characters, of which the text is the beginning."""
+    rules = StopRules([f"{'a' * 20_000}<end>{index}" for index in range(16)], {"<end>": 7})
+
+    def cpu_s(num_pieces: int) -> float:
+        search, begin_s = rules.new_filter(), time.thread_time()
+        for _ in range(num_pieces):
+            search.push("a")
+        return time.thread_time() - begin_s
+
+    cpu_s(16_000)
+    short_s, long_s = (min(cpu_s(count) for _ in range(3)) for count in (1_000, 16_000))
+    assert long_s < 16 * short_s * 4

@@ -258,7 +258,7 @@ def test_what_the_library_refuses_is_one_too() -> None:
 
 def test_ctrl_c_in_a_tokenizer_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
-        def encode(self, *_: object, **__: object) -> None:
+        def encode_batch_fast(self, *_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
     tokenizer = toy_tokenizer()
@@ -385,7 +385,7 @@ def test_a_panic_is_an_error_of_the_text() -> None:
         raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
 
     tokenizer = toy_tokenizer(chat_template=TEMPLATE)
-    tokenizer._backend = SimpleNamespace(encode=panic, decode=panic)
+    tokenizer._backend = SimpleNamespace(encode_batch_fast=panic, encode_batch=panic, decode_batch=panic)
     for call in (
         lambda: tokenizer.encode("a"),
         lambda: tokenizer.decode([1]),
@@ -400,7 +400,7 @@ def test_what_ends_a_program_goes_through() -> None:
         raise KeyboardInterrupt
 
     tokenizer = toy_tokenizer()
-    tokenizer._backend = SimpleNamespace(encode=interrupt)
+    tokenizer._backend = SimpleNamespace(encode_batch_fast=interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("a")
 

@@ -1,8 +1,7 @@
 """`AsyncEngine`: completions for many callers at once, from an engine in a process of its own.
 
-It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is `output.py`'s to know, when
-readers are woken is `pacing.py`'s, the process is `child.py`'s. For all prompts at once in the calling thread there is
-`llm.py`.
+It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is for `output.py` to know,
+when readers are woken for `pacing.py`, the process for `child.py`. The calling thread does it all itself in `llm.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from nanoflow.engine.messages import (
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.pacing import Pacer, Stream
-from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt
+from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt, sendable
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.wire import WireError
 from nanoflow.outputs import RequestOutput
@@ -217,7 +216,9 @@ class AsyncEngine:
         output, requests = self._processor.add(name, checked, params)
         stream = self._streams[name] = Stream(output, is_whole=not streams)
         try:
-            self._link.send(Add(requests=requests))
+            for piece in sendable(requests):
+                self._link.send(Add(requests=piece))
+                await asyncio.sleep(0)  # to send much takes a while
             is_last = False
             while not is_last:
                 await stream.news()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nanoflow.engine.completion import Completion
 from nanoflow.engine.messages import PlaceLogprobs
 from nanoflow.engine.observer import FinishedRequest
-from nanoflow.outputs import FinishReason, RequestMetrics, RequestOutput, TokenText, position_logprobs
+from nanoflow.outputs import FinishReason, PromptLogprobRows, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 
 
@@ -29,16 +29,14 @@ class LivingRequest:
     running: dict[int, Completion] = field(default_factory=dict)
     prompt_scores: list[PlaceLogprobs] = field(default_factory=list)
 
-    def read_prompt_scores(self, token_text: TokenText) -> None:
+    def read_prompt_scores(self) -> None:
         """Put the log probabilities that wait where they belong in the output."""
         positions, waiting = self.output.prompt_logprobs, self.prompt_scores
-        if positions is None:
+        if not isinstance(positions, PromptLogprobRows):
             return
         self.prompt_scores = []
         for scores in waiting:
-            rows = zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
-            for place, row in enumerate(rows, start=scores.first_position):
-                positions[place] = position_logprobs(*row, token_text)
+            positions.put(scores.first_position, scores.token_ids, scores.logprobs, scores.ranks)
 
     def count_tokens(self) -> None:
         """Note how many tokens there are of all completions."""

@@ -28,6 +28,7 @@ from nanoflow.outputs import (
     CompletionOutput,
     FinishReason,
     LogprobRows,
+    PromptLogprobRows,
     RequestMetrics,
     RequestOutput,
     TokenText,
@@ -122,7 +123,9 @@ class OutputProcessor:
             prompt=prompt.text,
             prompt_token_ids=prompt.token_ids,
             outputs=[CompletionOutput(index=index) for index in range(params.n)],
-            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt.token_ids),
+            prompt_logprobs=None
+            if params.prompt_logprobs is None
+            else PromptLogprobRows(len(prompt.token_ids), self._token_text(params)),
             metrics=metrics,
         )
         living = LivingRequest(output=output, metrics=metrics, params=params)
@@ -296,7 +299,7 @@ class OutputProcessor:
         if not living.prompt_scores:
             return
         try:
-            living.read_prompt_scores(self._token_text(living.params))
+            living.read_prompt_scores()
         except Exception:
             logger.exception("the log probabilities of the prompt of %s could not be read", living.output.request_id)
             living.output.error = _FAILURE

@@ -36,6 +36,7 @@ from nanoflow.engine.messages import (
     StepOutput,
     Unreadable,
 )
+from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.engine.wire import ToEngine, WireError
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request, RequestError
@@ -217,7 +218,7 @@ def main() -> int:
     """Run the real engine."""
     from nanoflow.engine.build import build_engine
 
-    logging.basicConfig(format="nanoflow engine: %(levelname)s: %(message)s")
+    log_quietly("nanoflow engine")
     return serve(build_engine, sys.argv[1])
 
 

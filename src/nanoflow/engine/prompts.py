@@ -7,7 +7,7 @@ Everything that is wrong with a request alone is said here, in one line. What ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,14 @@ from nanoflow.parameters import integers, shown
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
 
-PromptInput = str | Sequence[int] | Mapping[str, Any]
-"""A text, its token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
-
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
 # many make an answer of about a gigabyte.
 _MAX_SCORES = 2**23
+# Numbers of requests that are sent in one message.
+_NUMBERS_A_MESSAGE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +42,18 @@ class Prompt:
     token_ids: list[int]
 
 
+PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
+"""A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already."""
+
+
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     """Read any of the forms of a prompt; a text is encoded with the model's special tokens.
 
     Raises:
         RequestError: It is none of the forms, or a text while there is no tokenizer.
     """
+    if isinstance(prompt, Prompt):
+        return prompt
     text, value = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt)
     if isinstance(value, str):
         if tokenizer is None:
@@ -158,6 +163,14 @@ def make_requests(
         dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
         for i in range(1, params.n)
     ]
+
+
+def sendable(requests: list[Request]) -> Iterator[list[Request]]:
+    """The requests of one prompt, so many together that to send them takes some milliseconds."""
+    first = requests[0]
+    num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + 64
+    count = max(_NUMBERS_A_MESSAGE // num_numbers, 1)
+    return (requests[start : start + count] for start in range(0, len(requests), count))
 
 
 def _forms(word: str) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ stands. Other stop strings are searched in the text as its reader sees it: a tok
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from nanoflow.engine.stop import StopFilter, StopStrings
 
@@ -35,12 +37,13 @@ class StopRules:
         self._plain = StopStrings(stops)
         with_marks = [pattern for pattern, stop in self._stop_of.items() if pattern != stop]
         self._marked = StopStrings(with_marks) if with_marks else None
+        self._num_shown = {pattern: _shown_counts(pattern) for pattern in with_marks}
 
     def new_filter(self, *, keeps_stop: bool = False) -> StopFilter | MarkedStopFilter:
         """The search of one completion; `keeps_stop` leaves the stop string in the text."""
         if self._marked is None:
             return StopFilter(self._plain, keeps_stop=keeps_stop)
-        return MarkedStopFilter(self._plain, self._marked, self._stop_of, keeps_stop=keeps_stop)
+        return MarkedStopFilter(self._plain, self._marked, self._stop_of, self._num_shown, keeps_stop=keeps_stop)
 
 
 class MarkedStopFilter:
@@ -50,41 +53,68 @@ class MarkedStopFilter:
         plain: Searched in the text.
         marked: Searched in the text with its marks.
         stop_of: The stop string of each string in `marked`.
+        num_shown: Of each string in `marked`, the characters that are no marks in its beginnings, by their length.
         keeps_stop: The stop string is part of the text, with the names of its special tokens.
 
     Attributes:
         found: The stop string that ended the text; None before.
     """
 
-    __slots__ = ("_held", "_keeps_stop", "_marked", "_marked_node", "_plain", "_plain_node", "_stop_of", "found")
+    __slots__ = (
+        "_held",
+        "_keeps_stop",
+        "_marked",
+        "_marked_node",
+        "_num_shown",
+        "_plain",
+        "_plain_node",
+        "_stop_of",
+        "found",
+    )
 
     def __init__(
-        self, plain: StopStrings, marked: StopStrings, stop_of: Mapping[str, str], *, keeps_stop: bool = False
+        self,
+        plain: StopStrings,
+        marked: StopStrings,
+        stop_of: Mapping[str, str],
+        num_shown: Mapping[str, Sequence[int]],
+        *,
+        keeps_stop: bool = False,
     ) -> None:
         self.found: str | None = None
         self._plain, self._marked, self._stop_of = plain, marked, stop_of
         self._plain_node, self._marked_node = plain.root, marked.root
         self._keeps_stop = keeps_stop
-        self._held = ""
+        self._num_shown = num_shown
+        # Character by character, so that each is moved twice, however much is held.
+        self._held: deque[str] = deque()
 
     def push(self, piece: str, *, may_stop: bool = True) -> str:
         """The text to show now; arguments as of `StopFilter.push`."""
-        text = self._held
+        held = self._held
         for char in piece:
             self._marked_node = self._marked.step(self._marked_node, char)
             if not _is_mark(char):
-                text += char
+                held.append(char)
                 self._plain_node = self._plain.step(self._plain_node, char)
             found = self._longest(self._marked_node.match, None if _is_mark(char) else self._plain_node.match)
             if found is not None and may_stop:
-                self.found, self._held = self._stop_of.get(found, found), ""
-                shown = text[: len(text) - _num_shown(found)]
+                self.found = self._stop_of.get(found, found)
+                shown = self._take(len(held) - self._shown(found, len(found)))
+                held.clear()
                 return shown + self.found if self._keeps_stop else shown
         self._plain_node, self._marked_node = self._plain.held(self._plain_node), self._marked.held(self._marked_node)
-        beginning = self._marked_node.text_of[: self._marked_node.depth]
-        num_shown = len(text) - max(self._plain_node.depth, _num_shown(beginning))
-        self._held = text[num_shown:]
-        return text[:num_shown]
+        beginning = self._marked_node
+        return self._take(len(held) - max(self._plain_node.depth, self._shown(beginning.text_of, beginning.depth)))
+
+    def _shown(self, pattern: str, num_chars: int) -> int:
+        """Characters that are no marks among the first of a pattern."""
+        counts = self._num_shown.get(pattern)
+        return num_chars if counts is None else counts[num_chars]
+
+    def _take(self, num_chars: int) -> str:
+        """The first characters that are held, which are held no more."""
+        return "".join([self._held.popleft() for _ in range(num_chars)])
 
     def _longest(self, *matches: str | None) -> str | None:
         found = [match for match in matches if match is not None]
@@ -92,9 +122,8 @@ class MarkedStopFilter:
 
     def flush(self) -> str:
         """The text held back, once there is no more to come."""
-        held, self._held = self._held, ""
         self._plain_node, self._marked_node = self._plain.root, self._marked.root
-        return held
+        return self._take(len(self._held))
 
 
 def _marked(stop: str, mark_of: Mapping[str, str]) -> str:
@@ -109,5 +138,6 @@ def _is_mark(char: str) -> bool:
     return ord(char) in _MARKS
 
 
-def _num_shown(pattern: str) -> int:
-    return sum(not _is_mark(char) for char in pattern)
+def _shown_counts(pattern: str) -> list[int]:
+    """How many characters of each beginning, by its length, are no marks."""
+    return list(accumulate((not _is_mark(char) for char in pattern), initial=0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from nanoflow.request import RequestError
 __all__ = ["REPLACEMENT", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# By how much a normalizer may shorten a text: composed characters are made of four at most.
+_SHRINKAGE = {"NoneType": 1, "NFC": 4}
 
 
 class Tokenizer:
@@ -121,7 +123,24 @@ class Tokenizer:
         Raises:
             RequestError: The text has lone surrogates, which are no characters, or the tokenizer fails at it.
         """
-        return list(self._encoding(text, add_special_tokens).ids)
+        # A batch of one, as `encode` of the backend would keep other threads waiting.
+        return self.encode_all([text], add_special_tokens)[0]
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text; other threads run meanwhile. Raises as `encode`."""
+        encode = partial(self._backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in _encoded(encode)]
+
+    @cached_property
+    def longest_token_chars(self) -> int | None:
+        """Most characters of a text that one token stands for; None where there is no such bound.
+
+        A tokenizer that drops characters, or has one token for whatever it does not know, has none.
+        """
+        factor = _SHRINKAGE.get(type(self._backend.normalizer).__name__)
+        if self.byte_rule is None or factor is None:
+            return None
+        return factor * max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def text_offsets(self, text: str) -> list[int]:
         """Where each token that `encode` gives begins in the text; where a token adds no text, that of the next.
@@ -148,7 +167,8 @@ class Tokenizer:
             ValueError: The tokenizer fails at them.
         """
         try:
-            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+            # A batch of one, as `decode` would keep other threads waiting.
+            return str(self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0])
         except BaseException as error:
             raise refusal(error, "the tokenizer cannot decode these tokens") from error
 
@@ -206,6 +226,7 @@ class Tokenizer:
         add_special_tokens: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        check_text: Callable[[str], None] | None = None,
     ) -> list[int]:
         """Token ids of a conversation.
 
@@ -216,6 +237,7 @@ class Tokenizer:
             add_special_tokens: Add those that a plain text gets, although templates write them themselves.
             chat_template: Jinja text, or the name of one of the tokenizer's own templates, instead of the usual one.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
+            check_text: Called with what the template wrote, before that becomes tokens; may raise.
 
         Raises:
             RequestError: There is no chat template, or it refuses the messages; the message says why.
@@ -227,6 +249,8 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             kwargs=chat_template_kwargs,
         )
+        if check_text is not None:
+            check_text(text)
         return self.encode(text, add_special_tokens=add_special_tokens)
 
     def put_into(self, fast: Any) -> None:
@@ -242,12 +266,7 @@ class Tokenizer:
         self.chat_templates.close()
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError:
-            raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
-        except BaseException as error:
-            raise refusal(error, "the tokenizer cannot encode this text") from error
+        return _encoded(partial(self._backend.encode_batch, [text], add_special_tokens=add_special_tokens))[0]
 
     def _read_token_bytes(self, skip_special_tokens: bool, token_id: int) -> bytes:
         if self._byte_reader is None:
@@ -268,6 +287,16 @@ class Tokenizer:
         except ValueError:
             return self._name(token_id)
         return (twice[len(alone) :] if twice.startswith(alone) else "") or alone
+
+
+def _encoded(encode: Callable[[], list[Any]]) -> list[Any]:
+    """What a backend makes of texts, with its errors in words for who wrote them."""
+    try:
+        return encode()
+    except TypeError:
+        raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
+    except BaseException as error:
+        raise refusal(error, "the tokenizer cannot encode this text") from error
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:

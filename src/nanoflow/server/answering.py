@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -19,16 +20,20 @@ from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.cells import Cells
+from nanoflow.server.connections import Connections
 from nanoflow.server.listen import BACKLOG
 from nanoflow.server.tls import uvicorn_arguments
 from nanoflow.server.wire import on_the_wire
 
+_NEVER_S = 10**6
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine in the fastest event loop there is: uvloop's where it is installed, else asyncio's."""
     bound_host_memory()
+    # A text becomes tokens in the thread that asks for it: on all cores at once it would hold up those who stream.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform != "win32" and find_spec("uvloop") is not None:
         import uvloop
@@ -58,23 +63,31 @@ async def answer(
         on_ready: Called once requests are answered.
     """
     freeze_heap()
-    server = _Server(_uvicorn_config(engine, config, cells), on_ready)
+    connections = Connections(config)
+    server = _Server(_uvicorn_config(engine, config, cells, connections), on_ready)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    watching = asyncio.create_task(connections.watch(), name="connection watch")
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
+    watching.cancel()
     server.should_exit = True
     await engine.close()  # running requests end now, so that the server has nothing left to wait for
     await serving
 
 
-def _uvicorn_config(engine: AsyncEngine, config: ServerConfig, cells: Cells) -> uvicorn.Config:
+def _uvicorn_config(
+    engine: AsyncEngine, config: ServerConfig, cells: Cells, connections: Connections
+) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(engine, config, cells),
-        http=http_protocol(),
+        http=connections.protocol(http_protocol()),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         backlog=BACKLOG,
+        log_config=None,  # as `log_quietly` has it
+        # Connections without a request are ended by `connections.py`.
+        timeout_keep_alive=_NEVER_S,
         log_level="warning" if config.log_level == "info" else config.log_level,
         access_log=config.log_level == "debug",
         timeout_graceful_shutdown=STREAM_END_TIMEOUT_S,

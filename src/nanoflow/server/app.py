@@ -10,8 +10,10 @@ from starlette.types import ASGIApp
 
 import nanoflow
 from nanoflow.config import ServerConfig
+from nanoflow.server.admission import Ledger
 from nanoflow.server.backend import ServingEngine
 from nanoflow.server.bodies import add_body_reader
+from nanoflow.server.body_bounds import BodyBoundsMiddleware
 from nanoflow.server.cells import Cells
 from nanoflow.server.chat import chat_router
 from nanoflow.server.completions import completions_router
@@ -30,10 +32,11 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
 
     Args:
         engine: A running engine; the caller closes it.
-        server_config: Where it listens does not matter here, but for the names it may be called by.
+        server_config: Names, who may use it, bounds, the metrics prefix and the heartbeat limit matter here.
         cells: Where metrics are counted, with other front ends; for this process alone if not given.
     """
-    service = Service(engine=engine, config=server_config)
+    folder = None if cells is None else cells.folder
+    service = Service(engine=engine, config=server_config, ledger=Ledger(folder))
     metrics = ServerMetrics(engine, prefix=server_config.metrics_prefix, model_name=service.model_name, cells=cells)
     engine.observer = metrics
     app = _Application(
@@ -46,7 +49,8 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
     )
     app.state.server_config = server_config
     install_error_handlers(app)
-    add_body_reader(app)
+    add_body_reader(app, service.call_bounds)
+    app.add_middleware(BodyBoundsMiddleware, bounds=server_config)
     app.add_middleware(TurnstileMiddleware)
     routers = (completions_router, chat_router, models_router, tokens_router)
     include(app, [*(router(service) for router in routers), status_router(service, metrics), docs_router(app, service)])

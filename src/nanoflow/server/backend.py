@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 from nanoflow.engine.messages import EngineFacts, EngineStats
 from nanoflow.engine.observer import Observer
+from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 
 Prompt = str | list[int]
+AnyPrompt = Prompt | ReadPrompt
 ChatMessage = Mapping[str, Any]
 
 
@@ -74,6 +76,6 @@ class ServingEngine(Protocol):
         """Seconds since the engine loop was last heard of."""
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the growing output, or the finished one alone; closing the generator frees all that it holds."""

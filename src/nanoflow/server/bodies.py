@@ -1,7 +1,8 @@
-"""Long request bodies are read beside the event loop: other calls are answered while megabytes of JSON are parsed.
+"""Bodies become values: what is too much is refused first, and long ones are read beside the event loop.
 
-Decoding and checking hold the interpreter lock. So they are two steps, each as short as can be, with room for the event
-loop in between, and one body is read after the other.
+Other calls are answered while megabytes of JSON are parsed. Decoding and checking hold the interpreter lock. So they
+are two steps, each as short as can be, with room for the event loop in between, and one body is read after the other.
+How much a body may ask for is in `call_bounds.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
+from nanoflow.server.call_bounds import CallBounds
 from nanoflow.server.errors import ApiError, invalid_body
 
 # Shorter bodies take less than a millisecond or two.
@@ -81,10 +83,15 @@ class _Request(Request):
     async def json(self) -> Any:
         """The body's value; of a long body the model itself."""
         body = await self.body()
-        if len(body) < LONG_BODY_BYTES:
-            return json.loads(body)
-        loop, reader = asyncio.get_running_loop(), self.app.state.body_reader
-        value = await loop.run_in_executor(reader, decode, body)
+        try:
+            if len(body) < LONG_BODY_BYTES:
+                return self._checked(body, json.loads)
+            loop, reader = asyncio.get_running_loop(), self.app.state.body_reader
+            value = await loop.run_in_executor(reader, self._checked, body, decode)
+        except ApiError as problem:
+            # FastAPI lets no other errors through.
+            self.problem = problem
+            raise HTTPException(problem.status) from problem
         if not (isinstance(self._model, type) and issubclass(self._model, BaseModel)):
             return value
         try:
@@ -96,9 +103,21 @@ class _Request(Request):
             self.problem = invalid_body([{**problem, "loc": ("body", *problem["loc"])} for problem in problems])
             raise HTTPException(400) from error
 
+    def _checked(self, body: bytes, read: Callable[[bytes], Any]) -> Any:
+        """The value of a body within the bounds of calls."""
+        bounds: CallBounds = self.app.state.call_bounds
+        bounds.check_text(body)
+        try:
+            value = read(body)
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
+        bounds.check(value, generates="max_tokens" in getattr(self._model, "model_fields", ()))
+        return value
 
-def add_body_reader(app: FastAPI) -> None:
-    """Give an application the thread that its `BodyRoute`s read long bodies in."""
+
+def add_body_reader(app: FastAPI, bounds: CallBounds) -> None:
+    """Give an application what its `BodyRoute`s read bodies with: the bounds of calls, and a thread for long bodies."""
+    app.state.call_bounds = bounds
     app.state.body_reader = ThreadPoolExecutor(1, thread_name_prefix="body reader")
 
 

@@ -26,10 +26,13 @@ class Cells:
     Args:
         folder: Where the processes keep their files; None for a process that is alone.
         name: Of this process's file, not used before in the folder.
+
+    Attributes:
+        folder: As given.
     """
 
     def __init__(self, folder: Path | None = None, name: str = "0") -> None:
-        self._folder = folder
+        self.folder = self._folder = folder
         self._num_used = 0
         if folder is None:
             self._own: Floats = np.zeros(MAX_CELLS)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, RequestOutput
+from nanoflow.server.answers import answer_of, beside, made
 from nanoflow.server.bodies import BodyRoute
-from nanoflow.server.errors import ERROR_RESPONSES, json_response
+from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
 from nanoflow.server.protocol import ChatCompletionRequest
@@ -38,19 +39,22 @@ def chat_router(service: Service) -> APIRouter:
         """Answer a conversation; with `stream` in server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
+        deadline_s = service.deadline_s()
+        service.admission.check(params.n)
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
-        prompt = service.truncated(await while_connected(request.receive, encode), body)
+        prompt = service.truncated(await while_connected(request.receive, encode, deadline_s), body)
         call = Call(
             engine=service.engine,
             prompts=[prompt],
             params=params,
+            doors=service,
             call_id=new_id("chatcmpl"),
             field_names=body.field_names,
         )
         chat = _Chat(service=service, body=body, call=call)
         if body.stream:
-            return await open_stream(request.receive, chat.events())
-        return json_response(await while_connected(request.receive, chat.answer()))
+            return await open_stream(request.receive, chat.events(), deadline_s)
+        return await while_connected(request.receive, answer_of(chat.answer()), deadline_s)
 
     return router
 
@@ -74,6 +78,9 @@ class _Chat:
     async def answer(self) -> ChatCompletionResponse:
         """Generate everything, then answer."""
         (output,) = await self.call.outputs()
+        return await beside(self._answer, output)
+
+    def _answer(self, output: RequestOutput) -> ChatCompletionResponse:
         response: ChatCompletionResponse = {
             "id": self.call.call_id,
             "object": "chat.completion",
@@ -96,13 +103,15 @@ class _Chat:
         async with aclosing(self.call.news()) as news:
             async for _, output in news:
                 last = [output]
-                events = [self._events(output, completion, shown) for completion in output.outputs]
+                events = [await self._events(output, completion, shown) for completion in output.outputs]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._chunk([], count_usage(last)))
 
-    def _events(self, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]) -> bytes:
+    async def _events(
+        self, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]
+    ) -> bytes:
         """The events for what is new of a completion; empty if nothing is."""
         index = completion.index
         state = shown.get(index)
@@ -119,7 +128,8 @@ class _Chat:
                     lambda text: self._chunk([self._chunk_choice(index, delta.with_text(text))], None)
                 )
             return opening + state.template.fill(delta.text)
-        return opening + event(self._chunk([self._chunk_choice(index, delta)], usage))
+        chunk = await made(lambda: event(self._chunk([self._chunk_choice(index, delta)], usage)), delta.num_entries)
+        return opening + chunk
 
     def _opening(self, index: int, output: RequestOutput, *, is_first: bool) -> bytes:
         """The events before a choice has text: its role, and what is echoed."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from nanoflow.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from nanoflow.server.answers import answer_of, beside, made
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.echo import Echo, TextOffsets
-from nanoflow.server.errors import ERROR_RESPONSES, json_response
+from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import completion_logprobs, prompt_logprobs
 from nanoflow.server.protocol import CompletionRequest
@@ -30,16 +32,22 @@ def completions_router(service: Service) -> APIRouter:
         """Continue a text; with `stream` in server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
-        prompts = body.prompts
+        prompts, deadline_s = body.prompts, service.deadline_s()
+        service.admission.check(len(prompts) * params.n)
         if body.changes_tokens:
-            prompts = await while_connected(request.receive, service.prompt_token_ids(body))
+            prompts = await while_connected(request.receive, service.prompt_token_ids(body), deadline_s)
         call = Call(
-            engine=service.engine, prompts=prompts, params=params, call_id=new_id("cmpl"), field_names=body.field_names
+            engine=service.engine,
+            prompts=prompts,
+            params=params,
+            doors=service,
+            call_id=new_id("cmpl"),
+            field_names=body.field_names,
         )
         completion = _Completion(service=service, body=body, call=call)
         if body.stream:
-            return await open_stream(request.receive, completion.events())
-        return json_response(await while_connected(request.receive, completion.answer()))
+            return await open_stream(request.receive, completion.events(), deadline_s)
+        return await while_connected(request.receive, answer_of(completion.answer()), deadline_s)
 
     return router
 
@@ -69,7 +77,9 @@ class _Completion:
 
     async def answer(self) -> CompletionResponse:
         """Generate everything, then answer."""
-        outputs = await self.call.outputs()
+        return await beside(self._answer, await self.call.outputs())
+
+    def _answer(self, outputs: Sequence[RequestOutput]) -> CompletionResponse:
         choices = [
             self._choice(output, self.call.choice_index(index, completion), delta, _ShownChoice())
             for index, output in enumerate(outputs)
@@ -92,13 +102,13 @@ class _Completion:
             async for index, output in news:
                 last[index] = output
                 usage = self._usage(last.values()) if self.body.has_continuous_usage else None
-                events = [self._event(index, output, completion, shown, usage) for completion in output.outputs]
+                events = [await self._event(index, output, completion, shown, usage) for completion in output.outputs]
                 if any(events):
                     yield b"".join(events)
         if self.body.has_usage_chunk:
             yield event(self._response([], self._usage(last.values())))
 
-    def _event(
+    async def _event(
         self,
         index: int,
         output: RequestOutput,
@@ -120,6 +130,13 @@ class _Completion:
                     lambda text: self._response([self._choice(output, place, delta.with_text(text), state)], None)
                 )
             return state.template.fill(delta.text)
+        num_echoed = len(output.prompt_token_ids) if self.body.echo and delta.is_first else 0
+        num_entries = delta.num_entries + num_echoed * (2 + max(self.body.logprobs or 0, 0))
+        return await made(partial(self._chunk, output, place, delta, state, usage), num_entries)
+
+    def _chunk(
+        self, output: RequestOutput, place: int, delta: Delta, state: _ShownChoice, usage: Usage | None
+    ) -> bytes:
         return event(self._response([self._choice(output, place, delta, state)], usage))
 
     def _varies(self, delta: Delta) -> bool:

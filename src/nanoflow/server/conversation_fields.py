@@ -27,8 +27,9 @@ def _text_or_list(value: Any) -> str:
     return "<list>" if isinstance(value, list) else "<text>"
 
 
+TextParts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 ContentField = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
+    Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")],
     Discriminator(_text_or_list),
 ]
 

@@ -36,6 +36,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 _STATUS_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_STATUS_TYPES |= {405: "invalid_request_error", 429: "rate_limit_error"}
+_STATUS_TYPES |= {500: "server_error", 503: "server_error", 504: "server_error"}
 
 
 class ApiError(Exception):
@@ -46,14 +48,24 @@ class ApiError(Exception):
         message: One sentence for people.
         param: Field of the body at fault.
         code: A word for programs.
+        headers: Further ones of the answer.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = headers
 
     def body(self) -> ErrorResponse:
         """The error in OpenAI's shape, free of lone surrogates, which no JSON can carry."""
@@ -70,7 +82,7 @@ class ApiError(Exception):
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """The error as an answer."""
-        return json_response(self.body(), self.status, headers)
+        return json_response(self.body(), self.status, {**(headers or {}), **(self.headers or {})} or None)
 
 
 class ClientDisconnectedError(Exception):

@@ -7,7 +7,6 @@ input and learns from its standard output that it answers; it ends when standard
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
 import socket
@@ -22,6 +21,7 @@ import msgspec
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.errors import EngineError
+from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.server.answering import STREAM_END_TIMEOUT_S, answer, run_loop, stop_at_signals
 from nanoflow.server.cells import Cells
 
@@ -105,7 +105,7 @@ def _read_line() -> bytes:
 def main() -> int:
     """Run a front end."""
     setup = msgspec.json.decode(_read_line(), type=Setup)
-    logging.basicConfig(format=f"nanoflow front end {setup.number}: %(levelname)s: %(message)s")
+    log_quietly(f"nanoflow front end {setup.number}")
     try:
         run_loop(_serve(setup))
     except EngineError:

@@ -7,20 +7,34 @@ is new since nothing was shown, so that streams and answers are made by the same
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, Protocol, overload
 
 from nanoflow.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestOutput
 from nanoflow.request import SamplingParams
-from nanoflow.server.backend import Prompt, ServingEngine
+from nanoflow.server.admission import Admission
+from nanoflow.server.backend import AnyPrompt, Prompt, ServingEngine
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.responses import Usage
 
 News = tuple[int, RequestOutput]
+
+
+class Doors(Protocol):
+    """What a call passes before the engine hears of it."""
+
+    @property
+    def admission(self) -> Admission:
+        """Whether there is room."""
+
+    async def read_prompts(self, prompts: Sequence[Prompt]) -> list[AnyPrompt]:
+        """Texts as tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +45,7 @@ class Call:
         engine: Who generates.
         prompts: One or more.
         params: How, for each of them.
+        doors: What lets the call in; None lets every call in, with its prompts as they are.
         call_id: In the answer, and the label of the engine's requests.
         field_names: Field of the body that a parameter came in, where the names differ; for errors.
         created: Seconds since 1970.
@@ -39,6 +54,7 @@ class Call:
     engine: ServingEngine
     prompts: Sequence[Prompt]
     params: SamplingParams
+    doors: Doors | None = None
     call_id: str
     field_names: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -54,12 +70,20 @@ class Call:
             streams: False yields finished outputs alone.
 
         Raises:
-            ApiError: A prompt cannot be served (400), failed (500), or the engine died (503).
+            ApiError: There is no room (429), a prompt cannot be served (400), failed (500), or the engine died (503).
         """
-        news = self._of_one(0, streams) if len(self.prompts) == 1 else self._of_all(streams)
-        async with aclosing(news):
-            async for index, output in news:
-                yield index, output
+        prompts: Sequence[AnyPrompt] = self.prompts
+        n = self.params.n
+        with contextlib.ExitStack() as rooms:
+            if self.doors is not None:
+                rooms.enter_context(self.doors.admission.room(len(prompts) * n))
+                prompts = await self.doors.read_prompts(self.prompts)
+                num_tokens = sum(len(_token_ids(prompt)) for prompt in prompts)
+                rooms.enter_context(self.doors.admission.room(0, num_tokens * n))
+            news = self._of_one(prompts[0], 0, streams) if len(prompts) == 1 else self._of_all(prompts, streams)
+            async with aclosing(news):
+                async for index, output in news:
+                    yield index, output
 
     async def outputs(self) -> list[RequestOutput]:
         """The finished outputs, in the order of the prompts; errors as in `news`."""
@@ -69,24 +93,24 @@ class Call:
                 last[index] = output
         return [last[index] for index in range(len(self.prompts))]
 
-    async def _of_one(self, index: int, streams: bool) -> AsyncGenerator[News, None]:
+    async def _of_one(self, prompt: AnyPrompt, index: int, streams: bool) -> AsyncGenerator[News, None]:
         with user_errors(fields=self.field_names):
             name = f"{self.call_id}-{index}"
-            outputs = self.engine.generate(self.prompts[index], self.params, request_id=name, streams=streams)
+            outputs = self.engine.generate(prompt, self.params, request_id=name, streams=streams)
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.error is not None:
                         raise ApiError(500, f"the request failed: {output.error}")
                     yield index, output
 
-    async def _of_all(self, streams: bool) -> AsyncGenerator[News, None]:
+    async def _of_all(self, prompts: Sequence[AnyPrompt], streams: bool) -> AsyncGenerator[News, None]:
         queue: asyncio.Queue[News | Exception | None] = asyncio.Queue()
         tasks: list[asyncio.Task[None]] = []
-        num_open = len(self.prompts)
+        num_open = len(prompts)
         try:
-            for index in range(num_open):
-                tasks.append(asyncio.create_task(self._pump(index, streams, queue)))
-                await asyncio.sleep(0)  # one prompt is tokenised in each turn of the event loop
+            for index, prompt in enumerate(prompts):
+                tasks.append(asyncio.create_task(self._pump(prompt, index, streams, queue)))
+                await asyncio.sleep(0)  # one prompt begins in each turn of the event loop
             early = [queue.get_nowait() for _ in range(queue.qsize())]
             # A prompt that is refused comes before what others have generated meanwhile: nothing has been shown yet.
             for item in sorted(early, key=lambda item: not isinstance(item, Exception)):
@@ -104,15 +128,37 @@ class Call:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, index: int, streams: bool, queue: asyncio.Queue[News | Exception | None]) -> None:
+    async def _pump(
+        self, prompt: AnyPrompt, index: int, streams: bool, queue: asyncio.Queue[News | Exception | None]
+    ) -> None:
         """Put the news of one prompt into the queue, then None, or the error that ended it."""
         try:
-            async with aclosing(self._of_one(index, streams)) as news:
+            async with aclosing(self._of_one(prompt, index, streams)) as news:
                 async for item in news:
                     queue.put_nowait(item)
             queue.put_nowait(None)
         except Exception as problem:
             queue.put_nowait(problem)
+
+
+class Window(Sequence[PositionLogprobs]):
+    """A part of log probabilities that may grow meanwhile; mappings are made where they are looked at."""
+
+    def __init__(self, whole: Sequence[PositionLogprobs], start: int, end: int) -> None:
+        self._whole = whole
+        self._places = range(start, end)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> PositionLogprobs: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PositionLogprobs]: ...
+    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs]:
+        if isinstance(place, slice):
+            return [self._whole[i] for i in self._places[place]]
+        return self._whole[self._places[place]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +184,11 @@ class Delta:
         """True if there is nothing but text in it."""
         return self.logprobs is None and self.finish_reason is None
 
+    @property
+    def num_entries(self) -> int:
+        """Tokens and log probabilities in it."""
+        return len(self.token_ids) + (len(self.logprobs) * len(self.logprobs[0]) if self.logprobs else 0)
+
     def with_text(self, text: str) -> Delta:
         """The same with another text."""
         return dataclasses.replace(self, text=text)
@@ -160,13 +211,18 @@ class Cursor:
             is_first=self.num_tokens == 0,
             text=completion.text_since(self.num_chars),
             token_ids=completion.token_ids[self.num_tokens :],
-            logprobs=None if completion.logprobs is None else completion.logprobs[self.num_tokens : num_tokens],
+            logprobs=None if completion.logprobs is None else Window(completion.logprobs, self.num_tokens, num_tokens),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
         self.num_chars, self.num_tokens = completion.num_chars, num_tokens
         self.is_finished = completion.is_finished
         return delta
+
+
+def _token_ids(prompt: AnyPrompt) -> Sequence[Any]:
+    """Tokens of a prompt; of one that is text still, its characters stand for them."""
+    return prompt if isinstance(prompt, str | list) else prompt.token_ids
 
 
 def new_id(kind: str) -> str:

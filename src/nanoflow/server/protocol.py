@@ -35,13 +35,10 @@ from nanoflow.server.foreign import (
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.prompt_fields import PromptFields
 
-MAX_PROMPTS = 1024
-MAX_MESSAGES = 4096
-
-
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(read_ids)]
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+# How many there may be, `call_bounds.py` looks at before.
+Texts = Annotated[list[Text], Field(min_length=1)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -188,7 +185,7 @@ def _more_logprobs(one: int, other: int | None) -> int:
 class ChatCompletionRequest(SamplingFields, Conversation):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     echo: bool | None = Field(None, description="Put a last message of the assistant before the answer")
     max_tokens: Annotated[int | None, Parameter.of("max_tokens")] = Field(
         None, description="Up to the context length if not given"
@@ -237,7 +234,7 @@ class TokenizeRequest(Conversation):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="True if not given for a prompt, false for messages")
     return_token_strs: bool | None = Field(None, description="Send the tokens as the vocabulary has them too")
 
@@ -254,5 +251,5 @@ class DetokenizeRequest(RequestBody):
     foreign: ClassVar[ForeignFields] = OF_TOKENS
 
     model: Text | None = None
-    tokens: Annotated[list[TokenId], BeforeValidator(read_ids)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), BeforeValidator(read_ids)]
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out; false if not given")

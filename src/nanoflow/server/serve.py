@@ -22,6 +22,7 @@ from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError
+from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.server.answering import answer, run_loop, stop_at_signals
 from nanoflow.server.cells import Cells
 from nanoflow.server.hosts import is_loopback, with_hosts
@@ -48,6 +49,7 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
         EngineError: The engine or a front end cannot start.
         EngineDeadError: The engine died.
     """
+    log_quietly("nanoflow")
     server_config = with_hosts(with_all_keys(server_config, os.environ))
     check_tls(server_config)
     if server_config.served_model_name is None:

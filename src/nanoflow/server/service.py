@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from typing import TypeVar
 
 import nanoflow
 from nanoflow.config import ServerConfig
+from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.engine.template_renderer import MAX_PROCESSES
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import RequestError, SamplingParams
-from nanoflow.server.backend import Prompt, ServingEngine, ServingTokenizer
+from nanoflow.server.admission import Admission, Ledger
+from nanoflow.server.backend import AnyPrompt, Prompt, ServingEngine, ServingTokenizer
+from nanoflow.server.call_bounds import CallBounds
 from nanoflow.server.conversation_fields import Conversation, Message
 from nanoflow.server.echo import Echo, TextOffsets, detokenizer_of, echo_prompt
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.logprobs import TokenIdTexts, TokenTexts
 from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest
+
+T = TypeVar("T")
+
+_TOKEN_THREADS = 2
+# Texts of a call that become tokens in one go; such a piece takes some 30 ms.
+_PIECE_CHARS = 1 << 16
+# So short texts take less than a millisecond.
+_SHORT_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +47,34 @@ class Service:
         started: Seconds since 1970.
         fingerprint: What answers depend on beside the request: the version, and the model as it runs.
         chat_threads: Where conversations become tokens: a chat template that takes long holds up nothing else.
+        token_threads: Where texts become tokens, and tokens texts.
+        ledger: What is in the server, of all its front ends.
+        call_bounds: What a call may ask for.
+        admission: Whether there is room for a call.
     """
 
     engine: ServingEngine
     config: ServerConfig
+    ledger: Ledger = field(default_factory=Ledger)
     started: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = field(init=False)
     chat_threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="chat")
     )
 
+    token_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_TOKEN_THREADS, thread_name_prefix="tokens")
+    )
+    call_bounds: CallBounds = field(init=False)
+    admission: Admission = field(init=False)
+
     def __post_init__(self) -> None:
+        bounds = CallBounds(
+            bounds=self.config, facts=self.engine.facts, longest_token_chars=self._longest_token_chars()
+        )
+        object.__setattr__(self, "call_bounds", bounds)
+        admission = Admission(bounds=self.config, facts=self.engine.facts, ledger=self.ledger)
+        object.__setattr__(self, "admission", admission)
         facts = self.engine.facts
         parts = (self.model_name, facts.model_type, facts.dtype, facts.device, facts.plan, str(facts.max_model_len))
         digest = blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
@@ -110,10 +139,42 @@ class Service:
             message = f"the model {name[:200]!r} does not exist; this server has {', '.join(map(repr, names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def _longest_token_chars(self) -> int | None:
+        tokenizer = self.tokenizer if self.has_tokenizer else None
+        return tokenizer.longest_token_chars if isinstance(tokenizer, Tokenizer) else None
+
+    def deadline_s(self) -> float | None:
+        """When a call that comes now must have ended, on the clock of the event loop; None if there is no such time."""
+        timeout_s = self.config.request_timeout_s
+        return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Do something that takes a while beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.token_threads, work)
+
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, made beside the event loop: a long text takes a while."""
         with user_errors("prompt"):
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+            return await self.beside(partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens))
+
+    async def read_prompts(self, prompts: Sequence[Prompt]) -> list[AnyPrompt]:
+        """The prompts of a call, their texts as tokens: a call's are made one piece after the other.
+
+        So another call waits for a piece at most, not for all prompts of one.
+        """
+        if not self.has_tokenizer or not isinstance(self.tokenizer, Tokenizer):
+            return list(prompts)
+        found: list[AnyPrompt] = list(prompts)
+        places = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        for piece in _pieces(places, [len(prompts[place]) for place in places]):
+            texts = [str(prompts[place]) for place in piece]
+            encode = partial(self.tokenizer.encode_all, texts)
+            with user_errors("prompt"):
+                is_short = sum(map(len, texts)) < _SHORT_CHARS
+                all_ids = encode() if is_short else await self.beside(encode)
+            for place, text, token_ids in zip(piece, texts, all_ids, strict=True):
+                found[place] = ReadPrompt(text=text, token_ids=token_ids)
+        return found
 
     async def encode_chat(
         self, messages: Sequence[Message], conversation: Conversation, *, add_special_tokens: bool | None
@@ -125,7 +186,14 @@ class Service:
             raise ApiError(400, message, param="chat_template")
         if add_special_tokens:
             options["add_special_tokens"] = True
-        render = partial(self.tokenizer.apply_chat_template, [message.turn for message in messages], **options)
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, Tokenizer):
+            is_cut = getattr(conversation, "truncate_prompt_tokens", None) is not None
+            options["check_text"] = partial(self.call_bounds.check_prompt_text, param="messages", is_cut=is_cut)
+
+        def render() -> list[int]:
+            return tokenizer.apply_chat_template([message.turn for message in messages], **options)
+
         with user_errors("messages"):
             return await asyncio.get_running_loop().run_in_executor(self.chat_threads, render)
 
@@ -149,9 +217,22 @@ class Service:
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids, made beside the event loop; an id that does not exist is refused (400)."""
         vocab_size, decode = self.engine.facts.vocab_size, self.tokenizer.decode
-        highest = await asyncio.to_thread(max, token_ids, default=0)
+        highest = await self.beside(partial(max, token_ids, default=0))
         if highest >= vocab_size:
             message = f"tokens: token id {highest} is out of vocabulary, which has {vocab_size} tokens"
             raise ApiError(400, message, param="tokens")
         with user_errors("tokens"):
-            return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
+            return await self.beside(partial(decode, token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def _pieces(places: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Places in order, so many together as a piece may have of their sizes, one at least."""
+    piece, size = list[int](), 0
+    for place, more in zip(places, sizes, strict=True):
+        if piece and size + more > _PIECE_CHARS:
+            yield piece
+            piece, size = [], 0
+        piece.append(place)
+        size += more
+    if piece:
+        yield piece

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Response
 
 import nanoflow
+from nanoflow.server.answers import beside, encoded
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, json_response
 from nanoflow.server.metrics import ServerMetrics
@@ -25,6 +28,7 @@ from nanoflow.server.service import Service
 def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
     """Routes that say how the server is."""
     router = APIRouter(tags=["status"], responses=ERROR_RESPONSES)
+    rendering: asyncio.Future[bytes] | None = None
 
     @router.get("/", include_in_schema=False)
     async def root() -> RootResponse:
@@ -55,7 +59,11 @@ def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_text() -> Response:
         """Metrics for Prometheus."""
-        return Response(metrics.render(), media_type=metrics.content_type)
+        nonlocal rendering
+        # Whoever asks meanwhile gets the same.
+        if rendering is None or rendering.done():
+            rendering = asyncio.ensure_future(asyncio.to_thread(metrics.render))
+        return Response(await asyncio.shield(rendering), media_type=metrics.content_type)
 
     return router
 
@@ -106,9 +114,9 @@ def tokens_router(service: Service) -> APIRouter:
             "count": len(tokens),
             "max_model_len": service.engine.facts.max_model_len,
             "tokens": tokens,
-            "token_strs": service.tokenizer.token_names(tokens) if body.return_token_strs else None,
+            "token_strs": await beside(service.tokenizer.token_names, tokens) if body.return_token_strs else None,
         }
-        return json_response(answer)
+        return await encoded(answer)
 
     @router.post("/detokenize", response_model=DetokenizeResponse)
     async def detokenize(body: DetokenizeRequest) -> Response:

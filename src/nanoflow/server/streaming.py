@@ -17,7 +17,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from nanoflow.server.errors import ClientDisconnectedError, as_api_error
+from nanoflow.server.errors import ApiError, ClientDisconnectedError, as_api_error
 
 T = TypeVar("T")
 Events = AsyncGenerator[bytes, None]
@@ -59,18 +59,27 @@ class EventTemplate:
         return b"".join((self._head, msgspec.json.encode(text), self._tail))
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work of a call whose body has been read; cancel it as soon as the client has gone.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], deadline_s: float | None = None) -> T:
+    """Do the work of a call whose body has been read; cancel it as soon as the client has gone or time is up.
+
+    Args:
+        receive: Of the connection.
+        work: Is closed in any case.
+        deadline_s: On the clock of the event loop; None for no such time.
 
     Raises:
         ClientDisconnectedError: The client has gone.
+        ApiError: Time is up (504).
         ApiError: Whatever else went wrong.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnect(receive))
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        timeout_s = None if deadline_s is None else max(deadline_s - asyncio.get_running_loop().time(), 0.0)
+        await asyncio.wait((task, watch), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
+            if not watch.done():
+                raise ApiError(504, "the call took longer than this server lets a call take", code="timeout")
             raise ClientDisconnectedError
         return _result(task)
     finally:
@@ -92,23 +101,24 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def open_stream(receive: Receive, events: Events) -> Response:
+async def open_stream(receive: Receive, events: Events, deadline_s: float | None = None) -> Response:
     """Answer with a stream of events, once the first is there: what fails before that still has a status code.
 
     Args:
         receive: Of the connection.
         events: One or more whole events at a time, which are sent together.
+        deadline_s: When the stream must have ended, on the clock of the event loop.
 
     Raises:
         ClientDisconnectedError: The client has gone.
         ApiError: The first event could not be made.
     """
     try:
-        first = await while_connected(receive, anext(events))
+        first = await while_connected(receive, anext(events), deadline_s)
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events)
+    return EventStream(first, events, deadline_s)
 
 
 class EventStream(Response):
@@ -116,17 +126,22 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: Events) -> None:
+    def __init__(self, first: bytes, events: Events, deadline_s: float | None = None) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._events = events
+        self._deadline_s = deadline_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole stream."""
         async with aclosing(self._events):
             with suppress(ClientDisconnectedError):
-                await while_connected(receive, self._send_all(send))
+                try:
+                    await while_connected(receive, self._send_all(send), self._deadline_s)
+                except ApiError as problem:  # time is up
+                    await send({"type": "http.response.body", "body": event(problem.body()), "more_body": True})
+                    await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

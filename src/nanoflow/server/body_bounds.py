@@ -1,0 +1,112 @@
+"""Bodies of requests are read up to a bound, and no more of them are held at once than memory is meant for.
+
+The length that a client states is looked at first: what is too long is refused before it is read. A body without a
+stated length is counted as it comes. What stands in a body is looked at in `json_shape.py` and `call_bounds.py`.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanoflow.bounds import ServerBounds
+from nanoflow.server.connections import RETRY_AFTER_S
+from nanoflow.server.errors import ApiError
+
+
+class BodyBoundsMiddleware:
+    """Reads the body of a request before the application sees the request.
+
+    Args:
+        app: The application behind it; it gets a body in one piece.
+        bounds: Of one body, and of all that are held.
+    """
+
+    def __init__(self, app: ASGIApp, bounds: ServerBounds) -> None:
+        self._app = app
+        self._bounds = bounds
+        self._num_held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request whose body is within the bounds; refuse another."""
+        stated = _stated_length(scope) if scope["type"] == "http" else 0
+        if stated == 0:
+            await self._app(scope, receive, send)
+            return
+        body = _Body(self, stated or 0)
+        try:
+            try:
+                self.check(stated or 0)
+                self.hold(stated or 0)
+                is_whole = await body.read(receive)
+            except ApiError as problem:
+                headers = {"retry-after": str(RETRY_AFTER_S)} if problem.status == 503 else None
+                await problem.response(headers)(scope, receive, send)
+                return
+            if is_whole:
+                await self._app(scope, body.replay(receive), send)
+        finally:
+            self._num_held -= body.num_held
+
+    def check(self, num_bytes: int) -> None:
+        """Refuse a body that is too long (413)."""
+        if num_bytes > self._bounds.max_body_bytes:
+            raise ApiError(413, f"the body may have at most {self._bounds.max_body_bytes} bytes")
+
+    def hold(self, num_bytes: int) -> None:
+        """Count bytes as held; refuse them if they are too many (503)."""
+        if self._num_held + num_bytes > self._bounds.max_bodies_bytes:
+            raise ApiError(503, "the server holds as many request bodies as it may; try again soon", code="overloaded")
+        self._num_held += num_bytes
+
+
+class _Body:
+    """The body of one request.
+
+    Attributes:
+        num_held: Bytes that are counted as held for it.
+    """
+
+    def __init__(self, bounds: BodyBoundsMiddleware, num_stated: int) -> None:
+        self.num_held = 0
+        self._bounds = bounds
+        self._num_stated = num_stated
+        self._content = b""
+
+    async def read(self, receive: Receive) -> bool:
+        """Read all of it; False if the client went away before."""
+        self.num_held = self._num_stated
+        pieces, num_read, is_last = list[bytes](), 0, False
+        while not is_last:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            piece = message.get("body", b"")
+            num_read += len(piece)
+            self._bounds.check(num_read)
+            if num_read > self.num_held:
+                self._bounds.hold(num_read - self.num_held)
+                self.num_held = num_read
+            pieces.append(piece)
+            is_last = not message.get("more_body", False)
+        self._content = b"".join(pieces)
+        return True
+
+    def replay(self, receive: Receive) -> Receive:
+        """What the application receives: the body, then whatever comes after it."""
+        first: list[Message] = [{"type": "http.request", "body": self._content, "more_body": False}]
+        self._content = b""
+
+        async def replayed() -> Message:
+            return first.pop() if first else await receive()
+
+        return replayed
+
+
+def _stated_length(scope: Scope) -> int | None:
+    """Bytes that a request says to have, 0 if it has no body, None if it does not say."""
+    headers = dict(scope["headers"])
+    if b"transfer-encoding" in headers:
+        return None
+    # The parser has refused what is no number; the longest there is stands for longer ones.
+    digits = headers.get(b"content-length", b"0").strip()
+    return int(digits[:19]) if digits[:19].isdigit() else None
