@@ -8,10 +8,16 @@ from __future__ import annotations
 import enum
 import io
 import time
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
+
+from nanoflow.logprobs import Logprob as Logprob
+from nanoflow.logprobs import LogprobRows as LogprobRows
+from nanoflow.logprobs import PositionLogprobs as PositionLogprobs
+from nanoflow.logprobs import PromptLogprobRows as PromptLogprobRows
+from nanoflow.logprobs import TokenText as TokenText
+from nanoflow.logprobs import position_logprobs as position_logprobs
 
 
 class FinishReason(enum.StrEnum):
@@ -21,152 +27,6 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logprob:
-    """Natural log probability of a token at its place; rank 1 is the most probable."""
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-PositionLogprobs = dict[int, Logprob]
-TokenText = Callable[[int], str | None]
-
-
-def position_logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[float], rank: int, token_text: TokenText
-) -> PositionLogprobs:
-    """The mapping of one place.
-
-    Args:
-        token_ids: The token that stands there, then the most probable ones in order; it may be one of these.
-        logprobs: Of each of them.
-        rank: Of the token that stands there.
-        token_text: Text of a token id.
-    """
-    position: PositionLogprobs = {}
-    ranks = (rank, *range(1, len(token_ids)))
-    for token_id, logprob, token_rank in zip(token_ids, logprobs, ranks, strict=True):
-        if token_id not in position:
-            position[token_id] = Logprob(logprob=logprob, rank=token_rank, decoded_token=token_text(token_id))
-    return position
-
-
-class LogprobRows(Sequence[PositionLogprobs]):
-    """Log probabilities of the tokens of a completion, one mapping a place. Reads like a list and is equal to one.
-
-    Numbers are kept in arrays; mappings and their entries are made when they are looked at. As objects they would cost
-    ten times as much, most of it in the garbage collector, also where nobody reads them.
-
-    Args:
-        token_text: Text of a token id.
-    """
-
-    __slots__ = ("_ends", "_logprobs", "_ranks", "_token_ids", "_token_text")
-
-    def __init__(self, token_text: TokenText) -> None:
-        self._token_text = token_text
-        self._token_ids, self._logprobs = array("q"), array("d")
-        # Of each place: where it ends in the arrays above, and the rank of the token that stands there.
-        self._ends, self._ranks = array("q"), array("q")
-
-    def add(self, token_ids: list[int], logprobs: list[float], rank: int) -> None:
-        """Add a place; arguments as of `position_logprobs`."""
-        self._token_ids.fromlist(token_ids)
-        self._logprobs.fromlist(logprobs)
-        self._ends.append(len(self._token_ids))
-        self._ranks.append(rank)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, place: int) -> PositionLogprobs: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PositionLogprobs]: ...
-    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs]:
-        if isinstance(place, slice):
-            return [self._position(i) for i in range(*place.indices(len(self)))]
-        return self._position(range(len(self))[place])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, list | LogprobRows) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-    def __reduce__(self) -> tuple[type[list[PositionLogprobs]], tuple[list[PositionLogprobs]]]:
-        # A copy is a list: it has nothing to do with the tokenizer any more.
-        return list, (list(self),)
-
-    def _position(self, place: int) -> PositionLogprobs:
-        entries = slice(self._ends[place - 1] if place else 0, self._ends[place])
-        token_ids, logprobs = self._token_ids[entries], self._logprobs[entries]
-        return position_logprobs(token_ids, logprobs, self._ranks[place], self._token_text)
-
-
-class PromptLogprobRows(Sequence[PositionLogprobs | None]):
-    """Log probabilities of the tokens of a prompt, one mapping a place, None where there is none (yet).
-
-    Reads like a list and is equal to one. Mappings are made when they are looked at: those of a long prompt take
-    seconds, and whoever takes in what the engine sends must not.
-
-    Args:
-        num_places: Tokens of the prompt.
-        token_text: Text of a token id.
-    """
-
-    __slots__ = ("_rows", "_token_text")
-
-    def __init__(self, num_places: int, token_text: TokenText) -> None:
-        self._rows: list[tuple[Sequence[int], Sequence[float], int] | None] = [None] * num_places
-        self._token_text = token_text
-
-    def put(
-        self,
-        first_place: int,
-        token_ids: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float]],
-        ranks: Sequence[int],
-    ) -> None:
-        """Fill consecutive places, one entry of each list a place as `position_logprobs` takes it.
-
-        Raises:
-            IndexError: There are no such places.
-        """
-        rows = list(zip(token_ids, logprobs, ranks, strict=True))
-        if first_place < 0 or first_place + len(rows) > len(self._rows):
-            raise IndexError(f"there are {len(self._rows)} places, got {len(rows)} from place {first_place} on")
-        self._rows[first_place : first_place + len(rows)] = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, place: int) -> PositionLogprobs | None: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PositionLogprobs | None]: ...
-    def __getitem__(self, place: int | slice) -> PositionLogprobs | list[PositionLogprobs | None] | None:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        row = self._rows[place]
-        return None if row is None else position_logprobs(*row, self._token_text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, list | PromptLogprobRows) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-    def __reduce__(self) -> tuple[type[list[PositionLogprobs | None]], tuple[list[PositionLogprobs | None]]]:
-        return list, (list(self),)
 
 
 class GrowingText:

@@ -68,7 +68,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 2, "best_of": 1}, "best_of=1 is not possible"),
     ({"use_beam_search": True}, "use_beam_search=True is not possible: there is no beam search"),
     ({"length_penalty": 0.5}, "length_penalty=0.5 is not possible"),
-    ({"guided_decoding": object()}, "there are no structured outputs"),
+    ({"guided_decoding": ["a"]}, "there are no structured outputs"),
     ({"structured_outputs": {"json": "{}"}}, "there are no structured outputs"),
     ({"logits_processors": [print]}, "there is logit_bias"),
     ({"extra_args": {"a": 1}}, "extra_args="),
