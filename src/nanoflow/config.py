@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -227,6 +228,19 @@ class ServerConfig:
         False, "Let requests bring chat templates of their own; time and memory that these take are bounded"
     )
     heartbeat_timeout_s: float = option(60.0, "/health fails when the engine loop has been silent for so long")
+    shutdown_timeout: float = option(
+        20.0,
+        "Seconds that running and waiting requests have to end after the first SIGTERM or Ctrl-C, while new ones are "
+        "refused with 503; a second signal cuts them at once, and so does 0",
+    )
+    restart_engine: int = option(
+        0,
+        "How often an engine that has died is started again, in the life of the server; when it dies once more the "
+        "server ends with status 1",
+    )
+    log_stats: bool = option(
+        True, "Log a line of statistics every ten seconds in which there was work, and nothing while there is none"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -237,6 +251,10 @@ class ServerConfig:
             raise ConfigError(f"stream_interval_ms must be in 0..1000, got {self.stream_interval_ms}")
         _require_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
         _require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
+        if not 0 <= self.shutdown_timeout < math.inf:
+            raise ConfigError(f"shutdown_timeout must be 0 or more seconds, got {self.shutdown_timeout}")
+        if isinstance(self.restart_engine, bool) or not isinstance(self.restart_engine, int) or self.restart_engine < 0:
+            raise ConfigError(f"restart_engine must be a whole number from 0, got {self.restart_engine!r}")
 
 
 ConfigT = TypeVar("ConfigT")

@@ -128,7 +128,7 @@ class AsyncEngine:
         """Become a further front end of an engine, and wait until it is ready.
 
         Args:
-            path: File of the engine's socket.
+            path: Of the engine's socket; see `place.py`.
             front_end: Number of this front end, from 1; no number may come twice in the engine's life.
             config: What the engine was started with.
             interval_s: As for `start`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -12,12 +11,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from nanoflow.config import ServerConfig
-from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.cells import Cells
+from nanoflow.server.gate import Gate
+from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import BACKLOG
 
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
@@ -35,11 +36,12 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def answer(
-    engine: AsyncEngine,
+    engine: LastingEngine,
     config: ServerConfig,
     listener: socket.socket,
     stop: asyncio.Event,
     *,
+    gate: Gate,
     cells: Cells,
     on_ready: Callable[[], None],
 ) -> None:
@@ -50,23 +52,26 @@ async def answer(
         config: Names, limits and log level.
         listener: A bound socket.
         stop: Tells to stop.
+        gate: Who is let in.
         cells: Where this process counts.
         on_ready: Called once requests are answered.
     """
     freeze_heap()
-    server = _Server(_uvicorn_config(engine, config, cells), on_ready)
+    server = _Server(_uvicorn_config(create_app(engine, config, cells, gate), config), on_ready)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    server.should_exit = True
-    await engine.close()  # running requests end now, so that the server has nothing left to wait for
+    try:
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        server.should_exit = True
+        await engine.close()  # running requests end now, so that the server has nothing left to wait for
     await serving
 
 
-def _uvicorn_config(engine: AsyncEngine, config: ServerConfig, cells: Cells) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(engine, config, cells),
+        app,
         http="auto",  # httptools where it is installed, else h11
         ws="none",
         lifespan="off",
@@ -91,11 +96,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def stop_at_signals() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop

@@ -91,7 +91,7 @@ def user_errors() -> Iterator[None]:
     except RequestError as problem:
         raise ApiError(400, str(problem)) from problem
     except EngineDeadError as problem:
-        raise ApiError(503, "the engine does not run; the server is stopping", code="engine_dead") from problem
+        raise ApiError(503, "the engine has ended, and this request with it", code="engine_dead") from problem
 
 
 def as_api_error(problem: Exception) -> ApiError:
