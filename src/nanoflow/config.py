@@ -116,7 +116,11 @@ class EngineConfig:
     load_format: LoadFormat = option(
         "safetensors", "safetensors, or random: weights drawn at random, for benchmarks", read=_read_load_format
     )
-    seed: int = option(0, "Seed from which requests without one of their own draw theirs")
+    seed: int = option(
+        0,
+        "Seed from which requests without one of their own draw theirs, one after the other, so that a run in which they "
+        "come in the same order draws the same; and of weights drawn at random",
+    )
     max_model_len: int | None = option(
         None,
         "Longest prompt plus completion in tokens, as 4096 or 4K; auto, or not given: the model's own limit, or what "

@@ -42,7 +42,7 @@ class AnalyzeConfig:
     """What to analyze a model on."""
 
     gpu: str = option(
-        "h200", "GPUs, NAME or NAMExN: a100-80, h100, h200, b200, ada6000; a100-80x8 is eight of one host"
+        "h200", "GPUs, NAME or NAMExN: h200, rtx4090, l40s; a100-80x8 is eight of one host; any other name lists all"
     )
     workload: str = option(
         "512/512", "Average lengths: prompt tokens/output tokens, or trace:FILE.csv for those of a trace"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nanoflow.cli.generate import NOT_FOR_TERMINALS
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import EngineConfig
+from nanoflow.engine.errors import EngineError
 from nanoflow.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -70,12 +71,15 @@ def run(args: argparse.Namespace) -> int:
     """Talk until /quit or the end of input."""
     with ExitStack() as stack:
         reply = _server_reply(args, stack) if args.url else _engine_reply(args, stack)
-        talk(reply, system=args.system)
-    return 0
+        return talk(reply, system=args.system)
 
 
-def talk(reply: Reply, *, system: str | None) -> None:
-    """Read lines of standard input and print the answers, until /quit or the end of input."""
+def talk(reply: Reply, *, system: str | None) -> int:
+    """Read lines of standard input and print the answers, until /quit or the end of input.
+
+    Returns:
+        Exit status: 1 at the first line that cannot be answered if nobody is there to ask again, else 0.
+    """
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     is_interactive = sys.stdin.isatty()
@@ -85,13 +89,17 @@ def talk(reply: Reply, *, system: str | None) -> None:
         print(_COMMANDS_HELP)
     while (line := _read_line(is_interactive=is_interactive)) is not None:
         if line == "/quit":
-            return
+            return 0
         if line == "/reset":
             messages = list(opening)
         elif line.startswith("/"):
             print(_COMMANDS_HELP)
         elif line:
-            messages = _take_turn(reply, messages, line)
+            answered = _take_turn(reply, messages, line)
+            if answered is None and not is_interactive:
+                return 1
+            messages = messages if answered is None else answered
+    return 0
 
 
 def _read_line(*, is_interactive: bool) -> str | None:
@@ -107,8 +115,8 @@ def _read_line(*, is_interactive: bool) -> str | None:
             print("\n(/quit or Ctrl-D leaves)")
 
 
-def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message]:
-    """Print the answer to a line and return the conversation with both; without both if it cannot be answered."""
+def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message] | None:
+    """Print the answer to a line and return the conversation with both; None if it cannot be answered."""
     asked = [*messages, {"role": "user", "content": line}]
     answer = ""
     try:
@@ -118,11 +126,12 @@ def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message
                 answer += piece
     except KeyboardInterrupt:
         pass  # What has been said so far stays in the conversation.
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineError) as error:
         if answer:
             print()
-        print(f"error: {error} (/reset forgets the conversation)", file=sys.stderr)
-        return messages
+        hint = " (/reset forgets the conversation)" if sys.stdin.isatty() else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return None
     print()
     return [*asked, {"role": "assistant", "content": answer}]
 
@@ -177,9 +186,17 @@ def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Genera
         with client.stream("POST", "chat/completions", json=body) as response:
             if response.is_error:
                 raise ConnectionError(f"HTTP {response.status_code}: {response.read().decode()}")
+            is_whole = False
             for line in response.iter_lines():
-                if line.startswith("data:") and (data := line.removeprefix("data:").strip()) != "[DONE]":
+                if not line.startswith("data:"):
+                    continue
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    is_whole = True
+                else:
                     yield _text_of(json.loads(data))
+            if not is_whole:
+                raise ConnectionError("the server's answer broke off before its end")
     except httpx.HTTPError as error:
         raise ConnectionError(str(error)) from error
 

@@ -99,7 +99,7 @@ class LLM:
         Args:
             prompts: One prompt or a list of them: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
-            use_tqdm: Show a progress bar.
+            use_tqdm: Show a progress bar, where standard error is a terminal.
 
         Returns:
             One output a prompt, in their order. One that failed alone has finish reason "error" and an `error`.
@@ -143,7 +143,7 @@ class LLM:
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
             chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
-            use_tqdm: Show a progress bar.
+            use_tqdm: Show a progress bar, where standard error is a terminal.
 
         Raises:
             RequestError: As for `generate`, or there is no chat template, or it refuses the messages.
@@ -204,7 +204,9 @@ class LLM:
     def _run(self, num_requests: int, raise_if_interrupted: Callable[[], None], *, is_shown: bool) -> None:
         """Step until the engine has nothing left to do."""
         start_s, num_tokens = time.monotonic(), 0
-        bar = tqdm(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
+        bar = tqdm(
+            total=num_requests, unit="request", dynamic_ncols=True, disable=not (is_shown and sys.stderr.isatty())
+        )
         with bar:
             while self._engine.has_work:
                 raise_if_interrupted()

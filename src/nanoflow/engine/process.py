@@ -35,6 +35,7 @@ from nanoflow.engine.messages import (
     StepOutput,
     Unreadable,
 )
+from nanoflow.engine.telling import told
 from nanoflow.engine.wire import ToEngine, WireError
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request, RequestError
@@ -94,7 +95,8 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
     engine: EngineLoop | None = None
     try:
         config, messages = _configuration(channel, front_ends)
-        engine = build(config)
+        with told(lambda message: channel.send(0, message)):
+            engine = build(config)
         freeze_heap()
         _Loop(engine=engine, channel=channel, front_ends=front_ends).run(messages)
         return 0

@@ -20,6 +20,7 @@ from nanoflow.server.cells import Cells
 from nanoflow.server.gate import Gate
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import BACKLOG
+from nanoflow.server.stats_log import log_stats
 
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
@@ -43,6 +44,7 @@ async def answer(
     *,
     gate: Gate,
     cells: Cells,
+    logs_stats: bool,
     on_ready: Callable[[], None],
 ) -> None:
     """Serve an engine until `stop` is set, then end what runs and close the engine.
@@ -54,16 +56,21 @@ async def answer(
         stop: Tells to stop.
         gate: Who is let in.
         cells: Where this process counts.
+        logs_stats: Log statistics of all processes; for one of them.
         on_ready: Called once requests are answered.
     """
     freeze_heap()
-    server = _Server(_uvicorn_config(create_app(engine, config, cells, gate), config), on_ready)
+    app = create_app(engine, config, cells, gate)
+    server = _Server(_uvicorn_config(app, config), on_ready)
+    logging_stats = asyncio.create_task(log_stats(engine, app.state.metrics)) if logs_stats else None
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopped.cancel()
+        if logging_stats is not None:
+            logging_stats.cancel()
         server.should_exit = True
         await engine.close()  # running requests end now, so that the server has nothing left to wait for
     await serving

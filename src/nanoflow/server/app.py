@@ -43,6 +43,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.metrics = metrics
     install_error_handlers(app)
     add_body_reader(app)
     app.add_middleware(TurnstileMiddleware)

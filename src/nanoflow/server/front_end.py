@@ -9,7 +9,6 @@ new. It leaves SIGINT and SIGTERM to the main process, and ends when standard in
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import sys
@@ -26,6 +25,7 @@ from nanoflow.server.answering import STREAM_END_TIMEOUT_S, answer, run_loop
 from nanoflow.server.cells import Cells
 from nanoflow.server.gate import DRAINING, Gate, restarting
 from nanoflow.server.lasting import LastingEngine
+from nanoflow.server.logs import start_logging
 from nanoflow.server.signals import ignore_stop_signals
 
 # Said by the main process.
@@ -151,6 +151,7 @@ async def _serve(setup: Setup) -> None:
                     front_end.stop,
                     gate=front_end.gate,
                     cells=cells,
+                    logs_stats=False,
                     on_ready=_say_ready,
                 )
     finally:
@@ -192,7 +193,7 @@ def main() -> int:
     if not line:
         return 1
     setup = msgspec.json.decode(line, type=Setup)
-    logging.basicConfig(format=f"nanoflow front end {setup.number}: %(levelname)s: %(message)s")
+    start_logging(setup.server_config.log_level, f"nanoflow front end {setup.number}")
     try:
         run_loop(_serve(setup))
     except EngineError:

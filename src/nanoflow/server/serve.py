@@ -25,6 +25,7 @@ from nanoflow.server.cells import Cells, shared_rows
 from nanoflow.server.gate import DRAINING, Gate
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import bind, choose_num_front_ends, num_cores, url
+from nanoflow.server.logs import start_logging
 from nanoflow.server.restarting import keep_engine
 from nanoflow.server.siblings import Siblings, Surroundings
 from nanoflow.server.signals import StopSignals
@@ -48,6 +49,7 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
         EngineError: The engine or a front end cannot start.
         EngineDeadError: The engine died, more often than it may be started again.
     """
+    start_logging(server_config.log_level)
     if server_config.served_model_name is None:
         server_config = dataclasses.replace(server_config, served_model_name=engine_config.model)
     if server_config.api_servers is None:
@@ -98,6 +100,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engin
         contextlib.closing(EnginePlace()) as place,
     ):
         signals = StopSignals()
+        logger.info("loading %s for %s", engine_config.model, url(first))
         child = await EngineChild.start(engine_module, place)
         surroundings = Surroundings(
             engine=place, engine_config=engine_config, server_config=server_config, counts=counts
@@ -157,6 +160,7 @@ async def _answer(server: _Server, engine: LastingEngine) -> None:
             stop,
             gate=server.gate,
             cells=server.cells,
+            logs_stats=server.config.log_stats,
             on_ready=is_ready.set,
         )
     )
