@@ -118,8 +118,8 @@ class EngineConfig:
     )
     seed: int = option(
         0,
-        "Seed from which requests without one of their own draw theirs, one after the other, so that a run in which they "
-        "come in the same order draws the same; and of weights drawn at random",
+        "Seed from which requests without one of their own draw theirs, one after the other: if they come in the same "
+        "order again they get the same. Random weights are drawn from it too",
     )
     max_model_len: int | None = option(
         None,

@@ -73,8 +73,8 @@ def test_every_gpu_can_be_named_alone_and_several_times(name: str) -> None:
     ("text", "message"),
     [
         ("a100", "unknown GPU 'a100'; did you mean 'a100-80'[?]"),
-        ("H201x4", "unknown GPU 'h201'; did you mean 'h200'[?]"),
-        ("tpu", "unknown GPU 'tpu'; known: a100-80, h100, h200, b200, ada6000"),
+        ("H300x4", "unknown GPU 'h300'; did you mean 'h100'[?]"),
+        ("tpu", "unknown GPU 'tpu'; known: a100-80, h100, h200, b200, ada6000, "),
         ("", "unknown GPU ''; known: "),
         ("rtx4099", "unknown GPU 'rtx4099'; did you mean 'rtx4090'[?]"),
         ("2xh100", "did you mean 'h100x2'[?]"),

@@ -78,28 +78,27 @@ def talk(reply: Reply, *, system: str | None) -> int:
     """Read lines of standard input and print the answers, until /quit or the end of input.
 
     Returns:
-        Exit status: 1 at the first line that cannot be answered if nobody is there to ask again, else 0.
+        Exit status: 1 if a line could not be answered and nobody was there to ask again, else 0.
     """
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    is_interactive = sys.stdin.isatty()
+    is_interactive, status = sys.stdin.isatty(), 0
     if is_interactive:
         import readline  # noqa: F401  (arrow keys and history in input())
 
         print(_COMMANDS_HELP)
     while (line := _read_line(is_interactive=is_interactive)) is not None:
         if line == "/quit":
-            return 0
+            return status
         if line == "/reset":
             messages = list(opening)
         elif line.startswith("/"):
             print(_COMMANDS_HELP)
         elif line:
             answered = _take_turn(reply, messages, line)
-            if answered is None and not is_interactive:
-                return 1
+            status = 1 if answered is None and not is_interactive else status
             messages = messages if answered is None else answered
-    return 0
+    return status
 
 
 def _read_line(*, is_interactive: bool) -> str | None:
