@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tests.fake_engine import SLOW
-from tests.integration.test_front_ends import COMMAND, children, front_ends, is_running, metric, num_running, wait_until
+from tests.integration.test_front_ends import COMMAND, children, is_running, metric, num_running, wait_until
 from tests.server_process import ServerProcess, launch
 from tests.toy_models import write_toy_model
 
@@ -136,7 +136,8 @@ def test_signals_to_the_whole_group_are_the_main_processs_alone(model: str, tmp_
 
 
 def engine_of(server: ServerProcess) -> int:
-    (pid,) = set(children(server.process.pid)) - set(front_ends(server))
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children(server.process.pid)}
+    (pid,) = [pid for pid, command in commands.items() if "fake_engine_process" in command]
     return pid
 
 

@@ -363,7 +363,8 @@ class FakeAsyncEngine:
         engine.tokenizer = SimpleNamespace(  # type: ignore[attr-defined]
             apply_chat_template=lambda messages, chat_template_kwargs=None: " ".join(
                 [*(message["content"] for message in messages), *map(str, (chat_template_kwargs or {}).items())]
-            )
+            ),
+            chat_templates=SimpleNamespace(usual=None),
         )
         return engine
 

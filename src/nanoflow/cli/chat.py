@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow.cli.generate import NOT_FOR_TERMINALS
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import EngineConfig
+from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.errors import EngineError
 from nanoflow.request import SamplingParams
 
@@ -141,6 +141,9 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
 
     _SAMPLING.read(args)  # Refuse here what would be refused when the model is there.
     session = stack.enter_context(EngineSession(_ENGINE.read(args)))
+    problem = session.template_problem()
+    if problem is not None:
+        raise ConfigError(problem)
     params = _SAMPLING.read(args, session.recommended)
     options = {} if args.chat_template_kwargs is None else {"template_kwargs": args.chat_template_kwargs}
     return lambda messages: session.stream(session.chat_prompt(messages, **options), params)

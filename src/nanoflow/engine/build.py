@@ -155,8 +155,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
 
 
 def _tell(line: str, *, is_shown: bool) -> None:
-    """Log a line; also to standard error, for whoever watches the start."""
-    logger.info("%s", line)
+    """Show a line to whoever watches the start; a server says the same by itself when it is ready."""
+    logger.debug("%s", line)
     if is_shown:
         print(line, file=sys.stderr)
 

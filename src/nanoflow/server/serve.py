@@ -19,7 +19,10 @@ from typing import Any
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.child import ENGINE_MODULE, EngineChild
+from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.place import EnginePlace
+from nanoflow.engine.template_probe import template_problem
+from nanoflow.request import RequestError
 from nanoflow.server.answering import answer, run_loop
 from nanoflow.server.cells import Cells, shared_rows
 from nanoflow.server.gate import DRAINING, Gate
@@ -100,7 +103,6 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engin
         contextlib.closing(EnginePlace()) as place,
     ):
         signals = StopSignals()
-        logger.info("loading %s for %s", engine_config.model, url(first))
         child = await EngineChild.start(engine_module, place)
         surroundings = Surroundings(
             engine=place, engine_config=engine_config, server_config=server_config, counts=counts
@@ -120,7 +122,12 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engin
         try:
             engine = await _unless_stopped(server.load(child), signals.first)
             if engine is not None:
-                await _answer(server, LastingEngine(engine))
+                probing = asyncio.create_task(_warn_of_template(engine))  # in a process of its own, beside all else
+                try:
+                    await _answer(server, LastingEngine(engine))
+                finally:
+                    probing.cancel()
+                    await asyncio.gather(probing, return_exceptions=True)
         finally:
             await siblings.close()
             await child.close(0.0)
@@ -147,6 +154,14 @@ async def _unless_stopped(load: Coroutine[Any, Any, AsyncEngine], stop: asyncio.
         start.cancel()
         stopped.cancel()
         await asyncio.gather(start, stopped, return_exceptions=True)
+
+
+async def _warn_of_template(engine: AsyncEngine) -> None:
+    """Say in one line if the model's chat template is broken; completions of plain prompts work all the same."""
+    with contextlib.suppress(RequestError, EngineDeadError):  # there is no tokenizer, or the engine was closed
+        problem = await asyncio.to_thread(template_problem, engine.tokenizer)
+        if problem is not None:
+            logger.warning("chat completions will fail: %s", problem)
 
 
 async def _answer(server: _Server, engine: LastingEngine) -> None:
