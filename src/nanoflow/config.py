@@ -7,6 +7,7 @@ arguments; `from_kwargs` reads them under vLLM's names too, which `compat/` list
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -79,7 +80,11 @@ class EngineConfig:
     load_format: LoadFormat = option(
         "safetensors", "safetensors, or random: weights drawn at random, for benchmarks", read=_read_load_format
     )
-    seed: int = option(0, "Seed from which requests without one of their own draw theirs")
+    seed: int = option(
+        0,
+        "Seed from which requests without one of their own draw theirs, one after the other: if they come in the same "
+        "order again they get the same. Random weights are drawn from it too",
+    )
     max_model_len: int | None = option(
         None,
         "Longest prompt plus completion in tokens, as 4096 or 4K; auto, or not given: the model's own limit, or what "
@@ -185,6 +190,19 @@ class ServerConfig(AccessOptions):
         False, "Let requests bring chat templates of their own; time and memory that these take are bounded"
     )
     heartbeat_timeout_s: float = option(60.0, "/health fails when the engine loop has been silent for so long")
+    shutdown_timeout: float = option(
+        20.0,
+        "Seconds that running and waiting requests have to end after the first SIGTERM or Ctrl-C, while new ones are "
+        "refused with 503; a second signal cuts them at once, and so does 0",
+    )
+    restart_engine: int = option(
+        0,
+        "How often an engine that has died is started again, in the life of the server; when it dies once more the "
+        "server ends with status 1",
+    )
+    log_stats: bool = option(
+        True, "Log a line of statistics every ten seconds in which there was work, and nothing while there is none"
+    )
 
     def __post_init__(self) -> None:
         self.check_bounds()
@@ -199,6 +217,10 @@ class ServerConfig(AccessOptions):
             raise ConfigError(f"stream_interval_ms must be in 0..1000, got {self.stream_interval_ms}")
         _require_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
         require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
+        if not 0 <= self.shutdown_timeout < math.inf:
+            raise ConfigError(f"shutdown_timeout must be 0 or more seconds, got {self.shutdown_timeout}")
+        if isinstance(self.restart_engine, bool) or not isinstance(self.restart_engine, int) or self.restart_engine < 0:
+            raise ConfigError(f"restart_engine must be a whole number from 0, got {self.restart_engine!r}")
 
     @property
     def model_names(self) -> tuple[str, ...]:

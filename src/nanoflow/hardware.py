@@ -123,6 +123,30 @@ class LocalDevice:
     flops_per_s: float
 
 
+def _card(
+    title: str, *, gb: float, tflops: float, gb_per_s: float, link: tuple[float, str], watts: float, sms: int
+) -> GpuSpec:
+    """A card of which only the datasheet is known.
+
+    Args:
+        title: Its full name.
+        gb, tflops, gb_per_s, watts, sms: As the datasheet has them; the TFLOP/s are dense, 16-bit, summed in 32 bits.
+        link: GB/s to other GPUs in one direction, and what of.
+    """
+    return GpuSpec(
+        title=title,
+        memory_bytes=Figure(value=gb * 1e9, source=_DATASHEET),
+        compute_flops_per_s=Figure(value=tflops * 1e12, source=_DATASHEET),
+        memory_bytes_per_s=Figure(value=gb_per_s * 1e9, source=_DATASHEET),
+        network_bytes_per_s=Figure(value=link[0] * 1e9, source=f"{_DATASHEET}, one direction of {link[1]}"),
+        power_limit_w=Figure(value=watts, source=_DATASHEET),
+        num_sms=Figure(value=sms, source=_DATASHEET),
+    )
+
+
+_PCIE_3, _PCIE_4, _PCIE_5 = (16.0, "PCIe 3 x16"), (32.0, "PCIe 4 x16"), (64.0, "PCIe 5 x16")
+_NVLINK_3, _NVLINK_4, _NVLINK_5 = (300.0, "NVLink 3"), (450.0, "NVLink 4"), (900.0, "NVLink 5")
+
 GPUS: Mapping[str, GpuSpec] = {
     "a100-80": GpuSpec(
         title="NVIDIA A100 80 GB SXM",
@@ -183,6 +207,30 @@ GPUS: Mapping[str, GpuSpec] = {
         power_limit_w=Figure(value=300.0, source=_DATASHEET),
         num_sms=Figure(value=142, source=_DATASHEET),
     ),
+    "a100-40": _card("NVIDIA A100 40 GB SXM", gb=40, tflops=312, gb_per_s=1555, link=_NVLINK_3, watts=400, sms=108),
+    "a100-pcie-40": _card("NVIDIA A100 40 GB PCIe", gb=40, tflops=312, gb_per_s=1555, link=_PCIE_4, watts=250, sms=108),
+    "a100-pcie-80": _card("NVIDIA A100 80 GB PCIe", gb=80, tflops=312, gb_per_s=1935, link=_PCIE_4, watts=300, sms=108),
+    "h100-pcie": _card("NVIDIA H100 80 GB PCIe", gb=80, tflops=756, gb_per_s=2000, link=_PCIE_5, watts=350, sms=114),
+    "h100-nvl": _card(
+        "NVIDIA H100 NVL",
+        gb=94,
+        tflops=835,
+        gb_per_s=3900,
+        link=(300.0, "an NVLink bridge between two"),
+        watts=400,
+        sms=132,
+    ),
+    "h20": _card("NVIDIA H20", gb=96, tflops=148, gb_per_s=4000, link=_NVLINK_4, watts=400, sms=78),
+    "gb200": _card(
+        "NVIDIA GB200 (one of its GPUs)", gb=186, tflops=2500, gb_per_s=8000, link=_NVLINK_5, watts=1200, sms=148
+    ),
+    "l40s": _card("NVIDIA L40S", gb=48, tflops=362, gb_per_s=864, link=_PCIE_4, watts=350, sms=142),
+    "l4": _card("NVIDIA L4", gb=24, tflops=121, gb_per_s=300, link=_PCIE_4, watts=72, sms=58),
+    "a10": _card("NVIDIA A10", gb=24, tflops=125, gb_per_s=600, link=_PCIE_4, watts=150, sms=72),
+    "t4": _card("NVIDIA T4", gb=16, tflops=65, gb_per_s=320, link=_PCIE_3, watts=70, sms=40),
+    "rtx3090": _card("NVIDIA GeForce RTX 3090", gb=24, tflops=71, gb_per_s=936, link=_PCIE_4, watts=350, sms=82),
+    "rtx4090": _card("NVIDIA GeForce RTX 4090", gb=24, tflops=165.2, gb_per_s=1008, link=_PCIE_4, watts=450, sms=128),
+    "rtx5090": _card("NVIDIA GeForce RTX 5090", gb=32, tflops=209.5, gb_per_s=1792, link=_PCIE_5, watts=575, sms=170),
 }
 
 
@@ -192,16 +240,48 @@ def parse_gpus(text: str) -> GpuGroup:
     Raises:
         HardwareError: There is no such GPU, with the nearest name, or N is 0.
     """
-    name, count = re.fullmatch(r"(.*?)(?:x(\d+))?", text.strip().lower(), flags=re.DOTALL).groups()  # type: ignore[union-attr]
-    if name not in GPUS:
-        begun = [known for known in GPUS if name and known.startswith(name)]
-        nearest = begun or difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(GPUS)}"
-        raise HardwareError(f"unknown GPU {name!r}; {hint}")
-    num_gpus = int(count or 1)
+    written = text.strip().lower()
+    # A name may hold an x and end in digits itself, as rtx4090 does: what is a name is not taken apart.
+    split = re.fullmatch(r"(.+)x(\d+)", written, flags=re.DOTALL)
+    whole = _by_name(written)
+    name, num_gpus = (whole, 1) if whole or split is None else (_by_name(split[1]), int(split[2]))
+    if name is None:
+        raise HardwareError(_unknown(written, split[1] if split else written))
     if num_gpus == 0:
         raise HardwareError(f"GPUs must be NAME or NAMExN with N from 1 (as h200 or a100-80x8), got {text!r}")
     return GpuGroup(name=f"{name}x{num_gpus}" if num_gpus > 1 else name, spec=GPUS[name], num_gpus=num_gpus)
+
+
+def _by_name(written: str) -> str | None:
+    """The GPU of a name, which may begin with its maker's and have blanks, "-" and "_" anywhere; None if unknown."""
+    return {_plain(name): name for name in GPUS}.get(_plain(written))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).removeprefix("nvidia").removeprefix("geforce")
+
+
+def _unknown(written: str, without_count: str) -> str:
+    """One line for GPUs that are not known: which may be meant, and all that are."""
+    turned = re.fullmatch(r"(\d+)\s*x\s*(.+)", written, flags=re.DOTALL)
+    if turned is not None and _by_name(turned[2]):
+        return f"GPUs are written NAMExN, got {written!r}; did you mean '{_by_name(turned[2])}x{turned[1]}'?"
+    name, nearest = max(((name, _nearest(name)) for name in (without_count, written)), key=lambda pair: pair[1][1])
+    begun = [known for known in GPUS if without_count and known.startswith(without_count)]
+    found = begun[0] if begun and name == without_count else nearest[0] if nearest[1] >= _LIKELY else None
+    hint = f"did you mean {found!r}? " if found else ""
+    return f"unknown GPU {name!r}; {hint}known: {', '.join(GPUS)}"
+
+
+# How alike two names are from which on one may be meant for the other.
+_LIKELY = 0.5
+
+
+def _nearest(name: str) -> tuple[str, float]:
+    """The known name that is most like one, and how much, from 0 to 1."""
+    likeness = {known: difflib.SequenceMatcher(None, _plain(name), _plain(known)).ratio() for known in GPUS}
+    best = max(likeness, key=lambda known: likeness[known])
+    return best, likeness[best]
 
 
 # The GPU of this file that stands for those of a compute capability and above it.

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -218,20 +219,24 @@ def test_a_killed_process_ends_all_requests_at_once(model: str) -> None:
     with_engine(model, body)
 
 
-def test_close_ends_the_process_and_removes_its_folder(model: str) -> None:
+def test_close_ends_the_process_and_leaves_no_file(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def run() -> None:
+        before = set(Path("/proc/self/fd").iterdir())
         async with fake_engine(model) as engine:
             child = engine._child
             assert child is not None
-            assert child._folder.stat().st_mode & 0o777 == 0o700
+            assert list(tmp_path.iterdir()) == [], "nothing is there to be left"
             running = asyncio.create_task(last(engine, [SLOW], LONG))
             await until(lambda: engine.stats.num_running == 1)
         with pytest.raises(EngineDeadError, match="closed"):
             await running
         with pytest.raises(EngineDeadError, match="closed"):
             await last(engine, "hello", LONG)
-        assert child._process.returncode == 0 and not child._folder.exists()
+        assert child._process.returncode == 0 and list(tmp_path.iterdir()) == []
         await engine.close()
+        assert set(Path("/proc/self/fd").iterdir()) == before
 
     asyncio.run(run())
 
@@ -248,21 +253,24 @@ def test_a_model_that_cannot_be_loaded_is_one_line(model: str, capfd: pytest.Cap
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_the_process_ends_when_its_parent_is_killed(model: str) -> None:
+def test_the_process_ends_when_its_parent_is_killed(model: str, tmp_path: Path) -> None:
     program = (
         "import asyncio, sys\n"
         "from nanoflow import AsyncEngine, EngineConfig\n"
         "async def main():\n"
         f"    engine = await AsyncEngine.start(EngineConfig(model={model!r}), module={FAKE!r})\n"
-        "    print(engine._child.pid, engine._child._folder, flush=True)\n"
+        "    print(engine._child.pid, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
-        child_pid, folder = parent.stdout.readline().split()
+        child_pid = int(parent.stdout.readline())
         parent.kill()
-    asyncio.run(until(lambda: not _is_running(int(child_pid)) and not Path(folder).exists()))
+    asyncio.run(until(lambda: not _is_running(child_pid)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def _is_running(pid: int) -> bool:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from benchmarks.stub_facts import stub_facts
 
@@ -19,6 +16,7 @@ from nanoflow.bounds import ServerBounds
 from nanoflow.config import ServerConfig
 from nanoflow.server.admission import Admission, Ledger
 from nanoflow.server.app import create_app
+from nanoflow.server.cells import Cells, shared_rows
 from nanoflow.server.errors import ApiError
 from tests.fake_async_engine import FakeAsyncEngine
 
@@ -45,23 +43,22 @@ def test_rooms_are_counted_until_they_end() -> None:
     door.check(10, 100)
 
 
-def test_all_processes_count_and_dead_ones_do_not(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    numbers = np.memmap(tmp_path / "other.load", np.int64, "w+", shape=(3,))
-    numbers[:] = (other.pid, 9, 70)
-    (tmp_path / "begun.load").write_bytes(b"")
-    try:
-        ledger.add(1, 5)
-        assert ledger.total() == (10, 75)
-        with pytest.raises(ApiError):
-            admission(ledger, max_queued_requests=6).check(1)
-    finally:
-        other.kill()
-        other.wait()
-    assert ledger.total() == (1, 5)
-    assert Ledger().total() == (0, 0)
-    assert (tmp_path / f"{os.getpid()}.load").exists()
+def test_all_processes_count_and_dead_ones_do_not() -> None:
+    with shared_rows(3) as file:
+        ledger = Ledger(Cells(file, 0))
+        other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        cells = Cells(file, 1)
+        cells.own(cells.take(3))[:] = (other.pid, 9, 70)
+        try:
+            ledger.add(1, 5)
+            assert ledger.total() == (10, 75)
+            with pytest.raises(ApiError):
+                admission(ledger, max_queued_requests=6).check(1)
+        finally:
+            other.kill()
+            other.wait()
+        assert ledger.total() == (1, 5)
+        assert Ledger(Cells(file, 0)).total() == (0, 0)  # in the place of one that died while it had let something in
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -72,7 +72,7 @@ def test_folders_the_embedded_model_and_traces(capsys: pytest.CaptureFixture[str
         (["llama-3-8b"], "model 'llama-3-8b': no such folder; did you mean 'preset:llama-3-8b'?"),
         (["meta-llama/Llama-2-70b"], "did you mean 'preset:llama-2-70b'?"),
         (["/nowhere/zz"], "model '/nowhere/zz': no such folder; give a folder with a config.json, or preset:NAME"),
-        (["preset:llama-3-8b", "--gpu", "h20"], "unknown GPU 'h20'; did you mean 'h200'?"),
+        (["preset:llama-3-8b", "--gpu", "h300"], "unknown GPU 'h300'; did you mean 'h100'?"),
         (["preset:llama-3-8b", "--gpu", "h200x0"], "GPUs must be NAME or NAMExN"),
         (["preset:llama-3-8b", "--workload", "512"], "workload must be IN/OUT (as 512/512)"),
         (["preset:llama-3-8b", "--workload", "trace:/nowhere"], "cannot read trace /nowhere"),

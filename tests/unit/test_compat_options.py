@@ -157,7 +157,6 @@ def test_what_cannot_be_done_is_refused_by_its_line(name: str, value: Any, reaso
 
 # What vLLM does if nobody says otherwise, and this does not.
 OTHERWISE = {
-    *("allowed_origins", "allowed_methods", "allowed_headers"),  # answers have no CORS headers
     *("h11_max_incomplete_event_size", "h11_max_header_count"),
     "disable_uvicorn_access_log",
 }

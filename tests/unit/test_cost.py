@@ -55,15 +55,31 @@ def test_gpus_are_read_as_name_and_count() -> None:
     assert (parse_gpus(" A100-80x8 ").name, parse_gpus("A100-80x8").num_gpus) == ("a100-80x8", 8)
     assert parse_gpus("a100-80x8").memory_bytes == 640e9
     assert parse_gpus("h200x1") == parse_gpus("h200")
+    assert (parse_gpus("RTX4090").name, parse_gpus("RTX 4090x2").num_gpus) == ("rtx4090", 2)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_gpu_can_be_named_alone_and_several_times(name: str) -> None:
+    assert parse_gpus(name) == GpuGroup(name=name, spec=GPUS[name])
+    assert parse_gpus(f"{name.upper()}x3") == GpuGroup(name=f"{name}x3", spec=GPUS[name], num_gpus=3)
+    spec = GPUS[name]
+    # FLOPs a byte and watts a TFLOP/s of every card so far: a slip of a power of ten lies outside.
+    assert 70 < spec.compute_flops_per_s.value / spec.memory_bytes_per_s.value < 450 or name == "h20"
+    assert 0.3 < spec.power_limit_w.value / (spec.compute_flops_per_s.value / 1e12) < 5.0
+    assert 10e9 < spec.memory_bytes.value < 300e9 and spec.network_bytes_per_s.value < spec.memory_bytes_per_s.value
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a100", "unknown GPU 'a100'; did you mean 'a100-80'[?]"),
-        ("H20x4", "unknown GPU 'h20'; did you mean 'h200'[?]"),
-        ("tpu", "unknown GPU 'tpu'; known: a100-80, h100, h200, b200, ada6000"),
+        ("H300x4", "unknown GPU 'h300'; did you mean 'h100'[?]"),
+        ("tpu", "unknown GPU 'tpu'; known: a100-80, h100, h200, b200, ada6000, "),
         ("", "unknown GPU ''; known: "),
+        ("rtx4099", "unknown GPU 'rtx4099'; did you mean 'rtx4090'[?]"),
+        ("2xh100", "did you mean 'h100x2'[?]"),
+        ("rtx4090x0", "N from 1"),
+        ("mi300x", "unknown GPU 'mi300x'; known: "),
         ("h200x0", "NAMExN with N from 1 .as h200 or a100-80x8., got 'h200x0'"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +16,7 @@ from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.outputs import FinishReason
-from nanoflow.server.cells import MAX_CELLS, Cells, HistogramCells
+from nanoflow.server.cells import MAX_CELLS, Cells, HistogramCells, shared_rows
 from nanoflow.server.metrics import ServerMetrics, token_count_buckets
 from tests.fake_async_engine import FakeAsyncEngine
 
@@ -194,12 +194,17 @@ def test_token_buckets_end_at_the_context_length() -> None:
 # Several front ends
 
 
-def test_counts_of_all_front_ends_add_up_and_the_engines_state_does_not(tmp_path: Path) -> None:
+@pytest.fixture
+def rows() -> Iterator[int]:
+    with shared_rows(3) as file:
+        yield file
+
+
+def test_counts_of_all_front_ends_add_up_and_the_engines_state_does_not(rows: int) -> None:
     engine = FakeAsyncEngine()
     engine.num_running, engine.num_preemptions = 16, 3
     several = [
-        ServerMetrics(engine, prefix="nanoflow", model_name="toy", cells=Cells(tmp_path, str(number)))
-        for number in range(3)
+        ServerMetrics(engine, prefix="nanoflow", model_name="toy", cells=Cells(rows, number)) for number in range(3)
     ]
     alone = metrics_of(engine)
     for number, metrics in enumerate(several):
@@ -212,11 +217,12 @@ def test_counts_of_all_front_ends_add_up_and_the_engines_state_does_not(tmp_path
         assert values(metrics) == values(alone)
 
 
-def test_what_a_front_end_counted_stays_when_it_ends(tmp_path: Path) -> None:
-    first = ServerMetrics(FakeAsyncEngine(), prefix="p", model_name="toy", cells=Cells(tmp_path, "1"))
+@pytest.mark.parametrize("row", [1, 2])
+def test_what_a_front_end_counted_stays_when_it_ends(row: int, rows: int) -> None:
+    first = ServerMetrics(FakeAsyncEngine(), prefix="p", model_name="toy", cells=Cells(rows, 1))
     first.observe_first_token(0.3, num_prompt_tokens=7)
     del first
-    second = ServerMetrics(FakeAsyncEngine(), prefix="nanoflow", model_name="toy", cells=Cells(tmp_path, "2"))
+    second = ServerMetrics(FakeAsyncEngine(), prefix="nanoflow", model_name="toy", cells=Cells(rows, row))
     second.observe_first_token(0.3, num_prompt_tokens=7)
     assert values(second)["prompt_tokens_total"] == 14
 

@@ -27,6 +27,7 @@ ALIASES: dict[str, tuple[str, Any]] = {
     "kv_cache_memory_bytes": ("2G", 2.0),
     "num_gpu_blocks_override": ("77", 77),
     "enforce_eager": ("", False),
+    "disable_log_stats": ("", False),
     "uvicorn_log_level": ("warning", "warning"),
     "api_server_count": ("3", 3),
 }

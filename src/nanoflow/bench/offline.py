@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -103,7 +104,7 @@ def _measure_run(
     llm.observe(recorder)
     with energy_of(llm.facts.device) as energy:
         start_s = time.monotonic()
-        outputs = _generate(llm, config, requests, use_tqdm=True)
+        outputs = _generate(llm, config, requests, use_tqdm=sys.stderr.isatty())
         stop_s = time.monotonic()
     records = [_record(*pair) for pair in zip(requests, outputs, strict=True)]
     run = dataclasses.replace(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import DEFAULT_MODEL, option
+from nanoflow.hardware import GPUS
 
 if TYPE_CHECKING:
     from nanoflow.cost.analysis import BatchSize, MeanLengths
@@ -41,9 +42,7 @@ _EXAMPLES = """\
 class AnalyzeConfig:
     """What to analyze a model on."""
 
-    gpu: str = option(
-        "h200", "GPUs, NAME or NAMExN: a100-80, h100, h200, b200, ada6000; a100-80x8 is eight of one host"
-    )
+    gpu: str = option("h200", f"GPUs, NAME or NAMExN: {', '.join(GPUS)}; a100-80x8 is eight of one host")
     workload: str = option(
         "512/512", "Average lengths: prompt tokens/output tokens, or trace:FILE.csv for those of a trace"
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nanoflow.cli.generate import NOT_FOR_TERMINALS, for_so_many
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.engine.errors import EngineError
 from nanoflow.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,28 +75,34 @@ def run(args: argparse.Namespace) -> int:
     """Talk until /quit or the end of input."""
     with ExitStack() as stack:
         reply = _server_reply(args, stack) if args.url else _engine_reply(args, stack)
-        talk(reply, system=args.system)
-    return 0
+        return talk(reply, system=args.system)
 
 
-def talk(reply: Reply, *, system: str | None) -> None:
-    """Read lines of standard input and print the answers, until /quit or the end of input."""
+def talk(reply: Reply, *, system: str | None) -> int:
+    """Read lines of standard input and print the answers, until /quit or the end of input.
+
+    Returns:
+        Exit status: 1 if a line could not be answered and nobody was there to ask again, else 0.
+    """
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    is_interactive = sys.stdin.isatty()
+    is_interactive, status = sys.stdin.isatty(), 0
     if is_interactive:
         import readline  # noqa: F401  (arrow keys and history in input())
 
         print(_COMMANDS_HELP)
     while (line := _read_line(is_interactive=is_interactive)) is not None:
         if line == "/quit":
-            return
+            return status
         if line == "/reset":
             messages = list(opening)
         elif line.startswith("/"):
             print(_COMMANDS_HELP)
         elif line:
-            messages = _take_turn(reply, messages, line)
+            answered = _take_turn(reply, messages, line)
+            status = 1 if answered is None and not is_interactive else status
+            messages = messages if answered is None else answered
+    return status
 
 
 def _read_line(*, is_interactive: bool) -> str | None:
@@ -111,8 +118,8 @@ def _read_line(*, is_interactive: bool) -> str | None:
             print("\n(/quit or Ctrl-D leaves)")
 
 
-def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message]:
-    """Print the answer to a line and return the conversation with both; without both if it cannot be answered."""
+def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message] | None:
+    """Print the answer to a line and return the conversation with both; None if it cannot be answered."""
     asked = [*messages, {"role": "user", "content": line}]
     answer = ""
     try:
@@ -122,11 +129,12 @@ def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message
                 answer += piece
     except KeyboardInterrupt:
         pass  # What has been said so far stays in the conversation.
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineError) as error:
         if answer:
             print()
-        print(f"error: {error} (/reset forgets the conversation)", file=sys.stderr)
-        return messages
+        hint = " (/reset forgets the conversation)" if sys.stdin.isatty() else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return None
     print()
     return [*asked, {"role": "assistant", "content": answer}]
 
@@ -137,6 +145,9 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
 
     _SAMPLING.read(args)  # Refuse here what would be refused when the model is there.
     session = stack.enter_context(EngineSession(for_so_many(_ENGINE.read(args), 1)))
+    problem = session.template_problem()
+    if problem is not None:
+        raise ConfigError(problem)
     params = _SAMPLING.read(args, session.recommended)
     options = {} if args.chat_template_kwargs is None else {"template_kwargs": args.chat_template_kwargs}
     return lambda messages: session.stream(session.chat_prompt(messages, **options), params)
@@ -210,9 +221,17 @@ def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Genera
             if response.is_error:
                 response.read()
                 raise ConnectionError(_refusal(response))
+            is_whole = False
             for line in response.iter_lines():
-                if line.startswith("data:") and (data := line.removeprefix("data:").strip()) != "[DONE]":
+                if not line.startswith("data:"):
+                    continue
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    is_whole = True
+                else:
                     yield _text_of(json.loads(data))
+            if not is_whole:
+                raise ConnectionError("the server's answer broke off before its end")
     except httpx.HTTPError as error:
         raise ConnectionError(str(error)) from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         only=config.only,
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
-    return run_job(job, path, show_progress=True)
+    return run_job(job, path, show_progress=sys.stderr.isatty())
 
 
 def _size_of(job: Job) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from nanoflow.config import EngineConfig
 from nanoflow.outputs import CompletionOutput, FinishReason
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 
 Prompt = str | list[int]
 Message = dict[str, str]
@@ -60,6 +60,15 @@ class EngineSession:
     def recommended(self) -> Mapping[str, Any]:
         """What the model recommends to sample with: fields of `SamplingParams`."""
         return self._engine.facts.sampling.fields
+
+    def template_problem(self) -> str | None:
+        """Why the model's chat template can render no conversation; None if it can, or if there is none."""
+        from nanoflow.engine.template_probe import template_problem
+
+        try:
+            return template_problem(self._engine.tokenizer)
+        except RequestError:
+            return None  # there is no tokenizer; the first line is told so
 
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> Prompt:
         """The prompt that the model's chat template makes of a conversation.

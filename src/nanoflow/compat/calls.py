@@ -46,11 +46,11 @@ _OF_CHATS = (
 )
 _OF_ENGINES = (
     Foreign(name="usage_context", takes=("ENGINE_CONTEXT", "LLM_CLASS"), reason="nothing is reported of its use"),
-    Foreign(name="stat_loggers", takes=([],), reason="the engine logs no statistics"),
+    Foreign(name="stat_loggers", takes=([],), reason="`nanoflow serve` logs statistics"),
     Foreign(name="start_engine_loop", takes=(True,), reason="the engine starts when it is first used"),
     Foreign(name="enable_log_requests", takes=(False,), reason="requests are not logged one by one"),
     Foreign(name="disable_log_requests", takes=(True,), reason="requests are not logged one by one"),
-    Foreign(name="disable_log_stats", takes=(True, False), reason="the engine logs no statistics"),
+    Foreign(name="disable_log_stats", takes=(True, False), reason="`nanoflow serve` logs statistics"),
     Foreign(name="enable_multiprocessing", takes=(False,), reason="`AsyncLLM` has the engine in a process of its own"),
     Foreign(name="timeout", takes=(0,), reason="the engine has ten seconds to end by itself"),
 )
@@ -108,7 +108,7 @@ METHODS = Methods(
         "preprocess_chat": "`LLM.chat` renders and completes; the tokenizer has apply_chat_template",
         "reset_mm_cache": _NO_MULTIMODAL,
         "wait_for_requests_to_drain": "await what `generate` yields",
-        "do_log_stats": "the engine logs no statistics",
+        "do_log_stats": "`nanoflow serve` logs statistics, and `get_metrics` has them",
     }
 )
 """Methods of `LLM`, `AsyncLLM` and `LLMEngine` that there are not."""

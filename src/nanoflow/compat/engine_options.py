@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanoflow.compat.entries import Alias, Foreign, Same, Table, options, switches
-from nanoflow.parameters import read_count, shown
+from nanoflow.compat.entries import Alias, Foreign, Same, Table, negated, options, switches
+from nanoflow.parameters import read_count
 
 _ONE_GPU = "one GPU serves a model; for several, start a server on each (CUDA_VISIBLE_DEVICES) behind a load balancer"
 _NO_MULTIMODAL = "models take text alone"
@@ -31,12 +31,6 @@ _FCFS = "requests run in the order in which they come"
 
 def _gib(num_bytes: Any) -> float:
     return read_count(str(num_bytes)) / 2**30
-
-
-def _negated(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, got {shown(value)}")
-    return not value
 
 
 _OURS = (
@@ -70,7 +64,7 @@ _OURS = (
     Alias(name="block_size", to="page_size"),
     Alias(name="kv_cache_memory_bytes", to="kv_cache_gib", convert=_gib, note="in bytes"),
     Alias(name="num_gpu_blocks_override", to="num_pages"),
-    Alias(name="enforce_eager", to="cuda_graphs", convert=_negated, note="turns it off"),
+    Alias(name="enforce_eager", to="cuda_graphs", convert=negated, note="turns it off"),
     Alias(name="performance_mode", to="goal", note="where interactivity is latency"),
     # Not an option of vLLM's: its values have other names there.
     Same(name="goal", values={"interactivity": "latency"}, note="vLLM calls it performance_mode"),
@@ -294,7 +288,7 @@ _FEATURES = (
 _WATCHING = (
     *switches("requests are not logged one by one", "enable_log_requests"),
     *switches("requests are not logged one by one", "disable_log_requests", takes=(True,)),
-    *switches("the engine logs no statistics; GET /metrics has them", "disable_log_stats", takes=(True,)),
+    *switches("statistics are logged by `nanoflow serve` alone", "disable_log_stats", takes=(True,)),
     *switches("there is one engine to log of", "aggregate_engine_logging", takes=(True, False)),
     *switches(_METRICS, "kv_cache_metrics", "cudagraph_metrics", "enable_mfu_metrics"),
     *switches(_METRICS, "enable_logging_iteration_details"),

@@ -170,3 +170,10 @@ def _is_equal(value: Any, taken: Any) -> bool:
     if isinstance(value, tuple | set | frozenset) and isinstance(taken, list):
         value = list(value)
     return isinstance(value, Real | str | list | dict) and bool(value == taken)
+
+
+def negated(value: Any) -> bool:
+    """The other truth value, for an option that says the opposite of ours; ValueError if it is none."""
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {shown(value)}")
+    return not value

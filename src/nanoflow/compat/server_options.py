@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanoflow.compat.entries import Alias, Foreign, Same, Table, options, switches
+from nanoflow.compat.entries import Alias, Foreign, Same, Table, negated, options, switches
 
 _NO_TOOLS = "there are no calls of functions: templates get no tools, and answers are text"
 _PROXY = "put a proxy (nginx, Caddy) before the server"
@@ -15,27 +15,32 @@ _OURS = (
     Same(name="host", note="127.0.0.1 if not given, where vLLM listens on all addresses"),
     Same(name="port"),
     Same(name="served_model_name"),
+    Same(name="api_key", note="several: give the flag several times"),
+    Same(name="ssl_keyfile"),
+    Same(name="ssl_certfile"),
+    Same(name="ssl_ca_certs", note="clients without a certificate are refused"),
+    Same(name="allowed_origins", note="none if not given"),
+    Same(name="shutdown_timeout", note="20 s if not given, where vLLM cuts at once"),
     Same(name="return_tokens_as_token_ids"),
     Same(name="enable_tokenizer_info_endpoint"),
     Same(name="trust_request_chat_template"),
     Alias(name="api_server_count", to="api_servers", flags=("-asc",)),
     Alias(name="uvicorn_log_level", to="log_level"),
+    Alias(name="disable_log_stats", to="log_stats", convert=negated, note="turns it off"),
 )
 _NETWORK = (
-    Foreign(name="api_key", nargs="+", is_secret=True, reason=f"requests need no key: {_PROXY}"),
-    *options(f"the server speaks HTTP: {_PROXY}", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"),
-    Foreign(name="ssl_cert_reqs", takes=(0,), reason=f"clients show no certificates: {_PROXY}"),
+    Foreign(name="ssl_ciphers", reason=f"ciphers are Python's defaults: {_PROXY}"),
+    Foreign(name="ssl_cert_reqs", takes=(0,), reason="clients show certificates where ssl_ca_certs is given"),
     *switches(f"certificates are read once: {_PROXY}", "enable_ssl_refresh"),
     Foreign(name="uds", reason="the server listens at a port, not at a socket in the file system"),
     Foreign(name="root_path", takes=("", "/"), reason=f"routes begin at /: {_PROXY}"),
     *options(
-        f"answers have no CORS headers: {_PROXY}", "allowed_origins", "allowed_methods", "allowed_headers", takes=([],)
+        "all methods and headers are allowed to allowed_origins", "allowed_methods", "allowed_headers", takes=(["*"],)
     ),
-    *switches(f"answers have no CORS headers: {_PROXY}", "allow_credentials"),
+    *switches(f"pages of other origins send keys, no cookies: {_PROXY}", "allow_credentials"),
     Foreign(name="middleware", takes=([],), reason=f"no code of users runs in the server: {_PROXY}"),
     *options(_HTTP, "h11_max_incomplete_event_size", "h11_max_header_count"),
-    Foreign(name="shutdown_timeout", takes=(0,), reason="SIGTERM ends all streams with an error event at once"),
-    *switches("each answer has an `id`, and no header of it", "enable_request_id_headers"),
+    *switches("each answer has an x-request-id header", "enable_request_id_headers", takes=(True,)),
     *switches(_DOCS, "disable_fastapi_docs", "enable_offline_docs"),
     *switches(_ONE_SERVER, "headless", "data_parallel_multi_port_external_lb"),
     *switches(_ONE_SERVER, "disable_frontend_multiprocessing", "tokens_only"),

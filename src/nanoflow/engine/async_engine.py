@@ -27,13 +27,13 @@ from nanoflow.engine.messages import (
     Heartbeat,
     Join,
     Leave,
-    Ready,
     StepOutput,
 )
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.pacing import Pacer, Stream
 from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt, sendable
+from nanoflow.engine.starting import DRAIN_S, ready
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.wire import WireError
 from nanoflow.outputs import RequestOutput
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 # Prompts from this length on are read in a thread: shorter ones take less than a millisecond.
 _LONG_TEXT_CHARS = 1024
 _LONG_PROMPT_TOKENS = 1 << 16
-# How long a message may still be on its way when the engine's process has ended.
-_DRAIN_S = 0.2
 _CLOSE_GRACE_S = 10.0
 STREAM_INTERVAL_S = 0.02
 
@@ -111,7 +109,7 @@ class AsyncEngine:
             child.link.send(config)
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
-            facts = await _ready(child.link, child)
+            facts = await ready(child.link, child)
             processor = OutputProcessor(facts, tokenizer, seed=config.seed, has_text=not config.skip_tokenizer_init)
         except BaseException as error:
             await child.close(grace_s=0.0)
@@ -127,7 +125,7 @@ class AsyncEngine:
         """Become a further front end of an engine, and wait until it is ready.
 
         Args:
-            path: File of the engine's socket.
+            path: Of the engine's socket; see `place.py`.
             front_end: Number of this front end, from 1; no number may come twice in the engine's life.
             config: What the engine was started with.
             interval_s: As for `start`.
@@ -139,7 +137,7 @@ class AsyncEngine:
         try:
             link.send(Join())
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
-            facts = await _ready(link)
+            facts = await ready(link)
             # Seeds that are drawn must differ between front ends, or the same prompt would get the same answers.
             processor = OutputProcessor(facts, tokenizer, seed=config.seed + (front_end << 64))
         except BaseException as error:
@@ -219,6 +217,10 @@ class AsyncEngine:
             for piece in sendable(requests):
                 self._link.send(Add(requests=piece))
                 await asyncio.sleep(0)  # to send much takes a while
+            logger.debug(
+                "request %s: %d prompt tokens, n %d, max_tokens %s",
+                *(name, len(output.prompt_token_ids), params.n, params.max_tokens),
+            )
             is_last = False
             while not is_last:
                 await stream.news()
@@ -231,6 +233,7 @@ class AsyncEngine:
         finally:
             del self._streams[name]
             self._drop(name)
+            logger.debug("request %s: %s", name, _ends(output))
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish reason "abort"; an unknown one is ignored."""
@@ -308,7 +311,7 @@ class AsyncEngine:
     async def _await_end(self, child: EngineChild) -> None:
         """Note that the engine's process has ended, after the last that it had to say."""
         end = await child.end()
-        await asyncio.sleep(_DRAIN_S)
+        await asyncio.sleep(DRAIN_S)
         self._die(end)
 
     def _die(self, reason: str) -> None:
@@ -320,25 +323,10 @@ class AsyncEngine:
                 stream.wake()
 
 
-async def _ready(link: EngineLink, child: EngineChild | None = None) -> EngineFacts:
-    """Wait for the engine; EngineError if it cannot start."""
-    first = asyncio.create_task(link.receive())
-    end = None if child is None else asyncio.create_task(child.end())
-    try:
-        await asyncio.wait((first,) if end is None else (first, end), return_when=asyncio.FIRST_COMPLETED)
-        if end is not None and not first.done():
-            await asyncio.wait((first,), timeout=_DRAIN_S)
-            if not first.done():
-                raise EngineDeadError(end.result())
-        message = first.result()
-    finally:
-        first.cancel()
-        if end is not None:
-            end.cancel()
-    if isinstance(message, Ready):
-        return message.facts
-    reason = message.message if isinstance(message, Failed) else f"unexpected {type(message).__name__}"
-    raise EngineError(reason)
+def _ends(output: RequestOutput) -> str:
+    """How the completions of a request ended, for the log; no text of anybody's is in it."""
+    ends = (f"{len(one.token_ids)} tokens, {one.finish_reason or 'lost'}" for one in output.outputs)
+    return "; ".join(ends) + ("" if output.error is None else f" ({output.error})")
 
 
 async def _read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:

@@ -76,9 +76,12 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     _tell(chosen.reason, is_shown=show_progress)
     if sampling.fields:
         _tell(str(sampling), is_shown=show_progress)
+    warn_of_another(config.plan, stored, config.model, device)
     book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph, device)
     # 2. Weights, and KV pages in what they leave.
     require_room_for_weights(graph, dtype, device)
+    size = f"{graph.num_parameters * dtype.itemsize / 2**30:.2f} GiB as {str(dtype).removeprefix('torch.')}"
+    logger.info("%s weights: %s", "drawing random" if is_random else f"reading, from {folder},", size)
     if folder is None or is_random:
         weights = random_weights(graph, dtype, device, config.seed)
     else:
@@ -114,10 +117,14 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     )
     load_s = time.monotonic() - start_s
     # 4. Whatever can be done before a request waits for it.
+    logger.info("%d KV pages of %d tokens", num_pages, config.page_size)
     if device.type == "cuda":
+        logger.info("compiling kernels%s", " and recording CUDA graphs" if is_captured else "")
         compile_and_record(worker, book, limits, with_plans=prepares_plans)
     times, pace = None, Pace()
     if chosen.max_itl_ms is not None:
+        if is_captured:
+            logger.info("measuring iterations")
         times = IterationTimes(time_iterations(worker, book.fallback, limits) if is_captured else ())
         pace = Pace(max_itl_s=chosen.max_itl_ms / 1e3, iteration_time=times.estimate)
     facts = EngineFacts(
@@ -150,8 +157,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
 
 
 def _tell(line: str, *, is_shown: bool) -> None:
-    """Log a line; also to standard error, for whoever watches the start."""
-    logger.info("%s", line)
+    """Show a line to whoever watches the start; a server says the same by itself when it is ready."""
+    logger.debug("%s", line)
     if is_shown:
         print(line, file=sys.stderr)
 
@@ -209,13 +216,29 @@ def plan_book(
     fallback = sequential_plan(graph, max_batch_tokens)
     if stored is None:
         return PlanBook(fallback=fallback)
-    here, made_for = f"1 x {device_name(device)}", stored.made_for
-    if made_for is not None and made_for.hardware != here:
-        logger.warning("%s is for %s and runs on %s: its plans may be slow", path, made_for.hardware, here)
     try:
         return stored.with_fallback(fallback, graph)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
+
+
+def warn_of_another(path: str | None, stored: StoredBook | None, model: str, device: torch.device) -> None:
+    """Warn if a book was made for other hardware than this, or for another model: its plans are right, but may be slow.
+
+    Models are told apart by the last part of their name, for the same may lie in any folder.
+    """
+    made_for = None if stored is None else stored.made_for
+    if made_for is None:
+        return
+    here = f"1 x {device_name(device)}"
+    if made_for.hardware != here:
+        logger.warning("%s is for %s and runs on %s: its plans may be slow", path, made_for.hardware, here)
+    if _last_part(made_for.model) != _last_part(model):
+        logger.warning("%s is for %s and runs %s: its plans may be slow", path, made_for.model, model)
+
+
+def _last_part(model: str) -> str:
+    return model.removeprefix("preset:").rstrip("/").rpartition("/")[2].lower()
 
 
 def book_facts(book: PlanBook) -> BookFacts:

@@ -5,7 +5,7 @@ A front end is known by its number, which is the routing id of its socket. The o
 
 from __future__ import annotations
 
-from zmq.constants import ROUTER
+from zmq.constants import ROUTER, ROUTER_HANDOVER, USE_FD
 from zmq.sugar.context import Context
 
 from nanoflow.engine.messages import FromEngine, Unreadable
@@ -18,14 +18,17 @@ class Channel:
     """A socket that front ends connect to; sending never waits, and a front end that has gone gets nothing.
 
     Args:
-        path: File of the socket, in a folder that nobody else may enter.
+        listener: File descriptor of a listening Unix socket, as `place.EnginePlace` makes it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, listener: int) -> None:
         self._context = Context()
         self._socket = self._context.socket(ROUTER)
         self._socket.set_hwm(0)
-        self._socket.bind(f"ipc://{path}")
+        # A front end that comes again is taken for itself, even if its last connection has not been seen to end.
+        self._socket.setsockopt(ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(USE_FD, listener)
+        self._socket.bind(f"ipc:///dev/fd/{listener}")  # a name only: the socket is bound already
 
     def send(self, front_end: int, message: FromEngine) -> None:
         """Send a message to one front end."""

@@ -6,55 +6,57 @@ Knows nothing of what the messages mean: see `async_engine.py`. What runs in it 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 import sys
-import tempfile
 from asyncio.subprocess import PIPE, Process
-from pathlib import Path
 
 from nanoflow.engine.link import EngineLink
 from nanoflow.engine.messages import Shutdown
+from nanoflow.engine.place import EnginePlace
 
 ENGINE_MODULE = "nanoflow.engine.process"
 STDERR = 2
 
 
 class EngineChild:
-    """A child process and the link to it, in a folder that nobody else may enter. Made by `start`.
+    """A child process and the link to it. Made by `start`.
 
     Attributes:
-        path: File of the engine's socket, for further front ends.
         link: To the engine, as front end 0.
     """
 
-    def __init__(self, process: Process, folder: Path, path: str, link: EngineLink) -> None:
-        self.path = path
+    def __init__(self, process: Process, link: EngineLink, own_place: EnginePlace | None) -> None:
         self.link = link
         self._process = process
-        self._folder = folder
+        self._own_place = own_place
         self._exited = asyncio.ensure_future(process.wait())
 
     @classmethod
-    async def start(cls, module: str = ENGINE_MODULE) -> EngineChild:
+    async def start(cls, module: str = ENGINE_MODULE, place: EnginePlace | None = None) -> EngineChild:
         """Start a process; it waits for its first message.
 
         Args:
-            module: What to run, as by `python -m`, with the path of the socket as its argument.
+            module: What to run, as by `python -m`, with the file descriptor of its socket as its argument.
+            place: Where it and its front ends meet; one of its own, closed with it, if not given.
         """
-        folder = Path(tempfile.mkdtemp(prefix="nanoflow-"))
-        path = str(folder / "engine")
-        link = EngineLink(path)
+        own_place = EnginePlace() if place is None else None
+        place = place or own_place
+        assert place is not None
+        link = EngineLink(place.path)
         try:
             # Of a session of its own, Ctrl-C in the terminal does not reach it: its end is the parent's to decide. Its
             # standard input closes when the parent ends, however that happens.
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, path), stdin=PIPE, stdout=STDERR, start_new_session=True
+                *(sys.executable, "-m", module, str(place.listener)),
+                stdin=PIPE,
+                stdout=STDERR,
+                pass_fds=[place.listener],
+                start_new_session=True,
             )
         except BaseException:
-            _remove(link, folder)
+            _close(link, own_place)
             raise
-        return cls(process, folder, path, link)
+        return cls(process, link, own_place)
 
     @property
     def pid(self) -> int:
@@ -66,7 +68,7 @@ class EngineChild:
         return f"the engine's process {end_of(await asyncio.shield(self._exited))}"
 
     async def close(self, grace_s: float) -> None:
-        """Ask the child to end, end it if it has not after so long, and remove the socket."""
+        """Ask the child to end, end it if it has not after so long, and close what leads to it."""
         try:
             self.link.send(Shutdown())
             await asyncio.wait((self._exited,), timeout=grace_s)
@@ -74,12 +76,13 @@ class EngineChild:
             if not self._exited.done():
                 self._process.kill()
             await self._exited
-            _remove(self.link, self._folder)
+            _close(self.link, self._own_place)
 
 
-def _remove(link: EngineLink, folder: Path) -> None:
+def _close(link: EngineLink, place: EnginePlace | None) -> None:
     link.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    if place is not None:
+        place.close()
 
 
 def end_of(status: int) -> str:

@@ -28,7 +28,7 @@ class EngineLink:
     """A socket of one front end; belongs to the event loop that it was made in.
 
     Args:
-        path: File of the engine's socket, which may not be there yet.
+        path: Of the engine's socket; see `place.py`. The engine may come later.
         front_end: Number of the front end; 0 for the one that started the engine.
     """
 

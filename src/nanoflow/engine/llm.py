@@ -135,7 +135,7 @@ class LLM:
         Args:
             prompts: One prompt or a list of them: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
-            use_tqdm: Show a progress bar; a function makes it, with the arguments of tqdm.
+            use_tqdm: Show a progress bar where standard error is a terminal; a function makes it, as tqdm would.
             prompt_token_ids: Prompts as token ids, as older versions of vLLM take them.
             **others: What vLLM takes beside them, at values that change nothing.
 
@@ -184,6 +184,7 @@ class LLM:
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
             chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
+            use_tqdm: Show a progress bar, where standard error is a terminal.
             **others: What vLLM takes beside them, at values that change nothing.
 
         Raises:
@@ -284,7 +285,9 @@ class LLM:
         """Step until the engine has nothing left to do."""
         start_s, num_tokens = time.monotonic(), 0
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        bar = make_bar(total=num_requests, unit="request", dynamic_ncols=True, disable=not use_tqdm)
+        # A function that a user gave decides for itself where it shows.
+        is_shown = bool(use_tqdm) and (callable(use_tqdm) or sys.stderr.isatty())
+        bar = make_bar(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
         with bar, heap_left_alone():
             while self._engine.has_work:
                 raise_if_interrupted()

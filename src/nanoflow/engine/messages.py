@@ -137,6 +137,14 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What the engine's process has to say while it loads, for the log: `level` as in `logging`."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """State of the engine after an iteration.
 
@@ -226,4 +234,4 @@ class Heartbeat:
 
 
 FromFrontEnd = Join | Add | Abort | Leave | Shutdown
-FromEngine = Ready | Failed | StepOutput | Heartbeat
+FromEngine = Ready | Failed | StepOutput | Heartbeat | Told

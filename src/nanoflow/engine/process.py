@@ -1,4 +1,4 @@
-"""The engine in a process of its own: `python -m nanoflow.engine.process SOCKET`.
+"""The engine in a process of its own: `python -m nanoflow.engine.process LISTENER`, the descriptor of its socket.
 
 A loop between a socket and an engine: take what the front ends send, step, send each what came of it. It ends when told
 to, when the engine fails, or when its parent is gone. How a front end starts it is in `child.py`.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from nanoflow.config import EngineConfig
@@ -37,6 +36,7 @@ from nanoflow.engine.messages import (
     Unreadable,
 )
 from nanoflow.engine.quiet_log import log_quietly
+from nanoflow.engine.telling import told
 from nanoflow.engine.wire import ToEngine, WireError
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request, RequestError
@@ -78,22 +78,26 @@ class EngineLoop(Protocol):
         """Stop."""
 
 
-def serve(build: Callable[[EngineConfig], EngineLoop], path: str) -> int:
+def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
     """Build the engine that the first message describes, then run it until told to stop.
 
     Args:
         build: Loads a model; a ValueError's message is for people.
-        path: File of the socket.
+        listener: File descriptor of the listening socket, in digits.
 
     Returns:
         The process's exit status: 0 after a `Shutdown`, 1 if the engine could not start or has failed.
     """
-    threading.Thread(target=_end_with_parent, args=(path,), name="parent watch", daemon=True).start()
-    channel, front_ends = Channel(path), FrontEnds()
+    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    # Whoever stops a whole group of processes at once means the parent, which lets running requests end first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    channel, front_ends = Channel(int(listener)), FrontEnds()
     engine: EngineLoop | None = None
     try:
         config, messages = _configuration(channel, front_ends)
-        engine = build(config)
+        with told(lambda message: channel.send(0, message)):
+            engine = build(config)
         freeze_heap()
         _Loop(engine=engine, channel=channel, front_ends=front_ends).run(messages)
         return 0
@@ -200,13 +204,10 @@ class _Loop:
         self.channel.send(front_end, refusal)
 
 
-def _end_with_parent(path: str) -> None:
+def _end_with_parent() -> None:
     """Wait for the end of standard input, a pipe that only the parent holds: it closes however the parent ends."""
     while os.read(0, 1):
         pass
-    with suppress(OSError):
-        Path(path).unlink()
-        Path(path).parent.rmdir()
     os._exit(1)
 
 

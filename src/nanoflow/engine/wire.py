@@ -24,6 +24,7 @@ from nanoflow.engine.messages import (
     Ready,
     Shutdown,
     StepOutput,
+    Told,
     Unreadable,
 )
 
@@ -44,6 +45,7 @@ _FROM_ENGINE: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
     b"Failed": msgspec.msgpack.Decoder(Failed),
     b"StepOutput": msgspec.msgpack.Decoder(StepOutput),
     b"Heartbeat": msgspec.msgpack.Decoder(Heartbeat),
+    b"Told": msgspec.msgpack.Decoder(Told),
 }
 
 

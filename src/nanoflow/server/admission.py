@@ -1,67 +1,47 @@
 """How much is in the server, of all its front ends: what would be too much is refused before the engine hears of it.
 
-Each process writes what it has let in to a small file in the folder where all count, and reads those of the others. A
-process that was killed leaves its file, which counts no more: it names the process.
+Each process writes what it has let in to cells of its own, and reads those of the others (`cells.py`). What a process
+that was killed leaves there counts no more: the process is named beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.engine.messages import EngineFacts
+from nanoflow.server.cells import Cells
 from nanoflow.server.errors import ApiError
 
 RETRY_AFTER_S = 1
-_SUFFIX = ".load"
-# How old the list of the other processes may be.
-_LIST_S = 0.2
 
 
 class Ledger:
     """Completions and tokens that the processes have let in and that have not ended.
 
     Args:
-        folder: Where the processes keep their files; None for a process that is alone.
+        cells: Where the processes count; of this process alone if not given.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._others: list[NDArray[np.int64]] = []
-        self._listed_s = float("-inf")
+    def __init__(self, cells: Cells | None = None) -> None:
+        self._cells = Cells() if cells is None else cells
         # The process, completions, tokens.
-        self._own: NDArray[np.int64] = np.zeros(3, np.int64)
-        self._path = None if folder is None else folder / f"{os.getpid()}{_SUFFIX}"
-        if self._path is not None:
-            self._own = np.memmap(self._path, np.int64, "w+", shape=(3,))
-        self._own[0] = os.getpid()
+        self._place = self._cells.take(3)
+        self._own = self._cells.own(self._place)
+        # A process that died may have counted here.
+        self._own[:] = os.getpid(), 0, 0
 
     def add(self, num_completions: int, num_tokens: int) -> None:
         """Count more, or less if negative."""
-        self._own[1] += num_completions
-        self._own[2] += num_tokens
+        self._own[1:] += num_completions, num_tokens
 
     def total(self) -> tuple[int, int]:
         """Completions and tokens, of all processes that live."""
-        others = [other for other in self._list() if _lives(int(other[0]))]
-        return tuple(int(self._own[place] + sum(other[place] for other in others)) for place in (1, 2))  # type: ignore[return-value]
-
-    def _list(self) -> list[NDArray[np.int64]]:
-        if self._folder is not None and time.monotonic() - self._listed_s > _LIST_S:
-            self._listed_s = time.monotonic()
-            paths = [path for path in self._folder.glob(f"*{_SUFFIX}") if path != self._path]
-            # A process that has just started may not have given its file its size yet.
-            whole = [path for path in paths if path.stat().st_size == self._own.nbytes]
-            self._others = [np.memmap(path, np.int64, "r", shape=(3,)) for path in whole]
-        return self._others
+        living = [row for row in self._cells.rows(self._place) if row[0] and _lives(int(row[0]))]
+        return int(sum(row[1] for row in living)), int(sum(row[2] for row in living))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

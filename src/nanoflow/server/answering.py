@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,15 +12,18 @@ from importlib.util import find_spec
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from nanoflow.config import ServerConfig
 from nanoflow.device.host_memory import bound_host_memory
-from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.cells import Cells
 from nanoflow.server.connections import Connections
+from nanoflow.server.gate import Gate
+from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import BACKLOG
+from nanoflow.server.stats_log import log_stats
 from nanoflow.server.tls import uvicorn_arguments
 from nanoflow.server.wire import on_the_wire
 
@@ -44,12 +46,14 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def answer(
-    engine: AsyncEngine,
+    engine: LastingEngine,
     config: ServerConfig,
     listener: socket.socket,
     stop: asyncio.Event,
     *,
+    gate: Gate,
     cells: Cells,
+    logs_stats: bool,
     on_ready: Callable[[], None],
 ) -> None:
     """Serve an engine until `stop` is set, then end what runs and close the engine.
@@ -59,28 +63,33 @@ async def answer(
         config: Names, limits and log level.
         listener: A bound socket.
         stop: Tells to stop.
+        gate: Who is let in.
         cells: Where this process counts.
+        logs_stats: Log statistics of all processes; for one of them.
         on_ready: Called once requests are answered.
     """
     freeze_heap()
-    connections = Connections(config)
-    server = _Server(_uvicorn_config(engine, config, cells, connections), on_ready)
+    app, connections = create_app(engine, config, cells, gate), Connections(config)
+    server = _Server(_uvicorn_config(app, config, connections), on_ready)
+    logging_stats = asyncio.create_task(log_stats(engine, app.state.metrics)) if logs_stats else None
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     watching = asyncio.create_task(connections.watch(), name="connection watch")
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    watching.cancel()
-    server.should_exit = True
-    await engine.close()  # running requests end now, so that the server has nothing left to wait for
+    try:
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        watching.cancel()
+        if logging_stats is not None:
+            logging_stats.cancel()
+        server.should_exit = True
+        await engine.close()  # running requests end now, so that the server has nothing left to wait for
     await serving
 
 
-def _uvicorn_config(
-    engine: AsyncEngine, config: ServerConfig, cells: Cells, connections: Connections
-) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, config: ServerConfig, connections: Connections) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(engine, config, cells),
+        app,
         http=connections.protocol(http_protocol()),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
@@ -122,11 +131,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def stop_at_signals() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop

@@ -20,6 +20,7 @@ from nanoflow.server.completions import completions_router
 from nanoflow.server.docs_page import docs_router
 from nanoflow.server.door import door
 from nanoflow.server.errors import install_error_handlers
+from nanoflow.server.gate import Gate, GateMiddleware
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.routes import include
 from nanoflow.server.service import Service
@@ -27,16 +28,18 @@ from nanoflow.server.status import models_router, status_router, tokens_router
 from nanoflow.server.turnstile import TurnstileMiddleware
 
 
-def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells | None = None) -> FastAPI:
+def create_app(
+    engine: ServingEngine, server_config: ServerConfig, cells: Cells | None = None, gate: Gate | None = None
+) -> FastAPI:
     """Build the application and let its metrics observe the engine.
 
     Args:
         engine: A running engine; the caller closes it.
         server_config: Names, who may use it, bounds, the metrics prefix and the heartbeat limit matter here.
         cells: Where metrics are counted, with other front ends; for this process alone if not given.
+        gate: Who is let in; everybody if not given.
     """
-    folder = None if cells is None else cells.folder
-    service = Service(engine=engine, config=server_config, ledger=Ledger(folder))
+    service = Service(engine=engine, config=server_config, ledger=Ledger(cells))
     metrics = ServerMetrics(engine, prefix=server_config.metrics_prefix, model_name=service.model_name, cells=cells)
     engine.observer = metrics
     app = _Application(
@@ -47,11 +50,12 @@ def create_app(engine: ServingEngine, server_config: ServerConfig, cells: Cells 
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.server_config = server_config
+    app.state.server_config, app.state.metrics = server_config, metrics
     install_error_handlers(app)
     add_body_reader(app, service.call_bounds)
     app.add_middleware(BodyBoundsMiddleware, bounds=server_config)
     app.add_middleware(TurnstileMiddleware)
+    app.add_middleware(GateMiddleware, gate=gate or Gate())
     routers = (completions_router, chat_router, models_router, tokens_router)
     include(app, [*(router(service) for router in routers), status_router(service, metrics), docs_router(app, service)])
     return app

@@ -1,43 +1,51 @@
 """Numbers that several processes count up, each in cells of its own, and any of them can add up.
 
-Every process writes to an array of float64: in memory if it is alone, else in a file of its own in a folder that they
-share. The file stays when its process ends, so that a sum never falls. Cells are handed out in order, so processes that
-ask for the same cells in the same order agree on what each cell is.
+Every process writes to an array of float64: in memory if it is alone, else in its row of a file without a name that
+they inherit, which is gone when the last of them has ended, however they end. A process that takes another's place goes
+on in its row, so that a sum never falls. Cells are handed out in order, so processes that ask for the same cells in the
+same order agree on what each cell is.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 from bisect import bisect_left
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_CELLS = 4096
-_SUFFIX = ".cells"
 
 Floats = NDArray[np.float64]
+
+
+@contextmanager
+def shared_rows(num_rows: int) -> Iterator[int]:
+    """A file descriptor of so many rows of cells, all zero, for as long as the block runs."""
+    with tempfile.TemporaryFile(prefix="nanoflow-") as file:
+        os.ftruncate(file.fileno(), num_rows * MAX_CELLS * np.float64().itemsize)
+        yield file.fileno()
 
 
 class Cells:
     """The cells of one process.
 
     Args:
-        folder: Where the processes keep their files; None for a process that is alone.
-        name: Of this process's file, not used before in the folder.
-
-    Attributes:
-        folder: As given.
+        file: Descriptor of the rows that the processes share, from `shared_rows`; None for a process that is alone.
+        row: This process's, which no other uses while it lives.
     """
 
-    def __init__(self, folder: Path | None = None, name: str = "0") -> None:
-        self.folder = self._folder = folder
+    def __init__(self, file: int | None = None, row: int = 0) -> None:
         self._num_used = 0
-        if folder is None:
-            self._own: Floats = np.zeros(MAX_CELLS)
+        if file is None:
+            self._rows: Floats = np.zeros((1, MAX_CELLS))
         else:
-            self._own = np.memmap(folder / f"{name}{_SUFFIX}", np.float64, "w+", shape=(MAX_CELLS,))
+            self._rows = np.frombuffer(mmap.mmap(file, 0), np.float64).reshape(-1, MAX_CELLS)
+        self._own: Floats = self._rows[row]
 
     def take(self, num_cells: int) -> slice:
         """Hand out cells that nobody has.
@@ -54,15 +62,13 @@ class Cells:
         """This process's numbers, to write to."""
         return self._own[cells]
 
+    def rows(self, cells: slice) -> Floats:
+        """The numbers of all processes, a row each."""
+        return self._rows[:, cells]
+
     def total(self) -> Floats:
         """The sum over all processes, of all cells."""
-        if self._folder is None:
-            return self._own.copy()
-        total = np.zeros(MAX_CELLS)
-        for path in self._folder.glob(f"*{_SUFFIX}"):
-            # A process that has just started may not have given its file its size yet.
-            numbers = np.fromfile(path, np.float64, MAX_CELLS)
-            total[: len(numbers)] += numbers
+        total: Floats = self._rows.sum(axis=0)
         return total
 
 

@@ -112,7 +112,7 @@ def user_errors(param: str | None = None, *, fields: Mapping[str, str] = {}) -> 
         name = problem.param or param
         raise ApiError(400, str(problem), param=fields.get(name or "", name), code=problem.code) from problem
     except EngineDeadError as problem:
-        raise ApiError(503, "the engine does not run; the server is stopping", code="engine_dead") from problem
+        raise ApiError(503, "the engine has ended, and this request with it", code="engine_dead") from problem
 
 
 def as_api_error(problem: Exception) -> ApiError:

@@ -115,6 +115,11 @@ class ServerMetrics(Collector):
             if value is not None:
                 histogram.observe(value)
 
+    def token_counts(self) -> tuple[float, float]:
+        """Prompt tokens, and tokens generated, of all front ends since the start."""
+        total = self._cells.total()
+        return float(total[self._prompt_tokens.place][0]), float(total[self._generation_tokens.place][0])
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

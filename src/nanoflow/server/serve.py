@@ -13,22 +13,28 @@ import dataclasses
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Coroutine, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError
-from nanoflow.engine.quiet_log import log_quietly
-from nanoflow.server.answering import answer, run_loop, stop_at_signals
-from nanoflow.server.cells import Cells
+from nanoflow.engine.place import EnginePlace
+from nanoflow.engine.template_probe import template_problem
+from nanoflow.request import RequestError
+from nanoflow.server.answering import answer, run_loop
+from nanoflow.server.cells import Cells, shared_rows
+from nanoflow.server.gate import DRAINING, Gate
 from nanoflow.server.hosts import is_loopback, with_hosts
 from nanoflow.server.keys import with_all_keys
+from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import bind, choose_num_front_ends, num_cores, url
+from nanoflow.server.logs import start_logging
+from nanoflow.server.restarting import keep_engine
 from nanoflow.server.siblings import Siblings, Surroundings
+from nanoflow.server.signals import StopSignals
 from nanoflow.server.tls import check_tls
 
 logger = logging.getLogger(__name__)
@@ -37,8 +43,9 @@ logger = logging.getLogger(__name__)
 def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engine_module: str = ENGINE_MODULE) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
-    Prints one line once all processes answer. At a signal new connections are refused, running requests end with an
-    error, and the engine is closed.
+    Prints one line once all processes answer. At the first signal new requests are refused and those that are there
+    have `shutdown_timeout` seconds to end; at the second, or when these are over, they end with an error. Then the
+    engine is closed.
 
     Args:
         engine_config, server_config: What to serve, and how.
@@ -47,9 +54,9 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
     Raises:
         ConfigError: The address cannot be listened at, or keys or certificates cannot be used.
         EngineError: The engine or a front end cannot start.
-        EngineDeadError: The engine died.
+        EngineDeadError: The engine died, more often than it may be started again.
     """
-    log_quietly("nanoflow")
+    start_logging(server_config.log_level)
     server_config = with_hosts(with_all_keys(server_config, os.environ))
     check_tls(server_config)
     if server_config.served_model_name is None:
@@ -60,28 +67,76 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engi
     run_loop(_serve(engine_config, server_config, engine_module))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Server:
+    """What all parts of a running server share.
+
+    Attributes:
+        engine_config, config: What is served, and how.
+        engine_module: What the engine's process runs.
+        place: Where engine and front ends meet.
+        listener: Bound socket of this process.
+        signals: Those that end the server.
+        siblings: The further front ends.
+        gate: Who is let in here.
+        cells: Where this process counts.
+    """
+
+    engine_config: EngineConfig
+    config: ServerConfig
+    engine_module: str
+    place: EnginePlace
+    listener: socket.socket
+    signals: StopSignals
+    siblings: Siblings
+    gate: Gate
+    cells: Cells
+
+    async def load(self, child: EngineChild) -> AsyncEngine:
+        """The engine, in a process that runs already."""
+        return await AsyncEngine.load(child, self.engine_config, interval_s=self.config.stream_interval_ms / 1000)
+
+    async def start_engine(self) -> AsyncEngine:
+        """Another engine, after one has died."""
+        return await self.load(await EngineChild.start(self.engine_module, self.place))
+
+
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engine_module: str) -> None:
     count = server_config.api_servers or 1
-    with _listening(server_config, count) as (first, *others), _counting(count) as counts:
-        if (
-            warning := open_to_all(server_config, url(first, has_tls=server_config.ssl_certfile is not None))
-        ) is not None:
+    with (
+        _listening(server_config, count) as (first, *others),
+        shared_rows(count) as counts,
+        contextlib.closing(EnginePlace()) as place,
+    ):
+        root_url = url(first, has_tls=server_config.ssl_certfile is not None)
+        if (warning := open_to_all(server_config, root_url)) is not None:
             logger.warning(warning)
-        stop = stop_at_signals()
-        child = await EngineChild.start(engine_module)
+        signals = StopSignals()
+        child = await EngineChild.start(engine_module, place)
         surroundings = Surroundings(
-            engine_path=child.path,
-            engine_config=engine_config,
-            server_config=server_config,
-            counts=counts or Path(),
+            engine=place, engine_config=engine_config, server_config=server_config, counts=counts
         )
         siblings = await Siblings.start(surroundings, others)
+        server = _Server(
+            engine_config=engine_config,
+            config=server_config,
+            engine_module=engine_module,
+            place=place,
+            listener=first,
+            signals=signals,
+            siblings=siblings,
+            gate=Gate(),
+            cells=Cells(counts),
+        )
         try:
-            interval_s = server_config.stream_interval_ms / 1000
-            load = AsyncEngine.load(child, engine_config, interval_s=interval_s)
-            engine = await _unless_stopped(load, stop)
+            engine = await _unless_stopped(server.load(child), signals.first)
             if engine is not None:
-                await _answer(engine, server_config, first, stop, siblings, Cells(counts))
+                probing = asyncio.create_task(_warn_of_template(engine))  # in a process of its own, beside all else
+                try:
+                    await _answer(server, LastingEngine(engine))
+                finally:
+                    probing.cancel()
+                    await asyncio.gather(probing, return_exceptions=True)
         finally:
             await siblings.close()
             await child.close(0.0)
@@ -98,16 +153,6 @@ def _listening(config: ServerConfig, count: int) -> Iterator[list[socket.socket]
             listener.close()
 
 
-@contextlib.contextmanager
-def _counting(count: int) -> Iterator[Path | None]:
-    """A folder where several processes count, removed at the end; None for one process."""
-    if count == 1:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="nanoflow-counts-") as folder:
-        yield Path(folder)
-
-
 async def _unless_stopped(load: Coroutine[Any, Any, AsyncEngine], stop: asyncio.Event) -> AsyncEngine | None:
     """The loaded engine; None if a signal came while it loaded."""
     start, stopped = asyncio.create_task(load), asyncio.create_task(stop.wait())
@@ -120,45 +165,84 @@ async def _unless_stopped(load: Coroutine[Any, Any, AsyncEngine], stop: asyncio.
         await asyncio.gather(start, stopped, return_exceptions=True)
 
 
-async def _answer(
-    engine: AsyncEngine,
-    config: ServerConfig,
-    listener: socket.socket,
-    stop: asyncio.Event,
-    siblings: Siblings,
-    cells: Cells,
-) -> None:
-    """Answer until a signal, or until the engine or the family cannot go on; then end them all."""
-    is_ready = asyncio.Event()
-    answering = asyncio.create_task(answer(engine, config, listener, stop, cells=cells, on_ready=is_ready.set))
-    family = asyncio.create_task(_keep_family(engine, siblings, is_ready, _ready_line(engine, config, listener)))
-    ends = (answering, family, asyncio.create_task(engine.dead()), asyncio.create_task(stop.wait()))
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    death = engine.death
-    stop.set()
-    for end in ends[1:]:
-        end.cancel()
-    _, problem, *_ = await asyncio.gather(*ends, siblings.close(), return_exceptions=True)
-    if death is not None:
-        raise EngineDeadError(f"the engine died: {death}")
-    if isinstance(problem, Exception):
-        raise problem
-    answering.result()
+async def _warn_of_template(engine: AsyncEngine) -> None:
+    """Say in one line if the model's chat template is broken; completions of plain prompts work all the same."""
+    with contextlib.suppress(RequestError, EngineDeadError):  # there is no tokenizer, or the engine was closed
+        problem = await asyncio.to_thread(template_problem, engine.tokenizer)
+        if problem is not None:
+            logger.warning("chat completions will fail: %s", problem)
 
 
-async def _keep_family(engine: AsyncEngine, siblings: Siblings, is_ready: asyncio.Event, ready_line: str) -> None:
+async def _answer(server: _Server, engine: LastingEngine) -> None:
+    """Answer until a signal has been obeyed, or until the engine or the family cannot go on; then end them all."""
+    is_ready, stop = asyncio.Event(), asyncio.Event()
+    answering = asyncio.create_task(
+        answer(
+            engine,
+            server.config,
+            server.listener,
+            stop,
+            gate=server.gate,
+            cells=server.cells,
+            logs_stats=server.config.log_stats,
+            on_ready=is_ready.set,
+        )
+    )
+    keeping = keep_engine(
+        engine,
+        server.start_engine,
+        gate=server.gate,
+        siblings=server.siblings,
+        max_restarts=server.config.restart_engine,
+    )
+    tasks = [asyncio.create_task(work) for work in (keeping, _keep_family(server, engine, is_ready), _drain(server))]
+    try:
+        await asyncio.wait((answering, *tasks), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.set()
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, answering, server.siblings.close(), return_exceptions=True)
+    for end in ends:
+        if isinstance(end, Exception):
+            raise end
+
+
+async def _drain(server: _Server) -> None:
+    """Wait for a signal; then take nothing new, and let what is there end, up to a time and a second signal."""
+    await server.signals.first.wait()
+    server.gate.close(DRAINING)
+    server.siblings.drain()
+    timeout_s = server.config.shutdown_timeout
+    if server.gate.num_inside and timeout_s:
+        logger.warning(
+            "stopping: requests have %g s to end and new ones are refused; a second signal ends them now", timeout_s
+        )
+    ends = (
+        asyncio.gather(server.gate.empty(), server.siblings.drained()),
+        asyncio.create_task(server.signals.second.wait()),
+    )
+    try:
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for end in ends:
+            end.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
+
+
+async def _keep_family(server: _Server, engine: LastingEngine, is_ready: asyncio.Event) -> None:
     """Say once that all front ends answer, then start again whichever ends."""
     await is_ready.wait()
-    await siblings.ready()
+    await server.siblings.ready()
     if engine.facts.limits is not None:
         print(f"nanoflow {engine.facts.limits.reason}", flush=True)
     if engine.facts.sampling.fields:
         print(f"nanoflow {engine.facts.sampling}", flush=True)
-    print(ready_line, flush=True)
-    await siblings.watch(engine)
+    print(_ready_line(engine, server.config, server.listener), flush=True)
+    await server.siblings.watch(engine)
 
 
-def _ready_line(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> str:
+def _ready_line(engine: LastingEngine, config: ServerConfig, listener: socket.socket) -> str:
     root_url = url(listener, has_tls=config.ssl_certfile is not None)
     others = f", {config.api_servers} front ends" if config.api_servers != 1 else ""
     return (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 import time
@@ -17,15 +16,15 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from nanoflow.config import EngineConfig, ServerConfig
-from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.child import end_of
 from nanoflow.engine.errors import EngineError
+from nanoflow.engine.place import EnginePlace
 from nanoflow.server.answering import STREAM_END_TIMEOUT_S
-from nanoflow.server.front_end import READY, Setup
+from nanoflow.server.front_end import DRAIN, DRAINED, JOIN, LOSE, READY, STOP, Setup
+from nanoflow.server.lasting import LastingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +36,36 @@ _CLOSE_GRACE_S = STREAM_END_TIMEOUT_S + 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """What all further front ends share; see `front_end.Setup`."""
+    """What all further front ends share; see `front_end.Setup`.
 
-    engine_path: str
+    Attributes:
+        engine: Where they meet the engine.
+        engine_config, server_config: Those of the main process.
+        counts: File descriptor of the rows where all count; the main process has the first.
+    """
+
+    engine: EnginePlace
     engine_config: EngineConfig
     server_config: ServerConfig
-    counts: Path
+    counts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sibling:
+    """A further front end: its number, its row of counts, its process, its socket, and what it has said so far."""
+
     number: int
+    row: int
     process: Process
     listener: socket.socket
+    is_ready: asyncio.Event = field(default_factory=asyncio.Event)
+    is_drained: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self, command: bytes) -> None:
+        """Send a command; one that has ended gets nothing."""
+        assert self.process.stdin is not None
+        with suppress(OSError, RuntimeError):
+            self.process.stdin.write(command)
 
 
 class Siblings:
@@ -58,16 +74,18 @@ class Siblings:
     def __init__(self, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
         self._living: dict[int, _Sibling] = {}
+        self._hearing: set[asyncio.Task[None]] = set()
         self._next_number = 1
         self._restarts_s: deque[float] = deque(maxlen=MAX_RESTARTS)
+        self._is_draining = False
 
     @classmethod
     async def start(cls, surroundings: Surroundings, listeners: Sequence[socket.socket]) -> Siblings:
         """Start a process for each listener; they wait for the engine."""
         siblings = cls(surroundings)
         try:
-            for listener in listeners:
-                await siblings._start_one(listener)
+            for row, listener in enumerate(listeners, start=1):
+                await siblings._start_one(row, listener)
         except BaseException:
             await siblings.close()
             raise
@@ -81,8 +99,8 @@ class Siblings:
         """
         await asyncio.gather(*(_ready(sibling) for sibling in self._living.values()))
 
-    async def watch(self, engine: AsyncEngine) -> None:
-        """Start again whichever ends, and have the engine forget its requests, as long as the engine lives.
+    async def watch(self, engine: LastingEngine) -> None:
+        """Start again whichever ends, and have the engine forget its requests, until the server is draining.
 
         Raises:
             EngineError: That has happened too often.
@@ -94,36 +112,49 @@ class Siblings:
                     await asyncio.Event().wait()
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    if not engine.is_alive:
-                        return
                     sibling = await self._replace(engine, task.result())
-                    ends.add(asyncio.create_task(self._end(sibling)))
+                    if sibling is not None:
+                        ends.add(asyncio.create_task(self._end(sibling)))
         finally:
             for task in ends:
                 task.cancel()
+
+    def lose_engine(self) -> None:
+        """Tell all that the engine has died: their requests end, and new ones are refused until `join_engine`."""
+        self._tell(LOSE)
+
+    def join_engine(self) -> None:
+        """Tell all that the next engine runs."""
+        self._tell(JOIN)
+
+    def drain(self) -> None:
+        """Tell all to take nothing new; whoever ends from now on is not started again."""
+        self._is_draining = True
+        self._tell(DRAIN)
+
+    async def drained(self) -> None:
+        """Wait until all have said after `drain` that nothing runs there any more, or have ended."""
+        await asyncio.gather(*(sibling.is_drained.wait() for sibling in self._living.values()))
+
+    def _tell(self, command: bytes) -> None:
+        for sibling in self._living.values():
+            sibling.tell(command)
 
     async def close(self) -> None:
         """End all, in good order if they can; their listeners are closed, so that new connections are refused."""
         for sibling in self._living.values():
             sibling.listener.close()
+        self._tell(STOP)
         processes = [sibling.process for sibling in self._living.values()]
-        for process in processes:
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
         ends = [asyncio.create_task(process.wait()) for process in processes]
         if ends:
             await asyncio.wait(ends, timeout=_CLOSE_GRACE_S)
         for process in processes:
             with suppress(ProcessLookupError):
                 process.kill()
-        await asyncio.gather(*ends)
+        await asyncio.gather(*ends, *self._hearing)
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of those that live."""
-        return [sibling.process.pid for sibling in self._living.values()]
-
-    async def _start_one(self, listener: socket.socket) -> _Sibling:
+    async def _start_one(self, row: int, listener: socket.socket) -> _Sibling:
         around, number = self._surroundings, self._next_number
         self._next_number += 1
         # Of a session of its own, Ctrl-C in the terminal does not reach it: its end is the parent's to decide.
@@ -131,28 +162,32 @@ class Siblings:
             *(sys.executable, "-m", FRONT_END_MODULE),
             stdin=PIPE,
             stdout=PIPE,
-            pass_fds=[listener.fileno()],
+            pass_fds=[listener.fileno(), around.counts, *around.engine.fds],
             start_new_session=True,
         )
-        sibling = self._living[number] = _Sibling(number=number, process=process, listener=listener)
+        sibling = self._living[number] = _Sibling(number=number, row=row, process=process, listener=listener)
+        self._hearing.add(hearing := asyncio.create_task(_hear(sibling), name="sibling"))
+        hearing.add_done_callback(self._hearing.discard)
         setup = Setup(
             number=number,
-            engine_path=around.engine_path,
+            engine_path=around.engine.path,
             engine_config=around.engine_config,
             server_config=around.server_config,
             listener=listener.fileno(),
-            counts=str(around.counts),
+            counts=around.counts,
+            row=row,
         )
-        assert process.stdin is not None
-        process.stdin.write(setup.to_line())
+        sibling.tell(setup.to_line())
         return sibling
 
     async def _end(self, sibling: _Sibling) -> _Sibling:
         await sibling.process.wait()
         return sibling
 
-    async def _replace(self, engine: AsyncEngine, sibling: _Sibling) -> _Sibling:
-        engine.forget(sibling.number)
+    async def _replace(self, engine: LastingEngine, sibling: _Sibling) -> _Sibling | None:
+        if self._is_draining:
+            return None
+        engine.current.forget(sibling.number)
         del self._living[sibling.number]
         end = end_of(sibling.process.returncode or 0)
         now_s = time.monotonic()
@@ -161,11 +196,26 @@ class Siblings:
             raise EngineError(f"a front end {end}; this has happened {times}, so the server stops")
         self._restarts_s.append(now_s)
         logger.warning("front end %d %s; its requests are lost, and it is started again", sibling.number, end)
-        return await self._start_one(sibling.listener)
+        return await self._start_one(sibling.row, sibling.listener)
+
+
+async def _hear(sibling: _Sibling) -> None:
+    """Note what a front end says, until it has ended."""
+    assert sibling.process.stdout is not None
+    said = {READY: sibling.is_ready, DRAINED: sibling.is_drained}
+    async for line in sibling.process.stdout:
+        if line in said:
+            said[line].set()
+    sibling.is_drained.set()
 
 
 async def _ready(sibling: _Sibling) -> None:
     """Wait until a front end answers; EngineError if it ends before."""
-    assert sibling.process.stdout is not None
-    if await sibling.process.stdout.readline() != READY:
-        raise EngineError(f"a front end could not start: its process {end_of(await sibling.process.wait())}")
+    ready, ended = asyncio.create_task(sibling.is_ready.wait()), asyncio.create_task(sibling.process.wait())
+    try:
+        await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            raise EngineError(f"a front end could not start: its process {end_of(ended.result())}")
+    finally:
+        ready.cancel()
+        ended.cancel()

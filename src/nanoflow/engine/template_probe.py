@@ -1,0 +1,26 @@
+"""Try a model's chat template before anybody waits for it: one that is broken for every conversation is told at once.
+
+A template may refuse some conversations, as those with a system message; that is its right, and no problem here.
+"""
+
+from __future__ import annotations
+
+from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.request import RequestError
+
+_PROBES = (("user",), ("system", "user"), ("user", "assistant", "user"))
+
+
+def template_problem(tokenizer: Tokenizer) -> str | None:
+    """Why the usual chat template can render no conversation; None if it can, or if there is none."""
+    if tokenizer.chat_templates.usual is None:
+        return None
+    problem = None
+    for roles in _PROBES:
+        try:
+            tokenizer.apply_chat_template([{"role": role, "content": "Hello."} for role in roles])
+        except RequestError as error:
+            problem = problem or str(error)
+        else:
+            return None
+    return problem

@@ -1,0 +1,83 @@
+"""`LastingEngine`: the engine as routes and metrics see it, the same when its process is replaced.
+
+Requests belong to the engine that they were given to and end with it; what does not is the state that is asked for all
+the time. Who replaces the engine, and how often, is `serve.py`'s and `front_end.py`'s to know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator
+
+from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.engine.observer import Observer
+from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.outputs import RequestOutput
+from nanoflow.request import SamplingParams
+from nanoflow.server.backend import AnyPrompt
+
+
+class LastingEngine:
+    """The engine that runs now, or the one that ran last while the next is being started.
+
+    Args:
+        engine: The first.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.current = engine
+        self._num_preemptions_before = 0
+
+    def replace(self, engine: AsyncEngine) -> None:
+        """Go on with another engine; the observer is told of its requests from now on."""
+        engine.observer = self.current.observer
+        self._num_preemptions_before = self.stats.num_preemptions
+        self.current = engine
+
+    @property
+    def observer(self) -> Observer | None:
+        """Who is told of times and counts."""
+        return self.current.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self.current.observer = observer
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What is loaded."""
+        return self.current.facts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; RequestError if it has none."""
+        return self.current.tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        """State of the engine; one that has ended runs nothing. Counts go on over all engines."""
+        stats, before = self.current.stats, self._num_preemptions_before
+        if not self.is_alive:
+            return EngineStats(num_pages=stats.num_pages, num_preemptions=stats.num_preemptions + before)
+        return dataclasses.replace(stats, num_preemptions=stats.num_preemptions + before) if before else stats
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine has ended, until the next one runs."""
+        return self.current.is_alive
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the engine's loop was last heard of."""
+        return self.current.heartbeat_age_s
+
+    def generate(
+        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete a prompt with the engine that runs now; see `AsyncEngine.generate`."""
+        return self.current.generate(prompt, params, request_id, streams=streams)
+
+    async def close(self) -> None:
+        """Close the engine."""
+        await self.current.close()
