@@ -40,7 +40,7 @@ _NETWORK = (
     *switches(f"pages of other origins send keys, no cookies: {_PROXY}", "allow_credentials"),
     Foreign(name="middleware", takes=([],), reason=f"no code of users runs in the server: {_PROXY}"),
     *options(_HTTP, "h11_max_incomplete_event_size", "h11_max_header_count"),
-    *switches("each answer has an x-request-id header", "enable_request_id_headers", takes=(True,)),
+    *switches("each answer has an x-request-id header", "enable_request_id_headers", takes=(True, False)),
     *switches(_DOCS, "disable_fastapi_docs", "enable_offline_docs"),
     *switches(_ONE_SERVER, "headless", "data_parallel_multi_port_external_lb"),
     *switches(_ONE_SERVER, "disable_frontend_multiprocessing", "tokens_only"),
