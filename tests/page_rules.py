@@ -70,6 +70,10 @@ RULES: dict[str, Rule] = {
     "make test": Make(),
     "make lint": Make(),
     "pip install -e .": Install(),
+    "pip install nanoflow-engine": Install(),
+    "make soak": Make(),
+    "make fuzz": Make(),
+    "nanoflow serve --host 0.0.0.0 --api-key-file keys.txt": Parse(why="a file of keys"),
     'nanoflow generate "def "': Run(instead=f'nanoflow generate "def " {_CPU} --max-tokens 16', says=(r"\S",)),
     "nanoflow serve Qwen/Qwen2.5-0.5B-Instruct": Serve(),
     "nanoflow chat --model Qwen/Qwen2.5-0.5B-Instruct": Run(
@@ -130,7 +134,8 @@ SHOWN: dict[str, str] = {
     "null": "run",
     "def build(config: ModelConfig, max_model_len: int | None) -> OpGraph:": "the signature of models/llama.py",
     '{"version": 1,': "fields of plan books",
-    "8  cli": "layers in pyproject.toml",
+    "9  familiar                              names that users of vLLM know": "layers in pyproject.toml",
+    'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $(cat keys.txt)"': "test_door.py sends such keys",
     "maximise u": "a formula",
     "nanoflow limits for balanced: max_batch_tokens 2,048 (about 50 ms an iteration on NVIDIA H200), max_num_seqs 100 "
     "(given), gaps of at most 75 ms between tokens (goal balanced)": "a line of the server",

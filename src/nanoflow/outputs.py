@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from nanoflow.logprobs import Logprob as Logprob
-from nanoflow.logprobs import LogprobRows as LogprobRows
-from nanoflow.logprobs import PositionLogprobs as PositionLogprobs
-from nanoflow.logprobs import PromptLogprobRows as PromptLogprobRows
-from nanoflow.logprobs import TokenText as TokenText
-from nanoflow.logprobs import position_logprobs as position_logprobs
+from nanoflow.logprob_rows import Logprob as Logprob
+from nanoflow.logprob_rows import LogprobRows as LogprobRows
+from nanoflow.logprob_rows import PositionLogprobs as PositionLogprobs
+from nanoflow.logprob_rows import PromptLogprobRows as PromptLogprobRows
+from nanoflow.logprob_rows import TokenText as TokenText
+from nanoflow.logprob_rows import position_logprobs as position_logprobs
 
 
 class FinishReason(enum.StrEnum):

@@ -22,7 +22,7 @@ _MAX_SHOWN_CHARS = 80
 # Decimal digits of the largest token id.
 _MAX_ID_DIGITS = 10
 # Names less alike than this differ in more than a slip of the keyboard.
-_NEAR = 0.8
+_NEAR = 0.75
 
 
 class RequestError(ValueError):

@@ -17,7 +17,7 @@ def test_hostile_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = json.loads(record.read_text())
     assert status == 0, capsys.readouterr().out
     assert found["findings"] == [] and sum(found["num_of"].values()) >= 200
-    assert found["health"]["num_polls"] > 5 and found["health"]["num_failed"] == 0
+    assert found["health"]["num_polls"] > 0 and found["health"]["num_failed"] == 0
     assert any(name.startswith("body 200") for name in found["num_of"])
     assert any(name.startswith("file config refused") for name in found["num_of"])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from nanoflow import LLM, SamplingParams
 from nanoflow.bench.steady import ProgressRecorder
@@ -84,7 +85,8 @@ def test_all_log_probabilities_are_a_distribution(model: str) -> None:
 
 def test_more_than_the_context_is_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(
-        ValueError, match=rf"prompt 1: .* 3 tokens and max_tokens is {MAX_MODEL_LEN}, .*{MAX_MODEL_LEN}$"
+        ValueError,
+        match=rf"prompt 1: .*maximum context length is {MAX_MODEL_LEN} tokens; .* max_tokens is {MAX_MODEL_LEN}, ",
     ):
         llm.generate([[5], [5, 6, 7]], [GREEDY, SamplingParams(max_tokens=MAX_MODEL_LEN)], use_tqdm=False)
 
@@ -188,7 +190,7 @@ def test_no_prompts_give_no_results(llm: LLM) -> None:
 
 
 def test_a_bad_prompt_is_named_before_anything_runs(llm: LLM) -> None:
-    with pytest.raises(ValueError, match=rf"prompt 2: the prompt has {MAX_MODEL_LEN} tokens"):
+    with pytest.raises(ValueError, match=rf"prompt 2: .*the prompt has {MAX_MODEL_LEN} tokens"):
         prompts: list[PromptInput] = ["a", "b", [5] * MAX_MODEL_LEN]
         llm.generate(prompts, GREEDY, use_tqdm=False)
     with pytest.raises(ValueError, match="2 sampling_params for 3 prompts"):
@@ -211,9 +213,11 @@ def test_ctrl_c_leaves_the_model_usable(llm: LLM, delay_s: float) -> None:
 
 
 def test_the_bar_counts_requests_and_tokens(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    llm.generate(["a", "b"], GREEDY)
+    llm.generate(["a", "b"], GREEDY, use_tqdm=tqdm)
     shown = capsys.readouterr().err
     assert "2/2" in shown and "output tokens/s" in shown
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr().err == ""  # it is no terminal
 
 
 def test_limits_that_are_not_given_are_chosen_for_throughput(model: str, capsys: pytest.CaptureFixture[str]) -> None:

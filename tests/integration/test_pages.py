@@ -157,8 +157,10 @@ def ask(server: ServerProcess) -> None:
 
 def check_installation(command: str, block: Block) -> None:
     """The command installs this project, and with it what the comment says."""
-    assert command == "pip install -e ." and PROJECT["project"]["scripts"]["nanoflow"] == "nanoflow.cli.main:main"
-    said = re.search(rf"{re.escape(command)} +# (\w+) >= ([\d.]+) comes with it", block.text)
+    if command == f"pip install {PROJECT['project']['name']}":
+        return
+    assert command == "pip install -e ." and PROJECT["project"]["scripts"]["nanoflow"] == "nanoflow_engine:main"
+    said = re.search(rf"{re.escape(command)} +#.* (\w+) >= ([\d.]+) comes with it", block.text)
     assert said is not None and f"{said[1]}>={said[2]}" in PROJECT["project"]["dependencies"]
 
 
@@ -172,6 +174,8 @@ def test_options_of_commands_in_the_text_exist(
     if program == "make":
         goals = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(goals)
+        return
+    if program in ("pip", "openssl", "vllm"):  # not ours
         return
     if program == "pytest":
         paths = [word for word in words[1:] if "/" in word]
@@ -285,6 +289,13 @@ def test_the_plan_book_of_the_architecture() -> None:
 
 
 def test_the_layers_of_the_architecture() -> None:
-    drawn = set(re.findall(r"[a-z]+", re.sub(r" {5,}\S.*", "", block_that_begins("8  cli").text)))
+    drawn = set(
+        re.findall(
+            r"[a-z]+",
+            re.sub(
+                r" {5,}\S.*", "", next(block for block in OTHERS if block.first_line.startswith("9  familiar")).text
+            ),
+        )
+    )
     (layers,) = [each["layers"] for each in PROJECT["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
     assert {name for layer in layers for name in re.findall(r"[a-z]+", layer)} == drawn

@@ -131,7 +131,7 @@ def test_no_body_and_another_than_an_object(http: httpx.Client) -> None:
 
 def test_an_integer_may_be_written_with_a_point(http: httpx.Client) -> None:
     fields = {"max_tokens": 3.0, "n": 2.0, "top_k": 5.0, "seed": 1e3, "logprobs": 1.0, "min_tokens": 0.0}
-    more = {"stop_token_ids": [4.0], "best_of": 1.0, "priority": 0.0, "truncate_prompt_tokens": 2.0}
+    more = {"stop_token_ids": [4.0], "best_of": 2.0, "priority": 0.0, "truncate_prompt_tokens": 2.0}
     answer = complete(http, prompt=[97, 98.0, 99], echo=True, **fields, **more)
     assert [choice["text"] for choice in answer["choices"]] == ["bcthe", "bche"[:2] + "he "]
     assert complete(http, prompt=[[97.0], [98]], max_tokens=1, echo=True)["choices"][0]["text"] == "at"

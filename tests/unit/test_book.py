@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow.engine.build import book_facts, plan_book
+from nanoflow.engine.build import book_facts, plan_book, warn_of_another
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
@@ -292,7 +292,7 @@ def test_another_gpu_is_warned_of(
     made_for = MadeFor(model="preset:llama-3.2-1b", gpu=gpu, num_gpus=num_gpus)
     path = write(tmp_path, StoredBook(entries=(entry_of(8, 64),), made_for=made_for).to_json())
     with caplog.at_level(logging.WARNING):
-        load_for_engine(path)
+        warn_of_another(str(path), load_book(path), made_for.model, CPU)
     wanted = [f"{path} is for {num_gpus} x {gpu} and runs on 1 x cpu: its plans may be slow"] if is_warned else []
     assert caplog.messages == wanted
 

@@ -145,7 +145,7 @@ def test_what_changes_nothing_is_ignored(fields: dict[str, Any]) -> None:
 
 def test_best_of_n_is_n() -> None:
     assert completion(n=3, best_of=3).to_params() == SamplingParams(n=3)
-    for n, best_of in ((3, 1), (3, 4), (2, 2.0), (1, True)):
+    for n, best_of in ((3, 1), (3, 4), (2, 2.5), (1, True)):
         assert refusal(n=n, best_of=best_of) == "best_of is not supported by this server"
 
 

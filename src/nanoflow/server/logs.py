@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nanoflow.engine.quiet_log import QuietHandler, log_quietly
+from nanoflow.engine.quiet_log import log_quietly
 
 
 class _LineFormatter(logging.Formatter):
@@ -26,9 +26,6 @@ def start_logging(level: str, speaker: str = "nanoflow") -> None:
         speaker: Begins each line.
     """
     log_quietly(speaker)
-    logger = logging.getLogger("nanoflow")
-    handler = QuietHandler()
-    handler.setFormatter(_LineFormatter(speaker))
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_LineFormatter(speaker))
+    logging.getLogger("nanoflow").setLevel(level.upper())
