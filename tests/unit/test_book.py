@@ -236,11 +236,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def load_for_engine(path: Path, graph: OpGraph = GRAPH) -> PlanBook:
-    return plan_book(str(path), load_book(path), BUDGET, graph, CPU)
+    return plan_book(str(path), load_book(path), BUDGET, graph)
 
 
 def test_without_a_file_there_is_the_sequential_plan() -> None:
-    book = plan_book(None, None, BUDGET, GRAPH, CPU)
+    book = plan_book(None, None, BUDGET, GRAPH)
     assert book == book_of()
     assert str(book_facts(book)) == f"sequential ({FALLBACK.digest})"
 

@@ -77,7 +77,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     if sampling.fields:
         _tell(str(sampling), is_shown=show_progress)
     warn_of_another(config.plan, stored, config.model, device)
-    book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph, device)
+    book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph)
     # 2. Weights, and KV pages in what they leave.
     require_room_for_weights(graph, dtype, device)
     size = f"{graph.num_parameters * dtype.itemsize / 2**30:.2f} GiB as {str(dtype).removeprefix('torch.')}"
@@ -199,16 +199,14 @@ def engine_limits(
     )
 
 
-def plan_book(
-    path: str | None, stored: StoredBook | None, max_batch_tokens: int, graph: OpGraph, device: torch.device
-) -> PlanBook:
+def plan_book(path: str | None, stored: StoredBook | None, max_batch_tokens: int, graph: OpGraph) -> PlanBook:
     """The sequential plan, and the plans of the file for the batches that they are for.
 
     Args:
         path: The file, for messages.
         stored: What stands in it; None without one.
         max_batch_tokens: The token budget.
-        graph, device: What runs the plans.
+        graph: What runs the plans.
 
     Raises:
         PlanError: The file has a plan that cannot run here; the message names the file.

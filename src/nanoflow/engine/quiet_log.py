@@ -71,13 +71,12 @@ class QuietHandler(logging.Handler):
             return
 
 
-def log_quietly(prefix: str, level: str = "warning") -> None:
-    """Send all log messages of this process through a `QuietHandler`, the only one from now on.
+def log_quietly(prefix: str) -> None:
+    """Send warnings and graver messages of this process through a `QuietHandler`, the only one from now on.
 
     Args:
         prefix: Before each line: the name of the process.
-        level: Least severe messages to log.
     """
     logging.basicConfig(
-        format=f"{prefix}: %(levelname)s: %(message)s", level=level.upper(), handlers=[QuietHandler()], force=True
+        format=f"{prefix}: %(levelname)s: %(message)s", level=logging.WARNING, handlers=[QuietHandler()], force=True
     )
