@@ -191,6 +191,40 @@ def test_one_that_goes_altogether_is_forgotten(slow: tuple[FakeAsyncEngine, str]
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("num_waiting", [1, 20])
+def test_one_that_goes_with_requests_that_wait_is_forgotten(
+    slow: tuple[FakeAsyncEngine, str], num_waiting: int, is_stream: bool
+) -> None:
+    engine, url = slow
+    num_asked = len(engine.seen_params)
+    with connect(url) as connection:
+        connection.sendall(
+            post("/v1/completions", {**FIELDS, "max_tokens": 250, "stream": is_stream}) * (1 + num_waiting)
+        )
+        wait_until(lambda: engine.num_running == 1)
+    wait_until(lambda: engine.num_running == 0, timeout_s=4.0)
+    time.sleep(0.1)
+    assert (engine.num_running, len(engine.seen_params) - num_asked) == (0, 1)
+
+
+def test_one_that_goes_between_two_answers_is_forgotten(slow: tuple[FakeAsyncEngine, str]) -> None:
+    engine, url = slow
+    with connect(url) as connection:
+        connection.sendall(post("/v1/completions", FIELDS) + post("/v1/completions", {**FIELDS, "max_tokens": 250}))
+        connection.shutdown(1)
+        answer = b""
+        while b"the quick" not in answer:
+            answer += connection.recv(65536)
+        wait_until(lambda: engine.num_running == 1)
+    wait_until(lambda: engine.num_running == 0, timeout_s=4.0)
+
+
+def test_requests_that_wait_are_answered_to_a_client_that_closes_its_side(slow: tuple[FakeAsyncEngine, str]) -> None:
+    answer = ask(slow[1], post("/v1/completions", FIELDS) * 4, half_closes=True)
+    assert answer.count(b"HTTP/1.1 200 OK\r\n") == answer.count(b"the quick") == 4
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
 def test_http_1_0_gets_no_chunks(slow: tuple[FakeAsyncEngine, str], is_stream: bool) -> None:
     request = post(
         "/v1/completions", {**FIELDS, "stream": is_stream}, version="1.0", headers="Connection: keep-alive\r\n"

@@ -101,9 +101,28 @@ def test_decode_attention_reads_nothing_behind_a_context() -> None:
     torch.testing.assert_close(out, clean)
 
 
-def test_decodes_are_read_a_few_at_a_time() -> None:
-    """Neighbours, and no gaps between them, where a context of 0 is one."""
-    assert list(reference._runs([3, 1, 2, 0, 0, 5, 4], 2)) == [(0, 2), (2, 3), (5, 7)]
+def test_decodes_are_grouped_by_length() -> None:
+    """A long one does not make the short ones as long; a context of 0 is no decode; no group reads too many keys."""
+    groups = list(reference._groups([3, 1, 400, 0, 2, 0, 8, 390, 5, 4], 2, 20))
+    assert groups == [[0, 9], [1, 4], [2], [7], [6, 8]]
+
+
+def test_a_group_reads_as_many_keys_as_it_may() -> None:
+    assert list(reference._groups([4] * 7, 2, 12)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(reference._groups([4] * 7, 2, 1 << 20)) == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("window", [None, 2, 64])
+def test_decodes_of_all_lengths_in_any_order_are_their_own(window: int | None) -> None:
+    """Long and short ones apart, with rows between that are no decodes."""
+    requests = [(before, 1) for before in (0, 37, 3, 14, 2, 61, 1, 30)]
+    inputs, cache = _inputs(requests, len(requests)), _cache(256)
+    q = torch.randn(len(requests), HEADS * DIM)
+    tokens, out = TokenRange(start=0, stop=len(requests)), torch.full_like(q, torch.nan)
+    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
+    for i, (before, _) in enumerate(requests):
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.decodes.page_tables[i], before, window)
+        torch.testing.assert_close(out[i], expected)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])

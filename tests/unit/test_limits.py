@@ -96,7 +96,7 @@ def numbers(found: EngineLimits) -> tuple[int, int, float | None]:
         ("llama-3-70b", B200, "balanced", (1024, 384, 94.0)),
         # The KV pages of a CPU are 1 GiB if nothing else is asked for.
         ("qwen2.5-0.5b", LAPTOP, "throughput", (2048, 168, None)),
-        ("qwen2.5-0.5b", LAPTOP, "balanced", (768, 168, None)),
+        ("qwen2.5-0.5b", LAPTOP, "balanced", (512, 168, None)),
         ("qwen2.5-0.5b", LAPTOP, "latency", (128, 64, None)),
     ],
 )

@@ -171,7 +171,7 @@ def test_limits_are_said_with_where_they_come_from() -> None:
     (line,) = [line for line in metrics_of(engine).render().decode().splitlines() if "nanoflow:limits_info{" in line]
     for label in (
         'goal="balanced"',
-        'max_batch_tokens="1536"',
+        'max_batch_tokens="512"',
         'max_batch_tokens_origin="chosen"',
         'max_num_seqs="7"',
         'max_num_seqs_origin="given"',

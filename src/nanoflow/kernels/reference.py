@@ -6,7 +6,6 @@ once; products compute in the type of the tensors.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -116,30 +115,38 @@ def decode_attention(launch: Launch) -> None:
     (q,), (out,) = launch.reads, launch.writes
     page_size = cache.keys.shape[2]
     contexts = inputs.host.decode_context_len[launch.tokens.start : launch.tokens.stop]
-    num_pages = -(-max(contexts) // page_size)
-    group = max(1, _MAX_GATHERED_ELEMENTS // (max(num_pages, 1) * page_size * dims.kv_width))
-    for first, last in _runs(contexts, group):
-        requests = slice(launch.tokens.start + first, launch.tokens.start + last)
-        keys, values = _gather(cache, inputs.decodes.page_tables[requests, :num_pages])
-        visible = _visible(inputs.decodes.context_len[requests], keys.shape[2], dims.windows[launch.layer])
+    tables = inputs.decodes.page_tables[launch.tokens.start : launch.tokens.stop]
+    lengths = inputs.decodes.context_len[launch.tokens.start : launch.tokens.stop]
+    for rows in _groups(contexts, page_size, _MAX_GATHERED_ELEMENTS // dims.kv_width):
+        shortest, longest = (end(contexts[row] for row in rows) for end in (min, max))
+        index = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows)
+        keys, values = _gather(cache, tables[index, : -(-longest // page_size)])
+        visible = _visible(lengths[index], keys.shape[2], dims.windows[launch.layer])
         # What lies behind a context is another request's, and may not be finite: zero times that is not zero.
-        shortest = min(contexts[first:last])
         for gathered in (keys, values):
             gathered[:, :, shortest:].masked_fill_(~visible[..., shortest:].transpose(-1, -2), 0.0)
         # The query heads that share a KV head stand as one more dimension: [B, K, H / K, D].
-        grouped = q[first:last].view(last - first, dims.num_kv_heads, -1, dims.head_dim)
+        grouped = q[index].view(len(rows), dims.num_kv_heads, -1, dims.head_dim)
         result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)
-        out[first:last] = result.reshape(last - first, -1)
+        out[index] = result.reshape(len(rows), -1)
 
 
-def _runs(contexts: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring rows that are decodes (a context of 0 is none), at most so many at once: first and behind last."""
-    first = 0
-    for is_decode, rows in itertools.groupby(contexts, key=bool):
-        stop = first + len(list(rows))
-        if is_decode:
-            yield from ((start, min(start + most, stop)) for start in range(first, stop, most))
-        first = stop
+def _groups(contexts: list[int], page_size: int, most_keys: int) -> Iterator[list[int]]:
+    """Rows that are computed together, ascending: of lengths within a factor of two, as all are padded to the longest.
+
+    Args:
+        contexts: Keys of each row; 0 where the row is no decode.
+        page_size: Keys are gathered by whole pages of so many.
+        most_keys: A group has at most so many with its padding, unless it is a single row.
+    """
+    by_size: dict[int, list[int]] = {}
+    for row, context in enumerate(contexts):
+        if context:
+            by_size.setdefault((-(-context // page_size) - 1).bit_length(), []).append(row)
+    for rows in by_size.values():
+        num_keys = -(-max(contexts[row] for row in rows) // page_size) * page_size
+        most = max(1, most_keys // num_keys)
+        yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
 
 def _gather(cache: LayerCache, page_tables: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,17 +37,48 @@ def on_the_wire(base: Any) -> Any:
     class Protocol(base):  # type: ignore[misc]
         """The class that `on_the_wire` makes."""
 
+        _has_ended = False
+
         def eof_received(self) -> bool:
             """Keep the connection open for the answer to a whole request."""
             cycle = self.cycle
             if cycle is None or cycle.response_complete or cycle.more_body or self.scheme == "https":
                 return False
-            cycle.keep_alive = False
-            # An earlier request of the connection may have its answer still to come; that is then what begins.
-            if not cycle.response_started and not getattr(self, "pipeline", ()):
-                probed = cycle.transport = ProbedTransport(self.transport)
-                probed.probe_later(asyncio.get_running_loop())
+            self._has_ended = True
+            self._find_out()
             return True
+
+        def on_response_complete(self) -> None:
+            """Answer the next request that waits; behind the last one of a client that sends no more, close."""
+            super().on_response_complete()
+            if self._has_ended and self.cycle.response_complete:
+                self.transport.close()
+            elif self._has_ended:
+                self._find_out()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """Tell the request that is answered; the base tells the one that came last."""
+            super().connection_lost(exc)
+            cycle = self._answered_cycle()
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+            self._started_cycle = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def _answered_cycle(self) -> Any:
+            """The request that is answered now: others may have come after it."""
+            return getattr(self, "_started_cycle", self.cycle)
+
+        def _find_out(self) -> None:
+            """Find out whether a client that sends no more is still there, unless its answer has begun and does so."""
+            cycle = self._answered_cycle()
+            if cycle is None or cycle.response_started or isinstance(cycle.transport, ProbedTransport):
+                return
+            probed = cycle.transport = ProbedTransport(self.transport)
+            probed.probe_later(asyncio.get_running_loop())
 
         def on_headers_complete(self) -> None:
             """Prepare the answer to a request; to HTTP/1.0 it ends with the connection if its length is not known."""
