@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -222,6 +223,17 @@ def test_one_that_goes_between_two_answers_is_forgotten(slow: tuple[FakeAsyncEng
 def test_requests_that_wait_are_answered_to_a_client_that_closes_its_side(slow: tuple[FakeAsyncEngine, str]) -> None:
     answer = ask(slow[1], post("/v1/completions", FIELDS) * 4, half_closes=True)
     assert answer.count(b"HTTP/1.1 200 OK\r\n") == answer.count(b"the quick") == 4
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_call_that_the_end_of_the_server_cancels_is_told_so_in_json(protocol: str) -> None:
+    engine, read = FakeAsyncEngine(step_s=30.0), list[bytes]()
+    with served(engine, http=PROTOCOLS[protocol]) as root_url:
+        asking = threading.Thread(target=lambda: read.append(ask(root_url, post("/v1/completions", FIELDS))))
+        asking.start()
+        wait_until(lambda: engine.num_running == 1)
+    asking.join()
+    assert status(read[0]) == 503 and json.loads(split(read[0])[1])["error"]["code"] == "draining"
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
