@@ -140,7 +140,8 @@ def _ends(values: Mapping[str, float]) -> list[str]:
 
 
 def _rate(document: Document) -> float:
-    return median(repeat["total_tokens_per_s"] for repeat in document["repeats"])
+    rates: list[float] = [repeat["total_tokens_per_s"] for repeat in document["repeats"]]
+    return median(rates)
 
 
 def runs_peer(results: Path, document: Document) -> Document | None:

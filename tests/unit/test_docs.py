@@ -74,7 +74,7 @@ def test_lines_are_short(page: Path) -> None:
     is_code, long = False, []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         is_code ^= line.lstrip().startswith("```")
-        if len(line) > 125 and not is_code and not line.startswith("|"):
+        if len(line) > 120 and not is_code and not line.startswith("|"):
             long.append(number)
     assert not long, f"{page.name}: lines {long}"
 
