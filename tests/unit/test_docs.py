@@ -51,6 +51,13 @@ def test_every_page_is_reached_from_the_readme(site_links: ModuleType) -> None:
     assert pages.keys() - found == {"docs/index.md"}, "the home of the site, which is the README's for the repository"
 
 
+def test_the_home_of_the_site_leads_where_the_readme_leads(site_links: ModuleType) -> None:
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/index.md")}
+    readme, home = ({link.path for link in site_links.links(text, page)} for page, text in pages.items())
+    others = {"CHANGELOG.md", "src/nanoflow/default_model/README.md"}
+    assert {path for path in readme - home if path.endswith(".md")} == others, "changes are in the navigation"
+
+
 def test_the_navigation_of_the_site_has_every_page() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w./-]+\.md\b", config.partition("\nnav:")[2]))
