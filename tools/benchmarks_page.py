@@ -53,11 +53,12 @@ numbers came about is in the [log](log/index.md), what was learnt in [findings.m
   sources. An energy whose mean power is above the card's limit was an error of the counter and is left out."""
 
 _STEADY = """\
-A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
-are anywhere in their completions, new ones always wait, and the rungs take turns on one card (`python -m
-benchmarks.steady`), each at its own limits, all with the same number of KV pages. A rung stands beside the fastest
-sequential one. Where a sequential rung has the same limits, both have the very same batches, since what is scheduled
-depends on lengths alone: *same batches* is its time / that of this rung, *predicted* what the profile says of them."""
+A busy server is always in the middle of its work: requests come as others leave. Here the first requests begin
+anywhere in their completions, and new ones always wait. Settings take turns on one card (`python -m
+benchmarks.steady`), each at its own limits, all with the same number of KV pages. Each is compared with the fastest
+sequential setting. A sequential setting with the same limits has the very same batches, since scheduling depends on
+lengths alone. *Same batches* is the time of that one / the time of this one; *predicted* is what the profile
+expects."""
 
 
 def main() -> None:
@@ -160,8 +161,8 @@ def picture_parts(folder: Path) -> Iterator[str]:
     there = [(name, caption) for name, caption in PICTURES.items() if (folder / name).exists()]
     if there:
         yield (
-            "Three layers each, lanes by time, as `nanoflow plan show PLAN --profile PROFILE --svg FILE` draws them:\n"
-            "which operation runs on which nano-batch beside what, and the use of each resource below."
+            "Three layers each, one row a lane, time to the right. `nanoflow plan show PLAN --profile PROFILE --svg\n"
+            "FILE` draws them. Each bar is an operation on a nano-batch; below is the use of each resource."
         )
     for name, caption in there:
         yield f"{caption}:"

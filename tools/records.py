@@ -116,7 +116,7 @@ def _not_measured(what: str, name: str) -> Row:
 
 def _sequential_row(results: Path) -> Row:
     """The workloads that stand least and most above a peer; all of them are on the page."""
-    what, name = "Llama-3-8B, in process, greedy, without any overlap", "throughput_llama-3-8b"
+    what, name = "Llama-3-8B, without any overlap, greedy, without HTTP", "throughput_llama-3-8b"
     documents = _all(results, name)
     peers = {stem: runs_peer(results, document) for stem, document in documents.items()}
     ratios = {stem: _rate(documents[stem]) / peer["total_tokens_per_s"] for stem, peer in peers.items() if peer}
@@ -125,11 +125,11 @@ def _sequential_row(results: Path) -> Row:
     for stem, document in shown.items():
         work = document["workload"]
         size = f"{work['num_requests']:,} requests, {repeats_text(len(document['repeats']))}"
-        text = f"{work['workload'].removeprefix('trace:').removesuffix('.csv')} {_rate(document):,.0f} total tokens/s"
+        text = f"{work['workload'].removeprefix('trace:').removesuffix('.csv')}: {_rate(document):,.0f} tokens/s"
         parts.append(", ".join(filter(None, (f"{text} ({size})", beside(peers[stem], _rate(document))))))
     if not parts:
         return what, "not measured yet: `python -m benchmarks.targets`", "", ""
-    more = f"least and most of {len(ratios)} workloads over a peer: " if len(ratios) > len(shown) else ""
+    more = f"of {len(ratios)} workloads the least and the most over a peer: " if len(ratios) > len(shown) else ""
     return what, more + "; ".join(parts), _places(shown), _names(shown)
 
 
@@ -192,14 +192,15 @@ def is_ladder(document: Document) -> bool:
 
 def _served_row(results: Path, peers: Document, model: str) -> Row:
     name = f"serving_{model}"
-    what = f"{model.capitalize()}, served over HTTP, sharegpt lengths, temperature 0.7"
+    what = f"{model.capitalize()}, served over HTTP, sharegpt lengths, temperature 0.7; 99th percentiles"
     documents = {stem: each for stem, each in _all(results, name).items() if each.get("loads")}
     if not documents:
         return _not_measured(what, name)
     parts = []
     for document in documents.values():
         parts += [text for load in document["loads"] if (text := _load_text(document, load, peers))]
-        parts += [f"{ratio:.2f} of in process" for ratio in document.get("http_over_in_process", {}).values()]
+        ratios = document.get("http_over_in_process", {}).values()
+        parts += [f"that is {ratio:.2f} of the rate without HTTP" for ratio in ratios]
     return what, "; ".join(parts), _places(documents), _names(documents)
 
 
@@ -208,13 +209,13 @@ def _load_text(document: Document, load: Document, peers: Document) -> str:
     run, entry = middle(load), served_peer(peers, document, load)
     size = f"{load['workload']['num_requests']:,} requests, {repeats_text(len(load['repeats']))}"
     if load["load"]["request_rate"] is None:
-        text = f"{load_name(load)} {run['total_tokens_per_s']:,.0f} total tokens/s ({size})"
+        text = f"all {load_name(load)}: {run['total_tokens_per_s']:,.0f} tokens/s ({size})"
         return ", ".join(filter(None, (text, beside(entry, run["total_tokens_per_s"]))))
     if run["ttft_s"] is None or run["longest_gap_s"] is None:
         return ""
-    figures = f"{run['ttft_s']['p99'] * 1e3:,.0f}, {run['longest_gap_s']['p99'] * 1e3:,.0f}"
-    there = "" if entry is None else f"; {entry['peer']}: {in_ms(entry['ttft_s']['p99'])}, {gap_of(entry)}"
-    return f"{load_name(load)} TTFT, longest gap p99 {figures} ms ({size}{there})"
+    first, gap = in_ms(run["ttft_s"]["p99"]), in_ms(run["longest_gap_s"]["p99"])
+    there = "" if entry is None else f"; {entry['peer']}: {in_ms(entry['ttft_s']['p99'])} and {gap_of(entry)} ms"
+    return f"{load_name(load)}: first token {first} ms, longest gap {gap} ms ({size}{there})"
 
 
 def _all(results: Path, name: str) -> dict[str, Document]:
@@ -252,13 +253,14 @@ def gap_of(entry: Document) -> str:
 
 
 def _overlap_row(results: Path) -> Row:
-    what, name = "Llama-3-8B, whole runs, searched plans over the best sequential setting", "whole_runs_llama-3-8b"
+    what, name = "Llama-3-8B, overlap: whole runs with searched plans over the best without", "whole_runs_llama-3-8b"
     documents = {}
     parts = []
     for stem, document in _all(results, name).items():
         for each in document.get("results", ()):
             if each["name"] == "searched" and each["planned_part"]:
-                parts.append(f"{each['workload']} {each['ratio']:.3f} {spread_of(each['ratios'])} ({_size(each)})")
+                spread = spread_of(each["ratios"])
+                parts.append(f"{each['workload']}: {each['ratio']:.3f} times the tokens/s {spread} ({_size(each)})")
                 documents[stem] = document
     if not parts:
         return _not_measured(what, name)

@@ -158,13 +158,13 @@ def test_rows_of_readme_gather_all_records_of_a_kind(
         path.write_text(json.dumps({"machine": machine, "results": [result]}))
     rows = list(records.readme_rows(tmp_path))
     assert rows[1][1] == (
-        "at 20/s TTFT, longest gap p99 20, 20 ms (40 requests, 3 repeats); "
-        "at once 1,000 total tokens/s (40 requests, 1 repeat)"
+        "at 20/s: first token 20 ms, longest gap 20 ms (40 requests, 3 repeats); "
+        "all at once: 1,000 tokens/s (40 requests, 1 repeat)"
     )
     assert rows[1][3] == "serving_llama-3-8b_20 serving_llama-3-8b_at-once"
     assert rows[3][1] == (
-        "1024/512 1.080 (1.080 to 1.080) (1,400 requests, 3 repeats); "
-        "512/512 1.050 (1.050 to 1.050) (1,400 requests, 3 repeats)"
+        "1024/512: 1.080 times the tokens/s (1.080 to 1.080) (1,400 requests, 3 repeats); "
+        "512/512: 1.050 times the tokens/s (1.050 to 1.050) (1,400 requests, 3 repeats)"
     )
     assert rows[2][1].startswith("not measured yet"), "other models have records of their own"
     assert rows[0][1].startswith("not measured yet")
@@ -173,8 +173,8 @@ def test_rows_of_readme_gather_all_records_of_a_kind(
     ours = [json.loads((tmp_path / f"throughput_llama-3-8b_{name}.json").read_text()) for name in ("512-512", "lmsys")]
     first, second = (sorted(run["total_tokens_per_s"] for run in each["repeats"]) for each in ours)
     said = next(records.readme_rows(tmp_path))[1]
-    assert said.startswith(f"512/512 {first[1]:,.0f} total tokens/s (1,100 requests, 3 repeats), 1.16x vLLM")
-    assert f"; lmsys {second[0]:,.0f} total tokens/s (4,000 requests, 1 repeat), 1.29x vLLM" in said
+    assert said.startswith(f"512/512: {first[1]:,.0f} tokens/s (1,100 requests, 3 repeats), 1.16x vLLM")
+    assert f"; lmsys: {second[0]:,.0f} tokens/s (4,000 requests, 1 repeat), 1.29x vLLM" in said
 
 
 def test_starts_have_a_table(page: Page, tmp_path: Path) -> None:

@@ -75,6 +75,19 @@ def test_named_sources_are_there(page: Path) -> None:
         assert is_an_example or any((place / name).exists() for place in places), f"{page.name} names {name}"
 
 
+def test_pages_that_sources_name_are_there() -> None:
+    """A comment that says where a number comes from names a page that has it."""
+    named: dict[str, str] = {}
+    for folder in ("src", "tests", "tools", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"\bdocs/[\w./-]+\.md\b", path.read_text(encoding="utf-8")):
+                named[name] = path.name
+    # Pages of the tests' own repositories, and the pattern of an entry's name.
+    others = {"docs/other.md", "docs/page.md", "docs/log/entry.md", "docs/log/page.md", "docs/log/DATE-topic.md"}
+    missing = {name: source for name, source in named.items() if name not in others and not (ROOT / name).is_file()}
+    assert not missing and len(named) > len(others) + 5
+
+
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_lines_are_short(page: Path) -> None:
     """Tables and code need their width."""
