@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
     "make demo": Make(),
     "make test": Make(),
     "make lint": Make(),
+    "make docs": Make(),
     "pip install -e .": Install(),
     "pip install nanoflow-engine": Install(),
     "make soak": Make(),

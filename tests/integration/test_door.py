@@ -277,9 +277,11 @@ def test_what_is_no_http_is_told_so_in_json(slow: tuple[FakeAsyncEngine, str], n
 
 
 def test_noise_after_a_request_does_not_spoil_its_answer(slow: tuple[FakeAsyncEngine, str]) -> None:
+    begun_s = time.monotonic()
     answer = ask(slow[1], post("/v1/completions", FIELDS) + b"noise\r\n\r\n")
     head, body = split(answer)
     assert (
         head.startswith("http/1.1 200")
         and b"the quick" in body[: int(head.partition("content-length: ")[2].split()[0])]
     )
+    assert time.monotonic() - begun_s < 4.0, "nothing can follow, so the server does not wait until the client is idle"
