@@ -60,7 +60,7 @@ def test_faults_of_links(site_links: ModuleType, repository: Path, page: str, li
 
 
 def test_anchors_of_headings(site_links: ModuleType) -> None:
-    text = "# A title\n\n## 1. The profile (`cost/table.py`)\n\n## Twice\n\n## Twice\n\n```\n# no heading\n```\n"
+    text = "# A title\n\n## 1. The profile (`profile/table.py`)\n\n## Twice\n\n## Twice\n\n```\n# no heading\n```\n"
     assert site_links.anchors(text) == {"a-title", "1-the-profile-costtablepy", "twice", "twice_1"}
 
 

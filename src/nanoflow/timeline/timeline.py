@@ -1,6 +1,6 @@
 """A timeline: which nano-operation ran, or is predicted to run, when and on which lane. What `drawing.py` draws.
 
-Predicted ones come from `search/simulate.py`, measured ones from a profiler's trace; neither is known here.
+Predicted ones come from `simulate/layer.py`, measured ones from a profiler's trace; neither is known here.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from nanoflow.cost.inside import Inside, at_size, measured_size
-from nanoflow.cost.table import CostTable, PairPoint, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.inside import Inside, at_size, measured_size
+from nanoflow.profile.table import CostTable, PairPoint, Profile
 
 Curve = tuple[tuple[float, float], ...]
 # By size: tokens of an operation alone; of a pair, those of its first operation, which stand for a nano-batch's.

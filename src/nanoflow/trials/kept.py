@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.plan import PipelinePlan
-from nanoflow.profiler.iterations import Trial
+from nanoflow.profile.table import Profile
+from nanoflow.trials.iterations import Trial
 
 
 class _Line(msgspec.Struct, kw_only=True, frozen=True):

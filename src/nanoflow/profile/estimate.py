@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nanoflow.cost.table import SAMPLING, PairPoint, Point, Profile, Setup
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape, CollectiveDims, LinearDims, Operation, OpKind, Resource, Scope
 from nanoflow.graph.shard import Exchange, shard
@@ -19,6 +18,7 @@ from nanoflow.hardware import GpuGroup
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import SAMPLING, PairPoint, Point, Profile, Setup
 
 _DTYPE_BYTES = 2
 # Tokens and features of a GEMM tile.

@@ -14,7 +14,7 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, depends
 from nanoflow.graph.operation import Resource
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
-from nanoflow.plan.timeline import Span, Timeline
+from nanoflow.timeline.timeline import Span, Timeline
 
 # How wide a token is in a timeline that has only an order; so an axis in microseconds counts tokens.
 TOKEN_S = 1e-6

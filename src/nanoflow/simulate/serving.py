@@ -2,7 +2,7 @@
 
 `SimulatedEngine` is one replica (the GPUs that share a model), driven as `engine/engine.py` drives a device with
 asynchronous scheduling: batch i + 1 is formed while i runs, tokens of i are committed when it is done. `simulate` runs
-any number of them behind one queue. What an iteration takes is `search/iteration.py`'s.
+any number of them behind one queue. What an iteration takes is `simulate/iteration.py`'s.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Protocol
 import numpy as np
 
 from nanoflow.batch import DenseBatch, SampledTokens
-from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure
-from nanoflow.bench.workload import Lengths
 from nanoflow.config import ConfigError
-from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
+from nanoflow.profile.table import Cost, Profile
 from nanoflow.request import Request, SamplingParams
+from nanoflow.run_metrics import RequestRecord, RunMetrics, measure
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
+from nanoflow.workload import Lengths
 
 _DTYPE_BYTES = 2
 # Greedy, of fixed length, never looked at.

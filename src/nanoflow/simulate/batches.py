@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nanoflow.bench.simulation import Cluster, simulate
-from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.graph.operation import BatchShape
 from nanoflow.scheduler.limits import SchedulerLimits
-from nanoflow.search.iteration import IterationModel, Recorded
+from nanoflow.simulate.iteration import IterationModel, Recorded
+from nanoflow.simulate.serving import Cluster, simulate
+from nanoflow.workload import Lengths, under_way
 
 
 def batches_of(

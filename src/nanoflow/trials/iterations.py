@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from nanoflow.batch import DenseBatch, Int64, Joined, NewPages, SampledTokens
-from nanoflow.cost.table import Profile
 from nanoflow.device.energy import energy_of
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.worker import Worker
@@ -28,9 +27,10 @@ from nanoflow.kernels.dispatch import are_capturable, kernels_for
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.table import Profile
 from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.request import SamplingParams
-from nanoflow.search.iteration import graphs_of
+from nanoflow.simulate.iteration import graphs_of
 
 # Layers with keys of their own.
 _NUM_CACHES = 4

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from nanoflow.graph.operation import BatchShape, Resource, Scope
-from nanoflow.plan.drawing import span_of
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
-from nanoflow.plan.timeline import Span, Timeline
+from nanoflow.timeline.drawing import span_of
+from nanoflow.timeline.timeline import Span, Timeline
 
 
 class TraceError(ValueError):

@@ -6,7 +6,7 @@ A power controller works over milliseconds, longer than a layer takes, so what c
 
 from __future__ import annotations
 
-from nanoflow.cost.table import Cost, Setup
+from nanoflow.profile.table import Cost, Setup
 
 
 def static_power_w(setup: Setup) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nanoflow.graph.operation import Resource
-from nanoflow.plan.drawing import (
+from nanoflow.timeline.drawing import (
     SHARE_LEGEND,
     USE_LEGEND,
     NanoBatch,
@@ -30,7 +30,7 @@ from nanoflow.plan.drawing import (
     unit,
     use_steps,
 )
-from nanoflow.plan.timeline import Span, Timeline
+from nanoflow.timeline.timeline import Span, Timeline
 
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 # Backgrounds of the 256-colour palette near those of the SVG; ink is black on all of them.

@@ -13,8 +13,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.bench.steady import SteadyState
 from nanoflow.config import ConfigError, unknown_option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyState:
+    """What a steady part of a run was worth.
+
+    Attributes:
+        duration_s, num_iterations: How long it was.
+        total_tokens_per_s: Tokens that the model worked through, prompt and output. A window with more prompt tokens
+            among them than the workload is faster than the workload could be, so bounds say nothing of it.
+        energy_per_token_j: None if unknown, or if the window is too short for the counter.
+    """
+
+    duration_s: float
+    num_iterations: int
+    total_tokens_per_s: float
+    energy_per_token_j: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from nanoflow.graph.operation import Resource
-from nanoflow.plan.drawing import (
+from nanoflow.timeline.drawing import (
     SHARE_LEGEND,
     USE_LEGEND,
     NanoBatch,
@@ -29,7 +29,7 @@ from nanoflow.plan.drawing import (
     unit,
     use_steps,
 )
-from nanoflow.plan.timeline import Span, Timeline
+from nanoflow.timeline.timeline import Span, Timeline
 
 _PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#808080")
 # Depth of the fill, layer by layer; ink stays readable on all of them, in light and in dark.

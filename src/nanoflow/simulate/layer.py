@@ -11,18 +11,18 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanoflow.cost.inside import STANDS_STILL, filled
-from nanoflow.cost.interference import Interference, lane_of
-from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w, static_power_w
-from nanoflow.cost.table import Cost, CostTable
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
 from nanoflow.plan.carriers import carriers
 from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
-from nanoflow.plan.timeline import Span, Timeline
-from nanoflow.search.problem import mean_context, operation_cost
+from nanoflow.profile.inside import STANDS_STILL, filled
+from nanoflow.profile.interference import Interference, lane_of
+from nanoflow.profile.operation_cost import mean_context, operation_cost
+from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w, static_power_w
+from nanoflow.profile.table import Cost, CostTable
+from nanoflow.timeline.timeline import Span, Timeline
 
 # Layers whose ends give the period, after those in which the pipeline fills and before those in which it drains.
 _STEADY_LAYERS = 2

@@ -17,10 +17,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from nanoflow.cost.table import CostTable, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import LinearDims, Operation
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import CostTable, Profile
 
 # What a pair calls the products of a layer, one after the other.
 PRODUCTS = "products"

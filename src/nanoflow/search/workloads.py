@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nanoflow.bench.batches import batches_of
-from nanoflow.bench.simulation import Cluster, Iterations, SimulatedRun, limits_for, simulate
-from nanoflow.bench.workload import Lengths, draw_lengths
-from nanoflow.cost.interference import lane_of
-from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import BookLimits
+from nanoflow.profile.interference import lane_of
+from nanoflow.profile.table import Cost, Profile
 from nanoflow.scheduler.limits import SchedulerLimits
-from nanoflow.search.iteration import IterationModel, Recorded
 from nanoflow.search.limits import OverlapBound, Run
+from nanoflow.simulate.batches import batches_of
+from nanoflow.simulate.iteration import IterationModel, Recorded
+from nanoflow.simulate.serving import Cluster, Iterations, SimulatedRun, limits_for, simulate
+from nanoflow.workload import Lengths, draw_lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

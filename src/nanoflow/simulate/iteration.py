@@ -10,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nanoflow.cost.interference import Interference, lane_of
-from nanoflow.cost.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
@@ -22,9 +20,11 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.plan.timeline import Timeline
-from nanoflow.search.problem import operation_cost
-from nanoflow.search.simulate import PlanSimulator, Simulation
+from nanoflow.profile.interference import Interference, lane_of
+from nanoflow.profile.operation_cost import operation_cost
+from nanoflow.profile.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
+from nanoflow.simulate.layer import PlanSimulator, Simulation
+from nanoflow.timeline.timeline import Timeline
 
 # Contexts are rounded to so many significant digits, so that iterations which hardly differ are predicted once.
 _CONTEXT_DIGITS = 3
