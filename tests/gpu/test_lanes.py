@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from nanoflow.executor.streams import Carveout, LaneError, LaneStream, beside_pair, partition_pair, plain_stream
-from nanoflow.kernels.dispatch import has_gluon
+from nanoflow.kernels.hopper import has_gluon
 from nanoflow.plan.plan import Mechanism
 
 pytestmark = pytest.mark.gpu

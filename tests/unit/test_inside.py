@@ -21,7 +21,7 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels import launch
-from nanoflow.kernels.carrier import share_of, steps_of
+from nanoflow.kernels.hopper import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config import parse

@@ -61,7 +61,7 @@ def test_faults_of_links(site_links: ModuleType, repository: Path, page: str, li
 
 def test_anchors_of_headings(site_links: ModuleType) -> None:
     text = "# A title\n\n## 1. The profile (`profile/table.py`)\n\n## Twice\n\n## Twice\n\n```\n# no heading\n```\n"
-    assert site_links.anchors(text) == {"a-title", "1-the-profile-costtablepy", "twice", "twice_1"}
+    assert site_links.anchors(text) == {"a-title", "1-the-profile-profiletablepy", "twice", "twice_1"}
 
 
 @pytest.mark.parametrize(

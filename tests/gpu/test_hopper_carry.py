@@ -1,4 +1,4 @@
-"""Products with decode attention inside, on a Hopper card, against the same numbers in float32."""
+"""Products that carry decode attention, on a Hopper card, against the same numbers in float32."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+pytest.importorskip("triton.experimental.gluon")
 
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import gluon_inside
+from nanoflow.kernels.hopper import can_carry
+from nanoflow.kernels.hopper.carry import HopperCarrier
 from nanoflow.kernels.launch import SHARES, HostLengths
 from tests.attention_cases import assert_decoded, carrier_case, decode_case, dims_of, with_contexts
 from tests.gemm_cases import (
@@ -25,7 +27,7 @@ from tests.gemm_cases import (
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", torch.cuda.current_device())
 NUM_SMS = torch.cuda.get_device_properties(GPU).multi_processor_count
-if not gluon_inside.can_carry(GPU, torch.bfloat16, dims_of((32, 8, 128), None)):
+if not can_carry(GPU, torch.bfloat16, dims_of((32, 8, 128), None)):
     pytest.skip("needs a Hopper card", allow_module_level=True)
 
 
@@ -40,14 +42,15 @@ def test_products_and_attention(kind: str, num_tokens: int, steps: int, monkeypa
     """Sizes that no tile divides; two products carry, and something is left."""
     shape = (2 * 1904, 1040)
     carried = decode_case(skewed(61), (32, 8, 128), GPU, monkeypatch)
-    taken = gluon_inside.take(carried, 3, NUM_SMS, steps)
+    carrier = HopperCarrier(num_sms=NUM_SMS, steps=steps)
+    taken = carrier.take(carried, 3)
     for until in (100, 200):
         launch, expected = carrier_case(kind, num_tokens, shape, GPU)
-        gluon_inside.carry(launch, taken, until, NUM_SMS)
+        carrier.run(launch, taken, until)
         (assert_linear_swiglu if kind == "swiglu" else assert_linear)(launch.writes[0], expected)
         if kind == "add":
             assert_surroundings_untouched(launch.writes[0])
-    gluon_inside.finish(taken, NUM_SMS)
+    carrier.finish(taken)
     assert_decoded(carried)
 
 
@@ -57,13 +60,14 @@ def test_any_heads_and_shares(
     heads: tuple[int, int, int], shares: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     carried = decode_case(skewed(61), heads, GPU, monkeypatch)
-    taken = gluon_inside.take(carried, len(shares) + 1, NUM_SMS, 4)
+    carrier = HopperCarrier(num_sms=NUM_SMS, steps=4)
+    taken = carrier.take(carried, len(shares) + 1)
     for until in shares:
         launch = linear_case(300, (4096, 512), torch.bfloat16, GPU)
         expected = exact_linear(launch)
-        gluon_inside.carry(launch, taken, until, NUM_SMS)
+        carrier.run(launch, taken, until)
         assert_linear(launch.writes[0], expected)
-    gluon_inside.finish(taken, NUM_SMS)
+    carrier.finish(taken)
     assert_decoded(carried)
 
 
@@ -75,9 +79,10 @@ def test_later_keys_may_be_far_more_likely(monkeypatch: pytest.MonkeyPatch) -> N
         for page in range(63):
             at = int(carried.inputs.decodes.page_tables[row, page])
             carried.cache.keys[at] *= 0.1 + 8.0 * (page % 31) / 31
-    taken = gluon_inside.take(carried, 2, NUM_SMS, 4)
-    gluon_inside.carry(linear_case(1024, (4096, 4096), torch.bfloat16, GPU), taken, 200, NUM_SMS)
-    gluon_inside.finish(taken, NUM_SMS)
+    carrier = HopperCarrier(num_sms=NUM_SMS, steps=4)
+    taken = carrier.take(carried, 2)
+    carrier.run(linear_case(1024, (4096, 4096), torch.bfloat16, GPU), taken, 200)
+    carrier.finish(taken)
     assert_decoded(carried)
 
 
@@ -88,10 +93,11 @@ def test_one_cuda_graph_serves_other_contexts(monkeypatch: pytest.MonkeyPatch) -
     expected = [exact_linear(product) for product in products]
 
     def run() -> None:
-        taken = gluon_inside.take(carried, 3, NUM_SMS, 4)
+        carrier = HopperCarrier(num_sms=NUM_SMS, steps=4)
+        taken = carrier.take(carried, 3)
         for product, until in zip(products, (128, SHARES), strict=True):
-            gluon_inside.carry(product, taken, until, NUM_SMS)
-        gluon_inside.finish(taken, NUM_SMS)
+            carrier.run(product, taken, until)
+        carrier.finish(taken)
 
     run()
     torch.cuda.synchronize()
@@ -116,10 +122,11 @@ def test_one_cuda_graph_serves_other_contexts(monkeypatch: pytest.MonkeyPatch) -
 
 def test_shares_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     carried = decode_case([64] * 4, (32, 8, 128), GPU, monkeypatch)
-    taken = gluon_inside.take(carried, 3, NUM_SMS, 4)
+    carrier = HopperCarrier(num_sms=NUM_SMS, steps=4)
+    taken = carrier.take(carried, 3)
     product = linear_case(128, (4096, 512), torch.bfloat16, GPU)
     assert product.op.kind is OpKind.LINEAR
-    gluon_inside.carry(product, taken, 100, NUM_SMS)
+    carrier.run(product, taken, 100)
     for until in (99, SHARES + 1):
         with pytest.raises(ValueError, match=f"a share of attention from 100 to {until}"):
-            gluon_inside.carry(product, taken, until, NUM_SMS)
+            carrier.run(product, taken, until)

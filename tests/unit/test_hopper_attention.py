@@ -19,7 +19,7 @@ _PROGRAMS_PER_SM = 3
 @pytest.mark.parametrize(("group", "head_dim"), [(4, 128), (8, 64)])
 def test_it_compiles_and_three_programs_fit_on_an_sm(group: int, head_dim: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_gluon", str(group), str(head_dim)],
+        [sys.executable, "-m", "tests.compile_hopper_attention", str(group), str(head_dim)],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

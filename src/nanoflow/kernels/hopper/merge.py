@@ -13,9 +13,45 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from nanoflow.graph.operation import AttentionDims
+from nanoflow.kernels.launch import Launch
 
 # Rows of the batch that are looked at in one step to find a head.
 SCAN = 512
+
+
+def run_merge(
+    launch: Launch,
+    parts: Tensor,
+    log_sums: Tensor,
+    num_runs: int,
+    *,
+    begins: Tensor | None = None,
+    scan: int = SCAN,
+) -> None:
+    """Merge what so many runs did of a decode attention, into its output.
+
+    Args:
+        launch: The attention.
+        parts: float32 [2 S, MAX_GROUP, D] or more.
+        log_sums: float32 [2 S, MAX_GROUP] or more.
+        num_runs: S.
+        begins: int32 [S] or more, where runs begin, in blocks of keys; None if all are of equal length.
+        scan: Rows that are looked at in one step.
+    """
+    (out,), dims = launch.writes, launch.op.dims
+    assert isinstance(dims, AttentionDims)
+    merge_program[(num_runs,)](
+        *(out, parts, log_sums, begins, launch.inputs.decodes.key_blocks, launch.tokens.start, len(out)),
+        GROUP=dims.num_heads // dims.num_kv_heads,
+        KV_HEADS=dims.num_kv_heads,
+        HEAD_DIM=dims.head_dim,
+        MAX_GROUP=parts.shape[1],
+        SCAN=scan,
+        num_warps=1,
+    )
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
@@ -23,6 +59,7 @@ def merge_program(
     out: tl.tensor,
     parts: tl.tensor,
     log_sums: tl.tensor,
+    begins: tl.tensor | None,
     key_blocks: tl.tensor,
     first_row: int,
     num_rows: int,
@@ -32,62 +69,44 @@ def merge_program(
     MAX_GROUP: tl.constexpr,
     SCAN: tl.constexpr,
 ) -> None:
-    """Into out [B, K x GROUP, D], of runs of equal length: parts [2 S, MAX_GROUP, D] and log_sums [2 S, MAX_GROUP]."""
+    """Into out [B, K x GROUP, D]: parts [2 S, MAX_GROUP, D] and log_sums [2 S, MAX_GROUP] of S runs.
+
+    Runs begin at begins [S], in blocks of keys, and may be empty; without it they are of equal length.
+    """
     owner, num_runs = tl.program_id(0), tl.num_programs(0)
+    # The last run ends with its head.
+    if begins is not None and owner + 1 == num_runs:
+        return
     base = tl.load(key_blocks + first_row)
     num_blocks = (tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
     per_run = tl.cdiv(num_blocks, num_runs)
-    border = (owner + 1) * per_run
-    if border >= num_blocks:
+    if begins is None:
+        border, is_empty = (owner + 1) * per_run, False
+    else:
+        first, border = tl.load(begins + owner), tl.load(begins + owner + 1)
+        is_empty = first == border
+    if is_empty | (border >= num_blocks):
         return
     row, head, begin, stop = _head_at(border, key_blocks, base, first_row, num_rows, KV_HEADS, SCAN)
+    if begins is None:
+        first = owner * per_run
     # It does not begin right there, and no earlier run began it.
-    if (begin == border) | (begin < owner * per_run):
-        return
-    acc, total, peak = _nothing(MAX_GROUP, HEAD_DIM)
-    for run in range(owner, (stop - 1) // per_run + 1):
-        acc, total, peak = _with_part(acc, total, peak, parts, log_sums, run, run == owner, MAX_GROUP, HEAD_DIM)
-    _write(out, acc, total, row * KV_HEADS + head, GROUP, MAX_GROUP, HEAD_DIM)
-
-
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
-def merge_program_at(
-    out: tl.tensor,
-    parts: tl.tensor,
-    log_sums: tl.tensor,
-    begins: tl.tensor,
-    key_blocks: tl.tensor,
-    first_row: int,
-    num_rows: int,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MAX_GROUP: tl.constexpr,
-    SCAN: tl.constexpr,
-) -> None:
-    """`merge_program` of runs that begin at begins [S], in blocks of keys; runs may be empty."""
-    owner, num_runs = tl.program_id(0), tl.num_programs(0)
-    # The last run ends with its head.
-    if owner + 1 == num_runs:
-        return
-    first, border = tl.load(begins + owner), tl.load(begins + owner + 1)
-    base = tl.load(key_blocks + first_row)
-    num_blocks = (tl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
-    if (first == border) | (border >= num_blocks):
-        return
-    row, head, begin, stop = _head_at(border, key_blocks, base, first_row, num_rows, KV_HEADS, SCAN)
-    # As above.
     if (begin == border) | (begin < first):
         return
-    acc, total, peak = _nothing(MAX_GROUP, HEAD_DIM)
-    run, at = owner, first
-    while at < stop:
-        after = tl.load(begins + tl.minimum(run + 1, num_runs - 1))
-        after = tl.where(run + 1 < num_runs, after, num_blocks)
-        if after > at:
+    acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
+    total, peak = tl.zeros([MAX_GROUP], tl.float32), tl.full([MAX_GROUP], -1e30, tl.float32)
+    if begins is None:
+        for run in range(owner, (stop - 1) // per_run + 1):
             acc, total, peak = _with_part(acc, total, peak, parts, log_sums, run, run == owner, MAX_GROUP, HEAD_DIM)
-        run += 1
-        at = after
+    else:
+        run, at = owner, first
+        while at < stop:
+            after = tl.load(begins + tl.minimum(run + 1, num_runs - 1))
+            after = tl.where(run + 1 < num_runs, after, num_blocks)
+            if after > at:
+                acc, total, peak = _with_part(acc, total, peak, parts, log_sums, run, run == owner, MAX_GROUP, HEAD_DIM)
+            run += 1
+            at = after
     _write(out, acc, total, row * KV_HEADS + head, GROUP, MAX_GROUP, HEAD_DIM)
 
 
@@ -112,13 +131,6 @@ def _head_at(
     head = (block - before * KV_HEADS) // blocks
     begin = before * KV_HEADS + head * blocks
     return row, head, begin, begin + blocks
-
-
-@triton.jit
-def _nothing(MAX_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of no parts: sums of values, the sum of weights, and what both are relative to."""
-    acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
-    return acc, tl.zeros([MAX_GROUP], tl.float32), tl.full([MAX_GROUP], -1e30, tl.float32)
 
 
 @triton.jit

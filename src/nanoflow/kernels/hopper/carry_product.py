@@ -1,4 +1,4 @@
-"""The product in the program of `gluon_inside_programs.py`, in Gluon for Hopper: its tiles, its k-steps, its results.
+"""The product in the program of `carry_programs.py`, in Gluon for Hopper: its tiles, its k-steps, its results.
 
 Shape legend: M rows of the product, N columns, F features.
 """
@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
-from nanoflow.kernels.gluon_attention_programs import PANEL
-from nanoflow.kernels.gluon_inside_attention import PARTS
+from nanoflow.kernels.hopper.attention_programs import PANEL
+from nanoflow.kernels.hopper.carry_attention import PARTS
 
 # Rows of a tile that one warpgroup has; rows of tiles that are gone down together.
 ROWS, GROUP_M = 64, 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP
-from nanoflow.kernels.triton_merge import merge_program
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP
+from nanoflow.kernels.hopper.merge import merge_program
 
 GROUP, KV_HEADS, HEAD_DIM, BLOCK = 3, 2, 16, 4
 
@@ -51,6 +51,6 @@ def test_heads_are_merged_and_the_others_left_alone(contexts: list[int], num_pro
                 mean, log_sum = attended(values[row][head], scores[row][head], from_key, min(to_key, context))
                 parts[slot, :GROUP], log_sums[slot, :GROUP] = mean, log_sum
     merge_program[(num_programs,)](
-        out, parts, log_sums, key_blocks, first_row, num_rows, GROUP, KV_HEADS, HEAD_DIM, MAX_GROUP, 2
+        out, parts, log_sums, None, key_blocks, first_row, num_rows, GROUP, KV_HEADS, HEAD_DIM, MAX_GROUP, 2
     )
     torch.testing.assert_close(out, expected, equal_nan=True)

@@ -4,15 +4,13 @@ Keys are read by the tensor memory accelerator (TMA), page after page, into a ri
 the products; so a step costs few instructions, and an SM takes in all that it can, about 47 bytes a clock: a quarter of
 a card's SMs streams keys at two thirds of the whole card's speed. Each program takes an equal run of blocks of keys,
 across requests and KV heads, so skewed lengths balance; what two programs did of one head of a request is merged by a
-second kernel (`triton_merge.py`). How a graph is cut into nano-batches is not known here, only rows.
+second kernel (`merge.py`). How a graph is cut into nano-batches is not known here, only rows.
 
 Shape legend: T tokens, B rows with room for decodes, H heads, K KV heads, D head size, N pages, G tokens a page.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -21,16 +19,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels import triton_attention
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
+from nanoflow.kernels.hopper.merge import SCAN, run_merge
 from nanoflow.kernels.launch import KEY_BLOCK, Launch, LayerCache
-from nanoflow.kernels.triton_attention import card_of
-from nanoflow.kernels.triton_merge import SCAN, merge_program
+from nanoflow.kernels.triton_attention import LOG2_E, card_of
 
 # Three programs on an SM hide each other's softmax; registers and shared memory are cut to that. Beside a product there
 # is room for one.
 PROGRAMS_PER_SM, PROGRAMS_BESIDE = 3, 1
 NUM_WARPS, NUM_STAGES, MAX_REGISTERS = 4, 2, 72
-_LOG2_E = math.log2(math.e)
 _HOPPER = 9
 
 
@@ -79,15 +76,16 @@ def run_decode(launch: Launch, num_programs: int) -> None:
         parts,
         log_sums,
         q,
-        _pages(cache.keys),
-        _pages(cache.values),
+        # One head of one token a row; a box is half of a page of one head.
+        boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
+        boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
         decodes.page_tables,
         decodes.context_len,
         decodes.key_blocks,
         decodes.page_tables.stride(0),
         launch.tokens.start,
         len(q),
-        dims.scale * _LOG2_E,
+        dims.scale * LOG2_E,
         GROUP=group,
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,
@@ -98,26 +96,13 @@ def run_decode(launch: Launch, num_programs: int) -> None:
         num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS,
     )
-    merge_program[(num_programs,)](
-        out,
-        parts,
-        log_sums,
-        decodes.key_blocks,
-        launch.tokens.start,
-        len(q),
-        GROUP=group,
-        KV_HEADS=dims.num_kv_heads,
-        HEAD_DIM=dims.head_dim,
-        MAX_GROUP=MAX_GROUP,
-        SCAN=SCAN,
-        num_warps=1,
-    )
+    run_merge(launch, parts, log_sums, num_programs)
 
 
-def _pages(cells: Tensor) -> TensorDescriptor:
-    """Keys or values [N, K, G, D] as rows of one head of one token; a box is half of a page of one head."""
+def boxes(cells: Tensor, num_rows: int) -> TensorDescriptor:
+    """Rows for TMA, which moves so many of them at once, 128 bytes of each."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(cells.view(-1, cells.shape[3]), [PAGE_TOKENS, PANEL], layout)
+    return TensorDescriptor.from_tensor(cells, [num_rows, PANEL], layout)
 
 
 def check(q: Tensor, out: Tensor, cache: LayerCache) -> None:

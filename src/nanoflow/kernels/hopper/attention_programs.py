@@ -1,4 +1,4 @@
-"""The program of decode attention that runs on Hopper, in Gluon; `gluon_attention.py` says how the work is cut.
+"""The program of decode attention that runs on Hopper, in Gluon; `attention.py` says how the work is cut.
 
 One warp issues loads, a warpgroup computes; barriers in shared memory say which slot of the ring is full or empty.
 Scores are keys x queries and the result is dimensions x queries, so that what fills the tensor cores' 64 rows are keys,

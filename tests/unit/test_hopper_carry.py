@@ -18,15 +18,15 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 
 pytest.importorskip("triton.experimental.gluon")
 
-from nanoflow.graph.operation import AttentionDims
-from nanoflow.kernels import gluon_inside
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.graph.operation import AttentionDims, LinearDims
+from nanoflow.kernels.hopper import can_carry, carry
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.hopper.merge import merge_program
 from nanoflow.kernels.launch import KEY_BLOCK, SHARES, Launch
-from nanoflow.kernels.triton_merge import merge_program_at
 from tests.attention_cases import assert_decoded, carrier_case, decode_case, dims_of
 from tests.gemm_cases import assert_linear, assert_linear_swiglu, assert_surroundings_untouched
 from tests.hopper import Machine, OnCpu
-from tests.unit.test_merge_program import attended
+from tests.unit.test_hopper_merge import attended
 
 CPU = torch.device("cpu")
 SM_BYTES = 227 << 10
@@ -93,20 +93,21 @@ PROBLEMS = {
 def test_products_and_attention_are_complete_and_right(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     on_cpu = OnCpu()
-    monkeypatch.setattr(gluon_inside, "inside_program", on_cpu)
-    monkeypatch.setattr(gluon_inside, "SCAN", 2)
+    monkeypatch.setattr(carry, "carry_program", on_cpu)
+    monkeypatch.setattr(carry, "SCAN", 2)
     carried = decode_case(list(problem.contexts), problem.heads, CPU, monkeypatch, problem.first)
-    taken = gluon_inside.take(carried, len(problem.shares) + 1, problem.num_programs, problem.steps)
+    carrier = carry.HopperCarrier(num_sms=problem.num_programs, steps=problem.steps)
+    taken = carrier.take(carried, len(problem.shares) + 1)
     # What is not written is not looked at.
     taken.sums.fill_(torch.nan)
     taken.log_sums.fill_(torch.nan)
     for (kind, num_tokens, *shape), until in zip(problem.products, problem.shares, strict=True):
         launch, expected = carrier_case(kind, num_tokens, (shape[0], shape[1]), CPU)
-        gluon_inside.carry(launch, taken, until, problem.num_programs)
+        carrier.run(launch, taken, until)
         (assert_linear_swiglu if kind == "swiglu" else assert_linear)(launch.writes[0], expected)
         if kind == "add":
             assert_surroundings_untouched(launch.writes[0])
-    gluon_inside.finish(taken, problem.num_programs)
+    carrier.finish(taken)
     assert taken.until == SHARES
     assert_decoded(carried)
     assert_loaded_once(carried, on_cpu.loads)
@@ -184,7 +185,7 @@ def test_heads_that_runs_share_are_merged_and_the_others_left_alone(seed: int) -
                 mean, log_sum = attended(values, scores, first * block, min(last * block, context))
                 place = 2 * run + (first == 0)
                 parts[place, :group], log_sums[place, :group] = mean, log_sum
-    merge_program_at[(num_parts,)](
+    merge_program[(num_parts,)](
         out,
         parts,
         log_sums,
@@ -214,7 +215,7 @@ def _begins(source: random.Random, total: int) -> list[int]:
 def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way() -> None:
     variants = ("256:4:0:0:4:128", "256:4:2:0:8:64", "256:2:1:1:4:128", "128:8:0:0:4:128", "128:4:1:1:4:128")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_inside", *variants],
+        [sys.executable, "-m", "tests.compile_hopper_carry", *variants],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -255,23 +256,25 @@ def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way(
 )
 def test_rounds_of_the_busiest_program(sizes: Sequence[int], expected: int) -> None:
     num_tokens, num_columns, num_features, num_sms, steps = sizes
-    assert gluon_inside.rounds_of(num_tokens, num_columns, num_features, num_sms, steps) == expected
+    carrier = carry.HopperCarrier(num_sms=num_sms, steps=steps)
+    assert carrier.rounds(LinearDims(in_features=num_features, out_features=num_columns), num_tokens) == expected
 
 
 def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_inside, "inside_program", OnCpu())
+    monkeypatch.setattr(carry, "carry_program", OnCpu())
     carried = decode_case([64], (6, 2, 128), CPU, monkeypatch)
-    taken = gluon_inside.take(carried, 2, 1, 4)
+    carrier = carry.HopperCarrier(num_sms=1, steps=4)
+    taken = carrier.take(carried, 2)
     product, _ = carrier_case("linear", 8, (256, 64), CPU)
-    gluon_inside.carry(product, taken, 100, 1)
+    carrier.run(product, taken, 100)
     for until in (99, SHARES + 1):
         with pytest.raises(ValueError, match=f"a share of attention from 100 to {until}"):
-            gluon_inside.carry(product, taken, until, 1)
+            carrier.run(product, taken, until)
     odd, _ = carrier_case("linear", 8, (256, 63), CPU)
     with pytest.raises(ValueError, match="TMA takes contiguous rows"):
-        gluon_inside.carry(odd, taken, 200, 1)
+        carrier.run(odd, taken, 200)
     wide = torch.empty((8, 512), dtype=torch.bfloat16)[:, :256]
     with pytest.raises(ValueError, match="has rows every 512 elements"):
-        gluon_inside.carry(replace(product, writes=(wide,)), taken, 200, 1)
+        carrier.run(replace(product, writes=(wide,)), taken, 200)
     assert (taken.num_runs, taken.until) == (1, 100)
-    assert not gluon_inside.can_carry(CPU, torch.bfloat16, dims_of((6, 2, 128), None))
+    assert not can_carry(CPU, torch.bfloat16, dims_of((6, 2, 128), None))

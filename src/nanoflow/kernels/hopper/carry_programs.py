@@ -1,4 +1,4 @@
-"""A product and decode attention in one instruction stream, in Gluon for Hopper; `gluon_inside.py` launches it.
+"""A product and decode attention in one instruction stream, in Gluon for Hopper; `carry.py` launches it.
 
 One program an SM. Three warps load, each a ring of its own: tiles of the product, and keys and values for either of two
 warpgroups. The warpgroups compute: each has half of the rows of the product's tile, and a run of blocks of keys, and
@@ -39,8 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PANEL, advance
-from nanoflow.kernels.gluon_inside_attention import (
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PANEL, advance
+from nanoflow.kernels.hopper.carry_attention import (
     PARTS,
     begin_run,
     close_head,
@@ -49,7 +49,7 @@ from nanoflow.kernels.gluon_inside_attention import (
     load_blocks,
     weigh,
 )
-from nanoflow.kernels.gluon_inside_product import ROWS, issue_step, load_tiles, place_of, write_tile
+from nanoflow.kernels.hopper.carry_product import ROWS, issue_step, load_tiles, place_of, write_tile
 from nanoflow.kernels.launch import KEY_BLOCK
 
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
@@ -167,7 +167,7 @@ def _compute(
     ],
     do_not_specialize_on_alignment=["page_tables", "context_len", "key_blocks", "begins", "bias"],
 )  # fmt: skip
-def inside_program(
+def carry_program(
     x, weight, bias, out, num_tokens, num_columns, tiles_m, tiles_n, num_steps, second_rows,
     q, keys, values, attended, parts, log_sums, begins, page_tables, context_len, key_blocks, table_stride, first_row,
     num_rows, log2_scale, run, share_begin, share_until, extra,

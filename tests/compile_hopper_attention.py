@@ -1,6 +1,6 @@
 """Compile decode attention in Gluon for Hopper and print what it takes.
 
-    python -m tests.compile_gluon GROUP HEAD_SIZE
+    python -m tests.compile_hopper_attention GROUP HEAD_SIZE
 
 A process of its own, since Triton's interpreter, which other tests switch on, cannot be switched off again.
 """
@@ -15,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from nanoflow.kernels import gluon_attention as kernel
-from nanoflow.kernels.gluon_attention_programs import PAGE_TOKENS, PANEL, decode_program
+from nanoflow.kernels.hopper import attention as kernel
+from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL, decode_program
+from nanoflow.kernels.hopper.merge import SCAN
 from nanoflow.kernels.launch import KEY_BLOCK
-from nanoflow.kernels.triton_merge import SCAN
 
 
 def main(group: int, head_dim: int) -> None:

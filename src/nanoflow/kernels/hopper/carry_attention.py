@@ -1,7 +1,7 @@
-"""Decode attention in the steps that a product's program leaves it, in Gluon for Hopper: `gluon_inside_programs.py`.
+"""Decode attention in the steps that a product's program leaves it, in Gluon for Hopper: `carry_programs.py`.
 
 Who has which run of blocks of keys, how they are loaded, and what is done with one: scores, weights, sums. The softmax
-runs over the blocks of one head of one request after the other, as in `gluon_attention_programs.py`.
+runs over the blocks of one head of one request after the other, as in `attention_programs.py`.
 
 Shape legend: B rows with room for decodes, K KV heads, D head size, P pages a table.
 """
@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, advance
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, advance
 from nanoflow.kernels.launch import KEY_BLOCK, SHARES
 
 # Warpgroups that compute.

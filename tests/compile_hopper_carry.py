@@ -1,6 +1,6 @@
 """Compile products with decode attention inside for Hopper and print what they take, a line each.
 
-    python -m tests.compile_inside COLUMNS:STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
+    python -m tests.compile_hopper_carry COLUMNS:STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
 
 A process of its own, since Triton's interpreter, which other tests switch on, cannot be switched off again. Registers
 are those before warps trade them. Waits for all stand where nothing is to be under way: in either warpgroup one at the
@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
-from nanoflow.kernels.gluon_inside import KV_STAGES, NUM_STAGES, TILE_ROWS, WORKER_REGISTERS
-from nanoflow.kernels.gluon_inside_programs import inside_program
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.hopper.carry import KV_STAGES, NARROW, WIDE, WORKER_REGISTERS
+from nanoflow.kernels.hopper.carry_programs import carry_program
 from tests.machine_code import read_machine_code
 
 
@@ -33,11 +33,12 @@ def main(texts: list[str]) -> None:
 def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_dim: int) -> dict[str, int]:
     """What a variant takes."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    boxes = {"x": TILE_ROWS, "weight": columns // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}
+    tiles = {cut.block_n: cut for cut in (WIDE, NARROW)}[columns]
+    boxes = {"x": tiles.block_m, "weight": columns // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}
     constants = {
         "BLOCK_N": columns,
         "STEPS": steps,
-        "STAGES": NUM_STAGES[columns],
+        "STAGES": tiles.num_stages,
         "KV_STAGES": KV_STAGES,
         "GROUP": group,
         "KV_HEADS": 8,
@@ -56,10 +57,10 @@ def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_
         "log2_scale": "fp32",
         **dict.fromkeys(constants, "constexpr"),
     }
-    signature = {name: kinds.get(name, "i32") for name in inside_program.arg_names}
+    signature = {name: kinds.get(name, "i32") for name in carry_program.arg_names}
     is_aligned = {"out", "attended", "parts", "log_sums", "num_columns"}
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in is_aligned}
-    source = GluonASTSource(inside_program, signature, constants, attributes)
+    source = GluonASTSource(carry_program, signature, constants, attributes)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     code = read_machine_code(done.asm["cubin"])
     return {
