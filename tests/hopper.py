@@ -1,4 +1,4 @@
-"""Stand-ins for what a Gluon program for Hopper calls, so that `carry_programs.py` runs on the CPU.
+"""Stand-ins for what a Gluon program for Hopper calls, so that the programs of `kernels/hopper` run on the CPU.
 
 Its partitions are threads. Barriers in shared memory count arrivals, bytes and phases as Hopper's do; a product takes
 place when it is waited for, not when it is issued, and finds its factors unchanged or fails; nothing else can be done
@@ -21,7 +21,14 @@ import torch
 import triton
 from torch import Tensor
 
-from nanoflow.kernels.hopper import carry_attention, carry_product, carry_programs
+from nanoflow.kernels.hopper import (
+    attention_programs,
+    carry_attention,
+    carry_product,
+    carry_programs,
+    rings,
+    walk,
+)
 
 TIMEOUT_S = 20.0
 
@@ -235,12 +242,14 @@ class Machine:
     def function(self, name: str) -> Callable[..., Any]:
         """One of the functions, with every name that it and the others use bound to stand-ins."""
         names: dict[str, Any] = {"__builtins__": __builtins__}
-        for module in (carry_attention, carry_product, carry_programs):
+        for module in (rings, walk, attention_programs, carry_attention, carry_product, carry_programs):
             for key, value in vars(module).items():
                 if isinstance(value, triton.language.constexpr):
                     names[key] = value.value
+                elif getattr(value, "__triton_aggregate__", False):
+                    names[key] = _aggregate(value, names)
                 elif callable(getattr(value, "fn", None)):
-                    names[key] = types.FunctionType(value.fn.__code__, names, key)
+                    names[key] = _bound(value, names)
         names |= {
             "gl": self._language(),
             "mbarrier": types.SimpleNamespace(
@@ -273,8 +282,10 @@ class Machine:
             cdiv=lambda a, b: -(-a // b),
             minimum=lambda a, b: _pick(torch.minimum, min, a, b),
             maximum=lambda a, b: _pick(torch.maximum, max, a, b),
+            constexpr=lambda value: value,
             arange=lambda start, stop, _: torch.arange(start, stop),
             zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype).as_subclass(Values),
+            full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
             where=lambda choice, a, b: (
                 torch.where(choice, a, b) if isinstance(choice, Tensor) else (a if choice else b)
             ),
@@ -313,6 +324,23 @@ class OnCpu:
                 assert all(barrier.missing == barrier.count and not barrier.num_bytes for barrier in machine.barriers)
 
         return launch
+
+
+def _bound(function: Any, names: dict[str, Any]) -> types.FunctionType:
+    """What Triton would compile, with these names."""
+    return types.FunctionType(function.fn.__code__, names, function.fn.__name__, function.fn.__defaults__)
+
+
+def _aggregate(compiled: Any, names: dict[str, Any]) -> type:
+    """A class with the fields and methods of one that only exists while Triton compiles; fields are written once."""
+
+    def write_once(self: object, name: str, value: object) -> None:
+        assert not hasattr(self, name)
+        object.__setattr__(self, name, value)
+
+    constructor, *methods = compiled.hash_attrs
+    found = {method.fn.__name__: _bound(method, names) for method in methods}
+    return type(compiled.__name__, (), {"__init__": _bound(constructor, names), "__setattr__": write_once, **found})
 
 
 def _stand_in(value: Any) -> Any:
