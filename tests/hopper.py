@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels.hopper import (
     attention_programs,
     carry_attention,
@@ -29,6 +30,8 @@ from nanoflow.kernels.hopper import (
     rings,
     walk,
 )
+from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
+from nanoflow.kernels.launch import KEY_BLOCK, Launch
 
 TIMEOUT_S = 20.0
 
@@ -305,25 +308,43 @@ class OnCpu:
     """In place of the compiled program: all programs of a launch, one after the other.
 
     Attributes:
+        program: What is compiled.
         loads: Of all launches, as a machine counts them.
     """
 
+    program: Any
     loads: Counter[tuple[int, tuple[int, ...]]] = field(default_factory=Counter)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*values: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*values: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
             assert num_warps == 4
-            bound = inspect.signature(carry_programs.carry_program.fn).bind(*values, **constants).arguments
+            bound = inspect.signature(self.program.fn).bind(*values, **constants).arguments
             arguments = {name: _stand_in(value) for name, value in bound.items()}
             for program in range(grid[0]):
                 machine = Machine(program, grid[0])
-                machine.function("carry_program")(**arguments)
+                machine.function(self.program.fn.__name__)(**arguments)
                 self.loads += machine.loads
                 # Nothing is under way, expected or half counted at the end.
                 assert not any(machine.under_way.values())
                 assert all(barrier.missing == barrier.count and not barrier.num_bytes for barrier in machine.barriers)
 
         return launch
+
+
+def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]]]) -> None:
+    """Each block of each head of the launch's rows, and of no other; what is missing in one is its last page again."""
+    cache, decodes, dims = launch.cache, launch.inputs.decodes, launch.op.dims
+    assert cache is not None and isinstance(dims, AttentionDims)
+    expected: Counter[tuple[int, ...]] = Counter()
+    for row in range(launch.tokens.start, launch.tokens.stop):
+        context = int(decodes.context_len[row])
+        for page in range(-(-context // KEY_BLOCK) * (KEY_BLOCK // PAGE_TOKENS)):
+            at = int(decodes.page_tables[row, min(page, (context - 1) // PAGE_TOKENS)])
+            for head in range(dims.num_kv_heads):
+                for column in range(0, dims.head_dim, PANEL):
+                    expected[(at * dims.num_kv_heads + head) * PAGE_TOKENS, column] += 1
+    for tensor in (cache.keys, cache.values):
+        assert {place: num for (where, place), num in loads.items() if where == tensor.data_ptr()} == expected
 
 
 def _bound(function: Any, names: dict[str, Any]) -> types.FunctionType:
