@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
-from nanoflow.device.lanes import Carveout, LaneStream, beside_pair
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.executor.streams import Carveout, LaneStream, beside_pair
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope

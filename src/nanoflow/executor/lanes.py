@@ -15,10 +15,18 @@ from typing import Protocol
 
 import torch
 
-from nanoflow.device.lanes import SM_GROUP, Carveout, LaneError, LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inside import Carrier, InsideLanes
 from nanoflow.executor.steps import Step
+from nanoflow.executor.streams import (
+    SM_GROUP,
+    Carveout,
+    LaneError,
+    LaneStream,
+    beside_pair,
+    partition_pair,
+    plain_stream,
+)
 from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of

@@ -3,7 +3,7 @@
 cuBLAS cuts a product for all SMs, and for all of each SM, so that on fewer it takes a wave more, and beside another
 kernel it waits. Ours split the tiles of the last round among programs that would be idle. Decode attention on Hopper
 has programs for the lane's SMs. What else there is has many small programs and needs no change. Which SMs there are is
-`device/lanes.py`'s.
+`executor/streams.py`'s.
 """
 
 from __future__ import annotations

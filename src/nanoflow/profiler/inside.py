@@ -15,8 +15,6 @@ from typing import Any
 import torch
 
 from nanoflow.batch import DenseBatch
-from nanoflow.cost.inside import PRODUCTS
-from nanoflow.cost.table import PairPoint
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.inside import Carrier, shares_by_rounds
@@ -25,6 +23,8 @@ from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry, share_of
 from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, Kernel, Launch
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.inside import PRODUCTS
+from nanoflow.profile.table import PairPoint
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_workspace
 from nanoflow.profiler.pairs import largest_half
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
