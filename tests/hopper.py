@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanoflow.graph.operation import AttentionDims
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims
 from nanoflow.kernels.hopper import (
     attention_programs,
     carry_attention,
@@ -31,7 +31,7 @@ from nanoflow.kernels.hopper import (
     walk,
 )
 from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
-from nanoflow.kernels.launch import KEY_BLOCK, Launch
+from nanoflow.kernels.launch import Launch
 
 TIMEOUT_S = 20.0
 

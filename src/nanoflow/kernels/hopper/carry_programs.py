@@ -30,12 +30,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
+from nanoflow.graph.operation import KEY_BLOCK
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PANEL, Results, Sums, no_sums
 from nanoflow.kernels.hopper.carry_attention import PARTS, Attention, begin_run, load_blocks, make_memories
 from nanoflow.kernels.hopper.carry_product import ROWS, Product, load_tiles, make_tiles
 from nanoflow.kernels.hopper.rings import init_two_rings, make_ring, make_two_rings
 from nanoflow.kernels.hopper.walk import Rows
-from nanoflow.kernels.launch import KEY_BLOCK
 
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
 _PANEL: gl.constexpr = gl.constexpr(PANEL)
