@@ -10,9 +10,9 @@ import torch
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims, Operation, OpKind, Resource, Scope
 from nanoflow.kernels import reference
-from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, DecodeInputs, HostLengths, Launch, LayerCache
+from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, Launch, LayerCache
 from tests import graphs
 from tests.gemm_cases import exact_linear, exact_linear_swiglu, linear_add_case, linear_case, linear_swiglu_case
 

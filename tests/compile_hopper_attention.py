@@ -15,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
+from nanoflow.graph.operation import KEY_BLOCK
 from nanoflow.kernels.hopper import attention as kernel
 from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL, decode_program
 from nanoflow.kernels.hopper.merge import SCAN
-from nanoflow.kernels.launch import KEY_BLOCK
 
 
 def main(group: int, head_dim: int) -> None:

@@ -1,4 +1,4 @@
-"""Compile products with decode attention inside for Hopper and print what they take, a line each.
+"""Compile products that carry decode attention for Hopper and print what they take, a line each.
 
     python -m tests.compile_hopper_carry COLUMNS:STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
 
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
 from nanoflow.kernels.hopper.carry import KV_STAGES, NARROW, WIDE, WORKER_REGISTERS
-from nanoflow.kernels.hopper.carry_programs import carry_program
+from nanoflow.kernels.hopper.carry_programs import Cut, carry_program
 from tests.machine_code import read_machine_code
 
 
@@ -35,20 +35,19 @@ def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     tiles = {cut.block_n: cut for cut in (WIDE, NARROW)}[columns]
     boxes = {"x": tiles.block_m, "weight": columns // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}
-    constants = {
-        "BLOCK_N": columns,
-        "STEPS": steps,
-        "STAGES": tiles.num_stages,
-        "KV_STAGES": KV_STAGES,
-        "GROUP": group,
-        "KV_HEADS": 8,
-        "HEAD_DIM": head_dim,
-        "KIND": kind,
-        "HAS_BIAS": bool(has_bias),
-        "SCAN": 512,
-        "WORKER_REGISTERS": WORKER_REGISTERS,
-        **({} if has_bias else {"bias": None}),
-    }
+    cut = Cut(
+        block_n=columns,
+        steps=steps,
+        stages=tiles.num_stages,
+        kv_stages=KV_STAGES,
+        group=group,
+        kv_heads=8,
+        head_dim=head_dim,
+        kind=kind,
+        scan=512,
+        worker_registers=WORKER_REGISTERS,
+    )
+    constants = {"CUT": cut, **({} if has_bias else {"bias": None})}
     kinds = {
         **{name: f"tensordesc<bf16[{rows}, {PANEL}],{layout!r}>" for name, rows in boxes.items()},
         **dict.fromkeys(("bias", "out", "attended"), "*bf16"),

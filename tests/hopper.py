@@ -1,4 +1,4 @@
-"""Stand-ins for what a Gluon program for Hopper calls, so that `carry_programs.py` runs on the CPU.
+"""Stand-ins for what a Gluon program for Hopper calls, so that the programs of `kernels/hopper` run on the CPU.
 
 Its partitions are threads. Barriers in shared memory count arrivals, bytes and phases as Hopper's do; a product takes
 place when it is waited for, not when it is issued, and finds its factors unchanged or fails; nothing else can be done
@@ -21,7 +21,17 @@ import torch
 import triton
 from torch import Tensor
 
-from nanoflow.kernels.hopper import carry_attention, carry_product, carry_programs
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims
+from nanoflow.kernels.hopper import (
+    attention_programs,
+    carry_attention,
+    carry_product,
+    carry_programs,
+    rings,
+    walk,
+)
+from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
+from nanoflow.kernels.launch import Launch
 
 TIMEOUT_S = 20.0
 
@@ -235,12 +245,14 @@ class Machine:
     def function(self, name: str) -> Callable[..., Any]:
         """One of the functions, with every name that it and the others use bound to stand-ins."""
         names: dict[str, Any] = {"__builtins__": __builtins__}
-        for module in (carry_attention, carry_product, carry_programs):
+        for module in (rings, walk, attention_programs, carry_attention, carry_product, carry_programs):
             for key, value in vars(module).items():
                 if isinstance(value, triton.language.constexpr):
                     names[key] = value.value
+                elif getattr(value, "__triton_aggregate__", False):
+                    names[key] = _aggregate(value, names)
                 elif callable(getattr(value, "fn", None)):
-                    names[key] = types.FunctionType(value.fn.__code__, names, key)
+                    names[key] = _bound(value, names)
         names |= {
             "gl": self._language(),
             "mbarrier": types.SimpleNamespace(
@@ -273,8 +285,10 @@ class Machine:
             cdiv=lambda a, b: -(-a // b),
             minimum=lambda a, b: _pick(torch.minimum, min, a, b),
             maximum=lambda a, b: _pick(torch.maximum, max, a, b),
+            constexpr=lambda value: value,
             arange=lambda start, stop, _: torch.arange(start, stop),
             zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype).as_subclass(Values),
+            full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
             where=lambda choice, a, b: (
                 torch.where(choice, a, b) if isinstance(choice, Tensor) else (a if choice else b)
             ),
@@ -294,25 +308,60 @@ class OnCpu:
     """In place of the compiled program: all programs of a launch, one after the other.
 
     Attributes:
+        program: What is compiled.
         loads: Of all launches, as a machine counts them.
     """
 
+    program: Any
     loads: Counter[tuple[int, tuple[int, ...]]] = field(default_factory=Counter)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*values: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*values: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
             assert num_warps == 4
-            bound = inspect.signature(carry_programs.carry_program.fn).bind(*values, **constants).arguments
+            bound = inspect.signature(self.program.fn).bind(*values, **constants).arguments
             arguments = {name: _stand_in(value) for name, value in bound.items()}
             for program in range(grid[0]):
                 machine = Machine(program, grid[0])
-                machine.function("carry_program")(**arguments)
+                machine.function(self.program.fn.__name__)(**arguments)
                 self.loads += machine.loads
                 # Nothing is under way, expected or half counted at the end.
                 assert not any(machine.under_way.values())
                 assert all(barrier.missing == barrier.count and not barrier.num_bytes for barrier in machine.barriers)
 
         return launch
+
+
+def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]]]) -> None:
+    """Each block of each head of the launch's rows, and of no other; what is missing in one is its last page again."""
+    cache, decodes, dims = launch.cache, launch.inputs.decodes, launch.op.dims
+    assert cache is not None and isinstance(dims, AttentionDims)
+    expected: Counter[tuple[int, ...]] = Counter()
+    for row in range(launch.tokens.start, launch.tokens.stop):
+        context = int(decodes.context_len[row])
+        for page in range(-(-context // KEY_BLOCK) * (KEY_BLOCK // PAGE_TOKENS)):
+            at = int(decodes.page_tables[row, min(page, (context - 1) // PAGE_TOKENS)])
+            for head in range(dims.num_kv_heads):
+                for column in range(0, dims.head_dim, PANEL):
+                    expected[(at * dims.num_kv_heads + head) * PAGE_TOKENS, column] += 1
+    for tensor in (cache.keys, cache.values):
+        assert {place: num for (where, place), num in loads.items() if where == tensor.data_ptr()} == expected
+
+
+def _bound(function: Any, names: dict[str, Any]) -> types.FunctionType:
+    """What Triton would compile, with these names."""
+    return types.FunctionType(function.fn.__code__, names, function.fn.__name__, function.fn.__defaults__)
+
+
+def _aggregate(compiled: Any, names: dict[str, Any]) -> type:
+    """A class with the fields and methods of one that only exists while Triton compiles; fields are written once."""
+
+    def write_once(self: object, name: str, value: object) -> None:
+        assert not hasattr(self, name)
+        object.__setattr__(self, name, value)
+
+    constructor, *methods = compiled.hash_attrs
+    found = {method.fn.__name__: _bound(method, names) for method in methods}
+    return type(compiled.__name__, (), {"__init__": _bound(constructor, names), "__setattr__": write_once, **found})
 
 
 def _stand_in(value: Any) -> Any:

@@ -45,7 +45,7 @@ GATE_UP_SHAPES = {"8b": (28672, 4096), "1b": (16384, 2048)}
 @pytest.mark.parametrize("operation", list(SHAPES))
 def test_linear(dtype: torch.dtype, num_tokens: int, operation: str) -> None:
     launch = linear_case(num_tokens, SHAPES[operation], dtype, GPU, has_bias="qkv" in operation)
-    fast.linear(launch)
+    fast.run_linear(launch, *fast.choose_cut(launch))
     assert_linear(launch.writes[0], exact_linear(launch))
 
 
@@ -105,12 +105,12 @@ def test_any_cut_and_number_of_programs(num_programs: int, tiles: GemmTiles) -> 
 def test_a_captured_graph_serves_other_numbers() -> None:
     linear = linear_case(300, (6144, 4096), torch.bfloat16, GPU)
     fused = linear_swiglu_case(300, (16384, 2048), torch.bfloat16, GPU)
-    fast.linear(linear)
+    fast.run_linear(linear, *fast.choose_cut(linear))
     fast.linear_swiglu(fused)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        fast.linear(linear)
+        fast.run_linear(linear, *fast.choose_cut(linear))
         fast.linear_swiglu(fused)
     for launch in (linear, fused):
         launch.reads[0].normal_()

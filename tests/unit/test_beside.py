@@ -16,12 +16,12 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 
 pytest.importorskip("triton.experimental.gluon")
 
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import KEY_BLOCK, OpKind
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles, with_addend
 from nanoflow.kernels.hopper import attention
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS
 from nanoflow.kernels.kept import kernels_beside, kernels_on
-from nanoflow.kernels.launch import KEY_BLOCK, Launch
+from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from tests.gemm_cases import (
     assert_linear,

@@ -1,4 +1,4 @@
-"""Decode attention in Gluon is compiled for Hopper, which needs no card; what it computes is tested on one."""
+"""Decode attention in Gluon: run by stand-ins on the CPU, and compiled for Hopper, which needs no card."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 
 pytest.importorskip("triton.experimental.gluon")
+
+from nanoflow.kernels.hopper import attention
+from nanoflow.kernels.hopper.attention_programs import decode_program
+from tests.attention_cases import assert_decoded, decode_case
+from tests.hopper import OnCpu, assert_loaded_once
 
 # Shared memory and registers of a Hopper SM, and the shared memory that each program takes besides its own.
 _SM_BYTES, _SM_REGISTERS, _RESERVED_BYTES = 228 << 10, 1 << 16, 1 << 10
@@ -31,3 +39,35 @@ def test_it_compiles_and_three_programs_fit_on_an_sm(group: int, head_dim: int) 
     assert report["has_columns_of_queries"] and report["has_tma"]
     assert _PROGRAMS_PER_SM * (report["shared_bytes"] + _RESERVED_BYTES) <= _SM_BYTES
     assert _PROGRAMS_PER_SM * report["registers"] <= _SM_REGISTERS
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 8])
+@pytest.mark.parametrize("heads", [(6, 2, 128), (16, 2, 64), (3, 1, 64)], ids=str)
+@pytest.mark.parametrize("contexts", [(700, 33, 0, 130, 1), (64, 64, 0, 0, 321), (0, 65, 200, 0)], ids=str)
+def test_heads_are_complete_and_right(
+    contexts: tuple[int, ...], heads: tuple[int, int, int], num_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    on_cpu = OnCpu(decode_program)
+    monkeypatch.setattr(attention, "decode_program", on_cpu)
+    monkeypatch.setattr(attention, "SCAN", 2)
+    launch = decode_case(list(contexts), heads, torch.device("cpu"), monkeypatch, 1)
+    attention.run_decode(launch, num_programs)
+    assert_decoded(launch)
+    assert_loaded_once(launch, on_cpu.loads)
+
+
+def test_numbers_that_change_from_launch_to_launch_compile_nothing_new() -> None:
+    """Launches are made as on a card: what Triton takes for constants, and how it aligns, is what it would be there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.launch_hopper"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *later = (json.loads(line) for line in done.stdout.splitlines())
+    # A product, one alone, and one whose columns are one tile.
+    assert first == {"carry": 3, "decode": 1, "merge": 2}
+    assert len(later) == 3 and all(counts == first for counts in later)

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,14 +17,15 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 
 pytest.importorskip("triton.experimental.gluon")
 
-from nanoflow.graph.operation import AttentionDims, LinearDims
+from nanoflow.graph.operation import LinearDims
 from nanoflow.kernels.hopper import can_carry, carry
-from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PANEL
+from nanoflow.kernels.hopper.carry_programs import carry_program
 from nanoflow.kernels.hopper.merge import merge_program
-from nanoflow.kernels.launch import KEY_BLOCK, SHARES, Launch
+from nanoflow.kernels.launch import SHARES
 from tests.attention_cases import assert_decoded, carrier_case, decode_case, dims_of
 from tests.gemm_cases import assert_linear, assert_linear_swiglu, assert_surroundings_untouched
-from tests.hopper import Machine, OnCpu
+from tests.hopper import Machine, OnCpu, assert_loaded_once
 from tests.unit.test_hopper_merge import attended
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_products_and_attention_are_complete_and_right(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    on_cpu = OnCpu()
+    on_cpu = OnCpu(carry_program)
     monkeypatch.setattr(carry, "carry_program", on_cpu)
     monkeypatch.setattr(carry, "SCAN", 2)
     carried = decode_case(list(problem.contexts), problem.heads, CPU, monkeypatch, problem.first)
@@ -111,22 +111,6 @@ def test_products_and_attention_are_complete_and_right(problem: Problem, monkeyp
     assert taken.until == SHARES
     assert_decoded(carried)
     assert_loaded_once(carried, on_cpu.loads)
-
-
-def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]]]) -> None:
-    """Each block of each head of the launch's rows, and of no other; what is missing in one is its last page again."""
-    cache, decodes, dims = launch.cache, launch.inputs.decodes, launch.op.dims
-    assert cache is not None and isinstance(dims, AttentionDims)
-    expected: Counter[tuple[int, ...]] = Counter()
-    for row in range(launch.tokens.start, launch.tokens.stop):
-        context = int(decodes.context_len[row])
-        for page in range(-(-context // KEY_BLOCK) * (KEY_BLOCK // PAGE_TOKENS)):
-            at = int(decodes.page_tables[row, min(page, (context - 1) // PAGE_TOKENS)])
-            for head in range(dims.num_kv_heads):
-                for column in range(0, dims.head_dim, PANEL):
-                    expected[(at * dims.num_kv_heads + head) * PAGE_TOKENS, column] += 1
-    for tensor in (cache.keys, cache.values):
-        assert {place: num for (where, place), num in loads.items() if where == tensor.data_ptr()} == expected
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -261,7 +245,7 @@ def test_rounds_of_the_busiest_program(sizes: Sequence[int], expected: int) -> N
 
 
 def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "carry_program", OnCpu())
+    monkeypatch.setattr(carry, "carry_program", OnCpu(carry_program))
     carried = decode_case([64], (6, 2, 128), CPU, monkeypatch)
     carrier = carry.HopperCarrier(num_sms=1, steps=4)
     taken = carrier.take(carried, 2)

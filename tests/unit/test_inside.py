@@ -20,7 +20,6 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
-from nanoflow.kernels import launch
 from nanoflow.kernels.hopper import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -30,7 +29,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan, PlanError
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profile.inside import KEY_BLOCK, Inside, InsideRates, filled
+from nanoflow.profile.inside import Inside, InsideRates, filled
 from nanoflow.profile.table import PairPoint
 from nanoflow.profiler import inside as profiler_inside
 from nanoflow.profiler.inside import InsideTask, measure_inside
@@ -318,7 +317,6 @@ def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
 
 def test_the_last_block_of_a_context_is_half_empty() -> None:
     assert filled(64.0) == pytest.approx(2 / 3) and filled(8000.0) > 0.99 and filled(0.0) == 1.0
-    assert KEY_BLOCK == launch.KEY_BLOCK
     carried_s = 2.5 / 0.8
     found = predict(inside_plan(GRAPH, 512, 256, 0.8), profile(pairs=(pair(512, 0.8, 0.8, 0.6),)), SHAPE)
     assert found.makespan_s == pytest.approx(2 * (carried_s + 2.0 - 0.6 * FILLED * carried_s))

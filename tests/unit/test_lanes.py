@@ -218,7 +218,7 @@ def test_an_executor_gives_its_sms_back(monkeypatch: pytest.MonkeyPatch) -> None
         return pair
 
     monkeypatch.setattr(executor_lanes, "partition_pair", partition_pair)
-    monkeypatch.setattr(executor_lanes, "_num_sms", lambda _device: 132)
+    monkeypatch.setattr(executor_lanes, "count_sms", lambda _device: 132)
     monkeypatch.setattr(executor_lanes, "kernels_on", lambda kernels, _count: kernels)
     partitions = Partitions(GPU, REFERENCE_KERNELS)
     for is_first in (True, False):

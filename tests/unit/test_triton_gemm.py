@@ -68,7 +68,7 @@ def test_a_range_of_a_larger_tensor(min_fused_tokens: int, monkeypatch: pytest.M
     """Rows before and behind the range stay what they are, in one kernel and, with few tokens, in two."""
     monkeypatch.setattr(fast, "_MIN_FUSED_TOKENS", min_fused_tokens)
     for kernel, make, exact, check in (
-        (fast.linear, linear_case, exact_linear, assert_linear),
+        (lambda launch: fast.run_linear(launch, *fast.choose_cut(launch)), linear_case, exact_linear, assert_linear),
         (fast.linear_swiglu, linear_swiglu_case, exact_linear_swiglu, assert_linear_swiglu),
     ):
         launch = make(70, (272, 72), DTYPE, CPU)
@@ -98,14 +98,14 @@ def test_the_twin_of_the_fused_kernel_is_the_two_operations() -> None:
 @pytest.mark.parametrize("shape", [(64, 28), (36, 32)])
 def test_rows_that_are_not_aligned_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        fast.linear(linear_case(4, shape, DTYPE, CPU))
+        fast.run_linear(linear_case(4, shape, DTYPE, CPU), SMALL, 1)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         fast.run_linear_swiglu(linear_swiglu_case(4, shape, DTYPE, CPU), SMALL, 1)
 
 
 def test_float32_is_refused() -> None:
     with pytest.raises(ValueError, match="bfloat16 and float16"):
-        fast.linear(linear_case(4, (32, 32), torch.float32, CPU))
+        fast.run_linear(linear_case(4, (32, 32), torch.float32, CPU), SMALL, 1)
 
 
 def test_a_cpu_has_no_tma() -> None:

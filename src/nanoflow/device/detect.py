@@ -29,11 +29,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def count_sms(device: torch.device) -> int:
+    """Streaming multiprocessors (SMs) of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def local_device(device: torch.device) -> LocalDevice:
     """What limits are chosen by: the memory of the device now, and about how fast it is."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        flops_per_s = rough_gpu_flops_per_s((found.major, found.minor), found.multi_processor_count)
+        flops_per_s = rough_gpu_flops_per_s((found.major, found.minor), count_sms(device))
     else:
         flops_per_s = rough_cpu_flops_per_s(torch.get_num_threads())
     return LocalDevice(

@@ -38,6 +38,7 @@ from nanoflow.engine.messages import (
 from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.engine.telling import told
 from nanoflow.engine.wire import ToEngine, WireError
+from nanoflow.errors import one_line
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request, RequestError
 
@@ -103,7 +104,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
         return 0
     # The border of the process: whatever happened is told to the front ends, which end their requests.
     except Exception as error:
-        message = _one_line(error)
+        message = one_line(error)
         if engine is not None or not isinstance(error, ValueError | OSError):
             logger.exception("the engine has failed")
             message = f"{type(error).__name__}: {message}"
@@ -194,7 +195,7 @@ class _Loop:
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("a request is refused")
-                self._refuse(front_end, (request.request_id,), _one_line(error))
+                self._refuse(front_end, (request.request_id,), one_line(error))
 
     def _refuse(self, front_end: int, request_ids: Sequence[int], error: str) -> None:
         """End requests that the engine does not have."""
@@ -209,10 +210,6 @@ def _end_with_parent() -> None:
     while os.read(0, 1):
         pass
     os._exit(1)
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from nanoflow.config import EngineConfig
 from nanoflow.engine.chat_template import ChatTemplate
 from nanoflow.engine.template_renderer import TemplateRenderer
+from nanoflow.errors import one_line
 from nanoflow.request import RequestError
 
 DEFAULT_NAME = "default"
@@ -105,5 +106,4 @@ def _processor_template(file: Path) -> str | None:
 
 
 def _cannot_read(name: str, error: Exception) -> TemplateFileError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return TemplateFileError(f"the chat template {name} cannot be read: {reason}")
+    return TemplateFileError(f"the chat template {name} cannot be read: {one_line(error)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.engine.template_environment import render
+from nanoflow.errors import one_line
 
 _MIB = 1 << 20
 
@@ -33,7 +34,7 @@ def answer(line: bytes, max_chars: int) -> dict[str, str]:
         return {"error": "it takes too much memory"}
     # Whatever a template raises is about this job alone.
     except BaseException as error:
-        return {"error": str(error).strip().partition("\n")[0] or type(error).__name__}
+        return {"error": one_line(error)}
     if len(text) > max_chars:
         return {"error": f"it writes {len(text)} characters, and {max_chars} are the most"}
     return {"text": text}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.engine.tokenizer_names import read_names
+from nanoflow.errors import one_line
 from nanoflow.request import RequestError
 
 logger = logging.getLogger(__name__)
@@ -80,11 +81,6 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
 def refusal(error: BaseException, what: str, kind: type[ValueError] = RequestError) -> BaseException:
     """What to raise for an exception from a tokenizer: an error of one line, unless the program is to end."""
     return error if isinstance(error, _ENDS) else kind(f"{what}: {one_line(error)}")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message; its class if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _file(source: str | Path, name: str) -> str | None:

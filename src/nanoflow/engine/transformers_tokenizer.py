@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.tokenizer import Tokenizer, source_of
-from nanoflow.engine.tokenizer_files import one_line
+from nanoflow.errors import one_line
 from nanoflow.request import RequestError
 
 

@@ -22,7 +22,8 @@ from nanoflow.batch import DenseBatch, Int32
 from nanoflow.device.transfer import Uploader, to_device
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.graph.graph import RopeSpec
-from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, DecodeInputs, HostLengths, PrefillInputs
+from nanoflow.graph.operation import KEY_BLOCK
+from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, PrefillInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inside import Carrier, InsideLanes
 from nanoflow.executor.steps import Step
@@ -81,7 +82,7 @@ class Partitions:
         Raises:
             LaneError: There is no such share, or no partitions here.
         """
-        total = _num_sms(self._device)
+        total = count_sms(self._device)
         second_sms = round((1.0 - share if is_first else share) * total / SM_GROUP) * SM_GROUP
         if second_sms not in self._pairs:
             self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
@@ -194,7 +195,7 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
     share = next(lane.share for lane in plan.lanes if lane.name == products)
     from nanoflow.kernels.hopper.carry import HopperCarrier
 
-    return HopperCarrier(num_sms=_num_sms(model.device), steps=steps_of(share))
+    return HopperCarrier(num_sms=count_sms(model.device), steps=steps_of(share))
 
 
 def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
@@ -205,10 +206,6 @@ def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kern
     """
     carveout = Carveout(device)
     return {kind: carveout.open()(kernel) for kind, kernel in kernels_beside(kernels, num_sms).items()}
-
-
-def _num_sms(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _event() -> torch.cuda.Event:

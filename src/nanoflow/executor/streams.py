@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from nanoflow.device.detect import count_sms
 from nanoflow.plan.plan import Mechanism
 
 # The driver hands SMs out in groups of so many, from Hopper on.
@@ -153,7 +154,7 @@ def partition_pair(device: torch.device, first_share: float) -> tuple[LaneStream
         LaneError: A share that cannot be had, no NVIDIA GPU, cuda-python missing, or the driver refuses.
     """
     driver = _driver(device)
-    first_sms, second_sms = partition_sms(_num_sms(device), first_share)
+    first_sms, second_sms = partition_sms(count_sms(device), first_share)
     with torch.cuda.device(device):
         torch.cuda.current_stream(device).synchronize()
         handle = _ask(driver, driver.cuDeviceGet, device.index or 0)
@@ -175,11 +176,7 @@ def partition_pair(device: torch.device, first_share: float) -> tuple[LaneStream
 
 
 def _unpartitioned(mechanism: Mechanism, stream: torch.cuda.Stream, device: torch.device) -> LaneStream:
-    return LaneStream(mechanism=mechanism, stream=stream, num_sms=_num_sms(device), share=1.0)
-
-
-def _num_sms(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return LaneStream(mechanism=mechanism, stream=stream, num_sms=count_sms(device), share=1.0)
 
 
 def _limits(num_sms: int) -> tuple[float, float]:
@@ -221,7 +218,7 @@ def _green_lane(driver: Any, device_handle: Any, resource: Any, device: torch.de
         mechanism=Mechanism.PARTITION,
         stream=torch.cuda.ExternalStream(int(handle), device=device),  # type: ignore[no-untyped-call]
         num_sms=num_sms,
-        share=num_sms / _num_sms(device),
+        share=num_sms / count_sms(device),
         _release=release,
     )
 

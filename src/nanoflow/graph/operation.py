@@ -10,6 +10,9 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# Keys that decode attention takes at once where its work is counted in such blocks.
+KEY_BLOCK = 64
+
 
 class Resource(enum.StrEnum):
     """What bounds an operation (POWER bounds the pair and is no class of its own)."""

@@ -10,7 +10,7 @@ hundreds of sizes, so products are computed in few numbers of rows: see `row_blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -32,16 +32,19 @@ def has_onednn() -> bool:
 
 def linear(launch: Launch) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N])."""
-    (x,), (out,), (weight, *bias) = launch.reads, launch.writes, launch.weights
-    for rows, product in _products(x, weight, bias):
-        (out if rows is None else out[rows]).copy_(product)
+    _multiply(launch, Tensor.copy_)
 
 
 def linear_add(launch: Launch) -> None:
     """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N])."""
-    (x, _), (hidden,), (weight, *bias) = launch.reads, launch.writes, launch.weights
-    for rows, product in _products(x, weight, bias):
-        (hidden if rows is None else hidden[rows]).add_(product)
+    _multiply(launch, Tensor.add_)
+
+
+def _multiply(launch: Launch, write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Write a product to its output, part after part."""
+    (out,), (weight, *bias) = launch.writes, launch.weights
+    for rows, product in _products(launch.reads[0], weight, bias):
+        write(out if rows is None else out[rows], product)
 
 
 @lru_cache(maxsize=4096)

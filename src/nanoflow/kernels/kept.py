@@ -17,7 +17,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
 from nanoflow.kernels.hopper import has_gluon
-from nanoflow.kernels.launch import Launch
+from nanoflow.kernels.launch import Kernel, Launch
 
 
 def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
@@ -53,21 +53,15 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
         num_columns, num_features = launch.weights[0].shape
         return choose_split_cut(candidates, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
 
-    def linear(launch: Launch) -> None:
-        tiles, num_splits = cut(launch)
-        if num_splits == 1:
-            triton_gemm.run_linear(launch, tiles, num_sms)
-        else:
-            workspace = workspace_on(launch.reads[0].device)
-            triton_split_k.run_linear_split_k(launch, tiles, num_sms, workspace, num_splits)
+    def product(whole: Callable[..., None], split: Callable[..., None]) -> Kernel:
+        def run(launch: Launch) -> None:
+            tiles, num_splits = cut(launch)
+            if num_splits == 1:
+                whole(launch, tiles, num_sms)
+            else:
+                split(launch, tiles, num_sms, workspace_on(launch.reads[0].device), num_splits)
 
-    def linear_add(launch: Launch) -> None:
-        tiles, num_splits = cut(launch)
-        if num_splits == 1:
-            triton_gemm.run_linear_add(launch, tiles, num_sms)
-        else:
-            workspace = workspace_on(launch.reads[0].device)
-            triton_split_k.run_linear_add_split_k(launch, tiles, num_sms, workspace, num_splits)
+        return run
 
     def linear_swiglu(launch: Launch) -> None:
         limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
@@ -75,7 +69,11 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
         tiles = choose_gemm_tiles(candidates, *shape, num_sms, limit_bytes)
         triton_gemm.run_linear_swiglu(launch, tiles, num_sms)
 
-    return {OpKind.LINEAR: linear, OpKind.LINEAR_ADD: linear_add, OpKind.LINEAR_SWIGLU: linear_swiglu}
+    return {
+        OpKind.LINEAR: product(triton_gemm.run_linear, triton_split_k.run_linear_split_k),
+        OpKind.LINEAR_ADD: product(triton_gemm.run_linear_add, triton_split_k.run_linear_add_split_k),
+        OpKind.LINEAR_SWIGLU: linear_swiglu,
+    }
 
 
 def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:

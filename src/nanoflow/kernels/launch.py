@@ -14,8 +14,6 @@ from torch import Tensor
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, Scope
 
-# Keys that decode attention takes at once where its work is counted in such blocks.
-KEY_BLOCK = 64
 # Parts in which shares of a decode attention are counted where products carry it.
 SHARES = 256
 

@@ -37,17 +37,8 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def linear(launch: Launch) -> None:
-    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), on the whole card.
-
-    Raises:
-        ValueError: Tensors that TMA does not take: see `run_linear`.
-    """
-    run_linear(launch, *_choose(launch))
-
-
 def run_linear(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
-    """`linear` cut in a given way, by so many programs.
+    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
 
     Raises:
         ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and N must be
@@ -91,7 +82,7 @@ def linear_swiglu(launch: Launch) -> None:
     if len(launch.reads[0]) < _MIN_FUSED_TOKENS:
         linear_then_swiglu(launch)
     else:
-        run_linear_swiglu(launch, *_choose(launch))
+        run_linear_swiglu(launch, *choose_cut(launch))
 
 
 def linear_then_swiglu(launch: Launch) -> None:
@@ -124,7 +115,7 @@ def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> No
     )
 
 
-def _choose(launch: Launch) -> tuple[GemmTiles, int]:
+def choose_cut(launch: Launch) -> tuple[GemmTiles, int]:
     """The cut of a launch on the whole card, and the number of programs."""
     card = card_of(launch.reads[0].device)
     shape = (len(launch.reads[0]), len(launch.weights[0]))

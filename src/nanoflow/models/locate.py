@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from nanoflow.config import DEFAULT_MODEL
+from nanoflow.errors import one_line
 from nanoflow.models.fields import ModelError, is_there
 from nanoflow.models.formats import refuse_file, refuse_folder
 
@@ -62,6 +63,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise ModelError(f"model {name!r} has no revision {revision!r} on the Hugging Face Hub") from None
     # Whatever else fails (no network, offline mode, full disk), the one thing to say is that the model is not here.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(f"model {name!r}: no such folder here, and the Hub could not give it: {reason}") from error
+        raise ModelError(
+            f"model {name!r}: no such folder here, and the Hub could not give it: {one_line(error)}"
+        ) from error
     return Path(folder)

@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import LinearDims, Operation
+from nanoflow.graph.operation import KEY_BLOCK, LinearDims, Operation
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.table import CostTable, Profile
 
 # What a pair calls the products of a layer, one after the other.
 PRODUCTS = "products"
-# Keys in a block, as kernels have it (`kernels/launch.py`); a test compares.
-KEY_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

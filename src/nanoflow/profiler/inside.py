@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from nanoflow.batch import DenseBatch
+from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.inside import Carrier, shares_by_rounds
-from nanoflow.graph.operation import LinearDims, Operation, OpKind
+from nanoflow.graph.operation import KEY_BLOCK, LinearDims, Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry, share_of
-from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, Kernel, Launch
+from nanoflow.kernels.launch import BatchInputs, Kernel, Launch
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.inside import PRODUCTS
 from nanoflow.profile.table import PairPoint
@@ -139,7 +140,7 @@ def measure_costs(site: Site, task: InsideTask, span: Span) -> InsideCosts:
 def _carrier(device: torch.device, steps: int) -> Carrier:
     from nanoflow.kernels.hopper.carry import HopperCarrier
 
-    return HopperCarrier(num_sms=torch.cuda.get_device_properties(device).multi_processor_count, steps=steps)
+    return HopperCarrier(num_sms=count_sms(device), steps=steps)
 
 
 def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:

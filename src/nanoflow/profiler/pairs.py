@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanoflow.device.detect import count_sms
 from nanoflow.device.energy import energy_of
 from nanoflow.executor.lanes import beside_kernels
 from nanoflow.executor.streams import LaneStream, beside_pair, partition_pair, plain_stream
@@ -279,7 +280,7 @@ def _pair_point(
 
 
 def _part_point(site: Site, part: PartTask, prepared: Prepared, span: Span) -> Point:
-    total = torch.cuda.get_device_properties(site.device).multi_processor_count
+    total = count_sms(site.device)
     lanes = partition_pair(site.device, part.num_sms / total if part.is_first else 1.0 - part.num_sms / total)
     lane = lanes[0] if part.is_first else lanes[1]
     with closing(lanes[0]), closing(lanes[1]):
@@ -313,7 +314,7 @@ def _lanes(device: torch.device, pair: PairTask) -> tuple[LaneStream, LaneStream
         return beside_pair(device)
     if pair.second_sms is None:
         return plain_stream(device), plain_stream(device)
-    total = torch.cuda.get_device_properties(device).multi_processor_count
+    total = count_sms(device)
     return partition_pair(device, 1.0 - pair.second_sms / total)
 
 

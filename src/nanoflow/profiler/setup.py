@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from nanoflow.device.detect import device_name, total_memory_bytes
+from nanoflow.device.detect import count_sms, device_name, total_memory_bytes
 from nanoflow.device.energy import gpu_power_limit_w
 from nanoflow.device.nvml import ask_nvml
 from nanoflow.profile.table import Profile, ProfileError, Setup
@@ -27,7 +27,7 @@ def detect_setup(device: torch.device) -> Setup:
     return Setup(
         gpu=device_name(device),
         memory_bytes=total_memory_bytes(device),
-        num_sms=torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else None,
+        num_sms=count_sms(device) if is_gpu else None,
         power_limit_w=gpu_power_limit_w(device),
         driver=ask_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion())) if is_gpu else None,
         software=_software(),

@@ -17,11 +17,11 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanoflow.graph.operation import AttentionDims
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims
 from nanoflow.kernels import triton_attention
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
 from nanoflow.kernels.hopper.merge import SCAN, run_merge
-from nanoflow.kernels.launch import KEY_BLOCK, Launch, LayerCache
+from nanoflow.kernels.launch import Launch, LayerCache
 from nanoflow.kernels.triton_attention import LOG2_E, card_of
 
 # Three programs on an SM hide each other's softmax; registers and shared memory are cut to that. Beside a product there

@@ -2,23 +2,28 @@
 
 One warp issues loads, a warpgroup computes; barriers in shared memory say which slot of the ring is full or empty.
 Scores are keys x queries and the result is dimensions x queries, so that what fills the tensor cores' 64 rows are keys,
-then dimensions, and the few queries of a KV head are columns: eight, the fewest there can be.
+then dimensions, and the few queries of a KV head are columns: eight, the fewest there can be. What attention in a
+product's program (`carry_attention.py`) has in common with it is here too: its memory, its sums, and how a head ends.
 
 Shape legend: B rows with room for decodes, K KV heads, D head size, N pages of G tokens, P pages a table.
+
+Fields of an aggregate are checked against their annotations, so these must be classes and not text.
 """
 
 # mypy: ignore-errors
-from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import _aggregate as aggregate
+
+from nanoflow.kernels.hopper.rings import make_ring
+from nanoflow.kernels.hopper.walk import Rows
 
 # Query heads of a KV head, at most; tokens a page; dimensions in a row of shared memory, which TMA swizzles.
 MAX_GROUP, PAGE_TOKENS, PANEL = 8, 16, 64
@@ -27,156 +32,227 @@ _PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
 _PANEL: gl.constexpr = gl.constexpr(PANEL)
 
 
-@gluon.jit
-def advance(row, head, block, context, context_len, first_row, num_rows, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr):
-    """The next block of keys, else of the next head, else of the next row that has any."""
-    block += 1
-    if block * BLOCK >= context:
-        block = block * 0
-        head += 1
-        if head == KV_HEADS:
-            head = head * 0
-            row = gl.minimum(row + 1, num_rows - 1)
-            context = gl.load(context_len + first_row + row)
-            while (context == 0) & (row < num_rows - 1):
-                row += 1
-                context = gl.load(context_len + first_row + row)
-    return row, head, block, context
+@aggregate
+class Memory:
+    """Shared memory of an attention, of 16-bit numbers, in panels of dimensions.
+
+    Attributes:
+        queries: [slots x panels, MAX_GROUP, PANEL].
+        keys, values: [slots x panels, BLOCK, PANEL].
+        weights: [MAX_GROUP, BLOCK], of the queries for the keys of one block.
+    """
+
+    queries: gl.shared_memory_descriptor
+    keys: gl.shared_memory_descriptor
+    values: gl.shared_memory_descriptor
+    weights: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, queries, keys, values, weights):
+        self.queries, self.keys, self.values, self.weights = queries, keys, values, weights
+
+
+@aggregate
+class Results:
+    """What an attention writes.
+
+    Attributes:
+        out: [B, K x GROUP, D], heads whose blocks are all in this run.
+        parts: float32 [2 S, MAX_GROUP, D], the means of values of heads that are not, of S runs.
+        log_sums: float32 [2 S, MAX_GROUP], log2 of the sums of weights of those.
+        run: Which of the runs this is.
+        GROUP: Query heads of a KV head.
+    """
+
+    out: gl.tensor
+    parts: gl.tensor
+    log_sums: gl.tensor
+    run: gl.tensor
+    GROUP: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, out, parts, log_sums, run, GROUP):
+        self.out, self.parts, self.log_sums, self.run = out, parts, log_sums, run
+        self.GROUP = gl.constexpr(GROUP)
+
+
+@aggregate
+class Sums:
+    """A running softmax over the blocks of keys of one head.
+
+    Attributes:
+        peak: [MAX_GROUP], the largest scores so far.
+        total: [BLOCK, MAX_GROUP], sums over blocks of weights relative to the peak, for each place in a block.
+        low, high: [PANEL, MAX_GROUP], sums of weighted values, of either panel of dimensions.
+    """
+
+    peak: gl.tensor
+    total: gl.tensor
+    low: gl.tensor
+    high: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, peak, total, low, high):
+        self.peak, self.total, self.low, self.high = peak, total, low, high
 
 
 @gluon.jit
-def _load(
-    keys, values, key_ring, value_ring, full, empty, page_tables, table_stride, context_len, first_row, num_rows,
-    row, head, block, context, num_steps,
-    KV_HEADS: gl.constexpr, PANELS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _make_memory(dtype: gl.constexpr, STAGES: gl.constexpr, PANELS: gl.constexpr, BLOCK: gl.constexpr):
+    """For the queries of one head, and so many slots of keys and values."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    keys = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK, _PANEL], tile)
+    values = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK, _PANEL], tile)
+    queries = gl.allocate_shared_memory(dtype, [PANELS, _GROUP, _PANEL], tile)
+    weights = gl.allocate_shared_memory(dtype, [_GROUP, BLOCK], tile)
+    return Memory(queries, keys, values, weights)
+
+
+@gluon.jit
+def no_sums(LOWEST: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr):
+    """Of no keys; LOWEST is below every score."""
+    return Sums(
+        gl.full([_GROUP], LOWEST, gl.float32, gl.SliceLayout(0, mma)),
+        gl.zeros([BLOCK, _GROUP], gl.float32, mma),
+        gl.zeros([_PANEL, _GROUP], gl.float32, mma),
+        gl.zeros([_PANEL, _GROUP], gl.float32, mma),
+    )
+
+
+@gluon.jit
+def close_head(results, sums, cursor, rows, is_last, has_begin, PANELS: gl.constexpr, mma: gl.constexpr):
+    """Write the head of a row, or this run's part of it.
+
+    `is_last` says whether the head ends here, and else the run does; `has_begin` whether the run has its first block.
+    """
+    HEAD_DIM: gl.constexpr = PANELS * _PANEL
+    denominators = gl.sum(sums.total, 0)
+    heads = gl.arange(0, _GROUP, gl.SliceLayout(0, mma))
+    dims = gl.arange(0, _PANEL, gl.SliceLayout(1, mma))
+    if is_last & has_begin:
+        first = (cursor.row * rows.KV_HEADS + cursor.head) * results.GROUP
+        cells = (first + heads)[None, :] * HEAD_DIM + dims[:, None]
+        dtype: gl.constexpr = results.out.dtype.element_ty
+        gl.store(
+            results.out + cells, (sums.low / denominators[None, :]).to(dtype), mask=(heads < results.GROUP)[None, :]
+        )
+        if PANELS == 2:
+            result = (sums.high / denominators[None, :]).to(dtype)
+            gl.store(results.out + cells + _PANEL, result, mask=(heads < results.GROUP)[None, :])
+    else:
+        # A part that begins its head goes to the odd place of this run, any other to the even one.
+        place = 2 * results.run
+        if has_begin:
+            place += 1
+        cells = (place * _GROUP + heads)[None, :] * HEAD_DIM + dims[:, None]
+        gl.store(results.parts + cells, sums.low / denominators[None, :])
+        if PANELS == 2:
+            gl.store(results.parts + cells + _PANEL, sums.high / denominators[None, :])
+        gl.store(results.log_sums + place * _GROUP + heads, sums.peak + gl.log2(denominators))
+
+
+@gluon.jit
+def _load(keys, values, memory, ring, page_tables, table_stride, rows, cursor, num_steps, PANELS: gl.constexpr):
     """Fill the ring. Pages beyond the context are the last one again: every slot gets the same number of bytes."""
-    PAGES: gl.constexpr = BLOCK // _PAGE
+    PAGES: gl.constexpr = rows.BLOCK // _PAGE
     for step in range(num_steps):
-        slot = step % STAGES
-        last = (context - 1) // _PAGE
-        table = page_tables + (first_row + row) * table_stride
-        mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-        bar = full.index(slot)
-        mbarrier.expect(bar, 2 * BLOCK * PANELS * _PANEL * 2)
+        slot = step % ring.STAGES
+        last = (cursor.context - 1) // _PAGE
+        table = page_tables + (rows.first_row + cursor.row) * table_stride
+        bar = ring.expect(step, 2 * rows.BLOCK * PANELS * _PANEL * 2)
         for i in gl.static_range(PAGES):
-            page = gl.load(table + gl.minimum(block * PAGES + i, last))
-            at = (page * KV_HEADS + head) * _PAGE
+            page = gl.load(table + gl.minimum(cursor.block * PAGES + i, last))
+            at = (page * rows.KV_HEADS + cursor.head) * _PAGE
             for panel in gl.static_range(PANELS):
-                tile = key_ring.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
+                tile = memory.keys.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
                 tma.async_copy_global_to_shared(keys, [at, panel * _PANEL], bar, tile)
             for panel in gl.static_range(PANELS):
-                tile = value_ring.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
+                tile = memory.values.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
                 tma.async_copy_global_to_shared(values, [at, panel * _PANEL], bar, tile)
-        row, head, block, context = advance(
-            row, head, block, context, context_len, first_row, num_rows, KV_HEADS, BLOCK
-        )
+        cursor = cursor.next(rows)
 
 
 @gluon.jit
 def _attend(
-    out, parts, log_sums, q, key_ring, value_ring, query_tile, weight_tile, full, empty, context_len, first_row,
-    num_rows, log2_scale, row, head, block, context, num_steps, program,
-    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PANELS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    results, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Empty the ring: a running softmax over the blocks of one head of one request after the other."""
-    HEAD_DIM: gl.constexpr = PANELS * _PANEL
-    dtype: gl.constexpr = q.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, _GROUP, 16]
     )
-    key_layout: gl.constexpr = gl.SliceLayout(1, mma)
-    head_layout: gl.constexpr = gl.SliceLayout(0, mma)
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    peak = gl.full([_GROUP], -1e30, gl.float32, head_layout)
-    total = gl.zeros([BLOCK, _GROUP], gl.float32, mma)
-    acc0 = gl.zeros([_PANEL, _GROUP], gl.float32, mma)
-    acc1 = gl.zeros([_PANEL, _GROUP], gl.float32, mma)
+    sums = no_sums(-1e30, rows.BLOCK, mma)
     is_new = num_steps > 0
     # The sums keep `first_block` a variable of its own: the compiler takes a plain copy for another name of `block`.
-    first_block = block + 0 * num_steps
+    first_block = cursor.block + 0 * num_steps
     for step in range(num_steps):
-        slot = step % STAGES
+        slot = step % ring.STAGES
         # 1. Another head or request brings new queries.
         if is_new:
-            heads = gl.arange(0, _GROUP, gl.SliceLayout(1, q_layout))
-            dims = gl.arange(0, _PANEL, gl.SliceLayout(0, q_layout))
-            for panel in gl.static_range(PANELS):
-                cells = ((row * KV_HEADS + head) * GROUP + heads)[:, None] * HEAD_DIM + panel * _PANEL + dims[None, :]
-                query_tile.index(panel).store(gl.load(q + cells, mask=(heads < GROUP)[:, None], other=0.0))
-            fence_async_shared()
-            peak = gl.full([_GROUP], -1e30, gl.float32, head_layout)
-            total = gl.zeros([BLOCK, _GROUP], gl.float32, mma)
-            acc0 = gl.zeros([_PANEL, _GROUP], gl.float32, mma)
-            acc1 = gl.zeros([_PANEL, _GROUP], gl.float32, mma)
-            first_block = block + 0 * step
+            _load_queries(q, memory.queries, results.GROUP, rows, cursor, PANELS, WARPS)
+            sums = no_sums(-1e30, rows.BLOCK, mma)
+            first_block = cursor.block + 0 * step
         # 2. Scores.
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        products = gl.zeros([BLOCK, _GROUP], gl.float32, mma)
+        ring.wait(step)
+        products = gl.zeros([rows.BLOCK, _GROUP], gl.float32, mma)
         for panel in gl.static_range(PANELS):
-            products = warpgroup_mma(
-                key_ring.index(slot * PANELS + panel), query_tile.index(panel).permute((1, 0)), products, is_async=True
-            )
+            queries = memory.queries.index(panel).permute((1, 0))
+            products = warpgroup_mma(memory.keys.index(slot * PANELS + panel), queries, products, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[products]) * log2_scale
-        is_last = (block + 1) * BLOCK >= context
-        if (block + 1) * BLOCK > context:
-            exists = block * BLOCK + gl.arange(0, BLOCK, key_layout) < context
-            scores = gl.where(exists[:, None], scores, float("-inf"))
-            # What stands behind a context may be NaN, which a weight of 0 does not keep out.
-            value_exists = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, v_layout)) < context
-            for panel in gl.static_range(PANELS):
-                tile = value_ring.index(slot * PANELS + panel)
-                tile.store(gl.where(value_exists[:, None], tile.load(v_layout), 0.0))
-        # 3. Running softmax.
-        new_peak = gl.maximum(peak, gl.max(scores, 0))
-        weights = gl.exp2(scores - new_peak[None, :])
-        decay = gl.exp2(peak - new_peak)
-        peak = new_peak
-        total = total * decay[None, :] + weights
-        weight_tile.permute((1, 0)).store(weights.to(dtype))
-        fence_async_shared()
-        # 4. Values.
-        acc0 = warpgroup_mma(
-            value_ring.index(slot * PANELS).permute((1, 0)),
-            weight_tile.permute((1, 0)),
-            acc0 * decay[None, :],
-            is_async=True,
-        )
-        if PANELS == 2:
-            acc1 = warpgroup_mma(
-                value_ring.index(slot * PANELS + 1).permute((1, 0)),
-                weight_tile.permute((1, 0)),
-                acc1 * decay[None, :],
-                is_async=True,
-            )
-            acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
-        else:
-            acc0 = warpgroup_mma_wait(0, deps=[acc0])
-        mbarrier.arrive(empty.index(slot), count=1)
-        # 5. The head of a request ends, or this program's part of it.
+        is_last = cursor.ends_head(rows)
+        if cursor.is_partial(rows):
+            scores = gl.where(cursor.exists(rows, gl.SliceLayout(1, mma))[:, None], scores, float("-inf"))
+            _clear_missing(memory.values, slot, rows, cursor, PANELS, WARPS)
+        # 3. Running softmax and values.
+        sums = _with_block(sums, scores, memory, slot, PANELS)
+        ring.release(step)
+        # 4. The head of a request ends, or this program's part of it.
         is_new = is_last
         if is_last | (step + 1 == num_steps):
-            sums = gl.sum(total, 0)
-            heads = gl.arange(0, _GROUP, head_layout)
-            dims = gl.arange(0, _PANEL, key_layout)
-            if is_last & (first_block == 0):
-                cells = ((row * KV_HEADS + head) * GROUP + heads)[None, :] * HEAD_DIM + dims[:, None]
-                gl.store(out + cells, (acc0 / sums[None, :]).to(dtype), mask=(heads < GROUP)[None, :])
-                if PANELS == 2:
-                    gl.store(out + cells + _PANEL, (acc1 / sums[None, :]).to(dtype), mask=(heads < GROUP)[None, :])
-            else:
-                # A part that begins its head goes to the odd place of this program, any other to the even one.
-                place = 2 * program + (first_block == 0).to(gl.int32)
-                cells = (place * _GROUP + heads)[None, :] * HEAD_DIM + dims[:, None]
-                gl.store(parts + cells, acc0 / sums[None, :])
-                if PANELS == 2:
-                    gl.store(parts + cells + _PANEL, acc1 / sums[None, :])
-                gl.store(log_sums + place * _GROUP + heads, peak + gl.log2(sums))
-        row, head, block, context = advance(
-            row, head, block, context, context_len, first_row, num_rows, KV_HEADS, BLOCK
-        )
+            close_head(results, sums, cursor, rows, is_last, first_block == 0, PANELS, mma)
+        cursor = cursor.next(rows)
+
+
+@gluon.jit
+def _load_queries(q, tiles, GROUP: gl.constexpr, rows, cursor, PANELS: gl.constexpr, WARPS: gl.constexpr):
+    """Those of one KV head of one row, into shared memory; zeros in place of those that do not exist."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
+    heads = gl.arange(0, _GROUP, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, _PANEL, gl.SliceLayout(0, layout))
+    first = (cursor.row * rows.KV_HEADS + cursor.head) * GROUP
+    for panel in gl.static_range(PANELS):
+        cells = (first + heads)[:, None] * (PANELS * _PANEL) + panel * _PANEL + dims[None, :]
+        tiles.index(panel).store(gl.load(q + cells, mask=(heads < GROUP)[:, None], other=0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _clear_missing(tiles, slot, rows, cursor, PANELS: gl.constexpr, WARPS: gl.constexpr):
+    """What stands behind a context may be NaN, which a weight of 0 does not keep out."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    exists = cursor.exists(rows, gl.SliceLayout(1, layout))
+    for panel in gl.static_range(PANELS):
+        tile = tiles.index(slot * PANELS + panel)
+        tile.store(gl.where(exists[:, None], tile.load(layout), 0.0))
+
+
+@gluon.jit
+def _with_block(sums, scores, memory, slot, PANELS: gl.constexpr):
+    """Sums with a block of keys of these scores; its values are done with when this returns."""
+    peak = gl.maximum(sums.peak, gl.max(scores, 0))
+    weights = gl.exp2(scores - peak[None, :])
+    decay = gl.exp2(sums.peak - peak)
+    total = sums.total * decay[None, :] + weights
+    tile = memory.weights.permute((1, 0))
+    tile.store(weights.to(memory.weights.dtype))
+    fence_async_shared()
+    values = memory.values.index(slot * PANELS).permute((1, 0))
+    low, high = warpgroup_mma(values, tile, sums.low * decay[None, :], is_async=True), sums.high
+    if PANELS == 2:
+        values = memory.values.index(slot * PANELS + 1).permute((1, 0))
+        high = warpgroup_mma(values, tile, high * decay[None, :], is_async=True)
+        low, high = warpgroup_mma_wait(0, deps=[low, high])
+    else:
+        low = warpgroup_mma_wait(0, deps=[low])
+    return Sums(peak, total, low, high)
 
 
 @gluon.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
@@ -190,54 +266,24 @@ def decode_program(
     PANELS: gl.constexpr = HEAD_DIM // _PANEL
     program, num_programs = gl.program_id(0), gl.num_programs(0)
     # 1. This program's run.
-    base = gl.load(key_blocks + first_row)
-    num_blocks = (gl.load(key_blocks + first_row + num_rows) - base) * KV_HEADS
+    rows = Rows(context_len, key_blocks, first_row, num_rows, KV_HEADS, BLOCK)
+    base = rows.base()
+    num_blocks = rows.num_blocks(base)
     per_program = gl.cdiv(num_blocks, num_programs)
     begin = gl.minimum(program * per_program, num_blocks)
     num_steps = gl.minimum(begin + per_program, num_blocks) - begin
-    # 2. Its first row stands behind the rows whose blocks all come before.
-    scan_layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-    row = begin * 0
-    for at in range(0, num_rows, SCAN):
-        rows = at + gl.arange(0, SCAN, scan_layout)
-        ends = gl.load(key_blocks + first_row + gl.minimum(rows, num_rows - 1) + 1)
-        row += gl.sum((((ends - base) * KV_HEADS <= begin) & (rows < num_rows)).to(gl.int32), 0)
-    row = gl.minimum(row, num_rows - 1)
-    context = gl.load(context_len + first_row + row)
-    within = begin - (gl.load(key_blocks + first_row + row) - base) * KV_HEADS
-    blocks = gl.maximum(gl.cdiv(context, BLOCK), 1)
-    head, block = within // blocks, within % blocks
-    # 3. A ring of keys and values between who loads and who computes.
-    dtype: gl.constexpr = q.dtype.element_ty
-    tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    key_ring = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK, _PANEL], tile)
-    value_ring = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK, _PANEL], tile)
-    query_tile = gl.allocate_shared_memory(dtype, [PANELS, _GROUP, _PANEL], tile)
-    weight_tile = gl.allocate_shared_memory(dtype, [_GROUP, BLOCK], tile)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+    cursor = rows.find(begin, base, SCAN, WARPS)
+    # 2. A ring of keys and values between who loads and who computes.
+    memory = _make_memory(q.dtype.element_ty, STAGES, PANELS, BLOCK)
+    ring = make_ring(STAGES)
+    ring.init(1)
     fence_async_shared()
+    results = Results(out, parts, log_sums, program, GROUP)
     gl.warp_specialize(
         [
-            (
-                _attend,
-                (
-                    out, parts, log_sums, q, key_ring, value_ring, query_tile, weight_tile, full, empty, context_len,
-                    first_row, num_rows, log2_scale, row, head, block, context, num_steps, program,
-                    GROUP, KV_HEADS, PANELS, BLOCK, STAGES, WARPS,
-                ),
-            ),
-            (
-                _load,
-                (
-                    keys, values, key_ring, value_ring, full, empty, page_tables, table_stride, context_len, first_row,
-                    num_rows, row, head, block, context, num_steps, KV_HEADS, PANELS, BLOCK, STAGES,
-                ),
-            ),
+            (_attend, (results, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS, WARPS)),
+            (_load, (keys, values, memory, ring, page_tables, table_stride, rows, cursor, num_steps, PANELS)),
         ],
         [1],
         [40],
-    )  # fmt: skip
+    )

@@ -22,7 +22,7 @@ from nanoflow.kernels.hopper.attention import boxes, check
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
 from nanoflow.kernels.hopper.carry_attention import PARTS
 from nanoflow.kernels.hopper.carry_product import ADD, GROUP_M, PLAIN, ROWS, SWIGLU
-from nanoflow.kernels.hopper.carry_programs import carry_program
+from nanoflow.kernels.hopper.carry_programs import Cut, carry_program
 from nanoflow.kernels.hopper.merge import SCAN, run_merge
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.triton_attention import LOG2_E
@@ -182,17 +182,18 @@ class HopperCarrier:
             *(launch.tokens.start, len(q), dims.scale * LOG2_E),
             *(taken.num_runs, taken.until, until),
             round(product.num_steps / _times_of_wide(tiles) / STEPS_A_BLOCK),
-            BLOCK_N=tiles.block_n,
-            STEPS=self._steps_in(tiles),
-            STAGES=tiles.num_stages,
-            KV_STAGES=KV_STAGES,
-            GROUP=dims.num_heads // dims.num_kv_heads,
-            KV_HEADS=dims.num_kv_heads,
-            HEAD_DIM=dims.head_dim,
-            KIND=product.kind,
-            HAS_BIAS=bias is not None,
-            SCAN=SCAN,
-            WORKER_REGISTERS=WORKER_REGISTERS,
+            CUT=Cut(
+                block_n=tiles.block_n,
+                steps=self._steps_in(tiles),
+                stages=tiles.num_stages,
+                kv_stages=KV_STAGES,
+                group=dims.num_heads // dims.num_kv_heads,
+                kv_heads=dims.num_kv_heads,
+                head_dim=dims.head_dim,
+                kind=product.kind,
+                scan=SCAN,
+                worker_registers=WORKER_REGISTERS,
+            ),
             num_warps=4,
         )
         taken.num_runs, taken.until = taken.num_runs + 1, until

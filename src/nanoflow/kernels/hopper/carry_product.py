@@ -1,17 +1,20 @@
 """The product in the program of `carry_programs.py`, in Gluon for Hopper: its tiles, its k-steps, its results.
 
 Shape legend: M rows of the product, N columns, F features.
+
+Fields of an aggregate are checked against their annotations, so these must be classes and not text.
 """
 
 # mypy: ignore-errors
-from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.language.core import _aggregate as aggregate
 
 from nanoflow.kernels.hopper.attention_programs import PANEL
 from nanoflow.kernels.hopper.carry_attention import PARTS
+from nanoflow.kernels.hopper.rings import Ring
 
 # Rows of a tile that one warpgroup has; rows of tiles that are gone down together.
 ROWS, GROUP_M = 64, 16
@@ -25,77 +28,122 @@ _ADD: gl.constexpr = gl.constexpr(ADD)
 _SWIGLU: gl.constexpr = gl.constexpr(SWIGLU)
 
 
-@gluon.jit
-def place_of(tile, tiles_m, tiles_n):
-    """Row and column of a tile, in tiles: down the columns of one group of rows of tiles after the other."""
-    first = tile // (_GROUP_M * tiles_n) * _GROUP_M
-    height = gl.minimum(tiles_m - first, _GROUP_M)
-    place = tile % (_GROUP_M * tiles_n)
-    return first + place % height, place // height
+@aggregate
+class Product:
+    """A product, its tiles in shared memory, and which of them are this program's.
+
+    Attributes:
+        out: [M, N].
+        bias: [N] or None.
+        num_rows, num_columns: M and N.
+        down, across: Tiles, of [2 ROWS, BLOCK_N].
+        num_steps: K-steps of a tile.
+        program, num_programs: Tiles go round the programs.
+        x: [STAGES, 2 ROWS, PANEL] in shared memory, rows of k-steps.
+        weight: [STAGES, BLOCK_N, PANEL] in shared memory.
+        ring: Who may use those.
+        BLOCK_N: Columns of a tile.
+        KIND: PLAIN, ADD or SWIGLU.
+    """
+
+    out: gl.tensor
+    bias: gl.tensor | gl.constexpr
+    num_rows: gl.tensor
+    num_columns: gl.tensor
+    down: gl.tensor
+    across: gl.tensor | gl.constexpr
+    num_steps: gl.tensor
+    program: gl.tensor
+    num_programs: gl.tensor
+    x: gl.shared_memory_descriptor
+    weight: gl.shared_memory_descriptor
+    ring: Ring
+    BLOCK_N: gl.constexpr
+    KIND: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, out, bias, num_rows, num_columns, down, across, num_steps, program, num_programs, x, weight, ring,
+        BLOCK_N, KIND,
+    ):  # fmt: skip
+        self.out, self.num_rows, self.num_columns = out, num_rows, num_columns
+        self.bias = gl.constexpr(None) if bias is None else bias
+        # Triton takes a 1 for a constant.
+        self.down, self.across = down, gl.constexpr(across) if isinstance(across, int) else across
+        self.num_steps, self.program, self.num_programs = num_steps, program, num_programs
+        self.x, self.weight, self.ring = x, weight, ring
+        self.BLOCK_N, self.KIND = gl.constexpr(BLOCK_N), gl.constexpr(KIND)
+
+    @gluon.jit
+    def place_of(self, tile):
+        """Row and column of a tile, in tiles: down the columns of one group of rows of tiles after the other."""
+        first = tile // (_GROUP_M * self.across) * _GROUP_M
+        height = gl.minimum(self.down - first, _GROUP_M)
+        place = tile % (_GROUP_M * self.across)
+        return first + place % height, place // height
+
+    @gluon.jit
+    def issue_step(self, acc, count, PART: gl.constexpr):
+        """A k-step of this warpgroup's rows, once it is there; it is under way when this returns."""
+        slot = count % self.ring.STAGES
+        self.ring.wait(count)
+        rows = self.x.index(slot).slice(PART * _ROWS, _ROWS)
+        return warpgroup_mma(rows, self.weight.index(slot).permute((1, 0)), acc, is_async=True)
+
+    @gluon.jit
+    def write_tile(self, acc, tile, PART: gl.constexpr):
+        """This warpgroup's rows [ROWS, BLOCK_N], in halves, each of which a thread has both columns of."""
+        HALF: gl.constexpr = self.BLOCK_N // 2
+        tile_m, tile_n = self.place_of(tile)
+        row = tile_m * (_PARTS * _ROWS) + PART * _ROWS
+        left, right = acc.reshape([_ROWS, 2, HALF]).permute((0, 2, 1)).split()
+        if self.KIND == _SWIGLU:
+            dtype: gl.constexpr = self.out.dtype.element_ty
+            # Rounded wherever the separate operations would write to memory or round.
+            exact = left.to(dtype).to(gl.float32)
+            activated = (exact / (1.0 + gl.exp(-exact))).to(dtype).to(gl.float32)
+            product = (activated * right.to(dtype).to(gl.float32)).to(dtype)
+            _write_half(self, product, row, tile_n * HALF, HALF)
+        else:
+            column = tile_n * self.BLOCK_N
+            _write_half(self, left, row, column, HALF)
+            _write_half(self, right, row, column + HALF, HALF)
 
 
 @gluon.jit
-def load_tiles(
-    x, weight, x_ring, weight_ring, full, empty, program, num_programs, tiles_m, tiles_n, num_steps, second_rows,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr,
-):  # fmt: skip
+def make_tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Shared memory for so many k-steps: rows of x, and of the weight."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    x = gl.allocate_shared_memory(dtype, [STAGES, _PARTS * _ROWS, _PANEL], tile)
+    return x, gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, _PANEL], tile)
+
+
+@gluon.jit
+def load_tiles(x, weight, product, second_rows):
     """Fill the ring of the product: `num_steps` k-steps of each of this program's tiles.
 
     Weights come in halves of a tile, the second one `second_rows` after the first: next to it, or of the other factor.
     """
-    HALF: gl.constexpr = BLOCK_N // 2
-    STRIDE: gl.constexpr = HALF if KIND == _SWIGLU else BLOCK_N
-    count = program * 0
-    for tile in range(program, tiles_m * tiles_n, num_programs):
-        tile_m, tile_n = place_of(tile, tiles_m, tiles_n)
+    HALF: gl.constexpr = product.BLOCK_N // 2
+    STRIDE: gl.constexpr = HALF if product.KIND == _SWIGLU else product.BLOCK_N
+    BYTES: gl.constexpr = (_PARTS * _ROWS + product.BLOCK_N) * _PANEL * 2
+    count = product.program * 0
+    for tile in range(product.program, product.down * product.across, product.num_programs):
+        tile_m, tile_n = product.place_of(tile)
         row, column = tile_m * (_PARTS * _ROWS), tile_n * STRIDE
-        for step in range(num_steps):
-            slot = count % STAGES
-            mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
-            bar = full.index(slot)
-            mbarrier.expect(bar, (_PARTS * _ROWS + BLOCK_N) * _PANEL * 2)
-            tma.async_copy_global_to_shared(x, [row, step * _PANEL], bar, x_ring.index(slot))
-            left, right = weight_ring.index(slot).slice(0, HALF), weight_ring.index(slot).slice(HALF, HALF)
+        for step in range(product.num_steps):
+            slot = count % product.ring.STAGES
+            bar = product.ring.expect(count, BYTES)
+            tma.async_copy_global_to_shared(x, [row, step * _PANEL], bar, product.x.index(slot))
+            rows = product.weight.index(slot)
+            left, right = rows.slice(0, HALF), rows.slice(HALF, HALF)
             tma.async_copy_global_to_shared(weight, [column, step * _PANEL], bar, left)
             tma.async_copy_global_to_shared(weight, [column + second_rows, step * _PANEL], bar, right)
             count += 1
 
 
 @gluon.jit
-def issue_step(acc, count, x_ring, weight_ring, full, PART: gl.constexpr, STAGES: gl.constexpr):
-    """A k-step of this warpgroup's rows, once it is there; it is under way when this returns."""
-    slot = count % STAGES
-    mbarrier.wait(full.index(slot), (count // STAGES) & 1)
-    rows = x_ring.index(slot).slice(PART * _ROWS, _ROWS)
-    return warpgroup_mma(rows, weight_ring.index(slot).permute((1, 0)), acc, is_async=True)
-
-
-@gluon.jit
-def write_tile(
-    out, bias, acc, tile_row, tile_n, num_rows, num_columns,
-    BLOCK_N: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    """Rows [ROWS, BLOCK_N] of a tile from registers, in halves, each of which a thread has both columns of."""
-    HALF: gl.constexpr = BLOCK_N // 2
-    left, right = acc.reshape([_ROWS, 2, HALF]).permute((0, 2, 1)).split()
-    if KIND == _SWIGLU:
-        dtype: gl.constexpr = out.dtype.element_ty
-        # Rounded wherever the separate operations would write to memory or round.
-        exact = left.to(dtype).to(gl.float32)
-        activated = (exact / (1.0 + gl.exp(-exact))).to(dtype).to(gl.float32)
-        product = (activated * right.to(dtype).to(gl.float32)).to(dtype)
-        _write_half(out, bias, product, tile_row, tile_n * HALF, num_rows, num_columns, HALF, KIND, HAS_BIAS)
-    else:
-        column = tile_n * BLOCK_N
-        _write_half(out, bias, left, tile_row, column, num_rows, num_columns, HALF, KIND, HAS_BIAS)
-        _write_half(out, bias, right, tile_row, column + HALF, num_rows, num_columns, HALF, KIND, HAS_BIAS)
-
-
-@gluon.jit
-def _write_half(
-    out, bias, cells, row, column, num_rows, num_columns,
-    WIDTH: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
+def _write_half(product, cells, row, column, WIDTH: gl.constexpr):
     """Cells [ROWS, WIDTH], 16 bytes a thread and 64 a row, without shared memory; added in float32, rounded once."""
     wide: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]] + ([[0, 64]] if WIDTH == 128 else []),
@@ -104,16 +152,18 @@ def _write_half(
         block_bases=[],
         shape=[_ROWS, WIDTH],
     )
-    dtype: gl.constexpr = out.dtype.element_ty
+    dtype: gl.constexpr = product.out.dtype.element_ty
+    HAS_BIAS: gl.constexpr = product.bias is not None
     rows = row + gl.arange(0, _ROWS, gl.SliceLayout(1, wide))
     columns = column + gl.arange(0, WIDTH, gl.SliceLayout(0, wide))
-    places = out + rows[:, None] * num_columns + columns[None, :]
-    exists = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    if HAS_BIAS or KIND == _ADD:
+    places = product.out + rows[:, None] * product.num_columns + columns[None, :]
+    exists = (rows < product.num_rows)[:, None] & (columns < product.num_columns)[None, :]
+    if HAS_BIAS or product.KIND == _ADD:
         cells = gl.convert_layout(cells, wide)
         if HAS_BIAS:
-            cells += gl.load(bias + columns, mask=columns < num_columns, other=0.0).to(gl.float32)[None, :]
-        if KIND == _ADD:
+            bias = gl.load(product.bias + columns, mask=columns < product.num_columns, other=0.0)
+            cells += bias.to(gl.float32)[None, :]
+        if product.KIND == _ADD:
             cells += gl.load(places, mask=exists, other=0.0).to(gl.float32)
         gl.store(places, cells.to(dtype), mask=exists)
     else:

@@ -1,0 +1,72 @@
+"""Make launches of the Hopper kernels as on a card, up to where one is needed, and print what Triton has compiled.
+
+    python -m tests.launch_hopper
+
+A process of its own, since Triton's
+interpreter, which other tests switch on, cannot be switched off again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from nanoflow.kernels.hopper import attention
+from nanoflow.kernels.hopper.attention_programs import decode_program
+from nanoflow.kernels.hopper.carry import HopperCarrier
+from nanoflow.kernels.hopper.carry_programs import carry_program
+from nanoflow.kernels.hopper.merge import merge_program
+from nanoflow.kernels.launch import Launch
+from tests.attention_cases import carrier_case, decode_case
+
+CPU = torch.device("cpu")
+CARD = SimpleNamespace(
+    get_current_device=lambda: 0,
+    get_current_stream=lambda _device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+)
+
+
+def decodes(num_rows: int, first: int) -> Launch:
+    """Of so many rows, from one on."""
+    with pytest.MonkeyPatch.context() as patch:
+        return decode_case([100] * (first + num_rows), (32, 8, 64), CPU, patch, first)
+
+
+def launch(num_tokens: int, num_rows: int, first: int, shares: tuple[int, int]) -> None:
+    """Every program, with these numbers; print how many kernels each has been compiled to."""
+    attention.run_decode(decodes(num_rows, first), 4)
+    carrier = HopperCarrier(num_sms=4, steps=2)
+    taken = carrier.take(decodes(num_rows, first), 3)
+    for num_columns, until in zip((1040, 128), shares, strict=True):
+        product, _ = carrier_case("linear", num_tokens, (num_columns, 128), CPU)
+        carrier.run(product, taken, until)
+    carrier.finish(taken)
+    programs = {"carry": carry_program, "decode": decode_program, "merge": merge_program}
+    print(json.dumps({key: len(program.device_caches[0][0]) for key, program in programs.items()}), flush=True)
+
+
+def main() -> None:
+    """Numbers of tokens, rows and shares that Triton could take for something special: 1, and multiples of 16."""
+    triton.runtime.driver.set_active(CARD)
+    JITFunction.run = functools.partialmethod(_compile, JITFunction.run)
+    launch(200, 5, 0, (100, 200))
+    launch(1, 1, 1, (1, 2))
+    launch(128, 16, 16, (16, 128))
+    launch(640, 3, 7, (0, 1))
+
+
+def _compile(self: Any, run: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    return run(self, *args, grid=grid, warmup=True, **options)
+
+
+if __name__ == "__main__":
+    main()
