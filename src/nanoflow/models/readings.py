@@ -21,11 +21,16 @@ class Reading:
         fields: Fields that exist for it, with the value of an absent one; None where `config.py` derives it from
             others.
         nullable: Those of them that may be null; a null elsewhere is an error.
+        rope_types: What its rotary embedding may be called, and which one of `rope.py` each name stands for; None if
+            all of them are known to it by their own names.
+        can_rotate_in_part: Whether `partial_rotary_factor` may leave a part of each head as it is.
     """
 
     model_type: str
     fields: Mapping[str, Any]
     nullable: frozenset[str]
+    rope_types: Mapping[str, str] | None = None
+    can_rotate_in_part: bool = False
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The object as the architecture sees it: every field that exists for it, and no other."""
