@@ -110,6 +110,27 @@ QWEN3 = Reading(
     model_type="qwen3", fields={**_QWEN_FIELDS, "head_dim": 128, "attention_bias": False}, nullable=_QWEN_NULLABLE
 )
 
+# Its configuration class takes a stretched rotary embedding by three names, and they mean the same.
+PHI3 = Reading(
+    model_type="phi3",
+    fields={
+        **_COMMON,
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 1.0,
+        "eos_token_id": 32000,
+        "sliding_window": None,
+    },
+    nullable=(_NULLABLE - {"original_max_position_embeddings"}) | {"num_key_value_heads", "sliding_window"},
+    rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+    can_rotate_in_part=True,
+)
+
 # Not served yet, but its costs can be computed.
 MIXTRAL = Reading(
     model_type="mixtral",
