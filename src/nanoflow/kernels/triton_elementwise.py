@@ -109,21 +109,14 @@ def _rope_append(
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> None:
-    """One token, HEAD_BLOCK of its q, k and v heads, which follow one another.
-
-    Pairs to rotate are (i, i + ROTATED). Dimensions from 2 ROTATED on, if there are any, pass in pairs of their own.
-    """
+    """One token, HEAD_BLOCK of its q, k and v heads, which follow one another; ROTATED pairs of each are rotated."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)[:, None]
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     is_column = columns < HALF
     is_query, is_value = heads < HEADS, heads >= HEADS + KV_HEADS
     is_inside = (heads < HEADS + 2 * KV_HEADS) & is_column
-    # Places of a pair's two members in a head, as the place of the one and its distance from the other.
-    low, gap = columns, HALF
-    if ROTATED < HALF:
-        is_rotated = columns < ROTATED
-        low, gap = tl.where(is_rotated, columns, columns + ROTATED), tl.where(is_rotated, ROTATED, HALF - ROTATED)
+    low, gap = _pairs(columns, HALF, ROTATED)
     source = qkv + (token * (HEADS + 2 * KV_HEADS) + heads) * 2 * HALF + low
     first = tl.load(source, mask=is_inside, other=0.0)
     second = tl.load(source + gap, mask=is_inside, other=0.0)
@@ -154,6 +147,19 @@ def _rope_append(
 
 
 @triton.jit
+def _pairs(columns: tl.tensor, HALF: tl.constexpr, ROTATED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Where in a head each pair has its first member, and how far behind it the second.
+
+    Pair i < ROTATED is (i, i + ROTATED). What lies behind these pairs is not rotated; its halves are pairs too.
+    """
+    if ROTATED == HALF:
+        return columns, HALF
+    else:  # noqa: RET505  (Triton compiles one of two branches)
+        is_rotated = columns < ROTATED
+        return tl.where(is_rotated, columns, columns + ROTATED), tl.where(is_rotated, ROTATED, HALF - ROTATED)
+
+
+@triton.jit
 def _normalised_heads(
     first: tl.tensor,
     second: tl.tensor,
@@ -166,7 +172,7 @@ def _normalised_heads(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """RMSNorm of each head, given and returned as two [heads, HALF], of which one has the places `low`."""
+    """RMSNorm of each head, given and returned as the two members of its pairs [heads, HALF]."""
     is_column = tl.arange(0, HALF_BLOCK)[None, :] < HALF
     weight = tl.where(is_query, q_weight, k_weight) + low
     x, y = first.to(tl.float32), second.to(tl.float32)

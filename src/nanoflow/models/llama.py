@@ -1,4 +1,4 @@
-"""The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3.
+"""The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3, Phi 3 and 4.
 
 Which architecture takes which traits is `registry.py`'s knowledge; no kernel and no tensor here. The residual stream is
 `hidden`: the embedding writes it, and the last product of each block adds to it in place, so that no sum is written
