@@ -43,6 +43,14 @@ BASES: Mapping[str, Mapping[str, Any]] = {
     "MistralForCausalLM": {**_BASE, "model_type": "mistral", "sliding_window": WINDOW},
     "Qwen2ForCausalLM": {**_BASE, "model_type": "qwen2", **_QWEN},
     "Qwen3ForCausalLM": {**_BASE, "model_type": "qwen3", **_QWEN, "attention_bias": False},
+    "Phi3ForCausalLM": {
+        **_BASE,
+        "model_type": "phi3",
+        "sliding_window": WINDOW,
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.5,
+        "pad_token_id": 0,
+    },
 }
 
 _ALTERNATING = ["full_attention", "sliding_attention"] * (NUM_LAYERS // 2)
@@ -55,7 +63,12 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0, 2.5] * 4}
+_LONGROPE_OF_HALF = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 _ROPES: tuple[Any, ...] = (
     {},
     "yarn",
@@ -85,11 +98,24 @@ _ROPES: tuple[Any, ...] = (
     {**_YARN, "truncate": None},
     {**_YARN, "original_max_position_embeddings": None},
     {"rope_type": "yarn", "factor": 4.0},
+    _LONGROPE,
     {**_LONGROPE, "original_max_position_embeddings": 32},
+    {**_LONGROPE, "original_max_position_embeddings": 32, "factor": 3.0},
+    {**_LONGROPE, "original_max_position_embeddings": 32, "attention_factor": 1.5, "factor": None},
+    {**_LONGROPE, "original_max_position_embeddings": 1024},
+    {**_LONGROPE, "original_max_position_embeddings": None},
+    {**_LONGROPE, "original_max_position_embeddings": 32, "partial_rotary_factor": 1.0},
+    {**_LONGROPE, "original_max_position_embeddings": 32, "long_factor": [2.0] * 7},
+    {**_LONGROPE, "original_max_position_embeddings": 32, "short_factor": None},
+    {**_LONGROPE_OF_HALF, "original_max_position_embeddings": 32},
+    {**_LONGROPE_OF_HALF, "rope_type": "su", "original_max_position_embeddings": 1024},
+    {**_LONGROPE_OF_HALF, "rope_type": "yarn", "factor": 2.0},
     {"rope_type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
     {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     {"rope_type": "mrope", "mrope_section": [2, 3, 3]},
     {"partial_rotary_factor": 0.5},
+    {"partial_rotary_factor": 0.75, "rope_theta": 100.0},
+    {"partial_rotary_factor": None},
     {"partial_rotary_factor": 1.0, "rope_type": "default"},
     {"full_attention": {"rope_type": "default", "rope_theta": 100.0}},
 )
@@ -115,8 +141,8 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "rope_theta": (100.0, 10000, 1e6, "10000", -1.0),
     "rope_scaling": _ROPES,
     "rope_parameters": _ROPES,
-    "partial_rotary_factor": (1.0, 0.5),
-    "original_max_position_embeddings": (32, 0),
+    "partial_rotary_factor": (1.0, 0.5, 0.7, 0.75, 0.07, 0.01, 0.0, -0.5, 2.0, True, "0.5"),
+    "original_max_position_embeddings": (32, 1024, 0, 32.0),
     "torch_dtype": ("bfloat16", "half", "int8", "float64"),
     "dtype": ("float16", "float32", "torch.bfloat16"),
     "eos_token_id": (5, [3, 5], [], 9999, -1),
@@ -161,6 +187,15 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     {"rope_scaling": _YARN, "original_max_position_embeddings": 16},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "original_max_position_embeddings": 16},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+    {"rope_scaling": {"partial_rotary_factor": 0.75}, "partial_rotary_factor": None},
+    {"rope_scaling": {"partial_rotary_factor": 0.75}, "partial_rotary_factor": 0.25},
+    {"rope_scaling": _LONGROPE, "partial_rotary_factor": 1.0},
+    {"rope_scaling": _LONGROPE, "partial_rotary_factor": DELETED, "max_position_embeddings": 128},
+    {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 1024, "partial_rotary_factor": 1.0},
+    {"rope_scaling": {**_LONGROPE, "original_max_position_embeddings": 16}, "original_max_position_embeddings": 1024},
+    {"rope_scaling": _LONGROPE_OF_HALF, "head_dim": 32, "partial_rotary_factor": 0.25},
+    {"rope_scaling": _LONGROPE_OF_HALF, "original_max_position_embeddings": 4096},
+    {"partial_rotary_factor": 0.75, "head_dim": 15},
     {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 32},
     {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 70},
     {"dtype": "float32", "torch_dtype": "bfloat16"},

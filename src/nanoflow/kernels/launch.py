@@ -67,7 +67,7 @@ class BatchInputs:
 
     Attributes:
         token_ids: int64 [T].
-        cos, sin: float32 [T, head size / 2], rotary embedding at each token's position.
+        cos, sin: float32 [T, rotated dimensions of a head / 2], rotary embedding at each token's position.
         slots: int32 [T], page * page size + offset.
         decodes, prefills: For the two attentions.
         first_prefill_token: No token before it is of a prefill.

@@ -18,6 +18,7 @@ from nanoflow.models.formats import quantisation, refuse_adapter, refuse_quantis
 from nanoflow.models.generation import GENERATION_CONFIG
 from nanoflow.models.llama import EMBEDDING, OUTPUT
 from nanoflow.models.model import ModelConfig, RopeConfig
+from nanoflow.models.readings import Reading
 from nanoflow.models.registry import reading_of, refusal, served_as
 
 __all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse", "refuse_unknown"]
@@ -95,25 +96,28 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
             or the weights are quantised.
     """
     architecture = _architecture(Fields(values=config, origin=origin), is_served=False)
-    fields = _as_the_architecture_sees_it(config, architecture, origin)
+    reading = reading_of(architecture)
+    assert reading is not None, "refused before"
+    fields = _as_the_architecture_sees_it(config, architecture, reading, origin)
     num_heads = fields.positive_int("num_attention_heads")
     num_layers = fields.positive_int("num_hidden_layers", most=_MAX_LAYERS)
     vocab_size = fields.positive_int("vocab_size")
     max_position_embeddings = fields.positive_int("max_position_embeddings")
     num_experts, num_experts_per_token = _experts(fields)
+    head_dim = _head_dim(fields, num_heads)
     return ModelConfig(
         architecture=architecture,
         hidden_size=fields.positive_int("hidden_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(fields, num_heads),
-        head_dim=_head_dim(fields, num_heads),
+        head_dim=head_dim,
         intermediate_size=fields.positive_int("intermediate_size"),
         vocab_size=vocab_size,
         rms_norm_eps=fields.positive("rms_norm_eps"),
         max_position_embeddings=max_position_embeddings,
         hidden_act=fields.text("hidden_act"),
-        rope=_rope(fields, max_position_embeddings),
+        rope=_rope(fields, reading, head_dim, max_position_embeddings),
         layer_windows=_layer_windows(fields, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         attention_bias=fields.flag("attention_bias", default=False),
@@ -162,10 +166,8 @@ def _refuse_quantised(fields: Fields, folder: Path | None = None) -> None:
         refuse_quantised(folder)
 
 
-def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, origin: str) -> Fields:
+def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, reading: Reading, origin: str) -> Fields:
     """Every field that exists for the architecture, with its default where it is absent, and no other."""
-    reading = reading_of(architecture)
-    assert reading is not None, "refused before"
     origin = f"{origin} ({architecture})"
     given = Fields(values=config, origin=origin)
     _refuse_quantised(given)
@@ -208,11 +210,11 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
     return head_dim
 
 
-def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
+def _rope(fields: Fields, reading: Reading, head_dim: int, max_position_embeddings: int) -> RopeConfig:
     """The rotary embedding; values inside its object win over those outside, but for the trained length."""
     options = _rope_options(fields)
     options.refuse_nulls("rope_type", "rope_theta")
-    rope_type = options.text("rope_type", options.text("type", "default"))
+    rope_type = _rope_type(options, reading)
     theta = options.positive("rope_theta", fields.positive("rope_theta"))
     if theta <= 1.0:
         raise fields.error("rope_theta", f"must exceed 1, got {theta:g}")
@@ -222,7 +224,40 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
         # A value outside is the trained length itself and wins, as in transformers.
         holder = fields if fields.has("original_max_position_embeddings") else options
         original_max_len = holder.positive_int("original_max_position_embeddings", max_position_embeddings)
-    return RopeConfig(rope_type=rope_type, theta=theta, original_max_len=original_max_len, options=options)
+    return RopeConfig(
+        rope_type=rope_type,
+        theta=theta,
+        original_max_len=original_max_len,
+        rotary_dim=_rotary_dim(fields, options, reading, head_dim),
+        options=options,
+    )
+
+
+def _rope_type(options: Fields, reading: Reading) -> str:
+    rope_type = options.text("rope_type", options.text("type", "default"))
+    if reading.rope_types is None:
+        return rope_type
+    if rope_type not in reading.rope_types:
+        raise options.error("rope_type", f"must be one of {', '.join(reading.rope_types)}, got {shown(rope_type)}")
+    return reading.rope_types[rope_type]
+
+
+def _rotary_dim(fields: Fields, options: Fields, reading: Reading, head_dim: int) -> int:
+    """Dimensions of a head that are rotated; what the rope parameters say of them wins over what stands outside."""
+    name = "partial_rotary_factor"
+    if not reading.can_rotate_in_part:
+        for holder in (options, fields):
+            if (given := holder.raw(name, 1.0)) != 1.0:
+                problem = f"must be 1, as models of type {reading.model_type} rotate whole heads, got {shown(given)}"
+                raise holder.error(name, problem)
+        return head_dim
+    holder = options if name in options.values else fields
+    holder.refuse_nulls(name)
+    factor = holder.positive(name)
+    rotary_dim = int(head_dim * factor) if factor <= 1.0 else 0
+    if rotary_dim == 0:
+        raise holder.error(name, f"must be at most 1 and rotate some of a head's {head_dim} dimensions, got {factor}")
+    return rotary_dim
 
 
 def _rope_options(fields: Fields) -> Fields:
@@ -233,9 +268,6 @@ def _rope_options(fields: Fields) -> Fields:
     options = scaling if scaling.values else parameters
     if any(isinstance(value, Mapping) for value in options.values.values()):
         raise ModelError(f"{options.origin}: rotary embeddings that differ between layers are not served")
-    for holder in (options, fields):
-        if holder.positive("partial_rotary_factor", 1.0) != 1.0:
-            raise holder.error("partial_rotary_factor", "must be 1: partly rotated heads are not served")
     return options
 
 

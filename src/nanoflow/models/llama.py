@@ -1,4 +1,4 @@
-"""The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3.
+"""The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3, Phi 3 and 4.
 
 Which architecture takes which traits is `registry.py`'s knowledge; no kernel and no tensor here. The residual stream is
 `hidden`: the embedding writes it, and the last product of each block adds to it in place, so that no sum is written
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
+from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, RopeSpec, TensorSpec
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
 from nanoflow.models.fields import ModelError, shown
 from nanoflow.models.model import ModelConfig
@@ -24,7 +24,12 @@ _ACTIVATIONS = ("silu", "swish")
 
 
 def build(
-    config: ModelConfig, max_model_len: int | None, *, has_qkv_bias: bool = False, has_qk_norm: bool = False
+    config: ModelConfig,
+    max_model_len: int | None,
+    *,
+    has_qkv_bias: bool = False,
+    has_qk_norm: bool = False,
+    is_stored_fused: bool = False,
 ) -> OpGraph:
     """The graph of a model of the family.
 
@@ -33,17 +38,22 @@ def build(
         max_model_len: Longest sequence served, for rotary embeddings that depend on it; None is the model's own limit.
         has_qkv_bias: Queries, keys and values have biases even if `config.attention_bias` is False (Qwen 2).
         has_qk_norm: Each query and key head is normalised before it is rotated (Qwen 3).
+        is_stored_fused: Checkpoints have `qkv_proj` and `gate_up_proj` as one tensor each, rows in this order, in place
+            of the tensors that they are made of (Phi 3).
 
     Raises:
         ModelError: The activation or the rotary embedding is not one that is served.
     """
     if config.hidden_act not in _ACTIVATIONS:
         raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
-    attention = _attention_dims(config, has_qk_norm=has_qk_norm)
+    rope = rope_spec(config, max_model_len)
+    attention = _attention_dims(config, rope, has_qk_norm=has_qk_norm)
     parameters = _parameters(config)
     layer_parameters = (
-        *_attention_parameters(config, has_qkv_bias=has_qkv_bias, has_qk_norm=has_qk_norm),
-        *_mlp_parameters(config),
+        *_attention_parameters(
+            config, has_qkv_bias=has_qkv_bias, has_qk_norm=has_qk_norm, is_stored_fused=is_stored_fused
+        ),
+        *_mlp_parameters(config, is_stored_fused=is_stored_fused),
     )
     graph = OpGraph(
         name=f"{config.architecture} {_size(config.num_layers, parameters, layer_parameters)}",
@@ -55,14 +65,15 @@ def build(
         tensors=_tensors(config, attention),
         parameters=parameters,
         layer_parameters=layer_parameters,
-        rope=rope_spec(config, max_model_len),
+        rope=rope,
         ignored_sources=(r".*rotary_emb\.inv_freq", *((re.escape(OUTPUT),) if config.tie_word_embeddings else ())),
     )
     graph.validate()
     return graph
 
 
-def _attention_dims(config: ModelConfig, *, has_qk_norm: bool) -> AttentionDims:
+def _attention_dims(config: ModelConfig, rope: RopeSpec, *, has_qk_norm: bool) -> AttentionDims:
+    rotary_dim = 2 * len(rope.inv_freq)
     return AttentionDims(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -70,6 +81,7 @@ def _attention_dims(config: ModelConfig, *, has_qk_norm: bool) -> AttentionDims:
         scale=config.head_dim**-0.5,
         windows=config.layer_windows,
         norm_eps=config.rms_norm_eps if has_qk_norm else None,
+        rotary_dim=rotary_dim if rotary_dim < config.head_dim else None,
     )
 
 
@@ -234,10 +246,13 @@ def _parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     )
 
 
-def _attention_parameters(config: ModelConfig, *, has_qkv_bias: bool, has_qk_norm: bool) -> tuple[Parameter, ...]:
+def _attention_parameters(
+    config: ModelConfig, *, has_qkv_bias: bool, has_qk_norm: bool, is_stored_fused: bool
+) -> tuple[Parameter, ...]:
     hidden, source = config.hidden_size, f"{_LAYER}self_attn."
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+    qkv = {"qkv_proj": sum(qkv.values())} if is_stored_fused else qkv
     norms = ("q_norm", "k_norm") if has_qk_norm else ()
     return (
         _fused("attn_norm.weight", (f"{_LAYER}input_layernorm.weight", (hidden,))),
@@ -247,11 +262,12 @@ def _attention_parameters(config: ModelConfig, *, has_qkv_bias: bool, has_qk_nor
     )
 
 
-def _mlp_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+def _mlp_parameters(config: ModelConfig, *, is_stored_fused: bool) -> tuple[Parameter, ...]:
     hidden, inner, source, has_bias = config.hidden_size, config.intermediate_size, f"{_LAYER}mlp.", config.mlp_bias
+    gate_up = {"gate_up_proj": 2 * inner} if is_stored_fused else {"gate_proj": inner, "up_proj": inner}
     return (
         _fused("ffn_norm.weight", (f"{_LAYER}post_attention_layernorm.weight", (hidden,))),
-        *_projection("gate_up_proj", source, {"gate_proj": inner, "up_proj": inner}, hidden, has_bias=has_bias),
+        *_projection("gate_up_proj", source, gate_up, hidden, has_bias=has_bias),
         *_projection("down_proj", source, {"down_proj": hidden}, inner, has_bias=has_bias),
     )
 
