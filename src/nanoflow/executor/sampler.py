@@ -76,10 +76,13 @@ class Sampler:
             self._num_logprobs[request.row] = request.params.logprobs or 0
 
     def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
-        """Draw a token for each request of `batch.sampled` from its logits [S, V] in the model's type."""
+        """Draw a token for each entry of `batch.sampled` from its logits [S, V] in the model's type.
+
+        Requests that draw several have neither penalties nor bad words: these are noted once a row and launch.
+        """
         rows = batch.rows[batch.sampled]
         self._state.restrict(rows)
-        token_ids, best = self._choose(logits, self._state.numbers(rows, batch.context_len[batch.sampled]))
+        token_ids, best = self._choose(logits, self._state.numbers(rows, batch.drawn_positions))
         self._state.note(rows, token_ids)
         places = np.flatnonzero(self._wants_logprobs[rows])
         num_top = self._num_logprobs[rows[places]]
