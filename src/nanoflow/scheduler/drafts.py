@@ -112,6 +112,11 @@ def most_draft_tokens(speculation: NgramSpeculation | None, max_num_seqs: int) -
     return 0 if speculation is None else speculation.num_draft_tokens * min(max_num_seqs, MAX_DRAFTED_REQUESTS)
 
 
+def drafts_of(speculation: NgramSpeculation | None, max_num_seqs: int) -> Drafts:
+    """What makes drafts for an engine with so many rows, as asked for."""
+    return NoDrafts() if speculation is None else Drafter(speculation, max_num_seqs=max_num_seqs)
+
+
 class Drafter:
     """Drafts by prompt look-up.
 
