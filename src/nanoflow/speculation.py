@@ -47,13 +47,34 @@ class NgramSpeculation:
         return f"ngram:{self.num_draft_tokens}:{self.longest_match}:{self.shortest_match}"
 
 
+def speculation_of(text: str | None) -> NgramSpeculation | None:
+    """What the option asks for; None for None and for `none`.
+
+    Raises:
+        ValueError: As `read_speculation`.
+    """
+    return None if text is None or text == "none" else read_speculation(text)
+
+
+def checked(text: str) -> str:
+    """The text of the option as it is, if it can be read.
+
+    Raises:
+        ValueError: As `read_speculation`.
+    """
+    speculation_of(text)
+    return text
+
+
 def read_speculation(text: str) -> NgramSpeculation:
     """Read `ngram:TOKENS[:LONGEST[:SHORTEST]]`.
 
     Raises:
         ValueError: The text is nothing of that form, or a number is out of its range.
     """
-    method, *numbers = str(text).strip().lower().split(":")
+    if not isinstance(text, str):
+        raise ValueError(f"must be {_FORM}, got {shown(text)}")
+    method, *numbers = text.strip().lower().split(":")
     if method != "ngram" or not 1 <= len(numbers) <= 3:
         raise ValueError(f"must be {_FORM}, got {shown(text)}")
     if not all(number.isascii() and number.isdecimal() and len(number) <= 4 for number in numbers):

@@ -41,7 +41,7 @@ from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
-from nanoflow.speculation import NgramSpeculation, read_speculation
+from nanoflow.speculation import NgramSpeculation, speculation_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class _Setup:
     @property
     def speculation(self) -> NgramSpeculation | None:
         """How drafts are made, if they are."""
-        return None if self.config.speculative is None else read_speculation(self.config.speculative)
+        return speculation_of(self.config.speculative)
 
     @property
     def max_logits(self) -> int:
