@@ -20,7 +20,6 @@ from nanoflow.request import Request
 from nanoflow.scheduler import Finish, Pace, Scheduler, SchedulerLimits
 from nanoflow.scheduler.drafts import Drafts
 
-
 # From this seed on a request repeats itself.
 REPETITIVE = 1000
 

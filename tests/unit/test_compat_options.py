@@ -88,7 +88,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("enable_prefix_caching", True, "there is no prefix cache"),
     ("enable_chunked_prefill", False, "always computed in chunks"),
     ("enable_lora", True, "merge the adapter"),
-    ("speculative_config", {"method": "ngram"}, "no speculative decoding"),
     ("kv_cache_dtype", "fp8", "the type that `dtype` says"),
     ("hf_overrides", {"a": 1}, "config.json"),
     ("rope_scaling", {"rope_type": "yarn"}, "config.json"),

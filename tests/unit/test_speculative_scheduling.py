@@ -60,9 +60,7 @@ def run(requests: list[Request], *, depth: int = 1, pace: Pace | None = None, **
 def test_every_request_gets_the_tokens_it_would_get_alone(
     scenario: Scenario, num_tokens: int, shortest: int, more: int, is_measured: bool
 ) -> None:
-    drafts = drafter(
-        num_tokens, longest=shortest + more, shortest=shortest, max_num_seqs=scenario.limits.max_num_seqs
-    )
+    drafts = drafter(num_tokens, longest=shortest + more, shortest=shortest, max_num_seqs=scenario.limits.max_num_seqs)
     pace = CHEAP if is_measured else Pace()
     drive, aborted = play(scenario, drafts, pace)
     counts = drive.scheduler.draft_counts
@@ -184,7 +182,7 @@ def _drafted(scheduler: Scheduler, drive: Drive) -> tuple[DenseBatch, SampledTok
 def test_a_request_that_fails_at_a_draw_has_the_tokens_before_it(place: int) -> None:
     drive = Drive(LIMITS, depth=0, drafts=drafter())
     drive.scheduler.add(request())
-    batch, result = _drafted(drive.scheduler, drive)
+    batch, _result = _drafted(drive.scheduler, drive)
     right = np.array([*batch.token_ids[1:], 0], np.int32)
     committed = drive.scheduler.commit(batch, SampledTokens(token_ids=right, errors={place: "not finite"}))
     assert committed.token_ids.tolist() == right[:place].tolist()
@@ -195,7 +193,7 @@ def test_a_request_that_fails_at_a_draw_has_the_tokens_before_it(place: int) -> 
 def test_an_error_behind_a_wrong_guess_is_none() -> None:
     drive = Drive(LIMITS, depth=0, drafts=drafter())
     drive.scheduler.add(request())
-    batch, result = _drafted(drive.scheduler, drive)
+    batch, _result = _drafted(drive.scheduler, drive)
     wrong = ((np.array([*batch.token_ids[1:], 0]) + 1) % LIMITS.vocab_size).astype(np.int32)
     committed = drive.scheduler.commit(batch, SampledTokens(token_ids=wrong, errors={1: "not finite"}))
     assert committed.token_ids.tolist() == wrong[:1].tolist() and not committed.finished

@@ -23,7 +23,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request
 from nanoflow.scheduler.forming import Turn
-from nanoflow.scheduler.gain import Draft, pays
+from nanoflow.scheduler.gain import Draft, most_guesses, pays
 from nanoflow.scheduler.ngram import continuation
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.speculation import NgramSpeculation
@@ -172,7 +172,7 @@ class Drafter:
                 expected = likely * _expected(likely, len(guess) - 1)
                 context = int(table.num_tokens[row])
                 found.append((row, Draft(num_tokens=len(guess) - 1, context=context, expected=expected)))
-        if not found:
+        if not found or not most_guesses(len(decoding), self._max_tokens, iteration_time):
             return False
         shape = BatchShape(
             num_tokens=len(decoding),
@@ -190,7 +190,8 @@ class Drafter:
         is_decode = turn.num_pending == 1
         rows = self._willing(turn.rows[is_decode], table)
         rows = rows[table.num_tokens[rows] == table.num_known[rows]]
-        left = min(turn.num_left, self._max_tokens)
+        most = min(turn.num_left, self._max_tokens)
+        left = most_guesses(int(turn.num_taken.sum()), most, iteration_time)
         guesses: dict[int, Int32] = {}
         for row in rows.tolist():
             # The token behind the draft is drawn too.
