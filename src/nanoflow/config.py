@@ -24,6 +24,7 @@ from nanoflow.option import read_count as read_count
 from nanoflow.option import require_positive
 from nanoflow.parameters import did_you_mean, nearest
 from nanoflow.request import SamplingParams
+from nanoflow.speculation import read_speculation
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -47,6 +48,10 @@ def _read_dtype(text: str) -> str:
 
 def _read_load_format(text: str) -> str:
     return ENGINE.value_of("load_format", text)
+
+
+def _read_speculative(text: str) -> str | None:
+    return None if text == "none" else str(read_speculation(text))
 
 
 def _read_goal(text: str) -> str:
@@ -123,6 +128,12 @@ class EngineConfig:
         "and memory",
     )
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
+    speculative: str | None = option(
+        None,
+        "Speculative decoding, ngram:TOKENS[:LONGEST[:SHORTEST]]: guess up to TOKENS tokens of a request by looking up "
+        "its last LONGEST (4) to SHORTEST (2) tokens in its prompt and output, as ngram:4; answers stay the same",
+        read=_read_speculative,
+    )
     cuda_graphs: bool = option(True, "On a GPU, launch a forward pass as one CUDA graph")
     plan: str | None = option(None, "Pipeline plan or plan book (JSON) to execute; sequential if not given")
     num_threads: int | None = option(None, "CPU threads of torch; its own choice if not given")
@@ -147,6 +158,11 @@ class EngineConfig:
         for name in ("async_scheduling", "cuda_graphs", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.speculative is not None:
+            try:
+                read_speculation(self.speculative)
+            except ValueError as error:
+                raise ConfigError(f"speculative: {error}") from None
         if self.max_logprobs < -1:
             raise ConfigError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}"

@@ -36,9 +36,11 @@ from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.scheduler.drafts import Drafter, most_draft_tokens
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
+from nanoflow.speculation import read_speculation
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +88,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         weights = random_weights(graph, dtype, device, config.seed)
     else:
         weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
-    taken_bytes = sampling_bytes(chosen.max_num_seqs, graph.vocab_size, device) + workspace_bytes(
+    speculation = None if config.speculative is None else read_speculation(config.speculative)
+    num_logits = chosen.max_num_seqs + most_draft_tokens(speculation, chosen.max_num_seqs)
+    taken_bytes = sampling_bytes(
+        chosen.max_num_seqs, graph.vocab_size, device, num_logits=num_logits
+    ) + workspace_bytes(
         graph,
         book.plans,
         num_tokens=chosen.max_batch_tokens,
-        num_logits=chosen.max_num_seqs,
+        num_logits=num_logits,
         dtype_bytes=dtype.itemsize,
     )
     num_pages, max_model_len = size_cache(config, chosen, model_config, graph, dtype, device, taken_bytes=taken_bytes)
@@ -105,6 +111,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         book.plans,
         max_batch_tokens=chosen.max_batch_tokens,
         num_rows=chosen.max_num_seqs,
+        max_logits=num_logits,
         captured_pages=-(-max_model_len // config.page_size) if is_captured else None,
     )
     limits = SchedulerLimits(
@@ -122,11 +129,12 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         logger.info("compiling kernels%s", " and recording CUDA graphs" if is_captured else "")
         compile_and_record(worker, book, limits, with_plans=prepares_plans)
     times, pace = None, Pace()
-    if chosen.max_itl_ms is not None:
+    if chosen.max_itl_ms is not None or speculation is not None:
         if is_captured:
             logger.info("measuring iterations")
         times = IterationTimes(time_iterations(worker, book.fallback, limits) if is_captured else ())
-        pace = Pace(max_itl_s=chosen.max_itl_ms / 1e3, iteration_time=times.estimate)
+        max_itl_s = None if chosen.max_itl_ms is None else chosen.max_itl_ms / 1e3
+        pace = Pace(max_itl_s=max_itl_s, iteration_time=times.estimate)
     facts = EngineFacts(
         model_type=graph.name,
         vocab_size=graph.vocab_size,
@@ -148,7 +156,11 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     )
     return Engine(
         facts=facts,
-        scheduler=Scheduler(limits=limits, pace=pace),
+        scheduler=Scheduler(
+            limits=limits,
+            pace=pace,
+            drafts=None if speculation is None else Drafter(speculation, max_num_seqs=chosen.max_num_seqs),
+        ),
         worker=worker,
         book=book,
         is_async=config.async_scheduling,

@@ -34,9 +34,7 @@ def sampled_logprobs(result: SampledTokens, at_place: Mapping[int, int]) -> dict
     for (place, num_top), token_ids, logprobs, rank in rows:
         if place not in at_place:
             continue
-        places = found.setdefault(
-            at_place[place], PlaceLogprobs(first_position=0, token_ids=[], logprobs=[], ranks=[])
-        )
+        places = found.setdefault(at_place[place], PlaceLogprobs(first_position=0, token_ids=[], logprobs=[], ranks=[]))
         places.token_ids.append(token_ids[: 1 + num_top])
         places.logprobs.append(logprobs[: 1 + num_top])
         places.ranks.append(rank)
