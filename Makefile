@@ -1,11 +1,12 @@
 # Two commands matter: `make demo` and `make test`. Both need only Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz soak clients clean
+.PHONY: help demo test lint docs bench fuzz soak clients clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+DOCS_VENV ?= .venv-docs
 # Without an NVIDIA driver the CPU build of torch is installed, and tests run on all cores; with one they share a GPU.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo auto)
@@ -33,6 +34,18 @@ lint: $(VENV)/.installed  ## Check style, types and the layers between packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(DOCS_VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "nanoflow needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/pip install -q --disable-pip-version-check -r $(DOCS_VENV)/requirements.txt
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed  ## Build the documentation as a site in site/, and check every link of it
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	$(DOCS_VENV)/bin/python tools/check_site.py site
+
 bench: $(VENV)/.installed  ## Measure the scheduler and CPU decode against their targets
 	$(BIN)/python benchmarks/scheduler.py --check
 	$(BIN)/python benchmarks/cpu_decode.py --check
@@ -47,4 +60,4 @@ clients: $(VENV)/.installed  ## Ask a server through the client libraries that p
 	$(BIN)/python tools/clients.py
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DOCS_VENV) site .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -21,25 +21,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.rungs import NANO_BATCHES, read_limits
-from nanoflow.bench.limits import SimulatedWorkloads
 from nanoflow.cli.options import CommandParser
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.cost.interference import Interference
-from nanoflow.cost.table import CostTable, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import BookLimits, MadeFor, PlanEntry, StoredBook, load_book
 from nanoflow.plan.plan import Mechanism, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
+from nanoflow.profile.interference import Interference
+from nanoflow.profile.table import CostTable, Profile
 from nanoflow.search.allocate import Allocation, divisions
 from nanoflow.search.books import covering_cells, search_book
 from nanoflow.search.emit import emit
 from nanoflow.search.inside import carrying_runs, inside_plan
-from nanoflow.search.iteration import IterationModel, graphs_of
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.shapes import entry_of, ranked
 from nanoflow.search.structure import Effort, solve_structure
+from nanoflow.search.workloads import SimulatedWorkloads
+from nanoflow.simulate.iteration import IterationModel, graphs_of
 
 SEARCHED = "searched"
 RUNGS = (NANO_BATCHES, "stream", "beside", "partition", "inside", SEARCHED)

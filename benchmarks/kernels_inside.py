@@ -1,7 +1,7 @@
 """Decode attention inside the products of a layer, beside both one after the other; sustained, with energy.
 
 A line a way: what the engine's kernels take for a layer's products and for the attention, in sum, and what the same
-takes with the attention inside (`kernels/gluon_inside.py`), at so many k-steps of a product to a block of 64 keys. On a
+takes with the attention inside (`kernels/hopper/carry.py`), at so many k-steps of a product to a block of 64 keys. On a
 Hopper card, from the root of the repository; TOKENS:REQUESTS:KEYS are tokens of the products, and decodes with so many
 keys each, one nano-batch beside the other:
 
@@ -21,7 +21,7 @@ import torch
 from benchmarks.document import write_document
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels.carrier import can_carry
+from nanoflow.kernels.hopper import can_carry
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.profiler.inside import InsideTask, measure_costs

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.document import write_document
 from benchmarks.kernels_inside import parse_case
-from nanoflow.device.lanes import LaneStream, partition_pair, plain_stream
+from nanoflow.executor.streams import LaneStream, partition_pair, plain_stream
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.kept import kernels_on

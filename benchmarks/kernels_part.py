@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.document import write_document
-from nanoflow.device.lanes import LaneStream, partition_pair
+from nanoflow.executor.streams import LaneStream, partition_pair
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_gemm, triton_split_k

@@ -103,7 +103,7 @@ async def _complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], *
     """Ask, and say how the answer ended."""
     async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
         if answer.status_code != httpx.codes.OK or not is_stream:
-            return _judge(answer.status_code, json.loads(await answer.aread()), body["max_tokens"])
+            return _judge(answer.status_code, await answer.aread(), body["max_tokens"])
         last, has_error, has_end = "", "", False
         async for line in answer.aiter_lines():
             if line.startswith("data: {") and "error" in (event := json.loads(line[6:])):
@@ -118,7 +118,11 @@ async def _complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], *
     return ("answered", "") if has_end else ("cut short", "the stream has no finish reason")
 
 
-def _judge(status: int, answer: dict[str, Any], max_tokens: int) -> tuple[str, str]:
+def _judge(status: int, body: bytes, max_tokens: int) -> tuple[str, str]:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return "no JSON", f"status {status}: {body[:80]!r}"
     if status != httpx.codes.OK:
         return "told", answer["error"]["message"]
     num_tokens = answer["usage"]["completion_tokens"]

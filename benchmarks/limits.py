@@ -23,9 +23,9 @@ from benchmarks.rungs import read_engine, read_limits
 from benchmarks.whole_runs import MEASUREMENT
 from benchmarks.workloads import read_workloads
 from nanoflow.bench.provenance import require_clean
-from nanoflow.bench.workload import draw_lengths
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import EngineConfig, Goal
+from nanoflow.workload import draw_lengths
 
 PAIRS = ("2048/1024", "4096/1024", "4096/2048", "8192/1024", "8192/2048", "16384/2048")
 CHOSEN = "chosen for"

@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.document import write_document
-from nanoflow.cost.table import Profile
 from nanoflow.device.detect import resolve_device, use_device
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
-from nanoflow.profiler.iterations import Trial, measure_trials
-from nanoflow.search.iteration import IterationModel
+from nanoflow.profile.table import Profile
 from nanoflow.search.search import Search
 from nanoflow.search.shapes import batch_of
+from nanoflow.simulate.iteration import IterationModel
+from nanoflow.trials.iterations import Trial, measure_trials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoflow.cost.estimate import paper_pairs
-from nanoflow.cost.table import Point, Profile, Setup
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import split
 from nanoflow.graph.operation import CollectiveDims, LinearDims, Operation
@@ -32,9 +30,11 @@ from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import WHOLE_LANE
-from nanoflow.search.iteration import IterationModel, Prediction
+from nanoflow.profile.estimate import paper_pairs
+from nanoflow.profile.table import Point, Profile, Setup
 from nanoflow.search.search import Search
 from nanoflow.search.shapes import batch_of
+from nanoflow.simulate.iteration import IterationModel, Prediction
 
 _NUM_GPUS, _NUM_SMS, _TILE = 8, 108, 128
 _NUM_TOKENS, _NUM_LAYERS = 2048, 80

@@ -13,9 +13,9 @@ from pathlib import Path
 from benchmarks.books import SEARCHED, path_of, read_names
 from benchmarks.rungs import SEQUENTIAL
 from benchmarks.workloads import file_name
-from nanoflow.cost.table import Profile
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import load_book
+from nanoflow.profile.table import Profile
 
 # Seconds, on one H200 with Llama-3-8B: from the start of a process to its first request, and the turn of a rung in the
 # steady state with all that stands before it.

@@ -40,9 +40,9 @@ from benchmarks.steady_engine import Clock, Found, Repeat, run_repeat
 from benchmarks.whole_runs import is_sequential
 from nanoflow.bench.machine import git_revision
 from nanoflow.bench.provenance import require_clean
-from nanoflow.bench.workload import draw_lengths
 from nanoflow.cli.options import CommandParser
 from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.workload import draw_lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,9 +23,7 @@ import numpy as np
 from benchmarks.rungs import Rung
 from benchmarks.turns import Iteration, SteadyMetrics, Turn, UnequalTurns, Watched, metrics_of
 from nanoflow.bench.provenance import settings_of
-from nanoflow.bench.workload import Lengths, draw_lengths, under_way
 from nanoflow.config import EngineConfig
-from nanoflow.cost.table import Profile
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
 from nanoflow.engine.build import book_facts, build_engine, resolve_model
 from nanoflow.engine.engine import Engine
@@ -36,8 +34,10 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.table import Profile
 from nanoflow.request import Request, SamplingParams
-from nanoflow.search.iteration import IterationModel
+from nanoflow.simulate.iteration import IterationModel
+from nanoflow.workload import Lengths, draw_lengths, under_way
 
 # Lengths that a trace's requests are drawn from, and requests that always wait.
 _NUM_LENGTHS, _NUM_WAITING = 4096, 32

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow.bench.simulation import Cluster, SimulatedRun, limits_for, simulate
-from nanoflow.bench.workload import draw_lengths
-from nanoflow.cost.table import Profile
-from nanoflow.search.iteration import IterationModel
+from nanoflow.profile.table import Profile
+from nanoflow.simulate.iteration import IterationModel
+from nanoflow.simulate.serving import Cluster, SimulatedRun, limits_for, simulate
+from nanoflow.workload import draw_lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

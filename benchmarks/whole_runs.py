@@ -26,8 +26,8 @@ from benchmarks.rungs import ENGINE, read_engine, read_rungs
 from benchmarks.workloads import read_workloads
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.provenance import require_clean
-from nanoflow.bench.workload import draw_lengths
 from nanoflow.cli.options import CommandParser, OptionGroup
+from nanoflow.workload import draw_lengths
 
 MEASUREMENT = OptionGroup(
     kind=ThroughputConfig,

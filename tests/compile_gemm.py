@@ -2,7 +2,7 @@
 
     python -m tests.compile_gemm PLACE
 
-All kernels of the cut at this place of `BESIDE_TILES`. A process of its own, as `compile_gluon.py` says.
+All kernels of the cut at this place of `BESIDE_TILES`. A process of its own, as `compile_hopper_attention.py` says.
 """
 
 from __future__ import annotations

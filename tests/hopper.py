@@ -1,4 +1,4 @@
-"""Stand-ins for what a Gluon program for Hopper calls, so that `gluon_inside_programs.py` runs on the CPU.
+"""Stand-ins for what a Gluon program for Hopper calls, so that `carry_programs.py` runs on the CPU.
 
 Its partitions are threads. Barriers in shared memory count arrivals, bytes and phases as Hopper's do; a product takes
 place when it is waited for, not when it is issued, and finds its factors unchanged or fails; nothing else can be done
@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanoflow.kernels import gluon_inside_attention, gluon_inside_product, gluon_inside_programs
+from nanoflow.kernels.hopper import carry_attention, carry_product, carry_programs
 
 TIMEOUT_S = 20.0
 
@@ -235,7 +235,7 @@ class Machine:
     def function(self, name: str) -> Callable[..., Any]:
         """One of the functions, with every name that it and the others use bound to stand-ins."""
         names: dict[str, Any] = {"__builtins__": __builtins__}
-        for module in (gluon_inside_attention, gluon_inside_product, gluon_inside_programs):
+        for module in (carry_attention, carry_product, carry_programs):
             for key, value in vars(module).items():
                 if isinstance(value, triton.language.constexpr):
                     names[key] = value.value
@@ -302,11 +302,11 @@ class OnCpu:
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*values: Any, num_warps: int, **constants: Any) -> None:
             assert num_warps == 4
-            bound = inspect.signature(gluon_inside_programs.inside_program.fn).bind(*values, **constants).arguments
+            bound = inspect.signature(carry_programs.carry_program.fn).bind(*values, **constants).arguments
             arguments = {name: _stand_in(value) for name, value in bound.items()}
             for program in range(grid[0]):
                 machine = Machine(program, grid[0])
-                machine.function("inside_program")(**arguments)
+                machine.function("carry_program")(**arguments)
                 self.loads += machine.loads
                 # Nothing is under way, expected or half counted at the end.
                 assert not any(machine.under_way.values())

@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
     "make demo": Make(),
     "make test": Make(),
     "make lint": Make(),
+    "make docs": Make(),
     "pip install -e .": Install(),
     "pip install nanoflow-engine": Install(),
     "make soak": Make(),
@@ -134,7 +135,7 @@ SHOWN: dict[str, str] = {
     "null": "run",
     "def build(config: ModelConfig, max_model_len: int | None) -> OpGraph:": "the signature of models/llama.py",
     '{"version": 1,': "fields of plan books",
-    "9  familiar                              names that users of vLLM know": "layers in pyproject.toml",
+    "10  familiar                              names that users of vLLM know": "layers in pyproject.toml",
     'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $(cat keys.txt)"': "test_door.py sends such keys",
     "maximise u": "a formula",
     "nanoflow limits for balanced: max_batch_tokens 2,048 (about 50 ms an iteration on NVIDIA H200), max_num_seqs 100 "

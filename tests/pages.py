@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "src/nanoflow/default_model/README.md",
 )
+LOG = ROOT / "docs/log"
 SHELLS = ("", "sh", "shell", "bash", "console")
 # What a line of a block begins with if it is a command.
 _PROGRAMS = ("nanoflow", "python", "pip", "make", "pytest", "curl", "docker", "openssl", "git", "export", "npx", "npm")
@@ -77,7 +78,7 @@ def inline_commands() -> list[tuple[str, str]]:
     """Page and command of all in backticks that is a command with arguments; not in the log, which is history."""
     found = []
     for page in PAGES:
-        if page.name != "log.md":
+        if page.parent != LOG or page.name == "index.md":
             text = re.sub(r"<!-- tree -->.*<!-- /tree -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
             found += [(name_of(page), " ".join(match.split())) for match in _INLINE.findall(text)]
     return found

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the records under benchmarks/results: whole runs, runs in turn, and older ladders.
+"""Write docs/benchmarks.md from the records under benchmarks/results: a short summary; the rest stays in the records.
 
 Run after adding a result: `python tools/benchmarks_page.py`. With `--check` it changes nothing and fails if the page is
 out of date; a test does that. What has no record is not mentioned.
@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any
 
 from docs import ROOT, spread
-from history import history_parts, is_old
-from records import beside, peer_of, place_of, revision_of, sampling_of
+from records import beside, is_ladder, place_of, revision_of, runs_peer
+from summary import summary_parts, where_speed_comes_from
 from tables import in_turn_parts, peer_parts, serving_parts, startup_parts
 from tables import table as _table
 
@@ -39,24 +39,26 @@ _INTRO = """\
 
 <!-- Written by tools/benchmarks_page.py from benchmarks/results; do not edit. -->
 
-Every number here is read from a record under `benchmarks/results/` by `python tools/benchmarks_page.py`; `python -m
-benchmarks.session` measures what is in turn or served, piece by piece. If nothing else is said, requests are there all
-at once, prompts are random token ids, completions are greedy and of fixed length. Tokens/s are prompt and output
-tokens, from the first request to the last token. Whole runs name their settings; a revision that is *dirty* had changes
-that no commit has, one that is *not known* was measured from a copy of the sources.
+Every number here is read from a record under `benchmarks/results/`, and every table links its record, which has every
+repeat, the command, the settings, the software and the machine. Older records are kept in that folder too. How the
+numbers came about is in the [log](log/index.md), what was learnt in [findings.md](findings.md).
 
-The *sum of parts alone* (the serial bound) is what an engine without overlap would reach if every operation ran as it
-does by itself, back to back: at the clock and power that each part has alone. An engine that mixes hungry operations
-with others can pass it, because the card's power limit is then spent otherwise; where one does, the table says that it
-is no bound. The *optimum* is the products alone, at their own clock. An energy whose mean power is above the card's
-limit was an error of the counter and is left out."""
+- If nothing else is said, all requests are there at once, prompts are random token ids, completions are greedy and of
+  fixed length, and weights are random. Tokens/s are prompt and output tokens, from the first request to the last token.
+- *Parts alone*, the serial bound, is what an engine without overlap would reach if every operation ran as it does by
+  itself, back to back, at the clock and power that it has alone. An engine that mixes operations can pass it, because
+  the card's power limit is then spent otherwise; the table says "no bound" there. The *optimum* is the matrix products
+  alone, at their own clock.
+- A revision that is *dirty* had changes that no commit has; one that is *not known* was measured from a copy of the
+  sources. An energy whose mean power is above the card's limit was an error of the counter and is left out."""
 
 _STEADY = """\
-A server with enough to do is always in the middle of its work: requests come as others leave. Here the first requests
-are anywhere in their completions, new ones always wait, and the rungs take turns on one card (`python -m
-benchmarks.steady`), each at its own limits, all with the same number of KV pages. A rung stands beside the fastest
-sequential one. Where a sequential rung has the same limits, both have the very same batches, since what is scheduled
-depends on lengths alone: *same batches* is its time / that of this rung, *predicted* what the profile says of them."""
+A busy server is always in the middle of its work: requests come as others leave. Here the first requests begin
+anywhere in their completions, and new ones always wait. Settings take turns on one card (`python -m
+benchmarks.steady`), each at its own limits, all with the same number of KV pages. Each is compared with the fastest
+sequential setting. A sequential setting with the same limits has the very same batches, since scheduling depends on
+lengths alone. *Same batches* is the time of that one / the time of this one; *predicted* is what the profile
+expects."""
 
 
 def main() -> None:
@@ -75,18 +77,18 @@ def page(results: Path, pictures: Path | None = None) -> str:
     peers = _read(results / "peers.json") if (results / "peers.json").exists() else {}
     runs = [(path.name, _read(path)) for path in sorted(results.glob("throughput_*.json"))]
     parts = [_INTRO]
+    sources = where_speed_comes_from(results)
+    if sources:
+        parts += ["## Where the speed comes from", sources]
+    parts += summary_parts(results)
     if runs:
-        parts += ["## Whole runs", "\n".join(run_lines(runs, peers))]
+        parts += ["## Whole runs of the sequential engine", "\n".join(run_lines(results, runs))]
     for title, pattern, parts_of in _IN_TURN:
         found = [(path.name, _read(path)) for path in sorted(results.glob(pattern))]
-        found = [(name, document) for name, document in found if not is_old(document)]
+        found = [(name, document) for name, document in found if not is_ladder(document)]
         parts += title if found else []
         for name, document in found:
             parts += list(parts_of(name, document, peers))
-    parts += history_parts(results)
-    single = [(f"ablation/{path.name}", _read(path)) for path in sorted((results / "ablation").glob("*.json"))]
-    if single:
-        parts += ["## History: single runs of rungs at the same limits", "\n".join(run_lines(single, {}))]
     if peers:
         parts += ["## Peers", *peer_parts(peers)]
     drawn = list(picture_parts(pictures or ROOT / "docs/pictures"))
@@ -111,25 +113,15 @@ _IN_TURN = (
 )
 
 
-def run_lines(runs: Sequence[tuple[str, Document]], peers: Document) -> Iterator[str]:
+def run_lines(results: Path, runs: Sequence[tuple[str, Document]]) -> Iterator[str]:
     """The table of whole runs; a peer's rate stands beside ours where it ran the same requests."""
     yield "Median (least to most) of the repeats. A peer stands beside a run where model, requests and sampling match."
     yield ""
-    yield from _table(_RUN_HEADINGS, [_run_row(name, run, peers) for name, run in runs])
+    yield from _table(_RUN_HEADINGS, [_run_row(name, run, runs_peer(results, run)) for name, run in runs])
 
 
-def _run_row(name: str, run: Document, peers: Document) -> list[str]:
+def _run_row(name: str, run: Document, peer: Document | None) -> list[str]:
     rates, model, work = _values(run, "total_tokens_per_s"), run["model"], run["workload"]
-    entry = peer_of(
-        peers,
-        "offline",
-        model=model["name"],
-        dtype=model["dtype"],
-        workload=work["workload"],
-        num_requests=work["num_requests"],
-        sampling=sampling_of(work),
-        text=work.get("text", False),
-    )
     return [
         f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights",
         work["workload"],
@@ -141,7 +133,7 @@ def _run_row(name: str, run: Document, peers: Document) -> list[str]:
         spread(_values(run, "energy_per_token_j", 1e3), ".1f", ""),
         _of_parts(_values(run, "share_of_serial", 100)),
         spread(_values(run, "share_of_optimal", 100), ".1f", ""),
-        beside(entry, median(rates)),
+        beside(peer, median(rates)),
         place_of(run["machine"]),
         revision_of(run["software"]["git_revision"]),
         f"[JSON](../benchmarks/results/{name})",
@@ -169,8 +161,8 @@ def picture_parts(folder: Path) -> Iterator[str]:
     there = [(name, caption) for name, caption in PICTURES.items() if (folder / name).exists()]
     if there:
         yield (
-            "Three layers each, lanes by time, as `nanoflow plan show PLAN --profile PROFILE --svg FILE` draws them:\n"
-            "which operation runs on which nano-batch beside what, and the use of each resource below."
+            "Three layers each, one row a lane, time to the right. `nanoflow plan show PLAN --profile PROFILE --svg\n"
+            "FILE` draws them. Each bar is an operation on a nano-batch; below is the use of each resource."
         )
     for name, caption in there:
         yield f"{caption}:"

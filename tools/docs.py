@@ -1,9 +1,11 @@
-"""Fill in the generated parts of README.md, docs/api.md and docs/bounds.md.
+"""Fill in the generated parts of README.md and of pages in docs/.
 
-The README has the file tree (from module docstrings) and the results (from JSON), the page of the API has tables of
-fields, that of bounds their options, the page for users of vLLM the lists of `nanoflow/compat/`. Run after adding a
-file, a result, a field or an option: `python tools/docs.py`. With `--check` it changes nothing and fails if a page is
-out of date; a test does that.
+README.md has results (from JSON), docs/architecture.md the file tree (from module docstrings), docs/log/index.md a line
+for each entry of the log, docs/api.md tables of fields, docs/bounds.md its options, docs/switching-from-vllm.md the
+lists of `nanoflow/compat/`. Run it after adding a file, a result, an entry, a field or an option: `python
+tools/docs.py`. With `--check` it changes nothing and fails if a page is out of date; a test does that.
+
+docs/benchmarks.md is written by `tools/benchmarks_page.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from pathlib import Path
 import switching_tables as switching
 from api_tables import body_fields, foreign_fields, sampling_parameters
 from bounds_table import bounds_table
+from log_index import log_index
 from records import readme_rows
+from summary import where_speed_comes_from
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +73,9 @@ def results_table() -> str:
 
 # Each page with its generated parts.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"tree": file_tree, "results": results_table},
+    "README.md": {"results": results_table, "speed": where_speed_comes_from},
+    "docs/architecture.md": {"tree": file_tree},
+    "docs/log/index.md": {"entries": log_index},
     "docs/bounds.md": {"bounds": bounds_table},
     "docs/api.md": {"parameters": sampling_parameters, "fields": body_fields, "foreign": foreign_fields},
     "docs/switching-from-vllm.md": {

@@ -1,4 +1,4 @@
-"""Records and peers read, and the five rows of README.md; tables of docs/benchmarks.md are `tables.py`'s.
+"""Records and peers read, and the five rows of README.md; `tables.py` and `summary.py` make docs/benchmarks.md.
 
 Pure functions of documents; a peer stands beside a run only where model, workload, requests and sampling are the same.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from nanoflow.bench.config import SAMPLING, BenchConfig
@@ -19,7 +20,6 @@ Row = tuple[str, str, str, str]
 
 # What measures them: pieces of a session.
 _PIECES = {
-    "sampled_llama-3-8b": "sampled",
     "serving_llama-3-8b": "serving-llama-3-8b",
     "serving_llama-3.2-1b": "serving-llama-3.2-1b",
     "whole_runs_llama-3-8b": "search whole-runs",
@@ -103,7 +103,7 @@ def middle(load: Document) -> Document:
 def readme_rows(results: Path = RESULTS) -> Iterator[Row]:
     """The five rows of README: what, measured, hardware, and names of records without their ending, with spaces."""
     peers = read(results / "peers.json")
-    yield _sampled_row(results, peers)
+    yield _sequential_row(results)
     for model in ("llama-3-8b", "llama-3.2-1b"):
         yield _served_row(results, peers, model)
     yield _overlap_row(results)
@@ -114,39 +114,93 @@ def _not_measured(what: str, name: str) -> Row:
     return what, f"not measured yet: `python -m benchmarks.session --only {_PIECES[name]}`", "", ""
 
 
-def _sampled_row(results: Path, peers: Document) -> Row:
-    what, name = "Llama-3-8B, in process, temperature 0.8, top_p 0.95", "sampled_llama-3-8b"
-    document = read(results / f"{name}.json")
-    found = [each for each in document.get("results", ()) if each["name"] == "top_p"]
-    if not found:
-        return _not_measured(what, name)
+def _sequential_row(results: Path) -> Row:
+    """The workloads that stand least and most above a peer; all of them are on the page."""
+    what, name = "Llama-3-8B, without any overlap, greedy, without HTTP", "throughput_llama-3-8b"
+    documents = _all(results, name)
+    peers = {stem: runs_peer(results, document) for stem, document in documents.items()}
+    ratios = {stem: _rate(documents[stem]) / peer["total_tokens_per_s"] for stem, peer in peers.items() if peer}
+    shown = {stem: documents[stem] for stem in dict.fromkeys(_ends(ratios) or documents)}
     parts = []
-    for each in found:
-        entry = peer_of(
-            peers,
-            "offline",
-            model="preset:llama-3-8b",
-            dtype="bfloat16",
-            workload=each["workload"],
-            num_requests=each["num_requests"],
-            sampling={"temperature": 0.8, "top_p": 0.95},
-        )
-        text = f"{each['workload']}: {each['total_tokens_per_s']:,.0f} total tokens/s, {each['ratio']:.3f} of greedy"
-        text += f" ({_size(each)})"
-        parts.append(", ".join(filter(None, (text, beside(entry, each["total_tokens_per_s"])))))
-    return what, "; ".join(parts), place_of(document["machine"]), name
+    for stem, document in shown.items():
+        work = document["workload"]
+        size = f"{work['num_requests']:,} requests, {repeats_text(len(document['repeats']))}"
+        text = f"{work['workload'].removeprefix('trace:').removesuffix('.csv')}: {_rate(document):,.0f} tokens/s"
+        parts.append(", ".join(filter(None, (f"{text} ({size})", beside(peers[stem], _rate(document))))))
+    if not parts:
+        return what, "not measured yet: `python -m benchmarks.targets`", "", ""
+    more = f"of {len(ratios)} workloads the least and the most over a peer: " if len(ratios) > len(shown) else ""
+    return what, more + "; ".join(parts), _places(shown), _names(shown)
+
+
+def _ends(values: Mapping[str, float]) -> list[str]:
+    """The names of the least and the largest value; nothing without values."""
+    names = sorted(values, key=lambda name: values[name])
+    return [names[0], names[-1]] if names else []
+
+
+def _rate(document: Document) -> float:
+    rates: list[float] = [repeat["total_tokens_per_s"] for repeat in document["repeats"]]
+    return median(rates)
+
+
+def runs_peer(results: Path, document: Document) -> Document | None:
+    """A peer that was given the very requests of a whole run."""
+    model, work = document["model"], document["workload"]
+    return peer_of(
+        read(results / "peers.json"),
+        "offline",
+        model=model["name"],
+        dtype=model["dtype"],
+        workload=work["workload"],
+        num_requests=work["num_requests"],
+        sampling=sampling_of(work),
+        text=work.get("text", False),
+    )
+
+
+def peer_ratios(results: Path) -> Iterator[tuple[str, str, float]]:
+    """Model, peer and the ratio of rates of each whole sequential run that a peer stands beside."""
+    for path in sorted(results.glob("throughput_*.json")):
+        document = read(path)
+        entry = runs_peer(results, document)
+        if entry is not None and document["plan"].split()[0] == "sequential":
+            name = document["model"]["name"].removeprefix("preset:")
+            yield name, entry["peer"], _rate(document) / entry["total_tokens_per_s"]
+
+
+def searched_runs(results: Path) -> Iterator[Document]:
+    """Results of whole runs under searched plans, of which some iteration had one."""
+    for path in sorted(results.glob("whole_runs_*.json")):
+        for each in read(path).get("results", ()):
+            if each["name"] == "searched" and each["planned_part"]:
+                yield each
+
+
+def ladders(results: Path) -> Iterator[tuple[Path, Document]]:
+    """Records whose rungs stand under workloads, with their places in the folder; newer ones have runs in turn."""
+    for path in sorted(results.rglob("steady_*.json")):
+        document = read(path)
+        if is_ladder(document):
+            yield path.relative_to(results), document
+
+
+def is_ladder(document: Document) -> bool:
+    """Whether rungs stand under workloads, all at the same limits; newer records have runs in turn."""
+    return "workloads" in document
 
 
 def _served_row(results: Path, peers: Document, model: str) -> Row:
     name = f"serving_{model}"
-    what = f"{model.capitalize()}, served over HTTP, sharegpt lengths, temperature 0.7"
+    what = f"{model.capitalize()}, served over HTTP, sharegpt lengths, temperature 0.7; 99th percentiles"
     documents = {stem: each for stem, each in _all(results, name).items() if each.get("loads")}
     if not documents:
         return _not_measured(what, name)
     parts = []
     for document in documents.values():
         parts += [text for load in document["loads"] if (text := _load_text(document, load, peers))]
-        parts += [f"{ratio:.2f} of in process" for ratio in document.get("http_over_in_process", {}).values()]
+        ratios = document.get("http_over_in_process", {}).values()
+        parts += [f"that is {ratio:.2f} of the rate without HTTP" for ratio in ratios]
     return what, "; ".join(parts), _places(documents), _names(documents)
 
 
@@ -155,13 +209,13 @@ def _load_text(document: Document, load: Document, peers: Document) -> str:
     run, entry = middle(load), served_peer(peers, document, load)
     size = f"{load['workload']['num_requests']:,} requests, {repeats_text(len(load['repeats']))}"
     if load["load"]["request_rate"] is None:
-        text = f"{load_name(load)} {run['total_tokens_per_s']:,.0f} total tokens/s ({size})"
+        text = f"all {load_name(load)}: {run['total_tokens_per_s']:,.0f} tokens/s ({size})"
         return ", ".join(filter(None, (text, beside(entry, run["total_tokens_per_s"]))))
     if run["ttft_s"] is None or run["longest_gap_s"] is None:
         return ""
-    figures = f"{run['ttft_s']['p99'] * 1e3:,.0f}, {run['longest_gap_s']['p99'] * 1e3:,.0f}"
-    there = "" if entry is None else f"; {entry['peer']}: {in_ms(entry['ttft_s']['p99'])}, {gap_of(entry)}"
-    return f"{load_name(load)} TTFT, longest gap p99 {figures} ms ({size}{there})"
+    first, gap = in_ms(run["ttft_s"]["p99"]), in_ms(run["longest_gap_s"]["p99"])
+    there = "" if entry is None else f"; {entry['peer']}: {in_ms(entry['ttft_s']['p99'])} and {gap_of(entry)} ms"
+    return f"{load_name(load)}: first token {first} ms, longest gap {gap} ms ({size}{there})"
 
 
 def _all(results: Path, name: str) -> dict[str, Document]:
@@ -199,13 +253,14 @@ def gap_of(entry: Document) -> str:
 
 
 def _overlap_row(results: Path) -> Row:
-    what, name = "Llama-3-8B, whole runs, searched plans over the best sequential setting", "whole_runs_llama-3-8b"
+    what, name = "Llama-3-8B, overlap: whole runs with searched plans over the best without", "whole_runs_llama-3-8b"
     documents = {}
     parts = []
     for stem, document in _all(results, name).items():
         for each in document.get("results", ()):
             if each["name"] == "searched" and each["planned_part"]:
-                parts.append(f"{each['workload']} {each['ratio']:.3f} {spread_of(each['ratios'])} ({_size(each)})")
+                spread = spread_of(each["ratios"])
+                parts.append(f"{each['workload']}: {each['ratio']:.3f} times the tokens/s {spread} ({_size(each)})")
                 documents[stem] = document
     if not parts:
         return _not_measured(what, name)

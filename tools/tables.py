@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, median
+from textwrap import fill
 from typing import Any
 
 from nanoflow.bench.provenance import portable
@@ -22,6 +23,8 @@ from records import (
     served_peer,
     spread_of,
 )
+
+_PEERS = "../benchmarks/results/peers.json"
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -177,38 +180,14 @@ def _median_of(values: Sequence[float]) -> str:
 
 
 def peer_parts(peers: Document) -> Iterator[str]:
-    """All that is known of peers."""
-    yield f"{peers['peer']} on {peers['hardware']}: {peers['build']}."
-    headings = (
-        *("date", "model", "workload", "requests", "sampling", "arrivals", "total tokens/s", "mJ/token"),
-        *("TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "longest gap p99 ms", "how"),
-    )
+    """Who the peer is, and how each kind of its runs was made; its rates stand beside ours and in its record."""
+    yield fill(f"{peers['peer']} on {peers['hardware']}: {peers['build']}. All of its runs: [JSON]({_PEERS}).", 118)
     runs = [entry for entry in peers["runs"] if entry["mode"] != "start"]
-    hows = list(dict.fromkeys(map(_how, runs)))
-    rows = [
-        [
-            entry["date"],
-            f"{entry['model'].removeprefix('preset:')}, {entry['dtype']}",
-            entry["workload"],
-            "" if entry["num_requests"] is None else f"{entry['num_requests']:,}",
-            named(entry["sampling"]),
-            "at once" if entry["request_rate"] is None else f"{entry['request_rate']:g}/s",
-            f"{entry['total_tokens_per_s']:,}",
-            "" if entry["energy_per_token_j"] is None else f"{entry['energy_per_token_j'] * 1e3:.1f}",
-            *(_both_ms(entry.get(key)) for key in ("ttft_s", "tpot_s")),
-            gap_of(entry) if "longest_gap_p99_s" in entry else "",
-            f"({hows.index(_how(entry)) + 1})",
-        ]
-        for entry in runs
-    ]
-    yield "\n".join(table(headings, rows))
-    yield "\n".join(f"({place}) {how}.  " for place, how in enumerate(hows, 1))
+    yield "\n".join(fill(f"- {how}.", 118, subsequent_indent="  ") for how in dict.fromkeys(map(_how, runs)))
     for entry in peers["runs"]:
         if entry["mode"] == "start":
-            yield (
-                f"{entry['model'].removeprefix('preset:')}: {entry['cold_s']} s and {entry['cached_s']} s "
-                f"({entry['options']}; {entry['source']})."
-            )
+            times = f"{entry['model'].removeprefix('preset:')}: {entry['cold_s']} s and {entry['cached_s']} s"
+            yield fill(f"{times} ({_how(entry)}).", 118)
 
 
 def _how(entry: Document) -> str:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.cost.table import Profile, ProfileError
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
 from nanoflow.models import config as model_configs
 from nanoflow.models.fields import ModelError
@@ -32,6 +31,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import check_weights
 from nanoflow.plan.book import load_book
 from nanoflow.plan.plan import PlanError
+from nanoflow.profile.table import Profile, ProfileError
 from nanoflow.request import RequestError
 from tests.fuzz.values import hostile_value
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanoflow.bench.workload import Lengths
 from nanoflow.config import EngineConfig
+from nanoflow.workload import Lengths
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)

@@ -12,15 +12,16 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
-from nanoflow.device.lanes import Carveout, LaneStream, beside_pair
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.executor.streams import Carveout, LaneStream, beside_pair
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
-from nanoflow.kernels import gluon_attention, reference
+from nanoflow.kernels import reference
 from nanoflow.kernels import triton_gemm as whole
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles
+from nanoflow.kernels.hopper.attention import can_attend, decode_attention
 from nanoflow.kernels.kept import kernels_beside
 from nanoflow.kernels.launch import Launch, LayerCache
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -38,14 +39,14 @@ from tests.gemm_cases import (
 
 DIMS = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=128**-0.5, windows=(None,))
 GPU = torch.device("cuda", torch.cuda.current_device())
-if not gluon_attention.can_attend(GPU, torch.bfloat16, DIMS):
+if not can_attend(GPU, torch.bfloat16, DIMS):
     pytest.skip("the kernels are cut for Hopper", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 NUM_SMS = torch.cuda.get_device_properties(GPU).multi_processor_count
 SHAPES = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "down_proj": (4096, 14336)}
 GATE_UP = (28672, 4096)
-KERNELS: Kernels = {**REFERENCE_KERNELS, OpKind.DECODE_ATTENTION: gluon_attention.decode_attention}
+KERNELS: Kernels = {**REFERENCE_KERNELS, OpKind.DECODE_ATTENTION: decode_attention}
 PAGE_TOKENS = 16
 
 

@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
 
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels.carrier import can_carry
 from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.kernels.hopper import can_carry
 from nanoflow.models.config import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism

@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
-from nanoflow.cost.table import Profile
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.models.presets import PRESETS
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import Profile
 from nanoflow.profiler.alone import measure_alone, prepare_row, rows_workspace
 from nanoflow.profiler.pairs import measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.profile import Job, new_job, run_job

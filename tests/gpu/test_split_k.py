@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from nanoflow.device.lanes import partition_pair
+from nanoflow.executor.streams import partition_pair
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_gemm as whole
 from nanoflow.kernels.dispatch import Kernels

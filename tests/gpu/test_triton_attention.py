@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Scope
-from nanoflow.kernels import gluon_attention, triton_attention
+from nanoflow.kernels import triton_attention
+from nanoflow.kernels.hopper import attention as hopper_attention
 from nanoflow.kernels.launch import HostLengths
 from tests.attention_cases import (
     assert_close,
@@ -40,7 +41,7 @@ def _decodes(num: int, longest: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("window", [None, 500])
 @pytest.mark.parametrize(("num", "longest"), [(300, 900), (48, 3000), (2, 20000)])
-@pytest.mark.parametrize("kernels", [triton_attention, gluon_attention], ids=["triton", "gluon"])
+@pytest.mark.parametrize("kernels", [triton_attention, hopper_attention], ids=["triton", "gluon"])
 def test_decode(
     kernels: ModuleType,
     heads: tuple[int, int, int],
@@ -50,7 +51,7 @@ def test_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs, dims = inputs_of(_decodes(num, longest), num, GPU, monkeypatch), dims_of(heads, window)
-    if kernels is gluon_attention and not gluon_attention.can_attend(GPU, torch.bfloat16, dims):
+    if kernels is hopper_attention and not hopper_attention.can_attend(GPU, torch.bfloat16, dims):
         pytest.skip("not for these heads")
     q = torch.randn(num, dims.q_width, device=GPU).bfloat16()
     launch = launch_of(Scope.DECODE, dims, TokenRange(start=0, stop=num), q, inputs, cache_of(inputs, dims))
@@ -63,12 +64,12 @@ def test_decode(
 def test_any_number_of_programs_shares_the_work(num_programs: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skewed contexts, rows that are no decodes in between, NaN behind every context; the second half of the rows."""
     num, heads = 61, (4 * group, 4, 128)
-    if not gluon_attention.can_attend(GPU, torch.bfloat16, dims_of(heads, None)):
+    if not hopper_attention.can_attend(GPU, torch.bfloat16, dims_of(heads, None)):
         pytest.skip("the kernel is for Hopper")
     contexts = [0 if row % 5 == 4 else 1 + int(9000 / (1 + row) ** 1.2) for row in range(num)]
     for first in (0, 20):
         launch = decode_case(contexts, heads, GPU, monkeypatch, first)
-        gluon_attention.run_decode(launch, num_programs)
+        hopper_attention.run_decode(launch, num_programs)
         assert_decoded(launch)
 
 

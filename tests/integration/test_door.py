@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -224,6 +225,17 @@ def test_requests_that_wait_are_answered_to_a_client_that_closes_its_side(slow: 
     assert answer.count(b"HTTP/1.1 200 OK\r\n") == answer.count(b"the quick") == 4
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_call_that_the_end_of_the_server_cancels_is_told_so_in_json(protocol: str) -> None:
+    engine, read = FakeAsyncEngine(step_s=30.0), list[bytes]()
+    with served(engine, http=PROTOCOLS[protocol]) as root_url:
+        asking = threading.Thread(target=lambda: read.append(ask(root_url, post("/v1/completions", FIELDS))))
+        asking.start()
+        wait_until(lambda: engine.num_running == 1)
+    asking.join()
+    assert status(read[0]) == 503 and json.loads(split(read[0])[1])["error"]["code"] == "draining"
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_http_1_0_gets_no_chunks(slow: tuple[FakeAsyncEngine, str], is_stream: bool) -> None:
     request = post(
@@ -265,9 +277,11 @@ def test_what_is_no_http_is_told_so_in_json(slow: tuple[FakeAsyncEngine, str], n
 
 
 def test_noise_after_a_request_does_not_spoil_its_answer(slow: tuple[FakeAsyncEngine, str]) -> None:
+    begun_s = time.monotonic()
     answer = ask(slow[1], post("/v1/completions", FIELDS) + b"noise\r\n\r\n")
     head, body = split(answer)
     assert (
         head.startswith("http/1.1 200")
         and b"the quick" in body[: int(head.partition("content-length: ")[2].split()[0])]
     )
+    assert time.monotonic() - begun_s < 4.0, "nothing can follow, so the server does not wait until the client is idle"

@@ -231,7 +231,7 @@ def test_limits_that_are_not_given_are_chosen_for_throughput(model: str, capsys:
     assert "limits for" not in capsys.readouterr().err
     build_engine(EngineConfig(model=model, **ENGINE_OPTIONS), show_progress=True).close()
     said = [line for line in capsys.readouterr().err.splitlines() if "limits for" in line]
-    assert len(said) == 1 and said[0].startswith("limits for balanced: max_batch_tokens 2,048 (goal balanced)")
+    assert len(said) == 1 and said[0].startswith("limits for balanced: max_batch_tokens 512 (goal balanced)")
 
 
 def test_unknown_options_name_the_nearest(model: str) -> None:

@@ -19,7 +19,12 @@ from benchmarks.stub_facts import stub_facts
 from nanoflow.bench import clients, offline
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.machine import detect_gpus, git_revision
-from nanoflow.bench.metrics import (
+from nanoflow.bench.record import format_table, make_record, write_record
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.engine.observer import Observer
+from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from nanoflow.request import SamplingParams
+from nanoflow.run_metrics import (
     Distribution,
     RequestRecord,
     distribution,
@@ -30,12 +35,7 @@ from nanoflow.bench.metrics import (
     tpot_s,
     ttft_s,
 )
-from nanoflow.bench.record import format_table, make_record, write_record
-from nanoflow.bench.workload import Lengths, draw_arrivals, draw_lengths, make_requests, read_trace
-from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.observer import Observer
-from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
-from nanoflow.request import SamplingParams
+from nanoflow.workload import Lengths, draw_arrivals, draw_lengths, make_requests, read_trace
 
 # --- workload ------------------------------------------------------------------------------------------------------
 

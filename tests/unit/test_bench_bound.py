@@ -22,7 +22,6 @@ from nanoflow.bench.bound import (
     work_of,
 )
 from nanoflow.bench.config import ThroughputConfig
-from nanoflow.bench.metrics import measure
 from nanoflow.bench.record import format_table, write_record
 from nanoflow.bench.steady import (
     NoSteadyState,
@@ -31,7 +30,6 @@ from nanoflow.bench.steady import (
     find_window,
     steady_state,
 )
-from nanoflow.bench.workload import Lengths
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import EnergySampler
 from nanoflow.engine.messages import EngineStats
@@ -41,6 +39,8 @@ from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.profiler import site
 from nanoflow.profiler.sustained import SPANS, Span
+from nanoflow.run_metrics import measure
+from nanoflow.workload import Lengths
 from tests.toy_models import ENGINE_OPTIONS, write_toy_model
 
 

@@ -33,74 +33,105 @@ def test_without_records_there_is_no_table(page: Page, tmp_path: Path) -> None:
     assert text.startswith("# Benchmarks") and "##" not in text and "|" not in text
 
 
-def test_an_old_ladder_is_shown_as_history(page: Page, tmp_path: Path) -> None:
-    folder = tmp_path / "ladder"
-    folder.mkdir()
-    stored = ROOT / "benchmarks/results/ladder/ladder_llama-3-8b.json"
-    ladder = json.loads(stored.read_text())
-    (folder / "ladder_llama-3-8b.json").write_text(json.dumps(ladder))
-    (tmp_path / "overlap.svg").write_text("<svg/>")
-    text = page(tmp_path, tmp_path)
-    assert "## Whole runs" not in text and "## History: the ablation ladder" in text
-    assert "### llama-3-8b on NVIDIA H200" in text
-    (workload, *_), (searched,) = (
-        ladder["workloads"],
-        [rung for rung in ladder["workloads"][0]["rungs"] if rung["rung"] == "searched"],
-    )
-    assert f"**{workload['workload']}**, {workload['num_requests']:,} requests" in text
-    assert f"| searched | {searched['total_tokens_per_s']:,.0f} (" in text
-    assert f"| {searched['ratio_to_sequential']:.3f} | {searched['predicted_ratio']:.3f} |" in text
-    assert f"| {workload['workload']} | searched | {searched['total_tokens_per_s']:,.0f} |" in text
-    assert "(../benchmarks/results/ladder/ladder_llama-3-8b.json)" in text
-    assert text.count("![") == 1 and "(pictures/overlap.svg)" in text
-
-
-def test_old_single_runs_are_shown_as_history(page: Page, tmp_path: Path) -> None:
-    name = "ablation/llama-3-8b_1024-512_nano-batches.json"
-    (tmp_path / "ablation").mkdir()
-    (tmp_path / name).write_bytes((ROOT / "benchmarks/results" / name).read_bytes())
-    text = page(tmp_path, tmp_path)
-    assert "## Whole runs" not in text and "## History: single runs of rungs" in text
-    (row,) = (line for line in text.splitlines() if name in line)
-    assert "| 1024/512 | 600 | 2 | nano-batches | 2,048 / 700 |" in row
-
-
-def test_old_rungs_in_turn_have_a_table(page: Page, tmp_path: Path) -> None:
-    record = {
+def ladder(workloads: list[dict[str, object]]) -> dict[str, object]:
+    """A record of rungs that ran the same batches."""
+    return {
         "machine": {"gpus": [{"name": "NVIDIA H200", "power_limit_w": 700.0, "driver_version": "580"}]},
         "software": {"cuda": "13.0", "packages": {"torch": "2.11", "triton": "3.6"}},
+        "model": "preset:llama-3-8b",
+        "options": {"dtype": "bfloat16", "max_batch_tokens": 2048, "max_num_seqs": 1024},
+        "workloads": workloads,
     }
-    rung = {
-        "rung": "searched",
-        "tokens_per_s": [1000.0, 1040.0, 1020.0],
-        "energy_per_token_j": [0.02, 0.022, 0.021],
-        "gains": [1.05, 1.06, 1.055],
+
+
+def rung(name: str, gains: list[float], **changes: object) -> dict[str, object]:
+    return {
+        "rung": name,
+        "tokens_per_s": [1000.0 * gain for gain in gains],
+        "energy_per_token_j": [0.02] * len(gains),
+        "gains": gains,
         "energy_ratios": [0.94, 0.95, 0.93],
         "predicted_gain": 1.08,
         "planned_part": 0.995,
-        "iteration_tokens": 2000.4,
-        "prompt_part": 0.66,
-        "decode_context": 1280.0,
+        **changes,
     }
-    made = {"num_turns": 8, "turn_s": 1.0, "git_revision": "0123456789abcdef"}
+
+
+def workload(name: str, rungs: list[dict[str, object]], **changes: object) -> dict[str, object]:
+    made = {"num_turns": 8, "turn_s": 1.0, "git_revision": "0123456789abcdef", "has_same_batches": True}
     bounds = {"serial_tokens_per_s": 1020.0, "optimal_tokens_per_s": 2040.0}
-    document = {
-        **{key: record[key] for key in ("machine", "software")},
-        "model": "preset:llama-3-8b",
-        "options": {"dtype": "bfloat16", "max_batch_tokens": 2048, "max_num_seqs": 1024},
-        "workloads": [
-            {"workload": "64/8", **made, "has_same_batches": True, **bounds, "rungs": [rung]},
-            {"workload": "32/8", **made, "has_same_batches": False, **bounds, "rungs": [rung]},
-        ],
-    }
-    (tmp_path / "steady_llama-3-8b.json").write_text(json.dumps(document))
+    return {"workload": name, **made, **bounds, "rungs": rungs, **changes}
+
+
+def test_overlap_has_a_row_a_workload_and_a_column_a_mechanism(page: Page, tmp_path: Path) -> None:
+    rungs = [
+        rung("sequential", [1.0, 1.0, 1.0], planned_part=0.0),
+        rung("nano-batches", [0.97, 0.98, 0.96]),
+        rung("inside", [1.04, 1.05, 1.06]),
+        rung("searched", [1.05, 1.06, 1.055]),
+    ]
+    old = workload("32/8", rungs, has_same_batches=False, serial_tokens_per_s=990.0)
+    (tmp_path / "steady_llama-3-8b.json").write_text(json.dumps(ladder([workload("64/8", rungs), old])))
     text = page(tmp_path, tmp_path)
     assert "### llama-3-8b, token budget 2,048, on NVIDIA H200, 700 W, driver 580" in text
-    assert (
-        "| 64/8 | searched | 1,020 (1,000 to 1,040) | 1.055 (1.050 to 1.060) | 1.080 "
-        "| 0.940 (0.930 to 0.950) | 50.0% | 100.0% | 21.0 | 100% | 2,000 | 66% | 1,280 | 3 x 8 x 1 s | 0123456" in text
-    )
+    heading = "| workload | sequential tokens/s | of parts alone | nano-batches | stream | partition | beside | inside "
+    assert heading in text
+    gains = "0.970 |  |  |  | 1.050 | 1.055 (1.050 to 1.060) | 1.080 | 0.940 | 100% |"
+    assert f"| 64/8 | 1,000 | 98.0% | {gains}" in text
+    assert f"| 32/8 | 1,000 | 101.0% (no bound) | {gains}" in text
     assert "of other mixes of prompts and decodes: 32/8." in text
+    assert "it gains 5.5% with llama-3-8b" in text and "revisions 0123456789ab" in text
+
+
+def test_what_ran_sequentially_is_named_so(page: Page, tmp_path: Path) -> None:
+    document = json.loads((ROOT / "benchmarks/results/ladder/steady_llama-3.2-1b.json").read_text())
+    (tmp_path / "steady_llama-3.2-1b.json").write_text(json.dumps(document))
+    text = page(tmp_path, tmp_path)
+    rows = [line for line in text.splitlines() if ", sequential |" in line]
+    assert len(rows) == 9 and "With llama-3.2-1b overlap gains nothing on 9 workloads" in text
+    searched = document["workloads"][0]["rungs"][-1]
+    assert searched["rung"] == "searched" and f"| {sum(searched['gains']) / 3:.3f} (" in rows[0]
+    searched["planned_part"] = 0.01
+    (tmp_path / "steady_llama-3.2-1b.json").write_text(json.dumps(document))
+    text = page(tmp_path, tmp_path)
+    assert text.count(", sequential |") == 8 and "gains nothing" not in text
+
+
+def test_records_of_history_are_not_on_the_page(page: Page, tmp_path: Path) -> None:
+    """They are in the log; the page is a summary."""
+    for folder, name in (("ladder", "ladder_llama-3-8b.json"), ("ablation", "llama-3-8b_1024-512_nano-batches.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes((ROOT / "benchmarks/results" / folder / name).read_bytes())
+    (tmp_path / "overlap.svg").write_text("<svg/>")
+    text = page(tmp_path, tmp_path)
+    assert "|" not in text and "![" in text and "(pictures/overlap.svg)" in text and text.count("![") == 1
+
+
+def test_the_page_is_short(page: Page) -> None:
+    lines = page(ROOT / "benchmarks/results", ROOT / "docs/pictures").splitlines()
+    assert len(lines) <= 220 and max(len(line) for line in lines if line[:1] not in ("|", "*", "B")) <= 121
+
+
+def test_where_the_speed_comes_from_is_read_from_records(tmp_path: Path, page: Page) -> None:
+    import summary
+
+    results = ROOT / "benchmarks/results"
+    assert summary.where_speed_comes_from(tmp_path) == ""
+    for name in ("peers.json", "throughput_llama-3-8b_512-512.json", "whole_runs_llama-3-8b_1024-512.json"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    peers = json.loads((results / "peers.json").read_text())
+    there = next(each["total_tokens_per_s"] for each in peers["runs"] if each["workload"] == "512/512")
+    run = json.loads((results / "throughput_llama-3-8b_512-512.json").read_text())
+    rate = sorted(repeat["total_tokens_per_s"] for repeat in run["repeats"])[1]
+    text = " ".join(summary.where_speed_comes_from(tmp_path).split())
+    assert f"makes {rate / there:.2f} times the tokens/s of vLLM 0.26.0 with llama-3-8b (1 workload" in text
+    assert "**Overlap** adds 2.5% to a whole run of 1024/512" in text and "1.024 to 1.026 times" in text
+    assert "middle of a run" not in text
+    record = json.loads((results / "whole_runs_llama-3-8b_1024-512.json").read_text())
+    for each in record["results"]:
+        each["planned_part"] = 0.0
+    (tmp_path / "whole_runs_llama-3-8b_1024-512.json").write_text(json.dumps(record))
+    assert "Overlap" not in summary.where_speed_comes_from(tmp_path), "no plan ran, so nothing was overlapped"
 
 
 def test_rows_of_readme_gather_all_records_of_a_kind(
@@ -127,15 +158,23 @@ def test_rows_of_readme_gather_all_records_of_a_kind(
         path.write_text(json.dumps({"machine": machine, "results": [result]}))
     rows = list(records.readme_rows(tmp_path))
     assert rows[1][1] == (
-        "at 20/s TTFT, longest gap p99 20, 20 ms (40 requests, 3 repeats); "
-        "at once 1,000 total tokens/s (40 requests, 1 repeat)"
+        "at 20/s: first token 20 ms, longest gap 20 ms (40 requests, 3 repeats); "
+        "all at once: 1,000 tokens/s (40 requests, 1 repeat)"
     )
     assert rows[1][3] == "serving_llama-3-8b_20 serving_llama-3-8b_at-once"
     assert rows[3][1] == (
-        "1024/512 1.080 (1.080 to 1.080) (1,400 requests, 3 repeats); "
-        "512/512 1.050 (1.050 to 1.050) (1,400 requests, 3 repeats)"
+        "1024/512: 1.080 times the tokens/s (1.080 to 1.080) (1,400 requests, 3 repeats); "
+        "512/512: 1.050 times the tokens/s (1.050 to 1.050) (1,400 requests, 3 repeats)"
     )
     assert rows[2][1].startswith("not measured yet"), "other models have records of their own"
+    assert rows[0][1].startswith("not measured yet")
+    for name in ("throughput_llama-3-8b_512-512.json", "throughput_llama-3-8b_lmsys.json", "peers.json"):
+        (tmp_path / name).write_bytes((ROOT / "benchmarks/results" / name).read_bytes())
+    ours = [json.loads((tmp_path / f"throughput_llama-3-8b_{name}.json").read_text()) for name in ("512-512", "lmsys")]
+    first, second = (sorted(run["total_tokens_per_s"] for run in each["repeats"]) for each in ours)
+    said = next(records.readme_rows(tmp_path))[1]
+    assert said.startswith(f"512/512: {first[1]:,.0f} tokens/s (1,100 requests, 3 repeats), 1.16x vLLM")
+    assert f"; lmsys: {second[0]:,.0f} tokens/s (4,000 requests, 1 repeat), 1.29x vLLM" in said
 
 
 def test_starts_have_a_table(page: Page, tmp_path: Path) -> None:
@@ -160,7 +199,7 @@ def test_a_whole_run_stands_beside_its_peer(page: Page, tmp_path: Path) -> None:
     (row,) = (line for line in text.splitlines() if line.startswith("| llama-3-8b"))
     peers = json.loads((results / "peers.json").read_text())
     entry = next(each for each in peers["runs"] if each["workload"] == "512/512")
-    assert f"{entry['total_tokens_per_s']:,}" in row and "## The ablation ladder" not in text
+    assert f"{entry['total_tokens_per_s']:,}" in row and "## Overlap" not in text
     assert "| 8,192 / 2,048 |" in row and "| not known |" in row, "settings, and a revision that nobody noted"
     (tmp_path / "peers.json").unlink()
     assert "vLLM" not in page(tmp_path, tmp_path)
@@ -175,13 +214,6 @@ def test_a_peer_stands_beside_the_same_requests_only(page: Page, tmp_path: Path)
         (tmp_path / "throughput_llama-3-8b_512-512.json").write_text(json.dumps(changed))
         whole_runs = page(tmp_path, tmp_path).partition("## Peers")[0]
         assert "x vLLM" not in whole_runs, change
-
-
-def test_what_ran_is_named_after_what_ran(page: Page, tmp_path: Path) -> None:
-    document = json.loads((ROOT / "benchmarks/results/ladder/steady_llama-3.2-1b.json").read_text())
-    (tmp_path / "steady_llama-3.2-1b.json").write_text(json.dumps(document))
-    text = page(tmp_path, tmp_path)
-    assert text.count("| sequential (searched: no plan for these batches) |") == 9 and "| searched |" not in text
 
 
 def test_no_record_has_an_energy_that_the_card_cannot_have_used() -> None:

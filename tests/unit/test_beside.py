@@ -17,9 +17,9 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 pytest.importorskip("triton.experimental.gluon")
 
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import gluon_attention as attention
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles, with_addend
-from nanoflow.kernels.gluon_attention_programs import MAX_GROUP, PAGE_TOKENS
+from nanoflow.kernels.hopper import attention
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS
 from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.kernels.launch import KEY_BLOCK, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
@@ -95,7 +95,7 @@ def compiled(module: str, *arguments: int) -> Any:
 
 
 def test_attention_takes_what_is_assumed() -> None:
-    report = compiled("tests.compile_gluon", 4, HEAD_DIM)
+    report = compiled("tests.compile_hopper_attention", 4, HEAD_DIM)
     assert report["shared_bytes"] <= attention_bytes()
     assert report["registers"] == attention_registers()
 

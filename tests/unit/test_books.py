@@ -9,14 +9,14 @@ import pytest
 from benchmarks import books
 from benchmarks.rungs import read_rung
 
-from nanoflow.bench.limits import SimulatedWorkloads
-from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.cli.main import main as nanoflow
-from nanoflow.cost.table import Profile
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
 from nanoflow.plan.plan import Mechanism
-from nanoflow.search.iteration import graphs_of
+from nanoflow.profile.table import Profile
 from nanoflow.search.shapes import batch_of
+from nanoflow.search.workloads import SimulatedWorkloads
+from nanoflow.simulate.iteration import graphs_of
+from nanoflow.workload import Lengths, under_way
 
 
 @pytest.fixture(scope="module")

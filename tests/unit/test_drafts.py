@@ -397,7 +397,8 @@ def test_many_running_requests_are_not_looked_up(always_pays: None, monkeypatch:
 
 def test_there_is_room_for_the_logits_of_all_drafts() -> None:
     assert most_draft_tokens(None, 256) == 0
-    assert most_draft_tokens(NGRAM, 2) == 8 and most_draft_tokens(NGRAM, 256) == 4 * drafts.MAX_DRAFTED_REQUESTS
+    assert most_draft_tokens("ngram:4", 2) == 8
+    assert most_draft_tokens("ngram:4", 256) == 4 * drafts.MAX_DRAFTED_REQUESTS
 
 
 # The executor's side

@@ -11,12 +11,12 @@ import pytest
 from nanoflow.graph.operation import Resource
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.drawing import TOKEN_S, headline, order_timeline, ticks_us, use_steps
-from nanoflow.plan.drawing_svg import svg
-from nanoflow.plan.drawing_text import text
 from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from nanoflow.plan.timeline import Span, Timeline
+from nanoflow.timeline.drawing import TOKEN_S, headline, order_timeline, ticks_us, use_steps
+from nanoflow.timeline.drawing_svg import svg
+from nanoflow.timeline.drawing_text import text
+from nanoflow.timeline.timeline import Span, Timeline
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
 SVG = "{http://www.w3.org/2000/svg}"

@@ -7,11 +7,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from nanoflow.plan.drawing import abbreviation, label, order_timeline
-from nanoflow.plan.drawing_svg import svg
-from nanoflow.plan.drawing_text import text
 from nanoflow.plan.sequential import nanobatch_plan
-from nanoflow.plan.timeline import Timeline
+from nanoflow.timeline.drawing import abbreviation, label, order_timeline
+from nanoflow.timeline.drawing_svg import svg
+from nanoflow.timeline.drawing_text import text
+from nanoflow.timeline.timeline import Timeline
 from tests.unit.test_drawing import GRAPH, SVG, boxes, number, span, two_lanes
 
 

@@ -11,8 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoflow.cost.inside import KEY_BLOCK, Inside, InsideRates, filled
-from nanoflow.cost.table import PairPoint
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.inside import InsideLanes, parts_of
 from nanoflow.executor.pipelined import PipelinedExecutor
@@ -23,7 +21,7 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels import launch
-from nanoflow.kernels.carrier import share_of, steps_of
+from nanoflow.kernels.hopper import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config import parse
@@ -32,13 +30,15 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan, PlanError
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.inside import KEY_BLOCK, Inside, InsideRates, filled
+from nanoflow.profile.table import PairPoint
 from nanoflow.profiler import inside as profiler_inside
 from nanoflow.profiler.inside import InsideTask, measure_inside
 from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.profiler.work import decode_task
 from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
-from nanoflow.search.iteration import predict
 from nanoflow.search.search import Search
+from nanoflow.simulate.iteration import predict
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
 from tests.unit.test_lanes import CONFIG
 from tests.unit.test_profiler import SITE

@@ -9,16 +9,16 @@ import pytest
 import torch
 from benchmarks import overlap
 
-from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from nanoflow.profiler.iterations import dense_batch, measure_trials
+from nanoflow.profile.table import Profile
 from nanoflow.profiler.profile import new_job, run_job
 from nanoflow.profiler.sustained import Span
 from nanoflow.profiler.work import Sizes
-from nanoflow.search.iteration import graphs_of
 from nanoflow.search.shapes import batch_of
+from nanoflow.simulate.iteration import graphs_of
+from nanoflow.trials.iterations import dense_batch, measure_trials
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

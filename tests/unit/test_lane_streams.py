@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from nanoflow.device.lanes import LaneStream
 from nanoflow.executor import lanes as executor_lanes
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.lanes import GpuLanes, Partitions
 from nanoflow.executor.steps import Step, bind
+from nanoflow.executor.streams import LaneStream
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, depends
 from nanoflow.graph.shard import shard

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from nanoflow.device import lanes
-from nanoflow.device.lanes import Carveout, LaneError, LaneStream, beside_pair
 from nanoflow.executor import lanes as executor_lanes
+from nanoflow.executor import streams as lanes
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.lanes import GpuLanes, Partitions
 from nanoflow.executor.steps import bind
+from nanoflow.executor.streams import Carveout, LaneError, LaneStream, beside_pair
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS

@@ -12,12 +12,12 @@ import pytest
 
 from nanoflow.cli import plan as command
 from nanoflow.cli.options import CommandParser
-from nanoflow.cost.table import SAMPLING, Point, Profile, Setup
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, BookPrediction, MadeFor, PlanEntry, StoredBook, WorkloadPrediction
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from nanoflow.profile.table import SAMPLING, Point, Profile, Setup
 from tests.toy_models import write_toy_model
 
 GRAPH = build_graph(preset_config("llama-3.2-1b"), None)

@@ -8,9 +8,9 @@ import pytest
 
 from nanoflow.cli import profile
 from nanoflow.cli.options import CommandParser
-from nanoflow.cost.table import CostTable, Profile, ProfileError
 from nanoflow.models.config import ModelError, parse
 from nanoflow.models.registry import build_graph
+from nanoflow.profile.table import CostTable, Profile, ProfileError
 
 
 def run(*argv: str) -> int:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoflow.cost.table import SAMPLING, CostTable, Point, Profile, ProfileError, write_profile
-from nanoflow.device.lanes import LaneError, partition_pair, partition_sms
 from nanoflow.executor.buffers import Workspace
+from nanoflow.executor.streams import LaneError, partition_pair, partition_sms
 from nanoflow.graph.operation import OpKind
 from nanoflow.models.config import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import SAMPLING, CostTable, Point, Profile, ProfileError, write_profile
 from nanoflow.profiler import alone, inside, pairs, profile, site
 from nanoflow.profiler.alone import measure_alone
 from nanoflow.profiler.inside import InsideTask, inside_tasks

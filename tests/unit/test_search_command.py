@@ -10,20 +10,20 @@ import pytest
 
 from nanoflow.cli import search_book as search_book_command
 from nanoflow.cli.main import main
-from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profiler import iterations
-from nanoflow.profiler.iterations import Timing, Trial
-from nanoflow.profiler.kept_trials import KeptTrials
+from nanoflow.profile.table import Profile
 from nanoflow.search.books import BookSearch, FoundPlan, divided, search_book
 from nanoflow.search.inside import inside_plan
 from nanoflow.search.limits import Run
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
+from nanoflow.trials import iterations
+from nanoflow.trials.iterations import Timing, Trial
+from nanoflow.trials.kept import KeptTrials
 from tests.plans import ping_pong_plan
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)

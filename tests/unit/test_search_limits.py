@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoflow.bench.limits import SimulatedWorkloads
 from nanoflow.cli import search_book as command
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
-from nanoflow.cost.estimate import estimated_profile
-from nanoflow.cost.table import PairPoint
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
@@ -21,8 +18,8 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
 from nanoflow.plan.plan import Mechanism, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profiler import iterations as iterations_module
-from nanoflow.profiler.iterations import Timing, Trial
+from nanoflow.profile.estimate import estimated_profile
+from nanoflow.profile.table import PairPoint
 from nanoflow.search import limits as limits_module
 from nanoflow.search.books import BookSearch, FoundPlan
 from nanoflow.search.limits import (
@@ -37,6 +34,9 @@ from nanoflow.search.limits import (
     worth_searching,
 )
 from nanoflow.search.shapes import batch_of, cells_of
+from nanoflow.search.workloads import SimulatedWorkloads
+from nanoflow.trials import iterations as iterations_module
+from nanoflow.trials.iterations import Timing, Trial
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
 PLAN = sequential_plan(GRAPH, 1024)

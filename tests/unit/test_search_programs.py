@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from scipy.optimize import milp
 
-from nanoflow.cost.interference import Interference
-from nanoflow.cost.table import Cost, PairPoint, Profile, Setup
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, Resource
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.interference import Interference
+from nanoflow.profile.table import Cost, PairPoint, Profile, Setup
 from nanoflow.search import structure
 from nanoflow.search.allocate import allocate, divisions
 from nanoflow.search.problem import Edge, Group, Problem, Task

@@ -10,16 +10,16 @@ import pytest
 
 from nanoflow.cli.main import main
 from nanoflow.cli.search_words import cell_line
-from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanEntry, load_book
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import Profile
 from nanoflow.search.books import FoundPlan
 from nanoflow.search.inside import inside_plan
-from nanoflow.search.iteration import IterationModel
 from nanoflow.search.shapes import batch_of, cells_of, least_predicted_gain
+from nanoflow.simulate.iteration import IterationModel
 from tests.plans import ping_pong_plan
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)

@@ -18,11 +18,11 @@ from benchmarks.server_process import ServerFailed, free_port, started, usage_of
 from nanoflow.bench.client import ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
 from nanoflow.bench.clients import Clients
 from nanoflow.bench.config import BenchConfig, LoadConfig
-from nanoflow.bench.metrics import RequestRecord, distribution, measure
 from nanoflow.bench.offline import without_impossible_energy
 from nanoflow.bench.online import Sent, body_of, record_of
-from nanoflow.bench.workload import BenchRequest
 from nanoflow.config import ConfigError
+from nanoflow.run_metrics import RequestRecord, distribution, measure
+from nanoflow.workload import BenchRequest
 from tests.unit.test_bench import FAST, server_url
 
 __all__ = ["server_url"]
@@ -194,7 +194,7 @@ def test_a_server_is_started_loaded_and_ended(
     text, rows = rendered(document, "serving_llama-3-8b", tmp_path / "results", monkeypatch)
     (at_once,) = (line for line in text.splitlines() if line.startswith("| trace:sharegpt.csv at once"))
     assert "temperature 0.7" in at_once and "x vLLM 0.26.0 (20,556" in at_once and "| 10,256, 408 |" in at_once
-    assert "ms (1,200 requests, 2 repeats; vLLM 0.26.0: 94, 64)" in rows[1][1], "at 20 requests/s"
+    assert "ms (1,200 requests, 2 repeats; vLLM 0.26.0: 94 and 64 ms)" in rows[1][1], "at 20 requests/s"
 
 
 def rendered(

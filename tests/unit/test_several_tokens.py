@@ -114,7 +114,12 @@ def test_tokens_of_iterations_add_up_to_prompts_and_answers(
 
 
 def test_the_server_counts_drafts_over_all_engines() -> None:
-    counts: dict[str, Any] = {"num_drafts": 2, "num_draft_tokens": 7, "num_accepted_tokens": 5, "num_undrafted_requests": 1}
+    counts: dict[str, Any] = {
+        "num_drafts": 2,
+        "num_draft_tokens": 7,
+        "num_accepted_tokens": 5,
+        "num_undrafted_requests": 1,
+    }
     engines: list[Any] = [
         SimpleNamespace(observer=None, is_alive=True, facts=FakeAsyncEngine().facts, stats=EngineStats(**counts))
         for _ in range(2)

@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 from benchmarks.paper import compare
 
-from nanoflow.cost.estimate import estimated_profile
-from nanoflow.cost.interference import Interference
-from nanoflow.cost.table import SAMPLING, CostTable, PairPoint, Point, Profile, ProfileError, Setup
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
@@ -18,11 +15,14 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import Mechanism
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from nanoflow.search.iteration import IterationModel, graphs_of, predict, predict_timeline
+from nanoflow.profile.estimate import estimated_profile
+from nanoflow.profile.interference import Interference
+from nanoflow.profile.table import SAMPLING, CostTable, PairPoint, Point, Profile, ProfileError, Setup
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.search import Search, SearchResult
 from nanoflow.search.shapes import batch_of
-from nanoflow.search.simulate import PlanSimulator
+from nanoflow.simulate.iteration import IterationModel, graphs_of, predict, predict_timeline
+from nanoflow.simulate.layer import PlanSimulator
 from tests.plans import alternating_plan, ping_pong_plan
 
 CONFIG = dict(PRESETS["llama-3-8b"])

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from benchmarks.validation import compare
 
-from nanoflow.bench.metrics import RunMetrics
-from nanoflow.bench.simulation import Cluster, SimulatedRun, least_replicas, limits_for, simulate
-from nanoflow.bench.workload import Lengths, draw_arrivals
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
-from nanoflow.cost.table import Cost, Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import BookLimits, StoredBook
 from nanoflow.plan.iteration_time import IterationTime
+from nanoflow.profile.table import Cost, Profile
+from nanoflow.run_metrics import RunMetrics
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
-from nanoflow.search.iteration import IterationModel
+from nanoflow.simulate.iteration import IterationModel
+from nanoflow.simulate.serving import Cluster, SimulatedRun, least_replicas, limits_for, simulate
+from nanoflow.workload import Lengths, draw_arrivals
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PROFILE = RESULTS / "profile_llama-3-8b_h200.json"

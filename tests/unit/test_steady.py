@@ -15,7 +15,6 @@ import pytest
 from benchmarks import steady, steady_engine
 from benchmarks.turns import Iteration, Turn, UnequalTurns, metrics_of
 
-from nanoflow.bench.workload import Lengths, under_way
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
@@ -27,6 +26,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, PlanBook, PlanEntry, StoredBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from nanoflow.workload import Lengths, under_way
 from tests.fake_engine import fake_facts
 from tests.unit.test_serving import rendered
 

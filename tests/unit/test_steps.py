@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from nanoflow.cost.estimate import estimated_profile
 from nanoflow.executor.steps import Step, bind
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, depends
@@ -18,6 +17,7 @@ from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism, PipelinePlan, PlanError
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.estimate import estimated_profile
 from nanoflow.search.search import Search
 from nanoflow.search.shapes import batch_of
 from tests.plans import ping_pong_plan

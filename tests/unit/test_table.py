@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from nanoflow.cost.estimate import PAPER_MEMORY_CURVE, estimated_profile
-from nanoflow.cost.interference import Interference, lane_of
-from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w
-from nanoflow.cost.table import (
+from nanoflow.graph.graph import GraphError
+from nanoflow.graph.operation import BatchShape, CollectiveDims, LinearDims, OpKind, Resource
+from nanoflow.graph.shard import Exchange, shard
+from nanoflow.hardware import parse_gpus
+from nanoflow.models.presets import PRESETS, preset_config
+from nanoflow.models.registry import build_graph
+from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.estimate import PAPER_MEMORY_CURVE, estimated_profile
+from nanoflow.profile.interference import Interference, lane_of
+from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w
+from nanoflow.profile.table import (
     SAMPLING,
     Cost,
     CostTable,
@@ -21,13 +28,6 @@ from nanoflow.cost.table import (
     Setup,
     merged,
 )
-from nanoflow.graph.graph import GraphError
-from nanoflow.graph.operation import BatchShape, CollectiveDims, LinearDims, OpKind, Resource
-from nanoflow.graph.shard import Exchange, shard
-from nanoflow.hardware import parse_gpus
-from nanoflow.models.presets import PRESETS, preset_config
-from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
 
 CONFIG = dict(PRESETS["llama-3-8b"])
 GRAPH = build_graph(preset_config("llama-3-8b"), None)

@@ -20,7 +20,7 @@ from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from nanoflow.plan.trace import (
+from nanoflow.timeline.trace import (
     KERNEL_RULES,
     KernelEvent,
     KernelRule,

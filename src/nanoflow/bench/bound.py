@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.bench.workload import Lengths
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape, LinearDims
+from nanoflow.workload import Lengths
 
 Windows = Sequence[int | None]
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from nanoflow.bench.client import read_address
 from nanoflow.bench.config import BenchConfig, LoadConfig
-from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.online import Sending, Sent, drive, prepare, record_of, served_book, served_metrics, served_model
 from nanoflow.bench.processes import ProcessState, listeners_at, processes_of
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.workload import BenchRequest, draw_lengths, make_requests
+from nanoflow.run_metrics import RequestRecord, RunMetrics, measure, parse_limits
+from nanoflow.workload import BenchRequest, draw_lengths, make_requests
 
 # From "all are ready" to the first arrival.
 _START_IN_S = 0.05

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
-from nanoflow.bench.metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
-from nanoflow.bench.workload import BenchRequest, Lengths, draw_lengths, make_requests
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
 from nanoflow.models.presets import preset_name
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
+from nanoflow.run_metrics import RequestRecord, RunMetrics, measure, parse_limits
+from nanoflow.workload import BenchRequest, Lengths, draw_lengths, make_requests
 
 if TYPE_CHECKING:
     from nanoflow.engine.llm import LLM

@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nanoflow.bench.client import Answer, ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
 from nanoflow.bench.config import BenchConfig, LoadConfig
-from nanoflow.bench.metrics import RequestRecord
-from nanoflow.bench.workload import BenchRequest
 from nanoflow.engine.messages import BookFacts, PlanName
+from nanoflow.run_metrics import RequestRecord
+from nanoflow.workload import BenchRequest
 
 # Short words that most vocabularies have as one token each, with the space before.
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "as", "with", "his", "they")

@@ -14,7 +14,6 @@ import torch
 
 from nanoflow.batch import DenseBatch
 from nanoflow.bench.bound import Bounds, Cost, Rates, TypicalBatch, bounds_of, typical_batch, visible_keys, work_of
-from nanoflow.bench.workload import Lengths
 from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.build import engine_limits, resolve_model
@@ -25,6 +24,7 @@ from nanoflow.models.weights import Weights, random_weights
 from nanoflow.plan.book import load_book
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Work, sustained
+from nanoflow.workload import Lengths
 
 
 @torch.inference_mode()

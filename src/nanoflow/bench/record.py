@@ -18,9 +18,9 @@ import msgspec
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
-from nanoflow.bench.metrics import Distribution, RunMetrics
 from nanoflow.bench.processes import ProcessState
 from nanoflow.bench.provenance import command, portable_options
+from nanoflow.run_metrics import Distribution, RunMetrics
 
 RECORD_VERSION = 2
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from nanoflow.device.energy import EnergySampler
 from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.observer import FinishedRequest
+from nanoflow.run_metrics import SteadyState
 
 MIN_ITERATIONS = 20
 MIN_SHARE_OF_RUN = 0.1
@@ -45,23 +46,6 @@ class Window:
     def duration_s(self) -> float:
         """Length."""
         return self.stop_s - self.start_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SteadyState:
-    """What a steady part of a run was worth.
-
-    Attributes:
-        duration_s, num_iterations: How long it was.
-        total_tokens_per_s: Tokens that the model worked through, prompt and output. A window with more prompt tokens
-            among them than the workload is faster than the workload could be, so bounds say nothing of it.
-        energy_per_token_j: None if unknown, or if the window is too short for the counter.
-    """
-
-    duration_s: float
-    num_iterations: int
-    total_tokens_per_s: float
-    energy_per_token_j: float | None = None
 
 
 class NoSteadyState(Exception):

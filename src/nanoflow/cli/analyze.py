@@ -107,8 +107,8 @@ def _model_config(model: str) -> ModelConfig:
 
 def _mean_lengths(workload: str) -> MeanLengths:
     """Average lengths of IN/OUT or of a trace."""
-    from nanoflow.bench.workload import draw_lengths, read_trace
     from nanoflow.cost.analysis import MeanLengths
+    from nanoflow.workload import draw_lengths, read_trace
 
     trace = workload.removeprefix("trace:")
     lengths = draw_lengths(workload, 1, seed=0) if trace == workload else read_trace(Path(trace))

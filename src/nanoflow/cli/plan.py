@@ -18,12 +18,12 @@ from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_co
 from nanoflow.config import option, unknown_option
 
 if TYPE_CHECKING:
-    from nanoflow.cost.table import Profile
     from nanoflow.graph.graph import OpGraph
     from nanoflow.graph.operation import BatchShape
     from nanoflow.plan.book import PlanEntry, StoredBook
     from nanoflow.plan.plan import PipelinePlan
-    from nanoflow.plan.timeline import Timeline
+    from nanoflow.profile.table import Profile
+    from nanoflow.timeline.timeline import Timeline
 
 _TEACH = """\
 Look at pipeline plans: which operation runs on which nano-batch, when, and beside
@@ -97,8 +97,8 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 def run_show(args: argparse.Namespace) -> int:
     """Draw the plan, or list those of the book."""
     from nanoflow.plan.book import load_book
-    from nanoflow.plan.drawing_svg import svg
-    from nanoflow.plan.drawing_text import text
+    from nanoflow.timeline.drawing_svg import svg
+    from nanoflow.timeline.drawing_text import text
 
     config = _OPTIONS.read(args)
     book = load_book(Path(args.plan))
@@ -204,8 +204,8 @@ def _range(least: float, most: float | None) -> str:
 
 def _timelines(plan: PipelinePlan, config: ShowConfig) -> tuple[list[Timeline], float | None]:
     """What is expected of the plan and, with a trace, what was measured; and a layer under the sequential plan."""
-    from nanoflow.cost.table import Profile
-    from nanoflow.plan.drawing import order_timeline
+    from nanoflow.profile.table import Profile
+    from nanoflow.timeline.drawing import order_timeline
 
     shape = _shape(plan, config)
     profile = None if config.profile is None else Profile.load(Path(config.profile))
@@ -246,7 +246,7 @@ def _shape(plan: PipelinePlan, config: ShowConfig) -> BatchShape:
 
 def _profiled_graph(plan: PipelinePlan, profile: Profile) -> OpGraph:
     """The profiled model's graph, exchanging between GPUs as the plan does."""
-    from nanoflow.search.iteration import graphs_of
+    from nanoflow.simulate.iteration import graphs_of
 
     graphs = graphs_of(profile)
     planned = {nano.operation for nano in plan.nano_operations}
@@ -274,7 +274,7 @@ def _predicted(
     plan: PipelinePlan, profile: Profile, graph: OpGraph, shape: BatchShape, num_layers: int
 ) -> tuple[Timeline, float | None]:
     from nanoflow.plan.sequential import sequential_plan
-    from nanoflow.search.iteration import predict_timeline
+    from nanoflow.simulate.iteration import predict_timeline
 
     timeline = predict_timeline(plan, profile, shape, num_layers)
     sequential = predict_timeline(sequential_plan(graph, plan.num_tokens), profile, shape, num_layers)
@@ -288,7 +288,7 @@ def _keys(shape: BatchShape) -> int:
 
 
 def _measured(plan: PipelinePlan, graph: OpGraph, shape: BatchShape, config: ShowConfig, path: Path) -> Timeline:
-    from nanoflow.plan.trace import read_chrome_trace, timeline_of_trace
+    from nanoflow.timeline.trace import read_chrome_trace, timeline_of_trace
 
     return timeline_of_trace(
         read_chrome_trace(path),

@@ -1,6 +1,6 @@
 """`nanoflow profile`: measure what a model's operations take on this machine, or estimate it for another.
 
-What is measured and how is `profiler/`'s, the estimate `cost/estimate.py`'s.
+What is measured and how is `profiler/`'s, the estimate `profile/estimate.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_co
 from nanoflow.config import ConfigError, option
 
 if TYPE_CHECKING:
-    from nanoflow.cost.table import Profile
+    from nanoflow.profile.table import Profile
     from nanoflow.profiler.profile import Job
 
 _TEACH = """\
@@ -113,9 +113,9 @@ def _size_of(job: Job) -> str:
 
 
 def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
-    from nanoflow.cost.estimate import estimated_profile
-    from nanoflow.cost.table import write_profile
     from nanoflow.hardware import parse_gpus
+    from nanoflow.profile.estimate import estimated_profile
+    from nanoflow.profile.table import write_profile
 
     profile = estimated_profile(model, _config_of(model), parse_gpus(config.estimate or ""), config.max_batch_tokens)
     write_profile(profile, path)

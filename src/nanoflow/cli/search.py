@@ -18,11 +18,11 @@ from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_co
 from nanoflow.config import ConfigError, option
 
 if TYPE_CHECKING:
-    from nanoflow.cost.table import Profile
     from nanoflow.graph.operation import BatchShape
     from nanoflow.plan.plan import PipelinePlan
-    from nanoflow.search.iteration import IterationModel
+    from nanoflow.profile.table import Profile
     from nanoflow.search.search import SearchResult
+    from nanoflow.simulate.iteration import IterationModel
 
 _TEACH = """\
 Find the pipeline plans that a profile predicts to be fastest. Without --decodes the
@@ -134,7 +134,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, print a line a batch, write the file."""
     from nanoflow.cli.search_book import LimitsSearch, kept_trials
-    from nanoflow.cost.table import Profile
+    from nanoflow.profile.table import Profile
 
     config = _OPTIONS.read(args)
     profile = Profile.load(args.profile)
@@ -156,9 +156,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_quiet: bool) -> PipelinePlan:
-    from nanoflow.search.iteration import IterationModel
     from nanoflow.search.search import Search
     from nanoflow.search.shapes import batch_of
+    from nanoflow.simulate.iteration import IterationModel
 
     def report(line: str) -> None:
         if not is_quiet:

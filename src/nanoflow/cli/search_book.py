@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanoflow.bench.limits import SimulatedWorkloads
 from nanoflow.cli.search_words import COMPARED, cell_line, why_none
 from nanoflow.plan.book import BookLimits, BookPrediction, MadeFor, StoredBook, WorkloadPrediction
-from nanoflow.plan.drawing import faster_or_slower
 from nanoflow.search.books import BookSearch, FoundPlan, divided, gain_under
 from nanoflow.search.limits import LimitsFound, WithPlans, fastest, limits_to_try, strongest, swept, worth_searching
+from nanoflow.search.workloads import SimulatedWorkloads
+from nanoflow.timeline.drawing import faster_or_slower
 
 if TYPE_CHECKING:
     from nanoflow.cli.search import SearchConfig
-    from nanoflow.cost.table import Profile
     from nanoflow.graph.operation import BatchShape
-    from nanoflow.profiler.kept_trials import KeptTrials
+    from nanoflow.profile.table import Profile
+    from nanoflow.trials.kept import KeptTrials
 
 # Settling, capturing and measuring, for one plan; for some also the sequential plan.
 _TRIAL_S = 3.0
@@ -29,7 +29,7 @@ _TRIAL_S = 3.0
 
 def kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrials:
     """Those of an interrupted search for this file; ProfileError if plans of the profile cannot be tried here."""
-    from nanoflow.profiler.kept_trials import KeptTrials
+    from nanoflow.trials.kept import KeptTrials
 
     _check_machine(profile)
     kept = KeptTrials(output.with_name(f"{output.name}.trials"), profile)
@@ -122,7 +122,7 @@ class LimitsSearch:
         Batches that are rare keep what is safely predicted to win.
         """
         from nanoflow.device.detect import resolve_device
-        from nanoflow.profiler.iterations import measure_trials
+        from nanoflow.trials.iterations import measure_trials
 
         tried, rare = divided(found.plans)
         wanted = [(self._example(each), plan) for each in tried for plan in each.plans]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from nanoflow.plan.drawing import faster_or_slower
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.search.books import FoundPlan
 from nanoflow.search.limits import LimitsFound, WithPlans
 from nanoflow.search.shapes import LEAST_GAIN, least_predicted_gain
+from nanoflow.timeline.drawing import faster_or_slower
 
 COMPARED = "x: speed under a plan / under the sequential plan, of the same batches under the same limits"
 

@@ -1,7 +1,6 @@
 """`nanoflow simulate`: one iteration, a whole serving run, or the number of GPUs that it takes, without a GPU.
 
-Iterations are `search/iteration.py`'s to predict, the run is `bench/simulation.py`'s; here are the options and what is
-printed.
+`simulate/iteration.py` predicts iterations, `simulate/serving.py` whole runs; here are the options and what is printed.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_co
 from nanoflow.config import ConfigError, option
 
 if TYPE_CHECKING:
-    from nanoflow.bench.metrics import Distribution
-    from nanoflow.bench.simulation import SimulatedRun
-    from nanoflow.bench.workload import Lengths
-    from nanoflow.cost.table import Profile
     from nanoflow.plan.book import BookLimits, StoredBook
-    from nanoflow.search.iteration import IterationModel
+    from nanoflow.profile.table import Profile
+    from nanoflow.run_metrics import Distribution
+    from nanoflow.simulate.iteration import IterationModel
+    from nanoflow.simulate.serving import SimulatedRun
+    from nanoflow.workload import Lengths
 
 _TEACH = """\
 Predict what GPUs would do, from a profile of one of them (or an estimate: nanoflow
@@ -100,8 +99,8 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate and print."""
-    from nanoflow.cost.table import Profile
     from nanoflow.plan.book import load_book
+    from nanoflow.profile.table import Profile
 
     config = _OPTIONS.read(args)
     profile = Profile.load(args.profile)
@@ -138,7 +137,7 @@ class _Simulation:
 
     @staticmethod
     def make(profile: Profile, model: IterationModel, config: SimulateConfig, limits: BookLimits) -> _Simulation:
-        from nanoflow.bench.workload import draw_arrivals, draw_lengths
+        from nanoflow.workload import draw_arrivals, draw_lengths
 
         lengths = draw_lengths(config.workload, config.num_requests, config.seed)
         arrivals_s = draw_arrivals(config.num_requests, config.request_rate, config.seed)
@@ -150,7 +149,7 @@ class _Simulation:
         """All requests on so many replicas."""
         from tqdm import tqdm
 
-        from nanoflow.bench.simulation import Cluster, limits_for, simulate
+        from nanoflow.simulate.serving import Cluster, limits_for, simulate
 
         config, setup = self.config, self.profile.setup
         limits = limits_for(
@@ -192,7 +191,7 @@ def _limits(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
 def _model(profile: Profile, book: StoredBook | None, num_tokens: int) -> IterationModel:
     """Iterations of up to so many tokens under the plans of a book."""
     from nanoflow.plan.sequential import sequential_plan
-    from nanoflow.search.iteration import IterationModel, graphs_of
+    from nanoflow.simulate.iteration import IterationModel, graphs_of
 
     if book is None:
         return IterationModel(profile)
@@ -218,7 +217,7 @@ def _iteration(model: IterationModel, config: SimulateConfig) -> Iterator[str]:
 
 def _find(simulation: _Simulation, config: SimulateConfig) -> int:
     """Try numbers of replicas and say which are enough; exit status 1 if none is."""
-    from nanoflow.bench.simulation import least_replicas
+    from nanoflow.simulate.serving import least_replicas
 
     per_replica = simulation.profile.setup.num_gpus
 

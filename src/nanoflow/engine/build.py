@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,25 +25,71 @@ from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels.dispatch import are_capturable, kernels_for
+from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.config import load as load_model_config
-from nanoflow.models.generation import load_sampling_defaults, named_file
+from nanoflow.models.generation import SamplingDefaults, load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
 from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import check_weights, load_weights, random_weights
+from nanoflow.models.weights import Weights, check_weights, load_weights, random_weights
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.scheduler.drafts import Drafter, most_draft_tokens
+from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
-from nanoflow.speculation import read_speculation
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """What is to run, where, and within which limits; nothing is loaded yet.
+
+    Attributes:
+        config: All options, as the user gave them.
+        device, dtype: Where the model runs, and the type of its weights, activations and KV cache.
+        model_config, folder: What config.json says, and the model's folder; None for a preset.
+        sampling: How requests that do not say so are sampled.
+        graph: The operations, fused where the device has kernels for it.
+        kernels: The kernel of each kind of operation.
+        limits: Token budget, number of requests and bound on gaps, with their origin.
+        book: The sequential plan and those of the plan book.
+    """
+
+    config: EngineConfig
+    device: torch.device
+    dtype: torch.dtype
+    model_config: ModelConfig
+    folder: Path | None
+    sampling: SamplingDefaults
+    graph: OpGraph
+    kernels: Kernels
+    limits: EngineLimits
+    book: PlanBook
+
+    @property
+    def is_random(self) -> bool:
+        """Whether weights are drawn at random instead of read."""
+        return self.folder is None or self.config.load_format == "random"
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether forward passes are recorded as CUDA graphs."""
+        return self.config.cuda_graphs and self.device.type == "cuda" and are_capturable(self.kernels)
+
+    @property
+    def num_logits(self) -> int:
+        """Most rows with logits in a batch: one a request, and those of guessed tokens."""
+        return self.limits.max_num_seqs + most_draft_tokens(self.config.speculative, self.limits.max_num_seqs)
+
+    @property
+    def dtype_name(self) -> str:
+        """The type as users write it, such as `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_plans: bool = True) -> Engine:
@@ -50,7 +97,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
 
     Args:
         config: All options.
-        show_progress: Say on standard error which limits were chosen, and draw bars there.
+        show_progress: Say on standard error which limits were chosen, and draw progress bars there.
         prepares_plans: Capture CUDA graphs for the plans of the book before the first request; else when they are met.
 
     Raises:
@@ -60,15 +107,34 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     bound_host_memory()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    # 1. What is to run, where, and within which limits. Nothing is loaded yet, so that mistakes are told at once.
+    # 1. What is to run. Nothing is loaded yet, so that mistakes are told at once.
+    setup = _set_up(config, show_progress=show_progress)
+    # 2. Weights, KV pages in what they leave, and what runs batches.
+    model, limits = _load(setup, show_progress=show_progress)
+    worker = _worker(setup, model, limits)
+    load_s = time.monotonic() - start_s
+    # 3. Whatever can be done before a request waits for it.
+    times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
+    facts = _facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s)
+    return Engine(
+        facts=facts,
+        scheduler=Scheduler(limits=limits, pace=pace, drafts=drafts_of(config.speculative, limits.max_num_seqs)),
+        worker=worker,
+        book=setup.book,
+        is_async=config.async_scheduling,
+        times=times,
+    )
+
+
+def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
+    """Resolve every option against model, device and plan book, and check the headers of the weights."""
     device = resolve_device(config.device)
     use_device(device)
     model_config, folder = resolve_model(config)
     sampling = load_sampling_defaults(config.generation_config, folder)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     graph = build_graph(model_config, config.max_model_len)
-    is_random = folder is None or config.load_format == "random"
-    if folder is not None and not is_random:
+    if folder is not None and config.load_format != "random":
         check_weights(graph, folder)
     kernels = kernels_for(device, dtype, graph.layer)
     if OpKind.LINEAR_SWIGLU in kernels:
@@ -79,92 +145,110 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     if sampling.fields:
         _tell(str(sampling), is_shown=show_progress)
     warn_of_another(config.plan, stored, config.model, device)
-    book = plan_book(config.plan, stored, chosen.max_batch_tokens, graph)
-    # 2. Weights, and KV pages in what they leave.
-    require_room_for_weights(graph, dtype, device)
-    size = f"{graph.num_parameters * dtype.itemsize / 2**30:.2f} GiB as {str(dtype).removeprefix('torch.')}"
-    logger.info("%s weights: %s", "drawing random" if is_random else f"reading, from {folder},", size)
-    if folder is None or is_random:
-        weights = random_weights(graph, dtype, device, config.seed)
-    else:
-        weights = load_weights(graph, folder, dtype, device, show_progress=show_progress)
-    speculation = None if config.speculative is None else read_speculation(config.speculative)
-    num_logits = chosen.max_num_seqs + most_draft_tokens(speculation, chosen.max_num_seqs)
-    taken_bytes = sampling_bytes(
-        chosen.max_num_seqs, graph.vocab_size, device, num_logits=num_logits
-    ) + workspace_bytes(
+    return _Setup(
+        config=config,
+        device=device,
+        dtype=dtype,
+        model_config=model_config,
+        folder=folder,
+        sampling=sampling,
+        graph=graph,
+        kernels=kernels,
+        limits=chosen,
+        book=plan_book(config.plan, stored, chosen.max_batch_tokens, graph),
+    )
+
+
+def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, SchedulerLimits]:
+    """Weights on the device and KV pages in the memory that they leave, and what the scheduler can serve with these."""
+    graph, dtype, device, chosen = setup.graph, setup.dtype, setup.device, setup.limits
+    weights = _weights(setup, show_progress=show_progress)
+    taken_bytes = sampling_bytes(chosen.max_num_seqs, graph.vocab_size, device, setup.num_logits) + workspace_bytes(
         graph,
-        book.plans,
+        setup.book.plans,
         num_tokens=chosen.max_batch_tokens,
-        num_logits=num_logits,
+        num_logits=setup.num_logits,
         dtype_bytes=dtype.itemsize,
     )
-    num_pages, max_model_len = size_cache(config, chosen, model_config, graph, dtype, device, taken_bytes=taken_bytes)
-    caches = reserve_caches(graph, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
-    if is_random and device.type == "cuda":
-        draw_keys(caches, config.seed)
-    # 3. What runs batches, and what forms them.
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
-    is_captured = config.cuda_graphs and device.type == "cuda" and are_capturable(kernels)
-    worker = Worker(
-        model,
-        book.plans,
-        max_batch_tokens=chosen.max_batch_tokens,
-        num_rows=chosen.max_num_seqs,
-        max_logits=num_logits,
-        captured_pages=-(-max_model_len // config.page_size) if is_captured else None,
+    num_pages, max_model_len = size_cache(
+        setup.config, chosen, setup.model_config, graph, dtype, device, taken_bytes=taken_bytes
     )
+    page_size = setup.config.page_size
+    caches = reserve_caches(graph, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+    if setup.is_random and device.type == "cuda":
+        draw_keys(caches, setup.config.seed)
     limits = SchedulerLimits(
         max_batch_tokens=chosen.max_batch_tokens,
         max_num_seqs=chosen.max_num_seqs,
         max_model_len=max_model_len,
         num_pages=num_pages,
-        page_size=config.page_size,
+        page_size=page_size,
         vocab_size=graph.vocab_size,
     )
-    load_s = time.monotonic() - start_s
-    # 4. Whatever can be done before a request waits for it.
-    logger.info("%d KV pages of %d tokens", num_pages, config.page_size)
-    if device.type == "cuda":
-        logger.info("compiling kernels%s", " and recording CUDA graphs" if is_captured else "")
-        compile_and_record(worker, book, limits, with_plans=prepares_plans)
-    times, pace = None, Pace()
-    if chosen.max_itl_ms is not None or speculation is not None:
-        if is_captured:
-            logger.info("measuring iterations")
-        times = IterationTimes(time_iterations(worker, book.fallback, limits) if is_captured else ())
-        max_itl_s = None if chosen.max_itl_ms is None else chosen.max_itl_ms / 1e3
-        pace = Pace(max_itl_s=max_itl_s, iteration_time=times.estimate)
-    facts = EngineFacts(
-        model_type=graph.name,
-        vocab_size=graph.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=model_config.eos_token_ids,
-        num_pages=num_pages,
-        page_size=config.page_size,
-        max_batch_tokens=chosen.max_batch_tokens,
-        max_num_seqs=chosen.max_num_seqs,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        plan=str(book_facts(book)),
-        book=book_facts(book),
-        sampling=sampling,
-        max_logprobs=graph.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
-        limits=chosen,
-        load_s=load_s,
-        warm_up_s=time.monotonic() - start_s - load_s,
+    return DeviceModel(graph=graph, weights=weights, caches=caches, kernels=setup.kernels), limits
+
+
+def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
+    """The weights, read from the model's folder or drawn at random."""
+    graph, dtype, device, folder = setup.graph, setup.dtype, setup.device, setup.folder
+    require_room_for_weights(graph, dtype, device)
+    size = f"{graph.num_parameters * dtype.itemsize / 2**30:.2f} GiB as {setup.dtype_name}"
+    logger.info("%s weights: %s", "drawing random" if setup.is_random else f"reading, from {folder},", size)
+    if folder is None or setup.is_random:
+        return random_weights(graph, dtype, device, setup.config.seed)
+    return load_weights(graph, folder, dtype, device, show_progress=show_progress)
+
+
+def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits) -> Worker:
+    """What runs batches on the device."""
+    return Worker(
+        model,
+        setup.book.plans,
+        max_batch_tokens=limits.max_batch_tokens,
+        num_rows=limits.max_num_seqs,
+        max_logits=setup.num_logits,
+        captured_pages=-(-limits.max_model_len // limits.page_size) if setup.is_captured else None,
     )
-    return Engine(
-        facts=facts,
-        scheduler=Scheduler(
-            limits=limits,
-            pace=pace,
-            drafts=None if speculation is None else Drafter(speculation, max_num_seqs=chosen.max_num_seqs),
-        ),
-        worker=worker,
+
+
+def _warm_up(
+    setup: _Setup, worker: Worker, limits: SchedulerLimits, *, prepares_plans: bool
+) -> tuple[IterationTimes | None, Pace]:
+    """Compile, record and measure; returns the times of iterations and the pace that keeps to the bound on gaps."""
+    logger.info("%d KV pages of %d tokens", limits.num_pages, limits.page_size)
+    if setup.device.type == "cuda":
+        logger.info("compiling kernels%s", " and recording CUDA graphs" if setup.is_captured else "")
+        compile_and_record(worker, setup.book, limits, with_plans=prepares_plans)
+    max_itl_ms = setup.limits.max_itl_ms
+    if max_itl_ms is None and setup.config.speculative is None:
+        return None, Pace()
+    if setup.is_captured:
+        logger.info("measuring iterations")
+    times = IterationTimes(time_iterations(worker, setup.book.fallback, limits) if setup.is_captured else ())
+    return times, Pace(max_itl_s=None if max_itl_ms is None else max_itl_ms / 1e3, iteration_time=times.estimate)
+
+
+def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: float) -> EngineFacts:
+    """What an engine tells its front ends about itself."""
+    book, config, vocab_size = book_facts(setup.book), setup.config, setup.graph.vocab_size
+    return EngineFacts(
+        model_type=setup.graph.name,
+        vocab_size=vocab_size,
+        max_model_len=limits.max_model_len,
+        eos_token_ids=setup.model_config.eos_token_ids,
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        device=str(setup.device),
+        dtype=setup.dtype_name,
+        plan=str(book),
         book=book,
-        is_async=config.async_scheduling,
-        times=times,
+        sampling=setup.sampling,
+        max_logprobs=vocab_size if config.max_logprobs == -1 else config.max_logprobs,
+        limits=setup.limits,
+        load_s=load_s,
+        warm_up_s=warm_up_s,
     )
 
 

@@ -43,7 +43,8 @@ class GoalLimits:
 
 
 # Where the numbers come from: Llama-3-8B and Llama-3.2-1B on one H200, saturated with requests of 1024/512 tokens and
-# of the lengths of ShareGPT, and 8B at 20 and 35 requests/s, by simulation from measured profiles (docs/log.md).
+# of the lengths of ShareGPT, and 8B at 20 and 35 requests/s, by simulation from measured profiles
+# (docs/log/2026-11-28-overlap-over-best-sequential.md).
 #   throughput: an iteration of 50 ms is 2,048 tokens of 8B on this card, and 8,192 of 1B. For 8B and eight workloads
 #       that is predicted to give 0.98 to 1 of the best of 2,048, 4,096 and 8,192 tokens, which 8,192 does for 0.97 to
 #       1: larger budgets take prompts in bursts, with decodes alone between them. Measured in turn, once, 1024/512

@@ -3,7 +3,7 @@
 Everything is queued on the current stream in issue order. A step on the attention's lane is only taken note of; the
 products that carry it (`plan/carriers.py`) each do a part in proportion to their own work. What is not done when a step
 waits for it, because a batch has left products without tokens, is done alone. The kernels that carry are
-`kernels/gluon_inside.py`.
+`kernels/hopper/carry.py`.
 """
 
 from __future__ import annotations

@@ -15,13 +15,21 @@ from typing import Protocol
 
 import torch
 
-from nanoflow.device.lanes import SM_GROUP, Carveout, LaneError, LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.buffers import Workspace
-from nanoflow.executor.inside import InsideLanes
+from nanoflow.executor.inside import Carrier, InsideLanes
 from nanoflow.executor.steps import Step
+from nanoflow.executor.streams import (
+    SM_GROUP,
+    Carveout,
+    LaneError,
+    LaneStream,
+    beside_pair,
+    partition_pair,
+    plain_stream,
+)
 from nanoflow.graph.operation import LinearDims, OpKind
-from nanoflow.kernels.carrier import GluonCarrier, can_carry, steps_of
 from nanoflow.kernels.dispatch import Kernels
+from nanoflow.kernels.hopper import can_carry, steps_of
 from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
@@ -170,7 +178,7 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     return GpuLanes(plan, steps, workspace, partitions)
 
 
-def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) -> GluonCarrier:
+def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) -> Carrier:
     """Products with attention inside, at the rate that the share of their lane asks for.
 
     Raises:
@@ -184,7 +192,9 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
         )
     products = next(step.lane for step in steps if isinstance(step.op.dims, LinearDims))
     share = next(lane.share for lane in plan.lanes if lane.name == products)
-    return GluonCarrier(num_sms=_num_sms(model.device), steps=steps_of(share))
+    from nanoflow.kernels.hopper.carry import HopperCarrier
+
+    return HopperCarrier(num_sms=_num_sms(model.device), steps=steps_of(share))
 
 
 def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:

@@ -1,7 +1,7 @@
 """CPU kernels where they pay: float32 products by oneDNN. Everything else is `reference.py`, which is their twin.
 
 torch hands a float32 product to MKL, which on some processors is several times slower than oneDNN when there are few
-rows, as in decode. Numbers are in docs/log.md.
+rows, as in decode. Numbers: docs/log/2026-11-22-cpu-products.md.
 
 oneDNN makes code for every shape that it meets, about 0.75 MB of it, and keeps the last 1,024 of them. Batches have
 hundreds of sizes, so products are computed in few numbers of rows: see `row_blocks`. How much is kept at most is

@@ -12,6 +12,7 @@ from torch import Tensor
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
 from nanoflow.kernels import reference, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
+from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 
@@ -57,10 +58,10 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         kernels[OpKind.PREFILL_ATTENTION] = triton_attention.prefill_attention
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     if has_gluon():
-        from nanoflow.kernels import gluon_attention
+        from nanoflow.kernels.hopper import attention
 
-        if all(gluon_attention.can_attend(device, dtype, dims) for dims in attentions):
-            kernels[OpKind.DECODE_ATTENTION] = gluon_attention.decode_attention
+        if all(attention.can_attend(device, dtype, dims) for dims in attentions):
+            kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
     sizes = {
         size for op in layer if isinstance(op.dims, LinearDims) for size in (op.dims.in_features, op.dims.out_features)
     }
@@ -101,14 +102,6 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
         top_logprobs=sample.top_logprobs,
         workspace_bytes=sample.workspace_bytes,
     )
-
-
-def has_gluon() -> bool:
-    """Whether this Triton has the language of the Hopper kernels; where it has none, the others do."""
-    try:
-        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {

@@ -3,7 +3,7 @@
 cuBLAS cuts a product for all SMs, and for all of each SM, so that on fewer it takes a wave more, and beside another
 kernel it waits. Ours split the tiles of the last round among programs that would be idle. Decode attention on Hopper
 has programs for the lane's SMs. What else there is has many small programs and needs no change. Which SMs there are is
-`device/lanes.py`'s.
+`executor/streams.py`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels.dispatch import Kernels, has_gluon
+from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
+from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Launch
 
 
@@ -81,13 +82,13 @@ def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKin
     """Decode attention with programs for so many SMs, if it is the kernel that can be told."""
     if not has_gluon():
         return {}
-    from nanoflow.kernels import gluon_attention as gluon
+    from nanoflow.kernels.hopper import attention
 
-    if kernels[OpKind.DECODE_ATTENTION] is not gluon.decode_attention:
+    if kernels[OpKind.DECODE_ATTENTION] is not attention.decode_attention:
         return {}
-    programs_per_sm = gluon.PROGRAMS_BESIDE if is_beside else gluon.PROGRAMS_PER_SM
+    programs_per_sm = attention.PROGRAMS_BESIDE if is_beside else attention.PROGRAMS_PER_SM
     return {
         OpKind.DECODE_ATTENTION: functools.partial(
-            gluon.decode_attention_on, num_sms=num_sms, programs_per_sm=programs_per_sm
+            attention.decode_attention_on, num_sms=num_sms, programs_per_sm=programs_per_sm
         )
     }

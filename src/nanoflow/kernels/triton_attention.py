@@ -29,7 +29,8 @@ _MIN_SPLIT_TOKENS = 256
 _MAX_SPLITS = 64
 # Page ids in flight, and what warps exchange to reduce over keys.
 _SCRATCH_BYTES = 2048
-_LOG2_E = math.log2(math.e)
+# Kernels exponentiate by powers of two.
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         inputs.decodes.context_len,
         inputs.decodes.page_tables.stride(0),
         launch.tokens.start,
-        dims.scale * _LOG2_E,
+        dims.scale * LOG2_E,
         GROUP=dims.num_heads // dims.num_kv_heads,
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,
@@ -186,7 +187,7 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
         num_requests,
         launch.tokens.start,
         launch.tokens.stop,
-        dims.scale * _LOG2_E,
+        dims.scale * LOG2_E,
         NUM_HEADS=dims.num_heads,
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,

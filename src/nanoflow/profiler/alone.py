@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanoflow.batch import DenseBatch
-from nanoflow.cost.table import SAMPLING, Point
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.sampler import Sampler
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Scope
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.models.weights import Weights, random_weights
+from nanoflow.profile.table import SAMPLING, Point
 from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
 from nanoflow.profiler.work import Task, cache_bytes

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from nanoflow.batch import DenseBatch
-from nanoflow.cost.inside import PRODUCTS
-from nanoflow.cost.table import PairPoint
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.inside import Carrier, shares_by_rounds
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
-from nanoflow.kernels.carrier import GluonCarrier, can_carry, share_of
 from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.kernels.hopper import can_carry, share_of
 from nanoflow.kernels.launch import KEY_BLOCK, BatchInputs, Kernel, Launch
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.inside import PRODUCTS
+from nanoflow.profile.table import PairPoint
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_workspace
 from nanoflow.profiler.pairs import largest_half
 from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers
@@ -76,11 +76,13 @@ def inside_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[InsideTask]:
     has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer)
     if not has_products or not can_carry(site.device, site.dtype, site.graph.attention):
         return []
+    from nanoflow.kernels.hopper.carry import HopperCarrier
+
     blocks_each = site.graph.attention.num_kv_heads * -(-_CONTEXT // KEY_BLOCK)
     products = gemms(site.graph.layer)
 
     def task(name: str, num_tokens: int, steps: int, *, is_empty: bool) -> InsideTask:
-        carrier = GluonCarrier(num_sms=num_sms, steps=steps)
+        carrier = HopperCarrier(num_sms=num_sms, steps=steps)
         ops = [op for op in products if name in (PRODUCTS, op.name)]
         rounds = sum(carrier.rounds(op.dims, num_tokens) for op in ops if isinstance(op.dims, LinearDims))
         num_requests = max(rounds * _WARPGROUPS * num_sms // blocks_each, 1)
@@ -135,7 +137,9 @@ def measure_costs(site: Site, task: InsideTask, span: Span) -> InsideCosts:
 
 
 def _carrier(device: torch.device, steps: int) -> Carrier:
-    return GluonCarrier(num_sms=torch.cuda.get_device_properties(device).multi_processor_count, steps=steps)
+    from nanoflow.kernels.hopper.carry import HopperCarrier
+
+    return HopperCarrier(num_sms=torch.cuda.get_device_properties(device).multi_processor_count, steps=steps)
 
 
 def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:

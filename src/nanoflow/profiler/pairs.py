@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanoflow.cost.table import PairPoint, Point
 from nanoflow.device.energy import energy_of
-from nanoflow.device.lanes import LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.executor.lanes import beside_kernels
+from nanoflow.executor.streams import LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.kernels.dispatch import Kernels, kernels_for
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import PairPoint, Point
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import SPANS, Span, Sustained, Work, sustained

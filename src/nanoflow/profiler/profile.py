@@ -1,7 +1,7 @@
 """A whole profile of a model on this machine: everything that is missing in its file, measured and written there.
 
 The file is replaced at once every few points, so a run that is interrupted is continued by the next one. What is
-measured stands in `work.py` and `pairs.py`; what a profile is, in `cost/table.py`.
+measured stands in `work.py` and `pairs.py`; what a profile is, in `profile/table.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from nanoflow.cost.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.profiler.alone import measure_alone
 from nanoflow.profiler.inside import InsideTask, inside_tasks, measure_inside
 from nanoflow.profiler.layer import measure_layer

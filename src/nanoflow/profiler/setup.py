@@ -8,10 +8,10 @@ from importlib import metadata
 
 import torch
 
-from nanoflow.cost.table import Profile, ProfileError, Setup
 from nanoflow.device.detect import device_name, total_memory_bytes
 from nanoflow.device.energy import gpu_power_limit_w
 from nanoflow.device.nvml import ask_nvml
+from nanoflow.profile.table import Profile, ProfileError, Setup
 from nanoflow.profiler.sustained import Span, sustained
 from nanoflow.version import __version__
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nanoflow.cost.table import SAMPLING
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Scope
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.table import SAMPLING
 from nanoflow.profiler.site import Site
 
 ATTENTIONS = (OpKind.DECODE_ATTENTION, OpKind.PREFILL_ATTENTION)

@@ -1,7 +1,7 @@
 """Stage 2: the order is fixed; on which share of the device does each task run? Another mixed-integer program.
 
-On share r a task takes d_i / P(r) (`cost/interference.py`), and whatever runs at the same time shares one device. With
-u = 1 / H and w_ir = u if task i has share r, else 0, the program stays linear:
+On share r a task takes d_i / P(r) (`profile/interference.py`), and whatever runs at the same time shares one device.
+With u = 1 / H and w_ir = u if task i has share r, else 0, the program stays linear:
 
     maximise u
     sum_r w_ir = u,  w_ir <= U y_ir,  sum_r y_ir = 1          one share a task; it lasts sum_r d_i / P(r) w_ir
@@ -20,11 +20,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from nanoflow.cost.interference import Interference
-from nanoflow.cost.power import dynamic_energy_j, dynamic_power_w
-from nanoflow.cost.table import Setup
 from nanoflow.graph.operation import OpKind, Resource
 from nanoflow.plan.plan import Mechanism
+from nanoflow.profile.interference import Interference
+from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w
+from nanoflow.profile.table import Setup
 from nanoflow.search.problem import Problem, Task
 from nanoflow.search.structure import Effort, Program, Row, Schedule, Solution, add_dependencies, shifted
 

@@ -2,7 +2,7 @@
 
 Where the iterations come from is the caller's (a simulated run of a workload); cells are `shapes.py`'s. A prediction
 is off by some percent, which is as much as there is to win: where a GPU is at hand, plans that may win are tried on it
-(`profiler/iterations.py`), and only those that do win stay.
+(`trials/iterations.py`), and only those that do win stay.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
-from nanoflow.search.iteration import IterationModel
+from nanoflow.profile.table import Profile
 from nanoflow.search.search import Search
 from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, leading, least_predicted_gain, ranked
+from nanoflow.simulate.iteration import IterationModel
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow.config import ConfigError
-from nanoflow.cost.table import Profile
 from nanoflow.graph.operation import Resource
 from nanoflow.plan.book import BookLimits
+from nanoflow.profile.table import Profile
 from nanoflow.search.books import FoundPlan
 
 # What is tried where the user gives no number.

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nanoflow.cost.interference import lane_of
-from nanoflow.cost.table import NO_COST, Cost, CostTable
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.nanobatch import Access, TokenRange, decodes_before, depends, split
-from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind, Resource, Scope
+from nanoflow.graph.nanobatch import Access, TokenRange, depends, split
+from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind, Resource
+from nanoflow.profile.interference import lane_of
+from nanoflow.profile.operation_cost import operation_cost
+from nanoflow.profile.table import NO_COST, Cost, CostTable
 
 _LEADING = frozenset({OpKind.RMS_NORM, OpKind.GATHER_ROWS})
-_ATTENTIONS = frozenset({OpKind.DECODE_ATTENTION, OpKind.PREFILL_ATTENTION})
 # Where each operation is cut: task name to boundaries.
 Splits = Mapping[str, Sequence[int]]
 
@@ -115,29 +115,6 @@ def make_problem(graph: OpGraph, table: CostTable, shape: BatchShape, splits: Sp
         for tokens in split(shape.num_tokens, splits.get(group.name, ()))
     )
     return Problem(graph=graph, shape=shape, tasks=tasks, edges=tuple(_edges(graph, tasks)))
-
-
-def operation_cost(op: Operation, tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:
-    """What an operation costs alone on a token range at whose ends the batch is cut."""
-    first, last = (
-        decodes_before(place, shape.num_decode_tokens, shape.num_tokens) for place in (tokens.start, tokens.stop)
-    )
-    num_decodes = last - first
-    count = {
-        Scope.ALL: tokens.num_tokens,
-        Scope.DECODE: num_decodes,
-        Scope.PREFILL: tokens.num_tokens - num_decodes,
-        Scope.SAMPLED: shape.num_sampled,
-    }[op.scope]
-    return table.cost(op.name, count, mean_context(op, shape))
-
-
-def mean_context(op: Operation, shape: BatchShape) -> float:
-    """Keys that each token of an attention sees on average; 0 for other operations."""
-    if op.kind not in _ATTENTIONS:
-        return 0.0
-    context = {Scope.DECODE: shape.decode_context, Scope.PREFILL: shape.prefill_context}[op.scope]
-    return context / max(shape.tokens_in(op.scope), 1)
 
 
 def _cost(group: Group, tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:

@@ -13,20 +13,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nanoflow.cost.interference import Interference
-from nanoflow.cost.table import CostTable, Profile
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import split
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.interference import Interference
+from nanoflow.profile.table import CostTable, Profile
 from nanoflow.search.allocate import Allocation, allocate, divisions, least_period_s
 from nanoflow.search.emit import emit
 from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
-from nanoflow.search.iteration import graphs_of
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
-from nanoflow.search.simulate import PlanSimulator
 from nanoflow.search.structure import Effort, Schedule, solve_structure
+from nanoflow.simulate.iteration import graphs_of
+from nanoflow.simulate.layer import PlanSimulator
 
 # The GEMM tile: nano-batches are multiples of it.
 _STEP = 128

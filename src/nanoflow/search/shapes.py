@@ -18,10 +18,12 @@ from nanoflow.plan.plan import Mechanism, PipelinePlan
 
 # Sizes in a cell differ by this part, no less than a GEMM tile; keys a token by this factor, where they are many.
 _TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR, _MANY_KEYS = 128, 1 / 8, 1.12, 64
-# What a plan must win in its cell if a device says so: a trial of a second is off by about 0.4 % (docs/log.md).
+# What a plan must win in its cell if a device says so: a trial of a second is off by about 0.4 %
+# (docs/log/2026-11-27-lanes-beside-each-other.md).
 LEAST_GAIN = 1.005
 # And if only a prediction says so: attention inside products is measured as it runs, in one kernel, and predictions are
-# off by up to 4 %; other lanes are put together from pairs of operations, and were up to 7 % worse (docs/log.md).
+# off by up to 4 %; other lanes are put together from pairs of operations, and were up to 7 % worse
+# (docs/log/2026-11-27-same-batches.md).
 _LEAST_PREDICTED_INSIDE, _LEAST_PREDICTED = 1.03, 1.08
 _NUM_SAMPLES = 6
 # Plans that are compared on all batches that stand for a cell, beside the best of each mechanism.

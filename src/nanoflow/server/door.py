@@ -1,11 +1,13 @@
 """What every request passes before it meets a route, whatever it asks for: names, hosts, origins, keys.
 
 `door` wraps the whole application, its error pages included, so that there is nothing beside it. From outside in: the
-`x-request-id` of the answer, no WebSockets, the Host header (`hosts.py`), CORS, the API key (`keys.py`), and HEAD.
+`x-request-id` of the answer, no WebSockets, an answer to calls that are cancelled, the Host header (`hosts.py`), CORS,
+the API key (`keys.py`), and HEAD.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Iterable
@@ -18,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanoflow.access import several
 from nanoflow.config import ServerConfig
 from nanoflow.server.errors import ApiError
+from nanoflow.server.gate import DRAINING
 from nanoflow.server.hosts import ALL, HostMiddleware, Hosts
 from nanoflow.server.keys import KeyMiddleware, Keys
 
@@ -41,7 +44,7 @@ def door(app: ASGIApp, config: ServerConfig) -> ASGIApp:
             expose_headers=(REQUEST_ID, "retry-after"),
         )
     hosts = (ALL,) if config.allowed_hosts is None else several(config.allowed_hosts)
-    return RequestIdMiddleware(HostMiddleware(app, Hosts(hosts)))
+    return RequestIdMiddleware(CancelledMiddleware(HostMiddleware(app, Hosts(hosts))))
 
 
 class _Origins(CORSMiddleware):
@@ -81,6 +84,36 @@ class RequestIdMiddleware:
             await send(message)
 
         return await self._app(scope, receive, send_with_id)
+
+
+class CancelledMiddleware:
+    """Tells a client whose call is cancelled because the server ends; uvicorn would say so in plain text, as a fault.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except asyncio.CancelledError:
+            if has_begun:
+                raise
+            problem = ApiError(503, "the server has ended, and this request with it", code=DRAINING.code)
+            await problem.response()(scope, receive, send)
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

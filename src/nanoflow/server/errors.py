@@ -141,7 +141,7 @@ async def _on_unforeseen(_request: Request, _problem: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _problem: ClientDisconnectedError) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return ApiError(CLIENT_CLOSED_REQUEST, "the client has gone").response()
 
 
 async def _on_http_exception(request: Request, problem: HTTPException) -> Response:

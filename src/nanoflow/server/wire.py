@@ -45,7 +45,7 @@ def on_the_wire(base: Any) -> Any:
             if cycle is None or cycle.response_complete or cycle.more_body or self.scheme == "https":
                 return False
             self._has_ended = True
-            self._find_out()
+            _find_out(self)
             return True
 
         def on_response_complete(self) -> None:
@@ -54,12 +54,12 @@ def on_the_wire(base: Any) -> Any:
             if self._has_ended and self.cycle.response_complete:
                 self.transport.close()
             elif self._has_ended:
-                self._find_out()
+                _find_out(self)
 
         def connection_lost(self, exc: Exception | None) -> None:
             """Tell the request that is answered; the base tells the one that came last."""
             super().connection_lost(exc)
-            cycle = self._answered_cycle()
+            cycle = _answered_cycle(self)
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
@@ -68,18 +68,6 @@ def on_the_wire(base: Any) -> Any:
             self._started_cycle = cycle
             super()._start_asgi_task(cycle, app)
 
-        def _answered_cycle(self) -> Any:
-            """The request that is answered now: others may have come after it."""
-            return getattr(self, "_started_cycle", self.cycle)
-
-        def _find_out(self) -> None:
-            """Find out whether a client that sends no more is still there, unless its answer has begun and does so."""
-            cycle = self._answered_cycle()
-            if cycle is None or cycle.response_started or isinstance(cycle.transport, ProbedTransport):
-                return
-            probed = cycle.transport = ProbedTransport(self.transport)
-            probed.probe_later(asyncio.get_running_loop())
-
         def on_headers_complete(self) -> None:
             """Prepare the answer to a request; to HTTP/1.0 it ends with the connection if its length is not known."""
             super().on_headers_complete()
@@ -87,15 +75,34 @@ def on_the_wire(base: Any) -> Any:
                 self.cycle.send = until_close(self.cycle)
 
         def send_400_response(self, msg: str) -> None:
-            """Refuse bytes that are no HTTP; where an answer is due before that, the rest of the input is left."""
-            cycle = self.cycle
-            if cycle is not None and not cycle.response_complete and not cycle.more_body:
-                cycle.keep_alive = False
-                return
-            self.transport.write(refusal(msg))
-            self.transport.close()
+            """Refuse bytes that are no HTTP."""
+            _refuse_bytes(self, msg)
 
     return Protocol
+
+
+def _answered_cycle(protocol: Any) -> Any:
+    """The request that is answered now: others may have come after it."""
+    return getattr(protocol, "_started_cycle", protocol.cycle)
+
+
+def _find_out(protocol: Any) -> None:
+    """Find out whether a client that sends no more is still there, unless its answer has begun and does so."""
+    cycle = _answered_cycle(protocol)
+    if cycle is None or cycle.response_started or isinstance(cycle.transport, ProbedTransport):
+        return
+    probed = cycle.transport = ProbedTransport(protocol.transport)
+    probed.probe_later(asyncio.get_running_loop())
+
+
+def _refuse_bytes(protocol: Any, reason: str) -> None:
+    """Answer bytes that are no HTTP with an error; where another answer is due first, drop the rest of the input."""
+    cycle = protocol.cycle
+    if cycle is not None and not cycle.response_complete and not cycle.more_body:
+        cycle.keep_alive = False
+        return
+    protocol.transport.write(refusal(reason))
+    protocol.transport.close()
 
 
 def until_close(cycle: Any) -> Callable[[Message], Awaitable[None]]:

@@ -1,0 +1,218 @@
+"""Products that carry decode attention, for a whole Hopper card: each runs a share of it in its own instruction stream.
+
+An attention is taken, carried by several products one after the other on one stream, and finished: what is left of it
+is done by the same program without a product, and what several runs did of one head of a request is merged. Products
+are twins of `linear`, `linear_add` and `linear_swiglu` in `reference.py`, the attention of `decode_attention`, rounded
+at the same places. Which product carries what is decided elsewhere (`executor/inside.py`).
+
+Shape legend: T tokens, K features in, N features out (rows of the weight), B rows with room for decodes, D head size.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoflow.graph.operation import AttentionDims, LinearDims, OpKind
+from nanoflow.kernels.gemm_tiles import GemmTiles
+from nanoflow.kernels.hopper.attention import boxes, check
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
+from nanoflow.kernels.hopper.carry_attention import PARTS
+from nanoflow.kernels.hopper.carry_product import ADD, GROUP_M, PLAIN, ROWS, SWIGLU
+from nanoflow.kernels.hopper.carry_programs import carry_program
+from nanoflow.kernels.hopper.merge import SCAN, run_merge
+from nanoflow.kernels.launch import SHARES, Launch
+from nanoflow.kernels.triton_attention import LOG2_E
+from nanoflow.kernels.triton_gemm import check_operands
+
+# How a product is cut; it is written in halves of a tile. Narrow tiles read more of shared memory for each
+# multiply-add, so they make fewer of them a second (qkv, o and down, one H200), and fill more programs.
+_TILE_ROWS = PARTS * ROWS
+WIDE = GemmTiles(
+    block_m=_TILE_ROWS, block_n=256, block_k=PANEL, num_warps=4 * PARTS, num_stages=3, store_n=128, group_m=GROUP_M
+)
+NARROW = GemmTiles(
+    block_m=_TILE_ROWS,
+    block_n=128,
+    block_k=PANEL,
+    num_warps=4 * PARTS,
+    num_stages=4,
+    store_n=64,
+    group_m=GROUP_M,
+    relative_speed=0.75,
+)
+# Blocks of keys and of values in shared memory, of either warpgroup.
+KV_STAGES = 1
+# Registers of a thread of the second warpgroup; the first gets as many: 232 + 232 + 40 is three times 168.
+WORKER_REGISTERS = 232
+# K-steps of a wide tile that take as long as a block of keys for either warpgroup once no tile is left; the latency of
+# memory, on one H200.
+STEPS_A_BLOCK = 2.2
+_KINDS = {OpKind.LINEAR: PLAIN, OpKind.LINEAR_ADD: ADD, OpKind.LINEAR_SWIGLU: SWIGLU}
+
+
+@dataclass(slots=True, kw_only=True)
+class Taken:
+    """An attention under way.
+
+    Attributes:
+        launch: The attention.
+        sums: float32 [4 P runs, MAX_GROUP, D], two places for either warpgroup of each program of each run.
+        log_sums: float32 [4 P runs, MAX_GROUP], log2 of what those are divided by.
+        begins: int32 [2 P runs], where the runs of warpgroups begin, in blocks of keys.
+        num_runs: Launches so far.
+        until: What they did, in `SHARES`.
+    """
+
+    launch: Launch
+    sums: Tensor
+    log_sums: Tensor
+    begins: Tensor
+    num_runs: int = 0
+    until: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """What `carry_program` is told of a product; with no tiles there is none, and its operands are never looked at."""
+
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor]
+    tiles: GemmTiles
+    down: int
+    across: int
+    num_steps: int
+    second_rows: int
+    kind: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperCarrier:
+    """`executor.inside.Carrier` for a Hopper card.
+
+    Attributes:
+        num_sms: Of the card.
+        steps: K-steps of a product in wide tiles to a block of keys.
+    """
+
+    num_sms: int
+    steps: int
+
+    def rounds(self, dims: LinearDims, num_tokens: int) -> int:
+        """Blocks of keys that a product of so many tokens carries in each warpgroup of its busiest program."""
+        tiles = tiles_of(num_tokens, dims.out_features, self.num_sms)
+        num_steps = -(-dims.in_features // tiles.block_k)
+        return _most(tiles, num_tokens, dims.out_features, self.num_sms) * (num_steps // self._steps_in(tiles))
+
+    def take(self, attention: Launch, max_runs: int) -> Taken:
+        """An attention that at most so many runs are going to do, `finish` among them; queues nothing.
+
+        Raises:
+            ValueError: Tensors that are not contiguous, or another page size.
+        """
+        (q,), (out,), cache, dims = attention.reads, attention.writes, attention.cache, attention.op.dims
+        assert cache is not None and isinstance(dims, AttentionDims)
+        check(q, out, cache)
+        num_parts = PARTS * self.num_sms * max_runs
+        return Taken(
+            launch=attention,
+            sums=torch.empty((2 * num_parts, MAX_GROUP, dims.head_dim), dtype=torch.float32, device=q.device),
+            log_sums=torch.empty((2 * num_parts, MAX_GROUP), dtype=torch.float32, device=q.device),
+            begins=torch.empty(num_parts, dtype=torch.int32, device=q.device),
+        )
+
+    def run(self, product: Launch, taken: Taken, until: int) -> None:
+        """A product, and with it the attention from where the last run ended to so many of `SHARES`.
+
+        Raises:
+            ValueError: Tensors that TMA does not take (see `triton_gemm.run_linear`), an output with rows apart, or a
+                share that is none.
+        """
+        (x, *_), (out,), (weight, *biases) = product.reads, product.writes, product.weights
+        check_operands(x, weight, out)
+        if not out.is_contiguous():
+            raise ValueError(
+                f"output {list(out.shape)} has rows every {out.stride(0)} elements; a carrier's must be contiguous"
+            )
+        kind, tiles = _KINDS[product.op.kind], tiles_of(len(x), len(weight), self.num_sms)
+        carrying = _Product(
+            operands=(x, weight, biases[0] if biases else None, out),
+            tiles=tiles,
+            down=-(-len(x) // tiles.block_m),
+            across=-(-len(weight) // tiles.block_n),
+            num_steps=-(-x.shape[1] // tiles.block_k),
+            second_rows=len(weight) // 2 if kind == SWIGLU else tiles.block_n // 2,
+            kind=kind,
+        )
+        self._launch(carrying, taken, until)
+
+    def finish(self, taken: Taken) -> None:
+        """What is left of the attention, and the result of all of it."""
+        launch = taken.launch
+        (q,), dims = launch.reads, launch.op.dims
+        assert isinstance(dims, AttentionDims)
+        if taken.until < SHARES:
+            rows = q.view(-1, dims.head_dim)
+            nothing = _Product(
+                operands=(rows, rows, None, rows), tiles=WIDE, down=0, across=0, num_steps=0, second_rows=0, kind=PLAIN
+            )
+            self._launch(nothing, taken, SHARES)
+        num_parts = taken.num_runs * PARTS * self.num_sms
+        run_merge(launch, taken.sums, taken.log_sums, num_parts, begins=taken.begins, scan=SCAN)
+
+    def _launch(self, product: _Product, taken: Taken, until: int) -> None:
+        """One run; it takes what comes after the last one's share."""
+        if not taken.until <= until <= SHARES:
+            raise ValueError(f"a share of attention from {taken.until} to {until}, of {SHARES}")
+        launch, (x, weight, bias, out), tiles = taken.launch, product.operands, product.tiles
+        dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
+        assert isinstance(dims, AttentionDims) and cache is not None
+        (q,), (attended,) = launch.reads, launch.writes
+        carry_program[(self.num_sms,)](
+            *(boxes(x, tiles.block_m), boxes(weight, tiles.block_n // 2), bias, out),
+            *(*out.shape, product.down, product.across, product.num_steps, product.second_rows),
+            # One head of one token a row.
+            boxes(q.view(-1, dims.head_dim), MAX_GROUP),
+            boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
+            boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
+            *(attended, taken.sums, taken.log_sums, taken.begins),
+            *(decodes.page_tables, decodes.context_len, decodes.key_blocks, decodes.page_tables.stride(0)),
+            *(launch.tokens.start, len(q), dims.scale * LOG2_E),
+            *(taken.num_runs, taken.until, until),
+            round(product.num_steps / _times_of_wide(tiles) / STEPS_A_BLOCK),
+            BLOCK_N=tiles.block_n,
+            STEPS=self._steps_in(tiles),
+            STAGES=tiles.num_stages,
+            KV_STAGES=KV_STAGES,
+            GROUP=dims.num_heads // dims.num_kv_heads,
+            KV_HEADS=dims.num_kv_heads,
+            HEAD_DIM=dims.head_dim,
+            KIND=product.kind,
+            HAS_BIAS=bias is not None,
+            SCAN=SCAN,
+            WORKER_REGISTERS=WORKER_REGISTERS,
+            num_warps=4,
+        )
+        taken.num_runs, taken.until = taken.num_runs + 1, until
+
+    def _steps_in(self, tiles: GemmTiles) -> int:
+        """K-steps to a block of keys: more of narrow tiles, for each is less work."""
+        return self.steps * _times_of_wide(tiles)
+
+
+def tiles_of(num_tokens: int, num_columns: int, num_sms: int) -> GemmTiles:
+    """Narrow tiles, half as much work each, if no program gets more of them than it would of wide ones."""
+    sizes = (num_tokens, num_columns, num_sms)
+    return NARROW if _most(NARROW, *sizes) <= _most(WIDE, *sizes) else WIDE
+
+
+def _most(tiles: GemmTiles, num_tokens: int, num_columns: int, num_sms: int) -> int:
+    """Tiles of the busiest program."""
+    return -(-tiles.num_tiles(num_tokens, num_columns) // num_sms)
+
+
+def _times_of_wide(tiles: GemmTiles) -> int:
+    """K-steps that are as much work as one of a wide tile."""
+    return WIDE.block_n // tiles.block_n

@@ -1,0 +1,1 @@
+"""What was measured of a device, as a file: times, energies, interference. The profiler writes it. No torch."""

@@ -1,0 +1,105 @@
+"""Whole runs of workloads, simulated under any limits: what the search for limits asks (`search/limits.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.book import BookLimits
+from nanoflow.profile.interference import lane_of
+from nanoflow.profile.table import Cost, Profile
+from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.search.limits import OverlapBound, Run
+from nanoflow.simulate.batches import batches_of
+from nanoflow.simulate.iteration import IterationModel, Recorded
+from nanoflow.simulate.serving import Cluster, Iterations, SimulatedRun, limits_for, simulate
+from nanoflow.workload import Lengths, draw_lengths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gained:
+    """Iterations that are so much faster than a model says."""
+
+    model: Iterations
+    gain: Callable[[BatchShape], float]
+
+    def cost(self, shape: BatchShape) -> Cost:
+        """See `Iterations`."""
+        cost = self.model.cost(shape)
+        return Cost(time_s=cost.time_s / self.gain(shape), energy_j=cost.energy_j)
+
+
+class SimulatedWorkloads:
+    """Workloads, each a run of its own, all requests at once.
+
+    Args:
+        profile: What operations take.
+        workloads: As `draw_lengths` reads them.
+        num_requests: Of each.
+        seed: Of the lengths.
+        gpu_memory_utilization: Part of the memory for weights and KV cache.
+
+    Raises:
+        ConfigError: A workload cannot be read.
+    """
+
+    def __init__(
+        self, profile: Profile, workloads: Sequence[str], *, num_requests: int, seed: int, gpu_memory_utilization: float
+    ) -> None:
+        self._profile, self._seed, self._utilization = profile, seed, gpu_memory_utilization
+        self._model = IterationModel(profile)
+        self._lengths = [draw_lengths(workload, num_requests, seed) for workload in workloads]
+        resource_of = {op.name: lane_of(op) for op in self._model.graph.layer}
+        self._bound = OverlapBound(profile, resource_of)
+
+    def sequential(self, limits: BookLimits) -> tuple[Run, ...]:
+        """The run of each workload without plans.
+
+        Raises:
+            ConfigError: The memory cannot hold the longest request.
+        """
+        return tuple(self._sequential(lengths, limits) for lengths in self._lengths)
+
+    def batches(self, limits: BookLimits) -> list[tuple[BatchShape, float]]:
+        """Every iteration of all workloads without plans, and its seconds; see `batches_of`."""
+        found = []
+        for lengths in self._lengths:
+            found += batches_of(self._model, lengths, self._limits(lengths, limits), self._seed)
+        return found
+
+    def rates(self, limits: BookLimits, gain: Callable[[BatchShape], float]) -> tuple[float, ...]:
+        """Tokens a second and GPU of each workload if each batch is so much faster than without plans."""
+        iterations = _Gained(model=self._model, gain=gain)
+        return tuple(self._run(lengths, limits, iterations).tokens_per_s_per_gpu for lengths in self._lengths)
+
+    def _sequential(self, lengths: Sequence[Lengths], limits: BookLimits) -> Run:
+        recorded = Recorded(self._model)
+        run = self._run(lengths, limits, recorded)
+        # One iteration follows the other, as all requests are there from the start.
+        saved_s = sum(self._bound.saved_s(self._model.busy_s(shape)) for shape, _ in recorded.iterations)
+        duration_s = run.metrics.duration_s
+        return Run(
+            tokens_per_s=run.tokens_per_s_per_gpu,
+            peak_requests=run.peak_requests,
+            bound_tokens_per_s=run.tokens_per_s_per_gpu * duration_s / max(duration_s - saved_s, saved_s),
+        )
+
+    def _run(self, lengths: Sequence[Lengths], limits: BookLimits, iterations: Iterations) -> SimulatedRun:
+        cluster = Cluster(
+            limits=self._limits(lengths, limits),
+            iterations=iterations,
+            num_replicas=1,
+            gpus_per_replica=self._profile.setup.num_gpus,
+        )
+        return simulate(cluster, lengths, [0.0] * len(lengths))
+
+    def _limits(self, lengths: Sequence[Lengths], limits: BookLimits) -> SchedulerLimits:
+        return limits_for(
+            self._profile,
+            self._model.graph,
+            lengths,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            gpu_memory_utilization=self._utilization,
+        )

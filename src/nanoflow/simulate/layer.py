@@ -1,0 +1,307 @@
+"""What a plan is predicted to take: its nano-operations as events on lanes, several layers in a row.
+
+The same rules as on a device: a lane runs its nano-operations in order, each waits for what it depends on and for what
+the plan says. How fast it then runs follows from its share and from what else runs at that moment (`interference.py`).
+Where the energy of a layer is more than the power limit allows, everything takes as much longer (`power.py`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.nanobatch import TokenRange
+from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
+from nanoflow.plan.carriers import carriers
+from nanoflow.plan.dependencies import dependencies
+from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+from nanoflow.profile.inside import STANDS_STILL, filled
+from nanoflow.profile.interference import Interference, lane_of
+from nanoflow.profile.operation_cost import mean_context, operation_cost
+from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w, static_power_w
+from nanoflow.profile.table import Cost, CostTable
+from nanoflow.timeline.timeline import Span, Timeline
+
+# Layers whose ends give the period, after those in which the pipeline fills and before those in which it drains.
+_STEADY_LAYERS = 2
+# What keeps its share of the device even while nothing else runs.
+_KEEPS_SHARE = frozenset({Mechanism.PARTITION})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """Predicted layers, one after the other.
+
+    Attributes:
+        timeline: When what ran; `period_s` is the steady-state makespan of one layer.
+        layer_ends_s: When the last nano-operation of each layer ended.
+        layer_energy_j: Mean energy of one layer on one GPU; None if unknown.
+    """
+
+    timeline: Timeline
+    layer_ends_s: tuple[float, ...]
+    layer_energy_j: float | None
+
+    @property
+    def period_s(self) -> float:
+        """Steady-state makespan of one layer."""
+        assert self.timeline.period_s is not None
+        return self.timeline.period_s
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A nano-operation of one layer while it waits, runs or has ended."""
+
+    place: int
+    layer: int
+    num_waits: int = 0
+    left: float = 1.0
+    start_s: float = 0.0
+    stop_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """A nano-operation of the plan on the batch at hand.
+
+    Attributes:
+        context: Keys that each token of an attention sees; 0 for other operations.
+        carries: It is to have decode attention inside.
+    """
+
+    op: Operation
+    lane: Lane
+    tokens: TokenRange
+    cost: Cost
+    dynamic_j: float | None
+    context: float
+    carries: bool
+
+
+class PlanSimulator:
+    """Predicts one plan; what depends on what is worked out once, batches may differ.
+
+    Args:
+        plan, graph: A plan that is valid for the graph.
+        table, interference: What operations take, alone and together.
+    """
+
+    def __init__(self, plan: PipelinePlan, graph: OpGraph, table: CostTable, interference: Interference) -> None:
+        self._plan, self._table, self._interference = plan, table, interference
+        ops = {op.name: op for op in graph.layer}
+        self._ops = [ops[nano.operation] for nano in plan.nano_operations]
+        lanes = {lane.name: lane for lane in plan.lanes}
+        self._lanes = [lanes[nano.lane] for nano in plan.nano_operations]
+        self._depends = dependencies(plan, graph)
+        self._setup = table.profile.setup
+        # What carries in one layer does in all of them, but where the pipeline fills or drains.
+        issued = [place for _, place in _issued(plan, plan.max_stage + 2)]
+        self._carriers = {issued[at] for at, _ in carriers(plan, graph, plan.max_stage + 2)}
+
+    def run(self, shape: BatchShape, num_layers: int | None = None) -> Simulation:
+        """Predict so many layers on a batch.
+
+        Args:
+            shape: At most as many tokens as the plan takes.
+            num_layers: Enough for a steady state if None; with fewer the period is that of filling and draining too.
+        """
+        filling = self._plan.max_stage + 1
+        num_layers = num_layers or 2 * filling + _STEADY_LAYERS + 1
+        items = [self._item(place, shape) for place in range(len(self._ops))]
+        works, dynamic_j = self._execute(items, num_layers)
+        period_s = _period_s(_layer_ends_s(works, num_layers), filling)
+        # The power limit holds for the steady state as a whole.
+        slower = self._slowdown(dynamic_j, period_s * num_layers)
+        for work in works:
+            work.start_s, work.stop_s = work.start_s * slower, work.stop_s * slower
+        spans = tuple(
+            self._span(items[work.place], work)
+            for work in sorted(works, key=lambda work: (work.start_s, work.layer, work.place))
+            if work.stop_s > work.start_s
+        )
+        ends_s = _layer_ends_s(works, num_layers)
+        static_j = static_power_w(self._setup) * ends_s[-1]
+        return Simulation(
+            timeline=Timeline(name=self._plan.name, spans=spans, period_s=period_s * slower),
+            layer_ends_s=ends_s,
+            layer_energy_j=None if dynamic_j is None else (dynamic_j + static_j) / num_layers,
+        )
+
+    def layer_in_sequence(self, shape: BatchShape) -> Cost:
+        """What `run` says of one layer where nothing overlaps: all lanes run one after the other, and none is a part.
+
+        It needs no events, so it is what whole runs of the sequential plan are simulated with.
+        """
+        items = [self._item(place, shape) for place in range(len(self._ops))]
+        time_s = sum(item.cost.time_s for item in items)
+        known_j = [item.dynamic_j for item in items if item.dynamic_j is not None]
+        dynamic_j = sum(known_j) if len(known_j) == len(items) else None
+        time_s *= self._slowdown(dynamic_j, time_s)
+        static_w = static_power_w(self._setup)
+        return Cost(time_s=time_s, energy_j=None if dynamic_j is None else dynamic_j + static_w * time_s)
+
+    def _slowdown(self, dynamic_j: float | None, time_s: float) -> float:
+        """How much longer work takes under the power limit."""
+        limit_w = dynamic_power_w(self._setup)
+        return 1.0 if limit_w is None or dynamic_j is None else max(1.0, dynamic_j / (limit_w * time_s))
+
+    def _item(self, place: int, shape: BatchShape) -> _Item:
+        op = self._ops[place]
+        tokens = self._plan.nano_operations[place].tokens.clip(0, shape.num_tokens)
+        cost = operation_cost(op, tokens, shape, self._table)
+        dynamic_j = dynamic_energy_j(cost, self._setup)
+        if cost.time_s > 0:
+            cost = Cost(time_s=cost.time_s + self._table.profile.launch_gap_s, energy_j=cost.energy_j)
+        return _Item(
+            op=op,
+            lane=self._lanes[place],
+            tokens=tokens,
+            cost=cost,
+            dynamic_j=dynamic_j,
+            context=mean_context(op, shape),
+            carries=place in self._carriers,
+        )
+
+    def _execute(self, items: Sequence[_Item], num_layers: int) -> tuple[list[_Work], float | None]:
+        """Advance from event to event: something ends, whatever may start now does."""
+        works = [_Work(place, layer) for layer, place in _issued(self._plan, num_layers)]
+        at = {(work.layer, work.place): work for work in works}
+        followers: dict[tuple[int, int], list[_Work]] = defaultdict(list)
+        for work in works:
+            for place, distance in self._depends[work.place]:
+                if (work.layer - distance, place) in at:
+                    followers[work.layer - distance, place].append(work)
+                    work.num_waits += 1
+        queues: dict[str, deque[_Work]] = defaultdict(deque)
+        for work in works:
+            queues[items[work.place].lane.name].append(work)
+        running: list[_Work] = []
+        now_s, energy_j = 0.0, 0.0
+        while running or any(queues.values()):
+            while _start_next(queues, running, followers, items, now_s):
+                pass
+            if not running:
+                break
+            rates, dynamic_w = self._rates([items[work.place] for work in running])
+            step_s = min(
+                work.left * items[work.place].cost.time_s / rate
+                for work, rate in zip(running, rates, strict=True)
+                if rate > 0
+            )
+            now_s += step_s
+            energy_j += step_s * dynamic_w
+            for work, rate in zip(running, rates, strict=True):
+                work.left -= step_s * rate / items[work.place].cost.time_s
+            for work in [work for work in running if work.left <= 1e-9]:
+                running.remove(work)
+                _end(work, now_s, queues[items[work.place].lane.name], followers)
+        is_known = all(item.dynamic_j is not None for item in items)
+        return works, energy_j if is_known else None
+
+    def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
+        """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
+        if any(item.lane.mechanism is Mechanism.INSIDE for item in running):
+            rates, energy_ratio = self._rates_inside(running)
+        elif len(running) == 1:
+            rates, energy_ratio = [self._rate_alone(running[0])], 1.0
+        else:
+            shares = sum(item.lane.share for item in running)
+            rates = [
+                self._interference.performance(item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens)
+                / max(shares, 1.0)
+                for item in running
+            ]
+            energy_ratio = self._energy_ratio(running)
+        dynamic_w = sum(
+            rate * (item.dynamic_j or 0.0) / item.cost.time_s for item, rate in zip(running, rates, strict=True)
+        )
+        return rates, dynamic_w * energy_ratio
+
+    def _rates_inside(self, running: Sequence[_Item]) -> tuple[list[float], float]:
+        """Of what runs in the products' lane, of decode attention, and the energy of both of that alone."""
+        host = next((item for item in running if item.op.kind is not OpKind.DECODE_ATTENTION), None)
+        if host is None:
+            return [1.0], 1.0
+        found, inside = STANDS_STILL, self._interference.inside
+        if host.carries and len(running) > 1:
+            found = inside.full(host.op, host.lane.share, host.tokens.num_tokens)
+        elif host.carries:
+            found = inside.empty(host.op, host.tokens.num_tokens)
+        return [
+            found.product if item is host else found.attention * filled(item.context) for item in running
+        ], found.energy_ratio
+
+    def _rate_alone(self, item: _Item) -> float:
+        if item.lane.mechanism not in _KEEPS_SHARE:
+            return 1.0
+        return self._interference.performance_alone(
+            item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens
+        )
+
+    def _energy_ratio(self, running: Sequence[_Item]) -> float:
+        """Of the pair; the first of a measured pair is the one nearest to compute, and on the larger share."""
+        first = min(running, key=lambda item: (_PRECEDENCE[lane_of(item.op)], -item.lane.share))
+        return self._interference.energy_ratio(first.lane.mechanism, first.lane.share, first.tokens.num_tokens)
+
+    def _span(self, item: _Item, work: _Work) -> Span:
+        return Span(
+            operation=item.op.name,
+            layer=work.layer,
+            start_token=item.tokens.start,
+            stop_token=item.tokens.stop,
+            lane=item.lane.name,
+            resource=item.op.resource,
+            share=item.lane.share,
+            start_s=work.start_s,
+            stop_s=work.stop_s,
+        )
+
+
+def _layer_ends_s(works: Sequence[_Work], num_layers: int) -> tuple[float, ...]:
+    return tuple(max(work.stop_s for work in works if work.layer == layer) for layer in range(num_layers))
+
+
+def _period_s(ends_s: Sequence[float], filling: int) -> float:
+    """Between the layers at whose ends the pipeline is full; of all layers if there are too few."""
+    first, last = filling, len(ends_s) - 1 - filling
+    return (ends_s[last] - ends_s[first]) / (last - first) if last > first else ends_s[-1] / len(ends_s)
+
+
+_PRECEDENCE = {Resource.COMPUTE: 0, Resource.MEMORY: 1, Resource.NETWORK: 2}
+
+
+def _issued(plan: PipelinePlan, num_layers: int) -> list[tuple[int, int]]:
+    """(layer, place) in issue order."""
+    places = {id(nano): place for place, nano in enumerate(plan.nano_operations)}
+    return [(layer, places[id(nano)]) for layer, nano in plan.issue_order(num_layers)]
+
+
+def _start_next(
+    queues: dict[str, deque[_Work]],
+    running: list[_Work],
+    followers: dict[tuple[int, int], list[_Work]],
+    items: Sequence[_Item],
+    now_s: float,
+) -> bool:
+    """Start what may start on any lane; True if something ended at once, so that more may start."""
+    has_ended = False
+    for queue in queues.values():
+        if queue and queue[0] not in running and queue[0].num_waits == 0:
+            work = queue[0]
+            work.start_s = now_s
+            if items[work.place].cost.time_s > 0:
+                running.append(work)
+            else:
+                _end(work, now_s, queue, followers)
+                has_ended = True
+    return has_ended
+
+
+def _end(work: _Work, now_s: float, queue: deque[_Work], followers: dict[tuple[int, int], list[_Work]]) -> None:
+    work.stop_s = now_s
+    queue.popleft()
+    for follower in followers[work.layer, work.place]:
+        follower.num_waits -= 1

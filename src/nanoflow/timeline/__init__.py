@@ -1,0 +1,1 @@
+"""Timelines of plans, predicted and measured: as data, text, SVG and Chrome traces."""
