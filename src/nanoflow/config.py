@@ -24,7 +24,7 @@ from nanoflow.option import read_count as read_count
 from nanoflow.option import require_positive
 from nanoflow.parameters import did_you_mean, nearest
 from nanoflow.request import SamplingParams
-from nanoflow.speculation import checked, speculation_of
+from nanoflow.speculation import check_speculation, in_full
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -128,7 +128,7 @@ class EngineConfig:
         None,
         "Speculative decoding, ngram:TOKENS[:LONGEST[:SHORTEST]]: guess up to TOKENS tokens of a request by looking up "
         "its last LONGEST (4) to SHORTEST (2) tokens in its prompt and output, as ngram:4; answers stay the same",
-        read=checked,
+        read=in_full,
     )
     cuda_graphs: bool = option(True, "On a GPU, launch a forward pass as one CUDA graph")
     plan: str | None = option(None, "Pipeline plan or plan book (JSON) to execute; sequential if not given")
@@ -154,10 +154,7 @@ class EngineConfig:
         for name in ("async_scheduling", "cuda_graphs", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        try:
-            speculation_of(self.speculative)
-        except ValueError as error:
-            raise ConfigError(f"speculative: {error}") from None
+        check_speculation(self.speculative)
         if self.max_logprobs < -1:
             raise ConfigError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}"
@@ -337,7 +334,8 @@ def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: 
     read = field.metadata.get("read")
     try:
         if alias is not None and alias.convert is not None:
-            return alias.convert(value)
+            value = alias.convert(value)
+            read = read if isinstance(value, str) else None
         return value if read is None or value is None else read(str(value))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None

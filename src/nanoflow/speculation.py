@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanoflow.option import ConfigError
 from nanoflow.parameters import shown
 
 # A longer draft takes more time to verify than it can be expected to bring.
 MAX_DRAFT_TOKENS = 32
 MAX_MATCH_TOKENS = 64
+_LONGEST, _SHORTEST = 4, 2
 _FORM = "ngram:TOKENS[:LONGEST[:SHORTEST]], e.g. ngram:4 or ngram:4:5:2"
 
 
@@ -30,8 +32,8 @@ class NgramSpeculation:
     """
 
     num_draft_tokens: int
-    longest_match: int = 4
-    shortest_match: int = 2
+    longest_match: int = _LONGEST
+    shortest_match: int = _SHORTEST
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
@@ -47,47 +49,36 @@ class NgramSpeculation:
         return f"ngram:{self.num_draft_tokens}:{self.longest_match}:{self.shortest_match}"
 
 
-def speculation_of(text: str | None) -> NgramSpeculation | None:
-    """What the option asks for; None for None and for `none`.
-
-    Raises:
-        ValueError: As `read_speculation`.
-    """
-    return None if text is None or text == "none" else read_speculation(text)
-
-
-def checked(text: str) -> str:
-    """The text of the option as it is, if it can be read.
-
-    Raises:
-        ValueError: As `read_speculation`.
-    """
-    speculation_of(text)
-    return text
-
-
 def read_speculation(text: str) -> NgramSpeculation:
     """Read `ngram:TOKENS[:LONGEST[:SHORTEST]]`.
 
     Raises:
         ValueError: The text is nothing of that form, or a number is out of its range.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"must be {_FORM}, got {shown(text)}")
-    method, *numbers = text.strip().lower().split(":")
+    method, *numbers = str(text).strip().lower().split(":")
     if method != "ngram" or not 1 <= len(numbers) <= 3:
         raise ValueError(f"must be {_FORM}, got {shown(text)}")
     if not all(number.isascii() and number.isdecimal() and len(number) <= 4 for number in numbers):
         raise ValueError(f"must be {_FORM} with whole numbers, got {shown(text)}")
     num_draft_tokens, *matches = map(int, numbers)
-    return of_lengths(num_draft_tokens, *matches)
-
-
-def of_lengths(num_draft_tokens: int, longest: int | None = None, shortest: int | None = None) -> NgramSpeculation:
-    """What stands for lengths that are not given: defaults, cut to fit those that are."""
-    default_longest, default_shortest = 4, 2
-    if longest is None:
-        longest = max(default_longest, shortest or 0)
-    if shortest is None:
-        shortest = min(default_shortest, longest)
+    longest = matches[0] if matches else _LONGEST
+    shortest = matches[1] if len(matches) > 1 else min(_SHORTEST, longest)
     return NgramSpeculation(num_draft_tokens=num_draft_tokens, longest_match=longest, shortest_match=shortest)
+
+
+def in_full(text: str) -> str | None:
+    """The option with all of its numbers, so that two ways to write the same are equal; None for "none"."""
+    return None if text.strip().lower() == "none" else str(read_speculation(text))
+
+
+def check_speculation(text: str | None) -> None:
+    """Refuse what `read_speculation` cannot read.
+
+    Raises:
+        ConfigError: With one line that says what the option may be.
+    """
+    try:
+        if text is not None:
+            read_speculation(text)
+    except ValueError as error:
+        raise ConfigError(f"speculative: {error}") from None

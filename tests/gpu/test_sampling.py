@@ -216,7 +216,7 @@ def test_memory_is_that_which_was_counted() -> None:
     torch.cuda.empty_cache()
     num_rows, before = 256, torch.cuda.memory_allocated()
     sampler = Sampler(num_rows=num_rows, vocab_size=VOCAB_SIZE, device=DEVICE)
-    counted = sampling_bytes(num_rows, VOCAB_SIZE, DEVICE, num_logits=num_rows)
+    counted = sampling_bytes(num_rows, VOCAB_SIZE, DEVICE)
     assert torch.cuda.memory_allocated() - before <= counted + 2**20
     logits = _logits(num_rows, torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,6 @@
 """A deterministic model behind the executor's contract, for tests of the scheduler.
 
-The next token is a hash of the seed and all tokens before it, or of the last one alone for a while, so that text
-repeats itself and drafts are right now and then. The executor learns those tokens only from batches: it
+The next token is a hash of the seed and all tokens before it. The executor learns those tokens only from batches: it
 keeps a simulated KV cache of (token, position) a slot and reads every context back through the page table, so a wrong
 slot, a page with two holders or a wrong token fails the test at the place where it happens.
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,18 +17,12 @@ import numpy as np
 from nanoflow.batch import DenseBatch, Joined, PromptScore, SampledTokens
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
-from nanoflow.scheduler import Finish, Pace, Scheduler, SchedulerLimits
+from nanoflow.scheduler import Finish, Scheduler, SchedulerLimits
 from nanoflow.scheduler.drafts import Drafts
-
-# From this seed on a request repeats itself.
-REPETITIVE = 1000
 
 
 def next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
     """What the fake model says after `tokens`."""
-    if seed >= REPETITIVE:
-        # Another chain of tokens every so often: drafts are wrong there.
-        tokens = [len(tokens) // 13, tokens[-1] % 3]
     return zlib.crc32(np.array([seed, *tokens], dtype=np.int64).tobytes()) % vocab_size
 
 
@@ -40,6 +34,10 @@ def choose_token(seed: int, tokens: list[int], vocab_size: int, forbidden: tuple
     return token
 
 
+# Seed, tokens so far, size of the vocabulary, tokens that may not be chosen.
+Model = Callable[[int, list[int], int, tuple[int, ...]], int]
+
+
 @dataclass(kw_only=True)
 class Answer:
     """What a request has got."""
@@ -48,7 +46,7 @@ class Answer:
     finish: Finish | None = None
 
 
-def answer_alone(request: Request, limits: SchedulerLimits) -> Answer:
+def answer_alone(request: Request, limits: SchedulerLimits, model: Model = choose_token) -> Answer:
     """What a request must get, worked out token by token without any batch."""
     params, tokens, answer = request.params, list(request.prompt_token_ids), Answer()
     eos = () if params.ignore_eos else request.eos_token_ids
@@ -56,7 +54,7 @@ def answer_alone(request: Request, limits: SchedulerLimits) -> Answer:
     max_tokens = min(request.max_tokens, limits.max_model_len - len(tokens))
     while answer.finish is None:
         may_stop = len(answer.token_ids) >= params.min_tokens
-        token = choose_token(request.seed, tokens, limits.vocab_size, () if may_stop else (*eos, *own))
+        token = model(request.seed, tokens, limits.vocab_size, () if may_stop else (*eos, *own))
         tokens.append(token)
         answer.token_ids.append(token)
         if token in eos:
@@ -75,7 +73,6 @@ class _Tenant:
     joined: Joined
     tokens: list[int]
     num_computed: int = 0
-    is_drafted: bool = False
 
 
 class FakeExecutor:
@@ -102,8 +99,12 @@ class FakeExecutor:
             self.check_context(batch, index)
         for score in batch.prompt_scores:
             self.check_score(batch, score)
-        draws = [token for index in sorted(set(batch.sampled.tolist())) for token in self.sample(batch, index)]
-        return SampledTokens(token_ids=np.array(draws, dtype=np.int32))
+        return SampledTokens(token_ids=np.array(self.draw(batch), dtype=np.int32))
+
+    def draw(self, batch: DenseBatch) -> list[int]:
+        """A token for each request that has caught up."""
+        assert (np.diff(batch.sampled) > 0).all()
+        return [self.sample(batch, index) for index in batch.sampled.tolist()]
 
     def check_shapes(self, batch: DenseBatch) -> None:
         lengths = np.diff(batch.query_start)
@@ -112,10 +113,6 @@ class FakeExecutor:
         assert (lengths > 0).all() and (lengths[: batch.num_decodes] == 1).all()
         assert len(set(batch.rows.tolist())) == batch.num_requests <= self.limits.max_num_seqs
         assert len(set(batch.slots.tolist())) == batch.num_tokens == len(batch.positions) == len(batch.is_fed_back)
-        assert (np.diff(batch.sampled) >= 0).all()
-        # A draft is a part of a prompt, and stands behind the decodes.
-        num_draws = np.bincount(batch.sampled, minlength=batch.num_requests)
-        assert (lengths[num_draws > 1] == num_draws[num_draws > 1]).all()
         assert ((batch.token_ids >= 0) & (batch.token_ids < self.limits.vocab_size)).all()
         for name in ("rows", "query_start", "context_len", "token_ids", "positions", "sampled"):
             assert getattr(batch, name).dtype == np.int32, name
@@ -138,8 +135,6 @@ class FakeExecutor:
             position, slot = int(batch.positions[place]), int(batch.slots[place])
             assert position == tenant.num_computed
             if batch.is_fed_back[place]:
-                # Which of several draws is the last to count the device does not know.
-                assert not tenant.is_drafted
                 assert position == len(tenant.tokens) - 1 >= len(tenant.joined.token_ids)
                 token = tenant.tokens[-1]
             else:
@@ -157,16 +152,8 @@ class FakeExecutor:
         positions = np.arange(context_len)
         slots = self.page_tables[batch.rows[index], positions // size].astype(np.int64) * size + positions % size
         assert self.cached_position[slots].tolist() == positions.tolist()
-        draft = self.draft(batch, index)
-        assert self.cached_token[slots].tolist() == [*tenant.tokens, *draft][:context_len]
-        assert (index in batch.sampled) == (context_len == len(tenant.tokens) + len(draft))
-
-    def draft(self, batch: DenseBatch, index: int) -> list[int]:
-        """The guessed tokens of a request."""
-        num_guessed = max(int((batch.sampled == index).sum()) - 1, 0)
-        stop = int(batch.query_start[index + 1])
-        guessed: list[int] = batch.token_ids[stop - num_guessed : stop].tolist()
-        return guessed
+        assert self.cached_token[slots].tolist() == tenant.tokens[:context_len]
+        assert (index in batch.sampled) == (context_len == len(tenant.tokens))
 
     def check_score(self, batch: DenseBatch, score: PromptScore) -> None:
         joined = self.tenants[int(batch.rows[score.request_index])].joined
@@ -178,36 +165,29 @@ class FakeExecutor:
         last = score.first_position + score.stop - score.start
         assert last <= len(prompt) and score.target_ids.tolist() == prompt[score.first_position : last]
 
-    def sample(self, batch: DenseBatch, index: int) -> list[int]:
-        """Draw behind the last token of a request and behind each token of its draft.
-
-        Those that follow right guesses stay here for the next iteration.
-        """
-        tenant, draft = self.tenants[int(batch.rows[index])], self.draft(batch, index)
-        draws = [self.draw(tenant.joined, [*tenant.tokens, *draft[:count]]) for count in range(len(draft) + 1)]
-        num_right = 0
-        while num_right < len(draft) and draft[num_right] == draws[num_right]:
-            num_right += 1
-        tenant.tokens += draws[: num_right + 1]
-        tenant.is_drafted = bool(draft)
-        if draft:
-            tenant.num_computed = len(tenant.tokens) - 1
-        return draws
-
-    def draw(self, joined: Joined, tokens: list[int]) -> int:
-        """The token behind these."""
+    def sample(self, batch: DenseBatch, index: int) -> int:
+        """Draw the next token of a request; it stays here for the next iteration."""
+        tenant = self.tenants[int(batch.rows[index])]
+        joined, tokens = tenant.joined, tenant.tokens
         may_stop = len(tokens) - joined.num_prompt_tokens >= joined.params.min_tokens
-        return choose_token(joined.seed, tokens, self.limits.vocab_size, () if may_stop else joined.stop_token_ids)
+        forbidden = () if may_stop else joined.stop_token_ids
+        tokens.append(choose_token(joined.seed, tokens, self.limits.vocab_size, forbidden))
+        return tokens[-1]
 
 
 class Drive:
     """The engine loop in miniature: schedule, run, commit `depth` iterations late."""
 
     def __init__(
-        self, limits: SchedulerLimits, *, depth: int, drafts: Drafts | None = None, pace: Pace | None = None
+        self,
+        limits: SchedulerLimits,
+        *,
+        depth: int,
+        drafts: Drafts | None = None,
+        executor: FakeExecutor | None = None,
     ) -> None:
-        self.scheduler = Scheduler(limits=limits, drafts=drafts, pace=pace)
-        self.executor = FakeExecutor(limits)
+        self.scheduler = Scheduler(limits=limits, drafts=drafts)
+        self.executor = executor or FakeExecutor(limits)
         self.depth = depth
         self.in_flight: deque[tuple[DenseBatch, SampledTokens]] = deque()
         self.answers: dict[int, Answer] = {}

@@ -130,20 +130,6 @@ def test_tokens_are_counted_when_they_come_and_not_made_up_at_the_end() -> None:
     assert values(metrics)["generation_tokens_total"] == 3
 
 
-def test_drafts_are_counted_under_the_names_of_vllm() -> None:
-    metrics = metrics_of(FakeAsyncEngine())
-    names = {
-        f"spec_decode_num_{of}_total" for of in ("drafts", "draft_tokens", "accepted_tokens", "undrafted_requests")
-    }
-    assert {name: value for name, value in values(metrics).items() if name in names} == dict.fromkeys(names, 0)
-
-
-def test_guesses_that_were_wrong_are_no_tokens_of_an_iteration() -> None:
-    metrics = metrics_of(FakeAsyncEngine())
-    metrics.observe_step(EngineStats(iteration_tokens=8, rejected_tokens=3))
-    assert values(metrics)["iteration_tokens_total_sum"] == 5
-
-
 def test_iterations_and_preemptions_are_counted() -> None:
     engine = FakeAsyncEngine()
     metrics = metrics_of(engine)

@@ -12,7 +12,7 @@ from nanoflow.compat.entries import read_text
 from nanoflow.parameters import did_you_mean, shown
 
 _NUMBERS = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
-# What else vLLM takes there for this method. It changes nothing here: drafts stop by themselves in large batches.
+# What else vLLM takes there for this method, of no effect here: drafts stop by themselves where batches are large.
 _IGNORED = (
     "disable_by_batch_size",
     "speculative_disable_by_batch_size",

@@ -21,9 +21,16 @@ from nanoflow.executor.sampling_state import SamplingState, table_bytes
 from nanoflow.kernels.dispatch import sample_kernels_for
 
 
-def sampling_bytes(num_rows: int, vocab_size: int, device: torch.device, *, num_logits: int) -> int:
-    """Device memory that sampling takes at most: tables of rows, and the kernels' work space for rows with logits."""
-    return table_bytes(num_rows, vocab_size) + sample_kernels_for(device).workspace_bytes(num_logits, vocab_size)
+def sampling_bytes(num_rows: int, vocab_size: int, device: torch.device, num_logits: int | None = None) -> int:
+    """Device memory that sampling takes at most: the tables of its rows, and the work space of its kernels.
+
+    Args:
+        num_rows, vocab_size: Of the state table and of the model.
+        device: Where it is.
+        num_logits: Most draws at once; one a row if not given.
+    """
+    workspace = sample_kernels_for(device).workspace_bytes(num_logits or num_rows, vocab_size)
+    return table_bytes(num_rows, vocab_size) + workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

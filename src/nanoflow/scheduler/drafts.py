@@ -23,10 +23,10 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request
 from nanoflow.scheduler.forming import Turn
-from nanoflow.scheduler.gain import Draft, most_guesses, pays
+from nanoflow.scheduler.gain import Draft, pays
 from nanoflow.scheduler.ngram import continuation
 from nanoflow.scheduler.rows import RowTable
-from nanoflow.speculation import NgramSpeculation
+from nanoflow.speculation import NgramSpeculation, read_speculation
 
 # Where more requests run nothing is looked up: an iteration has so many tokens then that none is free.
 MAX_DRAFTED_REQUESTS = 32
@@ -107,16 +107,6 @@ def may_draft(request: Request) -> bool:
     return not request.params.has_penalties and not request.bad_word_ids
 
 
-def most_draft_tokens(speculation: NgramSpeculation | None, max_num_seqs: int) -> int:
-    """Draft tokens of a batch at most: rows with logits for which there must be room beside one a request."""
-    return 0 if speculation is None else speculation.num_draft_tokens * min(max_num_seqs, MAX_DRAFTED_REQUESTS)
-
-
-def drafts_of(speculation: NgramSpeculation | None, max_num_seqs: int) -> Drafts:
-    """What makes drafts for an engine with so many rows, as asked for."""
-    return NoDrafts() if speculation is None else Drafter(speculation, max_num_seqs=max_num_seqs)
-
-
 class Drafter:
     """Drafts by prompt look-up.
 
@@ -127,7 +117,7 @@ class Drafter:
 
     def __init__(self, speculation: NgramSpeculation, *, max_num_seqs: int) -> None:
         self._speculation = speculation
-        self._max_tokens = most_draft_tokens(speculation, max_num_seqs)
+        self._max_tokens = _most_tokens(speculation, max_num_seqs)
         self._counts = np.zeros(4, dtype=np.int64)
         self._num_in_flight = self._num_drafted_in_flight = 0
         self._awaiting: list[int] = []
@@ -172,7 +162,7 @@ class Drafter:
                 expected = likely * _expected(likely, len(guess) - 1)
                 context = int(table.num_tokens[row])
                 found.append((row, Draft(num_tokens=len(guess) - 1, context=context, expected=expected)))
-        if not found or not most_guesses(len(decoding), self._max_tokens, iteration_time):
+        if not found:
             return False
         shape = BatchShape(
             num_tokens=len(decoding),
@@ -190,8 +180,7 @@ class Drafter:
         is_decode = turn.num_pending == 1
         rows = self._willing(turn.rows[is_decode], table)
         rows = rows[table.num_tokens[rows] == table.num_known[rows]]
-        most = min(turn.num_left, self._max_tokens)
-        left = most_guesses(int(turn.num_taken.sum()), most, iteration_time)
+        left = min(turn.num_left, self._max_tokens)
         guesses: dict[int, Int32] = {}
         for row in rows.tolist():
             # The token behind the draft is drawn too.
@@ -297,3 +286,19 @@ def _with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
         num_left=turn.num_left - int(num_drafts.sum()),
         num_drafts=num_drafts,
     )
+
+
+def drafts_of(speculative: str | None, max_num_seqs: int) -> Drafts:
+    """What makes the drafts that the option `speculative` asks for, for so many rows of the state table."""
+    if speculative is None:
+        return NoDrafts()
+    return Drafter(read_speculation(speculative), max_num_seqs=max_num_seqs)
+
+
+def most_draft_tokens(speculative: str | None, max_num_seqs: int) -> int:
+    """Draft tokens of a batch at most: rows with logits for which there must be room beside one a request."""
+    return 0 if speculative is None else _most_tokens(read_speculation(speculative), max_num_seqs)
+
+
+def _most_tokens(speculation: NgramSpeculation, max_num_seqs: int) -> int:
+    return speculation.num_draft_tokens * min(max_num_seqs, MAX_DRAFTED_REQUESTS)

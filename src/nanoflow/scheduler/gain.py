@@ -49,22 +49,17 @@ def with_drafts(shape: BatchShape, drafts: list[Draft]) -> BatchShape:
     )
 
 
-def most_guesses(num_tokens: int, most: int, iteration_time: IterationTime | None) -> int:
-    """Guessed tokens that a batch of so many tokens may have, at most `most`: bounded while nothing is measured."""
-    return most if iteration_time is not None else min(most, max(MAX_TOKENS_UNMEASURED - num_tokens, 0))
-
-
 def pays(shape: BatchShape, drafts: list[Draft], iteration_time: IterationTime | None) -> bool:
     """Whether a batch of this shape gives more tokens a second with the drafts than without.
 
     Args:
         shape: Without drafts; each request that samples gets a token.
         drafts: Of some of its decodes.
-        iteration_time: None if nothing has been measured: then any draft pays, see `most_guesses`.
+        iteration_time: None if nothing has been measured: then the number of tokens is bounded.
     """
-    if iteration_time is None:
-        return True
     drafted = with_drafts(shape, drafts)
+    if iteration_time is None:
+        return drafted.num_tokens <= MAX_TOKENS_UNMEASURED
     expected = sum(draft.expected for draft in drafts)
     time_s = iteration_time.predict_s(shape)
     drafted_s = iteration_time.predict_s(drafted) + HOST_GAP_S

@@ -1,9 +1,9 @@
 """The scheduler: forms the dense batch of the next iteration and takes in the tokens of a past one.
 
 It knows no tensors and does not wait: `schedule` may be called before the last batch is committed, since a token's
-place is known before its value. A request may get several tokens from one iteration, or none: where its next tokens
-are guessed (`drafts.py`), those that do not count (`verify.py`) are taken back. State is in `rows.py` and `kvcache/`,
-what a running request computes in `forming.py`, the prediction behind admission in `admission.py`.
+place is known before its value. A request may get several tokens from one iteration, or none: where its next tokens are
+guessed (`drafts.py`), those that do not count (`verify.py`) are taken back. State is in `rows.py` and `kvcache/`, what
+a running request computes in `forming.py`, the prediction behind admission in `admission.py`.
 
 Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
 its way. That is safe because the executor runs iterations in order: a later tenant writes later, and its own tokens.

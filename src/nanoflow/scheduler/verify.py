@@ -1,10 +1,10 @@
 """Which of the tokens drawn in an iteration count: those that would have been drawn without drafts, and no others.
 
-A request with a draft of d tokens draws d + 1 times in an iteration: behind its last token and behind each token of the
-draft, always with the random number of the position. A draw counts while all before it have been what the draft said,
-for then it was drawn behind the right tokens. The draft itself is not random, so this is rejection sampling: a draft
-token x is kept with probability p(x), and otherwise the token has the distribution p without x. Since the random
-numbers belong to positions, the tokens are even the same as without drafts.
+A request with a draft of d tokens has d + 1 draws in an iteration: one behind its last known token, and one behind
+each token of the draft, each with the random number of its own position. A draw counts while all before it have been
+what the draft said, since then it was drawn behind the right tokens. For a draft that is not random itself this is
+rejection sampling: a draft token x is kept with probability p(x), otherwise the token has the distribution p without
+x. As the random numbers are those of the positions, the tokens are even the same as without drafts.
 """
 
 from __future__ import annotations
