@@ -22,7 +22,7 @@ from nanoflow.outputs import RequestOutput
 from nanoflow.plan.book import PlanEntry, StoredBook
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.request import Request, SamplingParams
-from nanoflow.scheduler import drafts
+from nanoflow.scheduler.gain import Gain
 from tests.driving import Prompt, Run, expect_less, greedy, run_engine
 from tests.toy_models import ENGINE_OPTIONS, VOCAB_SIZE, write_toy_model
 
@@ -33,7 +33,7 @@ SMALL = tuple(range(20, 23))
 @pytest.fixture(autouse=True)
 def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A toy model takes no time, so that drafts would not pay."""
-    monkeypatch.setattr(drafts, "pays", lambda *_: True)
+    monkeypatch.setattr(Gain, "allows", lambda *_: True)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from nanoflow.engine.front_ends import FrontEnds, split
 from nanoflow.engine.logprobs import sampled_logprobs
 from nanoflow.engine.messages import EngineStats, PlaceLogprobs, StepOutput
 from nanoflow.request import Request
-from nanoflow.scheduler import drafts
+from nanoflow.scheduler.gain import Gain
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.metrics import ServerMetrics
 from tests.driving import greedy
@@ -81,7 +81,7 @@ def test_each_front_end_gets_the_tokens_of_its_requests_in_order() -> None:
 def test_tokens_of_iterations_add_up_to_prompts_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
-    monkeypatch.setattr(drafts, "pays", lambda *_: True)
+    monkeypatch.setattr(Gain, "allows", lambda *_: True)
     options: dict[str, Any] = {**ENGINE_OPTIONS, "speculative": "ngram:4:3:1", "async_scheduling": is_async}
     engine = build_engine(EngineConfig(model=str(write_toy_model(tmp_path)), **options))
     prompts = [[7, 8, 9] * 4, [5], [30, 31] * 9, list(range(40, 60))]

@@ -135,6 +135,7 @@ class Engine:
         """An iteration has ended: the device began it when the one before had ended, or when it was launched."""
         end_s = time.monotonic()
         time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
+        self._scheduler.drafts.note_time(launched.batch, time_s)
         if self._times is not None and self._times.observe(launched.shape, time_s):
             self._scheduler.pace = replace(self._scheduler.pace, iteration_time=self._times.estimate)
 
@@ -176,7 +177,7 @@ class Engine:
         plan: PipelinePlan | None = None,
         committed: Committed | None = None,
     ) -> EngineStats:
-        scheduler, drafts = self._scheduler, self._scheduler.draft_counts
+        scheduler, drafts = self._scheduler, self._scheduler.drafts.counts
         # A request with a draft is computed like a part of a prompt, and is none.
         num_guessing = batch.num_drafted_requests + batch.num_draft_tokens if batch else 0
         return EngineStats(

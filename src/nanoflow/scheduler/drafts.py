@@ -23,7 +23,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request
 from nanoflow.scheduler.forming import Turn
-from nanoflow.scheduler.gain import Draft, pays
+from nanoflow.scheduler.gain import Draft, Gain
 from nanoflow.scheduler.ngram import continuation
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.speculation import NgramSpeculation, read_speculation
@@ -76,6 +76,9 @@ class Drafts(Protocol):
     def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
         """A batch is back: which of its B requests are still there, and how many draws of each counted (both [B])."""
 
+    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+        """The device has worked so long on a batch."""
+
 
 class NoDrafts:
     """Makes none."""
@@ -101,6 +104,9 @@ class NoDrafts:
     def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
         """See `Drafts`."""
 
+    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+        """See `Drafts`."""
+
 
 def may_draft(request: Request) -> bool:
     """Whether each token's distribution hangs on its position and the logits alone, not on what was drawn just now."""
@@ -121,6 +127,7 @@ class Drafter:
         self._counts = np.zeros(4, dtype=np.int64)
         self._num_in_flight = self._num_drafted_in_flight = 0
         self._awaiting: list[int] = []
+        self._gain = Gain()
         # Of each row.
         self._may_draft = np.zeros(max_num_seqs, dtype=np.bool_)
         self._num_right, self._num_tried = np.zeros((2, max_num_seqs))
@@ -170,7 +177,7 @@ class Drafter:
             decode_context=int(table.num_tokens[decoding].sum()),
             num_sampled=len(decoding),
         )
-        if not pays(shape, [draft for _, draft in found], iteration_time):
+        if not self._gain.allows(shape, [draft for _, draft in found], iteration_time):
             return False
         self._awaiting = [row for row, _ in found]
         return True
@@ -196,7 +203,7 @@ class Drafter:
         if not guesses:
             return turn
         drafts = [self._draft(row, table, len(guess)) for row, guess in guesses.items()]
-        if not pays(_shape_of(turn), drafts, iteration_time):
+        if not self._gain.allows(_shape_of(turn), drafts, iteration_time):
             return turn
         for row, guess in guesses.items():
             table.guess(row, guess)
@@ -205,7 +212,9 @@ class Drafter:
     def note_formed(self, batch: DenseBatch) -> None:
         """See `Drafts`."""
         self._num_in_flight += 1
-        self._num_drafted_in_flight += batch.num_draft_tokens > 0
+        if batch.num_draft_tokens:
+            self._num_drafted_in_flight += 1
+            self._gain.note_formed()
 
     def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
         """See `Drafts`."""
@@ -224,6 +233,13 @@ class Drafter:
                 self._num_failed[row] = 0
             else:
                 self._rest(row, int(batch.context_len[index]) - num_tokens + 1)
+
+    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+        """See `Drafts`."""
+        num_guessing = batch.num_drafted_requests + batch.num_draft_tokens
+        is_alike = batch.num_tokens == batch.num_decodes + num_guessing and batch.num_requests <= MAX_DRAFTED_REQUESTS
+        if is_alike:
+            self._gain.note_time(batch.shape, time_s, is_drafted=num_guessing > 0)
 
     def _willing(self, rows: Int64, table: RowTable) -> Int64:
         """Those of the rows that may have a draft now; none where too many run."""

@@ -21,7 +21,7 @@ from nanoflow.kvcache.tables import PageTables
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler.admission import num_admissible
-from nanoflow.scheduler.drafts import DraftCounts, Drafts, NoDrafts
+from nanoflow.scheduler.drafts import Drafts, NoDrafts
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
@@ -85,7 +85,7 @@ class Scheduler:
 
     def __init__(self, *, limits: SchedulerLimits, pace: Pace | None = None, drafts: Drafts | None = None) -> None:
         self._limits = limits
-        self._drafts: Drafts = drafts or NoDrafts()
+        self.drafts: Drafts = drafts or NoDrafts()
         self.pace = pace or Pace()
         self._pool = PagePool(limits.num_pages)
         self._tables = PageTables(
@@ -117,11 +117,6 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Preemptions since the start."""
         return self._num_preemptions
-
-    @property
-    def draft_counts(self) -> DraftCounts:
-        """What has come of drafts since the start."""
-        return self._drafts.counts
 
     @property
     def pages_in_use(self) -> int:
@@ -169,7 +164,7 @@ class Scheduler:
             None if nothing can be computed now: there is no request, or everything to do hangs on a batch that has not
             been committed. If all are committed and `has_unfinished`, there is always a batch.
         """
-        if self._drafts.awaits_commit(self._rows, self.pace.iteration_time):
+        if self.drafts.awaits_commit(self._rows, self.pace.iteration_time):
             return None
         turn, has_preempted = self._fill_budget(), False
         while not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
@@ -253,7 +248,7 @@ class Scheduler:
 
     def _with_drafts(self, turn: Turn) -> Turn:
         """The turn with drafts if there are any and free pages hold them: for a guess nobody is sent back."""
-        drafted = self._drafts.extend(turn, self._rows, self.pace.iteration_time)
+        drafted = self.drafts.extend(turn, self._rows, self.pace.iteration_time)
         has_room = drafted is turn or self._tables.try_grow(drafted.rows, drafted.num_before + drafted.num_taken)
         return drafted if has_room else turn
 
@@ -267,7 +262,7 @@ class Scheduler:
             rows = batch.rows[concerned].astype(np.int64)
             self._rows.take_back(rows, (num_draws - num_counting)[concerned])
             self._tables.shrink(rows, self._rows.num_computed[rows])
-        self._drafts.note_committed(batch, is_alive, num_counting)
+        self.drafts.note_committed(batch, is_alive, num_counting)
 
     def _preempt_newest(self) -> None:
         """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""
@@ -309,7 +304,7 @@ class Scheduler:
 
     def _join(self, newcomers: list[WaitingRequest]) -> tuple[Joined, ...]:
         rows = self._rows.join(newcomers)
-        self._drafts.join(rows, [new.request for new in newcomers])
+        self.drafts.join(rows, [new.request for new in newcomers])
         self._events.scheduled.extend(new.request.request_id for new in newcomers if not new.is_preempted)
         return tuple(
             Joined(
@@ -330,7 +325,7 @@ class Scheduler:
         batch = form_batch(turn, self._rows, self._tables, iteration=self._iteration, joined=joined)
         self._rows.num_computed[turn.rows] += turn.num_taken
         self._rows.num_tokens[turn.rows] += np.bincount(batch.sampled, minlength=len(turn.rows))
-        self._drafts.note_formed(batch)
+        self.drafts.note_formed(batch)
         return batch
 
     def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finish:
