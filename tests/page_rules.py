@@ -123,12 +123,15 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
     "nanoflow serve ./my-model --goal throughput --max-num-seqs 512": Serve(),
+    # docs/speculative.md
+    "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
 
 # Blocks that hold no command, by language and first line, and what they are compared with.
 SHOWN: dict[str, str] = {
     "sequential best: 2,048 tokens, 1,024 requests: 27,462 tokens/s, predicted": "the search of the quick start",
     "from nanoflow import LLM, SamplingParams": "run",
+    "from nanoflow import LLM": "run",
     "from openai import OpenAI": "run against the server",
     "src/nanoflow/": "the tree, written and checked by tools/docs.py",
     "# models/readings.py: the fields that exist in its config.json, what an absent one means, and which may be "

@@ -113,7 +113,9 @@ class DenseBatch:
         new_pages: What the page tables of these requests have grown by. Batches run in the order in which they were
             formed, so what an earlier tenant has left in a row's table is overwritten or lies behind the pages in use.
         table_width: Pages of the request that has most.
-        sampled: int32 [S], increasing: requests (by place in the batch) whose last token gets logits and a new token.
+        sampled: int32 [S], not decreasing: the requests (by place in the batch) that draw a token. One that stands here
+            n times draws behind each of its last n tokens; all of them but the first are a draft, that is tokens
+            which are only guessed (`scheduler/drafts.py`). Without drafts no request stands here twice.
         joined: Requests that are new to their row.
         prompt_scores: Prompt log probabilities asked for.
     """
@@ -143,6 +145,40 @@ class DenseBatch:
     def num_tokens(self) -> int:
         """T."""
         return len(self.token_ids)
+
+    @property
+    def draws_around(self) -> tuple[Int64, Int64]:
+        """For each of the S draws how many of the same request come before it and after it, int64 [S] both."""
+        is_first = np.diff(self.sampled, prepend=-1) != 0
+        starts = np.flatnonzero(is_first)
+        counts = np.diff(np.append(starts, len(self.sampled)))
+        num_before = np.arange(len(self.sampled)) - np.repeat(starts, counts)
+        return num_before, np.repeat(counts, counts) - 1 - num_before
+
+    @property
+    def logit_tokens(self) -> Int64:
+        """The token of the batch behind which each draw stands, int64 [S]."""
+        last = self.query_start[self.sampled + 1].astype(np.int64) - 1
+        return last - self.draws_around[1] if self.num_draft_tokens else last
+
+    @property
+    def drawn_positions(self) -> Int32:
+        """The place in its sequence of each token that is drawn, int32 [S]."""
+        if not self.num_draft_tokens:
+            return self.context_len[self.sampled]
+        positions: Int32 = self.positions[self.logit_tokens] + np.int32(1)
+        return positions
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens of the batch that are guessed."""
+        return int(np.count_nonzero(self.sampled[1:] == self.sampled[:-1]))
+
+    @property
+    def num_drafted_requests(self) -> int:
+        """Requests with a draft."""
+        num_before, num_after = self.draws_around
+        return int(np.count_nonzero((num_before == 0) & (num_after > 0)))
 
     @property
     def shape(self) -> BatchShape:
@@ -189,8 +225,8 @@ class SampledTokens:
 
     Attributes:
         token_ids: int32 [S], in the order of `DenseBatch.sampled`.
-        logprob_places: The N requests that asked for log probabilities: place in `sampled`, and how many of the most
-            probable tokens.
+        logprob_places: The N draws of requests that asked for log probabilities: place in `sampled`, and how many of
+            the most probable tokens.
         logprobs: Of these N, with as many of the most probable tokens as the one wants that wants most; None if N = 0.
         prompt_logprobs: One entry each of `DenseBatch.prompt_scores`.
         errors: Place in `sampled` to what went wrong with that request alone (e.g. its logits are not finite).

@@ -24,6 +24,7 @@ from nanoflow.option import read_count as read_count
 from nanoflow.option import require_positive
 from nanoflow.parameters import did_you_mean, nearest
 from nanoflow.request import SamplingParams
+from nanoflow.speculation import check_speculation, in_full
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -123,6 +124,12 @@ class EngineConfig:
         "and memory",
     )
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
+    speculative: str | None = option(
+        None,
+        "Speculative decoding, ngram:TOKENS[:LONGEST[:SHORTEST]]: guess up to TOKENS tokens of a request by looking up "
+        "its last LONGEST (4) to SHORTEST (2) tokens in its prompt and output, as ngram:4; answers stay the same",
+        read=in_full,
+    )
     cuda_graphs: bool = option(True, "On a GPU, launch a forward pass as one CUDA graph")
     plan: str | None = option(None, "Pipeline plan or plan book (JSON) to execute; sequential if not given")
     num_threads: int | None = option(None, "CPU threads of torch; its own choice if not given")
@@ -147,6 +154,7 @@ class EngineConfig:
         for name in ("async_scheduling", "cuda_graphs", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_speculation(self.speculative)
         if self.max_logprobs < -1:
             raise ConfigError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}"
@@ -326,7 +334,8 @@ def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: 
     read = field.metadata.get("read")
     try:
         if alias is not None and alias.convert is not None:
-            return alias.convert(value)
+            value = alias.convert(value)
+            read = read if isinstance(value, str) else None
         return value if read is None or value is None else read(str(value))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -30,6 +31,7 @@ from nanoflow.models import llama, readings, registry
 from nanoflow.models.generation import SamplingDefaults
 from nanoflow.models.locate import locate_model
 from nanoflow.plan.book import BookLimits, MadeFor, PlanEntry
+from nanoflow.request import SamplingParams
 from tests.page_rules import QUICK_SEARCH, RULES, SHOWN, STORED_PROFILE, Install, Make, Rule, Run, Serve
 from tests.pages import ROOT, SHELLS, Block, blocks, inline_commands
 from tests.server_process import ServerProcess, running_server
@@ -223,6 +225,16 @@ def test_the_quick_start_in_python(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, at(block), "exec"), {})
     endings = re.findall(r" (stop|length)$", capsys.readouterr().out, re.MULTILINE)
     assert len(endings) == 2, "a completion for each prompt, and why it ended"
+
+
+def test_the_two_ways_to_ask_for_drafts() -> None:
+    block = block_that_begins("from nanoflow import LLM")
+    names: dict[str, Any] = {}
+    code = block.text.replace('LLM("default",', 'LLM("default", device="cpu",')
+    for part in code.split("# vLLM's name of the same:"):
+        exec(compile(part, at(block), "exec"), names)
+        with names["llm"] as llm:
+            assert len(llm.generate("x = 1\n" * 9, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)) == 1
 
 
 def test_the_quick_start_with_the_openai_client(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:

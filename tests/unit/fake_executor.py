@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from nanoflow.batch import DenseBatch, Joined, PromptScore, SampledTokens
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler import Finish, Scheduler, SchedulerLimits
+from nanoflow.scheduler.drafts import Drafts
 
 
 def next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
@@ -32,6 +34,10 @@ def choose_token(seed: int, tokens: list[int], vocab_size: int, forbidden: tuple
     return token
 
 
+# Seed, tokens so far, size of the vocabulary, tokens that may not be chosen.
+Model = Callable[[int, list[int], int, tuple[int, ...]], int]
+
+
 @dataclass(kw_only=True)
 class Answer:
     """What a request has got."""
@@ -40,7 +46,7 @@ class Answer:
     finish: Finish | None = None
 
 
-def answer_alone(request: Request, limits: SchedulerLimits) -> Answer:
+def answer_alone(request: Request, limits: SchedulerLimits, model: Model = choose_token) -> Answer:
     """What a request must get, worked out token by token without any batch."""
     params, tokens, answer = request.params, list(request.prompt_token_ids), Answer()
     eos = () if params.ignore_eos else request.eos_token_ids
@@ -48,7 +54,7 @@ def answer_alone(request: Request, limits: SchedulerLimits) -> Answer:
     max_tokens = min(request.max_tokens, limits.max_model_len - len(tokens))
     while answer.finish is None:
         may_stop = len(answer.token_ids) >= params.min_tokens
-        token = choose_token(request.seed, tokens, limits.vocab_size, () if may_stop else (*eos, *own))
+        token = model(request.seed, tokens, limits.vocab_size, () if may_stop else (*eos, *own))
         tokens.append(token)
         answer.token_ids.append(token)
         if token in eos:
@@ -93,7 +99,12 @@ class FakeExecutor:
             self.check_context(batch, index)
         for score in batch.prompt_scores:
             self.check_score(batch, score)
-        return SampledTokens(token_ids=np.array([self.sample(batch, i) for i in batch.sampled], dtype=np.int32))
+        return SampledTokens(token_ids=np.array(self.draw(batch), dtype=np.int32))
+
+    def draw(self, batch: DenseBatch) -> list[int]:
+        """A token for each request that has caught up."""
+        assert (np.diff(batch.sampled) > 0).all()
+        return [self.sample(batch, index) for index in batch.sampled.tolist()]
 
     def check_shapes(self, batch: DenseBatch) -> None:
         lengths = np.diff(batch.query_start)
@@ -102,7 +113,6 @@ class FakeExecutor:
         assert (lengths > 0).all() and (lengths[: batch.num_decodes] == 1).all()
         assert len(set(batch.rows.tolist())) == batch.num_requests <= self.limits.max_num_seqs
         assert len(set(batch.slots.tolist())) == batch.num_tokens == len(batch.positions) == len(batch.is_fed_back)
-        assert (np.diff(batch.sampled) > 0).all()
         assert ((batch.token_ids >= 0) & (batch.token_ids < self.limits.vocab_size)).all()
         for name in ("rows", "query_start", "context_len", "token_ids", "positions", "sampled"):
             assert getattr(batch, name).dtype == np.int32, name
@@ -168,9 +178,16 @@ class FakeExecutor:
 class Drive:
     """The engine loop in miniature: schedule, run, commit `depth` iterations late."""
 
-    def __init__(self, limits: SchedulerLimits, *, depth: int) -> None:
-        self.scheduler = Scheduler(limits=limits)
-        self.executor = FakeExecutor(limits)
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        depth: int,
+        drafts: Drafts | None = None,
+        executor: FakeExecutor | None = None,
+    ) -> None:
+        self.scheduler = Scheduler(limits=limits, drafts=drafts)
+        self.executor = executor or FakeExecutor(limits)
         self.depth = depth
         self.in_flight: deque[tuple[DenseBatch, SampledTokens]] = deque()
         self.answers: dict[int, Answer] = {}

@@ -7,6 +7,7 @@ from tests.triton_interpreter import interpreter  # noqa: F401  (sets the interp
 # isort: split
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,15 +55,21 @@ GRAPH = graph_of(2)
 
 
 @pytest.mark.parametrize(
-    ("requests", "num_decodes"),
-    [([(5, 1), (11, 1), (0, 1)], 3), ([(4, 1), (9, 1), (0, 7), (6, 3)], 2), ([(0, 9), (3, 4)], 0)],
-    ids=["decodes", "mixed", "prefills"],
+    ("requests", "num_decodes", "draws"),
+    [
+        ([(5, 1), (11, 1), (0, 1)], 3, (0, 1, 2)),
+        ([(4, 1), (9, 1), (0, 7), (6, 3)], 2, (0, 1, 2, 3)),
+        ([(0, 9), (3, 4)], 0, (0, 1)),
+        ([(5, 1), (11, 3), (7, 2)], 1, (0, 1, 1, 1, 2, 2)),
+    ],
+    ids=["decodes", "mixed", "prefills", "drafts"],
 )
 @pytest.mark.parametrize("boundaries", [(), (2, 16)], ids=["sequential", "nano-batches"])
 def test_a_padded_batch_gives_the_logits_of_the_exact_one(
-    requests: list[tuple[int, int]], num_decodes: int, boundaries: tuple[int, ...]
+    requests: list[tuple[int, int]], num_decodes: int, draws: tuple[int, ...], boundaries: tuple[int, ...]
 ) -> None:
     batch = batch_of(requests, num_decodes, GRAPH.vocab_size, seed=3)
+    batch = replace(batch, sampled=np.array(draws, np.int32))
     plan = nanobatch_plan(GRAPH, MAX_TOKENS, boundaries) if boundaries else sequential_plan(GRAPH, MAX_TOKENS)
     exact_model = device_model(GRAPH, int(batch.new_pages.pages.max()) + 1)
     exact_model = replace(exact_model, kernels=KERNELS)

@@ -48,6 +48,26 @@ OURS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"skip_tokenizer_init": True}, {"skip_tokenizer_init": True}),
     ({"async_scheduling": False}, {"async_scheduling": False}),
     ({"device": "cpu"}, {"device": "cpu"}),
+    ({"speculative": "ngram:4"}, {"speculative": "ngram:4:4:2"}),
+    ({"speculative": "none"}, {"speculative": None}),
+    ({"speculative_config": {}}, {"speculative": None}),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}, {"speculative": "ngram:3:4:2"}),
+    (
+        {"speculative_config": '{"model": "[ngram]", "num_speculative_tokens": 5, "prompt_lookup_max": 3}'},
+        {"speculative": "ngram:5:3:3"},
+    ),
+    (
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 4,
+                "prompt_lookup_max": 5,
+                "prompt_lookup_min": 1,
+                "disable_by_batch_size": 8,
+            }
+        },
+        {"speculative": "ngram:4:5:1"},
+    ),
 ]
 # What asks for what is so anyway.
 TAKEN: list[dict[str, Any]] = [
@@ -88,7 +108,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("enable_prefix_caching", True, "there is no prefix cache"),
     ("enable_chunked_prefill", False, "always computed in chunks"),
     ("enable_lora", True, "merge the adapter"),
-    ("speculative_config", {"method": "ngram"}, "no speculative decoding"),
+    ("num_lookahead_slots", 4, "`speculative`, as ngram:4"),
     ("kv_cache_dtype", "fp8", "the type that `dtype` says"),
     ("hf_overrides", {"a": 1}, "config.json"),
     ("rope_scaling", {"rope_type": "yarn"}, "config.json"),

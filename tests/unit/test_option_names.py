@@ -23,6 +23,7 @@ def run_cli(*argv: str) -> int:
 ALIASES: dict[str, tuple[str, Any]] = {
     "performance_mode": ("interactivity", "latency"),
     "max_num_batched_tokens": ("4K", 4096),
+    "speculative_config": ('{"method": "ngram", "num_speculative_tokens": 4}', "ngram:4:4:2"),
     "block_size": ("32", 32),
     "kv_cache_memory_bytes": ("2G", 2.0),
     "num_gpu_blocks_override": ("77", 77),

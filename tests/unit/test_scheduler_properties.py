@@ -77,9 +77,9 @@ def check_fills_budget(drive: Drive, batch: DenseBatch) -> None:
             assert tenant.num_computed == int(drive.scheduler._rows.max_total[row]) - 1
 
 
-def play(scenario: Scenario) -> tuple[Drive, set[int]]:
+def play(scenario: Scenario, drive: Drive | None = None) -> tuple[Drive, set[int]]:
     """Run a scenario to its end, checking after every step; the aborted ids come back."""
-    drive, aborted = Drive(scenario.limits, depth=scenario.depth), set()
+    drive, aborted = drive or Drive(scenario.limits, depth=scenario.depth), set()
     total_tokens = sum(len(request.prompt_token_ids) + request.max_tokens for _, request in scenario.arrivals)
     last_event = max([step for step, _ in (*scenario.arrivals, *scenario.aborts)])
     for step in range(last_event + 1 + 10 * total_tokens):

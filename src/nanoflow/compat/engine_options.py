@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from nanoflow.compat.entries import Alias, Foreign, Same, Table, negated, options, switches
+from nanoflow.compat.speculative_config import ngram_of
 from nanoflow.parameters import read_count
 
 _ONE_GPU = "one GPU serves a model; for several, start a server on each (CUDA_VISIBLE_DEVICES) behind a load balancer"
 _NO_MULTIMODAL = "models take text alone"
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
-_NO_SPECULATION = "there is no speculative decoding"
+_NO_SPECULATION = "speculative decoding is by prompt look-up alone: `speculative`, as ngram:4"
 _NO_PREFIX_CACHE = "there is no prefix cache: every prompt is computed"
 _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
 _NO_EXPERTS = "mixtures of experts are not served"
@@ -65,6 +66,13 @@ _OURS = (
     Alias(name="kv_cache_memory_bytes", to="kv_cache_gib", convert=_gib, note="in bytes"),
     Alias(name="num_gpu_blocks_override", to="num_pages"),
     Alias(name="enforce_eager", to="cuda_graphs", convert=negated, note="turns it off"),
+    Alias(
+        name="speculative_config",
+        to="speculative",
+        convert=ngram_of,
+        note="a mapping with method ngram, num_speculative_tokens, prompt_lookup_max and prompt_lookup_min",
+        flags=("-sc",),
+    ),
     Alias(name="performance_mode", to="goal", note="where interactivity is latency"),
     # Not an option of vLLM's: its values have other names there.
     Same(name="goal", values={"interactivity": "latency"}, note="vLLM calls it performance_mode"),
@@ -227,7 +235,6 @@ _SCHEDULER = (
     *switches("tokens are read while the next batch runs", "disable_async_output_proc"),
     Foreign(name="scheduler_delay_factor", takes=(0,), reason=_FCFS),
     Foreign(name="stream_interval", takes=(1,), reason="`nanoflow serve` has --stream-interval-ms"),
-    Foreign(name="speculative_config", takes=({},), flags=("-sc",), reason=_NO_SPECULATION),
     *options(_NO_SPECULATION, "speculative_model", "num_speculative_tokens", "ngram_prompt_lookup_max"),
     *options(_NO_SPECULATION, "spec_method", "spec_model", "spec_tokens"),
 )

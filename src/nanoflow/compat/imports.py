@@ -117,7 +117,7 @@ MISSING_MODULES: Mapping[str, str] = {
     "nanoflow.entrypoints.api_server": "`nanoflow serve` is the server",
     "nanoflow.transformers_utils": "`LLM.get_tokenizer` gives the tokenizer",
     "nanoflow.attention": "attention is in `nanoflow.kernels`",
-    "nanoflow.spec_decode": "there is no speculative decoding",
+    "nanoflow.spec_decode": "speculative decoding is an option of the engine: speculative='ngram:4'",
     "nanoflow.usage.usage_lib": "nothing is reported of its use",
 }
 """Modules of vLLM that there are not, with those below them."""

@@ -37,6 +37,7 @@ from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
@@ -81,6 +82,11 @@ class _Setup:
         return self.config.cuda_graphs and self.device.type == "cuda" and are_capturable(self.kernels)
 
     @property
+    def num_logits(self) -> int:
+        """Most rows with logits in a batch: one a request, and those of guessed tokens."""
+        return self.limits.max_num_seqs + most_draft_tokens(self.config.speculative, self.limits.max_num_seqs)
+
+    @property
     def dtype_name(self) -> str:
         """The type as users write it, such as `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
@@ -112,7 +118,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     facts = _facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s)
     return Engine(
         facts=facts,
-        scheduler=Scheduler(limits=limits, pace=pace),
+        scheduler=Scheduler(limits=limits, pace=pace, drafts=drafts_of(config.speculative, limits.max_num_seqs)),
         worker=worker,
         book=setup.book,
         is_async=config.async_scheduling,
@@ -157,11 +163,11 @@ def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, Scheduler
     """Weights on the device and KV pages in the memory that they leave, and what the scheduler can serve with these."""
     graph, dtype, device, chosen = setup.graph, setup.dtype, setup.device, setup.limits
     weights = _weights(setup, show_progress=show_progress)
-    taken_bytes = sampling_bytes(chosen.max_num_seqs, graph.vocab_size, device) + workspace_bytes(
+    taken_bytes = sampling_bytes(chosen.max_num_seqs, graph.vocab_size, device, setup.num_logits) + workspace_bytes(
         graph,
         setup.book.plans,
         num_tokens=chosen.max_batch_tokens,
-        num_logits=chosen.max_num_seqs,
+        num_logits=setup.num_logits,
         dtype_bytes=dtype.itemsize,
     )
     num_pages, max_model_len = size_cache(
@@ -200,6 +206,7 @@ def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits) -> Worke
         setup.book.plans,
         max_batch_tokens=limits.max_batch_tokens,
         num_rows=limits.max_num_seqs,
+        max_logits=setup.num_logits,
         captured_pages=-(-limits.max_model_len // limits.page_size) if setup.is_captured else None,
     )
 
@@ -212,12 +219,13 @@ def _warm_up(
     if setup.device.type == "cuda":
         logger.info("compiling kernels%s", " and recording CUDA graphs" if setup.is_captured else "")
         compile_and_record(worker, setup.book, limits, with_plans=prepares_plans)
-    if setup.limits.max_itl_ms is None:
+    max_itl_ms = setup.limits.max_itl_ms
+    if max_itl_ms is None and setup.config.speculative is None:
         return None, Pace()
     if setup.is_captured:
         logger.info("measuring iterations")
     times = IterationTimes(time_iterations(worker, setup.book.fallback, limits) if setup.is_captured else ())
-    return times, Pace(max_itl_s=setup.limits.max_itl_ms / 1e3, iteration_time=times.estimate)
+    return times, Pace(max_itl_s=None if max_itl_ms is None else max_itl_ms / 1e3, iteration_time=times.estimate)
 
 
 def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: float) -> EngineFacts:

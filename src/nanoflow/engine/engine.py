@@ -135,6 +135,7 @@ class Engine:
         """An iteration has ended: the device began it when the one before had ended, or when it was launched."""
         end_s = time.monotonic()
         time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
+        self._scheduler.drafts.note_time(launched.batch, time_s)
         if self._times is not None and self._times.observe(launched.shape, time_s):
             self._scheduler.pace = replace(self._scheduler.pace, iteration_time=self._times.estimate)
 
@@ -167,21 +168,33 @@ class Engine:
             },
             scheduled=events.scheduled,
             preempted=events.preempted,
-            stats=self._stats(batch, plan),
+            stats=self._stats(batch, plan, committed),
         )
 
-    def _stats(self, batch: DenseBatch | None = None, plan: PipelinePlan | None = None) -> EngineStats:
-        scheduler = self._scheduler
+    def _stats(
+        self,
+        batch: DenseBatch | None = None,
+        plan: PipelinePlan | None = None,
+        committed: Committed | None = None,
+    ) -> EngineStats:
+        scheduler, drafts = self._scheduler, self._scheduler.drafts.counts
+        # A request with a draft is computed like a part of a prompt, and is none.
+        num_guessing = batch.num_drafted_requests + batch.num_draft_tokens if batch else 0
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             pages_in_use=scheduler.pages_in_use,
             num_pages=self.facts.num_pages,
             num_preemptions=scheduler.num_preemptions,
+            num_drafts=drafts.num_drafts,
+            num_draft_tokens=drafts.num_draft_tokens,
+            num_accepted_tokens=drafts.num_accepted_tokens,
+            num_undrafted_requests=drafts.num_undrafted_requests,
             num_prepared=self._worker.num_prepared,
             iteration=self._num_iterations,
             iteration_tokens=batch.num_tokens if batch else 0,
-            prefill_tokens=batch.num_tokens - batch.num_decodes if batch else 0,
-            prefill_ends=int((batch.sampled >= batch.num_decodes).sum()) if batch else 0,
+            prefill_tokens=batch.num_tokens - batch.num_decodes - num_guessing if batch else 0,
+            prefill_ends=int((batch.sampled >= batch.num_decodes).sum()) - num_guessing if batch else 0,
+            rejected_tokens=committed.num_rejected if committed else 0,
             plan_digest=plan.digest if plan else None,
         )

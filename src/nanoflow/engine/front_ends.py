@@ -140,4 +140,6 @@ def _engine_id(front_end: int, request_id: int) -> int:
 
 def _uncounted(stats: EngineStats) -> EngineStats:
     """The state after an iteration, without the iteration."""
-    return dataclasses.replace(stats, iteration_tokens=0, prefill_tokens=0, prefill_ends=0, plan_digest=None)
+    return dataclasses.replace(
+        stats, iteration_tokens=0, prefill_tokens=0, prefill_ends=0, rejected_tokens=0, plan_digest=None
+    )

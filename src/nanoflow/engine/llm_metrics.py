@@ -68,6 +68,10 @@ class LLMMetrics:
         }
         counters = {
             "num_preemptions": stats.num_preemptions,
+            "spec_decode_num_drafts": stats.num_drafts,
+            "spec_decode_num_draft_tokens": stats.num_draft_tokens,
+            "spec_decode_num_accepted_tokens": stats.num_accepted_tokens,
+            "spec_decode_num_undrafted_requests": stats.num_undrafted_requests,
             "prompt_tokens": self._num_prompt,
             "generation_tokens": self._num_generated,
             "request_success": self._num_ended,

@@ -22,7 +22,7 @@ def consecutive_places(top: TopLogprobs, first_position: int = 0) -> PlaceLogpro
 
 
 def sampled_logprobs(result: SampledTokens, at_place: Mapping[int, int]) -> dict[int, PlaceLogprobs]:
-    """Of the new tokens, by request; `at_place` has the requests that are still there, by place in the sample.
+    """Of the new tokens, by request; `at_place` has the requests whose draw counts, by place in the sample.
 
     Hundreds of requests may ask in one iteration, so arrays become lists all at once.
     """
@@ -30,10 +30,12 @@ def sampled_logprobs(result: SampledTokens, at_place: Mapping[int, int]) -> dict
         return {}
     all_ids, all_logprobs = result.logprobs.token_ids.tolist(), result.logprobs.logprobs.tolist()
     rows = zip(result.logprob_places, all_ids, all_logprobs, result.logprobs.ranks.tolist(), strict=True)
-    return {
-        at_place[place]: PlaceLogprobs(
-            first_position=0, token_ids=[token_ids[: 1 + num_top]], logprobs=[logprobs[: 1 + num_top]], ranks=[rank]
-        )
-        for (place, num_top), token_ids, logprobs, rank in rows
-        if place in at_place
-    }
+    found: dict[int, PlaceLogprobs] = {}
+    for (place, num_top), token_ids, logprobs, rank in rows:
+        if place not in at_place:
+            continue
+        places = found.setdefault(at_place[place], PlaceLogprobs(first_position=0, token_ids=[], logprobs=[], ranks=[]))
+        places.token_ids.append(token_ids[: 1 + num_top])
+        places.logprobs.append(logprobs[: 1 + num_top])
+        places.ranks.append(rank)
+    return found

@@ -152,12 +152,16 @@ class EngineStats:
         num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
         pages_in_use, num_pages: KV pages.
         num_preemptions: Since the start.
+        num_drafts, num_draft_tokens, num_accepted_tokens: Guesses of what requests say next that were verified, their
+            tokens, and how many of these were right; since the start.
+        num_undrafted_requests: Requests since the start for which no guess may be made; see docs/speculative.md.
         num_prepared: Batches since the start that took longer because a CUDA graph for their like was not there yet.
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
-        prefill_tokens: How many of them were not decodes.
-        prefill_ends: Requests that got a token after several of theirs were computed: with them `iteration_tokens` is
-            the number of prompt tokens computed and of tokens generated.
+        prefill_tokens: How many of them were not decodes, nor guessed.
+        prefill_ends: Requests that got a token after several of theirs were computed: with them, and without
+            `rejected_tokens`, `iteration_tokens` is the number of prompt tokens computed and of tokens generated.
+        rejected_tokens: Guessed tokens of the dense batch that did not count.
         plan_digest: Of the plan that ran it; None in a heartbeat.
     """
 
@@ -166,11 +170,16 @@ class EngineStats:
     pages_in_use: int = 0
     num_pages: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_undrafted_requests: int = 0
     num_prepared: int = 0
     iteration: int = 0
     iteration_tokens: int = 0
     prefill_tokens: int = 0
     prefill_ends: int = 0
+    rejected_tokens: int = 0
     plan_digest: str | None = None
 
 
@@ -203,12 +212,12 @@ class PlaceLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """What one iteration gave: struct of arrays, one entry a request that got a token.
+    """What one iteration gave: struct of arrays, one entry a token.
 
     Attributes:
-        request_ids, token_ids: Same length.
+        request_ids, token_ids: Same length; the tokens of a request that got several stand in order.
         finished: Requests that ended with this iteration; some may have no token in it (aborts, errors).
-        logprobs: Log probabilities of the new token, for requests that asked.
+        logprobs: Log probabilities of the new tokens, for requests that asked.
         prompt_logprobs: Parts of prompts scored in this iteration. After a preemption a part may come again: the place
             counts.
         scheduled: Requests that were admitted for the first time since the last output, for queue times.

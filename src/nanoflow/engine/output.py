@@ -189,7 +189,9 @@ class OutputProcessor:
             if completion.stops is not None:
                 searched[engine_id] = completion
             grown[completion.name] = completion.request_output
+        num_cut = sum(len(completion.token_ids) for completion in searched.values())
         ended_here = self._search(searched, step) | self._add_scores(step)
+        num_cut -= sum(len(completion.token_ids) for completion in searched.values())
         for engine_id, end in ended_here.items():
             self._finish(self._completions[engine_id], end, now_s)
         self._stopped += [engine_id for engine_id in ended_here if engine_id not in step.finished]
@@ -199,7 +201,7 @@ class OutputProcessor:
                 self._finish(completion, end, now_s)
                 grown[completion.name] = completion.request_output
         if self.observer is not None and (gaps_s or num_first):
-            self.observer.observe_tokens(num_first + len(gaps_s))
+            self.observer.observe_tokens(num_first + len(gaps_s) - num_cut)
             self.observer.observe_next_tokens(gaps_s)
         return list(grown.values())
 

@@ -127,7 +127,7 @@ class InputBuilder:
                 new tensors without padding.
         """
         numbers, new = _numbers(batch, layout, size), batch.new_pages
-        logit_tokens = layout.places[batch.query_start[batch.sampled + 1] - 1]
+        logit_tokens = layout.places[batch.logit_tokens]
         # Places of no request get the table of any.
         table_rows = np.zeros(layout.num_decodes + len(layout.chunk_requests), np.int32)
         table_rows[layout.decode_places] = batch.rows[: batch.num_decodes]
@@ -190,7 +190,10 @@ class InputBuilder:
         return gathered
 
     def feed_back(self, rows: Int32, token_ids: Tensor) -> None:
-        """Remember the tokens (int64 [S]) just sampled for these rows (int32 [S])."""
+        """Remember the tokens (int64 [S]) just sampled for these rows (int32 [S]).
+
+        Of a row with several draws any is remembered: the host knows its tokens before it forms the next batch.
+        """
         self._last_token[to_device(rows, self._device).long()] = token_ids
 
 

@@ -21,9 +21,16 @@ from nanoflow.executor.sampling_state import SamplingState, table_bytes
 from nanoflow.kernels.dispatch import sample_kernels_for
 
 
-def sampling_bytes(num_rows: int, vocab_size: int, device: torch.device) -> int:
-    """Device memory that sampling takes at most: the tables of its rows, and the work space of its kernels."""
-    return table_bytes(num_rows, vocab_size) + sample_kernels_for(device).workspace_bytes(num_rows, vocab_size)
+def sampling_bytes(num_rows: int, vocab_size: int, device: torch.device, num_logits: int | None = None) -> int:
+    """Device memory that sampling takes at most: the tables of its rows, and the work space of its kernels.
+
+    Args:
+        num_rows, vocab_size: Of the state table and of the model.
+        device: Where it is.
+        num_logits: Most draws at once; one a row if not given.
+    """
+    workspace = sample_kernels_for(device).workspace_bytes(num_logits or num_rows, vocab_size)
+    return table_bytes(num_rows, vocab_size) + workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +83,13 @@ class Sampler:
             self._num_logprobs[request.row] = request.params.logprobs or 0
 
     def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
-        """Draw a token for each request of `batch.sampled` from its logits [S, V] in the model's type."""
+        """Draw a token for each entry of `batch.sampled` from its logits [S, V] in the model's type.
+
+        Requests that draw several have neither penalties nor bad words: these are noted once a row and launch.
+        """
         rows = batch.rows[batch.sampled]
         self._state.restrict(rows)
-        token_ids, best = self._choose(logits, self._state.numbers(rows, batch.context_len[batch.sampled]))
+        token_ids, best = self._choose(logits, self._state.numbers(rows, batch.drawn_positions))
         self._state.note(rows, token_ids)
         places = np.flatnonzero(self._wants_logprobs[rows])
         num_top = self._num_logprobs[rows[places]]

@@ -37,7 +37,8 @@ class Worker:
         model: The model with its caches.
         plans: Every plan that `launch` may be given.
         max_batch_tokens: Largest dense batch.
-        num_rows: Rows of the state table, also the most rows with logits at once.
+        num_rows: Rows of the state table.
+        max_logits: Most rows with logits at once; one a row of the state table if not given.
         captured_pages: Pages of the longest sequence, if forward passes shall be CUDA graphs.
     """
 
@@ -48,13 +49,14 @@ class Worker:
         *,
         max_batch_tokens: int,
         num_rows: int,
+        max_logits: int | None = None,
         captured_pages: int | None = None,
     ) -> None:
         graph, device = model.graph, model.device
         self._device = device
-        self._max_logits = num_rows
+        self._max_logits = max_logits or num_rows
         self._inputs = InputBuilder(graph.rope, num_rows=num_rows, device=device, pages_per_row=captured_pages or 0)
-        self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=num_rows)
+        self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=self._max_logits)
         self._forward: Forward = EagerForward(executor=self._executor, builder=self._inputs)
         if captured_pages is not None:
             buckets = Buckets(max_tokens=max_batch_tokens, max_requests=num_rows)

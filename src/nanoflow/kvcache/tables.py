@@ -54,6 +54,15 @@ class PageTables:
             self._num_held[rows] = held + missing
         return True
 
+    def shrink(self, rows: Int64, num_tokens: Int64) -> None:
+        """Give back the pages of these rows (int64 [N], distinct) behind their first `num_tokens` (int64 [N])."""
+        held = self._num_held[rows]
+        kept = np.minimum((num_tokens + self._page_size - 1) // self._page_size, held)
+        if (kept < held).any():
+            self._pool.release(self._pages(rows, kept, held).pages)
+            self._num_held[rows] = kept
+            self._num_told[rows] = np.minimum(self._num_told[rows], kept)
+
     def release(self, rows: Int64) -> None:
         """Give all pages of these rows (int64 [N], distinct) back to the pool."""
         self._pool.release(self._pages(rows, np.zeros_like(rows), self._num_held[rows]).pages)

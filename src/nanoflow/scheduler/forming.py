@@ -26,6 +26,7 @@ class Turn:
         num_pending: Tokens that are there and not computed.
         num_taken: How many of them this iteration computes.
         num_left: Tokens that the iteration could still take.
+        num_drafts: How many of the pending ones are only guessed, the last of each request (`drafts.py`).
     """
 
     rows: Int64
@@ -33,6 +34,7 @@ class Turn:
     num_pending: Int64
     num_taken: Int64
     num_left: int
+    num_drafts: Int64
 
 
 def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
@@ -51,6 +53,7 @@ def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
         num_pending=num_pending[:count],
         num_taken=num_taken[:count],
         num_left=max_tokens - int(num_taken.sum()),
+        num_drafts=np.zeros(count, dtype=np.int64),
     )
 
 
@@ -63,6 +66,7 @@ def form_batch(
     np.cumsum(taken, out=query_start[1:])
     row_of_token = np.repeat(rows, taken)
     positions = np.arange(query_start[-1]) + np.repeat(turn.num_before - query_start[:-1], taken)
+    drawing = np.flatnonzero(taken == turn.num_pending)
     return DenseBatch(
         iteration=iteration,
         rows=rows.astype(np.int32),
@@ -71,12 +75,12 @@ def form_batch(
         query_start=query_start.astype(np.int32),
         context_len=(turn.num_before + taken).astype(np.int32),
         token_ids=table.tokens_at(row_of_token, positions),
-        is_fed_back=positions >= table.num_joined[row_of_token],
+        is_fed_back=(positions >= table.num_sent[row_of_token]) & np.repeat(turn.num_drafts == 0, taken),
         positions=positions.astype(np.int32),
         slots=pages.slots(row_of_token, positions),
         new_pages=pages.drain(rows),
         table_width=int(pages.num_held(rows).max()),
-        sampled=np.flatnonzero(taken == turn.num_pending).astype(np.int32),
+        sampled=np.repeat(drawing, 1 + turn.num_drafts[drawing]).astype(np.int32),
         joined=joined,
         prompt_scores=_prompt_scores(turn, table, query_start),
     )

@@ -4,7 +4,8 @@ What every iteration touches is a column, so that a thousand requests advance in
 tokens and lengths; they know nothing of pages (`kvcache/`), budgets or policy (`scheduler.py`).
 
 A row counts its tokens three times: `num_known` have values on the host, `num_tokens` adds those that are being sampled
-right now, `num_computed` are in the KV cache (or will be when the iterations on their way are done).
+right now, `num_computed` are in the KV cache (or will be when the iterations on their way are done). With a draft
+(`drafts.py`) several tokens of a row are being sampled at once; those that turn out wrong are taken back.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class RowTable:
         request_id: Of the tenant.
         epoch: Which tenant of the row this is; grows whenever one leaves.
         num_prompt: Tokens of the prompt.
-        num_joined: Tokens that were known when the tenant joined: the prompt, and what a preemption left.
+        num_sent: Tokens that the host sends when they are computed; further ones are on the device already. At first
+            those that were known when the tenant joined: the prompt, and what a preemption left.
         num_known, num_tokens, num_computed: See above.
         min_total: Tokens before which nothing but an error ends the request.
         max_total: Tokens with which it ends.
@@ -55,7 +57,7 @@ class RowTable:
         self._row_of: dict[int, int] = {}
         self.order: Int64 = np.zeros(0, dtype=np.int64)
         self.requests: list[Request | None] = [None] * num_rows
-        self.request_id, self.epoch, self.num_prompt, self.num_joined = np.zeros((4, num_rows), dtype=np.int64)
+        self.request_id, self.epoch, self.num_prompt, self.num_sent = np.zeros((4, num_rows), dtype=np.int64)
         self.num_known, self.num_tokens, self.num_computed = np.zeros((3, num_rows), dtype=np.int64)
         self.min_total, self.max_total = np.zeros((2, num_rows), dtype=np.int64)
         self.is_exact, self.is_scored = np.zeros((2, num_rows), dtype=np.bool_)
@@ -100,7 +102,7 @@ class RowTable:
         self.order = np.concatenate((self.order, rows))
         self.request_id[rows] = [request.request_id for request in requests]
         self.num_prompt[rows] = num_prompt
-        self.num_joined[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
+        self.num_sent[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
         self.num_computed[rows] = num_computed
         self.min_total[rows] = num_prompt + min_tokens
         self.max_total[rows] = np.minimum(num_prompt + max_tokens, self._limits.max_model_len)
@@ -130,19 +132,40 @@ class RowTable:
         """Tokens that are there and not computed, int64 [len(rows)]; a request's last token is never computed."""
         return np.minimum(self.num_tokens[rows], self.max_total[rows] - 1) - self.num_computed[rows]
 
-    def record(self, rows: Int64, token_ids: Int32) -> tuple[Bool, Bool]:
-        """Append one sampled token (int32 [N]) to each of these rows (int64 [N], distinct).
+    def ends(self, rows: Int64, token_ids: Int32, positions: Int32) -> tuple[Bool, Bool]:
+        """Whether tokens (int32 [N]) at these positions (int32 [N]) end the requests of these rows (int64 [N]).
 
         Returns:
-            Two bool [N]: the token ends its request as a stop token; the request has reached its length.
+            Two bool [N]: the token ends its request as a stop token; the request has its length with it.
         """
-        self._token_ids[rows, self.num_known[rows]] = token_ids
-        self.num_known[rows] += 1
-        num_known = self.num_known[rows]
+        num_tokens = positions + 1
         is_stop = (self._stop_ids[: self._num_stop_ids, rows] == token_ids).any(axis=0)
         for row, ids in self._more_stop_ids.items():
             is_stop |= (rows == row) & np.isin(token_ids, ids)
-        return is_stop & (num_known >= self.min_total[rows]), num_known == self.max_total[rows]
+        return is_stop & (num_tokens >= self.min_total[rows]), num_tokens == self.max_total[rows]
+
+    def record(self, rows: Int64, token_ids: Int32, positions: Int32) -> None:
+        """Take in sampled tokens (int32 [N]) of these rows (int64 [N]), at the positions (int32 [N]) that follow.
+
+        A row may have several, one after the other, in the order of their positions.
+        """
+        self._token_ids[rows, positions] = token_ids
+        last = np.flatnonzero(np.append(rows[1:] != rows[:-1], True)[: len(rows)])
+        self.num_known[rows[last]] = positions[last] + 1
+
+    def guess(self, row: int, token_ids: Int32) -> None:
+        """Note tokens that may follow the known ones of a row; what is recorded there takes their place."""
+        start = self.num_known[row]
+        self._token_ids[row, start : start + len(token_ids)] = token_ids
+
+    def take_back(self, rows: Int64, counts: Int64) -> None:
+        """Of the draws behind drafts of these rows (int64 [N], distinct) the last so many (int64 [N]) do not count.
+
+        Which draw was the last to count is known here alone: the host sends the tokens up to it.
+        """
+        self.num_tokens[rows] -= counts
+        self.num_computed[rows] -= counts
+        self.num_sent[rows] = self.num_known[rows]
 
     def tokens_at(self, rows: Int64, positions: Int64) -> Int32:
         """Token `positions[i]` of row `rows[i]`, int32 [N]; any id where the value is not known yet."""
@@ -152,6 +175,10 @@ class RowTable:
     def known_tokens(self, row: int, start: int = 0, stop: int | None = None) -> Int32:
         """A copy of tokens start..stop-1 of a row, int32 [stop - start]; all known ones by default."""
         return self._token_ids[row, start : self.num_known[row] if stop is None else stop].copy()
+
+    def known_view(self, row: int) -> Int32:
+        """All known tokens of a row, int32 [num_known]: not a copy, and as it is until the next change."""
+        return self._token_ids[row, : self.num_known[row]]
 
     def progress(self) -> Progress:
         """Lengths of the running requests, oldest first."""
@@ -174,8 +201,8 @@ class RowTable:
         counts = (self.num_computed, self.num_tokens, self.max_total)
         if any((low[rows] > high[rows]).any() for low, high in itertools.pairwise(counts)):
             raise RuntimeError("num_computed <= num_tokens <= max_total does not hold")
-        if (self.num_known[rows] > self.num_tokens[rows]).any() or (self.num_joined > self.num_known)[rows].any():
-            raise RuntimeError("num_joined <= num_known <= num_tokens does not hold")
+        if (self.num_known[rows] > self.num_tokens[rows]).any() or (self.num_sent > self.num_known)[rows].any():
+            raise RuntimeError("num_sent <= num_known <= num_tokens does not hold")
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
         few, more = ids[:_NUM_STOP_IDS], ids[_NUM_STOP_IDS:]

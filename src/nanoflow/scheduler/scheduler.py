@@ -1,8 +1,9 @@
 """The scheduler: forms the dense batch of the next iteration and takes in the tokens of a past one.
 
 It knows no tensors and does not wait: `schedule` may be called before the last batch is committed, since a token's
-place is known before its value. State is in `rows.py` and `kvcache/`, what a running request computes in `forming.py`,
-the prediction behind admission in `admission.py`.
+place is known before its value. A request may get several tokens from one iteration, or none: where its next tokens are
+guessed (`drafts.py`), those that do not count (`verify.py`) are taken back. State is in `rows.py` and `kvcache/`, what
+a running request computes in `forming.py`, the prediction behind admission in `admission.py`.
 
 Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
 its way. That is safe because the executor runs iterations in order: a later tenant writes later, and its own tokens.
@@ -14,18 +15,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanoflow.batch import DenseBatch, Int32, Int64, Joined, SampledTokens
+from nanoflow.batch import Bool, DenseBatch, Int32, Int64, Joined, SampledTokens
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.tables import PageTables
 from nanoflow.outputs import FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler.admission import num_admissible
+from nanoflow.scheduler.drafts import Drafts, NoDrafts
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.rows import RowTable, stop_ids
+from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
 
@@ -43,11 +46,12 @@ class Committed:
     """What of an iteration's result counts: N tokens. Dropped are those of requests that have left in the meantime.
 
     Attributes:
-        request_ids: int64 [N].
+        request_ids: int64 [N]; a request stands here once for each of its tokens, which are in order.
         token_ids: int32 [N].
         places: int32 [N], where in `DenseBatch.sampled` (and so in `SampledTokens`) each token stood.
-        finished: Requests that ended with this iteration; one that ended by an error has no token here.
+        finished: Requests that ended with this iteration; one that ended by an error has no token for it here.
         scored: One entry each of `DenseBatch.prompt_scores`: the request it is for; None if it has left.
+        num_rejected: Draws that did not count as the draft before them was wrong, or its request had ended.
     """
 
     request_ids: Int64
@@ -55,6 +59,7 @@ class Committed:
     places: Int32
     finished: dict[int, Finish]
     scored: tuple[int | None, ...] = ()
+    num_rejected: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +80,12 @@ class Scheduler:
         limits: The sizes it works in.
         pace: How many tokens an iteration may have within the token budget. It may be replaced at any time, e.g. when
             the time of iterations has been measured.
+        drafts: Guesses what requests will say next; nobody does if not given.
     """
 
-    def __init__(self, *, limits: SchedulerLimits, pace: Pace | None = None) -> None:
+    def __init__(self, *, limits: SchedulerLimits, pace: Pace | None = None, drafts: Drafts | None = None) -> None:
         self._limits = limits
+        self.drafts: Drafts = drafts or NoDrafts()
         self.pace = pace or Pace()
         self._pool = PagePool(limits.num_pages)
         self._tables = PageTables(
@@ -157,6 +164,8 @@ class Scheduler:
             None if nothing can be computed now: there is no request, or everything to do hangs on a batch that has not
             been committed. If all are committed and `has_unfinished`, there is always a batch.
         """
+        if self.drafts.awaits_commit(self._rows, self.pace.iteration_time):
+            return None
         turn, has_preempted = self._fill_budget(), False
         while not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
             self._preempt_newest()
@@ -168,25 +177,31 @@ class Scheduler:
                 raise OutOfPagesError("more was admitted than fits: the predicted peak is below what is needed at once")
         if len(turn.rows) == 0:
             return None
-        return self._advance(turn, joined)
+        return self._advance(self._with_drafts(turn), joined)
 
     def commit(self, batch: DenseBatch, result: SampledTokens) -> Committed:
         """Take in the tokens of a batch; batches are committed in the order in which they were formed.
 
         Tokens of requests that have been released since (finished, aborted, preempted) are dropped.
         """
-        rows = self._rows
+        rows, sampled = self._rows, batch.sampled
         is_alive = batch.epochs == rows.epoch[batch.rows]
         scored = tuple(
             int(rows.request_id[batch.rows[score.request_index]]) if is_alive[score.request_index] else None
             for score in batch.prompt_scores
         )
-        is_kept = is_alive[batch.sampled]
-        failed = {int(batch.rows[batch.sampled[place]]): place for place in result.errors if is_kept[place]}
-        is_kept[list(failed.values())] = False
-        places = np.flatnonzero(is_kept)
-        kept_rows, token_ids = batch.rows[batch.sampled[places]].astype(np.int64), result.token_ids[places]
-        is_stop, is_full = rows.record(kept_rows, token_ids)
+        row_of_draw, positions = batch.rows[sampled].astype(np.int64), batch.drawn_positions
+        is_stop, is_full = rows.ends(row_of_draw, result.token_ids, positions)
+        is_failed = np.zeros(len(sampled), dtype=np.bool_)
+        is_failed[list(result.errors)] = True
+        is_counting = counting_draws(batch, result.token_ids, is_stop | is_full | is_failed)
+        is_counting &= is_alive[sampled]
+        failed = {int(row_of_draw[place]): place for place in np.flatnonzero(is_counting & is_failed).tolist()}
+        places = np.flatnonzero(is_counting & ~is_failed)
+        kept_rows, token_ids, positions = row_of_draw[places], result.token_ids[places], positions[places]
+        is_stop, is_full = is_stop[places], is_full[places]
+        rows.record(kept_rows, token_ids, positions)
+        self._take_back(batch, is_alive, is_counting)
 
         request_ids = rows.request_id[kept_rows]
         finished = {
@@ -196,7 +211,7 @@ class Scheduler:
         is_last = is_stop | is_full
         # A length that was known from the start says nothing of those that are not.
         is_telling = ~rows.is_exact[kept_rows]
-        num_generated = rows.num_known[kept_rows] - rows.num_prompt[kept_rows]
+        num_generated = positions.astype(np.int64) + 1 - rows.num_prompt[kept_rows]
         self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling])
         ending = np.flatnonzero(is_last)
         for index in ending.tolist():
@@ -209,6 +224,7 @@ class Scheduler:
             places=places.astype(np.int32),
             finished=finished,
             scored=scored,
+            num_rejected=int(np.count_nonzero(is_alive[sampled] & ~is_counting)),
         )
 
     def drain_events(self) -> SchedulerEvents:
@@ -229,6 +245,24 @@ class Scheduler:
 
     def _fill_budget(self) -> Turn:
         return fill_budget(self._rows, self.pace, self._limits.max_batch_tokens)
+
+    def _with_drafts(self, turn: Turn) -> Turn:
+        """The turn with drafts if there are any and free pages hold them: for a guess nobody is sent back."""
+        drafted = self.drafts.extend(turn, self._rows, self.pace.iteration_time)
+        has_room = drafted is turn or self._tables.try_grow(drafted.rows, drafted.num_before + drafted.num_taken)
+        return drafted if has_room else turn
+
+    def _take_back(self, batch: DenseBatch, is_alive: Bool, is_counting: Bool) -> None:
+        """Draws that do not count leave nothing behind: neither tokens nor pages."""
+        num_draws, num_counting = (
+            np.bincount(draws, minlength=batch.num_requests) for draws in (batch.sampled, batch.sampled[is_counting])
+        )
+        concerned = np.flatnonzero(is_alive & (num_draws > 1))
+        if len(concerned):
+            rows = batch.rows[concerned].astype(np.int64)
+            self._rows.take_back(rows, (num_draws - num_counting)[concerned])
+            self._tables.shrink(rows, self._rows.num_computed[rows])
+        self.drafts.note_committed(batch, is_alive, num_counting)
 
     def _preempt_newest(self) -> None:
         """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""
@@ -270,6 +304,7 @@ class Scheduler:
 
     def _join(self, newcomers: list[WaitingRequest]) -> tuple[Joined, ...]:
         rows = self._rows.join(newcomers)
+        self.drafts.join(rows, [new.request for new in newcomers])
         self._events.scheduled.extend(new.request.request_id for new in newcomers if not new.is_preempted)
         return tuple(
             Joined(
@@ -289,7 +324,8 @@ class Scheduler:
         self._iteration += 1
         batch = form_batch(turn, self._rows, self._tables, iteration=self._iteration, joined=joined)
         self._rows.num_computed[turn.rows] += turn.num_taken
-        self._rows.num_tokens[turn.rows[batch.sampled]] += 1
+        self._rows.num_tokens[turn.rows] += np.bincount(batch.sampled, minlength=len(turn.rows))
+        self.drafts.note_formed(batch)
         return batch
 
     def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finish:

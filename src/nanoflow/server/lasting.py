@@ -17,6 +17,9 @@ from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server.backend import AnyPrompt
 
+# Counted by an engine since its start.
+_COUNTS = ("num_preemptions", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted_requests")
+
 
 class LastingEngine:
     """The engine that runs now, or the one that ran last while the next is being started.
@@ -27,12 +30,13 @@ class LastingEngine:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.current = engine
-        self._num_preemptions_before = 0
+        self._before: dict[str, int] = dict.fromkeys(_COUNTS, 0)
 
     def replace(self, engine: AsyncEngine) -> None:
         """Go on with another engine; the observer is told of its requests from now on."""
         engine.observer = self.current.observer
-        self._num_preemptions_before = self.stats.num_preemptions
+        stats = self.stats
+        self._before = {name: getattr(stats, name) for name in _COUNTS}
         self.current = engine
 
     @property
@@ -57,10 +61,11 @@ class LastingEngine:
     @property
     def stats(self) -> EngineStats:
         """State of the engine; one that has ended runs nothing. Counts go on over all engines."""
-        stats, before = self.current.stats, self._num_preemptions_before
+        stats = self.current.stats
+        counts = {name: getattr(stats, name) + before for name, before in self._before.items()}
         if not self.is_alive:
-            return EngineStats(num_pages=stats.num_pages, num_preemptions=stats.num_preemptions + before)
-        return dataclasses.replace(stats, num_preemptions=stats.num_preemptions + before) if before else stats
+            return EngineStats(num_pages=stats.num_pages, **counts)
+        return dataclasses.replace(stats, **counts) if any(self._before.values()) else stats
 
     @property
     def is_alive(self) -> bool:

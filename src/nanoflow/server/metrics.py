@@ -77,7 +77,7 @@ class ServerMetrics(Collector):
 
     def observe_step(self, stats: EngineStats) -> None:
         """An iteration has ended."""
-        self._iteration_tokens.observe(stats.iteration_tokens + stats.prefill_ends)
+        self._iteration_tokens.observe(stats.iteration_tokens + stats.prefill_ends - stats.rejected_tokens)
         if stats.plan_digest is not None:
             self._iterations[stats.plan_digest].inc()
 
@@ -155,14 +155,25 @@ class ServerMetrics(Collector):
         if facts.limits is not None:
             text = "The limits that were given or chosen at the start, in labels"
             self._info("limits_info", text, [_limits_labels(facts.limits)])
-        name, text = self._name("num_preemptions"), "Times KV pages were taken back from a request"
+        self._count(
+            "num_preemptions", "Times KV pages were taken back from a request", lambda: engine.stats.num_preemptions
+        )
+        self._add_drafts(engine)
 
-        def preemptions(_total: Floats) -> Metric:
-            family = CounterMetricFamily(name, text, labels=LABELS)
-            family.add_metric(self._values(), engine.stats.num_preemptions)
-            return family
-
-        self._families.append(preemptions)
+    def _add_drafts(self, engine: ServingEngine) -> None:
+        count = self._count
+        count("spec_decode_num_drafts", "Drafts that were verified", lambda: engine.stats.num_drafts)
+        count("spec_decode_num_draft_tokens", "Tokens of drafts", lambda: engine.stats.num_draft_tokens)
+        count(
+            "spec_decode_num_accepted_tokens",
+            "Tokens of drafts that were right",
+            lambda: engine.stats.num_accepted_tokens,
+        )
+        count(
+            "spec_decode_num_undrafted_requests",
+            "Requests whose parameters rule out drafts",
+            lambda: engine.stats.num_undrafted_requests,
+        )
 
     def _add_counters(self) -> None:
         add = self._counters
@@ -213,6 +224,16 @@ class ServerMetrics(Collector):
             gauge = GaugeMetricFamily(self._name(name), text, labels=LABELS)
             gauge.add_metric(self._values(), read())
             return gauge
+
+        self._families.append(family)
+
+    def _count(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a number that the engine counts since its start."""
+
+        def family(_total: Floats) -> Metric:
+            counter = CounterMetricFamily(self._name(name), text, labels=LABELS)
+            counter.add_metric(self._values(), read())
+            return counter
 
         self._families.append(family)
 

@@ -1,0 +1,320 @@
+"""Drafts: guesses of what running requests will say next, verified in one iteration instead of one token after another.
+
+`Drafter` guesses by prompt look-up (`ngram.py`), for those requests of which it knows that guesses were right, and
+while they pay (`gain.py`). `NoDrafts` takes its place in an engine that does not speculate. What is right
+of a draft says `verify.py`; that a draft takes neither budget nor pages from anyone is the scheduler's care.
+
+A draft follows a token whose value is known. So while a batch with drafts is on its way, no other is formed; and when
+all but the token on its way says that a draft can be made, the next batch waits for that token. The host's work between
+two iterations is not hidden then. The other way, to leave out only requests whose tokens are on their way, would have
+these take part in every second iteration alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from nanoflow.batch import Bool, DenseBatch, Int32, Int64
+from nanoflow.graph.operation import BatchShape
+from nanoflow.plan.iteration_time import IterationTime
+from nanoflow.request import Request
+from nanoflow.scheduler.forming import Turn
+from nanoflow.scheduler.gain import Draft, Gain
+from nanoflow.scheduler.ngram import continuation
+from nanoflow.scheduler.rows import RowTable
+from nanoflow.speculation import NgramSpeculation, read_speculation
+
+# Where more requests run nothing is looked up: an iteration has so many tokens then that none is free.
+MAX_DRAFTED_REQUESTS = 32
+# A request whose drafts are wrong rests for 1, 2, 4, ... tokens, at most 2 to the power of this.
+_MOST_DOUBLINGS = 6
+# What is remembered of how often guesses were right: older ones count less by this factor with each draft.
+_MEMORY = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftCounts:
+    """Since the start.
+
+    Attributes:
+        num_drafts: Drafts that were verified.
+        num_draft_tokens: Tokens of these.
+        num_accepted_tokens: How many of them were right and counted.
+        num_undrafted_requests: Requests for which no draft may be made, as what they may choose hangs on tokens of the
+            same iteration (penalties, bad words).
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_undrafted_requests: int = 0
+
+
+class Drafts(Protocol):
+    """Makes drafts and learns from them."""
+
+    @property
+    def counts(self) -> DraftCounts:
+        """What has come of them."""
+
+    def join(self, rows: Int64, requests: Sequence[Request]) -> None:
+        """These requests have taken these rows."""
+
+    def awaits_commit(self, table: RowTable, iteration_time: IterationTime | None) -> bool:
+        """Whether the next batch shall be formed only when the oldest on its way has been committed."""
+
+    def extend(self, turn: Turn, table: RowTable, iteration_time: IterationTime | None) -> Turn:
+        """The turn with drafts, if there are any: within the tokens that it has left."""
+
+    def note_formed(self, batch: DenseBatch) -> None:
+        """A batch is on its way."""
+
+    def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+        """A batch is back: which of its B requests are still there, and how many draws of each counted (both [B])."""
+
+    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+        """The device has worked so long on a batch."""
+
+
+class NoDrafts:
+    """Makes none."""
+
+    counts = DraftCounts()
+
+    def join(self, rows: Int64, requests: Sequence[Request]) -> None:
+        """See `Drafts`."""
+
+    def awaits_commit(self, table: RowTable, iteration_time: IterationTime | None) -> bool:
+        """See `Drafts`."""
+        del table, iteration_time
+        return False
+
+    def extend(self, turn: Turn, table: RowTable, iteration_time: IterationTime | None) -> Turn:
+        """See `Drafts`."""
+        del table, iteration_time
+        return turn
+
+    def note_formed(self, batch: DenseBatch) -> None:
+        """See `Drafts`."""
+
+    def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+        """See `Drafts`."""
+
+    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+        """See `Drafts`."""
+
+
+def may_draft(request: Request) -> bool:
+    """Whether each token's distribution hangs on its position and the logits alone, not on what was drawn just now."""
+    return not request.params.has_penalties and not request.bad_word_ids
+
+
+class Drafter:
+    """Drafts by prompt look-up.
+
+    Args:
+        speculation: How long drafts are, and what is looked for.
+        max_num_seqs: Rows of the state table.
+    """
+
+    def __init__(self, speculation: NgramSpeculation, *, max_num_seqs: int) -> None:
+        self._speculation = speculation
+        self._max_tokens = _most_tokens(speculation, max_num_seqs)
+        self._counts = np.zeros(4, dtype=np.int64)
+        self._num_in_flight = self._num_drafted_in_flight = 0
+        self._awaiting: list[int] = []
+        self._gain = Gain()
+        # Of each row.
+        self._may_draft = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._num_right, self._num_tried = np.zeros((2, max_num_seqs))
+        self._num_failed, self._rests_until = np.zeros((2, max_num_seqs), dtype=np.int64)
+
+    @property
+    def counts(self) -> DraftCounts:
+        """See `Drafts`."""
+        num_drafts, num_tokens, num_accepted, num_undrafted = self._counts.tolist()
+        return DraftCounts(
+            num_drafts=num_drafts,
+            num_draft_tokens=num_tokens,
+            num_accepted_tokens=num_accepted,
+            num_undrafted_requests=num_undrafted,
+        )
+
+    def join(self, rows: Int64, requests: Sequence[Request]) -> None:
+        """See `Drafts`; a request that joins again after a preemption is counted once more."""
+        self._may_draft[rows] = [may_draft(request) for request in requests]
+        self._num_right[rows] = self._num_tried[rows] = 0
+        self._num_failed[rows] = self._rests_until[rows] = 0
+        self._counts[3] += np.count_nonzero(~self._may_draft[rows])
+
+    def awaits_commit(self, table: RowTable, iteration_time: IterationTime | None) -> bool:
+        """See `Drafts`."""
+        self._awaiting = []
+        if self._num_drafted_in_flight or not self._num_in_flight:
+            return self._num_drafted_in_flight > 0
+        decoding = table.order[table.num_pending(table.order) == 1]
+        rows = self._willing(decoding, table)
+        rows = rows[table.num_tokens[rows] - table.num_known[rows] == 1]
+        found: list[tuple[int, Draft]] = []
+        for row in rows.tolist():
+            # One token more than a draft: that on its way is guessed too.
+            room = int(table.max_total[row] - table.num_known[row]) - 1
+            guess = self._guess(row, table, min(self._speculation.num_draft_tokens + 1, room))
+            if len(guess) > 1:
+                likely = self._likelihood(row)
+                expected = likely * _expected(likely, len(guess) - 1)
+                context = int(table.num_tokens[row])
+                found.append((row, Draft(num_tokens=len(guess) - 1, context=context, expected=expected)))
+        if not found:
+            return False
+        shape = BatchShape(
+            num_tokens=len(decoding),
+            num_decode_tokens=len(decoding),
+            decode_context=int(table.num_tokens[decoding].sum()),
+            num_sampled=len(decoding),
+        )
+        if not self._gain.allows(shape, [draft for _, draft in found], iteration_time):
+            return False
+        self._awaiting = [row for row, _ in found]
+        return True
+
+    def extend(self, turn: Turn, table: RowTable, iteration_time: IterationTime | None) -> Turn:
+        """See `Drafts`."""
+        is_decode = turn.num_pending == 1
+        rows = self._willing(turn.rows[is_decode], table)
+        rows = rows[table.num_tokens[rows] == table.num_known[rows]]
+        left = min(turn.num_left, self._max_tokens)
+        guesses: dict[int, Int32] = {}
+        for row in rows.tolist():
+            # The token behind the draft is drawn too.
+            room = min(left, int(table.max_total[row] - table.num_known[row]) - 1)
+            guess = self._guess(row, table, min(self._speculation.num_draft_tokens, room))
+            if len(guess):
+                guesses[row] = guess
+                left -= len(guess)
+        for row in self._awaiting:
+            if row not in guesses:
+                self._rest(row, int(table.num_known[row]))
+        self._awaiting = []
+        if not guesses:
+            return turn
+        drafts = [self._draft(row, table, len(guess)) for row, guess in guesses.items()]
+        if not self._gain.allows(_shape_of(turn), drafts, iteration_time):
+            return turn
+        for row, guess in guesses.items():
+            table.guess(row, guess)
+        return _with_guesses(turn, {row: len(guess) for row, guess in guesses.items()})
+
+    def note_formed(self, batch: DenseBatch) -> None:
+        """See `Drafts`."""
+        self._num_in_flight += 1
+        if batch.num_draft_tokens:
+            self._num_drafted_in_flight += 1
+            self._gain.note_formed()
+
+    def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+        """See `Drafts`."""
+        self._num_in_flight -= 1
+        if not batch.num_draft_tokens:
+            return
+        self._num_drafted_in_flight -= 1
+        num_draws = np.bincount(batch.sampled, minlength=batch.num_requests)
+        for index in np.flatnonzero((num_draws > 1) & is_alive).tolist():
+            row, num_tokens = int(batch.rows[index]), int(num_draws[index]) - 1
+            num_right = max(int(num_counting[index]) - 1, 0)
+            self._counts[:3] += (1, num_tokens, num_right)
+            self._num_right[row] = _MEMORY * self._num_right[row] + num_right
+            self._num_tried[row] = _MEMORY * self._num_tried[row] + min(num_right + 1, num_tokens)
+            if num_right:
+                self._num_failed[row] = 0
+            else:
+                self._rest(row, int(batch.context_len[index]) - num_tokens + 1)
+
+    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+        """See `Drafts`."""
+        num_guessing = batch.num_drafted_requests + batch.num_draft_tokens
+        is_alike = batch.num_tokens == batch.num_decodes + num_guessing and batch.num_requests <= MAX_DRAFTED_REQUESTS
+        if is_alike:
+            self._gain.note_time(batch.shape, time_s, is_drafted=num_guessing > 0)
+
+    def _willing(self, rows: Int64, table: RowTable) -> Int64:
+        """Those of the rows that may have a draft now; none where too many run."""
+        if len(rows) > MAX_DRAFTED_REQUESTS:
+            return rows[:0]
+        return rows[self._may_draft[rows] & (table.num_known[rows] >= self._rests_until[rows])]
+
+    def _guess(self, row: int, table: RowTable, count: int) -> Int32:
+        if count < 1:
+            return np.zeros(0, np.int32)
+        kind = self._speculation
+        known = table.known_view(row)
+        return continuation(known, count, longest=kind.longest_match, shortest=kind.shortest_match)
+
+    def _draft(self, row: int, table: RowTable, num_tokens: int) -> Draft:
+        expected = _expected(self._likelihood(row), num_tokens)
+        return Draft(num_tokens=num_tokens, context=int(table.num_known[row]), expected=expected)
+
+    def _likelihood(self, row: int) -> float:
+        """That a guessed token is right if those before it are: as seen, and one in two before anything was."""
+        return float((self._num_right[row] + 1) / (self._num_tried[row] + 2))
+
+    def _rest(self, row: int, num_known: int) -> None:
+        self._rests_until[row] = num_known + (1 << min(int(self._num_failed[row]), _MOST_DOUBLINGS))
+        self._num_failed[row] += 1
+
+
+def _expected(likelihood: float, num_tokens: int) -> float:
+    """Tokens of a draft that count: each only if all before it are right."""
+    return sum(likelihood**place for place in range(1, num_tokens + 1))
+
+
+def _shape_of(turn: Turn) -> BatchShape:
+    """What a turn costs, without drafts."""
+    is_decode = turn.num_pending == 1
+    before, taken = turn.num_before[~is_decode], turn.num_taken[~is_decode]
+    return BatchShape(
+        num_tokens=int(turn.num_taken.sum()),
+        num_decode_tokens=int(np.count_nonzero(is_decode)),
+        decode_context=int((turn.num_before[is_decode] + 1).sum()),
+        prefill_context=int((taken * before + taken * (taken + 1) // 2).sum()),
+        prefill_kv_tokens=int((before + taken).sum()),
+        num_sampled=int(np.count_nonzero(turn.num_taken == turn.num_pending)),
+    )
+
+
+def _with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
+    """The turn with so many guessed tokens for some of its decodes, which come behind the other decodes."""
+    num_drafts = np.array([num_guessed.get(row, 0) for row in turn.rows.tolist()], dtype=np.int64)
+    num_decodes = int(np.count_nonzero(turn.num_pending == 1))
+    order = np.arange(len(turn.rows))
+    order[:num_decodes] = np.argsort(num_drafts[:num_decodes] > 0, kind="stable")
+    num_drafts = num_drafts[order]
+    return replace(
+        turn,
+        rows=turn.rows[order],
+        num_before=turn.num_before[order],
+        num_pending=turn.num_pending[order] + num_drafts,
+        num_taken=turn.num_taken[order] + num_drafts,
+        num_left=turn.num_left - int(num_drafts.sum()),
+        num_drafts=num_drafts,
+    )
+
+
+def drafts_of(speculative: str | None, max_num_seqs: int) -> Drafts:
+    """What makes the drafts that the option `speculative` asks for, for so many rows of the state table."""
+    if speculative is None:
+        return NoDrafts()
+    return Drafter(read_speculation(speculative), max_num_seqs=max_num_seqs)
+
+
+def most_draft_tokens(speculative: str | None, max_num_seqs: int) -> int:
+    """Draft tokens of a batch at most: rows with logits for which there must be room beside one a request."""
+    return 0 if speculative is None else _most_tokens(read_speculation(speculative), max_num_seqs)
+
+
+def _most_tokens(speculation: NgramSpeculation, max_num_seqs: int) -> int:
+    return speculation.num_draft_tokens * min(max_num_seqs, MAX_DRAFTED_REQUESTS)
