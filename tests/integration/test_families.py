@@ -88,6 +88,20 @@ def test_logits_are_those_of_transformers(case: Case) -> None:
     torch.testing.assert_close(prompt_logits(case.folder, prompt), expected, rtol=2e-4, atol=2e-4)
 
 
+def test_longrope_beyond_the_trained_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts that are longer than the trained length have the long factors, shorter ones by default the short."""
+    folder = make_model("phi4-mini", tmp_path, seed=1, original_max_position_embeddings=48)
+    reference = HuggingFace(folder)
+    for prompts, options in (
+        ([prompt for prompt in PROMPTS if len(prompt) > 48][:4], {"max_model_len": 256}),
+        ([prompt for prompt in PROMPTS if len(prompt) + MAX_TOKENS <= 48][:4], {}),
+    ):
+        assert len(prompts) == 4
+        run = run_model(folder, prompts, greedy(MAX_TOKENS), max_batch_tokens=64, **options)
+        assert run.tokens == reference.generate(prompts, MAX_TOKENS)
+        assert ("max_model_len, at most 2048" in caplog.text) == (not options)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_tokens_differ_only_where_they_nearly_tie(name: str, tmp_path: Path) -> None:
     """At the first differing token, each side's token is among the other's five most probable."""

@@ -61,6 +61,12 @@ def size_cache(
     """
     page_bytes = graph.kv_elements_per_token * dtype.itemsize * config.page_size
     wanted_len = wanted_model_len(config, model_config)
+    if config.max_model_len is None and wanted_len < model_config.max_context_len:
+        logger.warning(
+            "sequences of up to %d tokens are served: a longer context changes this model's rotary embedding (%s) "
+            "at all positions, so it must be asked for: max_model_len, at most %d",
+            *(wanted_len, model_config.rope.rope_type, model_config.max_context_len),
+        )
     num_pages = config.num_pages or _affordable_pages(config, limits, wanted_len, page_bytes, device, taken_bytes)
     capacity = num_pages * config.page_size
     if capacity < wanted_len:
