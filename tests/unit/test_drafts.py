@@ -116,7 +116,7 @@ def drive_with_drafts(
     return Drive(limits, depth=depth, drafts=drafter, executor=DraftingExecutor(limits, model))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(scenarios(), st.integers(1, 6), st.integers(1, 3))
 def test_every_request_gets_the_tokens_it_would_get_alone(
     always_pays: None, scenario: Scenario, num_draft_tokens: int, shortest: int
@@ -308,6 +308,48 @@ def test_a_request_whose_drafts_are_wrong_rests_longer_and_longer(always_pays: N
         scheduler.commit(batch, tokens(*draws))
     places = np.flatnonzero(drafted).tolist()
     assert (np.diff(places) - 1).tolist() == [1, 2, 4, 8]
+
+
+def test_waits_that_bring_no_draft_become_rare(always_pays: None) -> None:
+    """Each known token promises a draft, and the next one breaks the promise."""
+    scheduler = scheduler_with_drafts(max_model_len=64)
+    scheduler.add(make_request(1, 4, max_tokens=50))
+    # Pairs of an old token and one that never came before.
+    said = iter(token for fresh in range(40, 90) for token in (7, fresh))
+    waits: list[int] = []
+    waiting: list[tuple[DenseBatch, SampledTokens]] = []
+    for step in range(90):
+        batch = scheduler.schedule()
+        if batch is None and waiting:
+            waits.append(step)
+        if batch is not None:
+            assert batch.num_draft_tokens == 0 or len(batch.sampled) > 1
+            waiting.append((batch, tokens(*(next(said) for _ in batch.sampled[:1]), *[0] * (len(batch.sampled) - 1))))
+        if waiting and (batch is None or len(waiting) > 1):
+            scheduler.commit(*waiting.pop(0))
+        if not scheduler.has_unfinished:
+            break
+    assert 2 <= len(waits) <= 16 and max(np.diff(waits)) > 8
+
+
+def test_a_wait_is_not_held_against_another_tenant_of_the_row(always_pays: None) -> None:
+    drafter = Drafter(NGRAM, max_num_seqs=1)
+    scheduler = Scheduler(limits=make_limits(rows=1), drafts=drafter)
+    scheduler.add(make_request(1, max_tokens=20))
+    first = scheduler.schedule()
+    assert first is not None
+    scheduler.commit(first, tokens(7))
+    drafted = scheduler.schedule()
+    assert drafted is not None
+    scheduler.commit(drafted, tokens(8, 9, 10, 7, 50))
+    plain = scheduler.schedule()
+    assert plain is not None
+    drafter._awaiting = [0]
+    scheduler.abort(1)
+    scheduler.commit(plain, tokens(*[8] * len(plain.sampled)))
+    scheduler.add(make_request(2, max_tokens=20))
+    assert scheduler.schedule() is not None
+    assert drafter._awaiting == [] and drafter._rests_until[0] == 0
 
 
 def test_without_a_find_batches_are_those_of_an_engine_that_does_not_speculate() -> None:

@@ -167,3 +167,8 @@ def test_stop_tokens_are_only_kept_for_those_who_hold_them_back() -> None:
 @pytest.mark.parametrize(("num_rows", "most_mib"), [(1024, 700), (4096, 1500)])
 def test_what_sampling_takes_at_a_large_vocabulary(num_rows: int, most_mib: int) -> None:
     assert 2 * num_rows * 128256 < sampling_bytes(num_rows, 128256, CPU) < most_mib * 2**20
+
+
+def test_draws_behind_drafts_take_work_space_too() -> None:
+    one, two, six = (sampling_bytes(1, 1000, CPU, num_logits) for num_logits in (None, 2, 6))
+    assert six - one == 5 * (two - one) > 0

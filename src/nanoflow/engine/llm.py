@@ -276,8 +276,8 @@ class LLM:
         step = self._engine.step()
         grown = self._processor.process(step)
         self._engine.abort(self._processor.take_stopped())
-        self._metrics.take(step)
-        return grown, len(step.token_ids)
+        self._metrics.take(step.stats, self._processor.num_new_tokens)
+        return grown, self._processor.num_new_tokens
 
     def _run(
         self, num_requests: int, raise_if_interrupted: Callable[[], None], use_tqdm: bool | Callable[..., Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from nanoflow.engine.messages import EngineStats, StepOutput
+from nanoflow.engine.messages import EngineStats
 from nanoflow.outputs import RequestOutput
 
 PREFIX = "nanoflow"
@@ -47,10 +47,10 @@ class LLMMetrics:
         self._stats = EngineStats()
         self._num_prompt = self._num_generated = self._num_ended = 0
 
-    def take(self, step: StepOutput) -> None:
-        """An iteration has ended."""
-        self._stats = step.stats
-        self._num_generated += len(step.token_ids)
+    def take(self, stats: EngineStats, num_new_tokens: int) -> None:
+        """An iteration has ended, and outputs have got so many tokens from it."""
+        self._stats = stats
+        self._num_generated += num_new_tokens
 
     def end(self, outputs: Iterable[RequestOutput]) -> None:
         """Requests have ended."""

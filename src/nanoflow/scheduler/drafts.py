@@ -149,13 +149,16 @@ class Drafter:
         self._may_draft[rows] = [may_draft(request) for request in requests]
         self._num_right[rows] = self._num_tried[rows] = 0
         self._num_failed[rows] = self._rests_until[rows] = 0
+        self._awaiting = [row for row in self._awaiting if row not in rows]
         self._counts[3] += np.count_nonzero(~self._may_draft[rows])
 
     def awaits_commit(self, table: RowTable, iteration_time: IterationTime | None) -> bool:
         """See `Drafts`."""
-        self._awaiting = []
         if self._num_drafted_in_flight or not self._num_in_flight:
             return self._num_drafted_in_flight > 0
+        if self._awaiting:
+            # What was waited for has not come yet.
+            return True
         decoding = table.order[table.num_pending(table.order) == 1]
         rows = self._willing(decoding, table)
         rows = rows[table.num_tokens[rows] - table.num_known[rows] == 1]
