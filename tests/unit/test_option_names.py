@@ -31,7 +31,6 @@ ALIASES: dict[str, tuple[str, Any]] = {
     "disable_log_stats": ("", False),
     "uvicorn_log_level": ("warning", "warning"),
     "api_server_count": ("3", 3),
-    "speculative_config": ('{"method": "ngram", "num_speculative_tokens": 4}', "ngram:4:4:2"),
 }
 OF_CONFIGS = [
     (kind, name, field.name)
