@@ -111,11 +111,15 @@ def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=0.01)
 
 
+def without_nan(cache: LayerCache) -> LayerCache:
+    """The same, but for what stands behind contexts."""
+    return LayerCache(keys=cache.keys.nan_to_num(), values=cache.values.nan_to_num())
+
+
 def assert_decoded(launch: Launch) -> None:
     """The result of a `decode_case` is right, and other rows were left alone."""
     assert launch.cache is not None
-    clean = LayerCache(keys=launch.cache.keys.nan_to_num(), values=launch.cache.values.nan_to_num())
-    expected = exact(dataclasses.replace(launch, cache=clean))
+    expected = exact(dataclasses.replace(launch, cache=without_nan(launch.cache)))
     is_decode = launch.inputs.decodes.context_len[launch.tokens.start : launch.tokens.stop] > 0
     assert_close(launch.writes[0][is_decode], expected[is_decode])
     assert launch.writes[0][~is_decode].isnan().all()

@@ -41,12 +41,12 @@ def decodes(num_rows: int, first: int) -> Launch:
         return decode_case([100] * (first + num_rows), (32, 8, 64), CPU, patch, first)
 
 
-def launch(num_tokens: int, num_rows: int, first: int, shares: tuple[int, int]) -> None:
-    """Every program, with these numbers; print how many kernels each has been compiled to."""
+def launch(num_tokens: int, num_rows: int, first: int, products: dict[int, int]) -> None:
+    """Every program, products of so many columns until these shares; print how many kernels each was compiled to."""
     attention.run_decode(decodes(num_rows, first), 4)
     carrier = HopperCarrier(num_sms=4, steps=2)
     taken = carrier.take(decodes(num_rows, first), 3)
-    for num_columns, until in zip((1040, 128), shares, strict=True):
+    for num_columns, until in products.items():
         product, _ = carrier_case("linear", num_tokens, (num_columns, 128), CPU)
         carrier.run(product, taken, until)
     carrier.finish(taken)
@@ -58,10 +58,10 @@ def main() -> None:
     """Numbers of tokens, rows and shares that Triton could take for something special: 1, and multiples of 16."""
     triton.runtime.driver.set_active(CARD)
     JITFunction.run = functools.partialmethod(_compile, JITFunction.run)
-    launch(200, 5, 0, (100, 200))
-    launch(1, 1, 1, (1, 2))
-    launch(128, 16, 16, (16, 128))
-    launch(640, 3, 7, (0, 1))
+    launch(200, 5, 0, {1040: 100, 128: 200})
+    launch(1, 1, 1, {128: 1, 1040: 2})
+    launch(128, 16, 16, {128: 16, 1040: 128})
+    launch(640, 3, 7, {})
 
 
 def _compile(self: Any, run: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

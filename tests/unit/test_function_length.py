@@ -16,11 +16,7 @@ MAX_LINES = 60
 # GPU programs that a compiler takes as a whole: one program, one function, and one function of that name. Everything
 # else is cut. An entry for a function that is short enough or gone fails, and so does one that is no GPU program.
 ONE_PROGRAM = {
-    "_attend",
-    "_compute",
-    "carry_program",
     "choose_program",
-    "decode_program",
     "filtered",
     "prefill_program",
     "search",

@@ -19,11 +19,19 @@ pytest.importorskip("triton.experimental.gluon")
 
 from nanoflow.graph.operation import LinearDims
 from nanoflow.kernels.hopper import can_carry, carry
-from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PANEL
+from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL
 from nanoflow.kernels.hopper.carry_programs import carry_program
 from nanoflow.kernels.hopper.merge import merge_program
 from nanoflow.kernels.launch import SHARES
-from tests.attention_cases import assert_decoded, carrier_case, decode_case, dims_of
+from tests.attention_cases import (
+    assert_close,
+    assert_decoded,
+    carrier_case,
+    decode_case,
+    dims_of,
+    exact,
+    without_nan,
+)
 from tests.gemm_cases import assert_linear, assert_linear_swiglu, assert_surroundings_untouched
 from tests.hopper import Machine, OnCpu, assert_loaded_once
 from tests.unit.test_hopper_merge import attended
@@ -111,6 +119,23 @@ def test_products_and_attention_are_complete_and_right(problem: Problem, monkeyp
     assert taken.until == SHARES
     assert_decoded(carried)
     assert_loaded_once(carried, on_cpu.loads)
+
+
+def test_sums_that_overflow_leave_the_next_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(carry, "carry_program", OnCpu(carry_program))
+    carried = decode_case([130, 70, 200], (6, 2, 128), CPU, monkeypatch)
+    assert carried.cache is not None
+    expected = exact(replace(carried, cache=without_nan(carried.cache)))
+    for page in carried.inputs.decodes.page_tables[0, : -(-130 // PAGE_TOKENS)]:
+        carried.cache.values[int(page)] = torch.finfo(torch.bfloat16).max
+    carrier = carry.HopperCarrier(num_sms=1, steps=2)
+    taken = carrier.take(carried, 2)
+    # Some blocks are carried, the others are not.
+    carrier.run(carrier_case("linear", 64, (256, 512), CPU)[0], taken, 128)
+    carrier.finish(taken)
+    assert not carried.writes[0][0].isfinite().any()
+    assert_close(carried.writes[0][1:], expected[1:])
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -314,8 +314,7 @@ def _lanes(device: torch.device, pair: PairTask) -> tuple[LaneStream, LaneStream
         return beside_pair(device)
     if pair.second_sms is None:
         return plain_stream(device), plain_stream(device)
-    total = count_sms(device)
-    return partition_pair(device, 1.0 - pair.second_sms / total)
+    return partition_pair(device, 1.0 - pair.second_sms / count_sms(device))
 
 
 def _prepare(site: Site, task: Task) -> Prepared:
