@@ -73,8 +73,11 @@ class Drafts(Protocol):
     def note_formed(self, batch: DenseBatch) -> None:
         """A batch is on its way."""
 
-    def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
-        """A batch is back: which of its B requests are still there, and how many draws of each counted (both [B])."""
+    def note_committed(self, batch: DenseBatch) -> None:
+        """A batch is back."""
+
+    def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+        """Which of the B requests of a batch with drafts are still there, and how many draws of each counted."""
 
     def note_time(self, batch: DenseBatch, time_s: float) -> None:
         """The device has worked so long on a batch."""
@@ -101,7 +104,10 @@ class NoDrafts:
     def note_formed(self, batch: DenseBatch) -> None:
         """See `Drafts`."""
 
-    def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+    def note_committed(self, batch: DenseBatch) -> None:
+        """See `Drafts`."""
+
+    def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
         """See `Drafts`."""
 
     def note_time(self, batch: DenseBatch, time_s: float) -> None:
@@ -219,12 +225,13 @@ class Drafter:
             self._num_drafted_in_flight += 1
             self._gain.note_formed()
 
-    def note_committed(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+    def note_committed(self, batch: DenseBatch) -> None:
         """See `Drafts`."""
         self._num_in_flight -= 1
-        if not batch.num_draft_tokens:
-            return
-        self._num_drafted_in_flight -= 1
+        self._num_drafted_in_flight -= batch.num_draft_tokens > 0
+
+    def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
+        """See `Drafts`."""
         num_draws = np.bincount(batch.sampled, minlength=batch.num_requests)
         for index in np.flatnonzero((num_draws > 1) & is_alive).tolist():
             row, num_tokens = int(batch.rows[index]), int(num_draws[index]) - 1

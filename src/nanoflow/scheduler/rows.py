@@ -150,8 +150,11 @@ class RowTable:
         A row may have several, one after the other, in the order of their positions.
         """
         self._token_ids[rows, positions] = token_ids
-        last = np.flatnonzero(np.append(rows[1:] != rows[:-1], True)[: len(rows)])
-        self.num_known[rows[last]] = positions[last] + 1
+        is_followed = rows[1:] == rows[:-1]
+        if is_followed.any():
+            last = np.flatnonzero(np.append(~is_followed, True))
+            rows, positions = rows[last], positions[last]
+        self.num_known[rows] = positions + 1
 
     def guess(self, row: int, token_ids: Int32) -> None:
         """Note tokens that may follow the known ones of a row; what is recorded there takes their place."""

@@ -190,18 +190,24 @@ class Scheduler:
             int(rows.request_id[batch.rows[score.request_index]]) if is_alive[score.request_index] else None
             for score in batch.prompt_scores
         )
+        has_drafts = batch.num_draft_tokens > 0
         row_of_draw, positions = batch.rows[sampled].astype(np.int64), batch.drawn_positions
         is_stop, is_full = rows.ends(row_of_draw, result.token_ids, positions)
-        is_failed = np.zeros(len(sampled), dtype=np.bool_)
-        is_failed[list(result.errors)] = True
-        is_counting = counting_draws(batch, result.token_ids, is_stop | is_full | is_failed)
-        is_counting &= is_alive[sampled]
-        failed = {int(row_of_draw[place]): place for place in np.flatnonzero(is_counting & is_failed).tolist()}
-        places = np.flatnonzero(is_counting & ~is_failed)
+        is_there = is_counting = is_alive[sampled]
+        if has_drafts:
+            is_last = is_stop | is_full
+            is_last[list(result.errors)] = True
+            is_counting = is_there & counting_draws(batch, result.token_ids, is_last)
+        failed = {int(row_of_draw[place]): place for place in result.errors if is_counting[place]}
+        is_kept = is_counting.copy()
+        is_kept[list(failed.values())] = False
+        places = np.flatnonzero(is_kept)
         kept_rows, token_ids, positions = row_of_draw[places], result.token_ids[places], positions[places]
         is_stop, is_full = is_stop[places], is_full[places]
         rows.record(kept_rows, token_ids, positions)
-        self._take_back(batch, is_alive, is_counting)
+        self.drafts.note_committed(batch)
+        if has_drafts:
+            self._take_back(batch, is_alive, is_counting)
 
         request_ids = rows.request_id[kept_rows]
         finished = {
@@ -224,7 +230,7 @@ class Scheduler:
             places=places.astype(np.int32),
             finished=finished,
             scored=scored,
-            num_rejected=int(np.count_nonzero(is_alive[sampled] & ~is_counting)),
+            num_rejected=int(np.count_nonzero(is_there) - np.count_nonzero(is_counting)),
         )
 
     def drain_events(self) -> SchedulerEvents:
@@ -258,11 +264,10 @@ class Scheduler:
             np.bincount(draws, minlength=batch.num_requests) for draws in (batch.sampled, batch.sampled[is_counting])
         )
         concerned = np.flatnonzero(is_alive & (num_draws > 1))
-        if len(concerned):
-            rows = batch.rows[concerned].astype(np.int64)
-            self._rows.take_back(rows, (num_draws - num_counting)[concerned])
-            self._tables.shrink(rows, self._rows.num_computed[rows])
-        self.drafts.note_committed(batch, is_alive, num_counting)
+        rows = batch.rows[concerned].astype(np.int64)
+        self._rows.take_back(rows, (num_draws - num_counting)[concerned])
+        self._tables.shrink(rows, self._rows.num_computed[rows])
+        self.drafts.note_verified(batch, is_alive, num_counting)
 
     def _preempt_newest(self) -> None:
         """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""

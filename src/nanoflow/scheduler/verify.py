@@ -22,8 +22,6 @@ def counting_draws(batch: DenseBatch, token_ids: Int32, is_last: Bool) -> Bool:
         token_ids: int32 [S], drawn.
         is_last: bool [S], the draw ends its request: none behind it counts.
     """
-    if not batch.num_draft_tokens:
-        return np.ones(len(token_ids), dtype=np.bool_)
     num_before, num_after = batch.draws_around
     followed_by = batch.token_ids[np.minimum(batch.logit_tokens + 1, batch.num_tokens - 1)]
     ends_here = (num_after == 0) | (token_ids != followed_by) | is_last
