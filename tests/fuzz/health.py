@@ -17,10 +17,11 @@ INTERVAL_S = 0.05
 
 def main() -> int:
     """Poll until told to stop."""
-    times_s, num_failed = [], 0
+    times_s, num_failed = list[float](), 0
     connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=30)
     next_s = time.monotonic()
-    while not select.select([sys.stdin], [], [], max(next_s - time.monotonic(), 0.0))[0]:
+    # At least once, however soon it is told to stop.
+    while not times_s or not select.select([sys.stdin], [], [], max(next_s - time.monotonic(), 0.0))[0]:
         begin_s = time.monotonic()
         try:
             connection.request("GET", "/health")

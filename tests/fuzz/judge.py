@@ -48,8 +48,8 @@ async def read_reply(reader: asyncio.StreamReader, *, is_head: bool = False) -> 
     status = int(words[1])
     if status == 100:
         return await read_reply(reader)
-    # What is no HTTP is answered before anybody knows that it was to be HEAD.
-    if (is_head and not headers.get("content-type", "").startswith("text/plain")) or status in (204, 304):
+    # What is no HTTP is answered before anybody knows that it was to be HEAD; all other answers have an id.
+    if (is_head and "x-request-id" in headers) or status in (204, 304):
         return Reply(status=status, headers=headers, body=b"")
     try:
         return Reply(status=status, headers=headers, body=await _read_body(reader, headers))
