@@ -1,4 +1,4 @@
-"""Drafts: what is looked up, which draws count, when drafts pay, and that the scheduler loses nothing over them."""
+"""Drafts in the scheduler: which draws count, what is taken back, and that nothing is lost over them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from nanoflow.batch import DenseBatch, SampledTokens
-from nanoflow.executor.inputs import BatchSize
-from nanoflow.executor.layout import lay_out
-from nanoflow.graph.operation import BatchShape
-from nanoflow.option import ConfigError
 from nanoflow.outputs import FinishReason
-from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request
 from nanoflow.scheduler import Scheduler, SchedulerLimits, drafts
-from nanoflow.scheduler.drafts import Drafter, most_draft_tokens
-from nanoflow.scheduler.gain import MAX_TOKENS_UNMEASURED, Draft, Gain, with_drafts
-from nanoflow.scheduler.ngram import continuation
-from nanoflow.scheduler.pace import Pace
-from nanoflow.speculation import NgramSpeculation, check_speculation, in_full
+from nanoflow.scheduler.drafts import Drafter
+from nanoflow.scheduler.gain import Gain
+from nanoflow.speculation import NgramSpeculation
 from tests.unit.drafting_executor import DraftingExecutor, periodic_token, repetitive_token
 from tests.unit.fake_executor import Answer, Drive, Model, answer_alone
 from tests.unit.test_scheduler import make_limits, make_request, tokens
@@ -38,72 +31,6 @@ def always_pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Drafts are taken wherever there are some, whatever they cost."""
     monkeypatch.setattr(Gain, "allows", lambda *_: True)
     yield
-
-
-# Looking up
-
-
-@pytest.mark.parametrize(
-    ("sequence", "count", "expected"),
-    [
-        ([1, 2, 3, 9, 1, 2, 3], 3, [9, 1, 2]),
-        # The longest match counts, not the latest.
-        ([5, 1, 2, 8, 4, 2, 9, 5, 1, 2], 2, [8, 4]),
-        # Of equal ones the latest.
-        ([1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),
-        # A period goes on beyond the end.
-        ([4, 6, 7, 6, 7], 5, [6, 7, 6, 7, 6]),
-        ([3, 3], 4, [3, 3, 3, 3]),
-        ([1, 2, 3], 4, []),
-        ([1], 4, []),
-    ],
-)
-def test_the_continuation_of_the_longest_match(sequence: list[int], count: int, expected: list[int]) -> None:
-    found = continuation(np.array(sequence, np.int32), count, longest=3, shortest=1)
-    assert found.tolist() == expected and found.dtype == np.int32
-
-
-def test_a_match_shorter_than_asked_for_is_none() -> None:
-    sequence = np.array([9, 1, 2, 8, 7, 1, 2], np.int32)
-    assert continuation(sequence, 2, longest=4, shortest=2).tolist() == [8, 7]
-    assert continuation(sequence, 2, longest=4, shortest=3).tolist() == []
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 3))
-def test_look_up_is_what_a_plain_search_finds(sequence: list[int], count: int, shortest: int, more: int) -> None:
-    def search() -> list[int]:
-        for length in range(shortest + more, shortest - 1, -1):
-            for start in range(len(sequence) - length - 1, -1, -1):
-                if sequence[start : start + length] == sequence[len(sequence) - length :]:
-                    grown = list(sequence)
-                    for place in range(count):
-                        grown.append(grown[start + length + place])
-                    return grown[len(sequence) :]
-        return []
-
-    found = continuation(np.array(sequence, np.int32), count, longest=shortest + more, shortest=shortest)
-    assert found.tolist() == search()
-
-
-# The option
-
-
-@pytest.mark.parametrize(
-    ("text", "full"), [("ngram:4", "ngram:4:4:2"), (" NGRAM:1:1 ", "ngram:1:1:1"), ("ngram:8:6:3", "ngram:8:6:3")]
-)
-def test_the_option_is_read(text: str, full: str) -> None:
-    assert in_full(text) == full
-    check_speculation(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "ngram", "ngram:", "ngram:0", "ngram:33", "ngram:4:2:3", "ngram:4:65", "ngram:x", "ngram:4:3:2:1", "eagle:4"],
-)
-def test_an_option_that_cannot_be_is_one_line(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^speculative: [^\n]+$"):
-        check_speculation(text)
 
 
 # The scheduler
@@ -377,140 +304,3 @@ def test_without_a_find_batches_are_those_of_an_engine_that_does_not_speculate()
             ours, theirs = getattr(plain, field.name), getattr(other, field.name)
             same = np.array_equal(ours, theirs) if isinstance(ours, np.ndarray) else repr(ours) == repr(theirs)
             assert same, field.name
-
-
-# What pays
-
-
-def shape(num_decodes: int, context: int = 1000) -> BatchShape:
-    return BatchShape(
-        num_tokens=num_decodes,
-        num_decode_tokens=num_decodes,
-        decode_context=num_decodes * context,
-        num_sampled=num_decodes,
-    )
-
-
-def pays(batch: BatchShape, guesses: list[Draft], iteration_time: IterationTime | None) -> bool:
-    return Gain().allows(batch, guesses, iteration_time)
-
-
-def some(count: int, expected: float = 2.0) -> list[Draft]:
-    return [Draft(num_tokens=4, context=1000, expected=expected)] * count
-
-
-# Reading weights takes 8 ms, as long as 200 tokens.
-CARD = IterationTime(fixed_s=1e-4, token_s=4e-5, floor_tokens=200, key_s=1e-9, pair_s=1e-9)
-
-
-def test_drafts_pay_in_small_batches_and_not_in_large_ones() -> None:
-    assert pays(shape(1), some(1), CARD) and pays(shape(8), some(8), CARD) and pays(shape(30), some(30), CARD)
-    assert not pays(shape(400), some(30), CARD)
-    assert not pays(shape(1), some(1, expected=0.01), CARD)
-    # One draft makes many wait for the host.
-    assert not pays(shape(190), some(1), CARD)
-
-
-def test_what_drafts_took_corrects_the_estimate_of_them() -> None:
-    """The estimate says that each token costs; in truth a batch with drafts takes as long as one without."""
-    wrong = IterationTime(token_s=1e-2)
-    gain, plain = Gain(), shape(4)
-    drafted = with_drafts(plain, some(4))
-    assert not gain.allows(plain, some(4), wrong)
-    for _ in range(20):
-        gain.note_time(plain, 0.1, is_drafted=False)
-        gain.note_time(drafted, 0.1, is_drafted=True)
-    assert gain.correction(wrong) == pytest.approx(4 / 20)
-    assert gain.allows(plain, some(4), wrong)
-    # And the other way round: drafts that take longer than the estimate says.
-    for _ in range(20):
-        gain.note_time(drafted, 1.0, is_drafted=True)
-        gain.note_time(plain, 0.01, is_drafted=False)
-    assert pays(plain, some(4), CARD) and not gain.allows(plain, some(4), CARD)
-
-
-def test_a_draft_is_tried_now_and_then_and_ever_more_rarely() -> None:
-    gain, wrong = Gain(), IterationTime(token_s=1e-2)
-    tried = []
-    for number in range(500):
-        if gain.allows(shape(1), some(1), wrong):
-            tried.append(number)
-            gain.note_formed()
-    assert np.diff([-1, *tried]).tolist() == [33, 65, 129, 257]
-    # None is, where not even free tokens would pay for the gap that they cost.
-    assert not any(Gain().allows(shape(1), some(1, expected=1e-4), CARD) for _ in range(100))
-
-
-def test_before_anything_is_measured_the_tokens_are_bounded() -> None:
-    assert pays(shape(1), some(1), None) and not pays(shape(MAX_TOKENS_UNMEASURED), some(1), None)
-
-
-def test_the_shape_with_drafts_is_that_of_the_batch(always_pays: None) -> None:
-    scheduler = scheduler_with_drafts()
-    batch = drafted_batch(scheduler, make_request(1, max_tokens=20), 7)
-    before = BatchShape(num_tokens=1, num_decode_tokens=1, decode_context=5, num_sampled=1)
-    assert with_drafts(before, [Draft(num_tokens=4, context=5, expected=1.0)]) == batch.shape
-
-
-def test_where_an_estimate_says_that_drafts_do_not_pay_there_are_none() -> None:
-    limits = make_limits(budget=32, max_model_len=64)
-    drive = drive_with_drafts(limits, 1)
-    drive.scheduler.pace = Pace(iteration_time=IterationTime(token_s=1.0))
-    for request_id in range(3):
-        drive.add(make_request(request_id, 8, max_tokens=40))
-    drive.run_until_idle()
-    assert drive.scheduler.drafts.counts.num_drafts == 0
-
-
-def test_many_running_requests_are_not_looked_up(always_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafts, "MAX_DRAFTED_REQUESTS", 2)
-    drive = drive_with_drafts(make_limits(budget=32), 1)
-    monkeypatch.setattr(drafts, "continuation", lambda *_, **__: pytest.fail("looked up"))
-    for request_id in range(3):
-        drive.add(make_request(request_id, 8, max_tokens=20))
-    drive.run_until_idle()
-
-
-def test_there_is_room_for_the_logits_of_all_drafts() -> None:
-    assert most_draft_tokens(None, 256) == 0
-    assert most_draft_tokens("ngram:4", 2) == 8
-    assert most_draft_tokens("ngram:4", 256) == 4 * drafts.MAX_DRAFTED_REQUESTS
-
-
-# The executor's side
-
-
-def test_a_layout_with_cuts_finds_the_logits_of_a_draft(always_pays: None) -> None:
-    scheduler = scheduler_with_drafts()
-    for request_id in (1, 2):
-        scheduler.add(make_request(request_id, max_tokens=20))
-    first = scheduler.schedule()
-    assert first is not None
-    scheduler.commit(first, tokens(7, 99))
-    batch = scheduler.schedule()
-    assert batch is not None and batch.num_decodes == 1 and batch.sampled.tolist() == [0, 1, 1, 1, 1, 1]
-    for cuts in ((), (2,), (3, 5)):
-        layout = lay_out(batch, cuts)
-        placed = np.zeros(batch.num_tokens, np.int32)
-        placed[layout.places] = batch.positions
-        assert (placed[layout.places[batch.logit_tokens]] + 1 == batch.drawn_positions).all()
-        assert BatchSize.of(layout).num_prefills >= 1
-
-
-def test_each_request_of_a_result_keeps_its_own_draws(always_pays: None) -> None:
-    scheduler = scheduler_with_drafts(budget=32)
-    for request_id in (1, 2, 3):
-        scheduler.add(make_request(request_id, max_tokens=20))
-    first = scheduler.schedule()
-    assert first is not None
-    scheduler.commit(first, tokens(7, 14, 99))
-    batch = scheduler.schedule()
-    assert batch is not None and batch.sampled.tolist() == [0] + [1] * 5 + [2] * 5
-    result = SampledTokens(token_ids=np.array([60, 8, 9, 61, 1, 1, 15, 62, 1, 1, 1], np.int32))
-    committed = scheduler.commit(batch, result)
-    assert list(zip(committed.request_ids.tolist(), committed.token_ids.tolist(), strict=True)) == [
-        (3, 60),
-        *((1, token) for token in (8, 9, 61)),
-        *((2, token) for token in (15, 62)),
-    ]
-    assert committed.places.tolist() == [0, 1, 2, 3, 6, 7] and committed.num_rejected == 5
