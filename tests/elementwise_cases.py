@@ -11,7 +11,7 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Dims, NormDims, Operation, OpKind, Resource, RowDims
-from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
+from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache, Rotation
 from tests.graphs import batch_of
 
 VOCAB_SIZE = 64
@@ -58,14 +58,10 @@ class Cases:
         shape = (num_pages, dims.num_kv_heads, page_size, d)
         angles = torch.rand(self.num_tokens, d // 2, generator=self._generator(8)) * 6.3
         slots = torch.randperm(num_pages * page_size, generator=self._generator(9))[: self.num_tokens]
-        inputs = replace(
-            launch.inputs,
-            cos=angles.cos().to(self.device),
-            sin=angles.sin().to(self.device),
-            slots=slots.to(self.device),
-        )
+        inputs = replace(launch.inputs, slots=slots.to(self.device))
+        rotation = Rotation(cos=angles.cos().to(self.device), sin=angles.sin().to(self.device))
         cache = LayerCache(keys=self._poison(*shape), values=self._poison(*shape))
-        return replace(launch, inputs=inputs, cache=cache)
+        return replace(launch, inputs=inputs, cache=cache, rotation=rotation)
 
     def _launch(
         self,
@@ -92,7 +88,7 @@ class Cases:
         """Of decodes; rows with logits, and what only `rope_append` looks at, are replaced."""
         requests = [(0, 1)] * self.num_tokens
         batch = batch_of(requests, self.num_tokens, VOCAB_SIZE, seed=self.seed)
-        inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=self.num_tokens, device=self.device).build(batch)
+        inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=self.num_tokens, device=self.device).build(batch)
         rows = torch.randint(VOCAB_SIZE, (self.num_tokens,), generator=self._generator(7))
         return replace(inputs, logit_tokens=rows.to(self.device))
 

@@ -40,7 +40,7 @@ def _dims(model: str, *, has_norm: bool) -> AttentionDims:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=1.0,
-        windows=(None,),
+        window=None,
         norm_eps=1e-6 if has_norm else None,
     )
 

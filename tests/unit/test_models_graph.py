@@ -36,15 +36,15 @@ class Interpreter:
     """One sequence as one prefill; every row is sampled. Keys and values of a layer are the tensor "kv"."""
 
     def __init__(self, graph: OpGraph, weights: Weights) -> None:
-        self.graph, self.weights, self.layer = graph, weights, 0
+        self.graph, self.weights, self.kind = graph, weights, graph.layers[0]
         self.tensors: dict[str, Tensor] = {}
 
     def logits(self, token_ids: Tensor) -> Tensor:
         self.tensors["token_ids"] = token_ids
         self.run(self.graph.prologue, self.weights.shared)
-        for layer, parameters in enumerate(self.weights.layers):
-            self.layer = layer
-            self.run(self.graph.layer, parameters)
+        for kind, parameters in zip(self.graph.layers, self.weights.layers, strict=True):
+            self.kind = kind
+            self.run(kind.operations, parameters)
         self.run(self.graph.epilogue, self.weights.shared)
         return self.tensors["logits"]
 
@@ -95,7 +95,7 @@ class Interpreter:
         return self.rotate(q).flatten(1), torch.stack((self.rotate(k), v))
 
     def rotate(self, heads: Tensor) -> Tensor:
-        rope = self.graph.rope
+        rope = self.kind.rope
         angles = torch.arange(len(heads), dtype=torch.float64)[:, None, None] * torch.tensor(rope.inv_freq)
         cos, sin = ((f(angles) * rope.attention_factor).float() for f in (torch.cos, torch.sin))
         low, high = heads.chunk(2, dim=-1)
@@ -107,7 +107,7 @@ class Interpreter:
         k, v = (x.repeat_interleave(dims.num_heads // dims.num_kv_heads, dim=1) for x in kv)
         scores = torch.einsum("qhd,khd->hqk", q.view(NUM_TOKENS, -1, dims.head_dim), k) * dims.scale
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-        window = dims.windows[self.layer] or NUM_TOKENS
+        window = dims.window or NUM_TOKENS
         scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
         return (torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1),)
 
@@ -157,9 +157,9 @@ def test_windows_of_sliding_families(tmp_path: Path) -> None:
     make_model("mistral", tmp_path / "mistral")
     make_model("qwen2-sliding", tmp_path / "qwen2")
     make_model("qwen2", tmp_path / "plain")
-    assert _load(tmp_path / "mistral")[0].attention.windows == 3 * (SLIDING_WINDOW,)
-    assert _load(tmp_path / "qwen2")[0].attention.windows == (None, None, SLIDING_WINDOW, SLIDING_WINDOW)
-    assert _load(tmp_path / "plain")[0].attention.windows == 3 * (None,)
+    assert _load(tmp_path / "mistral")[0].windows == 3 * (SLIDING_WINDOW,)
+    assert _load(tmp_path / "qwen2")[0].windows == (None, None, SLIDING_WINDOW, SLIDING_WINDOW)
+    assert _load(tmp_path / "plain")[0].windows == 3 * (None,)
 
 
 LLAMA_2_70B = {

@@ -107,7 +107,7 @@ class AttentionDims:
         num_kv_heads: Key and value heads; H is a multiple.
         head_dim: Size D of a head.
         scale: Factor on the scores, usually 1 / sqrt(D).
-        windows: For each layer the sliding window (a token sees itself and the `window - 1` before it), None without.
+        window: Sliding window (a token sees itself and the `window - 1` before it), None without.
         norm_eps: For Qwen3's norm on each query and key head; None without.
     """
 
@@ -115,7 +115,7 @@ class AttentionDims:
     num_kv_heads: int
     head_dim: int
     scale: float
-    windows: tuple[int | None, ...]
+    window: int | None = None
     norm_eps: float | None = None
 
     @property
@@ -154,6 +154,8 @@ class Operation:
         weights: Names of parameters, in the order that its kernel takes them.
         reads_before: Of `reads`, the tensors in which it also needs tokens before its range (the keys of its prefix).
         dims: Sizes.
+        variant: Tells it from an operation of the same name in layers of another kind; empty if there is none. A plan
+            knows names alone, so it orders both alike; what they cost is measured apart.
     """
 
     name: str
@@ -165,6 +167,12 @@ class Operation:
     scope: Scope = Scope.ALL
     weights: tuple[str, ...] = ()
     reads_before: tuple[str, ...] = ()
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a profile calls it."""
+        return f"{self.name}.{self.variant}" if self.variant else self.name
 
     def flops(self, shape: BatchShape) -> int:
         """Floating-point operations of this operation on a batch (a multiply-add is two; paper Table 2)."""

@@ -84,8 +84,8 @@ def _swiglu(gate_up: Tensor, out: Tensor) -> None:
 
 def rope_append(launch: Launch) -> None:
     """Split qkv, normalise q and k heads if the model does, rotate q and k, and append k and v to the cache."""
-    dims, cache = launch.op.dims, launch.cache
-    assert isinstance(dims, AttentionDims) and cache is not None
+    dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
+    assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
     (qkv,), (q_out,) = launch.reads, launch.writes
     parts = torch.split(qkv, [dims.q_width, dims.kv_width, dims.kv_width], dim=-1)
     q, k, v = (part.view(len(qkv), -1, dims.head_dim) for part in parts)
@@ -94,7 +94,7 @@ def rope_append(launch: Launch) -> None:
         q_weight, k_weight = launch.weights
         q, k = _normalised(q, q_weight, dims.norm_eps), _normalised(k, k_weight, dims.norm_eps)
     rows = slice(launch.tokens.start, launch.tokens.stop)
-    cos, sin = launch.inputs.cos[rows, None], launch.inputs.sin[rows, None]
+    cos, sin = rotation.cos[rows, None], rotation.sin[rows, None]
     q_out.copy_(_rotate(q, cos, sin).flatten(1))
     slots, page_size = launch.inputs.slots[rows], cache.keys.shape[2]
     pages, offsets = slots // page_size, slots % page_size
@@ -121,7 +121,7 @@ def decode_attention(launch: Launch) -> None:
         shortest, longest = (end(contexts[row] for row in rows) for end in (min, max))
         index = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows)
         keys, values = _gather(cache, tables[index, : -(-longest // page_size)])
-        visible = _visible(lengths[index], keys.shape[2], dims.windows[launch.layer])
+        visible = _visible(lengths[index], keys.shape[2], dims.window)
         # What lies behind a context is another request's, and may not be finite: zero times that is not zero.
         for gathered in (keys, values):
             gathered[:, :, shortest:].masked_fill_(~visible[..., shortest:].transpose(-1, -2), 0.0)
@@ -187,13 +187,13 @@ def prefill_attention(launch: Launch) -> None:
         keys, values = _gather(cache, inputs.prefills.page_tables[request : request + 1, :num_pages])
         rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
         heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
-        result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], launch.layer, dims)
+        result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], dims)
         out[rows] = result.transpose(1, 2).reshape(stop - start, -1)
 
 
-def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, layer: int, dims: AttentionDims) -> Tensor:
+def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, dims: AttentionDims) -> Tensor:
     """Queries [1, H, Q, D] are the last Q of the keys' places [1, K, C, D]."""
-    num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.windows[layer]
+    num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.window
     if num_queries == num_keys and window is None:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=dims.scale, enable_gqa=True)
     query_places = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]

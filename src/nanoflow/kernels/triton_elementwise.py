@@ -69,8 +69,8 @@ def rope_append(launch: Launch) -> None:
 
     A token whose slot is outside the cache (padding) gets its q and leaves the cache alone.
     """
-    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
-    assert isinstance(dims, AttentionDims) and cache is not None
+    dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
+    assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
     (qkv,), (q_out,) = launch.reads, launch.writes
     q_weight, k_weight = launch.weights or (None, None)
     num_pages, _, page_size, head_dim = cache.keys.shape
@@ -80,7 +80,7 @@ def rope_append(launch: Launch) -> None:
     rows = slice(launch.tokens.start, launch.tokens.stop)
     _rope_append[(len(qkv), triton.cdiv(num_heads, head_block))](
         *(qkv, q_out, cache.keys, cache.values),
-        *(inputs.cos[rows], inputs.sin[rows], inputs.slots[rows], q_weight, k_weight),
+        *(rotation.cos[rows], rotation.sin[rows], launch.inputs.slots[rows], q_weight, k_weight),
         *(num_pages * page_size, dims.norm_eps or 0.0),
         *(dims.num_heads, dims.num_kv_heads, half, page_size, head_block, half_block),
         num_warps=_num_warps(2 * head_block * half_block),

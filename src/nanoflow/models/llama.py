@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
+from nanoflow.graph.graph import LayerKind, OpGraph, Parameter, ParameterPart, RopeSpec, TensorSpec
+from nanoflow.graph.layers import sections_of
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
 from nanoflow.models.fields import ModelError, shown
 from nanoflow.models.model import ModelConfig
@@ -39,36 +40,51 @@ def build(
     """
     if config.hidden_act not in _ACTIVATIONS:
         raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
-    attention = _attention_dims(config, has_qk_norm=has_qk_norm)
-    parameters = _parameters(config)
     layer_parameters = (
         *_attention_parameters(config, has_qkv_bias=has_qkv_bias, has_qk_norm=has_qk_norm),
         *_mlp_parameters(config),
     )
+    rope = rope_spec(config, max_model_len)
+    kinds = {
+        window: _kind(config, _attention_dims(config, window, has_qk_norm=has_qk_norm), layer_parameters, rope)
+        for window in dict.fromkeys(config.layer_windows)
+    }
     graph = OpGraph(
-        name=f"{config.architecture} {_size(config.num_layers, parameters, layer_parameters)}",
-        num_layers=config.num_layers,
+        name=config.architecture,
         vocab_size=config.vocab_size,
         prologue=(_embed(config),),
-        layer=_layer(config, attention, {parameter.name for parameter in layer_parameters}),
+        sections=sections_of([kinds[window] for window in config.layer_windows]),
         epilogue=_epilogue(config),
-        tensors=_tensors(config, attention),
-        parameters=parameters,
-        layer_parameters=layer_parameters,
-        rope=rope_spec(config, max_model_len),
+        tensors=_tensors(config, next(iter(kinds.values())).attention),
+        parameters=_parameters(config),
         ignored_sources=(r".*rotary_emb\.inv_freq", *((re.escape(OUTPUT),) if config.tie_word_embeddings else ())),
     )
+    graph = replace(graph, name=f"{graph.name} {_size(graph)}")
     graph.validate()
     return graph
 
 
-def _attention_dims(config: ModelConfig, *, has_qk_norm: bool) -> AttentionDims:
+def _kind(
+    config: ModelConfig, attention: AttentionDims, parameters: tuple[Parameter, ...], rope: RopeSpec
+) -> LayerKind:
+    """Layers with this window; what differs is the attention, so it alone is told apart, if there are other layers."""
+    is_other = len(set(config.layer_windows)) > 1 and attention.window is not None
+    variant = "sliding" if is_other else ""
+    return LayerKind(
+        name=variant or "layer",
+        operations=_layer(config, attention, {parameter.name for parameter in parameters}, variant),
+        parameters=parameters,
+        rope=rope,
+    )
+
+
+def _attention_dims(config: ModelConfig, window: int | None, *, has_qk_norm: bool) -> AttentionDims:
     return AttentionDims(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         scale=config.head_dim**-0.5,
-        windows=config.layer_windows,
+        window=window,
         norm_eps=config.rms_norm_eps if has_qk_norm else None,
     )
 
@@ -103,13 +119,13 @@ def _embed(config: ModelConfig) -> Operation:
     )
 
 
-def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str]) -> tuple[Operation, ...]:
+def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str], variant: str) -> tuple[Operation, ...]:
     hidden, inner = config.hidden_size, config.intermediate_size
     qkv_width = attention.q_width + 2 * attention.kv_width
     return (
         _norm("attn_norm", config),
         _linear("qkv_proj", "normed", "qkv", hidden, qkv_width, parameters),
-        *_attention(attention, parameters),
+        *_attention(attention, parameters, variant),
         _linear_add("o_proj", "attn", attention.q_width, hidden, parameters),
         _norm("ffn_norm", config),
         _linear("gate_up_proj", "normed", "gate_up", hidden, 2 * inner, parameters),
@@ -125,7 +141,7 @@ def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str]) 
     )
 
 
-def _attention(dims: AttentionDims, parameters: set[str]) -> tuple[Operation, ...]:
+def _attention(dims: AttentionDims, parameters: set[str], variant: str) -> tuple[Operation, ...]:
     return (
         Operation(
             name="rope_append",
@@ -134,7 +150,7 @@ def _attention(dims: AttentionDims, parameters: set[str]) -> tuple[Operation, ..
             reads=("qkv",),
             writes=("q", "kv"),
             weights=_present(("q_norm.weight", "k_norm.weight"), parameters),
-            dims=dims,
+            dims=replace(dims, window=None),
         ),
         Operation(
             name="decode_attention",
@@ -144,6 +160,7 @@ def _attention(dims: AttentionDims, parameters: set[str]) -> tuple[Operation, ..
             reads=("q", "kv"),
             writes=("attn",),
             dims=dims,
+            variant=variant,
         ),
         Operation(
             name="prefill_attention",
@@ -154,6 +171,7 @@ def _attention(dims: AttentionDims, parameters: set[str]) -> tuple[Operation, ..
             reads_before=("kv",),
             writes=("attn",),
             dims=dims,
+            variant=variant,
         ),
     )
 
@@ -271,7 +289,6 @@ def _fused(name: str, *parts: tuple[str, tuple[int, ...]]) -> Parameter:
     return Parameter(name=name, parts=tuple(ParameterPart(source=source, shape=shape) for source, shape in parts))
 
 
-def _size(num_layers: int, parameters: tuple[Parameter, ...], layer_parameters: tuple[Parameter, ...]) -> str:
-    count = sum(parameter.num_elements for parameter in parameters)
-    count += num_layers * sum(parameter.num_elements for parameter in layer_parameters)
+def _size(graph: OpGraph) -> str:
+    count = graph.num_parameters
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
