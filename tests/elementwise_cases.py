@@ -43,6 +43,26 @@ class Cases:
         """Rows of deviation 1."""
         return self._launch(OpKind.RMS_NORM, NormDims(width=width, eps=1e-5), (width,), (width,), ((width,),))
 
+    def rms_norm_add(self, width: int) -> Launch:
+        """Rows of deviation 1, added to others; the weight is in float32."""
+        launch = self._launch(OpKind.RMS_NORM_ADD, NormDims(width=width, eps=1e-5), (width, width), (), ((width,),))
+        x, hidden = launch.reads
+        return replace(launch, reads=(x, hidden), writes=(hidden,), weights=(launch.weights[0].float(),))
+
+    def geglu(self, width: int) -> Launch:
+        """Gate and up side by side, some far from 0 on either side."""
+        launch = self._launch(OpKind.GEGLU, RowDims(width=width), (2 * width,), (width,), ())
+        launch.reads[0][:, ::7] *= 50.0
+        return launch
+
+    def scaled_embed(self, width: int) -> Launch:
+        """Rows of a table times a factor that no 16-bit type holds."""
+        return self._launch(OpKind.EMBED, RowDims(width=width, scale=width**0.5), (), (width,), ((VOCAB_SIZE, width),))
+
+    def with_exact_weights(self, launch: Launch) -> Launch:
+        """The same with weights in float32."""
+        return replace(launch, weights=tuple(weight.float() for weight in launch.weights))
+
     def swiglu(self, width: int) -> Launch:
         """Gate and up side by side, some far from 0 on either side."""
         launch = self._launch(OpKind.SWIGLU, RowDims(width=width), (2 * width,), (width,), ())

@@ -54,6 +54,16 @@ def test_swiglu(dtype: torch.dtype, width: int) -> None:
 
 @DTYPES
 @WIDTHS
+def test_what_gemma_adds(dtype: torch.dtype, width: int) -> None:
+    cases = _cases(dtype)
+    _assert_twins(fast.rms_norm_add, reference.rms_norm_add, cases.rms_norm_add(width))
+    _assert_twins(fast.rms_norm, reference.rms_norm, cases.with_exact_weights(cases.rms_norm(width)))
+    _assert_twins(fast.geglu, reference.geglu, cases.geglu(width))
+    _assert_twins(fast.embed, reference.embed, cases.scaled_embed(width))
+
+
+@DTYPES
+@WIDTHS
 @pytest.mark.parametrize("start", [0, 3])
 def test_gathers(dtype: torch.dtype, width: int, start: int) -> None:
     cases = _cases(dtype, start)
@@ -69,6 +79,13 @@ def test_rope_append(dtype: torch.dtype, has_norm: bool, sizes: tuple[int, int, 
     dims = _dims(*sizes, has_norm=has_norm)
     for start in (0, 3):
         _assert_twins(fast.rope_append, reference.rope_append, _cases(dtype, start).rope_append(dims, page_size=4))
+
+
+@DTYPES
+def test_norms_of_heads_with_weights_in_float32(dtype: torch.dtype) -> None:
+    cases = _cases(dtype)
+    launch = cases.with_exact_weights(cases.rope_append(_dims(4, 2, 8, has_norm=True), page_size=4))
+    _assert_twins(fast.rope_append, reference.rope_append, launch)
 
 
 def test_a_slot_outside_the_cache_is_not_written() -> None:

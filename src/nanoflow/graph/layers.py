@@ -34,10 +34,19 @@ class ParameterPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A parameter as the kernels take it: checkpoint tensors one below the other (concatenated on dimension 0)."""
+    """A parameter as the kernels take it: checkpoint tensors one below the other (concatenated on dimension 0).
+
+    Attributes:
+        name: Unique in its layer, or outside the layers.
+        parts: The tensors.
+        offset: What is added to every element when it is read.
+        is_float32: Whether it is kept in float32, whatever the model's type; for small ones.
+    """
 
     name: str
     parts: tuple[ParameterPart, ...]
+    offset: float = 0.0
+    is_float32: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ class OpKind(enum.StrEnum):
     EMBED = "embed"
     GATHER_ROWS = "gather_rows"
     RMS_NORM = "rms_norm"
+    RMS_NORM_ADD = "rms_norm_add"
     LINEAR = "linear"
     LINEAR_ADD = "linear_add"
     LINEAR_SWIGLU = "linear_swiglu"
@@ -41,8 +42,13 @@ class OpKind(enum.StrEnum):
     DECODE_ATTENTION = "decode_attention"
     PREFILL_ATTENTION = "prefill_attention"
     SWIGLU = "swiglu"
+    GEGLU = "geglu"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
+
+
+# Activations of a gate, times what is beside it: half as many columns are left.
+GATED = (OpKind.SWIGLU, OpKind.GEGLU)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +83,10 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDims:
-    """Width of the rows of a row-wise operation (embedding, gather, activation)."""
+    """Width of the rows of a row-wise operation (embedding, gather, activation), and a factor on an embedding."""
 
     width: int
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,17 +233,18 @@ def _norm_flops(op: Operation, shape: BatchShape) -> int:
 
 def _norm_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, NormDims)
-    return op.dims.width + 2 * shape.tokens_in(op.scope) * op.dims.width
+    rows_moved = 3 if op.kind is OpKind.RMS_NORM_ADD else 2
+    return op.dims.width + rows_moved * shape.tokens_in(op.scope) * op.dims.width
 
 
 def _row_flops(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, RowDims)
-    return 4 * shape.tokens_in(op.scope) * op.dims.width if op.kind is OpKind.SWIGLU else 0
+    return 4 * shape.tokens_in(op.scope) * op.dims.width if op.kind in GATED else 0
 
 
 def _row_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, RowDims)
-    rows_moved = 3 if op.kind is OpKind.SWIGLU else 2
+    rows_moved = 3 if op.kind in GATED else 2
     return rows_moved * shape.tokens_in(op.scope) * op.dims.width
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from nanoflow.graph.graph import GraphError, LayerKind, OpGraph
 from nanoflow.graph.operation import (
+    GATED,
     AttentionDims,
     CollectiveDims,
     LinearDims,
@@ -22,7 +23,7 @@ from nanoflow.graph.operation import (
 )
 
 # What writes columns of which each GPU has a part.
-_ACTIVATIONS = (OpKind.SWIGLU, OpKind.LINEAR_SWIGLU)
+_ACTIVATIONS = (*GATED, OpKind.LINEAR_SWIGLU)
 
 
 class Exchange(enum.StrEnum):
@@ -96,7 +97,7 @@ def _parts(kind: LayerKind, op: Operation, num_gpus: int, exchange: Exchange) ->
         yield _cut_heads(op, kind.attention, num_gpus) if is_qkv else _cut_columns(op, num_gpus)
     elif isinstance(op.dims, AttentionDims):
         yield replace(op, dims=_fewer_heads(op.dims, num_gpus))
-    elif isinstance(op.dims, RowDims) and op.kind is OpKind.SWIGLU:
+    elif isinstance(op.dims, RowDims) and op.kind in GATED:
         yield replace(op, dims=RowDims(width=_share(op, op.dims.width, num_gpus)))
     else:
         yield op

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoflow.graph.operation import AttentionDims, NormDims, OpKind
+from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch, LayerCache
 
 # Elements of gathered keys that decode attention holds at once. Small enough for a core's cache: larger groups are
@@ -21,10 +21,14 @@ _MAX_GATHERED_ELEMENTS = 1 << 18
 
 
 def embed(launch: Launch) -> None:
-    """hidden [T, width] = embedding of each token."""
+    """hidden [T, width] = embedding of each token, times the factor if there is one."""
     (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
     torch.index_select(launch.weights[0], 0, ids, out=hidden)
+    assert isinstance(launch.op.dims, RowDims)
+    if launch.op.dims.scale != 1.0:
+        # Rounded first, as the models were trained.
+        hidden.mul_(float(torch.tensor(launch.op.dims.scale, dtype=hidden.dtype)))
 
 
 def gather_rows(launch: Launch) -> None:
@@ -41,11 +45,21 @@ def rms_norm(launch: Launch) -> None:
     normed.copy_(_normalised(hidden, launch.weights[0], launch.op.dims.eps))
 
 
+def rms_norm_add(launch: Launch) -> None:
+    """hidden [T, width] += x / sqrt(mean(x^2) + eps) * weight, rounded before it is added."""
+    assert isinstance(launch.op.dims, NormDims)
+    (x, _), (hidden,) = launch.reads, launch.writes
+    hidden.add_(_normalised(x, launch.weights[0], launch.op.dims.eps))
+
+
 def _normalised(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained."""
+    """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained.
+
+    That is to the weight's type: with a weight in float32 all is rounded once, at the end.
+    """
     exact = rows.float()
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return weight * exact.to(rows.dtype)
+    return (weight * exact.to(weight.dtype)).to(rows.dtype)
 
 
 def linear(launch: Launch) -> None:
@@ -80,6 +94,13 @@ def swiglu(launch: Launch) -> None:
 def _swiglu(gate_up: Tensor, out: Tensor) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     torch.mul(F.silu(gate), up, out=out)
+
+
+def geglu(launch: Launch) -> None:
+    """out [T, I] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 I] holds gate, then up."""
+    (gate_up,), (out,) = launch.reads, launch.writes
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
 
 
 def rope_append(launch: Launch) -> None:
@@ -209,10 +230,12 @@ REFERENCE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.EMBED: embed,
     OpKind.GATHER_ROWS: gather_rows,
     OpKind.RMS_NORM: rms_norm,
+    OpKind.RMS_NORM_ADD: rms_norm_add,
     OpKind.LINEAR: linear,
     OpKind.LINEAR_ADD: linear_add,
     OpKind.ROPE_APPEND: rope_append,
     OpKind.DECODE_ATTENTION: decode_attention,
     OpKind.PREFILL_ATTENTION: prefill_attention,
     OpKind.SWIGLU: swiglu,
+    OpKind.GEGLU: geglu,
 }

@@ -16,8 +16,8 @@ from nanoflow.models.checkpoint import differ, peek
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
 from nanoflow.models.formats import quantisation, refuse_adapter, refuse_quantised
 from nanoflow.models.generation import GENERATION_CONFIG
-from nanoflow.models.llama import EMBEDDING, OUTPUT
 from nanoflow.models.model import ModelConfig, RopeConfig
+from nanoflow.models.parts import EMBEDDING, OUTPUT
 from nanoflow.models.registry import reading_of, refusal, served_as
 
 __all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse", "refuse_unknown"]
@@ -37,6 +37,10 @@ _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "per_layer_config": ((None,), "is set: layers of different sizes are not served"),
     "is_causal": ((True,), "must be true: only causal attention is served"),
 }
+# What architectures call the activation of the feed-forward block.
+_ACTIVATIONS = ("hidden_act", "hidden_activation")
+# Rotary embeddings of an architecture with two of them, and where their base stands in older files.
+_LOCAL, _GLOBAL, _LOCAL_THETA = "sliding_attention", "full_attention", "rope_local_base_freq"
 # Types of rotary embeddings that have a length the model was trained on.
 _WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
 
@@ -112,8 +116,10 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         vocab_size=vocab_size,
         rms_norm_eps=fields.positive("rms_norm_eps"),
         max_position_embeddings=max_position_embeddings,
-        hidden_act=fields.text("hidden_act"),
+        hidden_act=fields.text(next(name for name in _ACTIVATIONS if name in fields.values)),
         rope=_rope(fields, max_position_embeddings),
+        local_rope=_local_rope(fields, max_position_embeddings),
+        fields=fields,
         layer_windows=_layer_windows(fields, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         attention_bias=fields.flag("attention_bias", default=False),
@@ -210,10 +216,40 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
 
 def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     """The rotary embedding; values inside its object win over those outside, but for the trained length."""
-    options = _rope_options(fields)
+    options = _of_kind(fields, _GLOBAL) if _LOCAL_THETA in fields.values else _rope_options(fields)
+    return _rope_config(fields, options, fields.positive("rope_theta"), max_position_embeddings)
+
+
+def _local_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig | None:
+    """That of layers with a window, where the architecture has another one for them."""
+    if _LOCAL_THETA not in fields.values:
+        return None
+    options = _of_kind(fields, _LOCAL)
+    return _rope_config(fields, options, fields.positive(_LOCAL_THETA), max_position_embeddings)
+
+
+def _of_kind(fields: Fields, kind: str) -> Fields:
+    """`rope_parameters` of one kind of layer; `rope_scaling` (transformers 4) adds to those of the global one."""
+    parameters, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
+    if unknown := sorted(parameters.values.keys() - {_LOCAL, _GLOBAL}):
+        raise parameters.error(unknown[0], f"is none of {_GLOBAL} and {_LOCAL}, of which each has its own")
+    if kind == _GLOBAL and "type" in scaling.values and "rope_type" not in scaling.values:
+        # transformers takes no notice of it here.
+        raise scaling.error("type", "must be called rope_type")
+    own = parameters.nested(kind)
+    own = Fields(values={**own.values, **scaling.values}, origin=own.origin) if kind == _GLOBAL else own
+    if own.positive("partial_rotary_factor", fields.positive("partial_rotary_factor", 1.0)) != 1.0:
+        raise own.error("partial_rotary_factor", "must be 1: partly rotated heads are not served")
+    if own.values.get("truncate", True) is not True:
+        # transformers looks for it where it does not stand.
+        raise own.error("truncate", "must be true where layers have rotary embeddings of their own")
+    return own
+
+
+def _rope_config(fields: Fields, options: Fields, theta: float, max_position_embeddings: int) -> RopeConfig:
     options.refuse_nulls("rope_type", "rope_theta")
     rope_type = options.text("rope_type", options.text("type", "default"))
-    theta = options.positive("rope_theta", fields.positive("rope_theta"))
+    theta = options.positive("rope_theta", theta)
     if theta <= 1.0:
         raise fields.error("rope_theta", f"must exceed 1, got {theta:g}")
     original_max_len = max_position_embeddings
@@ -231,7 +267,10 @@ def _rope_options(fields: Fields) -> Fields:
     if scaling.values and parameters.values and scaling.values != parameters.values:
         logger.warning("%s: rope_scaling and rope_parameters differ, rope_scaling is used", fields.origin)
     options = scaling if scaling.values else parameters
-    if any(isinstance(value, Mapping) for value in options.values.values()):
+    if any(isinstance(value, Mapping) for value in options.values.values()) or options.values.keys() & {
+        _LOCAL,
+        _GLOBAL,
+    }:
         raise ModelError(f"{options.origin}: rotary embeddings that differ between layers are not served")
     for holder in (options, fields):
         if holder.positive("partial_rotary_factor", 1.0) != 1.0:
@@ -246,6 +285,11 @@ def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
         window = fields.positive_int("sliding_window")
     if fields.has("layer_types"):
         return tuple(window if slides else None for slides in _sliding_layers(fields, num_layers, window))
+    if fields.has("sliding_window_pattern"):
+        pattern = fields.positive_int("sliding_window_pattern")
+        if window is None and pattern > 1:
+            raise fields.error("sliding_window", "is missing, but sliding_window_pattern asks for windows")
+        return tuple(window if (layer + 1) % pattern else None for layer in range(num_layers))
     first = fields.raw("max_window_layers", 0)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise fields.error("max_window_layers", f"must be a whole number from 0, got {shown(first)}")

@@ -69,6 +69,7 @@ def load_weights(
             here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
             for names in _groups(here):
                 _copy_file(path, names, targets, progress)
+    _add_offsets(graph, weights)
     return weights
 
 
@@ -108,9 +109,23 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
 
 def _allocate(graph: OpGraph, dtype: torch.dtype, device: torch.device) -> Weights:
     def group(parameters: tuple[Parameter, ...]) -> dict[str, Tensor]:
-        return {parameter.name: torch.empty(parameter.shape, dtype=dtype, device=device) for parameter in parameters}
+        return {
+            each.name: torch.empty(each.shape, dtype=torch.float32 if each.is_float32 else dtype, device=device)
+            for each in parameters
+        }
 
     return Weights(shared=group(graph.parameters), layers=tuple(group(kind.parameters) for kind in graph.layers))
+
+
+def _add_offsets(graph: OpGraph, weights: Weights) -> None:
+    groups = (
+        (graph.parameters, weights.shared),
+        *zip((kind.parameters for kind in graph.layers), weights.layers, strict=True),
+    )
+    for parameters, tensors in groups:
+        for parameter in parameters:
+            if parameter.offset:
+                tensors[parameter.name].add_(parameter.offset)
 
 
 def _expected_shapes(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, tuple[int, ...]]]:

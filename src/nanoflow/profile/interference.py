@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import Operation, OpKind, Resource
+from nanoflow.graph.operation import GATED, Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.inside import Inside, at_size, measured_size
 from nanoflow.profile.table import CostTable, PairPoint, Profile
@@ -34,7 +34,9 @@ _ENDS = ((0.0, 0.0), (1.0, 1.0))
 _DIGITS = 4
 _LEAST = 1e-3
 # Small operations between products: they run in the products' lane, whatever bounds them.
-_ROW_WISE = frozenset({OpKind.RMS_NORM, OpKind.ROPE_APPEND, OpKind.SWIGLU, OpKind.EMBED, OpKind.GATHER_ROWS})
+_ROW_WISE = frozenset(
+    {OpKind.RMS_NORM, OpKind.RMS_NORM_ADD, OpKind.ROPE_APPEND, *GATED, OpKind.EMBED, OpKind.GATHER_ROWS}
+)
 
 
 def lane_of(op: Operation) -> Resource:
