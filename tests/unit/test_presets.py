@@ -28,6 +28,8 @@ NUM_PARAMETERS = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
     "mistral-7b": 7_241_732_096,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
     "deepseek-llm-67b": 67_425_001_472,
 }
 ANALYSIS_ONLY = {"mixtral-8x7b"}
