@@ -216,7 +216,7 @@ def test_each_layer_takes_what_its_own_kind_takes() -> None:
     ends = simulator.run(SHAPE)
     assert ends.mix == pytest.approx(whole_s / 26 / ends.period_s)
     assert sum(model.busy_s(SHAPE).values()) == pytest.approx(whole_s)
-    # The layers that are simulated begin with the pattern's cheap ones, so what is simulated is off by a part of a layer.
+    # Layers that are simulated begin with the pattern's cheap ones: the whole is off by a part of a layer.
     planned = model.predict(SHAPE, sequential_plan(GEMMA, 512))
     assert planned.iteration_s == pytest.approx(whole_s, rel=0.03)
 
