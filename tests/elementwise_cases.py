@@ -76,7 +76,7 @@ class Cases:
         launch = self._launch(OpKind.ROPE_APPEND, dims, (width,), (dims.q_width,), weights)
         num_pages = -(-self.num_tokens // page_size) + 3
         shape = (num_pages, dims.num_kv_heads, page_size, d)
-        angles = torch.rand(self.num_tokens, d // 2, generator=self._generator(8)) * 6.3
+        angles = torch.rand(self.num_tokens, (dims.rotary_dim or d) // 2, generator=self._generator(8)) * 6.3
         slots = torch.randperm(num_pages * page_size, generator=self._generator(9))[: self.num_tokens]
         inputs = replace(launch.inputs, slots=slots.to(self.device))
         rotation = Rotation(cos=angles.cos().to(self.device), sin=angles.sin().to(self.device))

@@ -40,6 +40,14 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# 12 of the 16 dimensions of a head are rotated.
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0],
+    "long_factor": [1.0, 1.5, 3.0, 9.0, 20.0, 40.0],
+}
 
 FAMILIES: dict[str, Family] = {
     "llama2": _llama(num_key_value_heads=4),
@@ -75,6 +83,12 @@ FAMILIES: dict[str, Family] = {
             "query_pre_attn_scalar": 40,
             "pad_token_id": 0,
         },
+    ),
+    # The token that pads must be in the vocabulary.
+    "phi3": Family(config_class="Phi3Config", options={"pad_token_id": 0, "sliding_window": SLIDING_WINDOW}),
+    "phi4-mini": Family(
+        config_class="Phi3Config",
+        options={"pad_token_id": 0, "rope_parameters": _LONG_ROPE, "original_max_position_embeddings": 1024},
     ),
 }
 _COMMON: dict[str, Any] = {

@@ -29,7 +29,8 @@ def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
     """
     cpu, count = torch.device("cpu"), len(prompt)
     num_pages = -(-count // _PAGE_SIZE)
-    graph = build_graph(load(folder), None)
+    config = load(folder)
+    graph = build_graph(config, max(count, config.default_context_len))
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)

@@ -25,6 +25,7 @@ HEADS = {
     "qwen2.5-7b": (28, 4, 128),
     "qwen2.5-0.5b": (14, 2, 64),
     "llama-2-7b": (32, 32, 128),
+    "phi-4-mini": (24, 8, 128),
     "odd": (6, 2, 80),
 }
 
@@ -33,7 +34,7 @@ def _cases(dtype: torch.dtype, num_tokens: int = 517, start: int = 0) -> Cases:
     return Cases(num_tokens=num_tokens, dtype=dtype, device=torch.device("cuda"), start=start)
 
 
-def _dims(model: str, *, has_norm: bool) -> AttentionDims:
+def _dims(model: str, *, has_norm: bool, rotary_dim: int | None = None) -> AttentionDims:
     num_heads, num_kv_heads, head_dim = HEADS[model]
     return AttentionDims(
         num_heads=num_heads,
@@ -42,6 +43,7 @@ def _dims(model: str, *, has_norm: bool) -> AttentionDims:
         scale=1.0,
         window=None,
         norm_eps=1e-6 if has_norm else None,
+        rotary_dim=rotary_dim,
     )
 
 
@@ -92,6 +94,16 @@ def test_norms_of_heads_with_weights_in_float32(dtype: torch.dtype) -> None:
     cases = _cases(dtype)
     launch = cases.with_exact_weights(cases.rope_append(_dims("llama-3-8b", has_norm=True), page_size=4))
     assert_twins(fast.rope_append, reference.rope_append, launch)
+
+
+@DTYPES
+@pytest.mark.parametrize(("model", "rotary_dim"), [("phi-4-mini", 96), ("llama-3.2-1b", 2), ("odd", 78)])
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_heads_that_are_rotated_in_part(dtype: torch.dtype, model: str, rotary_dim: int, has_norm: bool) -> None:
+    dims = _dims(model, has_norm=has_norm, rotary_dim=rotary_dim)
+    for start in (0, 3):
+        launch = _cases(dtype, start=start).rope_append(dims, page_size=16)
+        assert_twins(fast.rope_append, reference.rope_append, launch)
 
 
 def test_a_captured_graph_serves_another_batch_with_padding() -> None:

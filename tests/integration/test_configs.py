@@ -45,8 +45,11 @@ REASONS = (
     r"field 'truncate' must be true where layers have rotary embeddings of their own",
     r"field 'torch_dtype' must be one of float32, bfloat16, float16, got '(int8|float64)'",
     r"field 'truncate' is missing: it is null",
-    r"field 'rope_type' must be one of default, linear, dynamic, llama3, yarn, got 'longrope'",
-    r"field 'partial_rotary_factor' must be 1: partly rotated heads are not served",
+    # transformers takes the field and rotates whole heads; other engines do not.
+    r"field 'partial_rotary_factor' must be 1, as models of type \w+ rotate whole heads, got",
+    r"field 'partial_rotary_factor' must be a positive number, got (0.0|True)",
+    r"field 'partial_rotary_factor' must be at most 1 and rotate some of a head's 16 dimensions, got 0.01",
+    r"field 'head_dim' must be even for the rotary embedding, got 15",
     r"rotary embeddings that differ between layers are not served",
     r"field 'architectures' must be a list with the model's class, got 'LlamaForCausalLM'",
     r"architecture 'MambaForCausalLM' is not known",
@@ -67,11 +70,18 @@ MEANT = (
     "use_cache=None",
     "auto_map=None",
 )
-# By architecture: a list of layers that it does not have may be of any length; sizes that give the size of a head.
+# By architecture: a list of layers that it does not have may be of any length; sizes that give the size of a head; a
+# padding token that is not in the vocabulary; the trained length where nothing is stretched.
 MEANT_BY = {
     "LlamaForCausalLM": (
         "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
         "layer_types=[]",
+    ),
+    "Phi3ForCausalLM": (
+        "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
+        "layer_types=[]",
+        "no pad_token_id",
+        "original_max_position_embeddings=32.0",
     ),
     "MistralForCausalLM": (
         "layer_types=['full_attention', 'sliding_attention', 'full_attention', 'sliding_attention'], no head_dim",
@@ -79,8 +89,8 @@ MEANT_BY = {
     # No layer has a window.
     "Gemma3ForCausalLM": ("sliding_window=None, sliding_window_pattern=1",),
 }
-# Every rotary embedding that does not say which layers it is for is refused.
-MOST_REFUSED = {"Gemma3ForCausalLM": 65}
+# Of rotary embeddings that say which layers they are for, where there is one for all; and the other way round.
+OF_OTHER_LAYERS = "of which each has its own|differ between layers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,9 +136,9 @@ def test_every_field_means_what_it_means_to_transformers(architecture: str, tmp_
     for one in outcomes:
         assert one.ours is not None or re.search(r"field|architecture|hidden_act|tensor|shape|rotary", one.our_error)
         assert "\n" not in one.our_error
-    # Measured: 188 to 201 are equal, and 27 to 31 (Gemma: 64) refused that transformers takes.
-    assert len(compared) >= 180
-    assert len(refused) <= MOST_REFUSED.get(architecture, 38)
+    # Measured: 205 to 252 are equal, and 24 to 38 refused that transformers takes, beside those of other layers.
+    assert len(compared) >= 175
+    assert len([one for one in refused if not re.search(OF_OTHER_LAYERS, one.our_error)]) <= 45
     # The test could not fail if the variations changed nothing.
     base = compared[0].theirs
     changed = [one for one in compared if one.theirs is not None and not _are_alike(one.theirs, base)]
@@ -142,6 +152,7 @@ _READ_ELSEWHERE = {
     "MistralForCausalLM": {"layer_types"},
     "Qwen2ForCausalLM": {"head_dim"},
     "Gemma3ForCausalLM": {"sliding_window_pattern", "rope_local_base_freq"},
+    "Phi3ForCausalLM": {"head_dim"},
 }
 
 
@@ -151,7 +162,7 @@ def test_fields_and_defaults_are_those_of_the_configuration_class(architecture: 
     kind = type(transformers.AutoConfig.for_model(reading.model_type))
     theirs = {field.name: field.default for field in dataclasses.fields(kind)}
     known = {name for one in ARCHITECTURES.values() for name in one.reading.fields}
-    mine = reading.fields.keys() - _ANYWHERE - _READ_ELSEWHERE.get(architecture, set())
+    mine = reading.fields.keys() - (_ANYWHERE - theirs.keys()) - _READ_ELSEWHERE.get(architecture, set())
     assert mine == theirs.keys() & known
     assert {name: reading.fields[name] for name in mine} == {name: theirs[name] for name in mine}
     thetas = {"global": reading.fields["rope_theta"], "local": reading.fields.get("rope_local_base_freq")}

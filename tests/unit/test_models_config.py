@@ -33,6 +33,7 @@ LLAMA: dict[str, Any] = {
 
 
 QWEN: dict[str, Any] = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+PHI: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"]}
 
 
 def test_transformers_4_and_5_say_the_same() -> None:
@@ -67,6 +68,7 @@ def test_an_end_of_sequence_by_default_only_in_a_vocabulary_that_has_it() -> Non
         ("MistralForCausalLM", (4096, 32, 32, 8, 128, 14336, 32000, 131072)),
         ("Qwen2ForCausalLM", (4096, 32, 32, 32, 128, 22016, 151936, 32768)),
         ("Qwen3ForCausalLM", (4096, 32, 32, 32, 128, 22016, 151936, 32768)),
+        ("Phi3ForCausalLM", (3072, 32, 32, 32, 96, 8192, 32064, 4096)),
     ],
 )
 def test_an_absent_size_is_that_of_the_architecture(architecture: str, expected: tuple[int, ...]) -> None:
@@ -158,7 +160,9 @@ def test_trained_length_outside_the_rope_parameters_wins() -> None:
         ({"rope_type": "linear", "factor": 1e300}, 2**31 - 1, 2**31 - 1),
         ({"rope_type": "dynamic", "factor": 4.0}, 2048, 8192),
         ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}, 2048, 2048),
-        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 256}, 2048, 2048),
+        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 256}, 256, 2048),
+        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 4096}, 2048, 2048),
+        ({"rope_type": "longrope"}, 2048, 2048),
         ({"rope_type": "default", "factor": 4.0}, 2048, 2048),
     ],
 )
@@ -168,8 +172,33 @@ def test_longest_context(rope: dict[str, Any], by_default: int, expected: int) -
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 16),
+        ({"partial_rotary_factor": 0.75}, 12),
+        ({"partial_rotary_factor": 0.7}, 11),
+        ({"partial_rotary_factor": 1 / 16}, 1),
+        ({"partial_rotary_factor": 0.75, "rope_parameters": {"partial_rotary_factor": 0.5}}, 8),
+        ({"partial_rotary_factor": None, "rope_scaling": {"partial_rotary_factor": 0.5}}, 8),
+        ({"partial_rotary_factor": 0.5, "head_dim": 64}, 32),
+    ],
+)
+def test_rotated_dimensions(fields: dict[str, Any], expected: int) -> None:
+    assert parse({**LLAMA, **PHI, **fields}).rope.rotary_dim == expected
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_names_of_a_stretched_embedding_of_phi(name: str, spelling: str) -> None:
+    rope = parse({**LLAMA, **PHI, "rope_scaling": {spelling: name}}).rope
+    assert (rope.rope_type, rope.original_max_len) == ("longrope", 4096)
+
+
+@pytest.mark.parametrize(
     ("architecture", "fields", "expected"),
     [
+        ("Phi3ForCausalLM", {}, (None,) * 4),
+        ("Phi3ForCausalLM", {"sliding_window": 24, "use_sliding_window": False, "max_window_layers": 4}, (24,) * 4),
         ("LlamaForCausalLM", {"sliding_window": 24}, (None,) * 4),
         ("MistralForCausalLM", {}, (4096,) * 4),
         ("MistralForCausalLM", {"sliding_window": 24, "use_sliding_window": False}, (24,) * 4),
@@ -232,7 +261,20 @@ def test_layer_windows(architecture: str, fields: dict[str, Any], expected: tupl
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "differ between layers are not served",
         ),
-        ({"partial_rotary_factor": 0.5}, "field 'partial_rotary_factor' must be 1"),
+        ({"partial_rotary_factor": 0.5}, "must be 1, as models of type llama rotate whole heads, got 0.5"),
+        ({"partial_rotary_factor": [[]]}, "must be 1, as models of type llama rotate whole heads, got [[]]"),
+        ({**PHI, "partial_rotary_factor": 1.5}, "must be at most 1 and rotate some of a head's 16 dimensions, got 1.5"),
+        ({**PHI, "partial_rotary_factor": 1 / 17}, "must be at most 1 and rotate some of a head's 16 dimensions, got"),
+        ({**PHI, "partial_rotary_factor": None}, "field 'partial_rotary_factor' is missing: it is null"),
+        (
+            {**PHI, "partial_rotary_factor": 10**400},
+            "field 'partial_rotary_factor' must be a positive number, got 1000",
+        ),
+        (
+            {**PHI, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "one of default, longrope, su, yarn, got 'linear'",
+        ),
+        ({**PHI, "sliding_window": 0}, "field 'sliding_window' must be a positive integer, got 0"),
         ({"rope_theta": 1}, "field 'rope_theta' must exceed 1, got 1"),
     ],
 )

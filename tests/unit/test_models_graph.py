@@ -107,8 +107,9 @@ class Interpreter:
         rope = self.kind.rope
         angles = torch.arange(len(heads), dtype=torch.float64)[:, None, None] * torch.tensor(rope.inv_freq)
         cos, sin = ((f(angles) * rope.attention_factor).float() for f in (torch.cos, torch.sin))
-        low, high = heads.chunk(2, dim=-1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        half = len(rope.inv_freq)
+        low, high, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
     def prefill_attention(self, op: Operation, q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
         dims = op.dims
@@ -207,6 +208,17 @@ def test_costs_are_those_of_table_2_of_the_paper(operation: str, gflop: float, g
     op = next(op for op in graph.layer if op.name == operation)
     assert op.flops(shape) * graph.num_layers / 1e9 == pytest.approx(gflop, rel=0.01)
     assert op.memory_bytes(shape, 2) * graph.num_layers / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_a_part_of_a_head_is_rotated_and_counted() -> None:
+    whole = model_config.parse({**LLAMA_2_70B, "architectures": ["Phi3ForCausalLM"]})
+    part = replace(whole, rope=replace(whole.rope, rotary_dim=96))
+    shape = BatchShape(num_tokens=7, num_decode_tokens=7, decode_context=70)
+    flops = [
+        next(op.flops(shape) for op in build_graph(config, None).layer if op.kind is OpKind.ROPE_APPEND)
+        for config in (whole, part)
+    ]
+    assert flops == [3 * 7 * (64 + 8) * rotated for rotated in (128, 96)]
 
 
 def test_size_of_llama_2_70b() -> None:

@@ -30,6 +30,8 @@ NUM_PARAMETERS = {
     "mistral-7b": 7_241_732_096,
     "gemma-3-270m": 268_098_176,
     "gemma-3-1b": 999_885_952,
+    "phi-3-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200,
     "deepseek-llm-67b": 67_425_001_472,
 }
 ANALYSIS_ONLY = {"mixtral-8x7b"}
@@ -59,6 +61,7 @@ def test_every_other_preset_is_dense() -> None:
 
 def test_what_the_size_does_not_show() -> None:
     assert preset_config("mistral-7b").layer_windows == (4096,) * 32
+    assert preset_config("phi-3-mini").layer_windows == (2047,) * 32
     one_b = preset_config("llama-3.2-1b")
     assert (one_b.rope.rope_type, one_b.head_dim, one_b.max_context_len) == ("llama3", 64, 131072)
     assert {preset_config(name).dtype for name in PRESETS if not name.startswith("llama-2")} == {"bfloat16"}

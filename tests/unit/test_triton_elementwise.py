@@ -29,7 +29,9 @@ def _assert_twins(ours: Kernel, expected: Kernel, launch: Launch) -> None:
     assert_twins(ours, expected, launch, truncates=launch.writes[0].dtype == torch.bfloat16)
 
 
-def _dims(num_heads: int, num_kv_heads: int, head_dim: int, *, has_norm: bool = False) -> AttentionDims:
+def _dims(
+    num_heads: int, num_kv_heads: int, head_dim: int, *, rotary_dim: int | None = None, has_norm: bool = False
+) -> AttentionDims:
     return AttentionDims(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -37,6 +39,7 @@ def _dims(num_heads: int, num_kv_heads: int, head_dim: int, *, has_norm: bool = 
         scale=1.0,
         window=None,
         norm_eps=1e-6 if has_norm else None,
+        rotary_dim=rotary_dim,
     )
 
 
@@ -86,6 +89,35 @@ def test_norms_of_heads_with_weights_in_float32(dtype: torch.dtype) -> None:
     cases = _cases(dtype)
     launch = cases.with_exact_weights(cases.rope_append(_dims(4, 2, 8, has_norm=True), page_size=4))
     _assert_twins(fast.rope_append, reference.rope_append, launch)
+
+
+# One pair, most of a head, all but a pair; the last sizes need two programs a token.
+@DTYPES
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 2, 8, 2), (3, 1, 24, 18), (2, 2, 64, 62), (14, 2, 128, 96)])
+def test_heads_that_are_rotated_in_part(dtype: torch.dtype, has_norm: bool, sizes: tuple[int, int, int, int]) -> None:
+    *heads, rotary_dim = sizes
+    dims = _dims(*heads, rotary_dim=rotary_dim, has_norm=has_norm)
+    for start in (0, 3):
+        launch = _cases(dtype, start).rope_append(dims, page_size=4)
+        _assert_twins(fast.rope_append, reference.rope_append, launch)
+
+
+@pytest.mark.parametrize("kernel", [fast.rope_append, reference.rope_append])
+def test_what_is_not_rotated_passes_as_it_is(kernel: Kernel) -> None:
+    """Also beside numbers that are not finite, of which every product is one."""
+    dims = _dims(4, 2, 16, rotary_dim=10)
+    launch = _cases().rope_append(dims, page_size=4)
+    heads = launch.reads[0].view(5, -1, 16)
+    heads[2, :, 3], heads[3, :, 12] = torch.inf, torch.nan
+    q, keys, values = results_of(kernel, launch)
+    slots = launch.inputs.slots.long()
+    pages, offsets = slots // 4, slots % 4
+    whole = torch.cat((q.view(5, 4, 16), keys[pages, :, offsets]), dim=1)
+    torch.testing.assert_close(whole[..., 10:], heads[:, :6, 10:], rtol=0.0, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(values[pages, :, offsets], heads[:, 6:], rtol=0.0, atol=0.0, equal_nan=True)
+    is_moved = (whole[..., :10] - heads[:, :6, :10]).abs() > 1e-3
+    assert is_moved[[0, 1, 4]].any(0).all()
 
 
 def test_a_slot_outside_the_cache_is_not_written() -> None:

@@ -67,7 +67,8 @@ class RopeSpec:
     """Rotary embedding, reduced to what a kernel needs.
 
     Attributes:
-        inv_freq: One angular frequency a pair of dimensions, scaling already applied, length head_dim / 2.
+        inv_freq: One angular frequency a pair of rotated dimensions, scaling already applied. Pair i of R is made of
+            dimensions i and i + R of a head; those from 2 R on are not rotated. R is at most head_dim / 2.
         attention_factor: Factor on cos and sin (YaRN); 1 otherwise.
     """
 

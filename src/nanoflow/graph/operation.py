@@ -116,6 +116,7 @@ class AttentionDims:
         scale: Factor on the scores, usually 1 / sqrt(D).
         window: Sliding window (a token sees itself and the `window - 1` before it), None without.
         norm_eps: For Qwen3's norm on each query and key head; None without.
+        rotary_dim: How many dimensions of a query or key head are rotated, its first ones; None is all of them.
     """
 
     num_heads: int
@@ -124,6 +125,7 @@ class AttentionDims:
     scale: float
     window: int | None = None
     norm_eps: float | None = None
+    rotary_dim: int | None = None
 
     @property
     def q_width(self) -> int:
@@ -212,7 +214,8 @@ def _attention_flops(op: Operation, shape: BatchShape) -> int:
     """4 x context x width a token: scores and weighted sum. RoPE counts 3 a rotated element."""
     assert isinstance(op.dims, AttentionDims)
     if op.kind is OpKind.ROPE_APPEND:
-        return 3 * shape.tokens_in(op.scope) * (op.dims.q_width + op.dims.kv_width)
+        rotated = op.dims.head_dim if op.dims.rotary_dim is None else op.dims.rotary_dim
+        return 3 * shape.tokens_in(op.scope) * (op.dims.num_heads + op.dims.num_kv_heads) * rotated
     context = shape.decode_context if op.scope is Scope.DECODE else shape.prefill_context
     return 4 * context * op.dims.q_width
 

@@ -124,9 +124,10 @@ def rope_append(launch: Launch) -> None:
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of heads [T, H, D] by the angle of their position, in float32."""
-    first, second = heads.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate pairs (i, i + R) of heads [T, H, D] in float32, where cos and sin are [T, 1, R]; the rest stays."""
+    half = cos.shape[-1]
+    first, second, rest = torch.split(heads.float(), [half, half, heads.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def decode_attention(launch: Launch) -> None:

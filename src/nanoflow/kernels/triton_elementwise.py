@@ -112,13 +112,14 @@ def rope_append(launch: Launch) -> None:
     num_pages, _, page_size, head_dim = cache.keys.shape
     num_heads, half = dims.num_heads + 2 * dims.num_kv_heads, head_dim // 2
     half_block = triton.next_power_of_2(half)
+    rotated = rotation.cos.shape[1]
     head_block = min(triton.next_power_of_2(num_heads), max(1, _BLOCK // (2 * half_block)))
     rows = slice(launch.tokens.start, launch.tokens.stop)
     _rope_append[(len(qkv), triton.cdiv(num_heads, head_block))](
         *(qkv, q_out, cache.keys, cache.values),
         *(rotation.cos[rows], rotation.sin[rows], launch.inputs.slots[rows], q_weight, k_weight),
         *(num_pages * page_size, dims.norm_eps or 0.0),
-        *(dims.num_heads, dims.num_kv_heads, half, page_size, head_block, half_block),
+        *(dims.num_heads, dims.num_kv_heads, half, rotated, page_size, head_block, half_block),
         num_warps=_num_warps(2 * head_block * half_block),
     )
 
@@ -139,38 +140,59 @@ def _rope_append(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    ROTATED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> None:
-    """One token, HEAD_BLOCK of its q, k and v heads, which follow one another; pairs to rotate are (i, i + HALF)."""
+    """One token, HEAD_BLOCK of its q, k and v heads, which follow one another; ROTATED pairs of each are rotated."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)[:, None]
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     is_column = columns < HALF
     is_query, is_value = heads < HEADS, heads >= HEADS + KV_HEADS
     is_inside = (heads < HEADS + 2 * KV_HEADS) & is_column
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + heads) * 2 * HALF + columns
+    low, gap = _pairs(columns, HALF, ROTATED)
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + heads) * 2 * HALF + low
     first = tl.load(source, mask=is_inside, other=0.0)
-    second = tl.load(source + HALF, mask=is_inside, other=0.0)
+    second = tl.load(source + gap, mask=is_inside, other=0.0)
     x, y = first, second
     if q_weight is not None:
-        x, y = _normalised_heads(x, y, q_weight, k_weight, is_query, eps, HALF, HALF_BLOCK)
+        x, y = _normalised_heads(x, y, q_weight, k_weight, is_query, eps, low, gap, HALF, HALF_BLOCK)
     x, y = x.to(tl.float32), y.to(tl.float32)
-    cosine = tl.load(cos + token * HALF + columns, mask=is_column)
-    sine = tl.load(sin + token * HALF + columns, mask=is_column)
-    first = tl.where(is_value, first, (x * cosine - y * sine).to(first.dtype))
-    second = tl.where(is_value, second, (y * cosine + x * sine).to(second.dtype))
-    q_cells = q_out + (token * HEADS + heads) * 2 * HALF + columns
+    cosine = tl.load(cos + token * ROTATED + columns, mask=columns < ROTATED)
+    sine = tl.load(sin + token * ROTATED + columns, mask=columns < ROTATED)
+    keeps = is_value
+    if ROTATED < HALF:
+        # A head that is normalised has changed also where it is not rotated.
+        first = tl.where(is_value, first, x.to(first.dtype))
+        second = tl.where(is_value, second, y.to(second.dtype))
+        keeps = is_value | (columns >= ROTATED)
+    first = tl.where(keeps, first, (x * cosine - y * sine).to(first.dtype))
+    second = tl.where(keeps, second, (y * cosine + x * sine).to(second.dtype))
+    q_cells = q_out + (token * HEADS + heads) * 2 * HALF + low
     tl.store(q_cells, first, mask=is_query & is_column)
-    tl.store(q_cells + HALF, second, mask=is_query & is_column)
+    tl.store(q_cells + gap, second, mask=is_query & is_column)
     slot = tl.load(slots + token).to(tl.int64)
     kv_head = heads - tl.where(is_value, HEADS + KV_HEADS, HEADS)
     row = ((slot // PAGE_SIZE) * KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
-    kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + columns
+    kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + low
     is_appended = is_inside & (heads >= HEADS) & (slot >= 0) & (slot < num_slots)
     tl.store(kv_cells, first, mask=is_appended)
-    tl.store(kv_cells + HALF, second, mask=is_appended)
+    tl.store(kv_cells + gap, second, mask=is_appended)
+
+
+@triton.jit
+def _pairs(columns: tl.tensor, HALF: tl.constexpr, ROTATED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Where in a head each pair has its first member, and how far behind it the second.
+
+    Pair i < ROTATED is (i, i + ROTATED). What lies behind these pairs is not rotated; its halves are pairs too.
+    """
+    if ROTATED == HALF:
+        return columns, HALF
+    else:  # noqa: RET505  (Triton compiles one of two branches)
+        is_rotated = columns < ROTATED
+        return tl.where(is_rotated, columns, columns + ROTATED), tl.where(is_rotated, ROTATED, HALF - ROTATED)
 
 
 @triton.jit
@@ -181,17 +203,18 @@ def _normalised_heads(
     k_weight: tl.tensor,
     is_query: tl.tensor,
     eps: float,
+    low: tl.tensor,
+    gap: tl.tensor,
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """RMSNorm of each head, given and returned as its two halves [heads, HALF]."""
-    columns = tl.arange(0, HALF_BLOCK)[None, :]
-    is_column = columns < HALF
-    weight = tl.where(is_query, q_weight, k_weight) + columns
+    """RMSNorm of each head, given and returned as the two members of its pairs [heads, HALF]."""
+    is_column = tl.arange(0, HALF_BLOCK)[None, :] < HALF
+    weight = tl.where(is_query, q_weight, k_weight) + low
     x, y = first.to(tl.float32), second.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / (2 * HALF) + eps)
     x = _weighted(x * scale, tl.load(weight, mask=is_column, other=0.0))
-    y = _weighted(y * scale, tl.load(weight + HALF, mask=is_column, other=0.0))
+    y = _weighted(y * scale, tl.load(weight + gap, mask=is_column, other=0.0))
     return x.to(first.dtype), y.to(second.dtype)
 
 

@@ -18,7 +18,9 @@ from nanoflow.models.formats import quantisation, refuse_adapter, refuse_quantis
 from nanoflow.models.generation import GENERATION_CONFIG
 from nanoflow.models.model import ModelConfig, RopeConfig
 from nanoflow.models.parts import EMBEDDING, OUTPUT
+from nanoflow.models.readings import Reading
 from nanoflow.models.registry import reading_of, refusal, served_as
+from nanoflow.models.rope_fields import local_rope_of, rope_of
 
 __all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse", "refuse_unknown"]
 
@@ -39,10 +41,6 @@ _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 # What architectures call the activation of the feed-forward block.
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
-# Rotary embeddings of an architecture with two of them, and where their base stands in older files.
-_LOCAL, _GLOBAL, _LOCAL_THETA = "sliding_attention", "full_attention", "rope_local_base_freq"
-# Types of rotary embeddings that have a length the model was trained on.
-_WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
 
 
 def load(folder: Path, generation_config: Path | None = None, *, is_served: bool = True) -> ModelConfig:
@@ -99,26 +97,29 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
             or the weights are quantised.
     """
     architecture = _architecture(Fields(values=config, origin=origin), is_served=False)
-    fields = _as_the_architecture_sees_it(config, architecture, origin)
+    reading = reading_of(architecture)
+    assert reading is not None, "refused before"
+    fields = _as_the_architecture_sees_it(config, architecture, reading, origin)
     num_heads = fields.positive_int("num_attention_heads")
     num_layers = fields.positive_int("num_hidden_layers", most=_MAX_LAYERS)
     vocab_size = fields.positive_int("vocab_size")
     max_position_embeddings = fields.positive_int("max_position_embeddings")
     num_experts, num_experts_per_token = _experts(fields)
+    head_dim = _head_dim(fields, num_heads)
     return ModelConfig(
         architecture=architecture,
         hidden_size=fields.positive_int("hidden_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(fields, num_heads),
-        head_dim=_head_dim(fields, num_heads),
+        head_dim=head_dim,
         intermediate_size=fields.positive_int("intermediate_size"),
         vocab_size=vocab_size,
         rms_norm_eps=fields.positive("rms_norm_eps"),
         max_position_embeddings=max_position_embeddings,
         hidden_act=fields.text(next(name for name in _ACTIVATIONS if name in fields.values)),
-        rope=_rope(fields, max_position_embeddings),
-        local_rope=_local_rope(fields, max_position_embeddings),
+        rope=rope_of(fields, reading, head_dim),
+        local_rope=local_rope_of(fields, reading, head_dim),
         fields=fields,
         layer_windows=_layer_windows(fields, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
@@ -168,10 +169,8 @@ def _refuse_quantised(fields: Fields, folder: Path | None = None) -> None:
         refuse_quantised(folder)
 
 
-def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, origin: str) -> Fields:
+def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, reading: Reading, origin: str) -> Fields:
     """Every field that exists for the architecture, with its default where it is absent, and no other."""
-    reading = reading_of(architecture)
-    assert reading is not None, "refused before"
     origin = f"{origin} ({architecture})"
     given = Fields(values=config, origin=origin)
     _refuse_quantised(given)
@@ -212,70 +211,6 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
     if head_dim % 2:
         raise fields.error("head_dim", f"must be even for the rotary embedding, got {head_dim}")
     return head_dim
-
-
-def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
-    """The rotary embedding; values inside its object win over those outside, but for the trained length."""
-    options = _of_kind(fields, _GLOBAL) if _LOCAL_THETA in fields.values else _rope_options(fields)
-    return _rope_config(fields, options, fields.positive("rope_theta"), max_position_embeddings)
-
-
-def _local_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig | None:
-    """That of layers with a window, where the architecture has another one for them."""
-    if _LOCAL_THETA not in fields.values:
-        return None
-    options = _of_kind(fields, _LOCAL)
-    return _rope_config(fields, options, fields.positive(_LOCAL_THETA), max_position_embeddings)
-
-
-def _of_kind(fields: Fields, kind: str) -> Fields:
-    """`rope_parameters` of one kind of layer; `rope_scaling` (transformers 4) adds to those of the global one."""
-    parameters, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
-    if unknown := sorted(parameters.values.keys() - {_LOCAL, _GLOBAL}):
-        raise parameters.error(unknown[0], f"is none of {_GLOBAL} and {_LOCAL}, of which each has its own")
-    if kind == _GLOBAL and "type" in scaling.values and "rope_type" not in scaling.values:
-        # transformers takes no notice of it here.
-        raise scaling.error("type", "must be called rope_type")
-    own = parameters.nested(kind)
-    own = Fields(values={**own.values, **scaling.values}, origin=own.origin) if kind == _GLOBAL else own
-    if own.positive("partial_rotary_factor", fields.positive("partial_rotary_factor", 1.0)) != 1.0:
-        raise own.error("partial_rotary_factor", "must be 1: partly rotated heads are not served")
-    if own.values.get("truncate", True) is not True:
-        # transformers looks for it where it does not stand.
-        raise own.error("truncate", "must be true where layers have rotary embeddings of their own")
-    return own
-
-
-def _rope_config(fields: Fields, options: Fields, theta: float, max_position_embeddings: int) -> RopeConfig:
-    options.refuse_nulls("rope_type", "rope_theta")
-    rope_type = options.text("rope_type", options.text("type", "default"))
-    theta = options.positive("rope_theta", theta)
-    if theta <= 1.0:
-        raise fields.error("rope_theta", f"must exceed 1, got {theta:g}")
-    original_max_len = max_position_embeddings
-    if rope_type in _WITH_TRAINED_LEN:
-        options.refuse_nulls("original_max_position_embeddings")
-        # A value outside is the trained length itself and wins, as in transformers.
-        holder = fields if fields.has("original_max_position_embeddings") else options
-        original_max_len = holder.positive_int("original_max_position_embeddings", max_position_embeddings)
-    return RopeConfig(rope_type=rope_type, theta=theta, original_max_len=original_max_len, options=options)
-
-
-def _rope_options(fields: Fields) -> Fields:
-    """`rope_scaling` (transformers 4) or `rope_parameters` (5); of both the former, as transformers does."""
-    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
-    if scaling.values and parameters.values and scaling.values != parameters.values:
-        logger.warning("%s: rope_scaling and rope_parameters differ, rope_scaling is used", fields.origin)
-    options = scaling if scaling.values else parameters
-    if any(isinstance(value, Mapping) for value in options.values.values()) or options.values.keys() & {
-        _LOCAL,
-        _GLOBAL,
-    }:
-        raise ModelError(f"{options.origin}: rotary embeddings that differ between layers are not served")
-    for holder in (options, fields):
-        if holder.positive("partial_rotary_factor", 1.0) != 1.0:
-            raise holder.error("partial_rotary_factor", "must be 1: partly rotated heads are not served")
-    return options
 
 
 def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:

@@ -102,6 +102,16 @@ class Fields:
             raise self.error(name, f"must be a string, got {shown(value)}")
         return value
 
+    def positives(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of so many finite numbers above 0."""
+        values = self.raw(name)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(name, f"must be a list of {count} positive numbers, got {_counted(values)}")
+        for value in values:
+            if not _is_finite(value) or value <= 0:
+                raise self.error(name, f"must hold positive numbers, got {shown(value)}")
+        return tuple(float(value) for value in values)
+
     def refuse_nulls(self, *names: str) -> None:
         """Refuse a null in these fields, where it is not the same as leaving the field out."""
         for name in names:
@@ -132,6 +142,10 @@ def shown(value: Any) -> str:
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+
+
+def _counted(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else shown(value)
 
 
 def is_there(path: Path) -> bool:

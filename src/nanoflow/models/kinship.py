@@ -56,6 +56,7 @@ _KINDS: tuple[_Kind, ...] = (
             *("clip", "siglip", "vit", "deit", "swin", "convnext", "dino", "resnet", "detr", "sam", "blip", "beit"),
             *("llava", "idefics", "paligemma", "mllama", "pixtral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "fuyu"),
             *("internvl", "florence", "kosmos", "trocr", "git", "phi4_multimodal", "phi3_v", "gemma3n", "qwen2_5_omni"),
+            "phi4mm",
         ),
         suffixes=("ForImageClassification", "ForObjectDetection", "ForVision2Seq", "ForImageTextToText"),
         fields=("vision_config", "audio_config", "image_token_id", "image_token_index"),

@@ -1,4 +1,4 @@
-"""The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3.
+"""The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3, Phi 3 and 4.
 
 Which architecture takes which traits is `registry.py`'s knowledge; what families have in common is in `parts.py`. No
 kernel and no tensor here. The residual stream is
@@ -23,7 +23,12 @@ _ACTIVATIONS = ("silu", "swish")
 
 
 def build(
-    config: ModelConfig, max_model_len: int | None, *, has_qkv_bias: bool = False, has_qk_norm: bool = False
+    config: ModelConfig,
+    max_model_len: int | None,
+    *,
+    has_qkv_bias: bool = False,
+    has_qk_norm: bool = False,
+    is_stored_fused: bool = False,
 ) -> OpGraph:
     """The graph of a model of the family.
 
@@ -32,6 +37,8 @@ def build(
         max_model_len: Longest sequence served, for rotary embeddings that depend on it; None is the model's own limit.
         has_qkv_bias: Queries, keys and values have biases even if `config.attention_bias` is False (Qwen 2).
         has_qk_norm: Each query and key head is normalised before it is rotated (Qwen 3).
+        is_stored_fused: Checkpoints have `qkv_proj` and `gate_up_proj` as one tensor each, rows in this order, in place
+            of the tensors that they are made of (Phi 3).
 
     Raises:
         ModelError: The activation or the rotary embedding is not one that is served.
@@ -39,12 +46,14 @@ def build(
     if config.hidden_act not in _ACTIVATIONS:
         raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
     layer_parameters = (
-        *_attention_parameters(config, has_qkv_bias=has_qkv_bias, has_qk_norm=has_qk_norm),
-        *_mlp_parameters(config),
+        *_attention_parameters(
+            config, has_qkv_bias=has_qkv_bias, has_qk_norm=has_qk_norm, is_stored_fused=is_stored_fused
+        ),
+        *_mlp_parameters(config, is_stored_fused=is_stored_fused),
     )
     rope = rope_spec(config, max_model_len)
     kinds = {
-        window: _kind(config, _attention_dims(config, window, has_qk_norm=has_qk_norm), layer_parameters, rope)
+        window: _kind(config, _attention_dims(config, window, rope, has_qk_norm=has_qk_norm), layer_parameters, rope)
         for window in dict.fromkeys(config.layer_windows)
     }
     graph = OpGraph(
@@ -76,7 +85,8 @@ def _kind(
     )
 
 
-def _attention_dims(config: ModelConfig, window: int | None, *, has_qk_norm: bool) -> AttentionDims:
+def _attention_dims(config: ModelConfig, window: int | None, rope: RopeSpec, *, has_qk_norm: bool) -> AttentionDims:
+    rotary_dim = 2 * len(rope.inv_freq)
     return AttentionDims(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -84,6 +94,7 @@ def _attention_dims(config: ModelConfig, window: int | None, *, has_qk_norm: boo
         scale=config.head_dim**-0.5,
         window=window,
         norm_eps=config.rms_norm_eps if has_qk_norm else None,
+        rotary_dim=rotary_dim if rotary_dim < config.head_dim else None,
     )
 
 
@@ -102,10 +113,13 @@ def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str], 
     )
 
 
-def _attention_parameters(config: ModelConfig, *, has_qkv_bias: bool, has_qk_norm: bool) -> tuple[Parameter, ...]:
+def _attention_parameters(
+    config: ModelConfig, *, has_qkv_bias: bool, has_qk_norm: bool, is_stored_fused: bool
+) -> tuple[Parameter, ...]:
     hidden, source = config.hidden_size, f"{parts.LAYER}self_attn."
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+    qkv = {"qkv_proj": sum(qkv.values())} if is_stored_fused else qkv
     norms = ("q_norm", "k_norm") if has_qk_norm else ()
     return (
         parts.fused("attn_norm.weight", (f"{parts.LAYER}input_layernorm.weight", (hidden,))),
@@ -115,15 +129,16 @@ def _attention_parameters(config: ModelConfig, *, has_qkv_bias: bool, has_qk_nor
     )
 
 
-def _mlp_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    hidden, inner, source, has_bias = (
+def _mlp_parameters(config: ModelConfig, *, is_stored_fused: bool) -> tuple[Parameter, ...]:
+    hidden, inner, has_bias, source = (
         config.hidden_size,
         config.intermediate_size,
-        f"{parts.LAYER}mlp.",
         config.mlp_bias,
+        f"{parts.LAYER}mlp.",
     )
+    gate_up = {"gate_up_proj": 2 * inner} if is_stored_fused else {"gate_proj": inner, "up_proj": inner}
     return (
         parts.fused("ffn_norm.weight", (f"{parts.LAYER}post_attention_layernorm.weight", (hidden,))),
-        *parts.projection("gate_up_proj", source, {"gate_proj": inner, "up_proj": inner}, hidden, has_bias=has_bias),
+        *parts.projection("gate_up_proj", source, gate_up, hidden, has_bias=has_bias),
         *parts.projection("down_proj", source, {"down_proj": hidden}, inner, has_bias=has_bias),
     )

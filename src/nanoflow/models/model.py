@@ -8,6 +8,8 @@ from nanoflow.models.fields import INT32_MAX, Fields
 
 # The longest context in units of what the model was trained on, where its rotary embedding stretches that by `factor`.
 _STRETCHED = ("linear", "dynamic", "yarn")
+# Rotary embeddings that are plain up to the trained length; a longer context changes them at every position.
+_CHANGES_BEYOND = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,15 +17,17 @@ class RopeConfig:
     """Rotary embedding as config.json describes it; `rope.py` turns it into frequencies.
 
     Attributes:
-        rope_type: "default", "linear", "dynamic", "llama3", "yarn" or one that `rope.py` refuses.
+        rope_type: "default", "linear", "dynamic", "llama3", "yarn", "longrope" or one that `rope.py` refuses.
         theta: Base of the frequencies.
         original_max_len: Positions the model was trained on before its context was stretched.
+        rotary_dim: How many dimensions of a head are rotated, its first ones; an odd number is rounded up to pairs.
         options: The other fields, which depend on the type.
     """
 
     rope_type: str
     theta: float
     original_max_len: int
+    rotary_dim: int
     options: Fields
 
 
@@ -93,7 +97,10 @@ class ModelConfig:
     def default_context_len(self) -> int:
         """Longest sequence served if nothing else is asked for.
 
-        A `dynamic` rotary embedding is plain up to `max_position_embeddings` and changes for all positions beyond, so
-        that a longer context has to be asked for.
+        A `dynamic` or `longrope` rotary embedding is one thing up to the trained length (of the former
+        `max_position_embeddings`) and another, at all positions, for sequences beyond, so that a longer context has
+        to be asked for.
         """
-        return self.max_position_embeddings if self.rope.rope_type == "dynamic" else self.max_context_len
+        if self.rope.rope_type not in _CHANGES_BEYOND:
+            return self.max_context_len
+        return min(self.rope.original_max_len, self.max_position_embeddings)

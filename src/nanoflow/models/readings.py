@@ -21,11 +21,16 @@ class Reading:
         fields: Fields that exist for it, with the value of an absent one; None where `config.py` derives it from
             others.
         nullable: Those of them that may be null; a null elsewhere is an error.
+        rope_types: What its rotary embedding may be called, and which one of `rope.py` each name stands for; None if
+            all of them are known to it by their own names.
+        can_rotate_in_part: Whether `partial_rotary_factor` may leave a part of each head as it is.
     """
 
     model_type: str
     fields: Mapping[str, Any]
     nullable: frozenset[str]
+    rope_types: Mapping[str, str] | None = None
+    can_rotate_in_part: bool = False
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The object as the architecture sees it: every field that exists for it, and no other."""
@@ -140,6 +145,27 @@ GEMMA3 = Reading(
     nullable=(_NULLABLE - {"original_max_position_embeddings"})
     | {"sliding_window", "layer_types", "final_logit_softcapping", "attn_logit_softcapping"}
     | {"use_bidirectional_attention"},
+)
+
+# Its configuration class takes a stretched rotary embedding by three names, and they mean the same.
+PHI3 = Reading(
+    model_type="phi3",
+    fields={
+        **_COMMON,
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 1.0,
+        "eos_token_id": 32000,
+        "sliding_window": None,
+    },
+    nullable=(_NULLABLE - {"original_max_position_embeddings"}) | {"num_key_value_heads", "sliding_window"},
+    rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+    can_rotate_in_part=True,
 )
 
 # Not served yet, but its costs can be computed.

@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": Architecture(reading=readings.MISTRAL, build=llama.build),
     "Qwen2ForCausalLM": Architecture(reading=readings.QWEN2, build=partial(llama.build, has_qkv_bias=True)),
     "Qwen3ForCausalLM": Architecture(reading=readings.QWEN3, build=partial(llama.build, has_qk_norm=True)),
+    "Phi3ForCausalLM": Architecture(reading=readings.PHI3, build=partial(llama.build, is_stored_fused=True)),
     "Gemma3ForCausalLM": Architecture(reading=readings.GEMMA3, build=gemma3.build),
 }
 # Not served, but what they cost can be computed.

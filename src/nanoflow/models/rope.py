@@ -1,7 +1,8 @@
 """Frequencies of rotary embeddings, scaling applied: from what config.json says to what a kernel needs.
 
 Everything is computed once, in float64. The formulas are those that transformers applies to the same fields
-(modeling_rope_utils), sources: linear (kaiokendev), dynamic NTK (bloc97, emozilla), YaRN (arXiv 2309.00071), Llama 3.1.
+(modeling_rope_utils), sources: linear (kaiokendev), dynamic NTK (bloc97, emozilla), YaRN (arXiv 2309.00071), Llama 3.1,
+LongRoPE (arXiv 2402.13753). They are functions of the dimensions that are rotated, which may be a part of the head.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
     """Frequencies and attention factor of a model.
 
-    `dynamic` scaling depends on the length of the sequence in transformers, so that keys already cached would have to
-    be rotated anew. Here it is static at the served length: plain while `max_model_len` does not exceed
-    `max_position_embeddings`, else the theta that transformers takes for a sequence of `max_model_len`.
+    `dynamic` and `longrope` scaling depend on the length of the sequence in transformers, so that keys already cached
+    would have to be rotated anew. Here they are static at the served length. `dynamic` is plain while `max_model_len`
+    does not exceed `max_position_embeddings`, else it has the theta that transformers takes for a sequence of
+    `max_model_len`. `longrope` takes the short factors while `max_model_len` does not exceed the trained length, else
+    the long ones.
 
     Args:
         config: The model.
-        max_model_len: Longest sequence served; None is `config.max_position_embeddings`.
+        max_model_len: Longest sequence served; None is `config.default_context_len`.
 
     Returns:
-        `head_dim / 2` angular frequencies in radians a position.
+        Angular frequencies in radians a position, one for every two dimensions that are rotated.
 
     Raises:
         ModelError: The rope type is not known, or it lacks a field.
@@ -42,7 +45,7 @@ def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
         raise rope.options.error("rope_type", f"must be one of {', '.join(_RULES)}, got {shown(rope.rope_type)}")
     try:
         with np.errstate(all="ignore"):
-            inv_freq, attention_factor = _RULES[rope.rope_type](config, max_model_len or config.max_position_embeddings)
+            inv_freq, attention_factor = _RULES[rope.rope_type](config, max_model_len or config.default_context_len)
     except ArithmeticError:
         inv_freq, attention_factor = np.full(1, np.nan), 1.0
     # Kernels rotate in float32.
@@ -51,24 +54,24 @@ def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
     return RopeSpec(inv_freq=tuple(inv_freq.tolist()), attention_factor=attention_factor)
 
 
-def _frequencies(theta: float, head_dim: int) -> Float64:
-    powers: Float64 = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+def _frequencies(theta: float, dim: int) -> Float64:
+    powers: Float64 = np.arange(0, dim, 2, dtype=np.float64) / dim
     return theta**-powers
 
 
 def _default(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
-    return _frequencies(config.rope.theta, config.head_dim), 1.0
+    return _frequencies(config.rope.theta, config.rope.rotary_dim), 1.0
 
 
 def _linear(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
-    return _frequencies(config.rope.theta, config.head_dim) / config.rope.options.positive("factor"), 1.0
+    return _frequencies(config.rope.theta, config.rope.rotary_dim) / config.rope.options.positive("factor"), 1.0
 
 
 def _dynamic(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
-    factor, head_dim = config.rope.options.positive("factor"), config.head_dim
+    factor, dim = config.rope.options.positive("factor"), config.rope.rotary_dim
     stretch = max(max_model_len / config.max_position_embeddings, 1.0)
-    theta = config.rope.theta * (factor * stretch - (factor - 1.0)) ** (head_dim / (head_dim - 2))
-    return _frequencies(theta, head_dim), 1.0
+    theta = config.rope.theta * (factor * stretch - (factor - 1.0)) ** (dim / (dim - 2))
+    return _frequencies(theta, dim), 1.0
 
 
 def _llama3(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
@@ -77,7 +80,7 @@ def _llama3(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
     low, high = options.positive("low_freq_factor"), options.positive("high_freq_factor")
     if high <= low:
         raise options.error("high_freq_factor", f"must exceed low_freq_factor {low}, got {high}")
-    inv_freq = _frequencies(config.rope.theta, config.head_dim)
+    inv_freq = _frequencies(config.rope.theta, config.rope.rotary_dim)
     num_rotations = config.rope.original_max_len * inv_freq / (2.0 * math.pi)
     kept = np.clip((num_rotations - low) / (high - low), 0.0, 1.0)
     return inv_freq * (kept + (1.0 - kept) / options.positive("factor")), 1.0
@@ -85,25 +88,25 @@ def _llama3(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
 
 def _yarn(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
     """Keep dimensions that rotate more than `beta_fast` times in the trained length, interpolate below `beta_slow`."""
-    options, head_dim = config.rope.options, config.head_dim
+    options, dim = config.rope.options, config.rope.rotary_dim
     factor = options.positive("factor", config.max_position_embeddings / config.rope.original_max_len)
     low = _yarn_dimension(options.positive("beta_fast", 32.0), config)
     high = _yarn_dimension(options.positive("beta_slow", 1.0), config)
     options.refuse_nulls("truncate")
     if options.flag("truncate", default=True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    low, high = max(low, 0.0), min(high, dim - 1.0)
     # As in transformers: a ramp of no width becomes one of a thousandth.
     width = high - low if high != low else 0.001
-    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / width, 0.0, 1.0)
-    inv_freq = _frequencies(config.rope.theta, head_dim)
+    interpolated = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / width, 0.0, 1.0)
+    inv_freq = _frequencies(config.rope.theta, dim)
     return inv_freq * (interpolated / factor + (1.0 - interpolated)), _yarn_attention_factor(config, factor)
 
 
 def _yarn_dimension(num_rotations: float, config: ModelConfig) -> float:
     """The dimension that makes so many rotations in the trained length (YaRN, section 3.2)."""
     wavelength = config.rope.original_max_len / num_rotations
-    return config.head_dim * math.log(wavelength / (2.0 * math.pi)) / (2.0 * math.log(config.rope.theta))
+    return config.rope.rotary_dim * math.log(wavelength / (2.0 * math.pi)) / (2.0 * math.log(config.rope.theta))
 
 
 def _yarn_attention_factor(config: ModelConfig, factor: float) -> float:
@@ -120,10 +123,29 @@ def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
+def _longrope(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
+    """Divide each frequency by a factor of its own, of which there are two sets: for short and for long sequences."""
+    options, rope = config.rope.options, config.rope
+    inv_freq = _frequencies(rope.theta, rope.rotary_dim)
+    short, long = (np.array(options.positives(name, len(inv_freq))) for name in ("short_factor", "long_factor"))
+    factor = options.positive("factor", config.max_position_embeddings / rope.original_max_len)
+    factors = long if max_model_len > rope.original_max_len else short
+    return inv_freq / factors, _longrope_attention_factor(config, factor)
+
+
+def _longrope_attention_factor(config: ModelConfig, factor: float) -> float:
+    """Keep the scores' spread in a context that is `factor` times the trained one (as in transformers)."""
+    options = config.rope.options
+    if options.has("attention_factor"):
+        return options.positive("attention_factor")
+    return 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(config.rope.original_max_len))
+
+
 _RULES: dict[str, Callable[[ModelConfig, int], tuple[Float64, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }

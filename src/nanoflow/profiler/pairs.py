@@ -108,9 +108,7 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
     if site.device.type != "cuda":
         return []
     num_tokens = min(_FIRST_TOKENS, max_tokens)
-    attentions = {
-        op.kind: _attention(op, max_tokens) for op in reversed(site.graph.layer_operations) if op.kind in ATTENTIONS
-    }
+    attentions = {op.kind: _attention(op, max_tokens) for op in site.graph.layer if op.kind in ATTENTIONS}
     second = attentions[OpKind.DECODE_ATTENTION]
     firsts = [Task(operation=op.key, num_tokens=num_tokens) for op in site.graph.layer if op.name in _PRODUCTS]
     firsts.append(attentions[OpKind.PREFILL_ATTENTION])
