@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from nanoflow.executor.steps import bind
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import GraphError, LayerKind, OpGraph
-from nanoflow.graph.layers import sections_of
+from nanoflow.graph.layers import sections_of, union_of
+from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, BatchShape, LinearDims, Operation, OpKind
 from nanoflow.graph.shard import shard
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.liveness import conflicts, workspace_bytes
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.plan import Mechanism, PipelinePlan, PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.interference import Interference
+from nanoflow.profile.operation_cost import operation_cost
 from nanoflow.profile.table import CostTable, Point, Profile, Setup
 from nanoflow.search.problem import make_problem
 from nanoflow.simulate.iteration import IterationModel
@@ -154,6 +156,47 @@ def test_a_kind_that_lacks_what_the_first_one_has_not_comes_in_between() -> None
     assert [op.name for op in graph.layer] == list(kind.operation_names)
 
 
+def test_the_order_of_a_plan_suits_every_kind() -> None:
+    kind = LLAMA.kinds[0]
+    names = [set(chosen) for chosen in (["attn_norm", "ffn_norm"], ["attn_norm", "qkv_proj"], [*kind.operation_names])]
+    kinds = [
+        replace(_without(kind, [name for name in kind.operation_names if name not in chosen]), name=str(at))
+        for at, chosen in enumerate(names)
+    ]
+    assert [op.name for op in union_of(kinds)] == list(kind.operation_names)
+
+
+def _with_own_ffn(kind: LayerKind) -> LayerKind:
+    """The kind with other names for what it does after the attention."""
+    names = kind.operation_names
+    first = names.index("ffn_norm")
+    others = [replace(op, name=f"own_{op.name}") if at >= first else op for at, op in enumerate(kind.operations)]
+    return replace(kind, name="own", operations=tuple(others))
+
+
+def test_a_plan_must_suit_every_run_of_kinds() -> None:
+    """What layers of one kind do last may not come after the next layer has begun; others do not have it."""
+    kind = LLAMA.kinds[0]
+    own = _with_own_ffn(kind)
+    graph = LLAMA.with_layers([own, own, own, own, kind, own])
+    graph.validate()
+    plan = sequential_plan(graph, 512)
+    late = tuple(replace(nano, stage=1) if nano.operation == "down_proj" else nano for nano in plan.nano_operations)
+    plan.validate(graph)
+    with pytest.raises(PlanError, match="is issued before"):
+        replace(plan, nano_operations=late).validate(graph)
+    replace(plan, nano_operations=late).validate(LLAMA.with_layers([own, own, own, own, kind]))
+
+
+def test_tensors_of_any_kind_are_kept_apart() -> None:
+    """Those of a kind that does not come first too."""
+    kind = LLAMA.kinds[0]
+    without = replace(_without(kind, ["ffn_norm", "gate_up_proj", "activation", "down_proj"]), name="without")
+    graph = LLAMA.with_layers([without, without, without, kind])
+    plan = sequential_plan(graph, 512)
+    assert frozenset({"gate_up", "activation"}) in set(conflicts(graph, (plan,)))
+
+
 def _reading_other(kind: LayerKind) -> LayerKind:
     changed = [replace(op, reads=("hidden",)) if op.name == "qkv_proj" else op for op in kind.operations]
     return replace(kind, operations=tuple(changed))
@@ -236,6 +279,22 @@ def test_an_estimate_knows_windows() -> None:
     without = {**PRESETS["gemma-3-1b"], "layer_types": ["full_attention"] * 26}
     full = IterationModel(estimated_profile("full", without, parse_gpus("H200"), 512))
     assert IterationModel(profile).cost(SHAPE).time_s < full.cost(SHAPE).time_s
+
+
+def test_under_a_window_no_more_keys_count_than_it_has() -> None:
+    """Measured at 128 and 256 keys alone, from which longer contexts are extrapolated: to the window, of 512."""
+    points = tuple(
+        Point(operation=op.key, num_tokens=256, context=context, time_s=context)
+        for op in GEMMA.operations()
+        for context in (128.0, 256.0)
+    )
+    table = CostTable(replace(_profile(), points=points), GEMMA)
+    costs = {
+        op.key: operation_cost(op, TokenRange(start=0, stop=512), SHAPE, table).time_s
+        for op in GEMMA.layer_operations
+        if op.kind is OpKind.DECODE_ATTENTION
+    }
+    assert costs == {"decode_attention": pytest.approx(2048.0), "decode_attention.sliding": pytest.approx(512.0)}
 
 
 def test_only_attention_differs_between_kinds_of_gemma() -> None:

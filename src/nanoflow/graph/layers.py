@@ -7,6 +7,7 @@ of several, such as five layers with a sliding window and one without. The model
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -142,14 +143,20 @@ def _repeats(layers: Sequence[LayerKind], start: int, length: int) -> int:
 
 
 def union_of(kinds: Sequence[LayerKind]) -> tuple[Operation, ...]:
-    """The operations of all kinds, each name once, where it stands in the kind that it is first met in."""
-    found = list(kinds[0].operations)
-    for kind in kinds[1:]:
-        place = 0
-        for op in kind.operations:
-            at = next((at for at, other in enumerate(found) if other.name == op.name), None)
-            if at is None:
-                found.insert(place, op)
-                at = place
-            place = at + 1
-    return tuple(found)
+    """The operations of all kinds, each name once, in an order that every kind's own order is a part of.
+
+    Where that leaves a choice, what is met first stands first. There is no such order if kinds contradict each other;
+    then it is any.
+    """
+    found: dict[str, Operation] = {}
+    before: dict[str, set[str]] = {}
+    for kind in kinds:
+        for previous, op in itertools.pairwise((None, *kind.operations)):
+            if op is not None:
+                found.setdefault(op.name, op)
+                before.setdefault(op.name, set()).update({previous.name} if previous is not None else ())
+    order: list[Operation] = []
+    while found:
+        ready = (name for name in found if before[name].isdisjoint(found))
+        order.append(found.pop(next(ready, next(iter(found)))))
+    return tuple(order)
