@@ -67,7 +67,7 @@ class Case:
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
                 scale=head_dim**-0.5,
-                windows=(self.window,),
+                window=self.window,
             ),
         )
 
@@ -231,7 +231,7 @@ def works_of(
     dims = op.dims
     assert isinstance(dims, AttentionDims)
     num_pages = int(batch.new_pages.pages.max()) + 1
-    inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=batch.num_requests, device=device).build(batch)
+    inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=batch.num_requests, device=device).build(batch)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=device)

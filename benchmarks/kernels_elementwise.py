@@ -29,7 +29,7 @@ from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 
 WIDTH, INNER, VOCAB_SIZE, PAGE_SIZE = 4096, 14336, 128256, 16
-ATTENTION = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=0.1, windows=(None,))
+ATTENTION = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=0.1, window=None)
 QK_NORM = dataclasses.replace(ATTENTION, norm_eps=1e-6)
 QKV_WIDTH = ATTENTION.q_width + 2 * ATTENTION.kv_width
 ROPE = RopeSpec(inv_freq=tuple(500000.0 ** (-i / 64) for i in range(64)))
@@ -118,6 +118,7 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
         return issue
 
     def kernel(kind: OpKind, dims: Dims, read: Sequence[int], written: Sequence[int], *weights: Tensor) -> Issue:
+        inputs = index_tensors(num_tokens)
         launch = Launch(
             op=Operation(name=kind, kind=kind, resource=Resource.MEMORY, reads=(), writes=(), dims=dims),
             layer=0,
@@ -125,8 +126,9 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
             reads=tuple(rows(num_tokens, width) for width in read),
             writes=tuple(rows(num_tokens, width) for width in written),
             weights=weights,
-            inputs=index_tensors(num_tokens),
+            inputs=inputs,
             cache=new_cache(num_tokens) if kind is OpKind.ROPE_APPEND else None,
+            rotation=inputs.rotations[0],
         )
         return lambda: kernels[kind](launch)
 
@@ -186,7 +188,7 @@ def index_tensors(num_tokens: int) -> BatchInputs:
         table_width=1,
         sampled=rows,
     )
-    return InputBuilder(ROPE, num_rows=num_tokens, device=torch.device("cuda")).build(batch)
+    return InputBuilder((ROPE,), num_rows=num_tokens, device=torch.device("cuda")).build(batch)
 
 
 def measure(case: Case, seconds: float) -> Point:

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=torch.bfloat16,
         page_size=16,
     )
-    if not torch.cuda.is_available() or not can_carry(device, site.dtype, site.graph.attention):
+    if not torch.cuda.is_available() or not all(
+        can_carry(device, site.dtype, kind.attention) for kind in site.graph.kinds
+    ):
         parser.error("this needs a Hopper card, and heads of 64 or 128 without a window")
     attention = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
     rows = []

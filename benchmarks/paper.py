@@ -121,7 +121,7 @@ def paper_profile(graph: OpGraph) -> Profile:
         config=dict(PRESETS["llama-2-70b"]),
         setup=Setup(gpu="NVIDIA A100 80 GB SXM", num_gpus=_NUM_GPUS, memory_bytes=80e9, is_measured=False),
         launch_gap_s=_LAUNCH_S,
-        points=tuple(point for _, section in graph.sections() for op in section for point in _points(op)),
+        points=tuple(point for op in graph.operations() for point in _points(op)),
         pairs=tuple(paper_pairs(graph)),
     )
 

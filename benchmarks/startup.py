@@ -87,7 +87,7 @@ def write_checkpoint(name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(PRESETS[name]), encoding="utf-8")
     groups = {"shared": [part for parameter in graph.parameters for part in parameter.parts]}
     for layer in range(graph.num_layers):
-        parts = [part for parameter in graph.layer_parameters for part in parameter.parts]
+        parts = [part for parameter in graph.layers[layer].parameters for part in parameter.parts]
         groups[f"layer-{layer}"] = [dataclasses.replace(part, source=part.source.format(layer=layer)) for part in parts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight_map: dict[str, str] = {}

@@ -25,14 +25,14 @@ def inputs_of(
     """Of requests with so many tokens in the cache, and so many new ones; the first ones are decodes."""
     monkeypatch.setattr(graphs, "PAGE_SIZE", PAGE_TOKENS)
     batch = graphs.batch_of(requests, num_decodes, 10, seed=1)
-    return InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=len(requests), device=device).build(batch)
+    return InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=len(requests), device=device).build(batch)
 
 
 def dims_of(heads: tuple[int, int, int], window: int | None) -> AttentionDims:
     """Of heads, KV heads, and their size."""
     num_heads, num_kv_heads, head_dim = heads
     return AttentionDims(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scale=head_dim**-0.5, windows=(window,)
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scale=head_dim**-0.5, window=window
     )
 
 

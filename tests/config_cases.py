@@ -43,6 +43,17 @@ BASES: Mapping[str, Mapping[str, Any]] = {
     "MistralForCausalLM": {**_BASE, "model_type": "mistral", "sliding_window": WINDOW},
     "Qwen2ForCausalLM": {**_BASE, "model_type": "qwen2", **_QWEN},
     "Qwen3ForCausalLM": {**_BASE, "model_type": "qwen3", **_QWEN, "attention_bias": False},
+    "Gemma3ForCausalLM": {
+        **{name: value for name, value in _BASE.items() if name not in ("hidden_act", "torch_dtype")},
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 50.0,
+        "dtype": "float32",
+    },
     "Phi3ForCausalLM": {
         **_BASE,
         "model_type": "phi3",
@@ -118,6 +129,9 @@ _ROPES: tuple[Any, ...] = (
     {"partial_rotary_factor": None},
     {"partial_rotary_factor": 1.0, "rope_type": "default"},
     {"full_attention": {"rope_type": "default", "rope_theta": 100.0}},
+    {"sliding_attention": {"rope_type": "linear", "factor": 2.0}, "full_attention": _YARN},
+    {"sliding_attention": {"rope_theta": 70.0}, "full_attention": None},
+    {"sliding_attention": None},
 )
 # Other values of each field; those that an architecture does not have are left over from one that has.
 _VALUES: Mapping[str, tuple[Any, ...]] = {
@@ -137,6 +151,10 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "sliding_window": (8, WINDOW, 2048, 0, -3, "24"),
     "use_sliding_window": (True, False, 0),
     "max_window_layers": (0, 1, NUM_LAYERS, 28, -1),
+    "sliding_window_pattern": (1, 3, 0, 2.5),
+    "hidden_activation": ("gelu", "silu", 3),
+    "rope_local_base_freq": (1000.0, -1.0, "50"),
+    "use_bidirectional_attention": (True, False, "no"),
     "layer_types": (_ALTERNATING, _SLIDING, ["full_attention"] * NUM_LAYERS, _SLIDING[1:], ["mamba"] * NUM_LAYERS, []),
     "rope_theta": (100.0, 10000, 1e6, "10000", -1.0),
     "rope_scaling": _ROPES,
@@ -168,7 +186,7 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "attention_multiplier": (0.5,),
     "final_logit_softcapping": (5.0,),
     "attn_logit_softcapping": (5.0,),
-    "query_pre_attn_scalar": (4,),
+    "query_pre_attn_scalar": (4, 16, -4, "16"),
     "attention_chunk_size": (8,),
     "mrope_section": ([2, 3, 3],),
     "temperature": (0.5,),
@@ -222,6 +240,15 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     {"attention_bias": True, "mlp_bias": True},
     {"attention_bias": True, "tie_word_embeddings": True, "sliding_window": 8, "max_window_layers": 1},
     {"num_local_experts": 8, "num_experts_per_tok": 2},
+    {"rope_theta": DELETED, "rope_local_base_freq": DELETED},
+    {"rope_theta": 100.0, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    {
+        "rope_parameters": {"sliding_attention": {"rope_theta": 70.0}, "full_attention": {"rope_theta": 700.0}},
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    {"sliding_window": None, "sliding_window_pattern": 1},
+    {"sliding_window": None, "sliding_window_pattern": 3},
+    {"layer_types": _ALTERNATING, "sliding_window_pattern": 3},
 )
 
 

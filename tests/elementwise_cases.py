@@ -11,7 +11,7 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Dims, NormDims, Operation, OpKind, Resource, RowDims
-from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
+from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache, Rotation
 from tests.graphs import batch_of
 
 VOCAB_SIZE = 64
@@ -43,6 +43,26 @@ class Cases:
         """Rows of deviation 1."""
         return self._launch(OpKind.RMS_NORM, NormDims(width=width, eps=1e-5), (width,), (width,), ((width,),))
 
+    def rms_norm_add(self, width: int) -> Launch:
+        """Rows of deviation 1, added to others; the weight is in float32."""
+        launch = self._launch(OpKind.RMS_NORM_ADD, NormDims(width=width, eps=1e-5), (width, width), (), ((width,),))
+        x, hidden = launch.reads
+        return replace(launch, reads=(x, hidden), writes=(hidden,), weights=(launch.weights[0].float(),))
+
+    def geglu(self, width: int) -> Launch:
+        """Gate and up side by side, some far from 0 on either side."""
+        launch = self._launch(OpKind.GEGLU, RowDims(width=width), (2 * width,), (width,), ())
+        launch.reads[0][:, ::7] *= 50.0
+        return launch
+
+    def scaled_embed(self, width: int) -> Launch:
+        """Rows of a table times a factor that no 16-bit type holds."""
+        return self._launch(OpKind.EMBED, RowDims(width=width, scale=width**0.5), (), (width,), ((VOCAB_SIZE, width),))
+
+    def with_exact_weights(self, launch: Launch) -> Launch:
+        """The same with weights in float32."""
+        return replace(launch, weights=tuple(weight.float() for weight in launch.weights))
+
     def swiglu(self, width: int) -> Launch:
         """Gate and up side by side, some far from 0 on either side."""
         launch = self._launch(OpKind.SWIGLU, RowDims(width=width), (2 * width,), (width,), ())
@@ -58,14 +78,10 @@ class Cases:
         shape = (num_pages, dims.num_kv_heads, page_size, d)
         angles = torch.rand(self.num_tokens, (dims.rotary_dim or d) // 2, generator=self._generator(8)) * 6.3
         slots = torch.randperm(num_pages * page_size, generator=self._generator(9))[: self.num_tokens]
-        inputs = replace(
-            launch.inputs,
-            cos=angles.cos().to(self.device),
-            sin=angles.sin().to(self.device),
-            slots=slots.to(self.device),
-        )
+        inputs = replace(launch.inputs, slots=slots.to(self.device))
+        rotation = Rotation(cos=angles.cos().to(self.device), sin=angles.sin().to(self.device))
         cache = LayerCache(keys=self._poison(*shape), values=self._poison(*shape))
-        return replace(launch, inputs=inputs, cache=cache)
+        return replace(launch, inputs=inputs, cache=cache, rotation=rotation)
 
     def _launch(
         self,
@@ -92,7 +108,7 @@ class Cases:
         """Of decodes; rows with logits, and what only `rope_append` looks at, are replaced."""
         requests = [(0, 1)] * self.num_tokens
         batch = batch_of(requests, self.num_tokens, VOCAB_SIZE, seed=self.seed)
-        inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=self.num_tokens, device=self.device).build(batch)
+        inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=self.num_tokens, device=self.device).build(batch)
         rows = torch.randint(VOCAB_SIZE, (self.num_tokens,), generator=self._generator(7))
         return replace(inputs, logit_tokens=rows.to(self.device))
 

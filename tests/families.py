@@ -68,6 +68,22 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen3": Family(config_class="Qwen3Config", options={"hidden_size": 48, "head_dim": 16, "num_attention_heads": 4}),
+    # Layers 3 and 6 of 8 see everything: a pattern, and a rest.
+    "gemma3": Family(
+        config_class="Gemma3TextConfig",
+        options={
+            "num_hidden_layers": 8,
+            "head_dim": 24,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(8)],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            },
+            "query_pre_attn_scalar": 40,
+            "pad_token_id": 0,
+        },
+    ),
     # The token that pads must be in the vocabulary.
     "phi3": Family(config_class="Phi3Config", options={"pad_token_id": 0, "sliding_window": SLIDING_WINDOW}),
     "phi4-mini": Family(

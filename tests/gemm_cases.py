@@ -46,7 +46,7 @@ def linear_case(
         reads=(x,),
         writes=(torch.full((num_tokens, num_columns), torch.nan, dtype=dtype, device=device),),
         weights=(weight, random(num_columns)) if has_bias else (weight,),
-        inputs=InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=1, device=device).build(batch_of([(0, 1)], 1, 8, 0)),
+        inputs=InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=1, device=device).build(batch_of([(0, 1)], 1, 8, 0)),
         cache=None,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
-from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, RopeSpec, TensorSpec
+from nanoflow.graph.graph import LayerKind, OpGraph, Parameter, ParameterPart, RopeSpec, TensorSpec
+from nanoflow.graph.layers import sections_of
 from nanoflow.graph.nanobatch import Access, depends, split
 from nanoflow.graph.operation import (
     AttentionDims,
@@ -131,31 +133,66 @@ def _ffn_block(layer: _Layer, at: str, width: int, inner: int, suffix: str) -> N
 
 @st.composite
 def graphs(draw: st.DrawFn) -> OpGraph:
-    """Layers of one attention block and up to three FFN blocks in random order, which may share tensors."""
+    """Layers of one attention block and up to three FFN blocks in random order, which may share tensors.
+
+    There are up to three kinds of layers, with windows and rotary embeddings of their own, some without some of the FFN
+    blocks.
+    """
     width, vocab = draw(st.sampled_from([8, 12])), 11
-    num_layers, head_dim, num_kv = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4])), draw(st.integers(1, 2))
+    num_layers, head_dim, num_kv = draw(st.integers(1, 4)), draw(st.sampled_from([2, 4])), draw(st.integers(1, 2))
     dims = AttentionDims(
         num_heads=num_kv * draw(st.integers(1, 3)),
         num_kv_heads=num_kv,
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        windows=tuple(draw(st.sampled_from([None, 3])) for _ in range(num_layers)),
     )
     names = {"hidden": width, "normed": width}
     layer = _Layer([], {name: TensorSpec(name=name, width=size) for name, size in names.items()}, [])
     layer.tensors["kv"] = TensorSpec(name="kv", width=0, is_per_layer=True)
     blocks = draw(st.permutations(["attention", *["ffn"] * draw(st.integers(0, 3))]))
+    of_blocks: list[list[Operation]] = []
     for place, block in enumerate(blocks):
         suffix = draw(st.sampled_from(["", str(place)]))
+        begin = len(layer.operations)
         if block == "attention":
             _attention_block(layer, str(place), width, dims, suffix)
         else:
             _ffn_block(layer, str(place), width, draw(st.sampled_from([6, 10])), suffix)
-    return _around(layer, num_layers, width, vocab, dims)
+        of_blocks.append(layer.operations[begin:])
+    kinds = [_kind(draw, str(number), layer, blocks, of_blocks) for number in range(draw(st.integers(1, 3)))]
+    chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=num_layers))
+    return _around(layer, chosen, width, vocab)
 
 
-def _around(layer: _Layer, num_layers: int, width: int, vocab: int, dims: AttentionDims) -> OpGraph:
-    """Prologue and epilogue around a layer."""
+def _kind(
+    draw: st.DrawFn, name: str, layer: _Layer, blocks: Sequence[str], of_blocks: Sequence[list[Operation]]
+) -> LayerKind:
+    """A kind of layer, with or without each of the FFN blocks."""
+    window = draw(st.sampled_from([None, 3]))
+    operations = []
+    for block, ops in zip(blocks, of_blocks, strict=True):
+        if block == "attention":
+            operations += [
+                replace(op, dims=replace(op.dims, window=window), variant=name)
+                if isinstance(op.dims, AttentionDims)
+                else op
+                for op in ops
+            ]
+        elif draw(st.integers(0, 3)):
+            operations += ops
+    used = {weight for op in operations for weight in op.weights}
+    head_dim = next(op.dims.head_dim for op in operations if isinstance(op.dims, AttentionDims))
+    base = draw(st.sampled_from([1.0, 0.1]))
+    return LayerKind(
+        name=name,
+        operations=tuple(operations),
+        parameters=tuple(parameter for parameter in layer.parameters if parameter.name in used),
+        rope=RopeSpec(inv_freq=tuple(base / (i + 1) for i in range(head_dim // 2))),
+    )
+
+
+def _around(layer: _Layer, layers: Sequence[LayerKind], width: int, vocab: int) -> OpGraph:
+    """Prologue and epilogue around layers."""
     rows = RowDims(width=width)
     embed = Operation(
         name="embed",
@@ -205,18 +242,15 @@ def _around(layer: _Layer, num_layers: int, width: int, vocab: int, dims: Attent
     )
     graph = OpGraph(
         name="random",
-        num_layers=num_layers,
         vocab_size=vocab,
         prologue=(embed,),
-        layer=tuple(layer.operations),
+        sections=sections_of(layers),
         epilogue=(gather, norm, head),
         tensors=(TensorSpec(name="token_ids", width=1), *layer.tensors.values(), *sampled),
         parameters=(
             Parameter(name="embed.weight", parts=(ParameterPart(source="embed", shape=(vocab, width)),)),
             Parameter(name="final_norm.weight", parts=(ParameterPart(source="norm", shape=(width,)),)),
         ),
-        layer_parameters=tuple(layer.parameters),
-        rope=RopeSpec(inv_freq=tuple(1.0 / (i + 1) for i in range(dims.head_dim // 2))),
     )
     graph.validate()
     return graph
@@ -302,6 +336,11 @@ def valid_plans(draw: st.DrawFn, graph: OpGraph, num_tokens: int) -> PipelinePla
     plan = PipelinePlan(name="random", num_tokens=num_tokens, lanes=lanes, nano_operations=tuple(order))
     plan.validate(graph)
     return plan
+
+
+def with_operations(graph: OpGraph, operations: Sequence[Operation]) -> OpGraph:
+    """The graph with these operations in each of its layers."""
+    return graph.map_kinds(lambda kind: replace(kind, operations=tuple(operations)))
 
 
 def _access(graph: OpGraph, nano: NanoOperation, layer: int = 0) -> Access:

@@ -49,6 +49,6 @@ def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
         table_width=num_pages,
         sampled=np.zeros(1, np.int32),
     )
-    inputs = InputBuilder(graph.rope, num_rows=1, device=cpu).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=1, device=cpu).build(batch)
     inputs = dataclasses.replace(inputs, logit_tokens=torch.arange(count))
     return ReferenceExecutor(model).forward(inputs)

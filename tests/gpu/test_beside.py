@@ -37,7 +37,7 @@ from tests.gemm_cases import (
     linear_swiglu_case,
 )
 
-DIMS = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=128**-0.5, windows=(None,))
+DIMS = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=128**-0.5, window=None)
 GPU = torch.device("cuda", torch.cuda.current_device())
 if not can_attend(GPU, torch.bfloat16, DIMS):
     pytest.skip("the kernels are cut for Hopper", allow_module_level=True)
@@ -55,7 +55,7 @@ def attention_case(contexts: list[int], monkeypatch: pytest.MonkeyPatch) -> Laun
     monkeypatch.setattr(graphs, "PAGE_SIZE", PAGE_TOKENS)
     num = len(contexts)
     batch = graphs.batch_of([(context - 1, 1) for context in contexts], num, 10, seed=1)
-    inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=num, device=GPU).build(batch)
+    inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=num, device=GPU).build(batch)
     shape = (int(inputs.decodes.page_tables.max()) + 1, DIMS.num_kv_heads, PAGE_TOKENS, DIMS.head_dim)
     keys, values = (torch.randn(shape, device=GPU).bfloat16() for _ in range(2))
     op = Operation(

@@ -82,7 +82,7 @@ def test_attention_inside_products_differs_only_where_tokens_nearly_tie(
     """As above; batches are smaller than the plan too, so that some products carry nothing."""
     folder = make_model("llama3", tmp_path, seed=1, dtype="bfloat16", std=0.12, head_dim=64)
     graph = build_graph(load(folder), None)
-    if not can_carry(torch.device("cuda"), torch.bfloat16, graph.attention):
+    if not can_carry(torch.device("cuda"), torch.bfloat16, graph.kinds[0].attention):
         pytest.skip("products of this GPU carry nothing")
     path = tmp_path / "plan.json"
     path.write_bytes(inside_plan(fuse_swiglu(graph), budget, 40, 0.8).to_json())

@@ -41,7 +41,7 @@ def _dims(model: str, *, has_norm: bool, rotary_dim: int | None = None) -> Atten
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=1.0,
-        windows=(None,),
+        window=None,
         norm_eps=1e-6 if has_norm else None,
         rotary_dim=rotary_dim,
     )
@@ -62,6 +62,16 @@ def test_swiglu(dtype: torch.dtype, width: int, num_tokens: int) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("width", [640, 1152, 6912])
+def test_what_gemma_adds(dtype: torch.dtype, width: int) -> None:
+    cases = _cases(dtype)
+    assert_twins(fast.rms_norm_add, reference.rms_norm_add, cases.rms_norm_add(width))
+    assert_twins(fast.rms_norm, reference.rms_norm, cases.with_exact_weights(cases.rms_norm(width)))
+    assert_twins(fast.geglu, reference.geglu, cases.geglu(width))
+    assert_twins(fast.embed, reference.embed, cases.scaled_embed(width))
+
+
+@DTYPES
 @pytest.mark.parametrize("width", [896, 4096, 8192])
 @pytest.mark.parametrize("start", [0, 3])
 def test_gathers(dtype: torch.dtype, width: int, start: int) -> None:
@@ -77,6 +87,13 @@ def test_rope_append(dtype: torch.dtype, model: str, has_norm: bool) -> None:
     for start in (0, 3):
         launch = _cases(dtype, start=start).rope_append(_dims(model, has_norm=has_norm), page_size=16)
         assert_twins(fast.rope_append, reference.rope_append, launch)
+
+
+@DTYPES
+def test_norms_of_heads_with_weights_in_float32(dtype: torch.dtype) -> None:
+    cases = _cases(dtype)
+    launch = cases.with_exact_weights(cases.rope_append(_dims("llama-3-8b", has_norm=True), page_size=4))
+    assert_twins(fast.rope_append, reference.rope_append, launch)
 
 
 @DTYPES
@@ -107,8 +124,10 @@ def test_a_captured_graph_serves_another_batch_with_padding() -> None:
     rope.reads[0].copy_(wanted.reads[0])
     for ours, theirs in zip((*rope.weights, *embed.weights), (*wanted.weights, *wanted_embed.weights), strict=True):
         ours.copy_(theirs)
-    for name in ("cos", "sin", "slots"):
-        getattr(rope.inputs, name).copy_(getattr(wanted.inputs, name))
+    assert rope.rotation is not None and wanted.rotation is not None
+    rope.rotation.cos.copy_(wanted.rotation.cos)
+    rope.rotation.sin.copy_(wanted.rotation.sin)
+    rope.inputs.slots.copy_(wanted.inputs.slots)
     rope.inputs.slots[num_live:] = num_slots
     embed.inputs.token_ids.copy_(wanted_embed.inputs.token_ids)
     embed.inputs.token_ids[num_live:] = VOCAB_SIZE

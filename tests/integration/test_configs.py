@@ -32,14 +32,21 @@ transformers = pytest.importorskip("transformers")
 
 # Why a config.json that transformers takes is refused.
 REASONS = (
-    r"field '(num_hidden_layers|max_position_embeddings|head_dim|sliding_window)' must be a positive integer, got",
-    r"field '(rms_norm_eps|rope_theta)' must be a positive number, got -1.0",
+    r"field '(num_hidden_layers|max_position_embeddings|head_dim)' must be a positive integer, got",
+    r"field 'sliding_window(_pattern)?' must be a positive integer, got",
+    r"field '(rms_norm_eps|rope_theta|rope_local_base_freq)' must be a positive number, got -1.0",
     r"field 'eos_token_id' must be token ids below \d+, got",
     r"hidden_act must be 'silu', got '(gelu|relu)'",
+    r"hidden_activation must be 'gelu_pytorch_tanh', got '(gelu|silu)'",
+    r"field '(final|attn)_logit_softcapping' must be null: soft caps are not served",
+    r"field 'use_bidirectional_attention' must be false: only causal attention is served",
+    r"rope_parameters: field '\w+' is none of full_attention and sliding_attention",
+    r"field 'type' must be called rope_type",
+    r"field 'truncate' must be true where layers have rotary embeddings of their own",
     r"field 'torch_dtype' must be one of float32, bfloat16, float16, got '(int8|float64)'",
     r"field 'truncate' is missing: it is null",
     # transformers takes the field and rotates whole heads; other engines do not.
-    r"field 'partial_rotary_factor' must be 1, as models of type (llama|mistral|qwen2|qwen3) rotate whole heads, got",
+    r"field 'partial_rotary_factor' must be 1, as models of type \w+ rotate whole heads, got",
     r"field 'partial_rotary_factor' must be a positive number, got (0.0|True)",
     r"field 'partial_rotary_factor' must be at most 1 and rotate some of a head's 16 dimensions, got 0.01",
     r"field 'head_dim' must be even for the rotary embedding, got 15",
@@ -79,7 +86,11 @@ MEANT_BY = {
     "MistralForCausalLM": (
         "layer_types=['full_attention', 'sliding_attention', 'full_attention', 'sliding_attention'], no head_dim",
     ),
+    # No layer has a window.
+    "Gemma3ForCausalLM": ("sliding_window=None, sliding_window_pattern=1",),
 }
+# Of rotary embeddings that say which layers they are for, where there is one for all; and the other way round.
+OF_OTHER_LAYERS = "of which each has its own|differ between layers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +136,9 @@ def test_every_field_means_what_it_means_to_transformers(architecture: str, tmp_
     for one in outcomes:
         assert one.ours is not None or re.search(r"field|architecture|hidden_act|tensor|shape|rotary", one.our_error)
         assert "\n" not in one.our_error
-    # Measured: 181 to 226 are equal, and 26 to 40 refused that transformers takes.
+    # Measured: 205 to 252 are equal, and 24 to 38 refused that transformers takes, beside those of other layers.
     assert len(compared) >= 175
-    assert len(refused) <= 45
+    assert len([one for one in refused if not re.search(OF_OTHER_LAYERS, one.our_error)]) <= 45
     # The test could not fail if the variations changed nothing.
     base = compared[0].theirs
     changed = [one for one in compared if one.theirs is not None and not _are_alike(one.theirs, base)]
@@ -140,6 +151,7 @@ _ANYWHERE = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_ma
 _READ_ELSEWHERE = {
     "MistralForCausalLM": {"layer_types"},
     "Qwen2ForCausalLM": {"head_dim"},
+    "Gemma3ForCausalLM": {"sliding_window_pattern", "rope_local_base_freq"},
     "Phi3ForCausalLM": {"head_dim"},
 }
 
@@ -153,7 +165,8 @@ def test_fields_and_defaults_are_those_of_the_configuration_class(architecture: 
     mine = reading.fields.keys() - (_ANYWHERE - theirs.keys()) - _READ_ELSEWHERE.get(architecture, set())
     assert mine == theirs.keys() & known
     assert {name: reading.fields[name] for name in mine} == {name: theirs[name] for name in mine}
-    assert reading.fields["rope_theta"] == kind.default_theta
+    thetas = {"global": reading.fields["rope_theta"], "local": reading.fields.get("rope_local_base_freq")}
+    assert kind.default_theta in (thetas["global"], thetas)
 
 
 def test_a_window_that_is_left_out_is_as_long_as_in_transformers(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_bounds_by_hand() -> None:
 
 def test_bounds_without_decodes_or_counter() -> None:
     graph = build_graph(preset_config("qwen2.5-0.5b"), None)
-    work = work_of(lengths((4, 1)), graph.attention.windows)
+    work = work_of(lengths((4, 1)), graph.windows)
     cost = Cost(time_s=1e-3)
     bounds = bounds_of(graph, work, BATCH, Rates(token=cost, logit_row=cost, decode_key=None, prefill_key=cost), 2)
     assert bounds.decode_kv_bytes_per_s is None

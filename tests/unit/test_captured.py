@@ -74,7 +74,7 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
     exact_model = device_model(GRAPH, int(batch.new_pages.pages.max()) + 1)
     exact_model = replace(exact_model, kernels=KERNELS)
     padded_model = with_fresh_caches(exact_model)
-    builder = InputBuilder(GRAPH.rope, num_rows=8, device=CPU)
+    builder = InputBuilder(GRAPH.ropes, num_rows=8, device=CPU)
 
     exact = PipelinedExecutor(exact_model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
     # Dealt over the nano-batches of the plan.
@@ -118,7 +118,7 @@ def test_a_batch_of_padding_changes_nothing() -> None:
         first_prefill_token=0,
         host=None,
     )
-    executor.forward(InputBuilder(GRAPH.rope, num_rows=8, device=CPU).derive(loaded), plan)
+    executor.forward(InputBuilder(GRAPH.ropes, num_rows=8, device=CPU).derive(loaded), plan)
     for cache, (keys, values) in zip(model.caches, before, strict=True):
         assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
 
@@ -128,7 +128,7 @@ def test_a_few_layers_run_every_kernel_and_leave_the_next_pass_as_it_is() -> Non
     batch = batch_of([(4, 1), (9, 1), (0, 7)], 2, graph.vocab_size, seed=5)
     plan = sequential_plan(graph, MAX_TOKENS)
     model = replace(device_model(graph, 8), kernels=KERNELS)
-    inputs = InputBuilder(graph.rope, num_rows=8, device=CPU).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=8, device=CPU).build(batch)
     expected = PipelinedExecutor(with_fresh_caches(model), (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
     expected.forward(inputs, plan)
     launched: list[tuple[OpKind, int]] = []

@@ -29,7 +29,7 @@ def test_any_valid_plan_gives_what_the_reference_gives(data: st.DataObject) -> N
     num_pages = int(batch.new_pages.pages.max()) + 1
     expected_model = device_model(graph, num_pages)
     model = with_fresh_caches(expected_model)
-    inputs = InputBuilder(graph.rope, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
 
     expected = ReferenceExecutor(expected_model).forward(inputs)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=batch.num_requests)
@@ -64,6 +64,6 @@ def test_a_batch_larger_than_the_plan_is_refused(graph: OpGraph) -> None:
     plans = (sequential_plan(graph, 2), nanobatch_plan(graph, 2, [1]))
     executor = PipelinedExecutor(device_model(graph, num_pages=8), plans, max_batch_tokens=2, max_logits=4)
     batch = batch_of([(0, 3)], 0, graph.vocab_size, 0)
-    inputs = InputBuilder(graph.rope, num_rows=1, device=torch.device("cpu")).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=1, device=torch.device("cpu")).build(batch)
     with pytest.raises(PlanError, match="is for 2 tokens, the batch has 3"):
         executor.forward(inputs, plans[1])

@@ -18,7 +18,7 @@ from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind
 from nanoflow.kernels import reference
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches
+from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
 
 MAX_TOKENS = 12
 KERNELS = {**reference.REFERENCE_KERNELS, OpKind.LINEAR_SWIGLU: reference.linear_swiglu}
@@ -30,7 +30,7 @@ def _llama() -> OpGraph:
 
 def _change(graph: OpGraph, name: str, **changes: object) -> OpGraph:
     layer = tuple(replace(op, **changes) if op.name == name else op for op in graph.layer)  # type: ignore[arg-type]
-    return replace(graph, layer=layer)
+    return with_operations(graph, layer)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -44,7 +44,7 @@ def test_any_plan_of_a_fused_graph_gives_what_the_plain_graph_gives(data: st.Dat
     plain_model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     fused_model = replace(with_fresh_caches(plain_model), graph=fused, kernels=KERNELS)
     model = with_fresh_caches(fused_model)
-    inputs = InputBuilder(graph.rope, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
 
     expected = ReferenceExecutor(plain_model).forward(inputs)
     torch.testing.assert_close(ReferenceExecutor(fused_model).forward(inputs), expected, rtol=1e-4, atol=1e-5)
@@ -83,8 +83,8 @@ def _read_by_the_epilogue(graph: OpGraph) -> OpGraph:
 
 
 def _with_bias(graph: OpGraph) -> OpGraph:
-    bias = replace(graph.layer_parameters[0], name="gate_up_proj.bias")
-    graph = replace(graph, layer_parameters=(*graph.layer_parameters, bias))
+    bias = replace(graph.kinds[0].parameters[0], name="gate_up_proj.bias")
+    graph = graph.map_kinds(lambda kind: replace(kind, parameters=(*kind.parameters, bias)))
     return _change(graph, "gate_up_proj", weights=("gate_up_proj.weight", "gate_up_proj.bias"))
 
 
@@ -92,7 +92,7 @@ def _with_one_between(graph: OpGraph) -> OpGraph:
     place = next(i for i, op in enumerate(graph.layer) if op.name == "activation")
     norm: Operation = replace(graph.layer[0], name="between", writes=("other",))
     layer = (*graph.layer[:place], norm, *graph.layer[place:])
-    return replace(graph, layer=layer, tensors=(*graph.tensors, TensorSpec(name="other", width=4096)))
+    return replace(with_operations(graph, layer), tensors=(*graph.tensors, TensorSpec(name="other", width=4096)))
 
 
 @pytest.mark.parametrize("change", [_read_elsewhere, _read_by_the_epilogue, _with_bias, _with_one_between])

@@ -38,7 +38,7 @@ from nanoflow.profiler.work import decode_task
 from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
 from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import predict
-from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
+from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
 from tests.unit.test_lanes import CONFIG
 from tests.unit.test_profiler import SITE
 from tests.unit.test_simulate import GRAPH, SHAPE, TIMES, profile
@@ -142,7 +142,7 @@ def test_attention_that_no_step_has_waited_for_is_done_at_the_end() -> None:
     plan, carrier = inside(sequential_plan(graph, 4), graph), NotingCarrier()
     executor = PipelinedExecutor(device_model(graph, 1), (plan,), max_batch_tokens=4, max_logits=1)
     steps = bind(plan, graph)
-    lanes = InsideLanes(steps, dict(carriers(plan, graph, graph.num_layers)), executor.workspace, carrier)
+    lanes = InsideLanes(steps, dict(carriers(plan, graph, graph.layers)), executor.workspace, carrier)
     place = next(i for i, step in enumerate(steps) if step.op.kind is OpKind.DECODE_ATTENTION)
     launch: Any = object()
     with lanes.running():
@@ -166,7 +166,7 @@ def test_no_lane_has_all_of_the_instruction_stream(shares: tuple[float, float]) 
 
 def lanes_of(plan: PipelinePlan, graph: OpGraph, executor: PipelinedExecutor, carrier: ReferenceCarrier) -> InsideLanes:
     """The lanes of a plan, with a carrier that runs anywhere."""
-    carried = dict(carriers(plan, graph, graph.num_layers))
+    carried = dict(carriers(plan, graph, graph.layers))
     return InsideLanes(bind(plan, graph), carried, executor.workspace, carrier)
 
 
@@ -179,7 +179,7 @@ def test_any_order_gives_what_the_reference_gives(data: st.DataObject) -> None:
     plan = inside(data.draw(valid_plans(graph, MAX_TOKENS)), graph)
     expected_model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     model = with_fresh_caches(expected_model)
-    inputs = InputBuilder(graph.rope, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
 
     expected = ReferenceExecutor(expected_model).forward(inputs)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=batch.num_requests)
@@ -196,7 +196,7 @@ def test_products_of_one_nano_batch_carry_the_attention_of_the_other() -> None:
     plan.validate(LLAMA)
     steps = bind(plan, LLAMA)
     carried: dict[int, list[tuple[str, int, int]]] = {}
-    for place, part in parts_of(steps, dict(carriers(plan, LLAMA, LLAMA.num_layers)), ReferenceCarrier()):
+    for place, part in parts_of(steps, dict(carriers(plan, LLAMA, LLAMA.layers)), ReferenceCarrier()):
         step, attention = steps[place], steps[part.attention]
         assert step.tokens.start != attention.tokens.start
         carried.setdefault(part.attention, []).append((step.op.name, step.layer - attention.layer, part.until))
@@ -219,7 +219,7 @@ def test_what_products_without_tokens_leave_is_done_alone() -> None:
     model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=8, max_logits=3)
     executor._lanes[plan.digest] = lanes_of(plan, graph, executor, carrier)
-    inputs = InputBuilder(graph.rope, num_rows=3, device=torch.device("cpu")).build(batch)
+    inputs = InputBuilder(graph.ropes, num_rows=3, device=torch.device("cpu")).build(batch)
     executor.forward(inputs, plan)
     assert carrier.shares == [] and carrier.alone == SHARES * graph.num_layers
 
@@ -348,14 +348,14 @@ def test_only_products_that_are_to_carry_do(carrying: tuple[str, ...]) -> None:
     plan = inside_plan(LLAMA, 2048, 1024, 0.8, carrying)
     plan.validate(LLAMA)
     steps = bind(plan, LLAMA)
-    found = [(steps[at], steps[attention]) for at, attention in carriers(plan, LLAMA, LLAMA.num_layers)]
+    found = [(steps[at], steps[attention]) for at, attention in carriers(plan, LLAMA, LLAMA.layers)]
     assert {step.op.name for step, _ in found} == set(carrying or {"o_proj", "gate_up_proj", "down_proj", "qkv_proj"})
     assert all(step.tokens != attention.tokens for step, attention in found)
 
 
 def test_two_attentions_in_a_layer_are_not_put_inside() -> None:
     attention = next(op for op in LLAMA.layer if op.kind is OpKind.DECODE_ATTENTION)
-    assert can_be_inside(LLAMA) and not can_be_inside(replace(LLAMA, layer=(*LLAMA.layer, attention)))
+    assert can_be_inside(LLAMA) and not can_be_inside(with_operations(LLAMA, (*LLAMA.layer, attention)))
 
 
 def test_every_place_to_cut_gives_a_valid_plan() -> None:

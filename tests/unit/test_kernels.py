@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def _operation(kind: OpKind, scope: Scope, window: int | None) -> Operation:
-    dims = AttentionDims(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, scale=0.3, windows=(window,))
+    dims = AttentionDims(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, scale=0.3, window=window)
     return Operation(
         name="attention",
         kind=kind,
@@ -61,7 +61,7 @@ def _attend(q: torch.Tensor, cache: LayerCache, table: torch.Tensor, place: int,
 
 def _inputs(requests: list[tuple[int, int]], num_decodes: int) -> BatchInputs:
     rope = RopeSpec(inv_freq=tuple(0.5**i for i in range(DIM // 2)))
-    return InputBuilder(rope, num_rows=len(requests), device=CPU).build(batch_of(requests, num_decodes, 10, seed=3))
+    return InputBuilder((rope,), num_rows=len(requests), device=CPU).build(batch_of(requests, num_decodes, 10, seed=3))
 
 
 REQUESTS = [(0, 1), (5, 1), (11, 1), (0, 7), (6, 3), (2, 1)]
@@ -179,7 +179,15 @@ def test_rope_append_rotates_and_fills_its_slots_only() -> None:
     op = _operation(OpKind.ROPE_APPEND, Scope.ALL, None)
     reference.rope_append(
         Launch(
-            op=op, layer=0, tokens=tokens, reads=(qkv[rows],), writes=(q[rows],), weights=(), inputs=inputs, cache=cache
+            op=op,
+            layer=0,
+            tokens=tokens,
+            reads=(qkv[rows],),
+            writes=(q[rows],),
+            weights=(),
+            inputs=inputs,
+            cache=cache,
+            rotation=inputs.rotations[0],
         )
     )
     positions = [before + i for before, count in REQUESTS for i in range(count)]
@@ -211,7 +219,7 @@ def _rotated(head: torch.Tensor, position: int) -> torch.Tensor:
 def test_fed_back_tokens_are_the_last_sampled_ones_of_their_rows() -> None:
     batch = batch_of([(4, 1), (9, 1), (0, 3)], 2, 10, seed=0)
     batch.is_fed_back[[0, 1]] = True
-    builder = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=8, device=CPU)
+    builder = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=8, device=CPU)
     builder.feed_back(np.array([1, 0], np.int32), torch.tensor([71, 70]))
     assert builder.build(batch).token_ids.tolist() == [70, 71, *batch.token_ids[2:].tolist()]
 
@@ -221,7 +229,7 @@ def test_page_tables_stay_and_a_batch_brings_only_what_is_new() -> None:
     new = NewPages(
         rows=np.array([1, 2], np.int32), columns=np.array([2, 0], np.int32), pages=np.array([70, 80], np.int32)
     )
-    builder = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=8, device=CPU, pages_per_row=1)
+    builder = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=8, device=CPU, pages_per_row=1)
     width = first.table_width
     tables = torch.from_numpy(first.new_pages.pages).view(3, width)
     inputs = builder.build(first)

@@ -19,7 +19,7 @@ from nanoflow.plan.liveness import ALIGNMENT, conflicts, place, shapes_of, works
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.inside import inside_plan
-from tests.graphs import device_model, graphs, valid_plans
+from tests.graphs import device_model, graphs, valid_plans, with_operations
 from tests.plans import resource_plan
 
 LLAMA = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
@@ -151,7 +151,7 @@ def test_what_a_layer_reads_before_it_writes_it_is_needed_throughout() -> None:
         reads = (*op.reads, "carried") if op.name == "o_proj" else op.reads
         return replace(op, reads=reads, writes=(*op.writes, "carried") if op.name == "down_proj" else op.writes)
 
-    graph = replace(LLAMA, layer=tuple(map(changed, LLAMA.layer)))
+    graph = with_operations(LLAMA, [*map(changed, LLAMA.layer)])
     assert frozenset(("carried", "qkv")) in set(conflicts(graph, [SEQUENTIAL]))
 
 

@@ -62,7 +62,7 @@ def profile_file(tmp_path: Path) -> Path:
     folder = tmp_path / "toy"
     folder.mkdir()
     config = json.loads((write_toy_model(folder) / "config.json").read_text())
-    names = [op.name for _, section in fuse_swiglu(GRAPH).sections() for op in section]
+    names = [op.name for op in fuse_swiglu(GRAPH).operations()]
     points = tuple(Point(operation=name, num_tokens=64, time_s=10e-6) for name in [*names, SAMPLING])
     setup = Setup(gpu="H200", memory_bytes=1e9)
     path = tmp_path / "profile.json"

@@ -62,7 +62,7 @@ def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_operation_has_its_points() -> None:
     found = tasks(SITE, SIZES)
     graph = SITE.graph
-    assert {task.operation for task in found} == {op.name for _, ops in graph.sections() for op in ops} | {SAMPLING}
+    assert {task.operation for task in found} == {op.name for op in graph.operations()} | {SAMPLING}
     of = {
         name: [(t.num_tokens, t.context) for t in found if t.operation == name] for name in {t.operation for t in found}
     }
@@ -90,7 +90,7 @@ def test_the_budget_is_covered(budget: int) -> None:
     found = tasks(SITE, Sizes(max_tokens=budget))
     assert max(task.num_tokens for task in found if task.operation == "qkv_proj") == budget
     assert all(task.num_tokens <= budget for task in found)
-    assert {task.operation for task in found} >= {op.name for _, ops in SITE.graph.sections() for op in ops}
+    assert {task.operation for task in found} >= {op.name for op in SITE.graph.operations()}
 
 
 def test_all_points_can_be_measured() -> None:

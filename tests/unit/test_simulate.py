@@ -44,8 +44,7 @@ def profile(*, pairs: tuple[PairPoint, ...] = (), energy_w: float | None = None,
             time_s=TIMES.get(op.name, 0.0) * size / 512,
             energy_j=None if energy_w is None else TIMES.get(op.name, 0.0) * size / 512 * energy_w,
         )
-        for _, section in GRAPH.sections()
-        for op in section
+        for op in GRAPH.operations()
         for size in (128, 256, 384, 512)
     ]
     return Profile(

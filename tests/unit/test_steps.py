@@ -20,9 +20,11 @@ from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.search.search import Search
 from nanoflow.search.shapes import batch_of
+from tests.graphs import with_operations
 from tests.plans import ping_pong_plan
 
-GRAPH = replace(build_graph(preset_config("llama-3-8b"), None), num_layers=5)
+_WHOLE = build_graph(preset_config("llama-3-8b"), None)
+GRAPH = _WHOLE.with_layers(_WHOLE.layers[:5])
 ON_TWO_GPUS = shard(GRAPH, 2)
 
 
@@ -114,7 +116,7 @@ def test_a_plan_for_another_graph_is_refused() -> None:
     plan = ping_pong_plan(GRAPH, 256, 96, Mechanism.STREAM)
     other = build_graph(preset_config("llama-3-8b"), None)
     with pytest.raises(PlanError, match="no operation 'gate_up_proj'"):
-        bind(plan, replace(other, layer=tuple(op for op in other.layer if op.name != "gate_up_proj")))
+        bind(plan, with_operations(other, [op for op in other.layer if op.name != "gate_up_proj"]))
 
 
 def test_plans_survive_a_file(tmp_path: Path) -> None:

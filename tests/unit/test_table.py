@@ -37,10 +37,7 @@ SETUP = Setup(gpu="g", memory_bytes=1e9)
 def table(*points: Point) -> CostTable:
     named = {point.operation for point in points}
     others = tuple(
-        Point(operation=op.name, num_tokens=128, time_s=0.0)
-        for _, section in GRAPH.sections()
-        for op in section
-        if op.name not in named
+        Point(operation=op.name, num_tokens=128, time_s=0.0) for op in GRAPH.operations() if op.name not in named
     )
     return CostTable(Profile(model="m", config=CONFIG, setup=SETUP, points=(*points, *others)), GRAPH)
 
@@ -176,10 +173,7 @@ def test_curves_are_corrected_by_what_an_operation_keeps_alone_at_its_size() -> 
     """The pair has one token; alone on 0.6 it keeps 0.75 of its speed with one, with up to eight half of it."""
     ops = {op.name: op for op in GRAPH.layer}
     whole = [
-        Point(operation=op.name, num_tokens=size, time_s=1.0 * size)
-        for _, section in GRAPH.sections()
-        for op in section
-        for size in (1, 8)
+        Point(operation=op.name, num_tokens=size, time_s=1.0 * size) for op in GRAPH.operations() for size in (1, 8)
     ]
     parts = [part("gate_up_proj", 1, 0.6, 4 / 3), part("gate_up_proj", 8, 0.6, 16.0)]
     profile = Profile(
@@ -251,6 +245,7 @@ def test_heads_that_cannot_be_dealt_out_are_an_error() -> None:
 
 def test_fewer_key_heads_than_gpus_are_repeated() -> None:
     part = shard(GRAPH, 16)
-    assert part.attention.num_heads == 2 and part.attention.num_kv_heads == 1
+    attention = part.kinds[0].attention
+    assert attention.num_heads == 2 and attention.num_kv_heads == 1
     (qkv,) = (op.dims for op in part.layer if op.name == "qkv_proj")
     assert isinstance(qkv, LinearDims) and qkv.out_features == 4 * 128

@@ -30,14 +30,12 @@ SMALL = Tiles(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
 
 def _dims(group: int, head_dim: int, window: int | None) -> AttentionDims:
-    return AttentionDims(
-        num_heads=2 * group, num_kv_heads=2, head_dim=head_dim, scale=head_dim**-0.5, windows=(None, window)
-    )
+    return AttentionDims(num_heads=2 * group, num_kv_heads=2, head_dim=head_dim, scale=head_dim**-0.5, window=window)
 
 
 def _inputs() -> BatchInputs:
     batch = batch_of(DECODES + CHUNKS, len(DECODES), 10, seed=3)
-    return InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=len(batch.rows), device=CPU).build(batch)
+    return InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=len(batch.rows), device=CPU).build(batch)
 
 
 def _caches(inputs: BatchInputs, dims: AttentionDims) -> tuple[LayerCache, LayerCache]:
@@ -148,7 +146,7 @@ def test_many_short_prompts_find_their_requests() -> None:
     """More requests than one step of the device's search looks at."""
     lengths = np.random.default_rng(0).integers(1, 4, 140)
     batch = batch_of([(0, int(length)) for length in lengths], 0, 10, seed=1)
-    inputs = InputBuilder(RopeSpec(inv_freq=(1.0,)), num_rows=140, device=CPU).build(batch)
+    inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=140, device=CPU).build(batch)
     dims = _dims(1, 16, None)
     clean, poisoned = _caches(inputs, dims)
     tokens, q = TokenRange(start=0, stop=inputs.num_tokens), torch.randn(inputs.num_tokens, dims.q_width)
@@ -189,7 +187,7 @@ def test_head_sizes_that_are_no_power_of_two_are_refused() -> None:
     [(340, 4096, 1), (128, 4096, 2), (1, 4096, 16), (1, 131072, 64), (4, 100, 1)],
 )
 def test_num_splits_fills_an_h200_and_no_more(num_rows: int, max_context: int, expected: int) -> None:
-    dims = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=1.0, windows=(None,))
+    dims = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=1.0, window=None)
     assert triton_attention.num_splits(num_rows, dims, max_context, num_sms=132) == expected
 
 

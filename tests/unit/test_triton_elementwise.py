@@ -11,7 +11,7 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels import reference
 from nanoflow.kernels import triton_elementwise as fast
-from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.launch import Kernel, Launch, Rotation
 from tests.elementwise_cases import VOCAB_SIZE, Cases, assert_twins, results_of
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def _dims(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=1.0,
-        windows=(None,),
+        window=None,
         norm_eps=1e-6 if has_norm else None,
         rotary_dim=rotary_dim,
     )
@@ -57,6 +57,16 @@ def test_swiglu(dtype: torch.dtype, width: int) -> None:
 
 @DTYPES
 @WIDTHS
+def test_what_gemma_adds(dtype: torch.dtype, width: int) -> None:
+    cases = _cases(dtype)
+    _assert_twins(fast.rms_norm_add, reference.rms_norm_add, cases.rms_norm_add(width))
+    _assert_twins(fast.rms_norm, reference.rms_norm, cases.with_exact_weights(cases.rms_norm(width)))
+    _assert_twins(fast.geglu, reference.geglu, cases.geglu(width))
+    _assert_twins(fast.embed, reference.embed, cases.scaled_embed(width))
+
+
+@DTYPES
+@WIDTHS
 @pytest.mark.parametrize("start", [0, 3])
 def test_gathers(dtype: torch.dtype, width: int, start: int) -> None:
     cases = _cases(dtype, start)
@@ -72,6 +82,13 @@ def test_rope_append(dtype: torch.dtype, has_norm: bool, sizes: tuple[int, int, 
     dims = _dims(*sizes, has_norm=has_norm)
     for start in (0, 3):
         _assert_twins(fast.rope_append, reference.rope_append, _cases(dtype, start).rope_append(dims, page_size=4))
+
+
+@DTYPES
+def test_norms_of_heads_with_weights_in_float32(dtype: torch.dtype) -> None:
+    cases = _cases(dtype)
+    launch = cases.with_exact_weights(cases.rope_append(_dims(4, 2, 8, has_norm=True), page_size=4))
+    _assert_twins(fast.rope_append, reference.rope_append, launch)
 
 
 # One pair, most of a head, all but a pair; the last sizes need two programs a token.
@@ -111,13 +128,13 @@ def test_a_slot_outside_the_cache_is_not_written() -> None:
     padded_slots = torch.cat((launch.inputs.slots, torch.tensor([num_slots, num_slots + 1, -1])))
     padded = Cases(num_tokens=8, dtype=torch.float32, device=CPU).rope_append(_dims(4, 2, 8), page_size=4)
     padded.reads[0][:5] = launch.reads[0]
-    inputs = replace(
-        padded.inputs,
-        slots=padded_slots,
-        cos=torch.cat((launch.inputs.cos, torch.ones(3, 4))),
-        sin=torch.cat((launch.inputs.sin, torch.zeros(3, 4))),
+    assert launch.rotation is not None
+    inputs = replace(padded.inputs, slots=padded_slots)
+    rotation = Rotation(
+        cos=torch.cat((launch.rotation.cos, torch.ones(3, 4))), sin=torch.cat((launch.rotation.sin, torch.zeros(3, 4)))
     )
-    q, ours_keys, ours_values = results_of(fast.rope_append, replace(padded, inputs=inputs, cache=launch.cache))
+    padded = replace(padded, inputs=inputs, rotation=rotation, cache=launch.cache)
+    q, ours_keys, ours_values = results_of(fast.rope_append, padded)
     torch.testing.assert_close(ours_keys, keys, equal_nan=True)
     torch.testing.assert_close(ours_values, values, equal_nan=True)
     torch.testing.assert_close(q[5:], padded.reads[0][5:, :32])

@@ -184,9 +184,14 @@ def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dty
     optimal = _total(gemms)
     serial = _total((count, cost) for count, cost in (*gemms, *attention) if cost is not None)
     one_token = BatchShape(num_tokens=1, num_sampled=1)
-    layer_flops = graph.num_layers * sum(op.flops(one_token) for op in graph.layer if isinstance(op.dims, LinearDims))
+    layer_flops = sum(
+        count * sum(op.flops(one_token) for op in kind.operations if isinstance(op.dims, LinearDims))
+        for kind, count in graph.kind_counts
+    )
     head_flops = sum(op.flops(one_token) for op in graph.epilogue if isinstance(op.dims, LinearDims))
-    key_bytes = 2 * graph.attention.kv_width * dtype_bytes
+    # Of a layer, on average.
+    key_bytes = graph.kv_elements_per_token * dtype_bytes / graph.num_layers
+    q_width = sum(kind.attention.q_width * count for kind, count in graph.kind_counts) / graph.num_layers
     return Bounds(
         serial_tokens_per_s=work.num_tokens / serial.time_s,
         optimal_tokens_per_s=work.num_tokens / optimal.time_s,
@@ -194,7 +199,7 @@ def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dty
         optimal_energy_per_token_j=optimal.divided_by(work.num_tokens).energy_j,
         gemm_tflops=layer_flops / rates.token.time_s / 1e12,
         lm_head_tflops=head_flops / rates.logit_row.time_s / 1e12,
-        prefill_tflops=4 * graph.attention.q_width / rates.prefill_key.time_s / 1e12,
+        prefill_tflops=4 * q_width / rates.prefill_key.time_s / 1e12,
         decode_kv_bytes_per_s=None if rates.decode_key is None else key_bytes / rates.decode_key.time_s,
         batch=batch,
         clocks_mhz=_clocks_mhz(rates),

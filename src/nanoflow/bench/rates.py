@@ -18,7 +18,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.build import engine_limits, resolve_model
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, random_weights
 from nanoflow.plan.book import load_book
@@ -47,7 +47,7 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
     if device.type == "cuda":
         # The engine sizes its cache by what the driver says is free.
         torch.cuda.empty_cache()
-    return bounds_of(graph, work_of(lengths, graph.attention.windows), batch, rates, dtype.itemsize)
+    return bounds_of(graph, work_of(lengths, graph.windows), batch, rates, dtype.itemsize)
 
 
 def _measure_rates(site: Site, batch: TypicalBatch) -> Rates:
@@ -64,16 +64,16 @@ def _measure_rates(site: Site, batch: TypicalBatch) -> Rates:
 
 def _measure_gemms(site: Site, batch: TypicalBatch) -> tuple[Cost, Cost]:
     """A token through the GEMMs of all layers, and a row through the language-model head."""
-    layer_elements = sum(parameter.num_elements for parameter in site.graph.layer_parameters)
+    layer_elements = min(sum(each.num_elements for each in kind.parameters) for kind in site.graph.kinds)
     graph = shortened(site.graph, layer_elements * site.dtype.itemsize)
     weights = random_weights(graph, site.dtype, site.device, seed=0)
     workspace = random_workspace(
         site, graph, weights, num_pages=1, num_tokens=batch.num_tokens, num_rows=batch.num_logit_rows
     )
     whole = equal_requests(1, 0, batch.num_tokens, site.page_size)
-    passes = _cost_of(over_layers(workspace, gemms(graph.layer), whole), site.device)
+    passes = _cost_of(over_layers(workspace, lambda op: isinstance(op.dims, LinearDims), whole), site.device)
     rows = equal_requests(batch.num_logit_rows, 0, 1, site.page_size, is_decode=True)
-    inputs = InputBuilder(graph.rope, num_rows=rows.num_requests, device=site.device).build(rows)
+    inputs = InputBuilder(graph.ropes, num_rows=rows.num_requests, device=site.device).build(rows)
     head = gemms(graph.epilogue)
     logits = _cost_of(lambda: workspace.run_whole(head, inputs), site.device)
     share_of_model = graph.num_layers / site.graph.num_layers
@@ -83,7 +83,8 @@ def _measure_gemms(site: Site, batch: TypicalBatch) -> tuple[Cost, Cost]:
 def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
     """One key of one layer in attention of this kind on these requests."""
     num_keys = int(requests.context_len.sum())
-    graph = shortened(site.graph, 2 * num_keys * site.graph.attention.kv_width * site.dtype.itemsize)
+    key_elements = min(kind.attention.kv_width for kind in site.graph.kinds)
+    graph = shortened(site.graph, 2 * num_keys * key_elements * site.dtype.itemsize)
     weights = Weights(shared={}, layers=({},) * graph.num_layers)
     workspace = random_workspace(
         site,
@@ -93,10 +94,8 @@ def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
         num_tokens=requests.num_tokens,
         num_rows=requests.num_requests,
     )
-    operations = tuple(op for op in graph.layer if op.kind is kind)
-    windows = graph.attention.windows[: graph.num_layers]
-    visible = visible_keys(requests.positions.astype(np.int64) + 1, windows)
-    return _cost_of(over_layers(workspace, operations, requests), site.device).divided_by(visible)
+    visible = visible_keys(requests.positions.astype(np.int64) + 1, graph.windows)
+    return _cost_of(over_layers(workspace, lambda op: op.kind is kind, requests), site.device).divided_by(visible)
 
 
 def _cost_of(work: Work, device: torch.device) -> Cost:

@@ -112,7 +112,7 @@ def batch_shape(model: CostedModel, batch: BatchSize, lengths: MeanLengths) -> B
 
 
 def _mean_visible(model: CostedModel, context: float) -> float:
-    windows = model.graph.attention.windows
+    windows = model.graph.windows
     return sum(context if window is None else min(context, window) for window in windows) / len(windows)
 
 

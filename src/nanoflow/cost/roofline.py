@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanoflow.cost.model import CostedModel
-from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind
-from nanoflow.graph.shard import Exchange, reads_attention
+from nanoflow.graph.operation import BatchShape, LinearDims, Operation
+from nanoflow.graph.shard import Exchange, ends_block, reads_attention
 from nanoflow.hardware import GpuGroup, ResourceRates
 
 
@@ -75,12 +75,22 @@ def iteration_costs(
     model: CostedModel, shape: BatchShape, num_gpus: int = 1, exchange: Exchange = Exchange.ALL_REDUCE
 ) -> tuple[OperationCost, ...]:
     """Every operation of one iteration in the graph's order, collectives among them if there are several GPUs."""
-    layers = model.graph.num_layers
     costs = [_cost(model, op, shape, 1) for op in model.graph.prologue]
     for op in model.graph.layer:
         before, after = _collectives(model, op, shape, num_gpus, exchange)
-        costs += [*before, _cost(model, op, shape, layers), *after]
+        costs += [*before, _in_layers(model, op.name, shape), *after]
     return (*costs, *(_cost(model, op, shape, 1) for op in model.graph.epilogue))
+
+
+def _in_layers(model: CostedModel, name: str, shape: BatchShape) -> OperationCost:
+    """What operations of a name take in all layers together."""
+    of_kinds = (
+        _cost(model, op, shape, count)
+        for kind, count in model.graph.kind_counts
+        for op in kind.operations
+        if op.name == name
+    )
+    return total(of_kinds, name)
 
 
 def total(costs: Iterable[OperationCost], name: str = "total") -> OperationCost:
@@ -143,24 +153,27 @@ def _collectives(
     model: CostedModel, op: Operation, shape: BatchShape, num_gpus: int, exchange: Exchange
 ) -> tuple[list[OperationCost], list[OperationCost]]:
     """What must be exchanged right before and right after an operation: only around the last product of a block."""
-    if num_gpus == 1 or op.kind is not OpKind.LINEAR_ADD:
+    owners = [(kind, count) for kind, count in model.graph.kind_counts if op.name in kind.operation_names]
+    kind, layers = owners[0][0], sum(count for _, count in owners)
+    if num_gpus == 1 or not ends_block(kind, op):
         return [], []
     assert isinstance(op.dims, LinearDims)
-    if exchange is Exchange.ALL_REDUCE or not reads_attention(model.graph, op):
-        return [], [_collective(model, f"{op.name}_all_reduce", op.dims.out_features, shape, num_gpus, is_sum=True)]
+
+    def collective(name: str, width: int, *, is_sum: bool) -> OperationCost:
+        return _collective(model, name, layers * (num_gpus - 1) * shape.num_tokens * width, is_sum=is_sum)
+
+    if exchange is Exchange.ALL_REDUCE or not reads_attention(kind, op):
+        return [], [collective(f"{op.name}_all_reduce", op.dims.out_features, is_sum=True)]
     return (
-        [_collective(model, f"{op.name}_input_all_gather", op.dims.in_features, shape, num_gpus, is_sum=False)],
-        [_collective(model, f"{op.name}_all_gather", op.dims.out_features, shape, num_gpus, is_sum=False)],
+        [collective(f"{op.name}_input_all_gather", op.dims.in_features, is_sum=False)],
+        [collective(f"{op.name}_all_gather", op.dims.out_features, is_sum=False)],
     )
 
 
-def _collective(
-    model: CostedModel, name: str, width: int, shape: BatchShape, num_gpus: int, *, is_sum: bool
-) -> OperationCost:
+def _collective(model: CostedModel, name: str, elements: int, *, is_sum: bool) -> OperationCost:
     """Each activation goes to the N - 1 others once in an all-gather, twice and with an addition in an all-reduce.
 
     Each byte sent passes a device memory once.
     """
-    elements = model.graph.num_layers * (num_gpus - 1) * shape.num_tokens * width
     moved = (2 if is_sum else 1) * elements * model.dtype_bytes
     return OperationCost(name=name, flops=elements if is_sum else 0, memory_bytes=moved, network_bytes=moved)

@@ -136,7 +136,7 @@ def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
     graph = build_graph(model_config, config.max_model_len)
     if folder is not None and config.load_format != "random":
         check_weights(graph, folder)
-    kernels = kernels_for(device, dtype, graph.layer)
+    kernels = kernels_for(device, dtype, graph.layer_operations)
     if OpKind.LINEAR_SWIGLU in kernels:
         graph = fuse_swiglu(graph)
     stored = None if config.plan is None else load_book(Path(config.plan))

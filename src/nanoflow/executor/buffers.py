@@ -60,11 +60,11 @@ def allocate_caches(
     Raises:
         MemoryError: The system does not let this process have so much.
     """
-    shape = (num_pages, graph.attention.num_kv_heads, page_size, graph.attention.head_dim)
-    return tuple(
-        LayerCache(keys=_zeros(shape, dtype, device), values=_zeros(shape, dtype, device))
-        for _ in range(graph.num_layers)
-    )
+    caches = []
+    for attention in (kind.attention for kind in graph.layers):
+        shape = (num_pages, attention.num_kv_heads, page_size, attention.head_dim)
+        caches.append(LayerCache(keys=_zeros(shape, dtype, device), values=_zeros(shape, dtype, device)))
+    return tuple(caches)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -84,11 +84,19 @@ def draw_keys(caches: Iterable[LayerCache], seed: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """The tensors between operations, by name: [tokens, width], or [rows with logits, width] for `sampled_names`."""
+    """The tensors between operations.
+
+    Attributes:
+        model: Whose.
+        tensors: By name: [tokens, width], or [rows with logits, width] for `sampled_names`.
+        sampled_names: Those with a row for each row that gets logits.
+        rotations: For each layer the place of its rotary embedding in `OpGraph.ropes`.
+    """
 
     model: DeviceModel
     tensors: dict[str, Tensor]
     sampled_names: frozenset[str]
+    rotations: tuple[int, ...]
 
     @staticmethod
     def allocate(
@@ -107,7 +115,13 @@ class Workspace:
             }
         else:
             tensors = _sharing(model, shapes, plans)
-        return Workspace(model=model, tensors=tensors, sampled_names=sampled_names)
+        ropes = graph.ropes
+        return Workspace(
+            model=model,
+            tensors=tensors,
+            sampled_names=sampled_names,
+            rotations=tuple(ropes.index(kind.rope) for kind in graph.layers),
+        )
 
     def run(self, op: Operation, layer: int, tokens: TokenRange, inputs: BatchInputs) -> None:
         """Run an operation on a token range; outside the layers `layer` is 0 and not looked at."""
@@ -122,6 +136,7 @@ class Workspace:
                 weights=tuple(self._parameter(name, layer) for name in op.weights),
                 inputs=inputs,
                 cache=model.caches[layer],
+                rotation=inputs.rotations[self.rotations[layer]],
             )
         )
 

@@ -9,6 +9,7 @@ decodes, and the tables of its requests are gathered there: what travels does no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from nanoflow.device.transfer import Uploader, to_device
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.operation import KEY_BLOCK
-from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, PrefillInputs
+from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, PrefillInputs, Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +90,22 @@ class InputBuilder:
     """Makes index tensors; keeps rotary frequencies, and each row's page table and last token, on the device.
 
     Args:
-        rope: Of the model.
+        ropes: Of the model.
         num_rows: Rows of the state table.
         device: Where.
         pages_per_row: Width of the page tables to begin with; they are made wider, at the cost of a copy, when a batch
             needs it.
     """
 
-    def __init__(self, rope: RopeSpec, *, num_rows: int, device: torch.device, pages_per_row: int = 0) -> None:
+    def __init__(
+        self, ropes: Sequence[RopeSpec], *, num_rows: int, device: torch.device, pages_per_row: int = 0
+    ) -> None:
         self._device = device
         self._uploader = Uploader(device)
-        self._inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
-        self._attention_factor = rope.attention_factor
+        # Angular frequencies, and the factor on cos and sin, of each rotary embedding.
+        self._ropes = [
+            (torch.tensor(rope.inv_freq, dtype=torch.float32, device=device), rope.attention_factor) for rope in ropes
+        ]
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._page_tables = torch.zeros((num_rows, pages_per_row), dtype=torch.int32, device=device)
 
@@ -153,11 +158,10 @@ class InputBuilder:
         parts = torch.split(loaded.numbers, list(loaded.size.lengths))
         token_ids, rows, is_fed_back, positions, slots, decode_contexts, query_start, prefill_contexts = parts
         fed_back = self._last_token.index_select(0, rows)
-        angles = positions.float()[:, None] * self._inv_freq
+        places = positions.float()[:, None]
         return BatchInputs(
             token_ids=torch.where(is_fed_back.bool(), fed_back, token_ids.long()),
-            cos=angles.cos() * self._attention_factor,
-            sin=angles.sin() * self._attention_factor,
+            rotations=tuple(_rotation(places * inv_freq, factor) for inv_freq, factor in self._ropes),
             slots=slots,
             decodes=DecodeInputs(
                 page_tables=loaded.tables.decodes,
@@ -195,6 +199,10 @@ class InputBuilder:
         Of a row with several draws any is remembered: the host knows its tokens before it forms the next batch.
         """
         self._last_token[to_device(rows, self._device).long()] = token_ids
+
+
+def _rotation(angles: Tensor, factor: float) -> Rotation:
+    return Rotation(cos=angles.cos() * factor, sin=angles.sin() * factor)
 
 
 def padding(size: BatchSize) -> NDArray[np.int32]:

@@ -174,7 +174,7 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
     if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
-        carried = dict(carriers(plan, workspace.model.graph, workspace.model.graph.num_layers))
+        carried = dict(carriers(plan, workspace.model.graph, workspace.model.graph.layers))
         return InsideLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
     return GpuLanes(plan, steps, workspace, partitions)
 
@@ -186,7 +186,9 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
         LaneError: This device or model has no such kernels.
     """
     model = workspace.model
-    if OpKind.LINEAR_SWIGLU not in model.kernels or not can_carry(model.device, model.dtype, model.graph.attention):
+    attentions = [kind.attention for kind in model.graph.kinds]
+    can_attend = all(can_carry(model.device, model.dtype, attention) for attention in attentions)
+    if OpKind.LINEAR_SWIGLU not in model.kernels or not can_attend:
         raise LaneError(
             f"plan {plan.name!r}: decode attention runs inside products on Hopper GPUs, in bfloat16, with heads of 64 "
             "or 128 and no window: run this model without the plan"

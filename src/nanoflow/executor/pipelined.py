@@ -78,7 +78,6 @@ class PipelinedExecutor:
 
 
 def _typical_layers(model: DeviceModel) -> frozenset[int]:
-    """Two layers that follow each other, as a plan may overlap them, and one more for each further attention window."""
-    windows = model.graph.attention.windows
-    first_with = {window: layer for layer, window in reversed(list(enumerate(windows)))}
-    return frozenset({0, 1, *first_with.values()})
+    """Two layers that follow each other, as a plan may overlap them, and the first of each further kind."""
+    first_of = {kind.name: layer for layer, kind in reversed(list(enumerate(model.graph.layers)))}
+    return frozenset({0, 1, *first_of.values()})

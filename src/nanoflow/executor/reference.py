@@ -22,6 +22,6 @@ class ReferenceExecutor:
         graph = self._model.graph
         workspace = Workspace.allocate(self._model, num_tokens=inputs.num_tokens, num_logits=len(inputs.logit_tokens))
         workspace.run_whole(graph.prologue, inputs)
-        for layer in range(graph.num_layers):
-            workspace.run_whole(graph.layer, inputs, layer)
+        for layer, kind in enumerate(graph.layers):
+            workspace.run_whole(kind.operations, inputs, layer)
         return workspace.logits(inputs)

@@ -41,9 +41,10 @@ def bind(plan: PipelinePlan, graph: OpGraph) -> tuple[Step, ...]:
         PlanError: The plan is not valid for the graph.
     """
     plan.validate(graph)
-    ops = {op.name: op for op in graph.layer}
+    layers = graph.layers
+    ops = {kind.name: {op.name: op for op in kind.operations} for kind in graph.kinds}
     places = {id(nano): place for place, nano in enumerate(plan.nano_operations)}
-    issued = [(layer, places[id(nano)]) for layer, nano in plan.issue_order(graph.num_layers)]
+    issued = [(layer, places[id(nano)]) for layer, nano in plan.issued_in(layers)]
     at = {key: step for step, key in enumerate(issued)}
     needs = dependencies(plan, graph)
     lanes = [plan.nano_operations[place].lane for _, place in issued]
@@ -63,7 +64,7 @@ def bind(plan: PipelinePlan, graph: OpGraph) -> tuple[Step, ...]:
     return tuple(
         Step(
             layer=layer,
-            op=ops[plan.nano_operations[place].operation],
+            op=ops[layers[layer].name][plan.nano_operations[place].operation],
             tokens=plan.nano_operations[place].tokens,
             lane=lanes[step],
             waits=waits[step],

@@ -1,20 +1,30 @@
-"""The whole model as data: sections of operations, the tensors between them, the parameters they take.
+"""The whole model as data: layers of one or several kinds, the tensors between operations, the parameters they take.
 
-A graph has three sections: `prologue` (once), `layer` (repeated `num_layers` times) and `epilogue` (once, on the rows
-that get logits). Operations stand in an order in which they may run; what may be reordered follows from the tensors
-they touch (`nanobatch.py`), not from this order.
+A graph begins with a `prologue` (once) and ends with an `epilogue` (once, on the rows that get logits). In between
+stand its layers: sections, each a pattern of layer kinds that is repeated (`layers.py` says what a kind is).
+Operations stand in an order in which they may run; what may be reordered follows from the tensors they touch
+(`nanobatch.py`), not from this order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from nanoflow.graph.operation import AttentionDims, BatchShape, Operation, OpKind, Scope
+from nanoflow.graph.layers import (
+    GraphError,
+    LayerKind,
+    Parameter,
+    ParameterPart,
+    RopeSpec,
+    Section,
+    sections_of,
+    union_of,
+)
+from nanoflow.graph.operation import BatchShape, Operation, OpKind, Scope
 
-
-class GraphError(ValueError):
-    """A graph contradicts itself; the message names the operation or tensor at fault."""
+__all__ = ["GraphError", "LayerKind", "OpGraph", "Parameter", "ParameterPart", "RopeSpec", "Section", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,115 +45,156 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterPart:
-    """A tensor of the checkpoint: its name (with `{layer}` in it if it is a layer's) and its shape.
-
-    `other_source` is a name under which it may be stored instead.
-    """
-
-    source: str
-    shape: tuple[int, ...]
-    other_source: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """A parameter as the kernels take it: checkpoint tensors one below the other (concatenated on dimension 0)."""
-
-    name: str
-    parts: tuple[ParameterPart, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the fused parameter."""
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the fused parameter."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeSpec:
-    """Rotary embedding, reduced to what a kernel needs.
-
-    Attributes:
-        inv_freq: One angular frequency a pair of rotated dimensions, scaling already applied. Pair i of R is made of
-            dimensions i and i + R of a head; those from 2 R on are not rotated. R is at most head_dim / 2.
-        attention_factor: Factor on cos and sin (YaRN); 1 otherwise.
-    """
-
-    inv_freq: tuple[float, ...]
-    attention_factor: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class OpGraph:
     """A model.
 
     Attributes:
         name: Architecture and size, for messages.
-        num_layers: How often `layer` is repeated.
         vocab_size: Width of the logits.
-        prologue, layer, epilogue: Operations of the three sections.
+        prologue, epilogue: Operations before and after the layers.
+        sections: The layers: patterns of layer kinds, each repeated, one section after the other.
         tensors: Every tensor that an operation reads or writes.
         parameters: Parameters outside the layers.
-        layer_parameters: Parameters of one layer; sources hold `{layer}`.
         ignored_sources: Regular expressions of checkpoint tensors that may be there and are not needed.
-        rope: Rotary embedding.
         inputs: Tensors that are there before the first operation.
     """
 
     name: str
-    num_layers: int
     vocab_size: int
     prologue: tuple[Operation, ...]
-    layer: tuple[Operation, ...]
+    sections: tuple[Section, ...]
     epilogue: tuple[Operation, ...]
     tensors: tuple[TensorSpec, ...]
     parameters: tuple[Parameter, ...]
-    layer_parameters: tuple[Parameter, ...]
-    rope: RopeSpec
     ignored_sources: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("token_ids",)
 
-    def sections(self) -> Iterator[tuple[str, tuple[Operation, ...]]]:
-        """The three sections with their names, in order."""
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, the first layer first."""
+        return tuple(kind for section in self.sections for kind in section.pattern * section.repeats)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return sum(len(section.pattern) * section.repeats for section in self.sections)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The different kinds, in the order in which they are first met."""
+        found: list[LayerKind] = []
+        for kind in (kind for section in self.sections for kind in section.pattern):
+            if kind not in found:
+                found.append(kind)
+        return tuple(found)
+
+    @property
+    def kind_counts(self) -> tuple[tuple[LayerKind, int], ...]:
+        """Each kind and the number of its layers."""
+        names = Counter(kind.name for kind in self.layers)
+        return tuple((kind, names[kind.name]) for kind in self.kinds)
+
+    @property
+    def main_pattern(self) -> tuple[LayerKind, ...]:
+        """The pattern of the section with most layers: what stands for the whole model in a simulation."""
+        return max(self.sections, key=lambda section: len(section.pattern) * section.repeats).pattern
+
+    @property
+    def layer(self) -> tuple[Operation, ...]:
+        """The operations that a plan names: those of all kinds, each name once, in an order that suits every kind.
+
+        Of several operations of one name it is that of the first kind; sizes and costs are to be asked of each kind.
+        """
+        return union_of(self.kinds)
+
+    @property
+    def layer_operations(self) -> tuple[Operation, ...]:
+        """Every different operation of the layers: of several with one name, all."""
+        return tuple(dict.fromkeys(op for kind in self.kinds for op in kind.operations))
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The different rotary embeddings of the kinds, the first layer's first."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.kinds))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer, None without one."""
+        return tuple(kind.attention.window for kind in self.layers)
+
+    def neighbours(self, count: int) -> Iterator[tuple[LayerKind, ...]]:
+        """Every different run of so many layers, or of all if there are fewer.
+
+        Runs of layers with the same operations, by name, are alike and can be planned alike: one of them is given.
+        """
+        layers, seen = self.layers, set[tuple[int, ...]]()
+        numbers: dict[tuple[str, ...], int] = {}
+        alike = {kind.name: numbers.setdefault(kind.operation_names, len(numbers)) for kind in self.kinds}
+        count = min(count, len(layers))
+        for start in range(len(layers) - count + 1):
+            run = layers[start : start + count]
+            names = tuple(alike[kind.name] for kind in run)
+            if names not in seen:
+                seen.add(names)
+                yield run
+
+    @property
+    def reach(self) -> int:
+        """How many layers back an operation may have to wait for directly; what is further back follows from these.
+
+        One, if every layer has the same operations: each then waits for the layer before it.
+        """
+        names = {kind.operation_names for kind in self.kinds}
+        return 1 if len(names) == 1 else max(len(section.pattern) for section in self.sections) + 1
+
+    def parts(self) -> Iterator[tuple[str, tuple[Operation, ...]]]:
+        """Prologue, one layer (see `layer`) and epilogue with their names."""
         yield from (("prologue", self.prologue), ("layer", self.layer), ("epilogue", self.epilogue))
+
+    def operations(self) -> Iterator[Operation]:
+        """Every different operation: before the layers, of the layers, and after them."""
+        yield from (*self.prologue, *self.layer_operations, *self.epilogue)
+
+    def with_layers(self, layers: Sequence[LayerKind]) -> OpGraph:
+        """The same model with other layers."""
+        return replace(self, sections=sections_of(layers))
+
+    def map_kinds(self, change: Callable[[LayerKind], LayerKind]) -> OpGraph:
+        """The same model with each kind changed."""
+        return replace(
+            self,
+            sections=tuple(replace(each, pattern=tuple(map(change, each.pattern))) for each in self.sections),
+        )
 
     def tensor(self, name: str) -> TensorSpec:
         """The tensor of this name; KeyError without one."""
         return {spec.name: spec for spec in self.tensors}[name]
 
     @property
-    def attention(self) -> AttentionDims:
-        """Sizes of the attention (the same in every layer)."""
-        return next(op.dims for op in self.layer if isinstance(op.dims, AttentionDims))
-
-    @property
     def num_parameters(self) -> int:
         """Elements of all parameters; a tied embedding counts once."""
-        once = sum(parameter.num_elements for parameter in self.parameters)
-        return once + self.num_layers * sum(parameter.num_elements for parameter in self.layer_parameters)
+        return sum(parameter.num_elements for parameter in self.parameters) + self._over_layers(
+            lambda kind: sum(parameter.num_elements for parameter in kind.parameters)
+        )
 
     @property
     def kv_elements_per_token(self) -> int:
         """Elements of keys and values that one token keeps over all layers."""
-        return 2 * self.attention.kv_width * self.num_layers
+        return self._over_layers(lambda kind: 2 * kind.attention.kv_width)
 
     def flops(self, shape: BatchShape) -> int:
         """Floating-point operations of one iteration."""
-        layers = self.num_layers * sum(op.flops(shape) for op in self.layer)
+        layers = self._over_layers(lambda kind: sum(op.flops(shape) for op in kind.operations))
         return layers + sum(op.flops(shape) for op in (*self.prologue, *self.epilogue))
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Bytes moved by one iteration if every operation reads and writes device memory once."""
-        layers = self.num_layers * sum(op.memory_bytes(shape, dtype_bytes) for op in self.layer)
+        layers = self._over_layers(lambda kind: sum(op.memory_bytes(shape, dtype_bytes) for op in kind.operations))
         return layers + sum(op.memory_bytes(shape, dtype_bytes) for op in (*self.prologue, *self.epilogue))
+
+    def _over_layers(self, amount: Callable[[LayerKind], int]) -> int:
+        """Sum over all layers of something of their kinds."""
+        return sum(section.repeats * sum(map(amount, section.pattern)) for section in self.sections)
 
     def validate(self) -> None:
         """Check that names are unique and known, and that nothing is read before it is written.
@@ -151,19 +202,40 @@ class OpGraph:
         Raises:
             GraphError: Names the operation and the tensor or parameter.
         """
+        if not self.num_layers:
+            raise GraphError(f"{self.name} has no layer")
         _require_unique("tensor", [spec.name for spec in self.tensors])
-        _require_unique("parameter", [parameter.name for parameter in (*self.parameters, *self.layer_parameters)])
-        shared = {parameter.name for parameter in self.parameters}
-        of_layer = {parameter.name for parameter in self.layer_parameters}
+        _require_unique("layer kind", [kind.name for kind in self.kinds])
+        for kind in self.kinds:
+            self._check_kind(kind)
+
+    def _check_kind(self, kind: LayerKind) -> None:
+        """Check the graph as if all of its layers were of one kind."""
+        _require_unique("parameter", [parameter.name for parameter in (*self.parameters, *kind.parameters)])
+        shared, of_layer = ({each.name for each in group} for group in (self.parameters, kind.parameters))
         known = {spec.name for spec in self.tensors}
         written = set(self.inputs)
-        for section, operations in self.sections():
-            _require_unique(f"{section} operation", [op.name for op in operations])
+        parts = (("prologue", self.prologue), (kind.name, kind.operations), ("epilogue", self.epilogue))
+        for part, operations in parts:
+            _require_unique(f"{part} operation", [op.name for op in operations])
             for op in operations:
-                _check_operation(op, known, written, of_layer if section == "layer" else shared)
+                _check_operation(op, known, written, of_layer if operations is kind.operations else shared)
                 written.update(op.writes)
-        if any(len(op.dims.windows) != self.num_layers for op in self.layer if isinstance(op.dims, AttentionDims)):
-            raise GraphError(f"{self.name}: attention must give one sliding window (or None) a layer")
+        union = self.layer
+        if tuple(op.name for op in union if op.name in kind.operation_names) != kind.operation_names:
+            raise GraphError(f"{self.name}: layers of kind {kind.name!r} order operations otherwise than other kinds")
+        looks = {op.name: _look(op) for op in union}
+        for op in kind.operations:
+            if looks[op.name] != _look(op):
+                raise GraphError(
+                    f"operation {op.name!r} is another one in layers of kind {kind.name!r} than in the others, "
+                    "so it needs a name of its own"
+                )
+
+
+def _look(op: Operation) -> tuple[object, ...]:
+    """What a plan relies on: what has one name must be alike in it, whatever the kind of its layer."""
+    return op.kind, op.resource, op.scope, op.reads, op.writes, op.reads_before
 
 
 def _check_operation(op: Operation, known: set[str], written: set[str], parameters: set[str]) -> None:

@@ -37,6 +37,7 @@ class OpKind(enum.StrEnum):
     EMBED = "embed"
     GATHER_ROWS = "gather_rows"
     RMS_NORM = "rms_norm"
+    RMS_NORM_ADD = "rms_norm_add"
     LINEAR = "linear"
     LINEAR_ADD = "linear_add"
     LINEAR_SWIGLU = "linear_swiglu"
@@ -44,8 +45,13 @@ class OpKind(enum.StrEnum):
     DECODE_ATTENTION = "decode_attention"
     PREFILL_ATTENTION = "prefill_attention"
     SWIGLU = "swiglu"
+    GEGLU = "geglu"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
+
+
+# Activations of a gate, times what is beside it: half as many columns are left.
+GATED = (OpKind.SWIGLU, OpKind.GEGLU)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +86,10 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDims:
-    """Width of the rows of a row-wise operation (embedding, gather, activation)."""
+    """Width of the rows of a row-wise operation (embedding, gather, activation), and a factor on an embedding."""
 
     width: int
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +117,7 @@ class AttentionDims:
         num_kv_heads: Key and value heads; H is a multiple.
         head_dim: Size D of a head.
         scale: Factor on the scores, usually 1 / sqrt(D).
-        windows: For each layer the sliding window (a token sees itself and the `window - 1` before it), None without.
+        window: Sliding window (a token sees itself and the `window - 1` before it), None without.
         norm_eps: For Qwen3's norm on each query and key head; None without.
         rotary_dim: How many dimensions of a query or key head are rotated, its first ones; None is all of them.
     """
@@ -119,7 +126,7 @@ class AttentionDims:
     num_kv_heads: int
     head_dim: int
     scale: float
-    windows: tuple[int | None, ...]
+    window: int | None = None
     norm_eps: float | None = None
     rotary_dim: int | None = None
 
@@ -159,6 +166,8 @@ class Operation:
         weights: Names of parameters, in the order that its kernel takes them.
         reads_before: Of `reads`, the tensors in which it also needs tokens before its range (the keys of its prefix).
         dims: Sizes.
+        variant: Tells it from an operation of the same name in layers of another kind; empty if there is none. A plan
+            knows names alone, so it orders both alike; what they cost is measured apart.
     """
 
     name: str
@@ -170,6 +179,12 @@ class Operation:
     scope: Scope = Scope.ALL
     weights: tuple[str, ...] = ()
     reads_before: tuple[str, ...] = ()
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a profile calls it."""
+        return f"{self.name}.{self.variant}" if self.variant else self.name
 
     def flops(self, shape: BatchShape) -> int:
         """Floating-point operations of this operation on a batch (a multiply-add is two; paper Table 2)."""
@@ -224,17 +239,18 @@ def _norm_flops(op: Operation, shape: BatchShape) -> int:
 
 def _norm_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, NormDims)
-    return op.dims.width + 2 * shape.tokens_in(op.scope) * op.dims.width
+    rows_moved = 3 if op.kind is OpKind.RMS_NORM_ADD else 2
+    return op.dims.width + rows_moved * shape.tokens_in(op.scope) * op.dims.width
 
 
 def _row_flops(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, RowDims)
-    return 4 * shape.tokens_in(op.scope) * op.dims.width if op.kind is OpKind.SWIGLU else 0
+    return 4 * shape.tokens_in(op.scope) * op.dims.width if op.kind in GATED else 0
 
 
 def _row_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, RowDims)
-    rows_moved = 3 if op.kind is OpKind.SWIGLU else 2
+    rows_moved = 3 if op.kind in GATED else 2
     return rows_moved * shape.tokens_in(op.scope) * op.dims.width
 
 

@@ -10,8 +10,9 @@ import enum
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nanoflow.graph.graph import GraphError, OpGraph
+from nanoflow.graph.graph import GraphError, LayerKind, OpGraph
 from nanoflow.graph.operation import (
+    GATED,
     AttentionDims,
     CollectiveDims,
     LinearDims,
@@ -20,6 +21,9 @@ from nanoflow.graph.operation import (
     Resource,
     RowDims,
 )
+
+# What writes columns of which each GPU has a part.
+_ACTIVATIONS = (*GATED, OpKind.LINEAR_SWIGLU)
 
 
 class Exchange(enum.StrEnum):
@@ -43,29 +47,43 @@ def shard(graph: OpGraph, num_gpus: int, exchange: Exchange = Exchange.ALL_REDUC
     """
     if num_gpus == 1:
         return graph
-    dims = graph.attention
-    if dims.num_heads % num_gpus or (dims.num_kv_heads % num_gpus and num_gpus % dims.num_kv_heads):
-        raise GraphError(f"{graph.name}: {dims.num_heads} heads, {dims.num_kv_heads} of keys, on {num_gpus} GPUs")
-    layer = tuple(part for op in graph.layer for part in _parts(graph, op, num_gpus, exchange))
+    for dims in (kind.attention for kind in graph.kinds):
+        if dims.num_heads % num_gpus or (dims.num_kv_heads % num_gpus and num_gpus % dims.num_kv_heads):
+            raise GraphError(f"{graph.name}: {dims.num_heads} heads, {dims.num_kv_heads} of keys, on {num_gpus} GPUs")
     epilogue = tuple(_cut_columns(op, num_gpus) if isinstance(op.dims, LinearDims) else op for op in graph.epilogue)
-    return replace(graph, name=f"{graph.name} on {num_gpus} GPUs", layer=layer, epilogue=epilogue)
+    cut = graph.map_kinds(lambda kind: _part_of(kind, num_gpus, exchange))
+    return replace(cut, name=f"{graph.name} on {num_gpus} GPUs", epilogue=epilogue)
 
 
-def reads_attention(graph: OpGraph, op: Operation) -> bool:
+def _part_of(kind: LayerKind, num_gpus: int, exchange: Exchange) -> LayerKind:
+    return replace(
+        kind, operations=tuple(part for op in kind.operations for part in _parts(kind, op, num_gpus, exchange))
+    )
+
+
+def reads_attention(kind: LayerKind, op: Operation) -> bool:
     """True for the product at the end of the attention block."""
     written = {
         name
-        for other in graph.layer
+        for other in kind.operations
         if isinstance(other.dims, AttentionDims) and other.kind is not OpKind.ROPE_APPEND
         for name in other.writes
     }
     return not written.isdisjoint(op.reads)
 
 
-def _parts(graph: OpGraph, op: Operation, num_gpus: int, exchange: Exchange) -> Iterator[Operation]:
+def ends_block(kind: LayerKind, op: Operation) -> bool:
+    """True for the last product of a block: it reads what each GPU has a part of, heads or columns."""
+    if not isinstance(op.dims, LinearDims):
+        return False
+    written = {name for other in kind.operations if other.kind in _ACTIVATIONS for name in other.writes}
+    return reads_attention(kind, op) or not written.isdisjoint(op.reads)
+
+
+def _parts(kind: LayerKind, op: Operation, num_gpus: int, exchange: Exchange) -> Iterator[Operation]:
     """What one GPU does for an operation of the whole layer, in order."""
-    if op.kind is OpKind.LINEAR_ADD and isinstance(op.dims, LinearDims):
-        if exchange is Exchange.ALL_GATHER and reads_attention(graph, op):
+    if isinstance(op.dims, LinearDims) and ends_block(kind, op):
+        if exchange is Exchange.ALL_GATHER and reads_attention(kind, op):
             yield _collective(
                 OpKind.ALL_GATHER, f"{op.name}_input_all_gather", op.reads[0], op.dims.in_features, num_gpus
             )
@@ -75,11 +93,11 @@ def _parts(graph: OpGraph, op: Operation, num_gpus: int, exchange: Exchange) -> 
             yield replace(op, dims=replace(op.dims, in_features=_share(op, op.dims.in_features, num_gpus)))
             yield _collective(OpKind.ALL_REDUCE, f"{op.name}_all_reduce", op.writes[0], op.dims.out_features, num_gpus)
     elif isinstance(op.dims, LinearDims):
-        is_qkv = op.dims.out_features == graph.attention.q_width + 2 * graph.attention.kv_width
-        yield _cut_heads(op, graph.attention, num_gpus) if is_qkv else _cut_columns(op, num_gpus)
+        is_qkv = op.dims.out_features == kind.attention.q_width + 2 * kind.attention.kv_width
+        yield _cut_heads(op, kind.attention, num_gpus) if is_qkv else _cut_columns(op, num_gpus)
     elif isinstance(op.dims, AttentionDims):
         yield replace(op, dims=_fewer_heads(op.dims, num_gpus))
-    elif isinstance(op.dims, RowDims) and op.kind is OpKind.SWIGLU:
+    elif isinstance(op.dims, RowDims) and op.kind in GATED:
         yield replace(op, dims=RowDims(width=_share(op, op.dims.width, num_gpus)))
     else:
         yield op

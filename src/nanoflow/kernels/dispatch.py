@@ -24,7 +24,7 @@ _TMA_MULTIPLE = 16
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
-    """The kernels of a device for a model of a type with these operations in its layer, one for every kind.
+    """The kernels of a device for a model of a type with these operations in its layers, one for every kind.
 
     Kinds that stand for two operations in one kernel are there only where that pays.
 

@@ -59,6 +59,14 @@ class HostLengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """A rotary embedding at each token's position: cos and sin, float32 [T, rotated dimensions / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchInputs:
     """One iteration's index tensors on the device; `executor/inputs.py` makes them of a `DenseBatch`.
 
@@ -67,7 +75,7 @@ class BatchInputs:
 
     Attributes:
         token_ids: int64 [T].
-        cos, sin: float32 [T, rotated dimensions of a head / 2], rotary embedding at each token's position.
+        rotations: Of each rotary embedding, in the order of `OpGraph.ropes`.
         slots: int32 [T], page * page size + offset.
         decodes, prefills: For the two attentions.
         first_prefill_token: No token before it is of a prefill.
@@ -76,8 +84,7 @@ class BatchInputs:
     """
 
     token_ids: Tensor
-    cos: Tensor
-    sin: Tensor
+    rotations: tuple[Rotation, ...]
     slots: Tensor
     decodes: DecodeInputs
     prefills: PrefillInputs
@@ -128,6 +135,7 @@ class Launch:
         weights: Its parameters, in the operation's order.
         inputs: The iteration.
         cache: Keys and values of the layer; None outside the layers.
+        rotation: Of the layer, all tokens; None outside the layers.
     """
 
     op: Operation
@@ -138,6 +146,7 @@ class Launch:
     weights: tuple[Tensor, ...]
     inputs: BatchInputs
     cache: LayerCache | None
+    rotation: Rotation | None = None
 
 
 Kernel = Callable[[Launch], None]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoflow.graph.operation import AttentionDims, NormDims, OpKind
+from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch, LayerCache
 
 # Elements of gathered keys that decode attention holds at once. Small enough for a core's cache: larger groups are
@@ -21,10 +21,14 @@ _MAX_GATHERED_ELEMENTS = 1 << 18
 
 
 def embed(launch: Launch) -> None:
-    """hidden [T, width] = embedding of each token."""
+    """hidden [T, width] = embedding of each token, times the factor if there is one."""
     (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
     torch.index_select(launch.weights[0], 0, ids, out=hidden)
+    assert isinstance(launch.op.dims, RowDims)
+    if launch.op.dims.scale != 1.0:
+        # Rounded first, as the models were trained.
+        hidden.mul_(float(torch.tensor(launch.op.dims.scale, dtype=hidden.dtype)))
 
 
 def gather_rows(launch: Launch) -> None:
@@ -41,11 +45,21 @@ def rms_norm(launch: Launch) -> None:
     normed.copy_(_normalised(hidden, launch.weights[0], launch.op.dims.eps))
 
 
+def rms_norm_add(launch: Launch) -> None:
+    """hidden [T, width] += x / sqrt(mean(x^2) + eps) * weight, rounded before it is added."""
+    assert isinstance(launch.op.dims, NormDims)
+    (x, _), (hidden,) = launch.reads, launch.writes
+    hidden.add_(_normalised(x, launch.weights[0], launch.op.dims.eps))
+
+
 def _normalised(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained."""
+    """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained.
+
+    That is to the weight's type: with a weight in float32 all is rounded once, at the end.
+    """
     exact = rows.float()
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return weight * exact.to(rows.dtype)
+    return (weight * exact.to(weight.dtype)).to(rows.dtype)
 
 
 def linear(launch: Launch) -> None:
@@ -82,10 +96,17 @@ def _swiglu(gate_up: Tensor, out: Tensor) -> None:
     torch.mul(F.silu(gate), up, out=out)
 
 
+def geglu(launch: Launch) -> None:
+    """out [T, I] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 I] holds gate, then up."""
+    (gate_up,), (out,) = launch.reads, launch.writes
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
+
+
 def rope_append(launch: Launch) -> None:
     """Split qkv, normalise q and k heads if the model does, rotate q and k, and append k and v to the cache."""
-    dims, cache = launch.op.dims, launch.cache
-    assert isinstance(dims, AttentionDims) and cache is not None
+    dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
+    assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
     (qkv,), (q_out,) = launch.reads, launch.writes
     parts = torch.split(qkv, [dims.q_width, dims.kv_width, dims.kv_width], dim=-1)
     q, k, v = (part.view(len(qkv), -1, dims.head_dim) for part in parts)
@@ -94,7 +115,7 @@ def rope_append(launch: Launch) -> None:
         q_weight, k_weight = launch.weights
         q, k = _normalised(q, q_weight, dims.norm_eps), _normalised(k, k_weight, dims.norm_eps)
     rows = slice(launch.tokens.start, launch.tokens.stop)
-    cos, sin = launch.inputs.cos[rows, None], launch.inputs.sin[rows, None]
+    cos, sin = rotation.cos[rows, None], rotation.sin[rows, None]
     q_out.copy_(_rotate(q, cos, sin).flatten(1))
     slots, page_size = launch.inputs.slots[rows], cache.keys.shape[2]
     pages, offsets = slots // page_size, slots % page_size
@@ -122,7 +143,7 @@ def decode_attention(launch: Launch) -> None:
         shortest, longest = (end(contexts[row] for row in rows) for end in (min, max))
         index = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows)
         keys, values = _gather(cache, tables[index, : -(-longest // page_size)])
-        visible = _visible(lengths[index], keys.shape[2], dims.windows[launch.layer])
+        visible = _visible(lengths[index], keys.shape[2], dims.window)
         # What lies behind a context is another request's, and may not be finite: zero times that is not zero.
         for gathered in (keys, values):
             gathered[:, :, shortest:].masked_fill_(~visible[..., shortest:].transpose(-1, -2), 0.0)
@@ -188,13 +209,13 @@ def prefill_attention(launch: Launch) -> None:
         keys, values = _gather(cache, inputs.prefills.page_tables[request : request + 1, :num_pages])
         rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
         heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
-        result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], launch.layer, dims)
+        result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], dims)
         out[rows] = result.transpose(1, 2).reshape(stop - start, -1)
 
 
-def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, layer: int, dims: AttentionDims) -> Tensor:
+def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, dims: AttentionDims) -> Tensor:
     """Queries [1, H, Q, D] are the last Q of the keys' places [1, K, C, D]."""
-    num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.windows[layer]
+    num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.window
     if num_queries == num_keys and window is None:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=dims.scale, enable_gqa=True)
     query_places = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
@@ -210,10 +231,12 @@ REFERENCE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.EMBED: embed,
     OpKind.GATHER_ROWS: gather_rows,
     OpKind.RMS_NORM: rms_norm,
+    OpKind.RMS_NORM_ADD: rms_norm_add,
     OpKind.LINEAR: linear,
     OpKind.LINEAR_ADD: linear_add,
     OpKind.ROPE_APPEND: rope_append,
     OpKind.DECODE_ATTENTION: decode_attention,
     OpKind.PREFILL_ATTENTION: prefill_attention,
     OpKind.SWIGLU: swiglu,
+    OpKind.GEGLU: geglu,
 }

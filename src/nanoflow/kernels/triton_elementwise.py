@@ -12,11 +12,12 @@ page.
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow.graph.operation import AttentionDims, NormDims, OpKind
+from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch
 
 # Of 2-byte elements, two accesses of 16 bytes in flight a thread and tensor: enough to hide latency at full occupancy.
@@ -54,12 +55,47 @@ def _rms_norm(
     # Before the sum, which every thread waits for.
     factors = tl.load(weight + columns, mask=is_inside, other=0.0)
     exact *= tl.rsqrt(tl.sum(exact * exact) / WIDTH + eps)
-    tl.store(normed + cells, _weighted(exact, factors), mask=is_inside)
+    tl.store(normed + cells, _weighted(exact, factors).to(normed.dtype.element_ty), mask=is_inside)
+
+
+def rms_norm_add(launch: Launch) -> None:
+    """hidden [T, W] += x / sqrt(mean(x^2) + eps) * weight, rounded before it is added. One program a row."""
+    assert isinstance(launch.op.dims, NormDims)
+    (x, _), (hidden,) = launch.reads, launch.writes
+    num_rows, width = hidden.shape
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(num_rows,)](
+        x, hidden, launch.weights[0], launch.op.dims.eps, width, block, num_warps=_num_warps(block)
+    )
+
+
+@triton.jit
+def _add_rms_norm(
+    x: tl.tensor,
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    eps: float,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    cells = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    rows = tl.load(x + cells, mask=is_inside, other=0.0)
+    before = tl.load(hidden + cells, mask=is_inside, other=0.0)
+    factors = tl.load(weight + columns, mask=is_inside, other=0.0)
+    exact = rows.to(tl.float32)
+    exact *= tl.rsqrt(tl.sum(exact * exact) / WIDTH + eps)
+    added = _weighted(exact, factors).to(before.dtype).to(tl.float32)
+    tl.store(hidden + cells, (before.to(tl.float32) + added).to(before.dtype), mask=is_inside)
 
 
 @triton.jit
 def _weighted(exact: tl.tensor, factors: tl.tensor) -> tl.tensor:
-    """Float32 rows rounded to the weight's type before they are multiplied by it, as the models were trained."""
+    """Float32 rows rounded to the weight's type before they are multiplied by it, as the models were trained.
+
+    With a weight in float32 nothing is rounded here.
+    """
     product = exact.to(factors.dtype).to(tl.float32) * factors.to(tl.float32)
     return product.to(factors.dtype)
 
@@ -69,19 +105,19 @@ def rope_append(launch: Launch) -> None:
 
     A token whose slot is outside the cache (padding) gets its q and leaves the cache alone.
     """
-    dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
-    assert isinstance(dims, AttentionDims) and cache is not None
+    dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
+    assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
     (qkv,), (q_out,) = launch.reads, launch.writes
     q_weight, k_weight = launch.weights or (None, None)
     num_pages, _, page_size, head_dim = cache.keys.shape
     num_heads, half = dims.num_heads + 2 * dims.num_kv_heads, head_dim // 2
     half_block = triton.next_power_of_2(half)
-    rotated = inputs.cos.shape[1]
+    rotated = rotation.cos.shape[1]
     head_block = min(triton.next_power_of_2(num_heads), max(1, _BLOCK // (2 * half_block)))
     rows = slice(launch.tokens.start, launch.tokens.stop)
     _rope_append[(len(qkv), triton.cdiv(num_heads, head_block))](
         *(qkv, q_out, cache.keys, cache.values),
-        *(inputs.cos[rows], inputs.sin[rows], inputs.slots[rows], q_weight, k_weight),
+        *(rotation.cos[rows], rotation.sin[rows], launch.inputs.slots[rows], q_weight, k_weight),
         *(num_pages * page_size, dims.norm_eps or 0.0),
         *(dims.num_heads, dims.num_kv_heads, half, rotated, page_size, head_block, half_block),
         num_warps=_num_warps(2 * head_block * half_block),
@@ -179,7 +215,7 @@ def _normalised_heads(
     scale = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / (2 * HALF) + eps)
     x = _weighted(x * scale, tl.load(weight, mask=is_column, other=0.0))
     y = _weighted(y * scale, tl.load(weight + gap, mask=is_column, other=0.0))
-    return x, y
+    return x.to(first.dtype), y.to(second.dtype)
 
 
 def swiglu(launch: Launch) -> None:
@@ -204,11 +240,37 @@ def _swiglu(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.c
     tl.store(out + row * WIDTH + columns, (activated * up).to(gate.dtype), mask=is_inside)
 
 
+def geglu(launch: Launch) -> None:
+    """out [T, W] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 W] holds gate, then up."""
+    (gate_up,), (out,) = launch.reads, launch.writes
+    num_rows, width = out.shape
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _geglu[(num_rows, triton.cdiv(width, block))](gate_up, out, width, block, num_warps=_num_warps(block))
+
+
+@triton.jit
+def _geglu(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    source = gate_up + row * 2 * WIDTH + columns
+    gate = tl.load(source, mask=is_inside, other=0.0)
+    up = tl.load(source + WIDTH, mask=is_inside, other=0.0).to(tl.float32)
+    exact = gate.to(tl.float32)
+    # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)) with z = sqrt(2 / pi) (x + 0.044715 x^3).
+    twice = 1.5957691216057308 * (exact + 0.044715 * exact * exact * exact)
+    activated = (exact / (1.0 + tl.exp(-twice))).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, (activated * up).to(gate.dtype), mask=is_inside)
+
+
 def embed(launch: Launch) -> None:
-    """hidden [T, W] = embedding [V, W] of each token."""
+    """hidden [T, W] = embedding [V, W] of each token, times the factor if there is one."""
+    assert isinstance(launch.op.dims, RowDims)
     (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
-    _launch_gather(ids, launch.weights[0], hidden)
+    # Rounded first, as the models were trained.
+    scale = float(torch.tensor(launch.op.dims.scale, dtype=hidden.dtype))
+    _launch_gather(ids, launch.weights[0], hidden, scale)
 
 
 def gather_rows(launch: Launch) -> None:
@@ -218,11 +280,11 @@ def gather_rows(launch: Launch) -> None:
     _launch_gather(rows, source, target)
 
 
-def _launch_gather(rows: Tensor, source: Tensor, target: Tensor) -> None:
+def _launch_gather(rows: Tensor, source: Tensor, target: Tensor, scale: float = 1.0) -> None:
     num_rows, width = target.shape
     block = min(_BLOCK, triton.next_power_of_2(width))
     _gather[(num_rows, triton.cdiv(width, block))](
-        rows, source, target, len(source), width, block, num_warps=_num_warps(block)
+        rows, source, target, len(source), width, block, scale, num_warps=_num_warps(block)
     )
 
 
@@ -234,14 +296,17 @@ def _gather(
     num_sources: int,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
 ) -> None:
-    """target[i] = source[rows[i]]."""
+    """target[i] = source[rows[i]] * SCALE."""
     place = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < WIDTH
     row = tl.load(rows + place).to(tl.int64)
     is_read = is_inside & (row >= 0) & (row < num_sources)
     cells = tl.load(source + row * WIDTH + columns, mask=is_read, other=0.0)
+    if SCALE != 1.0:
+        cells = (cells.to(tl.float32) * SCALE).to(cells.dtype)
     tl.store(target + place * WIDTH + columns, cells, mask=is_inside)
 
 
@@ -254,6 +319,8 @@ ELEMENTWISE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.EMBED: embed,
     OpKind.GATHER_ROWS: gather_rows,
     OpKind.RMS_NORM: rms_norm,
+    OpKind.RMS_NORM_ADD: rms_norm_add,
     OpKind.ROPE_APPEND: rope_append,
     OpKind.SWIGLU: swiglu,
+    OpKind.GEGLU: geglu,
 }

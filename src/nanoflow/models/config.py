@@ -16,10 +16,11 @@ from nanoflow.models.checkpoint import differ, peek
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
 from nanoflow.models.formats import quantisation, refuse_adapter, refuse_quantised
 from nanoflow.models.generation import GENERATION_CONFIG
-from nanoflow.models.llama import EMBEDDING, OUTPUT
 from nanoflow.models.model import ModelConfig, RopeConfig
+from nanoflow.models.parts import EMBEDDING, OUTPUT
 from nanoflow.models.readings import Reading
 from nanoflow.models.registry import reading_of, refusal, served_as
+from nanoflow.models.rope_fields import local_rope_of, rope_of
 
 __all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse", "refuse_unknown"]
 
@@ -38,8 +39,8 @@ _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "per_layer_config": ((None,), "is set: layers of different sizes are not served"),
     "is_causal": ((True,), "must be true: only causal attention is served"),
 }
-# Types of rotary embeddings that have a length the model was trained on.
-_WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
+# What architectures call the activation of the feed-forward block.
+_ACTIVATIONS = ("hidden_act", "hidden_activation")
 
 
 def load(folder: Path, generation_config: Path | None = None, *, is_served: bool = True) -> ModelConfig:
@@ -116,8 +117,10 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         vocab_size=vocab_size,
         rms_norm_eps=fields.positive("rms_norm_eps"),
         max_position_embeddings=max_position_embeddings,
-        hidden_act=fields.text("hidden_act"),
-        rope=_rope(fields, reading, head_dim, max_position_embeddings),
+        hidden_act=fields.text(next(name for name in _ACTIVATIONS if name in fields.values)),
+        rope=rope_of(fields, reading, head_dim),
+        local_rope=local_rope_of(fields, reading, head_dim),
+        fields=fields,
         layer_windows=_layer_windows(fields, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         attention_bias=fields.flag("attention_bias", default=False),
@@ -210,67 +213,6 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
     return head_dim
 
 
-def _rope(fields: Fields, reading: Reading, head_dim: int, max_position_embeddings: int) -> RopeConfig:
-    """The rotary embedding; values inside its object win over those outside, but for the trained length."""
-    options = _rope_options(fields)
-    options.refuse_nulls("rope_type", "rope_theta")
-    rope_type = _rope_type(options, reading)
-    theta = options.positive("rope_theta", fields.positive("rope_theta"))
-    if theta <= 1.0:
-        raise fields.error("rope_theta", f"must exceed 1, got {theta:g}")
-    original_max_len = max_position_embeddings
-    if rope_type in _WITH_TRAINED_LEN:
-        options.refuse_nulls("original_max_position_embeddings")
-        # A value outside is the trained length itself and wins, as in transformers.
-        holder = fields if fields.has("original_max_position_embeddings") else options
-        original_max_len = holder.positive_int("original_max_position_embeddings", max_position_embeddings)
-    return RopeConfig(
-        rope_type=rope_type,
-        theta=theta,
-        original_max_len=original_max_len,
-        rotary_dim=_rotary_dim(fields, options, reading, head_dim),
-        options=options,
-    )
-
-
-def _rope_type(options: Fields, reading: Reading) -> str:
-    rope_type = options.text("rope_type", options.text("type", "default"))
-    if reading.rope_types is None:
-        return rope_type
-    if rope_type not in reading.rope_types:
-        raise options.error("rope_type", f"must be one of {', '.join(reading.rope_types)}, got {shown(rope_type)}")
-    return reading.rope_types[rope_type]
-
-
-def _rotary_dim(fields: Fields, options: Fields, reading: Reading, head_dim: int) -> int:
-    """Dimensions of a head that are rotated; what the rope parameters say of them wins over what stands outside."""
-    name = "partial_rotary_factor"
-    if not reading.can_rotate_in_part:
-        for holder in (options, fields):
-            if (given := holder.raw(name, 1.0)) != 1.0:
-                problem = f"must be 1, as models of type {reading.model_type} rotate whole heads, got {shown(given)}"
-                raise holder.error(name, problem)
-        return head_dim
-    holder = options if name in options.values else fields
-    holder.refuse_nulls(name)
-    factor = holder.positive(name)
-    rotary_dim = int(head_dim * factor) if factor <= 1.0 else 0
-    if rotary_dim == 0:
-        raise holder.error(name, f"must be at most 1 and rotate some of a head's {head_dim} dimensions, got {factor}")
-    return rotary_dim
-
-
-def _rope_options(fields: Fields) -> Fields:
-    """`rope_scaling` (transformers 4) or `rope_parameters` (5); of both the former, as transformers does."""
-    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
-    if scaling.values and parameters.values and scaling.values != parameters.values:
-        logger.warning("%s: rope_scaling and rope_parameters differ, rope_scaling is used", fields.origin)
-    options = scaling if scaling.values else parameters
-    if any(isinstance(value, Mapping) for value in options.values.values()):
-        raise ModelError(f"{options.origin}: rotary embeddings that differ between layers are not served")
-    return options
-
-
 def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """The window goes to the layers that `layer_types` says, else to those from `max_window_layers` on, else to all."""
     window = None
@@ -278,6 +220,11 @@ def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
         window = fields.positive_int("sliding_window")
     if fields.has("layer_types"):
         return tuple(window if slides else None for slides in _sliding_layers(fields, num_layers, window))
+    if fields.has("sliding_window_pattern"):
+        pattern = fields.positive_int("sliding_window_pattern")
+        if window is None and pattern > 1:
+            raise fields.error("sliding_window", "is missing, but sliding_window_pattern asks for windows")
+        return tuple(window if (layer + 1) % pattern else None for layer in range(num_layers))
     first = fields.raw("max_window_layers", 0)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise fields.error("max_window_layers", f"must be a whole number from 0, got {shown(first)}")

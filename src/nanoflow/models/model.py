@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanoflow.models.fields import INT32_MAX, Fields
 
@@ -42,6 +42,8 @@ class ModelConfig:
         max_position_embeddings: Positions that config.json allows.
         hidden_act: Activation of the feed-forward block.
         rope: Rotary embedding.
+        local_rope: That of layers with a sliding window, in architectures where it is another; None elsewhere.
+        fields: Every field that exists for the architecture, for what no other architecture has.
         layer_windows: Sliding window of each layer in tokens, None without.
         tie_word_embeddings: The output projection is the embedding.
         attention_bias, mlp_bias: Whether config.json asks for biases; an architecture may have some of its own accord.
@@ -69,6 +71,8 @@ class ModelConfig:
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
     dtype: str
+    local_rope: RopeConfig | None = None
+    fields: Fields = field(default=Fields(values={}, origin="config.json"), repr=False, compare=False)
     num_experts: int | None = None
     num_experts_per_token: int | None = None
 
@@ -77,9 +81,12 @@ class ModelConfig:
         """Longest sequence the model is made for.
 
         `linear`, `dynamic` and `yarn` rotary embeddings stretch the length by their factor; where a config.json states
-        the stretched length as `max_position_embeddings`, as with `llama3`, that counts.
+        the stretched length as `max_position_embeddings`, as with `llama3`, or where windows have a rotary embedding of
+        their own, that counts.
         """
         rope = self.rope
+        if self.local_rope is not None:
+            return self.max_position_embeddings
         if rope.rope_type not in _STRETCHED or not rope.options.has("factor"):
             return self.max_position_embeddings
         trained = rope.original_max_len if rope.rope_type == "yarn" else self.max_position_embeddings

@@ -41,6 +41,21 @@ _ROPE_SCALING = {
 }
 _LLAMA_3_1 = {**_LLAMA_3, "max_position_embeddings": 131072, "rope_scaling": _ROPE_SCALING}
 _LLAMA_3_2 = {**_LLAMA_3_1, "tie_word_embeddings": True, "rope_scaling": {**_ROPE_SCALING, "factor": 32.0}}
+_GEMMA_3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262144,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "query_pre_attn_scalar": 256,
+    "eos_token_id": [1, 106],
+}
 _QWEN_2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "torch_dtype": "bfloat16",
@@ -220,6 +235,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 1000000.0,
         "eos_token_id": 2,
     },
+    "gemma-3-270m": {**_GEMMA_3, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+    "gemma-3-1b": {**_GEMMA_3, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
     "deepseek-llm-67b": {
         "architectures": ["LlamaForCausalLM"],
         "torch_dtype": "bfloat16",

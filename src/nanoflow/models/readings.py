@@ -110,6 +110,43 @@ QWEN3 = Reading(
     model_type="qwen3", fields={**_QWEN_FIELDS, "head_dim": 128, "attention_bias": False}, nullable=_QWEN_NULLABLE
 )
 
+# `rope_theta` is that of layers without a window. `rope_local_base_freq` and `sliding_window_pattern` are how
+# transformers 4 writes what is in `rope_parameters` and `layer_types`.
+GEMMA3 = Reading(
+    model_type="gemma3_text",
+    fields={
+        **{
+            name: value
+            for name, value in _COMMON.items()
+            if name not in ("hidden_act", "original_max_position_embeddings")
+        },
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "layer_types": None,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+        "eos_token_id": 1,
+    },
+    nullable=(_NULLABLE - {"original_max_position_embeddings"})
+    | {"sliding_window", "layer_types", "final_logit_softcapping", "attn_logit_softcapping"}
+    | {"use_bidirectional_attention"},
+)
+
 # Its configuration class takes a stretched rotary embedding by three names, and they mean the same.
 PHI3 = Reading(
     model_type="phi3",

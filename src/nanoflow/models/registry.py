@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.models import llama, readings
+from nanoflow.models import gemma3, llama, readings
 from nanoflow.models.fields import ModelError
 from nanoflow.models.kinship import not_known
 from nanoflow.models.model import ModelConfig
@@ -39,6 +39,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture(reading=readings.QWEN2, build=partial(llama.build, has_qkv_bias=True)),
     "Qwen3ForCausalLM": Architecture(reading=readings.QWEN3, build=partial(llama.build, has_qk_norm=True)),
     "Phi3ForCausalLM": Architecture(reading=readings.PHI3, build=partial(llama.build, is_stored_fused=True)),
+    "Gemma3ForCausalLM": Architecture(reading=readings.GEMMA3, build=gemma3.build),
 }
 # Not served, but what they cost can be computed.
 _ANALYSED: dict[str, Reading] = {"MixtralForCausalLM": readings.MIXTRAL}

@@ -69,6 +69,7 @@ def load_weights(
             here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
             for names in _groups(here):
                 _copy_file(path, names, targets, progress)
+    _add_offsets(graph, weights)
     return weights
 
 
@@ -108,18 +109,31 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
 
 def _allocate(graph: OpGraph, dtype: torch.dtype, device: torch.device) -> Weights:
     def group(parameters: tuple[Parameter, ...]) -> dict[str, Tensor]:
-        return {parameter.name: torch.empty(parameter.shape, dtype=dtype, device=device) for parameter in parameters}
+        return {
+            each.name: torch.empty(each.shape, dtype=torch.float32 if each.is_float32 else dtype, device=device)
+            for each in parameters
+        }
 
-    layers = tuple(group(graph.layer_parameters) for _ in range(graph.num_layers))
-    return Weights(shared=group(graph.parameters), layers=layers)
+    return Weights(shared=group(graph.parameters), layers=tuple(group(kind.parameters) for kind in graph.layers))
+
+
+def _add_offsets(graph: OpGraph, weights: Weights) -> None:
+    groups = (
+        (graph.parameters, weights.shared),
+        *zip((kind.parameters for kind in graph.layers), weights.layers, strict=True),
+    )
+    for parameters, tensors in groups:
+        for parameter in parameters:
+            if parameter.offset:
+                tensors[parameter.name].add_(parameter.offset)
 
 
 def _expected_shapes(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every checkpoint tensor that the graph needs."""
     for parameter in graph.parameters:
         yield from ((_source(part, stored), part.shape) for part in parameter.parts)
-    for layer in range(graph.num_layers):
-        for parameter in graph.layer_parameters:
+    for layer, kind in enumerate(graph.layers):
+        for parameter in kind.parameters:
             yield from ((part.source.format(layer=layer), part.shape) for part in parameter.parts)
 
 
@@ -128,8 +142,8 @@ def _targets(graph: OpGraph, weights: Weights, stored: Container[str]) -> Iterat
     for parameter in graph.parameters:
         slices = _slices(parameter, weights.shared[parameter.name])
         yield from ((_source(part, stored), target) for part, target in slices)
-    for layer, group in enumerate(weights.layers):
-        for parameter in graph.layer_parameters:
+    for layer, (kind, group) in enumerate(zip(graph.layers, weights.layers, strict=True)):
+        for parameter in kind.parameters:
             slices = _slices(parameter, group[parameter.name])
             yield from ((part.source.format(layer=layer), target) for part, target in slices)
 

@@ -6,9 +6,9 @@ another attention is. So a plan says by order and waits what carries; the execut
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.operation import OpKind, Scope
 from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Mechanism, PipelinePlan
@@ -16,8 +16,8 @@ from nanoflow.plan.plan import Mechanism, PipelinePlan
 PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
 
 
-def carriers(plan: PipelinePlan, graph: OpGraph, num_layers: int) -> Iterator[tuple[int, int]]:
-    """Each product that carries and the attention it carries, as places in the issue order of so many layers.
+def carriers(plan: PipelinePlan, graph: OpGraph, layers: Sequence[LayerKind]) -> Iterator[tuple[int, int]]:
+    """Each product that carries and the attention it carries, as places in the issue order of layers of these kinds.
 
     Nothing if the plan has no lanes inside each other.
     """
@@ -27,7 +27,7 @@ def carriers(plan: PipelinePlan, graph: OpGraph, num_layers: int) -> Iterator[tu
     needs = dependencies(plan, graph)
     at = {id(nano): place for place, nano in enumerate(plan.nano_operations)}
     taken: tuple[int, tuple[int, int]] | None = None
-    for issued, (layer, nano) in enumerate(plan.issue_order(num_layers)):
+    for issued, (layer, nano) in enumerate(plan.issued_in(layers)):
         op, place = ops[nano.operation], at[id(nano)]
         if op.kind is OpKind.DECODE_ATTENTION:
             taken = issued, (layer, place)

@@ -15,14 +15,16 @@ Dependency = tuple[int, int]
 def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, ...], ...]:
     """For each nano-operation, in order: places of others, and how many layers before its own those belong to.
 
-    Dependencies on layers before the previous one follow from these. A negative number of layers is a later layer: the
+    Dependencies on layers further back follow from these. A layer may lack an operation that another one has; what
+    depends on it waits for nothing there. A negative number of layers is a later layer: the
     plan's waits are by period, and stages say which layers run in it.
     """
     ops = {op.name: op for op in graph.layer}
     order = {op.name: place for place, op in enumerate(graph.layer)}
     nanos = plan.nano_operations
     accesses = [Access(op=ops[nano.operation], tokens=nano.tokens) for nano in nanos]
-    next_accesses = [Access(op=access.op, tokens=access.tokens, layer=1) for access in accesses]
+    distances = range(1, graph.reach + 1)
+    later = [[Access(op=each.op, tokens=each.tokens, layer=layer) for layer in distances] for each in accesses]
     found: list[tuple[Dependency, ...]] = []
     for late, nano in enumerate(nanos):
         mine: list[Dependency] = []
@@ -30,8 +32,9 @@ def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, 
             is_before = order[other.operation] < order[nano.operation]
             if is_before and depends(graph, accesses[early], accesses[late]):
                 mine.append((early, 0))
-            if depends(graph, accesses[early], next_accesses[late]):
-                mine.append((early, 1))
+            mine += [
+                (early, distance) for distance, on in enumerate(later[late], 1) if depends(graph, accesses[early], on)
+            ]
         for wait in nano.waits:
             periods_before = 0 if wait < late else 1
             mine.append((wait, periods_before + nanos[wait].stage - nano.stage))

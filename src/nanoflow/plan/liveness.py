@@ -1,8 +1,9 @@
 """Which tensors between operations may share memory: those of which no plan ever needs two at once.
 
-A tensor that more than one section touches, or that a layer reads before it writes it, is needed throughout. Any other
-is needed from its first touch to its last one, in each layer. Sections follow each other, whatever the plan. Within a
-layer the order of issue decides where a plan has one lane; on parallel lanes everything of a layer is needed at once.
+A tensor that more than one of prologue, layers and epilogue touches, or that a layer reads before it writes it, is
+needed throughout. Any other is needed from its first touch to its last one, in each layer. Prologue, layers and
+epilogue follow each other, whatever the plan. Within a layer the order of issue decides where a plan has one lane; on
+parallel lanes everything of a layer is needed at once.
 """
 
 from __future__ import annotations
@@ -78,20 +79,22 @@ def conflicts(graph: OpGraph, plans: Sequence[PipelinePlan]) -> Iterator[Conflic
         yield from _overlapping([(0, op) for op in operations], throughout)
     for plan in plans:
         if len(plan.lanes) > 1:
-            yield from map(Conflict, itertools.combinations(_touched(graph.layer) - throughout, 2))
+            yield from map(Conflict, itertools.combinations(_touched(graph.layer_operations) - throughout, 2))
         else:
-            ops = {op.name: op for op in graph.layer}
-            issued = plan.issue_order(plan.max_stage + 2)
-            yield from _overlapping([(layer, ops[nano.operation]) for layer, nano in issued], throughout)
+            for layers in graph.neighbours(plan.max_stage + 2):
+                ops = [{op.name: op for op in kind.operations} for kind in layers]
+                issued = plan.issued_in(layers)
+                yield from _overlapping([(layer, ops[layer][nano.operation]) for layer, nano in issued], throughout)
 
 
 def _needed_throughout(graph: OpGraph) -> set[str]:
-    sections = [_touched(operations) for _, operations in graph.sections()]
-    found = {name for one, other in itertools.combinations(sections, 2) for name in one & other}
-    written = set[str]()
-    for op in graph.layer:
-        found.update(set(op.reads) - written)
-        written.update(op.writes)
+    parts = [_touched(operations) for _, operations in graph.parts()]
+    found = {name for one, other in itertools.combinations(parts, 2) for name in one & other}
+    for kind in graph.kinds:
+        written = set[str]()
+        for op in kind.operations:
+            found.update(set(op.reads) - written)
+            written.update(op.writes)
     return found
 
 
@@ -100,7 +103,7 @@ def _touched(operations: Iterable[Operation]) -> set[str]:
 
 
 def _overlapping(order: Sequence[tuple[int, Operation]], throughout: set[str]) -> Iterator[Conflict]:
-    """Of a section: two of which one is first touched, in some layer, before the other was for the last time."""
+    """Of one part: two of which one is first touched, in some layer, before the other was for the last time."""
     places: dict[tuple[str, int], list[int]] = defaultdict(list)
     for at, (layer, op) in enumerate(order):
         for name in _touched([op]) - throughout:

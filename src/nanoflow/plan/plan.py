@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import msgspec
 
-from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.nanobatch import Access, TokenRange, depends
 from nanoflow.graph.operation import OpKind
 
@@ -133,6 +133,11 @@ class PipelinePlan:
                 if 0 <= layer < num_layers:
                     yield layer, nano
 
+    def issued_in(self, layers: Sequence[LayerKind]) -> Iterator[tuple[int, NanoOperation]]:
+        """`issue_order` of layers of these kinds: a layer skips the operations that its kind does not have."""
+        names = [{op.name for op in kind.operations} for kind in layers]
+        yield from ((layer, nano) for layer, nano in self.issue_order(len(layers)) if nano.operation in names[layer])
+
     def validate(self, graph: OpGraph) -> None:
         """Check that the plan computes exactly the graph's layer, in an order that its dependencies allow.
 
@@ -230,10 +235,14 @@ class PipelinePlan:
 
     def _check_order(self, graph: OpGraph) -> None:
         """No nano-operation is issued before one that it depends on, within a layer and across neighbouring layers."""
+        for layers in graph.neighbours(self.max_stage + 2):
+            self._check_order_in(layers, graph)
+
+    def _check_order_in(self, layers: Sequence[LayerKind], graph: OpGraph) -> None:
+        """Check the order in layers of these kinds, which follow each other."""
         place_in_graph = {op.name: place for place, op in enumerate(graph.layer)}
-        ops = {op.name: op for op in graph.layer}
-        num_layers = min(graph.num_layers, self.max_stage + 2)
-        issued = [(Access(op=ops[n.operation], tokens=n.tokens, layer=at), n) for at, n in self.issue_order(num_layers)]
+        ops = [{op.name: op for op in kind.operations} for kind in layers]
+        issued = [(Access(op=ops[at][n.operation], tokens=n.tokens, layer=at), n) for at, n in self.issued_in(layers)]
         for late, (second, second_nano) in enumerate(issued):
             for first, first_nano in issued[:late]:
                 is_backwards = (second.layer, place_in_graph[second.op.name]) < (

@@ -12,7 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import BatchShape, CollectiveDims, LinearDims, Operation, OpKind, Resource, Scope
+from nanoflow.graph.operation import (
+    AttentionDims,
+    BatchShape,
+    CollectiveDims,
+    LinearDims,
+    Operation,
+    OpKind,
+    Resource,
+    Scope,
+)
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import GpuGroup
 from nanoflow.models.config import parse
@@ -48,9 +57,8 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
-        for _, section in each.sections():
-            for op in section:
-                points |= {point.key: point for point in _points(op, gpus, max_tokens)}
+        for op in each.operations():
+            points |= {point.key: point for point in _points(op, gpus, max_tokens)}
     points |= {point.key: point for point in _sampling(graph, gpus, max_tokens)}
     spec = gpus.spec
     return Profile(
@@ -83,8 +91,8 @@ def paper_pairs(graph: OpGraph) -> Iterator[PairPoint]:
         if resource in by_resource:
             for share, performance in curve.items():
                 yield PairPoint(
-                    first=by_resource[Resource.COMPUTE].name,
-                    second=by_resource[resource].name,
+                    first=by_resource[Resource.COMPUTE].key,
+                    second=by_resource[resource].key,
                     first_tokens=0,
                     second_tokens=0,
                     mechanism=Mechanism.PARTITION,
@@ -100,11 +108,12 @@ def _points(op: Operation, gpus: GpuGroup, max_tokens: int) -> Iterator[Point]:
     is_attention = op.kind in (OpKind.DECODE_ATTENTION, OpKind.PREFILL_ATTENTION)
     for num_tokens in sizes:
         for context in _CONTEXTS if is_attention else (0,):
-            shape = _shape(op, num_tokens, context)
+            window = op.dims.window if isinstance(op.dims, AttentionDims) else None
+            shape = _shape(op, num_tokens, context if window is None else min(context, window))
             time_s = _time_s(op, shape, gpus)
             energy_j = _energy_j(op, shape, gpus, time_s)
             yield Point(
-                operation=op.name, num_tokens=num_tokens, context=float(context), time_s=time_s, energy_j=energy_j
+                operation=op.key, num_tokens=num_tokens, context=float(context), time_s=time_s, energy_j=energy_j
             )
 
 

@@ -70,7 +70,7 @@ class Inside:
             else:
                 self._empty[pair.first][pair.first_tokens] = _Empty(rates=rates, capacity=pair.second_tokens)
         self._known: dict[tuple[str, float, int], InsideRates] = {}
-        self._products = [op.name for op in graph.layer if isinstance(op.dims, LinearDims)]
+        self._products = [op.key for op in graph.layer if isinstance(op.dims, LinearDims)]
         self._table = CostTable(profile, graph) if self._empty else None
 
     @property
@@ -82,7 +82,7 @@ class Inside:
         """Of a product of so many tokens with attention in it, at the nearest rate."""
         if not self._full:
             return STANDS_STILL
-        key = (op.name, share, num_tokens)
+        key = (op.key, share, num_tokens)
         if key not in self._known:
             rates = self._full[min(self._full, key=lambda other: abs(other - share))]
             measured = {size: self._full_at(op, rates[size], size) for size in rates}
@@ -91,7 +91,7 @@ class Inside:
 
     def _full_at(self, op: Operation, layer: InsideRates, num_tokens: int) -> InsideRates:
         """Of one product, from what all of a layer's have at a measured size."""
-        own, every = self._empty.get(op.name), self._empty.get(PRODUCTS)
+        own, every = self._empty.get(op.key), self._empty.get(PRODUCTS)
         if own is None or every is None or self._table is None:
             return layer
         size = measured_size(own, num_tokens)
@@ -99,7 +99,7 @@ class Inside:
         slower = one.rates.product / total.rates.product
         # In the time that it takes it does what fits into it.
         times_s = {name: self._table.cost(name, size).time_s for name in self._products}
-        denser = one.capacity / total.capacity * sum(times_s.values()) / times_s[op.name]
+        denser = one.capacity / total.capacity * sum(times_s.values()) / times_s[op.key]
         return InsideRates(
             product=layer.product * slower,
             attention=layer.attention * slower * denser,
@@ -108,7 +108,7 @@ class Inside:
 
     def empty(self, op: Operation, num_tokens: int) -> InsideRates:
         """Of a product of so many tokens that could carry, and has nothing to; as any product if not measured."""
-        known = self._empty.get(op.name)
+        known = self._empty.get(op.key)
         return _between({size: each.rates for size, each in known.items()}, num_tokens) if known else STANDS_STILL
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import Operation, OpKind, Resource
+from nanoflow.graph.operation import GATED, Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.inside import Inside, at_size, measured_size
 from nanoflow.profile.table import CostTable, PairPoint, Profile
@@ -34,7 +34,9 @@ _ENDS = ((0.0, 0.0), (1.0, 1.0))
 _DIGITS = 4
 _LEAST = 1e-3
 # Small operations between products: they run in the products' lane, whatever bounds them.
-_ROW_WISE = frozenset({OpKind.RMS_NORM, OpKind.ROPE_APPEND, OpKind.SWIGLU, OpKind.EMBED, OpKind.GATHER_ROWS})
+_ROW_WISE = frozenset(
+    {OpKind.RMS_NORM, OpKind.RMS_NORM_ADD, OpKind.ROPE_APPEND, *GATED, OpKind.EMBED, OpKind.GATHER_ROWS}
+)
 
 
 def lane_of(op: Operation) -> Resource:
@@ -50,7 +52,7 @@ class Interference:
     """
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
-        self._resource = {op.name: lane_of(op) for _, section in graph.sections() for op in section}
+        self._resource = {op.key: lane_of(op) for op in graph.operations()}
         self._alone = _alone_on_shares(profile, graph)
         self.inside = Inside(profile, graph)
         self._known: dict[tuple[Mechanism, str, float, int], float] = {}
@@ -88,13 +90,13 @@ class Interference:
         """P of an operation on a share beside another one; the share itself where nothing was measured."""
         if share >= 1.0 or mechanism is Mechanism.WHOLE:
             return 1.0
-        key = (mechanism, op.name, share, num_tokens)
+        key = (mechanism, op.key, share, num_tokens)
         if key not in self._known:
             self._known[key] = self._performance(mechanism, op, share, num_tokens)
         return self._known[key]
 
     def _performance(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
-        curves = self._by_operation.get((mechanism, op.name)) or self._by_resource.get((mechanism, lane_of(op)))
+        curves = self._by_operation.get((mechanism, op.key)) or self._by_resource.get((mechanism, lane_of(op)))
         if curves is None:
             return share
         found = at_size(curves, num_tokens, lambda size: self._beside(mechanism, op, share, num_tokens, size, curves))
@@ -105,18 +107,18 @@ class Interference:
     ) -> float:
         """P by the curve of one size of the pairs."""
         curve = curves[size]
-        here = self._kept_alone(mechanism, op.name, share, num_tokens)
+        here = self._kept_alone(mechanism, op.key, share, num_tokens)
         if here is None:
             return _at(curve, share)
         # On less than any pair had, it loses to the other as much as it did there.
         of_pair = max(share, min(share for share, kept in curve if kept > 0))
-        pair_tokens = self._pair_tokens.get((mechanism, op.name, size), num_tokens)
-        there = self._kept_alone(mechanism, op.name, of_pair, pair_tokens)
+        pair_tokens = self._pair_tokens.get((mechanism, op.key, size), num_tokens)
+        there = self._kept_alone(mechanism, op.key, of_pair, pair_tokens)
         return here * _at(curve, of_pair) / (there or 1.0)
 
     def performance_alone(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         """P of an operation on a share while nothing runs beside it; as beside another where that is all there is."""
-        kept = self._kept_alone(mechanism, op.name, share, num_tokens)
+        kept = self._kept_alone(mechanism, op.key, share, num_tokens)
         return self.performance(mechanism, op, share, num_tokens) if kept is None else max(kept, _LEAST)
 
     def _kept_alone(self, mechanism: Mechanism, operation: str, share: float, num_tokens: int) -> float | None:

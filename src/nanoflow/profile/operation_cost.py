@@ -7,7 +7,7 @@ token range of a batch. What operations cost beside each other: `interference.py
 from __future__ import annotations
 
 from nanoflow.graph.nanobatch import TokenRange, decodes_before
-from nanoflow.graph.operation import BatchShape, Operation, OpKind, Scope
+from nanoflow.graph.operation import AttentionDims, BatchShape, Operation, OpKind, Scope
 from nanoflow.profile.table import Cost, CostTable
 
 _ATTENTIONS = frozenset({OpKind.DECODE_ATTENTION, OpKind.PREFILL_ATTENTION})
@@ -25,12 +25,16 @@ def operation_cost(op: Operation, tokens: TokenRange, shape: BatchShape, table: 
         Scope.PREFILL: tokens.num_tokens - num_decodes,
         Scope.SAMPLED: shape.num_sampled,
     }[op.scope]
-    return table.cost(op.name, count, mean_context(op, shape))
+    return table.cost(op.key, count, mean_context(op, shape))
 
 
 def mean_context(op: Operation, shape: BatchShape) -> float:
-    """Keys that each token of an attention sees on average; 0 for other operations."""
-    if op.kind not in _ATTENTIONS:
+    """Keys that each token of an attention sees on average; 0 for other operations.
+
+    Under a sliding window it sees no more than that.
+    """
+    if op.kind not in _ATTENTIONS or not isinstance(op.dims, AttentionDims):
         return 0.0
     context = {Scope.DECODE: shape.decode_context, Scope.PREFILL: shape.prefill_context}[op.scope]
-    return context / max(shape.tokens_in(op.scope), 1)
+    mean = context / max(shape.tokens_in(op.scope), 1)
+    return mean if op.dims.window is None else min(mean, op.dims.window)

@@ -59,7 +59,7 @@ class Point:
     """One operation alone, on all or a part of the device, sustained.
 
     Attributes:
-        operation: Its name in the graph, or SAMPLING.
+        operation: Its key in the graph (its name, and where layers are of several kinds its variant), or SAMPLING.
         num_tokens: Tokens (rows, after the last layer) it works on.
         context: Keys that each token of an attention sees, on average; 0 for other operations.
         mechanism, share: The lane; everything on the whole device by default.
@@ -217,8 +217,8 @@ class CostTable:
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self.profile = profile
-        operations = [op for _, section in graph.sections() for op in section]
-        self._in_waves = {op.name for op in operations if isinstance(op.dims, LinearDims)}
+        operations = tuple(graph.operations())
+        self._in_waves = {op.key for op in operations if isinstance(op.dims, LinearDims)}
         grouped: dict[str, dict[int, list[Point]]] = defaultdict(lambda: defaultdict(list))
         for point in profile.points:
             if point.mechanism is Mechanism.WHOLE:
@@ -228,7 +228,7 @@ class CostTable:
             name: {size: sorted(points, key=lambda point: point.context) for size, points in by_size.items()}
             for name, by_size in grouped.items()
         }
-        missing = [op.name for op in operations if op.name not in self._sizes]
+        missing = [op.key for op in operations if op.key not in self._sizes]
         if missing:
             raise ProfileError(f"the profile of {profile.model} has no point of {', '.join(missing)}")
 

@@ -18,7 +18,7 @@ from nanoflow.graph.operation import LinearDims, Operation, OpKind, Scope
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.models.weights import Weights, random_weights
 from nanoflow.profile.table import SAMPLING, Point
-from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace, shortened
+from nanoflow.profiler.site import Site, equal_requests, holding, over_layers, random_workspace, shortened
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
 from nanoflow.profiler.work import Task, cache_bytes
 
@@ -31,22 +31,24 @@ class Prepared:
         op: The operation.
         workspace: Its tensors.
         batch: What it is run on.
-        num_calls: Layers that `work` goes through, so calls of the operation.
+        num_calls: How often `work` calls it: in every layer that has it, or once.
+        is_of_layers: It is in layers.
     """
 
     op: Operation
     workspace: Workspace
     batch: DenseBatch
     num_calls: int
+    is_of_layers: bool = True
 
     def work(self, kernels: Kernels | None = None) -> Work:
         """The operation in every layer, or once outside of the layers; with other kernels if any are given."""
         workspace = self.workspace
         if kernels is not None:
             workspace = replace(workspace, model=replace(workspace.model, kernels=kernels))
-        if self.num_calls == workspace.model.graph.num_layers:
-            return over_layers(workspace, (self.op,), self.batch)
-        builder = InputBuilder(workspace.model.graph.rope, num_rows=self.batch.num_requests, device=self.device)
+        if self.is_of_layers:
+            return over_layers(workspace, lambda op: op == self.op, self.batch)
+        builder = InputBuilder(workspace.model.graph.ropes, num_rows=self.batch.num_requests, device=self.device)
         inputs = builder.build(self.batch)
         return lambda: workspace.run_whole((self.op,), inputs)
 
@@ -74,7 +76,7 @@ def measure_alone(site: Site, wanted: Collection[Task], span: Span | None = None
 
 def rows_workspace(site: Site, num_tokens: int, num_rows: int = 1) -> Workspace:
     """Tensors for all operations but attentions, in so many layers that no product finds its weights in a cache."""
-    products = [op.dims for op in site.graph.layer if isinstance(op.dims, LinearDims)]
+    products = [op.dims for op in site.graph.layer_operations if isinstance(op.dims, LinearDims)]
     smallest = min(dims.in_features * dims.out_features for dims in products)
     graph = shortened(site.graph, smallest * site.dtype.itemsize)
     weights = random_weights(graph, site.dtype, site.device, seed=0)
@@ -84,23 +86,23 @@ def rows_workspace(site: Site, num_tokens: int, num_rows: int = 1) -> Workspace:
 
 def prepare_row(site: Site, workspace: Workspace, name: str, num_tokens: int) -> Prepared:
     """An operation of a row workspace on so many tokens, or rows after the last layer."""
-    op = next(op for _, section in site.graph.sections() for op in section if op.name == name)
-    is_of_layer = op in site.graph.layer
+    op = next(op for op in site.graph.operations() if op.key == name)
+    is_of_layers = op in site.graph.layer_operations
     if op.scope is Scope.SAMPLED:
         batch = equal_requests(num_tokens, 0, 1, site.page_size, is_decode=True)
     else:
         batch = equal_requests(1, 0, num_tokens, site.page_size)
-    num_calls = workspace.model.graph.num_layers if is_of_layer else 1
-    return Prepared(op=op, workspace=workspace, batch=batch, num_calls=num_calls)
+    num_calls = sum(op in kind.operations for kind in workspace.model.graph.layers) if is_of_layers else 1
+    return Prepared(op=op, workspace=workspace, batch=batch, num_calls=num_calls, is_of_layers=is_of_layers)
 
 
 def prepare_attention(site: Site, task: Task) -> Prepared:
     """An attention on keys and values of its own, in so many layers that they leave every cache."""
-    op = next(op for op in site.graph.layer if op.name == task.operation)
+    op = next(op for op in site.graph.layer_operations if op.key == task.operation)
     now = task.num_tokens // task.num_requests
     is_decode = op.kind is OpKind.DECODE_ATTENTION
     batch = equal_requests(task.num_requests, task.before, now, site.page_size, is_decode=is_decode)
-    graph = shortened(site.graph, cache_bytes(site, task))
+    graph = shortened(holding(site.graph, op.key), cache_bytes(site, task))
     workspace = random_workspace(
         site,
         graph,

@@ -74,12 +74,13 @@ class InsideTask:
 def inside_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[InsideTask]:
     """Nothing where products do not carry; no product that is filled by more keys than `sizes` has memory for."""
     attention = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
-    has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer)
-    if not has_products or not can_carry(site.device, site.dtype, site.graph.attention):
+    has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer_operations)
+    attentions = [kind.attention for kind in site.graph.kinds]
+    if not has_products or not all(can_carry(site.device, site.dtype, dims) for dims in attentions):
         return []
     from nanoflow.kernels.hopper.carry import HopperCarrier
 
-    blocks_each = site.graph.attention.num_kv_heads * -(-_CONTEXT // KEY_BLOCK)
+    blocks_each = attentions[0].num_kv_heads * -(-_CONTEXT // KEY_BLOCK)
     products = gemms(site.graph.layer)
 
     def task(name: str, num_tokens: int, steps: int, *, is_empty: bool) -> InsideTask:
@@ -124,7 +125,7 @@ def measure_costs(site: Site, task: InsideTask, span: Span) -> InsideCosts:
     batch = equal_requests(1, 0, task.num_tokens, site.page_size)
     ops = tuple(op for op in gemms(site.graph.layer) if task.products in (PRODUCTS, op.name))
     num_layers = products.model.graph.num_layers
-    multiply = sustained(over_layers(products, ops, batch), site.device, span)
+    multiply = sustained(over_layers(products, ops.__contains__, batch), site.device, span)
     attend = None if task.is_empty else sustained(attention.work(), site.device, span)
     # As often as it takes to go through the layers of both.
     num_turns = num_layers if task.is_empty else max(num_layers, attention.num_calls)
@@ -186,7 +187,7 @@ def _inside(
 
     def ready(workspace: Workspace, kernel: Kernel, batch: DenseBatch) -> tuple[Workspace, BatchInputs]:
         model = workspace.model
-        inputs = InputBuilder(model.graph.rope, num_rows=batch.num_requests, device=model.device).build(batch)
+        inputs = InputBuilder(model.graph.ropes, num_rows=batch.num_requests, device=model.device).build(batch)
         kernels = dict.fromkeys(model.kernels, kernel)
         return replace(workspace, model=replace(model, kernels=kernels)), inputs
 

@@ -13,10 +13,10 @@ from nanoflow.profiler.sustained import Span, sustained
 def measure_layer(site: Site, num_tokens: int, num_requests: int, span: Span | None = None) -> float:
     """Seconds of one layer on a batch of equal prefill requests without keys before them."""
     batch = equal_requests(num_requests, 0, num_tokens // num_requests, site.page_size)
-    elements = sum(parameter.num_elements for parameter in site.graph.layer_parameters)
+    elements = min(sum(each.num_elements for each in kind.parameters) for kind in site.graph.kinds)
     graph = shortened(site.graph, elements * site.dtype.itemsize)
     weights = random_weights(graph, site.dtype, site.device, seed=0)
     workspace = random_workspace(
         site, graph, weights, num_pages=len(batch.new_pages), num_tokens=num_tokens, num_rows=1
     )
-    return sustained(over_layers(workspace, graph.layer, batch), site.device, span).time_s / graph.num_layers
+    return sustained(over_layers(workspace, lambda _op: True, batch), site.device, span).time_s / graph.num_layers

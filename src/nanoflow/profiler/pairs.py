@@ -111,7 +111,7 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
     num_tokens = min(_FIRST_TOKENS, max_tokens)
     attentions = {op.kind: _attention(op, max_tokens) for op in site.graph.layer if op.kind in ATTENTIONS}
     second = attentions[OpKind.DECODE_ATTENTION]
-    firsts = [Task(operation=op.name, num_tokens=num_tokens) for op in site.graph.layer if op.name in _PRODUCTS]
+    firsts = [Task(operation=op.key, num_tokens=num_tokens) for op in site.graph.layer if op.name in _PRODUCTS]
     firsts.append(attentions[OpKind.PREFILL_ATTENTION])
     found = []
     for first in firsts:
@@ -343,7 +343,7 @@ def _kept(site: Site, prepared: Prepared, lane: LaneStream) -> Kernels | None:
 
 def _can_keep_products(site: Site) -> bool:
     """Whether the kernels of `kept.py` take the model: those of a fused graph do."""
-    return OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer)
+    return OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer_operations)
 
 
 def _event() -> torch.cuda.Event:

@@ -139,7 +139,7 @@ def new_job(
         ProfileError: The file is no profile, or of another model, type or machine.
     """
     graph = build_graph(parse(config), None)
-    is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer)
+    is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer_operations)
     site = Site(graph=fuse_swiglu(graph) if is_fused else graph, device=device, dtype=dtype, page_size=page_size)
     blank = Profile(
         model=model,
@@ -183,23 +183,25 @@ def launch_gap_s(job: Job, profile: Profile) -> float | None:
     num_tokens, chunk = _gap_tokens(job), job.sizes.prefill_chunk
     if num_tokens is None:
         return None
-    names = [op.name for op in job.site.graph.layer if op.kind is not OpKind.DECODE_ATTENTION]
+    graph = job.site.graph
     of_size = {
         point.operation: point.time_s
         for point in sorted(profile.points, key=lambda point: -point.context)
         if point.mechanism is Mechanism.WHOLE and point.num_tokens == num_tokens
     }
-    if not of_size.keys() >= set(names):
+    keys = [op.key for kind in graph.layers for op in kind.operations if op.kind is not OpKind.DECODE_ATTENTION]
+    if not of_size.keys() >= set(keys):
         return None
     layer_s = measure_layer(job.site, num_tokens, num_chunks(num_tokens, chunk), job.span)
-    return max(layer_s - sum(of_size[name] for name in names), 0.0) / len(names)
+    points_s = sum(of_size[key] for key in keys) / graph.num_layers
+    return max(layer_s - points_s, 0.0) / (len(keys) / graph.num_layers)
 
 
 def _gap_tokens(job: Job) -> int | None:
     """The largest number of tokens, 1,024 at most, at which all of a layer's operations have points."""
-    layer = [op for op in job.site.graph.layer if op.kind is not OpKind.DECODE_ATTENTION]
+    layer = [op for op in job.site.graph.layer_operations if op.kind is not OpKind.DECODE_ATTENTION]
     wanted = tasks(job.site, job.sizes)
-    counts = [{task.num_tokens for task in wanted if task.operation == op.name} for op in layer]
+    counts = [{task.num_tokens for task in wanted if task.operation == op.key} for op in layer]
     return max((count for count in set.intersection(*counts) if count <= 1024), default=None)
 
 

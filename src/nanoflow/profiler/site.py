@@ -6,8 +6,7 @@ through in turn. How long the work is repeated is `sustained.py`'s.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +41,15 @@ def gemms(operations: Iterable[Operation]) -> tuple[Operation, ...]:
 
 
 def shortened(graph: OpGraph, layer_bytes: int) -> OpGraph:
-    """The graph with only as many layers as it takes to leave every cache."""
-    return dataclasses.replace(graph, num_layers=min(graph.num_layers, -(-_MIN_DATA_BYTES // layer_bytes)))
+    """The graph with only as many layers as it takes to leave every cache, some of every kind among them."""
+    layers = graph.layers
+    needed = max(layers.index(kind) for kind in graph.kinds) + 1
+    return graph.with_layers(layers[: max(needed, -(-_MIN_DATA_BYTES // layer_bytes))])
+
+
+def holding(graph: OpGraph, key: str) -> OpGraph:
+    """The graph with the layers alone that have the operation of this key."""
+    return graph.with_layers([kind for kind in graph.layers if any(op.key == key for op in kind.operations)])
 
 
 def random_workspace(
@@ -51,7 +57,7 @@ def random_workspace(
 ) -> Workspace:
     """Tensors of so many tokens, rows with logits and pages, all random: zeros would take less power."""
     caches = allocate_caches(graph, num_pages=num_pages, page_size=site.page_size, dtype=site.dtype, device=site.device)
-    kernels = kernels_for(site.device, site.dtype, graph.layer)
+    kernels = kernels_for(site.device, site.dtype, graph.layer_operations)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
     for tensor in workspace.tensors.values():
@@ -60,13 +66,14 @@ def random_workspace(
     return workspace
 
 
-def over_layers(workspace: Workspace, operations: tuple[Operation, ...], batch: DenseBatch) -> Work:
-    """The operations on a batch in every layer, as a function."""
+def over_layers(workspace: Workspace, wanted: Callable[[Operation], bool], batch: DenseBatch) -> Work:
+    """The operations that are wanted of every layer on a batch, as a function."""
     model = workspace.model
-    inputs = InputBuilder(model.graph.rope, num_rows=batch.num_requests, device=model.device).build(batch)
+    of_layers = [tuple(filter(wanted, kind.operations)) for kind in model.graph.layers]
+    inputs = InputBuilder(model.graph.ropes, num_rows=batch.num_requests, device=model.device).build(batch)
 
     def work() -> None:
-        for layer in range(model.graph.num_layers):
+        for layer, operations in enumerate(of_layers):
             workspace.run_whole(operations, inputs, layer)
 
     return work

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nanoflow.graph.operation import LinearDims, Operation, OpKind, Scope
+from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind, Scope
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.table import SAMPLING
 from nanoflow.profiler.site import Site
@@ -67,7 +67,7 @@ class Task:
     """One point of a profile on the whole device.
 
     Attributes:
-        operation: Name in the graph, or SAMPLING.
+        operation: Key in the graph, or SAMPLING.
         num_tokens: Tokens, or rows after the last layer.
         num_requests: Equal requests that an attention works on; 0 for other operations.
         before: Keys of each request before its tokens.
@@ -92,24 +92,23 @@ class Task:
 def tasks(site: Site, sizes: Sizes) -> list[Task]:
     """Every point, those of one operation together, small sizes first."""
     found: list[Task] = []
-    for _, section in site.graph.sections():
-        for op in section:
-            if op.kind in ATTENTIONS:
-                of_op = _attention_tasks(op, sizes)
-                found += [task for task in of_op if cache_bytes(site, task) <= sizes.max_cache_bytes]
-            else:
-                found += [Task(operation=op.name, num_tokens=count) for count in _token_counts(op, sizes)]
+    for op in site.graph.operations():
+        if op.kind in ATTENTIONS:
+            of_op = _attention_tasks(op, sizes)
+            found += [task for task in of_op if cache_bytes(site, task) <= sizes.max_cache_bytes]
+        else:
+            found += [Task(operation=op.key, num_tokens=count) for count in _token_counts(op, sizes)]
     return found + [Task(operation=SAMPLING, num_tokens=count) for count in _within(sizes.sampled_rows, sizes)]
 
 
 def decode_task(op: Operation, num_requests: int, context: int) -> Task:
     """Decode attention of so many requests with so many keys each."""
-    return Task(operation=op.name, num_tokens=num_requests, num_requests=num_requests, before=context - 1)
+    return Task(operation=op.key, num_tokens=num_requests, num_requests=num_requests, before=context - 1)
 
 
 def prefill_task(op: Operation, num_tokens: int, before: int, chunk: int) -> Task:
     """Prefill attention of tokens in equal chunks, each of at most `chunk` tokens with so many keys before it."""
-    return Task(operation=op.name, num_tokens=num_tokens, num_requests=num_chunks(num_tokens, chunk), before=before)
+    return Task(operation=op.key, num_tokens=num_tokens, num_requests=num_chunks(num_tokens, chunk), before=before)
 
 
 def num_chunks(num_tokens: int, chunk: int) -> int:
@@ -121,7 +120,9 @@ def num_chunks(num_tokens: int, chunk: int) -> int:
 def cache_bytes(site: Site, task: Task) -> int:
     """Keys and values of one layer that an attention reads."""
     num_keys = task.num_requests * task.before + task.num_tokens
-    return 2 * num_keys * site.graph.attention.kv_width * site.dtype.itemsize
+    dims = next(op.dims for op in site.graph.operations() if op.key == task.operation)
+    assert isinstance(dims, AttentionDims)
+    return 2 * num_keys * dims.kv_width * site.dtype.itemsize
 
 
 def _token_counts(op: Operation, sizes: Sizes) -> list[int]:

@@ -54,7 +54,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A layer, cut into tasks: `tasks` in the order of the graph."""
+    """A layer, cut into tasks: `tasks` in the order of the graph, with what they take in a layer on average."""
 
     graph: OpGraph
     shape: BatchShape
@@ -110,15 +110,27 @@ def make_problem(graph: OpGraph, table: CostTable, shape: BatchShape, splits: Sp
         splits: Boundaries of every group by name; a group that is not named is not cut.
     """
     tasks = tuple(
-        Task(group=group, tokens=tokens, cost=_cost(group, tokens, shape, table))
+        Task(group=group, tokens=tokens, cost=_cost(graph, group, tokens, shape, table))
         for group in groups_of(graph)
         for tokens in split(shape.num_tokens, splits.get(group.name, ()))
     )
     return Problem(graph=graph, shape=shape, tasks=tasks, edges=tuple(_edges(graph, tasks)))
 
 
-def _cost(group: Group, tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:
-    costs = [operation_cost(op, tokens, shape, table) for op in group.operations]
+def _cost(graph: OpGraph, group: Group, tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:
+    """The mean over all layers, each with what its own kind has of the group."""
+    names = [op.name for op in group.operations]
+    of_kinds = (
+        _cost_of([op for op in kind.operations if op.name in names], tokens, shape, table).times(
+            count / graph.num_layers
+        )
+        for kind, count in graph.kind_counts
+    )
+    return sum(of_kinds, start=NO_COST)
+
+
+def _cost_of(operations: Sequence[Operation], tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:
+    costs = [operation_cost(op, tokens, shape, table) for op in operations]
     launches = sum(cost.time_s > 0 for cost in costs)
     gap = Cost(time_s=launches * table.profile.launch_gap_s, energy_j=0.0)
     return sum(costs, start=NO_COST) + gap

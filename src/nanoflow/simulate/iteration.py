@@ -59,9 +59,9 @@ def graphs_of(profile: Profile) -> tuple[OpGraph, ...]:
     graph = fuse_swiglu(graph) if profile.is_fused else graph
     measured = {point.operation for point in profile.points}
     found = {shard(graph, profile.setup.num_gpus, exchange): None for exchange in Exchange}
-    complete = [each for each in found if {op.name for _, section in each.sections() for op in section} <= measured]
+    complete = [each for each in found if {op.key for op in each.operations()} <= measured]
     if not complete:
-        names = sorted({op.name for each in found for _, section in each.sections() for op in section} - measured)
+        names = sorted({op.key for each in found for op in each.operations()} - measured)
         raise ProfileError(f"the profile of {profile.model} has no point of {', '.join(names)}")
     return tuple(complete)
 
@@ -121,8 +121,9 @@ class IterationModel:
         """How long the layers of an iteration take sequentially, by the resource in whose lane operations run."""
         tokens = TokenRange(start=0, stop=shape.num_tokens)
         found: dict[Resource, float] = defaultdict(float)
-        for op in self.graph.layer:
-            found[lane_of(op)] += operation_cost(op, tokens, shape, self._table).time_s * self.graph.num_layers
+        for kind, count in self.graph.kind_counts:
+            for op in kind.operations:
+                found[lane_of(op)] += operation_cost(op, tokens, shape, self._table).time_s * count
         return found
 
     def simulate(self, plan: PipelinePlan, shape: BatchShape, num_layers: int) -> Simulation:
@@ -163,8 +164,8 @@ class IterationModel:
         num_more = self.graph.num_layers - len(ends_s)
         energy_j = simulation.layer_energy_j
         return Cost(
-            time_s=ends_s[-1] + num_more * simulation.period_s,
-            energy_j=None if energy_j is None else energy_j * self.graph.num_layers,
+            time_s=(ends_s[-1] + num_more * simulation.period_s) * simulation.mix,
+            energy_j=None if energy_j is None else energy_j * self.graph.num_layers * simulation.mix,
         )
 
     def _with_layers(self, layers: Cost, shape: BatchShape) -> Cost:

@@ -8,10 +8,10 @@ Where the energy of a layer is more than the power limit allows, everything take
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
 from nanoflow.plan.carriers import carriers
@@ -21,7 +21,7 @@ from nanoflow.profile.inside import STANDS_STILL, filled
 from nanoflow.profile.interference import Interference, lane_of
 from nanoflow.profile.operation_cost import mean_context, operation_cost
 from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w, static_power_w
-from nanoflow.profile.table import Cost, CostTable
+from nanoflow.profile.table import NO_COST, Cost, CostTable
 from nanoflow.timeline.timeline import Span, Timeline
 
 # Layers whose ends give the period, after those in which the pipeline fills and before those in which it drains.
@@ -38,11 +38,14 @@ class Simulation:
         timeline: When what ran; `period_s` is the steady-state makespan of one layer.
         layer_ends_s: When the last nano-operation of each layer ended.
         layer_energy_j: Mean energy of one layer on one GPU; None if unknown.
+        mix: How much longer the mean layer of the whole model takes than that of the pattern, one operation after the
+            other: sections may hold kinds in other proportions.
     """
 
     timeline: Timeline
     layer_ends_s: tuple[float, ...]
     layer_energy_j: float | None
+    mix: float = 1.0
 
     @property
     def period_s(self) -> float:
@@ -81,8 +84,22 @@ class _Item:
     carries: bool
 
 
+class _Items:
+    """What each work of some layers is: of each kind one for each place in the plan."""
+
+    def __init__(self, of_kinds: Mapping[str, list[_Item | None]], layers: Sequence[LayerKind]) -> None:
+        self._of_layers = [of_kinds[kind.name] for kind in layers]
+
+    def of(self, work: _Work) -> _Item:
+        item = self._of_layers[work.layer][work.place]
+        assert item is not None, "issued in a layer that has no such operation"
+        return item
+
+
 class PlanSimulator:
     """Predicts one plan; what depends on what is worked out once, batches may differ.
+
+    Layers of several kinds follow each other as in the pattern that most of the model's layers are in.
 
     Args:
         plan, graph: A plan that is valid for the graph.
@@ -91,15 +108,18 @@ class PlanSimulator:
 
     def __init__(self, plan: PipelinePlan, graph: OpGraph, table: CostTable, interference: Interference) -> None:
         self._plan, self._table, self._interference = plan, table, interference
-        ops = {op.name: op for op in graph.layer}
-        self._ops = [ops[nano.operation] for nano in plan.nano_operations]
+        self._pattern = graph.main_pattern
+        self._ops = {kind.name: {op.name: op for op in kind.operations} for kind in graph.kinds}
+        self._counts = graph.kind_counts
+        self._num_layers = graph.num_layers
         lanes = {lane.name: lane for lane in plan.lanes}
         self._lanes = [lanes[nano.lane] for nano in plan.nano_operations]
         self._depends = dependencies(plan, graph)
         self._setup = table.profile.setup
         # What carries in one layer does in all of them, but where the pipeline fills or drains.
-        issued = [place for _, place in _issued(plan, plan.max_stage + 2)]
-        self._carriers = {issued[at] for at, _ in carriers(plan, graph, plan.max_stage + 2)}
+        layers = self._kinds(plan.max_stage + 1 + len(self._pattern))
+        issued = [place for _, place in _issued(plan, layers)]
+        self._carriers = {issued[at] for at, _ in carriers(plan, graph, layers)}
 
     def run(self, shape: BatchShape, num_layers: int | None = None) -> Simulation:
         """Predict so many layers on a batch.
@@ -109,16 +129,17 @@ class PlanSimulator:
             num_layers: Enough for a steady state if None; with fewer the period is that of filling and draining too.
         """
         filling = self._plan.max_stage + 1
-        num_layers = num_layers or 2 * filling + _STEADY_LAYERS + 1
-        items = [self._item(place, shape) for place in range(len(self._ops))]
-        works, dynamic_j = self._execute(items, num_layers)
+        num_layers = num_layers or 2 * filling + max(_STEADY_LAYERS, len(self._pattern)) + 1
+        layers = self._kinds(num_layers)
+        items = _Items({kind.name: self._items(kind, shape) for kind in self._pattern}, layers)
+        works, dynamic_j = self._execute(items, layers)
         period_s = _period_s(_layer_ends_s(works, num_layers), filling)
         # The power limit holds for the steady state as a whole.
         slower = self._slowdown(dynamic_j, period_s * num_layers)
         for work in works:
             work.start_s, work.stop_s = work.start_s * slower, work.stop_s * slower
         spans = tuple(
-            self._span(items[work.place], work)
+            self._span(items.of(work), work)
             for work in sorted(works, key=lambda work: (work.start_s, work.layer, work.place))
             if work.stop_s > work.start_s
         )
@@ -128,14 +149,26 @@ class PlanSimulator:
             timeline=Timeline(name=self._plan.name, spans=spans, period_s=period_s * slower),
             layer_ends_s=ends_s,
             layer_energy_j=None if dynamic_j is None else (dynamic_j + static_j) / num_layers,
+            mix=self._mix(shape),
         )
+
+    def _mix(self, shape: BatchShape) -> float:
+        if len(self._counts) == 1:
+            return 1.0
+        of_pattern = sum(self._in_sequence(kind, shape).time_s for kind in self._pattern) / len(self._pattern)
+        return self.layer_in_sequence(shape).time_s / of_pattern
 
     def layer_in_sequence(self, shape: BatchShape) -> Cost:
         """What `run` says of one layer where nothing overlaps: all lanes run one after the other, and none is a part.
 
-        It needs no events, so it is what whole runs of the sequential plan are simulated with.
+        It needs no events, so it is what whole runs of the sequential plan are simulated with. Of layers of several
+        kinds it is the mean.
         """
-        items = [self._item(place, shape) for place in range(len(self._ops))]
+        of_kinds = [self._in_sequence(kind, shape).times(count / self._num_layers) for kind, count in self._counts]
+        return sum(of_kinds, start=NO_COST)
+
+    def _in_sequence(self, kind: LayerKind, shape: BatchShape) -> Cost:
+        items = [item for item in self._items(kind, shape) if item is not None]
         time_s = sum(item.cost.time_s for item in items)
         known_j = [item.dynamic_j for item in items if item.dynamic_j is not None]
         dynamic_j = sum(known_j) if len(known_j) == len(items) else None
@@ -148,8 +181,17 @@ class PlanSimulator:
         limit_w = dynamic_power_w(self._setup)
         return 1.0 if limit_w is None or dynamic_j is None else max(1.0, dynamic_j / (limit_w * time_s))
 
-    def _item(self, place: int, shape: BatchShape) -> _Item:
-        op = self._ops[place]
+    def _kinds(self, num_layers: int) -> tuple[LayerKind, ...]:
+        """So many layers of the pattern."""
+        return tuple(self._pattern[layer % len(self._pattern)] for layer in range(num_layers))
+
+    def _items(self, kind: LayerKind, shape: BatchShape) -> list[_Item | None]:
+        """The nano-operations of the plan in a layer of a kind, None where it does not have the operation."""
+        ops = self._ops[kind.name]
+        found = [ops.get(nano.operation) for nano in self._plan.nano_operations]
+        return [None if op is None else self._item(place, op, shape) for place, op in enumerate(found)]
+
+    def _item(self, place: int, op: Operation, shape: BatchShape) -> _Item:
         tokens = self._plan.nano_operations[place].tokens.clip(0, shape.num_tokens)
         cost = operation_cost(op, tokens, shape, self._table)
         dynamic_j = dynamic_energy_j(cost, self._setup)
@@ -165,9 +207,9 @@ class PlanSimulator:
             carries=place in self._carriers,
         )
 
-    def _execute(self, items: Sequence[_Item], num_layers: int) -> tuple[list[_Work], float | None]:
+    def _execute(self, items: _Items, layers: Sequence[LayerKind]) -> tuple[list[_Work], float | None]:
         """Advance from event to event: something ends, whatever may start now does."""
-        works = [_Work(place, layer) for layer, place in _issued(self._plan, num_layers)]
+        works = [_Work(place, layer) for layer, place in _issued(self._plan, layers)]
         at = {(work.layer, work.place): work for work in works}
         followers: dict[tuple[int, int], list[_Work]] = defaultdict(list)
         for work in works:
@@ -177,7 +219,7 @@ class PlanSimulator:
                     work.num_waits += 1
         queues: dict[str, deque[_Work]] = defaultdict(deque)
         for work in works:
-            queues[items[work.place].lane.name].append(work)
+            queues[items.of(work).lane.name].append(work)
         running: list[_Work] = []
         now_s, energy_j = 0.0, 0.0
         while running or any(queues.values()):
@@ -185,20 +227,20 @@ class PlanSimulator:
                 pass
             if not running:
                 break
-            rates, dynamic_w = self._rates([items[work.place] for work in running])
+            rates, dynamic_w = self._rates([items.of(work) for work in running])
             step_s = min(
-                work.left * items[work.place].cost.time_s / rate
+                work.left * items.of(work).cost.time_s / rate
                 for work, rate in zip(running, rates, strict=True)
                 if rate > 0
             )
             now_s += step_s
             energy_j += step_s * dynamic_w
             for work, rate in zip(running, rates, strict=True):
-                work.left -= step_s * rate / items[work.place].cost.time_s
+                work.left -= step_s * rate / items.of(work).cost.time_s
             for work in [work for work in running if work.left <= 1e-9]:
                 running.remove(work)
-                _end(work, now_s, queues[items[work.place].lane.name], followers)
-        is_known = all(item.dynamic_j is not None for item in items)
+                _end(work, now_s, queues[items.of(work).lane.name], followers)
+        is_known = all(items.of(work).dynamic_j is not None for work in works)
         return works, energy_j if is_known else None
 
     def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
@@ -273,17 +315,17 @@ def _period_s(ends_s: Sequence[float], filling: int) -> float:
 _PRECEDENCE = {Resource.COMPUTE: 0, Resource.MEMORY: 1, Resource.NETWORK: 2}
 
 
-def _issued(plan: PipelinePlan, num_layers: int) -> list[tuple[int, int]]:
+def _issued(plan: PipelinePlan, layers: Sequence[LayerKind]) -> list[tuple[int, int]]:
     """(layer, place) in issue order."""
     places = {id(nano): place for place, nano in enumerate(plan.nano_operations)}
-    return [(layer, places[id(nano)]) for layer, nano in plan.issue_order(num_layers)]
+    return [(layer, places[id(nano)]) for layer, nano in plan.issued_in(layers)]
 
 
 def _start_next(
     queues: dict[str, deque[_Work]],
     running: list[_Work],
     followers: dict[tuple[int, int], list[_Work]],
-    items: Sequence[_Item],
+    items: _Items,
     now_s: float,
 ) -> bool:
     """Start what may start on any lane; True if something ended at once, so that more may start."""
@@ -292,7 +334,7 @@ def _start_next(
         if queue and queue[0] not in running and queue[0].num_waits == 0:
             work = queue[0]
             work.start_s = now_s
-            if items[work.place].cost.time_s > 0:
+            if items.of(work).cost.time_s > 0:
                 running.append(work)
             else:
                 _end(work, now_s, queue, followers)

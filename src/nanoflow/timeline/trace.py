@@ -62,6 +62,7 @@ KernelRules = tuple[KernelRule, ...]
 # The first rule that has an operation in the plan and whose pattern fits is taken.
 KERNEL_RULES: KernelRules = (
     KernelRule(operations=frozenset({"attn_norm", "ffn_norm"}), kernel=r"^_rms_norm", after_layers=("final_norm",)),
+    KernelRule(operations=frozenset({"attn_post_norm", "ffn_post_norm"}), kernel=r"^_add_rms_norm"),
     KernelRule(operations=frozenset({"rope_append"}), kernel=r"^_rope_append"),
     # A long context is read in parts, which a second kernel merges.
     KernelRule(
@@ -71,7 +72,7 @@ KERNEL_RULES: KernelRules = (
         scope=Scope.DECODE,
     ),
     KernelRule(operations=frozenset({"prefill_attention"}), kernel=r"^prefill_program", scope=Scope.PREFILL),
-    KernelRule(operations=frozenset({"activation"}), kernel=r"^_swiglu"),
+    KernelRule(operations=frozenset({"activation"}), kernel=r"^_(swi|ge)glu"),
     KernelRule(
         operations=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
         kernel=r"^_linear|nvjet|cutlass|gemm|gemv",

@@ -24,6 +24,7 @@ from nanoflow.executor.worker import Worker
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.kernels.dispatch import are_capturable, kernels_for
+from nanoflow.kernels.launch import LayerCache
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
@@ -82,7 +83,7 @@ def measure_trials(
         PlanError, LaneError: A plan does not fit the model, or the device cannot be divided as it asks for.
     """
     graph = graphs_of(profile)[0]
-    graph = graph if num_layers is None else replace(graph, num_layers=num_layers)
+    graph = graph if num_layers is None else graph.with_layers(graph.layers[:num_layers])
     by_shape: dict[BatchShape, list[PipelinePlan]] = {}
     for shape, plan in wanted:
         by_shape.setdefault(shape, []).append(plan)
@@ -171,17 +172,24 @@ def _worker(
 ) -> Worker:
     """A worker with room for every batch; its weights and keys are random."""
     dtype: torch.dtype = getattr(torch, profile.dtype)
-    kernels = kernels_for(device, dtype, graph.layer)
+    kernels = kernels_for(device, dtype, graph.layer_operations)
     num_pages = max(int(batch.new_pages.pages.max()) + 1 for batch in batches)
-    few = replace(graph, num_layers=min(graph.num_layers, _NUM_CACHES))
-    caches = allocate_caches(few, num_pages=num_pages, page_size=profile.page_size, dtype=dtype, device=device)
-    for cache in caches:
-        cache.keys.normal_()
-        cache.values.normal_()
+    # A few caches of each layout, which layers take in turn.
+    layouts = [(kind.attention.num_kv_heads, kind.attention.head_dim) for kind in graph.layers]
+    caches: dict[tuple[int, int], tuple[LayerCache, ...]] = {}
+    for layout in dict.fromkeys(layouts):
+        alike = [kind for kind, other in zip(graph.layers, layouts, strict=True) if other == layout]
+        few = graph.with_layers(alike[:_NUM_CACHES])
+        caches[layout] = allocate_caches(
+            few, num_pages=num_pages, page_size=profile.page_size, dtype=dtype, device=device
+        )
+        for cache in caches[layout]:
+            cache.keys.normal_()
+            cache.values.normal_()
     model = DeviceModel(
         graph=graph,
         weights=random_weights(graph, dtype, device, seed=0),
-        caches=tuple(caches[layer % len(caches)] for layer in range(graph.num_layers)),
+        caches=tuple(caches[layout][layer % len(caches[layout])] for layer, layout in enumerate(layouts)),
         kernels=kernels,
     )
     is_captured = device.type == "cuda" and are_capturable(kernels)

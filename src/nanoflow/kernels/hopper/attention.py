@@ -39,7 +39,7 @@ def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) ->
         and dtype in (torch.bfloat16, torch.float16)
         and dims.head_dim in (PANEL, 2 * PANEL)
         and dims.num_heads // dims.num_kv_heads <= MAX_GROUP
-        and not any(dims.windows)
+        and dims.window is None
     )
 
 

@@ -1,0 +1,218 @@
+"""What decoder families have in common, as operations, tensors and parameters: the parts that their graphs are made of.
+
+Which parts a family has, and in which order, says its own file (`llama.py`, `gemma3.py`). The residual stream is
+`hidden`; a norm reads it into `normed`, and the last operation of a block adds to it in place.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
+from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
+from nanoflow.models.model import ModelConfig
+
+# What checkpoints call the embedding, the output projection, and the beginning of what belongs to a layer.
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = "model.layers.{layer}."
+
+
+def tensors(config: ModelConfig, dims: AttentionDims, *more: TensorSpec) -> tuple[TensorSpec, ...]:
+    """Those that every family has, and more of the layers."""
+    hidden, sampled = config.hidden_size, Scope.SAMPLED
+    return (
+        TensorSpec(name="token_ids", width=1),
+        TensorSpec(name="hidden", width=hidden),
+        TensorSpec(name="normed", width=hidden),
+        TensorSpec(name="qkv", width=dims.q_width + 2 * dims.kv_width),
+        TensorSpec(name="q", width=dims.q_width),
+        TensorSpec(name="kv", width=0, is_per_layer=True),
+        TensorSpec(name="attn", width=dims.q_width),
+        TensorSpec(name="gate_up", width=2 * config.intermediate_size),
+        TensorSpec(name="activation", width=config.intermediate_size),
+        *more,
+        TensorSpec(name="sampled_hidden", width=hidden, scope=sampled),
+        TensorSpec(name="sampled_normed", width=hidden, scope=sampled),
+        TensorSpec(name="logits", width=config.vocab_size, scope=sampled),
+    )
+
+
+def embed(config: ModelConfig, scale: float = 1.0) -> Operation:
+    """The first operation: rows of the embedding, times a factor."""
+    return Operation(
+        name="embed",
+        kind=OpKind.EMBED,
+        resource=Resource.MEMORY,
+        reads=("token_ids",),
+        writes=("hidden",),
+        weights=("embed.weight",),
+        dims=RowDims(width=config.hidden_size, scale=scale),
+    )
+
+
+def norm(name: str, config: ModelConfig, *, scope: Scope = Scope.ALL, prefix: str = "") -> Operation:
+    """The norm of `hidden`; `prefix` chooses the tensors of the sampled rows."""
+    return Operation(
+        name=name,
+        kind=OpKind.RMS_NORM,
+        resource=Resource.MEMORY,
+        scope=scope,
+        reads=(f"{prefix}hidden",),
+        writes=(f"{prefix}normed",),
+        weights=(f"{name}.weight",),
+        dims=NormDims(width=config.hidden_size, eps=config.rms_norm_eps),
+    )
+
+
+def linear(name: str, read: str, written: str, in_features: int, out_features: int, parameters: set[str]) -> Operation:
+    """A product, with a bias if there is a parameter of that name."""
+    return Operation(
+        name=name,
+        kind=OpKind.LINEAR,
+        resource=Resource.COMPUTE,
+        reads=(read,),
+        writes=(written,),
+        weights=present((f"{name}.weight", f"{name}.bias"), parameters),
+        dims=LinearDims(in_features=in_features, out_features=out_features),
+    )
+
+
+def linear_add(name: str, read: str, in_features: int, out_features: int, parameters: set[str]) -> Operation:
+    """The last product of a block, added to the residual stream."""
+    product = linear(name, read, "hidden", in_features, out_features, parameters)
+    return replace(product, kind=OpKind.LINEAR_ADD, reads=(read, "hidden"))
+
+
+def norm_add(name: str, read: str, config: ModelConfig) -> Operation:
+    """The norm of what a block gives, added to the residual stream."""
+    return Operation(
+        name=name,
+        kind=OpKind.RMS_NORM_ADD,
+        resource=Resource.MEMORY,
+        reads=(read, "hidden"),
+        writes=("hidden",),
+        weights=(f"{name}.weight",),
+        dims=NormDims(width=config.hidden_size, eps=config.rms_norm_eps),
+    )
+
+
+def activation(kind: OpKind, width: int) -> Operation:
+    """SwiGLU or GeGLU of gate and up."""
+    return Operation(
+        name="activation",
+        kind=kind,
+        resource=Resource.MEMORY,
+        reads=("gate_up",),
+        writes=("activation",),
+        dims=RowDims(width=width),
+    )
+
+
+def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> tuple[Operation, ...]:
+    """From queries, keys and values to what they attend to; a variant tells it from that of other kinds of layers."""
+    return (
+        Operation(
+            name="rope_append",
+            kind=OpKind.ROPE_APPEND,
+            resource=Resource.MEMORY,
+            reads=("qkv",),
+            writes=("q", "kv"),
+            weights=present(("q_norm.weight", "k_norm.weight"), parameters),
+            dims=replace(dims, window=None),
+        ),
+        Operation(
+            name="decode_attention",
+            kind=OpKind.DECODE_ATTENTION,
+            resource=Resource.MEMORY,
+            scope=Scope.DECODE,
+            reads=("q", "kv"),
+            writes=("attn",),
+            dims=dims,
+            variant=variant,
+        ),
+        Operation(
+            name="prefill_attention",
+            kind=OpKind.PREFILL_ATTENTION,
+            resource=Resource.COMPUTE,
+            scope=Scope.PREFILL,
+            reads=("q", "kv"),
+            reads_before=("kv",),
+            writes=("attn",),
+            dims=dims,
+            variant=variant,
+        ),
+    )
+
+
+def epilogue(config: ModelConfig) -> tuple[Operation, ...]:
+    """From the residual stream of the sampled rows to their logits."""
+    output = "embed.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return (
+        Operation(
+            name="gather_sampled",
+            kind=OpKind.GATHER_ROWS,
+            resource=Resource.MEMORY,
+            scope=Scope.SAMPLED,
+            reads=("hidden",),
+            writes=("sampled_hidden",),
+            dims=RowDims(width=config.hidden_size),
+        ),
+        norm("final_norm", config, scope=Scope.SAMPLED, prefix="sampled_"),
+        Operation(
+            name="lm_head",
+            kind=OpKind.LINEAR,
+            resource=Resource.COMPUTE,
+            scope=Scope.SAMPLED,
+            reads=("sampled_normed",),
+            writes=("logits",),
+            weights=(output,),
+            dims=LinearDims(in_features=config.hidden_size, out_features=config.vocab_size),
+        ),
+    )
+
+
+def shared_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Those outside the layers."""
+    embedding = (config.vocab_size, config.hidden_size)
+    is_tied = config.tie_word_embeddings
+    untied = () if is_tied else (fused("lm_head.weight", (OUTPUT, embedding)),)
+    # A tied pair may be stored under either name.
+    table = ParameterPart(source=EMBEDDING, shape=embedding, other_source=OUTPUT if is_tied else None)
+    return (
+        Parameter(name="embed.weight", parts=(table,)),
+        fused("final_norm.weight", ("model.norm.weight", (config.hidden_size,))),
+        *untied,
+    )
+
+
+def projection(
+    name: str, source: str, heights: dict[str, int], in_features: int, *, has_bias: bool
+) -> tuple[Parameter, ...]:
+    """Weight, and bias if it has one, of a product whose checkpoint parts have these names and output features."""
+    weight = fused(
+        f"{name}.weight", *((f"{source}{part}.weight", (height, in_features)) for part, height in heights.items())
+    )
+    bias = fused(f"{name}.bias", *((f"{source}{part}.bias", (height,)) for part, height in heights.items()))
+    return (weight, bias) if has_bias else (weight,)
+
+
+def fused(name: str, *parts: tuple[str, tuple[int, ...]]) -> Parameter:
+    """A parameter of checkpoint tensors, given by name and shape."""
+    return Parameter(name=name, parts=tuple(ParameterPart(source=source, shape=shape) for source, shape in parts))
+
+
+def present(names: tuple[str, ...], parameters: set[str]) -> tuple[str, ...]:
+    """Those of the names that there are parameters of."""
+    return tuple(name for name in names if name in parameters)
+
+
+def size_of(graph: OpGraph) -> str:
+    """The number of parameters as people say it, such as 8.0B."""
+    count = graph.num_parameters
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def ignored_sources(config: ModelConfig) -> tuple[str, ...]:
+    """Tensors that checkpoints may have and that are not needed: frequencies, and a copy of a tied embedding."""
+    return (r".*rotary_emb\.inv_freq", *((re.escape(OUTPUT),) if config.tie_word_embeddings else ()))
