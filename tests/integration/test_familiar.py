@@ -134,7 +134,7 @@ def test_metrics_count_what_was_done(model: str) -> None:
         metrics = {metric.name.partition(":")[2]: metric for metric in llm.get_metrics()}
         assert llm.reset_prefix_cache() is True
     values = {name: metric.value for name, metric in metrics.items()}
-    assert values == {
+    assert {name: value for name, value in values.items() if not name.startswith("spec_decode_")} == {
         "num_requests_running": 0,
         "num_requests_waiting": 0,
         "kv_cache_usage_perc": 0.0,
