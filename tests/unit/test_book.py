@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -225,6 +225,16 @@ def test_a_file_without_a_book_is_refused(document: bytes, message: str, tmp_pat
     with pytest.raises(PlanError, match=re.escape(message)) as caught:
         load_book(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("mechanism", ["\U0001f600" * 4000, "a\nb" * 4000])
+@pytest.mark.parametrize("load", [PipelinePlan.from_json, StoredBook.from_json])
+def test_a_refusal_quotes_little_of_a_long_value(load: Callable[[bytes], object], mechanism: str) -> None:
+    document = msgspec.json.decode(plan_of(64).to_json())
+    document["lanes"][0]["mechanism"] = mechanism
+    with pytest.raises(PlanError) as caught:
+        load(msgspec.json.encode(document))
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
