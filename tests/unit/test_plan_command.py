@@ -141,6 +141,25 @@ def test_a_picture_is_written(capsys: pytest.CaptureFixture[str], plan_file: Pat
     assert len(list(root.iter("{http://www.w3.org/2000/svg}g"))) == 3 * len(HALVES.nano_operations)
 
 
+def test_perfetto_gets_a_thread_for_each_lane_and_an_event_for_each_span(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, profile_file: Path
+) -> None:
+    path, written = tmp_path / "fused.json", tmp_path / "trace.json"
+    plan = nanobatch_plan(fuse_swiglu(GRAPH), 64, [32], name="mine")
+    path.write_bytes(plan.to_json())
+    shown(capsys, path, "--profile", profile_file, "--layers", "2", "--chrome-trace", written)
+    events = json.loads(written.read_bytes())["traceEvents"]
+    named = {(each["name"], each["pid"]): each["args"]["name"] for each in events if each["ph"] == "M"}
+    spans = [each for each in events if each["ph"] == "X"]
+    assert named["process_name", 0].startswith("mine, predicted") and {each["pid"] for each in spans} == {0}
+    assert len(spans) == 2 * len(plan.nano_operations) and {each["args"]["layer"] for each in spans} == {0, 1}
+    assert all(each["dur"] > 0 and each["cat"] in ("compute", "memory") for each in spans)
+    ends = dict[int, float]()
+    for each in spans:  # those of one lane follow each other
+        assert each["ts"] >= ends.get(each["tid"], 0.0) - 1e-6
+        ends[each["tid"]] = each["ts"] + each["dur"]
+
+
 def test_with_a_profile_the_prediction_stands_beside_the_sequential_plan(
     capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
 ) -> None:

@@ -32,13 +32,13 @@ what."""
 _EXAMPLES = "  nanoflow plan show plan.json"
 
 _TEACH_SHOW = """\
-Draw a plan as lanes by time, with the use of each resource below: in the terminal
-and, with --svg, as a picture. PLAN is a file with a plan or with a plan book; a book
-of several plans is listed, and that plan is drawn which is for most of the time, or
-the one that --name chooses. With --profile the times are predicted from its
-measurements, and compared with the sequential plan. Without it, they
-are those that the search wrote into the plan, or, if there are none, only the order
-is drawn. --trace adds what a profiler saw when the plan ran, on the same scale."""
+Draw a plan as lanes by time, with the use of each resource below: in the terminal,
+with --svg as a picture, and with --chrome-trace as a file that Perfetto opens. PLAN
+is a file with a plan or with a plan book; a book of several plans is listed, and that
+plan is drawn which is for most of the time, or the one that --name chooses. With
+--profile the times are predicted from its measurements, and compared with the
+sequential plan. Without it, they are those that the search wrote into the plan, or,
+if there are none, only the order is drawn. --trace adds what a profiler saw when the plan ran, on the same scale."""
 
 _EXAMPLES_SHOW = """\
   nanoflow plan show plan.json
@@ -63,6 +63,7 @@ class ShowConfig:
     )
     trace: str | None = option(None, "Trace in Chrome's format of whole iterations; needs --profile or --model")
     svg: str | None = option(None, "Write a picture to this file")
+    chrome_trace: str | None = option(None, "Write the timelines to this file for Perfetto (ui.perfetto.dev)")
     width: int | None = option(None, "Columns of the drawing; those of the terminal if not given")
     layers: int = option(3, "Layers to draw")
     first_layer: int | None = option(None, "First layer to take from the trace; layers in the middle if not given")
@@ -97,6 +98,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 def run_show(args: argparse.Namespace) -> int:
     """Draw the plan, or list those of the book."""
     from nanoflow.plan.book import load_book
+    from nanoflow.timeline.chrome import chrome_trace
     from nanoflow.timeline.drawing_svg import svg
     from nanoflow.timeline.drawing_text import text
 
@@ -106,17 +108,19 @@ def run_show(args: argparse.Namespace) -> int:
     if entry is None or (config.name is None and len(book.plans) > 1):
         print("\n".join(_listed(book)))
     if entry is None:
-        if config.svg is not None:
+        if config.svg is not None or config.chrome_trace is not None:
             raise ValueError(f"{args.plan} has no plan to draw: every batch runs sequentially")
         return 0
     if config.name is None and len(book.plans) > 1:
-        if config.profile is None and config.model is None and config.svg is None:
+        if config.profile is None and config.model is None and config.svg is None and config.chrome_trace is None:
             return 0
         print(f"\ndrawn is {entry.plan.name} ({entry.plan.digest}), the plan for most of the time")
     plan, config = entry.plan, _for_its_batches(entry, config)
     timelines, sequential_s = _timelines(plan, config)
     if config.svg is not None:
         Path(config.svg).write_text(svg(timelines, sequential_s=sequential_s), encoding="utf-8")
+    if config.chrome_trace is not None:
+        Path(config.chrome_trace).write_bytes(chrome_trace(timelines))
     print(
         text(
             timelines,
