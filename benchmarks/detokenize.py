@@ -27,12 +27,12 @@ from benchmarks.document import write_document
 from benchmarks.stub_facts import stub_facts
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
+from nanoflow.engine.messages import EngineStats, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
-from nanoflow.outputs import FinishReason, RequestOutput
+from nanoflow.outputs import Finished, FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
 
 TEXT = (

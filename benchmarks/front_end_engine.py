@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from benchmarks.front_end import ITERATION_S, TEXT
 from benchmarks.stub_facts import stub_facts
 from nanoflow.config import EngineConfig
-from nanoflow.engine.messages import EngineStats, Finished, StepOutput
+from nanoflow.engine.messages import EngineStats, StepOutput
 from nanoflow.engine.process import serve
 from nanoflow.engine.tokenizer import Tokenizer
-from nanoflow.outputs import FinishReason
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from benchmarks.stub_facts import stub_facts
 
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, PlaceLogprobs, StepOutput
-from nanoflow.outputs import FinishReason
+from nanoflow.engine.messages import EngineFacts, EngineStats, PlaceLogprobs, StepOutput
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 
 VOCAB_SIZE = 400

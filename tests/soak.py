@@ -20,8 +20,8 @@ import torch
 from nanoflow.config import DType, EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
-from nanoflow.engine.messages import Finished, PlaceLogprobs, StepOutput
-from nanoflow.outputs import FinishReason
+from nanoflow.engine.messages import PlaceLogprobs, StepOutput
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, SamplingParams
 from tests.driving import expect_less
 

@@ -29,6 +29,21 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """How a completion ended.
+
+    Attributes:
+        reason: Why.
+        stop_token_id: The stop token of its parameters that ended it; None if that was not one (the end of sequence).
+        error: What went wrong, for people; None if nothing did.
+    """
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
 class GrowingText:
     """Descriptor of a text that can be added to without copying what is there; reads and is set as a string.
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoflow.batch import DenseBatch, Joined, PromptScore, SampledTokens
-from nanoflow.outputs import FinishReason
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
-from nanoflow.scheduler import Finish, Scheduler, SchedulerLimits
+from nanoflow.scheduler import Scheduler, SchedulerLimits
 from nanoflow.scheduler.drafts import Drafts
 
 
@@ -43,7 +43,7 @@ class Answer:
     """What a request has got."""
 
     token_ids: list[int] = field(default_factory=list)
-    finish: Finish | None = None
+    finish: Finished | None = None
 
 
 def answer_alone(request: Request, limits: SchedulerLimits, model: Model = choose_token) -> Answer:
@@ -58,11 +58,11 @@ def answer_alone(request: Request, limits: SchedulerLimits, model: Model = choos
         tokens.append(token)
         answer.token_ids.append(token)
         if token in eos:
-            answer.finish = Finish(reason=FinishReason.STOP)
+            answer.finish = Finished(reason=FinishReason.STOP)
         elif token in own:
-            answer.finish = Finish(reason=FinishReason.STOP, stop_token_id=token)
+            answer.finish = Finished(reason=FinishReason.STOP, stop_token_id=token)
         elif len(answer.token_ids) == max_tokens:
-            answer.finish = Finish(reason=FinishReason.LENGTH)
+            answer.finish = Finished(reason=FinishReason.LENGTH)
     return answer
 
 

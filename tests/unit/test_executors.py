@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
-from nanoflow.executor.reference import ReferenceExecutor
 from nanoflow.graph.graph import OpGraph
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
+from tests.reference_executor import ReferenceExecutor
 
 MAX_TOKENS = 12
 

@@ -7,8 +7,8 @@ import pytest
 
 from nanoflow.config import ConfigError
 from nanoflow.engine.front_ends import STATS_INTERVAL_S, FrontEnds, split
-from nanoflow.engine.messages import EngineStats, Finished, Heartbeat, PlaceLogprobs, StepOutput
-from nanoflow.outputs import FinishReason
+from nanoflow.engine.messages import EngineStats, Heartbeat, PlaceLogprobs, StepOutput
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, SamplingParams
 from nanoflow.server.listen import bind, choose_num_front_ends, deals_connections_out
 

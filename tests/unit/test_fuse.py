@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
-from nanoflow.executor.reference import ReferenceExecutor
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph, TensorSpec
 from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind
@@ -19,6 +18,7 @@ from nanoflow.kernels import reference
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
+from tests.reference_executor import ReferenceExecutor
 
 MAX_TOKENS = 12
 KERNELS = {**reference.REFERENCE_KERNELS, OpKind.LINEAR_SWIGLU: reference.linear_swiglu}

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.inside import InsideLanes, parts_of
 from nanoflow.executor.pipelined import PipelinedExecutor
-from nanoflow.executor.reference import ReferenceExecutor
 from nanoflow.executor.steps import bind
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
@@ -39,6 +38,7 @@ from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
 from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import predict
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
+from tests.reference_executor import ReferenceExecutor
 from tests.unit.test_lanes import CONFIG
 from tests.unit.test_profiler import SITE
 from tests.unit.test_simulate import GRAPH, SHAPE, TIMES, profile

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoflow.engine.messages import EngineStats, Finished, PlaceLogprobs, StepOutput
+from nanoflow.engine.messages import EngineStats, PlaceLogprobs, StepOutput
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt, PromptInput, make_requests, read_prompt
-from nanoflow.outputs import FinishReason, RequestOutput
+from nanoflow.outputs import Finished, FinishReason, RequestOutput
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from tests.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, fake_facts
 from tests.toy_tokenizers import toy_tokenizer

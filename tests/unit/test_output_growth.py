@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from nanoflow.engine.messages import Finished, PlaceLogprobs, StepOutput
+from nanoflow.engine.messages import PlaceLogprobs, StepOutput
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.token_bytes import TokenBytes
 from nanoflow.engine.tokenizer import Tokenizer
-from nanoflow.outputs import FinishReason, Logprob
+from nanoflow.outputs import Finished, FinishReason, Logprob
 from tests.fake_engine import fake_facts
 from tests.toy_tokenizers import EOS, byte_level_backend
 from tests.unit.test_output import TOKENIZER, add, make_processor

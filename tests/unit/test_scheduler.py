@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from nanoflow.batch import DenseBatch, SampledTokens
-from nanoflow.outputs import FinishReason
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, SamplingParams
-from nanoflow.scheduler import Finish, Scheduler, SchedulerLimits
+from nanoflow.scheduler import Scheduler, SchedulerLimits
 from tests.unit.fake_executor import Drive, answer_alone
 
-LENGTH = Finish(reason=FinishReason.LENGTH)
+LENGTH = Finished(reason=FinishReason.LENGTH)
 EOS = 1
 
 
@@ -175,7 +175,7 @@ def test_the_token_after_the_end_of_sequence_is_dropped() -> None:
     first, second = next_batch(scheduler), next_batch(scheduler)
     committed = scheduler.commit(first, tokens(EOS, 9))
     assert committed.request_ids.tolist() == [0, 1] and committed.token_ids.tolist() == [EOS, 9]
-    assert committed.finished == {0: Finish(reason=FinishReason.STOP)}
+    assert committed.finished == {0: Finished(reason=FinishReason.STOP)}
     scheduler.check_integrity()
     late = scheduler.commit(second, tokens(8, 7))
     assert (late.request_ids.tolist(), late.token_ids.tolist(), late.places.tolist()) == ([1], [7], [1])
@@ -204,16 +204,16 @@ def test_a_stop_token_of_its_own_is_named_and_the_end_of_sequence_is_not() -> No
     batch = next_batch(scheduler)
     assert [joined.stop_token_ids for joined in batch.joined] == [(EOS, 50, 51), (EOS, 50, EOS), (50, EOS), ()]
     assert scheduler.commit(batch, tokens(51, EOS, EOS, EOS)).finished == {
-        0: Finish(reason=FinishReason.STOP, stop_token_id=51),
-        1: Finish(reason=FinishReason.STOP),
-        2: Finish(reason=FinishReason.STOP, stop_token_id=EOS),
+        0: Finished(reason=FinishReason.STOP, stop_token_id=51),
+        1: Finished(reason=FinishReason.STOP),
+        2: Finished(reason=FinishReason.STOP, stop_token_id=EOS),
     }
 
 
 def test_min_tokens_holds_a_stop_back_but_not_the_length() -> None:
     scheduler = Scheduler(limits=make_limits())
     scheduler.add(make_request(0, min_tokens=3, max_tokens=3, ignore_eos=False))
-    for expected in ({}, {}, {0: Finish(reason=FinishReason.STOP)}):
+    for expected in ({}, {}, {0: Finished(reason=FinishReason.STOP)}):
         assert scheduler.commit(next_batch(scheduler), tokens(EOS)).finished == expected
 
 
@@ -223,7 +223,7 @@ def test_an_error_ends_only_its_request_and_gives_no_token() -> None:
         scheduler.add(make_request(request_id))
     batch, late = next_batch(scheduler), next_batch(scheduler)
     committed = scheduler.commit(batch, tokens(5, 0, 7, errors={1: "logits are not finite"}))
-    assert committed.finished == {1: Finish(reason=FinishReason.ERROR, error="logits are not finite")}
+    assert committed.finished == {1: Finished(reason=FinishReason.ERROR, error="logits are not finite")}
     assert committed.request_ids.tolist() == [0, 2] and committed.places.tolist() == [0, 2]
     scheduler.check_integrity()
     assert scheduler.commit(late, tokens(5, 0, 7, errors={1: "still not"})).finished == {}

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nanoflow.engine.detokenize import Detokenizer
-from nanoflow.engine.messages import Finished, PlaceLogprobs
+from nanoflow.engine.messages import PlaceLogprobs
 from nanoflow.engine.stop import StopFilter
 from nanoflow.engine.stop_special import MarkedStopFilter
-from nanoflow.outputs import CompletionOutput, FinishReason, LogprobRows, RequestMetrics, RequestOutput
+from nanoflow.outputs import CompletionOutput, Finished, FinishReason, LogprobRows, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
-from nanoflow.engine.messages import EngineFacts, EngineStats, Finished, StepOutput
+from nanoflow.engine.messages import EngineFacts, EngineStats, StepOutput
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanSource
@@ -154,10 +154,7 @@ class Engine:
         return StepOutput(
             request_ids=request_ids,
             token_ids=committed.token_ids.tolist(),
-            finished={
-                request_id: Finished(reason=end.reason, stop_token_id=end.stop_token_id, error=end.error)
-                for request_id, end in committed.finished.items()
-            },
+            finished=committed.finished,
             logprobs=sampled_logprobs(result, at_place),
             prompt_logprobs={
                 request_id: consecutive_places(top, score.first_position)

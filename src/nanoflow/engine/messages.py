@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.models.generation import SamplingDefaults
-from nanoflow.outputs import FinishReason
+from nanoflow.outputs import Finished
 from nanoflow.request import Request
 
 
@@ -181,15 +181,6 @@ class EngineStats:
     prefill_ends: int = 0
     rejected_tokens: int = 0
     plan_digest: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """Why a request ended; `stop_token_id` is set if a stop token (not the end of sequence) ended it."""
-
-    reason: FinishReason
-    stop_token_id: int | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

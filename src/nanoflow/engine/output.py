@@ -19,13 +19,14 @@ from functools import lru_cache, partial
 from nanoflow.engine.completion import Completion
 from nanoflow.engine.detokenize import make_detokenizer
 from nanoflow.engine.living import LivingRequest
-from nanoflow.engine.messages import EngineFacts, Finished, StepOutput
+from nanoflow.engine.messages import EngineFacts, StepOutput
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests, read_bad_words, truncated
 from nanoflow.engine.stop_special import StopRules
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
     CompletionOutput,
+    Finished,
     FinishReason,
     LogprobRows,
     PromptLogprobRows,

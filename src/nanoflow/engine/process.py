@@ -26,7 +26,6 @@ from nanoflow.engine.messages import (
     EngineFacts,
     EngineStats,
     Failed,
-    Finished,
     Heartbeat,
     Join,
     Leave,
@@ -39,7 +38,7 @@ from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.engine.telling import told
 from nanoflow.engine.wire import ToEngine, WireError
 from nanoflow.errors import one_line
-from nanoflow.outputs import FinishReason
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, RequestError
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,6 @@ tokens it may have, `rows.py` the state of running requests, `admission.py` the 
 
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
-from nanoflow.scheduler.scheduler import Committed, Finish, Scheduler, SchedulerEvents
+from nanoflow.scheduler.scheduler import Committed, Scheduler, SchedulerEvents
 
-__all__ = ["Committed", "Finish", "Pace", "Scheduler", "SchedulerEvents", "SchedulerLimits"]
+__all__ = ["Committed", "Pace", "Scheduler", "SchedulerEvents", "SchedulerLimits"]

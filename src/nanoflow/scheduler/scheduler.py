@@ -18,7 +18,7 @@ import numpy as np
 from nanoflow.batch import Bool, DenseBatch, Int32, Int64, Joined, SampledTokens
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.tables import PageTables
-from nanoflow.outputs import FinishReason
+from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler.admission import num_admissible
 from nanoflow.scheduler.drafts import Drafts, NoDrafts
@@ -30,15 +30,6 @@ from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finish:
-    """Why a request ended; `stop_token_id` is set if one of its own stop tokens (not the end of sequence) did it."""
-
-    reason: FinishReason
-    stop_token_id: int | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +48,7 @@ class Committed:
     request_ids: Int64
     token_ids: Int32
     places: Int32
-    finished: dict[int, Finish]
+    finished: dict[int, Finished]
     scored: tuple[int | None, ...] = ()
     num_rejected: int = 0
 
@@ -211,7 +202,7 @@ class Scheduler:
 
         request_ids = rows.request_id[kept_rows]
         finished = {
-            int(rows.request_id[row]): Finish(reason=FinishReason.ERROR, error=result.errors[place])
+            int(rows.request_id[row]): Finished(reason=FinishReason.ERROR, error=result.errors[place])
             for row, place in failed.items()
         }
         is_last = is_stop | is_full
@@ -333,14 +324,14 @@ class Scheduler:
         self.drafts.note_formed(batch)
         return batch
 
-    def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finish:
+    def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finished:
         """Why the request in a row ended with this token."""
         if not is_stop:
-            return Finish(reason=FinishReason.LENGTH)
+            return Finished(reason=FinishReason.LENGTH)
         request = self._rows.tenant(row)
         is_own = token_id in (request.params.stop_token_ids or ())
         is_eos = not request.params.ignore_eos and token_id in request.eos_token_ids
-        return Finish(reason=FinishReason.STOP, stop_token_id=token_id if is_own and not is_eos else None)
+        return Finished(reason=FinishReason.STOP, stop_token_id=token_id if is_own and not is_eos else None)
 
     def _release(self, rows: list[int]) -> None:
         """Take rows and pages of requests at once (see the top of this file why that is safe)."""
