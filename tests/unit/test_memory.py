@@ -145,8 +145,10 @@ def test_caches_of_a_cpu_take_memory_only_where_something_is_written() -> None:
     before = resident_bytes()
     num_pages = 2**30 // PAGE_BYTES
     caches = allocate_caches(GRAPH, num_pages=num_pages, page_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) > 2**28
-    assert resident_bytes() - before < 2**26
+    num_bytes = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+    assert num_bytes > 2**28
+    # Threads of other tests may take some memory at the same time.
+    assert resident_bytes() - before < num_bytes / 2
     keys = caches[1].keys
     assert keys.dtype == torch.bfloat16 and keys.is_contiguous() and not keys[7].any()
     keys[7] += 1
