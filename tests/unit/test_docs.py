@@ -35,7 +35,8 @@ def site_links() -> ModuleType:
 
 def test_links_lead_somewhere(site_links: ModuleType) -> None:
     """Files and headings, in docs/ and outside, before the site is built."""
-    pages = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+    cards = [path for folder in ("src", "tests", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
+    pages = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in [*PAGES, *cards]}
     assert not list(site_links.faults(pages))
     assert sum(1 for page, text in pages.items() for _ in site_links.links(text, page)) > 200
 
