@@ -148,6 +148,8 @@ def union_of(kinds: Sequence[LayerKind]) -> tuple[Operation, ...]:
     Where that leaves a choice, what is met first stands first. There is no such order if kinds contradict each other;
     then it is any.
     """
+    if len(kinds) == 1:
+        return kinds[0].operations
     found: dict[str, Operation] = {}
     before: dict[str, set[str]] = {}
     for kind in kinds:

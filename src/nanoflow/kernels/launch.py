@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import Operation, Scope
+from nanoflow.graph.operation import Operation, RowDims, Scope
 
 # Parts in which shares of a decode attention are counted where products carry it.
 SHARES = 256
@@ -150,3 +151,8 @@ class Launch:
 
 
 Kernel = Callable[[Launch], None]
+
+
+def embedding_scale(dims: RowDims, dtype: torch.dtype) -> float:
+    """The factor on an embedding, rounded to the model's type before it is used, as the models were trained."""
+    return dims.scale if dims.scale == 1.0 else float(torch.tensor(dims.scale, dtype=dtype))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
-from nanoflow.kernels.launch import Kernel, Launch, LayerCache
+from nanoflow.kernels.launch import Kernel, Launch, LayerCache, embedding_scale
 
 # Elements of gathered keys that decode attention holds at once. Small enough for a core's cache: larger groups are
 # several times slower on a CPU, as each allocation is made of fresh pages.
@@ -26,9 +26,9 @@ def embed(launch: Launch) -> None:
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
     torch.index_select(launch.weights[0], 0, ids, out=hidden)
     assert isinstance(launch.op.dims, RowDims)
-    if launch.op.dims.scale != 1.0:
-        # Rounded first, as the models were trained.
-        hidden.mul_(float(torch.tensor(launch.op.dims.scale, dtype=hidden.dtype)))
+    scale = embedding_scale(launch.op.dims, hidden.dtype)
+    if scale != 1.0:
+        hidden.mul_(scale)
 
 
 def gather_rows(launch: Launch) -> None:

@@ -12,13 +12,12 @@ page.
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
-from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.launch import Kernel, Launch, embedding_scale
 
 # Of 2-byte elements, two accesses of 16 bytes in flight a thread and tensor: enough to hide latency at full occupancy.
 _ELEMENTS_PER_THREAD = 16
@@ -268,9 +267,7 @@ def embed(launch: Launch) -> None:
     assert isinstance(launch.op.dims, RowDims)
     (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
-    # Rounded first, as the models were trained.
-    scale = float(torch.tensor(launch.op.dims.scale, dtype=hidden.dtype))
-    _launch_gather(ids, launch.weights[0], hidden, scale)
+    _launch_gather(ids, launch.weights[0], hidden, embedding_scale(launch.op.dims, hidden.dtype))
 
 
 def gather_rows(launch: Launch) -> None:

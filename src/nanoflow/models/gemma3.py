@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nanoflow.graph.graph import LayerKind, OpGraph, Parameter, RopeSpec, TensorSpec
-from nanoflow.graph.layers import sections_of
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind
 from nanoflow.models import parts
 from nanoflow.models.fields import ModelError, shown
@@ -41,25 +40,14 @@ def build(config: ModelConfig, max_model_len: int | None) -> OpGraph:
     if config.fields.has("use_bidirectional_attention") and config.fields.flag("use_bidirectional_attention"):
         raise config.fields.error("use_bidirectional_attention", "must be false: only causal attention is served")
     parameters = _layer_parameters(config)
-    kinds = {
-        window: _kind(config, window, parameters, _rope(config, window, max_model_len))
-        for window in dict.fromkeys(config.layer_windows)
-    }
-    attention = next(iter(kinds.values())).attention
     embedding, final_norm, *others = parts.shared_parameters(config)
-    graph = OpGraph(
-        name=config.architecture,
-        vocab_size=config.vocab_size,
-        prologue=(parts.embed(config, scale=config.hidden_size**0.5),),
-        sections=sections_of([kinds[window] for window in config.layer_windows]),
-        epilogue=parts.epilogue(config),
-        tensors=parts.tensors(config, attention, TensorSpec(name="block", width=config.hidden_size)),
+    return parts.decoder(
+        config,
+        lambda window: _kind(config, window, parameters, _rope(config, window, max_model_len)),
         parameters=(embedding, _one_more(final_norm), *others),
-        ignored_sources=parts.ignored_sources(config),
+        more_tensors=(TensorSpec(name="block", width=config.hidden_size),),
+        scale=config.hidden_size**0.5,
     )
-    graph = replace(graph, name=f"{graph.name} {parts.size_of(graph)}")
-    graph.validate()
-    return graph
 
 
 def _rope(config: ModelConfig, window: int | None, max_model_len: int | None) -> RopeSpec:
@@ -69,8 +57,8 @@ def _rope(config: ModelConfig, window: int | None, max_model_len: int | None) ->
 
 
 def _kind(config: ModelConfig, window: int | None, parameters: tuple[Parameter, ...], rope: RopeSpec) -> LayerKind:
-    """Layers with this window; their attention alone is told apart from that of other layers, if there are others."""
-    variant = "sliding" if window is not None and len(set(config.layer_windows)) > 1 else ""
+    """Layers with this window."""
+    variant = parts.variant_of(config, window)
     attention = AttentionDims(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,

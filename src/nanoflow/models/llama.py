@@ -1,17 +1,14 @@
 """The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3, Phi 3 and 4.
 
 Which architecture takes which traits is `registry.py`'s knowledge; what families have in common is in `parts.py`. No
-kernel and no tensor here. The residual stream is
-`hidden`: the embedding writes it, and the last product of each block adds to it in place, so that no sum is written
-to be added later. SwiGLU stands by itself here; `graph/fuse.py` joins it to the product before it.
+kernel and no tensor here. The residual stream is `hidden`: the embedding writes it, and the last product of each block
+adds to it in place, so that no sum is written to be added later. SwiGLU stands by itself here; `graph/fuse.py` joins it
+to the product before it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from nanoflow.graph.graph import LayerKind, OpGraph, Parameter, RopeSpec
-from nanoflow.graph.layers import sections_of
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind
 from nanoflow.models import parts
 from nanoflow.models.fields import ModelError, shown
@@ -52,31 +49,20 @@ def build(
         *_mlp_parameters(config, is_stored_fused=is_stored_fused),
     )
     rope = rope_spec(config, max_model_len)
-    kinds = {
-        window: _kind(config, _attention_dims(config, window, rope, has_qk_norm=has_qk_norm), layer_parameters, rope)
-        for window in dict.fromkeys(config.layer_windows)
-    }
-    graph = OpGraph(
-        name=config.architecture,
-        vocab_size=config.vocab_size,
-        prologue=(parts.embed(config),),
-        sections=sections_of([kinds[window] for window in config.layer_windows]),
-        epilogue=parts.epilogue(config),
-        tensors=parts.tensors(config, next(iter(kinds.values())).attention),
+    return parts.decoder(
+        config,
+        lambda window: _kind(
+            config, _attention_dims(config, window, rope, has_qk_norm=has_qk_norm), layer_parameters, rope
+        ),
         parameters=parts.shared_parameters(config),
-        ignored_sources=parts.ignored_sources(config),
     )
-    graph = replace(graph, name=f"{graph.name} {parts.size_of(graph)}")
-    graph.validate()
-    return graph
 
 
 def _kind(
     config: ModelConfig, attention: AttentionDims, parameters: tuple[Parameter, ...], rope: RopeSpec
 ) -> LayerKind:
-    """Layers with this window; what differs is the attention, so it alone is told apart, if there are other layers."""
-    is_other = len(set(config.layer_windows)) > 1 and attention.window is not None
-    variant = "sliding" if is_other else ""
+    """Layers with this attention."""
+    variant = parts.variant_of(config, attention.window)
     return LayerKind(
         name=variant or "layer",
         operations=_layer(config, attention, {parameter.name for parameter in parameters}, variant),

@@ -7,15 +7,58 @@ Which parts a family has, and in which order, says its own file (`llama.py`, `ge
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
-from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart, TensorSpec
+from nanoflow.graph.graph import LayerKind, OpGraph, Parameter, ParameterPart, TensorSpec
+from nanoflow.graph.layers import sections_of
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
 from nanoflow.models.model import ModelConfig
 
 # What checkpoints call the embedding, the output projection, and the beginning of what belongs to a layer.
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = "model.layers.{layer}."
+
+
+def decoder(
+    config: ModelConfig,
+    kind_of: Callable[[int | None], LayerKind],
+    *,
+    parameters: tuple[Parameter, ...],
+    more_tensors: tuple[TensorSpec, ...] = (),
+    scale: float = 1.0,
+) -> OpGraph:
+    """The whole model, from its kinds of layers.
+
+    Args:
+        config: The model.
+        kind_of: The kind of layers with this sliding window (None: without); called once for each.
+        parameters: Those outside the layers.
+        more_tensors: Tensors of the layers that other families do not have.
+        scale: Factor on the embedding.
+    """
+    kinds = {window: kind_of(window) for window in dict.fromkeys(config.layer_windows)}
+    graph = OpGraph(
+        name=config.architecture,
+        vocab_size=config.vocab_size,
+        prologue=(embed(config, scale),),
+        sections=sections_of([kinds[window] for window in config.layer_windows]),
+        epilogue=epilogue(config),
+        tensors=tensors(config, next(iter(kinds.values())).attention, *more_tensors),
+        parameters=parameters,
+        ignored_sources=ignored_sources(config),
+    )
+    graph = replace(graph, name=f"{graph.name} {size_of(graph)}")
+    graph.validate()
+    return graph
+
+
+def variant_of(config: ModelConfig, window: int | None) -> str:
+    """What the attention of layers with this window is told apart by; empty if all layers are alike, or for the rest.
+
+    Where layers differ in their windows alone, it is their attention alone that must be told apart.
+    """
+    return "sliding" if window is not None and len(set(config.layer_windows)) > 1 else ""
 
 
 def tensors(config: ModelConfig, dims: AttentionDims, *more: TensorSpec) -> tuple[TensorSpec, ...]:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from nanoflow.errors import one_line
+from nanoflow.errors import brief_line
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.plan import PipelinePlan, PlanError
@@ -277,7 +277,7 @@ class StoredBook:
                 )
             return msgspec.convert(content, StoredBook)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PlanError(f"neither a pipeline plan nor a plan book: {one_line(error)}") from None
+            raise PlanError(f"neither a pipeline plan nor a plan book: {brief_line(error)}") from None
 
 
 def load_book(path: Path) -> StoredBook:

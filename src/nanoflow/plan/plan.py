@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from nanoflow.errors import one_line
+from nanoflow.errors import brief_line
 from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.nanobatch import Access, TokenRange, depends
 from nanoflow.graph.operation import OpKind
@@ -270,7 +270,7 @@ class PipelinePlan:
         try:
             return msgspec.json.decode(document, type=PipelinePlan)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PlanError(f"not a pipeline plan: {one_line(error)}") from None
+            raise PlanError(f"not a pipeline plan: {brief_line(error)}") from None
 
     @staticmethod
     def load(path: Path) -> PipelinePlan:

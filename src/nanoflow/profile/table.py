@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from nanoflow.errors import one_line
+from nanoflow.errors import brief_line
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import LinearDims
 from nanoflow.plan.plan import Mechanism
@@ -165,7 +165,7 @@ class Profile:
         try:
             profile = msgspec.json.decode(document, type=Profile)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ProfileError(f"not a profile: {one_line(error)}") from None
+            raise ProfileError(f"not a profile: {brief_line(error)}") from None
         if profile.version != PROFILE_VERSION:
             raise ProfileError(f"the profile has version {profile.version}, this nanoflow reads {PROFILE_VERSION}")
         return profile

@@ -65,10 +65,11 @@ def carrying_runs(graph: OpGraph) -> Iterator[tuple[str, ...]]:
 
 def _sections(graph: OpGraph) -> tuple[list[Operation], Operation, list[Operation]]:
     """What must come before decode attention, it, and what is left: prefill attention needs nothing of it."""
-    place = next(at for at, op in enumerate(graph.layer) if op.kind is OpKind.DECODE_ATTENTION)
-    after = [op for op in graph.layer[place + 1 :] if op.kind is not OpKind.PREFILL_ATTENTION]
-    prefills = [op for op in graph.layer[place + 1 :] if op.kind is OpKind.PREFILL_ATTENTION]
-    return [*graph.layer[:place], *prefills], graph.layer[place], after
+    layer = graph.layer
+    place = next(at for at, op in enumerate(layer) if op.kind is OpKind.DECODE_ATTENTION)
+    after = [op for op in layer[place + 1 :] if op.kind is not OpKind.PREFILL_ATTENTION]
+    prefills = [op for op in layer[place + 1 :] if op.kind is OpKind.PREFILL_ATTENTION]
+    return [*layer[:place], *prefills], layer[place], after
 
 
 def _beside(graph: OpGraph, tokens: TokenRange, stage: int, next_stage: int) -> list[NanoOperation]:

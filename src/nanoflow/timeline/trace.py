@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from nanoflow.errors import one_line
+from nanoflow.errors import brief_line
 from nanoflow.graph.operation import BatchShape, Resource, Scope
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.timeline.drawing import span_of
@@ -224,7 +224,7 @@ def read_chrome_trace(path: Path) -> list[KernelEvent]:
     except (OSError, EOFError, zlib.error) as error:
         raise TraceError(f"cannot read trace {path}: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TraceError(f"{path} is not a trace: {one_line(error)}") from None
+        raise TraceError(f"{path} is not a trace: {brief_line(error)}") from None
     events = content.get("traceEvents") if isinstance(content, dict) else content
     if not isinstance(events, list):
         raise TraceError(f"{path} is not a trace: it has no traceEvents")
