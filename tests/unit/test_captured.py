@@ -87,11 +87,13 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
         tensor.fill_(torch.nan)
     size = BatchSize(num_tokens=24, num_decodes=16, num_prefills=4)
     # As large as any batch needs; what an earlier batch left behind these tables must not matter either.
-    places = RequestTables(decodes=torch.zeros(20, 9, dtype=torch.int32), prefills=torch.zeros(6, 9, dtype=torch.int32))
+    places = RequestTables(
+        decodes=torch.zeros(1, 20, 9, dtype=torch.int32), prefills=torch.zeros(1, 6, 9, dtype=torch.int32)
+    )
     loaded = builder.load(batch, layout, size, places)
     place = replace(
         loaded,
-        tables=RequestTables(decodes=places.decodes[:16], prefills=places.prefills[:4]),
+        tables=RequestTables(decodes=places.decodes[:, :16], prefills=places.prefills[:, :4]),
         first_prefill_token=0,
         host=None,
     )
@@ -112,7 +114,7 @@ def test_a_batch_of_padding_changes_nothing() -> None:
         size=size,
         numbers=torch.from_numpy(padding(size)),
         tables=RequestTables(
-            decodes=torch.zeros(8, 2, dtype=torch.int32), prefills=torch.zeros(4, 2, dtype=torch.int32)
+            decodes=torch.zeros(1, 8, 2, dtype=torch.int32), prefills=torch.zeros(1, 4, 2, dtype=torch.int32)
         ),
         logit_tokens=torch.zeros(0, dtype=torch.int32),
         first_prefill_token=0,

@@ -80,7 +80,7 @@ def test_decode_attention(window: int | None, limit: int, cut: int, monkeypatch:
         if tokens.num_tokens:
             _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
     for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
-        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.decodes.page_tables[i], before, window)
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.pages[0].decode_tables[i], before, window)
         torch.testing.assert_close(out[i], expected)
 
 
@@ -93,7 +93,7 @@ def test_decode_attention_reads_nothing_behind_a_context() -> None:
     is_read = torch.zeros(cache.keys.shape[0], cache.keys.shape[2], dtype=torch.bool)
     for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
         for place in range(before + 1):
-            page = int(inputs.decodes.page_tables[i, place // is_read.shape[1]])
+            page = int(inputs.pages[0].decode_tables[i, place // is_read.shape[1]])
             is_read[page, place % is_read.shape[1]] = True
     for part in (cache.keys, cache.values):
         part.masked_fill_(~is_read[:, None, :, None], torch.nan)
@@ -121,7 +121,7 @@ def test_decodes_of_all_lengths_in_any_order_are_their_own(window: int | None) -
     tokens, out = TokenRange(start=0, stop=len(requests)), torch.full_like(q, torch.nan)
     _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
     for i, (before, _) in enumerate(requests):
-        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.decodes.page_tables[i], before, window)
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.pages[0].decode_tables[i], before, window)
         torch.testing.assert_close(out[i], expected)
 
 
@@ -139,7 +139,7 @@ def test_prefill_attention_cut_anywhere(window: int | None, cut: int) -> None:
         for i in range(count):
             token = int(inputs.prefills.query_start[request]) + i
             expected = _attend(
-                q[token].view(HEADS, DIM), cache, inputs.prefills.page_tables[request], before + i, window
+                q[token].view(HEADS, DIM), cache, inputs.pages[0].prefill_tables[request], before + i, window
             )
             torch.testing.assert_close(out[token], expected)
 
@@ -195,7 +195,7 @@ def test_rope_append_rotates_and_fills_its_slots_only() -> None:
         heads = qkv[token].view(-1, DIM)
         rotated = torch.stack([_rotated(head, positions[token]) for head in heads[: HEADS + KV_HEADS]])
         torch.testing.assert_close(q[token], rotated[:HEADS].flatten())
-        page, offset = divmod(int(inputs.slots[token]), PAGE_SIZE)
+        page, offset = divmod(int(inputs.pages[0].slots[token]), PAGE_SIZE)
         torch.testing.assert_close(cache.keys[page, :, offset], rotated[HEADS:])
         torch.testing.assert_close(cache.values[page, :, offset], heads[HEADS + KV_HEADS :])
         cache.keys[page, :, offset], cache.values[page, :, offset] = (
@@ -233,15 +233,15 @@ def test_page_tables_stay_and_a_batch_brings_only_what_is_new() -> None:
     width = first.table_width
     tables = torch.from_numpy(first.new_pages.pages).view(3, width)
     inputs = builder.build(first)
-    assert inputs.decodes.page_tables.tolist() == tables[:2].tolist()
-    assert inputs.prefills.page_tables.tolist() == tables[2:].tolist()
+    assert inputs.pages[0].decode_tables.tolist() == tables[:2].tolist()
+    assert inputs.pages[0].prefill_tables.tolist() == tables[2:].tolist()
     # Wider than the table was; the requests stand in another order; row 2 has another tenant.
     later = replace(later, new_pages=new, table_width=2 * width + 1, rows=np.array([2, 1, 0], np.int32))
     inputs = builder.build(later)
-    assert inputs.decodes.page_tables[:, 0].tolist() == [80, int(tables[1, 0])]
-    assert int(inputs.decodes.page_tables[1, 2]) == 70 and inputs.decodes.page_tables.shape == (2, 2 * width + 1)
-    assert inputs.prefills.page_tables[0, :width].tolist() == tables[0].tolist()
-    assert int(inputs.decodes.page_tables.max()) <= 80 and int(inputs.decodes.page_tables.min()) >= 0
+    assert inputs.pages[0].decode_tables[:, 0].tolist() == [80, int(tables[1, 0])]
+    assert int(inputs.pages[0].decode_tables[1, 2]) == 70 and inputs.pages[0].decode_tables.shape == (2, 2 * width + 1)
+    assert inputs.pages[0].prefill_tables[0, :width].tolist() == tables[0].tolist()
+    assert int(inputs.pages[0].decode_tables.max()) <= 80 and int(inputs.pages[0].decode_tables.min()) >= 0
 
 
 @pytest.mark.skipif(not cpu.has_onednn(), reason="this torch has no oneDNN")
