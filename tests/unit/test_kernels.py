@@ -84,20 +84,35 @@ def test_decode_attention(window: int | None, limit: int, cut: int, monkeypatch:
         torch.testing.assert_close(out[i], expected)
 
 
-def test_decode_attention_reads_nothing_behind_a_context() -> None:
-    """What lies there is another request's and may not be finite; contexts of several lengths are read together."""
-    inputs, cache = _inputs(REQUESTS, NUM_DECODES), _cache(64)
-    q = torch.randn(NUM_DECODES, HEADS * DIM)
-    tokens, clean, out = TokenRange(start=0, stop=NUM_DECODES), torch.empty_like(q), torch.empty_like(q)
-    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, None, tokens, q, clean, inputs, cache)
-    is_read = torch.zeros(cache.keys.shape[0], cache.keys.shape[2], dtype=torch.bool)
-    for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
-        for place in range(before + 1):
-            page = int(inputs.pages[0].decode_tables[i, place // is_read.shape[1]])
-            is_read[page, place % is_read.shape[1]] = True
+def _is_seen(inputs: BatchInputs, requests: list[tuple[int, int]], num_pages: int, window: int | None) -> torch.Tensor:
+    """Places that a query of these requests sees, bool [num_pages, PAGE_SIZE]."""
+    tables = torch.cat((inputs.pages[0].decode_tables, inputs.pages[0].prefill_tables))
+    is_seen = torch.zeros(num_pages, PAGE_SIZE, dtype=torch.bool)
+    for table, (before, count) in zip(tables, requests, strict=True):
+        places = torch.arange(0 if window is None else max(before - window + 1, 0), before + count)
+        is_seen[table[places // PAGE_SIZE].long(), places % PAGE_SIZE] = True
+    return is_seen
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7])
+@pytest.mark.parametrize("requests", [REQUESTS, [(40, 1), (41, 1), (9, 1), (30, 7), (44, 2)]])
+def test_attention_reads_nothing_but_what_its_queries_see(requests: list[tuple[int, int]], window: int | None) -> None:
+    """What lies behind a context or before a window is another request's and may not be finite."""
+    inputs, cache = _inputs(requests, NUM_DECODES), _cache(128)
+    q = torch.randn(inputs.num_tokens, HEADS * DIM)
+    clean, out = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+
+    def attend(result: torch.Tensor) -> None:
+        decodes, prefills = TokenRange(start=0, stop=NUM_DECODES), TokenRange(start=NUM_DECODES, stop=len(q))
+        _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, decodes, q, result, inputs, cache)
+        _launch(OpKind.PREFILL_ATTENTION, Scope.PREFILL, window, prefills, q, result, inputs, cache)
+
+    attend(clean)
+    is_seen = _is_seen(inputs, requests, len(cache.keys), window)
     for part in (cache.keys, cache.values):
-        part.masked_fill_(~is_read[:, None, :, None], torch.nan)
-    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, None, tokens, q, out, inputs, cache)
+        part.masked_fill_(~is_seen[:, None, :, None], torch.nan)
+    attend(out)
+    assert clean.isfinite().all()
     torch.testing.assert_close(out, clean)
 
 

@@ -39,14 +39,15 @@ def _inputs() -> BatchInputs:
 
 
 def _caches(inputs: BatchInputs, dims: AttentionDims) -> tuple[LayerCache, LayerCache]:
-    """Random keys and values; and the same with NaN in every place that is in no context."""
+    """Random keys and values; and the same with NaN wherever no query sees it, in no context or too far back."""
     page_tables = torch.cat((inputs.pages[0].decode_tables, inputs.pages[0].prefill_tables))
     contexts = torch.cat((inputs.decodes.context_len, inputs.prefills.context_len)).tolist()
+    num_queries = [1] * len(inputs.decodes.context_len) + inputs.prefills.query_start.diff().tolist()
     shape = (int(page_tables.max()) + 3, dims.num_kv_heads, PAGE_SIZE, dims.head_dim)
     clean = LayerCache(keys=torch.randn(shape), values=torch.randn(shape))
     is_live = torch.zeros(shape[0], PAGE_SIZE, dtype=torch.bool)
-    for table, context in zip(page_tables, contexts, strict=True):
-        places = torch.arange(context)
+    for table, context, count in zip(page_tables, contexts, num_queries, strict=True):
+        places = torch.arange(max(context - count - dims.window + 1, 0) if dims.window else 0, context)
         is_live[table[places // PAGE_SIZE].long(), places % PAGE_SIZE] = True
     dead = ~is_live[:, None, :, None]
     return clean, LayerCache(
