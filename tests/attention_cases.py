@@ -38,7 +38,7 @@ def dims_of(heads: tuple[int, int, int], window: int | None) -> AttentionDims:
 
 def cache_of(inputs: BatchInputs, dims: AttentionDims) -> LayerCache:
     """Every page that the inputs name."""
-    tables = torch.cat((inputs.decodes.page_tables, inputs.prefills.page_tables))
+    tables = torch.cat((inputs.pages[0].decode_tables, inputs.pages[0].prefill_tables))
     shape = (int(tables.max()) + 1, dims.num_kv_heads, PAGE_TOKENS, dims.head_dim)
     keys, values = (torch.randn(shape, device=tables.device).bfloat16() for _ in range(2))
     return LayerCache(keys=keys, values=values)
@@ -70,7 +70,7 @@ def decode_case(
     for row, context in enumerate(contexts):
         page, used = divmod(context, PAGE_TOKENS)
         if used:
-            at = int(inputs.decodes.page_tables[row, page])
+            at = int(inputs.pages[0].decode_tables[row, page])
             cache.keys[at, :, used:] = cache.values[at, :, used:] = torch.nan
     inputs = dataclasses.replace(
         inputs,

@@ -78,10 +78,10 @@ class Cases:
         shape = (num_pages, dims.num_kv_heads, page_size, d)
         angles = torch.rand(self.num_tokens, (dims.rotary_dim or d) // 2, generator=self._generator(8)) * 6.3
         slots = torch.randperm(num_pages * page_size, generator=self._generator(9))[: self.num_tokens]
-        inputs = replace(launch.inputs, slots=slots.to(self.device))
+        pages = replace(launch.inputs.pages[0], slots=slots.to(self.device))
         rotation = Rotation(cos=angles.cos().to(self.device), sin=angles.sin().to(self.device))
         cache = LayerCache(keys=self._poison(*shape), values=self._poison(*shape))
-        return replace(launch, inputs=inputs, cache=cache, rotation=rotation)
+        return replace(launch, inputs=replace(launch.inputs, pages=(pages,)), cache=cache, rotation=rotation)
 
     def _launch(
         self,

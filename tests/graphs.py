@@ -25,7 +25,6 @@ from nanoflow.graph.operation import (
     RowDims,
     Scope,
 )
-from nanoflow.kernels.launch import LayerCache
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
@@ -271,7 +270,9 @@ def batches(draw: st.DrawFn, max_tokens: int, vocab: int) -> DenseBatch:
     return batch_of(decodes + chunks, num_decodes, vocab, draw(st.integers(0, 2**31)))
 
 
-def batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed: int) -> DenseBatch:
+def batch_of(
+    requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed: int, *, num_groups: int = 1, num_rows: int = 0
+) -> DenseBatch:
     """A batch of requests (tokens computed before, tokens now), each with pages of its own at random places."""
     rng = np.random.default_rng(seed)
     before, taken = np.array(requests).T
@@ -279,8 +280,11 @@ def batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed
     row_of_token = np.repeat(np.arange(len(requests)), taken)
     positions = np.concatenate([np.arange(first, first + count) for first, count in requests])
     pages_per_request = int(-(-(before + taken).max() // PAGE_SIZE))
-    page_tables = rng.permutation(len(requests) * pages_per_request).reshape(len(requests), pages_per_request)
-    slots = page_tables[row_of_token, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    page_tables = [
+        rng.permutation(len(requests) * pages_per_request).reshape(len(requests), pages_per_request)
+        for _ in range(num_groups)
+    ]
+    slots = [table[row_of_token, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE for table in page_tables]
     return DenseBatch(
         iteration=1,
         rows=np.arange(len(requests), dtype=np.int32),
@@ -291,8 +295,10 @@ def batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed
         token_ids=rng.integers(0, vocab, len(positions), dtype=np.int32),
         is_fed_back=np.zeros(len(positions), np.bool_),
         positions=positions.astype(np.int32),
-        slots=slots.astype(np.int64),
-        new_pages=NewPages.of_tables(page_tables.astype(np.int32)),
+        slots=np.concatenate(slots).astype(np.int64),
+        new_pages=NewPages.of_groups(
+            [NewPages.of_tables(table.astype(np.int32)) for table in page_tables], num_rows=num_rows
+        ),
         table_width=pages_per_request,
         sampled=np.arange(len(requests), dtype=np.int32),
     )
@@ -309,8 +315,8 @@ def drawing(batch: DenseBatch, draws: Sequence[int]) -> DenseBatch:
     )
 
 
-def device_model(graph: OpGraph, num_pages: int, seed: int = 0) -> DeviceModel:
-    """A model with random weights and random keys and values in every page."""
+def device_model(graph: OpGraph, num_pages: int | Sequence[int], seed: int = 0) -> DeviceModel:
+    """A model with random weights and random keys and values in every page; see `allocate_caches`."""
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(seed)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=PAGE_SIZE, dtype=torch.float32, device=cpu)
     for cache in caches:
@@ -324,7 +330,7 @@ def device_model(graph: OpGraph, num_pages: int, seed: int = 0) -> DeviceModel:
 
 def with_fresh_caches(model: DeviceModel) -> DeviceModel:
     """The same model on a copy of its caches."""
-    caches = tuple(LayerCache(keys=cache.keys.clone(), values=cache.values.clone()) for cache in model.caches)
+    caches = tuple(replace(cache, keys=cache.keys.clone(), values=cache.values.clone()) for cache in model.caches)
     return DeviceModel(graph=model.graph, weights=model.weights, caches=caches, kernels=model.kernels)
 
 

@@ -212,7 +212,7 @@ def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]
     for row in range(launch.tokens.start, launch.tokens.stop):
         context = int(decodes.context_len[row])
         for page in range(-(-context // KEY_BLOCK) * (KEY_BLOCK // PAGE_TOKENS)):
-            at = int(decodes.page_tables[row, min(page, (context - 1) // PAGE_TOKENS)])
+            at = int(launch.pages.decode_tables[row, min(page, (context - 1) // PAGE_TOKENS)])
             for head in range(dims.num_kv_heads):
                 for column in range(0, dims.head_dim, PANEL):
                     expected[(at * dims.num_kv_heads + head) * PAGE_TOKENS, column] += 1

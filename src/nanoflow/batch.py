@@ -70,7 +70,8 @@ class NewPages:
     """Pages that rows have got since the batch before: N entries of the page tables, which stay on the device.
 
     Attributes:
-        rows: int32 [N], rows of the state table.
+        rows: int32 [N], the table that each one is of: row r of the state table has table r in the first KV group, and
+            g * num_rows + r in group g of a model with several.
         columns: int32 [N], which page of its row each one is, from 0; no place twice.
         pages: int32 [N], page ids.
     """
@@ -89,6 +90,17 @@ class NewPages:
         return NewPages.of_tables(np.zeros((0, 0), np.int32))
 
     @staticmethod
+    def of_groups(groups: Sequence[NewPages], *, num_rows: int) -> NewPages:
+        """Those of several KV groups, each with rows of the state table, which has `num_rows`."""
+        if len(groups) == 1:
+            return groups[0]
+        return NewPages(
+            rows=np.concatenate([new.rows + np.int32(group * num_rows) for group, new in enumerate(groups)]),
+            columns=np.concatenate([new.columns for new in groups]),
+            pages=np.concatenate([new.pages for new in groups]),
+        )
+
+    @staticmethod
     def of_tables(tables: Int32) -> NewPages:
         """Whole page tables, int32 [B, P], of the first B rows."""
         rows, columns = np.indices(tables.shape, dtype=np.int32)
@@ -97,7 +109,7 @@ class NewPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseBatch:
-    """All tokens of one iteration (T tokens, B requests, S of which sample a token).
+    """All tokens of one iteration (T tokens, B requests, S of which sample a token; G KV groups, mostly one).
 
     Attributes:
         iteration: Counts up.
@@ -109,10 +121,11 @@ class DenseBatch:
         token_ids: int32 [T]; where `is_fed_back`, any value.
         is_fed_back: bool [T], the token is the one last sampled for that row; it is on the device only.
         positions: int32 [T], place of each token in its sequence.
-        slots: int64 [T], place of each token in the KV cache: page * page_size + offset.
+        slots: int64 [G * T], place of each token in the KV cache of each group, group after group:
+            page * page_size + offset.
         new_pages: What the page tables of these requests have grown by. Batches run in the order in which they were
             formed, so what an earlier tenant has left in a row's table is overwritten or lies behind the pages in use.
-        table_width: Pages of the request that has most.
+        table_width: Columns of the widest page table among these requests.
         sampled: int32 [S], not decreasing: the requests (by place in the batch) that draw a token. One that stands here
             n times draws behind each of its last n tokens; all of them but the first are a draft, that is tokens
             which are only guessed (`scheduler/drafts.py`). Without drafts no request stands here twice.

@@ -56,7 +56,7 @@ def attention_case(contexts: list[int], monkeypatch: pytest.MonkeyPatch) -> Laun
     num = len(contexts)
     batch = graphs.batch_of([(context - 1, 1) for context in contexts], num, 10, seed=1)
     inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=num, device=GPU).build(batch)
-    shape = (int(inputs.decodes.page_tables.max()) + 1, DIMS.num_kv_heads, PAGE_TOKENS, DIMS.head_dim)
+    shape = (int(inputs.pages[0].decode_tables.max()) + 1, DIMS.num_kv_heads, PAGE_TOKENS, DIMS.head_dim)
     keys, values = (torch.randn(shape, device=GPU).bfloat16() for _ in range(2))
     op = Operation(
         name="attention",

@@ -77,7 +77,7 @@ def test_later_keys_may_be_far_more_likely(monkeypatch: pytest.MonkeyPatch) -> N
     assert carried.cache is not None
     for row in range(8):
         for page in range(63):
-            at = int(carried.inputs.decodes.page_tables[row, page])
+            at = int(carried.inputs.pages[0].decode_tables[row, page])
             carried.cache.keys[at] *= 0.1 + 8.0 * (page % 31) / 31
     carrier = HopperCarrier(num_sms=NUM_SMS, steps=4)
     taken = carrier.take(carried, 2)

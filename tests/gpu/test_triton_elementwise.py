@@ -127,8 +127,8 @@ def test_a_captured_graph_serves_another_batch_with_padding() -> None:
     assert rope.rotation is not None and wanted.rotation is not None
     rope.rotation.cos.copy_(wanted.rotation.cos)
     rope.rotation.sin.copy_(wanted.rotation.sin)
-    rope.inputs.slots.copy_(wanted.inputs.slots)
-    rope.inputs.slots[num_live:] = num_slots
+    rope.pages.slots.copy_(wanted.pages.slots)
+    rope.pages.slots[num_live:] = num_slots
     embed.inputs.token_ids.copy_(wanted_embed.inputs.token_ids)
     embed.inputs.token_ids[num_live:] = VOCAB_SIZE
     for tensor in (rope.cache.keys, rope.cache.values, *embed.writes):

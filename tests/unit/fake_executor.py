@@ -1,8 +1,9 @@
 """A deterministic model behind the executor's contract, for tests of the scheduler.
 
 The next token is a hash of the seed and all tokens before it. The executor learns those tokens only from batches: it
-keeps a simulated KV cache of (token, position) a slot and reads every context back through the page table, so a wrong
-slot, a page with two holders or a wrong token fails the test at the place where it happens.
+keeps a simulated KV cache of (token, position) a slot for each KV group and reads every context back through the page
+table, so a wrong slot, a page with two holders or a wrong token fails the test at the place where it happens. What lies
+in free pages is lost, so a page that is taken back too early fails it too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanoflow.batch import DenseBatch, Joined, PromptScore, SampledTokens
+from nanoflow.batch import Bool, DenseBatch, Int32, Joined, PromptScore, SampledTokens
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler import Scheduler, SchedulerLimits
@@ -81,11 +82,21 @@ class FakeExecutor:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.tenants: dict[int, _Tenant] = {}
-        num_slots = limits.num_pages * limits.page_size
         pages_per_row = -(-limits.max_model_len // limits.page_size)
-        self.page_tables = np.zeros((limits.max_num_seqs, pages_per_row), np.int32)
-        self.cached_token = np.full(num_slots, -1)
-        self.cached_position = np.full(num_slots, -1)
+        self.page_tables = np.zeros((len(limits.pools) * limits.max_num_seqs, pages_per_row), np.int32)
+        num_slots = [pool.num_pages * limits.page_size for pool in limits.pools]
+        self.cached_tokens = [np.full(count, -1) for count in num_slots]
+        self.cached_positions = [np.full(count, -1) for count in num_slots]
+
+    def forget(self, group: int, is_free: Bool) -> None:
+        """Lose what stands in the free pages of a group, bool [pages]."""
+        is_lost = np.repeat(is_free, self.limits.page_size)
+        self.cached_tokens[group][is_lost] = self.cached_positions[group][is_lost] = -1
+
+    def table(self, group: int, row: int) -> Int32:
+        """The page table of a row of the state table."""
+        table: Int32 = self.page_tables[group * self.limits.max_num_seqs + row]
+        return table
 
     def run(self, batch: DenseBatch) -> SampledTokens:
         """Compute a batch: write its tokens to the cache, read the contexts back, sample."""
@@ -112,7 +123,10 @@ class FakeExecutor:
         assert batch.query_start[0] == 0 and batch.query_start[-1] == batch.num_tokens
         assert (lengths > 0).all() and (lengths[: batch.num_decodes] == 1).all()
         assert len(set(batch.rows.tolist())) == batch.num_requests <= self.limits.max_num_seqs
-        assert len(set(batch.slots.tolist())) == batch.num_tokens == len(batch.positions) == len(batch.is_fed_back)
+        assert batch.num_tokens == len(batch.positions) == len(batch.is_fed_back)
+        assert len(batch.slots) == len(self.limits.pools) * batch.num_tokens
+        for slots in batch.slots.reshape(-1, batch.num_tokens):
+            assert len(set(slots.tolist())) == batch.num_tokens
         assert ((batch.token_ids >= 0) & (batch.token_ids < self.limits.vocab_size)).all()
         for name in ("rows", "query_start", "context_len", "token_ids", "positions", "sampled"):
             assert getattr(batch, name).dtype == np.int32, name
@@ -123,36 +137,42 @@ class FakeExecutor:
         new = batch.new_pages
         assert new.rows.dtype == new.columns.dtype == new.pages.dtype == np.int32
         assert len(set(zip(new.rows.tolist(), new.columns.tolist(), strict=True))) == len(new)
-        assert ((new.pages >= 0) & (new.pages < self.limits.num_pages)).all()
+        most = np.array([pool.num_pages for pool in self.limits.pools])[new.rows // self.limits.max_num_seqs]
+        assert ((new.pages >= 0) & (new.pages < most)).all()
         assert batch.table_width == -(-int(batch.context_len.max()) // self.limits.page_size)
         assert (new.columns < batch.table_width).all()
         self.page_tables[new.rows, new.columns] = new.pages
 
     def write(self, batch: DenseBatch, index: int) -> None:
         """Write the tokens of one request where the batch says."""
-        tenant = self.tenants[int(batch.rows[index])]
+        row, size = int(batch.rows[index]), self.limits.page_size
+        tenant = self.tenants[row]
         for place in range(int(batch.query_start[index]), int(batch.query_start[index + 1])):
-            position, slot = int(batch.positions[place]), int(batch.slots[place])
+            position = int(batch.positions[place])
             assert position == tenant.num_computed
             if batch.is_fed_back[place]:
                 assert position == len(tenant.tokens) - 1 >= len(tenant.joined.token_ids)
                 token = tenant.tokens[-1]
             else:
                 token = int(batch.token_ids[place])
-            page = int(self.page_tables[batch.rows[index], position // self.limits.page_size])
-            assert slot == page * self.limits.page_size + position % self.limits.page_size
-            self.cached_token[slot], self.cached_position[slot] = token, position
+            for group, slots in enumerate(batch.slots.reshape(-1, batch.num_tokens)):
+                slot = int(slots[place])
+                assert slot == int(self.table(group, row)[position // size]) * size + position % size
+                self.cached_tokens[group][slot], self.cached_positions[group][slot] = token, position
             tenant.num_computed += 1
 
     def check_context(self, batch: DenseBatch, index: int) -> None:
-        """What a request reads from the cache must be its own tokens, all of them, in order."""
-        tenant, size = self.tenants[int(batch.rows[index])], self.limits.page_size
+        """What a request reads from the cache must be its own tokens, all that its window leaves, in order."""
+        row, size = int(batch.rows[index]), self.limits.page_size
+        tenant, first_query = self.tenants[row], int(batch.positions[batch.query_start[index]])
         context_len = int(batch.context_len[index])
         assert context_len == tenant.num_computed
-        positions = np.arange(context_len)
-        slots = self.page_tables[batch.rows[index], positions // size].astype(np.int64) * size + positions % size
-        assert self.cached_position[slots].tolist() == positions.tolist()
-        assert self.cached_token[slots].tolist() == tenant.tokens[:context_len]
+        for group, pool in enumerate(self.limits.pools):
+            first = 0 if pool.window is None else max(first_query - pool.window + 1, 0)
+            positions = np.arange(first, context_len)
+            slots = self.table(group, row)[positions // size].astype(np.int64) * size + positions % size
+            assert self.cached_positions[group][slots].tolist() == positions.tolist()
+            assert self.cached_tokens[group][slots].tolist() == tenant.tokens[first:context_len]
         assert (index in batch.sampled) == (context_len == len(tenant.tokens))
 
     def check_score(self, batch: DenseBatch, score: PromptScore) -> None:
@@ -201,10 +221,22 @@ class Drive:
         """One iteration; None if only a commit was possible."""
         batch = self.scheduler.schedule()
         if batch is not None:
+            self.check_windows(batch)
             self.in_flight.append((batch, self.executor.run(batch)))
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
             self.commit()
         return batch
+
+    def check_windows(self, batch: DenseBatch) -> None:
+        """Pages that no request needs are free: those that all lie before the window of its next token."""
+        limits, rows = self.executor.limits, batch.rows.astype(np.int64)
+        num_before = batch.positions[batch.query_start[:-1]]
+        for group, tables in enumerate(self.scheduler._pages._groups):
+            window = limits.pools[group].window
+            first_seen = np.zeros_like(num_before) if window is None else np.maximum(num_before - window + 1, 0)
+            needed = -(-batch.context_len // limits.page_size) - first_seen // limits.page_size
+            assert tables.num_held(rows).tolist() == needed.tolist()
+            self.executor.forget(group, tables.pool.free_mask())
 
     def commit(self) -> None:
         """Commit the oldest batch on its way and take note of what it gave."""

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoflow.batch import Int64
+from nanoflow.kvcache import PoolSize
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.admission import PeakOfPages, num_admissible
 from nanoflow.scheduler.lengths import OutputLength
@@ -77,13 +78,25 @@ def test_admission_takes_the_longest_prefix_that_fits(
     if not running and candidates:
         expected = max(expected, 1)
     count = num_admissible(
-        progress(running), progress(candidates), OutputLength(), num_pages=num_pages, page_size=page_size
+        progress(running),
+        progress(candidates),
+        OutputLength(),
+        pools=[PoolSize(num_pages=num_pages)],
+        page_size=page_size,
+        max_batch_tokens=8,
     )
     assert count == expected
 
 
 def test_no_overtaking() -> None:
-    count = num_admissible(progress([(4, 4)]), progress([(90, 10), (1, 1)]), OutputLength(), num_pages=10, page_size=10)
+    count = num_admissible(
+        progress([(4, 4)]),
+        progress([(90, 10), (1, 1)]),
+        OutputLength(),
+        pools=[PoolSize(num_pages=10)],
+        page_size=10,
+        max_batch_tokens=8,
+    )
     assert count == 0
 
 

@@ -79,10 +79,10 @@ def run(
         found.num_running.append(scheduler.num_running)
         found.preempted.update(scheduler.drain_events().preempted)
         if scheduler.num_waiting:
-            found.page_shares.append(scheduler.pages_in_use / num_pages)
+            found.page_shares.append(scheduler.fullest_pool.num_in_use / num_pages)
         assert found.num_iterations < 50_000
     scheduler.check_integrity()
-    assert not missing.any() and scheduler.pages_in_use == 0
+    assert not missing.any() and scheduler.fullest_pool.num_in_use == 0
     return found
 
 

@@ -51,6 +51,29 @@ def graph_of(num_layers: int) -> OpGraph:
 
 
 GRAPH = graph_of(2)
+# Layers of two KV groups in turn.
+WINDOWS = build_graph(
+    parse(
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "vocab_size": 23,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "hidden_activation": "gelu_pytorch_tanh",
+        }
+    ),
+    None,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,17 +86,26 @@ GRAPH = graph_of(2)
     ],
     ids=["decodes", "mixed", "prefills", "drafts"],
 )
-@pytest.mark.parametrize("boundaries", [(), (2, 16)], ids=["sequential", "nano-batches"])
+@pytest.mark.parametrize(
+    ("graph", "boundaries"),
+    [(GRAPH, ()), (GRAPH, (2, 16)), (WINDOWS, ())],
+    ids=["sequential", "nano-batches", "windows"],
+)
 def test_a_padded_batch_gives_the_logits_of_the_exact_one(
-    requests: list[tuple[int, int]], num_decodes: int, draws: tuple[int, ...], boundaries: tuple[int, ...]
+    requests: list[tuple[int, int]],
+    num_decodes: int,
+    draws: tuple[int, ...],
+    boundaries: tuple[int, ...],
+    graph: OpGraph,
 ) -> None:
-    batch = batch_of(requests, num_decodes, GRAPH.vocab_size, seed=3)
+    num_groups = len(graph.kv_groups)
+    batch = batch_of(requests, num_decodes, graph.vocab_size, seed=3, num_groups=num_groups, num_rows=8)
     batch = drawing(batch, draws)
-    plan = nanobatch_plan(GRAPH, MAX_TOKENS, boundaries) if boundaries else sequential_plan(GRAPH, MAX_TOKENS)
-    exact_model = device_model(GRAPH, int(batch.new_pages.pages.max()) + 1)
+    plan = nanobatch_plan(graph, MAX_TOKENS, boundaries) if boundaries else sequential_plan(graph, MAX_TOKENS)
+    exact_model = device_model(graph, [int(batch.new_pages.pages.max()) + 1] * num_groups)
     exact_model = replace(exact_model, kernels=KERNELS)
     padded_model = with_fresh_caches(exact_model)
-    builder = InputBuilder(GRAPH.ropes, num_rows=8, device=CPU)
+    builder = InputBuilder(graph.ropes, num_rows=8, device=CPU, num_groups=num_groups)
 
     exact = PipelinedExecutor(exact_model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
     # Dealt over the nano-batches of the plan.
@@ -86,11 +118,14 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
         tensor.fill_(torch.nan)
     size = BatchSize(num_tokens=24, num_decodes=16, num_prefills=4)
     # As large as any batch needs; what an earlier batch left behind these tables must not matter either.
-    places = RequestTables(decodes=torch.zeros(20, 9, dtype=torch.int32), prefills=torch.zeros(6, 9, dtype=torch.int32))
+    places = RequestTables(
+        decodes=torch.zeros(num_groups, 20, 9, dtype=torch.int32),
+        prefills=torch.zeros(num_groups, 6, 9, dtype=torch.int32),
+    )
     loaded = builder.load(batch, layout, size, places)
     place = replace(
         loaded,
-        tables=RequestTables(decodes=places.decodes[:16], prefills=places.prefills[:4]),
+        tables=RequestTables(decodes=places.decodes[:, :16], prefills=places.prefills[:, :4]),
         first_prefill_token=0,
         host=None,
     )
@@ -102,22 +137,27 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
         torch.testing.assert_close(cache.values, exact_cache.values)
 
 
-def test_a_batch_of_padding_changes_nothing() -> None:
-    plan, model = sequential_plan(GRAPH, MAX_TOKENS), replace(device_model(GRAPH, 3), kernels=KERNELS)
+@pytest.mark.parametrize("graph", [GRAPH, WINDOWS], ids=["one group", "two groups"])
+def test_a_batch_of_padding_changes_nothing(graph: OpGraph) -> None:
+    num_groups = len(graph.kv_groups)
+    plan, model = sequential_plan(graph, MAX_TOKENS), device_model(graph, [3] * num_groups)
+    model = replace(model, kernels=KERNELS)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=MAX_TOKENS, max_logits=8)
     before = [(cache.keys.clone(), cache.values.clone()) for cache in model.caches]
     size = BatchSize(num_tokens=16, num_decodes=8, num_prefills=4)
     loaded = LoadedBatch(
         size=size,
-        numbers=torch.from_numpy(padding(size)),
+        numbers=torch.from_numpy(padding(size, num_groups)),
         tables=RequestTables(
-            decodes=torch.zeros(8, 2, dtype=torch.int32), prefills=torch.zeros(4, 2, dtype=torch.int32)
+            decodes=torch.zeros(num_groups, 8, 2, dtype=torch.int32),
+            prefills=torch.zeros(num_groups, 4, 2, dtype=torch.int32),
         ),
         logit_tokens=torch.zeros(0, dtype=torch.int32),
         first_prefill_token=0,
         host=None,
     )
-    executor.forward(InputBuilder(GRAPH.ropes, num_rows=8, device=CPU).derive(loaded), plan)
+    builder = InputBuilder(graph.ropes, num_rows=8, device=CPU, num_groups=num_groups)
+    executor.forward(builder.derive(loaded), plan)
     for cache, (keys, values) in zip(model.caches, before, strict=True):
         assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
 

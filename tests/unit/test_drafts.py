@@ -59,7 +59,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
             assert answer == Answer(token_ids=expected.token_ids[: len(answer.token_ids)])
         else:
             assert answer == expected
-    assert drive.scheduler.pages_in_use == drive.scheduler.num_running == drive.scheduler.num_waiting == 0
+    assert drive.scheduler.fullest_pool.num_in_use == drive.scheduler.num_running == drive.scheduler.num_waiting == 0
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -117,7 +117,7 @@ def test_draws_count_up_to_the_first_that_is_not_the_draft(always_pays: None, dr
     scheduler.check_integrity()
     assert committed.token_ids.tolist() == drawn[:kept] and committed.places.tolist() == list(range(kept))
     assert committed.request_ids.tolist() == [1] * kept and committed.num_rejected == 5 - kept
-    assert scheduler.pages_in_use == -(-(4 + kept) // 4)
+    assert scheduler.fullest_pool.num_in_use == -(-(4 + kept) // 4)
     counts = scheduler.drafts.counts
     assert (counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens) == (1, 4, kept - 1)
     following = scheduler.schedule()
@@ -128,9 +128,9 @@ def test_draws_count_up_to_the_first_that_is_not_the_draft(always_pays: None, dr
 def test_pages_behind_a_rejected_draft_go_back_at_once(always_pays: None) -> None:
     scheduler = scheduler_with_drafts(page_size=1)
     batch = drafted_batch(scheduler, make_request(1, max_tokens=20), 7)
-    assert scheduler.pages_in_use == 9
+    assert scheduler.fullest_pool.num_in_use == 9
     scheduler.commit(batch, tokens(8, 50, 1, 1, 1))
-    assert scheduler.pages_in_use == 6
+    assert scheduler.fullest_pool.num_in_use == 6
     scheduler.check_integrity()
 
 
@@ -140,7 +140,7 @@ def test_what_ends_a_request_ends_it_inside_a_draft(always_pays: None) -> None:
     committed = scheduler.commit(batch, tokens(8, 9, 10, 7, 8))
     assert committed.token_ids.tolist() == [8, 9]
     assert committed.finished[1].reason is FinishReason.STOP and committed.finished[1].stop_token_id == 9
-    assert scheduler.pages_in_use == scheduler.num_running == 0
+    assert scheduler.fullest_pool.num_in_use == scheduler.num_running == 0
 
 
 def test_a_stop_token_before_min_tokens_does_not_end_a_draft(always_pays: None) -> None:
@@ -174,7 +174,7 @@ def test_a_failure_counts_only_where_it_is_reached(always_pays: None) -> None:
     batch = drafted_batch(scheduler, make_request(1, max_tokens=20), 7)
     committed = scheduler.commit(batch, tokens(8, 9, 10, 7, 8, errors={2: "not finite"}))
     assert committed.token_ids.tolist() == [8, 9] and committed.finished[1].error == "not finite"
-    assert scheduler.pages_in_use == 0
+    assert scheduler.fullest_pool.num_in_use == 0
 
 
 def test_a_request_that_has_left_takes_its_draft_along(always_pays: None) -> None:
@@ -215,10 +215,10 @@ def test_drafts_take_only_pages_that_are_free(always_pays: None, monkeypatch: py
         scheduler.commit(first, tokens(7, 14))
         batch = scheduler.schedule()
         assert batch is not None and batch.num_draft_tokens == num_draft_tokens
-        assert scheduler.pages_in_use == num_pages and scheduler.num_preemptions == 0
+        assert scheduler.fullest_pool.num_in_use == num_pages and scheduler.num_preemptions == 0
         scheduler.commit(batch, tokens(*[50] * len(batch.sampled)))
         scheduler.check_integrity()
-        assert scheduler.pages_in_use == 10
+        assert scheduler.fullest_pool.num_in_use == 10
 
 
 def test_a_request_whose_drafts_are_wrong_rests_longer_and_longer(always_pays: None) -> None:

@@ -127,7 +127,7 @@ def test_sums_that_overflow_leave_the_next_head_alone(monkeypatch: pytest.Monkey
     carried = decode_case([130, 70, 200], (6, 2, 128), CPU, monkeypatch)
     assert carried.cache is not None
     expected = exact(replace(carried, cache=without_nan(carried.cache)))
-    for page in carried.inputs.decodes.page_tables[0, : -(-130 // PAGE_TOKENS)]:
+    for page in carried.inputs.pages[0].decode_tables[0, : -(-130 // PAGE_TOKENS)]:
         carried.cache.values[int(page)] = torch.finfo(torch.bfloat16).max
     carrier = carry.HopperCarrier(num_sms=1, steps=2)
     taken = carrier.take(carried, 2)

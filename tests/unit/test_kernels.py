@@ -80,24 +80,39 @@ def test_decode_attention(window: int | None, limit: int, cut: int, monkeypatch:
         if tokens.num_tokens:
             _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
     for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
-        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.decodes.page_tables[i], before, window)
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.pages[0].decode_tables[i], before, window)
         torch.testing.assert_close(out[i], expected)
 
 
-def test_decode_attention_reads_nothing_behind_a_context() -> None:
-    """What lies there is another request's and may not be finite; contexts of several lengths are read together."""
-    inputs, cache = _inputs(REQUESTS, NUM_DECODES), _cache(64)
-    q = torch.randn(NUM_DECODES, HEADS * DIM)
-    tokens, clean, out = TokenRange(start=0, stop=NUM_DECODES), torch.empty_like(q), torch.empty_like(q)
-    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, None, tokens, q, clean, inputs, cache)
-    is_read = torch.zeros(cache.keys.shape[0], cache.keys.shape[2], dtype=torch.bool)
-    for i, (before, _) in enumerate(REQUESTS[:NUM_DECODES]):
-        for place in range(before + 1):
-            page = int(inputs.decodes.page_tables[i, place // is_read.shape[1]])
-            is_read[page, place % is_read.shape[1]] = True
+def _is_seen(inputs: BatchInputs, requests: list[tuple[int, int]], num_pages: int, window: int | None) -> torch.Tensor:
+    """Places that a query of these requests sees, bool [num_pages, PAGE_SIZE]."""
+    tables = torch.cat((inputs.pages[0].decode_tables, inputs.pages[0].prefill_tables))
+    is_seen = torch.zeros(num_pages, PAGE_SIZE, dtype=torch.bool)
+    for table, (before, count) in zip(tables, requests, strict=True):
+        places = torch.arange(0 if window is None else max(before - window + 1, 0), before + count)
+        is_seen[table[places // PAGE_SIZE].long(), places % PAGE_SIZE] = True
+    return is_seen
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7])
+@pytest.mark.parametrize("requests", [REQUESTS, [(40, 1), (41, 1), (9, 1), (30, 7), (44, 2)]])
+def test_attention_reads_nothing_but_what_its_queries_see(requests: list[tuple[int, int]], window: int | None) -> None:
+    """What lies behind a context or before a window is another request's and may not be finite."""
+    inputs, cache = _inputs(requests, NUM_DECODES), _cache(128)
+    q = torch.randn(inputs.num_tokens, HEADS * DIM)
+    clean, out = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+
+    def attend(result: torch.Tensor) -> None:
+        decodes, prefills = TokenRange(start=0, stop=NUM_DECODES), TokenRange(start=NUM_DECODES, stop=len(q))
+        _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, decodes, q, result, inputs, cache)
+        _launch(OpKind.PREFILL_ATTENTION, Scope.PREFILL, window, prefills, q, result, inputs, cache)
+
+    attend(clean)
+    is_seen = _is_seen(inputs, requests, len(cache.keys), window)
     for part in (cache.keys, cache.values):
-        part.masked_fill_(~is_read[:, None, :, None], torch.nan)
-    _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, None, tokens, q, out, inputs, cache)
+        part.masked_fill_(~is_seen[:, None, :, None], torch.nan)
+    attend(out)
+    assert clean.isfinite().all()
     torch.testing.assert_close(out, clean)
 
 
@@ -121,7 +136,7 @@ def test_decodes_of_all_lengths_in_any_order_are_their_own(window: int | None) -
     tokens, out = TokenRange(start=0, stop=len(requests)), torch.full_like(q, torch.nan)
     _launch(OpKind.DECODE_ATTENTION, Scope.DECODE, window, tokens, q, out, inputs, cache)
     for i, (before, _) in enumerate(requests):
-        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.decodes.page_tables[i], before, window)
+        expected = _attend(q[i].view(HEADS, DIM), cache, inputs.pages[0].decode_tables[i], before, window)
         torch.testing.assert_close(out[i], expected)
 
 
@@ -139,7 +154,7 @@ def test_prefill_attention_cut_anywhere(window: int | None, cut: int) -> None:
         for i in range(count):
             token = int(inputs.prefills.query_start[request]) + i
             expected = _attend(
-                q[token].view(HEADS, DIM), cache, inputs.prefills.page_tables[request], before + i, window
+                q[token].view(HEADS, DIM), cache, inputs.pages[0].prefill_tables[request], before + i, window
             )
             torch.testing.assert_close(out[token], expected)
 
@@ -195,7 +210,7 @@ def test_rope_append_rotates_and_fills_its_slots_only() -> None:
         heads = qkv[token].view(-1, DIM)
         rotated = torch.stack([_rotated(head, positions[token]) for head in heads[: HEADS + KV_HEADS]])
         torch.testing.assert_close(q[token], rotated[:HEADS].flatten())
-        page, offset = divmod(int(inputs.slots[token]), PAGE_SIZE)
+        page, offset = divmod(int(inputs.pages[0].slots[token]), PAGE_SIZE)
         torch.testing.assert_close(cache.keys[page, :, offset], rotated[HEADS:])
         torch.testing.assert_close(cache.values[page, :, offset], heads[HEADS + KV_HEADS :])
         cache.keys[page, :, offset], cache.values[page, :, offset] = (
@@ -233,15 +248,15 @@ def test_page_tables_stay_and_a_batch_brings_only_what_is_new() -> None:
     width = first.table_width
     tables = torch.from_numpy(first.new_pages.pages).view(3, width)
     inputs = builder.build(first)
-    assert inputs.decodes.page_tables.tolist() == tables[:2].tolist()
-    assert inputs.prefills.page_tables.tolist() == tables[2:].tolist()
+    assert inputs.pages[0].decode_tables.tolist() == tables[:2].tolist()
+    assert inputs.pages[0].prefill_tables.tolist() == tables[2:].tolist()
     # Wider than the table was; the requests stand in another order; row 2 has another tenant.
     later = replace(later, new_pages=new, table_width=2 * width + 1, rows=np.array([2, 1, 0], np.int32))
     inputs = builder.build(later)
-    assert inputs.decodes.page_tables[:, 0].tolist() == [80, int(tables[1, 0])]
-    assert int(inputs.decodes.page_tables[1, 2]) == 70 and inputs.decodes.page_tables.shape == (2, 2 * width + 1)
-    assert inputs.prefills.page_tables[0, :width].tolist() == tables[0].tolist()
-    assert int(inputs.decodes.page_tables.max()) <= 80 and int(inputs.decodes.page_tables.min()) >= 0
+    assert inputs.pages[0].decode_tables[:, 0].tolist() == [80, int(tables[1, 0])]
+    assert int(inputs.pages[0].decode_tables[1, 2]) == 70 and inputs.pages[0].decode_tables.shape == (2, 2 * width + 1)
+    assert inputs.pages[0].prefill_tables[0, :width].tolist() == tables[0].tolist()
+    assert int(inputs.pages[0].decode_tables.max()) <= 80 and int(inputs.pages[0].decode_tables.min()) >= 0
 
 
 @pytest.mark.skipif(not cpu.has_onednn(), reason="this torch has no oneDNN")

@@ -16,6 +16,7 @@ from nanoflow.engine import limits, memory
 from nanoflow.engine.limits import choose_limits
 from nanoflow.executor.buffers import allocate_caches
 from nanoflow.hardware import LocalDevice
+from nanoflow.kvcache import PoolSize
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from tests.unit.test_plan import LLAMA
@@ -36,7 +37,7 @@ def size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
         config = EngineConfig(**{"max_batch_tokens": 2048, "max_num_seqs": 256, **options})
         somewhere = LocalDevice(name=device, is_gpu=device == "cuda", memory_bytes=1, free_bytes=1, flops_per_s=1.0)
         limits = choose_limits(config, GRAPH, somewhere, max_model_len=256, dtype_bytes=4)
-        return memory.size_cache(
+        (pool,), longest = memory.size_cache(
             config,
             limits,
             MODEL,
@@ -45,6 +46,8 @@ def size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
             torch.device(device),
             taken_bytes=int(taken_pages * PAGE_BYTES),
         )
+        assert pool.window is None
+        return pool.num_pages, longest
 
     return run
 
@@ -174,7 +177,9 @@ def test_pages_that_the_system_refuses_are_one_line(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         ConfigError, match=r"does not let this process reserve 0\.01 GiB for KV pages: lower kv_cache_gib"
     ):
-        memory.reserve_caches(GRAPH, num_pages=1000, page_size=16, dtype=torch.float32, device=torch.device("cpu"))
+        memory.reserve_caches(
+            GRAPH, [PoolSize(num_pages=1000)], page_size=16, dtype=torch.float32, device=torch.device("cpu")
+        )
 
 
 def test_one_off_commands_have_rows_for_their_requests_alone() -> None:

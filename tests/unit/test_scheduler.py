@@ -155,7 +155,7 @@ def test_length_is_known_without_looking_at_tokens() -> None:
     assert scheduler.commit(first, tokens(5)).finished == {}
     committed = scheduler.commit(second, tokens(6))
     assert committed.finished == {0: LENGTH} and committed.token_ids.tolist() == [6]
-    assert not scheduler.has_unfinished and scheduler.pages_in_use == 0
+    assert not scheduler.has_unfinished and scheduler.fullest_pool.num_in_use == 0
 
 
 def test_context_length_ends_a_request() -> None:
@@ -248,7 +248,7 @@ def test_abort_of_waiting_running_and_in_flight(depth: int) -> None:
     assert len(drive.answers[0].token_ids) == num_before and drive.answers[3].token_ids == []
     for request_id in (1, 2):
         assert len(drive.answers[request_id].token_ids) == 20
-    assert drive.scheduler.pages_in_use == 0
+    assert drive.scheduler.fullest_pool.num_in_use == 0
 
 
 def test_an_id_can_be_used_again_once_its_request_has_ended() -> None:
@@ -345,7 +345,7 @@ def test_a_pool_that_holds_one_request_serves_them_all(depth: int) -> None:
         drive.add(make_request(request_id, 10, max_tokens=18, ignore_eos=False))
     drive.run_until_idle(max_steps=400)
     assert [len(drive.answers[request_id].token_ids) for request_id in range(5)] == [18] * 5
-    assert drive.scheduler.pages_in_use == 0
+    assert drive.scheduler.fullest_pool.num_in_use == 0
 
 
 def test_exact_lengths_are_packed_without_preemption() -> None:
@@ -445,7 +445,7 @@ def test_integrity_check_notices_a_request_with_too_few_pages() -> None:
     scheduler = Scheduler(limits=make_limits())
     scheduler.add(make_request(0))
     batch = next_batch(scheduler)
-    scheduler._tables.release(np.array([batch.rows[0]], dtype=np.int64))
+    scheduler._pages.release(np.array([batch.rows[0]], dtype=np.int64))
     with pytest.raises(RuntimeError, match="more or fewer pages"):
         scheduler.check_integrity()
 
@@ -458,6 +458,6 @@ def test_what_is_computed_of_a_prompt_is_not_computed_again() -> None:
     first = next_batch(scheduler)
     assert first.query_start.tolist() == [0, 1, 8] and first.context_len.tolist() == [14, 12]
     assert first.positions.tolist() == [13, *range(5, 12)] and first.num_decodes == 1
-    assert not first.is_fed_back.any() and scheduler.pages_in_use == 4 + 3
+    assert not first.is_fed_back.any() and scheduler.fullest_pool.num_in_use == 4 + 3
     with pytest.raises(ValueError, match=r"num_computed must be in 0\.\.3, got 4"):
         scheduler.add(make_request(2, 4), 4)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from nanoflow.batch import DenseBatch
+from nanoflow.kvcache.sizes import PoolSize, most_pages
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import SchedulerLimits
 from tests.unit.fake_executor import Answer, Drive, answer_alone
@@ -29,13 +30,25 @@ class Scenario:
 def scenarios(draw: st.DrawFn) -> Scenario:
     page_size = draw(st.integers(1, 5))
     num_pages = draw(st.integers(2, 24))
+    max_batch_tokens = draw(st.integers(1, 24))
+    max_model_len = draw(st.integers(2, num_pages * page_size))
+    # Windows: mostly one pool for all layers, else one or several with what the longest request needs and a bit more.
+    pools = [
+        PoolSize(
+            num_pages=draw(st.integers(0, 8))
+            + most_pages(window, max_model_len, page_size=page_size, max_batch_tokens=max_batch_tokens),
+            window=window,
+        )
+        for window in draw(st.lists(st.one_of(st.none(), st.integers(1, 20)), max_size=3))
+    ]
     limits = SchedulerLimits(
-        max_batch_tokens=draw(st.integers(1, 24)),
+        max_batch_tokens=max_batch_tokens,
         max_num_seqs=draw(st.integers(1, 8)),
-        max_model_len=draw(st.integers(2, num_pages * page_size)),
+        max_model_len=max_model_len,
         num_pages=num_pages,
         page_size=page_size,
         vocab_size=VOCAB_SIZE,
+        group_pools=tuple(pools),
     )
     count = draw(st.integers(1, 12))
     steps = st.integers(0, 30)
@@ -104,6 +117,7 @@ def play(scenario: Scenario, drive: Drive | None = None) -> tuple[Drive, set[int
 @given(scenarios())
 def test_every_request_gets_the_tokens_it_would_get_alone(scenario: Scenario) -> None:
     drive, aborted = play(scenario)
+    event(f"windows: {[pool.window for pool in scenario.limits.pools] != [None]}")
     event(f"preempted: {drive.scheduler.num_preemptions > 0}")
     for _, request in scenario.arrivals:
         expected, answer = answer_alone(request, scenario.limits), drive.answers[request.request_id]
@@ -114,4 +128,4 @@ def test_every_request_gets_the_tokens_it_would_get_alone(scenario: Scenario) ->
         is_scored = request.params.prompt_logprobs is not None
         positions = range(1, len(request.prompt_token_ids)) if is_scored else ()
         assert drive.scored.get(request.request_id, set()) == set(positions)
-    assert drive.scheduler.pages_in_use == drive.scheduler.num_running == drive.scheduler.num_waiting == 0
+    assert drive.scheduler.fullest_pool.num_in_use == drive.scheduler.num_running == drive.scheduler.num_waiting == 0

@@ -39,14 +39,15 @@ def _inputs() -> BatchInputs:
 
 
 def _caches(inputs: BatchInputs, dims: AttentionDims) -> tuple[LayerCache, LayerCache]:
-    """Random keys and values; and the same with NaN in every place that is in no context."""
-    page_tables = torch.cat((inputs.decodes.page_tables, inputs.prefills.page_tables))
+    """Random keys and values; and the same with NaN wherever no query sees it, in no context or too far back."""
+    page_tables = torch.cat((inputs.pages[0].decode_tables, inputs.pages[0].prefill_tables))
     contexts = torch.cat((inputs.decodes.context_len, inputs.prefills.context_len)).tolist()
+    num_queries = [1] * len(inputs.decodes.context_len) + inputs.prefills.query_start.diff().tolist()
     shape = (int(page_tables.max()) + 3, dims.num_kv_heads, PAGE_SIZE, dims.head_dim)
     clean = LayerCache(keys=torch.randn(shape), values=torch.randn(shape))
     is_live = torch.zeros(shape[0], PAGE_SIZE, dtype=torch.bool)
-    for table, context in zip(page_tables, contexts, strict=True):
-        places = torch.arange(context)
+    for table, context, count in zip(page_tables, contexts, num_queries, strict=True):
+        places = torch.arange(max(context - count - dims.window + 1, 0) if dims.window else 0, context)
         is_live[table[places // PAGE_SIZE].long(), places % PAGE_SIZE] = True
     dead = ~is_live[:, None, :, None]
     return clean, LayerCache(
@@ -129,11 +130,13 @@ def test_prefill_with_padding_requests_and_tokens() -> None:
     # Two padding requests, one without a token and one with the padding tokens but for the last five; decodes before.
     starts, contexts = inputs.prefills.query_start.tolist(), inputs.prefills.context_len.tolist()
     prefills = PrefillInputs(
-        page_tables=torch.cat((inputs.prefills.page_tables, inputs.prefills.page_tables[:2])),
         query_start=torch.tensor([*starts, inputs.num_tokens, len(q) - 5], dtype=torch.int32),
         context_len=torch.tensor([*contexts, 0, 0], dtype=torch.int32),
     )
-    ours = _launch(Scope.PREFILL, dims, all_tokens, q, dataclasses.replace(inputs, prefills=prefills), poisoned)
+    tables = inputs.pages[0].prefill_tables
+    pages = dataclasses.replace(inputs.pages[0], prefill_tables=torch.cat((tables, tables[:2])))
+    padded = dataclasses.replace(inputs, prefills=prefills, pages=(pages,))
+    ours = _launch(Scope.PREFILL, dims, all_tokens, q, padded, poisoned)
     twin = _launch(Scope.PREFILL, dims, live, q, inputs, clean)
     triton_attention.run_prefill(ours, SMALL)
     reference.prefill_attention(twin)

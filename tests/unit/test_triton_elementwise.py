@@ -111,7 +111,7 @@ def test_what_is_not_rotated_passes_as_it_is(kernel: Kernel) -> None:
     heads = launch.reads[0].view(5, -1, 16)
     heads[2, :, 3], heads[3, :, 12] = torch.inf, torch.nan
     q, keys, values = results_of(kernel, launch)
-    slots = launch.inputs.slots.long()
+    slots = launch.pages.slots.long()
     pages, offsets = slots // 4, slots % 4
     whole = torch.cat((q.view(5, 4, 16), keys[pages, :, offsets]), dim=1)
     torch.testing.assert_close(whole[..., 10:], heads[:, :6, 10:], rtol=0.0, atol=0.0, equal_nan=True)
@@ -125,11 +125,11 @@ def test_a_slot_outside_the_cache_is_not_written() -> None:
     _, keys, values = results_of(reference.rope_append, launch)
     assert launch.cache is not None
     num_slots = launch.cache.keys.shape[0] * 4
-    padded_slots = torch.cat((launch.inputs.slots, torch.tensor([num_slots, num_slots + 1, -1])))
+    padded_slots = torch.cat((launch.pages.slots, torch.tensor([num_slots, num_slots + 1, -1])))
     padded = Cases(num_tokens=8, dtype=torch.float32, device=CPU).rope_append(_dims(4, 2, 8), page_size=4)
     padded.reads[0][:5] = launch.reads[0]
     assert launch.rotation is not None
-    inputs = replace(padded.inputs, slots=padded_slots)
+    inputs = replace(padded.inputs, pages=(replace(padded.pages, slots=padded_slots),))
     rotation = Rotation(
         cos=torch.cat((launch.rotation.cos, torch.ones(3, 4))), sin=torch.cat((launch.rotation.sin, torch.zeros(3, 4)))
     )

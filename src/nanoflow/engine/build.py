@@ -16,7 +16,7 @@ from nanoflow.device.host_memory import bound_host_memory
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.limits import EngineLimits, choose_limits
-from nanoflow.engine.memory import require_room_for_weights, reserve_caches, size_cache, wanted_model_len
+from nanoflow.engine.memory import require_room_for_weights, reserve_caches, said_pools, size_cache, wanted_model_len
 from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
@@ -170,20 +170,21 @@ def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, Scheduler
         num_logits=setup.num_logits,
         dtype_bytes=dtype.itemsize,
     )
-    num_pages, max_model_len = size_cache(
+    pools, max_model_len = size_cache(
         setup.config, chosen, setup.model_config, graph, dtype, device, taken_bytes=taken_bytes
     )
     page_size = setup.config.page_size
-    caches = reserve_caches(graph, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+    caches = reserve_caches(graph, pools, page_size=page_size, dtype=dtype, device=device)
     if setup.is_random and device.type == "cuda":
         draw_keys(caches, setup.config.seed)
     limits = SchedulerLimits(
         max_batch_tokens=chosen.max_batch_tokens,
         max_num_seqs=chosen.max_num_seqs,
         max_model_len=max_model_len,
-        num_pages=num_pages,
+        num_pages=pools[0].num_pages,
         page_size=page_size,
         vocab_size=graph.vocab_size,
+        group_pools=pools,
     )
     return DeviceModel(graph=graph, weights=weights, caches=caches, kernels=setup.kernels), limits
 
@@ -215,7 +216,7 @@ def _warm_up(
     setup: _Setup, worker: Worker, limits: SchedulerLimits, *, prepares_plans: bool
 ) -> tuple[IterationTimes | None, Pace]:
     """Compile, record and measure; returns the times of iterations and the pace that keeps to the bound on gaps."""
-    logger.info("%d KV pages of %d tokens", limits.num_pages, limits.page_size)
+    logger.info("%s KV pages of %d tokens", said_pools(limits.pools), limits.page_size)
     if setup.device.type == "cuda":
         logger.info("compiling kernels%s", " and recording CUDA graphs" if setup.is_captured else "")
         compile_and_record(worker, setup.book, limits, with_plans=prepares_plans)
@@ -238,6 +239,7 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
         eos_token_ids=setup.model_config.eos_token_ids,
         num_pages=limits.num_pages,
         page_size=limits.page_size,
+        group_pools=limits.group_pools,
         max_batch_tokens=limits.max_batch_tokens,
         max_num_seqs=limits.max_num_seqs,
         device=str(setup.device),

@@ -180,8 +180,8 @@ class Engine:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            pages_in_use=scheduler.pages_in_use,
-            num_pages=self.facts.num_pages,
+            pages_in_use=scheduler.fullest_pool.num_in_use,
+            num_pages=scheduler.fullest_pool.num_pages,
             num_preemptions=scheduler.num_preemptions,
             num_drafts=drafts.num_drafts,
             num_draft_tokens=drafts.num_draft_tokens,

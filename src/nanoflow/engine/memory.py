@@ -1,11 +1,13 @@
 """What fits: weights, then KV pages, in the memory that is free. Everything that does not is said with numbers.
 
-How it is allocated is `executor/buffers.py`'s and `models/weights.py`'s.
+Each KV group of the model has pages of its own; how they share the memory is `kvcache/sizes.py`'s. How it is allocated
+is `executor/buffers.py`'s and `models/weights.py`'s.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +17,7 @@ from nanoflow.engine.limits import EngineLimits, cache_room_bytes
 from nanoflow.executor.buffers import allocate_caches
 from nanoflow.graph.graph import OpGraph
 from nanoflow.kernels.launch import LayerCache
+from nanoflow.kvcache.sizes import Demand, PoolSize, longest_sequence, most_pages
 from nanoflow.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -45,8 +48,8 @@ def size_cache(
     device: torch.device,
     *,
     taken_bytes: int = 0,
-) -> tuple[int, int]:
-    """Number of KV pages, and the longest sequence they and the model allow.
+) -> tuple[tuple[PoolSize, ...], int]:
+    """The pool of KV pages of each group, and the longest sequence they and the model allow.
 
     Args:
         config: Options about memory.
@@ -59,7 +62,6 @@ def size_cache(
     Raises:
         ConfigError: The wanted length, or a single page, does not fit; the message has the numbers.
     """
-    page_bytes = graph.kv_elements_per_token * dtype.itemsize * config.page_size
     wanted_len = wanted_model_len(config, model_config)
     if config.max_model_len is None and wanted_len < model_config.max_context_len:
         logger.warning(
@@ -67,31 +69,46 @@ def size_cache(
             "at all positions, so it must be asked for: max_model_len, at most %d",
             *(wanted_len, model_config.rope.rope_type, model_config.max_context_len),
         )
-    num_pages = config.num_pages or _affordable_pages(config, limits, wanted_len, page_bytes, device, taken_bytes)
-    capacity = num_pages * config.page_size
+    demand = Demand(
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=wanted_len,
+        max_batch_tokens=limits.max_batch_tokens,
+        page_size=config.page_size,
+    )
+    groups = [(group.window, group.elements_per_token * dtype.itemsize * config.page_size) for group in graph.kv_groups]
+    if config.num_pages is None:
+        pools = demand.divide(_room_bytes(config, demand, groups, device, taken_bytes), groups)
+    else:
+        pools = demand.bounded(config.num_pages, [window for window, _ in groups])
+    capacity = longest_sequence(pools, wanted_len, page_size=config.page_size, max_batch_tokens=limits.max_batch_tokens)
     if capacity < wanted_len:
+        num_bytes = sum(pool.num_pages * page_bytes for pool, (_, page_bytes) in zip(pools, groups, strict=True))
         numbers = (
-            f"{num_pages} KV pages of {config.page_size} tokens ({num_pages * page_bytes / _GIB:.2f} GiB) hold "
+            f"{said_pools(pools)} KV pages of {config.page_size} tokens ({num_bytes / _GIB:.2f} GiB) hold "
             f"{capacity} tokens, fewer than the {wanted_len} of max_model_len"
         )
         if config.max_model_len is not None or capacity < 2:
             raise ConfigError(f"{numbers}: lower max_model_len, or raise {_limiting_option(config, device)}")
         logger.warning("%s: it is cut to %d", numbers, capacity)
-    return num_pages, min(wanted_len, capacity)
+    return pools, capacity
 
 
 def reserve_caches(
-    graph: OpGraph, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    graph: OpGraph, pools: Sequence[PoolSize], *, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
-    """The KV pages of all layers; see `allocate_caches`.
+    """The KV pages of all layers, those of each KV group from its pool; see `allocate_caches`.
 
     Raises:
         ConfigError: The system does not let this process have so much; the message has the number.
     """
+    num_pages = [pool.num_pages for pool in pools]
     try:
         return allocate_caches(graph, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
     except MemoryError:
-        gib = num_pages * page_size * graph.kv_elements_per_token * dtype.itemsize / _GIB
+        elements = sum(
+            count * group.elements_per_token for count, group in zip(num_pages, graph.kv_groups, strict=True)
+        )
+        gib = elements * page_size * dtype.itemsize / _GIB
         raise ConfigError(
             f"the system does not let this process reserve {gib:.2f} GiB for KV pages: lower kv_cache_gib"
         ) from None
@@ -107,26 +124,36 @@ def wanted_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _affordable_pages(
+def said_pools(pools: Sequence[PoolSize]) -> str:
+    """The pages of each pool for people: `100`, or `100 (25 in layers with a window of 512)`."""
+    first, *others = pools
+    windows = ", ".join(f"{pool.num_pages} in layers with a window of {pool.window}" for pool in others)
+    return f"{first.num_pages} ({windows})" if windows else str(first.num_pages)
+
+
+def _room_bytes(
     config: EngineConfig,
-    limits: EngineLimits,
-    wanted_len: int,
-    page_bytes: int,
+    demand: Demand,
+    groups: Sequence[tuple[int | None, int]],
     device: torch.device,
     taken_bytes: int,
 ) -> int:
-    """Pages within the given or the free memory, but no more than all requests at full length could use."""
+    """What all KV pages may take of the given or the free memory; groups: window and bytes of a page of each."""
     if config.kv_cache_gib is not None:
-        return int(config.kv_cache_gib * _GIB // page_bytes)
-    pages_per_request = -(-wanted_len // config.page_size)
-    room = cache_room_bytes(
+        return int(config.kv_cache_gib * _GIB)
+    longest_bytes = sum(
+        page_bytes
+        * most_pages(window, demand.max_model_len, page_size=demand.page_size, max_batch_tokens=demand.max_batch_tokens)
+        for window, page_bytes in groups
+    )
+    room_bytes = cache_room_bytes(
         is_gpu=device.type == "cuda",
         free_bytes=free_memory_bytes(device) - (taken_bytes if device.type == "cuda" else 0),
         memory_bytes=total_memory_bytes(device),
         utilization=config.gpu_memory_utilization,
-        longest_bytes=pages_per_request * page_bytes,
+        longest_bytes=longest_bytes,
     )
-    return max(min(limits.max_num_seqs * pages_per_request, room // page_bytes), 0)
+    return min(room_bytes, demand.useful_bytes(groups))
 
 
 def _limiting_option(config: EngineConfig, device: torch.device) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.limits import EngineLimits
+from nanoflow.kvcache.sizes import PoolSize
 from nanoflow.models.generation import SamplingDefaults
 from nanoflow.outputs import Finished
 from nanoflow.request import Request
@@ -92,7 +93,7 @@ class EngineFacts:
         vocab_size: Width of the logits; a token id must be below it.
         max_model_len: Longest prompt plus completion, already cut to what the KV pages can hold.
         eos_token_ids: The model's end of sequence (config.json and generation_config.json).
-        num_pages, page_size: The KV cache.
+        num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
         max_batch_tokens, max_num_seqs: Limits of a batch.
         device, dtype: Where and in what type it computes.
         plan: The pipeline plan or plan book in use, for people.
@@ -101,6 +102,7 @@ class EngineFacts:
         limits: The limits of a batch with the goal, the bound on gaps and where each comes from; None if unknown.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
         max_logprobs: Most tokens a place whose log probabilities a request may ask for.
+        group_pools: The pool of KV pages of each group of layers; empty stands for one of `num_pages`.
     """
 
     model_type: str
@@ -120,6 +122,7 @@ class EngineFacts:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     limits: EngineLimits | None = None
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    group_pools: tuple[PoolSize, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +153,7 @@ class EngineStats:
 
     Attributes:
         num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
-        pages_in_use, num_pages: KV pages.
+        pages_in_use, num_pages: KV pages of the pool that is fullest.
         num_preemptions: Since the start.
         num_drafts, num_draft_tokens, num_accepted_tokens: Guesses of what requests say next that were verified, their
             tokens, and how many of these were right; since the start.

@@ -233,5 +233,6 @@ def _check(request: Request, facts: EngineFacts) -> None:
         num_pages=facts.num_pages,
         page_size=facts.page_size,
         vocab_size=facts.vocab_size,
+        group_pools=facts.group_pools,
     )
     checked_prompt(request, limits)

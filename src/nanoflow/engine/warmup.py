@@ -123,7 +123,8 @@ def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
     context = np.maximum(lengths, [probe.decode_keys] * probe.num_decodes + [probe.chunk_keys] * len(probe.chunks))
     num_requests, num_tokens = len(lengths), int(lengths.sum())
     width = -(-int(context.max()) // limits.page_size)
-    pages = np.random.default_rng(0).integers(0, limits.num_pages, (num_requests, width))
+    rng = np.random.default_rng(0)
+    tables = [rng.integers(0, pool.num_pages, (num_requests, width), dtype=np.int32) for pool in limits.pools]
     return DenseBatch(
         iteration=0,
         rows=np.arange(num_requests, dtype=np.int32),
@@ -134,8 +135,8 @@ def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
         token_ids=np.zeros(num_tokens, np.int32),
         is_fed_back=np.zeros(num_tokens, np.bool_),
         positions=np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, context, strict=True)]).astype(np.int32),
-        slots=np.full(num_tokens, -1, np.int64),
-        new_pages=NewPages.of_tables(pages.astype(np.int32)),
+        slots=np.full(len(tables) * num_tokens, -1, np.int64),
+        new_pages=NewPages.of_groups(list(map(NewPages.of_tables, tables)), num_rows=limits.max_num_seqs),
         table_width=width,
         sampled=np.arange(num_requests, dtype=np.int32),
     )

@@ -29,7 +29,7 @@ class DeviceModel:
     Attributes:
         graph: The model as data.
         weights: Its parameters on the device.
-        caches: Keys and values of each layer.
+        caches: Keys and values of each layer, and its KV group.
         kernels: One for every kind of operation.
     """
 
@@ -44,15 +44,26 @@ class DeviceModel:
         return self.caches[0].keys.dtype
 
     @property
+    def num_kv_groups(self) -> int:
+        """Groups of layers with page tables of their own."""
+        return 1 + max(cache.group for cache in self.caches)
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return self.caches[0].keys.device
 
 
 def allocate_caches(
-    graph: OpGraph, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    graph: OpGraph, *, num_pages: int | Sequence[int], page_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
     """Keys and values [num_pages, KV heads, page_size, head size] of each layer, zeroed.
+
+    Args:
+        graph: The model.
+        num_pages: Of each KV group of the model; or a number for all layers, which then are one group.
+        page_size: Tokens a page.
+        dtype, device: Of the tensors.
 
     Zeroed, because attention multiplies what lies behind a context's end by 0, and 0 x NaN is NaN. On a CPU they take
     memory only where something has been written.
@@ -60,10 +71,18 @@ def allocate_caches(
     Raises:
         MemoryError: The system does not let this process have so much.
     """
+    group_of = [0] * graph.num_layers
+    if isinstance(num_pages, int):
+        num_pages = (num_pages,)
+    else:
+        for number, members in enumerate(graph.kv_groups):
+            for layer in members.layers:
+                group_of[layer] = number
     caches = []
-    for attention in (kind.attention for kind in graph.layers):
-        shape = (num_pages, attention.num_kv_heads, page_size, attention.head_dim)
-        caches.append(LayerCache(keys=_zeros(shape, dtype, device), values=_zeros(shape, dtype, device)))
+    for kind, group in zip(graph.layers, group_of, strict=True):
+        shape = (num_pages[group], kind.attention.num_kv_heads, page_size, kind.attention.head_dim)
+        keys, values = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        caches.append(LayerCache(keys=keys, values=values, group=group))
     return tuple(caches)
 
 

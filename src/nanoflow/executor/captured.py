@@ -119,7 +119,9 @@ class CapturedForward:
         self.num_prepared = 0
         self._tables = RequestTables(
             **{
-                name: torch.zeros((max(map(room, plans)), pages_per_request), dtype=torch.int32, device=device)
+                name: torch.zeros(
+                    (builder.num_groups, max(map(room, plans)), pages_per_request), dtype=torch.int32, device=device
+                )
                 for name, room in (("decodes", buckets.max_decodes), ("prefills", buckets.max_prefills))
             }
         )
@@ -178,10 +180,10 @@ class CapturedForward:
         if place is None:
             place = self._places[size] = LoadedBatch(
                 size=size,
-                numbers=to_device(padding(size), self._device),
+                numbers=to_device(padding(size, self._builder.num_groups), self._device),
                 tables=RequestTables(
-                    decodes=self._tables.decodes[: size.num_decodes],
-                    prefills=self._tables.prefills[: size.num_prefills],
+                    decodes=self._tables.decodes[:, : size.num_decodes],
+                    prefills=self._tables.prefills[:, : size.num_prefills],
                 ),
                 logit_tokens=torch.empty(0, dtype=torch.int32, device=self._device),
                 first_prefill_token=0,

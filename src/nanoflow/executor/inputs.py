@@ -5,6 +5,7 @@ computes the rest on the device, where the tokens sampled last are. What reads t
 
 The page tables of all rows stay on the device. A batch brings the pages that its rows have got, a few for a thousand
 decodes, and the tables of its requests are gathered there: what travels does not grow with the length of contexts.
+A model with several KV groups has a table for each row in each group.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nanoflow.device.transfer import Uploader, to_device
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.operation import KEY_BLOCK
-from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, PrefillInputs, Rotation
+from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, PageInputs, PrefillInputs, Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +51,15 @@ class BatchSize:
             num_prefills=len(layout.chunk_requests),
         )
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths of the parts of `LoadedBatch.numbers`: five of T, then D, R + 1 and R."""
-        return *((self.num_tokens,) * 5), self.num_decodes, self.num_prefills + 1, self.num_prefills
+    def lengths(self, num_groups: int) -> tuple[int, ...]:
+        """Lengths of the parts of `LoadedBatch.numbers`: five of T, then D, R + 1 and R, then T a further KV group."""
+        of_requests = (self.num_decodes, self.num_prefills + 1, self.num_prefills)
+        return *((self.num_tokens,) * 5), *of_requests, *((self.num_tokens,) * (num_groups - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTables:
-    """Page tables int32 [D, P] of decodes and [R, P] of parts of prompts."""
+    """Page tables of G KV groups: int32 [G, D, P] of decodes and [G, R, P] of parts of prompts."""
 
     decodes: Tensor
     prefills: Tensor
@@ -71,7 +72,8 @@ class LoadedBatch:
     Attributes:
         size: How large it is with its padding.
         numbers: int32, one after the other: token ids, rows to feed back from, whether to do so, positions and slots
-            of T tokens; contexts of D decodes; starts of R parts of prompts and the end; their contexts.
+            of T tokens; contexts of D decodes; starts of R parts of prompts and the end; their contexts; slots in
+            further KV groups.
         tables: Page tables of the requests; a padding request may have no row.
         logit_tokens: int32 [S].
         first_prefill_token: No token before it is of a prefill.
@@ -95,11 +97,20 @@ class InputBuilder:
         device: Where.
         pages_per_row: Width of the page tables to begin with; they are made wider, at the cost of a copy, when a batch
             needs it.
+        num_groups: KV groups of the model.
     """
 
     def __init__(
-        self, ropes: Sequence[RopeSpec], *, num_rows: int, device: torch.device, pages_per_row: int = 0
+        self,
+        ropes: Sequence[RopeSpec],
+        *,
+        num_rows: int,
+        device: torch.device,
+        pages_per_row: int = 0,
+        num_groups: int = 1,
     ) -> None:
+        self.num_groups = num_groups
+        self._num_rows = num_rows
         self._device = device
         self._uploader = Uploader(device)
         # Angular frequencies, and the factor on cos and sin, of each rotary embedding.
@@ -107,7 +118,7 @@ class InputBuilder:
             (torch.tensor(rope.inv_freq, dtype=torch.float32, device=device), rope.attention_factor) for rope in ropes
         ]
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._page_tables = torch.zeros((num_rows, pages_per_row), dtype=torch.int32, device=device)
+        self._page_tables = torch.zeros((num_groups * num_rows, pages_per_row), dtype=torch.int32, device=device)
 
     def build(self, batch: DenseBatch, layout: Layout | None = None) -> BatchInputs:
         """Index tensors of a batch, without padding; as the batch comes without a layout."""
@@ -137,11 +148,12 @@ class InputBuilder:
         table_rows = np.zeros(layout.num_decodes + len(layout.chunk_requests), np.int32)
         table_rows[layout.decode_places] = batch.rows[: batch.num_decodes]
         table_rows[layout.num_decodes :] = batch.rows[np.maximum(layout.chunk_requests, 0)]
+        group_rows = [table_rows + np.int32(group * self._num_rows) for group in range(self.num_groups)]
         self._widen(batch.table_width)
         entries = new.rows * np.int64(self._page_tables.shape[1]) + new.columns
-        parts = (numbers, logit_tokens, table_rows, entries, new.pages)
+        parts = (numbers, logit_tokens, entries, new.pages, *group_rows)
         uploaded = self._uploader.upload(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
-        on_device, logits, rows, places_of_pages, pages = torch.split(uploaded, [len(part) for part in parts])
+        on_device, logits, places_of_pages, pages, *rows = torch.split(uploaded, [len(part) for part in parts])
         if len(new):
             self._page_tables.view(-1)[places_of_pages] = pages
         return LoadedBatch(
@@ -155,22 +167,21 @@ class InputBuilder:
 
     def derive(self, loaded: LoadedBatch) -> BatchInputs:
         """The rest, on the device alone. Tokens that are fed back never pass through the host."""
-        parts = torch.split(loaded.numbers, list(loaded.size.lengths))
-        token_ids, rows, is_fed_back, positions, slots, decode_contexts, query_start, prefill_contexts = parts
+        parts = torch.split(loaded.numbers, list(loaded.size.lengths(self.num_groups)))
+        token_ids, rows, is_fed_back, positions, slots, decode_contexts, query_start, prefill_contexts, *more = parts
         fed_back = self._last_token.index_select(0, rows)
         places = positions.float()[:, None]
         return BatchInputs(
             token_ids=torch.where(is_fed_back.bool(), fed_back, token_ids.long()),
             rotations=tuple(_rotation(places * inv_freq, factor) for inv_freq, factor in self._ropes),
-            slots=slots,
-            decodes=DecodeInputs(
-                page_tables=loaded.tables.decodes,
-                context_len=decode_contexts,
-                key_blocks=_before(-(-decode_contexts // KEY_BLOCK)),
+            pages=tuple(
+                PageInputs(slots=of_group, decode_tables=decodes, prefill_tables=prefills)
+                for of_group, decodes, prefills in zip(
+                    (slots, *more), loaded.tables.decodes, loaded.tables.prefills, strict=True
+                )
             ),
-            prefills=PrefillInputs(
-                page_tables=loaded.tables.prefills, query_start=query_start, context_len=prefill_contexts
-            ),
+            decodes=DecodeInputs(context_len=decode_contexts, key_blocks=_before(-(-decode_contexts // KEY_BLOCK))),
+            prefills=PrefillInputs(query_start=query_start, context_len=prefill_contexts),
             first_prefill_token=loaded.first_prefill_token,
             logit_tokens=loaded.logit_tokens,
             host=loaded.host,
@@ -181,17 +192,20 @@ class InputBuilder:
         if missing > 0:
             self._page_tables = F.pad(self._page_tables, (0, max(missing, self._page_tables.shape[1])))
 
-    def _gather(self, rows: Tensor, num_decodes: int, width: int, places: RequestTables | None) -> RequestTables:
-        """The first `width` pages of these rows, int32 [D + R], those of decodes first."""
-        table, of_decodes, of_prefills = self._page_tables[:, :width], rows[:num_decodes], rows[num_decodes:]
+    def _gather(
+        self, rows: Sequence[Tensor], num_decodes: int, width: int, places: RequestTables | None
+    ) -> RequestTables:
+        """The first `width` columns of these tables: of each group int32 [D + R], those of decodes first."""
+        table, num_prefills = self._page_tables[:, :width], len(rows[0]) - num_decodes
         if places is None:
-            return RequestTables(decodes=table.index_select(0, of_decodes), prefills=table.index_select(0, of_prefills))
-        gathered = RequestTables(
-            decodes=places.decodes[: len(of_decodes), :width], prefills=places.prefills[: len(of_prefills), :width]
-        )
-        torch.index_select(table, 0, of_decodes, out=gathered.decodes)
-        torch.index_select(table, 0, of_prefills, out=gathered.prefills)
-        return gathered
+            shapes = ((self.num_groups, count, width) for count in (num_decodes, num_prefills))
+            decodes, prefills = (table.new_empty(shape) for shape in shapes)
+        else:
+            decodes, prefills = places.decodes[:, :num_decodes, :width], places.prefills[:, :num_prefills, :width]
+        for of_group, to_decodes, to_prefills in zip(rows, decodes, prefills, strict=True):
+            torch.index_select(table, 0, of_group[:num_decodes], out=to_decodes)
+            torch.index_select(table, 0, of_group[num_decodes:], out=to_prefills)
+        return RequestTables(decodes=decodes, prefills=prefills)
 
     def feed_back(self, rows: Int32, token_ids: Tensor) -> None:
         """Remember the tokens (int64 [S]) just sampled for these rows (int32 [S]).
@@ -205,36 +219,39 @@ def _rotation(angles: Tensor, factor: float) -> Rotation:
     return Rotation(cos=angles.cos() * factor, sin=angles.sin() * factor)
 
 
-def padding(size: BatchSize) -> NDArray[np.int32]:
+def padding(size: BatchSize, num_groups: int = 1) -> NDArray[np.int32]:
     """`LoadedBatch.numbers` of a batch of no request: nothing is appended to the cache and nothing attends."""
-    parts = [np.zeros(length, np.int32) for length in size.lengths]
-    slots, query_start = parts[4], parts[6]
-    slots[:], query_start[:] = -1, size.num_tokens
+    parts = [np.zeros(length, np.int32) for length in size.lengths(num_groups)]
+    parts[6][:] = size.num_tokens
+    for slots in (parts[4], *parts[8:]):
+        slots[:] = -1
     return np.concatenate(parts)
 
 
 def _numbers(batch: DenseBatch, layout: Layout, size: BatchSize) -> NDArray[np.int32]:
     """The numbers of a batch in the layout of `LoadedBatch`, padding filled in."""
     row_of_token = np.repeat(batch.rows, np.diff(batch.query_start))
+    # No place in the cache, for padding: nothing is appended.
+    slots, *more_slots = ((of_group, -1) for of_group in batch.slots.reshape(-1, batch.num_tokens))
     of_tokens: tuple[tuple[NDArray[Any], int], ...] = (
         (batch.token_ids, 0),
         (np.where(batch.is_fed_back, row_of_token, 0), 0),
         (batch.is_fed_back, 0),
         (batch.positions, 0),
-        # No place in the cache: nothing is appended.
-        (batch.slots, -1),
+        slots,
     )
-    others: tuple[tuple[NDArray[Any], int], ...] = (
+    of_requests: tuple[tuple[NDArray[Any], int], ...] = (
         (_decode_contexts(batch, layout), 0),
         (layout.chunk_start, batch.num_tokens),
         (layout.chunk_context, 0),
     )
-    numbers = np.empty(sum(size.lengths), np.int32)
-    parts = np.split(numbers, np.cumsum(size.lengths)[:-1])
-    for part, (values, padding) in zip(parts, of_tokens, strict=False):
+    lengths = size.lengths(1 + len(more_slots))
+    numbers = np.empty(sum(lengths), np.int32)
+    parts = np.split(numbers, np.cumsum(lengths)[:-1])
+    for part, (values, padding) in zip((*parts[:5], *parts[8:]), (*of_tokens, *more_slots), strict=True):
         part[layout.places] = values
         part[len(values) :] = padding
-    for part, (values, padding) in zip(parts[len(of_tokens) :], others, strict=True):
+    for part, (values, padding) in zip(parts[5:8], of_requests, strict=True):
         part[: len(values)] = values
         part[len(values) :] = padding
     return numbers

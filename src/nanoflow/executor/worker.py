@@ -55,7 +55,13 @@ class Worker:
         graph, device = model.graph, model.device
         self._device = device
         self._max_logits = max_logits or num_rows
-        self._inputs = InputBuilder(graph.ropes, num_rows=num_rows, device=device, pages_per_row=captured_pages or 0)
+        self._inputs = InputBuilder(
+            graph.ropes,
+            num_rows=num_rows,
+            device=device,
+            pages_per_row=captured_pages or 0,
+            num_groups=model.num_kv_groups,
+        )
         self._executor = PipelinedExecutor(model, plans, max_batch_tokens=max_batch_tokens, max_logits=self._max_logits)
         self._forward: Forward = EagerForward(executor=self._executor, builder=self._inputs)
         if captured_pages is not None:

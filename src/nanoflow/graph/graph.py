@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 
 from nanoflow.graph.layers import (
     GraphError,
+    KvGroup,
     LayerKind,
     Parameter,
     ParameterPart,
     RopeSpec,
     Section,
+    kv_groups_of,
     sections_of,
     union_of,
 )
@@ -116,6 +118,11 @@ class OpGraph:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The different rotary embeddings of the kinds, the first layer's first."""
         return tuple(dict.fromkeys(kind.rope for kind in self.kinds))
+
+    @property
+    def kv_groups(self) -> tuple[KvGroup, ...]:
+        """The layers by the pool that their KV pages come from; those without a window first."""
+        return kv_groups_of(self.layers)
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -8,6 +8,7 @@ of several, such as five layers with a sliding window and one without. The model
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,40 @@ class LayerKind:
             if isinstance(op.dims, AttentionDims) and op.kind is not OpKind.ROPE_APPEND:
                 return op.dims
         raise GraphError(f"layers of kind {self.name!r} have no attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvGroup:
+    """Layers that share the pages of a pool: their keys and values are laid out alike and are needed equally long.
+
+    Attributes:
+        num_kv_heads, head_dim: Layout of the keys, and of the values, of one token.
+        window: Sliding window of these layers (see `AttentionDims`); None without.
+        layers: Their places in the model, ascending.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    layers: tuple[int, ...]
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements of keys and values that one token keeps over the layers of the group."""
+        return 2 * self.num_kv_heads * self.head_dim * len(self.layers)
+
+
+def kv_groups_of(layers: Sequence[LayerKind]) -> tuple[KvGroup, ...]:
+    """The groups of these layers: those without a window first, then those with the largest windows."""
+    members: dict[tuple[int, int, int | None], list[int]] = {}
+    for place, kind in enumerate(layers):
+        dims = kind.attention
+        members.setdefault((dims.num_kv_heads, dims.head_dim, dims.window), []).append(place)
+    groups = (
+        KvGroup(num_kv_heads=heads, head_dim=head_dim, window=window, layers=tuple(places))
+        for (heads, head_dim, window), places in members.items()
+    )
+    return tuple(sorted(groups, key=lambda group: -math.inf if group.window is None else -group.window))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

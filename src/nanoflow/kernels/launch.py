@@ -24,12 +24,10 @@ class DecodeInputs:
     """What decode attention reads, one entry a token from the batch's first on.
 
     Attributes:
-        page_tables: int32 [D, P].
         context_len: int32 [D], tokens in the cache once the iteration is done; 0 for a token that is no decode.
         key_blocks: int32 [D + 1], blocks of `KEY_BLOCK` keys before each token, and all; a context fills its last one.
     """
 
-    page_tables: Tensor
     context_len: Tensor
     key_blocks: Tensor
 
@@ -39,15 +37,31 @@ class PrefillInputs:
     """What prefill attention reads, one entry a chunk of a prompt, or a part of one that a nano-batch cuts.
 
     Attributes:
-        page_tables: int32 [R, P].
         query_start: int32 [R + 1], token of the dense batch at which each begins, never decreasing.
         context_len: int32 [R], its request's tokens in the cache once it is done; 0 for padding and for gaps, whose
             tokens are decodes.
     """
 
-    page_tables: Tensor
     query_start: Tensor
     context_len: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageInputs:
+    """Where the layers of one KV group have their keys and values.
+
+    With a sliding window, pages that no token of the iteration sees may be another request's by now: table entries for
+    them are out of date, and what stands there may be anything, NaN too.
+
+    Attributes:
+        slots: int32 [T], where those of each token are written: page * page size + offset.
+        decode_tables: int32 [D, P], page tables for decode attention.
+        prefill_tables: int32 [R, P], page tables for prefill attention.
+    """
+
+    slots: Tensor
+    decode_tables: Tensor
+    prefill_tables: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +91,7 @@ class BatchInputs:
     Attributes:
         token_ids: int64 [T].
         rotations: Of each rotary embedding, in the order of `OpGraph.ropes`.
-        slots: int32 [T], page * page size + offset.
+        pages: Of each KV group.
         decodes, prefills: For the two attentions.
         first_prefill_token: No token before it is of a prefill.
         logit_tokens: int32 [S], tokens whose rows go to the language-model head.
@@ -86,7 +100,7 @@ class BatchInputs:
 
     token_ids: Tensor
     rotations: tuple[Rotation, ...]
-    slots: Tensor
+    pages: tuple[PageInputs, ...]
     decodes: DecodeInputs
     prefills: PrefillInputs
     first_prefill_token: int
@@ -117,10 +131,14 @@ _ROWS: dict[Scope, Callable[[BatchInputs], tuple[int, int]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """Keys and values of one layer, each [N, K, G, head size]: one page of one head is one contiguous run."""
+    """Keys and values of one layer, each [N, K, G, head size]: one page of one head is one contiguous run.
+
+    `group` is the layer's KV group: the place in `BatchInputs.pages` of the page tables that belong to these pages.
+    """
 
     keys: Tensor
     values: Tensor
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +166,12 @@ class Launch:
     inputs: BatchInputs
     cache: LayerCache | None
     rotation: Rotation | None = None
+
+    @property
+    def pages(self) -> PageInputs:
+        """Page tables and slots for the cache of the layer."""
+        assert self.cache is not None
+        return self.inputs.pages[self.cache.group]
 
 
 Kernel = Callable[[Launch], None]

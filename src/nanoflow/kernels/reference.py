@@ -117,7 +117,7 @@ def rope_append(launch: Launch) -> None:
     rows = slice(launch.tokens.start, launch.tokens.stop)
     cos, sin = rotation.cos[rows, None], rotation.sin[rows, None]
     q_out.copy_(_rotate(q, cos, sin).flatten(1))
-    slots, page_size = launch.inputs.slots[rows], cache.keys.shape[2]
+    slots, page_size = launch.pages.slots[rows], cache.keys.shape[2]
     pages, offsets = slots // page_size, slots % page_size
     cache.keys[pages, :, offsets] = _rotate(k, cos, sin).to(cache.keys.dtype)
     cache.values[pages, :, offsets] = v
@@ -131,22 +131,32 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def decode_attention(launch: Launch) -> None:
-    """Attention of one query a request over its pages. Requests are padded to the longest of a group."""
+    """Attention of one query a request over its pages. Requests are padded to the longest of a group.
+
+    With a window, pages before it are not looked at: places are counted from the first page that it touches.
+    """
     dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
     assert isinstance(dims, AttentionDims) and cache is not None and inputs.host is not None
     (q,), (out,) = launch.reads, launch.writes
-    page_size = cache.keys.shape[2]
-    contexts = inputs.host.decode_context_len[launch.tokens.start : launch.tokens.stop]
-    tables = inputs.decodes.page_tables[launch.tokens.start : launch.tokens.stop]
-    lengths = inputs.decodes.context_len[launch.tokens.start : launch.tokens.stop]
+    page_size, window, tokens = cache.keys.shape[2], dims.window, slice(launch.tokens.start, launch.tokens.stop)
+    contexts = inputs.host.decode_context_len[tokens]
+    tables, lengths = launch.pages.decode_tables[tokens], inputs.decodes.context_len[tokens]
+    if window is not None:
+        first_pages = (lengths - window).clamp_(min=0) // page_size
+        contexts = [context - max(context - window, 0) // page_size * page_size for context in contexts]
+        lengths = lengths - first_pages * page_size
+        columns = torch.arange(-(-max(contexts) // page_size), device=tables.device)
+        tables = tables.gather(1, (first_pages[:, None] + columns).clamp_(max=tables.shape[1] - 1))
     for rows in _groups(contexts, page_size, _MAX_GATHERED_ELEMENTS // dims.kv_width):
         shortest, longest = (end(contexts[row] for row in rows) for end in (min, max))
         index = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows)
         keys, values = _gather(cache, tables[index, : -(-longest // page_size)])
-        visible = _visible(lengths[index], keys.shape[2], dims.window)
-        # What lies behind a context is another request's, and may not be finite: zero times that is not zero.
+        visible = _visible(lengths[index], keys.shape[2], window)
+        # What lies behind a context, or before a window, is another request's, and may not be finite: zero times that
+        # is not zero.
+        surely_seen = shortest if window is None else 0
         for gathered in (keys, values):
-            gathered[:, :, shortest:].masked_fill_(~visible[..., shortest:].transpose(-1, -2), 0.0)
+            gathered[:, :, surely_seen:].masked_fill_(~visible[..., surely_seen:].transpose(-1, -2), 0.0)
         # The query heads that share a KV head stand as one more dimension: [B, K, H / K, D].
         grouped = q[index].view(len(rows), dims.num_kv_heads, -1, dims.head_dim)
         result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)
@@ -205,11 +215,15 @@ def prefill_attention(launch: Launch) -> None:
         if start >= stop or not context_len:
             continue
         num_keys = context_len - (chunk_stop - stop)
-        num_pages = -(-num_keys // page_size)
-        keys, values = _gather(cache, inputs.prefills.page_tables[request : request + 1, :num_pages])
+        # No query sees a key before the window of the first one: what stands there may not be a finite number.
+        first = 0 if dims.window is None else max(num_keys - (stop - start) - dims.window + 1, 0)
+        first_page, num_pages = first // page_size, -(-num_keys // page_size)
+        tables = launch.pages.prefill_tables[request : request + 1, first_page:num_pages]
+        seen = slice(first - first_page * page_size, num_keys - first_page * page_size)
+        keys, values = (gathered[:, :, seen] for gathered in _gather(cache, tables))
         rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
         heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
-        result = _causal_attention(heads, keys[:, :, :num_keys], values[:, :, :num_keys], dims)
+        result = _causal_attention(heads, keys, values, dims)
         out[rows] = result.transpose(1, 2).reshape(stop - start, -1)
 
 

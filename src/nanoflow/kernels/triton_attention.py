@@ -107,7 +107,7 @@ def decode_attention(launch: Launch) -> None:
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes
     _check(q, out, cache)
-    card, tables = card_of(q.device), launch.inputs.decodes.page_tables
+    card, tables = card_of(q.device), launch.pages.decode_tables
     tiles = choose_tiles(DECODE_TILES, dims.head_dim, q.element_size(), card.shared_memory_bytes // 2)
     splits = num_splits(len(q), dims, tables.shape[1] * cache.keys.shape[2], card.num_sms)
     run_decode(launch, tiles, splits)
@@ -127,9 +127,9 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         q,
         cache.keys,
         cache.values,
-        inputs.decodes.page_tables,
+        launch.pages.decode_tables,
         inputs.decodes.context_len,
-        inputs.decodes.page_tables.stride(0),
+        launch.pages.decode_tables.stride(0),
         launch.tokens.start,
         dims.scale * LOG2_E,
         GROUP=dims.num_heads // dims.num_kv_heads,
@@ -180,10 +180,10 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
         q,
         cache.keys,
         cache.values,
-        prefills.page_tables,
+        launch.pages.prefill_tables,
         prefills.query_start,
         prefills.context_len,
-        prefills.page_tables.stride(0),
+        launch.pages.prefill_tables.stride(0),
         num_requests,
         launch.tokens.start,
         launch.tokens.stop,

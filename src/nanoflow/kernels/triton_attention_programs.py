@@ -100,7 +100,8 @@ def decode_program(
         return
     first = 0 * context
     if WINDOW is not None:
-        first = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
+        # Exactly here: what stands before may not be a finite number.
+        first = tl.maximum(context - WINDOW, 0)
     part = tl.maximum(tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = first + split * part
     stop = tl.minimum(start + part, context)
@@ -237,7 +238,8 @@ def prefill_program(
             KV_HEADS, HEAD_DIM, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
     else:
-        start = tl.maximum(token + offset - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        # The first key that the first query sees: what stands before may not be a finite number.
+        start = tl.maximum(token + offset - WINDOW + 1, 0)
     acc, total, peak = _attend(
         acc, total, peak, queries, tokens + offset, start, stop, keys, values, table, kv_head, log2_scale,
         KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW, BLOCK_N, True,

@@ -116,7 +116,7 @@ def rope_append(launch: Launch) -> None:
     rows = slice(launch.tokens.start, launch.tokens.stop)
     _rope_append[(len(qkv), triton.cdiv(num_heads, head_block))](
         *(qkv, q_out, cache.keys, cache.values),
-        *(rotation.cos[rows], rotation.sin[rows], launch.inputs.slots[rows], q_weight, k_weight),
+        *(rotation.cos[rows], rotation.sin[rows], launch.pages.slots[rows], q_weight, k_weight),
         *(num_pages * page_size, dims.norm_eps or 0.0),
         *(dims.num_heads, dims.num_kv_heads, half, rotated, page_size, head_block, half_block),
         num_warps=_num_warps(2 * head_block * half_block),

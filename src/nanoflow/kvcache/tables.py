@@ -3,6 +3,8 @@
 All rows of an iteration grow in a few vectorised operations. This file does not know which request a row belongs to,
 nor when to take pages back (`scheduler/`); free pages come from `pages.py`. Every page has one holder: sharing a prefix
 would add a count of holders to the pool, tiers a second pool; neither would change who calls what here.
+
+These are the tables of one KV group; `pools.py` has those of all.
 """
 
 from __future__ import annotations
@@ -16,67 +18,101 @@ from nanoflow.kvcache.pages import PagePool
 class PageTables:
     """The pages of each row, and the pool they come from.
 
+    A row holds the pages of its columns `begin` to `end - 1`. `begin` is 0 unless there is a window, behind which pages
+    are given back.
+
     Args:
         pool: Where pages come from and go back to.
         num_rows: Rows of the state table.
         max_tokens: Most tokens a row ever holds.
         page_size: Tokens a page.
+        window: How many tokens a token sees, itself among them; all before it if None.
     """
 
-    def __init__(self, pool: PagePool, *, num_rows: int, max_tokens: int, page_size: int) -> None:
-        self._pool = pool
+    def __init__(
+        self, pool: PagePool, *, num_rows: int, max_tokens: int, page_size: int, window: int | None = None
+    ) -> None:
+        self.pool = pool
         self._page_size = page_size
-        self._num_held = np.zeros(num_rows, dtype=np.int64)
-        self._num_told = np.zeros(num_rows, dtype=np.int64)  # of those held, the first so many were handed to a batch
+        self._window = window
+        self._begin, self._end = np.zeros((2, num_rows), dtype=np.int64)
+        self._told = np.zeros(num_rows, dtype=np.int64)  # the pages before this column were handed to a batch
         self._table = np.zeros((num_rows, -(-max_tokens // page_size)), dtype=np.int32)
 
     def num_held(self, rows: Int64) -> Int64:
         """Pages that each of these rows holds, int64 [len(rows)]."""
-        return self._num_held[rows]
+        held: Int64 = self._end[rows] - self._begin[rows]
+        return held
 
-    def try_grow(self, rows: Int64, num_tokens: Int64) -> bool:
-        """Give each row (int64 [N], distinct) enough pages for its `num_tokens` (int64 [N]).
+    def width(self, rows: Int64) -> int:
+        """Columns that the widest table of these rows has."""
+        return int(self._end[rows].max())
 
-        Returns:
-            False, and nothing has changed, if too few pages are free.
+    def num_missing(self, rows: Int64, num_tokens: Int64) -> Int64:
+        """Pages that each row (int64 [N]) lacks for its `num_tokens` (int64 [N]), int64 [N]."""
+        missing: Int64 = np.maximum((num_tokens + self._page_size - 1) // self._page_size - self._end[rows], 0)
+        return missing
+
+    def grow(self, rows: Int64, num_pages: Int64) -> None:
+        """Give each row (int64 [N], distinct) so many more pages (int64 [N]).
+
+        Raises:
+            OutOfPagesError: Fewer are free; nothing has changed.
         """
-        held = self._num_held[rows]
-        missing = np.maximum((num_tokens + self._page_size - 1) // self._page_size - held, 0)
-        num_missing = int(missing.sum())
-        if num_missing > self._pool.num_free:
-            return False
-        if num_missing:
-            growing = np.flatnonzero(missing)
-            rows, held, missing = rows[growing], held[growing], missing[growing]
-            first_of_row = held - (np.cumsum(missing) - missing)
-            columns = np.arange(num_missing) + np.repeat(first_of_row, missing)
-            self._table[np.repeat(rows, missing), columns] = self._pool.allocate(num_missing)
-            self._num_held[rows] = held + missing
-        return True
+        growing = np.flatnonzero(num_pages)
+        if len(growing):
+            rows, num_pages = rows[growing], num_pages[growing]
+            end = self._end[rows]
+            before = np.cumsum(num_pages) - num_pages
+            num_new = int(before[-1] + num_pages[-1])
+            columns = np.arange(num_new) + np.repeat(end - before, num_pages)
+            self._table[np.repeat(rows, num_pages), columns] = self.pool.allocate(num_new)
+            self._end[rows] = end + num_pages
 
     def shrink(self, rows: Int64, num_tokens: Int64) -> None:
         """Give back the pages of these rows (int64 [N], distinct) behind their first `num_tokens` (int64 [N])."""
-        held = self._num_held[rows]
-        kept = np.minimum((num_tokens + self._page_size - 1) // self._page_size, held)
-        if (kept < held).any():
-            self._pool.release(self._pages(rows, kept, held).pages)
-            self._num_held[rows] = kept
-            self._num_told[rows] = np.minimum(self._num_told[rows], kept)
+        end = self._end[rows]
+        kept = np.minimum((num_tokens + self._page_size - 1) // self._page_size, end)
+        if (kept < end).any():
+            self.pool.release(self._pages(rows, kept, end).pages)
+            self._end[rows] = kept
+            self._told[rows] = np.minimum(self._told[rows], kept)
+
+    def slide(self, rows: Int64, num_computed: Int64) -> None:
+        """Give back the pages that no token of these rows (int64 [N], distinct) from place `num_computed` on sees.
+
+        A row that holds none yet begins with the first page that such a token sees.
+
+        Args:
+            rows: Of the state table.
+            num_computed: int64 [N], tokens that will never be computed again, unless the row is released.
+        """
+        if self._window is None:
+            return
+        begin = self._first_seen(num_computed)
+        moving = np.flatnonzero(begin > self._begin[rows])
+        if len(moving):
+            rows, begin = rows[moving], begin[moving]
+            end = self._end[rows]
+            self.pool.release(self._pages(rows, self._begin[rows], np.minimum(begin, end)).pages)
+            self._begin[rows] = begin
+            self._end[rows] = np.maximum(begin, end)
+            self._told[rows] = np.maximum(begin, self._told[rows])
 
     def release(self, rows: Int64) -> None:
         """Give all pages of these rows (int64 [N], distinct) back to the pool."""
-        self._pool.release(self._pages(rows, np.zeros_like(rows), self._num_held[rows]).pages)
-        self._num_held[rows] = self._num_told[rows] = 0
+        self.pool.release(self._pages(rows, self._begin[rows], self._end[rows]).pages)
+        self._begin[rows] = self._end[rows] = self._told[rows] = 0
 
     def drain(self, rows: Int64) -> NewPages:
         """The pages that these rows (int64 [N], distinct) have got since they were last drained, or given to a tenant.
 
         However often a row has grown or changed its tenant in between, each of its pages is told once.
         """
-        held, told = self._num_held[rows], self._num_told[rows]
-        growing = np.flatnonzero(held > told)
-        self._num_told[rows] = held
-        return self._pages(rows[growing], told[growing], held[growing])
+        end, told = self._end[rows], self._told[rows]
+        growing = np.flatnonzero(end > told)
+        self._told[rows] = end
+        return self._pages(rows[growing], told[growing], end[growing])
 
     def slots(self, rows: Int64, positions: Int64) -> Int64:
         """Place in the KV cache (page * page_size + offset) of token `positions[i]` of row `rows[i]`, int64 [N]."""
@@ -84,9 +120,15 @@ class PageTables:
         pages = self._table.reshape(-1).take(rows * self._table.shape[1] + columns)
         return (pages - columns) * self._page_size + positions
 
+    def _first_seen(self, num_computed: Int64) -> Int64:
+        """The column of the first token that the next ones see."""
+        assert self._window is not None
+        column: Int64 = np.maximum(num_computed - self._window + 1, 0) // self._page_size
+        return column
+
     def _pages(self, rows: Int64, start: Int64, stop: Int64) -> NewPages:
-        """Entries start[i]..stop[i]-1 of each row."""
-        count = stop - start
+        """Entries start[i]..stop[i]-1 of each row; none where stop is not above start."""
+        count = np.maximum(stop - start, 0)
         columns = np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
         row_of_page = np.repeat(rows, count)
         return NewPages(
@@ -97,10 +139,23 @@ class PageTables:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is free or in exactly one table, and none was told that is not held."""
-        is_held = np.arange(self._table.shape[1]) < self._num_held[:, None]
-        num_holders = np.bincount(self._table[is_held], minlength=self._pool.num_pages) + self._pool.free_mask()
+        columns = np.arange(self._table.shape[1])
+        is_held = (self._begin[:, None] <= columns) & (columns < self._end[:, None])
+        num_holders = np.bincount(self._table[is_held], minlength=self.pool.num_pages) + self.pool.free_mask()
         wrong = np.flatnonzero(num_holders != 1)
         if len(wrong):
             raise RuntimeError(f"pages lost, or held more than once: {wrong.tolist()}")
-        if (self._num_told > self._num_held).any():
-            raise RuntimeError(f"told more pages than held: rows {np.flatnonzero(self._num_told > self._num_held)}")
+        if (self._told > self._end).any():
+            raise RuntimeError(f"told more pages than held: rows {np.flatnonzero(self._told > self._end)}")
+
+    def check_holders(self, rows: Int64, num_computed: Int64) -> None:
+        """Raise RuntimeError unless these rows (int64 [N]) alone hold pages, and those of their `num_computed` tokens.
+
+        With a window the pages that later tokens do not see may be missing, the first of them first.
+        """
+        begin, end = self._begin[rows], self._end[rows]
+        too_many_gone = begin > (0 if self._window is None else self._first_seen(num_computed))
+        if (end != -(-num_computed // self._page_size)).any() or too_many_gone.any():
+            raise RuntimeError("a request holds more or fewer pages than its computed tokens need")
+        if (end - begin).sum() != self.pool.num_in_use:
+            raise RuntimeError("pages are held by rows that are not in use")

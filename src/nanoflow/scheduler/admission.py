@@ -8,10 +8,12 @@ both know token counts only, neither rows nor requests (`rows.py`) nor their que
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 
 from nanoflow.batch import Int64
+from nanoflow.kvcache.sizes import PoolSize, chunk_pages, window_pages
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.progress import Progress
 
@@ -39,6 +41,7 @@ class PeakOfPages:
 
     def __init__(self, num_tokens: Int64, num_remaining: Int64, page_size: int) -> None:
         self._page_size = page_size
+        self._num_tokens, self._num_remaining = num_tokens, num_remaining
         self._latest_first = np.argsort(-num_remaining)
         s, r = (values[self._latest_first] - 1 for values in (num_tokens, num_remaining))
         self._c, self._m = s // page_size, r // page_size
@@ -57,6 +60,11 @@ class PeakOfPages:
         d, q = self._d[chosen[: open_moments[-1] + 1]], self._q[chosen[open_moments]]
         return not (least[open_moments] + self._num_carries(d, q, open_moments) > num_pages).any()
 
+    def fits_in_windows(self, count: int, num_pages: int, most_each: int) -> bool:
+        """Whether `num_pages` hold all that the first `count` requests will have, at most `most_each` of each."""
+        last = self._num_tokens[:count] + self._num_remaining[:count] - 1
+        return bool(np.minimum(-(-last // self._page_size), most_each).sum() <= num_pages)
+
     def _num_carries(self, d: Int64, q: Int64, moments: Int64) -> Int64:
         """For each moment k, how many d of those up to k reach P - q_k. There are only P different q."""
         values, which = np.unique(q, return_inverse=True)
@@ -65,19 +73,46 @@ class PeakOfPages:
 
 
 def num_admissible(
-    running: Progress, candidates: Progress, lengths: OutputLength, *, num_pages: int, page_size: int
+    running: Progress,
+    candidates: Progress,
+    lengths: OutputLength,
+    *,
+    pools: Sequence[PoolSize],
+    page_size: int,
+    max_batch_tokens: int,
 ) -> int:
     """How many of the candidates, from the first, can join the running ones: the most whose predicted peak fits.
 
+    It must fit into every pool. Where a window bounds what a request holds, two upper bounds of the peak are known:
+    the peak without the window, and everybody's largest need at the same time.
+
     The peak grows with every request, so bisection finds the number; most often all can, or none. If nothing runs, the
     first may always join: no request is accepted that does not fit alone, however wrong the prediction.
+
+    Args:
+        running, candidates: How far they are.
+        lengths: How many tokens are expected of each.
+        pools: Of the KV groups.
+        page_size: Tokens a page.
+        max_batch_tokens: Token budget of an iteration.
     """
     everyone = running + candidates
     peak = PeakOfPages(everyone.num_tokens, lengths.counted_remaining(everyone), page_size)
     num_running, num_candidates = len(running.num_tokens), len(candidates.num_tokens)
-    if peak.fits(num_running + num_candidates, num_pages):
+
+    def fits(count: int, pool: PoolSize) -> bool:
+        if pool.window is not None:
+            for_windows = pool.num_pages - chunk_pages(max_batch_tokens, page_size)
+            if peak.fits_in_windows(count, for_windows, window_pages(pool.window, page_size)):
+                return True
+        return peak.fits(count, pool.num_pages)
+
+    def can_join(count: int) -> bool:
+        return all(fits(num_running + count, pool) for pool in pools)
+
+    if can_join(num_candidates):
         return num_candidates
-    if num_candidates == 0 or not peak.fits(num_running + 1, num_pages):
+    if num_candidates == 0 or not can_join(1):
         return min(num_candidates, 1) if num_running == 0 else 0
     fitting = range(2, num_candidates)
-    return 1 + bisect_left(fitting, True, key=lambda count: not peak.fits(num_running + count, num_pages))
+    return 1 + bisect_left(fitting, True, key=lambda count: not can_join(count))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoflow.batch import DenseBatch, Int64, Joined, PromptScore
-from nanoflow.kvcache.tables import PageTables
+from nanoflow.kvcache.pools import PagePools
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable
 
@@ -58,7 +58,7 @@ def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
 
 
 def form_batch(
-    turn: Turn, table: RowTable, pages: PageTables, *, iteration: int, joined: tuple[Joined, ...]
+    turn: Turn, table: RowTable, pages: PagePools, *, iteration: int, joined: tuple[Joined, ...]
 ) -> DenseBatch:
     """Write a turn down as a batch; the pages that it needs are there."""
     rows, taken = turn.rows, turn.num_taken
@@ -79,7 +79,7 @@ def form_batch(
         positions=positions.astype(np.int32),
         slots=pages.slots(row_of_token, positions),
         new_pages=pages.drain(rows),
-        table_width=int(pages.num_held(rows).max()),
+        table_width=pages.width(rows),
         sampled=np.repeat(drawing, 1 + turn.num_drafts[drawing]).astype(np.int32),
         joined=joined,
         prompt_scores=_prompt_scores(turn, table, query_start),

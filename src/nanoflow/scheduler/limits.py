@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoflow.batch import Int32
+from nanoflow.kvcache.sizes import PoolSize, longest_sequence
 from nanoflow.parameters import shown
 from nanoflow.request import Request, RequestError
 
@@ -26,11 +27,12 @@ class SchedulerLimits:
         max_batch_tokens: Token budget of an iteration.
         max_num_seqs: Rows: most requests that run at once.
         max_model_len: Most tokens of a request, prompt plus completion.
-        num_pages, page_size: The KV cache.
+        num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
+        group_pools: The pool of each KV group; empty stands for one group, without a window, of `num_pages`.
         vocab_size: Token ids are below this.
 
     Raises:
-        ValueError: A size is not positive, or the pool cannot hold one request of `max_model_len` tokens.
+        ValueError: A size is not positive, or a pool cannot hold one request of `max_model_len` tokens.
     """
 
     max_batch_tokens: int
@@ -39,16 +41,26 @@ class SchedulerLimits:
     num_pages: int
     page_size: int
     vocab_size: int
+    group_pools: tuple[PoolSize, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
+            if name != "group_pools" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_model_len > self.num_pages * self.page_size:
-            raise ValueError(
-                f"max_model_len ({self.max_model_len}) exceeds the KV cache: {self.num_pages} pages of "
-                f"{self.page_size} tokens hold {self.num_pages * self.page_size}"
+        for pool in self.pools:
+            longest = longest_sequence(
+                [pool], self.max_model_len, page_size=self.page_size, max_batch_tokens=self.max_batch_tokens
             )
+            if longest < self.max_model_len:
+                raise ValueError(
+                    f"max_model_len ({self.max_model_len}) exceeds the KV cache: {pool.num_pages} pages of "
+                    f"{self.page_size} tokens hold {longest}"
+                )
+
+    @property
+    def pools(self) -> tuple[PoolSize, ...]:
+        """The pool of each KV group, at least one."""
+        return self.group_pools or (PoolSize(num_pages=self.num_pages),)
 
 
 def checked_prompt(request: Request, limits: SchedulerLimits) -> Int32:

@@ -6,7 +6,8 @@ guessed (`drafts.py`), those that do not count (`verify.py`) are taken back. Sta
 a running request computes in `forming.py`, the prediction behind admission in `admission.py`.
 
 Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
-its way. That is safe because the executor runs iterations in order: a later tenant writes later, and its own tokens.
+its way; so are pages that a sliding window has left behind, though one may be on its way that reads them. That is safe
+because the executor runs iterations in order: a later tenant writes later, and its own tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from nanoflow.batch import Bool, DenseBatch, Int32, Int64, Joined, SampledTokens
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
-from nanoflow.kvcache.tables import PageTables
+from nanoflow.kvcache.pools import PagePools
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler.admission import num_admissible
@@ -78,9 +79,8 @@ class Scheduler:
         self._limits = limits
         self.drafts: Drafts = drafts or NoDrafts()
         self.pace = pace or Pace()
-        self._pool = PagePool(limits.num_pages)
-        self._tables = PageTables(
-            self._pool, num_rows=limits.max_num_seqs, max_tokens=limits.max_model_len, page_size=limits.page_size
+        self._pages = PagePools(
+            limits.pools, num_rows=limits.max_num_seqs, max_tokens=limits.max_model_len, page_size=limits.page_size
         )
         self._rows = RowTable(limits)
         self._waiting = WaitingQueue()
@@ -110,9 +110,9 @@ class Scheduler:
         return self._num_preemptions
 
     @property
-    def pages_in_use(self) -> int:
-        """Pages that requests hold."""
-        return self._pool.num_in_use
+    def fullest_pool(self) -> PagePool:
+        """The pool of KV pages of which the largest part is in use."""
+        return self._pages.fullest
 
     def add(self, request: Request, num_computed: int = 0) -> None:
         """Put a request at the end of the queue.
@@ -157,14 +157,15 @@ class Scheduler:
         """
         if self.drafts.awaits_commit(self._rows, self.pace.iteration_time):
             return None
+        self._slide(self._rows.order)
         turn, has_preempted = self._fill_budget(), False
-        while not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
+        while not self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
             self._preempt_newest()
             turn, has_preempted = self._fill_budget(), True
         joined = () if has_preempted else self._admit(turn.num_left)
         if joined:
             turn = self._fill_budget()
-            if not self._tables.try_grow(turn.rows, turn.num_before + turn.num_taken):
+            if not self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
                 raise OutOfPagesError("more was admitted than fits: the predicted peak is below what is needed at once")
         if len(turn.rows) == 0:
             return None
@@ -231,22 +232,26 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if pages, rows and queue contradict each other."""
-        self._tables.check_integrity()
+        order = self._rows.order
+        self._pages.check_integrity(order, self._rows.num_computed[order])
         self._rows.check_integrity()
-        order, page_size = self._rows.order, self._limits.page_size
-        needed = -(-self._rows.num_computed[order] // page_size)
-        if (self._tables.num_held(order) != needed).any() or needed.sum() != self._pool.num_in_use:
-            raise RuntimeError("a request holds more or fewer pages than its computed tokens need")
         if any(int(request_id) in self._waiting for request_id in self._rows.request_id[order]):
             raise RuntimeError("a request waits and runs at once")
 
     def _fill_budget(self) -> Turn:
         return fill_budget(self._rows, self.pace, self._limits.max_batch_tokens)
 
+    def _slide(self, rows: Int64) -> None:
+        """Give back the pages that nothing of these rows sees any more.
+
+        What counts as computed when a batch is formed stays so: drafts, which may be taken back, are not on their way.
+        """
+        self._pages.slide(rows, self._rows.num_computed[rows])
+
     def _with_drafts(self, turn: Turn) -> Turn:
         """The turn with drafts if there are any and free pages hold them: for a guess nobody is sent back."""
         drafted = self.drafts.extend(turn, self._rows, self.pace.iteration_time)
-        has_room = drafted is turn or self._tables.try_grow(drafted.rows, drafted.num_before + drafted.num_taken)
+        has_room = drafted is turn or self._pages.try_grow(drafted.rows, drafted.num_before + drafted.num_taken)
         return drafted if has_room else turn
 
     def _take_back(self, batch: DenseBatch, is_alive: Bool, is_counting: Bool) -> None:
@@ -257,7 +262,7 @@ class Scheduler:
         concerned = np.flatnonzero(is_alive & (num_draws > 1))
         rows = batch.rows[concerned].astype(np.int64)
         self._rows.take_back(rows, (num_draws - num_counting)[concerned])
-        self._tables.shrink(rows, self._rows.num_computed[rows])
+        self._pages.shrink(rows, self._rows.num_computed[rows])
         self.drafts.note_verified(batch, is_alive, num_counting)
 
     def _preempt_newest(self) -> None:
@@ -280,8 +285,9 @@ class Scheduler:
             self._rows.progress(),
             self._progress_of(candidates),
             self._lengths,
-            num_pages=self._limits.num_pages,
+            pools=self._limits.pools,
             page_size=self._limits.page_size,
+            max_batch_tokens=self._limits.max_batch_tokens,
         )
         return self._join([self._waiting.pop_front() for _ in range(count)]) if count else ()
 
@@ -300,6 +306,7 @@ class Scheduler:
 
     def _join(self, newcomers: list[WaitingRequest]) -> tuple[Joined, ...]:
         rows = self._rows.join(newcomers)
+        self._slide(rows)
         self.drafts.join(rows, [new.request for new in newcomers])
         self._events.scheduled.extend(new.request.request_id for new in newcomers if not new.is_preempted)
         return tuple(
@@ -318,7 +325,7 @@ class Scheduler:
     def _advance(self, turn: Turn, joined: tuple[Joined, ...]) -> DenseBatch:
         """The turn as a batch; its tokens count as computed and its samplers' next tokens as there."""
         self._iteration += 1
-        batch = form_batch(turn, self._rows, self._tables, iteration=self._iteration, joined=joined)
+        batch = form_batch(turn, self._rows, self._pages, iteration=self._iteration, joined=joined)
         self._rows.num_computed[turn.rows] += turn.num_taken
         self._rows.num_tokens[turn.rows] += np.bincount(batch.sampled, minlength=len(turn.rows))
         self.drafts.note_formed(batch)
@@ -336,5 +343,5 @@ class Scheduler:
     def _release(self, rows: list[int]) -> None:
         """Take rows and pages of requests at once (see the top of this file why that is safe)."""
         if rows:
-            self._tables.release(np.array(rows, dtype=np.int64))
+            self._pages.release(np.array(rows, dtype=np.int64))
             self._rows.leave(rows)

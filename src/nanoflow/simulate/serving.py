@@ -8,7 +8,6 @@ any number of them behind one queue. What an iteration takes is `simulate/iterat
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.config import ConfigError
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
+from nanoflow.kvcache.sizes import Demand, longest_sequence
 from nanoflow.profile.table import Cost, Profile
 from nanoflow.request import Request, SamplingParams
 from nanoflow.run_metrics import RequestRecord, RunMetrics, measure
@@ -51,7 +51,7 @@ class SimulatedRun:
         num_iterations: Of all replicas.
         mean_batch_tokens: Tokens of an iteration on average.
         num_preemptions: Of all replicas.
-        peak_page_share: Largest part of a replica's pages in use.
+        peak_page_share: Largest part of the pages of any of a replica's pools in use.
         peak_requests: Most requests that had a row of one replica at once.
     """
 
@@ -93,23 +93,27 @@ def limits_for(
     setup = profile.setup
     usable = setup.memory_bytes * gpu_memory_utilization
     weights = graph.num_parameters * _DTYPE_BYTES / setup.num_gpus
-    page_bytes = graph.kv_elements_per_token * _DTYPE_BYTES * profile.page_size
     longest = max(length.num_prompt_tokens + length.num_output_tokens for length in lengths)
-    num_pages = int((usable - weights) // page_bytes)
-    if num_pages * profile.page_size < longest:
+    page_size = profile.page_size
+    demand = Demand(
+        max_num_seqs=max_num_seqs, max_model_len=longest, max_batch_tokens=max_batch_tokens, page_size=page_size
+    )
+    groups = [(group.window, group.elements_per_token * _DTYPE_BYTES * page_size) for group in graph.kv_groups]
+    pools = demand.divide(min(int(usable - weights), demand.useful_bytes(groups)), groups)
+    capacity = longest_sequence(pools, longest, page_size=page_size, max_batch_tokens=max_batch_tokens)
+    if capacity < longest:
         raise ConfigError(
             f"{graph.name}: of {usable / 1e9:.1f} GB on each of {setup.num_gpus} GPUs the weights take "
-            f"{weights / 1e9:.1f} GB, which leaves {max(num_pages, 0) * profile.page_size} tokens of KV cache for a "
-            f"request of {longest}"
+            f"{weights / 1e9:.1f} GB, which leaves {capacity} tokens of KV cache for a request of {longest}"
         )
-    useful = max_num_seqs * math.ceil(longest / profile.page_size)
     return SchedulerLimits(
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=longest,
-        num_pages=min(num_pages, useful),
-        page_size=profile.page_size,
+        num_pages=pools[0].num_pages,
+        page_size=page_size,
         vocab_size=graph.vocab_size,
+        group_pools=pools,
     )
 
 
@@ -163,7 +167,8 @@ class SimulatedEngine:
         self.now_s = 0.0
         self.busy_s = 0.0
         self.energy_j: float | None = 0.0
-        self.num_iterations = self.num_batch_tokens = self.peak_pages = self.peak_requests = 0
+        self.num_iterations = self.num_batch_tokens = self.peak_requests = 0
+        self.peak_page_share = 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -212,7 +217,8 @@ class SimulatedEngine:
         self.energy_j = None if self.energy_j is None or cost.energy_j is None else self.energy_j + cost.energy_j
         self.num_iterations += 1
         self.num_batch_tokens += batch.num_tokens
-        self.peak_pages = max(self.peak_pages, self._scheduler.pages_in_use)
+        pool = self._scheduler.fullest_pool
+        self.peak_page_share = max(self.peak_page_share, pool.num_in_use / pool.num_pages)
         self.peak_requests = max(self.peak_requests, self._scheduler.num_running)
 
     def _commit(self, batch: DenseBatch, done_s: float) -> None:
@@ -309,7 +315,7 @@ def _result(
         num_iterations=num_iterations,
         mean_batch_tokens=sum(engine.num_batch_tokens for engine in engines) / num_iterations,
         num_preemptions=sum(engine.num_preemptions for engine in engines),
-        peak_page_share=max(engine.peak_pages for engine in engines) / cluster.limits.num_pages,
+        peak_page_share=max(engine.peak_page_share for engine in engines),
         peak_requests=max(engine.peak_requests for engine in engines),
     )
 

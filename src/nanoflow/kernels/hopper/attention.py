@@ -65,7 +65,7 @@ def run_decode(launch: Launch, num_programs: int) -> None:
     """
     dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
     assert isinstance(dims, AttentionDims) and cache is not None
-    (q,), (out,) = launch.reads, launch.writes
+    (q,), (out,), tables = launch.reads, launch.writes, launch.pages.decode_tables
     check(q, out, cache)
     group = dims.num_heads // dims.num_kv_heads
     # Two places a program: for a part that does not begin its head of a request, and for one that does.
@@ -79,10 +79,10 @@ def run_decode(launch: Launch, num_programs: int) -> None:
         # One head of one token a row; a box is half of a page of one head.
         boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
         boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
-        decodes.page_tables,
+        tables,
         decodes.context_len,
         decodes.key_blocks,
-        decodes.page_tables.stride(0),
+        tables.stride(0),
         launch.tokens.start,
         len(q),
         dims.scale * LOG2_E,

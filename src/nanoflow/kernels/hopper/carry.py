@@ -169,7 +169,7 @@ class HopperCarrier:
         launch, (x, weight, bias, out), tiles = taken.launch, product.operands, product.tiles
         dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
         assert isinstance(dims, AttentionDims) and cache is not None
-        (q,), (attended,) = launch.reads, launch.writes
+        (q,), (attended,), tables = launch.reads, launch.writes, launch.pages.decode_tables
         carry_program[(self.num_sms,)](
             *(boxes(x, tiles.block_m), boxes(weight, tiles.block_n // 2), bias, out),
             *(*out.shape, product.down, product.across, product.num_steps, product.second_rows),
@@ -178,7 +178,7 @@ class HopperCarrier:
             boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
             boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
             *(attended, taken.sums, taken.log_sums, taken.begins),
-            *(decodes.page_tables, decodes.context_len, decodes.key_blocks, decodes.page_tables.stride(0)),
+            *(tables, decodes.context_len, decodes.key_blocks, tables.stride(0)),
             *(launch.tokens.start, len(q), dims.scale * LOG2_E),
             *(taken.num_runs, taken.until, until),
             round(product.num_steps / _times_of_wide(tiles) / STEPS_A_BLOCK),
