@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -294,6 +295,17 @@ def batch_of(requests: list[tuple[int, int]], num_decodes: int, vocab: int, seed
         new_pages=NewPages.of_tables(page_tables.astype(np.int32)),
         table_width=pages_per_request,
         sampled=np.arange(len(requests), dtype=np.int32),
+    )
+
+
+def drawing(batch: DenseBatch, draws: Sequence[int]) -> DenseBatch:
+    """The batch, in which the requests at these places draw; one that is named n times has a draft of n - 1 tokens."""
+    num_draws = Counter(draws)
+    return replace(
+        batch,
+        sampled=np.array(draws, np.int32),
+        num_drafted_requests=sum(count > 1 for count in num_draws.values()),
+        num_draft_tokens=len(draws) - len(num_draws),
     )
 
 

@@ -131,6 +131,8 @@ class DenseBatch:
             which are only guessed (`scheduler/drafts.py`). Without drafts no request stands here twice.
         joined: Requests that are new to their row.
         prompt_scores: Prompt log probabilities asked for.
+        num_drafted_requests: Requests with a draft (guessed tokens); each of them is named several times in `sampled`.
+        num_draft_tokens: Guessed tokens of all these requests together.
     """
 
     iteration: int
@@ -148,6 +150,8 @@ class DenseBatch:
     sampled: Int32
     joined: tuple[Joined, ...] = ()
     prompt_scores: tuple[PromptScore, ...] = ()
+    num_drafted_requests: int = 0
+    num_draft_tokens: int = 0
 
     @property
     def num_requests(self) -> int:
@@ -181,17 +185,6 @@ class DenseBatch:
             return self.context_len[self.sampled]
         positions: Int32 = self.positions[self.logit_tokens] + np.int32(1)
         return positions
-
-    @property
-    def num_draft_tokens(self) -> int:
-        """Tokens of the batch that are guessed."""
-        return int(np.count_nonzero(self.sampled[1:] == self.sampled[:-1]))
-
-    @property
-    def num_drafted_requests(self) -> int:
-        """Requests with a draft."""
-        num_before, num_after = self.draws_around
-        return int(np.count_nonzero((num_before == 0) & (num_after > 0)))
 
     @property
     def shape(self) -> BatchShape:

@@ -46,6 +46,9 @@ class DraftingExecutor(FakeExecutor):
         tenant.tokens = known
 
     def draw(self, batch: DenseBatch) -> list[int]:
+        num_guessed = [len(self.guessed(batch, index)) for index in range(batch.num_requests)]
+        assert batch.num_draft_tokens == sum(num_guessed) == len(batch.sampled) - len(set(batch.sampled.tolist()))
+        assert batch.num_drafted_requests == sum(count > 0 for count in num_guessed)
         draws: list[int] = []
         for index in dict.fromkeys(batch.sampled.tolist()):
             tenant, guessed = self.tenants[int(batch.rows[index])], self.guessed(batch, index)

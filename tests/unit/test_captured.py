@@ -7,7 +7,6 @@ from tests.triton_interpreter import interpreter  # noqa: F401  (sets the interp
 # isort: split
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,7 @@ from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from tests.graphs import batch_of, device_model, with_fresh_caches
+from tests.graphs import batch_of, device_model, drawing, with_fresh_caches
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 32
@@ -69,7 +68,7 @@ def test_a_padded_batch_gives_the_logits_of_the_exact_one(
     requests: list[tuple[int, int]], num_decodes: int, draws: tuple[int, ...], boundaries: tuple[int, ...]
 ) -> None:
     batch = batch_of(requests, num_decodes, GRAPH.vocab_size, seed=3)
-    batch = replace(batch, sampled=np.array(draws, np.int32))
+    batch = drawing(batch, draws)
     plan = nanobatch_plan(GRAPH, MAX_TOKENS, boundaries) if boundaries else sequential_plan(GRAPH, MAX_TOKENS)
     exact_model = device_model(GRAPH, int(batch.new_pages.pages.max()) + 1)
     exact_model = replace(exact_model, kernels=KERNELS)

@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 
 from nanoflow.batch import DenseBatch
 from nanoflow.scheduler.verify import counting_draws
-from tests.graphs import batch_of
+from tests.graphs import batch_of, drawing
 
 
 def drafted_batch(lengths: list[int], num_draws: list[int], token_ids: list[int]) -> DenseBatch:
     """Parts of prompts, each of which draws behind so many of its last tokens."""
     batch = batch_of([(3, length) for length in lengths], 0, 9, seed=0)
-    return dataclasses.replace(
-        batch,
-        token_ids=np.array(token_ids, np.int32),
-        sampled=np.repeat(np.arange(len(lengths)), num_draws).astype(np.int32),
-    )
+    batch = dataclasses.replace(batch, token_ids=np.array(token_ids, np.int32))
+    return drawing(batch, np.repeat(np.arange(len(lengths)), num_draws).tolist())
 
 
 @given(st.data())
@@ -46,5 +43,3 @@ def test_draws_count_as_long_as_guesses_are_right(data: st.DataObject) -> None:
     assert batch.logit_tokens.tolist() == logit_tokens
     assert batch.drawn_positions.tolist() == positions
     assert counting_draws(batch, np.array(drawn, np.int32), np.array(is_last, np.bool_)).tolist() == counting
-    assert batch.num_draft_tokens == sum(max(count - 1, 0) for count in num_draws)
-    assert batch.num_drafted_requests == sum(count > 1 for count in num_draws)

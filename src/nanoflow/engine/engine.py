@@ -135,7 +135,7 @@ class Engine:
         """An iteration has ended: the device began it when the one before had ended, or when it was launched."""
         end_s = time.monotonic()
         time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
-        self._scheduler.drafts.note_time(launched.batch, time_s)
+        self._scheduler.drafts.note_time(launched.batch, launched.shape, time_s)
         if self._times is not None and self._times.observe(launched.shape, time_s):
             self._scheduler.pace = replace(self._scheduler.pace, iteration_time=self._times.estimate)
 

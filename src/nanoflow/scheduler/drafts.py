@@ -79,8 +79,8 @@ class Drafts(Protocol):
     def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
         """Which of the B requests of a batch with drafts are still there, and how many draws of each counted."""
 
-    def note_time(self, batch: DenseBatch, time_s: float) -> None:
-        """The device has worked so long on a batch."""
+    def note_time(self, batch: DenseBatch, shape: BatchShape, time_s: float) -> None:
+        """The device has worked so long on a batch, whose shape this is."""
 
 
 class NoDrafts:
@@ -110,7 +110,7 @@ class NoDrafts:
     def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
         """See `Drafts`."""
 
-    def note_time(self, batch: DenseBatch, time_s: float) -> None:
+    def note_time(self, batch: DenseBatch, shape: BatchShape, time_s: float) -> None:
         """See `Drafts`."""
 
 
@@ -166,6 +166,8 @@ class Drafter:
             # What was waited for has not come yet.
             return True
         decoding = table.order[table.num_pending(table.order) == 1]
+        if len(decoding) > MAX_DRAFTED_REQUESTS:
+            return False
         rows = self._willing(decoding, table)
         rows = rows[table.num_tokens[rows] - table.num_known[rows] == 1]
         found: list[tuple[int, Draft]] = []
@@ -244,12 +246,11 @@ class Drafter:
             else:
                 self._rest(row, int(batch.context_len[index]) - num_tokens + 1)
 
-    def note_time(self, batch: DenseBatch, time_s: float) -> None:
-        """See `Drafts`."""
+    def note_time(self, batch: DenseBatch, shape: BatchShape, time_s: float) -> None:
+        """See `Drafts`; batches with parts of prompts, or of many requests, are left out."""
         num_guessing = batch.num_drafted_requests + batch.num_draft_tokens
-        is_alike = batch.num_tokens == batch.num_decodes + num_guessing and batch.num_requests <= MAX_DRAFTED_REQUESTS
-        if is_alike:
-            self._gain.note_time(batch.shape, time_s, is_drafted=num_guessing > 0)
+        if batch.num_tokens == batch.num_decodes + num_guessing and batch.num_requests <= MAX_DRAFTED_REQUESTS:
+            self._gain.note_time(shape, time_s, is_drafted=num_guessing > 0)
 
     def _willing(self, rows: Int64, table: RowTable) -> Int64:
         """Those of the rows that may have a draft now; none where too many run."""

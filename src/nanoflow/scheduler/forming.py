@@ -83,6 +83,8 @@ def form_batch(
         sampled=np.repeat(drawing, 1 + turn.num_drafts[drawing]).astype(np.int32),
         joined=joined,
         prompt_scores=_prompt_scores(turn, table, query_start),
+        num_drafted_requests=int(np.count_nonzero(turn.num_drafts)),
+        num_draft_tokens=int(turn.num_drafts.sum()),
     )
 
 
