@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanoflow.batch import Int32
 from nanoflow.kvcache import OutOfPagesError, PagePool
-from nanoflow.kvcache.keys import KEY_BYTES, page_keys, root_key
+from nanoflow.kvcache.keys import KEY_BYTES, page_keys, root_key, split
 
 NUM_PAGES = 12
 
@@ -21,7 +21,7 @@ def int32(*pages: int) -> Int32:
 
 
 def test_a_key_stands_for_all_tokens_up_to_its_page() -> None:
-    root = root_key("model")
+    root = root_key()
     keys = page_keys(range(10), 4, root)
     assert len(keys) == 2 and all(len(key) == KEY_BYTES for key in keys)
     assert page_keys(range(4, 8), 4, keys[0]) == keys[1:]
@@ -31,13 +31,14 @@ def test_a_key_stands_for_all_tokens_up_to_its_page() -> None:
     assert page_keys(range(3), 4, root) == page_keys([], 4, root) == []
 
 
-def test_roots_tell_models_and_salts_apart() -> None:
-    roots = [root_key("a"), root_key("b"), root_key("a", ""), root_key("a", "b"), root_key("ab"), root_key("", "a")]
+def test_roots_tell_salts_apart() -> None:
+    roots = [root_key(), root_key(""), root_key("a"), root_key("b"), root_key("None")]
     assert len(set(roots)) == len(roots)
+    assert split(b"".join(roots)) == tuple(roots)
 
 
 def test_pages_are_found_up_to_the_first_that_is_not_there() -> None:
-    pool, keys = PagePool(NUM_PAGES), page_keys(range(16), 4, root_key("model"))
+    pool, keys = PagePool(NUM_PAGES), page_keys(range(16), 4, root_key())
     pages = pool.allocate(4)
     for place in (0, 1, 3):
         pool.cache(int(pages[place]), keys[place])
@@ -47,7 +48,7 @@ def test_pages_are_found_up_to_the_first_that_is_not_there() -> None:
 
 
 def test_a_page_is_free_when_its_last_holder_has_left() -> None:
-    pool, keys = PagePool(NUM_PAGES), page_keys(range(8), 4, root_key("model"))
+    pool, keys = PagePool(NUM_PAGES), page_keys(range(8), 4, root_key())
     pages = pool.allocate(2)
     for page, key in zip(pages.tolist(), keys, strict=True):
         pool.cache(page, key)
@@ -65,7 +66,7 @@ def test_a_page_is_free_when_its_last_holder_has_left() -> None:
 
 def test_empty_pages_go_first_then_those_used_longest_ago_and_the_last_of_a_prefix_first() -> None:
     pool = PagePool(6)
-    first_keys, second_keys = (page_keys(range(start, start + 8), 4, root_key("model")) for start in (0, 100))
+    first_keys, second_keys = (page_keys(range(start, start + 8), 4, root_key()) for start in (0, 100))
     first, second = pool.allocate(2), pool.allocate(2)
     for pages, keys in ((first, first_keys), (second, second_keys)):
         for page, key in zip(pages.tolist(), keys, strict=True):
@@ -87,7 +88,7 @@ def test_empty_pages_go_first_then_those_used_longest_ago_and_the_last_of_a_pref
 
 
 def test_what_is_wrong_is_not_found_again() -> None:
-    pool, keys = PagePool(NUM_PAGES), page_keys(range(8), 4, root_key("model"))
+    pool, keys = PagePool(NUM_PAGES), page_keys(range(8), 4, root_key())
     pages = pool.allocate(3)
     for page, key in zip(pages.tolist(), keys, strict=False):
         pool.cache(page, key)
@@ -101,7 +102,7 @@ def test_what_is_wrong_is_not_found_again() -> None:
 
 
 def test_of_two_pages_with_the_same_tokens_the_first_is_found() -> None:
-    pool, (key,) = PagePool(NUM_PAGES), page_keys(range(4), 4, root_key("model"))
+    pool, (key,) = PagePool(NUM_PAGES), page_keys(range(4), 4, root_key())
     pages = pool.allocate(2)
     for page in pages.tolist():
         pool.cache(page, key)
@@ -128,7 +129,7 @@ def test_no_page_is_lost_given_twice_or_wrong(data: st.DataObject) -> None:
         action = data.draw(st.sampled_from(["come", "come", "grow", "leave", "fail"]))
         if action == "come":
             tokens = data.draw(st.lists(st.integers(0, 1), min_size=4, max_size=10))
-            keys = page_keys(tokens, 2, root_key("model"))
+            keys = page_keys(tokens, 2, root_key())
             found = pool.find(keys)
             assert [content[page] for page in found.tolist()] == keys[: len(found)]
             pool.hold(found)
@@ -166,7 +167,7 @@ def test_no_page_is_lost_given_twice_or_wrong(data: st.DataObject) -> None:
 
 
 def test_pages_that_several_give_back_at_once_are_left_once() -> None:
-    pool, keys = PagePool(NUM_PAGES), page_keys(range(8), 4, root_key("model"))
+    pool, keys = PagePool(NUM_PAGES), page_keys(range(8), 4, root_key())
     pages = pool.allocate(2)
     pool.cache(int(pages[0]), keys[0])
     pool.hold(pages[:1])

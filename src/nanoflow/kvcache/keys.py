@@ -2,8 +2,8 @@
 
 The keys and values of a token depend on every token before it. So the key of a page is a hash of its own tokens and of
 the key of the page before it, and two requests whose keys are equal up to a page have the same prefix up to there
-(SHA-256: that they are equal by accident, or made to be, can be ruled out). The first page follows a *root*, which says
-what else the cache depends on: the model, and a salt that keeps the pages of different users apart.
+(SHA-256: that they are equal by accident, or made to be, can be ruled out). The first page follows a *root*, which has
+a salt that keeps the pages of different users apart.
 
 Front ends make the keys of prompts, so that the engine's loop does not; it makes those of completions.
 """
@@ -21,15 +21,18 @@ KEY_BYTES = 32
 _TOKEN_BYTES = 4
 
 
-def root_key(model: str, salt: str | None = None) -> bytes:
+def root_key(salt: str | None = None) -> bytes:
     """The key that stands before the first page.
 
     Args:
-        model: Whatever tells models and adapters apart.
         salt: Requests with another salt, or none, share no pages with those that have this one.
     """
-    parts = [b"nanoflow KV 1", model.encode(), b"" if salt is None else b"salt:" + salt.encode()]
-    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+    return hashlib.sha256(b"nanoflow" if salt is None else b"nanoflow salt " + salt.encode()).digest()
+
+
+def split(keys: bytes) -> tuple[bytes, ...]:
+    """Keys that stand one after the other."""
+    return tuple(keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
 
 
 def page_keys(token_ids: Sequence[int] | Int32, page_size: int, before: bytes) -> list[bytes]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanoflow.batch import Int32
+from nanoflow.batch import Bool, Int32
 from nanoflow.kvcache.cached import CachedPages
 
 
@@ -115,22 +115,30 @@ class PagePool:
         """These pages (int32 [N]) are not to be found any more: what is in them is wrong."""
         self._push(self._cached.forget(pages.tolist()))
 
+    def empty_mask(self) -> Bool:
+        """Which pages are free and not cached, bool [num_pages].
+
+        Raises:
+            RuntimeError: A page is free twice: somebody gave it back twice.
+        """
+        counts = np.bincount(self._stack[: self._num_empty], minlength=self.num_pages)
+        if counts.max() > 1:
+            raise RuntimeError(f"pages free more than once: {np.flatnonzero(counts > 1).tolist()}")
+        return np.equal(counts, 1)
+
     def num_holders(self) -> Int32:
         """Holders of each page, int32 [num_pages].
 
         Raises:
             RuntimeError: Pages that are free, held or cached are not counted as they are.
         """
-        empty = self._stack[: self._num_empty]
-        counts = np.bincount(empty, minlength=self.num_pages)
-        if counts.max() > 1:
-            raise RuntimeError(f"pages free more than once: {np.flatnonzero(counts > 1).tolist()}")
-        if (self._num_holders < 0).any() or self._num_holders[empty].any():
+        is_empty = self.empty_mask()
+        if (self._num_holders < 0).any() or self._num_holders[is_empty].any():
             raise RuntimeError("a page that somebody holds is free")
         if np.maximum(self._num_holders - 1, 0).sum() != self.num_shared:
             raise RuntimeError("holders of shared pages are not counted as they are")
         self._cached.check_integrity(self._num_holders)
-        if ((self._num_holders == 0) & ~self._cached.is_cached & (counts == 0)).any():
+        if ((self._num_holders == 0) & ~self._cached.is_cached & ~is_empty).any():
             raise RuntimeError("a page that nobody holds is lost")
         return self._num_holders.copy()
 
