@@ -122,7 +122,7 @@ class Holder:
 
 @given(st.data())
 def test_no_page_is_lost_given_twice_or_wrong(data: st.DataObject) -> None:
-    """Requests of a few prefixes come, grow, share and leave; each page holds what its key says as long as it is found."""
+    """Requests of a few prefixes come, grow, share and leave; a page has what its key says as long as it is found."""
     pool, holders = PagePool(NUM_PAGES), list[Holder]()
     content: dict[int, bytes] = {}
     for _ in range(data.draw(st.integers(1, 25))):

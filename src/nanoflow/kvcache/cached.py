@@ -2,7 +2,7 @@
 
 A page is *cached* once its keys and values are computed and its key is known (`keys.py`). Cached pages that nobody
 holds stay until their memory is needed: they count as free, and those used longest ago are taken first. Of one prefix
-the last pages go first, since a page is of no use without all pages before it. Who holds a page is `pages.py`'s to know.
+the last pages go first, since a page is of no use without all pages before it. Holders are counted in `pages.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CachedPages:
         return pages
 
     def add(self, page: int, key: bytes) -> None:
-        """A page that somebody holds has what the key says. If another page has it too, that one stays the one found."""
+        """A page that somebody holds has what the key says; nothing changes if another page has the same."""
         if key not in self._page_of and self._key_of[page] is None:
             self._page_of[key] = page
             self._key_of[page] = key

@@ -69,7 +69,7 @@ class PagePools:
         )
 
     def find(self, keys: Sequence[bytes]) -> CachedPrefix:
-        """The longest prefix with these keys whose pages are cached in every group; use it before pages are allocated."""
+        """The longest prefix with these keys that is cached in every group, until pages are allocated."""
         stop = len(keys)
         while stop:
             parts = []

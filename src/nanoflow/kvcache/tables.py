@@ -91,7 +91,7 @@ class PageTables:
             return 0, self.pool.find(keys)
         stop = len(keys)
         while True:
-            begin = int(self._first_seen(np.int64(stop * self._page_size)))
+            begin = int(self._first_seen(np.array(stop * self._page_size)))
             pages = self.pool.find(keys[begin:stop])
             if begin + len(pages) == stop:
                 return begin, pages

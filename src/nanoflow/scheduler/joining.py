@@ -68,16 +68,16 @@ class Joining:
         Returns:
             None if there is nobody to let in.
         """
-        candidates = self._reuse.candidates(
-            self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left
-        )
+        candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
         count = self._num_fitting(candidates) if candidates else 0
         if count == 0:
             return None
         candidates = candidates[:count]
         for candidate in candidates:
             self._waiting.discard(candidate.waiting.request.request_id)
-        rows = self._rows.join([candidate.waiting for candidate in candidates], [each.num_computed for each in candidates])
+        rows = self._rows.join(
+            [candidate.waiting for candidate in candidates], [each.num_computed for each in candidates]
+        )
         for row, candidate in zip(rows.tolist(), candidates, strict=True):
             self._reuse.join(row, candidate)
         self._pages.slide(rows, self._rows.num_computed[rows])

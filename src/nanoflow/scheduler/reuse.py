@@ -80,9 +80,7 @@ class PrefixReuse:
         self._row_computing: dict[bytes, int] = {}
         self.counts = ReuseCounts()
 
-    def candidates(
-        self, queue: Iterable[WaitingRequest], *, max_requests: int, max_tokens: int
-    ) -> list[Candidate]:
+    def candidates(self, queue: Iterable[WaitingRequest], *, max_requests: int, max_tokens: int) -> list[Candidate]:
         """The first requests of the queue that can each start on a budget of `max_tokens`, the last maybe in part.
 
         Those whose next pages are being computed for another one, or would be for one of these, are passed over.

@@ -12,11 +12,9 @@ because the executor runs iterations in order: a later tenant writes later, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from nanoflow.batch import Bool, DenseBatch, Int32, Int64, Joined, SampledTokens
+from nanoflow.batch import Bool, DenseBatch, Int64, Joined, SampledTokens
 from nanoflow.kvcache.keys import split
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.pools import PagePools
@@ -28,44 +26,11 @@ from nanoflow.scheduler.joining import Joining
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.results import Committed, SchedulerEvents
 from nanoflow.scheduler.reuse import PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """What of an iteration's result counts: N tokens. Dropped are those of requests that have left in the meantime.
-
-    Attributes:
-        request_ids: int64 [N]; a request stands here once for each of its tokens, which are in order.
-        token_ids: int32 [N].
-        places: int32 [N], where in `DenseBatch.sampled` (and so in `SampledTokens`) each token stood.
-        finished: Requests that ended with this iteration; one that ended by an error has no token for it here.
-        scored: One entry each of `DenseBatch.prompt_scores`: the request it is for; None if it has left.
-        num_rejected: Draws that did not count as the draft before them was wrong, or its request had ended.
-    """
-
-    request_ids: Int64
-    token_ids: Int32
-    places: Int32
-    finished: dict[int, Finished]
-    scored: tuple[int | None, ...] = ()
-    num_rejected: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerEvents:
-    """What happened to requests.
-
-    Attributes:
-        scheduled: Requests admitted for the first time, in order, and how many tokens each found in the cache.
-        preempted: Requests preempted, once each time.
-    """
-
-    scheduled: dict[int, int] = field(default_factory=dict)
-    preempted: list[int] = field(default_factory=list)
 
 
 class Scheduler:
