@@ -114,6 +114,10 @@ class Engine:
         """State of the engine now."""
         return self._stats()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV cache has of prompts and completions so far; requests that run go on."""
+        self._scheduler.reset_prefix_cache()
+
     def check_integrity(self) -> None:
         """Check every invariant of scheduler and pages."""
         self._scheduler.check_integrity()

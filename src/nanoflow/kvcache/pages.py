@@ -115,6 +115,10 @@ class PagePool:
         """These pages (int32 [N]) are not to be found any more: what is in them is wrong."""
         self._push(self._cached.forget(pages.tolist()))
 
+    def forget_all(self) -> None:
+        """No page is to be found any more; who holds pages keeps them."""
+        self.forget(np.flatnonzero(self._cached.is_cached).astype(np.int32))
+
     def empty_mask(self) -> Bool:
         """Which pages are free and not cached, bool [num_pages].
 

@@ -102,6 +102,11 @@ class PagePools:
         for tables in self._groups:
             tables.forget(row)
 
+    def forget_all(self) -> None:
+        """No page is to be found any more; rows keep theirs."""
+        for tables in self._groups:
+            tables.pool.forget_all()
+
     def try_grow(self, rows: Int64, num_tokens: Int64) -> bool:
         """Give each row (int64 [N], distinct) enough pages for its `num_tokens` (int64 [N]) in every group.
 

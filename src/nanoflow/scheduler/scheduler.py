@@ -218,6 +218,10 @@ class Scheduler:
             num_rejected=int(np.count_nonzero(is_there) - np.count_nonzero(is_counting)),
         )
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what is in the pages of earlier requests; those that run go on."""
+        self._pages.forget_all()
+
     def drain_events(self) -> SchedulerEvents:
         """What has happened since the last call."""
         events, self._events = self._events, SchedulerEvents()
