@@ -15,7 +15,7 @@ from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW
-from nanoflow.server.backend import AnyPrompt, ChatMessage
+from nanoflow.server.backend import ChatMessage, EnginePrompt
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 EOS, BOS = 256, 257
@@ -72,6 +72,7 @@ class FakeAsyncEngine:
         self.heartbeat_age_s = 0.0
         self.is_alive = True
         self.seen_params: list[SamplingParams] = []
+        self.seen_salts: list[str | None] = []
         self.num_running = 0
         self.num_closed = 0
         self.num_preemptions = 0
@@ -101,7 +102,7 @@ class FakeAsyncEngine:
         )
 
     async def generate(
-        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self, prompt: EnginePrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
         if prompt == "crash":
@@ -196,8 +197,11 @@ class FakeAsyncEngine:
             )
         )
 
-    def _prompt_ids(self, prompt: AnyPrompt, params: SamplingParams) -> list[int]:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+    def _prompt_ids(self, prompt: EnginePrompt, params: SamplingParams) -> list[int]:
+        if isinstance(prompt, Mapping):
+            self.seen_salts.append(prompt.get("cache_salt"))
+            prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list[int](prompt)  # type: ignore[arg-type]
         if not token_ids:
             raise RequestError("the prompt has no tokens")
         bad = [

@@ -80,7 +80,7 @@ class FakeEngine:
             if end is not None:
                 finished[request_id] = end
                 del self._requests[request_id]
-        scheduled, self._new = self._new, []
+        scheduled, self._new = dict.fromkeys(self._new, 0), []
         return StepOutput(
             request_ids=ids,
             token_ids=tokens,

@@ -13,7 +13,7 @@ from nanoflow.engine.prompts import read_prompt
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import Request, SamplingParams
-from nanoflow.server.backend import AnyPrompt
+from nanoflow.server.backend import EnginePrompt
 from tests.fake_engine import FakeEngine, fake_facts
 
 
@@ -33,7 +33,7 @@ class LocalEngine:
         self._numbers = itertools.count()
 
     async def generate(
-        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self, prompt: EnginePrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         name = request_id or str(next(self._numbers))
         output, requests = self._processor.add(name, read_prompt(prompt, self.tokenizer), params)

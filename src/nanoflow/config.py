@@ -123,6 +123,9 @@ class EngineConfig:
         "Most tokens a place whose log probabilities a request may ask for; -1: the whole vocabulary, which takes time "
         "and memory",
     )
+    enable_prefix_caching: bool = option(
+        True, "Keep pages of the KV cache after their request, and use them for prompts that begin with the same tokens"
+    )
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     speculative: str | None = option(
         None,
@@ -151,7 +154,7 @@ class EngineConfig:
         for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
-        for name in ("async_scheduling", "cuda_graphs", "skip_tokenizer_init"):
+        for name in ("async_scheduling", "cuda_graphs", "enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         check_speculation(self.speculative)

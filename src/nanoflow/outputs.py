@@ -223,7 +223,8 @@ class RequestOutput:
         outputs: One `CompletionOutput` each of the `n`.
         finished: True once every completion has ended.
         error: What went wrong with this request alone, if its finish reason is "error".
-        num_cached_tokens: Tokens of the prompt that need not be computed: none, as there is no prefix cache.
+        num_cached_tokens: Tokens of the prompt that were in the KV cache already. With `n > 1` those that the first
+            completion to begin found there; the others have the prompt from it.
     """
 
     request_id: str

@@ -259,6 +259,8 @@ class Request:
         bad_word_ids: The sequences of tokens that `bad_words` forbids: the last token of each is not chosen where those
             before it have just been generated.
         arrival_s: Seconds on the monotonic clock of the machine.
+        page_keys: The root of its pages' keys, then the keys of those that the prompt fills (`kvcache/keys.py`); empty
+            if it neither takes pages of others nor leaves any to them.
     """
 
     request_id: int
@@ -269,3 +271,4 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival_s: float = field(default=0.0)
+    page_keys: bytes = b""

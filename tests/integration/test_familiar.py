@@ -139,6 +139,8 @@ def test_metrics_count_what_was_done(model: str) -> None:
         "num_requests_waiting": 0,
         "kv_cache_usage_perc": 0.0,
         "num_preemptions": 0,
+        "prefix_cache_queries": 6,
+        "prefix_cache_hits": 0,
         "prompt_tokens": 6,
         "generation_tokens": 16,
         "request_success": 2,

@@ -71,7 +71,7 @@ def spoil_free_pages(engine: Engine) -> None:
     def schedule_and_spoil() -> DenseBatch | None:
         batch = schedule()
         for group, tables in enumerate(scheduler._pages._groups):
-            is_free = torch.from_numpy(tables.pool.free_mask())
+            is_free = torch.from_numpy(tables.pool.empty_mask())
             for cache in (cache for cache in caches if cache.group == group):
                 cache.keys[is_free & ~spoilt[group]] = cache.values[is_free & ~spoilt[group]] = torch.nan
             spoilt[group] = is_free

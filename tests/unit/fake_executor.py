@@ -102,7 +102,10 @@ class FakeExecutor:
         """Compute a batch: write its tokens to the cache, read the contexts back, sample."""
         self.check_shapes(batch)
         for joined in batch.joined:
-            self.tenants[joined.row] = _Tenant(joined=joined, tokens=joined.token_ids.tolist())
+            index = batch.rows.tolist().index(joined.row)
+            # What it found in the cache need not be computed; `check_context` sees whether it is there.
+            first = int(batch.positions[batch.query_start[index]])
+            self.tenants[joined.row] = _Tenant(joined=joined, tokens=joined.token_ids.tolist(), num_computed=first)
         self.take_pages(batch)
         for index in range(batch.num_requests):
             self.write(batch, index)
@@ -236,7 +239,7 @@ class Drive:
             first_seen = np.zeros_like(num_before) if window is None else np.maximum(num_before - window + 1, 0)
             needed = -(-batch.context_len // limits.page_size) - first_seen // limits.page_size
             assert tables.num_held(rows).tolist() == needed.tolist()
-            self.executor.forget(group, tables.pool.free_mask())
+            self.executor.forget(group, tables.pool.empty_mask())
 
     def commit(self) -> None:
         """Commit the oldest batch on its way and take note of what it gave."""

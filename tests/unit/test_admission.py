@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoflow.batch import Int64
-from nanoflow.kvcache import PoolSize
+from nanoflow.kvcache import PagePools, PoolSize
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.admission import PeakOfPages, num_admissible
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.progress import Progress
+from nanoflow.scheduler.reuse import PrefixReuse
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
 Lengths = list[tuple[int, int]]
@@ -214,17 +215,25 @@ def test_queue_is_first_in_first_out_with_a_way_back_to_the_front() -> None:
     queue = WaitingQueue()
     for request_id in (1, 2, 3):
         queue.push_back(make_waiting(request_id, 1))
-    first = queue.pop_front()
+    first = next(iter(queue))
+    assert queue.discard(1) and ids(list(queue)) == [2, 3]
     queue.push_front(first)
     assert queue.discard(2) and not queue.discard(2) and 2 not in queue and len(queue) == 2
-    assert ids([queue.pop_front(), queue.pop_front()]) == [1, 3]
+    assert ids(list(queue)) == [1, 3]
 
 
-def test_head_of_the_queue_is_what_can_start_on_the_budget() -> None:
+def test_candidates_are_what_can_start_on_the_budget() -> None:
     queue = WaitingQueue()
     for request_id, num_tokens in enumerate((4, 4, 4)):
         queue.push_back(make_waiting(request_id, num_tokens))
-    assert ids(queue.head(max_requests=9, max_tokens=9)) == [0, 1, 2]
-    assert ids(queue.head(max_requests=9, max_tokens=8)) == [0, 1]
-    assert ids(queue.head(max_requests=1, max_tokens=8)) == [0]
-    assert ids(queue.head(max_requests=9, max_tokens=0)) == ids(queue.head(max_requests=0, max_tokens=9)) == []
+    pools = PagePools([PoolSize(num_pages=9)], num_rows=9, max_tokens=9, page_size=2)
+    reuse = PrefixReuse(pools, num_rows=9, page_size=2)
+
+    def first(max_requests: int, max_tokens: int) -> list[int]:
+        found = reuse.candidates(queue, max_requests=max_requests, max_tokens=max_tokens)
+        return ids([candidate.waiting for candidate in found])
+
+    assert first(9, 9) == [0, 1, 2]
+    assert first(9, 8) == [0, 1]
+    assert first(1, 8) == [0]
+    assert first(9, 0) == first(0, 9) == []

@@ -42,7 +42,7 @@ def parts_slowly(step: StepOutput, ids: dict[tuple[int, int], int]) -> dict[int,
             "finished": {mine[one]: end for one, end in step.finished.items() if one in mine},
             "logprobs": {mine[one]: row for one, row in step.logprobs.items() if one in mine},
             "prompt_logprobs": {mine[one]: row for one, row in step.prompt_logprobs.items() if one in mine},
-            "scheduled": [mine[one] for one in step.scheduled if one in mine],
+            "scheduled": {mine[one]: count for one, count in step.scheduled.items() if one in mine},
             "preempted": [mine[one] for one in step.preempted if one in mine],
         }
     return {front_end: part for front_end, part in found.items() if any(part.values())}
@@ -66,7 +66,7 @@ def test_a_step_is_split_by_owner(count: int, seed: int) -> None:
         finished=dict.fromkeys(some(0.1), LENGTH),
         logprobs=dict.fromkeys(with_tokens[:3], row),
         prompt_logprobs=dict.fromkeys(some(0.05), row),
-        scheduled=some(0.1),
+        scheduled=dict.fromkeys(some(0.1), 16),
         preempted=some(0.05),
         stats=STATS,
     )

@@ -249,7 +249,7 @@ def test_a_request_waits_until_its_first_completion_is_scheduled() -> None:
     processor = make_processor(lambda: next(times_s))
     output, (first, second) = add(processor, "hello", n=2)
     for request in (second, first):
-        processor.process(StepOutput(scheduled=[request.request_id]))
+        processor.process(StepOutput(scheduled={request.request_id: 0}))
     assert output.metrics is not None and output.metrics.first_scheduled_s == 2.0
 
 
@@ -481,7 +481,7 @@ def test_times_are_spans_between_events() -> None:
     assert requests[0].arrival_s == 10.0
     end = {engine_id: Finished(reason=FinishReason.LENGTH)}
     for now_s, step in (
-        (11.0, StepOutput(scheduled=[engine_id])),
+        (11.0, StepOutput(scheduled={engine_id: 0})),
         (13.0, StepOutput(request_ids=[engine_id], token_ids=[5])),
         (14.0, StepOutput(request_ids=[engine_id], token_ids=[5], preempted=[engine_id])),
         (17.0, StepOutput(request_ids=[engine_id], token_ids=[5], finished=end)),

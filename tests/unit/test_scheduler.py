@@ -282,7 +282,7 @@ def test_the_newest_is_preempted_returns_to_the_front_and_loses_nothing(depth: i
     for request in requests:
         drive.add(request)
     drive.step()
-    assert drive.scheduler.drain_events().scheduled == [0, 1, 2]
+    assert drive.scheduler.drain_events().scheduled == {0: 0, 1: 0, 2: 0}
     preempted: list[int] = []
     while not preempted:
         drive.step()
@@ -293,7 +293,7 @@ def test_the_newest_is_preempted_returns_to_the_front_and_loses_nothing(depth: i
     drive.run_until_idle()
     for request in requests:
         assert drive.answers[request.request_id] == answer_alone(request, drive.executor.limits)
-    assert drive.scheduler.drain_events().scheduled == [3]
+    assert drive.scheduler.drain_events().scheduled == {3: 0}
 
 
 def test_a_preempted_request_joins_again_with_all_tokens_it_has_shown() -> None:

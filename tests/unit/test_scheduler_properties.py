@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from nanoflow.batch import DenseBatch
+from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.kvcache.sizes import PoolSize, most_pages
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import SchedulerLimits
@@ -57,9 +58,18 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     return Scenario(limits=limits, depth=draw(st.integers(0, 2)), arrivals=arrivals, aborts=aborts)
 
 
+def draw_prompt(draw: st.DrawFn, most: int) -> list[int]:
+    """Some tokens that are often the same, then any."""
+    num_common = draw(st.sampled_from([0, 0, 5, 17, 30]))
+    common = [(place * place) % VOCAB_SIZE for place in range(min(num_common, most))]
+    least = 0 if common else 1
+    return common + draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=least, max_size=most - len(common)))
+
+
 def draw_request(draw: st.DrawFn, request_id: int, limits: SchedulerLimits) -> Request:
     tokens = st.integers(0, VOCAB_SIZE - 1)
     max_tokens = draw(st.integers(1, 60))
+    prompt = draw_prompt(draw, min(30, limits.max_model_len - 1))
     params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=draw(st.integers(0, min(4, max_tokens))),
@@ -67,9 +77,12 @@ def draw_request(draw: st.DrawFn, request_id: int, limits: SchedulerLimits) -> R
         stop_token_ids=draw(st.lists(tokens, max_size=5)),
         prompt_logprobs=draw(st.sampled_from([None, None, 0, 2])),
     )
+    root = root_key(draw(st.sampled_from([None, None, "salt"])))
+    is_sharing = params.prompt_logprobs is None and draw(st.integers(0, 3)) > 0
     return Request(
         request_id=request_id,
-        prompt_token_ids=draw(st.lists(tokens, min_size=1, max_size=min(30, limits.max_model_len - 1))),
+        prompt_token_ids=prompt,
+        page_keys=b"".join([root, *page_keys(prompt, limits.page_size, root)]) if is_sharing else b"",
         params=params,
         seed=draw(st.integers(0, 5)),
         max_tokens=max_tokens,
@@ -119,6 +132,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(scenario: Scenario) ->
     drive, aborted = play(scenario)
     event(f"windows: {[pool.window for pool in scenario.limits.pools] != [None]}")
     event(f"preempted: {drive.scheduler.num_preemptions > 0}")
+    event(f"found in the cache: {drive.scheduler.reuse_counts.num_found > 0}")
     for _, request in scenario.arrivals:
         expected, answer = answer_alone(request, scenario.limits), drive.answers[request.request_id]
         if request.request_id in aborted:

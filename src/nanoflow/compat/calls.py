@@ -74,7 +74,6 @@ PROMPTS = Table.of(
         Foreign(name="token_type_ids", reason="models generate text; none has types of tokens"),
         Foreign(name="encoder_prompt", reason="models have no encoder"),
         Foreign(name="decoder_prompt", reason="models have no encoder"),
-        Foreign(name="cache_salt", reason="there is no prefix cache that it could keep apart"),
         Foreign(name="type", takes=("text", "token"), reason="a prompt is text or token ids"),
     ),
 )

@@ -15,7 +15,6 @@ _ONE_GPU = "one GPU serves a model; for several, start a server on each (CUDA_VI
 _NO_MULTIMODAL = "models take text alone"
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
 _NO_SPECULATION = "speculative decoding is by prompt look-up alone: `speculative`, as ngram:4"
-_NO_PREFIX_CACHE = "there is no prefix cache: every prompt is computed"
 _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
 _NO_EXPERTS = "mixtures of experts are not served"
 _NO_GUIDES = "there are no structured outputs"
@@ -149,8 +148,7 @@ _MODEL = (
     *switches("the bar shows where standard error is a terminal", "use_tqdm_on_load", takes=(True,)),
 )
 _CACHE = (
-    *switches(_NO_PREFIX_CACHE, "enable_prefix_caching"),
-    Foreign(name="prefix_caching_hash_algo", takes=("sha256", "builtin"), reason=_NO_PREFIX_CACHE),
+    Foreign(name="prefix_caching_hash_algo", takes=("sha256",), reason="pages are found by SHA-256"),
     Foreign(name="kv_cache_dtype", takes=("auto",), reason="the KV cache has the type that `dtype` says"),
     Foreign(name="kv_cache_dtype_skip_layers", takes=([],), reason="the KV cache has the type that `dtype` says"),
     *switches("the KV cache is not scaled", "calculate_kv_scales"),

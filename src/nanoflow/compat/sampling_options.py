@@ -50,7 +50,7 @@ _FOREIGN = (
     *switches("log probabilities are mappings a place, made when they are read", "flat_logprobs"),
     Foreign(name="stream_interval", takes=(1,), reason="tokens that wait are sent together: --stream-interval-ms"),
     *switches("parameters are copied when a request is made", "skip_clone"),
-    *switches("there is no prefix cache to read", "skip_reading_prefix_cache", takes=(True, False)),
+    *switches("a cached prefix changes no answer", "skip_reading_prefix_cache", takes=(True, False)),
     Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is not told from the rest of an answer"),
     Foreign(name="repetition_detection", reason="a completion ends by stop, stop_token_ids or max_tokens"),
     Foreign(name="extra_args", takes=({},), reason="there are no parameters of extensions"),

@@ -249,6 +249,7 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
         sampling=setup.sampling,
         max_logprobs=vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         limits=setup.limits,
+        has_prefix_cache=config.enable_prefix_caching,
         load_s=load_s,
         warm_up_s=warm_up_s,
     )

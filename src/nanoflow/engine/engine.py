@@ -21,7 +21,8 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanSource
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
-from nanoflow.scheduler.scheduler import Committed, Scheduler
+from nanoflow.scheduler.results import Committed
+from nanoflow.scheduler.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,10 @@ class Engine:
         """State of the engine now."""
         return self._stats()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV cache has of prompts and completions so far; requests that run go on."""
+        self._scheduler.reset_prefix_cache()
+
     def check_integrity(self) -> None:
         """Check every invariant of scheduler and pages."""
         self._scheduler.check_integrity()
@@ -174,7 +179,7 @@ class Engine:
         plan: PipelinePlan | None = None,
         committed: Committed | None = None,
     ) -> EngineStats:
-        scheduler, drafts = self._scheduler, self._scheduler.drafts.counts
+        scheduler, drafts, reuse = self._scheduler, self._scheduler.drafts.counts, self._scheduler.reuse_counts
         # A request with a draft is computed like a part of a prompt, and is none.
         num_guessing = batch.num_drafted_requests + batch.num_draft_tokens if batch else 0
         return EngineStats(
@@ -183,6 +188,8 @@ class Engine:
             pages_in_use=scheduler.fullest_pool.num_in_use,
             num_pages=scheduler.fullest_pool.num_pages,
             num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=reuse.num_asked,
+            prefix_cache_hits=reuse.num_found,
             num_drafts=drafts.num_drafts,
             num_draft_tokens=drafts.num_draft_tokens,
             num_accepted_tokens=drafts.num_accepted_tokens,

@@ -104,7 +104,7 @@ def split(step: StepOutput, front_ends: Container[int] | None = None) -> dict[in
     owners, request_ids = engine_ids >> _ID_BITS, engine_ids & _ID_MASK
     finished, logprobs = _by_owner(step.finished), _by_owner(step.logprobs)
     prompt_logprobs = _by_owner(step.prompt_logprobs)
-    scheduled = _by_owner(dict.fromkeys(step.scheduled))
+    scheduled = _by_owner(step.scheduled)
     preempted = _by_owner(dict.fromkeys(step.preempted))
     with_tokens = np.flatnonzero(np.bincount(owners)).tolist()
     concerned = sorted({*with_tokens, *finished, *logprobs, *prompt_logprobs, *scheduled, *preempted})
@@ -119,7 +119,7 @@ def split(step: StepOutput, front_ends: Container[int] | None = None) -> dict[in
             finished=finished.get(front_end, {}),
             logprobs=logprobs.get(front_end, {}),
             prompt_logprobs=prompt_logprobs.get(front_end, {}),
-            scheduled=list(scheduled.get(front_end, ())),
+            scheduled=scheduled.get(front_end, {}),
             preempted=list(preempted.get(front_end, ())),
             stats=stats,
         )

@@ -118,7 +118,8 @@ class LLM:
         return self._metrics.read()
 
     def reset_prefix_cache(self) -> bool:
-        """True: there is no prefix cache, so that nothing of earlier prompts is left."""
+        """Forget what the KV cache has of earlier prompts and completions; True, as it always can."""
+        self._engine.reset_prefix_cache()
         return True
 
     def generate(

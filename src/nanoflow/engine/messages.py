@@ -102,6 +102,7 @@ class EngineFacts:
         limits: The limits of a batch with the goal, the bound on gaps and where each comes from; None if unknown.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
         max_logprobs: Most tokens a place whose log probabilities a request may ask for.
+        has_prefix_cache: Pages of computed prompts are used again.
         group_pools: The pool of KV pages of each group of layers; empty stands for one of `num_pages`.
     """
 
@@ -122,6 +123,7 @@ class EngineFacts:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     limits: EngineLimits | None = None
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    has_prefix_cache: bool = False
     group_pools: tuple[PoolSize, ...] = ()
 
 
@@ -158,6 +160,8 @@ class EngineStats:
         num_drafts, num_draft_tokens, num_accepted_tokens: Guesses of what requests say next that were verified, their
             tokens, and how many of these were right; since the start.
         num_undrafted_requests: Requests since the start for which no guess may be made; see docs/speculative.md.
+        prefix_cache_queries, prefix_cache_hits: Tokens of requests that looked for cached pages, and those whose pages
+            were found; since the start.
         num_prepared: Batches since the start that took longer because a CUDA graph for their like was not there yet.
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
@@ -177,6 +181,8 @@ class EngineStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_undrafted_requests: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     num_prepared: int = 0
     iteration: int = 0
     iteration_tokens: int = 0
@@ -214,7 +220,8 @@ class StepOutput:
         logprobs: Log probabilities of the new tokens, for requests that asked.
         prompt_logprobs: Parts of prompts scored in this iteration. After a preemption a part may come again: the place
             counts.
-        scheduled: Requests that were admitted for the first time since the last output, for queue times.
+        scheduled: Requests that were admitted for the first time since the last output, and how many tokens of each
+            were found in the KV cache.
         preempted: Requests that were preempted since the last output.
         stats: State afterwards.
     """
@@ -224,7 +231,7 @@ class StepOutput:
     finished: dict[int, Finished] = field(default_factory=dict)
     logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
-    scheduled: list[int] = field(default_factory=list)
+    scheduled: dict[int, int] = field(default_factory=dict)
     preempted: list[int] = field(default_factory=list)
     stats: EngineStats = field(default_factory=EngineStats)
 

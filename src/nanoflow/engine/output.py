@@ -283,10 +283,11 @@ class OutputProcessor:
         """Everything of a step that is neither a token nor an end."""
         if self.observer is not None and step.stats.iteration_tokens > 0:
             self.observer.observe_step(step.stats)
-        for engine_id in step.scheduled:
-            if engine_id in self._completions:
-                metrics = self._completions[engine_id].metrics
-                metrics.first_scheduled_s = now_s if metrics.first_scheduled_s is None else metrics.first_scheduled_s
+        for engine_id, num_cached in step.scheduled.items():
+            completion = self._completions.get(engine_id)
+            if completion is not None and completion.metrics.first_scheduled_s is None:
+                completion.metrics.first_scheduled_s = now_s
+                completion.request_output.num_cached_tokens = num_cached
         for engine_id in step.preempted:
             if engine_id in self._completions:
                 self._completions[engine_id].metrics.num_preemptions += 1

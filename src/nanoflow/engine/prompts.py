@@ -15,6 +15,7 @@ from nanoflow.compat.calls import PROMPTS, pass_over
 from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
+from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.parameters import integers, shown
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
@@ -36,14 +37,18 @@ class Prompt:
     Attributes:
         text: As given; None if it came as token ids.
         token_ids: Tokens, beginning of sequence included if the model wants one.
+        cache_salt: Cached pages are shared only between prompts that have the same one, or none.
     """
 
     text: str | None
     token_ids: list[int]
+    cache_salt: str | None = None
 
 
 PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
-"""A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already."""
+"""A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already.
+
+A mapping may have a "cache_salt" too: see `Prompt`."""
 
 
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
@@ -54,14 +59,14 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     """
     if isinstance(prompt, Prompt):
         return prompt
-    text, value = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt)
+    text, value, salt = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt, None)
     if isinstance(value, str):
         if tokenizer is None:
             raise RequestError(
                 "this model has no tokenizer: give the prompt as token ids, with detokenize=False", param="prompt"
             )
-        return Prompt(text=value, token_ids=tokenizer.encode(value))
-    return Prompt(text=text, token_ids=_checked_ids(value))
+        return Prompt(text=value, token_ids=tokenizer.encode(value), cache_salt=salt)
+    return Prompt(text=text, token_ids=_checked_ids(value), cache_salt=salt)
 
 
 def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
@@ -130,7 +135,8 @@ def make_requests(
 ) -> list[Request]:
     """The `n` requests of a prompt; request i has id `first_id + i` and seed `first_seed + i`.
 
-    Only the first one scores the prompt: the others would get the same.
+    Only the first one scores the prompt: the others would get the same. To score it, all of it must be computed, so the
+    first one takes no cached pages then.
 
     Raises:
         RequestError: The prompt is empty, or does not fit in the context together with what is asked for; a token id is
@@ -151,6 +157,13 @@ def make_requests(
         arrival_s=arrival_s,
     )
     _check(first, facts)
+    others = dataclasses.replace(
+        first,
+        params=dataclasses.replace(params, prompt_logprobs=None),
+        page_keys=_page_keys(prompt, facts) if facts.has_prefix_cache else b"",
+    )
+    if params.prompt_logprobs is None:
+        first = others
     if max_tokens > room:
         raise RequestError(
             f"This model's maximum context length is {facts.max_model_len} tokens; the prompt has {num_prompt} tokens "
@@ -158,9 +171,8 @@ def make_requests(
             param="max_tokens",
             code=CONTEXT_OVERFLOW,
         )
-    others = dataclasses.replace(params, prompt_logprobs=None)
     return [first] + [
-        dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
+        dataclasses.replace(others, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS)
         for i in range(1, params.n)
     ]
 
@@ -171,6 +183,12 @@ def sendable(requests: list[Request]) -> Iterator[list[Request]]:
     num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + 64
     count = max(_NUMBERS_A_MESSAGE // num_numbers, 1)
     return (requests[start : start + count] for start in range(0, len(requests), count))
+
+
+def _page_keys(prompt: Prompt, facts: EngineFacts) -> bytes:
+    """Keys for `Request.page_keys`."""
+    root = root_key(prompt.cache_salt)
+    return b"".join((root, *page_keys(prompt.token_ids, facts.page_size, root)))
 
 
 def _forms(word: str) -> tuple[str, ...]:
@@ -205,9 +223,15 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
     return dataclasses.replace(params, **counts) if counts else params
 
 
-def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """The text to show, and what is completed: token ids go before a text that stands beside them."""
-    pass_over(PROMPTS, "a prompt", {name: value for name, value in prompt.items() if name not in _PROMPT_KEYS})
+def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any, str | None]:
+    """The text to show, what is completed, and the salt: token ids go before a text that stands beside them."""
+    own = (*_PROMPT_KEYS, "cache_salt")
+    pass_over(PROMPTS, "a prompt", {name: value for name, value in prompt.items() if name not in own})
+    salt = prompt.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError(
+            f"a prompt's cache_salt is a string that is not empty, got {shown(salt)}", param="cache_salt"
+        )
     given = {name: prompt[name] for name in _PROMPT_KEYS if prompt.get(name) is not None}
     if not given:
         names = ", ".join(map(repr, prompt)) or "nothing"
@@ -215,7 +239,7 @@ def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     for name, value in given.items():
         if isinstance(value, str) != (name == "prompt"):
             raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}", param="prompt")
-    return given.get("prompt"), given.get("prompt_token_ids", given.get("prompt"))
+    return given.get("prompt"), given.get("prompt_token_ids", given.get("prompt")), salt
 
 
 def _checked_ids(value: Any) -> list[int]:

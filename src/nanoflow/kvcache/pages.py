@@ -1,14 +1,19 @@
-"""The pool of KV pages: a stack of free page ids.
+"""The pool of KV pages: which are free, how many requests hold each, and which may be used again.
 
-A page is `page_size` consecutive token slots of the KV cache, in every layer at once. This file hands out ids and takes
-them back; it knows neither what lies in a page nor who holds it (`tables.py`) nor where the memory is (`executor/`).
+A page is `page_size` consecutive token slots of the KV cache, in every layer of a KV group. Several requests with the
+same prefix hold its pages together. A page that nobody holds is free; if it is cached (`cached.py`), it keeps what is
+in it until no other page is free. This file hands out ids and takes them back; it does not know who holds a page
+(`tables.py`) nor where the memory is (`executor/`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nanoflow.batch import Bool, Int32
+from nanoflow.kvcache.cached import CachedPages
 
 
 class OutOfPagesError(RuntimeError):
@@ -16,61 +21,138 @@ class OutOfPagesError(RuntimeError):
 
 
 class PagePool:
-    """Pages 0..num_pages-1, each free or held by exactly one holder.
+    """Pages 0..num_pages-1.
 
     Raises:
         ValueError: Fewer than one page.
+
+    Attributes:
+        num_pages: Pages, free or not.
+        num_shared: Holders beyond the first of each page: so many pages more would be in use without sharing.
     """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
-        self._num_pages = num_pages
-        self._num_free = num_pages
+        self.num_pages = num_pages
+        self.num_shared = 0
+        self._num_holders = np.zeros(num_pages, dtype=np.int32)
+        self._cached = CachedPages(num_pages)
+        # Free and not cached: the first so many of the stack.
+        self._num_empty = num_pages
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # the first page handed out is page 0
-
-    @property
-    def num_pages(self) -> int:
-        """Pages, free or not."""
-        return self._num_pages
 
     @property
     def num_free(self) -> int:
         """Pages that `allocate` can still give."""
-        return self._num_free
+        return self._num_empty + self._cached.num_idle
 
     @property
     def num_in_use(self) -> int:
         """Pages that somebody holds."""
-        return self._num_pages - self._num_free
+        return self.num_pages - self.num_free
+
+    @property
+    def num_evicted(self) -> int:
+        """Cached pages whose memory was needed for others, since the start."""
+        return self._cached.num_evicted
 
     def allocate(self, count: int) -> Int32:
-        """Take `count` free pages, int32 [count], in no particular order.
+        """Take `count` free pages, int32 [count], in no particular order; those that are not cached first.
 
         Raises:
             OutOfPagesError: Fewer than `count` are free.
         """
-        if count > self._num_free:
-            raise OutOfPagesError(f"{count} pages asked for, {self._num_free} of {self._num_pages} are free")
-        self._num_free -= count
-        return self._stack[self._num_free : self._num_free + count].copy()
+        if count > self.num_free:
+            raise OutOfPagesError(f"{count} pages asked for, {self.num_free} of {self.num_pages} are free")
+        num_taken = min(count, self._num_empty)
+        self._num_empty -= num_taken
+        pages = self._stack[self._num_empty : self._num_empty + num_taken].copy()
+        if num_taken < count:
+            pages = np.concatenate((pages, self._cached.evict(count - num_taken)))
+        self._num_holders[pages] = 1
+        return pages
+
+    def find(self, keys: Sequence[bytes]) -> Int32:
+        """The cached pages of these keys, up to the first that has none, int32 [any]."""
+        return np.array(self._cached.find(keys), dtype=np.int32)
+
+    def num_held(self, pages: Int32) -> int:
+        """How many of these pages (int32 [N]) somebody holds."""
+        return int(np.count_nonzero(self._num_holders[pages]))
+
+    def hold(self, pages: Int32) -> None:
+        """One holder more for each of these pages (int32 [N], distinct), which are cached or held."""
+        idle = pages[self._num_holders[pages] == 0]
+        self._cached.set_held(idle)
+        self._num_holders[pages] += 1
+        self.num_shared += len(pages) - len(idle)
 
     def release(self, pages: Int32) -> None:
-        """Give back pages that `allocate` gave, int32 [any]."""
-        self._stack[self._num_free : self._num_free + len(pages)] = pages
-        self._num_free += len(pages)
+        """One holder less for each of these pages (int32 [N]), as often as it is named.
 
-    def free_mask(self) -> Bool:
-        """Which pages are free, bool [num_pages].
+        Of the cached pages that nobody holds then, the last named is the first whose memory is taken: name the pages
+        of a prefix in their order.
+        """
+        np.subtract.at(self._num_holders, pages, 1)
+        is_left = self._num_holders[pages] == 0
+        left = pages[is_left]
+        if self.num_shared:
+            # A page that several name at once is left once.
+            left = left[np.sort(np.unique(left, return_index=True)[1])]
+            self.num_shared -= len(pages) - len(left)
+        is_cached = self._cached.is_cached[left]
+        if is_cached.any():
+            self._cached.set_idle(left[is_cached])
+            left = left[~is_cached]
+        self._push(left)
+
+    def cache(self, page: int, key: bytes) -> None:
+        """A page that somebody holds has the tokens that the key stands for: it can be found and used again."""
+        self._cached.add(page, key)
+
+    def forget(self, pages: Int32) -> None:
+        """These pages (int32 [N]) are not to be found any more: what is in them is wrong."""
+        self._push(self._cached.forget(pages.tolist()))
+
+    def forget_all(self) -> None:
+        """No page is to be found any more; who holds pages keeps them."""
+        self.forget(np.flatnonzero(self._cached.is_cached).astype(np.int32))
+
+    def empty_mask(self) -> Bool:
+        """Which pages are free and not cached, bool [num_pages].
 
         Raises:
             RuntimeError: A page is free twice: somebody gave it back twice.
         """
-        counts = np.bincount(self._stack[: self._num_free], minlength=self._num_pages)
+        counts = np.bincount(self._stack[: self._num_empty], minlength=self.num_pages)
         if counts.max() > 1:
             raise RuntimeError(f"pages free more than once: {np.flatnonzero(counts > 1).tolist()}")
         return np.equal(counts, 1)
 
+    def num_holders(self) -> Int32:
+        """Holders of each page, int32 [num_pages].
+
+        Raises:
+            RuntimeError: Pages that are free, held or cached are not counted as they are.
+        """
+        is_empty = self.empty_mask()
+        wrong = np.flatnonzero(self._num_holders < 0)
+        if len(wrong):
+            raise RuntimeError(f"pages given back more often than taken: {wrong.tolist()}")
+        if self._num_holders[is_empty].any():
+            raise RuntimeError("a page that somebody holds is free")
+        if np.maximum(self._num_holders - 1, 0).sum() != self.num_shared:
+            raise RuntimeError("holders of shared pages are not counted as they are")
+        self._cached.check_integrity(self._num_holders)
+        if ((self._num_holders == 0) & ~self._cached.is_cached & ~is_empty).any():
+            raise RuntimeError("a page that nobody holds is lost")
+        return self._num_holders.copy()
+
     def check_integrity(self) -> None:
-        """Raise RuntimeError if a page is free twice."""
-        self.free_mask()
+        """Raise RuntimeError if a page is lost, free twice, or free and held."""
+        self.num_holders()
+
+    def _push(self, pages: Int32) -> None:
+        self._stack[self._num_empty : self._num_empty + len(pages)] = pages
+        self._num_empty += len(pages)

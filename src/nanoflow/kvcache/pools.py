@@ -7,13 +7,28 @@ differs: with a sliding window, until no later token sees it. Who calls this kno
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nanoflow.batch import Int64, NewPages
+from nanoflow.batch import Int32, Int64, NewPages
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.sizes import PoolSize
 from nanoflow.kvcache.tables import PageTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrefix:
+    """A prefix that need not be computed.
+
+    Attributes:
+        num_pages: Full pages of it.
+        parts: For each KV group the column of its first page that later tokens see, and the pages from there on (int32
+            [any]).
+    """
+
+    num_pages: int = 0
+    parts: tuple[tuple[int, Int32], ...] = ()
 
 
 class PagePools:
@@ -27,7 +42,7 @@ class PagePools:
     """
 
     def __init__(self, sizes: Sequence[PoolSize], *, num_rows: int, max_tokens: int, page_size: int) -> None:
-        self._num_rows = num_rows
+        self._num_rows, self._sizes = num_rows, tuple(sizes)
         self._groups = tuple(
             PageTables(
                 PagePool(size.num_pages),
@@ -44,6 +59,53 @@ class PagePools:
         """The pool of which the largest part is in use, of equals the first."""
         pools = (tables.pool for tables in self._groups)
         return max(pools, key=lambda pool: pool.num_in_use / pool.num_pages)
+
+    @property
+    def room(self) -> tuple[PoolSize, ...]:
+        """The pools, with as many pages as they would need if no page had several holders."""
+        return tuple(
+            replace(size, num_pages=size.num_pages + tables.pool.num_shared)
+            for size, tables in zip(self._sizes, self._groups, strict=True)
+        )
+
+    def find(self, keys: Sequence[bytes]) -> CachedPrefix:
+        """The longest prefix with these keys that is cached in every group, until pages are allocated."""
+        stop = len(keys)
+        while stop:
+            parts = []
+            for tables in self._groups:
+                begin, pages = tables.find(keys[:stop])
+                parts.append((begin, pages))
+                stop = begin + len(pages)
+            if all(begin + len(pages) == stop for begin, pages in parts):
+                return CachedPrefix(num_pages=stop, parts=tuple(parts))
+        return CachedPrefix()
+
+    def num_held(self, prefix: CachedPrefix) -> list[int]:
+        """How many pages of a prefix somebody holds, in each group."""
+        if not prefix.parts:
+            return [0] * len(self._groups)
+        return [tables.pool.num_held(pages) for tables, (_, pages) in zip(self._groups, prefix.parts, strict=True)]
+
+    def adopt(self, row: int, prefix: CachedPrefix) -> None:
+        """Give a row that holds nothing the pages of a cached prefix."""
+        for tables, (begin, pages) in zip(self._groups, prefix.parts, strict=False):
+            tables.adopt(row, begin, pages)
+
+    def cache(self, row: int, start: int, keys: Sequence[bytes]) -> None:
+        """The pages of a row from the column `start` on are computed and have these keys: others may find them."""
+        for tables in self._groups:
+            tables.cache(row, start, keys)
+
+    def forget(self, row: int) -> None:
+        """What is in the pages of a row may be wrong: nobody shall find them."""
+        for tables in self._groups:
+            tables.forget(row)
+
+    def forget_all(self) -> None:
+        """No page is to be found any more; rows keep theirs."""
+        for tables in self._groups:
+            tables.pool.forget_all()
 
     def try_grow(self, rows: Int64, num_tokens: Int64) -> bool:
         """Give each row (int64 [N], distinct) enough pages for its `num_tokens` (int64 [N]) in every group.

@@ -1,17 +1,19 @@
 """Page tables: for each row of the state table the pages that hold its tokens, first tokens first.
 
 All rows of an iteration grow in a few vectorised operations. This file does not know which request a row belongs to,
-nor when to take pages back (`scheduler/`); free pages come from `pages.py`. Every page has one holder: sharing a prefix
-would add a count of holders to the pool, tiers a second pool; neither would change who calls what here.
+nor when to take pages back (`scheduler/`); free pages come from `pages.py`. Rows with the same prefix may have the same
+pages in their first columns.
 
 These are the tables of one KV group; `pools.py` has those of all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from nanoflow.batch import Int64, NewPages
+from nanoflow.batch import Int32, Int64, NewPages
 from nanoflow.kvcache.pages import PagePool
 
 
@@ -78,6 +80,41 @@ class PageTables:
             self._end[rows] = kept
             self._told[rows] = np.minimum(self._told[rows], kept)
 
+    def find(self, keys: Sequence[bytes]) -> tuple[int, Int32]:
+        """The longest prefix with these keys that is cached.
+
+        Returns:
+            Its pages, of which those that later tokens do not see may be missing: the column of the first, and all from
+            there on (int32 [any]). They are still cached when nothing was allocated since.
+        """
+        if self._window is None:
+            return 0, self.pool.find(keys)
+        stop = len(keys)
+        while True:
+            begin = int(self._first_seen(np.array(stop * self._page_size)))
+            pages = self.pool.find(keys[begin:stop])
+            if begin + len(pages) == stop:
+                return begin, pages
+            # The first that is missing must not be needed.
+            stop = begin + len(pages)
+
+    def adopt(self, row: int, begin: int, pages: Int32) -> None:
+        """Give a row that holds nothing these cached pages (int32 [N]), from the column `begin` on."""
+        end = begin + len(pages)
+        self.pool.hold(pages)
+        self._table[row, begin:end] = pages
+        self._begin[row], self._end[row], self._told[row] = begin, end, begin
+
+    def cache(self, row: int, start: int, keys: Sequence[bytes]) -> None:
+        """The pages of a row from the column `start` on have the tokens of these keys; others may find them."""
+        stop = min(start + len(keys), int(self._end[row]))
+        for column in range(max(start, int(self._begin[row])), stop):
+            self.pool.cache(int(self._table[row, column]), keys[column - start])
+
+    def forget(self, row: int) -> None:
+        """What is in the pages of a row may be wrong: nobody shall find them."""
+        self.pool.forget(self._table[row, self._begin[row] : self._end[row]])
+
     def slide(self, rows: Int64, num_computed: Int64) -> None:
         """Give back the pages that no token of these rows (int64 [N], distinct) from place `num_computed` on sees.
 
@@ -138,13 +175,13 @@ class PageTables:
         )
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page is free or in exactly one table, and none was told that is not held."""
+        """Raise RuntimeError unless every page has as many holders as tables, and none was told that is not held."""
         columns = np.arange(self._table.shape[1])
         is_held = (self._begin[:, None] <= columns) & (columns < self._end[:, None])
-        num_holders = np.bincount(self._table[is_held], minlength=self.pool.num_pages) + self.pool.free_mask()
-        wrong = np.flatnonzero(num_holders != 1)
+        num_tables = np.bincount(self._table[is_held], minlength=self.pool.num_pages)
+        wrong = np.flatnonzero(num_tables != self.pool.num_holders())
         if len(wrong):
-            raise RuntimeError(f"pages lost, or held more than once: {wrong.tolist()}")
+            raise RuntimeError(f"pages lost, or held by others than is counted: {wrong.tolist()}")
         if (self._told > self._end).any():
             raise RuntimeError(f"told more pages than held: rows {np.flatnonzero(self._told > self._end)}")
 
@@ -157,5 +194,5 @@ class PageTables:
         too_many_gone = begin > (0 if self._window is None else self._first_seen(num_computed))
         if (end != -(-num_computed // self._page_size)).any() or too_many_gone.any():
             raise RuntimeError("a request holds more or fewer pages than its computed tokens need")
-        if (end - begin).sum() != self.pool.num_in_use:
+        if (end - begin).sum() - self.pool.num_shared != self.pool.num_in_use:
             raise RuntimeError("pages are held by rows that are not in use")

@@ -7,6 +7,7 @@ tokens it may have, `rows.py` the state of running requests, `admission.py` the 
 
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
-from nanoflow.scheduler.scheduler import Committed, Scheduler, SchedulerEvents
+from nanoflow.scheduler.results import Committed, SchedulerEvents
+from nanoflow.scheduler.scheduler import Scheduler
 
 __all__ = ["Committed", "Pace", "Scheduler", "SchedulerEvents", "SchedulerLimits"]

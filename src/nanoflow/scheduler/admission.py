@@ -80,6 +80,7 @@ def num_admissible(
     pools: Sequence[PoolSize],
     page_size: int,
     max_batch_tokens: int,
+    num_shared: Int64 | None = None,
 ) -> int:
     """How many of the candidates, from the first, can join the running ones: the most whose predicted peak fits.
 
@@ -95,20 +96,29 @@ def num_admissible(
         pools: Of the KV groups.
         page_size: Tokens a page.
         max_batch_tokens: Token budget of an iteration.
+        num_shared: int64 [candidates, groups], pages of each that running ones hold already, so that they need no room
+            of their own; none if not given. When the last of those that hold them has left they do: a small error.
     """
     everyone = running + candidates
     peak = PeakOfPages(everyone.num_tokens, lengths.counted_remaining(everyone), page_size)
     num_running, num_candidates = len(running.num_tokens), len(candidates.num_tokens)
 
-    def fits(count: int, pool: PoolSize) -> bool:
-        if pool.window is not None:
-            for_windows = pool.num_pages - chunk_pages(max_batch_tokens, page_size)
-            if peak.fits_in_windows(count, for_windows, window_pages(pool.window, page_size)):
+    def fits(count: int, num_pages: int, window: int | None) -> bool:
+        if window is not None:
+            for_windows = num_pages - chunk_pages(max_batch_tokens, page_size)
+            if peak.fits_in_windows(count, for_windows, window_pages(window, page_size)):
                 return True
-        return peak.fits(count, pool.num_pages)
+        return peak.fits(count, num_pages)
+
+    shared = np.zeros((num_candidates + 1, len(pools)), dtype=np.int64)
+    if num_shared is not None:
+        np.cumsum(num_shared, axis=0, out=shared[1:])
 
     def can_join(count: int) -> bool:
-        return all(fits(num_running + count, pool) for pool in pools)
+        return all(
+            fits(num_running + count, pool.num_pages + int(shared[count, group]), pool.window)
+            for group, pool in enumerate(pools)
+        )
 
     if can_join(num_candidates):
         return num_candidates

@@ -88,13 +88,18 @@ class RowTable:
             raise RuntimeError(f"row {row} is free")
         return request
 
-    def join(self, newcomers: Sequence[WaitingRequest]) -> Int64:
-        """Give each of these requests a free row, int64 [N]; they become the newest, in this order."""
+    def join(self, newcomers: Sequence[WaitingRequest], num_computed: Sequence[int]) -> Int64:
+        """Give each of these N requests a free row, int64 [N]; they become the newest, in this order.
+
+        Args:
+            newcomers: They.
+            num_computed: Tokens of each that are in the cache already.
+        """
         rows = np.array([self._free.pop() for _ in newcomers], dtype=np.int64)
         requests = [new.request for new in newcomers]
-        num_prompt, num_known, num_computed, max_tokens, min_tokens = np.array(
+        num_prompt, num_known, max_tokens, min_tokens = np.array(
             [
-                (len(r.prompt_token_ids), len(new.token_ids), new.num_computed, r.max_tokens, r.params.min_tokens)
+                (len(r.prompt_token_ids), len(new.token_ids), r.max_tokens, r.params.min_tokens)
                 for new, r in zip(newcomers, requests, strict=True)
             ],
             dtype=np.int64,

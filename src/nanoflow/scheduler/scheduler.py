@@ -3,7 +3,7 @@
 It knows no tensors and does not wait: `schedule` may be called before the last batch is committed, since a token's
 place is known before its value. A request may get several tokens from one iteration, or none: where its next tokens are
 guessed (`drafts.py`), those that do not count (`verify.py`) are taken back. State is in `rows.py` and `kvcache/`, what
-a running request computes in `forming.py`, the prediction behind admission in `admission.py`.
+a running request computes in `forming.py`, who is let in in `joining.py`, what need not be computed in `reuse.py`.
 
 Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
 its way; so are pages that a sliding window has left behind, though one may be on its way that reads them. That is safe
@@ -12,54 +12,25 @@ because the executor runs iterations in order: a later tenant writes later, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from nanoflow.batch import Bool, DenseBatch, Int32, Int64, Joined, SampledTokens
+from nanoflow.batch import Bool, DenseBatch, Int64, Joined, SampledTokens
+from nanoflow.kvcache.keys import split
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
-from nanoflow.scheduler.admission import num_admissible
 from nanoflow.scheduler.drafts import Drafts, NoDrafts
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
+from nanoflow.scheduler.joining import Joining
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
-from nanoflow.scheduler.progress import Progress
+from nanoflow.scheduler.results import Committed, SchedulerEvents
+from nanoflow.scheduler.reuse import PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """What of an iteration's result counts: N tokens. Dropped are those of requests that have left in the meantime.
-
-    Attributes:
-        request_ids: int64 [N]; a request stands here once for each of its tokens, which are in order.
-        token_ids: int32 [N].
-        places: int32 [N], where in `DenseBatch.sampled` (and so in `SampledTokens`) each token stood.
-        finished: Requests that ended with this iteration; one that ended by an error has no token for it here.
-        scored: One entry each of `DenseBatch.prompt_scores`: the request it is for; None if it has left.
-        num_rejected: Draws that did not count as the draft before them was wrong, or its request had ended.
-    """
-
-    request_ids: Int64
-    token_ids: Int32
-    places: Int32
-    finished: dict[int, Finished]
-    scored: tuple[int | None, ...] = ()
-    num_rejected: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerEvents:
-    """Requests admitted for the first time, and requests preempted (once each time), in order."""
-
-    scheduled: list[int] = field(default_factory=list)
-    preempted: list[int] = field(default_factory=list)
 
 
 class Scheduler:
@@ -85,6 +56,15 @@ class Scheduler:
         self._rows = RowTable(limits)
         self._waiting = WaitingQueue()
         self._lengths = OutputLength()
+        self._reuse = PrefixReuse(self._pages, num_rows=limits.max_num_seqs, page_size=limits.page_size)
+        self._joining = Joining(
+            limits,
+            rows=self._rows,
+            pages=self._pages,
+            waiting=self._waiting,
+            reuse=self._reuse,
+            lengths=self._lengths,
+        )
         self._events = SchedulerEvents()
         self._num_preemptions = 0
         self._iteration = 0
@@ -110,6 +90,11 @@ class Scheduler:
         return self._num_preemptions
 
     @property
+    def reuse_counts(self) -> ReuseCounts:
+        """Tokens that were asked of the cache, and tokens that it had."""
+        return self._reuse.counts
+
+    @property
     def fullest_pool(self) -> PagePool:
         """The pool of KV pages of which the largest part is in use."""
         return self._pages.fullest
@@ -132,7 +117,13 @@ class Scheduler:
         token_ids = checked_prompt(request, self._limits)
         if not 0 <= num_computed < len(token_ids):
             raise ValueError(f"num_computed must be in 0..{len(token_ids) - 1}, got {num_computed}")
-        self._waiting.push_back(WaitingRequest(request=request, token_ids=token_ids, num_computed=num_computed))
+        waiting = WaitingRequest(
+            request=request,
+            token_ids=token_ids,
+            num_computed=num_computed,
+            page_keys=split(request.page_keys)[1:],
+        )
+        self._waiting.push_back(waiting)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request and free what it holds; False if it is unknown or has ended.
@@ -215,6 +206,8 @@ class Scheduler:
         for index in ending.tolist():
             row = int(kept_rows[index])
             finished[int(request_ids[index])] = self._finish(row, int(token_ids[index]), is_stop=bool(is_stop[index]))
+        for row in failed:
+            self._reuse.fail(row)
         self._release([*failed, *kept_rows[ending].tolist()])
         return Committed(
             request_ids=request_ids,
@@ -224,6 +217,10 @@ class Scheduler:
             scored=scored,
             num_rejected=int(np.count_nonzero(is_there) - np.count_nonzero(is_counting)),
         )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is in the pages of earlier requests; those that run go on."""
+        self._pages.forget_all()
 
     def drain_events(self) -> SchedulerEvents:
         """What has happened since the last call."""
@@ -270,45 +267,24 @@ class Scheduler:
         row = int(self._rows.order[-1])
         request = self._rows.tenant(row)
         token_ids = self._rows.known_tokens(row)
-        self._release([row])
-        self._waiting.push_front(WaitingRequest(request=request, token_ids=token_ids, is_preempted=True))
+        (keys,) = self._release([row])
+        self._waiting.push_front(
+            WaitingRequest(request=request, token_ids=token_ids, page_keys=keys, is_preempted=True)
+        )
         self._events.preempted.append(request.request_id)
         self._num_preemptions += 1
         self._lengths.observe_preemption()
 
     def _admit(self, num_tokens_left: int) -> tuple[Joined, ...]:
-        """Let in, first come first served, as many as budget, rows and the predicted peak of pages allow."""
-        candidates = self._waiting.head(max_requests=self._rows.num_free, max_tokens=num_tokens_left)
-        if not candidates:
+        """Let in who can join now."""
+        newcomers = self._joining.admit(num_tokens_left)
+        if newcomers is None:
             return ()
-        count = num_admissible(
-            self._rows.progress(),
-            self._progress_of(candidates),
-            self._lengths,
-            pools=self._limits.pools,
-            page_size=self._limits.page_size,
-            max_batch_tokens=self._limits.max_batch_tokens,
-        )
-        return self._join([self._waiting.pop_front() for _ in range(count)]) if count else ()
-
-    def _progress_of(self, candidates: list[WaitingRequest]) -> Progress:
-        """Lengths of waiting requests."""
-        num_tokens = np.array([len(waiting.token_ids) for waiting in candidates])
-        num_generated = np.array([waiting.num_generated for waiting in candidates])
-        max_tokens = np.array([waiting.request.max_tokens for waiting in candidates])
-        max_total = np.minimum(num_tokens - num_generated + max_tokens, self._limits.max_model_len)
-        return Progress(
-            num_tokens=num_tokens,
-            num_generated=num_generated,
-            max_remaining=max_total - num_tokens,
-            is_exact=np.array([waiting.request.params.ignore_eos for waiting in candidates]),
-        )
-
-    def _join(self, newcomers: list[WaitingRequest]) -> tuple[Joined, ...]:
-        rows = self._rows.join(newcomers)
-        self._slide(rows)
-        self.drafts.join(rows, [new.request for new in newcomers])
-        self._events.scheduled.extend(new.request.request_id for new in newcomers if not new.is_preempted)
+        waiting = [candidate.waiting for candidate in newcomers.candidates]
+        self.drafts.join(newcomers.rows, [new.request for new in waiting])
+        for candidate in newcomers.candidates:
+            if not candidate.waiting.is_preempted:
+                self._events.scheduled[candidate.waiting.request.request_id] = candidate.num_cached
         return tuple(
             Joined(
                 row=row,
@@ -319,7 +295,7 @@ class Scheduler:
                 stop_token_ids=stop_ids(new.request, self._limits.vocab_size),
                 bad_word_ids=new.request.bad_word_ids,
             )
-            for row, new in zip(rows.tolist(), newcomers, strict=True)
+            for row, new in zip(newcomers.rows.tolist(), waiting, strict=True)
         )
 
     def _advance(self, turn: Turn, joined: tuple[Joined, ...]) -> DenseBatch:
@@ -327,6 +303,7 @@ class Scheduler:
         self._iteration += 1
         batch = form_batch(turn, self._rows, self._pages, iteration=self._iteration, joined=joined)
         self._rows.num_computed[turn.rows] += turn.num_taken
+        self._reuse.note_computed(turn.rows, self._rows.num_computed[turn.rows])
         self._rows.num_tokens[turn.rows] += np.bincount(batch.sampled, minlength=len(turn.rows))
         self.drafts.note_formed(batch)
         return batch
@@ -340,8 +317,14 @@ class Scheduler:
         is_eos = not request.params.ignore_eos and token_id in request.eos_token_ids
         return Finished(reason=FinishReason.STOP, stop_token_id=token_id if is_own and not is_eos else None)
 
-    def _release(self, rows: list[int]) -> None:
-        """Take rows and pages of requests at once (see the top of this file why that is safe)."""
+    def _release(self, rows: list[int]) -> list[tuple[bytes, ...]]:
+        """Take rows and pages of requests at once (see the top of this file why that is safe).
+
+        Returns:
+            The keys of the full pages of each.
+        """
+        keys = [self._reuse.leave(row, self._rows) for row in rows]
         if rows:
             self._pages.release(np.array(rows, dtype=np.int64))
             self._rows.leave(rows)
+        return keys

@@ -20,24 +20,21 @@ class WaitingRequest:
     Attributes:
         request: As it was added.
         token_ids: int32 [num_tokens], the prompt, then what was generated before a preemption.
-        num_computed: Tokens whose keys and values need not be computed.
+        num_computed: Tokens whose keys and values need not be computed, whatever its pages hold: for benchmarks.
+        page_keys: Of each page that its tokens fill (`kvcache/keys.py`); none if it shares no pages.
         is_preempted: It has run before.
     """
 
     request: Request
     token_ids: Int32
     num_computed: int = 0
+    page_keys: tuple[bytes, ...] = ()
     is_preempted: bool = False
 
     @property
     def num_generated(self) -> int:
         """Tokens beyond the prompt."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens to compute before it can go on."""
-        return len(self.token_ids) - self.num_computed
 
 
 class WaitingQueue:
@@ -61,21 +58,10 @@ class WaitingQueue:
         self.push_back(waiting)
         self._by_id.move_to_end(waiting.request.request_id, last=False)
 
-    def pop_front(self) -> WaitingRequest:
-        """Take the first; KeyError if there is none."""
-        return self._by_id.popitem(last=False)[1]
-
     def discard(self, request_id: int) -> bool:
         """Forget a request; False if it is not here."""
         return self._by_id.pop(request_id, None) is not None
 
-    def head(self, *, max_requests: int, max_tokens: int) -> list[WaitingRequest]:
-        """The first requests: as many as can each start on a budget of `max_tokens`, the last maybe in part."""
-        return list(self._head(max_requests, max_tokens))
-
-    def _head(self, max_requests: int, max_tokens: int) -> Iterator[WaitingRequest]:
-        for waiting, _ in zip(self._by_id.values(), range(max_requests), strict=False):
-            if max_tokens <= 0:
-                return
-            yield waiting
-            max_tokens -= waiting.num_pending
+    def __iter__(self) -> Iterator[WaitingRequest]:
+        """From the first on; the queue may not change meanwhile."""
+        return iter(self._by_id.values())

@@ -16,6 +16,7 @@ from nanoflow.request import SamplingParams
 
 Prompt = str | list[int]
 AnyPrompt = Prompt | ReadPrompt
+EnginePrompt = AnyPrompt | Mapping[str, Any]
 ChatMessage = Mapping[str, Any]
 
 
@@ -76,6 +77,6 @@ class ServingEngine(Protocol):
         """Seconds since the engine loop was last heard of."""
 
     def generate(
-        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self, prompt: EnginePrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the growing output, or the finished one alone; closing the generator frees all that it holds."""

@@ -115,7 +115,6 @@ _LABELS: ForeignFields = {
     "priority": Foreign((0,), "order of requests"),
     "prompt_cache_key": Foreign(None, "caches of prompts do not change an answer"),
     "prompt_cache_retention": Foreign(None, "caches of prompts do not change an answer"),
-    "cache_salt": Foreign(None, "caches of prompts do not change an answer"),
 }
 
 OF_GENERATION: ForeignFields = {**_TOOLS, **_SHAPES, **_TEMPLATE, **_SAMPLING, **_ANSWER, **_LABELS}

@@ -16,10 +16,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
 
+from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server.admission import Admission
-from nanoflow.server.backend import AnyPrompt, Prompt, ServingEngine
+from nanoflow.server.backend import AnyPrompt, EnginePrompt, Prompt, ServingEngine
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.responses import Usage
 
@@ -46,6 +47,7 @@ class Call:
         prompts: One or more.
         params: How, for each of them.
         doors: What lets the call in; None lets every call in, with its prompts as they are.
+        cache_salt: Cached pages are shared only with calls that have the same one, or none.
         call_id: In the answer, and the label of the engine's requests.
         field_names: Field of the body that a parameter came in, where the names differ; for errors.
         created: Seconds since 1970.
@@ -55,6 +57,7 @@ class Call:
     prompts: Sequence[Prompt]
     params: SamplingParams
     doors: Doors | None = None
+    cache_salt: str | None = None
     call_id: str
     field_names: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -96,7 +99,9 @@ class Call:
     async def _of_one(self, prompt: AnyPrompt, index: int, streams: bool) -> AsyncGenerator[News, None]:
         with user_errors(fields=self.field_names):
             name = f"{self.call_id}-{index}"
-            outputs = self.engine.generate(prompt, self.params, request_id=name, streams=streams)
+            outputs = self.engine.generate(
+                _salted(prompt, self.cache_salt), self.params, request_id=name, streams=streams
+            )
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.error is not None:
@@ -222,7 +227,16 @@ class Cursor:
 
 def _token_ids(prompt: AnyPrompt) -> Sequence[Any]:
     """Tokens of a prompt; of one that is text still, its characters stand for them."""
-    return prompt if isinstance(prompt, str | list) else prompt.token_ids
+    return prompt.token_ids if isinstance(prompt, ReadPrompt) else prompt
+
+
+def _salted(prompt: AnyPrompt, salt: str | None) -> EnginePrompt:
+    """The prompt with a salt for the cache."""
+    if salt is None:
+        return prompt
+    if isinstance(prompt, ReadPrompt):
+        return dataclasses.replace(prompt, cache_salt=salt)
+    return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, "cache_salt": salt}
 
 
 def new_id(kind: str) -> str:
@@ -232,13 +246,15 @@ def new_id(kind: str) -> str:
 
 def count_usage(outputs: Iterable[RequestOutput], *, is_completion_hidden: bool = False) -> Usage:
     """Tokens of all prompts and completions; a prompt counts once, whatever its `n`."""
-    num_prompt, num_completion = 0, 0
+    num_prompt, num_completion, num_cached = 0, 0, 0
     for output in outputs:
         num_prompt += len(output.prompt_token_ids)
+        num_cached += output.num_cached_tokens
         num_completion += sum(len(completion.token_ids) for completion in output.outputs)
     num_completion = 0 if is_completion_hidden else num_completion
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }

@@ -15,10 +15,13 @@ from nanoflow.engine.observer import Observer
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
-from nanoflow.server.backend import AnyPrompt
+from nanoflow.server.backend import EnginePrompt
 
 # Counted by an engine since its start.
-_COUNTS = ("num_preemptions", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted_requests")
+_COUNTS = (
+    *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
+    *("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted_requests"),
+)
 
 
 class LastingEngine:
@@ -78,7 +81,7 @@ class LastingEngine:
         return self.current.heartbeat_age_s
 
     def generate(
-        self, prompt: AnyPrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self, prompt: EnginePrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt with the engine that runs now; see `AsyncEngine.generate`."""
         return self.current.generate(prompt, params, request_id, streams=streams)

@@ -158,6 +158,12 @@ class ServerMetrics(Collector):
         self._count(
             "num_preemptions", "Times KV pages were taken back from a request", lambda: engine.stats.num_preemptions
         )
+        self._count(
+            "prefix_cache_queries",
+            "Tokens of requests that looked for cached pages",
+            lambda: engine.stats.prefix_cache_queries,
+        )
+        self._count("prefix_cache_hits", "Those whose pages were found", lambda: engine.stats.prefix_cache_hits)
         self._add_drafts(engine)
 
     def _add_drafts(self, engine: ServingEngine) -> None:

@@ -96,6 +96,9 @@ class SamplingFields(PromptFields, RequestBody):
     prompt_logprobs: Annotated[int | None, Parameter.of("prompt_logprobs")] = None
     skip_special_tokens: Annotated[bool | None, Parameter.of("skip_special_tokens")] = None
     include_stop_str_in_output: Annotated[bool | None, Parameter.of("include_stop_str_in_output")] = None
+    cache_salt: Text | None = Field(
+        None, min_length=1, description="Cached pages are shared only between requests that have the same one, or none"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -27,12 +27,19 @@ class ErrorResponse(TypedDict):
     error: ErrorDetail
 
 
+class PromptTokensDetails(TypedDict):
+    """Of the tokens of prompts."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
-    """Tokens of all prompts and all completions of a call."""
+    """Tokens of all prompts and all completions of a call; of the prompts, those that were in the KV cache already."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class RankedLogprob(TypedDict):

@@ -1,0 +1,110 @@
+"""Lets waiting requests in: which of them get a row now, and how much of each is computed already.
+
+Which requests fit is predicted in `admission.py`; what they find in the cache is known to `reuse.py`. The scheduler
+asks once an iteration, with the tokens that its running requests leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.batch import Int64
+from nanoflow.kvcache.pools import PagePools
+from nanoflow.scheduler.admission import num_admissible
+from nanoflow.scheduler.lengths import OutputLength
+from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.progress import Progress
+from nanoflow.scheduler.reuse import Candidate, PrefixReuse
+from nanoflow.scheduler.rows import RowTable
+from nanoflow.scheduler.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newcomers:
+    """N requests that have got rows.
+
+    Attributes:
+        rows: int64 [N].
+        candidates: As they came, the first in the queue first.
+    """
+
+    rows: Int64
+    candidates: Sequence[Candidate]
+
+
+class Joining:
+    """The way from the queue to a row.
+
+    Args:
+        limits: Sizes.
+        rows, pages, waiting, reuse, lengths: The scheduler's.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        rows: RowTable,
+        pages: PagePools,
+        waiting: WaitingQueue,
+        reuse: PrefixReuse,
+        lengths: OutputLength,
+    ) -> None:
+        self._limits = limits
+        self._rows, self._pages, self._waiting = rows, pages, waiting
+        self._reuse, self._lengths = reuse, lengths
+
+    def admit(self, num_tokens_left: int) -> Newcomers | None:
+        """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
+
+        Those whose prefix another one computes just now keep their place in the queue, and others may pass them.
+
+        Args:
+            num_tokens_left: Tokens of the budget that nobody has.
+
+        Returns:
+            None if there is nobody to let in.
+        """
+        candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
+        count = self._num_fitting(candidates) if candidates else 0
+        if count == 0:
+            return None
+        candidates = candidates[:count]
+        for candidate in candidates:
+            self._waiting.discard(candidate.waiting.request.request_id)
+        rows = self._rows.join(
+            [candidate.waiting for candidate in candidates], [each.num_computed for each in candidates]
+        )
+        for row, candidate in zip(rows.tolist(), candidates, strict=True):
+            self._reuse.join(row, candidate)
+        self._pages.slide(rows, self._rows.num_computed[rows])
+        return Newcomers(rows=rows, candidates=candidates)
+
+    def _num_fitting(self, candidates: Sequence[Candidate]) -> int:
+        """How many of the candidates, from the first, fit by the predicted peak of pages."""
+        return num_admissible(
+            self._rows.progress(),
+            self._progress_of(candidates),
+            self._lengths,
+            pools=self._pages.room,
+            page_size=self._limits.page_size,
+            max_batch_tokens=self._limits.max_batch_tokens,
+            num_shared=np.array([self._pages.num_held(candidate.prefix) for candidate in candidates]),
+        )
+
+    def _progress_of(self, candidates: Sequence[Candidate]) -> Progress:
+        """Lengths of waiting requests."""
+        waiting = [candidate.waiting for candidate in candidates]
+        num_tokens = np.array([len(each.token_ids) for each in waiting])
+        num_generated = np.array([each.num_generated for each in waiting])
+        max_tokens = np.array([each.request.max_tokens for each in waiting])
+        max_total = np.minimum(num_tokens - num_generated + max_tokens, self._limits.max_model_len)
+        return Progress(
+            num_tokens=num_tokens,
+            num_generated=num_generated,
+            max_remaining=max_total - num_tokens,
+            is_exact=np.array([each.request.params.ignore_eos for each in waiting]),
+        )

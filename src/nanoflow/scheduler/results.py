@@ -1,0 +1,42 @@
+"""What the scheduler tells: which tokens of an iteration count, and which requests were admitted or preempted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanoflow.batch import Int32, Int64
+from nanoflow.outputs import Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """What of an iteration's result counts: N tokens. Dropped are those of requests that have left in the meantime.
+
+    Attributes:
+        request_ids: int64 [N]; a request stands here once for each of its tokens, which are in order.
+        token_ids: int32 [N].
+        places: int32 [N], where in `DenseBatch.sampled` (and so in `SampledTokens`) each token stood.
+        finished: Requests that ended with this iteration; one that ended by an error has no token for it here.
+        scored: One entry each of `DenseBatch.prompt_scores`: the request it is for; None if it has left.
+        num_rejected: Draws that did not count as the draft before them was wrong, or its request had ended.
+    """
+
+    request_ids: Int64
+    token_ids: Int32
+    places: Int32
+    finished: dict[int, Finished]
+    scored: tuple[int | None, ...] = ()
+    num_rejected: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerEvents:
+    """What happened to requests.
+
+    Attributes:
+        scheduled: Requests admitted for the first time, in order, and how many tokens each found in the cache.
+        preempted: Requests preempted, once each time.
+    """
+
+    scheduled: dict[int, int] = field(default_factory=dict)
+    preempted: list[int] = field(default_factory=list)

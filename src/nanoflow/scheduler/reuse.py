@@ -1,0 +1,162 @@
+"""Prefixes that need not be computed again: which pages a request finds, and which pages of it others may find.
+
+A request has a key for each page that its tokens fill (`kvcache/keys.py`). When it gets a row, it takes the cached
+pages of its first keys and starts behind them. Its own pages are cached as they are computed: those of its prompt once
+a batch with them has been formed, for batches run in that order; those of its completion when it leaves.
+
+A request whose next pages are just being computed for another one waits until they are there: so of several requests
+with the same prompt, or with the same long beginning, one computes it. Knows neither budgets nor the queue
+(`scheduler.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoflow.batch import Int64
+from nanoflow.kvcache.keys import KEY_BYTES, page_keys
+from nanoflow.kvcache.pools import CachedPrefix, PagePools
+from nanoflow.scheduler.rows import RowTable
+from nanoflow.scheduler.waiting import WaitingRequest
+
+# A request waits for another's pages if there are so many: for fewer tokens it is not worth an iteration.
+_LEAST_AWAITED = 4
+# Requests that wait so are passed over in the queue; so many in an iteration at most.
+_MOST_PASSED_OVER = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A waiting request that could get a row.
+
+    Attributes:
+        waiting: It.
+        prefix: Its pages that are cached now.
+        num_cached: Tokens in these pages.
+    """
+
+    waiting: WaitingRequest
+    prefix: CachedPrefix
+    num_cached: int
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens of it that need not be computed."""
+        return max(self.num_cached, self.waiting.num_computed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseCounts:
+    """Since the start, in tokens.
+
+    Attributes:
+        num_asked: Tokens of requests that looked for a cached prefix.
+        num_found: Those of them that had one.
+    """
+
+    num_asked: int = 0
+    num_found: int = 0
+
+
+class PrefixReuse:
+    """Cached prefixes of running requests.
+
+    Args:
+        pools: Pages of all rows.
+        num_rows: Rows of the state table.
+        page_size: Tokens a page.
+    """
+
+    def __init__(self, pools: PagePools, *, num_rows: int, page_size: int) -> None:
+        self._pools = pools
+        self._page_size = page_size
+        self._root = [b""] * num_rows
+        self._keys: list[list[bytes]] = [[] for _ in range(num_rows)]
+        # Keys of each row in all; of these, the first so many have been computed.
+        self._num_keys, self._num_cached = np.zeros((2, num_rows), dtype=np.int64)
+        self._row_computing: dict[bytes, int] = {}
+        self.counts = ReuseCounts()
+
+    def candidates(self, queue: Iterable[WaitingRequest], *, max_requests: int, max_tokens: int) -> list[Candidate]:
+        """The first requests of the queue that can each start on a budget of `max_tokens`, the last maybe in part.
+
+        Those whose next pages are being computed for another one, or would be for one of these, are passed over.
+        """
+        found: list[Candidate] = []
+        claimed: set[bytes] = set()
+        num_passed_over = 0
+        for waiting in queue:
+            if len(found) == max_requests or max_tokens <= 0 or num_passed_over == _MOST_PASSED_OVER:
+                break
+            # At least the last token is left to be computed.
+            prefix = self._pools.find(waiting.page_keys[: (len(waiting.token_ids) - 1) // self._page_size])
+            following = waiting.page_keys[prefix.num_pages :]
+            awaited = following[:_LEAST_AWAITED]
+            if len(awaited) == _LEAST_AWAITED and all(key in self._row_computing or key in claimed for key in awaited):
+                num_passed_over += 1
+                continue
+            claimed.update(following)
+            candidate = Candidate(waiting=waiting, prefix=prefix, num_cached=prefix.num_pages * self._page_size)
+            found.append(candidate)
+            max_tokens -= len(waiting.token_ids) - candidate.num_computed
+        return found
+
+    def join(self, row: int, candidate: Candidate) -> None:
+        """A candidate has got a row, which holds no pages yet: it gets those of its cached prefix."""
+        keys, num_pages = list(candidate.waiting.page_keys), candidate.prefix.num_pages
+        self._root[row], self._keys[row] = candidate.waiting.request.page_keys[:KEY_BYTES], keys
+        self._num_keys[row], self._num_cached[row] = len(keys), num_pages
+        self._pools.adopt(row, candidate.prefix)
+        for key in keys[num_pages:]:
+            self._row_computing.setdefault(key, row)
+        if self._root[row]:
+            self.counts = ReuseCounts(
+                num_asked=self.counts.num_asked + len(candidate.waiting.token_ids),
+                num_found=self.counts.num_found + candidate.num_cached,
+            )
+
+    def note_computed(self, rows: Int64, num_computed: Int64) -> None:
+        """A batch has been formed with which these rows (int64 [N]) have so many tokens computed (int64 [N])."""
+        num_full = np.minimum(num_computed // self._page_size, self._num_keys[rows])
+        for index in np.flatnonzero(num_full > self._num_cached[rows]).tolist():
+            self._cache(int(rows[index]), int(num_full[index]))
+
+    def leave(self, row: int, table: RowTable) -> tuple[bytes, ...]:
+        """The request of a row goes, and its pages are about to be released: cache those that are full.
+
+        Returns:
+            The keys of these.
+        """
+        keys, root = self._keys[row], self._root[row]
+        if root:
+            known = table.known_view(row)[: table.num_computed[row]]
+            keys += page_keys(known[len(keys) * self._page_size :], self._page_size, keys[-1] if keys else root)
+            self._cache(row, len(known) // self._page_size)
+        return self._clear(row)
+
+    def fail(self, row: int) -> None:
+        """What was computed for the request of a row may be wrong: nobody else may use it."""
+        self._pools.forget(row)
+        self._clear(row)
+
+    def _cache(self, row: int, stop: int) -> None:
+        start, keys = int(self._num_cached[row]), self._keys[row]
+        if stop > start:
+            self._pools.cache(row, start, keys[start:stop])
+            self._num_cached[row] = stop
+            self._forget_computing(row, keys[start:stop])
+
+    def _forget_computing(self, row: int, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            if self._row_computing.get(key) == row:
+                del self._row_computing[key]
+
+    def _clear(self, row: int) -> tuple[bytes, ...]:
+        keys = tuple(self._keys[row])
+        self._forget_computing(row, keys[int(self._num_cached[row]) :])
+        self._root[row], self._keys[row] = b"", []
+        self._num_keys[row] = self._num_cached[row] = 0
+        return keys
