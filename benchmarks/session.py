@@ -29,9 +29,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import write_json
-from benchmarks.rungs import read_limits
-from benchmarks.serving_document import line as serving_line
+from benchmarks.common.document import write_json
+from benchmarks.common.rungs import read_limits
+from benchmarks.engine.serving_document import line as serving_line
 from benchmarks.session_pieces import Piece, Session, pieces
 from nanoflow.bench.machine import REVISION_VARIABLE, git_revision
 from nanoflow.bench.provenance import portable, require_clean

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.books import SEARCHED, path_of, read_names
-from benchmarks.rungs import SEQUENTIAL
-from benchmarks.workloads import file_name
+from benchmarks.common.rungs import SEQUENTIAL
+from benchmarks.common.workloads import file_name
+from benchmarks.ladder.books import SEARCHED, path_of, read_names
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import load_book
 from nanoflow.profile.table import Profile
@@ -154,7 +154,7 @@ def _starts(session: Session) -> Iterator[Piece]:
         record = session.record("startup", session.model, name)
         yield Piece(
             name=f"startup-{name}",
-            words=["benchmarks.startup", *words, "--json", str(record), *options],
+            words=["benchmarks.engine.startup", *words, "--json", str(record), *options],
             record=record,
             minutes=1.0 + session.repeats,
             needs=needs,
@@ -162,14 +162,14 @@ def _starts(session: Session) -> Iterator[Piece]:
 
 
 def _in_turn(
-    session: Session, name: str, benchmark: str, record: Path, words: Sequence[str], *, minutes: float, **more: object
+    session: Session, name: str, module: str, record: Path, words: Sequence[str], *, minutes: float, **more: object
 ) -> Piece:
     """A benchmark that goes on where it was cut off."""
     dirty = ["--allow-dirty"] if session.allows_dirty else []
     common = ["--model", session.model, "--repeats", str(session.repeats), "--json", str(record), *dirty]
     return Piece(
         name=name,
-        words=[f"benchmarks.{benchmark}", *words, *common],
+        words=[f"benchmarks.{module}", *words, *common],
         record=record,
         minutes=minutes,
         goes_on=True,
@@ -182,7 +182,7 @@ def _sampled(session: Session) -> Piece:
     return _in_turn(
         session,
         "sampled",
-        "sampled",
+        "engine.sampled",
         session.record("sampled", session.model),
         ["--workloads", session.counted(_SHAREGPT)],
         minutes=session.minutes(_NUM_KINDS, _SHAREGPT.run_s, 1 / session.repeats),
@@ -214,7 +214,7 @@ def _served(session: Session) -> Iterator[Piece]:
         words += ["--allow-dirty"] if session.allows_dirty else []
         yield Piece(
             name=f"serving-{preset_name(model) or Path(model).name}-{load}",
-            words=["benchmarks.serving", *words, "--json", str(record)],
+            words=["benchmarks.engine.serving", *words, "--json", str(record)],
             record=record,
             minutes=session.minutes(1, run_s, starts / session.repeats),
             needs=_traces(session, [_SHAREGPT]),
@@ -227,7 +227,7 @@ def _limits(session: Session) -> Piece:
     return _in_turn(
         session,
         "limits",
-        "limits",
+        "engine.limits",
         session.record("limits", session.model),
         ["--workloads", *(session.counted(work) for work in works), "--pairs", *_LIMIT_PAIRS],
         minutes=session.minutes(engines, sum(work.run_s for work in works), engines),
@@ -263,8 +263,8 @@ def _books(session: Session, work: Work) -> Iterator[Piece]:
     yield Piece(
         name=f"books-{name}",
         words=[
-            *("benchmarks.books", "--profile", str(session.profile), "--limits", _limits_of(searched), *workload),
-            *("--out", str(searched.parent), "--rungs", *others),
+            *("benchmarks.ladder.books", "--profile", str(session.profile), "--limits", _limits_of(searched)),
+            *(*workload, "--out", str(searched.parent), "--rungs", *others),
         ],
         record=searched.parent,
         minutes=_BOOKS_S / 60,
@@ -324,7 +324,7 @@ def _compared(session: Session, work: Work, benchmark: str, workload: str, *, wi
     piece = _in_turn(
         session,
         f"{benchmark.replace('_', '-')}-{name}",
-        benchmark,
+        f"ladder.{benchmark}",
         session.record(benchmark, session.model, name),
         words,
         minutes=session.minutes(num_rungs, run_s, num_rungs if benchmark == "whole_runs" else num_limits),

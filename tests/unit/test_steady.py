@@ -1,4 +1,4 @@
-"""`benchmarks/steady.py`: requests under way, turns of rungs on one engine, and what is made of them; on no GPU."""
+"""`benchmarks/ladder/steady.py`: requests under way, turns of rungs on one engine, and their metrics; on no GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmarks import steady, steady_engine
-from benchmarks.turns import Iteration, Turn, UnequalTurns, metrics_of
+from benchmarks.ladder import steady, steady_engine
+from benchmarks.ladder.turns import Iteration, Turn, UnequalTurns, metrics_of
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
