@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.rungs import Rung
-from benchmarks.ladder.turns import Iteration, SteadyMetrics, Turn, UnequalTurns, Watched, metrics_of
+from benchmarks.ladder.turns import Iteration, Turn, TurnMetrics, UnequalTurns, Watched, metrics_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
@@ -87,7 +87,7 @@ class Found:
 
     workload: str
     settings: Mapping[str, Mapping[str, Any]]
-    metrics: Mapping[str, SteadyMetrics]
+    metrics: Mapping[str, TurnMetrics]
     reason: str | None = None
 
 

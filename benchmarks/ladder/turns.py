@@ -96,7 +96,7 @@ class PlanGain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SteadyMetrics:
+class TurnMetrics:
     """What a rung did in a repeat, under the names that whole runs have where the meaning is the same.
 
     Attributes:
@@ -137,7 +137,7 @@ def metrics_of(
     *,
     predicted_s: Predicted | None = None,
     power_limit_w: float | None = None,
-) -> dict[str, SteadyMetrics]:
+) -> dict[str, TurnMetrics]:
     """What each rung of one engine did in a repeat.
 
     Args:
@@ -202,11 +202,11 @@ def _metrics(
     base_energy_j: float | None,
     gains: _Gains,
     names: Mapping[str, str],
-) -> SteadyMetrics:
+) -> TurnMetrics:
     shapes = [shape for turn in own for shape in turn.shapes]
     num_tokens, seconds = _num_tokens(own), sum(turn.seconds for turn in own)
     num_decodes = sum(shape.num_decode_tokens for shape in shapes)
-    return SteadyMetrics(
+    return TurnMetrics(
         total_tokens_per_s=num_tokens / seconds,
         energy_per_token_j=energy[0],
         energy_dropped=energy[1],

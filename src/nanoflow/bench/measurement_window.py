@@ -1,7 +1,8 @@
-"""The steady state of a run: its rate and energy with ramp-up and drain left out.
+"""The measurement window of a run: the part in the steady state, without ramp-up and drain; its rate and energy.
 
-`ProgressRecorder` notes every iteration as it ends, while `device/energy.py` watches the card's counter; `find_window`
-says from when to when the state was steady. Who runs the requests: `offline.py`.
+In the steady state requests arrive as others finish, so that batches stay alike. `ProgressRecorder` notes the end of
+every iteration, `find_window` finds the window in these notes, and `steady_state` computes tokens/s and energy within
+it. `offline.py` runs the requests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ _FULL = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """The end of one iteration: when, tokens of all iterations so far, and the engine's queues then."""
+    """The state of a run at the end of an iteration.
+
+    Attributes:
+        time_s: When it ended, in seconds of the recorder's clock.
+        num_tokens: Tokens of all iterations so far, prompts and output.
+        num_running, num_waiting: Requests that run, and that wait.
+        has_finished: Whether a request has finished yet.
+    """
 
     time_s: float
     num_tokens: int
@@ -34,8 +42,8 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """Part of a run between the ends of two iterations; times in seconds of the recorder's clock."""
+class MeasurementWindow:
+    """Part of a run, from the end of one iteration to the end of another; times in seconds of the recorder's clock."""
 
     start_s: float
     stop_s: float
@@ -44,12 +52,12 @@ class Window:
 
     @property
     def duration_s(self) -> float:
-        """Length."""
+        """Length in seconds."""
         return self.stop_s - self.start_s
 
 
 class NoSteadyState(Exception):
-    """A run has no steady state; the message says why."""
+    """A run has no measurement window; the message says why."""
 
 
 class ProgressRecorder:
@@ -82,28 +90,32 @@ class ProgressRecorder:
         )
 
     def observe_first_token(self, ttft_s: float, num_prompt_tokens: int) -> None:
-        """Of no interest."""
+        """Not recorded."""
 
     def observe_tokens(self, num_tokens: int) -> None:
-        """Of no interest."""
+        """Not recorded."""
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
-        """Of no interest."""
+        """Not recorded."""
 
     def observe_finished(self, request: FinishedRequest) -> None:
-        """From now on requests leave as well as come."""
+        """From now on requests finish as well as arrive."""
         self._has_finished = True
 
 
-def find_window(progress: Sequence[Progress], duration_s: float) -> Window:
-    """The steady part of a run that took so long.
+def find_window(progress: Sequence[Progress], duration_s: float) -> MeasurementWindow:
+    """The measurement window of a run.
 
-    It begins with the first iteration after a request has finished that ran at least 90 % of the largest number of
-    requests ever running, and ends with the last such iteration after which requests were still waiting: in between,
-    requests come as others leave.
+    An iteration is in the steady state if a request has finished, others still wait, and at least 90 % of the largest
+    number of requests that ever ran are running. The window reaches from the first such iteration to the last.
+
+    Args:
+        progress: The end of every iteration, in order.
+        duration_s: Seconds that the whole run took.
 
     Raises:
-        NoSteadyState: There is no such part, or it has fewer than 20 iterations or less than a tenth of the run.
+        NoSteadyState: There is no such iteration, or the window has fewer than 20 iterations or less than a tenth of
+            the run's time.
     """
     full = _FULL * max((sample.num_running for sample in progress), default=0)
     steady = [
@@ -114,7 +126,7 @@ def find_window(progress: Sequence[Progress], duration_s: float) -> Window:
     if not steady:
         raise NoSteadyState("no request was still waiting once the first had finished: give more requests")
     first, last = progress[steady[0]], progress[steady[-1]]
-    window = Window(
+    window = MeasurementWindow(
         start_s=first.time_s,
         stop_s=last.time_s,
         num_iterations=steady[-1] - steady[0],
@@ -127,8 +139,8 @@ def find_window(progress: Sequence[Progress], duration_s: float) -> Window:
     return window
 
 
-def steady_state(window: Window, energy: EnergySampler) -> SteadyState:
-    """The figures of a window."""
+def steady_state(window: MeasurementWindow, energy: EnergySampler) -> SteadyState:
+    """Tokens/s and energy in a window; no energy for a window under two seconds, too short for the card's counter."""
     energy_j = energy.used_j(window.start_s, window.stop_s) if window.duration_s >= MIN_ENERGY_S else None
     return SteadyState(
         duration_s=window.duration_s,
