@@ -29,7 +29,7 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.executor.streams import LaneStream, partition_pair, plain_stream
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import LinearDims, Operation, OpKind
-from nanoflow.kernels.kept import kernels_on
+from nanoflow.kernels.restricted import kernels_on
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism

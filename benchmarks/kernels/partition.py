@@ -1,9 +1,10 @@
 """Products of a Llama-3-8B layer on a part of a GPU, alone and beside decode attention on the rest.
 
-Every cut of `gemm_tiles.PART_TILES`, with its best split of the last round, on the SMs that are not the attention's.
-P is the time of the product alone on the whole GPU by cuBLAS (gate_up: with SwiGLU, by our kernel), or of the
-attention alone on the whole GPU, / the time beside the other; where both sum to more than 1, overlap pays. A star marks
-what `kernels/kept.py` chooses. Needs an NVIDIA GPU with a tensor memory accelerator. From the root of the repository:
+Every tile size of `gemm_tiles.PART_TILES` runs, with its best split of the last wave, on the SMs that attention does
+not have. P of a product is its time alone on the whole GPU, by cuBLAS, / its time beside attention; for gate_up the
+former is that of our kernel with SwiGLU. P of attention is its time alone on the whole GPU / its time beside products.
+Overlap pays where both sum to more than 1. A star marks what `kernels/restricted.py` chooses. Needs an NVIDIA GPU with
+a tensor memory accelerator. From the root of the repository:
 
     python -m benchmarks.kernels.partition --second-sms 24 32 40 --json part.json
 """
@@ -27,8 +28,8 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_gemm, triton_split_k
 from nanoflow.kernels.gemm_tiles import PART_TILES, GemmTiles, choose_gemm_tiles
-from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.restricted import kernels_on
 from nanoflow.kernels.triton_split_k import choose_split_cut
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -172,7 +173,7 @@ def _on_part(product: Side, attention: Side, first: LaneStream, second: LaneStre
 
 
 def _cut(candidates: Sequence[GemmTiles], prepared: Prepared, num_tokens: int, num_sms: int) -> tuple[GemmTiles, int]:
-    """As `kept.py` cuts a product; the one with SwiGLU is never split."""
+    """As `restricted.py` cuts a product; the one with SwiGLU is never split."""
     weight = prepared.workspace.model.weights.layers[0][prepared.op.weights[0]]
     shape = (num_tokens, *weight.shape)
     if prepared.op.kind is OpKind.LINEAR_SWIGLU:

@@ -1,7 +1,7 @@
 """Throughput in process: all requests at once through `LLM.generate`, as fast as the engine goes.
 
 Completions have a fixed length (the end of sequence is ignored). They are greedy and not decoded to text unless options
-say otherwise. The bounds of the device are measured before the run (`rates.py`). Iterations are observed during the run,
+say otherwise. The bounds of the device are measured before the run (`rates.py`). Iterations are observed during it,
 for its rate in the steady state (`measurement_window.py`). `online.py` sends requests over HTTP, at times of arrival.
 """
 

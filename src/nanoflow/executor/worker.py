@@ -19,7 +19,8 @@ from nanoflow.device.detect import use_device
 from nanoflow.device.transfer import to_device
 from nanoflow.executor.buckets import Buckets
 from nanoflow.executor.buffers import DeviceModel
-from nanoflow.executor.captured import CapturedForward, EagerForward, Forward, GraphKey
+from nanoflow.executor.captured import CapturedForward
+from nanoflow.executor.forward import EagerForward, Forward, GraphKey
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor

@@ -1,7 +1,7 @@
-"""Trials of a search that has not ended, in a file beside the one that it is going to write: a line each, at once.
+"""The journal of a search: its trials so far, a line each, in a file beside the book that it is going to write.
 
-A trial takes seconds on a GPU and a search has a hundred of them, so one that is interrupted goes on with what it
-measured. A trial counts for the very profile, batch and plan that it was of; measuring is `iterations.py`'s.
+A trial takes seconds on a GPU and a search has about a hundred. A search that was interrupted goes on with the trials
+of its journal. A trial counts only for the same profile, batch and plan. `iterations.py` measures trials.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanoflow.trials.iterations import Trial
 
 
 class _Line(msgspec.Struct, kw_only=True, frozen=True):
-    """One trial; the profile and the plan by their digests."""
+    """One trial; `profile` and `plan` are digests."""
 
     profile: str
     shape: BatchShape
@@ -27,12 +27,12 @@ class _Line(msgspec.Struct, kw_only=True, frozen=True):
     gain: float
 
 
-class KeptTrials:
-    """Gains by batch and plan, those of a run before included.
+class TrialJournal:
+    """Measured gains by batch and plan, including those of an earlier, interrupted search.
 
     Args:
-        path: The file; it need not be there.
-        profile: What the plans were searched with.
+        path: The file; made by the first trial if it does not exist.
+        profile: The profile that plans are searched with; trials of another profile are ignored.
     """
 
     def __init__(self, path: Path, profile: Profile) -> None:
@@ -46,26 +46,26 @@ class KeptTrials:
         return (shape, plan.digest) in self._gains
 
     def __getitem__(self, tried: tuple[BatchShape, PipelinePlan]) -> float:
-        """Time sequentially / under the plan."""
+        """Gain of the plan on the batch: time under the sequential plan / time under this plan."""
         shape, plan = tried
         return self._gains[shape, plan.digest]
 
     def add(self, trial: Trial) -> None:
-        """Keep a trial, at once."""
+        """Append a trial to the file now."""
         line = _Line(profile=self._profile, shape=trial.shape, plan=trial.plan.digest, gain=trial.gain)
         self._gains[line.shape, line.plan] = line.gain
         with self._path.open("ab") as file:
-            # The line break comes first: it ends a line that was cut off.
+            # The line break comes first, to end a line that an interrupted search left incomplete.
             file.write(b"\n" + msgspec.json.encode(line))
 
     def forget(self) -> None:
-        """Remove the file: the search has ended, or begins anew."""
+        """Remove the file: the search has ended, or starts again from nothing."""
         self._gains.clear()
         self._path.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[_Line]:
-    """Those that are whole: a run may have ended in the middle of one."""
+    """All complete lines; an interrupted search may have left an incomplete one."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,9 +1,10 @@
-"""Kernels kept to a part of a GPU: products as persistent kernels with one program an SM.
+"""Kernels restricted to a part of a GPU: some of its SMs (`kernels_on`), or a part of every SM (`kernels_beside`).
 
-cuBLAS cuts a product for all SMs, and for all of each SM, so that on fewer it takes a wave more, and beside another
-kernel it waits. Ours split the tiles of the last round among programs that would be idle. Decode attention on Hopper
-has programs for the lane's SMs. What else there is has many small programs and needs no change. Which SMs there are is
-`executor/streams.py`'s.
+cuBLAS sizes a product for all SMs and for all of each SM's memory. On fewer SMs it needs one more wave of tiles, and
+beside another kernel it waits. The products here are persistent kernels with one program an SM. The tiles of the last
+wave are split along the inner dimension among programs that would be idle. Decode attention on Hopper gets programs
+for the lane's SMs. All other kernels have many small programs and need no change. `executor/streams.py` opens the
+streams on which these kernels run.
 """
 
 from __future__ import annotations
@@ -21,25 +22,33 @@ from nanoflow.kernels.launch import Kernel, Launch
 
 
 def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
-    """The kernels with products that keep to so many SMs; they take 16-bit types on cards with TMA.
+    """Kernels for a lane that has SMs of its own.
 
-    Products share a workspace, made by the first of them, so they must not run beside each other: each lane gets
-    kernels of its own.
+    Products need 16-bit types and a card with a tensor memory accelerator (TMA). They share a workspace, which the
+    first of them allocates, so two of them must not run at the same time: every lane needs a mapping of its own.
+
+    Args:
+        kernels: Kernels for the whole device; those without a restricted form are taken over.
+        num_sms: SMs of the lane.
     """
     return {**kernels, **_products(PART_TILES, num_sms), **_attention(kernels, num_sms, is_beside=False)}
 
 
 def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
-    """The kernels of one of two lanes that share so many SMs; what `kernels_on` says of its products holds of these.
+    """Kernels for one of two lanes that share the same SMs; types and workspace as in `kernels_on`.
 
-    On each SM there is room for a program of a product and one of decode attention: 228 KiB of shared memory, of which
-    the card takes 1 KiB a program, and 65,536 registers.
+    A program of a product and one of decode attention fit on an SM together: they share its 65,536 registers and
+    228 KiB of shared memory, of which the card takes 1 KiB a program.
+
+    Args:
+        kernels: Kernels for the whole device; those without a restricted form are taken over.
+        num_sms: SMs that the two lanes share.
     """
     return {**kernels, **_products(BESIDE_TILES, num_sms), **_attention(kernels, num_sms, is_beside=True)}
 
 
 def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
-    """Products cut in one of these ways, with a workspace of their own."""
+    """Products with tile sizes from these candidates, and a workspace of their own."""
     from nanoflow.kernels import triton_gemm, triton_split_k
     from nanoflow.kernels.triton_attention import card_of
     from nanoflow.kernels.triton_split_k import SplitWorkspace, choose_split_cut, make_workspace
@@ -77,7 +86,7 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
 
 
 def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:
-    """Decode attention with programs for so many SMs, if it is the kernel that can be told."""
+    """Decode attention with programs for this number of SMs; nothing unless its kernel is the one in Gluon."""
     if not has_gluon():
         return {}
     from nanoflow.kernels.hopper import attention
