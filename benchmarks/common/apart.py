@@ -1,4 +1,4 @@
-"""Work on an engine in a process of its own, which leaves a clean device behind whatever happens to it."""
+"""Runs an engine in a process of its own, which frees the device in any case, also after a crash."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Found = TypeVar("Found")
 
 
 class RunFailed(Exception):
-    """An engine did not start, or died, or had no time left; one line says which."""
+    """An engine did not start, ended, or ran out of time; the message is one line that says which."""
 
 
 def run_apart(
     engine: EngineConfig, configs: Sequence[ThroughputConfig], deadline_s: float | None = None
 ) -> Iterator[BenchRecord]:
-    """Records of all workloads in turn, each as soon as it is there.
+    """Records of all workloads in order, each yielded as soon as it is complete.
 
     Args:
-        engine: Built once, in the new process.
-        configs: What it is given.
-        deadline_s: When to end, of `time.monotonic`; what runs then is lost.
+        engine: Options of the engine, which is built once, in the new process.
+        configs: The runs.
+        deadline_s: When to stop, on `time.monotonic`; a run that is not complete then is lost. None for never.
 
     Raises:
-        RunFailed: Not all records came.
+        RunFailed: Not all records arrived.
     """
     return yielded_apart(run_workloads, (engine, configs), len(configs), deadline_s)
 
@@ -42,16 +42,16 @@ def run_apart(
 def yielded_apart(
     function: Callable[..., Iterable[Found]], arguments: Sequence[Any], count: int, deadline_s: float | None = None
 ) -> Iterator[Found]:
-    """What a function yields in a new process, each as soon as it is there.
+    """What a function yields in a new process, each item as soon as it arrives.
 
     Args:
-        function: Of a module; it yields no strings.
-        arguments: Of it.
-        count: How much it yields.
-        deadline_s: When to end, of `time.monotonic`; what is on its way then is lost.
+        function: A function of a module; it must not yield strings, which stand for errors here.
+        arguments: Its arguments.
+        count: Number of items that it yields.
+        deadline_s: When to stop, on `time.monotonic`; an item that has not arrived then is lost. None for never.
 
     Raises:
-        RunFailed: Not all of it came.
+        RunFailed: Not all items arrived.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)

@@ -1,8 +1,8 @@
-"""Runs of several settings in turn on one card, in a document that grows run by run: what is cut off is not lost.
+"""Runs several settings in turn on one card; the record is written after each run, so an interruption loses nothing.
 
-A setting is an engine with its limits and plans, and how tokens are sampled. Repeats go through all settings, forwards
-and backwards in turn, so that what drifts evenly tells for none. Who asks for which settings: `whole_runs.py`,
-`limits.py`, `sampled.py`. `steady.py` writes the same record of turns on engines that rungs share.
+A setting is an engine with its limits and plans, and how tokens are sampled. The order of the settings is reversed in
+every second repeat, so that a linear drift of the machine affects all of them equally. `ladder/whole_runs.py`,
+`engine/limits.py` and `engine/sampled.py` say which settings run. `ladder/steady.py` writes the same kind of record.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Run = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is compared: an engine and how its tokens are sampled, under a name."""
+    """An engine and how its tokens are sampled, under the name that results have."""
 
     name: str
     engine: EngineConfig
@@ -50,7 +50,7 @@ class Wanted:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What names this run: another one with the same is the same run."""
+        """The key of this run: a run in the record with the same key is not run again."""
         config = self.setting.config
         return asked_of(
             self.setting.name,
@@ -65,13 +65,13 @@ class Wanted:
 
 
 def asked_of(name: str, engine: EngineConfig, *, workload: str, **more: Any) -> dict[str, Any]:
-    """What names a run.
+    """The key of a run: everything in which another run may differ.
 
     Args:
-        name: Of the setting.
-        engine: With its limits and plans; the content of a plan book names it, not its file alone.
-        workload: Of which a trace's folder says nothing.
-        more: Everything else that another run may differ in.
+        name: Name of the setting.
+        engine: Options of the engine. A plan book counts by its content too, not by the name of its file alone.
+        workload: IN/OUT or trace:FILE; the folder of the file is left out.
+        more: All else, by name.
     """
     plain: dict[str, Any] = msgspec.to_builtins(engine)
     return {
@@ -84,12 +84,12 @@ def asked_of(name: str, engine: EngineConfig, *, workload: str, **more: Any) -> 
 
 
 def add_options(parser: argparse.ArgumentParser, repeats: int = 3) -> None:
-    """The options of every benchmark that runs settings in turn."""
+    """Add the options of every benchmark that runs settings in turn."""
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the record, written after each run")
-    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"of all (default: {repeats})")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing and end all after so long")
+    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"of all runs (default: {repeats})")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop after this time")
     parser.add_argument(
-        "--fresh", action="store_true", help="forget what the record has; else only what is missing runs"
+        "--fresh", action="store_true", help="measure everything again; else only what the record lacks"
     )
     parser.add_argument(
         "--allow-dirty", action="store_true", help="write under benchmarks/results from sources without a revision"
@@ -97,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser, repeats: int = 3) -> None:
 
 
 def in_order(settings: Sequence[Setting], repeats: int) -> list[Wanted]:
-    """Every setting in every repeat; settings of one engine stay together, so that it is built once."""
+    """Every setting in every repeat. Settings of one engine are neighbours, so that the engine is built once."""
     order = []
     for repeat in range(repeats):
         for setting in settings if repeat % 2 == 0 else reversed(settings):
@@ -108,16 +108,19 @@ def in_order(settings: Sequence[Setting], repeats: int) -> list[Wanted]:
 def run_in_turn(
     benchmark: str, settings: Sequence[Setting], args: argparse.Namespace, is_base: Callable[[Run], bool]
 ) -> int:
-    """Run what is missing, print and write what it is worth; the status to exit with.
+    """Measure what the record lacks, then print and write the results.
 
     Args:
-        benchmark: Its name.
+        benchmark: Its name in the record.
         settings: In the order of a repeat.
-        args: With the options of `add_options`.
-        is_base: As `results_of` has it.
+        args: Parsed options of `add_options`.
+        is_base: See `results_of`.
+
+    Returns:
+        Exit status: 1 if a run is missing or a request failed, else 0.
 
     Raises:
-        ConfigError: As `begin`.
+        ConfigError: See `begin`.
     """
     order = in_order(settings, args.repeats)
     document = begin(benchmark, args.json, is_fresh=args.fresh)
@@ -131,7 +134,7 @@ def run_in_turn(
 def write_record(
     path: Path, document: Document, is_base: Callable[[Run], bool], *, is_complete: bool = False
 ) -> list[Result]:
-    """Write what is known so far, with what it is worth, which is returned."""
+    """Write the runs so far with their results, and return the results."""
     results = results_of(document["runs"], is_base)
     write_json(path, {**document, "is_complete": is_complete, "results": results})
     return results
@@ -140,16 +143,16 @@ def write_record(
 def measure(
     kept: list[Run], wanted: Sequence[Wanted], record: Callable[[], object], *, time_limit_s: float | None
 ) -> bool:
-    """Run what is missing.
+    """Measure the runs that are missing.
 
     Args:
-        kept: Runs that are there; more are added.
-        wanted: All that shall be there.
+        kept: Runs of the record; new ones are appended.
+        wanted: All runs that the record shall have.
         record: Called after each run.
-        time_limit_s: Seconds after which nothing begins.
+        time_limit_s: Seconds after which no run starts.
 
     Returns:
-        Whether all is there.
+        Whether the record has all runs.
     """
     deadline_s = None if time_limit_s is None else time.monotonic() + time_limit_s
     missing = [each for each in wanted if not any(run["asked"] == each.asked for run in kept)]
@@ -163,10 +166,10 @@ def measure(
 
 
 def begin(benchmark: str, path: Path, *, is_fresh: bool) -> Document:
-    """The document so far, under a head of now.
+    """The record so far, with the header of this process; without runs if there is no file or `is_fresh`.
 
     Raises:
-        ConfigError: It is of another benchmark, or of another card: no two cards are compared.
+        ConfigError: The file is of another benchmark or was measured on another card, which is not comparable.
     """
     head: Document = msgspec.json.decode(msgspec.json.encode(header(benchmark)))
     if is_fresh or not path.exists():
@@ -180,7 +183,7 @@ def begin(benchmark: str, path: Path, *, is_fresh: bool) -> Document:
 
 
 def _run_group(group: Sequence[Wanted], deadline_s: float | None) -> Iterator[tuple[Wanted, BenchRecord]]:
-    """Runs of one engine; one that fails is told, and the next engine has its turn."""
+    """Runs of one engine. A failure is printed, and ends the runs of this engine alone."""
     if deadline_s is not None and time.monotonic() >= deadline_s:
         return
     configs = [replace(each.setting.config, repeats=1, bounds=False, json=None) for each in group]
@@ -191,7 +194,7 @@ def _run_group(group: Sequence[Wanted], deadline_s: float | None) -> Iterator[tu
 
 
 def run_of(wanted: Wanted, record: BenchRecord) -> dict[str, Any]:
-    """A run as the document has it."""
+    """A run as the record has it."""
     (metrics,) = record.repeats
     plain: dict[str, Any] = msgspec.json.decode(
         msgspec.json.encode(
@@ -208,7 +211,7 @@ def run_of(wanted: Wanted, record: BenchRecord) -> dict[str, Any]:
 
 
 def line(run: Run) -> str:
-    """One run for people."""
+    """One run as a line of text."""
     asked, metrics, settings = run["asked"], run["metrics"], run["settings"]
     energy = "" if metrics["energy_per_token_j"] is None else f", {metrics['energy_per_token_j'] * 1e3:.1f} mJ/token"
     failed = f", {metrics['num_failed']} FAILED" if metrics["num_failed"] else ""
@@ -226,22 +229,22 @@ def _named(workload: str, num_requests: int | None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A setting on a workload, beside the setting that it is compared with.
+    """A setting on a workload, compared with the base: the setting that the others are compared with.
 
     Attributes:
-        workload, num_requests: What was asked for; None if requests come without end.
-        name: Of the setting.
-        limits: Token budget and requests at once, as it ran.
-        num_plans: Plans that it could choose from, beside the sequential one.
-        planned_part: Part of the iterations that ran one of them.
-        base: Name of the setting that it is compared with.
-        total_tokens_per_s: Median of the repeats, which stand in `repeats_tokens_per_s`.
-        ratio: Of the medians.
-        ratios: Of each repeat to the same repeat of the base: their spread.
-        gains: Of each repeat, if a sequential rung had the very same batches: its time / this one's.
-        energy_per_token_j: Median; None without a counter, or if one was dropped.
-        num_failed, num_short: Requests that failed, or gave too few tokens: the run is not comparable.
-        git_revisions: Of the sources, one if all repeats are of the same.
+        workload, num_requests: The workload; `num_requests` is None if requests arrive without end.
+        name: Name of the setting.
+        limits: TOKENS/SEQS: token budget and requests at once, as it ran.
+        num_plans: Plans in its book, without the sequential one.
+        planned_part: Iterations that ran one of these plans / all iterations; None if unknown.
+        base: Name of the base.
+        total_tokens_per_s: Median of `repeats_tokens_per_s`; prompt and output tokens.
+        ratio: Median tokens/s / that of the base.
+        ratios: The same for each repeat that the base has too.
+        gains: For each repeat, time of a sequential rung / time of this setting, if both had the same batches.
+        energy_per_token_j: Median over repeats; None without a counter, or if a repeat has no valid energy.
+        num_failed, num_short: Requests that failed, or returned too few tokens; with any the run is not comparable.
+        git_revisions: Revisions of the sources, without duplicates.
     """
 
     workload: str
@@ -263,11 +266,11 @@ class Result:
 
 
 def results_of(runs: Sequence[Run], is_base: Callable[[Run], bool]) -> list[Result]:
-    """Every setting beside the fastest of those that it is compared with, on each workload.
+    """Every setting on every workload, compared with the base of the workload.
 
     Args:
-        runs: Of the document.
-        is_base: Whether others are compared with a run's setting; the fastest is the base.
+        runs: Runs of the record.
+        is_base: Whether the setting of a run may be the base; the fastest of these is.
     """
     found = []
     for workload in dict.fromkeys(_workload_of(run) for run in runs):
@@ -319,7 +322,7 @@ def _result(name: str, own: Sequence[Run], base: str, base_runs: Sequence[Run]) 
 
 
 def _planned_part(runs: Sequence[Run]) -> float | None:
-    """Iterations that ran a plan of the book; the sequential one has the digest that `fallback` says."""
+    """Iterations that ran a plan of the book / all; `fallback` is the digest of the sequential plan."""
     counts: list[Mapping[str, int]] = [run["metrics"]["plan_iterations"] or {} for run in runs]
     total = sum(sum(count.values()) for count in counts)
     if not total:
@@ -329,7 +332,7 @@ def _planned_part(runs: Sequence[Run]) -> float | None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """For people: a line a setting, a block a workload."""
+    """A table as text: a block for each workload, a line for each setting."""
     lines = []
     for workload, group in groupby(results, key=lambda each: (each.workload, each.num_requests)):
         lines.append(_named(*workload))

@@ -1,8 +1,8 @@
-"""Rungs as they are asked for: a name with limits, with a plan book, or with a goal for which the engine has limits.
+"""Rungs of the ladder as arguments: a name with limits, a plan book, or a goal for which the engine has limits.
 
 A rung is NAME=TOKENS/SEQS, NAME=BOOK.json, NAME=BOOK.json@TOKENS/SEQS, or NAME=GOAL (throughput, balanced, latency).
-Without limits of its own a book has those that it says (`StoredBook.limits`). Who runs rungs: `whole_runs.py`,
-`steady.py`.
+A book without TOKENS/SEQS runs under the limits that are stored in it (`StoredBook.limits`). `ladder/whole_runs.py` and
+`ladder/steady.py` run rungs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENGINE = OptionGroup(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """A rung as it is asked for; limits that are None are the engine's choice."""
+    """A rung; the engine chooses limits that are None."""
 
     name: str
     book: Path | None = None
@@ -40,7 +40,7 @@ class Rung:
     goal: Goal = "throughput"
 
     def on(self, engine: EngineConfig) -> EngineConfig:
-        """An engine with this rung's limits and plans."""
+        """Options of an engine with this rung's limits and plans."""
         limits: dict[str, Any] = {"max_batch_tokens": self.max_batch_tokens, "max_num_seqs": self.max_num_seqs}
         given = {name: value for name, value in limits.items() if value is not None}
         plan = None if self.book is None else str(self.book)
@@ -48,13 +48,13 @@ class Rung:
 
 
 def read_engine(group: OptionGroup[EngineConfig], args: argparse.Namespace) -> EngineConfig:
-    """The engine asked for; an architecture has weights drawn at random."""
+    """Options of the engine from the command line; a preset gets random weights."""
     engine = group.read(args)
     return engine if preset_name(engine.model) is None else replace(engine, load_format="random")
 
 
 def read_limits(text: str) -> tuple[int, int]:
-    """Token budget and requests at once; ConfigError if the text is not TOKENS/SEQS."""
+    """Token budget and number of requests at once; ConfigError if the text is not TOKENS/SEQS."""
     if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text):
         raise ConfigError(f"{text!r} is no TOKENS/SEQS, as 2048/1024")
     tokens, seqs = map(int, text.split("/"))
@@ -62,12 +62,10 @@ def read_limits(text: str) -> tuple[int, int]:
 
 
 def read_rungs(texts: Sequence[str]) -> list[Rung]:
-    """The rungs asked for.
-
-    Several rungs of one name get their limits into their names.
+    """All rungs; those that share a name get their limits appended to it.
 
     Raises:
-        ConfigError: One makes no sense, two are the same, or none is sequential.
+        ConfigError: A rung is invalid, two are the same, or none is sequential.
     """
     rungs = [read_rung(text) for text in texts]
     if all(rung.book is not None for rung in rungs):
@@ -89,7 +87,7 @@ def read_rung(text: str) -> Rung:
     """One rung.
 
     Raises:
-        ConfigError: It is none, or its book has no plan: nothing that was not searched is called so.
+        ConfigError: The text is not a rung, or its book has no plan, so that it would be sequential.
     """
     name, _, what = text.partition("=")
     if not name or not what:

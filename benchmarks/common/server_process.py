@@ -1,6 +1,7 @@
-"""A server under test as a process of ours or of somebody else: its start, its CPU time, its memory and its end.
+"""A server under test, ours or another one, as a process: its start, CPU time, memory and end.
 
-What load it gets stands in `serving.py`. CPU time and memory are those of the whole tree of processes, from /proc.
+`engine/serving.py` and the benchmarks in `robustness/` send it requests. CPU time and memory are those of the process
+and all of its descendants, from /proc.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class ServerFailed(Exception):
-    """The server did not start; one line says why."""
+    """The server did not start; the message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,8 @@ class Server:
 
     Attributes:
         url: Its base address, which ends in /v1.
-        pid: Its first process; None if that is not known.
-        start_s: Seconds from its start to its first answer; None if it was there before.
+        pid: Process id of its main process; None if unknown.
+        start_s: Seconds from its start to its first answer; None if it ran before.
     """
 
     url: str
@@ -45,13 +46,13 @@ class Server:
 
 @contextmanager
 def started(command: Sequence[str], port: int, timeout_s: float, log: Path | None = None) -> Iterator[Server]:
-    """A server that runs as long as the block.
+    """Context in which a server runs.
 
     Args:
-        command: What starts it, with the port in it.
-        port: At which it will answer on this machine.
-        timeout_s: Longest start.
-        log: File for what it prints; nowhere if None.
+        command: Command that starts it, with the port among its arguments.
+        port: Its port on this machine.
+        timeout_s: Seconds that its start may take.
+        log: File for its output; discarded if None.
 
     Raises:
         ServerFailed: It ended, or did not answer in time.
@@ -70,7 +71,7 @@ def started(command: Sequence[str], port: int, timeout_s: float, log: Path | Non
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, and end what is left of its session: its processes are ours alone."""
+    """Ask the server to end, then kill what is left of its session, which has only its processes."""
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_S)
@@ -79,10 +80,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], deadline_s: float) -> None:
-    """Return once the server says that it is well.
+    """Wait until /health is answered with status 200.
 
     Raises:
-        ServerFailed: It ended, or the time is over.
+        ServerFailed: The server ended, or the deadline has passed.
     """
     while not _answers(f"{url}/health"):
         if process.poll() is not None:
@@ -101,28 +102,28 @@ def _answers(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at now."""
+    """A port of this machine on which nothing listens now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def many_files() -> None:
-    """Allow this process and its children as many connections as the system does at most."""
+    """Raise the limit on open files, and so on connections, of this process and its children to the system's."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a tree of processes has used: CPU seconds since its start, and the memory that it holds now."""
+    """What a tree of processes uses: CPU seconds since its start, and resident memory now."""
 
     cpu_s: float
     rss_bytes: int
 
 
 def usage_of(pid: int) -> Usage:
-    """Of a process and all that it started; children that ended and were waited for are in the CPU time."""
+    """Usage of a process and all of its descendants. CPU time includes children that have ended."""
     trees = _children()
     cpu_s, rss_bytes, waiting = 0.0, 0, [pid]
     while waiting:
@@ -136,7 +137,7 @@ def usage_of(pid: int) -> Usage:
 
 
 def _children() -> dict[int, list[int]]:
-    """Every process to its children."""
+    """Process ids of the children of every process."""
     found: dict[int, list[int]] = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and (fields := _stat(int(path.name))):
@@ -145,7 +146,7 @@ def _children() -> dict[int, list[int]]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, which may hold anything; empty if the process is gone."""
+    """Fields of /proc/PID/stat after the name, which may contain anything; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:

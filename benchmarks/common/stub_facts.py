@@ -1,4 +1,4 @@
-"""Facts of an engine that has no model, for benchmarks and tests of what stands in front of one."""
+"""Facts of an engine without a model, for benchmarks and tests of the front end."""
 
 from __future__ import annotations
 

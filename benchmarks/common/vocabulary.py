@@ -1,8 +1,8 @@
-"""A tokenizer of any size, so that an architecture with random weights has text: `--tokenizer FOLDER`.
+"""Makes a tokenizer of any size, so that a model with random weights has text: `--tokenizer FOLDER`.
 
-Random weights choose any token of their vocabulary. Tokens here are bytes and made-up words of real lengths, in the
-byte-level form of GPT-2 and its successors, so that turning them into text costs what it costs with a real one. From
-the root of the repository:
+Such a model outputs every token of its vocabulary. The tokens made here are bytes and made-up words with the lengths of
+real ones, in the byte-level form of GPT-2 and its successors, so that decoding them costs as much as with a real
+tokenizer. From the root of the repository:
 
     python -m benchmarks.common.vocabulary --size 128256 /tmp/vocabulary
 """

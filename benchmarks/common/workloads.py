@@ -23,10 +23,10 @@ MEASUREMENT = OptionGroup(
 
 
 def read_workloads(args: argparse.Namespace, measurement: OptionGroup[ThroughputConfig]) -> list[ThroughputConfig]:
-    """The options of every workload; they differ in what `--workloads` says.
+    """The options of a run for each entry WORKLOAD:N of `--workloads`.
 
     Raises:
-        ConfigError: A workload has no number of requests, or an option makes no sense.
+        ConfigError: An entry has no number of requests, or an option is invalid.
     """
     configs = []
     for text in args.workloads:
@@ -39,7 +39,7 @@ def read_workloads(args: argparse.Namespace, measurement: OptionGroup[Throughput
 
 
 def is_trace(workload: str) -> bool:
-    """Whether its lengths are drawn from a file."""
+    """Whether the lengths of its requests are drawn from a file."""
     return workload.startswith("trace:")
 
 

@@ -1,8 +1,8 @@
-"""Decode speed on the CPU: nanoflow against `transformers` generate, same model, batch, threads and process.
+"""Decode speed on the CPU: nanoflow against `generate` of transformers; same model, batch, threads and process.
 
-The model has the shape of Qwen2.5-0.5B and random weights. Decode alone is measured, on both sides in the same way: a
-run that generates one token a request (prefill and first token) is taken from a run that generates all of them, and the
-difference is the time of (tokens - 1) decodes a request. The two sides take turns, so that both see the same machine.
+The model has the shape of Qwen2.5-0.5B and random weights. Only decoding counts: the time of a run that generates one
+token a request (prefill and first token) is subtracted from the time of a run that generates all of them. The rest is
+the time of (tokens - 1) decodes a request. The two sides take turns, so that both run under the same conditions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Generate = Callable[[Prompts, int], list[list[int]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; 1 if --check is given and nanoflow is slower."""
+    """Run the comparison. Exit status 1 if --check is given and nanoflow is slower."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def measure(sides: dict[str, Generate], args: argparse.Namespace) -> dict[str, l
 
 
 def decode_rate(generate: Generate, prompts: Prompts, num_tokens: int) -> float:
-    """Decoded tokens/s: tokens after the first, over the time beyond that of a run which stops at the first."""
+    """Decoded tokens/s: tokens after the first / (time of a run - time of a run that stops at the first token)."""
     first_s, whole_s = run_s(generate, prompts, 1), run_s(generate, prompts, num_tokens)
     return len(prompts) * (num_tokens - 1) / (whole_s - first_s)
 

@@ -1,11 +1,11 @@
-"""Time the front end's share of a token: what becomes of an iteration's tokens before and while somebody reads them.
+"""CPU time of the front end for each token: taking in the tokens of an iteration, and turning them into text.
 
-A stub stands for the engine: every running request gets one token an iteration. CPU time of the process, by token:
-  process    taking the iteration in; requests with stop strings have their text made and searched here
-  refresh    making text and log probabilities when a stream is shown, every so many tokens
-  end        making what is left at the end (of requests that nobody streams: all of it)
-Each is measured behind few and behind many generated tokens; the two must be alike. The ways to decode are compared
-below: the tokens' bytes, a window decoded by the tokenizer, and what the `tokenizers` library offers.
+There is no engine: a stub gives every running request one token an iteration. The parts, in CPU time a token:
+  process    taking in the iteration; for requests with stop strings also making and searching their text
+  refresh    making text and log probabilities when a stream is read, every few tokens
+  end        making the rest of the text at the end; for requests that nobody streams, all of it
+Each is measured after few and after many generated tokens, and should cost the same. A second table compares ways to
+decode: from the tokens' bytes, from a window of tokens by the tokenizer, and by the function of `tokenizers`.
 
 Run it on one core: OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.engine.detokenize
 """
@@ -42,7 +42,7 @@ TEXT = (
 )
 NUM_LOGPROBS = 5
 NUM_PROMPT_TOKENS = 128
-# In comparing the ways to decode.
+# Sizes in the comparison of ways to decode.
 NUM_DECODED = 4096
 
 
@@ -51,8 +51,8 @@ class Case:
     """What the requests ask for.
 
     Attributes:
-        params: Of each request.
-        refresh_tokens: Tokens between two readings of an output; None: nobody reads before the end.
+        params: Sampling parameters of each request.
+        refresh_tokens: Tokens between two readings of an output; None if nothing is read before the end.
     """
 
     params: SamplingParams
@@ -78,7 +78,7 @@ CASES = {
 
 
 class Recorder:
-    """An observer that only takes things in."""
+    """An observer that records nothing."""
 
     def observe_step(self, stats: EngineStats) -> None:
         """An iteration has ended."""
@@ -87,7 +87,7 @@ class Recorder:
         """A request got its first token."""
 
     def observe_tokens(self, num_tokens: int) -> None:
-        """Of no interest."""
+        """Not used."""
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Requests got a token that is not their first."""
@@ -102,7 +102,7 @@ class Bench:
     Args:
         tokenizer: Makes the text.
         case: What the requests ask for.
-        num_requests: How many run.
+        num_requests: Number of running requests.
         num_before: Tokens that each has generated.
     """
 
@@ -118,7 +118,7 @@ class Bench:
             output, requests = self._processor.add(str(number), prompt, case.params)
             self._outputs.append(output)
             self._ids += [request.request_id for request in requests]
-        # Requests stand at different places of the text.
+        # Requests begin at different places of the text.
         self._next = [itertools.islice(itertools.cycle(text_ids), i % len(text_ids), None) for i in range(num_requests)]
         for _ in range(num_before):
             self._processor.process(self._step())
@@ -127,7 +127,7 @@ class Bench:
                 self._processor.refresh(output)
 
     def run(self, num_iterations: int) -> dict[str, float]:
-        """CPU seconds of so many iterations and of ending all requests."""
+        """CPU seconds of a number of iterations, and of ending all requests."""
         process_s = refresh_s = 0.0
         every = self._case.refresh_tokens
         for iteration in range(1, num_iterations + 1):
@@ -159,10 +159,10 @@ def _scores(token_id: int) -> PlaceLogprobs:
 
 
 def measure_cases(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row a case and number of tokens before; microseconds a token, the least of the repeats of each part."""
+    """A row for each case and number of tokens before: microseconds a token, minima over repeats for each part."""
     for (name, case), num_before in itertools.product(CASES.items(), arguments.tokens_before):
         num_timed = arguments.requests * arguments.iterations
-        # The end is the end of all tokens, however many of them are timed.
+        # The time of the end is divided by all tokens, not only by those of the timed iterations.
         num_tokens = {"process": num_timed, "refresh": num_timed, "end": num_timed + arguments.requests * num_before}
         least = {"process": float("inf"), "refresh": float("inf"), "end": float("inf")}
         for _ in range(arguments.repeats):
@@ -174,7 +174,7 @@ def measure_cases(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Iterat
 
 
 def measure_ways(tokenizer: Tokenizer, num_repeats: int) -> dict[str, float]:
-    """Microseconds a token of the ways to decode one stream's tokens, or one token each of many streams."""
+    """Microseconds a token of each way to decode: tokens of one stream, and one token of each of many streams."""
     text_ids = tokenizer.encode(TEXT, add_special_tokens=False)
     token_ids = list(itertools.islice(itertools.cycle(text_ids), NUM_DECODED))
     backend = tokenizer._backend
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=200, help="requests that run at once (200)")
     parser.add_argument("--iterations", type=int, default=160, help="iterations to time (160)")
     parser.add_argument("--tokens-before", type=int, nargs="+", default=[100, 20_000], help="(100 20000)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; the least counts (3)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement; the minimum counts (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     arguments = parser.parse_args(argv)
     tokenizer = load_tokenizer(EngineConfig(model=arguments.tokenizer))

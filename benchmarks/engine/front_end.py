@@ -1,8 +1,8 @@
-"""CPU time of the front end a streamed token: a whole server around an engine that makes tokens as fast as asked.
+"""CPU time of the front end for each streamed token: a whole server around an engine without a model.
 
-The engine has no model: each iteration gives every running request one token of a real text, so that what is decoded
-looks like use. Requests come over HTTP from a process of their own, all at once, and stream to their end. What is told
-is the CPU time of the processes that answer HTTP, from the first request to the end of the last, over the tokens.
+In each iteration the engine gives every running request one token of a real text, so that decoding costs what it costs
+in use. A client process sends all requests at once over HTTP and reads their streams to the end. The result is the CPU
+time of the processes that answer HTTP, from the first request to the end of the last, divided by the number of tokens.
 
     python -m benchmarks.engine.front_end --streams 64 256 1000 --iteration-ms 0 5 --json FILE
 """
@@ -41,13 +41,13 @@ class Point:
 
     Attributes:
         num_streams: Requests at once.
-        iteration_ms: Least time of an iteration of the engine; 0 is as fast as it can.
+        iteration_ms: Minimum time of an iteration of the engine; 0 for as fast as possible.
         num_front_ends: Processes that answer HTTP.
-        has_stop: Requests have a stop string that never comes.
-        num_tokens: Streamed, of all requests.
-        cpu_us_per_token: CPU time of those processes over the tokens.
-        num_chunks: Pieces that the tokens came in.
-        wall_s: First request to last byte.
+        has_stop: Whether requests have a stop string, which never occurs.
+        num_tokens: Streamed tokens of all requests.
+        cpu_us_per_token: CPU time of the front ends / tokens.
+        num_chunks: Events in which the tokens arrived.
+        wall_s: Seconds from the first request to the last byte.
     """
 
     num_streams: int
@@ -138,7 +138,7 @@ def _cpu_s(pid: int) -> float:
 
 @contextmanager
 def _server(num_front_ends: int, iteration_ms: float) -> Iterator[tuple[str, list[int]]]:
-    """A server with the engine without a model; its root URL and the processes that answer."""
+    """A server around the engine without a model: its root URL and the ids of its front ends."""
     from tests.server_process import launch
 
     flags = ("--api-servers", str(num_front_ends), "--port", "0", "--served-model-name", "bench")
@@ -169,7 +169,7 @@ def _front_ends(pid: int) -> list[int]:
 
 
 async def load(url: str, body: bytes, num_streams: int) -> dict[str, float]:
-    """So many requests at once, each read to its end."""
+    """Send a number of requests at once and read each to its end."""
     host, _, rest = url.removeprefix("http://").partition(":")
     port, _, path = rest.partition("/")
     head = f"POST /{path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
@@ -180,7 +180,7 @@ async def load(url: str, body: bytes, num_streams: int) -> dict[str, float]:
 
 
 async def _stream(host: str, port: int, request: bytes) -> int:
-    """Events of one stream, without the last, which says that it is over."""
+    """Number of events of one stream, without the last, which marks its end."""
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(request)
     num_events, tail = 0, b""

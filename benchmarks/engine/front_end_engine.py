@@ -1,4 +1,4 @@
-"""The engine's process of `front_end.py`: no model, every running request gets a token of a text in each iteration."""
+"""The engine's process of `front_end.py`: no model; every running request gets a token of a text in each iteration."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nanoflow.request import Request
 
 
 class TextEngine:
-    """Requests go on with one text, from places of their own.
+    """Requests continue one text, each from a place of its own.
 
     Args:
-        token_ids: Of the text.
-        iteration_s: Least time of an iteration.
+        token_ids: Tokens of the text.
+        iteration_s: Minimum time of an iteration.
     """
 
     def __init__(self, token_ids: list[int], iteration_s: float) -> None:
@@ -40,11 +40,11 @@ class TextEngine:
         return bool(self._left)
 
     def add(self, request: Request) -> None:
-        """Take a request."""
+        """Start a request."""
         self._left[request.request_id] = request.max_tokens
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """Forget requests."""
+        """Drop requests."""
         for request_id in request_ids:
             self._left.pop(request_id, None)
 
@@ -75,15 +75,15 @@ class TextEngine:
         return False
 
     def stats(self) -> EngineStats:
-        """State now."""
+        """Current numbers of requests and iterations."""
         return EngineStats(num_running=len(self._left), iteration=self._iteration)
 
     def close(self) -> None:
-        """Stop."""
+        """Nothing to release."""
 
 
 def build(config: EngineConfig) -> TextEngine:
-    """An engine for the tokenizer of a model."""
+    """The engine, with the text in tokens of a model's tokenizer."""
     token_ids = Tokenizer.load(config).encode(TEXT, add_special_tokens=False)
     return TextEngine(token_ids, float(os.environ[ITERATION_S]))
 

@@ -1,8 +1,7 @@
-"""Where the time of an iteration goes on this GPU: kernel by kernel, and what lies between two iterations.
+"""The time of an iteration on this GPU, kernel by kernel, and the gap between two iterations.
 
-Requests of one shape keep the engine at its token budget; after a ramp, some iterations are traced. A gap is the time
-from nanoflow.cli.options import CommandParser
-from the last kernel of an iteration (the choice of its tokens) to the first of the next one's forward pass.
+Enough requests of one shape keep the engine at its token budget. After a ramp some iterations are traced. A gap is the
+time from the last kernel of an iteration, which chooses tokens, to the first kernel of the next forward pass.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ NUM_SHOWN = 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that ran on the GPU; microseconds."""
+    """A kernel or copy on the GPU, in microseconds of the trace."""
 
     name: str
     start_us: float
@@ -41,11 +40,11 @@ class Event:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, trace, print the table, and write the document."""
+    """Run, trace, print the table and write the record."""
     parser = CommandParser(prog="python -m benchmarks.engine.iteration", description=__doc__)
     parser.add_argument("--model", default="preset:llama-3-8b")
-    parser.add_argument("--input-len", type=int, default=1024, help="tokens a prompt")
-    parser.add_argument("--output-len", type=int, default=512, help="tokens a completion")
+    parser.add_argument("--input-len", type=int, default=1024, help="tokens of each prompt")
+    parser.add_argument("--output-len", type=int, default=512, help="tokens of each completion")
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
     parser.add_argument("--no-cuda-graphs", action="store_true")
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_requests(engine: Engine, input_len: int, output_len: int, num_tokens: int) -> None:
-    """More requests than the ramp and the trace can finish."""
+    """Add more requests than the ramp and the trace can finish."""
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     for request_id in range(num_tokens // input_len + 2 * NUM_TRACED):
@@ -92,7 +91,7 @@ def add_requests(engine: Engine, input_len: int, output_len: int, num_tokens: in
 
 
 def trace(engine: Engine, path: Path | None) -> list[Event]:
-    """What runs on the GPU in some whole iterations, in order of time; also written to a file if one is given."""
+    """Events on the GPU in some whole iterations, in order of time; written to a file too if one is given."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(NUM_TRACED):
@@ -109,14 +108,14 @@ def trace(engine: Engine, path: Path | None) -> list[Event]:
 
 
 def summarise(events: Sequence[Event]) -> dict[str, Any]:
-    """Microseconds an iteration: span, busy, gap to the next, and each kernel."""
+    """Microseconds an iteration: its span, its busy time, the gap to the next, and each kernel."""
     kernels = [event for event in events if not event.name.startswith("Mem")]
     starts = [i for i, event in enumerate(kernels) if "_gather" in event.name and _is_head(kernels, i)]
     num_iterations = len(starts)
     spans, gaps = [], []
     for first, following in itertools.pairwise(starts):
         spans.append(kernels[following].start_us - kernels[first].start_us)
-        # The choice of tokens follows the logits; the forward pass of the next iteration begins with its embedding.
+        # Tokens are chosen after the logits; the next forward pass begins with its embedding.
         embed = max(i for i in range(first, following) if "_gather" in kernels[i].name)
         busy_before = max(event.stop_us for event in kernels[first:embed] if _is_choice(event))
         gaps.append(kernels[embed].start_us - busy_before)
@@ -133,7 +132,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def _is_head(kernels: Sequence[Event], i: int) -> bool:
-    """Whether a gather is the one of rows with logits: the choice of tokens comes before another gather does."""
+    """Whether a gather takes the rows with logits. It is the last gather before tokens are chosen."""
     later = kernels[i + 1 : i + 12]
     choice = next((k for k, event in enumerate(later) if _is_choice(event)), None)
     return choice is not None and not any("_gather" in event.name for event in later[:choice])
@@ -144,7 +143,7 @@ def _is_choice(event: Event) -> bool:
 
 
 def _busy_us(events: Sequence[Event]) -> float:
-    """Time in which at least one runs."""
+    """Time in which at least one event runs."""
     busy, reached = 0.0, events[0].start_us
     for event in events:
         busy += max(event.stop_us - max(event.start_us, reached), 0.0)

@@ -1,13 +1,13 @@
-"""The limits behind the defaults: whole runs with limits set by hand, and as the engine chooses them, in turn.
+"""Limits set by hand against limits chosen by the engine: whole runs in turn.
 
-Each pair of a token budget and a number of requests is an engine of its own, as are `LLM(model)` for the goals named;
-these are compared with the fastest pair on each workload. From the root of the repository:
+Each pair of a token budget and a number of requests is an engine of its own, and so is `LLM(model)` for each goal
+named. The latter are compared with the fastest pair on each workload. From the root of the repository:
 
     python -m benchmarks.engine.limits --model preset:llama-3-8b --workloads trace:sharegpt.csv:1500 1024/512:1000 \\
         --pairs 2048/256 2048/1024 4096/1024 8192/2048 --json benchmarks/results/limits_llama-3-8b.json
 
-The record is written after each run; begun again, only what is missing runs. Exit status 1 if a run is missing or a
-request failed.
+The record is written after each run. Started again, the command measures only what the record lacks. Exit status 1 if a
+run is missing or a request failed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ENGINE = OptionGroup(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, print and write what each pair of limits is worth."""
+    """Measure what the record lacks, then print and write the results."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_set_by_hand(run: Run) -> bool:
-    """Whether a run has limits that were given."""
+    """Whether the limits of a run were given."""
     return not str(run["asked"]["name"]).startswith(CHOSEN)
 
 
@@ -61,14 +61,14 @@ def make_parser() -> CommandParser:
         nargs="+",
         default=list(PAIRS),
         metavar="TOKENS/SEQS",
-        help=f"set by hand (default: {' '.join(PAIRS)})",
+        help=f"limits set by hand (default: {' '.join(PAIRS)})",
     )
     parser.add_argument(
         "--goals",
         nargs="*",
         default=["throughput", "balanced"],
         choices=get_args(Goal),
-        help="for which the engine chooses (default: throughput balanced)",
+        help="goals for which the engine chooses limits (default: throughput balanced)",
     )
     add_options(parser)
     MEASUREMENT.add_to(parser)
@@ -77,7 +77,7 @@ def make_parser() -> CommandParser:
 
 
 def read_settings(args: argparse.Namespace) -> list[Setting]:
-    """Every pair and every goal on all workloads; ConfigError if one makes no sense."""
+    """Every pair and every goal on all workloads; ConfigError if one is invalid."""
     engine = read_engine(_ENGINE, args)
     engines = {}
     for pair in args.pairs:

@@ -1,15 +1,15 @@
-"""What sampling costs: the same requests with each kind of sampling in turn, on one engine that is loaded once.
+"""The cost of sampling: the same requests with each kind of sampling in turn, on one engine that is loaded once.
 
-Greedy is what all kinds are compared with. From the root of the repository:
+All kinds are compared with greedy sampling. From the root of the repository:
 
     python -m benchmarks.engine.sampled --model preset:llama-3-8b --workloads trace:sharegpt.csv:1000 \\
         --json benchmarks/results/sampled_llama-3-8b.json
 
 Kinds: greedy; temperature (0.8); top_p (temperature 0.8, top_p 0.95); top_k (temperature 0.8, top_k 50); min_p
 (temperature 0.8, min_p 0.05); penalties (temperature 0.8, repetition 1.1, presence and frequency 0.5); logprobs
-(greedy, 5 of them); min_tokens (greedy, 16, and an end of sequence is not ignored, for nothing would be held back
-otherwise). The record is written after each run; begun again, only what is missing runs. Exit
-status 1 if a run is missing or a request failed.
+(greedy, 5 log probabilities a token); min_tokens (greedy, 16; the end of sequence is not ignored in this kind, since
+otherwise there would be no token to hold back). The record is written after each run. Started again, the command
+measures only what the record lacks. Exit status 1 if a run is missing or a request failed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ENGINE = OptionGroup(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, print and write what each kind is worth beside greedy."""
+    """Measure what the record lacks, then print and write the results."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:

@@ -1,14 +1,14 @@
-"""Time the scheduler alone: `schedule` and `commit`, with no model behind them and one batch in flight.
+"""Time of the scheduler alone: `schedule` and `commit`, without a model, with one batch in flight.
 
-Workloads, with prompts of 512 tokens if not said otherwise, and measured in steady state:
-  decode  every running request decodes, with some 2,000 tokens of context
-  chunk   the same; every tenth iteration a newcomer's prefill chunk fills the token budget
-  churn   requests of 512 output tokens come and go, as many as there are rows
-  full    the same with a pool of pages so small that the predicted peak holds admission back
-  short   requests of 64 prompt and 32 to 96 output tokens, which are not known in advance: one in 60 leaves each time
+Workloads, measured in the steady state; prompts have 512 tokens unless stated:
+  decode  every running request decodes, with about 2,000 tokens of context
+  chunk   the same; in every tenth iteration a prefill chunk of a new request fills the token budget
+  churn   requests of 512 output tokens arrive and finish, as many as there are rows
+  full    the same with a pool of pages so small that the predicted peak delays admission
+  short   requests of 64 prompt and 32 to 96 output tokens, unknown in advance: one in 60 finishes in each iteration
   long    every running request decodes; one of them has 120,000 tokens of context
 
-Run it on one core: OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/engine/scheduler.py --check
+Run it on one core: OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.engine.scheduler --check
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import Scheduler, SchedulerLimits
 
-# Of schedule + commit, for up to 1,000 running requests and for more.
+# Targets for schedule + commit, for up to 1,000 running requests and for more.
 MAX_MEDIAN_S, MAX_MEDIAN_MANY_S = 1e-3, 2e-3
 EOS = 2
 NUM_WARMUP = 1500
@@ -41,16 +41,17 @@ VOCAB_SIZE = 128_256
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What runs.
+    """A workload.
 
     Attributes:
         num_output: Tokens that each request generates.
-        num_queued: Requests that are kept waiting.
-        newcomer_period: Iterations between requests that come for one token only; None: there are none.
-        pool_share: Size of the pool, 1 being room for all rows at full length.
+        num_queued: Requests that always wait.
+        newcomer_period: Iterations between new requests of one output token; None for no such requests.
+        pool_share: Pages of the pool / pages for all rows at full length.
         num_prompt: Tokens of each prompt.
-        min_output: Of requests that end by a token at a length that the scheduler does not know; None: it knows.
-        num_long: Tokens of the context of one request more.
+        min_output: Smallest number of output tokens, if requests end by a token at a length that the scheduler does not
+            know; None if it knows the length.
+        num_long: Context in tokens of one additional request.
     """
 
     num_output: int
@@ -73,7 +74,7 @@ WORKLOADS = {
 
 
 class Bench:
-    """A scheduler in steady state under one workload, and the times of its calls."""
+    """A scheduler in the steady state of one workload, and the times of its calls."""
 
     def __init__(self, workload: Workload, *, num_requests: int, max_batch_tokens: int) -> None:
         num_rows = num_requests + (1 if workload.newcomer_period or workload.num_long else 0)
@@ -102,7 +103,7 @@ class Bench:
             self.step()
 
     def run(self, num_iterations: int) -> dict[str, float | int]:
-        """Time so many iterations; the times in microseconds, and what was in the batches."""
+        """Run a number of iterations: times in microseconds, and the contents of the batches."""
         times_s, num_tokens, num_preempted = np.zeros((num_iterations, 2)), 0, self.scheduler.num_preemptions
         for iteration in range(num_iterations):
             if self._workload.newcomer_period and iteration % self._workload.newcomer_period == 0:
@@ -134,7 +135,7 @@ class Bench:
         return schedule_s, commit_s
 
     def _sample(self, batch: DenseBatch) -> SampledTokens:
-        """Any tokens; the end of sequence, one time in so many, for requests that end by it."""
+        """Random tokens; of requests that end by a token, some get the end of sequence."""
         token_ids = self._random.integers(EOS + 1, VOCAB_SIZE, len(batch.sampled), dtype=np.int32)
         workload = self._workload
         if workload.min_output is not None:
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def target_for(num_requests: int) -> float:
-    """Seconds that the median of schedule + commit may take."""
+    """Seconds that schedule + commit may take, by median."""
     return MAX_MEDIAN_S if num_requests <= 1000 else MAX_MEDIAN_MANY_S
 
 

@@ -1,15 +1,15 @@
-"""A server under load, as it is used: over HTTP, sampled, with text, its clients beside it on the same machine.
+"""A server under load as in use: over HTTP, sampled, with text, its clients on the same machine.
 
-Starts `nanoflow serve`, warms it up, puts one load after the other on it from several client processes, checks that
-nothing is left after each, and writes one record. From the root of the repository:
+Starts `nanoflow serve`, warms it up, sends one load after the other from several client processes, checks that the
+server is idle after each, and writes one record. From the root of the repository:
 
     python -m benchmarks.engine.serving --model preset:llama-3-8b --workload trace:sharegpt.csv --temperature 0.7 \\
         --rates inf:1200 20:1200 35:1200 --repeats 3 --in-process --json benchmarks/results/serving_llama-3-8b.json
 
---in-process also gives the same requests to `LLM.generate`, before the server starts and on the same card: "HTTP over
-in-process" is then in the record. Any other server is measured the same way: one that runs, by --base-url (--server-pid
-for its CPU time); or one that is started here, by --server-command "vllm serve MODEL --port {port}". Exit status 1 if a
-request failed or something was left after a load.
+--in-process also gives the same requests to `LLM.generate`, before the server starts and on the same card; the record
+then has the ratio "HTTP over in-process". Other servers are measured in the same way: a running one by --base-url (with
+--server-pid for its CPU time), or one that is started here by --server-command "vllm serve MODEL --port {port}". Exit
+status 1 if a request failed, or if the server was not idle after a load.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.models.presets import preset_name
 
-# Gauges that are zero when a server has nothing to do, by what is left otherwise.
+# Gauges that are zero when a server is idle.
 IDLE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 _IDLE_WITHIN_S = 10.0
 _SETTLE_S = 1.0
@@ -63,20 +63,20 @@ _ENGINE = OptionGroup(kind=EngineConfig, title="engine")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One load: when requests arrive, and how many there are; `config` is the rest."""
+    """One load: when requests arrive, how many there are, and all other options as `config`."""
 
     config: BenchConfig
     request_rate: float
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name of the load in printed lines."""
         when = "at once" if math.isinf(self.request_rate) else f"at {self.request_rate:g}/s"
         return f"{self.config.workload} x {self.config.num_requests:,} {when}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every load; print and write the record as it grows."""
+    """Measure every load; print and write the record after each."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -107,10 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m benchmarks.engine.serving", description=__doc__)
-    parser.add_argument("--model", help="to serve (default: default), or the name to ask another server for")
+    parser.add_argument("--model", help="model to serve (default: default), or its name at another server")
     parser.add_argument("--server-args", default="", metavar="TEXT", help="further options of nanoflow serve")
     parser.add_argument("--base-url", metavar="URL", help="measure the server that runs there, as http://HOST:PORT/v1")
-    parser.add_argument("--server-pid", type=int, metavar="N", help="its first process, for its CPU time and memory")
+    parser.add_argument(
+        "--server-pid", type=int, metavar="N", help="process id of its main process, for CPU time and memory"
+    )
     parser.add_argument(
         "--server-command", metavar="TEXT", help="start this server instead of nanoflow; {port} is filled in"
     )
@@ -123,7 +125,9 @@ def make_parser() -> CommandParser:
         help="loads in turn: requests/s (Poisson; inf: all at once) and their number (default: inf:1000)",
     )
     parser.add_argument("--clients", type=int, metavar="N", help="client processes (default: cores - 6, 1 to 10)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest start, and silence")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for the start, and between two events"
+    )
     parser.add_argument(
         "--in-process", action="store_true", help="also give the same requests to LLM.generate, before the server"
     )
@@ -133,7 +137,7 @@ def make_parser() -> CommandParser:
 
 
 def read_loads(args: argparse.Namespace) -> list[Load]:
-    """The loads asked for; ConfigError if one makes no sense."""
+    """The loads of the command line; ConfigError if one is invalid."""
     loads = []
     for text in args.rates:
         rate, _, count = text.partition(":")
@@ -150,7 +154,7 @@ def read_loads(args: argparse.Namespace) -> list[Load]:
 
 
 def read_clients(args: argparse.Namespace) -> LoadConfig:
-    """What all loads have in common; where the server is comes later."""
+    """Options that all loads share; the server's address is filled in later."""
     if args.clients is not None and args.clients < 1:
         raise ConfigError(f"--clients must be at least 1, got {args.clients}")
     if args.base_url is not None and (args.server_command is not None or args.in_process or args.server_args):
@@ -164,7 +168,7 @@ def read_clients(args: argparse.Namespace) -> LoadConfig:
 
 
 def read_engine(args: argparse.Namespace) -> EngineConfig:
-    """The engine's part of the server's options; ConfigError if there is no nanoflow to be compared with."""
+    """Options of the server's engine; ConfigError if the server is started by --server-command."""
     if args.server_command is not None:
         raise ConfigError("--in-process compares nanoflow with itself: leave --server-command out")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -178,7 +182,7 @@ def read_engine(args: argparse.Namespace) -> EngineConfig:
 
 @contextmanager
 def server_of(args: argparse.Namespace) -> Iterator[Server]:
-    """The server that runs, or one that is started for this."""
+    """The running server, or one that is started here."""
     if args.base_url is not None:
         yield Server(url=args.base_url, pid=args.server_pid)
         return
@@ -197,10 +201,10 @@ def server_of(args: argparse.Namespace) -> Iterator[Server]:
 def run_loads(
     server: Server, common: LoadConfig, loads: Sequence[Load], document: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Put one load after the other on a server; what is known of the server itself goes into the document.
+    """Send one load after the other to a server; facts of the server are added to the record.
 
     Raises:
-        ConnectionError: It is not there, or completes nothing.
+        ConnectionError: It does not answer, or completes no request.
     """
     common = replace(common, url=server.url)
     model = document.get("served_model") or served_model(common)
@@ -241,7 +245,7 @@ def run_loads(
 
 
 def one_run(driven: Driven, server_cpu_s: float | None) -> dict[str, Any]:
-    """The figures of one repeat."""
+    """Metrics of one repeat."""
     run = measured(driven, {})
     return {
         **plain(run),
@@ -255,9 +259,9 @@ def one_run(driven: Driven, server_cpu_s: float | None) -> dict[str, Any]:
 
 
 def wait_until_idle(load: LoadConfig) -> dict[str, float] | None:
-    """What a server still holds once it has nothing to do: its gauges by name, those that are zero left out.
+    """Gauges of a server that are not zero although it should be idle, by name; None if it has no gauges.
 
-    They are given some seconds, since a server may learn of an end later than its client. None if it has no gauges.
+    The server gets some seconds, as it may notice the end of a request later than the client.
     """
     deadline_s = time.monotonic() + _IDLE_WITHIN_S
     while True:
@@ -271,7 +275,7 @@ def wait_until_idle(load: LoadConfig) -> dict[str, float] | None:
 
 
 def run_in_process(engine: EngineConfig, loads: Sequence[Load]) -> list[BenchRecord]:
-    """The requests of every load all at once through `LLM.generate`, with text, in a process that leaves the card free.
+    """The requests of every load, all at once through `LLM.generate`, with text, in a process of its own.
 
     Raises:
         RunFailed: That process failed.
@@ -291,12 +295,12 @@ def run_in_process(engine: EngineConfig, loads: Sequence[Load]) -> list[BenchRec
 
 
 def distinct(configs: Sequence[ThroughputConfig]) -> list[ThroughputConfig]:
-    """Each once: in process all requests are there at once, whatever the rate over HTTP."""
+    """Loads without duplicates: in process all requests are there at once, whatever their rate over HTTP."""
     return [config for place, config in enumerate(configs) if config not in configs[:place]]
 
 
 def has_text(engine: EngineConfig) -> bool:
-    """Whether a server of this engine sends text: architectures without a tokenizer have none."""
+    """Whether a server of this engine sends text; a preset without a tokenizer has none."""
     return engine.tokenizer is not None or preset_name(engine.model) is None
 
 

@@ -1,4 +1,4 @@
-"""What `serving.py` writes, read again: HTTP over in-process, whether a load left nothing, and a line for people."""
+"""Reads the record of `serving.py`: HTTP over in-process, whether all went well, and a line of text for each load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def ratios(document: dict[str, Any]) -> dict[str, float]:
-    """HTTP over in-process, medians of total tokens/s, for each load all at once that was measured both ways."""
+    """HTTP over in-process: ratio of median total tokens/s, for each load all at once that was measured both ways."""
     found = {}
     for load in document["loads"]:
         same = [each for each in document.get("in_process", ()) if _asks_same(each["workload"], load["workload"])]
@@ -23,12 +23,12 @@ def _asks_same(in_process: dict[str, Any], load: dict[str, Any]) -> bool:
 
 
 def is_good(found: dict[str, Any]) -> bool:
-    """Whether no request failed and nothing was left."""
+    """Whether no request failed and the server was idle after every load."""
     return all(not run["num_failed"] and not run["left_over"] for run in found["repeats"])
 
 
 def line(found: dict[str, Any]) -> str:
-    """One load for people: the repeat in the middle."""
+    """One load as a line of text: its median repeat."""
     repeats = sorted(found["repeats"], key=lambda run: run["total_tokens_per_s"])
     run = repeats[len(repeats) // 2]
     parts = [f"{found['name']}: {run['total_tokens_per_s']:,.0f} tok/s"]

@@ -1,18 +1,18 @@
-"""What speculative decoding is worth: the same prompts with and without it, at one to eight requests.
+"""The gain of speculative decoding: the same prompts with and without it, at one to eight requests.
 
 From the root of the repository, with a model that can read and write code:
 
     python -m benchmarks.engine.speculative --model DIR --json benchmarks/results/speculative_NAME.json
 
-Texts: *edit* asks for a file of this package once more with a word replaced, so that most of the answer stands in the
-prompt, and is greedy; *free* asks for a story with temperature 1, in which little repeats. Each request has a file or
-a story, and a seed, of its own. Both engines take turns: in each round each is loaded, warmed up, and runs every text
-at every number of requests. All requests are there at once and have a fixed length.
+Texts: *edit* asks for a file of this package again with one word replaced, greedily, so that most of the answer is in
+the prompt; *free* asks for a story at temperature 1, which repeats little. Each request has its own file or story, and
+its own seed. The two engines take turns: in each round each engine is loaded, warmed up, and runs every text at every
+number of requests. All requests are there at once and have a fixed length.
 
-Rates are output tokens a second: *decode* between first and last token of each request, summed over the requests;
-*whole* of all tokens over the whole run, prompts included. `num_same` says how many requests got the same tokens from
-both engines; with 16-bit types some may differ, where two tokens are almost equally likely. Exit status 1 if `--check`
-is given and the edits at some number of requests are not faster.
+Rates are output tokens a second. *decode* is between first and last token of each request, summed over requests;
+*whole* is all tokens / time of the whole run, prompts included. `num_same` is the number of requests with the same
+tokens from both engines; with 16-bit types some may differ where two tokens are almost equally likely. Exit status 1 if
+`--check` is given and edits are not faster at some number of requests.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Run:
     """One run of some requests on one engine.
 
     Attributes:
-        text, num_requests, round: Which.
+        text, num_requests, round: Kind of text, number of requests, number of the round.
         is_speculative: Whether drafts were made.
-        whole_tokens_per_s, decode_tokens_per_s: Output tokens, see the top of this file.
-        num_drafts, num_draft_tokens, num_accepted_tokens: Of this run.
-        token_ids: Of each request.
+        whole_tokens_per_s, decode_tokens_per_s: Rates of output tokens; see the top of this file.
+        num_drafts, num_draft_tokens, num_accepted_tokens: Counts of this run.
+        token_ids: Output of each request.
     """
 
     text: str
@@ -78,7 +78,7 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print a table, write the record."""
+    """Run, print a table and write the record."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -109,10 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> CommandParser:
     """The options; the first line of each group says whose they are."""
     parser = CommandParser(prog="python -m benchmarks.engine.speculative", description=__doc__)
-    parser.add_argument("--requests", nargs="+", type=int, default=[1, 2, 4, 8], help="at once (default: 1 2 4 8)")
+    parser.add_argument(
+        "--requests", nargs="+", type=int, default=[1, 2, 4, 8], help="requests at once (default: 1 2 4 8)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default: 3)")
-    parser.add_argument("--output-tokens", type=int, default=192, help="of each request (default: 192)")
-    parser.add_argument("--prompt-chars", type=int, default=2400, help="of each file (default: 2400)")
+    parser.add_argument("--output-tokens", type=int, default=192, help="output tokens of each request (default: 192)")
+    parser.add_argument("--prompt-chars", type=int, default=2400, help="characters of each file (default: 2400)")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     parser.add_argument("--allow-dirty", action="store_true", help="write a record though sources are not committed")
     parser.add_argument("--check", action="store_true", help="exit with 1 if edits are not faster")
@@ -126,7 +128,7 @@ def prompts_of(text: str, count: int, num_chars: int) -> list[str]:
 
 
 def edits(count: int, num_chars: int) -> list[str]:
-    """Files of this package with the request for a copy in which a word is replaced; the answer has begun."""
+    """Prompts: a file of this package, the task to copy it with a word replaced, and the beginning of the answer."""
     folder = Path(nanoflow.__file__).parent
     sources = [path.read_text(encoding="utf-8") for path in sorted((folder / "scheduler").glob("*.py"))]
     files = [source[:num_chars].rpartition("\n")[0] for source in sources if len(source) >= num_chars] or sources
@@ -140,7 +142,7 @@ def edits(count: int, num_chars: int) -> list[str]:
 
 
 def stories(count: int, num_chars: int) -> list[str]:
-    """Requests for stories."""
+    """Prompts that ask for stories."""
     del num_chars
     return [
         f"Write a long story about {_THINGS[place % len(_THINGS)]}, number {place + 1}.\n\n" for place in range(count)
@@ -191,14 +193,14 @@ def run(llm: LLM, config: EngineConfig, text: str, count: int, number: int, *, n
 
 
 def counts_of(llm: LLM) -> tuple[int, int, int]:
-    """Drafts, their tokens and the accepted ones, since the engine was loaded."""
+    """Drafts, draft tokens and accepted tokens since the engine was loaded."""
     values = {metric.name.rpartition(":")[2]: int(metric.value) for metric in llm.get_metrics()}
     drafts, tokens, accepted = (values[_SPEC + name] for name in ("drafts", "draft_tokens", "accepted_tokens"))
     return drafts, tokens, accepted
 
 
 def line(run: Run) -> str:
-    """A run for people."""
+    """A run as a line of text."""
     kind = "drafts" if run.is_speculative else "plain"
     share = f", {run.num_accepted_tokens / run.num_draft_tokens:.0%} accepted" if run.num_draft_tokens else ""
     rates = f"decode {run.decode_tokens_per_s:8.1f}, whole {run.whole_tokens_per_s:8.1f} tokens/s"
@@ -244,12 +246,12 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def flat(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Runs without their tokens."""
+    """Runs as plain data, without their tokens."""
     return [{name: value for name, value in dataclasses.asdict(run).items() if name != "token_ids"} for run in runs]
 
 
 def engine_options(config: EngineConfig) -> dict[str, Any]:
-    """Options of the engine that are not the default; a model's folder by its name."""
+    """Options of the engine that are not the default; a model's folder by its name alone."""
     found = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

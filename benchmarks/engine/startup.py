@@ -1,7 +1,7 @@
 """Seconds from `nanoflow serve` to the first token, with the weights in the page cache.
 
-A checkpoint of random weights of an architecture is written to a folder first. The server is started twice in each
-repeat: the first time with an empty cache of kernels, which are all compiled, the second time with those of the first.
+First a checkpoint with random weights is written to a folder. Each repeat starts the server twice: once with an empty
+cache of compiled kernels, so that all kernels are compiled, and once with the cache that the first start has filled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PROMPT_TOKENS = 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the checkpoint, start the server twice a repeat, print and write what it took."""
+    """Write the checkpoint, start the server twice in each repeat, print and write the times."""
     args = parse_args(argv)
     with checkpoint(preset_name(args.model) or "", args.checkpoint) as folder:
         starts = [each for _ in range(args.repeats) for each in start_twice(folder, args.options)]
@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def checkpoint(name: str, kept: Path | None) -> Iterator[Path]:
-    """A folder with the weights: what is there already, or written now; removed at the end unless it is to be kept."""
+    """A folder with weights, written unless they exist; a temporary folder, removed at the end, if none is given."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = kept or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,13 +77,13 @@ def checkpoint(name: str, kept: Path | None) -> Iterator[Path]:
 
 
 def start_twice(folder: Path, options: Sequence[str]) -> list[dict[str, float]]:
-    """With an empty cache of kernels, then with what the first start has left in it."""
+    """Times of a start with an empty cache of kernels, and of one with the cache of the first."""
     with tempfile.TemporaryDirectory() as cache:
         return [start(folder, options, cache) for _ in range(2)]
 
 
 def write_checkpoint(name: str, folder: Path) -> None:
-    """Random bfloat16 weights under the architecture's names, one file a layer and one for the rest."""
+    """Write random bfloat16 weights under the architecture's names: a file for each layer, and one for the rest."""
     graph = build_graph(preset_config(name), None)
     (folder / "config.json").write_text(json.dumps(PRESETS[name]), encoding="utf-8")
     groups = {"shared": [part for parameter in graph.parameters for part in parameter.parts]}
@@ -103,7 +103,7 @@ def write_checkpoint(name: str, folder: Path) -> None:
 
 
 def start(folder: Path, options: Sequence[str], cache: str) -> dict[str, float]:
-    """Start a server whose kernels are in a cache, ask for one token, stop it; seconds."""
+    """Start a server with this cache of kernels, request one token and stop the server; seconds of each step."""
     begin_s = time.monotonic()
     command = [sys.executable, "-m", "nanoflow", "serve", str(folder), "--port", "0", "--tokenizer", DEFAULT_MODEL]
     environment = {**os.environ, "TRITON_CACHE_DIR": cache}
@@ -126,7 +126,7 @@ def start(folder: Path, options: Sequence[str], cache: str) -> dict[str, float]:
 
 
 def ask(url: str, model: str) -> float:
-    """Seconds that one token takes."""
+    """Seconds of a request for one token."""
     body: dict[str, Any] = {"model": model, "prompt": list(range(100, 100 + _PROMPT_TOKENS)), "max_tokens": 1}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}

@@ -1,7 +1,8 @@
-"""Attention kernels on this GPU: microseconds, and how near memory or tensor cores are to their limits.
+"""Attention kernels on this GPU: microseconds, and the part of the limits of memory or tensor cores that they reach.
 
-Every point runs for at least half a second as one CUDA graph that goes round copies of the data, together several times
-larger than the L2 cache. Pages stand at random places. `--sweep` adds other cuts of the work at the main sizes.
+Each point runs for at least half a second as one CUDA graph, in turn on copies of the data that together are several
+times larger than the L2 cache. Pages have random places. `--sweep` also measures other tile sizes and splits at the
+main sizes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Requests as (tokens before, tokens now); heads: query heads, KV heads, head size."""
+    """Requests as (tokens in the cache before, tokens now); heads as (query heads, KV heads, head size)."""
 
     name: str
     requests: tuple[tuple[int, int], ...]
@@ -74,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One measured time; tb_per_s counts every byte once, tflop_per_s the visible keys alone."""
+    """One measured time. `tb_per_s` counts every byte once, `tflop_per_s` counts visible keys alone."""
 
     kernel: str
     shape: str
@@ -86,7 +87,7 @@ class Point:
 
 
 def decodes(name: str, num: int, context: int, *, is_ragged: bool = False, heads: Heads = (32, 8, 128)) -> Case:
-    """Decodes of one context; ragged ones are spread evenly from next to nothing to twice of it."""
+    """Decodes of one context; ragged ones are spread evenly from almost 0 to twice the context."""
     lengths = np.linspace(1, 2 * context, num).astype(int) if is_ragged else np.full(num, context)
     order = np.random.default_rng(0).permutation(lengths)
     return Case(name=name, requests=tuple((int(n) - 1, 1) for n in order), heads=heads, is_decode=True)
@@ -142,7 +143,7 @@ SWEEPS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write the document."""
+    """Measure, print the table and write the record."""
     parser = CommandParser(prog="python -m benchmarks.kernels.attention", description=__doc__)
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--sweep", action="store_true", help="also measure other cuts of the work at the main sizes")
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(case: Case, tiles: Tiles | None = None) -> Point:
-    """Time a case, cut as the kernels would themselves or as told, and print its row."""
+    """Time a case, with the kernel's own tile sizes and splits or with given ones, and print its row."""
     device, dims = torch.device("cuda", torch.cuda.current_device()), case.operation.dims
     assert isinstance(dims, AttentionDims)
     card, batch = card_of(device), batch_of(case.requests, case.is_decode)
@@ -198,7 +199,7 @@ def print_row(point: Point) -> None:
 
 
 def batch_of(requests: Sequence[tuple[int, int]], is_decode: bool) -> DenseBatch:
-    """A batch of requests (tokens before, tokens now), each with pages of its own at random places."""
+    """A batch of requests (tokens before, tokens now), each with its own pages at random places."""
     before, taken = np.array(requests).T
     num_pages = -(-(before + taken) // PAGE_SIZE)
     positions = np.concatenate([np.arange(first, first + count) for first, count in requests])
@@ -255,7 +256,7 @@ def works_of(
 
 
 def sustained_s(works: Sequence[Work]) -> float:
-    """Seconds of one work, over at least `MIN_DURATION_S` of replays of a CUDA graph of all of them."""
+    """Seconds of one launch, from replays of a CUDA graph of all launches for at least `MIN_DURATION_S`."""
     for work in works:
         work()
     torch.cuda.synchronize()

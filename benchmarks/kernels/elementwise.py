@@ -1,7 +1,7 @@
 """Row-wise kernels on a GPU: time and bandwidth of each, beside a plain copy, at the shapes of Llama-3-8B in bfloat16.
 
-A point is launches captured in one CUDA graph, which take turns on as many sets of tensors as fill several L2 caches,
-replayed for half a second or more. The time that the host needs to issue one launch is given beside it.
+A point is a CUDA graph of launches, in turn on sets of tensors that together fill several L2 caches, replayed for at
+least half a second. The host time of one launch is measured separately.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Issue = Callable[[], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A kernel at one size: what it moves, and how to make one set of its tensors."""
+    """A kernel at one size: bytes that it moves, and a function that makes a set of its tensors."""
 
     name: str
     num_tokens: int
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A case, measured."""
+    """Measured times of a case."""
 
     kernel: str
     num_tokens: int
@@ -61,7 +61,7 @@ class Point:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, write JSON if asked."""
+    """Measure, print a table, and write a record if asked."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
         print("kernels_elementwise needs an NVIDIA GPU", file=sys.stderr)
@@ -88,7 +88,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = CommandParser(prog="python -m benchmarks.kernels.elementwise", description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 256], help="sizes of the dense batch")
-    parser.add_argument("--seconds", type=float, default=0.5, help="least time of a point")
+    parser.add_argument("--seconds", type=float, default=0.5, help="minimum time of a point")
     parser.add_argument("--reference", action="store_true", help="measure the reference kernels instead")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(argv)
@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_kernels(is_reference: bool) -> dict[OpKind, Kernel]:
-    """The Triton kernels, or their twins."""
+    """The Triton kernels, or their reference implementations."""
     if is_reference:
         return REFERENCE_KERNELS
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
@@ -161,18 +161,18 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
 
 
 def rows(*shape: int) -> Tensor:
-    """Random rows; numbers take more power than zeros do."""
+    """Random rows: a GPU takes more power for random numbers than for zeros."""
     return torch.randn(shape, dtype=DTYPE, device="cuda")
 
 
 def new_cache(num_tokens: int) -> LayerCache:
-    """Keys and values with a slot for every token."""
+    """Keys and values, with a slot for every token."""
     shape = (-(-num_tokens // PAGE_SIZE), ATTENTION.num_kv_heads, PAGE_SIZE, ATTENTION.head_dim)
     return LayerCache(keys=rows(*shape), values=rows(*shape))
 
 
 def index_tensors(num_tokens: int) -> BatchInputs:
-    """Of as many decodes, at random positions and slots."""
+    """Index tensors of a batch of decodes with random positions and slots."""
     rng, rows = np.random.default_rng(), np.arange(num_tokens, dtype=np.int32)
     batch = DenseBatch(
         iteration=1,
@@ -193,7 +193,7 @@ def index_tensors(num_tokens: int) -> BatchInputs:
 
 
 def measure(case: Case, seconds: float) -> Point:
-    """Time of one launch on cold data, sustained; and of issuing one."""
+    """Device time of a launch on data outside the L2 cache, under sustained load, and host time of a launch."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     num_sets = max(2, -(-L2_CACHES * l2_bytes // case.num_bytes))
     issues = [case.make() for _ in range(num_sets)]
@@ -215,7 +215,7 @@ def measure(case: Case, seconds: float) -> Point:
 
 
 def issue_us(issues: list[Issue]) -> float:
-    """Host time of a launch, of the second hundred (the first compiles); few enough that the queue does not fill."""
+    """Host time of one of the second hundred launches; the first hundred compile, and two hundred fit in the queue."""
     elapsed_s = 0.0
     for _ in range(2):
         torch.cuda.synchronize()
@@ -228,7 +228,7 @@ def issue_us(issues: list[Issue]) -> float:
 
 
 def replay_s(graph: torch.cuda.CUDAGraph, num_replays: int) -> float:
-    """Mean device time of a replay."""
+    """Mean device time of a replay in seconds."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(num_replays):

@@ -1,6 +1,6 @@
-"""FlashInfer's paged attention on the cases of `kernels_attention.py`, to know where another kernel would be better.
+"""FlashInfer's paged attention on the cases of `attention.py`, to find cases where another kernel is faster.
 
-Needs flashinfer-python, which compiles its kernels at first use. Its plans are made before the clock starts.
+Needs flashinfer-python, which compiles its kernels at first use. Its planning step is not timed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORKSPACE_BYTES = 256 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write the document."""
+    """Measure, print the table and write the record."""
     parser = CommandParser(prog="python -m benchmarks.kernels.flashinfer", description=__doc__)
     parser.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(argv)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(case: Case, backend: str) -> dict[str, Any]:
-    """Time of a case with a backend, or why there is none."""
+    """Time of a case with a backend, or the reason why it does not run."""
     batch, op = batch_of(case.requests, case.is_decode), case.operation
     num_bytes = op.memory_bytes(batch.shape, 2)
     try:
@@ -82,7 +82,7 @@ def _work(case: Case, batch: DenseBatch, backend: str) -> Any:
 
 
 def _pages(batch: DenseBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Page tables as FlashInfer wants them: starts, ids, and the tokens in each last page."""
+    """Page tables in FlashInfer's form: starts, ids, and number of tokens in each last page."""
     counts = -(-torch.from_numpy(batch.context_len) // PAGE_SIZE)
     indptr = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()))
     tables = torch.from_numpy(batch.new_pages.pages).view(batch.num_requests, -1)

@@ -1,8 +1,9 @@
-"""Products of a Llama-3-8B layer on this GPU: our own against cuBLAS, and gate_up with SwiGLU in one kernel or two.
+"""Products of a Llama-3-8B layer on this GPU: ours against cuBLAS, and gate_up with SwiGLU in one kernel or in two.
 
-A point is one CUDA graph that goes round copies of weights and activations, together several times larger than the L2
-cache, replayed for a second or more: under sustained load, as the card's power limit decides. Energy is the card's own
-counter over the same window. `--sweep` adds other cuts of the work; one that does not run says why in its row.
+A point is a CUDA graph that runs in turn on copies of weights and activations which together are several times larger
+than the L2 cache. It is replayed for at least a second, so that the clock settles where the card's power limit allows.
+Energy is from the card's counter over the same time. `--sweep` adds other tile sizes; the row of one that does not run
+says why.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FUSED = "gate_up+swiglu"
 LAYER = "four products"
 MIN_DATA_BYTES = 256 << 20
 WARM_UP_S, WINDOW_S = 0.2, 1.0
-# Far above rounding, far below a wrong tile.
+# Far above rounding errors, far below the error of a wrong tile.
 MAX_ERROR = 1e-2
 LARGE = GEMM_TILES[0]
 SWEEP = (
@@ -50,14 +51,14 @@ SWEEP = (
     *PART_TILES[:2],
     replace(LARGE, block_m=64, num_warps=4, num_stages=4),
 )
-# Without the second half of the output a fourth step in flight fits undivided.
+# The fused product writes half as many columns, so a fourth stage fits without storing its tile in parts.
 FUSED_SWEEP = (replace(LARGE, num_stages=4), *SWEEP[1:])
 Work = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A way to compute: its name in the table, its cut if it has one, and what it does with each launch."""
+    """A way to compute a product: its name in the table, its tile sizes if it has any, and its launch."""
 
     name: str
     tiles: GemmTiles | None
@@ -66,7 +67,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One row; times and energies of one pass over the operation; `error` instead of them if it did not run."""
+    """One row: time and energy of one pass over the operation, or `error` if it did not run."""
 
     operation: str
     num_tokens: int
@@ -80,7 +81,7 @@ class Point:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write the document."""
+    """Measure, print the table and write the record."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
         print("kernels_gemm needs an NVIDIA GPU", file=sys.stderr)
@@ -122,7 +123,7 @@ def cublas() -> Candidate:
 
 
 def ours(tiles: GemmTiles | None) -> Candidate:
-    """`linear`, cut as it would itself or as told, by one program an SM."""
+    """`linear` with one program an SM, with its own tile sizes or given ones."""
 
     def kernel(launch: Launch) -> None:
         num_programs = card_of(launch.reads[0].device).num_sms
@@ -142,7 +143,7 @@ def in_two_kernels() -> Candidate:
 
 
 def fused(tiles: GemmTiles | None) -> Candidate:
-    """`linear_swiglu` in one kernel however few the tokens, cut as it would itself or as told."""
+    """`linear_swiglu` in one kernel for any number of tokens, with its own tile sizes or given ones."""
 
     def kernel(launch: Launch) -> None:
         run_linear_swiglu(launch, tiles or own_tiles(launch), card_of(launch.reads[0].device).num_sms)
@@ -158,7 +159,7 @@ def describe(tiles: GemmTiles) -> str:
 
 
 def measure_all(operation: str, num_tokens: int, candidates: Sequence[Candidate]) -> list[Point]:
-    """Measure candidates on the same launches and print their rows; the first is what the others are compared with."""
+    """Measure candidates on the same launches and print their rows; all are compared with the first."""
     passes = passes_of(operation, num_tokens)
     points: list[Point] = []
     expected: list[Tensor] = []
@@ -171,7 +172,7 @@ def measure_all(operation: str, num_tokens: int, candidates: Sequence[Candidate]
             time_s, energy_j = sustained(candidate.kernel, passes)
             cublas_us = points[0].time_us if points else time_s * 1e6
             point = measured(point, passes[0], time_s, energy_j, cublas_us)
-        # Whatever a compiler or a driver raises belongs into the row.
+        # Any error of a compiler or a driver is shown in the row.
         except Exception as error:
             reason = str(error).strip().splitlines() or [""]
             point = replace(point, error=f"{type(error).__name__}: {reason[0]}")
@@ -181,7 +182,7 @@ def measure_all(operation: str, num_tokens: int, candidates: Sequence[Candidate]
 
 
 def passes_of(operation: str, num_tokens: int) -> list[list[Launch]]:
-    """The launches of an operation, on as many copies of its data as fill several L2 caches."""
+    """Launches of an operation on copies of its data that together fill several L2 caches."""
     names = list(SHAPES) if operation == LAYER else ["gate_up" if operation == FUSED else operation]
     num_bytes = sum(2 * num_columns * num_features for num_columns, num_features in map(SHAPES.__getitem__, names))
     num_copies = max(2, -(-MIN_DATA_BYTES // num_bytes))
@@ -190,7 +191,7 @@ def passes_of(operation: str, num_tokens: int) -> list[list[Launch]]:
 
 
 def launch_of(shape: tuple[int, int], num_tokens: int, is_gated: bool) -> Launch:
-    """Random numbers, which take more power than zeros do, with results about 1."""
+    """A launch on random numbers, which take more power than zeros, scaled so that results are about 1."""
     num_columns, num_features = shape
     x = torch.randn((num_tokens, num_features), dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(num_features**-0.5)
@@ -215,7 +216,7 @@ def launch_of(shape: tuple[int, int], num_tokens: int, is_gated: bool) -> Launch
 
 
 def outputs_of(kernel: Kernel, launches: Sequence[Launch]) -> list[Tensor]:
-    """What a kernel writes, into outputs that held NaN."""
+    """Outputs of a kernel, in tensors that were filled with NaN."""
     for launch in launches:
         launch.writes[0].fill_(torch.nan)
         kernel(launch)
@@ -223,20 +224,20 @@ def outputs_of(kernel: Kernel, launches: Sequence[Launch]) -> list[Tensor]:
 
 
 def check(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """A fast wrong kernel is none.
+    """Compare outputs, as a kernel that is fast and wrong does not count.
 
     Raises:
         ValueError: The outputs differ by more than rounding.
     """
     for output, wanted in zip(outputs, expected, strict=True):
         error = float((output.float() - wanted.float()).norm() / wanted.float().norm())
-        # Not the other way round: NaN is an error.
+        # Written this way so that NaN is an error.
         if not error < MAX_ERROR:
             raise ValueError(f"wrong result, off by {error:.1%}")
 
 
 def sustained(kernel: Kernel, passes: Sequence[Sequence[Launch]]) -> tuple[float, float | None]:
-    """Seconds and joules of one pass, over `WINDOW_S` after a warm-up."""
+    """Seconds and joules of one pass, measured for `WINDOW_S` after a warm-up."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -1,9 +1,9 @@
-"""Decode attention inside the products of a layer, beside both one after the other; sustained, with energy.
+"""Decode attention inside the products of a layer, against both one after the other; sustained, with energy.
 
-A line a way: what the engine's kernels take for a layer's products and for the attention, in sum, and what the same
-takes with the attention inside (`kernels/hopper/carry.py`), at so many k-steps of a product to a block of 64 keys. On a
-Hopper card, from the root of the repository; TOKENS:REQUESTS:KEYS are tokens of the products, and decodes with so many
-keys each, one nano-batch beside the other:
+The first line has the time of the engine's kernels for a layer's products and for the attention, in sum. Each further
+line has the time with the attention inside the products (`kernels/hopper/carry.py`), for a number of k-steps of a
+product to one block of 64 keys. Needs a Hopper card. TOKENS:REQUESTS:KEYS are the tokens of the products, and the
+number of decodes and keys of each decode, one nano-batch beside the other. From the root of the repository:
 
     python -m benchmarks.kernels.inside --cases 1024:340:1280 512:500:1024 --steps 2 4 8 --json kernels_inside.json
 """
@@ -32,7 +32,7 @@ from nanoflow.profiler.work import decode_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a line each, write a document."""
+    """Measure, print a line for each way, and write the record."""
     parser = CommandParser(prog="python -m benchmarks.kernels.inside", description=__doc__)
     parser.add_argument("--model", default="llama-3-8b", metavar="PRESET", help="whose layer (default: llama-3-8b)")
     parser.add_argument(
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_case(text: str) -> tuple[int, int, int]:
-    """TOKENS:REQUESTS:KEYS."""
+    """Numbers of TOKENS:REQUESTS:KEYS."""
     try:
         num_tokens, num_requests, num_keys = (int(part) for part in text.split(":"))
     except ValueError as error:

@@ -1,12 +1,12 @@
-"""Two kinds of work on two lanes: what both keep of their speed alone, sustained, with energy.
+"""Two kinds of work on two lanes: the part of its speed alone that each keeps beside the other; sustained, with energy.
 
-What the search does not ask a profile, to know where overlap could pay beyond what the engine does. On the first lane:
-`products` of a layer, the same in `fp8` (e4m3, a scale a tensor: half the time and energy, so that attention is as long
-as they are), the language-model `head` on as many rows as there are decodes (which an iteration could leave to the
-first layers of the next one), or `prefill` attention. On the second: decode `attention`, a `norm` of as many tokens, or
-a `copy` of keys and values to the host. Products are cuBLAS's, which fill every multiprocessor they may, so the lanes
-are plain streams and disjoint multiprocessors; a copy needs none. On a Hopper card or a later one, from the root of the
-repository; TOKENS:REQUESTS:KEYS as in `kernels_inside.py`:
+It measures kinds of work that are not in a profile, to find where overlap could pay beyond what the engine does. On the
+first lane: `products` of a layer; the same in `fp8` (e4m3, one scale a tensor: half the time and energy, so that
+attention is as long as they are); the language-model `head` on one row for each decode, which could run beside the
+first layers of the next iteration; or `prefill` attention. On the second lane: decode `attention`, a `norm` of the same
+number of tokens, or a `copy` of keys and values to the host. Products are cuBLAS's, which fill all SMs that they may
+use. So the lanes are plain streams, and disjoint SMs; a copy needs no SMs. Needs a Hopper card or a later one.
+TOKENS:REQUESTS:KEYS as in `inside.py`. From the root of the repository:
 
     python -m benchmarks.kernels.lanes --cases 1024:340:1280 2048:340:1280 --json kernels_lanes.json
 """
@@ -39,14 +39,14 @@ from nanoflow.profiler.site import Site, gemms
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
 from nanoflow.profiler.work import decode_task, prefill_task
 
-# Weights that are gone through in turn: several times any cache. And what is copied at once.
+# Bytes of weights used in turn, several times any cache; and bytes of one copy.
 _MIN_WEIGHT_BYTES, _COPY_BYTES = 512 << 20, 64 << 20
 _SECOND_SMS = (24, 32, 48, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """How large both sides are: tokens of the first, decodes of the second with so many keys each."""
+    """Sizes: tokens of the first lane; number of decodes of the second, and keys of each decode."""
 
     num_tokens: int
     num_requests: int
@@ -58,9 +58,9 @@ class Side:
     """Work for a lane.
 
     Attributes:
-        work_on: The work, cut to a lane if that has multiprocessors of its own.
-        num_calls: Layers that it goes through.
-        needs_sms: Whether it runs on multiprocessors at all.
+        work_on: Makes the work, restricted to the lane's SMs if it has SMs of its own.
+        num_calls: Layers that a call of the work runs through.
+        needs_sms: Whether it runs on SMs; a copy does not.
     """
 
     work_on: Callable[[LaneStream | None], Work]
@@ -69,7 +69,7 @@ class Side:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a line each, write a document."""
+    """Measure, print a line for each pair, and write the record."""
     parser = CommandParser(prog="python -m benchmarks.kernels.lanes", description=__doc__)
     parser.add_argument("--model", default="llama-3-8b", metavar="PRESET", help="whose layer (default: llama-3-8b)")
     parser.add_argument(
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @torch.inference_mode()
 def measure(site: Site, first: str, seconds: Sequence[str], case: Case, span: Span) -> Iterator[dict[str, Any]]:
-    """One kind of work beside each of the second ones, on every pair of lanes."""
+    """Measure one kind of first work beside each kind of second work, on every pair of lanes."""
     one = FIRST[first](site, case)
     one_alone = sustained(one.work_on(None), site.device, span)
     for second in seconds:
@@ -125,7 +125,7 @@ def _beside(
     alone: tuple[Sustained, Sustained],
     span: Span,
 ) -> dict[str, Any]:
-    """What both keep of their speed alone while both work, and the energy of that as a part of both alone."""
+    """The part of its speed alone that each side keeps, and the energy of both / the sum of their energies alone."""
     with ExitStack() as graphs:
         runs = [
             graphs.enter_context(captured_on(lane, side.work_on(lane), site.device))
@@ -153,7 +153,7 @@ def _lanes(device: torch.device, *, is_divided: bool) -> Iterator[tuple[LaneStre
 
 
 def _prepared(prepared: Prepared) -> Side:
-    """An operation of the engine's."""
+    """An operation with the engine's kernels."""
 
     def work_on(lane: LaneStream | None) -> Work:
         if lane is None or lane.mechanism is not Mechanism.PARTITION:
@@ -182,7 +182,7 @@ def _norm(site: Site, case: Case) -> Side:
 
 
 def _copy(site: Site, _case: Case) -> Side:
-    """To pinned memory, as keys and values leave for the host."""
+    """A copy to pinned memory, as keys and values leave for the host."""
     source = torch.randn(_COPY_BYTES // 4, device=site.device)
     target = torch.empty(source.shape, pin_memory=site.device.type == "cuda")
 
@@ -193,7 +193,7 @@ def _copy(site: Site, _case: Case) -> Side:
 
 
 def _products(site: Site, operations: Sequence[Operation], num_rows: int, dtype: torch.dtype) -> Side:
-    """Products of operations, in as many layers as it takes to leave every cache, on random operands."""
+    """Products on random operands, in as many layers as exceed every cache."""
     dims = [op.dims for op in gemms(operations) if isinstance(op.dims, LinearDims)]
     num_bytes = sum(each.in_features * each.out_features for each in dims) * dtype.itemsize
     x = {each.in_features: _random(num_rows, each.in_features, dtype, site.device) for each in dims}

@@ -46,16 +46,16 @@ _AMPLE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One cut on one part: times of a call alone there, and of both sides beside each other, in microseconds.
+    """One tile size on one part of the GPU; times of a call in microseconds.
 
     Attributes:
-        operation, num_tokens, num_sms: What, how much, where.
-        tiles, num_splits: The cut.
-        is_chosen: It is what the engine would take.
-        whole_us: On the whole GPU.
-        alone_us, beside_us, attention_us: On the part, there beside attention, and what the attention then takes.
-        product_p, attention_p: What both keep of their speed.
-        power_w: Of the pair; None if the GPU has no energy counter.
+        operation, num_tokens, num_sms: The product, its tokens, and the SMs of its part.
+        tiles, num_splits: Tile sizes and the split of the last wave.
+        is_chosen: Whether the engine would choose them.
+        whole_us: Time on the whole GPU.
+        alone_us, beside_us, attention_us: Time on the part alone; beside attention; and of the attention then.
+        product_p, attention_p: P of both (top of this file).
+        power_w: Mean power while both run; None without an energy counter.
     """
 
     operation: str
@@ -75,14 +75,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """An operation that is ready to be run, and what a call of it takes on the whole GPU."""
+    """An operation that is ready to run, and the time of a call on the whole GPU."""
 
     prepared: Prepared
     whole_s: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a row a cut, and write the document."""
+    """Measure, print a row for each tile size, and write the record."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
         print("kernels_part needs an NVIDIA GPU", file=sys.stderr)
@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.inference_mode()
 def measure(operations: Sequence[str], sizes: Sequence[int], second_sms: Sequence[int], span: Span) -> Iterator[Point]:
-    """Every cut of every product on every part."""
+    """Measure every tile size of every product on every part."""
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).multi_processor_count
     graph = fuse_swiglu(build_graph(preset_config("llama-3-8b"), None))
@@ -173,7 +173,7 @@ def _on_part(product: Side, attention: Side, first: LaneStream, second: LaneStre
 
 
 def _cut(candidates: Sequence[GemmTiles], prepared: Prepared, num_tokens: int, num_sms: int) -> tuple[GemmTiles, int]:
-    """As `restricted.py` cuts a product; the one with SwiGLU is never split."""
+    """The split that `restricted.py` chooses; the product with SwiGLU is never split."""
     weight = prepared.workspace.model.weights.layers[0][prepared.op.weights[0]]
     shape = (num_tokens, *weight.shape)
     if prepared.op.kind is OpKind.LINEAR_SWIGLU:
@@ -182,7 +182,7 @@ def _cut(candidates: Sequence[GemmTiles], prepared: Prepared, num_tokens: int, n
 
 
 def _kernel(kind: OpKind, cut: tuple[GemmTiles, int], num_sms: int, workspace: triton_split_k.SplitWorkspace) -> Kernel:
-    """The product with a cut."""
+    """The product with given tile sizes."""
     tiles, num_splits = cut
     whole: dict[OpKind, Callable[[Launch, GemmTiles, int], None]] = {
         OpKind.LINEAR: triton_gemm.run_linear,
@@ -199,7 +199,7 @@ def _kernel(kind: OpKind, cut: tuple[GemmTiles, int], num_sms: int, workspace: t
 
 
 def _times(runs: Sequence[LaneRun], sides: Sequence[Side], span: Span) -> tuple[list[float], float | None]:
-    """Seconds of a call on each lane in a window at whose end all end together, and the mean power."""
+    """Seconds of a call on each lane, in a window at whose end both lanes end together, and the mean power."""
     alone_s = [side.whole_s * side.prepared.num_calls for side in sides]
     counts, window = balanced_window(runs, alone_s, sides[0].prepared.device, span)
     total_s = max(window.lanes_s)

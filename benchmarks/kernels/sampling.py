@@ -1,8 +1,8 @@
 """Sampling on a GPU: device and host time of a draw, by what the requests ask for, at a vocabulary of 128,256.
 
-A point is draws captured in one CUDA graph, which take turns on as many sets of logits as fill several L2 caches,
-replayed for half a second or more. Beside it: the time of the twin in torch, the floor (one reading of the logits at
-the rate of a copy of them, measured in the same run), and the host's time for a whole step of `Sampler`.
+A point is a CUDA graph of draws, in turn on sets of logits that together fill several L2 caches, replayed for at least
+half a second. The table also has the time of the reference implementation in torch; the floor, which is one reading of
+the logits at the rate of a copy of them, measured in the same run; and the host time of a whole step of `Sampler`.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ Issue = Callable[[], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A case, measured; times in microseconds.
+    """A measured case; times in microseconds.
 
     Attributes:
         case: What the requests ask for.
-        logits: How the logits are distributed.
+        logits: Distribution of the logits.
         num_rows: Requests.
-        time_us: Of the kernels on the device.
-        twin_us: Of their twins in torch; None if not measured.
-        floor_us: One reading of the logits at the rate of a copy.
+        time_us: Device time of the kernels.
+        twin_us: Time of the reference implementation in torch; None if not measured.
+        floor_us: Time of reading the logits once at the rate of a copy.
         host_us: Host time of a step of `Sampler`, with its upload.
     """
 
@@ -78,7 +78,7 @@ class Point:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, write JSON if asked."""
+    """Measure, print a table, and write a record if asked."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
         print("kernels_sampling needs an NVIDIA GPU", file=sys.stderr)
@@ -127,7 +127,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure_other(sources: Path, args: argparse.Namespace) -> None:
-    """The same points with the kernels of other sources, in a process of its own."""
+    """The same points with the kernels of another source tree, in a process of its own."""
     options = ["--dtype", args.dtype, "--seconds", str(args.seconds), "--rows", *map(str, args.rows)]
     command = [sys.executable, "-m", "benchmarks.kernels.sampling", *options, "--cases", *args.cases, "--logits"]
     environment = {**os.environ, "PYTHONPATH": f"{sources.resolve()}{os.pathsep}{Path.cwd()}"}
@@ -135,12 +135,12 @@ def measure_other(sources: Path, args: argparse.Namespace) -> None:
 
 
 def normal(num_rows: int, dtype: torch.dtype) -> Tensor:
-    """What random weights give: no token stands out, and half of the vocabulary matters."""
+    """Logits as random weights give them: no token stands out, and half of the vocabulary has weight."""
     return torch.randn(num_rows, VOCAB_SIZE, device=DEVICE).to(dtype)
 
 
 def peaked(num_rows: int, dtype: torch.dtype) -> Tensor:
-    """As a trained model's: a few tokens stand out, and a long tail has little weight."""
+    """Logits as a trained model gives them: few tokens stand out, and a long tail has little weight."""
     logits = 2 * torch.randn(num_rows, VOCAB_SIZE, device=DEVICE)
     favourites = torch.randint(VOCAB_SIZE, (num_rows, 30), device=DEVICE)
     heights = 12 + 3 * torch.randn(num_rows, 30, device=DEVICE)
@@ -151,13 +151,13 @@ LOGITS = {"normal": normal, "peaked": peaked}
 
 
 def params_of(case: str, num_rows: int) -> list[SamplingParams]:
-    """One a row; mixed rows ask for one thing after the other."""
+    """Sampling parameters, one for each row; in mixed rows all kinds take turns."""
     chosen = list(CASES.values()) if case == MIXED else [CASES[case]]
     return [SamplingParams(**chosen[row % len(chosen)]) for row in range(num_rows)]
 
 
 def joins(params: Sequence[SamplingParams]) -> list[Joined]:
-    """Requests with a prompt each, one a row."""
+    """Requests with a prompt, one for each row."""
     rng = np.random.default_rng(0)
     return [
         Joined(
@@ -173,7 +173,7 @@ def joins(params: Sequence[SamplingParams]) -> list[Joined]:
 
 
 def batch_of(num_rows: int) -> DenseBatch:
-    """A decode of each request, which draws its first token."""
+    """A batch with one decode of each request, which draws its first token."""
     return equal_requests(num_rows, PROMPT_LEN - 1, 1, PAGE_SIZE, is_decode=True)
 
 
@@ -181,7 +181,7 @@ def batch_of(num_rows: int) -> DenseBatch:
 def measure(
     case: str, shape: str, num_rows: int, dtype: torch.dtype, copied_gb_per_s: float, args: argparse.Namespace
 ) -> Point:
-    """A case at one size."""
+    """Measure a case at one size."""
     from nanoflow.kernels import triton_sample
 
     params = params_of(case, num_rows)
@@ -202,14 +202,14 @@ def measure(
 
 
 def logit_sets(shape: str, num_rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """Logits to take turns on."""
+    """Sets of logits that are used in turn."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     num_sets = max(2, -(-L2_CACHES * l2_bytes // (num_rows * VOCAB_SIZE * dtype.itemsize)))
     return [LOGITS[shape](num_rows, dtype) for _ in range(num_sets)]
 
 
 def issues_of(kernels: Any, params: Sequence[SamplingParams], sets: Sequence[Tensor], **options: Any) -> list[Issue]:
-    """Draws by one of the two modules of kernels, from each set of logits; everything else is on the device."""
+    """Draws from each set of logits, by the kernels or by their reference; all other data is on the device."""
     state = SamplingState(num_rows=len(params), vocab_size=VOCAB_SIZE, device=DEVICE)
     state.join(joins(params))
     rows = np.arange(len(params), dtype=np.int32)
@@ -231,7 +231,7 @@ def issues_of(kernels: Any, params: Sequence[SamplingParams], sets: Sequence[Ten
 
 
 def device_us(issues: Sequence[Issue], seconds: float) -> float:
-    """Mean device time of a call, sustained."""
+    """Mean device time of a call under sustained load."""
     for issue in issues:
         issue()
     torch.cuda.synchronize()
@@ -256,7 +256,7 @@ def eager_us(issues: Sequence[Issue], num_calls: int = 3) -> float:
 
 
 def step_us(params: Sequence[SamplingParams], logits: Tensor) -> float:
-    """Host time of a step of the sampler, the least of several rounds that the device's queue has room for."""
+    """Host time of a step of the sampler: the minimum over rounds that fit into the device's queue."""
     sampler = Sampler(num_rows=len(params), vocab_size=VOCAB_SIZE, device=DEVICE)
     sampler.join(joins(params))
     batch, rounds = batch_of(len(params)), []
@@ -271,14 +271,14 @@ def step_us(params: Sequence[SamplingParams], logits: Tensor) -> float:
 
 
 def copy_gb_per_s(seconds: float) -> float:
-    """Bytes read and written in a second by a copy of 1 GiB: what the memory gives at most."""
+    """GB/s, read and written, of a copy of 1 GiB: an upper limit of the memory's rate."""
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / device_us([lambda: target.copy_(source)], seconds) * 1e-3
 
 
 def tune(rows: Sequence[int], dtype: torch.dtype, seconds: float) -> None:
-    """Device time of each size of block and number of warps."""
+    """Device time by block size and number of warps."""
     from nanoflow.kernels import triton_sample
     from nanoflow.kernels.triton_sample import RowBlocks
 

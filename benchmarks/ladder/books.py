@@ -1,15 +1,16 @@
-"""All plan books of a ladder for given limits and workloads: what is predicted, so no GPU is needed.
+"""Makes the plan books of the rungs of the ladder for given limits and workloads. All is predicted; no GPU is needed.
 
-`nano-batches` cuts every batch in two on one lane, which is what overlapping costs before it gains anything.
-`partition`, `stream`, `beside` and `inside` are the best plan of that mechanism for each kind of batch, even where it
-is predicted to lose. `searched` is what the search takes under these limits; `nanoflow search` also compares limits and
-tries plans on the GPU. From the root of the repository:
+`nano-batches` cuts every batch in two on one lane: the cost of splitting, without any overlap. `partition`, `stream`,
+`beside` and `inside` have the best plan of that mechanism for each kind of batch, even where it is predicted to lose.
+`searched` is what the search chooses under these limits; `nanoflow search` also compares limits and tries plans on the
+GPU. From the root of the repository:
 
     python -m benchmarks.ladder.books --profile benchmarks/results/profile_llama-3-8b_h200.json --limits 8192/2048 \\
         --workloads 1024/512 512/1024 --out books
 
-A book is OUT/MODEL_RUNG_TOKENS-SEQS.json, made for all of the workloads; one that is there stays. What is printed is
-how `benchmarks.ladder.whole_runs` and `benchmarks.ladder.steady` take it. That of a mechanism takes minutes.
+A book is OUT/MODEL_RUNG_TOKENS-SEQS.json, for all of the workloads; a book that exists is not made again. The output
+lists the rungs as `benchmarks.ladder.whole_runs` and `benchmarks.ladder.steady` take them. The book of a mechanism
+takes minutes.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from nanoflow.simulate.iteration import IterationModel, graphs_of
 SEARCHED = "searched"
 RUNGS = (NANO_BATCHES, "stream", "beside", "partition", "inside", SEARCHED)
 
-# Products come in tiles of so many tokens: batches of two tiles and more are cut, and between them.
+# Products compute tiles of this many tokens. Batches of at least two tiles are cut, at the border of a tile.
 _TILE = 128
-# As the search has them (`search/search.py`).
+# The defaults of the search (`search/search.py`).
 _MAX_STAGES, _NUM_NODES, _TIME_LIMIT_S = 3, 300, 60.0
 _GPU_MEMORY_UTILIZATION = EngineConfig().gpu_memory_utilization
 
@@ -54,7 +55,7 @@ Iterations = Sequence[tuple[BatchShape, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the books that are not there, and print the rung of each."""
+    """Make the books that do not exist, and print the rung of each."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -86,22 +87,26 @@ def make_parser() -> CommandParser:
     parser.add_argument("--rungs", nargs="+", metavar="RUNG", help=f"{', '.join(RUNGS)} (default: all there are)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the books")
     parser.add_argument(
-        "--num-requests", type=int, default=1500, metavar="N", help="of each workload, to simulate (default: 1500)"
+        "--num-requests",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="requests to simulate of each workload (default: 1500)",
     )
     return parser
 
 
 def path_of(folder: Path, model: str, rung: str, limits: str) -> Path:
-    """Where the book of a rung is."""
+    """Path of the book of a rung."""
     name = preset_name(model) or Path(model).name
     return folder / f"{name}_{rung}_{limits.replace('/', '-')}.json"
 
 
 def read_names(names: Sequence[str] | None, profile: Profile) -> tuple[str, ...]:
-    """The rungs asked for, in the ladder's order; all that the profile has pairs of if none are named.
+    """The rungs to make, in the ladder's order; all for which the profile has pairs if none are named.
 
     Raises:
-        ConfigError: There is no such rung, or the profile knows nothing of it.
+        ConfigError: There is no such rung, or the profile has no pairs of its mechanism.
     """
     mechanisms = {pair.mechanism.value for pair in profile.pairs}
     there = [rung for rung in RUNGS if rung in (NANO_BATCHES, SEARCHED) or rung in mechanisms]
@@ -116,17 +121,17 @@ def read_names(names: Sequence[str] | None, profile: Profile) -> tuple[str, ...]
 def make_books(
     profile: Profile, paths: Mapping[str, Path], limits: BookLimits, workloads: Sequence[str], *, num_requests: int
 ) -> None:
-    """One book a rung, for all workloads.
+    """Write a book for each rung, for all workloads together.
 
     Args:
-        profile: What operations take.
-        paths: By rung; a file that is there is replaced.
-        limits: Under which the plans are to run; the books say them.
-        workloads: As `draw_lengths` reads them.
-        num_requests: Of each workload, to simulate.
+        profile: Measured times of operations.
+        paths: Path by rung; existing files are replaced.
+        limits: Limits under which the plans will run; stored in the books.
+        workloads: Names of workloads (`draw_lengths`).
+        num_requests: Requests to simulate of each workload.
 
     Raises:
-        ConfigError: A workload makes no sense, or the memory cannot hold its longest request.
+        ConfigError: A workload is invalid, or the memory cannot hold its longest request.
     """
     simulated = SimulatedWorkloads(
         profile, workloads, num_requests=num_requests, seed=0, gpu_memory_utilization=_GPU_MEMORY_UTILIZATION
@@ -140,12 +145,12 @@ def make_books(
 
 
 def entries_of(profile: Profile, rung: str, iterations: Iterations, max_batch_tokens: int) -> Iterator[PlanEntry]:
-    """The plans of a rung.
+    """The entries of the book of a rung.
 
     Args:
-        profile: What operations take.
-        rung: Its name; of a mechanism, if it is no other one.
-        iterations: Every iteration of the runs, sequential, with the time it takes; not needed for nano-batches.
+        profile: Measured times of operations.
+        rung: Its name; the name of a mechanism unless it is nano-batches or searched.
+        iterations: Every iteration of sequential runs, with its time in seconds; not needed for nano-batches.
         max_batch_tokens: The token budget.
     """
     if rung == NANO_BATCHES:
@@ -158,7 +163,7 @@ def entries_of(profile: Profile, rung: str, iterations: Iterations, max_batch_to
 
 
 def nano_batches(graph: OpGraph, max_batch_tokens: int) -> Iterator[PlanEntry]:
-    """Every batch of two tiles or more cut near the middle; a plan for sizes that differ by an eighth at most."""
+    """Every batch of two tiles or more is cut near the middle; sizes under one plan differ by an eighth at most."""
     smallest, size = 2 * _TILE, 2 * _TILE
     while smallest <= max_batch_tokens:
         size = min(size, max_batch_tokens)
@@ -168,7 +173,7 @@ def nano_batches(graph: OpGraph, max_batch_tokens: int) -> Iterator[PlanEntry]:
 
 
 def middle_of(num_tokens: int) -> int:
-    """The end of a tile that is nearest to the middle."""
+    """The multiple of a tile that is nearest to half of the tokens."""
     return max(round(num_tokens / 2 / _TILE), 1) * _TILE
 
 
@@ -178,7 +183,7 @@ def forced(
     iterations: Iterations,
     max_batch_tokens: int,
 ) -> Iterator[PlanEntry]:
-    """In each cell the plan of a mechanism that is predicted to win most, or to lose least."""
+    """For each cell the plan of a mechanism with the largest predicted gain, even if it is below 1."""
     model = IterationModel(profile)
     plans: dict[str, PipelinePlan] = {}
     for cell in covering_cells(iterations, max_batch_tokens):
@@ -189,9 +194,9 @@ def forced(
 
 
 def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Iterator[PipelinePlan]:
-    """A plan for each way to divide the device in two once, as a quick search has them (`search/search.py`).
+    """A plan for each way to divide the device in two, found as a quick search does (`search/search.py`).
 
-    On plain streams a share is a result of the measurement, not a way to divide; here it stands for one.
+    On plain streams a share is a result of the measurement and cannot be set; here it is treated as one that can.
     """
     graph = graphs_of(profile)[0]
     middle = middle_of(shape.num_tokens)
@@ -214,7 +219,7 @@ def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Itera
 
 
 def _only(profile: Profile, mechanism: Mechanism) -> Profile:
-    """The profile with pairs of one mechanism; those of streams pass for partitions, which divide the device."""
+    """The profile with pairs of one mechanism alone; pairs of streams become partitions, which divide the device."""
     pairs = tuple(pair for pair in profile.pairs if pair.mechanism is mechanism)
     if mechanism is not Mechanism.STREAM:
         return replace(profile, pairs=pairs)

@@ -1,21 +1,21 @@
 """Rungs in the steady state of a workload, each at its own limits, in turn on one card.
 
-A run of all requests at once begins with prompts and ends with decodes alone; a server with enough to do is always in
-the middle, where requests come as others leave. So the first requests are here anywhere in their completions, and new
-ones always wait. From the root of the repository:
+A run that gets all requests at once begins with prompts alone and ends with decodes alone. A busy server is in between:
+requests arrive as others finish. So here the first requests start at random positions within their completions, and
+there are always requests waiting. From the root of the repository:
 
     python -m benchmarks.ladder.steady --model preset:llama-3-8b --workloads 1024/512 512/1024 \\
         --rungs sequential=2048/1024 sequential=8192/2048 nano-batches=nano.json searched=book.json \\
         --json benchmarks/results/steady_llama-3-8b.json
 
-A rung is NAME=TOKENS/SEQS, NAME=BOOK.json or NAME=BOOK.json@TOKENS/SEQS. What is compared is tokens/s: each rung beside
-the fastest sequential one. Rungs with the same limits take turns on one engine and have the very same batches; with a
-sequential rung among them the record also has the gain on these. Other limits are another engine, in a process of its
-own, before or after; repeats go through the engines forwards and backwards, so that what drifts evenly tells for none.
-All engines have the same number of KV pages: that of the first, which has the largest limits, and so the least room for
-them. Under other limits a turn has, by chance, another mix of prompts and decodes: the record says it, and longer turns
-make it more alike. The record is written after each workload; begun again, only what is missing runs. Exit status 1 if
-something is missing.
+A rung is NAME=TOKENS/SEQS, NAME=BOOK.json or NAME=BOOK.json@TOKENS/SEQS. Tokens/s of each rung are compared with those
+of the fastest sequential rung. Rungs with the same limits take turns on one engine and compute the same batches; if one
+of them is sequential, the record also has the gain over it on these batches. Rungs with other limits run on another
+engine, in a process of its own. The order of engines is reversed in every second repeat, so that a linear drift affects
+all of them equally. All engines have the number of KV pages of the first one, whose limits are the largest and leave
+the least memory for pages. Under other limits a turn has another random mix of prompts and decodes; the record has this
+mix, and longer turns make it more alike. The record is written after each workload. Started again, the command
+measures only what the record lacks. Exit status 1 if something is missing.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from nanoflow.workload import draw_lengths
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is asked for.
+    """The whole job of the command.
 
     Attributes:
-        engine: Without limits and plans.
-        groups: Rungs by their limits, the largest first.
-        workloads, clock: As `Repeat` has them.
-        num_repeats: Of all.
-        profile: For predictions.
+        engine: Options without limits and plans.
+        groups: Rungs, grouped by their limits, the largest limits first.
+        workloads, clock: See `Repeat`.
+        num_repeats: Repeats of everything.
+        profile: Profile for predictions; None for none.
     """
 
     engine: EngineConfig
@@ -65,12 +65,12 @@ class Task:
     profile: Path | None
 
     def asked(self, rung: Rung, workload: str, repeat: int) -> dict[str, Any]:
-        """What names a run."""
+        """The key of a run (`in_turn.asked_of`)."""
         clock = dataclasses.asdict(self.clock)
         return asked_of(rung.name, rung.on(self.engine), workload=workload, num_requests=None, repeat=repeat, **clock)
 
     def repeat(self, group: Sequence[Rung], workloads: Sequence[str], number: int, num_pages: int | None) -> Repeat:
-        """What an engine is to do."""
+        """The job of one engine in one repeat."""
         engine = replace(group[0].on(self.engine), plan=None, num_pages=num_pages or self.engine.num_pages)
         return Repeat(
             engine=engine, rungs=group, workloads=workloads, clock=self.clock, number=number, profile=self.profile
@@ -78,7 +78,7 @@ class Task:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, print and write what each rung was worth."""
+    """Measure what the record lacks, then print and write the results."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -97,8 +97,10 @@ def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m benchmarks.ladder.steady", description=__doc__)
     parser.add_argument("--workloads", nargs="+", required=True, metavar="WORKLOAD", help="IN/OUT or trace:FILE.csv")
     parser.add_argument("--rungs", nargs="+", required=True, metavar="NAME=WHAT", help="see above; one is sequential")
-    parser.add_argument("--turn", type=float, default=5.0, metavar="SECONDS", help="of a turn (default: 5)")
-    parser.add_argument("--settle", type=float, default=0.5, metavar="SECONDS", help="before it counts (default: 0.5)")
+    parser.add_argument("--turn", type=float, default=5.0, metavar="SECONDS", help="length of a turn (default: 5)")
+    parser.add_argument(
+        "--settle", type=float, default=0.5, metavar="SECONDS", help="time before a turn counts (default: 0.5)"
+    )
     parser.add_argument("--turns", type=int, default=1, help="turns of each rung in a repeat (default: 1)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="written by nanoflow profile: also predict gains")
     add_options(parser)
@@ -107,10 +109,10 @@ def make_parser() -> CommandParser:
 
 
 def read_task(args: argparse.Namespace) -> Task:
-    """What the command line asks for.
+    """The job that the command line describes.
 
     Raises:
-        ConfigError: That makes no sense.
+        ConfigError: An option is invalid.
     """
     if min(args.turn, args.turns, args.repeats) <= 0 or args.settle < 0:
         raise ConfigError("--turn, --turns and --repeats must be positive, --settle must not be negative")
@@ -132,7 +134,7 @@ def read_task(args: argparse.Namespace) -> Task:
 
 
 def run_missing(task: Task, kept: list[Run], record: Callable[[], object], time_limit_s: float | None) -> bool:
-    """Run what is missing in what is kept, with a record after each workload; whether all is there in the end."""
+    """Measure the runs that `kept` lacks, recording after each workload; whether all runs are there in the end."""
     deadline_s = None if time_limit_s is None else time.monotonic() + time_limit_s
     is_complete = True
     for number in range(task.num_repeats):
@@ -159,7 +161,7 @@ def run_missing(task: Task, kept: list[Run], record: Callable[[], object], time_
 
 
 def _num_pages(runs: Sequence[Run]) -> int | None:
-    """KV pages of the engines so far; None if there was none."""
+    """KV pages of earlier engines; None if there was none."""
     return next((int(run["settings"]["num_pages"]) for run in runs), None)
 
 
@@ -172,7 +174,7 @@ def _run_group(repeat: Repeat, deadline_s: float | None) -> Iterator[Found]:
 
 
 def run_of(found: Found, rung: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """A run as the document has it, like a whole run's."""
+    """A run as the record has it, with the same keys as a whole run."""
     run: dict[str, Any] = msgspec.json.decode(
         msgspec.json.encode(
             {

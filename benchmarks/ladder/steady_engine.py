@@ -1,8 +1,9 @@
-"""Requests without end on an engine, which rungs with the same limits take turns on, each from the same beginning.
+"""Endless requests on one engine, on which rungs with the same limits take turns, each from the same initial state.
 
-The first requests are anywhere in their completions, the keys of what they have behind them being what the cache holds
-(random numbers, if weights are), and new ones always wait. What is scheduled depends on lengths alone, so all rungs
-have the very same batches. What turns are worth is `turns.py`'s, which rungs take them `steady.py`'s.
+The first requests start at random positions within their completions. The keys of their earlier tokens are whatever
+the cache holds; with random weights these are random numbers anyway. New requests always wait. Scheduling depends on
+lengths alone, so all rungs compute the same batches. `steady.py` says which rungs take turns, `turns.py` computes their
+metrics.
 """
 
 from __future__ import annotations
@@ -39,15 +40,21 @@ from nanoflow.request import Request, SamplingParams
 from nanoflow.simulate.iteration import IterationModel
 from nanoflow.workload import Lengths, draw_lengths, under_way
 
-# Lengths that a trace's requests are drawn from, and requests that always wait.
+# Lengths drawn from a workload, used in turn; and the number of requests that always wait.
 _NUM_LENGTHS, _NUM_WAITING = 4096, 32
-# How often a turn is begun again because CUDA graphs were captured in it.
+# Attempts at a turn, which is repeated if CUDA graphs were captured in it.
 _MOST_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """About the seconds before a turn counts, and that it counts, by the sequential plan; and turns in a repeat."""
+    """Length of turns.
+
+    Attributes:
+        settle_s, turn_s: Seconds before a turn counts, and that it counts. A turn is a number of iterations: as many as
+            the sequential plan completes in this time.
+        num_turns: Turns of each rung in a repeat.
+    """
 
     settle_s: float
     turn_s: float
@@ -59,12 +66,12 @@ class Repeat:
     """One repeat of all workloads on one engine.
 
     Attributes:
-        engine: With the limits that all rungs have, without plans.
-        rungs: What takes turns.
-        workloads: In turn.
-        clock: How long.
-        number: Of the repeat; each begins with other requests.
-        profile: What operations take, for predictions; None without them.
+        engine: Options with the limits of all these rungs, without plans.
+        rungs: Rungs that take turns.
+        workloads: Workloads in order.
+        clock: Length of turns.
+        number: Number of the repeat; each repeat has other requests.
+        profile: Profile for predictions; None for none.
     """
 
     engine: EngineConfig
@@ -77,12 +84,13 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What came of a workload.
+    """Results of a workload in a repeat.
 
     Attributes:
         workload: Its name.
-        settings, metrics: By rung; empty if rungs cannot be compared.
-        reason: Why they cannot.
+        settings: Options that each rung ran with.
+        metrics: By rung; empty if the rungs cannot be compared.
+        reason: Why they cannot be compared; None if they can.
     """
 
     workload: str
@@ -92,13 +100,13 @@ class Found:
 
 
 def run_repeat(repeat: Repeat) -> Iterator[Found]:
-    """Every workload of a repeat, each as soon as it is there.
+    """Measure every workload of a repeat; each result is yielded as soon as it is complete.
 
     Raises:
         ConfigError, ModelError, PlanError: The engine cannot be built.
     """
     model = None if repeat.profile is None else IterationModel(Profile.load(repeat.profile))
-    # The sequential rung says what others are worth on the same batches.
+    # The sequential rung, with which the others are compared on the same batches.
     base = next((rung.name for rung in repeat.rungs if rung.book is None), None)
     with engine_of(repeat.engine, repeat.rungs) as (engine, books):
         settings = {rung.name: _settings(rung, engine, repeat.engine, books[rung.name]) for rung in repeat.rungs}
@@ -126,14 +134,14 @@ def _predicted(model: IterationModel) -> Callable[[PipelinePlan, BatchShape], fl
 
 
 def _settings(rung: Rung, engine: Engine, config: EngineConfig, book: PlanBook) -> dict[str, Any]:
-    """Those of a rung: the engine has the plans of all of them."""
+    """Settings of a rung, with its own book: the engine has the plans of all rungs."""
     own = book_facts(book)
     return settings_of(rung.on(config), replace(engine.facts, book=own, plan=str(own)))
 
 
 @contextmanager
 def engine_of(config: EngineConfig, rungs: Sequence[Rung]) -> Iterator[tuple[Engine, dict[str, PlanBook]]]:
-    """An engine that has the plans of all rungs, prepared when turns meet them; and the book of each rung."""
+    """An engine with the plans of all rungs, and the book of each. CUDA graphs are captured when turns need them."""
     stored = {rung.name: StoredBook(entries=()) if rung.book is None else load_book(rung.book) for rung in rungs}
     entries = tuple(entry for book in stored.values() for entry in book.entries)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +154,7 @@ def engine_of(config: EngineConfig, rungs: Sequence[Rung]) -> Iterator[tuple[Eng
 
 
 def _fallback(engine: Engine, config: EngineConfig) -> PipelinePlan:
-    """The sequential plan that the engine was made with, whose operations may be fused."""
+    """The sequential plan of the engine, whose graph may be fused or not."""
     graph = build_graph(resolve_model(config)[0], config.max_model_len)
     plans = [sequential_plan(each, engine.facts.max_batch_tokens) for each in (graph, fuse_swiglu(graph))]
     assert engine.facts.book is not None
@@ -157,14 +165,14 @@ def _fallback(engine: Engine, config: EngineConfig) -> PipelinePlan:
 def measure(
     engine: Engine, books: Mapping[str, PlanBook], lengths: Sequence[Lengths], clock: Clock, seed: tuple[int, int]
 ) -> list[Turn]:
-    """Give every rung its turns, and leave the engine empty."""
+    """Run the turns of every rung; the engine has no requests afterwards."""
     turns = list[Turn]()
     sequential = PlanBook(fallback=next(iter(books.values())).fallback)
     with energy_of(engine.facts.device) as energy:
         for place in range(clock.num_turns):
             begin = partial(_Run, engine, lengths, (*seed, place))
             counts = counts_of(begin, sequential, clock)
-            # Forwards and backwards in turn, so that what drifts evenly tells for none.
+            # The order is reversed in every second turn, so that a linear drift affects all rungs equally.
             for rung in books if (seed[-1] + place) % 2 == 0 else reversed(list(books)):
                 turns.append(take_turn(begin, rung, books[rung], counts))
     return [replace(turn, energy_j=energy.used_j(turn.start_s, turn.stop_s)) for turn in turns]
@@ -172,20 +180,20 @@ def measure(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Iterations of a turn: before it counts, and that count."""
+    """Iterations of a turn: those before it counts, and those that count."""
 
     num_settling: int
     num_counted: int
 
 
 def counts_of(begin: Callable[[PlanBook], _Run], book: PlanBook, clock: Clock) -> Counts:
-    """As many iterations as this book manages in the time of a turn, one at least."""
+    """As many iterations as this book completes in the time of a turn, at least one."""
     with closing(begin(book)) as run:
         return Counts(num_settling=run.during(clock.settle_s), num_counted=max(run.during(clock.turn_s), 1))
 
 
 def take_turn(begin: Callable[[PlanBook], _Run], rung: str, book: PlanBook, counts: Counts) -> Turn:
-    """Settle, then count; from the beginning again if graphs were captured meanwhile, which takes time only once."""
+    """Run one turn. It starts again if CUDA graphs were captured meanwhile, which takes time only once."""
     for _ in range(_MOST_ATTEMPTS):
         with closing(begin(book)) as run:
             run.iterations(counts.num_settling)
@@ -202,18 +210,18 @@ def take_turn(begin: Callable[[PlanBook], _Run], rung: str, book: PlanBook, coun
 
 
 class _Run:
-    """Requests on an engine, without end, from the same beginning for the same seed.
+    """Endless requests on an engine; the same seed gives the same requests.
 
     Args:
-        engine: It is empty.
-        lengths: What requests are drawn from, and new ones come in the order of.
-        seed: Of the draw, of where in that order new ones begin, and of the prompts.
-        book: What the engine runs.
+        engine: Without requests.
+        lengths: Lengths of requests. The first requests are drawn from them; new ones take them in order.
+        seed: Seed of the draw, of the index of the first new request, and of prompts.
+        book: Plans that the engine runs.
     """
 
     def __init__(self, engine: Engine, lengths: Sequence[Lengths], seed: tuple[int, ...], book: PlanBook) -> None:
         facts = engine.facts
-        # Batches whose iterations have not ended; `_step` ends them in the order in which they were planned.
+        # Batches whose iterations have not ended, in the order in which their plans were chosen; `_step` removes them.
         self._shapes: deque[BatchShape] = deque()
         engine.use_book(Watched(book, self._shapes))
         self._engine = engine
@@ -224,17 +232,17 @@ class _Run:
         draw = int(self._rng.integers(1 << 31))
         for length in under_way(lengths, num_keys, facts.max_num_seqs, facts.max_batch_tokens, draw):
             self._add(length)
-        # Those that are not admitted with the others would come later without a prompt to compute, as nobody does.
+        # Requests that were not admitted at once would arrive later without a prompt to compute, unlike real ones.
         running = set(self._step()[0].scheduled)
         engine.abort(request_id for request_id in range(self._num_requests) if request_id not in running)
 
     @property
     def num_prepared(self) -> int:
-        """Batches so far that had no CUDA graph."""
+        """Batches so far for which a CUDA graph had to be captured."""
         return self._engine.stats().num_prepared
 
     def during(self, time_s: float) -> int:
-        """Iterations that end within a time."""
+        """Number of iterations that end within some seconds."""
         count, stop_s = 0, time.monotonic() + time_s
         while time.monotonic() < stop_s:
             _, shape = self._step()
@@ -242,7 +250,7 @@ class _Run:
         return count
 
     def iterations(self, count: int) -> list[Iteration]:
-        """The next so many."""
+        """Run until this number of iterations has ended."""
         ended, last_s = list[Iteration](), time.monotonic()
         while len(ended) < count:
             step, shape = self._step()
@@ -253,13 +261,13 @@ class _Run:
         return ended
 
     def close(self) -> None:
-        """Forget all requests."""
+        """Abort all requests."""
         self._engine.abort(range(self._num_requests))
         while self._engine.has_work:
             self._engine.step()
 
     def _step(self) -> tuple[StepOutput, BatchShape | None]:
-        """A step of the engine, and the batch of the iteration that ended in it; new requests keep waiting."""
+        """A step of the engine, and the batch of the iteration that ended in it, if any; adds new requests before."""
         for _ in range(self._engine.stats().num_waiting, _NUM_WAITING):
             self._add(next(self._new))
         step = self._engine.step()

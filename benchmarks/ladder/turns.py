@@ -1,6 +1,6 @@
-"""Turns that rungs take with the same batches on one engine, and what each rung did by them.
+"""Turns of rungs with the same batches on one engine, and the metrics of each rung computed from them.
 
-No engine is known here; `steady_engine.py` drives one.
+This file knows no engine; `steady_engine.py` drives one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
 
-# Time of a batch under a plan, in seconds.
+# Predicted seconds of a batch under a plan.
 Predicted = Callable[[PipelinePlan, BatchShape], float]
 
 
@@ -24,25 +24,25 @@ class UnequalTurns(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A plan book that notes which batches it was asked for, the latest last."""
+    """A plan book that appends every batch for which it chooses a plan to `shapes`."""
 
     book: PlanBook
     shapes: deque[BatchShape]
 
     @property
     def plans(self) -> tuple[PipelinePlan, ...]:
-        """Of the book."""
+        """Plans of the book."""
         return self.book.plans
 
     def choose(self, shape: BatchShape) -> PipelinePlan:
-        """What the book chooses."""
+        """The plan that the book chooses; see `PlanBook.choose`."""
         self.shapes.append(shape)
         return self.book.choose(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Iteration:
-    """One that ended: its batch, the digest of its plan, and the time since the one before ended."""
+    """An iteration that ended: its batch, the digest of its plan, and seconds since the end of the one before."""
 
     shape: BatchShape
     plan: str
@@ -51,13 +51,13 @@ class Iteration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A rung's turn, without the time in which it settled.
+    """The part of a rung's turn that counts.
 
     Attributes:
-        rung: Whose.
-        start_s, stop_s: From the end of an iteration to that of another one.
-        iterations: In between.
-        energy_j: None without a counter.
+        rung: Name of the rung.
+        start_s, stop_s: Ends of the iteration before the first one and of the last one, on a monotonic clock.
+        iterations: All iterations between them.
+        energy_j: Joules of the card between them; None without a counter.
     """
 
     rung: str
@@ -68,24 +68,25 @@ class Turn:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Its length in seconds."""
         return self.stop_s - self.start_s
 
     @property
     def shapes(self) -> list[BatchShape]:
-        """Of its iterations."""
+        """Batches of its iterations."""
         return [iteration.shape for iteration in self.iterations]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanGain:
-    """What a plan of a rung's book is worth on the batches that it ran.
+    """Gain of one plan of a rung's book on the batches that it ran.
 
     Attributes:
         plan, digest: Its name and digest.
-        part: Of the rung's time.
-        gain: What those batches took sequentially / what they took; None if no sequential rung has the same limits.
-        predicted_gain: The same, both as predicted; None without a profile.
+        part: Time of these batches / time of all batches of the rung.
+        gain: Time of these batches on the sequential rung / their time here; None if no sequential rung has the same
+            limits.
+        predicted_gain: The same ratio of predicted times; None without a profile.
     """
 
     plan: str
@@ -97,21 +98,23 @@ class PlanGain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnMetrics:
-    """What a rung did in a repeat, under the names that whole runs have where the meaning is the same.
+    """Metrics of a rung in a repeat; names that whole runs have too mean the same (`run_metrics.RunMetrics`).
 
     Attributes:
-        total_tokens_per_s: Tokens of prompts and outputs that the model worked through.
-        energy_per_token_j: None without a counter, or if it was impossible.
-        energy_dropped: Why an energy that was measured is not told.
-        plan_iterations: Iterations by digest of their plan.
-        duration_s: Of all turns.
-        iteration_tokens, prompt_part, decode_context: What an iteration had: tokens, those of prompts as a part of
-            them, and keys of a decode token; means.
-        gain: Time of the sequential rung / this one's, with the very same batches; None if none has the same limits.
-        energy_ratio: Energy / that of the sequential rung, with the very same batches; None likewise.
-        predicted_gain: Time that a profile predicts for these batches sequentially / under the book; None without one.
-        plans: Every plan that ran, those that took the most time first.
-        num_failed, num_short: Requests without end neither fail nor come short.
+        total_tokens_per_s: Prompt and output tokens that the model computed.
+        energy_per_token_j: Joules; None without a counter, or if the energy is above what the card can use.
+        energy_dropped: Why an energy that was measured is left out; None if none was.
+        plan_iterations: Number of iterations by the digest of their plan.
+        duration_s: Seconds of all turns.
+        iteration_tokens, prompt_part, decode_context: Means over iterations: tokens, prompt tokens / all tokens, and
+            keys of a decode token.
+        gain: Time of the sequential rung / time of this one on the same batches; None if no sequential rung has the
+            same limits.
+        energy_ratio: Energy a token / that of the sequential rung on the same batches; None likewise.
+        predicted_gain: Predicted time of these batches under the sequential plan / under the book; None without a
+            profile.
+        plans: Every plan that ran, in descending order of its time.
+        num_failed, num_short: Always 0: requests are endless.
     """
 
     total_tokens_per_s: float
@@ -138,14 +141,14 @@ def metrics_of(
     predicted_s: Predicted | None = None,
     power_limit_w: float | None = None,
 ) -> dict[str, TurnMetrics]:
-    """What each rung of one engine did in a repeat.
+    """Metrics of every rung of one engine in a repeat.
 
     Args:
-        turns: Those of each rung in the same order and with the same batches.
-        books: By rung.
-        base: The sequential rung among them, which the others are compared with; None if there is none.
-        predicted_s: See `Predicted`; None if nothing is predicted.
-        power_limit_w: Of the card: an energy above it is an error of the counter. None if unknown.
+        turns: Turns of all rungs. Those of each rung have the same order and the same batches.
+        books: The book of each rung.
+        base: The sequential rung, with which the others are compared; None if there is none.
+        predicted_s: See `Predicted`; None for no predictions.
+        power_limit_w: Power limit of the card; a mean power above it is an error of the counter. None if unknown.
 
     Raises:
         UnequalTurns: A rung had other batches than the first one.
@@ -166,7 +169,7 @@ def metrics_of(
 
 
 def _energy(own: Sequence[Turn], power_limit_w: float | None) -> tuple[float | None, str | None]:
-    """Joules a token, and why they are not told though they were measured."""
+    """Joules a token, and the reason if they were measured and are left out."""
     energies_j = [turn.energy_j for turn in own if turn.energy_j is not None]
     if len(energies_j) < len(own):
         return None, None
@@ -182,13 +185,13 @@ def _num_tokens(turns: Sequence[Turn]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Gains:
-    """What is predicted of batches under a book."""
+    """Predicts the gain of a book on batches."""
 
     book: PlanBook
     predicted_s: Predicted | None
 
     def predicted(self, shapes: Sequence[BatchShape]) -> float | None:
-        """Time of these batches sequentially / under the book."""
+        """Predicted time of these batches under the sequential plan / under the book."""
         if self.predicted_s is None:
             return None
         sequential_s = sum(self.predicted_s(self.book.fallback, shape) for shape in shapes)
@@ -223,7 +226,7 @@ def _metrics(
 
 
 def _plans(own: Sequence[Turn], base: Sequence[Turn] | None, gains: _Gains, names: Mapping[str, str]) -> list[PlanGain]:
-    """What each plan of a rung is worth on the batches that it ran."""
+    """The gain of each plan of a rung on the batches that it ran."""
     ran: dict[str, list[tuple[Iteration, Iteration]]] = defaultdict(list)
     for turn, other in zip(own, base or own, strict=True):
         for pair in zip(turn.iterations, other.iterations, strict=True):

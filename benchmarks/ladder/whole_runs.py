@@ -1,19 +1,20 @@
-"""Overlap against the best that a sequential engine can do: whole runs of every rung at its own limits, in turn.
+"""Overlap against the best sequential engine: whole runs of every rung, each at its own limits, in turn.
 
-All requests are there at once, and the run ends with the last token. Rungs are engines, built one after the other on
-one card, each in a process of its own. A sequential rung has limits alone; several may be given, and the fastest of
-them on a workload is what all others are compared with. Other rungs have a plan book, and the limits that it says
-(`StoredBook.limits`) or that stand after it. From the root of the repository:
+All requests are there at once, and a run ends with the last token. Every rung is an engine in a process of its own;
+they run one after the other on one card. A sequential rung has limits alone. There may be several, and the fastest of
+them on a workload is the one that all others are compared with. Any other rung has a plan book, and limits: those
+stored in the book (`StoredBook.limits`), or those written after it. From the root of the repository:
 
     python -m benchmarks.ladder.whole_runs --model preset:llama-3-8b \\
         --workloads 1024/512:1400 trace:sharegpt.csv:2500 \\
         --rungs sequential=2048/1024 sequential=8192/2048 nano-batches=nano.json@2048/1024 searched=book.json \\
         --json benchmarks/results/whole_runs_llama-3-8b.json
 
-A rung is NAME=TOKENS/SEQS, NAME=BOOK.json, NAME=BOOK.json@TOKENS/SEQS, or NAME=GOAL (throughput, balanced, latency):
-limits as the engine chooses them. Sequential rungs of several limits get these into their names. Books of nano-batches
-and of each mechanism are made by `python -m benchmarks.ladder.books`, searched ones by `nanoflow search`. The record is
-written after each run; begun again, only what is missing runs. Exit status 1 if a run is missing or a request failed.
+A rung is NAME=TOKENS/SEQS, NAME=BOOK.json, NAME=BOOK.json@TOKENS/SEQS, or NAME=GOAL (throughput, balanced, latency)
+for limits that the engine chooses. Sequential rungs with different limits get these appended to their names. Books of
+nano-batches and of each mechanism are made by `python -m benchmarks.ladder.books`, searched ones by `nanoflow search`.
+The record is written after each run. Started again, the command measures only what the record lacks. Exit status 1 if
+a run is missing or a request failed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from nanoflow.workload import draw_lengths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, print and write what it was worth."""
+    """Measure what the record lacks, then print and write the results."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_sequential(run: Run) -> bool:
-    """Whether no plan was there to choose."""
+    """Whether a run had no plan but the sequential one."""
     return bool(run["settings"]["num_plans"] == 0)
 
 
@@ -57,7 +58,7 @@ def make_parser() -> CommandParser:
 
 
 def read_settings(args: argparse.Namespace) -> list[Setting]:
-    """Every rung on every workload, rung by rung; ConfigError if one makes no sense."""
+    """Every rung on every workload, rung by rung; ConfigError if one is invalid."""
     engine = read_engine(ENGINE, args)
     rungs = read_rungs(args.rungs)
     configs = read_workloads(args, MEASUREMENT)

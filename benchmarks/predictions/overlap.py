@@ -1,13 +1,14 @@
-"""One iteration under the plans that overlap: measured on this GPU beside what the profile predicts.
+"""One iteration under plans that overlap: measured on this GPU, and predicted from the profile.
 
-For each batch: nano-batches on one lane, and every way to divide the device that the profile has pairs of, each
-sustained, with energy; the gain over the sequential plan is measured and predicted. From the root of the repository:
+For each batch it tries nano-batches on one lane, and every way to divide the device of which the profile has pairs,
+each under sustained load and with energy. The gain over the sequential plan is measured and predicted. From the root of
+the repository:
 
     python -m benchmarks.predictions.overlap --profile benchmarks/results/profile_llama-3-8b_h200.json \\
         --batches 2048:683:1280:1024 1024:1024:768:1 --json overlap.json
 
-A batch is TOKENS:DECODES:KEYS:PROMPT: tokens in all, decodes with so many keys each, the rest prompts of so many
-tokens.
+A batch is TOKENS:DECODES:KEYS:PROMPT: number of tokens, number of decodes, keys of each decode; all other tokens are of
+prompts of PROMPT tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a row a plan, write the document."""
+    """Print a row for each plan, and write the record."""
     parser = CommandParser(prog="python -m benchmarks.predictions.overlap", description=__doc__)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--batches", nargs="+", required=True, metavar="TOKENS:DECODES:KEYS:PROMPT")
@@ -76,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_batch(text: str) -> BatchShape:
-    """The shape that TOKENS:DECODES:KEYS:PROMPT stands for."""
+    """The batch shape of TOKENS:DECODES:KEYS:PROMPT."""
     num_tokens, num_decodes, context, prompt = (int(part) for part in text.split(":"))
     return batch_of(num_tokens, num_decodes, context, prompt)
 
 
 def candidates(profile: Profile, model: IterationModel, shape: BatchShape) -> Iterator[PipelinePlan]:
-    """Nano-batches, and what a quick search tries."""
+    """The plan with nano-batches on one lane, and the plans that a quick search tries."""
     middle = round(shape.num_tokens / 256) * 128 or shape.num_tokens // 2
     yield nanobatch_plan(model.graph, shape.num_tokens, [middle])
     attempts = Search(profile, shape, is_quick=True).run().attempts
@@ -90,7 +91,7 @@ def candidates(profile: Profile, model: IterationModel, shape: BatchShape) -> It
 
 
 def compare(model: IterationModel, text: str, trial: Trial) -> Row:
-    """What was measured beside what is predicted."""
+    """Measured and predicted gains of the plans."""
     predicted_s = model.predict(trial.shape, trial.plan).iteration_s
     return Row(
         batch=text,

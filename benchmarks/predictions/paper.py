@@ -1,15 +1,15 @@
-"""The search and the simulator against the paper: LLaMA-2-70B on 8 A100, 512/512, from its tables 2 and 3 alone.
+"""The search and the simulator against the paper: LLaMA-2-70B on 8 A100 at 512/512, from its tables 2 and 3 alone.
 
     python -m benchmarks.predictions.paper
 
-Assumptions, beside the times of table 2 (2,048 tokens, 80 layers) and the interference of table 3:
+Assumptions beyond the times of table 2 (2,048 tokens, 80 layers) and the interference of table 3:
 
-1. A product takes whole waves of 128 x 128 tiles on 108 multiprocessors, so its parts take longer than itself;
-   attentions and collectives take time in proportion to their tokens.
-2. Table 2 has 1,365 decodes at a mean context of 1,024; 512/512 has 1,024 at 768 in 2,048 tokens. Decode attention is
-   taken in proportion to the keys, prefill attention to the tokens.
-3. Between two kernels lie 8 us (a launch; the measured engine uses no CUDA graphs).
-4. Nano-batches only: four nano-operations for qkv and decode attention, two for all others, as in figure 6.
+1. A product computes whole waves of 128 x 128 tiles on 108 SMs, so the parts of a product take longer than the whole.
+   The time of attention and of collectives is proportional to tokens.
+2. Table 2 has 1,365 decodes with a mean context of 1,024; at 512/512 a batch of 2,048 tokens has 1,024 decodes with a
+   mean context of 768. The time of decode attention is scaled by keys, that of prefill attention by tokens.
+3. There are 8 us between two kernels, for a launch; the paper's engine uses no CUDA graphs.
+4. Nano-batches alone: four nano-operations for qkv and decode attention, two for all others, as in figure 6.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Comparison:
     """One row.
 
     Attributes:
-        name: Of the rung.
-        measured, predicted: Tokens/s/GPU, by the paper and here.
-        at_once: Nano-operations that run at the same time, on average; 1 if nothing overlaps.
+        name: Name of the rung.
+        measured, predicted: Tokens/s/GPU, from the paper and predicted here.
+        at_once: Mean number of nano-operations that run at the same time; 1 without overlap.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a part of what was measured."""
+        """Relative error of the prediction."""
         return self.predicted / self.measured - 1.0
 
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(time_limit_s: float = math.inf) -> tuple[Comparison, ...]:
-    """The paper's three rungs, predicted; the search ends by its number of nodes, if it does not reach a time limit."""
+    """The paper's three rungs, predicted. The search stops at its number of nodes, or earlier at a time limit."""
     graph = shard(build_graph(preset_config("llama-2-70b"), None), _NUM_GPUS)
     profile, shape = paper_profile(graph), batch_of(_NUM_TOKENS, _NUM_TOKENS // 2, 768.0, 512.0)
     model = IterationModel(profile)
@@ -127,7 +127,7 @@ def paper_profile(graph: OpGraph) -> Profile:
 
 
 def nano_batches_only(graph: OpGraph) -> PipelinePlan:
-    """The paper's nano-operations on one lane: nothing overlaps."""
+    """The paper's nano-operations on one lane, without overlap."""
     halves = split(_NUM_TOKENS, (_BOUNDARY,))
     quarters = split(_NUM_TOKENS, (_BOUNDARY // 2, _BOUNDARY, (_BOUNDARY + _NUM_TOKENS) // 2))
     in_four = {"attn_norm", "qkv_proj", "rope_append", "decode_attention"}
@@ -149,7 +149,7 @@ def _points(op: Operation) -> Iterator[Point]:
 
 
 def _part(op: Operation, num_tokens: int) -> float:
-    """Of the time in table 2."""
+    """Part of the total time in table 2."""
     if isinstance(op.dims, LinearDims):
         return _waves(op.dims, num_tokens) / _waves(op.dims, _NUM_TOKENS)
     if isinstance(op.dims, CollectiveDims):

@@ -3,7 +3,7 @@
     python -m benchmarks.predictions.validation --profile benchmarks/results/profile_llama-3-8b_h200.json \\
         --records benchmarks/results/throughput_llama-3-8b_*.json --traces FOLDER
 
-A record of a trace needs the trace's file in FOLDER, and is left out without it. Exit status 1 if an error is above
+A record of a trace needs the trace's file in FOLDER, and is skipped without it. Exit status 1 if an error is above
 `--most`.
 """
 
@@ -26,7 +26,7 @@ from nanoflow.workload import draw_lengths
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A workload measured and simulated: tokens/s, and joules a token (None if unknown)."""
+    """A workload, measured and simulated: tokens/s, and joules a token (None if unknown)."""
 
     workload: str
     measured: float
@@ -36,12 +36,12 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the simulated rate, as a part of the measured one."""
+        """Relative error of the simulated rate."""
         return self.simulated / self.measured - 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a row a record."""
+    """Print a row for each record."""
     parser = CommandParser(prog="python -m benchmarks.predictions.validation", description=__doc__)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--records", type=Path, nargs="+", required=True)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(profile: Profile, records: Sequence[Path], traces: Path | None) -> Iterator[Comparison]:
-    """Each record that can be simulated."""
+    """Compare each record that can be simulated."""
     model = IterationModel(profile)
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def compare(profile: Profile, records: Sequence[Path], traces: Path | None) -> I
 
 
 def simulated(profile: Profile, model: IterationModel, record: dict[str, Any], workload: str) -> SimulatedRun:
-    """The run of a record, with its own options."""
+    """Simulate the run of a record with its own options."""
     options, asked = record["config"], record["workload"]
     lengths = draw_lengths(workload, asked["num_requests"], asked["seed"])
     limits = limits_for(

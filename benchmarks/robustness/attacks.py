@@ -28,21 +28,21 @@ _WORDS = "hello world, what a day "
 
 
 def post(path: str, body: Any) -> bytes:
-    """A request with a JSON body, after whose answer the connection ends."""
+    """A request with a JSON body, on a connection that is closed after the answer."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 def chunked(path: str, content: bytes, count: int) -> bytes:
-    """A request whose body comes in so many chunks of the same content."""
+    """A request whose body is a number of equal chunks."""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     chunk = b"%x\r\n%s\r\n" % (len(content), content)
     return f"{head}transfer-encoding: chunked\r\n\r\n".encode() + chunk * count + b"0\r\n\r\n"
 
 
 def status_of(address: Address, request: bytes) -> int:
-    """Send a request and read the answer to its end; 0 if the server cut the connection without one."""
+    """Send a request and read the answer to its end: its status, or 0 if the connection was closed without one."""
     answer = b""
     with socket.create_connection(address, _TIMEOUT_S) as connection:
         with contextlib.suppress(OSError):
@@ -54,7 +54,7 @@ def status_of(address: Address, request: bytes) -> int:
 
 
 def again_and_again(*requests: bytes) -> Attack:
-    """Requests one after the other with a pause behind each, until time is up."""
+    """Send requests one after the other, with a pause after each, until time is up."""
 
     def attack(address: Address, seconds: float) -> list[int]:
         statuses, end_s = list[int](), time.monotonic() + seconds
@@ -68,7 +68,7 @@ def again_and_again(*requests: bytes) -> Attack:
 
 
 def held(count: int, first: bytes = b"", drip: bytes = b"") -> Attack:
-    """So many connections that send something, then a little every half second, and read nothing."""
+    """Open connections that send something, then a little every half second, and never read."""
 
     def attack(address: Address, seconds: float) -> list[int]:
         connections, end_s = list[socket.socket](), time.monotonic() + seconds
@@ -107,7 +107,7 @@ def _ids(count: int) -> list[int]:
 _OPEN = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 _GET = b"GET %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
-# Name to what makes the attack: only the one that runs is made.
+# Functions that prepare an attack, by name; only the attack that runs is prepared.
 ATTACKS: Mapping[str, Callable[[], Attack]] = {
     "one long prompt": lambda: again_and_again(_completion(prompt=_text(4 << 20))),
     "one long prompt in one word": lambda: again_and_again(_completion(prompt="a" * 4000)),

@@ -1,12 +1,12 @@
-"""Send hostile inputs to a server and to the loaders of files; say what was wrong, and how to have it again.
+"""Send hostile inputs to a server and to the loaders of files; report faults, and how to reproduce each.
 
-  python -m benchmarks.robustness.fuzz                     100,000 inputs: seven of eight over HTTP, the others as files
+  python -m benchmarks.robustness.fuzz                     100,000 inputs: seven of eight over HTTP, the rest as files
   python -m benchmarks.robustness.fuzz --seed 7 --num 5000
-  python -m benchmarks.robustness.fuzz --seed 7 --only 4711,4712      these inputs again
+  python -m benchmarks.robustness.fuzz --seed 7 --only 4711,4712      only these inputs
 
-It fails if an answer is a 5xx (but 503) or no answer, if a refusal is not in OpenAI's shape, if a loader raises an
-error that it does not document, if the server dies, or if afterwards a page, a file or a thread is left. /health is
-polled twenty times a second; `--most-health-ms` says how late its answers may be. Inputs are made in `tests/fuzz/`.
+It fails if an answer is a 5xx other than 503 or there is none, if a refusal is not in OpenAI's form, if a loader raises
+an error that it does not document, if the server ends, or if a page, a file or a thread is left at the end. /health is
+polled twenty times a second; `--most-health-ms` bounds its latency. `tests/fuzz/` makes the inputs.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from benchmarks.common.server_process import free_port, started
 from nanoflow.bench.processes import ProcessState, processes_of
 from nanoflow.cli.options import CommandParser
 
-# One of so many inputs is a file.
+# One in this many inputs is a file.
 FILES_EVERY = 8
 _MAX_SHOWN = 40
 _REST_S = 20.0  # for requests whose clients have left, on a machine that is busy with other things
-# Pools of threads are filled when they are first needed, and kept, and so are a few files of theirs.
+# Pools of threads, with a few files, are filled at first use and stay.
 _SLACK = {"num_files": 8, "num_threads": 40}
 _GAUGE = re.compile(r"^\w+:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)(?:\{[^}]*\})? (\S+)$", re.M)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Send all, judge, report; 1 if anything was wrong."""
+    """Send all inputs, judge the answers and report. Exit status 1 if anything was wrong."""
     args = parse_args(argv)
     numbers = args.only or range(args.num)
     findings, found = Findings(), dict[str, Any]()
@@ -63,16 +63,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = CommandParser(prog="python -m benchmarks.robustness.fuzz", description=__doc__)
     parser.add_argument("--num", type=int, default=100_000, help="number of inputs (default: 100000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: 0)")
     parser.add_argument(
         "--only", type=_numbers, metavar="N,N", help="these inputs of the seed, instead of the first --num"
     )
     parser.add_argument("--clients", type=int, default=24, help="clients that send at the same time (default: 24)")
-    parser.add_argument("--model", default="default", help="what is served (default: the embedded model)")
+    parser.add_argument("--model", default="default", help="model to serve (default: the embedded model)")
     parser.add_argument(
         "--most-health-ms", type=float, help="longest time that /health may take; if not given it is only reported"
     )
-    parser.add_argument("--log", type=Path, help="file for what the server prints")
+    parser.add_argument("--log", type=Path, help="file for the server's output")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     args = parser.parse_args(argv)
     if args.num < 1 or args.clients < 1:
@@ -85,13 +85,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _fuzz_server(numbers: Sequence[int], findings: Findings, args: argparse.Namespace) -> dict[str, Any]:
-    """Serve, send, and look at what is left."""
+    """Start a server, send the inputs, and check what is left."""
     port = free_port()
     command = [sys.executable, "-m", "nanoflow", "serve", args.model, "--port", str(port), "--served-model-name", "m"]
     with started([*command, "--trust-request-chat-template"], port, 300.0, args.log) as server:
         assert server.pid is not None
         expected = _greedy(port)
-        # What is made at the first need is there before it is counted.
+        # Some inputs first, so that what is made at first use is not counted as left.
         asyncio.run(send_all(port, lambda number: hostile(args.seed, number), numbers[:50], args.clients, Findings()))
         time.sleep(1.0)
         before = processes_of([server.pid])
@@ -114,7 +114,7 @@ def _fuzz_server(numbers: Sequence[int], findings: Findings, args: argparse.Name
 
 @contextmanager
 def _polled(port: int) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Poll /health as long as the block; what is given says afterwards how late it was."""
+    """Poll /health within this context; afterwards the yielded function gives what was measured."""
     command = [sys.executable, "-m", "tests.fuzz.health", str(port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as poller:
         said: list[str] = []
@@ -126,7 +126,7 @@ def _polled(port: int) -> Iterator[Callable[[], dict[str, Any]]]:
 
 
 def _rest(port: int) -> None:
-    """Wait until nothing runs, for some time."""
+    """Wait until no request runs, for a limited time."""
     deadline_s = time.monotonic() + _REST_S
     while time.monotonic() < deadline_s:
         time.sleep(0.5)
@@ -138,7 +138,7 @@ def _rest(port: int) -> None:
 def _look_for_rest(
     port: int, before: Sequence[ProcessState], after: Sequence[ProcessState], findings: Findings
 ) -> None:
-    """Note what the server has that it had not before."""
+    """Record what the server holds now and did not hold before."""
     for name, value in _GAUGE.findall(_get(port, "/metrics")):
         if float(value):
             findings.add(-1, f"{name} is {value} at rest")
@@ -166,7 +166,7 @@ def _get(port: int, path: str) -> str:
 
 
 def _fuzz_files(numbers: Sequence[int], findings: Findings, seed: int) -> None:
-    """Load files in a child, which is started again after an input that ends it."""
+    """Load files in a child process, which is started again after an input that ends it."""
     left = list(numbers)
     while left:
         command = [sys.executable, "-m", "tests.fuzz.files", "--seed", str(seed)]

@@ -1,10 +1,10 @@
-"""Kill processes of a server under load, again and again: what becomes of its requests, and whether anything is left.
+"""Kills processes of a server under load, repeatedly, and checks what becomes of its requests and what is left.
 
-The engine, a further front end, and the whole (the main process, or all processes at once) are killed in turn with
-SIGKILL, at random moments: under load, while the server or its engine starts, and while the server drains. Held for
-every kill: each request ends with its result or is told of an error; a connection breaks only where the process that
-answered it was killed; nothing hangs; a server that goes on answers again; of one that has ended no process, no file in
-the folder for temporary files and nothing in shared memory is left, and one that goes on opens no files it keeps.
+The victims are in turn the engine, a further front end, the main process, and all processes at once. They get SIGKILL
+at random moments: under load, while the server or its engine starts, and while the server drains. After each kill it
+checks that every request ends with its result or an error; that only connections to the killed process break; that
+nothing hangs; that a server which goes on answers again and has no more open files; and that a server which has ended
+leaves no process, no file in the folder for temporary files and nothing in shared memory.
 
     python -m benchmarks.robustness.kills --kills 200 --json benchmarks/results/kills.json
 """
@@ -38,14 +38,14 @@ _ARGUMENTS = ("--api-servers", "2", "--restart-engine", "1000", "--shutdown-time
 
 @dataclass(slots=True, kw_only=True)
 class Kill:
-    """One kill and what came of it.
+    """One kill and its consequences.
 
     Attributes:
         target, moment: What was killed, and when.
         ended_with: Exit status of the server; None if it went on.
-        recovered_s: Until it answered again, if it went on.
-        outcomes: How many of the requests that it concerned ended how.
-        problems: What must not be; empty if all is well.
+        recovered_s: Seconds until it answered again, if it went on.
+        outcomes: Number of the affected requests by how they ended.
+        problems: Faults; empty if all is well.
     """
 
     target: str
@@ -57,7 +57,7 @@ class Kill:
 
 
 class Life:
-    """A server from its start to its end, in a folder for temporary files of its own, and the load on it."""
+    """A server from its start to its end, with a folder for temporary files of its own, and the load on it."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.port = free_port()
@@ -72,7 +72,7 @@ class Life:
         self.load = Load(f"http://127.0.0.1:{self.port}")
 
     async def ready(self, bound_s: float, killed: int | None = None) -> bool:
-        """Wait until it answers, without the process that was killed; False if it does not."""
+        """Wait until the server answers without the killed process; False if it does not."""
 
         def is_over() -> bool:
             is_replaced = killed is None or not _is_running(killed)
@@ -85,7 +85,7 @@ class Life:
         return bool(self.pids("engine")) and bool(self.pids("front end"))
 
     def pids(self, target: str) -> list[int]:
-        """Processes of a kind that live now."""
+        """Living processes of a kind."""
         family = descendants(self.process.pid)
         self.members |= {*family, self.process.pid}
         words = {"engine": "nanoflow.engine.process", "front end": "nanoflow.server.front_end"}
@@ -102,17 +102,17 @@ class Life:
         return [f"{kind} left: {what}" for kind, what in found.items() if what]
 
     def fds(self) -> int:
-        """Files that the main process has open."""
+        """Number of open files of the main process."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def tail(self) -> str:
-        """The last of what it has printed."""
+        """The end of its output."""
         self.log.seek(0)
         return self.log.read()[-2000:].decode(errors="replace")
 
 
 async def run(num_kills: int, model: str, folder: Path, deadline_s: float) -> list[Kill]:
-    """So many kills, or as many as fit until a time; the server is started anew where it has ended."""
+    """Kill a number of times, or until a time; the server is started again where it has ended."""
     kills: list[Kill] = []
     life: Life | None = None
     start_s = 10.0
@@ -152,7 +152,7 @@ async def run(num_kills: int, model: str, folder: Path, deadline_s: float) -> li
 
 
 async def _strike(life: Life, kill: Kill) -> None:
-    """Kill, wait for what comes of it, and judge it."""
+    """Kill, wait for the consequences and judge them."""
     begin_s = time.monotonic()
     must_end = kill.target == "whole" or kill.moment == "drain"
     if kill.moment == "drain":
@@ -193,7 +193,7 @@ async def _strike(life: Life, kill: Kill) -> None:
 
 
 def _wrong(ended: Iterable[Outcome], kill: Kill, begin_s: float) -> list[str]:
-    """Requests that ended as they must not."""
+    """Requests that ended in a way they must not."""
     may_break = kill.target != "engine" or kill.moment == "drain"
     allowed = {"answered", "told"} | ({"broken off"} if may_break else set())
     # A server that has ended refuses; so does one that is about to.
@@ -229,7 +229,7 @@ async def _until(is_true: Callable[[], bool], bound_s: float) -> bool:
 
 
 async def _settled(count: Callable[[], int], *, at_most: int | None = None) -> int:
-    """A count that has not changed for a while, or has come down so far."""
+    """The count once it is stable for a second, or at most a given bound; after ten seconds in any case."""
     last, since_s, begin_s = count(), time.monotonic(), time.monotonic()
     while time.monotonic() - begin_s < 10.0 and (at_most is None or last > at_most):
         await asyncio.sleep(0.2)
@@ -241,7 +241,7 @@ async def _settled(count: Callable[[], int], *, at_most: int | None = None) -> i
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one."""
+    """Process ids of all descendants of a process."""
     found: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -269,12 +269,12 @@ def _shared_memory() -> set[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Kill, show, write."""
+    """Kill, print and write."""
     parser = CommandParser(prog="python -m benchmarks.robustness.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how many (200)")
-    parser.add_argument("--seconds", type=float, default=7200.0, help="start no further kill after so long (7200)")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills (200)")
+    parser.add_argument("--seconds", type=float, default=7200.0, help="start no further kill after this time (7200)")
     parser.add_argument("--model", default="default", help="model folder or name (the embedded model)")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and victims (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims (0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the kills here")
     arguments = parser.parse_args(argv)
     random.seed(arguments.seed)

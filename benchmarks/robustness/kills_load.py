@@ -1,4 +1,4 @@
-"""The load under which `kills.py` kills: clients that ask a server all the time, and how their requests end."""
+"""The load of `kills.py`: clients that send requests all the time, and how their requests end."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Outcome:
     """How a request ended.
 
     Attributes:
-        kind: "answered" in full; "told" of an error by the server; "broken off", without a word; "refused", as nobody
-            listened; "hangs"; or "cut short", taken for whole although it was not.
-        end_s: When.
-        detail: For people.
+        kind: "answered" completely; "told" of an error by the server; "broken off" without a message; "refused", as
+            nothing listened; "hangs"; or "cut short": it looked complete and was not.
+        end_s: Time of the end.
+        detail: More, as text.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Load:
     """Clients of one server.
 
     Args:
-        url: Of the server, without /v1.
+        url: Root URL of the server, without /v1.
     """
 
     def __init__(self, url: str) -> None:
@@ -50,16 +50,16 @@ class Load:
 
     @property
     def is_running(self) -> bool:
-        """True while clients ask."""
+        """True while clients send requests."""
         return self._is_on
 
     def start(self) -> None:
-        """Let all clients ask, one request after the other."""
+        """Let all clients send requests, one after the other."""
         self._is_on = True
         self._clients = [asyncio.create_task(self._ask_on()) for _ in range(NUM_CLIENTS)]
 
     async def pause(self) -> None:
-        """Ask nothing new and wait for what is open."""
+        """Send no new requests, and wait for the open ones."""
         self._is_on = False
         await asyncio.gather(*self._clients)
         self._clients = []
@@ -67,7 +67,7 @@ class Load:
     stop = pause
 
     def take(self) -> list[Outcome]:
-        """What has ended since the last time."""
+        """Requests that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -100,7 +100,7 @@ class Load:
 
 
 async def _complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], *, is_stream: bool) -> tuple[str, str]:
-    """Ask, and say how the answer ended."""
+    """Send a request, and say how it ended."""
     async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
         if answer.status_code != httpx.codes.OK or not is_stream:
             return _judge(answer.status_code, await answer.aread(), body["max_tokens"])
@@ -130,7 +130,7 @@ def _judge(status: int, body: bytes, max_tokens: int) -> tuple[str, str]:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether the server says that it is well."""
+    """Whether /health says that the server is well."""
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == httpx.codes.OK)

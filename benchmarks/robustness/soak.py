@@ -1,9 +1,9 @@
-"""Soak of a whole server: mixed load over HTTP for minutes, while memory, files and threads of every process are noted.
+"""Soak test of a whole server: mixed load over HTTP for minutes; memory, files and threads of every process recorded.
 
-What is asked for changes all the time: short and long prompts, streams and whole answers, several completions, stop
-strings, log probabilities, penalties, conversations, tokens, requests that are wrong, clients that leave. From the end
-of the warm-up the memory of each process may grow by at most `--most-growth`, and at the end nothing may be left: no
-running request, no page, no file, no thread. What the engine computes is checked by `tests/soak.py`, not here.
+The requests vary all the time: short and long prompts, streams and whole answers, several completions, stop strings,
+log probabilities, penalties, conversations, token ids, invalid requests, and clients that disconnect. After the
+warm-up the memory of each process may grow by at most `--most-growth`. At the end nothing may be left: no running
+request, page, file or thread. It does not check what the engine computes; `tests/soak.py` does.
 
   python -m benchmarks.robustness.soak --minutes 20 --json benchmarks/results/soak.json --check
 """
@@ -33,7 +33,7 @@ from nanoflow.cli.options import CommandParser
 
 _MIB = 2**20
 _TIMEOUT_S = 300.0
-# Time that the server has to end what clients have left, and to wake its threads of rest.
+# Time for the server to end requests whose clients have disconnected, and to finish its periodic work.
 _REST_S = 5.0
 _WORDS = (
     "def",
@@ -67,8 +67,8 @@ class Course:
     """What has happened so far.
 
     Attributes:
-        num_of: Requests by kind and end, as "stream 200".
-        samples: Seconds since the start, and every process then.
+        num_of: Number of requests by kind and end, such as "stream 200".
+        samples: Seconds since the start, and the state of every process then.
     """
 
     num_of: Counter[str] = field(default_factory=Counter)
@@ -76,7 +76,7 @@ class Course:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start a server, load it, report; 1 if --check is given and something grew or was left."""
+    """Start a server, load it and report. Exit status 1 if --check is given and something grew or was left."""
     args = parse_args(argv)
     port = free_port()
     command = [sys.executable, "-m", "nanoflow", "serve", args.model, "--port", str(port), "--served-model-name", "m"]
@@ -101,14 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = CommandParser(prog="python -m benchmarks.robustness.soak", description=__doc__)
-    parser.add_argument("--model", default="default", help="what is served (default: the embedded model)")
+    parser.add_argument("--model", default="default", help="model to serve (default: the embedded model)")
     parser.add_argument("--minutes", type=float, default=20.0, help="length of the load (default: 20)")
     parser.add_argument("--warm-up-minutes", type=float, default=3.0, help="memory counts from then on (default: 3)")
-    parser.add_argument("--clients", type=int, default=12, help="clients that ask at the same time (default: 12)")
-    parser.add_argument("--interval-s", type=float, default=10.0, help="seconds between looks at memory (default: 10)")
+    parser.add_argument("--clients", type=int, default=12, help="clients that send at the same time (default: 12)")
+    parser.add_argument("--interval-s", type=float, default=10.0, help="seconds between samples (default: 10)")
     parser.add_argument("--most-growth", type=float, default=0.1, help="part by which memory may grow (default: 0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the load (default: 0)")
-    parser.add_argument("--log", type=Path, help="file for what the server prints")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the load (default: 0)")
+    parser.add_argument("--log", type=Path, help="file for the server's output")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     parser.add_argument("--check", action="store_true", help="exit with 1 if memory grew or something was left")
     parser.add_argument(
@@ -121,10 +121,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 async def _soak(url: str, pid: int, args: argparse.Namespace) -> Course:
-    """Load until the time is over; a sample of what all processes hold before, every interval, and at rest."""
+    """Load the server for the given time, with a sample of all processes before, at every interval, and at rest."""
     course, address = Course(), read_address(url.removesuffix("/v1"))
     start_s = time.monotonic()
-    await _request(address, random.Random(0), "whole", course)  # Whatever is made at the first request is there now.
+    await _request(
+        address, random.Random(0), "whole", course
+    )  # Whatever is made at the first request exists from here on.
     course.samples.append((0.0, processes_of([pid])))
     clients = [
         asyncio.create_task(_client(address, args.seed * 1000 + number, start_s + args.minutes * 60, course))
@@ -146,7 +148,7 @@ async def _client(address: Address, seed: int, until_s: float, course: Course) -
 
 
 async def _request(address: Address, rng: random.Random, kind: str, course: Course) -> None:
-    """One request of a kind; a client that leaves does so before the answer is complete."""
+    """Send one request of a kind; a client that disconnects does so before the answer is complete."""
     path, body = _KINDS[kind](rng)
     message = post(address, path.removeprefix("/"), body, {})
     if kind == "cancel":
@@ -166,7 +168,7 @@ def _text(rng: random.Random, num_words: int) -> str:
 
 
 def _completion(rng: random.Random, **fields: Any) -> tuple[str, bytes]:
-    """A completion of a prompt that is short for the most part, and now and then as long as it may be."""
+    """A completion, mostly of a short prompt, sometimes of the longest that is allowed."""
     num_words = rng.choice((1, 4, 16, 64, rng.randint(1, 200)))
     body = {
         "model": "m",
@@ -217,10 +219,10 @@ _KINDS: Mapping[str, Any] = {
 
 
 def growth_of(course: Course, warm_up_s: float) -> dict[str, dict[str, float]]:
-    """By role: memory of a process at the end of the warm-up and at the end of the run, medians of three samples each.
+    """Growth of memory by role of process, from the end of the warm-up to the end of the run.
 
-    Of several processes of a role, such as those for chat templates, which are started as they are needed, it is the
-    mean.
+    Both are medians of three samples. For a role with several processes, such as those for chat templates, which are
+    started as needed, each sample is the mean over the processes.
     """
     found: dict[str, dict[str, float]] = {}
     for role in sorted({state.role for _, states in course.samples for state in states}):
@@ -237,7 +239,7 @@ def growth_of(course: Course, warm_up_s: float) -> dict[str, dict[str, float]]:
 
 
 def _left_behind(url: str, pid: int, course: Course, args: argparse.Namespace) -> list[str]:
-    """What the server has after the load that it had not before, in lines; also answers that should not have come."""
+    """Lines about what the server holds after the load and did not before, and about answers that must not occur."""
     problems = []
     metrics = get(url.removesuffix("/v1") + "/metrics")
     for line in metrics.splitlines():
@@ -249,7 +251,7 @@ def _left_behind(url: str, pid: int, course: Course, args: argparse.Namespace) -
     for role in sorted({state.role for state in last} - {"template"}):
         for what, slack in (("num_files", 12), ("num_threads", 40)):
             before, after = (sum(getattr(s, what) for s in states if s.role == role) for states in (first, last))
-            # Pools of threads and of template processes, with their pipes, are filled when they are needed, and kept.
+            # Pools of threads and of template processes, with their pipes, are filled when needed and stay.
             if after > before + slack:
                 problems.append(f"{role}: {what} {before} -> {after}")
     for kind, count in course.num_of.items():
@@ -260,7 +262,7 @@ def _left_behind(url: str, pid: int, course: Course, args: argparse.Namespace) -
 
 
 def get(url: str) -> str:
-    """The text at an address of this machine."""
+    """Text at a URL of this machine."""
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
         return str(answer.read().decode())
 
