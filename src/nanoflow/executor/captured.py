@@ -32,21 +32,21 @@ _MAX_GRAPHS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Captured:
-    """A graph, and the index tensors in its own memory that it computes."""
+    """A CUDA graph, and the index tensors that it computes in its own memory."""
 
     graph: torch.cuda.CUDAGraph
     inputs: BatchInputs
 
 
 class CapturedForward:
-    """Replays graphs.
+    """Replays CUDA graphs; see `Forward`.
 
     Args:
-        executor, builder: Run what is recorded.
+        executor, builder: Run the work that is recorded.
         buckets: Sizes to pad to.
-        plans: All that batches may come with; their cuts say how much room page tables need.
+        plans: All plans that batches may come with; their cuts decide how large page tables are.
         pages_per_request: Width of the page tables: pages of the longest sequence.
-        device: Where.
+        device: A GPU.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CapturedForward:
         self._executor.close()
 
     def _place(self, size: BatchSize) -> LoadedBatch:
-        """Where the graphs of a size read: at first a batch of padding alone."""
+        """The tensors that the graphs of a size read; at first they hold a batch of padding alone."""
         place = self._places.get(size)
         if place is None:
             place = self._places[size] = LoadedBatch(
@@ -134,7 +134,7 @@ class CapturedForward:
         return place
 
     def _graph(self, plan: PipelinePlan, size: BatchSize) -> _Captured:
-        """The graph of a plan for a size, recorded now if it is not there."""
+        """The graph of a plan for a size; recorded now if there is none."""
         key = (plan.digest, size)
         captured = self._captured.get(key)
         if captured is None:
@@ -143,16 +143,16 @@ class CapturedForward:
         return captured
 
     def _capture(self, place: LoadedBatch, plan: PipelinePlan) -> _Captured:
-        """Record the work of a size. The device goes on with what is queued, so this hides behind the last batch."""
+        """Record the work of a size. The device runs queued work meanwhile, which hides the recording."""
         if len(self._captured) >= _MAX_GRAPHS:
-            # It may still be running.
+            # The removed graph may still be running.
             torch.cuda.current_stream().synchronize()
             self._captured.popitem(last=False)
-        # Kernels and libraries are loaded when they first run, which they may not be while a graph is recorded.
+        # Kernels and libraries are loaded when they first run, which is not possible while a graph is recorded.
         self._executor.forward_typical(self._builder.derive(place), plan)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._capture_stream):
-            # Other threads may wait for their copies meanwhile.
+            # In this mode other threads may wait for their copies meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 inputs = self._builder.derive(place)
