@@ -10,7 +10,7 @@ import msgspec
 from nanoflow.bench.provenance import header
 
 
-def write_document(path: Path, benchmark: str, **found: Any) -> None:
+def write_document(path: Path, benchmark: str, /, **found: Any) -> None:
     """Write a record as JSON, completely or not at all.
 
     Args:

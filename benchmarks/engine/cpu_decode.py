@@ -8,8 +8,6 @@ the time of (tokens - 1) decodes a request. The two sides take turns, so that bo
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -17,13 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.common.document import write_document
 from nanoflow import LLM, SamplingParams
-from nanoflow.bench.machine import detect_machine, detect_software
+from nanoflow.bench.machine import detect_machine
 from nanoflow.cli.options import CommandParser
 
 Prompts = list[list[int]]
@@ -156,22 +154,20 @@ def report(rates: dict[str, list[float]], ratios: list[float], args: argparse.Na
     if args.json is None:
         return
     machine = detect_machine()
-    document: dict[str, Any] = {
-        "benchmark": "cpu_decode",
-        "headline": {
+    write_document(
+        args.json,
+        "cpu_decode",
+        headline={
             "what": f"CPU decode, Qwen2.5-0.5B shape, random weights, {args.dtype}, {args.batch} requests together",
             "measured": f"{statistics.median(rates['nanoflow']):.1f} tokens/s, "
             f"{statistics.median(ratios):.2f}x transformers ({min(ratios):.2f} to {max(ratios):.2f})",
             "target": "1x",
             "hardware": f"{machine.cpu_name}, {args.threads} threads",
         },
-        "machine": dataclasses.asdict(machine),
-        "software": dataclasses.asdict(detect_software()),
-        "options": {name: value for name, value in vars(args).items() if name not in ("json", "check")},
-        "decoded_tokens_per_s": rates,
-        "ratio": ratios,
-    }
-    args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        options={name: value for name, value in vars(args).items() if name not in ("json", "check")},
+        decoded_tokens_per_s=rates,
+        ratio=ratios,
+    )
 
 
 if __name__ == "__main__":

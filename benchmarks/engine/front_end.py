@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow.bench.machine import detect_machine, detect_software
+from benchmarks.common.document import write_document
 from nanoflow.cli.options import CommandParser
 
 ITERATION_S = "NANOFLOW_BENCH_ITERATION_S"
@@ -92,14 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     if args.json:
-        document = {
-            "benchmark": "front_end",
-            "machine": dataclasses.asdict(detect_machine()),
-            "software": dataclasses.asdict(detect_software()),
-            "path": "chat" if args.chat else "completions",
-            "points": [dataclasses.asdict(point) for point in points],
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_document(args.json, "front_end", path="chat" if args.chat else "completions", points=points)
     return 0
 
 

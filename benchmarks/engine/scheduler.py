@@ -14,8 +14,6 @@ Run it on one core: OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.engine.s
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.document import write_document
 from nanoflow.batch import DenseBatch, SampledTokens
-from nanoflow.bench.machine import detect_machine, detect_software
+from nanoflow.bench.machine import detect_machine
 from nanoflow.cli.options import CommandParser
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import Scheduler, SchedulerLimits
@@ -198,20 +197,18 @@ def write_record(path: Path, arguments: argparse.Namespace, results: dict[str, d
     """Write everything needed to judge or repeat the run."""
     machine = detect_machine()
     medians = [row["both_median_us"] for row in results.values()]
-    document = {
-        "benchmark": "scheduler",
-        "headline": {
+    write_document(
+        path,
+        "scheduler",
+        headline={
             "what": f"one iteration of the scheduler (schedule + commit), {arguments.requests:,} running requests",
             "measured": f"{min(medians) / 1e3:.2f} to {max(medians) / 1e3:.2f} ms, medians of {len(medians)} workloads",
             "target": f"{target_for(arguments.requests) * 1e3:g} ms on one core",
             "hardware": f"{machine.cpu_name}, one core",
         },
-        "machine": dataclasses.asdict(machine),
-        "software": dataclasses.asdict(detect_software()),
-        "options": {name: value for name, value in vars(arguments).items() if name not in ("json", "check")},
-        "workloads": results,
-    }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+        options={name: value for name, value in vars(arguments).items() if name not in ("json", "check")},
+        workloads=results,
+    )
 
 
 if __name__ == "__main__":

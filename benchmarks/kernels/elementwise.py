@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write a record if asked."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
-        print("kernels_elementwise needs an NVIDIA GPU", file=sys.stderr)
+        print("benchmarks.kernels.elementwise needs an NVIDIA GPU", file=sys.stderr)
         return 1
     kernels = load_kernels(args.reference)
     cases = [case for num_tokens in args.tokens for case in make_cases(kernels, num_tokens)]

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the record."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
-        print("kernels_gemm needs an NVIDIA GPU", file=sys.stderr)
+        print("benchmarks.kernels.gemm needs an NVIDIA GPU", file=sys.stderr)
         return 1
     print(f"{'operation':<15}{'tokens':>7}  {'kernel':<38}{'us':>8}{'mJ':>8}{'TFLOP/s':>9}{'of cuBLAS':>11}")
     points: list[Point] = []

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a row for each tile size, and write the record."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
-        print("kernels_part needs an NVIDIA GPU", file=sys.stderr)
+        print("benchmarks.kernels.partition needs an NVIDIA GPU", file=sys.stderr)
         return 1
     span = Span(settle_s=args.settle, measure_s=args.window)
     points = []

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write a record if asked."""
     args = parse_args(argv)
     if not torch.cuda.is_available():
-        print("kernels_sampling needs an NVIDIA GPU", file=sys.stderr)
+        print("benchmarks.kernels.sampling needs an NVIDIA GPU", file=sys.stderr)
         return 1
     dtype = getattr(torch, args.dtype)
     if args.tune:

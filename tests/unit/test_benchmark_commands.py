@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,14 @@ def test_help_names_the_command(name: str, capsys: pytest.CaptureFixture[str]) -
 def test_there_are_commands_in_every_folder() -> None:
     folders = {name.split(".")[1] for name in _commands()}
     assert {"engine", "kernels", "ladder", "predictions", "robustness"} <= folders
+
+
+def test_commands_that_are_named_exist() -> None:
+    """In pages, the Makefile, sources and tools; records, the log and the changelog name what there was then."""
+    texts = [ROOT / "Makefile", ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts += [path for folder in ("benchmarks", "src", "tools") for path in (ROOT / folder).rglob("*.py")]
+    texts.remove(ROOT / "docs/benchmarks.md")
+    command = re.compile(r"(?:-m\s|`)(benchmarks(?:\.[a-z_]+)+)\b(?!\.[A-Z])")
+    named = {name: path.name for path in texts for name in command.findall(path.read_text(encoding="utf-8"))}
+    missing = {name: page for name, page in named.items() if importlib.util.find_spec(name) is None}
+    assert not missing and len(named) > 25

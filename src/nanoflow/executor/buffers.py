@@ -157,7 +157,7 @@ class Workspace:
         return of_layer[name] if name in of_layer else self.model.weights.shared[name]
 
     def _views(self, op: Operation, names: tuple[str, ...], tokens: TokenRange) -> tuple[Tensor, ...]:
-        """Rows `tokens` of the named tensors; a tensor whose rows are of the other kind is given whole, to gather from."""
+        """Rows `tokens` of the named tensors; a tensor with rows of the other kind is given whole, to gather from."""
         rows, is_sampled = slice(tokens.start, tokens.stop), op.scope is Scope.SAMPLED
         return tuple(
             self.tensors[name][rows] if (name in self.sampled_names) == is_sampled else self.tensors[name]
