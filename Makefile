@@ -47,14 +47,14 @@ docs: $(DOCS_VENV)/.installed  ## Build the documentation as a site in site/, an
 	$(DOCS_VENV)/bin/python tools/check_site.py site
 
 bench: $(VENV)/.installed  ## Measure the scheduler and CPU decode against their targets
-	$(BIN)/python benchmarks/scheduler.py --check
-	$(BIN)/python benchmarks/cpu_decode.py --check
+	$(BIN)/python -m benchmarks.engine.scheduler --check
+	$(BIN)/python -m benchmarks.engine.cpu_decode --check
 
 fuzz: $(VENV)/.installed  ## Send 100,000 hostile inputs to a server and to the loaders of files
-	PYTHONPATH=. $(BIN)/python -m benchmarks.fuzz
+	PYTHONPATH=. $(BIN)/python -m benchmarks.robustness.fuzz
 
 soak: $(VENV)/.installed  ## Load a server for 20 minutes and see that memory stays flat
-	PYTHONPATH=. $(BIN)/python -m benchmarks.soak --check
+	PYTHONPATH=. $(BIN)/python -m benchmarks.robustness.soak --check
 
 clients: $(VENV)/.installed  ## Ask a server through the client libraries that people use (installs them)
 	$(BIN)/python tools/clients.py

@@ -1,1 +1,1 @@
-"""Scripts that measure one part each; run from the repository's root as `python -m benchmarks.NAME`."""
+"""Benchmarks, a folder a subject; run from the repository's root as `python -m benchmarks.FOLDER.NAME`."""

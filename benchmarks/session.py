@@ -1,16 +1,17 @@
-"""A whole measuring session on one card, piece by piece: what is cut off goes on when it is begun again.
+"""A whole measuring session on one card, in pieces: an interrupted session goes on when it is started again.
 
-Starts with and without plans, kinds of sampling, 8B and 1B served, limits chosen and set by hand, and for each of eight
-workloads: a search for plans, books of the other rungs, whole runs and the steady state beside the best sequential
-setting. From the root of the repository, with traces in a folder:
+Pieces: starts with and without plans; kinds of sampling; serving of the 8B and the 1B model; limits, chosen and set by
+hand; and for each of eight workloads a search for plans, books of the other rungs, and whole runs and the steady state
+against the best sequential setting. From the root of the repository, with traces in a folder:
 
     python -m benchmarks.session --traces traces --time-limit 540
 
-Each piece is a command of its own, printed before it runs, with a record of its own under --out. A piece that is done
-is left out; `session.json` beside the records says which are. So a session may be run in short parts: repeat the
-command until it says that all is done. A record that is deleted is measured again. With --time-limit nothing is begun
-that could not end in time, and what goes on later is cut, which may take a minute more. `--list` says what there
-is and about how long it takes on one H200. Exit status 0 if all that was asked for is done, 1 if not.
+Each piece is a command of its own, which is printed before it runs, and has a record of its own under --out. A piece
+that is done is skipped; `session.json` beside the records lists these. So a session may be run in short parts: repeat
+the command until it says that all is done. If a record is deleted, it is measured again. With --time-limit a piece
+starts only if it can end in time, or can be continued later; the latter are interrupted, which may take a minute more.
+`--list` shows all pieces and about how long they take on one H200. Exit status 0 if all requested pieces are done, else
+1.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import write_json
-from benchmarks.rungs import read_limits
-from benchmarks.serving_document import line as serving_line
+from benchmarks.common.document import write_json
+from benchmarks.common.rungs import read_limits
+from benchmarks.engine.serving_document import line as serving_line
 from benchmarks.session_pieces import Piece, Session, pieces
 from nanoflow.bench.machine import REVISION_VARIABLE, git_revision
 from nanoflow.bench.provenance import portable, require_clean
@@ -43,7 +44,7 @@ _LEAST_S, _MARGIN_S, _END_S = 60.0, 15.0, 75.0
 
 
 class State(StrEnum):
-    """Where a piece stands."""
+    """The state of a piece."""
 
     DONE = "done"
     LEFT = "left"
@@ -55,7 +56,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a piece; `text` says more."""
+    """The state of a piece after this command; `text` says more."""
 
     piece: Piece
     state: State
@@ -63,7 +64,7 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is left, and print a table."""
+    """Run the pieces that are left, and print a table."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end(*_: object) -> None:
-    """What was started is ended on the way out."""
+    """Exit in the normal way, so that commands that run are ended."""
     raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -127,7 +128,7 @@ def make_parser() -> CommandParser:
 
 
 def read_session(args: argparse.Namespace) -> Session:
-    """What is asked for; ConfigError if that makes no sense."""
+    """The session of the command line; ConfigError if an option is invalid."""
     if args.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, got {args.repeats}")
     for pair in args.sequential:
@@ -152,16 +153,16 @@ def read_session(args: argparse.Namespace) -> Session:
 
 
 def run(session: Session, only: Sequence[str] | None, deadline_s: float | None, *, lists_only: bool) -> list[Outcome]:
-    """Every piece that is asked for, in order.
+    """Run all requested pieces in order.
 
     Args:
-        session: What is asked for.
-        only: Names, or what names begin with; all if None.
-        deadline_s: When to end, of `time.monotonic`.
-        lists_only: Say where each stands, and run none.
+        session: Options of the session.
+        only: Names of pieces, or their beginnings up to a dash; all pieces if None.
+        deadline_s: When to stop, on `time.monotonic`; None for never.
+        lists_only: Only say the state of each piece.
 
     Raises:
-        ConfigError: No piece is called so.
+        ConfigError: There is no piece of this name.
     """
     outcomes, names = list[Outcome](), list[str]()
     for piece in pieces(session):
@@ -189,7 +190,7 @@ def _one(session: Session, piece: Piece, deadline_s: float | None, *, lists_only
     print(f"\n{piece.name}, about {piece.minutes:.0f} min: python -m {portable(shlex.join(words))}", flush=True)
     piece.record.parent.mkdir(parents=True, exist_ok=True)
     begin_s = time.monotonic()
-    # Records that a piece replaces must not make the sources of the next one look changed.
+    # Replaced records must not make the sources of the next piece look changed.
     known = {} if session.git_revision is None else {REVISION_VARIABLE: session.git_revision}
     if not sys.stderr.isatty():
         known["TQDM_DISABLE"] = "1"
@@ -205,7 +206,7 @@ def _one(session: Session, piece: Piece, deadline_s: float | None, *, lists_only
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], timeout_s: float | None) -> int | None:
-    """The status that it ends with; None if it was cut. Whatever happens here, it does not outlive this call."""
+    """Run a command: its exit status, or None if it was interrupted. It has ended in any case when this returns."""
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(timeout_s)
@@ -213,7 +214,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], timeout_
         return None
     finally:
         if process.poll() is None:
-            # As by a user's Ctrl-C: it ends its own engines and servers.
+            # As Ctrl-C does, so that the command ends its own engines and servers.
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(_END_S)
@@ -232,12 +233,12 @@ def _command(piece: Piece) -> str:
 
 
 def _is_done(path: Path, piece: Piece) -> bool:
-    """Whether this very command has ended well, and what it wrote is still there."""
+    """Whether this exact command has succeeded, and its record still exists."""
     return piece.record.exists() and _notes(path).get(piece.name, {}).get("command") == _command(piece)
 
 
 def headline(record: Path) -> str:
-    """The figures of a record in one line; nothing of what has none."""
+    """The main figures of a record in one line; empty if it has none."""
     if not record.is_file():
         return ""
     document = json.loads(record.read_bytes())
@@ -254,7 +255,7 @@ def headline(record: Path) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line a piece."""
+    """A line for each piece."""
     lines = [
         f"{each.piece.name:<28}{each.piece.minutes:>5.0f} min  {each.state}{f' {each.text}' if each.text else ''}"
         for each in outcomes

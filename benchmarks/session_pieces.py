@@ -1,7 +1,7 @@
-"""The pieces of a measuring session on one card: which benchmark each runs, about how long, and what it needs first.
+"""The pieces of a measuring session on one card: the command of each, about how long it takes, and what it needs first.
 
-Pieces are made one after the other, as they are asked for: later ones take plan books that earlier ones made. Who runs
-them: `session.py`.
+Pieces are made one after the other, when they are asked for, since later ones need plan books of earlier ones.
+`session.py` runs them.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.books import SEARCHED, path_of, read_names
-from benchmarks.rungs import SEQUENTIAL
-from benchmarks.workloads import file_name
+from benchmarks.common.rungs import SEQUENTIAL
+from benchmarks.common.workloads import file_name
+from benchmarks.ladder.books import SEARCHED, path_of, read_names
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import load_book
 from nanoflow.profile.table import Profile
 
-# Seconds, on one H200 with Llama-3-8B: from the start of a process to its first request, and the turn of a rung in the
-# steady state with all that stands before it.
+# Seconds on one H200 with Llama-3-8B: from the start of a process to its first request, and a rung's turn in the steady
+# state with its preparation.
 _START_S, _TURN_S = 20.0, 10.0
-# Of a search with trials and without, and of the books of the other rungs.
+# Seconds of a search with trials, of one without, and of making the books of the other rungs.
 _SEARCH_S, _PREDICTED_S, _BOOKS_S = 300.0, 60.0, 90.0
-# Requests of a quick session are this part of all.
+# A quick session divides numbers of requests by this.
 _QUICK = 4
 TRACE = "trace:{}.csv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A workload of whole runs, and about the seconds that a run takes."""
+    """A workload of whole runs, and about the seconds of a run."""
 
     workload: str
     num_requests: int
@@ -55,20 +55,20 @@ _NUM_GOALS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """What is asked of a session.
+    """Options of a session.
 
     Attributes:
-        out, books, traces: Folders: of records, of plan books (one a workload), of FILE.csv.
+        out, books, traces: Folders of records, of plan books (one folder a workload), and of FILE.csv.
         model, small_model: Presets; the small one is only served.
-        profile: Of the model, that plans are searched with.
-        book: That a start with plans is measured with.
-        sequential: Limits that the sequential rung is tried at, beside those that the search says.
-        repeats: Of all.
-        is_quick: A quarter of the requests.
-        tries_plans: Whether searched plans are tried on the GPU; else they are predicted alone, in a minute.
-        is_whole_ladder: Whole runs of nano-batches and each mechanism too.
-        allows_dirty: Passed on.
-        git_revision: Of the sources when the session began; None if unknown.
+        profile: Profile of the model, with which plans are searched.
+        book: Plan book with which a start with plans is measured.
+        sequential: Limits of sequential rungs, in addition to those that the search finds.
+        repeats: Repeats of every piece.
+        is_quick: Whether to use a quarter of the requests.
+        tries_plans: Whether searched plans are tried on the GPU; else they are only predicted, in a minute.
+        is_whole_ladder: Whether whole runs include nano-batches and each mechanism.
+        allows_dirty: Passed on as --allow-dirty.
+        git_revision: Revision of the sources when the session began; None if unknown.
     """
 
     out: Path
@@ -87,24 +87,24 @@ class Session:
     git_revision: str | None
 
     def count(self, num_requests: int) -> int:
-        """Of requests."""
+        """Number of requests in this session."""
         return -(-num_requests // _QUICK) if self.is_quick else num_requests
 
     def minutes(self, runs: float, run_s: float, starts: float) -> float:
-        """Of all repeats, for so many runs and starts in one."""
+        """Minutes of all repeats, for a number of runs and of starts in each."""
         return self.repeats * (runs * run_s / (_QUICK if self.is_quick else 1) + starts * _START_S) / 60
 
     def record(self, benchmark: str, model: str, *parts: str) -> Path:
-        """The file of a piece."""
+        """Path of the record of a piece."""
         return self.out / f"{'_'.join([benchmark, preset_name(model) or Path(model).name, *parts])}.json"
 
     def located(self, workload: str) -> str:
-        """With the folder of its trace."""
+        """The workload with the folder of its trace."""
         kind, _, name = workload.rpartition(":")
         return f"{kind}:{self.traces / name}" if kind else workload
 
     def counted(self, work: Work) -> str:
-        """As `--workloads` takes it."""
+        """The workload as `--workloads` takes it, with its number of requests."""
         return f"{self.located(work.workload)}:{self.count(work.num_requests)}"
 
 
@@ -113,14 +113,14 @@ class Piece:
     """One command.
 
     Attributes:
-        name: For people, and for --only.
-        words: After `python -m`.
-        record: What it writes, a file or a folder; it is there once the piece is done, maybe earlier.
-        minutes: About, on an H200.
+        name: Name in tables and for --only.
+        words: Arguments after `python -m`.
+        record: File or folder that it writes; it exists when the piece is done, perhaps earlier.
+        minutes: About how long it takes on an H200.
         needs: Files without which it cannot run.
-        goes_on: Whether one that was cut off goes on where it was, and so may begin in whatever time is left.
-        has_time_limit: Whether it has a `--time-limit` of its own.
-        is_there: Whether what it makes is there, by whomever it was made.
+        goes_on: Whether it continues after an interruption, and so may start in whatever time is left.
+        has_time_limit: Whether it has an option `--time-limit`.
+        is_there: Whether its result exists, whoever made it.
         without: Why there is nothing to run; None if there is.
     """
 
@@ -154,7 +154,7 @@ def _starts(session: Session) -> Iterator[Piece]:
         record = session.record("startup", session.model, name)
         yield Piece(
             name=f"startup-{name}",
-            words=["benchmarks.startup", *words, "--json", str(record), *options],
+            words=["benchmarks.engine.startup", *words, "--json", str(record), *options],
             record=record,
             minutes=1.0 + session.repeats,
             needs=needs,
@@ -162,14 +162,14 @@ def _starts(session: Session) -> Iterator[Piece]:
 
 
 def _in_turn(
-    session: Session, name: str, benchmark: str, record: Path, words: Sequence[str], *, minutes: float, **more: object
+    session: Session, name: str, module: str, record: Path, words: Sequence[str], *, minutes: float, **more: object
 ) -> Piece:
-    """A benchmark that goes on where it was cut off."""
+    """A piece that continues after an interruption."""
     dirty = ["--allow-dirty"] if session.allows_dirty else []
     common = ["--model", session.model, "--repeats", str(session.repeats), "--json", str(record), *dirty]
     return Piece(
         name=name,
-        words=[f"benchmarks.{benchmark}", *words, *common],
+        words=[f"benchmarks.{module}", *words, *common],
         record=record,
         minutes=minutes,
         goes_on=True,
@@ -182,7 +182,7 @@ def _sampled(session: Session) -> Piece:
     return _in_turn(
         session,
         "sampled",
-        "sampled",
+        "engine.sampled",
         session.record("sampled", session.model),
         ["--workloads", session.counted(_SHAREGPT)],
         minutes=session.minutes(_NUM_KINDS, _SHAREGPT.run_s, 1 / session.repeats),
@@ -196,7 +196,7 @@ def _traces(session: Session, works: Sequence[Work]) -> list[Path]:
 
 
 def _served(session: Session) -> Iterator[Piece]:
-    """Every load is a piece, of one server."""
+    """A piece for each load, with a server of its own."""
     loads = (
         (session.model, "inf", 1200, 2 * 28.0, 3.0),
         (session.model, "20", 1200, 65.0, 1.5),
@@ -214,7 +214,7 @@ def _served(session: Session) -> Iterator[Piece]:
         words += ["--allow-dirty"] if session.allows_dirty else []
         yield Piece(
             name=f"serving-{preset_name(model) or Path(model).name}-{load}",
-            words=["benchmarks.serving", *words, "--json", str(record)],
+            words=["benchmarks.engine.serving", *words, "--json", str(record)],
             record=record,
             minutes=session.minutes(1, run_s, starts / session.repeats),
             needs=_traces(session, [_SHAREGPT]),
@@ -227,7 +227,7 @@ def _limits(session: Session) -> Piece:
     return _in_turn(
         session,
         "limits",
-        "limits",
+        "engine.limits",
         session.record("limits", session.model),
         ["--workloads", *(session.counted(work) for work in works), "--pairs", *_LIMIT_PAIRS],
         minutes=session.minutes(engines, sum(work.run_s for work in works), engines),
@@ -236,7 +236,7 @@ def _limits(session: Session) -> Piece:
 
 
 def _folder(session: Session, work: Work) -> Path:
-    """Of the plan books of a workload."""
+    """Folder of the plan books of a workload."""
     return session.books / file_name(work.workload)
 
 
@@ -245,7 +245,7 @@ def _searched(session: Session, work: Work) -> Path:
 
 
 def _books(session: Session, work: Work) -> Iterator[Piece]:
-    """What is searched over limits, and then the other rungs under the limits that were found."""
+    """A search over limits, and then books of the other rungs under the limits that it found."""
     name, searched = file_name(work.workload), _searched(session, work)
     needs = [session.profile, *_traces(session, [work])]
     workload = ["--workloads", session.located(work.workload)]
@@ -263,8 +263,8 @@ def _books(session: Session, work: Work) -> Iterator[Piece]:
     yield Piece(
         name=f"books-{name}",
         words=[
-            *("benchmarks.books", "--profile", str(session.profile), "--limits", _limits_of(searched), *workload),
-            *("--out", str(searched.parent), "--rungs", *others),
+            *("benchmarks.ladder.books", "--profile", str(session.profile), "--limits", _limits_of(searched)),
+            *(*workload, "--out", str(searched.parent), "--rungs", *others),
         ],
         record=searched.parent,
         minutes=_BOOKS_S / 60,
@@ -275,7 +275,7 @@ def _books(session: Session, work: Work) -> Iterator[Piece]:
 
 
 def mechanism_books(session: Session, work: Work) -> dict[str, Path]:
-    """Books of nano-batches and of each mechanism that the profile knows, at the limits of the searched one."""
+    """Paths of the books of nano-batches and of each mechanism of the profile, at the limits of the searched one."""
     searched = _searched(session, work)
     if not session.profile.exists() or not searched.exists():
         return {}
@@ -285,13 +285,13 @@ def mechanism_books(session: Session, work: Work) -> dict[str, Path]:
 
 
 def _limits_of(path: Path) -> str:
-    """Of a book; nothing if it is not there."""
+    """Limits of a book as TOKENS/SEQS; empty if it does not exist or has none."""
     limits = load_book(path).limits if path.exists() else None
     return "" if limits is None else f"{limits.max_batch_tokens}/{limits.max_num_seqs}"
 
 
 def _rungs(session: Session, work: Work, *, with_all: bool) -> list[str]:
-    """Sequential at all limits that it may be best at, then what was searched, then the rest."""
+    """Rungs: sequential at all limits that may be best, then the searched book, and all others if asked for."""
     searched = _searched(session, work)
     if not searched.exists() or not (stored := load_book(searched)).plans:
         return []
@@ -301,7 +301,7 @@ def _rungs(session: Session, work: Work, *, with_all: bool) -> list[str]:
         pairs.append(f"{best.max_batch_tokens}/{best.max_num_seqs}")
     if not with_all:
         return [*_sequential(pairs), f"{SEARCHED}={searched}"]
-    # With the same limits as the plans, a sequential rung has the very same batches.
+    # A sequential rung with the limits of the plans computes the same batches as they do.
     others = [f"{name}={path}" for name, path in mechanism_books(session, work).items() if _has_plans(path)]
     return [*_sequential([*pairs, _limits_of(searched)]), *others, f"{SEARCHED}={searched}"]
 
@@ -315,7 +315,7 @@ def _has_plans(path: Path) -> bool:
 
 
 def _compared(session: Session, work: Work, benchmark: str, workload: str, *, with_all: bool, run_s: float) -> Piece:
-    """Rungs beside the best sequential one."""
+    """A piece that compares rungs with the best sequential one."""
     name, rungs = file_name(work.workload), _rungs(session, work, with_all=with_all)
     needs = [_searched(session, work), *_traces(session, [work])]
     words = ["--workloads", workload, "--rungs", *rungs]
@@ -324,7 +324,7 @@ def _compared(session: Session, work: Work, benchmark: str, workload: str, *, wi
     piece = _in_turn(
         session,
         f"{benchmark.replace('_', '-')}-{name}",
-        benchmark,
+        f"ladder.{benchmark}",
         session.record(benchmark, session.model, name),
         words,
         minutes=session.minutes(num_rungs, run_s, num_rungs if benchmark == "whole_runs" else num_limits),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.stub_facts import stub_facts
+from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.engine.conversation import joined_text
 from nanoflow.engine.errors import EngineDeadError

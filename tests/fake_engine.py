@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from benchmarks.stub_facts import stub_facts
+from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.messages import EngineFacts, EngineStats, PlaceLogprobs, StepOutput

@@ -55,10 +55,10 @@ numbers came about is in the [log](log/index.md), what was learnt in [findings.m
 _STEADY = """\
 A busy server is always in the middle of its work: requests come as others leave. Here the first requests begin
 anywhere in their completions, and new ones always wait. Settings take turns on one card (`python -m
-benchmarks.steady`), each at its own limits, all with the same number of KV pages. Each is compared with the fastest
-sequential setting. A sequential setting with the same limits has the very same batches, since scheduling depends on
-lengths alone. *Same batches* is the time of that one / the time of this one; *predicted* is what the profile
-expects."""
+benchmarks.ladder.steady`), each at its own limits, all with the same number of KV pages. Each is compared with the
+fastest sequential setting. A sequential setting with the same limits has the very same batches, since scheduling
+depends on lengths alone. *Same batches* is the time of that one / the time of this one; *predicted* is what the
+profile expects."""
 
 
 def main() -> None:

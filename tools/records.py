@@ -128,7 +128,7 @@ def _sequential_row(results: Path) -> Row:
         text = f"{work['workload'].removeprefix('trace:').removesuffix('.csv')}: {_rate(document):,.0f} tokens/s"
         parts.append(", ".join(filter(None, (f"{text} ({size})", beside(peers[stem], _rate(document))))))
     if not parts:
-        return what, "not measured yet: `python -m benchmarks.targets`", "", ""
+        return what, "not measured yet: `nanoflow bench throughput --model preset:llama-3-8b`", "", ""
     more = f"of {len(ratios)} workloads the least and the most over a peer: " if len(ratios) > len(shown) else ""
     return what, more + "; ".join(parts), _places(shown), _names(shown)
 
@@ -271,7 +271,7 @@ def _cpu_row(results: Path) -> Row:
     document = read(results / "cpu_decode_bfloat16.json")
     head = document.get("headline")
     if head is None:
-        return "CPU decode", "not measured yet: `python benchmarks/cpu_decode.py`", "", ""
+        return "CPU decode", "not measured yet: `python -m benchmarks.engine.cpu_decode`", "", ""
     return head["what"], head["measured"], head["hardware"], "cpu_decode_bfloat16"
 
 

@@ -18,12 +18,12 @@ from nanoflow.config import ConfigError, unknown_option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyState:
-    """What a steady part of a run was worth.
+    """Rate and energy of a run in its measurement window (`bench/measurement_window.py`).
 
     Attributes:
-        duration_s, num_iterations: How long it was.
-        total_tokens_per_s: Tokens that the model worked through, prompt and output. A window with more prompt tokens
-            among them than the workload is faster than the workload could be, so bounds say nothing of it.
+        duration_s, num_iterations: Length of the window.
+        total_tokens_per_s: Prompt and output tokens that the model computed. A window with a larger share of prompt
+            tokens than the workload may be faster than the workload's bounds, so it is not compared with them.
         energy_per_token_j: None if unknown, or if the window is too short for the counter.
     """
 
@@ -84,8 +84,8 @@ class RunMetrics:
         energy_per_token_j: Energy of the GPU over the duration, for each prompt and output token; None if unknown.
         errors: Message to how often.
         share_of_serial, share_of_optimal: Total tokens/s as a part of the bounds; None if these were not measured.
-        steady: The run without ramp-up and drain; None if nobody watched, or for the reason given.
-        no_steady_reason: Why there was no steady state, if somebody watched.
+        steady: In the measurement window; None if iterations were not observed, or for the reason given.
+        no_steady_reason: Why there was no measurement window; None if there was one or nothing was observed.
         plan_iterations: A plan's digest to the iterations it ran; None if nobody watched.
         energy_dropped: Why an energy that was measured is not told; None if none was dropped.
     """

@@ -22,9 +22,9 @@ from nanoflow.kernels import triton_gemm as whole
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles
 from nanoflow.kernels.hopper.attention import can_attend, decode_attention
-from nanoflow.kernels.kept import kernels_beside
 from nanoflow.kernels.launch import Launch, LayerCache
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.restricted import kernels_beside
 from nanoflow.kernels.triton_split_k import make_workspace, max_splits, run_linear_add_split_k, run_linear_split_k
 from tests import graphs
 from tests.gemm_cases import (

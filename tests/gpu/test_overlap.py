@@ -50,7 +50,7 @@ def test_lanes_differ_only_where_tokens_nearly_tie(tmp_path: Path, cuda_graphs: 
     path = tmp_path / "plan.json"
     graph = build_graph(load(folder), None)
     if OpKind.LINEAR_SWIGLU not in kernels_for(torch.device("cuda"), torch.bfloat16, graph.layer):
-        pytest.skip("products cannot be kept to a part of this GPU, nor small")
+        pytest.skip("products cannot be restricted to a part of this GPU")
     graph = fuse_swiglu(graph)
     path.write_bytes(ping_pong_plan(graph, 64, 40, mechanism, share=84 / 132).to_json())
     options = {"device": "cuda", "max_batch_tokens": 64, "dtype": "bfloat16", "max_num_seqs": len(PROMPTS)}

@@ -1,4 +1,4 @@
-"""Profiling on a GPU: plausible points alone, on parts and side by side, and products kept to a partition."""
+"""Profiling on a GPU: plausible points alone, on parts and side by side, and products restricted to a partition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
-from nanoflow.kernels.kept import kernels_on
+from nanoflow.kernels.restricted import kernels_on
 from nanoflow.models.presets import PRESETS
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.table import Profile
@@ -53,7 +53,7 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj", "down_proj"])
 @torch.inference_mode()
-def test_products_kept_to_a_part_compute_the_same(job: Job, name: str) -> None:
+def test_products_restricted_to_a_part_compute_the_same(job: Job, name: str) -> None:
     prepared = prepare_row(job.site, rows_workspace(job.site, 512), name, 512)
     out = prepared.workspace.tensors[prepared.op.writes[0]]
     before, results = out.clone(), []

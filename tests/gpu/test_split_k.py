@@ -17,9 +17,9 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_gemm as whole
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.gemm_tiles import PART_TILES, GemmTiles
-from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.restricted import kernels_on
 from nanoflow.kernels.triton_attention import card_of
 from nanoflow.kernels.triton_split_k import (
     SplitWorkspace,

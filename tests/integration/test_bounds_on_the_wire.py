@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmarks.evil import Address, chunked, post, status_of
+from benchmarks.robustness.attacks import Address, chunked, post, status_of
 
 from tests.server_process import ServerProcess, launch
 from tests.toy_models import write_toy_model

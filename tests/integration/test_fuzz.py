@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import fuzz
+from benchmarks.robustness import fuzz
 
 from tests.fuzz.clients import Findings
 
@@ -31,4 +31,4 @@ def test_a_finding_is_told_with_how_to_have_it_again(
     monkeypatch.setattr(fuzz, "_fuzz_files", find)
     assert fuzz.main(["--only", "16", "--seed", "9"]) == 1
     told = capsys.readouterr().out
-    assert "it broke" in told and "python -m benchmarks.fuzz --seed 9 --only 16" in told
+    assert "it broke" in told and "python -m benchmarks.robustness.fuzz --seed 9 --only 16" in told

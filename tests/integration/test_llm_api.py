@@ -16,7 +16,7 @@ import pytest
 from tqdm import tqdm
 
 from nanoflow import LLM, SamplingParams
-from nanoflow.bench.steady import ProgressRecorder
+from nanoflow.bench.measurement_window import ProgressRecorder
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.errors import EngineDeadError

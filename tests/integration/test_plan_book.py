@@ -14,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanoflow.bench.steady import ProgressRecorder
+from nanoflow.bench.measurement_window import ProgressRecorder
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.llm import LLM

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import pytest
 import uvicorn
-from benchmarks.front_end import load
+from benchmarks.engine.front_end import load
 
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.stub_facts import stub_facts
+from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.config import ServerConfig

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.stub_facts import stub_facts
+from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.bench import clients, offline
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig

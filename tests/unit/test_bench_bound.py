@@ -22,14 +22,14 @@ from nanoflow.bench.bound import (
     work_of,
 )
 from nanoflow.bench.config import ThroughputConfig
-from nanoflow.bench.record import format_table, write_record
-from nanoflow.bench.steady import (
+from nanoflow.bench.measurement_window import (
     NoSteadyState,
     Progress,
     ProgressRecorder,
     find_window,
     steady_state,
 )
+from nanoflow.bench.record import format_table, write_record
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import EnergySampler
 from nanoflow.engine.messages import EngineStats

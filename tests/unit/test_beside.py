@@ -20,9 +20,9 @@ from nanoflow.graph.operation import KEY_BLOCK, OpKind
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles, with_addend
 from nanoflow.kernels.hopper import attention
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS
-from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
@@ -133,9 +133,9 @@ def test_attention_has_programs_for_what_room_there_is(monkeypatch: pytest.Monke
     monkeypatch.setattr(attention, "run_decode", lambda _launch, num_programs: counts.append(num_programs))
     launch = cast(Launch, SimpleNamespace(cache=SimpleNamespace(keys=torch.empty(1, 1, PAGE_TOKENS, 8))))
     ours = {**REFERENCE_KERNELS, OpKind.DECODE_ATTENTION: attention.decode_attention}
-    for kept in (kernels_on, kernels_beside):
-        kept(ours, 100)[OpKind.DECODE_ATTENTION](launch)
-        of_reference = kept(REFERENCE_KERNELS, 100)
+    for restricted in (kernels_on, kernels_beside):
+        restricted(ours, 100)[OpKind.DECODE_ATTENTION](launch)
+        of_reference = restricted(REFERENCE_KERNELS, 100)
         assert of_reference[OpKind.DECODE_ATTENTION] is REFERENCE_KERNELS[OpKind.DECODE_ATTENTION]
     assert counts == [300, 100]
 

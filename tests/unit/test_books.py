@@ -1,4 +1,4 @@
-"""`benchmarks/books.py`: the plan books of a ladder, from an estimated profile; on no GPU."""
+"""`benchmarks/ladder/books.py`: the plan books of a ladder, from an estimated profile; on no GPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks import books
-from benchmarks.rungs import read_rung
+from benchmarks.common.rungs import read_rung
+from benchmarks.ladder import books
 
 from nanoflow.cli.main import main as nanoflow
 from nanoflow.plan.book import BookLimits, StoredBook, load_book

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from benchmarks.stub_facts import stub_facts
+from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.config import ConfigError, ServerConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import detokenize
+from benchmarks.engine import detokenize
 
 
 def test_every_case_is_measured_behind_few_and_many_tokens(tmp_path: Path) -> None:

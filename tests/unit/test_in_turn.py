@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import in_turn, limits, sampled, whole_runs
-from benchmarks.apart import RunFailed
+from benchmarks.common import in_turn
+from benchmarks.common.apart import RunFailed
+from benchmarks.engine import limits, sampled
+from benchmarks.ladder import whole_runs
 
 from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.provenance import command, portable, require_clean, settings_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import overlap
+from benchmarks.predictions import overlap
 
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.plan import PlanError

@@ -1,19 +1,19 @@
-"""`benchmarks/kernels_lanes.py`: every kind of work can be made and runs; on no GPU."""
+"""`benchmarks/kernels/lanes.py`: every kind of work can be made and runs; on no GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks import kernels_lanes
-from benchmarks.kernels_lanes import FIRST, SECOND, Case
+from benchmarks.kernels import lanes
+from benchmarks.kernels.lanes import FIRST, SECOND, Case
 
 from tests.unit.test_profiler import SITE
 
 
 @pytest.mark.parametrize("name", [*FIRST, *SECOND])
 def test_every_kind_of_work_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_lanes, "_MIN_WEIGHT_BYTES", 1)
-    monkeypatch.setattr(kernels_lanes, "_COPY_BYTES", 64)
+    monkeypatch.setattr(lanes, "_MIN_WEIGHT_BYTES", 1)
+    monkeypatch.setattr(lanes, "_COPY_BYTES", 64)
     side = {**FIRST, **SECOND}[name](SITE, Case(num_tokens=16, num_requests=3, num_keys=20))
     assert side.num_calls >= 1
     with torch.inference_mode():
@@ -25,5 +25,5 @@ def test_without_a_card_it_says_what_it_needs(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        kernels_lanes.main([])
+        lanes.main([])
     assert "needs a Hopper card or a later one" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from nanoflow.search.limits import Run
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
 from nanoflow.trials import iterations
 from nanoflow.trials.iterations import Timing, Trial
-from nanoflow.trials.kept import KeptTrials
+from nanoflow.trials.journal import TrialJournal
 from tests.plans import ping_pong_plan
 
 GRAPH = build_graph(preset_config("llama-3-8b"), None)
@@ -128,20 +128,20 @@ def test_an_interrupted_search_keeps_what_it_tried(
     monkeypatch.setattr(search_book_command, "_check_machine", lambda _: None)
     monkeypatch.setattr(iterations, "measure_trials", measure)
     whole, path = tmp_path / "whole.json", tmp_path / "plans.json"
-    kept = tmp_path / "plans.json.trials"
+    journal = tmp_path / "plans.json.trials"
 
     def search(output: Path, *more: str) -> int:
         limits = ["--max-batch-tokens", "2048", "--max-num-seqs", "400"]
         return main(["search", str(profile), "-o", str(output), "--measure", *limits, *more])
 
-    assert search(path) == INTERRUPTED and kept.read_bytes().count(b"gain") == 3 and not path.exists()
-    with kept.open("ab") as file:
+    assert search(path) == INTERRUPTED and journal.read_bytes().count(b"gain") == 3 and not path.exists()
+    with journal.open("ab") as file:
         file.write(b'\n{"profile": "cut')
     left = 4
     assert search(path) == INTERRUPTED and "3 more were tried before" in capsys.readouterr().err
     left = 100
     assert search(path) == 0 and "4 more were tried before" in capsys.readouterr().err
-    assert len(tried) == len(set(tried)) == 6 and not kept.exists(), "none twice, and the file goes"
+    assert len(tried) == len(set(tried)) == 6 and not journal.exists(), "none twice, and the file goes"
     assert search(whole) == 0 and path.read_bytes() == whole.read_bytes() and len(tried) == 12
     assert load_book(whole).entries, "something is in it"
     left = 14
@@ -150,17 +150,17 @@ def test_an_interrupted_search_keeps_what_it_tried(
     assert search(path, "--fresh") == 0 and len(tried) == 20
 
 
-def test_kept_trials_are_of_one_profile(profile: Path, tmp_path: Path) -> None:
+def test_the_journal_is_of_one_profile(profile: Path, tmp_path: Path) -> None:
     stored = Profile.load(profile)
     shape, plan = batch_of(2048, 683, 1280.0, 1024.0), sequential_plan(GRAPH, 2048)
     second = Timing(time_s=1.0, energy_j=None)
-    kept = KeptTrials(tmp_path / "trials", stored)
-    assert (shape, plan) not in kept
-    kept.add(Trial(shape=shape, plan=plan, planned=replace(second, time_s=0.8), sequential=second))
-    assert kept[shape, plan] == 1.25 == KeptTrials(tmp_path / "trials", stored)[shape, plan]
-    assert (shape, sequential_plan(GRAPH, 1024)) not in kept
-    assert (batch_of(2048, 683, 1290.0, 1024.0), plan) not in kept
-    assert (shape, plan) not in KeptTrials(tmp_path / "trials", replace(stored, page_size=32))
+    journal = TrialJournal(tmp_path / "trials", stored)
+    assert (shape, plan) not in journal
+    journal.add(Trial(shape=shape, plan=plan, planned=replace(second, time_s=0.8), sequential=second))
+    assert journal[shape, plan] == 1.25 == TrialJournal(tmp_path / "trials", stored)[shape, plan]
+    assert (shape, sequential_plan(GRAPH, 1024)) not in journal
+    assert (batch_of(2048, 683, 1290.0, 1024.0), plan) not in journal
+    assert (shape, plan) not in TrialJournal(tmp_path / "trials", replace(stored, page_size=32))
 
 
 def test_what_a_device_says_decides() -> None:

@@ -1,4 +1,4 @@
-"""Load over HTTP: how answers are read, clients in several processes, `benchmarks/serving.py` with a fake server."""
+"""Load over HTTP: reading answers, clients in several processes, `benchmarks/engine/serving.py` with a fake server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import serving, serving_document
-from benchmarks.server_process import ServerFailed, free_port, started, usage_of
+from benchmarks.common.server_process import ServerFailed, free_port, started, usage_of
+from benchmarks.engine import serving, serving_document
 
 from nanoflow.bench.client import ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
 from nanoflow.bench.clients import Clients

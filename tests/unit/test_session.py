@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import session, steady, whole_runs
+from benchmarks import session
+from benchmarks.ladder import steady, whole_runs
 
 from nanoflow.cli.main import build_parser
 from nanoflow.models.config import load
@@ -42,7 +43,7 @@ class Commands:
             return 1
         if words[0] == "nanoflow":
             Path(words[words.index("-o") + 1]).write_bytes(self._book)
-        elif words[0] == "benchmarks.books":
+        elif words[0] == "benchmarks.ladder.books":
             for rung in words[words.index("--rungs") + 1 :]:
                 folder = Path(words[words.index("--out") + 1])
                 (folder / f"default_{rung}_64-12.json").write_bytes(self._book)
@@ -53,8 +54,8 @@ class Commands:
 
     @property
     def names(self) -> list[str]:
-        """Of the benchmarks that ran."""
-        return [words[0].removeprefix("benchmarks.") for words in self.ran]
+        """Of the benchmarks that ran, without their folders."""
+        return [words[0].rpartition(".")[2] for words in self.ran]
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +102,15 @@ def test_every_piece_is_a_command_that_its_benchmark_understands(
     for words in commands.ran:
         if words[0] == "nanoflow":
             build_parser().parse_args(words[1:])
-        elif words[0] != "benchmarks.startup":
+        elif words[0] != "benchmarks.engine.startup":
             _options(words)
-    whole = next(words for words in commands.ran if words[0] == "benchmarks.whole_runs")
+    whole = next(words for words in commands.ran if words[0] == "benchmarks.ladder.whole_runs")
     (setting, *_) = whole_runs.read_settings(_options(whole))
     assert setting.config.workload == "512/512" and setting.config.num_requests == 1100
     rungs = [text.partition("=") for text in _options(whole).rungs]
     assert [name for name, _, _ in rungs] == ["sequential", "sequential", "searched"]
     assert [what for _, _, what in rungs][:2] == ["128/16", "32/8"], "those given, and those that the search says"
-    turns = next(words for words in commands.ran if words[0] == "benchmarks.steady")
+    turns = next(words for words in commands.ran if words[0] == "benchmarks.ladder.steady")
     groups = steady.read_task(_options(turns)).groups
     assert [[rung.name for rung in group] for group in groups] == [
         ["sequential 128/16"],
@@ -143,7 +144,7 @@ def test_a_quick_session_has_fewer_requests_and_records_of_its_own(
 def test_what_fails_is_told_and_tried_again(
     commands: Commands, tmp_path: Path, profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands.broken = "benchmarks.sampled"
+    commands.broken = "benchmarks.engine.sampled"
     only = ("--only", "sampled", "limits")
     assert _session(tmp_path, profile, *only) == 1 and commands.names == ["sampled", "limits"]
     assert "FAILED" in capsys.readouterr().out

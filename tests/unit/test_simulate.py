@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks.paper import compare
+from benchmarks.predictions.paper import compare
 
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.hardware import parse_gpus
@@ -254,7 +254,7 @@ def test_several_gpus_have_a_graph_for_each_exchange() -> None:
 
 @pytest.mark.slow
 def test_the_paper_within_a_tenth() -> None:
-    """LLaMA-2-70B on 8 A100 at 512/512; assumptions stand in benchmarks/paper.py."""
+    """LLaMA-2-70B on 8 A100 at 512/512; assumptions stand in benchmarks/predictions/paper.py."""
     rows = {row.name: row for row in compare()}
     for row in rows.values():
         assert abs(row.error) < 0.1, row

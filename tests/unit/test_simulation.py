@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from benchmarks.validation import compare
+from benchmarks.predictions.validation import compare
 
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.soak import Course, growth_of
+from benchmarks.robustness.soak import Course, growth_of
 
 from nanoflow.bench.processes import ProcessState
 

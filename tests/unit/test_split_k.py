@@ -13,9 +13,9 @@ import torch
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.gemm_tiles import GEMM_TILES, GemmTiles
-from nanoflow.kernels.kept import kernels_on
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.restricted import kernels_on
 from nanoflow.kernels.triton_split_k import (
     SplitWorkspace,
     choose_split_cut,

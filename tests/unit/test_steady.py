@@ -1,4 +1,4 @@
-"""`benchmarks/steady.py`: requests under way, turns of rungs on one engine, and what is made of them; on no GPU."""
+"""`benchmarks/ladder/steady.py`: requests under way, turns of rungs on one engine, and their metrics; on no GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmarks import steady, steady_engine
-from benchmarks.turns import Iteration, Turn, UnequalTurns, metrics_of
+from benchmarks.ladder import steady, steady_engine
+from benchmarks.ladder.turns import Iteration, Turn, UnequalTurns, metrics_of
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
@@ -297,6 +297,9 @@ def test_rungs_take_turns_at_their_own_limits_on_the_embedded_model(
         yield from function(*arguments)
 
     monkeypatch.setattr(steady, "yielded_apart", yielded)
+    # A fixed number of iterations: as many as a busy machine manages in a turn may have no large batch.
+    counts = steady_engine.Counts(num_settling=2, num_counted=10)
+    monkeypatch.setattr(steady_engine, "counts_of", lambda *_: counts)
     path = tmp_path / "steady.json"
     rungs = ("--rungs", "sequential=32/8", "sequential=64/12", f"cut={book}")
     assert _steady(path, *rungs) == 0

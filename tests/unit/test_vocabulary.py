@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.vocabulary import main
+from benchmarks.common.vocabulary import main
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.tokenizer import Tokenizer

@@ -1,8 +1,8 @@
 """Throughput in process: all requests at once through `LLM.generate`, as fast as the engine goes.
 
-Completions are of fixed length (end of sequence ignored); unless options say otherwise they are greedy and not decoded
-to text. What was possible is measured first (`rates.py`), the steady state beside the run (`steady.py`). Requests over
-HTTP, with arrivals in time, are `online.py`.
+Completions have a fixed length (the end of sequence is ignored). They are greedy and not decoded to text unless options
+say otherwise. The bounds of the device are measured before the run (`rates.py`). Iterations are observed during it,
+for its rate in the steady state (`measurement_window.py`). `online.py` sends requests over HTTP, at times of arrival.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.measurement_window import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.steady import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
 from nanoflow.models.presets import preset_name

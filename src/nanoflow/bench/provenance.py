@@ -1,7 +1,7 @@
 """What every record begins with: when, by which command, on which machine, from which sources, with which settings.
 
 A number without these cannot be judged or measured again. What was measured is added by whoever writes the record
-(`record.py`, `benchmarks/document.py`).
+(`record.py`, `benchmarks/common/document.py`).
 """
 
 from __future__ import annotations

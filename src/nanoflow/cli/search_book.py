@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from nanoflow.cli.search import SearchConfig
     from nanoflow.graph.operation import BatchShape
     from nanoflow.profile.table import Profile
-    from nanoflow.trials.kept import KeptTrials
+    from nanoflow.trials.journal import TrialJournal
 
 # Settling, capturing and measuring, for one plan; for some also the sequential plan.
 _TRIAL_S = 3.0
 
 
-def kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> KeptTrials:
+def kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> TrialJournal:
     """Those of an interrupted search for this file; ProfileError if plans of the profile cannot be tried here."""
-    from nanoflow.trials.kept import KeptTrials
+    from nanoflow.trials.journal import TrialJournal
 
     _check_machine(profile)
-    kept = KeptTrials(output.with_name(f"{output.name}.trials"), profile)
+    kept = TrialJournal(output.with_name(f"{output.name}.trials"), profile)
     if is_fresh:
         kept.forget()
     return kept
@@ -56,7 +56,7 @@ class LimitsSearch:
         profile: Profile,
         config: SearchConfig,
         workloads: Sequence[str],
-        kept: KeptTrials | None,
+        kept: TrialJournal | None,
         *,
         is_quiet: bool,
     ) -> None:
@@ -116,7 +116,7 @@ class LimitsSearch:
             self._say(f"  {cell_line(each)}")
         return self._judged(limits, plans, "predicted")
 
-    def _measured(self, found: WithPlans, kept: KeptTrials) -> WithPlans:
+    def _measured(self, found: WithPlans, kept: TrialJournal) -> WithPlans:
         """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins.
 
         Batches that are rare keep what is safely predicted to win.

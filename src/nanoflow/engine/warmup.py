@@ -15,7 +15,7 @@ import numpy as np
 
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buckets import Buckets
-from nanoflow.executor.captured import GraphKey
+from nanoflow.executor.forward import GraphKey
 from nanoflow.executor.inputs import BatchSize
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape

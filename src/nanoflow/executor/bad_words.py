@@ -1,9 +1,8 @@
-"""Sequences of tokens that rows may not generate, where what a row has generated last is known on the device alone.
+"""Bans sequences of tokens, depending on the last tokens of a row, which only the device knows.
 
-Only the last token of a sequence is ever forbidden: while the tokens before it are the last ones that the row has
-generated. So before a draw the last tokens of all sequences are marked or freed in the table of seen tokens, which the
-draw looks at; there is nothing else that it must know. Rows without such sequences take no part, and as long as no
-request has any there is no table.
+Only the last token of a sequence is ever forbidden, and only while the row's last tokens are the tokens before it. So
+before a draw the last token of every sequence is set or cleared in the table of seen tokens, which the draw reads
+anyway. Rows without sequences are skipped, and without any sequence there is no table.
 
 Legend: R rows of the state table, V vocabulary, B rows that are drawn and have sequences, E sequences of a row,
 D tokens of a sequence before its last.
@@ -28,7 +27,7 @@ _ANY, _NOTHING, _NEVER = -1, -2, -3
 
 
 def bad_word_bytes(num_rows: int) -> int:
-    """Most device memory that the tables take: each word has two forms."""
+    """Upper bound of the tables' bytes on the device; each word has two forms."""
     return 4 * num_rows * (2 * MAX_BAD_WORDS + 1) * (MAX_BAD_WORD_TOKENS + 1)
 
 
@@ -38,7 +37,7 @@ class BadWords:
     Args:
         num_rows: R.
         vocab_size: V.
-        device: Where the tables are.
+        device: Device of the tables.
     """
 
     def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -49,7 +48,7 @@ class BadWords:
         self._last = torch.zeros(num_rows, 0, dtype=torch.int32, device=device)
 
     def join(self, rows: Sequence[int], restrictions: Sequence[Restriction]) -> None:
-        """Give these rows to new tenants, of which some have restrictions."""
+        """Assign these rows to new requests, some of which have restrictions."""
         self._has_some[list(rows)] = False
         given = [one for one in restrictions if one.sequences]
         if not given:
@@ -64,7 +63,7 @@ class BadWords:
             table.index_copy_(0, at, to_device(np.stack(rows_of_table), self._device))
 
     def mark(self, rows: Int32, seen: Tensor) -> None:
-        """Forbid what would complete a sequence in these rows (int32 [S]), and nothing else, in `SampleTables.seen`."""
+        """Forbid in `SampleTables.seen` exactly the tokens that would complete a sequence in these rows (int32 [S])."""
         rows = rows[self._has_some[rows]]
         if not len(rows):
             return
@@ -75,11 +74,11 @@ class BadWords:
         flat = seen.view(-1)
         free = flat[places] & SEEN_BITS
         flat.index_copy_(0, places, free)
-        # Of sequences that end alike one is enough.
+        # Several sequences may end in the same token; one complete one is enough to forbid it.
         flat.scatter_reduce_(0, places, torch.where(is_complete.view(-1), free + FORBIDDEN, free), "amin")
 
     def note(self, rows: Int32, token_ids: Tensor) -> None:
-        """Remember the tokens (int64 [S]) just drawn for these rows (int32 [S])."""
+        """Record the tokens (int64 [S]) just drawn for these rows (int32 [S])."""
         places = np.flatnonzero(self._has_some[rows])
         if len(places):
             at, drawn = to_device(np.stack((rows[places], places)).astype(np.int64), self._device)
@@ -87,7 +86,7 @@ class BadWords:
             self._recent.index_copy_(0, at, recent)
 
     def _tables_of(self, one: Restriction) -> tuple[Int32, Int32, Int32]:
-        """A row of each table: the last tokens, those before the last of each sequence, and the last ones."""
+        """One row of each table: last tokens, and for each sequence the tokens before its last, and its last."""
         sequences, generated = one.sequences, one.generated
         num_sequences, num_before = self._before.shape[1:]
         recent = np.full(num_before, _NOTHING, np.int32)
@@ -102,7 +101,7 @@ class BadWords:
         return recent, before, last
 
     def _make_room(self, num_sequences: int, num_before: int) -> None:
-        """Widen the tables to powers of two that have room."""
+        """Enlarge the tables to powers of two that have room."""
         more = _more(num_sequences, self._before.shape[1])
         more_before = _more(num_before, self._before.shape[2])
         pad = torch.nn.functional.pad

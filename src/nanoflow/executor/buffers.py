@@ -1,6 +1,6 @@
 """A model on its device, the tensors between its operations, and how an operation becomes a `Launch`.
 
-This file binds names to tensors. It knows no order: that is what the executors add.
+This file binds names to tensors. It has no order of operations; the executor has.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class DeviceModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device that the model is on."""
         return self.caches[0].keys.device
 
 
 def allocate_caches(
     graph: OpGraph, *, num_pages: int | Sequence[int], page_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
-    """Keys and values [num_pages, KV heads, page_size, head size] of each layer, zeroed.
+    """Keys and values [num_pages, KV heads, page_size, head size] of each layer, filled with zeros.
 
     Args:
         graph: The model.
@@ -69,7 +69,7 @@ def allocate_caches(
     memory only where something has been written.
 
     Raises:
-        MemoryError: The system does not let this process have so much.
+        MemoryError: The system does not give this process enough memory.
     """
     group_of = [0] * graph.num_layers
     if isinstance(num_pages, int):
@@ -89,12 +89,12 @@ def allocate_caches(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch writes the zeros; numpy leaves them to the system, which gives memory when it is first written to.
+    # torch would write the zeros. With numpy the system provides zeroed memory when a page is first written.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def draw_keys(caches: Iterable[LayerCache], seed: int) -> None:
-    """Fill caches with random numbers, for benchmarks that read keys nobody wrote: zeros take a GPU less power."""
+    """Fill caches with random numbers, for benchmarks on keys that nobody wrote: zeros take a GPU less power."""
     for cache in caches:
         generator = torch.Generator(cache.keys.device).manual_seed(seed)
         for part in (cache.keys, cache.values):
@@ -106,10 +106,10 @@ class Workspace:
     """The tensors between operations.
 
     Attributes:
-        model: Whose.
-        tensors: By name: [tokens, width], or [rows with logits, width] for `sampled_names`.
-        sampled_names: Those with a row for each row that gets logits.
-        rotations: For each layer the place of its rotary embedding in `OpGraph.ropes`.
+        model: The model.
+        tensors: By name: [tokens, width]; those in `sampled_names` are [rows with logits, width].
+        sampled_names: Names of tensors with a row for each row that gets logits.
+        rotations: For each layer the index of its rotary embedding in `OpGraph.ropes`.
     """
 
     model: DeviceModel
@@ -121,9 +121,9 @@ class Workspace:
     def allocate(
         model: DeviceModel, *, num_tokens: int, num_logits: int, plans: Sequence[PipelinePlan] | None = None
     ) -> Workspace:
-        """Tensors for batches of up to so many tokens and rows with logits.
+        """Tensors for batches up to this number of tokens and of rows with logits.
 
-        Those of which none of the plans ever needs two at once share memory; each has its own without plans.
+        Tensors share memory where no plan needs both at the same time. Without plans each has its own.
         """
         graph = model.graph
         sampled_names = frozenset(spec.name for spec in graph.tensors if spec.scope is Scope.SAMPLED)
@@ -143,7 +143,7 @@ class Workspace:
         )
 
     def run(self, op: Operation, layer: int, tokens: TokenRange, inputs: BatchInputs) -> None:
-        """Run an operation on a token range; outside the layers `layer` is 0 and not looked at."""
+        """Run an operation on a token range; `layer` is ignored outside the layers, and is 0 there."""
         model = self.model
         self.model.kernels[op.kind](
             Launch(
@@ -160,14 +160,14 @@ class Workspace:
         )
 
     def run_whole(self, operations: Iterable[Operation], inputs: BatchInputs, layer: int = 0) -> None:
-        """Run operations one after the other, each on all tokens of its scope."""
+        """Run operations in order, each on all tokens of its scope."""
         for op in operations:
             tokens = inputs.tokens_in(op.scope)
             if tokens.num_tokens:
                 self.run(op, layer, tokens, inputs)
 
     def logits(self, inputs: BatchInputs) -> Tensor:
-        """Run the epilogue on the rows `inputs.logit_tokens`; [S, V], overwritten by the next call."""
+        """Logits [S, V] of the rows `inputs.logit_tokens`, from the epilogue; overwritten by the next call."""
         self.run_whole(self.model.graph.epilogue, inputs)
         return self.tensors["logits"][: len(inputs.logit_tokens)]
 
@@ -176,7 +176,7 @@ class Workspace:
         return of_layer[name] if name in of_layer else self.model.weights.shared[name]
 
     def _views(self, op: Operation, names: tuple[str, ...], tokens: TokenRange) -> tuple[Tensor, ...]:
-        """Rows `tokens` of the named tensors; one whose rows are of another kind (to gather from) is given whole."""
+        """Rows `tokens` of the named tensors; a tensor with rows of the other kind is given whole, to gather from."""
         rows, is_sampled = slice(tokens.start, tokens.stop), op.scope is Scope.SAMPLED
         return tuple(
             self.tensors[name][rows] if (name in self.sampled_names) == is_sampled else self.tensors[name]
@@ -188,7 +188,7 @@ class Workspace:
 def _sharing(
     model: DeviceModel, shapes: Mapping[str, tuple[int, int]], plans: Sequence[PipelinePlan]
 ) -> dict[str, Tensor]:
-    """Tensors of these shapes in one piece of memory."""
+    """Tensors of these shapes, placed in one piece of memory."""
     num_bytes = {name: rows * width * model.dtype.itemsize for name, (rows, width) in shapes.items()}
     begins = place(model.graph, plans, num_bytes)
     memory = torch.empty(size_of(begins, num_bytes), dtype=torch.uint8, device=model.device)

@@ -1,11 +1,10 @@
-"""Forward passes as CUDA graphs: one launch an iteration instead of one a kernel.
+"""Forward passes as CUDA graphs: one launch for an iteration instead of one for each kernel.
 
-A graph serves every batch of its size under its plan. Kernels read lengths and page tables from device memory, at
-places that stay the same; so a batch is laid out with padding up to its bucket (`buckets.py`), copied there, and the
-graph is replayed. To record a graph costs the host about as much as to run its kernels one by one, so a size that no
-graph is there for is recorded and replayed at once. Those that serving meets are recorded beforehand: `prepare` before
-the first request, `prepare_next` whenever there is nothing to do. What the kernels do stands in the plan:
-`pipelined.py`, which is also what runs where there are no graphs.
+A graph belongs to a plan and a padded size of batch (`buckets.py`), and runs every batch that is padded to that size.
+Kernels read lengths and page tables from device memory at fixed addresses, so each batch is copied there before its
+graph is replayed. Recording a graph takes the host about as long as launching its kernels one by one. So when a batch
+has no graph yet, one is recorded and replayed at once. `prepare` records the common ones before the first request, and
+`prepare_next` records one more whenever the engine is idle.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from nanoflow.batch import DenseBatch
 from nanoflow.device.transfer import to_device
 from nanoflow.executor.buckets import Buckets
+from nanoflow.executor.forward import GraphKey
 from nanoflow.executor.inputs import BatchSize, InputBuilder, LoadedBatch, RequestTables, padding
 from nanoflow.executor.layout import Layout
 from nanoflow.executor.pipelined import PipelinedExecutor
@@ -30,79 +29,24 @@ from nanoflow.plan.plan import PipelinePlan, PlanError
 # A graph of a model of 32 layers takes some megabytes; the least recently used one makes room.
 _MAX_GRAPHS = 512
 
-GraphKey = tuple[PipelinePlan, BatchSize]
-"""What a graph is recorded for."""
-
-
-class Forward(Protocol):
-    """Runs prologue and layers of a batch."""
-
-    @property
-    def num_prepared(self) -> int:
-        """Batches so far that took longer because no graph was there for their size."""
-
-    def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
-        """Queue the work; gives what `PipelinedExecutor.logits` needs."""
-
-    def compile(self, wanted: Sequence[GraphKey]) -> None:
-        """Launch every kernel that these need once, for the sake of compiling it; what comes out is nothing."""
-
-    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
-        """Record graphs for so long, the first of the list first; the others are left to `prepare_next`."""
-
-    def prepare_next(self) -> bool:
-        """Record one of the graphs that were left; False if there was none."""
-
-    def close(self) -> None:
-        """Give back what it holds, once all that was queued has run; it is of no use afterwards."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EagerForward:
-    """Kernel by kernel; there is nothing to prepare."""
-
-    executor: PipelinedExecutor
-    builder: InputBuilder
-    num_prepared: int = 0
-
-    def __call__(self, batch: DenseBatch, layout: Layout, plan: PipelinePlan) -> BatchInputs:
-        """See `Forward`."""
-        inputs = self.builder.build(batch, layout)
-        self.executor.forward(inputs, plan)
-        return inputs
-
-    def compile(self, wanted: Sequence[GraphKey]) -> None:
-        """See `Forward`."""
-
-    def prepare(self, wanted: Sequence[GraphKey], within_s: float) -> None:
-        """See `Forward`."""
-
-    def prepare_next(self) -> bool:
-        """See `Forward`."""
-        return False
-
-    def close(self) -> None:
-        """See `Forward`."""
-        self.executor.close()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Captured:
-    """A graph, and the index tensors in its own memory that it computes."""
+    """A CUDA graph, and the index tensors that it computes in its own memory."""
 
     graph: torch.cuda.CUDAGraph
     inputs: BatchInputs
 
 
 class CapturedForward:
-    """Replays graphs.
+    """Replays CUDA graphs; see `Forward`.
 
     Args:
-        executor, builder: Run what is recorded.
+        executor, builder: Run the work that is recorded.
         buckets: Sizes to pad to.
-        plans: All that batches may come with; their cuts say how much room page tables need.
+        plans: All plans that batches may come with; their cuts decide how large page tables are.
         pages_per_request: Width of the page tables: pages of the longest sequence.
-        device: Where.
+        device: A GPU.
     """
 
     def __init__(
@@ -175,7 +119,7 @@ class CapturedForward:
         self._executor.close()
 
     def _place(self, size: BatchSize) -> LoadedBatch:
-        """Where the graphs of a size read: at first a batch of padding alone."""
+        """The tensors that the graphs of a size read; at first they hold a batch of padding alone."""
         place = self._places.get(size)
         if place is None:
             place = self._places[size] = LoadedBatch(
@@ -192,7 +136,7 @@ class CapturedForward:
         return place
 
     def _graph(self, plan: PipelinePlan, size: BatchSize) -> _Captured:
-        """The graph of a plan for a size, recorded now if it is not there."""
+        """The graph of a plan for a size; recorded now if there is none."""
         key = (plan.digest, size)
         captured = self._captured.get(key)
         if captured is None:
@@ -201,16 +145,16 @@ class CapturedForward:
         return captured
 
     def _capture(self, place: LoadedBatch, plan: PipelinePlan) -> _Captured:
-        """Record the work of a size. The device goes on with what is queued, so this hides behind the last batch."""
+        """Record the work of a size. The device runs queued work meanwhile, which hides the recording."""
         if len(self._captured) >= _MAX_GRAPHS:
-            # It may still be running.
+            # The removed graph may still be running.
             torch.cuda.current_stream().synchronize()
             self._captured.popitem(last=False)
-        # Kernels and libraries are loaded when they first run, which they may not be while a graph is recorded.
+        # Kernels and libraries are loaded when they first run, which is not possible while a graph is recorded.
         self._executor.forward_typical(self._builder.derive(place), plan)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._capture_stream):
-            # Other threads may wait for their copies meanwhile.
+            # In this mode other threads may wait for their copies meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 inputs = self._builder.derive(place)

@@ -1,7 +1,7 @@
-"""From a `DenseBatch` (numpy, from the scheduler) to the index tensors that kernels take (torch, on the device).
+"""From a `DenseBatch` (numpy, from the scheduler) to the index tensors of kernels (torch, on the device).
 
-In two steps, since a CUDA graph can hold only the second: `load` lays out and copies what the host knows, `derive`
-computes the rest on the device, where the tokens sampled last are. What reads these tensors is in `kernels/`.
+There are two steps, since a CUDA graph can contain only the second. `load` lays out and copies what the host knows;
+`derive` computes the rest on the device, where the latest sampled tokens are. `kernels/` reads these tensors.
 
 The page tables of all rows stay on the device. A batch brings the pages that its rows have got, a few for a thousand
 decodes, and the tables of its requests are gathered there: what travels does not grow with the length of contexts.
@@ -30,11 +30,11 @@ from nanoflow.kernels.launch import BatchInputs, DecodeInputs, HostLengths, Page
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSize:
-    """Room for a batch; what it does not fill is padding.
+    """Size of a batch with its padding.
 
     Attributes:
         num_tokens: T.
-        num_decodes: D, tokens from the first on that may be decodes.
+        num_decodes: D, places from the first on that may be decodes.
         num_prefills: R, parts of prompts and gaps between them.
     """
 
@@ -44,7 +44,7 @@ class BatchSize:
 
     @staticmethod
     def of(layout: Layout) -> BatchSize:
-        """Exactly as large as a batch."""
+        """The exact size of a batch, without padding."""
         return BatchSize(
             num_tokens=len(layout.places),
             num_decodes=layout.num_decodes,
@@ -67,7 +67,7 @@ class RequestTables:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedBatch:
-    """What the host knows of a batch, on the device.
+    """A batch as the host knows it, copied to the device.
 
     Attributes:
         size: How large it is with its padding.
@@ -76,7 +76,7 @@ class LoadedBatch:
             further KV groups.
         tables: Page tables of the requests; a padding request may have no row.
         logit_tokens: int32 [S].
-        first_prefill_token: No token before it is of a prefill.
+        first_prefill_token: All tokens before it are decodes.
         host: Lengths for kernels that loop on the host; None if the batch is for a CUDA graph.
     """
 
@@ -113,7 +113,7 @@ class InputBuilder:
         self._num_rows = num_rows
         self._device = device
         self._uploader = Uploader(device)
-        # Angular frequencies, and the factor on cos and sin, of each rotary embedding.
+        # Angular frequencies of each rotary embedding, and the factor on its cos and sin.
         self._ropes = [
             (torch.tensor(rope.inv_freq, dtype=torch.float32, device=device), rope.attention_factor) for rope in ropes
         ]
@@ -144,7 +144,7 @@ class InputBuilder:
         """
         numbers, new = _numbers(batch, layout, size), batch.new_pages
         logit_tokens = layout.places[batch.logit_tokens]
-        # Places of no request get the table of any.
+        # Places without a request get the table of an arbitrary one.
         table_rows = np.zeros(layout.num_decodes + len(layout.chunk_requests), np.int32)
         table_rows[layout.decode_places] = batch.rows[: batch.num_decodes]
         table_rows[layout.num_decodes :] = batch.rows[np.maximum(layout.chunk_requests, 0)]
@@ -208,9 +208,9 @@ class InputBuilder:
         return RequestTables(decodes=decodes, prefills=prefills)
 
     def feed_back(self, rows: Int32, token_ids: Tensor) -> None:
-        """Remember the tokens (int64 [S]) just sampled for these rows (int32 [S]).
+        """Store the tokens (int64 [S]) just sampled for these rows (int32 [S]).
 
-        Of a row with several draws any is remembered: the host knows its tokens before it forms the next batch.
+        For a row with several draws any of them is stored: the host knows its tokens before it forms the next batch.
         """
         self._last_token[to_device(rows, self._device).long()] = token_ids
 
@@ -229,7 +229,7 @@ def padding(size: BatchSize, num_groups: int = 1) -> NDArray[np.int32]:
 
 
 def _numbers(batch: DenseBatch, layout: Layout, size: BatchSize) -> NDArray[np.int32]:
-    """The numbers of a batch in the layout of `LoadedBatch`, padding filled in."""
+    """The numbers of a batch in the order of `LoadedBatch`, with padding."""
     row_of_token = np.repeat(batch.rows, np.diff(batch.query_start))
     # No place in the cache, for padding: nothing is appended.
     slots, *more_slots = ((of_group, -1) for of_group in batch.slots.reshape(-1, batch.num_tokens))
@@ -258,12 +258,12 @@ def _numbers(batch: DenseBatch, layout: Layout, size: BatchSize) -> NDArray[np.i
 
 
 def _decode_contexts(batch: DenseBatch, layout: Layout) -> NDArray[np.int32]:
-    """Tokens in the cache of the decode at each place, 0 where there is none."""
+    """Tokens in the cache of the decode at each place; 0 where there is none."""
     contexts = np.zeros(layout.num_decodes, np.int32)
     contexts[layout.decode_places] = batch.context_len[: batch.num_decodes]
     return contexts
 
 
 def _before(counts: Tensor) -> Tensor:
-    """Sums before each entry, and of all: int32 [n + 1] of int32 [n]."""
+    """Sum of all entries before each entry, and of all: int32 [n + 1] from int32 [n]."""
     return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

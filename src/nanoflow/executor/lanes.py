@@ -1,9 +1,9 @@
-"""The lanes of a plan at run time: which stream a step is queued on, and the events between streams.
+"""Lanes of a plan at run time: on which stream and with which kernels each step runs, and the events between streams.
 
-`OneLane` queues everything in issue order on the current stream, which is right anywhere, for that order respects every
-dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own or kernels that leave room on each SM if
-the plan says so; `inside.py` has those of one instruction stream. All can be captured in a CUDA graph: lanes fork from
-the current stream and join it again.
+`streams.py` opens the streams that this file assigns to lanes. `OneLane` queues all steps on the current stream, in
+issue order, which respects every dependency. `GpuLanes` gives each lane a stream, with the SMs and kernels that its
+mechanism asks for. `inside.py` has the lanes whose attention runs inside products. All of them can be captured in a
+CUDA graph, since the streams fork from the current one and join it again.
 """
 
 from __future__ import annotations
@@ -31,24 +31,28 @@ from nanoflow.executor.streams import (
 from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of
-from nanoflow.kernels.kept import kernels_beside, kernels_on
+from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.plan.carriers import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 
 
 class Lanes(Protocol):
-    """Where the steps of one plan run."""
+    """Runs the steps of one plan on their lanes."""
 
     def running(self) -> AbstractContextManager[None]:
-        """All steps of a forward pass stand in this context; work queued after it waits for them."""
+        """Context of a forward pass: its steps are queued within, and work that is queued after it waits for them."""
 
     def on(self, place: int) -> AbstractContextManager[Workspace]:
-        """The step at this place, once what it waits for has been queued; gives the tensors with the lane's kernels."""
+        """Context of the step at this index of the plan's steps.
+
+        The stream waits for the steps that this one depends on, which must have been queued. Gives the tensors, with
+        the kernels of the step's lane.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneLane:
-    """One after the other."""
+    """All steps one after the other on the current stream."""
 
     workspace: Workspace
 
@@ -62,46 +66,55 @@ class OneLane:
 
 
 class Partitions:
-    """Pairs of lanes on disjoint SMs, or on the same ones, with kernels cut to them, each made once.
+    """Streams of lanes, and kernels restricted to them. Each is made once; plans share them, as one runs at a time.
 
-    Plans share them: one runs at a time.
+    Args:
+        device: A GPU.
+        kernels: Kernels for the whole device.
     """
 
     def __init__(self, device: torch.device, kernels: Kernels) -> None:
         self._device, self._kernels = device, kernels
         self._pairs: dict[int, tuple[LaneStream, LaneStream]] = {}
-        self._kept: dict[tuple[int, bool], Kernels] = {}
+        self._restricted: dict[tuple[int, bool], Kernels] = {}
         self._beside: tuple[tuple[LaneStream, Kernels], ...] = ()
 
     def side(self, share: float, *, is_first: bool) -> tuple[LaneStream, Kernels]:
-        """The lane with a share, and its kernels: products are on the first side, what runs beside them on the second.
+        """The stream of a lane with SMs of its own, and its kernels.
 
-        Second sides of all pairs are the first SMs of the device, so any two of them overlap, and a first side is
-        disjoint from every second side of at most the rest.
+        Each pair divides the device in two. The second side has the first SMs of the device, so the second sides of
+        two pairs overlap, and a first side is disjoint from every second side that is not larger than its own.
+
+        Args:
+            share: Part of the device's SMs.
+            is_first: Whether products run on the lane; other operations are on the second side.
 
         Raises:
-            LaneError: There is no such share, or no partitions here.
+            LaneError: The share leaves a lane without SMs, or the device cannot be partitioned.
         """
         total = count_sms(self._device)
         second_sms = round((1.0 - share if is_first else share) * total / SM_GROUP) * SM_GROUP
         if second_sms not in self._pairs:
             self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
         part = self._pairs[second_sms][0 if is_first else 1]
-        if (second_sms, is_first) not in self._kept:
-            self._kept[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
-        return part, self._kept[second_sms, is_first]
+        if (second_sms, is_first) not in self._restricted:
+            self._restricted[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
+        return part, self._restricted[second_sms, is_first]
 
     def close(self) -> None:
-        """Give back all SMs."""
+        """Return all SMs to the device."""
         for pair in self._pairs.values():
             for part in pair:
                 part.close()
 
     def beside(self, *, is_first: bool) -> tuple[LaneStream, Kernels]:
-        """The lane on all SMs whose kernels leave room for those of its twin; products are on the first.
+        """The stream of one of two lanes that share all SMs, and its kernels, which leave room for the other lane's.
+
+        Args:
+            is_first: Whether products run on the lane.
 
         Raises:
-            LaneError: No such lanes here.
+            LaneError: The device has no such lanes.
         """
         if not self._beside:
             self._beside = tuple(
@@ -114,9 +127,9 @@ class GpuLanes:
     """The lanes of a plan on a GPU.
 
     Args:
-        plan, steps: What runs.
+        plan, steps: The plan, and its steps in issue order.
         workspace: Tensors, and kernels for the whole device.
-        partitions: Where to get SMs.
+        partitions: Opens the streams of lanes.
     """
 
     def __init__(
@@ -132,7 +145,7 @@ class GpuLanes:
         self._begin, self._ends = _event(), {name: _event() for name in self._streams}
 
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
-        """A lane on the whole device is the current stream, so it is not opened."""
+        """Open the stream of a lane; a lane with the mechanism `whole` runs on the current stream."""
         is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
         sides: dict[Mechanism, Callable[[], tuple[LaneStream, Kernels]]] = {
             Mechanism.STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
@@ -170,7 +183,7 @@ class GpuLanes:
 
 
 def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace, partitions: Partitions) -> Lanes:
-    """The lanes of a plan: parallel ones on a GPU, if it has more than one."""
+    """The lanes of a plan; streams are opened only on a GPU and for plans with several lanes."""
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
     if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
@@ -180,10 +193,10 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
 
 
 def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) -> Carrier:
-    """Products with attention inside, at the rate that the share of their lane asks for.
+    """Runs products with attention inside; the lane's share decides how many k-steps go to one block of keys.
 
     Raises:
-        LaneError: This device or model has no such kernels.
+        LaneError: There are no such kernels for this device or model.
     """
     model = workspace.model
     attentions = [kind.attention for kind in model.graph.kinds]
@@ -201,7 +214,7 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
 
 
 def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
-    """The kernels of one lane of `beside_pair`: small ones, each launched with the largest carve-out.
+    """Kernels for one lane of `beside_pair`: small ones, launched with the largest carve-out of shared memory.
 
     Raises:
         LaneError: See `Carveout`.

@@ -1,10 +1,11 @@
-"""Where the tokens of a batch stand in the tensors of an iteration.
+"""The order of a batch's tokens in the tensors of an iteration.
 
-A batch comes with its decodes first, the oldest request first. A plan that cuts it gets them dealt: each nano-batch
-begins with its part of the decodes, by size (`graph/nanobatch.py`), long contexts and short ones alike, so that it has
-that part of their keys too, and mixed all along, so that no program of a kernel that shares blocks of keys evenly
-gets all the short ones, whose ends take time. It goes on with prompts, a chunk cut in two where the nano-batch ends.
-Without cuts nothing moves. Plain numpy; `inputs.py` copies the tokens to their places.
+A batch has its decodes first, the oldest request first. If the plan cuts the batch, decodes are dealt over the
+nano-batches. Each nano-batch begins with decodes in proportion to its size (`graph/nanobatch.py`), long contexts and
+short ones alike, so that it also has its share of the keys. Within a nano-batch long and short contexts are mixed: a
+kernel whose programs share blocks of keys evenly would else give one program all short contexts, each of whose ends
+takes time. Prompts follow; a chunk that crosses the end of a nano-batch is cut there. Without cuts the order stays.
+Plain numpy; `inputs.py` copies the tokens to their places.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A batch of T tokens laid out.
+    """The order of a batch of T tokens.
 
     Attributes:
         places: int32 [T], the place of each token of the batch.
-        decode_places: int32 [decodes of the batch], where those stand; the first of `places`.
+        decode_places: int32 [decodes of the batch], places of the decodes; the first entries of `places`.
         num_decodes: D, places from the first on among which all decodes are.
-        first_prefill: No place before it is of a prompt.
-        chunk_requests: int32 [R], the request (place in the batch) of each part of a prompt, -1 for a gap.
-        chunk_start: int32 [R + 1], place at which each begins: parts and gaps follow each other to the end.
-        chunk_context: int32 [R], tokens in the request's cache once the part is done; 0 for a gap.
+        first_prefill: No place before it has a token of a prompt.
+        chunk_requests: int32 [R], the request (index in the batch) of each part of a prompt; -1 for a gap.
+        chunk_start: int32 [R + 1], first place of each part or gap, and the end; they follow each other.
+        chunk_context: int32 [R], tokens in the request's cache after the part; 0 for a gap.
     """
 
     places: Int32
@@ -45,7 +46,7 @@ class Layout:
 
 
 def lay_out(batch: DenseBatch, cuts: tuple[int, ...] = ()) -> Layout:
-    """Lay a batch out for a plan with these cuts; those beyond its end are none."""
+    """The layout of a batch under a plan with these cuts; cuts beyond the end of the batch are ignored."""
     num_tokens, num_decodes = batch.num_tokens, batch.num_decodes
     chunk_stop, context = batch.query_start[num_decodes + 1 :], batch.context_len[num_decodes:]
     decodes: list[Int32] = []
@@ -81,11 +82,11 @@ def lay_out(batch: DenseBatch, cuts: tuple[int, ...] = ()) -> Layout:
 
 
 def _dealt(contexts: Int32, sections: list[Int32]) -> Int32:
-    """The place of each decode, among those of its nano-batch.
+    """The place of each decode among the decodes of its nano-batch.
 
-    The longest context first, every nano-batch gets one whenever its part of all is due: so what two of them get is
-    off their parts by no more than the longest and the shortest context differ. Within a nano-batch neighbours are due
-    far from each other.
+    Decodes are dealt from the longest context to the shortest; a nano-batch gets one whenever its share of those dealt
+    so far is due. So the keys of two nano-batches differ from their shares by at most the difference of the longest and
+    the shortest context. Within a nano-batch successive decodes get places far apart.
     """
     places = np.concatenate(sections)
     if sum(len(section) > 0 for section in sections) < 2:
@@ -98,7 +99,7 @@ def _dealt(contexts: Int32, sections: list[Int32]) -> Int32:
 
 @lru_cache(maxsize=256)
 def _spread(count: int) -> Int64:
-    """The numbers below `count`, small and large ones mixed in every part of their order: ranks of i / phi mod 1."""
+    """The numbers below `count` in an order that mixes small and large ones everywhere: ranks of i / phi mod 1."""
     ranks = np.empty(count, np.int64)
     ranks[np.argsort(np.arange(count) * _GOLDEN % 1.0)] = np.arange(count)
     return ranks

@@ -1,8 +1,8 @@
-"""The pipelined executor: runs any valid plan, nano-operation by nano-operation, in the order in which it issues them.
+"""The pipelined executor: runs any valid plan, nano-operation by nano-operation, in the plan's issue order.
 
-Which stream a nano-operation is queued on and what it waits for there is `lanes.py`'s; on a CPU they run in plan order,
-which `PipelinePlan.validate` has proven to respect every dependency. Tensors are allocated once, for the largest batch,
-and share memory as far as the plans allow (`plan/liveness.py`).
+`lanes.py` decides on which stream each nano-operation runs and what it waits for there. On a CPU they run in issue
+order, which respects every dependency (`PipelinePlan.validate`). Tensors are allocated once, for the largest batch, and
+share memory as far as the plans allow (`plan/liveness.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanoflow.plan.plan import PipelinePlan, PlanError
 
 
 class PipelinedExecutor:
-    """Runs batches of one model under the plans it was given.
+    """Runs batches of one model under given plans.
 
     Raises:
         PlanError: A plan does not fit the model.
@@ -39,7 +39,7 @@ class PipelinedExecutor:
         self._typical_layers = _typical_layers(model)
 
     def forward(self, inputs: BatchInputs, plan: PipelinePlan) -> None:
-        """Run prologue and layers; `logits` reads what they leave.
+        """Run the prologue and all layers; `logits` reads their result.
 
         Raises:
             PlanError: The batch is larger than the plan.
@@ -47,15 +47,15 @@ class PipelinedExecutor:
         self._run(inputs, plan, enumerate(self._steps[plan.digest]))
 
     def forward_typical(self, inputs: BatchInputs, plan: PipelinePlan) -> None:
-        """`forward` through a few layers that have every kernel between them, so that all are compiled and loaded.
+        """`forward` through a few layers that together use every kernel, so that all kernels are compiled and loaded.
 
-        What it leaves is no result; the next `forward` does not see it.
+        The result is meaningless, and does not affect the next `forward`.
         """
         steps = enumerate(self._steps[plan.digest])
         self._run(inputs, plan, ((place, step) for place, step in steps if step.layer in self._typical_layers))
 
     def _run(self, inputs: BatchInputs, plan: PipelinePlan, steps: Iterable[tuple[int, Step]]) -> None:
-        """Run the prologue and these steps of the plan, each with its place in it."""
+        """Run the prologue and these steps of the plan, each given with its index in the plan's steps."""
         if inputs.num_tokens > plan.num_tokens:
             raise PlanError(f"plan {plan.name!r} is for {plan.num_tokens} tokens, the batch has {inputs.num_tokens}")
         self.workspace.run_whole(self._model.graph.prologue, inputs)
@@ -69,7 +69,7 @@ class PipelinedExecutor:
                         workspace.run(step.op, step.layer, tokens, inputs)
 
     def close(self) -> None:
-        """Give back the SMs of its lanes, once nothing runs on them and no CUDA graph is left of them."""
+        """Return the SMs of its lanes. Nothing may run on them, and no CUDA graph that uses them may exist."""
         self._partitions.close()
 
     def logits(self, inputs: BatchInputs) -> Tensor:
@@ -78,6 +78,6 @@ class PipelinedExecutor:
 
 
 def _typical_layers(model: DeviceModel) -> frozenset[int]:
-    """Two layers that follow each other, as a plan may overlap them, and the first of each further kind."""
+    """Layers 0 and 1, which a plan may overlap, and the first layer of each further kind."""
     first_of = {kind.name: layer for layer, kind in reversed(list(enumerate(model.graph.layers)))}
     return frozenset({0, 1, *first_of.values()})

@@ -1,6 +1,6 @@
-"""The way back: tokens and log probabilities of one iteration, from the device to the host.
+"""Copies the result of an iteration from the device to the host: tokens and log probabilities.
 
-A `PendingTokens` is made when the iteration's work has been queued, and read when the engine needs its tokens: in
+A `PendingTokens` is made when the work of an iteration has been queued, and read when the engine needs the tokens. In
 between the device computes and the host forms the next batch.
 """
 
@@ -20,11 +20,11 @@ Scores = tuple[Tensor, ...]
 
 
 class PendingTokens:
-    """The result of an iteration, on its way.
+    """The result of an iteration that may still run.
 
     Args:
-        drawn: What the sampler gave.
-        prompt_scores: One entry each of `DenseBatch.prompt_scores`: the fields of `TopLogprobs`, in slices.
+        drawn: Result of the sampler.
+        prompt_scores: One entry for each of `DenseBatch.prompt_scores`: the fields of `TopLogprobs`, in slices.
     """
 
     def __init__(self, drawn: Drawn, prompt_scores: Sequence[Sequence[Scores]]) -> None:
@@ -34,7 +34,7 @@ class PendingTokens:
         self._readback = Readback([drawn.token_ids.int(), drawn.best, *drawn.logprobs, *scores])
 
     def read(self) -> SampledTokens:
-        """Wait for the iteration and give its tokens."""
+        """Wait for the iteration and return its tokens."""
         arrays = iter(self._readback.wait())
         token_ids, best = next(arrays), next(arrays)
         top = _top(arrays) if self._logprob_places else None
@@ -50,7 +50,7 @@ class PendingTokens:
 
 
 def _why(best: np.float32) -> str:
-    """What a row whose largest logit is not finite ends with."""
+    """Message for a row whose largest logit is not finite."""
     return "there is no token that may be chosen" if np.isneginf(best) else "the model gave no finite logits"
 
 

@@ -1,8 +1,8 @@
 """The sampler: from logits to tokens, with each request's own parameters.
 
-A draw is one upload, of the numbers of the rows that are drawn, and one launch, whatever the rows ask for; log
-probabilities are another launch, for the rows that asked. Nothing here waits for the device: which rows need what is
-known on the host, and tokens are read back by `readback.py`.
+A draw is one upload, of numbers of the drawn rows, and one launch, whatever the rows ask for. Log probabilities are
+another launch, for the rows that asked. Nothing here waits for the device: the host knows which rows need what, and
+`readback.py` reads the tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from nanoflow.kernels.dispatch import sample_kernels_for
 
 
 def sampling_bytes(num_rows: int, vocab_size: int, device: torch.device, num_logits: int | None = None) -> int:
-    """Device memory that sampling takes at most: the tables of its rows, and the work space of its kernels.
+    """Upper bound of the device memory of sampling: tables of its rows and workspace of its kernels, in bytes.
 
     Args:
-        num_rows, vocab_size: Of the state table and of the model.
-        device: Where it is.
-        num_logits: Most draws at once; one a row if not given.
+        num_rows, vocab_size: Rows of the state table; tokens of the model's vocabulary.
+        device: Device of the tables.
+        num_logits: Maximum number of draws at once; `num_rows` if not given.
     """
     workspace = sample_kernels_for(device).workspace_bytes(num_logits or num_rows, vocab_size)
     return table_bytes(num_rows, vocab_size) + workspace
@@ -40,9 +40,9 @@ class Drawn:
     Attributes:
         token_ids: int64 [S].
         best: float32 [S], the largest logit of each row; not finite if the model's output is not.
-        logprob_places: Places in S with log probabilities, with how many of the most probable tokens each wants.
-        logprobs: Token ids, log probabilities and ranks at these places, as `kernels.sample.top_logprobs` gives them.
-        errors: Places in S whose request failed before the draw, with why: its token means nothing.
+        logprob_places: Indices in S with log probabilities, each with its number of most probable tokens.
+        logprobs: Token ids, log probabilities and ranks at these indices, as from `kernels.sample.top_logprobs`.
+        errors: Message by index in S, for requests that failed before the draw; their tokens are meaningless.
     """
 
     token_ids: Tensor
@@ -53,7 +53,7 @@ class Drawn:
 
 
 class Sampler:
-    """Holds the sampling state of every row and draws tokens."""
+    """Sampling state of every row; draws tokens."""
 
     def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._device, self._vocab_size = device, vocab_size
@@ -61,11 +61,11 @@ class Sampler:
         self._state = SamplingState(num_rows=num_rows, vocab_size=vocab_size, device=device)
         self._wants_logprobs = np.zeros(num_rows, np.bool_)
         self._num_logprobs = np.zeros(num_rows, np.int64)
-        # What went wrong when requests joined, by row; until the row has another tenant.
+        # Message by row for requests that failed when they joined, until the row is assigned again.
         self._errors: dict[int, str] = {}
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Compile what draws from logits of a type run, before a request waits for it; no row is changed."""
+        """Compile the kernels for logits of a type before a request waits for them; no row changes."""
         logits = torch.zeros(1, self._vocab_size, dtype=dtype, device=self._device)
         numbers = _uploaded(self._state.numbers(np.zeros(1, np.int32), np.zeros(1, np.int32)), self._device)
         token_ids, _ = self._kernels.largest(logits)
@@ -74,7 +74,7 @@ class Sampler:
         self.score(logits, token_ids, 1)
 
     def join(self, joined: Sequence[Joined]) -> None:
-        """Give rows to requests."""
+        """Assign rows to requests."""
         for request in joined:
             self._errors.pop(request.row, None)
         self._errors |= self._state.join(joined)
@@ -83,9 +83,9 @@ class Sampler:
             self._num_logprobs[request.row] = request.params.logprobs or 0
 
     def sample(self, batch: DenseBatch, logits: Tensor) -> Drawn:
-        """Draw a token for each entry of `batch.sampled` from its logits [S, V] in the model's type.
+        """Draw a token for each entry of `batch.sampled` from its logits [S, V], which have the model's type.
 
-        Requests that draw several have neither penalties nor bad words: these are noted once a row and launch.
+        Requests with several draws have neither penalties nor bad words, since these record one token a row and launch.
         """
         rows = batch.rows[batch.sampled]
         self._state.restrict(rows)
@@ -108,12 +108,12 @@ class Sampler:
         )
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
-        """Log probabilities of given tokens (int64 [N]) and the most probable ones, by their logits [N, V]."""
+        """Log probabilities of given tokens (int64 [N]) and of the most probable ones, from their logits [N, V]."""
         places = torch.arange(len(logits), device=self._device)
         return self._kernels.top_logprobs(logits, places, token_ids, num_top)
 
     def _choose(self, logits: Tensor, numbers: NDArray[np.void]) -> tuple[Tensor, Tensor]:
-        """Chosen token and largest adjusted logit of each row, [S] both."""
+        """Chosen token and largest adjusted logit of each row, both [S]."""
         adjusts = _adjusts(numbers)
         if not adjusts and not numbers["scale"].any():
             return self._kernels.largest(logits)
@@ -127,7 +127,7 @@ def _uploaded(numbers: NDArray[np.void], device: torch.device) -> Tensor:
 
 
 def _adjusts(numbers: NDArray[np.void]) -> bool:
-    """Whether any row looks at logits other than the model gives them."""
+    """Whether any row changes its logits before the draw."""
     if numbers["has_penalties"].any() or numbers["is_restricted"].any() or numbers["num_biases"].any():
         return True
     return bool(((numbers["num_edits"] > 0) & (numbers["position"] < numbers["first_free_stop"])).any())

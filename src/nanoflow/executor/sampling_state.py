@@ -1,8 +1,8 @@
-"""What sampling remembers of each row: numbers on the host, which travel with each draw, and tables on the device.
+"""Sampling state of each row: numbers on the host, which are uploaded with each draw, and tables on the device.
 
-Everything is allocated at the start, so that a first request with penalties finds its memory; tables of bad words grow
-when they are needed, and are counted from the start. What joining requests bring to a table travels in one asynchronous
-copy an iteration; nothing here waits for the device.
+All tables are allocated at the start, so that memory is there for the first request with penalties. Tables of bad words
+grow when needed, and their largest size is counted from the start. Changes by joining requests are uploaded in one
+asynchronous copy an iteration; nothing here waits for the device.
 Legend: R rows of the state table, V vocabulary, E entries of a row's list of edits.
 """
 
@@ -25,7 +25,7 @@ from nanoflow.kernels.sample import NUMBERS, SampleTables, scale_of
 
 logger = logging.getLogger(__name__)
 
-# Biases and stop tokens that a row has room for; a request with more makes the tables larger.
+# Room for biases and stop tokens of a row; a request with more enlarges the tables.
 _NUM_EDITS = 512
 
 
@@ -36,7 +36,7 @@ def table_bytes(num_rows: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Edits:
-    """Biases and stop tokens of one row: token ids in order, and what to add (-infinity for a stop token)."""
+    """Biases and stop tokens of one row: token ids in ascending order, and what to add (-infinity for a stop token)."""
 
     row: int
     ids: Int32
@@ -49,7 +49,7 @@ class SamplingState:
     Args:
         num_rows: R.
         vocab_size: V.
-        device: Where the tables are.
+        device: Device of the tables.
     """
 
     def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -69,28 +69,28 @@ class SamplingState:
 
     @property
     def tables(self) -> SampleTables:
-        """The tables as they are now: a join may replace them."""
+        """The current tables; a join may replace them."""
         return self._tables
 
     def numbers(self, rows: Int32, positions: Int32) -> NDArray[np.void]:
-        """`NUMBERS` [S] of rows [S] that choose the tokens of these positions [S]."""
+        """`NUMBERS` [S] for draws of rows [S] at positions [S]."""
         numbers = self._numbers[rows]
         numbers["position"] = positions
         return numbers
 
     def restrict(self, rows: Int32) -> None:
-        """Have the tables say what these rows (int32 [S]) may not choose next: before a draw."""
+        """Update the tables with what these rows (int32 [S]) may not choose next; called before a draw."""
         self._bad_words.mark(rows, self._tables.seen)
 
     def note(self, rows: Int32, token_ids: Tensor) -> None:
-        """Take note of the tokens (int64 [S]) drawn for these rows (int32 [S])."""
+        """Record the tokens (int64 [S]) drawn for these rows (int32 [S])."""
         self._bad_words.note(rows, token_ids)
 
     def join(self, joined: Sequence[Joined]) -> dict[int, str]:
-        """Give rows to requests.
+        """Assign rows to requests.
 
         Returns:
-            What went wrong, by row: that of each such request draws as by default.
+            Message by row for requests that failed; their rows draw with default parameters.
         """
         errors, read = {}, []
         for request in joined:
@@ -107,7 +107,7 @@ class SamplingState:
         return errors
 
     def _join(self, joined: Joined) -> _Edits:
-        """Write a request's numbers, and give its edits."""
+        """Write a request's numbers, and return its edits."""
         params, numbers = joined.params, self._numbers[joined.row]
         numbers["seed"] = joined.seed % 2**64
         numbers["scale"] = 0.0 if params.is_greedy else scale_of(params.temperature)
@@ -120,7 +120,7 @@ class SamplingState:
         numbers["is_restricted"] = params.allowed_token_ids is not None or bool(joined.bad_word_ids)
         numbers["first_free_stop"] = min(joined.num_prompt_tokens + params.min_tokens, 2**31 - 1)
         bias = {token_id: value for token_id, value in (params.logit_bias or {}).items() if self._is_token(token_id)}
-        # Without a least number of tokens no stop token is ever held back.
+        # Stop tokens are forbidden only below `min_tokens`.
         stops = (
             [token_id for token_id in joined.stop_token_ids if self._is_token(token_id)] if params.min_tokens else []
         )
@@ -134,7 +134,7 @@ class SamplingState:
         return 0 <= token_id < self._vocab_size
 
     def _write_edits(self, edits: Sequence[_Edits]) -> None:
-        """Put lists of edits into their rows: places in the flat tables, ids, and values as their bits in one copy."""
+        """Write lists of edits into their rows: indices in the flat tables, ids, and values as bits, in one copy."""
         if not edits:
             return
         self._make_room(max(len(edit.ids) for edit in edits))
@@ -147,7 +147,7 @@ class SamplingState:
         self._tables.edit_values.view(-1).index_copy_(0, at.long(), uploaded_values.view(torch.float32))
 
     def _make_room(self, num_edits: int) -> None:
-        """Widen the lists of edits to a power of two that has room."""
+        """Enlarge the lists of edits to a power of two that has room."""
         width = self._tables.edit_ids.shape[1]
         if num_edits <= width:
             return
@@ -159,12 +159,12 @@ class SamplingState:
 
 
 def _least_positive(top_p: float) -> np.float32:
-    """As float32, but above 0."""
+    """The number as float32, but above 0."""
     return max(np.float32(top_p), np.finfo(np.float32).tiny)
 
 
 def _zeros(shape: tuple[int, int], dtype: type[np.generic], device: torch.device) -> Tensor:
-    """On a CPU memory that is taken when it is written to."""
+    """A zeroed tensor; on a CPU it takes memory only where it is written."""
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype))
     return torch.zeros(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)

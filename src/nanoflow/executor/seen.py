@@ -1,6 +1,6 @@
-"""The table of tokens that rows have seen, and may not choose: what penalties count, and what restrictions forbid.
+"""The table of seen and forbidden tokens of each row: penalties count the former, restrictions set the latter.
 
-Requests that have neither never touch it. What joining requests bring travels in one asynchronous copy, except lists
+Requests without either never touch it. Changes by joining requests are uploaded in one asynchronous copy, except lists
 of allowed tokens.
 Legend: R rows of the state table, V vocabulary.
 """
@@ -24,10 +24,10 @@ class Restriction:
     """What a row may not choose.
 
     Attributes:
-        row: Its place in the tables.
-        allowed: Token ids that it may choose; None if it is not said which.
-        forbidden: Token ids that it may not.
-        sequences: Of two tokens and more, of which it may not complete any; the last token is not forbidden anyway.
+        row: Its index in the tables.
+        allowed: Token ids that it may choose; None for all.
+        forbidden: Token ids that it may not choose.
+        sequences: Sequences of at least two tokens that it may not complete; their last tokens are allowed elsewhere.
         generated: Its tokens from before a preemption.
     """
 
@@ -68,7 +68,7 @@ class SeenTokens:
     table: Tensor
 
     def join(self, penalised: Sequence[Joined], restrictions: Sequence[Restriction]) -> None:
-        """Begin anew the rows of requests with penalties or restrictions; a request may have both."""
+        """Reset the rows of requests with penalties or restrictions; a request may have both."""
         if not penalised and not restrictions:
             return
         rows = [*(joined.row for joined in penalised), *(one.row for one in restrictions)]
@@ -83,7 +83,7 @@ class SeenTokens:
         self._add_bits(*tensors[5:], bits=FORBIDDEN)
 
     def _allow(self, row: int, token_ids: Int32) -> None:
-        """Forbid all tokens of a row but these. One row at a time: a list may be as long as the vocabulary."""
+        """Forbid all other tokens of a row. One row at a time, since a list may be as long as the vocabulary."""
         self.table[row].fill_(FORBIDDEN).index_fill_(0, to_device(token_ids, self.table.device).long(), 0)
 
     def _count(self, prompt_rows: Tensor, prompt: Tensor, rows: Tensor, ids: Tensor, counts: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""A plan made concrete for a model of so many layers: every step in issue order, and what it waits for on other lanes.
+"""A plan for all layers of a model: every step in issue order, and the steps on other lanes that it waits for.
 
-Steps of one lane run in order, so a step waits for at most one step of each other lane, the last that it depends on,
-and not again for what its lane has waited for already. Who waits and how is `lanes.py`'s.
+Steps of one lane run in order. So a step waits for at most one step of each other lane, the last that it depends on,
+and never for a step that its lane has waited for already. `lanes.py` makes the streams wait.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Step:
     Attributes:
         layer, op, tokens: What to run; a smaller batch clips the tokens.
         lane: Name of its lane.
-        waits: Places of steps on other lanes that must have ended.
-        is_waited_for: Another lane waits for it.
+        waits: Indices of steps on other lanes that must have ended.
+        is_waited_for: Whether another lane waits for it.
     """
 
     layer: int
@@ -35,7 +35,7 @@ class Step:
 
 
 def bind(plan: PipelinePlan, graph: OpGraph) -> tuple[Step, ...]:
-    """Every step of a valid plan.
+    """All steps of a valid plan.
 
     Raises:
         PlanError: The plan is not valid for the graph.
@@ -53,7 +53,7 @@ def bind(plan: PipelinePlan, graph: OpGraph) -> tuple[Step, ...]:
     for step, (layer, place) in enumerate(issued):
         last: dict[str, int] = {}
         for other, distance in needs[place]:
-            # A wait for a layer that does not exist, or that is issued later, is none.
+            # A wait for a layer that does not exist, or that is issued later, is dropped.
             before = at.get((layer - distance, other))
             if before is not None and before < step and lanes[before] != lanes[step]:
                 last[lanes[before]] = max(before, last.get(lanes[before], -1))

@@ -1,14 +1,15 @@
-"""Where nano-operations run on a GPU: on all of it, on a plain stream, on a part of their own, or beside others.
+"""CUDA streams for lanes, and the SMs behind them: all SMs, disjoint parts of the GPU, or all SMs shared by two lanes.
 
-Disjoint multiprocessors (SMs) come from the driver's green contexts, through cuda-python: what torch offers gives the
-same SMs to every context. Work keeps its SMs through capture and replay of CUDA graphs if it is captured on the lane's
-stream.
+`lanes.py` assigns these streams to the lanes of a plan; `profiler/pairs.py` measures how fast kernels run on them.
 
-Kernels that are small enough run beside each other on every SM. An SM divides its memory into shared memory and L1
-cache, its carve-out, as suits the kernel that finds it idle, and takes no other that needs more shared memory until it
-is idle again. So both kernels must prefer the largest carve-out: `Carveout` sees to that.
+Disjoint multiprocessors (SMs) come from the driver's green contexts, through cuda-python: torch's own interface gives
+the same SMs to every context. Work keeps its SMs through capture and replay of a CUDA graph if it is captured on the
+lane's stream.
 
-What a lane is worth is measured in `profiler/pairs.py`.
+Kernels that are small enough run beside each other on every SM. An SM divides its memory into L1 cache and shared
+memory; the part for shared memory is its carve-out. It sets the carve-out when it is idle, for the first kernel that
+arrives, and until it is idle again it takes no kernel that needs more. So both kernels must prefer the largest
+carve-out, which `Carveout` sets.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import torch
 from nanoflow.device.detect import count_sms
 from nanoflow.plan.plan import Mechanism
 
-# The driver hands SMs out in groups of so many, from Hopper on.
+# From Hopper on the driver partitions SMs in groups of this size.
 SM_GROUP = 8
-# Of streams: the lower, the sooner the device places what is queued there; 0 is that of any other stream.
+# Priority of a stream: the device places blocks of lower numbers first; other streams have 0.
 _PLACED_FIRST = -1
 
 
 class LaneError(ValueError):
-    """There is no such lane on this device; one line that says why and what would do."""
+    """There is no such lane on this device; the message is one line that says why, and what would work."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,8 +41,8 @@ class LaneStream:
     """A stream and the SMs behind it.
 
     Attributes:
-        mechanism: How it got them.
-        stream: Where to queue or capture work.
+        mechanism: How it shares the device with other lanes.
+        stream: Work is queued, or captured, on it.
         num_sms: SMs that its kernels can use.
         share: Part of the device's SMs.
     """
@@ -53,7 +54,7 @@ class LaneStream:
     _release: Callable[[], None] | None = field(default=None, repr=False)
 
     def close(self) -> None:
-        """Wait for what is queued and give the SMs back; the stream is gone then. Closing twice does nothing."""
+        """Wait for queued work, then destroy the stream and return its SMs. Closing twice does nothing."""
         release, self._release = self._release, None
         if release is not None:
             self.stream.synchronize()
@@ -66,15 +67,15 @@ def whole(device: torch.device) -> LaneStream:
 
 
 def plain_stream(device: torch.device) -> LaneStream:
-    """A stream of its own on all SMs: which kernels run is up to the device."""
+    """A new stream on all SMs; the device decides which of the queued kernels run."""
     return _unpartitioned(Mechanism.STREAM, torch.cuda.Stream(device), device)  # type: ignore[no-untyped-call]
 
 
 def beside_pair(device: torch.device) -> tuple[LaneStream, LaneStream]:
     """Two lanes on all SMs for kernels that fit on an SM together, launched within `Carveout.open`.
 
-    What waits on the second lane is placed first. Kernels for memory belong there: the others' many programs would
-    keep them from starting, while they leave room for the others.
+    Programs queued on the second lane are placed on SMs first. Memory-bound kernels belong there: the many programs of
+    the first lane would keep them from starting, while they leave room for those programs.
 
     Raises:
         LaneError: No NVIDIA GPU.
@@ -85,7 +86,7 @@ def beside_pair(device: torch.device) -> tuple[LaneStream, LaneStream]:
 
 
 class Carveout:
-    """Makes kernels prefer the largest carve-out, so that SMs which run one can take another.
+    """Makes kernels prefer the largest carve-out, so that an SM that runs one of them has room for another.
 
     Args:
         device: An NVIDIA GPU.
@@ -105,8 +106,8 @@ class Carveout:
     def open(self) -> Iterator[None]:
         """Triton kernels launched within, or captured in a CUDA graph, prefer the largest carve-out from then on.
 
-        It can be a decorator too. A kernel keeps the preference wherever it runs later, which costs it L1 cache. Where
-        the driver refuses, the launch raises LaneError.
+        The result is also a decorator. A kernel keeps the preference wherever it runs later, which costs it L1 cache.
+        If the driver refuses, the launch raises LaneError.
         """
 
         def open_function(launch: Any) -> None:
@@ -120,7 +121,7 @@ class Carveout:
             hooks.remove(open_function)
 
     def _open(self, function: int) -> None:
-        """Of a kernel that is loaded; once is enough, and asking takes microseconds of the host's time."""
+        """Set the preference of a loaded kernel, once: each call takes microseconds of host time."""
         if function not in self._opened:
             preferred = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             largest = int(self._driver.CUshared_carveout.CU_SHAREDMEM_CARVEOUT_MAX_SHARED)
@@ -131,10 +132,10 @@ class Carveout:
 def partition_sms(num_sms: int, first_share: float) -> tuple[int, int]:
     """SMs of two disjoint lanes.
 
-    The second lane gets a multiple of 8 SMs, as near to its share as can be; the first gets all others.
+    The second lane gets the multiple of 8 SMs that is nearest to its share; the first gets all others.
 
     Raises:
-        LaneError: Nothing would be left for one of them.
+        LaneError: One of them would get none.
     """
     second = round(num_sms * (1.0 - first_share) / SM_GROUP) * SM_GROUP
     first = num_sms - second
@@ -151,7 +152,8 @@ def partition_pair(device: torch.device, first_share: float) -> tuple[LaneStream
     """Two lanes on disjoint SMs, rounded as `partition_sms` says; close both when done.
 
     Raises:
-        LaneError: A share that cannot be had, no NVIDIA GPU, cuda-python missing, or the driver refuses.
+        LaneError: The share leaves a lane without SMs, there is no NVIDIA GPU, cuda-python is missing, or the driver
+            refuses.
     """
     driver = _driver(device)
     first_sms, second_sms = partition_sms(count_sms(device), first_share)
@@ -180,7 +182,7 @@ def _unpartitioned(mechanism: Mechanism, stream: torch.cuda.Stream, device: torc
 
 
 def _limits(num_sms: int) -> tuple[float, float]:
-    """The smallest and the largest share of a first lane."""
+    """The smallest and the largest share that a first lane can have."""
     most = (num_sms - SM_GROUP) // SM_GROUP * SM_GROUP
     return (num_sms - most) / num_sms, (num_sms - SM_GROUP) / num_sms
 
@@ -224,7 +226,7 @@ def _green_lane(driver: Any, device_handle: Any, resource: Any, device: torch.de
 
 
 def _ask(driver: Any, function: Callable[..., tuple[Any, ...]], *args: Any) -> Any:
-    """What a function of the driver returns beside its status: nothing, a value or a tuple."""
+    """Call a function of the driver: its results without the status, as one value or a tuple; LaneError if it fails."""
     status, *values = function(*args)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise LaneError(f"the driver refuses to divide this GPU: {function.__name__} says {status.name}")

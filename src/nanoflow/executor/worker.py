@@ -1,8 +1,8 @@
-"""The worker: one device, one queue. Takes dense batches in order and gives back the tokens they sampled.
+"""The worker of one device: takes dense batches in order and returns the tokens that they sampled.
 
 `launch` returns at once, so that the next batch can be formed while this one runs. One thread queues work on the
-device, batch after batch; another waits for tokens. Batches run strictly in the order in which they were launched: that
-is what lets the scheduler hand freed pages and rows to a later batch without waiting.
+device, batch after batch; another waits for tokens. Batches run strictly in the order of their launch. This is why the
+scheduler may give freed pages and rows to a later batch without waiting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from nanoflow.device.detect import use_device
 from nanoflow.device.transfer import to_device
 from nanoflow.executor.buckets import Buckets
 from nanoflow.executor.buffers import DeviceModel
-from nanoflow.executor.captured import CapturedForward, EagerForward, Forward, GraphKey
+from nanoflow.executor.captured import CapturedForward
+from nanoflow.executor.forward import EagerForward, Forward, GraphKey
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.executor.pipelined import PipelinedExecutor
@@ -38,8 +39,8 @@ class Worker:
         plans: Every plan that `launch` may be given.
         max_batch_tokens: Largest dense batch.
         num_rows: Rows of the state table.
-        max_logits: Most rows with logits at once; one a row of the state table if not given.
-        captured_pages: Pages of the longest sequence, if forward passes shall be CUDA graphs.
+        max_logits: Maximum number of rows with logits at once; `num_rows` if not given.
+        captured_pages: Pages of the longest sequence if forward passes are CUDA graphs; None if they are not.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Worker:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
 
     def launch(self, batch: DenseBatch, plan: PipelinePlan) -> Future[SampledTokens]:
-        """Queue a batch; the result is there when it has run."""
+        """Queue a batch; the future has its tokens once it has run."""
         queued = self._queue.submit(self._run, batch, plan)
         return self._reader.submit(lambda: queued.result().read())
 
@@ -84,12 +85,12 @@ class Worker:
         return self._forward.num_prepared
 
     def prepare(self, wanted: Sequence[Sequence[GraphKey]], batch: DenseBatch, within_s: float) -> None:
-        """Compile and record what batches will need, so that none of them waits for it.
+        """Compile kernels and record CUDA graphs before batches need them.
 
         Args:
             wanted: Graphs in groups; those of the first are recorded while kernels of the others are still compiled.
-            batch: Any; what follows the layers is compiled for it.
-            within_s: Seconds to record each group in; what is left is `prepare_next`'s.
+            batch: Any batch; what follows the layers is compiled for it.
+            within_s: Seconds for recording each group; `prepare_next` records the rest.
         """
         self._queue.submit(self._prepare, wanted, batch, within_s).result()
 
@@ -98,7 +99,7 @@ class Worker:
         return self._queue.submit(torch.inference_mode()(self._forward.prepare_next)).result()
 
     def close(self) -> None:
-        """Wait for what runs, stop, and give back parts of the device; closing twice does nothing more."""
+        """Wait for running work, stop the threads, and release parts of the device. Closing twice does nothing."""
         self._queue.shutdown(wait=True, cancel_futures=True)
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._forward.close()
@@ -127,7 +128,7 @@ class Worker:
             self._forward.prepare(group, within_s)
 
     def _score(self, inputs: BatchInputs, score: PromptScore, layout: Layout) -> list[Scores]:
-        """Log probabilities of prompt tokens, in slices that the logits' tensor can hold."""
+        """Log probabilities of prompt tokens, in slices that fit into the tensor of logits."""
         device = inputs.token_ids.device
         targets = to_device(score.target_ids, device).long()
         slices: list[Scores] = []

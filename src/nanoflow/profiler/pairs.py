@@ -22,7 +22,7 @@ from nanoflow.executor.lanes import beside_kernels
 from nanoflow.executor.streams import LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.kernels.dispatch import Kernels, kernels_for
-from nanoflow.kernels.kept import kernels_on
+from nanoflow.kernels.restricted import kernels_on
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.table import PairPoint, Point
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
@@ -342,7 +342,7 @@ def _kept(site: Site, prepared: Prepared, lane: LaneStream) -> Kernels | None:
 
 
 def _can_keep_products(site: Site) -> bool:
-    """Whether the kernels of `kept.py` take the model: those of a fused graph do."""
+    """Whether the kernels of `restricted.py` take the model: those of a fused graph do."""
     return OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer_operations)
 
 

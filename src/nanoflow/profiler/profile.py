@@ -34,7 +34,7 @@ from nanoflow.profiler.work import Sizes, Task, num_chunks, tasks
 _WRITE_EVERY = 5
 # Mechanisms whose shares are asked for; on others a share is what came of it.
 _ASKED_FOR = (Mechanism.PARTITION, Mechanism.INSIDE)
-# Between two iterations; benchmarks/iteration.py measures 86 to 90 us on one H200.
+# Between two iterations; benchmarks/engine/iteration.py measures 86 to 90 us on one H200.
 ITERATION_GAP_S = 100e-6
 # What a point takes beside settling and measuring: tensors, a capture, compilation now and then.
 _PREPARE_S = {"cuda": 0.1, "cpu": 0.02}

@@ -1,1 +1,1 @@
-"""Candidate plans tried on the device: whole iterations, and what is kept of them for a search that goes on later."""
+"""Candidate plans tried on the device: whole iterations under them, and the journal of these measurements."""

@@ -1,0 +1,1 @@
+"""The engine and its parts as users meet them: server, front end, scheduler, sampling, limits, start, CPU decode."""

@@ -1,0 +1,101 @@
+"""Kernels restricted to a part of a GPU: some of its SMs (`kernels_on`), or a part of every SM (`kernels_beside`).
+
+cuBLAS sizes a product for all SMs and for all of each SM's memory. On fewer SMs it needs one more wave of tiles, and
+beside another kernel it waits. The products here are persistent kernels with one program an SM. The tiles of the last
+wave are split along the inner dimension among programs that would be idle. Decode attention on Hopper gets programs
+for the lane's SMs. All other kernels have many small programs and need no change. `executor/streams.py` opens the
+streams on which these kernels run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from nanoflow.graph.operation import OpKind
+from nanoflow.kernels.dispatch import Kernels
+from nanoflow.kernels.gemm_tiles import BESIDE_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
+from nanoflow.kernels.hopper import has_gluon
+from nanoflow.kernels.launch import Kernel, Launch
+
+
+def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
+    """Kernels for a lane that has SMs of its own.
+
+    Products need 16-bit types and a card with a tensor memory accelerator (TMA). They share a workspace, which the
+    first of them allocates, so two of them must not run at the same time: every lane needs a mapping of its own.
+
+    Args:
+        kernels: Kernels for the whole device; those without a restricted form are taken over.
+        num_sms: SMs of the lane.
+    """
+    return {**kernels, **_products(PART_TILES, num_sms), **_attention(kernels, num_sms, is_beside=False)}
+
+
+def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
+    """Kernels for one of two lanes that share the same SMs; types and workspace as in `kernels_on`.
+
+    A program of a product and one of decode attention fit on an SM together: they share its 65,536 registers and
+    228 KiB of shared memory, of which the card takes 1 KiB a program.
+
+    Args:
+        kernels: Kernels for the whole device; those without a restricted form are taken over.
+        num_sms: SMs that the two lanes share.
+    """
+    return {**kernels, **_products(BESIDE_TILES, num_sms), **_attention(kernels, num_sms, is_beside=True)}
+
+
+def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
+    """Products with tile sizes from these candidates, and a workspace of their own."""
+    from nanoflow.kernels import triton_gemm, triton_split_k
+    from nanoflow.kernels.triton_attention import card_of
+    from nanoflow.kernels.triton_split_k import SplitWorkspace, choose_split_cut, make_workspace
+
+    @functools.cache
+    def workspace_on(device: torch.device) -> SplitWorkspace:
+        return make_workspace(candidates, num_sms, device)
+
+    def cut(launch: Launch) -> tuple[GemmTiles, int]:
+        limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
+        num_columns, num_features = launch.weights[0].shape
+        return choose_split_cut(candidates, (len(launch.reads[0]), num_columns, num_features), num_sms, limit_bytes)
+
+    def product(whole: Callable[..., None], split: Callable[..., None]) -> Kernel:
+        def run(launch: Launch) -> None:
+            tiles, num_splits = cut(launch)
+            if num_splits == 1:
+                whole(launch, tiles, num_sms)
+            else:
+                split(launch, tiles, num_sms, workspace_on(launch.reads[0].device), num_splits)
+
+        return run
+
+    def linear_swiglu(launch: Launch) -> None:
+        limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
+        shape = (len(launch.reads[0]), len(launch.weights[0]))
+        tiles = choose_gemm_tiles(candidates, *shape, num_sms, limit_bytes)
+        triton_gemm.run_linear_swiglu(launch, tiles, num_sms)
+
+    return {
+        OpKind.LINEAR: product(triton_gemm.run_linear, triton_split_k.run_linear_split_k),
+        OpKind.LINEAR_ADD: product(triton_gemm.run_linear_add, triton_split_k.run_linear_add_split_k),
+        OpKind.LINEAR_SWIGLU: linear_swiglu,
+    }
+
+
+def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:
+    """Decode attention with programs for this number of SMs; nothing unless its kernel is the one in Gluon."""
+    if not has_gluon():
+        return {}
+    from nanoflow.kernels.hopper import attention
+
+    if kernels[OpKind.DECODE_ATTENTION] is not attention.decode_attention:
+        return {}
+    programs_per_sm = attention.PROGRAMS_BESIDE if is_beside else attention.PROGRAMS_PER_SM
+    return {
+        OpKind.DECODE_ATTENTION: functools.partial(
+            attention.decode_attention_on, num_sms=num_sms, programs_per_sm=programs_per_sm
+        )
+    }
