@@ -263,10 +263,17 @@ def test_every_preset_has_costs(preset: str) -> None:
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
+def test_a_request_keeps_no_more_than_the_windows_of_its_layers() -> None:
+    model = costed("gemma-3-1b")
+    token_bytes = 2 * 2 * 256
+    assert model.kv_bytes(300) == 26 * 300 * token_bytes
+    assert model.kv_bytes(10_000) == (22 * 512 + 4 * 10_000) * token_bytes
+
+
 def test_the_largest_batch_fills_the_memory() -> None:
     model, gpus, lengths = costed("llama-3-8b"), parse_gpus("a100-80"), lengths_of(512, 1024)
     batch = largest_batch(model, gpus, lengths)
-    kept = batch.num_decodes * 1024 * model.kv_bytes_per_token + model.weight_bytes
+    kept = batch.num_decodes * 1024 * 2 * model.graph.kv_elements_per_token + model.weight_bytes
     assert kept == pytest.approx(80e9)
     assert batch.num_tokens == pytest.approx(1.5 * batch.num_decodes)
     views = iteration_views(

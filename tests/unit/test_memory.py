@@ -18,6 +18,7 @@ from nanoflow.executor.buffers import allocate_caches
 from nanoflow.hardware import LocalDevice
 from nanoflow.kvcache import PoolSize
 from nanoflow.models.config import parse
+from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from tests.unit.test_plan import LLAMA
 
@@ -167,6 +168,36 @@ def test_pages_of_a_cpu_are_few_unless_one_request_needs_more(size: Size, monkey
     assert size("cpu", 1000, max_num_seqs=2) == (32, 256)
     monkeypatch.setattr(limits, "_CPU_CACHE_BYTES", 10 * PAGE_BYTES)
     assert size("cpu", 1000) == (16, 256)
+
+
+def test_layers_with_a_window_leave_their_share_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four requests of 4,000 tokens in a window of 512: 22 layers have fewer pages, 4 have what that saves."""
+    model = preset_config("gemma-3-1b")
+    graph = build_graph(model, None)
+    full, windowed = graph.kv_groups
+    assert (full.window, windowed.window) == (None, 512)
+    assert (len(full.layers), len(windowed.layers)) == (4, 22) and set(full.layers) == {5, 11, 17, 23}
+    assert full.elements_per_token + windowed.elements_per_token == graph.kv_elements_per_token
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda _: 2**40)
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda _: 2**40)
+    somewhere = LocalDevice(name="cuda", is_gpu=True, memory_bytes=1, free_bytes=1, flops_per_s=1.0)
+
+    def sizes(**options: Any) -> tuple[list[int], int]:
+        config = EngineConfig(**{"max_batch_tokens": 256, "max_num_seqs": 4, "max_model_len": 4000, **options})
+        chosen = choose_limits(config, graph, somewhere, max_model_len=4000, dtype_bytes=2)
+        pools, longest = memory.size_cache(config, chosen, model, graph, torch.bfloat16, torch.device("cuda"))
+        assert [pool.window for pool in pools] == [None, 512]
+        return [pool.num_pages for pool in pools], longest
+
+    most_windowed = 4 * 34 + 16
+    assert sizes() == ([4 * 250, most_windowed], 4000)
+    page_bytes = [2 * 16 * 2 * 256 * len(group.layers) for group in graph.kv_groups]
+    gib = (most_windowed * page_bytes[1] + 700 * page_bytes[0]) / 2**30
+    assert sizes(kv_cache_gib=gib) == ([700, most_windowed], 4000)
+    assert sizes(num_pages=300) == ([300, most_windowed], 4000)
+    with pytest.raises(ConfigError, match=r"200 \(152 in layers with a window of 512\) KV pages .* hold 3200 tokens"):
+        sizes(num_pages=200)
+    assert sizes(num_pages=300, max_num_seqs=100) == ([300, 300], 4000)
 
 
 def test_pages_that_the_system_refuses_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

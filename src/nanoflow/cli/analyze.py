@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanoflow.cost.analysis import BatchSize, MeanLengths
     from nanoflow.cost.model import CostedModel
     from nanoflow.cost.roofline import OperationCost, ResourceTimes
+    from nanoflow.graph.layers import KvGroup
     from nanoflow.hardware import GpuGroup, ResourceRates
     from nanoflow.models.config import ModelConfig
 
@@ -125,9 +126,18 @@ def _head(
     yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, weights {model.weight_bytes / 1e9:.1f} GB in 16 bits"
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"
     yield f"{'workload':<12}{lengths.prompt_tokens:.0f} prompt and {lengths.output_tokens:.0f} output tokens a request"
+    groups = model.graph.kv_groups
+    if any(group.window for group in groups):
+        yield f"{'KV cache':<12}{', '.join(map(_kept_tokens, groups))}"
     yield f"{'batch':<12}{_batch(batch)}, context {lengths.mean_context:.0f}"
     if batch != largest:
         yield f"{'':<12}(memory would allow {_batch(largest)})"
+
+
+def _kept_tokens(group: KvGroup) -> str:
+    """How much of a request the layers of a KV group keep."""
+    kept = "all tokens" if group.window is None else f"the last {group.window:,} tokens"
+    return f"{len(group.layers)} layers keep {kept} of a request"
 
 
 def _parameters(model: CostedModel) -> str:

@@ -63,7 +63,7 @@ def largest_batch(model: CostedModel, gpus: GpuGroup, lengths: MeanLengths) -> B
         CostError: The weights, or a single request beside them, do not fit.
     """
     free_bytes = gpus.memory_bytes - model.weight_bytes
-    request_bytes = model.kv_bytes_per_token * lengths.mean_context
+    request_bytes = model.kv_bytes(lengths.mean_context)
     if free_bytes < request_bytes:
         needed_bytes = model.weight_bytes + request_bytes
         raise CostError(
@@ -132,7 +132,7 @@ def iteration_views(
         whole: Sum of the iteration's operations: its collectives are equation 3, its joules the view of power.
     """
     # 1. Weights, keys and values pass once; at the largest batch that is all of the memory.
-    read_bytes = model.weight_bytes + batch.num_decodes * lengths.mean_context * model.kv_bytes_per_token
+    read_bytes = model.weight_bytes + batch.num_decodes * model.kv_bytes(lengths.mean_context)
     # 2. Each token passes each active parameter once.
     flops = 2 * batch.num_tokens * model.num_active_parameters
     from_operations = resource_times(whole, gpus, rates)

@@ -61,10 +61,12 @@ class CostedModel:
         """Bytes of the weights in memory."""
         return self.num_parameters * self.dtype_bytes
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token keeps over all layers."""
-        return self.graph.kv_elements_per_token * self.dtype_bytes
+    def kv_bytes(self, context: float) -> float:
+        """Bytes of keys and values that a request of so many tokens keeps; under a window, only of those inside it."""
+        elements = 0.0
+        for group in self.graph.kv_groups:
+            elements += group.elements_per_token * (context if group.window is None else min(context, group.window))
+        return elements * self.dtype_bytes
 
     def memory_bytes(self, op: Operation, shape: BatchShape) -> int:
         """Bytes that an operation of one layer moves, with the weights of every expert that the batch needs."""

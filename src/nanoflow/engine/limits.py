@@ -176,7 +176,8 @@ def choose_limits(
 
 def row_bytes(graph: OpGraph, *, max_model_len: int, page_size: int, dtype_bytes: int) -> int:
     """Device memory that one more request at once takes, beside its keys: logits, counted tokens, page tables."""
-    return graph.vocab_size * (dtype_bytes + _COUNT_BYTES) + _TABLE_BYTES * -(-max_model_len // page_size)
+    tables_bytes = _TABLE_BYTES * -(-max_model_len // page_size) * len(graph.kv_groups)
+    return graph.vocab_size * (dtype_bytes + _COUNT_BYTES) + tables_bytes
 
 
 def cache_room_bytes(

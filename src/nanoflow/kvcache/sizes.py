@@ -102,9 +102,9 @@ class Demand:
             groups: Window, and bytes of a page, of each group.
         """
         num_pages, room_bytes = 0, max(room_bytes, 0)
+        # Without a window there is no end: no more pages fit than there are bytes.
         left = sorted(
-            (room_bytes // page_bytes if window is None else self.useful_pages(window), page_bytes)
-            for window, page_bytes in groups
+            (room_bytes if window is None else self.useful_pages(window), page_bytes) for window, page_bytes in groups
         )
         while left:
             # All that are left grow until the next of them has enough, or until the room ends.

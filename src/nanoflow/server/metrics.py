@@ -149,6 +149,11 @@ class ServerMetrics(Collector):
                     "num_gpu_blocks": facts.num_pages,
                     "kv_cache_size_tokens": facts.page_size * facts.num_pages,
                     "cache_dtype": facts.dtype,
+                    **{
+                        f"num_gpu_blocks_window_{pool.window}": pool.num_pages
+                        for pool in facts.group_pools
+                        if pool.window is not None
+                    },
                 }
             ],
         )
