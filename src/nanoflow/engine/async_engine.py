@@ -27,6 +27,7 @@ from nanoflow.engine.messages import (
     Heartbeat,
     Join,
     Leave,
+    Load,
     StepOutput,
 )
 from nanoflow.engine.observer import Observer
@@ -106,7 +107,7 @@ class AsyncEngine:
     ) -> AsyncEngine:
         """`start`, in a process that runs already; it is closed if the model cannot be loaded."""
         try:
-            child.link.send(config)
+            child.link.send(Load(config=config))
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await ready(child.link, child)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from zmq.constants import ROUTER, ROUTER_HANDOVER, USE_FD
 from zmq.sugar.context import Context
 
-from nanoflow.engine.messages import FromEngine, Unreadable
-from nanoflow.engine.wire import ToEngine, WireError, decode_to_engine, encode
+from nanoflow.engine.messages import FromEngine, ToEngine
+from nanoflow.engine.wire import Unreadable, WireError, decode_to_engine, encode
 
 _LINGER_S = 2.0
 
@@ -32,21 +32,24 @@ class Channel:
 
     def send(self, front_end: int, message: FromEngine) -> None:
         """Send a message to one front end."""
-        self._socket.send_multipart([routing_id(front_end), *encode(message)])
+        self._socket.send_multipart([routing_id(front_end), encode(message)])
 
     def receive(self, timeout_s: float | None) -> list[tuple[int, ToEngine | Unreadable]]:
-        """All messages that are there, each with its front end; without any, wait so long (None: forever) for one.
+        """All messages that have arrived, each with the number of its front end.
+
+        Args:
+            timeout_s: How long to wait for the first message if none has arrived; None waits without limit.
 
         Raises:
-            WireError: It is no message.
+            WireError: Something else than a message has arrived.
         """
         messages: list[tuple[int, ToEngine | Unreadable]] = []
         if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
             while self._socket.poll(0):
                 sender, *frames = self._socket.recv_multipart()
-                if not sender.isdigit():
-                    raise WireError(f"a front end must have a number, got {sender!r}")
-                messages.append((int(sender), decode_to_engine(frames)))
+                if not sender.isdigit() or len(frames) != 1:
+                    raise WireError(f"a front end must have a number and send one frame, got {sender!r}, {len(frames)}")
+                messages.append((int(sender), decode_to_engine(frames[0])))
         return messages
 
     def close(self) -> None:

@@ -15,8 +15,8 @@ from zmq.error import Again
 from zmq.sugar.context import Context
 
 from nanoflow.engine.channel import routing_id
-from nanoflow.engine.messages import FromEngine
-from nanoflow.engine.wire import ToEngine, WireError, decode_from_engine, encode
+from nanoflow.engine.messages import FromEngine, ToEngine
+from nanoflow.engine.wire import WireError, decode_from_engine, encode
 
 # How long messages are taken in before other tasks of the event loop get their turn.
 _SLICE_S = 0.002
@@ -49,7 +49,7 @@ class EngineLink:
     def send(self, message: ToEngine) -> None:
         """Send without waiting; an engine that has ended gets nothing."""
         if not self._socket.closed:
-            self._socket.send_multipart(encode(message))
+            self._socket.send(encode(message))
             # The file descriptor tells of a change once, and sending may have taken note of it: look again.
             self._drain_soon()
 
@@ -94,11 +94,11 @@ class EngineLink:
         end_s = time.perf_counter() + _SLICE_S
         while not self._socket.closed:
             try:
-                frames = self._socket.recv_multipart(NOBLOCK)
+                received = self._socket.recv(NOBLOCK)
             except Again:
                 return
             try:
-                message: FromEngine | WireError = decode_from_engine(frames)
+                message: FromEngine | WireError = decode_from_engine(received)
             except WireError as error:
                 message = error
             self._take(message)

@@ -1,57 +1,60 @@
-"""What crosses the border between the engine loop and its front end: plain dataclasses, sent with msgspec.
+"""The messages between the engine's process and its front ends, and the data in them.
 
-Several front ends may talk to one engine. Down go `Join`, `Add`, `Abort`, `Leave` and `Shutdown`. Up come `Ready` or
-`Failed` once, then one `StepOutput` an iteration (the tokens of all requests of that front end together, no text: the
-front end detokenises), and a `Heartbeat` now and then to a front end that has nothing in the iterations that run.
+Several front ends may use one engine. The front end that starts the engine sends `Load` first. Every front end may
+then send `Add` and `Abort`; a further one begins with `Join`. The engine answers with `Ready` or `Failed` once. After
+that it sends one `StepOutput` an iteration, with the tokens of all requests of that front end but without text: the
+front end detokenizes. A front end that has no tokens in an iteration gets a `Heartbeat` now and then.
+
+A message is a tagged `msgspec.Struct`, encoded as an array: its tag, then its fields in order (`wire.py`). Data that
+users see as well, such as `EngineStats`, are dataclasses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanoflow.config import DEFAULT_MAX_LOGPROBS
+import msgspec
+
+from nanoflow.config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.models.generation import SamplingDefaults
 from nanoflow.outputs import Finished
 from nanoflow.request import Request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """A further front end is here: it waits for `Ready`."""
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages; the tag is the name of the class."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leave:
-    """A front end has ended: forget its requests. Sent by the front end that started the engine."""
+class Load(Message, frozen=True, kw_only=True):
+    """Load this model. The first message of the front end that started the engine."""
+
+    config: EngineConfig
+
+
+class Join(Message, frozen=True, kw_only=True):
+    """A further front end has started and waits for `Ready`."""
+
+
+class Leave(Message, frozen=True, kw_only=True):
+    """A front end has ended: drop its requests. Sent by the front end that started the engine."""
 
     front_end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Add:
+class Add(Message, frozen=True, kw_only=True):
     """Take these requests."""
 
     requests: list[Request]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abort:
-    """Forget these requests and free what they hold; unknown ids are ignored."""
+class Abort(Message, frozen=True, kw_only=True):
+    """Drop these requests and free what they hold; unknown ids are ignored."""
 
     request_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unreadable:
-    """Never sent: what the engine reads an `Add` as that does not fit its type, so that only these requests end."""
-
-    request_ids: list[int]
-    error: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shutdown:
+class Shutdown(Message, frozen=True, kw_only=True):
     """Stop at once, for all front ends."""
 
 
@@ -122,22 +125,19 @@ class EngineFacts:
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class Ready(Message, frozen=True, kw_only=True):
     """The engine is loaded."""
 
     facts: EngineFacts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
+class Failed(Message, frozen=True, kw_only=True):
     """The engine cannot start, or has died; one line for people."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class Told(Message, frozen=True, kw_only=True):
     """What the engine's process has to say while it loads, for the log: `level` as in `logging`."""
 
     level: int
@@ -183,8 +183,7 @@ class EngineStats:
     plan_digest: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlaceLogprobs:
+class PlaceLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """Log probabilities at consecutive places of one sequence.
 
     Each inner list has the token that stands there first, then the most probable ones.
@@ -201,8 +200,7 @@ class PlaceLogprobs:
     ranks: list[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutput:
+class StepOutput(Message, frozen=True, kw_only=True):
     """What one iteration gave: struct of arrays, one entry a token.
 
     Attributes:
@@ -216,22 +214,21 @@ class StepOutput:
         stats: State afterwards.
     """
 
-    request_ids: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finished: dict[int, Finished] = field(default_factory=dict)
-    logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
-    scheduled: list[int] = field(default_factory=list)
-    preempted: list[int] = field(default_factory=list)
-    stats: EngineStats = field(default_factory=EngineStats)
+    request_ids: list[int] = msgspec.field(default_factory=list)
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    finished: dict[int, Finished] = msgspec.field(default_factory=dict)
+    logprobs: dict[int, PlaceLogprobs] = msgspec.field(default_factory=dict)
+    prompt_logprobs: dict[int, PlaceLogprobs] = msgspec.field(default_factory=dict)
+    scheduled: list[int] = msgspec.field(default_factory=list)
+    preempted: list[int] = msgspec.field(default_factory=list)
+    stats: EngineStats = msgspec.field(default_factory=EngineStats)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
+class Heartbeat(Message, frozen=True, kw_only=True):
     """The loop is alive and has nothing to do."""
 
     stats: EngineStats
 
 
-FromFrontEnd = Join | Add | Abort | Leave | Shutdown
+ToEngine = Load | Join | Add | Abort | Leave | Shutdown
 FromEngine = Ready | Failed | StepOutput | Heartbeat | Told

@@ -29,14 +29,15 @@ from nanoflow.engine.messages import (
     Heartbeat,
     Join,
     Leave,
+    Load,
     Ready,
     Shutdown,
     StepOutput,
-    Unreadable,
+    ToEngine,
 )
 from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.engine.telling import told
-from nanoflow.engine.wire import ToEngine, WireError
+from nanoflow.engine.wire import Unreadable, WireError
 from nanoflow.errors import one_line
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, RequestError
@@ -125,10 +126,10 @@ def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfi
             front_ends.join(front_end)
         for front_end, message in early:
             if front_end == 0:
-                if not isinstance(message, EngineConfig):
-                    raise WireError(f"the first message must be the configuration, got {type(message).__name__}")
+                if not isinstance(message, Load):
+                    raise WireError(f"the first message must be Load, got {type(message).__name__}")
                 early.remove((front_end, message))
-                return message, early
+                return message.config, early
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
