@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rungs import Rung
-from benchmarks.turns import Iteration, SteadyMetrics, Turn, UnequalTurns, Watched, metrics_of
+from benchmarks.turns import Iteration, SteadyMetrics, Turn, UnequalTurns, WatchedBook, metrics_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
@@ -215,7 +215,7 @@ class _Run:
         facts = engine.facts
         # Batches whose iterations have not ended; `_step` ends them in the order in which they were planned.
         self._shapes: deque[BatchShape] = deque()
-        engine.use_book(Watched(book, self._shapes))
+        engine.use_book(WatchedBook(fallback=book.fallback, entries=book.entries, shapes=self._shapes))
         self._engine = engine
         self._rng = np.random.default_rng(seed)
         self._new = itertools.islice(itertools.cycle(lengths), int(self._rng.integers(len(lengths))), None)

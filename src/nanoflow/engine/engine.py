@@ -18,7 +18,7 @@ from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
 from nanoflow.engine.messages import EngineFacts, EngineStats, StepOutput
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
-from nanoflow.plan.book import PlanSource
+from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.scheduler import Committed, Scheduler
@@ -51,7 +51,7 @@ class Engine:
         facts: EngineFacts,
         scheduler: Scheduler,
         worker: Worker,
-        book: PlanSource,
+        book: PlanBook,
         is_async: bool,
         times: IterationTimes | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Engine:
         self._times = times
         self._last_end_s = 0.0
 
-    def use_book(self, book: PlanSource) -> None:
+    def use_book(self, book: PlanBook) -> None:
         """Choose from this book from the next iteration on.
 
         Raises:
