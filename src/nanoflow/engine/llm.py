@@ -224,7 +224,7 @@ class LLM:
         self._check_open()
         if not self._engine.has_work:
             return []
-        grown = self._take_step()[0]
+        grown = self._take_step()
         for output in grown:
             self._processor.refresh(output)
         self._engine.abort(self._processor.take_stopped())
@@ -271,19 +271,19 @@ class LLM:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
-    def _take_step(self) -> tuple[list[RequestOutput], int]:
-        """Run an iteration; the outputs that grew, and how many tokens there are more."""
+    def _take_step(self) -> list[RequestOutput]:
+        """Run an iteration and return the outputs that grew."""
         step = self._engine.step()
         grown = self._processor.process(step)
         self._engine.abort(self._processor.take_stopped())
-        self._metrics.take(step.stats, self._processor.num_new_tokens)
-        return grown, self._processor.num_new_tokens
+        self._metrics.take(step.stats, self._processor.num_generated_tokens)
+        return grown
 
     def _run(
         self, num_requests: int, raise_if_interrupted: Callable[[], None], use_tqdm: bool | Callable[..., Any]
     ) -> None:
         """Step until the engine has nothing left to do."""
-        start_s, num_tokens = time.monotonic(), 0
+        start_s, num_tokens_before = time.monotonic(), self._processor.num_generated_tokens
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         # A function that a user gave decides for itself where it shows.
         is_shown = bool(use_tqdm) and (callable(use_tqdm) or sys.stderr.isatty())
@@ -291,7 +291,8 @@ class LLM:
         with bar, heap_left_alone():
             while self._engine.has_work:
                 raise_if_interrupted()
-                num_tokens += self._take_step()[1]
+                self._take_step()
+                num_tokens = self._processor.num_generated_tokens - num_tokens_before
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - start_s):.0f} output tokens/s", refresh=False)
                 bar.update(num_requests - len(self._processor) - bar.n)
 

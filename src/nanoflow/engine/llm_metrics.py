@@ -47,10 +47,10 @@ class LLMMetrics:
         self._stats = EngineStats()
         self._num_prompt = self._num_generated = self._num_ended = 0
 
-    def take(self, stats: EngineStats, num_new_tokens: int) -> None:
-        """An iteration has ended, and outputs have got so many tokens from it."""
+    def take(self, stats: EngineStats, num_generated_tokens: int) -> None:
+        """Note the state after an iteration, and the tokens that outputs have got since the start."""
         self._stats = stats
-        self._num_generated += num_new_tokens
+        self._num_generated = num_generated_tokens
 
     def end(self, outputs: Iterable[RequestOutput]) -> None:
         """Requests have ended."""

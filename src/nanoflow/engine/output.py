@@ -59,7 +59,7 @@ class OutputProcessor:
 
     Attributes:
         observer: Told of times and counts; None tells nobody.
-        num_new_tokens: Tokens that outputs got from the last iteration; those behind a stop string are none.
+        num_generated_tokens: Tokens that outputs have got since the start; those behind a stop string are not counted.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class OutputProcessor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.observer: Observer | None = None
-        self.num_new_tokens = 0
+        self.num_generated_tokens = 0
         self._facts = facts
         self._tokenizer = tokenizer
         self._has_text = has_text
@@ -154,10 +154,7 @@ class OutputProcessor:
         return [engine_id for request_id in list(self._living) for engine_id in self.abort(request_id)]
 
     def take_stopped(self) -> list[int]:
-        """Requests of the engine that ended here since the last call, by a stop string or as they failed here.
-
-        It must forget them.
-        """
+        """Requests that ended here since the last call, by a stop string or a failure: the engine must forget them."""
         stopped, self._stopped = self._stopped, []
         return stopped
 
@@ -195,7 +192,8 @@ class OutputProcessor:
         num_cut = sum(len(completion.token_ids) for completion in searched.values())
         ended_here = self._search(searched, step) | self._add_scores(step)
         num_cut -= sum(len(completion.token_ids) for completion in searched.values())
-        self.num_new_tokens = num_first + len(gaps_s) - num_cut
+        num_new_tokens = num_first + len(gaps_s) - num_cut
+        self.num_generated_tokens += num_new_tokens
         for engine_id, end in ended_here.items():
             self._finish(self._completions[engine_id], end, now_s)
         self._stopped += [engine_id for engine_id in ended_here if engine_id not in step.finished]
@@ -205,7 +203,7 @@ class OutputProcessor:
                 self._finish(completion, end, now_s)
                 grown[completion.name] = completion.request_output
         if self.observer is not None and (gaps_s or num_first):
-            self.observer.observe_tokens(self.num_new_tokens)
+            self.observer.observe_tokens(num_new_tokens)
             self.observer.observe_next_tokens(gaps_s)
         return list(grown.values())
 
