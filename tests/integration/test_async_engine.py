@@ -21,6 +21,7 @@ from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.errors import EngineDeadError, EngineError
 from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
+from tests.error_chain import is_shown_alone
 from tests.fake_engine import CRASHING, FAILING, REFUSED, SLOW
 from tests.toy_models import ENGINE_OPTIONS, write_toy_model
 from tests.toy_tokenizers import panicking_backend, write_tokenizer
@@ -244,8 +245,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(model: str, capfd: pytest.Cap
     folder.symlink_to(model)
     with pytest.raises(EngineError, match=r"^this model is broken$"):
         asyncio.run(AsyncEngine.start(EngineConfig(model=str(folder)), module=FAKE))
-    with pytest.raises(EngineError, match="nowhere"):
+    with pytest.raises(EngineError, match="nowhere") as problem:
         asyncio.run(AsyncEngine.start(EngineConfig(model="/nowhere"), module=FAKE))
+    assert is_shown_alone(problem.value)
     with pytest.raises(EngineError, match="ended with status 1"):
         asyncio.run(AsyncEngine.start(EngineConfig(model=model), module="tests.no_such_module"))
     assert "Traceback" not in capfd.readouterr().err

@@ -115,7 +115,7 @@ class AsyncEngine:
         except BaseException as error:
             await child.close(grace_s=0.0)
             if isinstance(error, ValueError):
-                raise EngineError(str(error)) from error
+                raise EngineError(str(error)) from None
             raise
         return cls(child.link, facts, processor, tokenizer, interval_s=interval_s, child=child)
 
@@ -144,7 +144,7 @@ class AsyncEngine:
         except BaseException as error:
             link.close()
             if isinstance(error, ValueError):
-                raise EngineError(str(error)) from error
+                raise EngineError(str(error)) from None
             raise
         return cls(link, facts, processor, tokenizer, interval_s=interval_s)
 

@@ -87,9 +87,9 @@ class ChatTemplate:
             text = self._run(turns, {**own, **options})
             self._check_all_shown(tuple(turn["role"] for turn in turns), own)
         except ChatTemplateLimitError as error:
-            raise RequestError(f"the chat template was stopped: {error}") from error
+            raise RequestError(f"the chat template was stopped: {error}") from None
         except ChatTemplateError as error:
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
+            raise RequestError(f"the chat template refuses the messages: {error}") from None
         return text
 
     @cached_property

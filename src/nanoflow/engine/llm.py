@@ -310,7 +310,7 @@ def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
     except RequestError as error:
         if num_prompts == 1:
             raise
-        raise RequestError(f"prompt {place}: {error}") from error
+        raise RequestError(f"prompt {place}: {error}") from None
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def read_given(given: str | None, own: str | Mapping[str, str] | None, folder: P
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise _cannot_read(given, error) from error
+        raise _cannot_read(given, error) from None
 
 
 def _processor_template(file: Path) -> str | None:
@@ -102,7 +102,7 @@ def _processor_template(file: Path) -> str | None:
         named = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
         return choose_template(named, None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _cannot_read(str(file), error) from error
+        raise _cannot_read(str(file), error) from None
 
 
 def _cannot_read(name: str, error: Exception) -> TemplateFileError:

@@ -68,7 +68,7 @@ class TemplateRenderer:
         try:
             line = json.dumps(job).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise ChatTemplateError(f"it takes JSON values only: {error}") from error
+            raise ChatTemplateError(f"it takes JSON values only: {error}") from None
         with self._process() as process:
             reply = self._ask(process, line)
         if "error" in reply:

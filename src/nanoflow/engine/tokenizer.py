@@ -86,7 +86,7 @@ class Tokenizer:
         try:
             given = read_given(config.chat_template, files.names.chat_template, Path(source))
         except TemplateFileError as error:
-            raise TokenizerError(str(error)) from error
+            raise TokenizerError(str(error)) from None
         return cls(files.names, given, backend=files.backend, config=config)
 
     @property
@@ -170,7 +170,7 @@ class Tokenizer:
             # A batch of one, as `decode` would keep other threads waiting.
             return str(self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0])
         except BaseException as error:
-            raise refusal(error, "the tokenizer cannot decode these tokens") from error
+            raise refusal(error, "the tokenizer cannot decode these tokens") from None
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands inside a text: with its leading space, special tokens by name.
@@ -296,7 +296,7 @@ def _encoded(encode: Callable[[], list[Any]]) -> list[Any]:
     except TypeError:
         raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
     except BaseException as error:
-        raise refusal(error, "the tokenizer cannot encode this text") from error
+        raise refusal(error, "the tokenizer cannot encode this text") from None
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:

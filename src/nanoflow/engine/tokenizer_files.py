@@ -75,7 +75,7 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
         raise
     # Broken files surface as almost any exception; for the user all mean the same.
     except BaseException as error:
-        raise refusal(error, f"the tokenizer of {source} cannot be loaded", TokenizerError) from error
+        raise refusal(error, f"the tokenizer of {source} cannot be loaded", TokenizerError) from None
 
 
 def refusal(error: BaseException, what: str, kind: type[ValueError] = RequestError) -> BaseException:
@@ -141,7 +141,7 @@ def _converted(source: str | Path) -> TokenizerFiles:
         names = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:
         problem = f"{source} has no tokenizer.json, and its other files cannot be converted ({one_line(error)})"
-        raise TokenizerError(f"{problem}; {_HOW_TO_CONVERT}") from error
+        raise TokenizerError(f"{problem}; {_HOW_TO_CONVERT}") from None
     if not getattr(names, "is_fast", False):
         raise TokenizerError(f"{source} has no tokenizer.json and no class that could convert it; {_HOW_TO_CONVERT}")
     return TokenizerFiles(names=names, backend=names.backend_tokenizer)

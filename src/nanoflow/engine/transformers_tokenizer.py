@@ -30,7 +30,7 @@ def transformers_tokenizer(config: EngineConfig, own: Tokenizer | None = None) -
         found = AutoTokenizer.from_pretrained(str(source_of(config)), trust_remote_code=False)
     # Broken files surface as almost any exception.
     except Exception as error:
-        raise RequestError(f"transformers cannot load this model's tokenizer: {one_line(error)}") from error
+        raise RequestError(f"transformers cannot load this model's tokenizer: {one_line(error)}") from None
     if own is not None:
         own.put_into(found)
     return found
