@@ -1,6 +1,6 @@
-"""The engine's end of the socket: messages from and to every front end, in the process of the engine.
+"""The engine's end of the socket: receives messages from every front end and sends messages to each.
 
-A front end is known by its number, which is the routing id of its socket. The other end is `link.py`.
+A front end has a number, which is the routing id of its socket. Its end of the socket is in `link.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LINGER_S = 2.0
 
 
 class Channel:
-    """A socket that front ends connect to; sending never waits, and a front end that has gone gets nothing.
+    """A socket that front ends connect to. Sending never blocks; a message to a front end that has left is dropped.
 
     Args:
         listener: File descriptor of a listening Unix socket, as `place.EnginePlace` makes it.
@@ -25,10 +25,10 @@ class Channel:
         self._context = Context()
         self._socket = self._context.socket(ROUTER)
         self._socket.set_hwm(0)
-        # A front end that comes again is taken for itself, even if its last connection has not been seen to end.
+        # A front end may connect again before the end of its last connection is noticed: the new one takes over.
         self._socket.setsockopt(ROUTER_HANDOVER, 1)
         self._socket.setsockopt(USE_FD, listener)
-        self._socket.bind(f"ipc:///dev/fd/{listener}")  # a name only: the socket is bound already
+        self._socket.bind(f"ipc:///dev/fd/{listener}")  # only a name: the listener is bound already
 
     def send(self, front_end: int, message: FromEngine) -> None:
         """Send a message to one front end."""
@@ -41,7 +41,7 @@ class Channel:
             timeout_s: How long to wait for the first message if none has arrived; None waits without limit.
 
         Raises:
-            WireError: Something else than a message has arrived.
+            WireError: What has arrived is no message.
         """
         messages: list[tuple[int, ToEngine | Unreadable]] = []
         if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
@@ -53,7 +53,7 @@ class Channel:
         return messages
 
     def close(self) -> None:
-        """Wait a moment until what was sent has left, then close."""
+        """Wait up to `_LINGER_S` until all messages are sent, then close."""
         self._context.destroy(linger=int(_LINGER_S * 1000))
 
 
