@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import msgspec
 import pytest
+from zmq.constants import DEALER, ROUTING_ID
+from zmq.sugar.context import Context
 
 from nanoflow.config import EngineConfig
+from nanoflow.engine.channel import Channel
 from nanoflow.engine.messages import (
     Abort,
     Add,
@@ -26,6 +30,7 @@ from nanoflow.engine.messages import (
     ToEngine,
     Told,
 )
+from nanoflow.engine.place import EnginePlace
 from nanoflow.engine.wire import Unreadable, WireError, decode_from_engine, decode_to_engine, encode
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, SamplingParams
@@ -145,3 +150,34 @@ def test_an_add_that_does_not_fit_names_its_requests_and_what_is_wrong() -> None
     message = decode_to_engine(_packed("Add", [fields | {"request_id": 9}, fields | {"seed": "x"}]))
     assert isinstance(message, Unreadable) and message.request_ids == [9, 7]
     assert message.error == "a message cannot be read: Expected `int`, got `str` - at `$[1][1].seed`"
+
+
+@pytest.mark.parametrize(
+    ("front_end", "frames", "is_message"),
+    [
+        (b"3", [encode(Join())], True),
+        (b"three", [encode(Join())], False),
+        (b"3", [encode(Join()), b""], False),
+        (b"3", [b"Join"], False),
+    ],
+)
+def test_a_socket_gives_messages_of_numbered_front_ends_alone(
+    front_end: bytes, frames: list[bytes], is_message: bool
+) -> None:
+    place = EnginePlace()
+    # A channel closes its descriptor.
+    channel, context = Channel(os.dup(place.listener)), Context()
+    try:
+        socket = context.socket(DEALER)
+        socket.setsockopt(ROUTING_ID, front_end)
+        socket.connect(f"ipc://{place.path}")
+        socket.send_multipart(frames)
+        if is_message:
+            assert channel.receive(10.0) == [(3, Join())]
+        else:
+            with pytest.raises(WireError):
+                channel.receive(10.0)
+    finally:
+        context.destroy(linger=0)
+        channel.close()
+        place.close()
