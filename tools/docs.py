@@ -81,6 +81,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/switching-from-vllm.md": {
         "engine": switching.engine_known,
         "engine-foreign": switching.engine_foreign,
+        "speculative-foreign": switching.speculative_foreign,
         "server": switching.server_known,
         "server-foreign": switching.server_foreign,
         "sampling": switching.sampling_known,

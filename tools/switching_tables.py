@@ -13,6 +13,7 @@ from nanoflow.compat.entries import Alias, Foreign, Same, Table
 from nanoflow.compat.imports import MISSING, MISSING_MODULES, MODULES, NAMES
 from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.compat.server_options import SERVER
+from nanoflow.compat.speculative_config import SPECULATIVE
 from nanoflow.config import EngineConfig, ServerConfig
 
 # Options of ours whose names vLLM has too stand as the same, whatever the lists say of them.
@@ -42,6 +43,11 @@ def engine_known() -> str:
 def engine_foreign() -> str:
     """Options of the engine that there are not."""
     return foreign_options(ENGINE)
+
+
+def speculative_foreign() -> str:
+    """Keys of `speculative_config` that there are not."""
+    return foreign_options(SPECULATIVE)
 
 
 def server_known() -> str:

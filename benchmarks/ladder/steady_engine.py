@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.rungs import Rung
-from benchmarks.ladder.turns import Iteration, Turn, TurnMetrics, UnequalTurns, Watched, metrics_of
+from benchmarks.ladder.turns import Iteration, Turn, TurnMetrics, UnequalTurns, WatchedBook, metrics_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
@@ -223,7 +223,7 @@ class _Run:
         facts = engine.facts
         # Batches whose iterations have not ended, in the order in which their plans were chosen; `_step` removes them.
         self._shapes: deque[BatchShape] = deque()
-        engine.use_book(Watched(book, self._shapes))
+        engine.use_book(WatchedBook(fallback=book.fallback, entries=book.entries, shapes=self._shapes))
         self._engine = engine
         self._rng = np.random.default_rng(seed)
         self._new = itertools.islice(itertools.cycle(lengths), int(self._rng.integers(len(lengths))), None)

@@ -22,22 +22,16 @@ class UnequalTurns(Exception):
     """Rungs cannot be compared; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """A plan book that appends every batch for which it chooses a plan to `shapes`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchedBook(PlanBook):
+    """A plan book that appends the shape of every batch it is asked for to `shapes`."""
 
-    book: PlanBook
     shapes: deque[BatchShape]
 
-    @property
-    def plans(self) -> tuple[PipelinePlan, ...]:
-        """Plans of the book."""
-        return self.book.plans
-
     def choose(self, shape: BatchShape) -> PipelinePlan:
-        """The plan that the book chooses; see `PlanBook.choose`."""
+        """The plan to run for a batch of this shape."""
         self.shapes.append(shape)
-        return self.book.choose(shape)
+        return PlanBook.choose(self, shape)  # `super()` does not work in a dataclass with slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

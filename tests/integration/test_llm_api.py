@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from tqdm import tqdm
 
@@ -22,7 +23,10 @@ from nanoflow.engine.build import build_engine
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.prompts import PromptInput
+from nanoflow.models.config import ModelError
 from nanoflow.outputs import FinishReason
+from nanoflow.request import RequestError
+from tests.error_chain import is_shown_alone
 from tests.toy_models import ENGINE_OPTIONS, MAX_MODEL_LEN, write_toy_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -46,6 +50,24 @@ def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
     assert completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) == 8
     whole = llm.get_tokenizer().decode([*output.prompt_token_ids, *completion.token_ids])
     assert "hello world" + completion.text == whole
+
+
+def test_a_model_that_is_nowhere_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError("cannot reach the Hub") from ValueError("what the network said")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"'name-that-is-no-folder': no such folder here, and the Hub") as problem:
+        LLM("name-that-is-no-folder")
+    assert is_shown_alone(problem.value)
+
+
+@pytest.mark.parametrize("call", ["generate", "chat"])
+def test_what_is_wrong_with_a_prompt_is_one_error(call: str, llm: LLM) -> None:
+    prompt = [5, -1] if call == "generate" else [{"role": "user", "content": "\udc80"}]
+    with pytest.raises(RequestError) as problem:
+        getattr(llm, call)([prompt, prompt], GREEDY, use_tqdm=False)
+    assert str(problem.value).startswith("prompt 0: ") and is_shown_alone(problem.value)
 
 
 def test_a_model_s_own_sampling_is_the_default(model: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from nanoflow.bench import clients, offline
 from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.machine import detect_gpus, git_revision
 from nanoflow.bench.record import format_table, make_record, write_record
+from nanoflow.cli.main import main
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.observer import Observer
 from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
@@ -460,6 +461,23 @@ def test_serve_counts_every_kind_of_failure(server_url: str, monkeypatch: pytest
         "error in the stream: {'message': 'died'}": 1,
         "the stream ended without tokens or without usage": 1,
     }
+
+
+@pytest.mark.parametrize("num_failed", [0, 2])
+def test_a_failed_request_is_a_failed_run(
+    num_failed: int, server_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        firsts = [429] * num_failed + [1] * (3 - num_failed)
+        plain = zip(make_requests(*args, **kwargs), firsts, strict=True)
+        return [dataclasses.replace(request, prompt_token_ids=[first]) for request, first in plain]
+
+    monkeypatch.setattr(clients, "make_requests", failing)
+    argv = ["bench", "serve", "--url", server_url, "--workload", "1/2", "--num-requests", "3", "--num-warmup", "0"]
+    assert main([*argv, "--repeats", "2"]) == (1 if num_failed else 0)
+    shown = capsys.readouterr()
+    assert shown.err == ("nanoflow: error: 4 of 6 requests failed\n" if num_failed else "")
+    assert ("HTTP 429: too many" in shown.out) == bool(num_failed)
 
 
 def test_serve_without_a_server_is_one_error() -> None:

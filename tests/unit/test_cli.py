@@ -319,6 +319,23 @@ def test_generate_reads_files_and_piped_input(fake_llm: type[FakeLLM], tmp_path:
     assert fake_llm.seen[1] == ["from stdin", "and more"]
 
 
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts").write_bytes(b"\xff\xfe")
+    assert run_cli("generate", "--file", str(tmp_path / "prompts")) == 1
+    assert capsys.readouterr().err == (
+        f"nanoflow: error: cannot read prompts from {tmp_path / 'prompts'}: not text in UTF-8\n"
+    )
+
+
+@pytest.mark.parametrize("argv", [(), ("generate",), ("bench",), ("bench", "throughput"), ("bench", "serve")])
+def test_the_help_says_what_exit_statuses_mean(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(*argv, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split()).lower()
+    assert "exit status" in shown
+    if len(argv) < 2:
+        assert all(status in shown.partition("exit status")[2] for status in ("0 ", "1 ", "2 ", "130 "))
+
+
 def test_generate_needs_a_prompt(fake_llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     sys.stdin.read()
     assert run_cli("generate") == 1
@@ -425,6 +442,14 @@ def test_generate_streams_to_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run_cli("generate", "one two") == 0
     assert capsys.readouterr().out == "one two \n"
+
+
+def test_a_prompt_that_fails_on_a_terminal_is_one_line(
+    fake_engine: type[FakeAsyncEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run_cli("generate", "bad") == 1
+    assert capsys.readouterr().err == "nanoflow: error: cannot\n"
 
 
 def test_chat_keeps_resets_and_quits(

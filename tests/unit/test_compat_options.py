@@ -13,6 +13,7 @@ from nanoflow.compat.engine_options import ENGINE
 from nanoflow.compat.entries import Alias, Foreign, Same, Table, read_text
 from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.compat.server_options import SERVER
+from nanoflow.compat.speculative_config import SPECULATIVE
 from nanoflow.config import ConfigError, EngineConfig, ServerConfig, from_kwargs, names_of, unknown_option
 from nanoflow.request import KINDS
 from tests.vllm_defaults import ENGINE_DEFAULTS, SERVER_DEFAULTS
@@ -63,7 +64,11 @@ OURS: list[tuple[dict[str, Any], dict[str, Any]]] = [
                 "num_speculative_tokens": 4,
                 "prompt_lookup_max": 5,
                 "prompt_lookup_min": 1,
-                "disable_by_batch_size": 8,
+                "disable_by_batch_size": None,
+                "disable_padded_drafter_batch": True,
+                "enforce_eager": False,
+                "draft_tensor_parallel_size": 1,
+                "rejection_sample_method": "strict",
             }
         },
         {"speculative": "ngram:4:5:1"},
@@ -144,7 +149,7 @@ def test_every_parameter_of_ours_is_in_the_table() -> None:
     assert {entry.name for entry in SAMPLING.entries.values() if isinstance(entry, Same)} == set(KINDS)
 
 
-@pytest.mark.parametrize("table", [ENGINE, SERVER, SAMPLING], ids=lambda table: str(table.title))
+@pytest.mark.parametrize("table", [ENGINE, SERVER, SAMPLING, SPECULATIVE], ids=lambda table: str(table.title))
 def test_reasons_are_lines_and_values_are_taken(table: Table) -> None:
     for entry in table.foreign:
         assert (entry.reason and "\n" not in entry.reason and entry.reason[0] != entry.reason[0].upper()) or (
@@ -173,6 +178,26 @@ def test_what_cannot_be_done_is_refused_by_its_line(name: str, value: Any, reaso
     message = str(problem.value)
     assert message.startswith(f"{name}=") and " is not possible: " in message and reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("disable_by_batch_size", 8, "disable_by_batch_size=8 is not possible: there are no drafts in iterations"),
+        ("speculative_disable_by_batch_size", 8, "speculative_disable_by_batch_size=8 is not possible: there are no"),
+        ("enforce_eager", 1, "enforce_eager=1 is not possible: there is no draft model"),
+        ("parallel_drafting", True, "parallel_drafting=True is not possible: there is no draft model"),
+        ("draft_tensor_parallel_size", 2, "draft_tensor_parallel_size=2 is not possible: there is no draft model"),
+        ("rejection_sample_method", "probabilistic", "a drafted token counts only if the model would have drawn it"),
+        ("prompt_lookup_mix", 3, "'prompt_lookup_mix' is not possible with ngram; did you mean"),
+        (("a",), 3, "is not possible with ngram"),
+    ],
+)
+def test_keys_of_the_speculative_config_are_refused_if_they_ask_for_more(key: Any, value: Any, reason: str) -> None:
+    with pytest.raises(ConfigError) as problem:
+        from_kwargs(EngineConfig, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, key: value}})
+    message = str(problem.value)
+    assert message.startswith("speculative_config") and reason in message and "\n" not in message
 
 
 # What vLLM does if nobody says otherwise, and this does not.

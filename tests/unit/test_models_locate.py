@@ -14,6 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from nanoflow.models.config import ModelError, load
 from nanoflow.models.locate import locate_model
+from tests.error_chain import is_shown_alone
 
 
 class Hub:
@@ -27,7 +28,7 @@ class Hub:
     def snapshot_download(self, name: str, **options: Any) -> str:
         self.name, self.options = name, options
         if isinstance(self.answer, Exception):
-            raise self.answer
+            raise self.answer from OSError("what the network said")
         return str(self.answer)
 
     def fetches(self, file: str) -> bool:
@@ -109,7 +110,7 @@ def test_the_hub_fails(error: Exception, message: str, monkeypatch: pytest.Monke
     _put(Hub(error), monkeypatch)
     with pytest.raises(ModelError, match=message) as caught:
         locate_model("owner/model")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and is_shown_alone(caught.value)
     assert "'owner/model'" in str(caught.value)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -445,14 +446,14 @@ def test_log_probabilities_that_cannot_be_read_end_their_request_alone() -> None
     bad, more = add(processor, "hello", "bad", logprobs=1, prompt_logprobs=1)
     ids = [requests[0].request_id, more[0].request_id]
     right = PlaceLogprobs(first_position=0, token_ids=[[5]], logprobs=[[-1.0]], ranks=[1])
-    wrong = dataclasses.replace(right, ranks=[])
+    wrong = msgspec.structs.replace(right, ranks=[])
     processor.process(
         StepOutput(request_ids=ids, token_ids=[5, 5], logprobs=dict(zip(ids, (right, wrong), strict=True)))
     )
     assert bad.finished and bad.error is not None and not good.finished
     assert processor.take_stopped() == ids[1:]
     scored, more = add(processor, "hello", "scored", prompt_logprobs=1)
-    beyond = dataclasses.replace(right, first_position=10**6)
+    beyond = msgspec.structs.replace(right, first_position=10**6)
     processor.process(StepOutput(prompt_logprobs={more[0].request_id: beyond}))
     processor.refresh(scored)
     assert scored.error is not None and processor.abort("good") == ids[:1]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +140,29 @@ def test_clients_in_several_processes_share_the_requests(server_url: str) -> Non
             assert [record.num_output_tokens for record in driven.records] == [1, 2, 3], "in their order"
             assert len(driven.client_cpu_s) == 2 and 0 < driven.busiest_client < 1.5
             assert all(record.error is None for record in driven.records)
+
+
+def test_ctrl_c_ends_clients_at_once_and_only_through_their_parent(server_url: str) -> None:
+    load = LoadConfig(url=server_url, model="m", num_processes=2)
+    short = [BenchRequest(prompt_token_ids=[2], num_output_tokens=1, arrival_s=0.0)] * 2
+    late = [BenchRequest(prompt_token_ids=[2], num_output_tokens=1, arrival_s=60.0)] * 2
+    clients = Clients(2)
+    with pytest.raises(KeyboardInterrupt), clients:
+        # As a terminal does, while the processes still start and after that.
+        for _ in range(2):
+            for process in clients._processes:
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGINT)
+            driven = clients.drive(load, BenchConfig(), "m", short)
+            assert all(record.error is None for record in driven.records)
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        start_s = time.monotonic()
+        clients.drive(load, BenchConfig(), "m", late)
+    assert time.monotonic() - start_s < 4.0, "they are not waited for"
+    for process in clients._processes:
+        process.join(5)
+        assert process.exitcode is not None
 
 
 FAKE_SERVER = """

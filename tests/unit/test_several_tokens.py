@@ -45,7 +45,7 @@ def test_a_stop_string_amid_the_tokens_of_a_step_ends_the_completion_there() -> 
     assert completion.text == "hello " and completion.token_ids == token_ids[:count]
     assert completion.logprobs is not None and len(completion.logprobs) == count
     assert completion.cumulative_logprob == -count and recorder.num_tokens == count < len(token_ids)
-    assert processor.num_new_tokens == count
+    assert processor.num_generated_tokens == count
     assert processor.take_stopped() == [request.request_id]
 
 

@@ -21,6 +21,7 @@ from nanoflow.engine.tokenizer import (
     TokenizerError,
     load_tokenizer,
 )
+from tests.error_chain import is_shown_alone
 from tests.toy_tokenizers import (
     EOS,
     TEMPLATE,
@@ -182,7 +183,7 @@ def test_a_folder_of_older_files_is_converted_or_says_what_to_do(tmp_path: Path)
     (broken / "tokenizer.model").write_bytes(b"\x00no model")
     with pytest.raises(TokenizerError, match=r"no tokenizer.json, .+AutoTokenizer.+save_pretrained") as problem:
         Tokenizer.load(EngineConfig(model=str(broken)))
-    assert "\n" not in str(problem.value)
+    assert "\n" not in str(problem.value) and is_shown_alone(problem.value)
 
 
 # A token's text, bytes and places
@@ -282,10 +283,11 @@ def test_broken_files_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"cannot be loaded: .+") as problem:
         Tokenizer.load(EngineConfig(model=str(tmp_path)))
-    assert "\n" not in str(problem.value)
+    assert "\n" not in str(problem.value) and is_shown_alone(problem.value)
     write_tokenizer(tmp_path)
-    with pytest.raises(TokenizerError, match=r"chat template .*nowhere.* cannot be read"):
+    with pytest.raises(TokenizerError, match=r"chat template .*nowhere.* cannot be read") as problem:
         Tokenizer.load(EngineConfig(model=str(tmp_path), chat_template=str(tmp_path / "nowhere")))
+    assert is_shown_alone(problem.value)
 
 
 # Which template
@@ -334,8 +336,9 @@ def test_a_processors_template_is_used_if_there_is_no_other(tmp_path: Path) -> N
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": several}))
     assert template_of(tmp_path) == "named"
     (tmp_path / "chat_template.json").write_text("[]")
-    with pytest.raises(TokenizerError, match=r"chat_template.json cannot be read"):
+    with pytest.raises(TokenizerError, match=r"chat_template.json cannot be read") as problem:
         Tokenizer.load(EngineConfig(model=str(tmp_path)))
+    assert is_shown_alone(problem.value)
 
 
 def test_templates_without_a_default_are_named_when_one_is_needed(tmp_path: Path) -> None:

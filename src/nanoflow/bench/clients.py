@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -61,7 +64,8 @@ class Clients:
         for _ in range(num_processes if num_processes > 1 else 0):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve_parent, args=(theirs,), daemon=True)
-            process.start()
+            with _interrupts_ignored():
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._ends.append(ours)
@@ -73,7 +77,8 @@ class Clients:
         for end in self._ends:
             end.close()
         for process in self._processes:
-            process.join(5)
+            if error is None:
+                process.join(5)
             process.kill()
 
     def drive(self, load: LoadConfig, config: BenchConfig, model: str, requests: Sequence[BenchRequest]) -> Driven:
@@ -118,8 +123,21 @@ def _serve_parent(end: Connection) -> None:
             sendings = prepare(load, config, model, requests)
             end.send(None)
             end.send(_drive(load, sendings, end.recv()))
-        except (EOFError, OSError, KeyboardInterrupt):
+        except (EOFError, OSError):
             return
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C, which the terminal sends to them too: this process ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set what a signal does
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

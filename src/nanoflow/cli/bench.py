@@ -6,6 +6,7 @@ What is measured and how stands in `nanoflow/bench/`.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ _TEACH = """\
 Measure speed. `throughput` runs the engine in this process with all requests at
 once; `serve` puts load on a running OpenAI-compatible server. Prompts are random
 token ids, completions have fixed length, the end of sequence is ignored. --json
-writes everything needed to judge or repeat the run."""
+writes everything needed to judge or repeat the run. The exit status is 0 if every
+request ended well, 1 after an error or if a request failed, 2 for a wrong command
+line, and 130 after Ctrl-C."""
 
 _EXAMPLES = """\
   nanoflow bench throughput --workload 512/512
@@ -33,7 +36,7 @@ was possible on this device, measured just before: the sum of parts alone (every
 attention by itself, one after the other; the serial bound) and the optimum (the GEMMs alone).
 Tokens are greedy and not turned into text unless options say otherwise.
 --random-weights measures an architecture without its weights; preset:NAME needs no
-files at all. Exit status 1 if a request failed."""
+files at all. Exit status 1 if a request failed (see nanoflow bench --help)."""
 
 _EXAMPLES_THROUGHPUT = """\
   nanoflow bench throughput --workload 32/32 --num-requests 64
@@ -47,7 +50,7 @@ arrivals or all at once, and report rates, latencies, the longest gap between th
 tokens of a request and, with --goodput, the requests/s that meet every limit. Needs
 a server that streams usage. One process receives some twenty thousand tokens/s: use
 --num-processes against a fast server. Failed requests are counted by reason; exit
-status 1 if there are any."""
+status 1 if there are any (see nanoflow bench --help)."""
 
 _EXAMPLES_SERVE = """\
   nanoflow bench serve --workload 128/64 --num-requests 100 --request-rate 8
@@ -100,10 +103,14 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def _report(record: BenchRecord, path: str | None) -> int:
-    """Print the table, write the record where asked for, and return 1 if a request failed."""
+    """Print the table and write the record where asked for; say on standard error if requests failed, and return 1."""
     from nanoflow.bench.record import format_table, write_record
 
     print(format_table(record.repeats, record.bounds, record.processes))
     if path is not None:
         write_record(record, Path(path))
-    return 1 if any(run.num_failed for run in record.repeats) else 0
+    num_failed = sum(run.num_failed for run in record.repeats)
+    if num_failed:
+        num_requests = sum(run.num_requests for run in record.repeats)
+        print(f"nanoflow: error: {num_failed} of {num_requests} requests failed", file=sys.stderr)
+    return 1 if num_failed else 0

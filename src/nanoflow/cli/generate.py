@@ -26,7 +26,9 @@ _TEACH = """\
 Complete prompts with a model, in this process. Prompts are arguments, lines of
 --file or lines of standard input. A single prompt streams to the terminal;
 several run as one batch. --json prints one object a completion and line with
-prompt, text, token_ids and finish_reason."""
+prompt, text, token_ids and finish_reason. The exit status is 0 if every prompt was
+completed, 1 after an error or if a prompt failed, 2 for a wrong command line, and
+130 after Ctrl-C."""
 
 _EXAMPLES = """\
   nanoflow generate "def fibonacci(n):"
@@ -121,7 +123,11 @@ def report_failures(outputs: Sequence[RequestOutput]) -> int:
 
 
 def _lines(file: str) -> list[str]:
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        name = "standard input" if file == "-" else file
+        raise ConfigError(f"cannot read prompts from {name}: not text in UTF-8") from None
     return [line for line in text.splitlines() if line.strip()]
 
 

@@ -32,6 +32,9 @@ examples:
   nanoflow profile preset:llama-2-70b --estimate a100-80x8 -o profile.json
   nanoflow simulate profile.json --workload 512/512 --request-rate 40 --find-gpus
 
+exit status: 0 done, 1 an error or a failed request, 2 a wrong command line,
+130 interrupted (Ctrl-C), 141 the reader of the output has left
+
 Every command explains itself: nanoflow COMMAND --help"""
 
 _EXIT_INTERRUPTED = 130
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit status: 0, 1 on an error, 130 when interrupted. A wrong command line leaves with 2 by `SystemExit`.
+        Exit status: 0, 1 after an error, 130 after Ctrl-C, 141 if the reader of the output has left. A wrong command
+        line leaves with 2 by `SystemExit`.
     """
     args = build_parser().parse_args(argv)
     hide_arguments(several(getattr(args, "api_key", None)))

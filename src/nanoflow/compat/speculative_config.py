@@ -1,6 +1,6 @@
-"""vLLM's `speculative_config`: a mapping, or its JSON, as the text that the option `speculative` takes.
+"""vLLM's `speculative_config`, a mapping or its JSON, as the text of the option `speculative`.
 
-What that text means is known in `nanoflow/speculation.py` alone.
+`nanoflow/speculation.py` reads that text.
 """
 
 from __future__ import annotations
@@ -8,25 +8,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanoflow.compat.entries import read_text
+from nanoflow.compat.entries import Foreign, Table, options, read_text, switches
 from nanoflow.parameters import did_you_mean, shown
 
 _NUMBERS = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
-# What else vLLM takes there for this method, of no effect here: drafts stop by themselves where batches are large.
-_IGNORED = (
-    "disable_by_batch_size",
-    "speculative_disable_by_batch_size",
-    "disable_padded_drafter_batch",
-    "enforce_eager",
-)
 _METHODS = ("ngram", "[ngram]")
+_NO_DRAFT_MODEL = "there is no draft model"
+
+SPECULATIVE = Table.of(
+    "vLLM's speculative_config",
+    options(
+        "there are no drafts in iterations in which they do not pay, whatever the batch size: leave it out",
+        *("disable_by_batch_size", "speculative_disable_by_batch_size"),
+    ),
+    switches(_NO_DRAFT_MODEL, "enforce_eager", "disable_padded_drafter_batch", takes=(True, False)),
+    switches(_NO_DRAFT_MODEL, "parallel_drafting"),
+    options(_NO_DRAFT_MODEL, "draft_tensor_parallel_size", takes=(1,)),
+    options(_NO_DRAFT_MODEL, "quantization", "max_model_len", "revision", "code_revision"),
+    (
+        Foreign(
+            name="rejection_sample_method",
+            takes=("strict",),
+            reason="a drafted token counts only if the model would have drawn it",
+        ),
+    ),
+)
+"""Keys of the mapping that are not supported, with the values at which they are accepted."""
 
 
 def ngram_of(value: Any) -> str | None:
     """`ngram:TOKENS[:LONGEST[:SHORTEST]]` for such a mapping; None for an empty one.
 
     Raises:
-        ValueError: It asks for another method, leaves out the number of tokens, or has what there is not.
+        ValueError: The mapping asks for another method, has no number of tokens, or has a key that is not supported
+            or not supported with its value.
     """
     config = read_text(value) if isinstance(value, str) else value
     if config is None or config == {}:
@@ -41,13 +56,22 @@ def ngram_of(value: Any) -> str | None:
         raise ValueError(f"method must be ngram, got {shown(method)}: there are no draft models")
     if given.pop("model", method) not in _METHODS:
         raise ValueError("prompt look-up takes no model: leave it out")
-    for name in given:
-        if name not in (*_NUMBERS, *_IGNORED):
-            raise ValueError(f"{shown(name)} is not possible with ngram{did_you_mean(str(name), _NUMBERS) or ''}")
+    for name, entry in given.items():
+        if name not in _NUMBERS:
+            _check_foreign(name, entry)
     numbers = {name: _whole(name, given[name]) for name in _NUMBERS if name in given}
     if "num_speculative_tokens" not in numbers:
         raise ValueError("num_speculative_tokens is missing: how many tokens a draft has, as 4")
     return ":".join(["ngram", *map(str, _lengths(**numbers))])
+
+
+def _check_foreign(name: Any, value: Any) -> None:
+    """Refuse a key that is not ours, unless its value asks for what is done anyway."""
+    foreign = SPECULATIVE.entries.get(name) if isinstance(name, str) else None
+    if not isinstance(foreign, Foreign):
+        raise ValueError(f"{shown(name)} is not possible with ngram{did_you_mean(str(name), _NUMBERS) or ''}")
+    if not foreign.changes_nothing(value):
+        raise ValueError(foreign.refusal(value))
 
 
 def _lengths(

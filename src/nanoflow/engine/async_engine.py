@@ -1,7 +1,8 @@
 """`AsyncEngine`: completions for many callers at once, from an engine in a process of its own.
 
-It takes in what the engine sends and wakes whoever waits for it. What becomes of tokens is for `output.py` to know,
-when readers are woken for `pacing.py`, the process for `child.py`. The calling thread does it all itself in `llm.py`.
+It receives the engine's messages and wakes the readers of the requests that they concern. `output.py` turns tokens into
+outputs, `pacing.py` decides when readers are woken, and `child.py` runs the engine's process. `llm.py` is the blocking
+counterpart, without another process.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nanoflow.engine.messages import (
     Heartbeat,
     Join,
     Leave,
+    Load,
     StepOutput,
 )
 from nanoflow.engine.observer import Observer
@@ -51,9 +53,10 @@ STREAM_INTERVAL_S = 0.02
 
 
 class AsyncEngine:
-    """A running engine, as one front end sees it. Made by `start`, or by `join` if another front end has started it.
+    """A running engine, as one front end sees it.
 
-    Belongs to the event loop that it was made in.
+    Made by `start`, or by `join` if another front end has started the engine. To be used only in the event loop that it
+    was made in.
 
     Attributes:
         facts: What is loaded.
@@ -96,7 +99,7 @@ class AsyncEngine:
             interval_s: Longest time that tokens of a stream wait for more; see `pacing.py`.
 
         Raises:
-            EngineError: It cannot be loaded; one line that says why.
+            EngineError: The model cannot be loaded; the message is one line that says why.
         """
         return await cls.load(await EngineChild.start(module), config, interval_s=interval_s)
 
@@ -104,9 +107,9 @@ class AsyncEngine:
     async def load(
         cls, child: EngineChild, config: EngineConfig, *, interval_s: float = STREAM_INTERVAL_S
     ) -> AsyncEngine:
-        """`start`, in a process that runs already; it is closed if the model cannot be loaded."""
+        """As `start`, in a process that runs already. The process is ended if the model cannot be loaded."""
         try:
-            child.link.send(config)
+            child.link.send(Load(config=config))
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await ready(child.link, child)
@@ -114,7 +117,7 @@ class AsyncEngine:
         except BaseException as error:
             await child.close(grace_s=0.0)
             if isinstance(error, ValueError):
-                raise EngineError(str(error)) from error
+                raise EngineError(str(error)) from None
             raise
         return cls(child.link, facts, processor, tokenizer, interval_s=interval_s, child=child)
 
@@ -125,8 +128,8 @@ class AsyncEngine:
         """Become a further front end of an engine, and wait until it is ready.
 
         Args:
-            path: Of the engine's socket; see `place.py`.
-            front_end: Number of this front end, from 1; no number may come twice in the engine's life.
+            path: Path of the engine's socket; see `place.py`.
+            front_end: Number of this front end, from 1; each number may be used once in the engine's life.
             config: What the engine was started with.
             interval_s: As for `start`.
 
@@ -138,12 +141,12 @@ class AsyncEngine:
             link.send(Join())
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await ready(link)
-            # Seeds that are drawn must differ between front ends, or the same prompt would get the same answers.
+            # Front ends must draw different seeds, or the same prompt would get the same answers from each of them.
             processor = OutputProcessor(facts, tokenizer, seed=config.seed + (front_end << 64))
         except BaseException as error:
             link.close()
             if isinstance(error, ValueError):
-                raise EngineError(str(error)) from error
+                raise EngineError(str(error)) from None
             raise
         return cls(link, facts, processor, tokenizer, interval_s=interval_s)
 
@@ -156,7 +159,7 @@ class AsyncEngine:
 
     @property
     def observer(self) -> Observer | None:
-        """Who is told of times and counts, from the event loop."""
+        """What is told of times and counts; it is called in the event loop."""
         return self._processor.observer
 
     @observer.setter
@@ -170,7 +173,7 @@ class AsyncEngine:
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Seconds since the engine's loop was last heard of; about 1 at most while all is well."""
+        """Seconds since the engine's last message; at most about 1 while the engine works."""
         return time.monotonic() - self._heard_s
 
     @property
@@ -190,18 +193,18 @@ class AsyncEngine:
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Complete a prompt. Closing the generator, or cancelling who reads it, drops the request.
+        """Complete a prompt. The request is aborted if the generator is closed or its reader is cancelled.
 
         Args:
             prompt: Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-            params: How.
+            params: How its tokens are chosen.
             request_id: Name of the request, unique among those that have not ended; None makes one.
             streams: False yields the finished output alone.
 
         Yields:
-            The output whenever it has grown; always the same object, which grows in place, so that readers keep their
-            own offsets. A slow reader gets several tokens at once. The last one is `finished`; if the request failed
-            alone its `error` says why and a finish reason is "error".
+            The output whenever it has grown. It is the same object each time and grows in place, so a reader remembers
+            how much of it was read. A slow reader gets several tokens at once. The last output is `finished`. If this
+            request failed, its `error` says why and a finish reason is "error".
 
         Raises:
             RequestError: The request cannot be served, or its id is taken.
@@ -216,7 +219,7 @@ class AsyncEngine:
         try:
             for piece in sendable(requests):
                 self._link.send(Add(requests=piece))
-                await asyncio.sleep(0)  # to send much takes a while
+                await asyncio.sleep(0)  # a large request takes milliseconds to send: let other tasks run
             logger.debug(
                 "request %s: %d prompt tokens, n %d, max_tokens %s",
                 *(name, len(output.prompt_token_ids), params.n, params.max_tokens),
@@ -242,7 +245,7 @@ class AsyncEngine:
             self._streams[request_id].wake()
 
     def forget(self, front_end: int) -> None:
-        """Have the engine drop all requests of another front end, which has ended."""
+        """Tell the engine to drop all requests of another front end, which has ended."""
         if self.is_alive:
             self._link.send(Leave(front_end=front_end))
 
@@ -250,7 +253,7 @@ class AsyncEngine:
         """Leave the engine, and end its process if this front end started it.
 
         Args:
-            reason: What requests that run are told, with EngineDeadError.
+            reason: Message of the EngineDeadError that running requests raise.
         """
         self._die(reason)
         if self._tokenizer is not None:
@@ -274,7 +277,7 @@ class AsyncEngine:
             self._link.send(Abort(request_ids=engine_ids))
 
     def _take(self, message: FromEngine | WireError) -> None:
-        """Take in what the engine sent."""
+        """Act on a message of the engine."""
         self._heard_s = time.monotonic()
         if self._death is not None:
             return
@@ -289,7 +292,7 @@ class AsyncEngine:
                     self._die(message.message)
                 case WireError():
                     raise message
-        # Nobody else sees what goes wrong here, and every request would wait forever.
+        # No caller would see an exception here, and every request would wait forever.
         except Exception as error:
             logger.exception("reading from the engine failed")
             self._die(f"reading from the engine failed: {type(error).__name__}: {error}")
@@ -303,19 +306,19 @@ class AsyncEngine:
         self._abort_stopped()
 
     def _abort_stopped(self) -> None:
-        """Have the engine forget what ended here."""
+        """Tell the engine to drop requests that ended in this process."""
         stopped = self._processor.take_stopped()
         if stopped:
             self._link.send(Abort(request_ids=stopped))
 
     async def _await_end(self, child: EngineChild) -> None:
-        """Note that the engine's process has ended, after the last that it had to say."""
+        """Wait for the end of the engine's process, then for its last messages, and note that the engine is dead."""
         end = await child.end()
         await asyncio.sleep(DRAIN_S)
         self._die(end)
 
     def _die(self, reason: str) -> None:
-        """Let every request, running or to come, raise EngineDeadError; only the first reason counts."""
+        """Make every request, running or new, raise EngineDeadError with this reason; only the first reason counts."""
         if self._death is None:
             self._death = reason
             self._dead.set()
@@ -324,13 +327,13 @@ class AsyncEngine:
 
 
 def _ends(output: RequestOutput) -> str:
-    """How the completions of a request ended, for the log; no text of anybody's is in it."""
+    """How the completions of a request ended, for the log; without any text of prompts or completions."""
     ends = (f"{len(one.token_ids)} tokens, {one.finish_reason or 'lost'}" for one in output.outputs)
     return "; ".join(ends) + ("" if output.error is None else f" ({output.error})")
 
 
 async def _read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
-    """`read_prompt`, beside the event loop if the prompt is long."""
+    """`read_prompt`, in a thread if the prompt is long, so that the event loop is not blocked."""
     value = next(iter(prompt.values()), "") if isinstance(prompt, Mapping) else prompt
     limit = _LONG_TEXT_CHARS if isinstance(value, str) else _LONG_PROMPT_TOKENS
     if isinstance(value, Sized) and len(value) >= limit:

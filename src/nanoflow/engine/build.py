@@ -1,4 +1,4 @@
-"""From an `EngineConfig` to a running `Engine`: the one place where all parts are put together."""
+"""From an `EngineConfig` to a running `Engine`: the only place where all parts are put together."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class _Setup:
 
     @property
     def num_logits(self) -> int:
-        """Most rows with logits in a batch: one a request, and those of guessed tokens."""
+        """Most rows of logits in a batch: one for each request and one for each drafted token."""
         return self.limits.max_num_seqs + most_draft_tokens(self.config.speculative, self.limits.max_num_seqs)
 
     @property
@@ -98,7 +98,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     Args:
         config: All options.
         show_progress: Say on standard error which limits were chosen, and draw progress bars there.
-        prepares_plans: Capture CUDA graphs for the plans of the book before the first request; else when they are met.
+        prepares_plans: Capture CUDA graphs for the plans of the book now; False captures each when it is first used.
 
     Raises:
         ConfigError, ModelError, PlanError: All ValueErrors with one line that says what is wrong.
@@ -107,13 +107,13 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     bound_host_memory()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    # 1. What is to run. Nothing is loaded yet, so that mistakes are told at once.
+    # 1. Check and choose all options. Nothing is loaded yet, so that mistakes are reported at once.
     setup = _set_up(config, show_progress=show_progress)
-    # 2. Weights, KV pages in what they leave, and what runs batches.
+    # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
     model, limits = _load(setup, show_progress=show_progress)
     worker = _worker(setup, model, limits)
     load_s = time.monotonic() - start_s
-    # 3. Whatever can be done before a request waits for it.
+    # 3. Compile kernels and capture graphs, so that no request waits for that.
     times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
     facts = _facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s)
     return Engine(
@@ -160,7 +160,7 @@ def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
 
 
 def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, SchedulerLimits]:
-    """Weights on the device and KV pages in the memory that they leave, and what the scheduler can serve with these."""
+    """Load the weights, allocate KV pages in the memory that is left, and return both with the scheduler's limits."""
     graph, dtype, device, chosen = setup.graph, setup.dtype, setup.device, setup.limits
     weights = _weights(setup, show_progress=show_progress)
     taken_bytes = sampling_bytes(chosen.max_num_seqs, graph.vocab_size, device, setup.num_logits) + workspace_bytes(
@@ -201,7 +201,7 @@ def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
 
 
 def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits) -> Worker:
-    """What runs batches on the device."""
+    """The worker that runs batches on the device."""
     return Worker(
         model,
         setup.book.plans,
@@ -256,17 +256,17 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
 
 
 def _tell(line: str, *, is_shown: bool) -> None:
-    """Show a line to whoever watches the start; a server says the same by itself when it is ready."""
+    """Print a line on standard error if it is to be shown; a server prints the same facts when it is ready."""
     logger.debug("%s", line)
     if is_shown:
         print(line, file=sys.stderr)
 
 
 def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
-    """The model that a config names, and its folder; a preset has none, so its weights are always drawn at random.
+    """The model that a config names, and its folder. A preset has no folder: its weights are always random.
 
     Raises:
-        ModelError: There is no such model, or its config.json makes no sense.
+        ModelError: There is no such model, or its config.json is invalid.
     """
     preset = preset_name(config.model)
     if preset is None:
@@ -283,10 +283,10 @@ def engine_limits(
     device: torch.device,
     book: StoredBook | None = None,
 ) -> EngineLimits:
-    """The limits of an engine on this device, given, from the book, or chosen; before the weights are loaded.
+    """The limits of an engine on this device: given, from the book, or chosen. Called before the weights are loaded.
 
     Raises:
-        ConfigError: The model cannot have the length that is asked for.
+        ConfigError: The model does not support the length that is asked for.
     """
     return choose_limits(
         config,
@@ -299,13 +299,13 @@ def engine_limits(
 
 
 def plan_book(path: str | None, stored: StoredBook | None, max_batch_tokens: int, graph: OpGraph) -> PlanBook:
-    """The sequential plan, and the plans of the file for the batches that they are for.
+    """The plan book of an engine: the sequential plan as the fallback, and the entries of the file.
 
     Args:
         path: The file, for messages.
-        stored: What stands in it; None without one.
+        stored: The content of the file; None without one.
         max_batch_tokens: The token budget.
-        graph: What runs the plans.
+        graph: The model's operations as the engine runs them.
 
     Raises:
         PlanError: The file has a plan that cannot run here; the message names the file.
@@ -320,9 +320,9 @@ def plan_book(path: str | None, stored: StoredBook | None, max_batch_tokens: int
 
 
 def warn_of_another(path: str | None, stored: StoredBook | None, model: str, device: torch.device) -> None:
-    """Warn if a book was made for other hardware than this, or for another model: its plans are right, but may be slow.
+    """Warn if a book was made for other hardware or another model: its plans give right results, but may be slow.
 
-    Models are told apart by the last part of their name, for the same may lie in any folder.
+    Models are compared by the last part of their name, since the same model may be in any folder.
     """
     made_for = None if stored is None else stored.made_for
     if made_for is None:

@@ -1,8 +1,8 @@
-"""A model's chat template, and what becomes of a conversation. Which of several it is: `template_choice.py`.
+"""A model's chat template: renders a conversation as text. `template_choice.py` chooses among several templates.
 
-Templates are programs of the model's maker, and most know neither every role nor every form of a content. What one
-does is tried once, with messages of made-up words: whether it takes a content as one text or in parts, which roles it
-knows, and whether a message of a conversation would be left out. Where it runs is `template_renderer.py`'s to know.
+A template is a program written by the model's maker. Most templates support neither every role nor every form of
+content. We find out by rendering messages of made-up words once: whether the template takes content as text or as
+parts, which roles it knows, and whether it would leave out a message. `template_renderer.py` runs templates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanoflow.engine.conversation import Conversation, joined_text, read_message
 from nanoflow.engine.template_renderer import ChatTemplateError, ChatTemplateLimitError
 from nanoflow.request import RequestError
 
-# Arguments that are set by the engine, or that would change what a rendering is.
+# Variables that the engine sets, or that would change what `render` returns; callers may not give them.
 RESERVED = frozenset(
     (
         *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
@@ -26,9 +26,9 @@ RESERVED = frozenset(
     )
 )
 COMMON_ROLES = frozenset(("system", "user", "assistant"))
-# Roles that mean the same as another, for templates that know only that one.
+# A role, and the one that takes its place in templates that do not know it.
 SYNONYMS = {"developer": "system"}
-# How much is remembered of a template: roles, and the roles of whole conversations.
+# Size of the caches of a template: by role, and by the sequence of roles of a conversation.
 _MAX_KEPT = 1024
 _KWARGS = "chat_template_kwargs"
 
@@ -41,12 +41,12 @@ class Renderer(Protocol):
 
 
 class ChatTemplate:
-    """A template, and what is known of it. Methods may be called from several threads.
+    """A template, and what was found out about it. Methods may be called from several threads.
 
     Args:
-        text: Jinja.
-        special_tokens: Names and texts of special tokens, which templates may use.
-        renderer: Runs it.
+        text: The template, in Jinja.
+        special_tokens: Name to text of special tokens, as variables of the template.
+        renderer: Runs the template.
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, Any], renderer: Renderer) -> None:
@@ -73,8 +73,8 @@ class ChatTemplate:
             kwargs: Further variables of the template.
 
         Raises:
-            RequestError: A message or an argument is none, or the template refuses the messages, does not know a role
-                or leaves a message out; the error says which.
+            RequestError: A message or an argument is invalid, or the template refuses the messages, does not know a
+                role or leaves a message out; the error says which.
         """
         own = read_kwargs(kwargs, self._special_tokens)
         if continue_final_message and add_generation_prompt:
@@ -87,9 +87,9 @@ class ChatTemplate:
             text = self._run(turns, {**own, **options})
             self._check_all_shown(tuple(turn["role"] for turn in turns), own)
         except ChatTemplateLimitError as error:
-            raise RequestError(f"the chat template was stopped: {error}") from error
+            raise RequestError(f"the chat template was stopped: {error}") from None
         except ChatTemplateError as error:
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
+            raise RequestError(f"the chat template refuses the messages: {error}") from None
         return text
 
     @cached_property
@@ -100,10 +100,10 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """True if a content may be a list of parts, of which the template shows nothing but the texts."""
+        """True if content may be a list of parts, and the template shows only the texts of these."""
         words = [_word(0), _word(1)]
         text = self._try([{"role": "user", "content": [*map(text_part, words)]}])
-        # In quotes the list itself is shown.
+        # Quotes would mean that the template prints the list itself.
         return text is not None and all(
             word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words
         )
@@ -117,7 +117,7 @@ class ChatTemplate:
         return self._renderer.render(job)
 
     def _try(self, turns: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:
-        """What becomes of made-up messages, in small letters; None if they are refused."""
+        """The text of made-up messages in lower case; None if the template refuses them."""
         try:
             return self._run(turns, {**(kwargs or {}), "add_generation_prompt": False}).lower()
         except ChatTemplateLimitError:
@@ -140,7 +140,7 @@ class ChatTemplate:
         return content if self.takes_parts else joined_text(content)
 
     def _knows(self, role: str) -> bool:
-        """True if messages of a role are shown where it may stand: first, after the user or after the assistant."""
+        """True if messages of this role are shown at some place: first, after the user or after the assistant."""
         known = self._known_roles.get(role)
         if known is None:
             layouts = ((role, "user"), ("user", role), ("user", "assistant", role))
@@ -156,7 +156,7 @@ class ChatTemplate:
         return [{"role": role, "content": self._adapted_content(_word(i))} for i, role in enumerate(roles)]
 
     def _check_all_shown(self, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> None:
-        """Refuse a conversation of which the template would leave out a message without a word."""
+        """Refuse a conversation of which the template would silently leave out a message."""
         if roles not in self._shapes_shown:
             place = self._first_dropped(roles, kwargs)
             if place is not None:
@@ -167,7 +167,7 @@ class ChatTemplate:
     def _first_dropped(self, roles: Sequence[str], kwargs: Mapping[str, Any]) -> int | None:
         text = self._try(self._made_up(roles), kwargs)
         hidden = [] if text is None else [place for place in range(len(roles)) if _word(place) not in text]
-        # A template that shows no message at all is not about messages.
+        # A template that shows no message at all does not use messages.
         return hidden[0] if 0 < len(hidden) < len(roles) else None
 
 
@@ -175,7 +175,7 @@ def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, A
     """Check further variables of a template.
 
     Raises:
-        RequestError: One is set by the engine, or no JSON value; the message names it.
+        RequestError: A variable is set by the engine, or is no JSON value; the message names it.
     """
     if kwargs is None:
         return {}

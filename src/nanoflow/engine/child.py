@@ -1,6 +1,6 @@
-"""The engine's process as the one sees it that starts it: start, watch and end it.
+"""Start, watch and end the engine's process, from the process that starts it.
 
-Knows nothing of what the messages mean: see `async_engine.py`. What runs in it is `process.py`.
+The engine's process runs `process.py`. Its messages are handled in `async_engine.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ STDERR = 2
 
 
 class EngineChild:
-    """A child process and the link to it. Made by `start`.
+    """The engine's process and the link to it. Made by `start`.
 
     Attributes:
-        link: To the engine, as front end 0.
+        link: Socket to the engine, as front end 0.
     """
 
     def __init__(self, process: Process, link: EngineLink, own_place: EnginePlace | None) -> None:
@@ -36,16 +36,16 @@ class EngineChild:
         """Start a process; it waits for its first message.
 
         Args:
-            module: What to run, as by `python -m`, with the file descriptor of its socket as its argument.
-            place: Where it and its front ends meet; one of its own, closed with it, if not given.
+            module: Module to run, as by `python -m`, with the file descriptor of its socket as its argument.
+            place: Where front ends connect. Without one, the process gets a place that is closed with it.
         """
         own_place = EnginePlace() if place is None else None
         place = place or own_place
         assert place is not None
         link = EngineLink(place.path)
         try:
-            # Of a session of its own, Ctrl-C in the terminal does not reach it: its end is the parent's to decide. Its
-            # standard input closes when the parent ends, however that happens.
+            # In a session of its own, Ctrl-C in the terminal does not reach the process: the parent ends it. Its
+            # standard input closes when the parent ends in any way, which tells the process to end.
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", module, str(place.listener)),
                 stdin=PIPE,
@@ -64,11 +64,11 @@ class EngineChild:
         return self._process.pid
 
     async def end(self) -> str:
-        """Wait until the process has ended; how it did, for people."""
+        """Wait until the process has ended; return a phrase that says how."""
         return f"the engine's process {end_of(await asyncio.shield(self._exited))}"
 
     async def close(self, grace_s: float) -> None:
-        """Ask the child to end, end it if it has not after so long, and close what leads to it."""
+        """Ask the process to end, kill it if it still runs after `grace_s` seconds, and close the link to it."""
         try:
             self.link.send(Shutdown())
             await asyncio.wait((self._exited,), timeout=grace_s)
@@ -86,7 +86,7 @@ def _close(link: EngineLink, place: EnginePlace | None) -> None:
 
 
 def end_of(status: int) -> str:
-    """How a process ended, for people."""
+    """How a process with this exit status ended, as the end of a sentence."""
     if status >= 0:
         return f"ended with status {status}"
     return f"was ended by {signal.Signals(-status).name}"

@@ -1,6 +1,6 @@
-"""One completion of a prompt as it grows: which of its tokens have become text, and where that ends.
+"""One completion of a prompt as it grows: which of its tokens have become text, and where the text ends.
 
-Tokens come in at every iteration; their text is made when it is read. `output.py` says when.
+Tokens arrive with every iteration. Their text is made only when it is read; `output.py` decides when.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ class Completion:
     """One completion that has not ended: one request of the engine.
 
     Args:
-        engine_id: The engine's name of it.
-        request_output: What it is part of.
-        metrics: Times of that.
+        engine_id: Id of its request in the engine.
+        request_output: The output of the user's request, of which this completion is a part.
+        metrics: Times of that output.
         output: What users read; grows in place.
-        params: Of the request.
+        params: The request's parameters.
         detokenizer: None if there is no text.
         stops: None if there are no stop strings.
-        marks: What goes into the search for stop strings for a token that is left out of the text, by its id.
+        marks: By token id, the character that stands for a token left out of the text when stop strings are searched;
+            see `stop_special.py`.
         logprobs: The log probabilities of the output; None unless asked for.
 
     Attributes:
-        name: Of the request, as its user knows it.
-        last_token_s: When the last token came; None before the first.
+        name: The user's id of the request.
+        last_token_s: Time of the last token; None before the first.
     """
 
     __slots__ = (
@@ -70,17 +71,17 @@ class Completion:
         self.output = output
         self.stops = stops
         self.last_token_s: float | None = None
-        # The list of the output: `output.py` appends to it, once a token.
+        # The list of the output; `output.py` appends every token to it.
         self.token_ids = output.token_ids
         self._params = params
         self._detokenizer = detokenizer
         self._marks = marks
         self._logprobs = logprobs
-        # Tokens from here on wait to become text.
+        # Tokens from this index on have not become text yet.
         self._num_read = 0
 
     def add_scores(self, scores: PlaceLogprobs) -> None:
-        """Take the log probabilities of the tokens that came last, without those behind a stop string."""
+        """Add the log probabilities of the last tokens, except of tokens after a stop string."""
         rows = self._logprobs
         if rows is None:
             return
@@ -90,21 +91,21 @@ class Completion:
                 self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + logprobs[0]
 
     def refresh(self) -> None:
-        """Bring the text up to the tokens; with stop strings it already is."""
+        """Make text of all waiting tokens. With stop strings there are none: `find_stop` makes the text."""
         num_tokens = len(self.token_ids)
         if num_tokens > self._num_read:
             self._read(num_tokens)
 
     def find_stop(self, end: Finished | None) -> bool:
-        """Look for stop strings in what the waiting tokens add to the text, one token after the other.
+        """Look for stop strings in the text of the waiting tokens, one token after the other.
 
-        One that is complete within the first `min_tokens` tokens is passed by, one that goes on behind them is not.
+        A stop string that is complete within the first `min_tokens` tokens is ignored.
 
         Args:
-            end: Why the completion ends with these tokens; None if it does not.
+            end: How the engine ended the completion with these tokens; None if it did not.
 
         Returns:
-            True if the completion ends here: one was found, and the token that completed it is the last.
+            True if a stop string was found: the completion ends with the token that completed it.
         """
         stops, detokenizer, min_tokens = self.stops, self._detokenizer, self._params.min_tokens
         if stops is None or detokenizer is None:
@@ -122,25 +123,25 @@ class Completion:
         return stops.found is not None
 
     def finish(self, end: Finished) -> None:
-        """Complete the output: all of its text, and the reason."""
+        """Complete the output with all of its text and the finish reason."""
         output, stops = self.output, self.stops
         found = None if stops is None else stops.found
         if found is None:
             self._read(self._num_shown(end))
             rest = "" if self._detokenizer is None else self._detokenizer.flush()
             output.append_text(rest if stops is None else stops.push(rest, may_stop=False) + stops.flush())
-        # A string takes less memory than the buffer of a text that grows.
+        # Replace the growing buffer by a string, which takes less memory.
         output.text = output.text
         output.finish_reason = end.reason
         output.stop_reason = found if end.stop_token_id is None else end.stop_token_id
 
     def fail(self, end: Finished) -> None:
-        """End the output as it is: no more text can be made of it."""
+        """End the output with the text that it has, because no more text can be made."""
         self.output.text = self.output.text
         self.output.finish_reason = end.reason
 
     def _num_shown(self, end: Finished | None) -> int:
-        """Number of tokens that are part of the text: a stop token ends it and is not, unless asked for."""
+        """Number of tokens that are part of the text. A stop token is not, unless the parameters ask for it."""
         hides = end is not None and end.reason is FinishReason.STOP and not self._params.include_stop_str_in_output
         return len(self.token_ids) - hides
 

@@ -1,4 +1,4 @@
-"""The border where conversations come in, from `LLM.chat` and over HTTP alike: what a message may be."""
+"""Check conversations, from `LLM.chat` and over HTTP alike: what a message may be."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Conversation = Sequence[ChatMessage]
 MAX_ROLE_CHARS = 64
 MESSAGE_FIELDS = ("role", "content", "name", "tool_call_id", "reasoning", "reasoning_content")
 _PART_FIELDS = ("type", "text")
-# Between the texts of a message's parts, where a template takes but one text.
+# Joins the texts of a message's parts for templates that take only one text.
 PART_BORDER = "\n"
 
 
 def read_messages(messages: Conversation, *, takes: Callable[[str], bool]) -> list[dict[str, Any]]:
-    """Check messages. Each gets a content, an empty one if an assistant's has none, as with calls of tools.
+    """Check messages. An assistant's message without content gets an empty one, as with tool calls.
 
     Args:
         messages: Each with "role" and "content": a text, or a list of parts {"type": "text", "text": ...}. Of
-            `MESSAGE_FIELDS` the others may be there. None is as if it were not there.
-        takes: Whether the chat template looks at a further field: then messages and parts may have it.
+            `MESSAGE_FIELDS` the others may be there. A field that is None counts as absent.
+        takes: Whether the chat template uses a further field; only then may messages and parts have it.
 
     Raises:
-        RequestError: They are none, or have a field that nothing would look at; the message names the place.
+        RequestError: A message is invalid, or has a field that nothing would use; the error names its place.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(f"a conversation is a list of messages, got {type(messages).__name__}")
@@ -37,14 +37,14 @@ def read_messages(messages: Conversation, *, takes: Callable[[str], bool]) -> li
 
 
 def joined_text(content: Content | None) -> str:
-    """A content as one text; its parts stand on lines of their own."""
+    """Content as one text, with each part on a line of its own."""
     if content is None or isinstance(content, str):
         return content or ""
     return PART_BORDER.join(part["text"] for part in content)
 
 
 def text_part(text: str) -> dict[str, str]:
-    """A part of a content."""
+    """A part of content that is text."""
     return {"type": "text", "text": text}
 
 
@@ -85,7 +85,7 @@ def _read_part(name: str, part: Any, takes: Callable[[str], bool]) -> dict[str, 
 
 
 def _refuse_unknown(name: str, fields: Mapping[Any, Any], known: Sequence[str], takes: Callable[[str], bool]) -> None:
-    """Nothing of a conversation is passed over."""
+    """Refuse fields that would be ignored."""
     for field, value in fields.items():
         if field not in known and value is not None and not takes(str(field)):
             raise RequestError(f"{name}: unknown field {shown(field)}{did_you_mean(str(field), known) or ''}")

@@ -1,12 +1,12 @@
 """Tokens of one completion to text as they come, in groups of any size.
 
-`make_detokenizer` chooses between two classes. `ByteDetokenizer` adds up the tokens' bytes; it serves the decoders that
-`token_bytes.py` knows. `WindowDetokenizer` asks the tokenizer to decode the new tokens together with a few older ones;
-it serves every decoder. Neither looks at more than the new tokens and a few before them, so that the price of a token
-does not depend on how many came before it. How tokens are grouped makes no difference to the text.
+`make_detokenizer` chooses between two classes. `ByteDetokenizer` concatenates the tokens' bytes; it works for the
+decoders that `token_bytes.py` knows. `WindowDetokenizer` has the tokenizer decode the new tokens together with a few
+older ones; it works for every decoder. Both look only at the new tokens and a few before them, so the cost of a token
+does not depend on how many came before it. The text does not depend on how tokens are grouped.
 
-`tokenizers.decoders.DecodeStream` does the same token by token, but gives back nothing at the end, where an incomplete
-character is left, and holds back everything after bytes that are no text.
+`tokenizers.decoders.DecodeStream` works token by token too, but returns nothing for an incomplete character at the end,
+and withholds all text after bytes that are invalid.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from nanoflow.engine.tokenizer import REPLACEMENT, Tokenizer
 
 # A character of UTF-8 has at most this many bytes.
 _MAX_CHAR_BYTES = 4
-# How many tokens of the prompt the first token is decoded with; more if fewer would begin inside a character.
+# Number of prompt tokens that the first token is decoded with. The smallest that begins with a whole character is used.
 _CONTEXT_SIZES = range(6, 25)
 # Bytes that only continue a character.
 _CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
-# What the error handler "surrogateescape" makes of each.
+# The characters that the error handler "surrogateescape" puts in place of invalid bytes.
 _WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class Detokenizer(Protocol):
     """Text of one completion.
 
-    All texts that `push` and `flush` return, put together, are what decoding prompt and completion as a whole shows
-    after the prompt. A character is not shown before it is complete. If the prompt ends inside a character, what
-    completes it belongs to the completion.
+    The texts that `push` and `flush` return, concatenated, equal what decoding the prompt and the completion together
+    shows after the prompt. A character is shown only when it is complete. If the prompt ends inside a character, the
+    rest of that character belongs to the completion.
 
-    One exception: decoders with byte tokens ("<0xE2>") give up a whole run of them for one wrong byte. Here the
-    characters of such a run that are whole are shown: they may have been sent already.
+    One exception: a decoder with byte tokens ("<0xE2>") replaces a whole run of them if one byte is invalid. Here the
+    complete characters of such a run are shown, since they may have been sent already.
     """
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty in the middle of a character."""
 
     def flush(self) -> str:
-        """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
+        """The rest of the text at the end; an incomplete character shows as U+FFFD."""
 
 
 def make_detokenizer(
     tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True
 ) -> Detokenizer:
-    """The fastest detokenizer that there is for a tokenizer.
+    """The fastest detokenizer for a tokenizer.
 
     Args:
         tokenizer: Decodes.
@@ -81,7 +81,7 @@ class ByteDetokenizer:
         self._bytes_of = token_bytes.__getitem__
         self._replaces_each_byte = rule.replaces_each_byte
         tail = _last_bytes(token_bytes, prompt_token_ids)
-        # The very beginning of the text is still to come if the prompt shows nothing.
+        # If the prompt has no text, the text begins with the first token.
         self._is_start = rule.strips_first_space and not tail
         self._pending = tail[len(tail) - num_pending_bytes(tail) :]
 
@@ -100,7 +100,7 @@ class ByteDetokenizer:
     def flush(self) -> str:
         """The text of what is left, at the end: an incomplete character shows as U+FFFD."""
         pending, self._pending = self._pending, b""
-        # Python waits for the rest of some bytes that no character begins with, so what is left may show as several.
+        # Python also waits after some bytes that begin no character, so the rest may give several U+FFFD.
         return REPLACEMENT * len(pending) if self._replaces_each_byte else utf_8_decode(pending, "replace", True)[0]
 
     def _without_first_space(self, text: str) -> str:
@@ -124,9 +124,9 @@ class WindowDetokenizer:
         self._bytes_of: TokenBytes | None = None
         if tokenizer.splits_characters:
             self._bytes_of = tokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
-        # Decoded together: tokens that were shown (for what they mean to the next ones), then tokens that were not.
+        # Decoded together: tokens that were shown, as context for the next ones, then tokens that were not.
         self._window = self._context(prompt_token_ids)
-        # A prompt that ends inside a character: what completes it is shown, so these tokens count as not shown.
+        # If the prompt ends inside a character, its rest is shown: those tokens of the prompt count as not shown.
         self._num_shown = self._num_whole()
         self._shown_text = self._decode(self._window[: self._num_shown])
 
@@ -140,14 +140,14 @@ class WindowDetokenizer:
         return self._show(len(self._window))
 
     def _push(self, new: list[int]) -> str:
-        """`push` for tokens that show."""
+        """As `push`, for tokens that have text."""
         if not new:
             return ""
         if len(new) > 1 and self._bytes_of is not None and REPLACEMENT in self._decode(new):
-            # Decoders give up more than the wrong bytes of what they are given at once; one by one nothing is spoilt.
+            # A decoder may replace valid text beside invalid bytes: decode fewer tokens at once.
             half = len(new) // 2
             return self._push(new[:half]) + self._push(new[half:])
-        # A character that the new tokens do not complete is wrong; by itself, for the same reason.
+        # A character that the new tokens do not continue is invalid. It is decoded alone, for the same reason.
         wrong = self._show(len(self._window)) if self._is_broken_off(new[0]) else ""
         self._window += new
         num_whole = self._num_whole()
@@ -176,7 +176,7 @@ class WindowDetokenizer:
         new_text = text[len(shown) :] if text.startswith(shown) else None
         if new_text is not None and REPLACEMENT not in new_text:
             return new_text
-        # Wrong bytes may have spoilt what stands beside them: then the new tokens have more text by themselves.
+        # Invalid bytes may have replaced valid text beside them: then the new tokens alone give more text.
         alone = self._decode(self._window[self._num_shown : num_whole])
         return alone if new_text is None or new_text.count(REPLACEMENT) > alone.count(REPLACEMENT) else new_text
 
@@ -195,13 +195,13 @@ class WindowDetokenizer:
         return num_whole
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt, from where they begin with a whole character."""
+        """The last tokens of the prompt, beginning with a whole character."""
         tails = (list(prompt_token_ids[-size:]) for size in _CONTEXT_SIZES)
         whole = (tail for tail in tails if not tail or not self._is_inside_character(tail[0]))
         return next(whole, list(prompt_token_ids[-_CONTEXT_SIZES[0] :]))
 
     def _is_inside_character(self, token_id: int) -> bool:
-        """True if a token begins with a byte that only continues a character."""
+        """True if a token begins with a byte that continues a character."""
         data = b"" if self._bytes_of is None else self._bytes_of[token_id]
         return data[:1] in _CONTINUATIONS
 
@@ -220,5 +220,5 @@ def _last_bytes(token_bytes: TokenBytes, token_ids: Sequence[int]) -> bytes:
 
 
 def _replacing_each_byte(data: bytes) -> str:
-    """UTF-8 in which every byte that belongs to no character gives a U+FFFD."""
+    """Decode UTF-8, with a U+FFFD for every byte that belongs to no character."""
     return _WRONG_BYTE.sub(REPLACEMENT, data.decode("utf-8", "surrogateescape"))

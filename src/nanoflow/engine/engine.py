@@ -1,7 +1,7 @@
-"""The engine loop's body: schedule, launch, commit. Tokens in, tokens out; text is the front end's business.
+"""The body of the engine's loop: schedule, launch, commit. It works on tokens; front ends make text of them.
 
-With asynchronous scheduling one batch is in flight while the next is formed, so a step launches batch i+1 before it
-reads the tokens of batch i. What that means for requests is the scheduler's knowledge, not this file's.
+With asynchronous scheduling one batch is in flight while the next is formed: a step launches batch i+1 before it reads
+the tokens of batch i. The scheduler handles what follows from that for requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
 from nanoflow.engine.messages import EngineFacts, EngineStats, StepOutput
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
-from nanoflow.plan.book import PlanSource
+from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.results import Committed
@@ -27,7 +27,7 @@ from nanoflow.scheduler.scheduler import Scheduler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
-    """A batch on its way, since when."""
+    """A batch that was launched, its plan, and when it was launched (monotonic seconds)."""
 
     batch: DenseBatch
     shape: BatchShape
@@ -41,9 +41,9 @@ class Engine:
 
     Args:
         facts: What front ends must know.
-        scheduler, worker, book: The parts of the loop; the worker has all plans of the book.
+        scheduler, worker, book: The parts of the loop; the worker was made with all plans of the book.
         is_async: Form the next batch while the current one runs.
-        times: Told what iterations take, so that the scheduler knows what to expect of them; None if it bounds none.
+        times: Estimates iteration times from those measured, for the scheduler; None if it bounds no iteration.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Engine:
         facts: EngineFacts,
         scheduler: Scheduler,
         worker: Worker,
-        book: PlanSource,
+        book: PlanBook,
         is_async: bool,
         times: IterationTimes | None = None,
     ) -> None:
@@ -67,11 +67,11 @@ class Engine:
         self._times = times
         self._last_end_s = 0.0
 
-    def use_book(self, book: PlanSource) -> None:
-        """Choose from this book from the next iteration on.
+    def use_book(self, book: PlanBook) -> None:
+        """Choose plans from this book from the next iteration on.
 
         Raises:
-            PlanError: It has a plan that was not in the book that the engine was made with.
+            PlanError: The book has a plan that is not in the book that the engine was made with.
         """
         for plan in book.plans:
             if plan.digest not in self._known_plans:
@@ -79,11 +79,11 @@ class Engine:
         self._book = book
 
     def add(self, request: Request, num_computed: int = 0) -> None:
-        """Take a request, maybe as one of whose prompt so many tokens are computed; see `Scheduler.add`."""
+        """Take a request. `num_computed` tokens of its prompt count as computed already; see `Scheduler.add`."""
         self._scheduler.add(request, num_computed)
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """Forget requests and free what they hold at once; unknown ids are ignored."""
+        """Drop requests and free their pages at once; unknown ids are ignored."""
         for request_id in request_ids:
             self._scheduler.abort(request_id)
 
@@ -93,7 +93,7 @@ class Engine:
         return self._scheduler.has_unfinished or bool(self._in_flight)
 
     def step(self) -> StepOutput:
-        """One iteration: form a batch, launch it, commit the oldest one that is due."""
+        """One iteration: form a batch, launch it, and commit the oldest batch if it is due."""
         batch = self._scheduler.schedule()
         if batch is not None:
             shape = batch.shape
@@ -107,7 +107,7 @@ class Engine:
         return self._output()
 
     def prepare_next(self) -> bool:
-        """Record a CUDA graph that requests may need later, a matter of some 50 ms; False if there is nothing to do."""
+        """Capture a CUDA graph that requests may need later, in about 50 ms; False if there is none to capture."""
         return self._worker.prepare_next()
 
     def stats(self) -> EngineStats:
@@ -123,7 +123,7 @@ class Engine:
         self._scheduler.check_integrity()
 
     def close(self) -> None:
-        """Stop the worker; the engine is of no use afterwards."""
+        """Stop the worker; the engine cannot be used afterwards."""
         self._worker.close()
 
     def _commit_oldest(self) -> StepOutput:
@@ -137,7 +137,7 @@ class Engine:
         return self._output(launched.batch, launched.plan, result, committed)
 
     def _note_time(self, launched: _Launched) -> None:
-        """An iteration has ended: the device began it when the one before had ended, or when it was launched."""
+        """Note how long an iteration took: from its launch or the end of the one before, whichever was later."""
         end_s = time.monotonic()
         time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
         self._scheduler.drafts.note_time(launched.batch, launched.shape, time_s)

@@ -1,8 +1,8 @@
-"""Several front ends on one engine: whose request is whose, and the part of an iteration's output that each is sent.
+"""Several front ends on one engine: which requests are whose, and which part of an iteration's output each is sent.
 
-Each front end numbers its requests by itself. The engine puts the front end's number above theirs, so that ids are
-unique, and takes it off again on the way back. Front end 0 is the one that started the engine: its ids stay as they
-are, so that a server with one front end pays nothing for this. Sockets are not known here: see `channel.py`.
+Each front end numbers its own requests. In the engine, the front end's number is put in the high bits of the id, so
+that ids are unique; it is removed from what is sent back. Front end 0, which started the engine, has the same ids in
+both, so a server with one front end has no extra work. `channel.py` has the sockets.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from nanoflow.request import Request
 
 T = TypeVar("T")
 
-# Request ids are int64: so many requests of a front end, of more front ends than a machine can start.
+# Request ids are int64. The low bits are for 2^40 requests of a front end, the rest for more front ends than can start.
 _ID_BITS = 40
 _ID_MASK = (1 << _ID_BITS) - 1
-# How old the state may get that a front end knows while none of its requests is in an iteration.
+# How often a front end is sent the engine's state while none of its requests is in an iteration.
 STATS_INTERVAL_S = 0.1
 
 
 class FrontEnds:
-    """Who is there, and which requests of theirs live.
+    """The front ends that have joined, and their requests that have not ended.
 
     Args:
         clock: Seconds, monotonic.
@@ -45,35 +45,35 @@ class FrontEnds:
         return iter(tuple(self._told_s))
 
     def join(self, front_end: int) -> None:
-        """Take in a front end; one that is there already changes nothing."""
+        """Add a front end; nothing changes if it has joined already."""
         self._told_s.setdefault(front_end, -STATS_INTERVAL_S)
 
     def leave(self, front_end: int) -> list[int]:
-        """Let a front end go for good; return the engine's ids of its living requests."""
+        """Remove a front end for good; return the engine's ids of its requests that have not ended."""
         self._left.add(front_end)
         self._told_s.pop(front_end, None)
         return sorted(self._living.pop(front_end, ()))
 
     def has_left(self, front_end: int) -> bool:
-        """True for one that was let go: what it had sent before may still arrive."""
+        """True if a front end was removed. Messages that it sent before may still arrive."""
         return front_end in self._left
 
     def own(self, front_end: int, request: Request) -> Request:
-        """A request of a front end under the engine's id, which counts as living from now on."""
+        """Register a front end's request; return it with the engine's id."""
         engine_id = _engine_id(front_end, request.request_id)
         self._living[front_end].add(engine_id)
         return request if front_end == 0 else dataclasses.replace(request, request_id=engine_id)
 
     def disown(self, front_end: int, request_ids: Iterable[int]) -> list[int]:
-        """The engine's ids of requests that a front end gives up."""
+        """Unregister requests of a front end; return the engine's ids of them."""
         engine_ids = [_engine_id(front_end, request_id) for request_id in request_ids]
         self._living[front_end].difference_update(engine_ids)
         return engine_ids
 
     def parts(self, step: StepOutput) -> dict[int, StepOutput | Heartbeat]:
-        """What to send to whom after an iteration: its part to each front end that has one, now and then its state.
+        """What to send to each front end after an iteration: its part of the output, or now and then the state alone.
 
-        The numbers of the iteration itself are in exactly one part, so that sums over the front ends are right.
+        The counts of the iteration itself are in exactly one part, so that sums over the front ends are right.
         """
         for engine_id in step.finished:
             self._living[engine_id >> _ID_BITS].discard(engine_id)
@@ -93,11 +93,11 @@ class FrontEnds:
 
 
 def split(step: StepOutput, front_ends: Container[int] | None = None) -> dict[int, StepOutput]:
-    """A step by front end, with the front ends' own ids; only the first part has the numbers of the iteration.
+    """Split a step by front end, with the front ends' own ids; only the first part has the counts of the iteration.
 
     Args:
-        step: Of all.
-        front_ends: Those that are there, all if None; what is for others is left out.
+        step: The output for all front ends.
+        front_ends: The front ends that have joined; the parts of others are left out. None keeps all parts.
     """
     engine_ids = np.array(step.request_ids, dtype=np.int64)
     token_ids = np.array(step.token_ids, dtype=np.int64)
@@ -139,7 +139,7 @@ def _engine_id(front_end: int, request_id: int) -> int:
 
 
 def _uncounted(stats: EngineStats) -> EngineStats:
-    """The state after an iteration, without the iteration."""
+    """The state after an iteration, without the counts of the iteration itself."""
     return dataclasses.replace(
         stats, iteration_tokens=0, prefill_tokens=0, prefill_ends=0, rejected_tokens=0, plan_digest=None
     )

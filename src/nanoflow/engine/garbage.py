@@ -1,4 +1,4 @@
-"""What the garbage collector is kept from: going through all of torch and transformers between two tokens."""
+"""Keep the garbage collector from going through all objects of torch and transformers between two tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 def freeze_heap() -> None:
-    """Let the collector leave alone what is loaded by now, in a process that serves from here on.
+    """Exclude all objects that exist now from garbage collection, in a process that only serves from now on.
 
-    The modules of transformers and torch are some 300,000 objects. A full collection goes through all of them, which
-    takes 0.15 s, and would come every now and then between two tokens.
+    The modules of transformers and torch are some 300,000 objects. A full collection goes through all of them in
+    0.15 s, now and then between two tokens.
     """
     gc.collect()
     gc.freeze()
@@ -24,10 +24,10 @@ _OWN_FREEZE = 5000
 
 @contextmanager
 def heap_left_alone() -> Iterator[None]:
-    """Let the collector leave alone, for as long as this lasts, what there is when it begins.
+    """Exclude all objects that exist when the block begins from garbage collection, until the block ends.
 
-    For a process that is not ours alone: afterwards all is as before. Where the program has frozen its heap itself,
-    nothing is changed, since what is frozen cannot be told apart.
+    This is for a process that is not ours alone. If the program has frozen its heap itself, nothing is changed, since
+    its frozen objects could not be told from ours.
     """
     if gc.get_freeze_count() > _OWN_FREEZE:
         yield

@@ -1,8 +1,8 @@
-"""What iterations take, learnt while the engine runs: from batches timed at its start, and from those it has run since.
+"""Estimate iteration times from batches timed at the engine's start and from the iterations that have run since.
 
-A card that is warm or near its power limit is slower than one that has just begun, and on a CPU nothing is timed at the
-start. So the estimate is fitted again now and then, to the first samples and to the latest ones. The form of the
-estimate is `plan/iteration_time.py`'s, its use `scheduler/pace.py`'s.
+A GPU that is warm or near its power limit is slower than at the start, and on a CPU nothing is timed at the start. So
+the estimate is fitted again from time to time, to the first samples and to the latest ones. `plan/iteration_time.py`
+has the form of the estimate, `scheduler/pace.py` uses it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time
 
 Sample = tuple[BatchShape, float]
 
-# Samples kept of what has run; one in so many iterations becomes one; the estimate follows each so many samples.
+# How many of the latest samples are kept; how many iterations there are to a sample; how many new samples to a fit.
 _NUM_LATEST = 96
 _EVERY = 4
 _FIT_EVERY = 24
 
 
 class IterationTimes:
-    """An estimate that follows what is observed.
+    """An estimate of iteration times that is updated with what is observed.
 
     Args:
-        samples: Contents and seconds of batches timed beforehand.
+        samples: Shapes and seconds of batches timed at the start.
 
     Attributes:
-        estimate: What iterations take now; None before anything is known.
+        estimate: The estimate now; None before there are samples.
     """
 
     def __init__(self, samples: Sequence[Sample] = ()) -> None:
@@ -38,7 +38,7 @@ class IterationTimes:
         self.estimate: IterationTime | None = fit_iteration_time(self._first) if self._first else None
 
     def observe(self, shape: BatchShape, time_s: float) -> bool:
-        """An iteration of this shape has taken so long; True if the estimate has changed."""
+        """Note the time of an iteration of this shape; True if the estimate has changed."""
         self._num_observed += 1
         if self._num_observed % _EVERY or time_s <= 0:
             return False

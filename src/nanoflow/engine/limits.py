@@ -1,8 +1,8 @@
 """The limits of an engine: token budget, requests at once and the bound on gaps, given or chosen for the goal.
 
-A number that the user gives stands. One that a plan book was made for comes next, and the rest is chosen here, from the
-goal, the model, the memory and the device. Pure arithmetic on sizes: what is free and how fast the device is are
-`device/detect.py`'s to say, how many KV pages there are in the end is `memory.py`'s.
+A limit that the user gives is used. Otherwise the limit that the plan book was made for is used. The rest is chosen
+here, from the goal, the model, the memory and the device. This file is arithmetic on sizes: `device/detect.py` says how
+much memory is free and how fast the device is, `memory.py` decides the number of KV pages.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Origin = Literal["given", "book", "chosen"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoalLimits:
-    """What a goal asks for, before model and memory have their say.
+    """The limits that a goal asks for, before they are reduced for the model and the memory.
 
     Attributes:
-        max_batch_tokens: The token budget of a device with room and speed for it.
-        min_batch_tokens: The budget does not go below this for speed's sake: products of fewer tokens use less of the
-            device, and prompts would take longer.
-        max_num_seqs: Requests at once, where their keys fit.
-        full_iteration_s: An iteration as large as the budget may take about so long, by arithmetic; None: any time.
-        max_itl_ms: The bound on gaps between tokens, or what an iteration as large as the budget takes if that is more:
-            a smaller one would starve prompts. None: no bound.
+        max_batch_tokens: The token budget on a device that is large and fast enough.
+        min_batch_tokens: The budget is not reduced below this to make iterations shorter: matrix products of fewer
+            tokens use less of the device, and prompts would take longer.
+        max_num_seqs: Requests at once, if their keys fit.
+        full_iteration_s: Longest computed time of an iteration with the whole budget; None: any time.
+        max_itl_ms: The bound on gaps between tokens; None: no bound. If an iteration with the whole budget takes
+            longer, that time is the bound, since a smaller one would starve prompts.
     """
 
     max_batch_tokens: int
@@ -67,9 +67,9 @@ ON_GPU: Mapping[Goal, GoalLimits] = {
 }
 # On a CPU decodes are bound by compute nearly as much as prompts are, so large batches gain little: on two cores
 # SmolLM2-135M takes prompts of 50 to 1,200 tokens at the same speed with 1,024 and 2,048 tokens, and 5 % slower with
-# 512. The embedded model, which is tiny, is 14 % slower with 512. But who reads a stream waits for the whole iteration:
+# 512. The embedded model, which is tiny, is 14 % slower with 512. But the reader of a stream waits for an iteration:
 # beside prompts of 2,000 tokens the longest gap between tokens of the embedded model is 97 ms with 512, 180 ms with
-# 2,048. There is no bound on gaps themselves: what else the machine does moves times more than a chunk of a prompt.
+# 2,048. Gaps have no bound: other work on the machine changes times more than a chunk of a prompt does.
 ON_CPU: Mapping[Goal, GoalLimits] = {
     "throughput": GoalLimits(
         max_batch_tokens=2048, min_batch_tokens=256, max_num_seqs=256, full_iteration_s=None, max_itl_ms=None
@@ -82,20 +82,20 @@ ON_CPU: Mapping[Goal, GoalLimits] = {
     ),
 }
 
-# Keys of a short request: more requests than hold so many tokens each in the KV pages would only wait for pages.
+# Tokens of a short request: requests at once are limited to those whose KV pages have room for so many tokens each.
 SHORT_REQUEST_TOKENS = 256
-# Parts of the device's memory that tensors between operations, and what each row holds, may take.
+# Largest parts of the device's memory for tensors between operations, and for the buffers of all rows.
 WORKSPACE_SHARE = 0.03
 ROWS_SHARE = 0.02
-# Beside its logits a row has its tokens counted, for penalties, in 2 bytes for each id of the vocabulary.
+# Bytes of a row for each token id of the vocabulary, beside its logits: counts of its tokens, for penalties.
 _COUNT_BYTES = 2
-# A row's page table is there twice, for decodes and for prompts, 4 bytes a page.
+# Bytes of a row for each page: two page tables, for decodes and for prompts, of 4 bytes a page.
 _TABLE_BYTES = 8
-# On a CPU others want memory too: KV pages take at most this part of what is free once the weights are loaded, and not
-# more than so many bytes unless one request of full length needs them. 1 GiB holds 43,000 tokens of Qwen2.5-0.5B.
+# On a CPU other programs need memory too: KV pages take at most this part of what is free after loading the weights,
+# and at most so many bytes unless one request of full length needs more. 1 GiB holds 43,000 tokens of Qwen2.5-0.5B.
 _CPU_SHARE = 0.4
 _CPU_CACHE_BYTES = 2**30
-# Numbers are rounded down to multiples: of tokens, as far apart as batches are padded anyway, and of requests.
+# Chosen limits are rounded down to multiples: of tokens, to which batches are padded anyway, and of requests.
 _TOKENS_STEP = 256
 _STEP = 8
 _FEWEST_SEQS = 8
@@ -106,12 +106,12 @@ class EngineLimits:
     """The limits that an engine runs with, and why.
 
     Attributes:
-        goal: What those that were chosen are chosen for.
+        goal: The goal for which limits were chosen.
         max_batch_tokens: Token budget of an iteration.
         max_num_seqs: Most requests at once.
         max_itl_ms: Longest gap between tokens that a chunk of a prompt may cause; None: any.
         max_batch_tokens_origin, max_num_seqs_origin, max_itl_ms_origin: Where each comes from.
-        reason: The same for people, in one line.
+        reason: The same in one line, to be shown.
     """
 
     goal: Goal
@@ -126,7 +126,7 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Number:
-    """A limit, where it comes from, and why it is not another, for people."""
+    """A limit, where it comes from, and why it has this value, as a phrase to be shown."""
 
     value: int
     origin: Origin
@@ -145,12 +145,12 @@ def choose_limits(
     """The limits of an engine on a device, before anything is loaded there.
 
     Args:
-        config: What the user gives, and the goal.
+        config: The limits that the user gives, and the goal.
         graph: The model.
-        device: Where, with the memory that is free before the weights are loaded.
+        device: The device, with the memory that is free before the weights are loaded.
         max_model_len: Longest prompt plus completion.
-        dtype_bytes: Of an element of weights, keys and activations.
-        book: The plans that will run; a book for small batches sets the budget even if it does not name limits.
+        dtype_bytes: Size of an element of weights, keys and activations.
+        book: The plans that will run. A book for small batches sets the budget even if it names no limits.
     """
     wanted = (ON_GPU if device.is_gpu else ON_CPU)[config.goal]
     tokens = _given_tokens(config, book, wanted) or _chosen_tokens(config, wanted, graph, device, dtype_bytes)
@@ -183,14 +183,14 @@ def row_bytes(graph: OpGraph, *, max_model_len: int, page_size: int, dtype_bytes
 def cache_room_bytes(
     *, is_gpu: bool, free_bytes: int, memory_bytes: int, utilization: float, longest_bytes: int
 ) -> int:
-    """What KV pages may take of what is free once the weights are loaded; below 0 if that is less than nothing.
+    """Bytes that KV pages may take of what is free after loading the weights; negative if memory is lacking.
 
     Args:
         is_gpu: False for a CPU, where the bound is small.
-        free_bytes: Of the device's memory, with the weights there and what comes later counted.
-        memory_bytes: All of it.
+        free_bytes: Free memory after loading the weights, less what will be allocated later.
+        memory_bytes: All memory of the device.
         utilization: Part of a GPU's memory that may be used.
-        longest_bytes: What one request of full length needs.
+        longest_bytes: Bytes that one request of full length needs.
     """
     if not is_gpu:
         return min(int(free_bytes * _CPU_SHARE), max(_CPU_CACHE_BYTES, longest_bytes))
@@ -235,7 +235,7 @@ def _given_seqs(config: EngineConfig, book: StoredBook | None) -> _Number | None
 def _chosen_tokens(
     config: EngineConfig, wanted: GoalLimits, graph: OpGraph, device: LocalDevice, dtype_bytes: int
 ) -> _Number:
-    """The goal's budget, less where an iteration would take too long or its tensors too much memory."""
+    """The goal's budget, reduced if an iteration would take too long or its tensors too much memory."""
     tokens, why = wanted.max_batch_tokens, f"goal {config.goal}"
     if wanted.full_iteration_s is not None:
         in_time = int(wanted.full_iteration_s / _token_s(graph, device)) // _TOKENS_STEP * _TOKENS_STEP
@@ -252,12 +252,12 @@ def _chosen_tokens(
 
 
 def _token_s(graph: OpGraph, device: LocalDevice) -> float:
-    """Time of a token in a large batch, which products take: two operations a parameter."""
+    """Time of a token in a large batch: two operations for each parameter of matrix products."""
     return 2 * graph.num_parameters / device.flops_per_s
 
 
 def _tensor_bytes(graph: OpGraph, tokens: int, num_logits: int | None, dtype_bytes: int) -> int:
-    """Of a batch of so many tokens; rows with logits are bounded apart."""
+    """Bytes of the tensors of a batch; rows of logits are bounded separately."""
     plan = sequential_plan(graph, tokens)
     return workspace_bytes(
         graph, [plan], num_tokens=tokens, num_logits=min(num_logits or 1, tokens), dtype_bytes=dtype_bytes
@@ -274,7 +274,7 @@ def _chosen_seqs(
     dtype_bytes: int,
     most: int,
 ) -> _Number:
-    """The goal's number, or fewer where pages, memory or the token budget are for fewer."""
+    """The goal's number, reduced to what pages, memory or the token budget allow."""
     kv_tokens = _kv_tokens(config, graph, device, max_model_len, dtype_bytes)
     short = min(SHORT_REQUEST_TOKENS, max_model_len)
     a_row = row_bytes(graph, max_model_len=max_model_len, page_size=config.page_size, dtype_bytes=dtype_bytes)
@@ -291,7 +291,7 @@ def _chosen_seqs(
 
 
 def _kv_tokens(config: EngineConfig, graph: OpGraph, device: LocalDevice, max_model_len: int, dtype_bytes: int) -> int:
-    """Tokens that the KV pages will hold, about."""
+    """About how many tokens the KV pages will hold."""
     if config.num_pages is not None:
         return config.num_pages * config.page_size
     token_bytes = graph.kv_elements_per_token * dtype_bytes

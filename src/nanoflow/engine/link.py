@@ -1,6 +1,7 @@
-"""A front end's end of the socket to the engine, read by its event loop. The other end is `channel.py`.
+"""A front end's end of the socket to the engine, read in its event loop. The engine's end is in `channel.py`.
 
-The socket is read by hand: a future and a task for each message would cost more than the message.
+The event loop watches the socket's file descriptor and messages go to a callback. A future and a task for each message,
+as in zmq.asyncio, would cost more than the message.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from zmq.error import Again
 from zmq.sugar.context import Context
 
 from nanoflow.engine.channel import routing_id
-from nanoflow.engine.messages import FromEngine
-from nanoflow.engine.wire import ToEngine, WireError, decode_from_engine, encode
+from nanoflow.engine.messages import FromEngine, ToEngine
+from nanoflow.engine.wire import WireError, decode_from_engine, encode
 
-# How long messages are taken in before other tasks of the event loop get their turn.
+# How long messages are read before other tasks of the event loop get their turn.
 _SLICE_S = 0.002
 
 Take = Callable[[FromEngine | WireError], None]
 
 
 class EngineLink:
-    """A socket of one front end; belongs to the event loop that it was made in.
+    """The socket of one front end. To be used only in the event loop that it was made in.
 
     Args:
-        path: Of the engine's socket; see `place.py`. The engine may come later.
+        path: Path of the engine's socket; see `place.py`. The engine may start later.
         front_end: Number of the front end; 0 for the one that started the engine.
     """
 
@@ -47,30 +48,27 @@ class EngineLink:
         self._is_draining = False
 
     def send(self, message: ToEngine) -> None:
-        """Send without waiting; an engine that has ended gets nothing."""
+        """Send without waiting; does nothing once the link is closed."""
         if not self._socket.closed:
-            self._socket.send_multipart(encode(message))
-            # The file descriptor tells of a change once, and sending may have taken note of it: look again.
+            self._socket.send(encode(message))
+            # The descriptor becomes readable once for each change, and sending may have consumed that: read again.
             self._drain_soon()
 
     async def receive(self) -> FromEngine | WireError:
-        """The next message, until somebody listens."""
+        """Wait for the next message. Not to be used after `listen`."""
         while not self._waiting:
             self._arrival = self._loop.create_future()
             await self._arrival
         return self._waiting.popleft()
 
     def listen(self, take: Take) -> None:
-        """Hand every message to `take` from now on, those that wait first.
-
-        It is handed the `WireError` of what is no message.
-        """
+        """Call `take` with every message from now on, those that wait first; with a `WireError` for invalid bytes."""
         self._take = take
         while self._waiting:
             take(self._waiting.popleft())
 
     def close(self) -> None:
-        """Close the socket; what is on its way is lost."""
+        """Close the socket; messages that are on their way are lost."""
         if not self._socket.closed:
             self._loop.remove_reader(self._fd)
             self._context.destroy(linger=0)
@@ -90,15 +88,15 @@ class EngineLink:
         self._drain()
 
     def _drain(self) -> None:
-        """Take in what is there; come back after other tasks had their turn if it takes long."""
+        """Read the messages that have arrived; after `_SLICE_S`, let other tasks run before reading on."""
         end_s = time.perf_counter() + _SLICE_S
         while not self._socket.closed:
             try:
-                frames = self._socket.recv_multipart(NOBLOCK)
+                received = self._socket.recv(NOBLOCK)
             except Again:
                 return
             try:
-                message: FromEngine | WireError = decode_from_engine(frames)
+                message: FromEngine | WireError = decode_from_engine(received)
             except WireError as error:
                 message = error
             self._take(message)

@@ -1,4 +1,4 @@
-"""A request of a user that has not ended: what it is made of, and what there is to say of it when it ends."""
+"""A user's request that has not ended: its completions, times and scores, and its summary when it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanoflow.request import SamplingParams
 
 @dataclass(slots=True, kw_only=True)
 class LivingRequest:
-    """A request of a user that has not ended.
+    """A user's request that has not ended.
 
     Attributes:
         output: What its user reads; grows in place.
@@ -30,7 +30,7 @@ class LivingRequest:
     prompt_scores: list[PlaceLogprobs] = field(default_factory=list)
 
     def read_prompt_scores(self) -> None:
-        """Put the log probabilities that wait where they belong in the output."""
+        """Move the waiting log probabilities of the prompt to their positions in the output."""
         positions, waiting = self.output.prompt_logprobs, self.prompt_scores
         if not isinstance(positions, PromptLogprobRows):
             return
@@ -39,11 +39,11 @@ class LivingRequest:
             positions.put(scores.first_position, scores.token_ids, scores.logprobs, scores.ranks)
 
     def count_tokens(self) -> None:
-        """Note how many tokens there are of all completions."""
+        """Update the number of tokens of all completions in the metrics."""
         self.metrics.num_generation_tokens = sum(len(completion.token_ids) for completion in self.output.outputs)
 
     def summary(self, reason: FinishReason, now_s: float) -> FinishedRequest:
-        """What an observer is told when it ends."""
+        """What an observer is told when the request ends at `now_s`."""
         metrics, params = self.metrics, self.params
         lengths = [len(completion.token_ids) for completion in self.output.outputs]
         decode_s = _span_s(metrics.first_token_s, metrics.last_token_s)

@@ -1,7 +1,7 @@
-"""`LLM`: complete prompts in this process, all together, in the calling thread.
+"""`LLM`: complete prompts in this process, as one batch, in the calling thread.
 
-It drives the engine's loop itself and returns when every prompt is done. What becomes of tokens is `output.py`'s to
-know; for requests that come one by one there is `async_engine.py`.
+It runs the engine's loop itself and returns when every prompt is done. `output.py` turns tokens into outputs. For
+requests that arrive one by one there is `async_engine.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LLM:
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
-        # Only here is torch needed.
+        # Imports torch, which takes seconds, so not at the top of the file.
         from nanoflow.engine.build import build_engine
 
         config = from_kwargs(EngineConfig, {**UNWATCHED_DEFAULTS, "model": model, **options})
@@ -89,7 +89,7 @@ class LLM:
         return self._engine.facts
 
     def observe(self, observer: Observer | None) -> None:
-        """Tell this observer from now on how requests fare, in the calling thread; None tells nobody."""
+        """Set the observer, which is told of times and counts in the calling thread; None removes it."""
         self._processor.observer = observer
 
     @property
@@ -110,7 +110,7 @@ class LLM:
         return self._of_transformers
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model recommends in generation_config.json (see option `generation_config`), else the defaults."""
+        """The parameters that generation_config.json recommends (see option `generation_config`), else the defaults."""
         return self.facts.sampling.params({})
 
     def get_metrics(self) -> list[Metric]:
@@ -136,7 +136,7 @@ class LLM:
         Args:
             prompts: One prompt or a list of them: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
-            use_tqdm: Show a progress bar where standard error is a terminal; a function makes it, as tqdm would.
+            use_tqdm: Show a progress bar if standard error is a terminal; or a function that makes one, called as tqdm.
             prompt_token_ids: Prompts as token ids, as older versions of vLLM take them.
             **others: What vLLM takes beside them, at values that change nothing.
 
@@ -210,7 +210,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def add(self, request_id: str, prompt: PromptInput, params: SamplingParams) -> RequestOutput:
-        """Take a request that `step` is to work at; its output grows in place.
+        """Add a request, which `step` then computes; its output grows in place.
 
         Raises:
             RequestError, EngineDeadError: As `generate`.
@@ -221,11 +221,11 @@ class LLM:
         return output
 
     def step(self) -> list[RequestOutput]:
-        """Run one iteration; the outputs that grew or ended, with their text."""
+        """Run one iteration; return the outputs that grew or ended, with their text."""
         self._check_open()
         if not self._engine.has_work:
             return []
-        grown = self._take_step()[0]
+        grown = self._take_step()
         for output in grown:
             self._processor.refresh(output)
         self._engine.abort(self._processor.take_stopped())
@@ -233,11 +233,11 @@ class LLM:
         return grown
 
     def abort(self, request_id: str) -> None:
-        """Forget a request that was added; an unknown one is ignored."""
+        """Drop a request that was added; an unknown one is ignored."""
         self._engine.abort(self._processor.abort(request_id))
 
     def close(self) -> None:
-        """Free the model; it completes nothing afterwards."""
+        """Free the model; it cannot be used afterwards."""
         if not self._is_closed:
             self._is_closed = True
             if self._tokenizer is not None:
@@ -272,27 +272,28 @@ class LLM:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
-    def _take_step(self) -> tuple[list[RequestOutput], int]:
-        """Run an iteration; the outputs that grew, and how many tokens there are more."""
+    def _take_step(self) -> list[RequestOutput]:
+        """Run an iteration and return the outputs that grew."""
         step = self._engine.step()
         grown = self._processor.process(step)
         self._engine.abort(self._processor.take_stopped())
-        self._metrics.take(step.stats, self._processor.num_new_tokens)
-        return grown, self._processor.num_new_tokens
+        self._metrics.take(step.stats, self._processor.num_generated_tokens)
+        return grown
 
     def _run(
         self, num_requests: int, raise_if_interrupted: Callable[[], None], use_tqdm: bool | Callable[..., Any]
     ) -> None:
         """Step until the engine has nothing left to do."""
-        start_s, num_tokens = time.monotonic(), 0
+        start_s, num_tokens_before = time.monotonic(), self._processor.num_generated_tokens
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        # A function that a user gave decides for itself where it shows.
+        # A function that the user gave decides itself whether to show anything.
         is_shown = bool(use_tqdm) and (callable(use_tqdm) or sys.stderr.isatty())
         bar = make_bar(total=num_requests, unit="request", dynamic_ncols=True, disable=not is_shown)
         with bar, heap_left_alone():
             while self._engine.has_work:
                 raise_if_interrupted()
-                num_tokens += self._take_step()[1]
+                self._take_step()
+                num_tokens = self._processor.num_generated_tokens - num_tokens_before
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - start_s):.0f} output tokens/s", refresh=False)
                 bar.update(num_requests - len(self._processor) - bar.n)
 
@@ -304,20 +305,21 @@ class LLM:
 
 @contextmanager
 def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
-    """Say in a RequestError which of several prompts it is about."""
+    """Put the index of the prompt, if there are several, into a RequestError raised in the block."""
     try:
         yield
     except RequestError as error:
         if num_prompts == 1:
             raise
-        raise RequestError(f"prompt {place}: {error}") from error
+        raise RequestError(f"prompt {place}: {error}") from None
 
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Keep Ctrl-C from falling into the middle of something; yields what raises it, to be called in between.
+    """Defer Ctrl-C in the block; yields a function that raises KeyboardInterrupt if Ctrl-C was pressed.
 
-    Elsewhere than in the main thread, or where the program handles Ctrl-C itself, nothing is changed.
+    So an iteration is never interrupted halfway. Outside the main thread, or if the program handles Ctrl-C itself,
+    nothing is changed.
     """
     pending: list[int] = []
 

@@ -1,6 +1,6 @@
-"""What `LLM.get_metrics` tells: counters and gauges of an engine in this process, named as those of the server.
+"""Counters and gauges of `LLM.get_metrics`, with the names that the server's metrics have.
 
-The server's own, with histograms, are in `server/metrics.py`.
+The server's metrics, which have histograms too, are in `server/metrics.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PREFIX = "nanoflow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A number with a name."""
+    """A number with a name and labels."""
 
     name: str
     value: float
@@ -25,18 +25,18 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counter(Metric):
-    """One that only grows."""
+    """A metric that only grows."""
 
     value: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gauge(Metric):
-    """One that goes up and down."""
+    """A metric that goes up and down."""
 
 
 class LLMMetrics:
-    """Counts what an engine does.
+    """Counts the tokens and requests of an engine.
 
     Args:
         model_name: Label of each metric.
@@ -47,19 +47,19 @@ class LLMMetrics:
         self._stats = EngineStats()
         self._num_prompt = self._num_generated = self._num_ended = 0
 
-    def take(self, stats: EngineStats, num_new_tokens: int) -> None:
-        """An iteration has ended, and outputs have got so many tokens from it."""
+    def take(self, stats: EngineStats, num_generated_tokens: int) -> None:
+        """Note the state after an iteration, and the tokens that outputs have got since the start."""
         self._stats = stats
-        self._num_generated += num_new_tokens
+        self._num_generated = num_generated_tokens
 
     def end(self, outputs: Iterable[RequestOutput]) -> None:
-        """Requests have ended."""
+        """Count requests that have ended."""
         for output in outputs:
             self._num_ended += 1
             self._num_prompt += len(output.prompt_token_ids)
 
     def read(self) -> list[Metric]:
-        """All of them, as they are now."""
+        """All metrics with their present values."""
         stats = self._stats
         gauges = {
             "num_requests_running": stats.num_running,

@@ -1,6 +1,6 @@
-"""Log probabilities of one iteration, from the arrays that the device gave to the messages that front ends get.
+"""Convert the log probabilities of an iteration from the device's arrays to the messages that front ends get.
 
-Whose they are in the end: `completion.py`. How they are computed: `kernels/sample.py`.
+`kernels/sample.py` computes them, `completion.py` puts them into outputs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from nanoflow.engine.messages import PlaceLogprobs
 
 
 def consecutive_places(top: TopLogprobs, first_position: int = 0) -> PlaceLogprobs:
-    """Of a part of a prompt whose first place is given."""
+    """Log probabilities of consecutive places of a prompt, from `first_position` on."""
     return PlaceLogprobs(
         first_position=first_position,
         token_ids=top.token_ids.tolist(),
@@ -22,9 +22,10 @@ def consecutive_places(top: TopLogprobs, first_position: int = 0) -> PlaceLogpro
 
 
 def sampled_logprobs(result: SampledTokens, at_place: Mapping[int, int]) -> dict[int, PlaceLogprobs]:
-    """Of the new tokens, by request; `at_place` has the requests whose draw counts, by place in the sample.
+    """Log probabilities of the new tokens, by request id.
 
-    Hundreds of requests may ask in one iteration, so arrays become lists all at once.
+    `at_place` maps a place in the sample to the request whose token was drawn there; places of rejected tokens are
+    absent. Arrays become lists in one go, since hundreds of requests may ask in one iteration.
     """
     if result.logprobs is None:
         return {}

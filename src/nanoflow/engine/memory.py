@@ -1,4 +1,4 @@
-"""What fits: weights, then KV pages, in the memory that is free. Everything that does not is said with numbers.
+"""Check that the weights fit in the free memory, and find how many KV pages do. Errors have the numbers.
 
 Each KV group of the model has pages of its own; how they share the memory is `kvcache/sizes.py`'s. How it is allocated
 is `executor/buffers.py`'s and `models/weights.py`'s.
@@ -26,10 +26,10 @@ _GIB = 2**30
 
 
 def require_room_for_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model whose weights alone do not fit.
+    """Refuse a model whose weights alone do not fit in the free memory.
 
     Raises:
-        ConfigError: The message has the numbers.
+        ConfigError: They do not fit; the message has the numbers.
     """
     needed, free = graph.num_parameters * dtype.itemsize, free_memory_bytes(device)
     if needed > free:
@@ -53,11 +53,11 @@ def size_cache(
 
     Args:
         config: Options about memory.
-        limits: Of the engine.
+        limits: The engine's limits.
         model_config, graph: The model.
-        dtype: Of keys and values.
-        device: Where; its free memory is what the weights have left.
-        taken_bytes: What will be allocated later and must stay free on a GPU.
+        dtype: Type of keys and values.
+        device: The device, with the weights loaded.
+        taken_bytes: Bytes that will be allocated later and must stay free on a GPU.
 
     Raises:
         ConfigError: The wanted length, or a single page, does not fit; the message has the numbers.
@@ -99,7 +99,7 @@ def reserve_caches(
     """The KV pages of all layers, those of each KV group from its pool; see `allocate_caches`.
 
     Raises:
-        ConfigError: The system does not let this process have so much; the message has the number.
+        ConfigError: The system refuses so much memory; the message has the number.
     """
     num_pages = [pool.num_pages for pool in pools]
     try:
@@ -115,7 +115,7 @@ def reserve_caches(
 
 
 def wanted_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
-    """The longest sequence asked for, which the model's positions must cover unless they are scaled to any length."""
+    """The longest sequence asked for; the model's positions must cover it unless they can be scaled to any length."""
     limit = model_config.max_context_len
     if config.max_model_len is None:
         return model_config.default_context_len

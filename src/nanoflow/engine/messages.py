@@ -1,15 +1,22 @@
-"""What crosses the border between the engine loop and its front end: plain dataclasses, sent with msgspec.
+"""The messages between the engine's process and its front ends, and the data in them.
 
-Several front ends may talk to one engine. Down go `Join`, `Add`, `Abort`, `Leave` and `Shutdown`. Up come `Ready` or
-`Failed` once, then one `StepOutput` an iteration (the tokens of all requests of that front end together, no text: the
-front end detokenises), and a `Heartbeat` now and then to a front end that has nothing in the iterations that run.
+Several front ends may use one engine. The front end that starts the engine sends `Load` first. Every front end may
+then send `Add` and `Abort`; a further one begins with `Join`. The engine answers with `Ready` or `Failed` once. After
+that it sends one `StepOutput` an iteration, with the tokens of all requests of that front end but without text: the
+front end detokenizes. A front end that has no tokens in an iteration gets a `Heartbeat` now and then. While the engine
+loads, it sends its log messages as `Told` to the front end that started it.
+
+A message is a tagged `msgspec.Struct`, encoded as an array: its tag, then its fields in order (`wire.py`). Data that
+users see as well, such as `EngineStats`, are dataclasses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanoflow.config import DEFAULT_MAX_LOGPROBS
+import msgspec
+
+from nanoflow.config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.kvcache.sizes import PoolSize
 from nanoflow.models.generation import SamplingDefaults
@@ -17,48 +24,45 @@ from nanoflow.outputs import Finished
 from nanoflow.request import Request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """A further front end is here: it waits for `Ready`."""
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages; the tag is the name of the class."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leave:
-    """A front end has ended: forget its requests. Sent by the front end that started the engine."""
+class Load(Message, frozen=True, kw_only=True):
+    """Load this model. The first message of the front end that started the engine."""
+
+    config: EngineConfig
+
+
+class Join(Message, frozen=True, kw_only=True):
+    """A further front end has started and waits for `Ready`."""
+
+
+class Leave(Message, frozen=True, kw_only=True):
+    """A front end has ended: drop its requests. Sent by the front end that started the engine."""
 
     front_end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Add:
+class Add(Message, frozen=True, kw_only=True):
     """Take these requests."""
 
     requests: list[Request]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abort:
-    """Forget these requests and free what they hold; unknown ids are ignored."""
+class Abort(Message, frozen=True, kw_only=True):
+    """Drop these requests and free what they hold; unknown ids are ignored."""
 
     request_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unreadable:
-    """Never sent: what the engine reads an `Add` as that does not fit its type, so that only these requests end."""
-
-    request_ids: list[int]
-    error: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shutdown:
+class Shutdown(Message, frozen=True, kw_only=True):
     """Stop at once, for all front ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanName:
-    """A pipeline plan by name, and by its content: the digest."""
+    """Name of a pipeline plan, and digest of its content."""
 
     name: str
     digest: str
@@ -69,15 +73,15 @@ class BookFacts:
     """The plans that an engine chooses from.
 
     Attributes:
-        digest: Of the book's entries; the same as that of the book in its file.
-        plans: The fallback first.
+        digest: Digest of the book's entries; the same as that of the stored book.
+        plans: All plans, the fallback first.
     """
 
     digest: str
     plans: tuple[PlanName, ...]
 
     def __str__(self) -> str:
-        """For people: the plan if there is one beside the fallback or instead of it, else the book."""
+        """The plan's name and digest if there is one beside the fallback or none but the fallback, else the book's."""
         chosen = self.plans[1:] or self.plans
         if len(chosen) == 1:
             return f"{chosen[0].name} ({chosen[0].digest})"
@@ -89,17 +93,17 @@ class EngineFacts:
     """What a front end must know of a loaded engine.
 
     Attributes:
-        model_type: Architecture and size, for people.
+        model_type: Architecture and size, to be shown.
         vocab_size: Width of the logits; a token id must be below it.
         max_model_len: Longest prompt plus completion, already cut to what the KV pages can hold.
         eos_token_ids: The model's end of sequence (config.json and generation_config.json).
         num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
         max_batch_tokens, max_num_seqs: Limits of a batch.
-        device, dtype: Where and in what type it computes.
-        plan: The pipeline plan or plan book in use, for people.
-        book: Its plans; None for an engine that has none.
-        sampling: What a request samples with where it does not say.
-        limits: The limits of a batch with the goal, the bound on gaps and where each comes from; None if unknown.
+        device, dtype: The device, and the type that it computes in.
+        plan: The pipeline plan or plan book in use, to be shown.
+        book: The plans of the book; None for an engine without plans.
+        sampling: Sampling parameters of requests that do not give them.
+        limits: The engine's limits, with the goal and the origin of each; None if unknown.
         load_s, warm_up_s: Seconds to load weights and set up, and to compile kernels and capture graphs after that.
         max_logprobs: Most tokens a place whose log probabilities a request may ask for.
         has_prefix_cache: Pages of computed prompts are used again.
@@ -127,23 +131,20 @@ class EngineFacts:
     group_pools: tuple[PoolSize, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class Ready(Message, frozen=True, kw_only=True):
     """The engine is loaded."""
 
     facts: EngineFacts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    """The engine cannot start, or has died; one line for people."""
+class Failed(Message, frozen=True, kw_only=True):
+    """The engine cannot start, or has died; `message` is one line that says why."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What the engine's process has to say while it loads, for the log: `level` as in `logging`."""
+class Told(Message, frozen=True, kw_only=True):
+    """A log message of the engine's process while it loads; `level` as in `logging`."""
 
     level: int
     text: str
@@ -157,19 +158,19 @@ class EngineStats:
         num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
         pages_in_use, num_pages: KV pages of the pool that is fullest.
         num_preemptions: Since the start.
-        num_drafts, num_draft_tokens, num_accepted_tokens: Guesses of what requests say next that were verified, their
-            tokens, and how many of these were right; since the start.
-        num_undrafted_requests: Requests since the start for which no guess may be made; see docs/speculative.md.
+        num_drafts, num_draft_tokens, num_accepted_tokens: Drafts that were verified, their tokens, and how many of
+            these were accepted; since the start.
+        num_undrafted_requests: Requests since the start for which drafts are not possible; see docs/speculative.md.
         prefix_cache_queries, prefix_cache_hits: Tokens of requests that looked for cached pages, and those whose pages
             were found; since the start.
-        num_prepared: Batches since the start that took longer because a CUDA graph for their like was not there yet.
+        num_prepared: Batches since the start that took longer because their CUDA graph was captured first.
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
-        prefill_tokens: How many of them were not decodes, nor guessed.
-        prefill_ends: Requests that got a token after several of theirs were computed: with them, and without
-            `rejected_tokens`, `iteration_tokens` is the number of prompt tokens computed and of tokens generated.
-        rejected_tokens: Guessed tokens of the dense batch that did not count.
-        plan_digest: Of the plan that ran it; None in a heartbeat.
+        prefill_tokens: How many of them were neither decodes nor drafted.
+        prefill_ends: Requests whose last chunk of prompt was computed, so that they got a token: `iteration_tokens` +
+            `prefill_ends` - `rejected_tokens` is the number of prompt tokens computed and tokens generated.
+        rejected_tokens: Drafted tokens of the dense batch that were rejected.
+        plan_digest: Digest of the plan that ran the batch; None in a heartbeat.
     """
 
     num_running: int = 0
@@ -192,16 +193,15 @@ class EngineStats:
     plan_digest: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlaceLogprobs:
+class PlaceLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """Log probabilities at consecutive places of one sequence.
 
-    Each inner list has the token that stands there first, then the most probable ones.
+    Each inner list begins with the token at that place; the most probable tokens follow.
 
     Attributes:
         first_position: Place in the prompt of the first row; meaningless for a generated token.
-        token_ids, logprobs: One list a place.
-        ranks: Rank (from 1) of the token that stands there.
+        token_ids, logprobs: One list for each place.
+        ranks: Rank (from 1) of the token at each place.
     """
 
     first_position: int
@@ -210,38 +210,36 @@ class PlaceLogprobs:
     ranks: list[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutput:
-    """What one iteration gave: struct of arrays, one entry a token.
+class StepOutput(Message, frozen=True, kw_only=True):
+    """The output of one iteration.
 
     Attributes:
-        request_ids, token_ids: Same length; the tokens of a request that got several stand in order.
+        request_ids, token_ids: One entry for each new token; several tokens of a request are in order.
         finished: Requests that ended with this iteration; some may have no token in it (aborts, errors).
         logprobs: Log probabilities of the new tokens, for requests that asked.
-        prompt_logprobs: Parts of prompts scored in this iteration. After a preemption a part may come again: the place
-            counts.
+        prompt_logprobs: Log probabilities of the parts of prompts computed in this iteration. After a preemption a part
+            may come again, with the same positions.
         scheduled: Requests that were admitted for the first time since the last output, and how many tokens of each
             were found in the KV cache.
         preempted: Requests that were preempted since the last output.
-        stats: State afterwards.
+        stats: State after the iteration.
     """
 
-    request_ids: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finished: dict[int, Finished] = field(default_factory=dict)
-    logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
-    scheduled: dict[int, int] = field(default_factory=dict)
-    preempted: list[int] = field(default_factory=list)
-    stats: EngineStats = field(default_factory=EngineStats)
+    request_ids: list[int] = msgspec.field(default_factory=list)
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    finished: dict[int, Finished] = msgspec.field(default_factory=dict)
+    logprobs: dict[int, PlaceLogprobs] = msgspec.field(default_factory=dict)
+    prompt_logprobs: dict[int, PlaceLogprobs] = msgspec.field(default_factory=dict)
+    scheduled: dict[int, int] = msgspec.field(default_factory=dict)
+    preempted: list[int] = msgspec.field(default_factory=list)
+    stats: EngineStats = msgspec.field(default_factory=EngineStats)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
-    """The loop is alive and has nothing to do."""
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """The engine is alive, and has no tokens for this front end."""
 
     stats: EngineStats
 
 
-FromFrontEnd = Join | Add | Abort | Leave | Shutdown
+ToEngine = Load | Join | Add | Abort | Leave | Shutdown
 FromEngine = Ready | Failed | StepOutput | Heartbeat | Told

@@ -1,6 +1,6 @@
-"""Who wants to know how fast requests are served implements `Observer`; the server's metrics and benchmarks do.
+"""`Observer`: is told how fast requests are served; the server's metrics and the benchmarks implement it.
 
-The output processor calls it with plain numbers and does not know what becomes of them.
+The output processor calls it with plain numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanoflow.outputs import FinishReason
 class FinishedRequest:
     """A request whose completions have all ended.
 
-    Spans of time are None if the request ended (abort, error) before the span did.
+    A span of time is None if the request ended (abort, error) before that span.
 
     Attributes:
         reason: Why the completion that ended last did; "error" if any of them failed.
@@ -51,7 +51,7 @@ class FinishedRequest:
 
 
 class Observer(Protocol):
-    """Told what happens to requests, from the thread that processes outputs; must be quick and not raise."""
+    """Is told what happens to requests. Methods run in the thread that processes outputs: be quick and do not raise."""
 
     def observe_step(self, stats: EngineStats) -> None:
         """An iteration has ended."""
@@ -60,10 +60,10 @@ class Observer(Protocol):
         """A request got the first token of any of its completions; called once a request."""
 
     def observe_tokens(self, num_tokens: int) -> None:
-        """So many tokens were generated, of all requests together: every token is in exactly one of these numbers."""
+        """An iteration generated so many tokens of all requests together; every token is counted in one call."""
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
-        """Completions got a token that is not their first: the time since the one before, one entry a token."""
+        """Completions got tokens that are not their first: for each, the seconds since the token before it."""
 
     def observe_finished(self, request: FinishedRequest) -> None:
         """A request ended, whatever the reason."""

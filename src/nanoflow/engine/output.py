@@ -1,10 +1,9 @@
 """From the engine's step outputs to what users read: text, log probabilities, finish reasons, times.
 
-`OutputProcessor` keeps the living requests of a front end: it fans a prompt out into `n` requests of the engine and
-brings their tokens back together. Results grow in place. An iteration costs little here: its tokens are only noted, and
-become text when somebody reads it (`refresh`) or at the end. Only requests with stop strings need their text at every
-iteration. It is not known here where the engine runs: `llm.py` and `async_engine.py` carry requests there and step
-outputs back.
+`OutputProcessor` keeps the requests of a front end that have not ended. It makes `n` requests of the engine from one
+prompt and collects their tokens in one output, which grows in place. An iteration costs little here: its tokens are
+only stored, and become text when the output is read (`refresh`) or ends. Only requests with stop strings need their
+text in every iteration. `llm.py` and `async_engine.py` carry requests to the engine and step outputs back.
 """
 
 from __future__ import annotations
@@ -39,27 +38,27 @@ from nanoflow.request import Request, RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Different lists of stop strings of which the search trees are kept, and of bad words of which the tokens are.
+# Size of the caches: of search trees by list of stop strings, and of tokens by list of bad words.
 _NUM_WORD_LISTS = 64
 _FAILURE = "its answer could not be made of its tokens; the log says why"
 
 
 class OutputProcessor:
-    """The living requests of one front end.
+    """The requests of one front end that have not ended.
 
     Args:
-        facts: The engine's.
-        tokenizer: None serves requests without text only.
-        seed: From it requests without a seed draw theirs.
-        has_text: False if nobody wants text: then no request has any, whatever its parameters say.
+        facts: Facts of the engine.
+        tokenizer: Makes text of tokens; with None only requests without text are served.
+        seed: Seed from which requests without a seed draw theirs.
+        has_text: False makes no text for any request, whatever its parameters say.
         clock: Seconds, monotonic.
 
     Raises:
-        TokenizerError: The tokenizer is that of another model.
+        TokenizerError: The tokenizer ends sequences with a token id that the model does not have.
 
     Attributes:
-        observer: Told of times and counts; None tells nobody.
-        num_new_tokens: Tokens that outputs got from the last iteration; those behind a stop string are none.
+        observer: Is told of times and counts; None if there is none.
+        num_generated_tokens: Tokens that outputs have got since the start, without those after a stop string.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class OutputProcessor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.observer: Observer | None = None
-        self.num_new_tokens = 0
+        self.num_generated_tokens = 0
         self._facts = facts
         self._tokenizer = tokenizer
         self._has_text = has_text
@@ -91,17 +90,17 @@ class OutputProcessor:
         return len(self._living)
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[Request]]:
-        """Take a request.
+        """Add a request.
 
         Returns:
             Its output, which grows in place from now on, and the `params.n` requests to hand to the engine.
 
         Raises:
-            RequestError: The id is that of a living request, the prompt does not fit, or a token id does not exist.
+            RequestError: The id is in use, the prompt does not fit, or a token id does not exist.
         """
         if not isinstance(params, SamplingParams):
             raise RequestError(f"how to sample must be SamplingParams, got {shown(params)}")
-        # Its user may change it while the request runs.
+        # A copy, since the user may change the parameters while the request runs.
         params = params.snapshot() if self._has_text else dataclasses.replace(params, detokenize=False)
         if request_id in self._living:
             raise RequestError(f"a request with id {request_id!r} is already there")
@@ -134,13 +133,13 @@ class OutputProcessor:
         living = LivingRequest(output=output, metrics=metrics, params=params)
         for request, completion in zip(requests, output.outputs, strict=True):
             living.running[request.request_id] = self._new_completion(request, living, completion)
-        # Only now that nothing can fail any more.
+        # Only now, when nothing can fail any more.
         self._living[request_id] = living
         self._completions.update(living.running)
         return output, requests
 
     def abort(self, request_id: str) -> list[int]:
-        """End a request with reason "abort"; return what the engine must forget, nothing for an unknown id."""
+        """End a request with reason "abort"; return the engine's ids to abort there, none for an unknown request."""
         living = self._living.get(request_id)
         if living is None:
             return []
@@ -154,19 +153,16 @@ class OutputProcessor:
         return [engine_id for request_id in list(self._living) for engine_id in self.abort(request_id)]
 
     def take_stopped(self) -> list[int]:
-        """Requests of the engine that ended here since the last call, by a stop string or as they failed here.
-
-        It must forget them.
-        """
+        """The engine's ids of requests that a stop string or a failure ended since the last call: abort them there."""
         stopped, self._stopped = self._stopped, []
         return stopped
 
     def process(self, step: StepOutput) -> list[RequestOutput]:
-        """Take in what an iteration gave.
+        """Add the tokens of an iteration to the outputs.
 
         Returns:
-            The outputs that grew or ended, each once. Those that are `finished` are complete; the text of the others,
-            and the log probabilities of their prompts, lag behind until `refresh`.
+            The outputs that grew or ended, each once. Those that are `finished` are complete. The text of the others,
+            and the log probabilities of their prompts, are brought up to date by `refresh`.
         """
         now_s = self._clock()
         self._note_progress(step, now_s)
@@ -175,7 +171,7 @@ class OutputProcessor:
         gaps_s: list[float] = []
         num_first = 0
         find = self._completions.get
-        # Once a token, and therefore short: what only some tokens need is done after it.
+        # Runs for every token, so it is short: work for some tokens only is done after the loop.
         for engine_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
             completion = find(engine_id)
             if completion is None:
@@ -195,7 +191,8 @@ class OutputProcessor:
         num_cut = sum(len(completion.token_ids) for completion in searched.values())
         ended_here = self._search(searched, step) | self._add_scores(step)
         num_cut -= sum(len(completion.token_ids) for completion in searched.values())
-        self.num_new_tokens = num_first + len(gaps_s) - num_cut
+        num_new_tokens = num_first + len(gaps_s) - num_cut
+        self.num_generated_tokens += num_new_tokens
         for engine_id, end in ended_here.items():
             self._finish(self._completions[engine_id], end, now_s)
         self._stopped += [engine_id for engine_id in ended_here if engine_id not in step.finished]
@@ -205,17 +202,17 @@ class OutputProcessor:
                 self._finish(completion, end, now_s)
                 grown[completion.name] = completion.request_output
         if self.observer is not None and (gaps_s or num_first):
-            self.observer.observe_tokens(self.num_new_tokens)
+            self.observer.observe_tokens(num_new_tokens)
             self.observer.observe_next_tokens(gaps_s)
         return list(grown.values())
 
     def refresh(self, output: RequestOutput) -> None:
-        """Bring the text of an output up to its tokens; call it before the output is shown.
+        """Make text of all tokens of an output; to be called before the output is shown.
 
-        All that waits is made in one go. Nothing happens if nothing waits. A completion that fails ends here.
+        Nothing happens if no tokens wait. A completion whose text cannot be made ends with an error.
         """
         living = self._living.get(output.request_id)
-        # Another request may have taken over the name of one that has ended.
+        # After a request has ended, another one may have the same name.
         if living is None or living.output is not output:
             return
         self._read_prompt_scores(living)
@@ -228,7 +225,7 @@ class OutputProcessor:
                 self._finish(completion, _failure(completion, error), self._clock())
 
     def _search(self, searched: Mapping[int, Completion], step: StepOutput) -> dict[int, Finished]:
-        """Look for stop strings; how the completions end in which there is one, or which fail."""
+        """Look for stop strings; return the ends of completions that have one, or that fail."""
         ends = {}
         for engine_id, completion in searched.items():
             try:
@@ -239,7 +236,7 @@ class OutputProcessor:
         return ends
 
     def _add_scores(self, step: StepOutput) -> dict[int, Finished]:
-        """Hand out log probabilities; how the completions end that fail."""
+        """Add log probabilities to completions; return the ends of those that fail."""
         ends = {}
         for engine_id, scores in step.logprobs.items():
             completion = self._completions.get(engine_id)
@@ -280,7 +277,7 @@ class OutputProcessor:
         return self._tokenizer.token_text if self._tokenizer is not None and params.detokenize else _no_text
 
     def _note_progress(self, step: StepOutput, now_s: float) -> None:
-        """Everything of a step that is neither a token nor an end."""
+        """Note everything in a step except tokens and ends: state, admissions, preemptions, prompt scores."""
         if self.observer is not None and step.stats.iteration_tokens > 0:
             self.observer.observe_step(step.stats)
         for engine_id, num_cached in step.scheduled.items():
@@ -312,7 +309,7 @@ class OutputProcessor:
             living.output.error = _FAILURE
 
     def _finish(self, completion: Completion, end: Finished, now_s: float) -> None:
-        """End a completion, and its request if it was the last."""
+        """End a completion, and its request if it was the last one running."""
         try:
             completion.finish(end)
         except Exception as error:
@@ -325,7 +322,7 @@ class OutputProcessor:
             self._finish_request(living, end.reason, now_s)
 
     def _finish_request(self, living: LivingRequest, reason: FinishReason, now_s: float) -> None:
-        """End a request; one of which a completion failed has failed, whatever became of the others."""
+        """End a request. It has failed if any of its completions has."""
         self._read_prompt_scores(living)
         reason = FinishReason.ERROR if living.output.error is not None else reason
         living.metrics.finished_s = now_s
@@ -337,9 +334,9 @@ class OutputProcessor:
 
 
 def _failure(completion: Completion, error: Exception) -> Finished:
-    """How a completion ends whose tokens could not be made into what its user reads: alone.
+    """The end of a completion for which text or log probabilities could not be made; other requests go on.
 
-    The log is told unless the error is about the request.
+    The exception is logged, unless it is a RequestError.
     """
     if isinstance(error, RequestError):
         return Finished(reason=FinishReason.ERROR, error=str(error))

@@ -1,9 +1,9 @@
 """When the readers of running requests are woken: `Stream` waits for one request's news, `Pacer` wakes many at once.
 
-Sending one piece of a stream costs the same however many tokens are in it. So tokens that come soon after a round of
-sending wait for each other and go out together: sending takes about a tenth of the event loop's time, more only where
-the longest pause cuts in. The rounds of a few streams, and so the pauses after them, are shorter than the gaps between
-tokens: those streams are sent token by token.
+Sending one piece of a stream costs the same however many tokens are in it. So there is a pause after each round of
+sending, in which tokens gather, to be sent together. The pause is ten times as long as the round: sending takes about a
+tenth of the event loop's time, or more if the longest pause allowed is shorter. With few streams, rounds and pauses are
+shorter than the gaps between tokens, so each token is sent at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 from nanoflow.outputs import RequestOutput
 
-# A round of sending is followed by a pause of so many times its duration, in which tokens gather.
+# The pause after a round of sending, as a multiple of the round's duration.
 PAUSE_RATIO = 10.0
-# Streams that are woken before other tasks of the event loop get their turn. To begin or to end one costs more.
+# Streams that are woken before other tasks of the event loop run; fewer if they begin or end, which costs more.
 _STREAMS_A_SLICE = 128
 _URGENT_A_SLICE = 32
 
@@ -27,7 +27,7 @@ class Stream:
 
     Args:
         output: The request's output, which grows in place.
-        is_whole: Wake the reader only when the output is finished.
+        is_whole: If true, the reader is woken only when the output is finished.
     """
 
     __slots__ = ("_has_news", "_waiter", "is_marked", "is_started", "is_urgent", "is_whole", "output")
@@ -41,7 +41,7 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
 
     async def news(self) -> None:
-        """Wait until the reader is woken; at once if that happened while it was busy."""
+        """Wait until the reader is woken; returns at once if it was woken while it was busy."""
         if not self._has_news:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -51,7 +51,7 @@ class Stream:
         self._has_news = False
 
     def wake(self) -> None:
-        """Let the reader go on."""
+        """Wake the reader."""
         self.is_marked = self.is_urgent = False
         self.is_started = self._has_news = True
         if self._waiter is not None and not self._waiter.done():
@@ -59,13 +59,13 @@ class Stream:
 
 
 class Pacer:
-    """Wakes streams in rounds; belongs to one event loop.
+    """Wakes streams in rounds. To be used in one event loop.
 
-    The next round begins when the last one is over and a pause has passed that is as long as `PAUSE_RATIO` times the
-    round, but at most `interval_s`. The first token and the end of a request do not wait for a round.
+    After a round there is a pause of `PAUSE_RATIO` times its duration, at most `interval_s`, before the next round.
+    The first token and the end of a request do not wait for a round.
 
     Args:
-        interval_s: Longest pause; 0 makes none.
+        interval_s: Longest pause; 0 for no pauses.
         clock: Seconds, monotonic.
     """
 
@@ -78,7 +78,7 @@ class Pacer:
         self._next_s = 0.0
 
     def note(self, stream: Stream) -> None:
-        """The stream's output has grown or ended."""
+        """Note that a stream's output has grown or ended."""
         if stream.output.finished or not (stream.is_started or stream.is_whole):
             if not stream.is_urgent:
                 self._hurry(stream)
@@ -115,7 +115,7 @@ class Pacer:
 
     def _wake(self, marked: list[Stream], start: int, begin_s: float) -> None:
         for stream in marked[start : start + _STREAMS_A_SLICE]:
-            # It may have been woken by its end meanwhile.
+            # The end of its request may have woken it meanwhile.
             if stream.is_marked:
                 stream.wake()
         # The readers that were just woken run before this.

@@ -1,10 +1,11 @@
 """Where an engine and its front ends meet: a listening Unix socket, made before the engine's process and kept after it.
 
-Who starts the engine makes the place, hands the listening socket down to the engine's process, and may do so again for
-the next one: front ends connect to the same place, and wait in its queue while no engine is there. On Linux the
-socket's file is removed at once, and front ends reach it through a file descriptor that they inherit: nothing is left
-in the file system, however the processes end, and nobody else can connect. Elsewhere the file stays, in a folder that
-nobody else may enter, until the place is closed. Messages are not known here: see `link.py` and `channel.py`.
+The process that starts the engine makes the place and passes the listening socket to the engine's process. If the
+engine dies, the next one gets the same socket: front ends connect to the same place, and wait in its queue until an
+engine is there. On Linux the socket's file is removed at once, and front ends reach it through a file descriptor that
+they inherit: nothing is left in the file system, however the processes end, and no other process can connect. On other
+systems the file stays, in a folder that only its owner may enter, until the place is closed. `link.py` and `channel.py`
+send messages.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Front ends that may wait for an engine; each connects once.
+# Connections that may wait for an engine; each front end has one.
 _BACKLOG = 128
 
 
 class EnginePlace:
-    """A listening socket for one engine at a time. Close it when no engine will come any more.
+    """A listening socket for one engine at a time. Close it when no further engine will be started.
 
     Attributes:
-        path: What a front end connects to, in this process and in those that inherit `fds`.
+        path: Path that a front end connects to, in this process and in those that inherit `fds`.
         fds: File descriptors that a further front end must inherit.
     """
 
@@ -49,7 +50,7 @@ class EnginePlace:
         return self._listener.fileno()
 
     def close(self) -> None:
-        """Refuse front ends, and leave nothing."""
+        """Stop listening, and remove all files."""
         self._listener.close()
         for fd in self.fds:
             os.close(fd)
@@ -57,7 +58,7 @@ class EnginePlace:
         self._remove_folder()
 
     def _hide(self, file: Path) -> None:
-        """Hold the socket's file by a descriptor alone; connecting through /proc follows it to the file itself."""
+        """Remove the socket's file but keep a descriptor of it, through which front ends connect by a path in /proc."""
         fd = os.open(file, os.O_PATH)
         self.path, self.fds = f"/proc/self/fd/{fd}", (fd,)
         self._remove_folder()

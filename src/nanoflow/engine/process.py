@@ -1,7 +1,7 @@
 """The engine in a process of its own: `python -m nanoflow.engine.process LISTENER`, the descriptor of its socket.
 
-A loop between a socket and an engine: take what the front ends send, step, send each what came of it. It ends when told
-to, when the engine fails, or when its parent is gone. How a front end starts it is in `child.py`.
+It loops: read messages of the front ends, run an iteration, send each front end its part of the output. It ends after
+`Shutdown`, when the engine fails, or when its parent has ended. `child.py` starts it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from nanoflow.engine.messages import (
     Heartbeat,
     Join,
     Leave,
+    Load,
     Ready,
     Shutdown,
     StepOutput,
-    Unreadable,
+    ToEngine,
 )
 from nanoflow.engine.quiet_log import log_quietly
 from nanoflow.engine.telling import told
-from nanoflow.engine.wire import ToEngine, WireError
+from nanoflow.engine.wire import Unreadable, WireError
 from nanoflow.errors import one_line
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, RequestError
@@ -44,14 +45,14 @@ from nanoflow.request import Request, RequestError
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-# Without a message for so long, the engine may prepare something; a request that comes meanwhile waits some 50 ms.
+# After so long without a message, the engine prepares for later requests; one that comes meanwhile waits some 50 ms.
 _QUIET_S = 0.1
 
 Messages = list[tuple[int, ToEngine | Unreadable]]
 
 
 class EngineLoop(Protocol):
-    """What this process needs of an engine; `engine.py` has the real one."""
+    """The methods of an engine that this process uses; `engine.py` has the real engine."""
 
     facts: EngineFacts
 
@@ -60,16 +61,16 @@ class EngineLoop(Protocol):
         """True while a step can make progress."""
 
     def add(self, request: Request) -> None:
-        """Take a request; RequestError if it can never run."""
+        """Add a request; RequestError if it can never run."""
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """Forget requests."""
+        """Drop requests."""
 
     def step(self) -> StepOutput:
         """One iteration."""
 
     def prepare_next(self) -> bool:
-        """Do something ahead of need, of some 50 ms; False if there is nothing."""
+        """Prepare something for later requests, in about 50 ms; False if there is nothing to prepare."""
 
     def stats(self) -> EngineStats:
         """State now."""
@@ -82,14 +83,14 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
     """Build the engine that the first message describes, then run it until told to stop.
 
     Args:
-        build: Loads a model; a ValueError's message is for people.
+        build: Loads a model; the message of a ValueError is shown to the user.
         listener: File descriptor of the listening socket, in digits.
 
     Returns:
         The process's exit status: 0 after a `Shutdown`, 1 if the engine could not start or has failed.
     """
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
-    # Whoever stops a whole group of processes at once means the parent, which lets running requests end first.
+    # A signal to the whole process group is for the parent: it lets running requests end, then it ends this process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     channel, front_ends = Channel(int(listener)), FrontEnds()
@@ -101,7 +102,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
         freeze_heap()
         _Loop(engine=engine, channel=channel, front_ends=front_ends).run(messages)
         return 0
-    # The border of the process: whatever happened is told to the front ends, which end their requests.
+    # Outermost handler of the process: front ends are told of any failure, and end their requests.
     except Exception as error:
         message = one_line(error)
         if engine is not None or not isinstance(error, ValueError | OSError):
@@ -117,7 +118,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
 
 
 def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfig, Messages]:
-    """Wait for the configuration, from the front end that started this process; what came with it is for later."""
+    """Wait for `Load` from front end 0; return its configuration, and the other messages that have arrived."""
     early: Messages = []
     while True:
         for front_end, message in channel.receive(None):
@@ -125,22 +126,22 @@ def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfi
             front_ends.join(front_end)
         for front_end, message in early:
             if front_end == 0:
-                if not isinstance(message, EngineConfig):
-                    raise WireError(f"the first message must be the configuration, got {type(message).__name__}")
+                if not isinstance(message, Load):
+                    raise WireError(f"the first message must be Load, got {type(message).__name__}")
                 early.remove((front_end, message))
-                return message, early
+                return message.config, early
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loop:
-    """An engine between its front ends."""
+    """An engine and its front ends."""
 
     engine: EngineLoop
     channel: Channel
     front_ends: FrontEnds
 
     def run(self, messages: Messages) -> None:
-        """Step while there is something to do; while there is not, say so once a heartbeat."""
+        """Run iterations while there are requests; otherwise send a heartbeat every `HEARTBEAT_S` seconds."""
         self.channel.send(0, Ready(facts=self.engine.facts))
         while True:
             for front_end, message in messages:
@@ -151,7 +152,7 @@ class _Loop:
             if self.engine.has_work:
                 for front_end, part in self.front_ends.parts(self.engine.step()).items():
                     self.channel.send(front_end, part)
-            # At once when the last request has ended, so that nobody is told of it late.
+            # Also right after the last request has ended, so that front ends know the state at once.
             if not self.engine.has_work:
                 beat = Heartbeat(stats=self.engine.stats())
                 for front_end in self.front_ends:
@@ -159,7 +160,7 @@ class _Loop:
             messages = self.channel.receive(0.0) if self.engine.has_work else self._idle()
 
     def _idle(self) -> Messages:
-        """Wait for messages, a heartbeat at most, and prepare what requests may need while none come."""
+        """Wait up to `HEARTBEAT_S` seconds for messages, and meanwhile prepare what later requests may need."""
         until_s = time.monotonic() + HEARTBEAT_S
         while time.monotonic() < until_s:
             messages = self.channel.receive(_QUIET_S)
@@ -190,14 +191,14 @@ class _Loop:
         for request in requests:
             try:
                 self.engine.add(self.front_ends.own(front_end, request))
-            # Nothing has been computed for it yet: whatever is wrong concerns this request alone.
+            # Nothing has been computed for the request yet, so any error concerns this request alone.
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("a request is refused")
                 self._refuse(front_end, (request.request_id,), one_line(error))
 
     def _refuse(self, front_end: int, request_ids: Sequence[int], error: str) -> None:
-        """End requests that the engine does not have."""
+        """Tell a front end that requests have failed which the engine did not accept."""
         self.front_ends.disown(front_end, request_ids)
         end = Finished(reason=FinishReason.ERROR, error=error)
         refusal = StepOutput(finished=dict.fromkeys(request_ids, end), stats=self.engine.stats())
@@ -205,14 +206,14 @@ class _Loop:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, a pipe that only the parent holds: it closes however the parent ends."""
+    """End when standard input ends: only the parent holds the other end of the pipe, so it closes with the parent."""
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
 def main() -> int:
-    """Run the real engine."""
+    """Serve the real engine; return the exit status."""
     from nanoflow.engine.build import build_engine
 
     log_quietly("nanoflow engine")

@@ -1,6 +1,6 @@
-"""The forms in which a call may have prompts and parameters: one or several of either.
+"""Read the prompts and parameters of a call, which may have one or several of either.
 
-What a single prompt may be says `prompts.py`.
+`prompts.py` says what a single prompt may be.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def inputs_of(prompts: Any, prompt_token_ids: Any) -> list[Any]:
     """The prompts of a call, one by one.
 
     Args:
-        prompts: One or a list of them; None if there are but token ids.
-        prompt_token_ids: Token ids of one or of each, as older versions of vLLM take them; None if not given.
+        prompts: One prompt or a list of them; None if only token ids are given.
+        prompt_token_ids: Token ids of one prompt or of each, as in older versions of vLLM; None if not given.
 
     Raises:
-        RequestError: There is no prompt, or not as many texts as lists of token ids.
+        RequestError: There is no prompt, or the numbers of texts and of lists of token ids differ.
     """
     if prompt_token_ids is None:
         if prompts is None:
@@ -48,7 +48,7 @@ def inputs_of(prompts: Any, prompt_token_ids: Any) -> list[Any]:
 def params_of_each(
     sampling_params: SamplingParams | Sequence[SamplingParams], num_prompts: int
 ) -> Sequence[SamplingParams]:
-    """Parameters for each prompt; RequestError if there are not as many."""
+    """The parameters of each prompt; RequestError if there is a list of another length."""
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * num_prompts
     if not isinstance(sampling_params, Sequence):

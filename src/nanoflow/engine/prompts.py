@@ -1,7 +1,6 @@
-"""The border where prompts come in: what users may write becomes a `Prompt`, a `Prompt` the requests of the engine.
+"""Read and check prompts: what users write becomes a `Prompt`, and a `Prompt` becomes requests of the engine.
 
-Everything that is wrong with a request alone is said here, in one line. What happens to requests is not known here: see
-`output.py`.
+Every error of a single request is raised here, with one line. `output.py` handles requests after that.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
-# Log probabilities of one request, prompt and completions together, where it asks for more a place than is usual: as
-# many make an answer of about a gigabyte.
+# Most log probabilities of one request, prompt and completions together, if it asks for more of them at each place than
+# usual: so many make an answer of about a gigabyte.
 _MAX_SCORES = 2**23
-# Numbers of requests that are sent in one message.
+# Numbers (token ids and the like) of the requests in one message.
 _NUMBERS_A_MESSAGE = 1 << 16
 
 
@@ -52,10 +51,10 @@ A mapping may have a "cache_salt" too: see `Prompt`."""
 
 
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
-    """Read any of the forms of a prompt; a text is encoded with the model's special tokens.
+    """Read a prompt in any of its forms. A text is encoded with the model's special tokens.
 
     Raises:
-        RequestError: It is none of the forms, or a text while there is no tokenizer.
+        RequestError: The prompt has none of the forms, or is a text and there is no tokenizer.
     """
     if isinstance(prompt, Prompt):
         return prompt
@@ -70,10 +69,10 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
 
 
 def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """The sequences of tokens that words stand for, each once: at the beginning of a text, and after a space.
+    """The token sequences of words, without duplicates: as at the beginning of a text, and as after a space.
 
     Raises:
-        RequestError: There is no tokenizer, or a word has too many tokens or none.
+        RequestError: There is no tokenizer, or a word has no tokens or too many.
     """
     if not words:
         return ()
@@ -92,7 +91,7 @@ def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[in
     """The token ids that end a completion: the model's, then the tokenizer's.
 
     Raises:
-        TokenizerError: One of them is beyond the model's vocabulary.
+        TokenizerError: One of them is outside the model's vocabulary.
     """
     own = tokenizer.eos_token_ids if tokenizer else ()
     for owner, token_ids in (("the model's config", facts.eos_token_ids), ("the tokenizer", own)):
@@ -107,10 +106,10 @@ def end_of_sequence(facts: EngineFacts, tokenizer: Tokenizer | None) -> tuple[in
 
 
 def truncated(prompt: Prompt, params: SamplingParams, facts: EngineFacts) -> Prompt:
-    """The prompt with the last of its tokens, as many as `truncate_prompt_tokens` says.
+    """The prompt, cut to its last `truncate_prompt_tokens` tokens if the parameters say so.
 
     Raises:
-        RequestError: More are to be kept than there is room for.
+        RequestError: More tokens are to be kept than the context has room for.
     """
     wanted = params.truncate_prompt_tokens
     if wanted is None:
@@ -178,7 +177,7 @@ def make_requests(
 
 
 def sendable(requests: list[Request]) -> Iterator[list[Request]]:
-    """The requests of one prompt, so many together that to send them takes some milliseconds."""
+    """Split the requests of one prompt into messages that take some milliseconds each to send."""
     first = requests[0]
     num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + 64
     count = max(_NUMBERS_A_MESSAGE // num_numbers, 1)
@@ -192,13 +191,13 @@ def _page_keys(prompt: Prompt, facts: EngineFacts) -> bytes:
 
 
 def _forms(word: str) -> tuple[str, ...]:
-    """A word as it may be written; white space alone is meant as it is."""
+    """The forms of a word: alone, and after a space; white space has only its own form."""
     stem = word.lstrip()
     return (stem, f" {stem}") if stem else (word,)
 
 
 def _max_tokens(params: SamplingParams, room: int) -> int:
-    """Most tokens to generate. The default is no demand: it yields where the context has less room."""
+    """Most tokens to generate. The default value is reduced if the context has less room; another one is not."""
     wanted = params.max_tokens
     if wanted is None:
         return room
@@ -206,7 +205,7 @@ def _max_tokens(params: SamplingParams, room: int) -> int:
 
 
 def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, facts: EngineFacts) -> SamplingParams:
-    """The parameters with numbers instead of -1 for all tokens, once it is sure that they may be asked for."""
+    """Check the numbers of log probabilities; return the parameters with the vocabulary size in place of -1."""
     counts: dict[str, Any] = {}
     for name, num_places in (("logprobs", params.n * max_tokens), ("prompt_logprobs", num_prompt)):
         wanted = getattr(params, name)
@@ -249,7 +248,7 @@ def _checked_ids(value: Any) -> list[int]:
 
 
 def _check(request: Request, facts: EngineFacts) -> None:
-    """What the scheduler checks, before the request is sent to it."""
+    """Make the scheduler's checks here, before the request is sent to it."""
     limits = SchedulerLimits(
         max_batch_tokens=facts.max_batch_tokens,
         max_num_seqs=facts.max_num_seqs,

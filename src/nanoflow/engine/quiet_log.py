@@ -1,7 +1,7 @@
-"""A log that never holds up who writes to it: a thread writes the lines, and what it cannot write in time is dropped.
+"""A log that never blocks: a thread writes the lines, and lines that it cannot write in time are dropped.
 
-Standard error may be a pipe that nobody reads. A line written to it directly would stop the process, its event loop and
-its reaction to signals with it.
+Standard error may be a pipe that nobody reads. Writing a line to it directly would block the process, with its event
+loop and its handling of signals.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import threading
 import time
 
 MAX_WAITING_LINES = 1000
-# How long a process that ends waits for its last lines.
+# How long a process that ends waits until its last lines are written.
 FLUSH_S = 1.0
 
 
 class QuietHandler(logging.Handler):
-    """Hands lines to a thread.
+    """Passes lines to a thread that writes them.
 
     Args:
-        file: Descriptor to write to; it is written to directly, so that no lock of Python's is held by a thread that
-            waits while the process ends.
-        max_waiting: Lines that may wait; what comes beyond is dropped and counted.
+        file: Descriptor to write to. It is written to directly, because a blocked thread that holds the lock of a
+            Python file would keep the process from ending.
+        max_waiting: Lines that may wait; further ones are dropped and counted.
     """
 
     def __init__(self, file: int = 2, max_waiting: int = MAX_WAITING_LINES) -> None:
@@ -34,7 +34,7 @@ class QuietHandler(logging.Handler):
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record; never waits."""
+        """Queue a record for writing; never blocks."""
         try:
             line = self.format(record)
         except Exception:
@@ -45,7 +45,7 @@ class QuietHandler(logging.Handler):
             self.num_dropped += 1
 
     def flush(self) -> None:
-        """Wait a moment until what was taken is written."""
+        """Wait up to `FLUSH_S` seconds until queued lines are written."""
         end_s = time.monotonic() + FLUSH_S
         while self._lines.unfinished_tasks and time.monotonic() < end_s:
             time.sleep(0.005)
@@ -67,15 +67,15 @@ class QuietHandler(logging.Handler):
                 data = data[os.write(self._file, data) :]
         except BlockingIOError:
             self.num_dropped += 1
-        except OSError:  # closed by its reader: there is nobody to tell
+        except OSError:  # its reader has closed it: there is nowhere to report that
             return
 
 
 def log_quietly(prefix: str) -> None:
-    """Send warnings and graver messages of this process through a `QuietHandler`, the only one from now on.
+    """Log warnings and errors of this process through a `QuietHandler`, in place of all other handlers.
 
     Args:
-        prefix: Before each line: the name of the process.
+        prefix: Name of the process, put before each line.
     """
     logging.basicConfig(
         format=f"{prefix}: %(levelname)s: %(message)s", level=logging.WARNING, handlers=[QuietHandler()], force=True

@@ -1,6 +1,6 @@
-"""What a front end hears of an engine until it is ready, or until it is clear that it will not be.
+"""Wait until an engine is ready, or until it is clear that it will not be.
 
-Starting the process is `child.py`'s, joining it `async_engine.py`'s.
+`child.py` starts the engine's process, `async_engine.py` joins it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ async def ready(link: EngineLink, child: EngineChild | None = None) -> EngineFac
 
 
 async def _first_answer(link: EngineLink) -> FromEngine | WireError:
-    """The first message that is more than something to log."""
+    """Log messages of the engine until another message arrives; return that one."""
     while isinstance(message := await link.receive(), Told):
         logger.log(message.level, "%s", message.text)
     return message

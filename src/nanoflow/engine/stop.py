@@ -1,10 +1,10 @@
-"""Stop strings in text that comes in pieces.
+"""Search for stop strings in text that arrives in pieces.
 
-Where the pieces begin and end makes no difference to what is found. Knows nothing of tokens.
+The result does not depend on how the text is split into pieces. Tokens are not used here.
 
-The search is Aho and Corasick's ("Efficient string matching", 1975): the stop strings form a tree by their common
-beginnings, and after each character the search stands at the node of the longest beginning that the text ends with.
-Work is linear in the text, whatever the number and the length of the strings, and nothing of the text is read twice.
+The search is by Aho and Corasick ("Efficient string matching", 1975). The stop strings form a tree of their prefixes.
+After each character the search is at the node of the longest prefix with which the text ends. The work is linear in the
+length of the text, whatever the number and length of the strings; each character is read once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Node:
-    """A beginning of a stop string.
+    """A prefix of a stop string.
 
     Attributes:
-        text_of: A stop string that it is a beginning of.
-        depth: Its length.
-        fallback: The node of the longest shorter beginning that it ends with; None for the root.
-        match: The longest stop string that it ends with.
-        children: By the next character. Those of the deepest nodes are added when a search first gets there.
+        text_of: A stop string with this prefix.
+        depth: Length of the prefix.
+        fallback: The node of the longest shorter prefix with which this one ends; None for the root.
+        match: The longest stop string with which this prefix ends; None if there is none.
+        children: Nodes by the next character. Those of the deepest nodes are added when a search first gets there.
     """
 
     text_of: str = ""
@@ -39,20 +39,20 @@ class StopStrings:
         stops: Non-empty strings.
 
     Attributes:
-        root: Where a search begins.
-        first_chars: What a stop string may begin with.
+        root: The empty prefix, where a search begins.
+        first_chars: First characters of the stop strings.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.root = _Node()
         self.first_chars = frozenset(stop[0] for stop in stops)
-        # The strings that go on below the deepest nodes there are, with their node there.
+        # The strings that are longer than the tree is deep, each with its deepest node.
         self._growing = [(stop, self.root) for stop in stops]
         self._depth = 0
         self._grow()
 
     def step(self, node: _Node, char: str) -> _Node:
-        """Where a search that stands at a node stands after one more character."""
+        """The node after a search at `node` has read one more character."""
         while True:
             following = node.children.get(char)
             if following is not None:
@@ -64,13 +64,13 @@ class StopStrings:
             node = node.fallback
 
     def held(self, node: _Node) -> _Node:
-        """The longest beginning that the text ends with and that may go on; the node itself unless it is a leaf."""
+        """The node of the longest prefix with which the text ends and that may grow: `node` unless it is a leaf."""
         while not node.children and node.fallback is not None:
             node = node.fallback
         return node
 
     def _grow(self) -> None:
-        """Add one level, so that long strings cost only as much as is found of them."""
+        """Add one level to the tree. So long strings cost only as much as their prefixes that occur."""
         level, self._growing = self._growing, []
         self._depth += 1
         for stop, parent in level:
@@ -85,20 +85,20 @@ class StopStrings:
                 self._growing.append((stop, node))
 
     def _child(self, node: _Node, char: str) -> _Node:
-        """`step` in the levels that are complete."""
+        """As `step`, within the levels that exist."""
         while char not in node.children and node.fallback is not None:
             node = node.fallback
         return node.children.get(char, node)
 
 
 class StopFilter:
-    """Passes text on, but nothing that is, or may yet become, a stop string.
+    """Passes text on, but withholds what is, or may become, a stop string.
 
-    The stop string that is complete first ends the text; of several that end at one place, the longest.
+    The stop string that is complete first ends the text; if several are complete at one place, the longest.
 
     Args:
-        stops: Of the request.
-        keeps_stop: The stop string is part of the text.
+        stops: The request's stop strings.
+        keeps_stop: Whether the stop string is part of the text.
 
     Attributes:
         found: The stop string that ended the text; None before.
@@ -110,15 +110,15 @@ class StopFilter:
         self.found: str | None = None
         self._stops = stops
         self._keeps_stop = keeps_stop
-        # The text held back is the beginning of a stop string that this node stands for.
+        # The text held back is the prefix of this node.
         self._node = stops.root
 
     def push(self, piece: str, *, may_stop: bool = True) -> str:
         """The text to show now.
 
         Args:
-            piece: What follows the text so far.
-            may_stop: False lets stop strings that end in this piece pass.
+            piece: The next piece of the text.
+            may_stop: False ignores stop strings that end in this piece.
         """
         stops, held = self._stops, self._node
         if held.depth == 0 and stops.first_chars.isdisjoint(piece):
@@ -134,7 +134,7 @@ class StopFilter:
         return _first_chars(held, piece, held.depth + len(piece) - self._node.depth)
 
     def flush(self) -> str:
-        """The text held back, once there is no more to come."""
+        """The text held back, at the end of the text."""
         held, self._node = self._node, self._stops.root
         return held.text_of[: held.depth]
 

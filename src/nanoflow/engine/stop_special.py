@@ -1,8 +1,8 @@
-"""Stop strings that name special tokens, where these are left out of the text.
+"""Stop strings that contain names of special tokens, if special tokens are left out of the text.
 
-A special token that a stop string contains comes into the search as a *mark*: one character that no text has. The stop
-string has the same mark in its place, so that it is found by the search of `stop.py`, and only where the token itself
-stands. Other stop strings are searched in the text as its reader sees it: a token that is left out does not part them.
+In the searched text, such a token is represented by a *mark*: a character that no text contains. The stop string has
+the same mark in place of the name, so the search of `stop.py` finds it, and only where the token itself occurs. Other
+stop strings are searched in the text without marks, as its reader sees it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from itertools import accumulate
 
 from nanoflow.engine.stop import StopFilter, StopStrings
 
-# Text that was decoded from UTF-8 has no surrogates.
+# Marks are surrogates, which text decoded from UTF-8 does not contain.
 _MARKS = range(0xD800, 0xE000)
 
 
 class StopRules:
-    """What ends the completions of requests with the same stop strings; requests may share it, in one thread.
+    """The search trees of some stop strings; requests with the same strings may share them, in one thread.
 
     Args:
         stops: Non-empty strings.
         left_out: Ids of the special tokens that are left out of the text, by name.
 
     Attributes:
-        marks: What comes into the search for a token that is left out, by id.
+        marks: By token id, the mark of a special token that is left out of the text.
     """
 
     def __init__(self, stops: Sequence[str], left_out: Mapping[str, int] | None = None) -> None:
@@ -40,21 +40,21 @@ class StopRules:
         self._num_shown = {pattern: _shown_counts(pattern) for pattern in with_marks}
 
     def new_filter(self, *, keeps_stop: bool = False) -> StopFilter | MarkedStopFilter:
-        """The search of one completion; `keeps_stop` leaves the stop string in the text."""
+        """The filter of one completion; `keeps_stop` leaves the stop string in the text."""
         if self._marked is None:
             return StopFilter(self._plain, keeps_stop=keeps_stop)
         return MarkedStopFilter(self._plain, self._marked, self._stop_of, self._num_shown, keeps_stop=keeps_stop)
 
 
 class MarkedStopFilter:
-    """A `StopFilter` whose pieces may have marks, which are not shown.
+    """A `StopFilter` for pieces with marks, which are not shown.
 
     Args:
-        plain: Searched in the text.
-        marked: Searched in the text with its marks.
+        plain: Stop strings to find in the text without marks.
+        marked: Stop strings with marks, to find in the text with marks.
         stop_of: The stop string of each string in `marked`.
-        num_shown: Of each string in `marked`, the characters that are no marks in its beginnings, by their length.
-        keeps_stop: The stop string is part of the text, with the names of its special tokens.
+        num_shown: For each string in `marked`: entry i is the number of its first i characters that are no marks.
+        keeps_stop: Whether the stop string is part of the text, with the names of its special tokens.
 
     Attributes:
         found: The stop string that ended the text; None before.
@@ -86,7 +86,7 @@ class MarkedStopFilter:
         self._plain_node, self._marked_node = plain.root, marked.root
         self._keeps_stop = keeps_stop
         self._num_shown = num_shown
-        # Character by character, so that each is moved twice, however much is held.
+        # A queue of characters: adding and removing one costs the same, however many are held.
         self._held: deque[str] = deque()
 
     def push(self, piece: str, *, may_stop: bool = True) -> str:
@@ -108,12 +108,12 @@ class MarkedStopFilter:
         return self._take(len(held) - max(self._plain_node.depth, self._shown(beginning.text_of, beginning.depth)))
 
     def _shown(self, pattern: str, num_chars: int) -> int:
-        """Characters that are no marks among the first of a pattern."""
+        """How many of the first `num_chars` characters of a pattern are no marks."""
         counts = self._num_shown.get(pattern)
         return num_chars if counts is None else counts[num_chars]
 
     def _take(self, num_chars: int) -> str:
-        """The first characters that are held, which are held no more."""
+        """Remove and return the first characters that are held."""
         return "".join([self._held.popleft() for _ in range(num_chars)])
 
     def _longest(self, *matches: str | None) -> str | None:
@@ -121,13 +121,13 @@ class MarkedStopFilter:
         return max(found, key=lambda match: len(self._stop_of.get(match, match)), default=None)
 
     def flush(self) -> str:
-        """The text held back, once there is no more to come."""
+        """The text held back, at the end of the text."""
         self._plain_node, self._marked_node = self._plain.root, self._marked.root
         return self._take(len(self._held))
 
 
 def _marked(stop: str, mark_of: Mapping[str, str]) -> str:
-    """A stop string with marks for the names in it; of names that begin at one place, the longest."""
+    """A stop string with marks in place of the names in it; the longest name if several begin at one place."""
     if not mark_of:
         return stop
     names = "|".join(map(re.escape, sorted(mark_of, key=len, reverse=True)))
@@ -139,5 +139,5 @@ def _is_mark(char: str) -> bool:
 
 
 def _shown_counts(pattern: str) -> list[int]:
-    """How many characters of each beginning, by its length, are no marks."""
+    """Entry i: how many of the first i characters are no marks."""
     return list(accumulate((not _is_mark(char) for char in pattern), initial=0))

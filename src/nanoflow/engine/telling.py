@@ -1,6 +1,6 @@
-"""What an engine's process says while it loads: log messages go to the front end that started it, which logs them.
+"""Send the log messages of an engine's process, while it loads, to the front end that started it, which logs them.
 
-So whoever starts a server reads them in one place, from the level on that was asked for there.
+So the log of a server is in one place and has one level.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROOT = "nanoflow"
 
 
 class _Teller(logging.Handler):
-    """Sends messages on."""
+    """Sends log messages as `Told`."""
 
     def __init__(self, send: Callable[[Told], None]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Teller(logging.Handler):
 
 @contextmanager
 def told(send: Callable[[Told], None]) -> Iterator[None]:
-    """Hand on the messages of this process, news and graver ones, while the block runs; they appear nowhere else."""
+    """While the block runs, pass log messages of this process from level INFO on to `send`, and nowhere else."""
     logger, teller = logging.getLogger(_ROOT), _Teller(send)
     level, propagates = logger.level, logger.propagate
     logger.addHandler(teller)

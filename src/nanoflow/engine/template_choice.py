@@ -1,4 +1,4 @@
-"""Which chat template a conversation gets: a model may have several, and users may give others."""
+"""Choose the chat template of a conversation: a model may have several, and users may give others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_NAME = "default"
 
 
 class TemplateFileError(ValueError):
-    """A chat template cannot be read; one line that says which and why."""
+    """A chat template cannot be read; the message is one line that says which and why."""
 
 
 class ChatTemplates:
@@ -25,7 +25,7 @@ class ChatTemplates:
 
     Args:
         fast: A `transformers` tokenizer.
-        given: Replaces its usual template: Jinja, or the name of one of its own.
+        given: Template to use instead of the tokenizer's default: Jinja, or the name of one of its own.
         config: How long templates may take, and how much they may write.
     """
 
@@ -42,10 +42,10 @@ class ChatTemplates:
         self.usual = None if usual is None else self._new(usual)
 
     def get(self, given: str | None = None) -> ChatTemplate:
-        """The usual template, or the given one: Jinja, or the name of one of the tokenizer's own.
+        """The default template, or the given one: Jinja, or the name of one of the tokenizer's own.
 
         Raises:
-            RequestError: There is none.
+            RequestError: There is no template.
         """
         if given is not None:
             return self._new(choose_template(self._own, given) or given)
@@ -56,7 +56,7 @@ class ChatTemplates:
         return self.usual
 
     def close(self) -> None:
-        """End what renders them, even at work."""
+        """End the processes that render templates, even while they work."""
         self._renderer.close()
 
     def _new(self, text: str) -> ChatTemplate:
@@ -67,8 +67,8 @@ def choose_template(own: str | Mapping[str, str] | None, given: str | None) -> s
     """The template to use.
 
     Args:
-        own: The tokenizer's: one, or several by name, of which "default" is used.
-        given: What is asked for instead: the name of one of the tokenizer's own, or a template.
+        own: The tokenizer's template, or several by name, of which "default" is used.
+        given: Replaces it: the name of one of the tokenizer's own, or a template. None if not given.
     """
     named = own if isinstance(own, Mapping) else {}
     if given is not None:
@@ -77,9 +77,10 @@ def choose_template(own: str | Mapping[str, str] | None, given: str | None) -> s
 
 
 def read_given(given: str | None, own: str | Mapping[str, str] | None, folder: Path) -> str | None:
-    """What `--chat-template` says: the name of one of the tokenizer's own, a file, or a template itself.
+    """Read the value of `--chat-template`: the name of one of the tokenizer's own, a file, or a template.
 
-    Without it, the template of `chat_template.json` if the tokenizer has none: models for more than text have it there.
+    Without a value, this is the template in `chat_template.json` if the tokenizer has none; multimodal models have it
+    there.
 
     Raises:
         TemplateFileError: A file cannot be read.
@@ -91,7 +92,7 @@ def read_given(given: str | None, own: str | Mapping[str, str] | None, folder: P
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise _cannot_read(given, error) from error
+        raise _cannot_read(given, error) from None
 
 
 def _processor_template(file: Path) -> str | None:
@@ -102,7 +103,7 @@ def _processor_template(file: Path) -> str | None:
         named = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
         return choose_template(named, None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _cannot_read(str(file), error) from error
+        raise _cannot_read(str(file), error) from None
 
 
 def _cannot_read(name: str, error: Exception) -> TemplateFileError:

@@ -1,7 +1,8 @@
-"""What chat templates are written in: Jinja in a sandbox, with the names and filters that `transformers` gives them.
+"""Render chat templates: Jinja in a sandbox, with the names and filters that `transformers` gives them.
 
-The same as its `render_jinja_template` for JSON values, without importing it: a process of its own starts several times
-sooner and takes half of the memory. A test compares the two. Time and memory are `template_process.py`'s to bound.
+Results are those of `render_jinja_template` in `transformers` for JSON values; a test compares the two. Without that
+import, a process starts several times faster and takes half of the memory. `template_process.py` bounds time and
+memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 _OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
-# Names of what a model has thought: templates read the one or the other, so the first that is there fills them.
+# Names of the field with a model's reasoning. Templates read different ones, so the first one present fills all.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -38,14 +39,14 @@ def render(
     """Text of a conversation.
 
     Args:
-        messages: With "role" and "content".
-        template: Jinja.
-        continue_final_message: Leave the last message open.
-        add_generation_prompt: For the template: end with what opens the assistant's answer.
-        tools, documents, variables: For the template.
+        messages: Each with "role" and "content".
+        template: The template, in Jinja.
+        continue_final_message: Leave the last message open, to be continued.
+        add_generation_prompt: Variable of the template: end with the beginning of an assistant's message.
+        tools, documents, variables: Variables of the template.
 
     Raises:
-        Exception: Whatever the template raises, and ValueError if a last message cannot be left open.
+        Exception: Any exception of the template; ValueError if the last message cannot be left open.
     """
     turns = [_with_all_thoughts(message) for message in messages]
     last = _open_end(turns, template) if continue_final_message else ""
@@ -55,7 +56,7 @@ def render(
 
 
 def _open_end(turns: list[dict[str, Any]], template: str) -> str:
-    """Mark the end of the last message's text; the text."""
+    """Put a mark at the end of the last message's text; return the text without it."""
     content = turns[-1].get("content") if turns else None
     if content is None:
         raise ValueError('the last message has no "content" to continue')
@@ -78,7 +79,7 @@ def _up_to_open_end(text: str, last: str) -> str:
     if last.strip() not in text or mark not in text:
         raise ValueError("the chat template changes or leaves out the last message, which cannot be continued")
     place = text.rindex(mark)
-    # Where the template has stripped the message, spaces at its end were not to be shown.
+    # If the template has stripped the message, spaces at its end are left out here too.
     return text[:place] if text.startswith(_OPEN_END, place) else text[:place].rstrip()
 
 
@@ -105,7 +106,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 class _GenerationTag(Extension):
-    """{% generation %} marks what a model has said, for training; here it means nothing."""
+    """{% generation %} marks the assistant's text for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja declares it so)
 
@@ -116,21 +117,21 @@ class _GenerationTag(Extension):
 
 
 class _Dict:
-    """`dict` of a template: a plain function, from which no way leads to classes."""
+    """`dict` of a template: a function, so that templates cannot reach the class and its attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """As of a dict."""
+        """As `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 
 class _Namespace(Namespace):
-    """`namespace` of a template, which keeps nothing whose name begins with an underscore."""
+    """`namespace` of a template; it refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # Without a parameter of a name, so that a template may call a variable `self`.
+        # No named parameter, so that a template may have a variable called `self`.
         self, *values = args
         attributes = dict(*values, **kwargs)
         for name in attributes:
@@ -158,5 +159,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes what is special in HTML."""
+    """The filter `tojson`. Jinja's own would escape characters that are special in HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,6 +1,6 @@
-"""Try a model's chat template before anybody waits for it: one that is broken for every conversation is told at once.
+"""Try a model's chat template at the start, to report one that is broken for every conversation.
 
-A template may refuse some conversations, as those with a system message; that is its right, and no problem here.
+A template that refuses only some conversations, such as those with a system message, is not broken.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _PROBES = (("user",), ("system", "user"), ("user", "assistant", "user"))
 
 
 def template_problem(tokenizer: Tokenizer) -> str | None:
-    """Why the usual chat template can render no conversation; None if it can, or if there is none."""
+    """Why the default chat template can render no conversation; None if it can, or if there is no template."""
     if tokenizer.chat_templates.usual is None:
         return None
     problem = None

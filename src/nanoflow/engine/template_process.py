@@ -1,7 +1,7 @@
-"""The process in which chat templates run: a template is somebody's program, which may loop or fill the memory.
+"""The process in which chat templates run, since an untrusted template may loop or fill the memory.
 
-It is run as a script by `template_renderer.py`, which see. A job is a line of JSON, and so is its answer: `text`, or
-the `error`. A job that takes too long ends the process: the kernel does it, whatever the template is at.
+`template_renderer.py` runs it as a script. A job is a line of JSON. Its answer is a line of JSON too, with a `text` or
+an `error`. The operating system kills the process when a job takes too long, whatever the template is doing.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def answer(line: bytes, max_chars: int) -> dict[str, str]:
     """Render a conversation.
 
     Args:
-        line: Keyword arguments of `render`, those for the template among them.
-        max_chars: Longest text that is given back.
+        line: Keyword arguments of `render`, as JSON.
+        max_chars: Longest text that is returned.
     """
     try:
         job: dict[str, Any] = json.loads(line)
         text = render(job.pop("messages"), job.pop("chat_template"), **job)
     except MemoryError:
         return {"error": "it takes too much memory"}
-    # Whatever a template raises is about this job alone.
+    # Any exception of a template concerns this job alone.
     except BaseException as error:
         return {"error": one_line(error)}
     if len(text) > max_chars:
@@ -41,7 +41,7 @@ def answer(line: bytes, max_chars: int) -> dict[str, str]:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let the process have this much more memory than it has now, where the system can say and do so."""
+    """Limit the process to this much more memory than it has now, on systems that support it."""
     with suppress(OSError, ValueError):
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + num_bytes,) * 2)

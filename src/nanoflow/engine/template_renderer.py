@@ -1,7 +1,7 @@
-"""Runs chat templates in processes that may be killed, so that none can hold up or fill up this one.
+"""Runs chat templates in processes that can be killed, so that no template can block this process or fill its memory.
 
-A process is started when it is first needed, and again when one was ended. Knows nothing of what templates mean: see
-`chat_template.py`; what runs in the processes is `template_process.py`.
+A process is started when it is first needed, and again after one was killed. The processes run `template_process.py`.
+`chat_template.py` prepares messages and interprets the results.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from nanoflow.request import RequestError
 MAX_PROCESSES = 4
 _SCRIPT = Path(__file__).with_name("template_process.py")
 _PATIENCE_S = 0.05
-# For the template's own work; the text that comes of it is far smaller.
+# Memory for a template's work; the text that it makes is far smaller.
 _MEMORY_MIB = 512
 
 
 class ChatTemplateError(RequestError):
-    """A chat template cannot render a conversation; one line that says why."""
+    """A chat template cannot render a conversation; the message is one line that says why."""
 
 
 class ChatTemplateLimitError(ChatTemplateError):
-    """A chat template was stopped, because it took too long or ended its process."""
+    """A chat template was stopped because it took too long, or its process has ended."""
 
 
 class TemplateRenderer:
@@ -48,7 +48,7 @@ class TemplateRenderer:
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._places = threading.BoundedSemaphore(MAX_PROCESSES)
-        # Last in, first out: one that was just at work is still in the processor's caches.
+        # Last in, first out: the process that worked last is still in the processor's caches.
         self._idle: queue.LifoQueue[subprocess.Popen[bytes]] = queue.LifoQueue()
         self._all: set[subprocess.Popen[bytes]] = set()
         self._is_closed = False
@@ -68,7 +68,7 @@ class TemplateRenderer:
         try:
             line = json.dumps(job).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise ChatTemplateError(f"it takes JSON values only: {error}") from error
+            raise ChatTemplateError(f"it takes JSON values only: {error}") from None
         with self._process() as process:
             reply = self._ask(process, line)
         if "error" in reply:
@@ -76,7 +76,7 @@ class TemplateRenderer:
         return reply["text"]
 
     def close(self) -> None:
-        """End all processes, those too that are at work."""
+        """End all processes, including those that are working."""
         self._is_closed = True
         _end(self._all)
 
@@ -95,7 +95,7 @@ class TemplateRenderer:
             self._idle.put(process)
 
     def _idle_or_new(self) -> subprocess.Popen[bytes]:
-        """One that has nothing to do. Starting one takes longer than most templates, so one is waited for first."""
+        """An idle process, or a new one. Starting one takes longer than most jobs, so first we wait for an idle one."""
         with suppress(queue.Empty):
             while True:
                 process = self._idle.get(timeout=_PATIENCE_S if self._all else 0)
@@ -107,7 +107,7 @@ class TemplateRenderer:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._is_closed:
             raise EngineDeadError("the engine has been closed")
-        # Of a session of its own, Ctrl-C in the terminal does not reach it. -P: its folder is no place to import from.
+        # In a session of its own, Ctrl-C in the terminal does not reach it. -P: do not import from the script's folder.
         process = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT), str(self._timeout_s), str(self._max_chars), str(_MEMORY_MIB)],
             stdin=subprocess.PIPE,
@@ -142,7 +142,7 @@ class TemplateRenderer:
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with suppress(OSError):  # what it did not read any more
+            with suppress(OSError):  # the process has ended before it read everything
                 pipe.close()
 
 

@@ -1,8 +1,8 @@
-"""The bytes that each token stands for, where a tokenizer's decoder only puts bytes together.
+"""The bytes of each token, for tokenizers whose decoder only concatenates bytes.
 
-Two kinds of decoder do: byte-level BPE (GPT-2, Llama 3, Qwen), which writes each byte as a printable character, and
-byte fallback (Llama 2, Mistral, Gemma), which writes words as text and other bytes as tokens such as "<0xE2>". Their
-text is the UTF-8 of the tokens' bytes one after the other, so that a token can be decoded without its neighbours.
+There are two such kinds of decoder. Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as a printable character.
+Byte fallback (Llama 2, Mistral, Gemma) writes words as text and other bytes as tokens such as "<0xE2>". The text is the
+concatenation of the tokens' bytes, read as UTF-8, so a token can be decoded without its neighbours.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class ByteRule:
     """How a decoder turns tokens into text.
 
     Attributes:
-        read: The bytes of a token, given as the vocabulary writes it.
-        strips_first_space: A space at the very beginning of a text is left out.
-        replaces_each_byte: Each wrong byte gives a U+FFFD of its own; otherwise the beginning of a character that does
-            not go on gives one for all its bytes.
+        read: From a token, as the vocabulary writes it, to its bytes.
+        strips_first_space: Whether a space at the beginning of a text is left out.
+        replaces_each_byte: True if each invalid byte gives a U+FFFD; False if all bytes of an incomplete character give
+            one together.
     """
 
     read: Callable[[str], bytes]
@@ -35,10 +35,10 @@ class ByteRule:
 
 
 class TokenBytes(dict[int, bytes]):
-    """Bytes by token id, read when first asked for: a vocabulary has 100,000 tokens and more.
+    """Bytes by token id. They are read at the first access, since vocabularies have 100,000 tokens and more.
 
     Args:
-        read: Bytes of a token id that was not asked for before.
+        read: From a token id to its bytes.
     """
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
@@ -52,7 +52,7 @@ class TokenBytes(dict[int, bytes]):
 
 
 def byte_rule(decoder: Any) -> ByteRule | None:
-    """The rule of a decoder of `tokenizers`; None if it does more than put bytes together."""
+    """The rule of a decoder of `tokenizers`; None if it does more than concatenate bytes."""
     if decoder is None:
         return None
     parts = _parts(decoder)
@@ -68,7 +68,7 @@ def byte_rule(decoder: Any) -> ByteRule | None:
 
 
 def byte_reader(decoder: Any) -> Callable[[str], bytes] | None:
-    """How a decoder reads the bytes of a token, whatever it does beside; None if tokens are whole characters."""
+    """How a decoder reads the bytes of a token, whatever else it does; None if its tokens are whole characters."""
     kinds = [] if decoder is None else [part["type"] for part in _parts(decoder)]
     if "ByteLevel" in kinds:
         return _byte_level_reader()
@@ -85,16 +85,16 @@ def is_text(data: bytes) -> bool:
 
 
 def num_pending_bytes(data: bytes) -> int:
-    """How many bytes at the end begin a character that is not complete."""
+    """How many bytes at the end belong to an incomplete character."""
     return len(data) - utf_8_decode(data, "replace", False)[1]
 
 
 def character_offsets(parts: Sequence[bytes], num_left_out: int = 0) -> list[int]:
-    """Where each part of a text in UTF-8 begins, in characters; a part of a character where that begins.
+    """The character at which each part of a text in UTF-8 begins; a part inside a character begins with that one.
 
     Args:
-        parts: The text's bytes.
-        num_left_out: Characters at the beginning that do not count.
+        parts: Consecutive parts of the text's bytes.
+        num_left_out: Characters at the beginning that are not counted.
     """
     offsets, num_chars = [], -num_left_out
     for part in parts:
@@ -105,7 +105,7 @@ def character_offsets(parts: Sequence[bytes], num_left_out: int = 0) -> list[int
 
 
 def _parts(decoder: Any) -> list[dict[str, Any]]:
-    """A decoder's steps; a sequence in a sequence counts as its own steps."""
+    """A decoder's steps; nested sequences are flattened."""
     return _steps(json.loads(decoder.__getstate__()))
 
 
@@ -118,13 +118,13 @@ def _replaces_by_space() -> dict[str, Any]:
 
 
 def _byte_level_reader() -> Callable[[str], bytes]:
-    """Bytes that are printable in Latin-1 stand for themselves, the others for characters from U+0100 on."""
+    """Reader of byte-level tokens: printable Latin-1 characters are their own bytes, U+0100 and up the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
     def read(token: str) -> bytes:
-        # A token with any other character is one that was added to the vocabulary: plain text.
+        # A token with any other character was added to the vocabulary as plain text.
         is_text = any(char not in byte_of for char in token)
         return token.encode() if is_text else bytes(map(byte_of.__getitem__, token))
 

@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-`Tokenizer` encodes and decodes with the tokens of tokenizer.json; how files are read says `tokenizer_files.py`. Text of
-tokens that come one by one is made in `detokenize.py`, the text of a conversation in `chat_template.py`.
+`Tokenizer` encodes and decodes with the tokens of tokenizer.json; `tokenizer_files.py` reads the files. `detokenize.py`
+makes text of tokens that arrive one by one, `chat_template.py` makes text of a conversation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nanoflow.request import RequestError
 __all__ = ["REPLACEMENT", "MissingTokenizerError", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# By how much a normalizer may shorten a text: composed characters are made of four at most.
+# The factor by which a normalizer may shorten a text: NFC composes at most four characters into one.
 _SHRINKAGE = {"NoneType": 1, "NFC": 4}
 
 
@@ -34,18 +34,18 @@ class Tokenizer:
     """A model's tokenizer. Methods may be called from several threads.
 
     Args:
-        fast: Names of special tokens and chat template: `TokenizerNames`, or a `transformers` tokenizer, which has the
-            tokens too if there is no `backend`.
+        fast: Has the names of special tokens and the chat template: `TokenizerNames`, or a `transformers` tokenizer.
+            Without a `backend`, its tokens are used.
         chat_template: Replaces the tokenizer's own template: Jinja text, or the name of one of the tokenizer's own.
-        backend: The `tokenizers.Tokenizer` whose tokens count.
+        backend: The `tokenizers.Tokenizer` whose tokens are used.
         config: How long chat templates may take, and how much they may write.
 
     Raises:
         TokenizerError: There is no backend.
 
     Attributes:
-        chat_templates: What makes a text of a conversation.
-        byte_rule: How its tokens stand for bytes; None if its decoder does more than put bytes together.
+        chat_templates: The templates that render conversations.
+        byte_rule: How its decoder turns tokens into bytes; None if it does more than concatenate bytes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Tokenizer:
             raise TokenizerError(f"{type(fast).__name__} has no fast version, and only fast tokenizers are supported")
         self._fast = fast
         self.chat_templates = ChatTemplates(fast, chat_template, config or EngineConfig())
-        # The backend is used directly: its methods keep no state between calls, so that threads do not meet in them.
+        # The backend is used directly, since its methods keep no state and so may be called from several threads.
         self._backend = fast.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -77,7 +77,7 @@ class Tokenizer:
         """The tokenizer that a config names, or its model's own.
 
         Raises:
-            ModelError: The model is not to be found.
+            ModelError: The model is not found.
             MissingTokenizerError: Its folder has no tokenizer.
             TokenizerError: The tokenizer or the chat template cannot be read.
         """
@@ -86,7 +86,7 @@ class Tokenizer:
         try:
             given = read_given(config.chat_template, files.names.chat_template, Path(source))
         except TemplateFileError as error:
-            raise TokenizerError(str(error)) from error
+            raise TokenizerError(str(error)) from None
         return cls(files.names, given, backend=files.backend, config=config)
 
     @property
@@ -114,28 +114,28 @@ class Tokenizer:
 
     @property
     def splits_characters(self) -> bool:
-        """True if a token may be a part of a character; then `token_bytes` knows all tokens."""
+        """True if a token may be a part of a character; then `token_bytes` has the bytes of all tokens."""
         return self._byte_reader is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 
         Raises:
-            RequestError: The text has lone surrogates, which are no characters, or the tokenizer fails at it.
+            RequestError: The text has lone surrogates, which are no characters, or the tokenizer fails.
         """
         # A batch of one, as `encode` of the backend would keep other threads waiting.
         return self.encode_all([text], add_special_tokens)[0]
 
     def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text; other threads run meanwhile. Raises as `encode`."""
+        """Token ids of each text; other threads run meanwhile. Raises what `encode` raises."""
         encode = partial(self._backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in _encoded(encode)]
 
     @cached_property
     def longest_token_chars(self) -> int | None:
-        """Most characters of a text that one token stands for; None where there is no such bound.
+        """Most characters of a text that one token represents; None if there is no bound.
 
-        A tokenizer that drops characters, or has one token for whatever it does not know, has none.
+        There is none if the tokenizer drops characters, or has one token for everything that it does not know.
         """
         factor = _SHRINKAGE.get(type(self._backend.normalizer).__name__)
         if self.byte_rule is None or factor is None:
@@ -143,9 +143,9 @@ class Tokenizer:
         return factor * max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def text_offsets(self, text: str) -> list[int]:
-        """Where each token that `encode` gives begins in the text; where a token adds no text, that of the next.
+        """The character at which each token of `encode` begins; a token without text has that of the next token.
 
-        Parts of a character begin where it begins. Raises as `encode`.
+        Parts of a character begin where the character begins. Raises what `encode` raises.
         """
         encoding = self._encoding(text, True)
         if self.byte_rule is not None:
@@ -153,7 +153,7 @@ class Tokenizer:
             parts = [b"" if is_added else self.bytes_of(i) for i, is_added in zip(encoding.ids, added, strict=True)]
             if b"".join(parts).removeprefix(b" ") == text.encode().removeprefix(b" "):
                 return character_offsets(parts, num_left_out=sum(map(len, parts)) - len(text.encode()))
-        # The tokenizer changes texts. It says what its tokens are of, without the spaces around them.
+        # The tokenizer changes texts, so its own offsets are used. They leave out spaces around tokens.
         offsets, end = [], 0
         for token_start, token_end in encoding.offsets:
             offsets.append(end if token_start == token_end else min(token_start, end))
@@ -161,21 +161,21 @@ class Tokenizer:
         return offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids without a token give no text, bytes that are no character give U+FFFD.
+        """Text of token ids. An id without a token gives no text; invalid bytes give U+FFFD.
 
         Raises:
-            ValueError: The tokenizer fails at them.
+            ValueError: The tokenizer fails.
         """
         try:
             # A batch of one, as `decode` would keep other threads waiting.
             return str(self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0])
         except BaseException as error:
-            raise refusal(error, "the tokenizer cannot decode these tokens") from error
+            raise refusal(error, "the tokenizer cannot decode these tokens") from None
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token as it stands inside a text: with its leading space, special tokens by name.
+        """Text of one token as inside a text: with its leading space, and the name of a special token.
 
-        What is not a whole character shows as U+FFFD, so that several tokens may have the same text: see `bytes_of`.
+        A part of a character shows as U+FFFD, so several tokens may have the same text; `bytes_of` tells them apart.
         """
         text = self._token_texts.get(token_id)
         if text is None:
@@ -183,7 +183,7 @@ class Tokenizer:
         return text
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text, a part of a character too; special tokens are spelled out."""
+        """The bytes that a token adds to a text, maybe a part of a character; a special token adds its name."""
         if self.byte_rule is not None:
             return self.token_bytes(skip_special_tokens=False)[token_id]
         if self.splits_characters:
@@ -193,26 +193,26 @@ class Tokenizer:
         return self.token_text(token_id).encode()
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
-        """Tokens as the vocabulary has them, where a space may be written "Ġ" or "▁"; no text for unknown ids."""
+        """Tokens as the vocabulary has them, where a space may be written "Ġ" or "▁"; unknown ids give no text."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def description(self) -> dict[str, Any]:
-        """Its configuration in JSON values, as tokenizer_config.json has it, with the class and the chat template."""
+        """The content of tokenizer_config.json in JSON values, with the class and the chat template."""
         found = {name: value for name, value in self._fast.init_kwargs.items() if not name.endswith("_file")}
         usual = self.chat_templates.usual
         template = None if usual is None else usual.text
         return {**_json_values(found), "tokenizer_class": self._class_name, "chat_template": template}
 
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
-        """Bytes of each token id before the decoder does whatever it does beside; none for tokens that never show.
+        """Bytes of each token id, before any further step of the decoder; empty for tokens that never show.
 
         Raises:
-            ValueError: Tokens do not stand for bytes (when a token is looked up).
+            ValueError: The tokens do not represent bytes (raised when a token is looked up).
         """
         return self._token_bytes[skip_special_tokens]
 
     def is_silent(self, token_id: int, *, skip_special_tokens: bool) -> bool:
-        """True if a token never shows in a text: it is special and these are left out, or there is no such token."""
+        """True if a token never shows in a text: a special token that is left out, or an id without a token."""
         if token_id in self._special_ids:
             return skip_special_tokens
         return self._backend.id_to_token(token_id) is None
@@ -232,12 +232,12 @@ class Tokenizer:
 
         Args:
             messages: Each with "role" and "content": a text, or a list of parts {"type": "text", "text": ...}.
-            add_generation_prompt: End with what opens the assistant's answer.
+            add_generation_prompt: End with the beginning of an assistant's message.
             continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
-            add_special_tokens: Add those that a plain text gets, although templates write them themselves.
-            chat_template: Jinja text, or the name of one of the tokenizer's own templates, instead of the usual one.
+            add_special_tokens: Add the special tokens of a plain text, although templates write their own.
+            chat_template: Jinja text, or the name of one of the tokenizer's own templates, instead of the default.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
-            check_text: Called with what the template wrote, before that becomes tokens; may raise.
+            check_text: Called with the rendered text before it is encoded; may raise.
 
         Raises:
             RequestError: There is no chat template, or it refuses the messages; the message says why.
@@ -254,7 +254,7 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=add_special_tokens)
 
     def put_into(self, fast: Any) -> None:
-        """Give a tokenizer of `transformers` these tokens and this chat template, where it can have them."""
+        """Put these tokens and this chat template into a `transformers` tokenizer, if it can take them."""
         if getattr(fast, "is_fast", False):
             fast._tokenizer = copy.deepcopy(self._backend)
         usual = self.chat_templates.usual
@@ -262,7 +262,7 @@ class Tokenizer:
             fast.chat_template = usual.text
 
     def close(self) -> None:
-        """End what renders chat templates, even at work; texts are encoded and decoded still."""
+        """End the processes that render chat templates. Texts can still be encoded and decoded."""
         self.chat_templates.close()
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
@@ -280,30 +280,30 @@ class Tokenizer:
         return str(self._backend.id_to_token(token_id) or "")
 
     def _read_token_text(self, token_id: int) -> str:
-        # Some decoders drop the leading space of a text, so the second of two is the one to look at.
+        # Some decoders drop the leading space of a text: decode the token twice and take the second text.
         try:
             alone, twice = self.decode([token_id], False), self.decode([token_id, token_id], False)
-        # It has a name even if it has no text.
+        # The tokenizer cannot decode it: use its name.
         except ValueError:
             return self._name(token_id)
         return (twice[len(alone) :] if twice.startswith(alone) else "") or alone
 
 
 def _encoded(encode: Callable[[], list[Any]]) -> list[Any]:
-    """What a backend makes of texts, with its errors in words for who wrote them."""
+    """Call a backend, and raise its errors as RequestErrors."""
     try:
         return encode()
     except TypeError:
         raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
     except BaseException as error:
-        raise refusal(error, "the tokenizer cannot encode this text") from error
+        raise refusal(error, "the tokenizer cannot encode this text") from None
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer of a config; None if there is none and weights are random, as in a benchmark of an architecture.
+    """The tokenizer of a config.
 
-    None too where none is wanted (`skip_tokenizer_init`). A preset has none of its own, and what else it lacks is for
-    those to say who load the model.
+    None if the config says so (`skip_tokenizer_init`), for a preset without `tokenizer`, and for a model without one
+    whose weights are random, as in a benchmark of an architecture.
 
     Raises:
         ModelError, TokenizerError: It cannot be loaded.
@@ -313,7 +313,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     if config.tokenizer is None and preset_name(config.model) is not None:
         return None
     if preset_name(config.model) is None:
-        # That the model cannot be served is said before what its tokenizer lacks.
+        # If the model cannot be served, that error comes before any error of its tokenizer.
         refuse_unknown(locate_model(config.model, config.revision))
     try:
         return Tokenizer.load(config)
@@ -324,7 +324,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
 
 
 def source_of(config: EngineConfig) -> str | Path:
-    """Folder or Hub name. A Hub tokenizer is fetched by `transformers`: without the weights that lie beside it."""
+    """Folder or Hub name of the tokenizer. From the Hub, `transformers` fetches it without the model's weights."""
     if config.tokenizer is None:
         return locate_model(config.model, config.revision)
     if config.tokenizer == DEFAULT_MODEL:
@@ -333,7 +333,7 @@ def source_of(config: EngineConfig) -> str | Path:
 
 
 def _json_values(value: Any) -> Any:
-    """The same in JSON values: added tokens as their text, numbers that JSON has not as null."""
+    """Convert to JSON values: an added token to its text, a number that JSON cannot express to null."""
     if isinstance(value, Mapping):
         return {str(name): _json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""From a model folder or a Hub name to what `Tokenizer` is made of: a backend, and names and templates.
+"""Read the parts of a `Tokenizer` from a model folder or a Hub name: a backend, names of special tokens, templates.
 
 The tokens are those of tokenizer.json, as the `tokenizers` library reads it. `transformers` has a class for each
-architecture, and some classes build tokens of their own from the vocabulary alone, each version others: a byte-level
-vocabulary under a Llama class loses its spaces. So its objects give the names of special tokens and the chat template
-and nothing else, and only where the files do not say these themselves (`tokenizer_names.py`). What
-tokenizer_config.json says of tokens (`add_bos_token`, `add_prefix_space`, `legacy`, `added_tokens_decoder`) changes
-nothing. Only a folder without tokenizer.json gets its tokens from `transformers`.
+architecture, and some of these build their own tokens from the vocabulary alone, differently in each version: a
+byte-level vocabulary with a Llama class loses its spaces. So `transformers` is used only for names of special tokens
+and chat templates that the files do not give (`tokenizer_names.py`). Options about tokens in tokenizer_config.json
+(`add_bos_token`, `add_prefix_space`, `legacy`, `added_tokens_decoder`) have no effect. Only a folder without
+tokenizer.json gets its tokens from `transformers`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from nanoflow.request import RequestError
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 5  # in a message
-# Any of these may hold a vocabulary or say where it is.
+# Files that may contain a vocabulary, or name the file that does.
 _VOCABULARIES = ("token*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _HOW_TO_CONVERT = (
     "make one where transformers, sentencepiece and tiktoken are installed: "
     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
-# Ends of the program. Whatever else a tokenizer raises is about what it was given: a panic of the library in Rust is a
-# BaseException that has no name in Python.
+# Exceptions that end the program. All others are taken for errors of the tokenizer: a panic in its Rust library is a
+# BaseException whose class cannot be imported.
 _ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class TokenizerError(ValueError):
-    """A tokenizer cannot be loaded; one line that says why."""
+    """A tokenizer cannot be loaded; the message is one line that says why."""
 
 
 class MissingTokenizerError(TokenizerError):
@@ -44,10 +44,10 @@ class MissingTokenizerError(TokenizerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
-    """What a tokenizer's files say.
+    """What was read from a tokenizer's files.
 
     Attributes:
-        names: Names of special tokens and the chat template: `TokenizerNames`, or a `transformers` tokenizer.
+        names: Has names of special tokens and the chat template: `TokenizerNames`, or a `transformers` tokenizer.
         backend: The `tokenizers.Tokenizer` that encodes and decodes.
     """
 
@@ -59,7 +59,7 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
     """Read a tokenizer; no Python of a model folder is ever run.
 
     Args:
-        source: Folder, or Hub name: then its files are fetched, without the weights that lie beside them.
+        source: Folder, or Hub name. From the Hub, files are fetched without the model's weights.
 
     Raises:
         MissingTokenizerError: The folder has no tokenizer.
@@ -73,13 +73,13 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
         return _converted(source) if file is None else _read_file(source, file)
     except TokenizerError:
         raise
-    # Broken files surface as almost any exception; for the user all mean the same.
+    # Broken files can raise almost any exception; all mean the same for the user.
     except BaseException as error:
-        raise refusal(error, f"the tokenizer of {source} cannot be loaded", TokenizerError) from error
+        raise refusal(error, f"the tokenizer of {source} cannot be loaded", TokenizerError) from None
 
 
 def refusal(error: BaseException, what: str, kind: type[ValueError] = RequestError) -> BaseException:
-    """What to raise for an exception from a tokenizer: an error of one line, unless the program is to end."""
+    """The exception to raise for one from a tokenizer: an error of one line, unless it ends the program."""
     return error if isinstance(error, _ENDS) else kind(f"{what}: {one_line(error)}")
 
 
@@ -104,7 +104,7 @@ def _read_file(source: str | Path, file: str) -> TokenizerFiles:
 
 
 def _warn_of_other_tokens(config_file: str | None, backend: Any) -> None:
-    """Say which tokens the config names that are not in the vocabulary: a chat template may count on them."""
+    """Warn of tokens that the config names but the vocabulary lacks, since a chat template may use them."""
     config = {} if config_file is None else json.loads(Path(config_file).read_text(encoding="utf-8"))
     tokens = (config.get("added_tokens_decoder") or {}).values()
     named = [str(token["content"] if isinstance(token, dict) else token) for token in tokens]
@@ -123,25 +123,25 @@ def _names_by_class(source: str | Path) -> Any:
 
     try:
         names = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    # The class is unknown here or cannot take this vocabulary.
+    # The class is unknown to this version, or cannot read this vocabulary.
     except Exception:
         names = None
-    # Where a file that it asks for is missing, some classes give back no tokenizer and no error.
+    # If a file is missing, some classes return something else than a tokenizer.
     if isinstance(names, PreTrainedTokenizerBase):
         return names
-    # Any class gives names; this one takes all vocabularies.
+    # Only names are needed, so any class will do; this one reads all vocabularies.
     return PreTrainedTokenizerFast.from_pretrained(str(source))
 
 
 def _converted(source: str | Path) -> TokenizerFiles:
-    """Files of older kinds, which `transformers` knows how to read."""
+    """Convert files of older formats with `transformers`."""
     from transformers import AutoTokenizer
 
     try:
         names = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:
         problem = f"{source} has no tokenizer.json, and its other files cannot be converted ({one_line(error)})"
-        raise TokenizerError(f"{problem}; {_HOW_TO_CONVERT}") from error
+        raise TokenizerError(f"{problem}; {_HOW_TO_CONVERT}") from None
     if not getattr(names, "is_fast", False):
         raise TokenizerError(f"{source} has no tokenizer.json and no class that could convert it; {_HOW_TO_CONVERT}")
     return TokenizerFiles(names=names, backend=names.backend_tokenizer)

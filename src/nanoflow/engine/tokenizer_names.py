@@ -1,9 +1,9 @@
 """Names of special tokens and chat templates from a tokenizer's files, without `transformers`, which takes seconds and
 80 MB to import.
 
-Only what stands in the files is read. Where the class of `transformers` would add to it (a class with names of its own,
-names that only some models have), `read_names` says None, and `tokenizer_files.py` asks `transformers`. The tokens
-themselves are the `tokenizers` library's.
+If the class of `transformers` would add something to the files (default names of the class, or names that only some
+models have), `read_names` returns None, and `tokenizer_files.py` uses `transformers`. The tokens themselves come from
+the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The names that every class knows; the first four are those that some classes have values for if nothing is said.
+# The names that every class has. For the first four, some classes have default values.
 _OFTEN_IMPLIED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _NAMES = (*_OFTEN_IMPLIED, "sep_token", "cls_token", "mask_token")
-# Classes that have no names of their own.
+# Classes without default names.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerNames:
-    """What `Tokenizer` needs beside tokens; the same attributes as of a `transformers` tokenizer.
+    """What `Tokenizer` needs beside tokens, with the attributes of a `transformers` tokenizer.
 
     Attributes:
         tokenizer_class: The class that its files name.
         special_tokens_map: Name to text, as {"eos_token": "</s>"}.
-        chat_template: One, or several by name.
-        init_kwargs: tokenizer_config.json as it stands there.
+        chat_template: One template, or several by name.
+        init_kwargs: The content of tokenizer_config.json.
     """
 
     tokenizer_class: str
@@ -44,7 +44,7 @@ class TokenizerNames:
 
 
 def read_names(folder: Path) -> TokenizerNames | None:
-    """The names in a folder's files; None if only `transformers` knows them all, or the files are not as they should.
+    """The names in a folder's files; None if only `transformers` has them all, or the files are malformed.
 
     Raises:
         OSError, ValueError: A file cannot be read.
@@ -55,7 +55,7 @@ def read_names(folder: Path) -> TokenizerNames | None:
         return None
     said = dict(config)
     if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").is_file():
-        # An older file, which counts where the newer one does not list the tokens.
+        # An older file, used if the newer one does not list the tokens.
         said |= _object(folder / "special_tokens_map.json") or {}
     if not _says_all(said):
         return None
@@ -86,13 +86,13 @@ def _says_all(said: Mapping[str, Any]) -> bool:
 
 
 def _text_of(token: Any) -> str | None:
-    """The text of a token, written plainly or with its options."""
+    """The text of a token, which is written as a string or as an object with options."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _template(folder: Path, said: Any) -> tuple[str | dict[str, str] | None, bool]:
-    """The template or templates, a file before the config; and whether they are any."""
+    """The template or templates, from a file rather than from the config; and whether they are valid."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8"), True
     if said is None or isinstance(said, str):

@@ -1,6 +1,6 @@
-"""The model's tokenizer as `transformers` has it, for users who want its methods; the engine does without.
+"""The model's tokenizer from `transformers`, for users who want its methods.
 
-`tokenizer.py` has the one that requests are read with.
+The engine does not use it: requests are read with `tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from nanoflow.request import RequestError
 
 
 def transformers_tokenizer(config: EngineConfig, own: Tokenizer | None = None) -> Any:
-    """Load it. It is imported here, as it takes seconds.
+    """Load the model's tokenizer with `transformers`, which is imported here since that takes seconds.
 
     Args:
-        config: What the engine was started with.
-        own: The engine's. Where its tokens differ, which happens with classes that build tokens of their own, those of
-            the engine are put in their place: what is encoded here means the same there.
+        config: The engine's configuration.
+        own: The engine's tokenizer. Some classes build their own tokens; those are replaced by the engine's, so that
+            token ids mean the same in both.
 
     Raises:
         RequestError: `transformers` cannot load it, or the model has none.
@@ -28,9 +28,9 @@ def transformers_tokenizer(config: EngineConfig, own: Tokenizer | None = None) -
         from transformers import AutoTokenizer
 
         found = AutoTokenizer.from_pretrained(str(source_of(config)), trust_remote_code=False)
-    # Broken files surface as almost any exception.
+    # Broken files can raise almost any exception.
     except Exception as error:
-        raise RequestError(f"transformers cannot load this model's tokenizer: {one_line(error)}") from error
+        raise RequestError(f"transformers cannot load this model's tokenizer: {one_line(error)}") from None
     if own is not None:
         own.put_into(found)
     return found

@@ -1,9 +1,8 @@
-"""What is done before the first request comes, so that no request waits for it: compile, record, measure.
+"""Compile kernels, capture CUDA graphs and time batches before the first request, so that no request waits for it.
 
-All kernels are compiled side by side. Then CUDA graphs are recorded for the sizes of batches that serving meets, as
-many as fit into a few seconds; the others are recorded when there is nothing to do. Last, a few batches are timed: from
-them the engine knows what an iteration of given content takes. The KV cache is left as it is: what is run here writes
-to no page.
+All kernels are compiled in parallel. Then CUDA graphs are captured for common sizes of batches, as many as fit into a
+few seconds; the others are captured when the engine is idle. Last, a few batches are timed, from which the engine
+estimates iteration times. Nothing here writes to the KV cache.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from nanoflow.plan.book import PlanBook, PlanEntry
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.scheduler.limits import SchedulerLimits
 
-# Seconds for recording graphs before the engine is ready: of the fallback, and of the plans of a book.
+# Seconds for capturing graphs before the engine is ready: of the fallback, and of the plans of a book.
 _RECORD_S = 4.0
-# Prompts of a batch for which the graphs of a searched plan are recorded.
+# Number of prompts in the batches for which graphs of a searched plan are captured.
 _NUM_PROMPTS = 4
-# Batches in a row that are timed.
+# How many times in a row a batch is run to be timed.
 _TIMED = 4
 
 
 def compile_and_record(worker: Worker, book: PlanBook, limits: SchedulerLimits, *, with_plans: bool = True) -> None:
-    """Compile all kernels and record graphs.
+    """Compile all kernels and capture graphs.
 
     Args:
-        worker: Whose.
-        book: Plans that batches may come with.
-        limits: What batches there can be.
-        with_plans: Record graphs of the plans of the book too, not only of the fallback.
+        worker: The worker whose kernels and graphs these are.
+        book: The plans.
+        limits: Bounds of the batches.
+        with_plans: Capture graphs of the plans of the book too, not only of the fallback.
     """
     wanted = [graphs_of_fallback(book, limits), graphs_of_plans(book, limits) if with_plans else []]
     worker.prepare(wanted, probe_batch(Probe(num_decodes=1), limits), _RECORD_S)
 
 
 def graphs_of_fallback(book: PlanBook, limits: SchedulerLimits) -> list[GraphKey]:
-    """Graphs of the fallback for the batches that serving meets, the most common first."""
+    """Graphs of the fallback for common batches, the most common first."""
     return [(book.fallback, size) for size in _buckets(limits).common(book.fallback)]
 
 
@@ -67,7 +66,7 @@ def _buckets(limits: SchedulerLimits) -> Buckets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A batch to time: decodes of so many keys each, and chunks of prompts that end so many keys into theirs."""
+    """A batch to time: its decodes and chunks of prompts, and the number of keys that each attends to."""
 
     num_decodes: int = 0
     decode_keys: int = 1
@@ -76,7 +75,7 @@ class Probe:
 
 
 def probes(limits: SchedulerLimits) -> list[Probe]:
-    """Batches that tell apart what tokens, keys and prompts cost, within the limits."""
+    """Batches within the limits from which the costs of tokens, keys and prompts can be told apart."""
     most, longest = min(limits.max_batch_tokens, limits.max_num_seqs), limits.max_model_len
     keys = max(min(1024, longest // 2), 1)
     chunk = max(min(512, limits.max_batch_tokens // 2, longest // 4), 1)
@@ -96,9 +95,10 @@ def probes(limits: SchedulerLimits) -> list[Probe]:
 
 
 def time_iterations(worker: Worker, plan: PipelinePlan, limits: SchedulerLimits) -> list[tuple[BatchShape, float]]:
-    """Content and seconds of a few batches, each run several times in a row as serving runs them.
+    """Shape and seconds of a few batches, each run several times in a row as in serving.
 
-    The first of a row takes longer, for it finds the device idle; so what several take more than one is looked at.
+    The first run takes longer, since the device is idle before it. So the time of one is the difference between several
+    runs and one run, for each run beyond the first.
     """
     samples = []
     for probe in probes(limits):
@@ -110,7 +110,7 @@ def time_iterations(worker: Worker, plan: PipelinePlan, limits: SchedulerLimits)
 
 
 def _seconds(worker: Worker, batch: DenseBatch, plan: PipelinePlan, count: int) -> float:
-    """What so many runs of a batch take, queued at once."""
+    """Seconds that `count` runs of a batch take, queued at once."""
     start_s = time.monotonic()
     for pending in [worker.launch(batch, plan) for _ in range(count)]:
         pending.result()
@@ -118,7 +118,7 @@ def _seconds(worker: Worker, batch: DenseBatch, plan: PipelinePlan, count: int) 
 
 
 def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
-    """The batch of a probe, its keys on pages all over the cache; nothing is written to them."""
+    """The batch of a probe. Its keys are on pages all over the cache; nothing is written to them."""
     lengths = np.array([1] * probe.num_decodes + list(probe.chunks), np.int32)
     context = np.maximum(lengths, [probe.decode_keys] * probe.num_decodes + [probe.chunk_keys] * len(probe.chunks))
     num_requests, num_tokens = len(lengths), int(lengths.sum())

@@ -1,97 +1,83 @@
-"""Messages as bytes: two frames, the name of the type and its fields in MessagePack.
+"""Messages as bytes, in MessagePack.
 
-Every type is known beforehand and checked on arrival; nothing that comes over the wire can name code to run. Sockets
-are not known here: see `channel.py` (the engine's end) and `link.py` (a front end's).
+All types are known beforehand and every field is checked on arrival, so that bytes cannot name code to run. Sockets
+are in `channel.py` (the engine's end) and `link.py` (a front end's end).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import msgspec
 
-from nanoflow.config import EngineConfig
-from nanoflow.engine.messages import (
-    Abort,
-    Add,
-    Failed,
-    FromEngine,
-    FromFrontEnd,
-    Heartbeat,
-    Join,
-    Leave,
-    Ready,
-    Shutdown,
-    StepOutput,
-    Told,
-    Unreadable,
-)
-
-ToEngine = EngineConfig | FromFrontEnd
-"""What goes down: the configuration first, then everything else."""
-
-_ENCODER = msgspec.msgpack.Encoder()
-_TO_ENGINE: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
-    b"EngineConfig": msgspec.msgpack.Decoder(EngineConfig),
-    b"Join": msgspec.msgpack.Decoder(Join),
-    b"Leave": msgspec.msgpack.Decoder(Leave),
-    b"Add": msgspec.msgpack.Decoder(Add),
-    b"Abort": msgspec.msgpack.Decoder(Abort),
-    b"Shutdown": msgspec.msgpack.Decoder(Shutdown),
-}
-_FROM_ENGINE: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
-    b"Ready": msgspec.msgpack.Decoder(Ready),
-    b"Failed": msgspec.msgpack.Decoder(Failed),
-    b"StepOutput": msgspec.msgpack.Decoder(StepOutput),
-    b"Heartbeat": msgspec.msgpack.Decoder(Heartbeat),
-    b"Told": msgspec.msgpack.Decoder(Told),
-}
+from nanoflow.engine.messages import FromEngine, ToEngine
 
 
 class WireError(RuntimeError):
-    """A message is of no known type or does not fit its type: the two ends are not of one version."""
+    """Bytes that are no message of a known type: the two ends do not run the same version."""
 
 
-def encode(message: ToEngine | FromEngine) -> list[bytes]:
-    """The two frames of a message."""
-    return [type(message).__name__.encode(), _ENCODER.encode(message)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """What an `Add` is decoded to whose requests do not fit their type: only these requests end, not the engine."""
+
+    request_ids: list[int]
+    error: str
 
 
-def decode_to_engine(frames: Sequence[bytes]) -> ToEngine | Unreadable:
-    """Read a message that a front end sent; WireError if it is none.
+class _RequestId(msgspec.Struct):
+    request_id: int
 
-    An `Add` that names its requests is always a message: what is wrong with it concerns them alone.
+
+class _AddedIds(msgspec.Struct, array_like=True, tag="Add"):
+    """An `Add` of which only the ids of its requests are read."""
+
+    requests: list[_RequestId]
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_ADDED_IDS = msgspec.msgpack.Decoder(_AddedIds)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """The bytes of a message."""
+    return _ENCODER.encode(message)
+
+
+def decode_to_engine(message: bytes) -> ToEngine | Unreadable:
+    """Read a message that a front end sent.
+
+    An error in an `Add` whose request ids can be read concerns these requests alone: it gives `Unreadable`.
+
+    Raises:
+        WireError: The bytes are no message.
     """
     try:
-        message: ToEngine = _decode(frames, _TO_ENGINE)
-    except WireError as error:
-        request_ids = _ids_of_add(frames)
+        return _TO_ENGINE.decode(message)
+    except ValueError as error:  # a DecodeError, or text that is not UTF-8
+        request_ids = _ids_of_add(message)
         if not request_ids:
-            raise
-        return Unreadable(request_ids=request_ids, error=str(error))
-    return message
+            raise _wire_error(error) from error
+        return Unreadable(request_ids=request_ids, error=str(_wire_error(error)))
 
 
-def decode_from_engine(frames: Sequence[bytes]) -> FromEngine:
-    """Read a message that an engine sent; WireError if it is none."""
-    message: FromEngine = _decode(frames, _FROM_ENGINE)
-    return message
-
-
-def _ids_of_add(frames: Sequence[bytes]) -> list[int]:
-    """The requests of an `Add` that cannot be read as one; none if it is something else."""
-    if frames[:1] != [b"Add"]:
-        return []
+def decode_from_engine(message: bytes) -> FromEngine:
+    """Read a message that an engine sent; WireError if the bytes are none."""
     try:
-        return [fields["request_id"] for fields in msgspec.msgpack.decode(frames[1])["requests"]]
-    except (msgspec.DecodeError, LookupError, TypeError):
+        return _FROM_ENGINE.decode(message)
+    except ValueError as error:
+        raise _wire_error(error) from error
+
+
+def _ids_of_add(message: bytes) -> list[int]:
+    """The ids of the requests in an `Add`; none if the bytes are something else."""
+    try:
+        return [request.request_id for request in _ADDED_IDS.decode(message).requests]
+    except ValueError:
         return []
 
 
-def _decode(frames: Sequence[bytes], decoders: dict[bytes, msgspec.msgpack.Decoder[Any]]) -> Any:
-    try:
-        name, fields = frames
-        return decoders[name].decode(fields)
-    except (ValueError, KeyError, msgspec.DecodeError) as error:
-        raise WireError(f"a message cannot be read: {error}") from error
+def _wire_error(error: ValueError) -> WireError:
+    return WireError(f"a message cannot be read: {error}")

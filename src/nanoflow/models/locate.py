@@ -65,5 +65,5 @@ def _fetch(name: str, revision: str | None) -> Path:
     except Exception as error:
         raise ModelError(
             f"model {name!r}: no such folder here, and the Hub could not give it: {one_line(error)}"
-        ) from error
+        ) from None
     return Path(folder)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -80,17 +79,6 @@ class PlanEntry:
             and _is_within(context, self.min_decode_context, self.max_decode_context)
             and _is_within(shape.decode_context / tokens, self.min_keys, self.max_keys)
         )
-
-
-class PlanSource(Protocol):
-    """Whom an engine asks: a plan book, or what stands before one."""
-
-    @property
-    def plans(self) -> tuple[PipelinePlan, ...]:
-        """Every plan that may be chosen, once."""
-
-    def choose(self, shape: BatchShape) -> PipelinePlan:
-        """The plan to run for a batch of this shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""How much is in the server, of all its front ends: what would be too much is refused before the engine hears of it.
+"""Bound the completions and tokens in the server, over all front ends; a call beyond that is refused at once.
 
-Each process writes what it has let in to cells of its own, and reads those of the others (`cells.py`). What a process
-that was killed leaves there counts no more: the process is named beside it.
+Each process writes the sizes of its calls to its own cells and reads the cells of the others (`cells.py`). The id of
+the process is stored beside them, so that the numbers of a killed process are ignored.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ RETRY_AFTER_S = 1
 
 
 class Ledger:
-    """Completions and tokens that the processes have let in and that have not ended.
+    """Completions and tokens that the processes have admitted and that have not ended.
 
     Args:
-        cells: Where the processes count; of this process alone if not given.
+        cells: Cells that the processes share; without them, those of this process alone.
     """
 
     def __init__(self, cells: Cells | None = None) -> None:
         self._cells = Cells() if cells is None else cells
-        # The process, completions, tokens.
+        # Three cells: process id, completions, tokens.
         self._place = self._cells.take(3)
         self._own = self._cells.own(self._place)
-        # A process that died may have counted here.
+        # A process that has died may have left numbers here.
         self._own[:] = os.getpid(), 0, 0
 
     def add(self, num_completions: int, num_tokens: int) -> None:
-        """Count more, or less if negative."""
+        """Add to the numbers of this process; negative values subtract."""
         self._own[1:] += num_completions, num_tokens
 
     def total(self) -> tuple[int, int]:
-        """Completions and tokens, of all processes that live."""
+        """Completions and tokens of all living processes."""
         living = [row for row in self._cells.rows(self._place) if row[0] and _lives(int(row[0]))]
         return int(sum(row[1] for row in living)), int(sum(row[2] for row in living))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """Lets calls in while there is room.
+    """Admits calls while there is room.
 
     Attributes:
-        bounds: How much may be in the server.
-        facts: Of the engine: how much runs at once.
-        ledger: What is in it.
+        bounds: Bounds on what is in the server.
+        facts: Facts of the engine, which say how much runs at once.
+        ledger: What is in the server now.
     """
 
     bounds: ServerBounds
@@ -63,11 +63,11 @@ class Admission:
         """Count a call, or more tokens of one, until the end of the block.
 
         Args:
-            num_completions: Its prompts times n.
-            num_tokens: Of its prompts, once for each completion.
+            num_completions: Number of prompts times n.
+            num_tokens: Tokens of the prompts, counted once for each completion.
 
         Raises:
-            ApiError: There is no room (429); the answer says when to come again.
+            ApiError: There is no room (429); the answer says when to try again.
         """
         self.check(num_completions, num_tokens)
         self.ledger.add(num_completions, num_tokens)
@@ -77,7 +77,7 @@ class Admission:
             self.ledger.add(-num_completions, -num_tokens)
 
     def check(self, num_completions: int, num_tokens: int = 0) -> None:
-        """Refuse what there is no room for (429), and count nothing."""
+        """Refuse a call if there is no room for it (429), without counting it."""
         completions, tokens = self.ledger.total()
         most = self.facts.max_num_seqs + self.bounds.max_queued_requests
         for count, more, limit, what in (

@@ -1,4 +1,4 @@
-"""Answer HTTP in one process: uvicorn around the application, until told to stop."""
+"""Answer HTTP in one process: run the application in uvicorn until told to stop."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine in the fastest event loop there is: uvloop's where it is installed, else asyncio's."""
+    """Run a coroutine in uvloop's event loop if that is installed, else in asyncio's."""
     bound_host_memory()
-    # A text becomes tokens in the thread that asks for it: on all cores at once it would hold up those who stream.
+    # Encode a text in the calling thread alone: the tokenizer would use all cores, which delays running streams.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform != "win32" and find_spec("uvloop") is not None:
@@ -56,16 +56,16 @@ async def answer(
     logs_stats: bool,
     on_ready: Callable[[], None],
 ) -> None:
-    """Serve an engine until `stop` is set, then end what runs and close the engine.
+    """Serve an engine until `stop` is set, then end running requests and close the engine.
 
     Args:
         engine: Closed on return.
         config: Names, limits and log level.
         listener: A bound socket.
-        stop: Tells to stop.
-        gate: Who is let in.
+        stop: Set to stop the server.
+        gate: Decides whether calls are admitted.
         cells: Where this process counts.
-        logs_stats: Log statistics of all processes; for one of them.
+        logs_stats: Whether this process logs the statistics of all processes.
         on_ready: Called once requests are answered.
     """
     freeze_heap()
@@ -83,7 +83,7 @@ async def answer(
         if logging_stats is not None:
             logging_stats.cancel()
         server.should_exit = True
-        await engine.close()  # running requests end now, so that the server has nothing left to wait for
+        await engine.close()  # ends running requests, so that uvicorn does not wait for them
     await serving
 
 
@@ -94,7 +94,7 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig, connections: Connections
         ws="none",
         lifespan="off",
         backlog=BACKLOG,
-        log_config=None,  # as `log_quietly` has it
+        log_config=None,  # `log_quietly` has configured logging
         # Connections without a request are ended by `connections.py`.
         timeout_keep_alive=_NEVER_S,
         log_level="warning" if config.log_level == "info" else config.log_level,
@@ -105,7 +105,7 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig, connections: Connections
 
 
 def http_protocol() -> Any:
-    """The class that speaks HTTP: on httptools where it is installed, else on h11."""
+    """uvicorn's protocol class: the one with httptools if that is installed, else the one with h11."""
     if find_spec("httptools") is None:
         from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -118,7 +118,7 @@ def http_protocol() -> Any:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which says when it answers and leaves signals to us."""
+    """uvicorn's server, which calls `on_ready` when it answers and handles no signals."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)

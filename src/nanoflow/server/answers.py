@@ -1,8 +1,8 @@
-"""Whole answers, made and encoded beside the event loop, a piece at a time.
+"""Make and encode whole answers in a thread, one piece at a time.
 
-An answer with log probabilities may have a hundred megabytes. The thread that makes it gives way to the event loop
-every few milliseconds while it runs Python; to encode JSON is one call that does not. So it is encoded in pieces:
-choice by choice, and long lists some entries at a time. What else stands in it is not known here.
+An answer with log probabilities may have a hundred megabytes. A thread that runs Python lets the event loop run every
+few milliseconds, but encoding JSON is one call that holds the interpreter lock. So an answer is encoded in pieces:
+choice by choice, and long lists some entries at a time.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from fastapi import Response
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Entries of a list that are encoded at once; each may have twenty log probabilities.
+# Entries of a list that are encoded in one call; each may have twenty log probabilities.
 _ENTRIES = 256
-# Tokens and log probabilities of an event that is made in the event loop: some two milliseconds.
+# An event with at most so many tokens and log probabilities is made in the event loop, in about two milliseconds.
 _LONG_EVENT = 512
 
 
 async def beside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do something that may take a while beside the event loop."""
+    """Run `work`, which may take long, in a thread."""
     return await asyncio.to_thread(work, *args, **kwargs)
 
 
 async def made(make: Callable[[], T], num_entries: int) -> T:
-    """Make an event; beside the event loop if it has many entries, as those of a client that reads slowly."""
+    """Make an event; in a thread if it has many entries, as for a client that reads slowly."""
     return await beside(make) if num_entries > _LONG_EVENT else make()
 
 
 async def answer_of(making: Coroutine[Any, Any, Any]) -> Response:
-    """The answer with the JSON of what is made."""
+    """The answer with the JSON of what the coroutine returns."""
     return await encoded(await making)
 
 
@@ -44,7 +44,7 @@ async def encoded(value: Any) -> Response:
 
 
 def to_json(value: Any) -> bytes:
-    """The same JSON as in one piece; the interpreter lock is given up in between where the value is large."""
+    """The JSON of a value; for a large value the interpreter lock is released between pieces."""
     return b"".join(_pieces(value))
 
 

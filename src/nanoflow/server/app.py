@@ -1,6 +1,6 @@
-"""The FastAPI application: routes of one served model, put together.
+"""The FastAPI application with all routes for one served model.
 
-`create_app` takes any engine that fits `backend.ServingEngine`, so that tests run it without a model or a port.
+`create_app` takes any `backend.ServingEngine`, so tests need neither a model nor a port.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def create_app(
 
     Args:
         engine: A running engine; the caller closes it.
-        server_config: Names, who may use it, bounds, the metrics prefix and the heartbeat limit matter here.
-        cells: Where metrics are counted, with other front ends; for this process alone if not given.
-        gate: Who is let in; everybody if not given.
+        server_config: Options of the server; those about the address and processes are not used here.
+        cells: Where metrics are counted together with other front ends; without them, for this process alone.
+        gate: Decides whether calls are admitted; without it, all are.
     """
     service = Service(engine=engine, config=server_config, ledger=Ledger(cells))
     metrics = ServerMetrics(engine, prefix=server_config.metrics_prefix, model_name=service.model_name, cells=cells)
@@ -62,7 +62,7 @@ def create_app(
 
 
 class _Application(FastAPI):
-    """FastAPI with everything behind the door, its own pages and its answers to errors too."""
+    """FastAPI with the checks of `door.py` before everything, including its own pages and error answers."""
 
     def build_middleware_stack(self) -> ASGIApp:
         return door(super().build_middleware_stack(), self.state.server_config)

@@ -1,6 +1,6 @@
-"""The engine as the server sees it: the few attributes and methods that routes call.
+"""The engine as the server sees it: the attributes and methods that routes use.
 
-`engine/async_engine.py` is the real thing; a test may serve anything that fits. Knows nothing of HTTP.
+`engine/async_engine.py` has the real engine; tests use others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Bodies become values: what is too much is refused first, and long ones are read beside the event loop.
+"""Parse and check request bodies: bounds are checked first, and long bodies are read in a thread.
 
-Other calls are answered while megabytes of JSON are parsed. Decoding and checking hold the interpreter lock. So they
-are two steps, each as short as can be, with room for the event loop in between, and one body is read after the other.
-How much a body may ask for is in `call_bounds.py`.
+Other calls are answered while megabytes of JSON are parsed. Decoding and checking hold the interpreter lock, so they
+are two steps, each as short as possible, between which the event loop can run. Long bodies are read one after the
+other. `call_bounds.py` has the bounds on what a body may ask for.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from starlette.exceptions import HTTPException
 from nanoflow.server.call_bounds import CallBounds
 from nanoflow.server.errors import ApiError, invalid_body
 
-# Shorter bodies take less than a millisecond or two.
+# Bodies from this length on are read in a thread; shorter ones take a millisecond or two.
 LONG_BODY_BYTES = 1 << 16
 
 
 class BodyRoute(APIRoute):
-    """A route whose body, a model of pydantic's, may be long."""
+    """A route whose body, a pydantic model, may be long."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As FastAPI's, with another way to read JSON."""
+        """FastAPI's handler, with another way to read JSON."""
         handle = super().get_route_handler()
         model = self.body_field.field_info.annotation if self.body_field is not None else None
 
@@ -51,10 +51,10 @@ class BodyRoute(APIRoute):
 
 
 def require_json(headers: Headers) -> None:
-    """Refuse a body that does not say that it is JSON: a form of a web page, or curl without a header (415).
+    """Refuse a body that is not declared as JSON, such as a form of a web page, or curl without a header (415).
 
     Raises:
-        ApiError: The content type is another, or there is none.
+        ApiError: There is no content type, or another one than JSON.
     """
     given = headers.get("content-type")
     kind = (given or "").partition(";")[0].strip().lower()
@@ -62,14 +62,14 @@ def require_json(headers: Headers) -> None:
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return
     if given is None and is_empty:
-        return  # what is missing is the body
+        return  # there is no body, which is reported elsewhere
     what = f"it says {given[:100]!r}" if given else "it does not say what it is"
     message = f"the body must be JSON, and {what}: send the header 'Content-Type: application/json'"
     raise ApiError(415, message, code="unsupported_media_type")
 
 
 class _Request(Request):
-    """A request that reads a long body for itself.
+    """A request that reads a long body by itself.
 
     Attributes:
         problem: Why the body was refused, if it was.
@@ -81,7 +81,7 @@ class _Request(Request):
         self._model = model
 
     async def json(self) -> Any:
-        """The body's value; of a long body the model itself."""
+        """The JSON value of the body; for a long body, the checked pydantic model."""
         body = await self.body()
         try:
             if len(body) < LONG_BODY_BYTES:
@@ -89,22 +89,22 @@ class _Request(Request):
             loop, reader = asyncio.get_running_loop(), self.app.state.body_reader
             value = await loop.run_in_executor(reader, self._checked, body, decode)
         except ApiError as problem:
-            # FastAPI lets no other errors through.
+            # Keep the error, because FastAPI would replace it.
             self.problem = problem
             raise HTTPException(problem.status) from problem
         if not (isinstance(self._model, type) and issubclass(self._model, BaseModel)):
             return value
         try:
-            # With the options that FastAPI gives, for errors in the same words.
+            # With FastAPI's options, so that errors have the same words.
             return await loop.run_in_executor(reader, partial(self._model.model_validate, value, from_attributes=True))
         except ValidationError as error:
-            # FastAPI would check all of it again, in the event loop.
+            # Raised here, because FastAPI would check the whole body again, in the event loop.
             problems = error.errors(include_url=False, include_input=False)
             self.problem = invalid_body([{**problem, "loc": ("body", *problem["loc"])} for problem in problems])
             raise HTTPException(400) from error
 
     def _checked(self, body: bytes, read: Callable[[bytes], Any]) -> Any:
-        """The value of a body within the bounds of calls."""
+        """Read a body and check that it is within the bounds of calls."""
         bounds: CallBounds = self.app.state.call_bounds
         bounds.check_text(body)
         try:
@@ -116,16 +116,16 @@ class _Request(Request):
 
 
 def add_body_reader(app: FastAPI, bounds: CallBounds) -> None:
-    """Give an application what its `BodyRoute`s read bodies with: the bounds of calls, and a thread for long bodies."""
+    """Add to an application what its `BodyRoute`s need: the bounds of calls, and a thread for long bodies."""
     app.state.call_bounds = bounds
     app.state.body_reader = ThreadPoolExecutor(1, thread_name_prefix="body reader")
 
 
 def decode(body: bytes) -> Any:
-    """`json.loads`, in half the time for what both can read.
+    """As `json.loads`, but in half the time for most texts.
 
     Raises:
-        ValueError: It is no JSON; as `json.loads` has it.
+        ValueError: The text is no JSON; the error is that of `json.loads`.
     """
     try:
         return msgspec.json.decode(body)

@@ -1,4 +1,4 @@
-"""What every request body keeps to, and the types of texts and token ids in them. The bodies are in `protocol.py`."""
+"""The base class of request bodies, and the types of texts and token ids in them. The bodies are in `protocol.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanoflow.server.foreign import ForeignFields, without_foreign
 
 
 def _check_unicode(text: str) -> str:
-    """Refuse lone surrogates: JSON can escape them, but they are no characters and nothing after us can encode them."""
+    """Refuse lone surrogates: JSON can escape them, but they are no characters and cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -20,7 +20,7 @@ def _check_unicode(text: str) -> str:
 
 
 def read_ids(value: Any) -> Any:
-    """Token ids as integers, however JSON has them; what is no list of numbers is left to be refused later."""
+    """Token ids as integers, also if JSON writes them as 2.0. Anything but a list of numbers is refused later."""
     kinds = set(map(type, value)) if isinstance(value, list) else set()
     if not kinds or not kinds <= {int, float}:
         return value
@@ -44,13 +44,13 @@ TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 
 
 def _document_foreign(schema: dict[str, Any], model: type[RequestBody]) -> None:
-    """Show in the document what is accepted and ignored, and that there is nothing else."""
+    """Show in the OpenAPI document which fields are accepted without effect, and that no others are."""
     properties = schema.setdefault("properties", {})
     properties |= {name: field.schema for name, field in model.foreign.items() if name not in properties}
 
 
 class RequestBody(BaseModel):
-    """What every body keeps to: JSON types are taken as they are (no "5" for 5), and every field counts."""
+    """Base of all bodies: JSON types are not converted (no "5" for 5), and unknown fields are refused."""
 
     model_config = ConfigDict(
         strict=True, allow_inf_nan=False, extra="forbid", frozen=True, json_schema_extra=_document_foreign

@@ -1,7 +1,7 @@
-"""Bodies of requests are read up to a bound, and no more of them are held at once than memory is meant for.
+"""Bound the length of each request body, and the memory of all bodies that are held at once.
 
-The length that a client states is looked at first: what is too long is refused before it is read. A body without a
-stated length is counted as it comes. What stands in a body is looked at in `json_shape.py` and `call_bounds.py`.
+A body whose stated length is too long is refused before it is read. A body without a stated length is counted while it
+arrives. `json_shape.py` and `call_bounds.py` check the content.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class BodyBoundsMiddleware:
     """Reads the body of a request before the application sees the request.
 
     Args:
-        app: The application behind it; it gets a body in one piece.
-        bounds: Of one body, and of all that are held.
+        app: The application to call; it receives the body in one piece.
+        bounds: Bounds of one body, and of all bodies that are held.
     """
 
     def __init__(self, app: ASGIApp, bounds: ServerBounds) -> None:
@@ -27,7 +27,7 @@ class BodyBoundsMiddleware:
         self._num_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request whose body is within the bounds; refuse another."""
+        """Serve a request, or refuse it if its body exceeds the bounds."""
         stated = _stated_length(scope) if scope["type"] == "http" else 0
         if stated == 0:
             await self._app(scope, receive, send)
@@ -53,7 +53,7 @@ class BodyBoundsMiddleware:
             raise ApiError(413, f"the body may have at most {self._bounds.max_body_bytes} bytes")
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes as held; refuse them if they are too many (503)."""
+        """Count bytes as held; refuse them if there would be too many (503)."""
         if self._num_held + num_bytes > self._bounds.max_bodies_bytes:
             raise ApiError(503, "the server holds as many request bodies as it may; try again soon", code="overloaded")
         self._num_held += num_bytes
@@ -73,7 +73,7 @@ class _Body:
         self._content = b""
 
     async def read(self, receive: Receive) -> bool:
-        """Read all of it; False if the client went away before."""
+        """Read the whole body; False if the client disconnects before its end."""
         self.num_held = self._num_stated
         pieces, num_read, is_last = list[bytes](), 0, False
         while not is_last:
@@ -92,7 +92,7 @@ class _Body:
         return True
 
     def replay(self, receive: Receive) -> Receive:
-        """What the application receives: the body, then whatever comes after it."""
+        """A `receive` for the application: first the body in one piece, then what `receive` gives."""
         first: list[Message] = [{"type": "http.request", "body": self._content, "more_body": False}]
         self._content = b""
 
@@ -103,10 +103,10 @@ class _Body:
 
 
 def _stated_length(scope: Scope) -> int | None:
-    """Bytes that a request says to have, 0 if it has no body, None if it does not say."""
+    """The length that a request states for its body; 0 if it has no body, None if it states no length."""
     headers = dict(scope["headers"])
     if b"transfer-encoding" in headers:
         return None
-    # The parser has refused what is no number; the longest there is stands for longer ones.
+    # The parser has refused anything but digits. A number with very many digits is replaced by the largest one.
     digits = headers.get(b"content-length", b"0").strip()
     return int(digits[:19]) if digits[:19].isdigit() else None

@@ -1,6 +1,6 @@
-"""What a call asks for, looked at in its parsed JSON before anything is made of it: sums count, not single items.
+"""Bound what a call asks for, by its parsed JSON, before it is processed: sums over all items, not single items.
 
-Values of the wrong type are passed by: the body's model refuses them, in its own words (`protocol.py`).
+Values of a wrong type are ignored here: the body's pydantic model refuses them (`protocol.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _ITEMS = 2**19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallBounds:
-    """The bounds of the calls for one model.
+    """The bounds of calls for one model.
 
     Attributes:
-        bounds: As the server was told.
-        facts: Of the model: context length and vocabulary.
-        longest_token_chars: Most characters that a token stands for; None if the tokenizer says nothing of that.
+        bounds: The bounds in the server's options.
+        facts: Facts of the engine: context length and vocabulary.
+        longest_token_chars: Most characters that a token represents; None if there is no such number.
     """
 
     bounds: ServerBounds
@@ -45,14 +45,14 @@ class CallBounds:
 
     @property
     def max_prompt_chars(self) -> int | None:
-        """Most characters that fit in the context as tokens; None if nothing is known of that."""
+        """Most characters of a prompt that can fit in the context; None if that is unknown."""
         longest = self.longest_token_chars
         return None if longest is None else longest * self.facts.max_model_len
 
     def check_text(self, body: bytes) -> None:
         """Refuse JSON that is nested too deeply (400) or has too many values (413), before it is parsed."""
         depth, items = self.bounds.max_json_depth, self.max_json_items
-        # So few brackets and bytes cannot be too many: no byte counts for more than a container.
+        # Quick check: with so few brackets and bytes no bound is exceeded, as a byte counts at most as a container.
         if len(body) <= items // ITEMS_A_CONTAINER and body.count(b"[") + body.count(b"{") <= depth:
             return
         shape = json_shape(body)
@@ -66,10 +66,10 @@ class CallBounds:
 
         Args:
             body: Its JSON value.
-            generates: The call asks for completions, so that its prompts must fit in the context.
+            generates: Whether the call asks for completions, so that its prompts must fit in the context.
 
         Raises:
-            ApiError: It does (400, 413); the message says what may be asked for.
+            ApiError: It asks for too much (400, 413); the message says how much is allowed.
         """
         if not isinstance(body, dict):
             return
@@ -79,12 +79,12 @@ class CallBounds:
         self._check_scores(body)
 
     def check_prompt_text(self, text: str, param: str, *, is_cut: bool = False) -> None:
-        """Refuse a prompt whose tokens cannot fit in the context, however few they are (400).
+        """Refuse a prompt that cannot fit in the context, even if each token has as many characters as possible (400).
 
         Args:
-            text: Of the prompt.
-            param: Field that it came in.
-            is_cut: It need not fit: tokens will be taken off.
+            text: The prompt.
+            param: The field with the prompt.
+            is_cut: Whether the prompt will be truncated, so that it need not fit.
         """
         if len(text) > self.max_call_chars:
             self._refuse_chars(len(text), param)
@@ -151,7 +151,7 @@ class CallBounds:
                 raise ApiError(400, message, param=name)
 
     def _check_scores(self, body: Mapping[str, Any]) -> None:
-        """Refuse more log probabilities than an answer may have, of all tokens that there can be."""
+        """Refuse a call whose answer could have too many log probabilities."""
         context, most = self.facts.max_model_len, self.bounds.max_call_scores
         prompts = body.get("prompt")
         several = prompts if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else [prompts]
@@ -174,7 +174,7 @@ class CallBounds:
             raise ApiError(400, f"{message}: fewer a token, or fewer tokens", param=param)
 
     def _per_place(self, value: Any) -> int:
-        """Log probabilities at each token."""
+        """Number of log probabilities at each token."""
         if value is None or value is False:
             return 0
         if value is True:

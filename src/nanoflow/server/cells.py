@@ -1,9 +1,9 @@
-"""Numbers that several processes count up, each in cells of its own, and any of them can add up.
+"""Counters shared by several processes: each writes to its own cells, and any process can sum the cells of all.
 
-Every process writes to an array of float64: in memory if it is alone, else in its row of a file without a name that
-they inherit, which is gone when the last of them has ended, however they end. A process that takes another's place goes
-on in its row, so that a sum never falls. Cells are handed out in order, so processes that ask for the same cells in the
-same order agree on what each cell is.
+A process writes to an array of float64. If it is alone, the array is in memory. Otherwise it is the process's row of an
+unnamed file that all processes inherit; the file disappears when the last of them has ended, in whatever way. A process
+that replaces another continues with its row, so a sum never decreases. Cells are assigned in order, so processes that
+request the same cells in the same order agree on the meaning of each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 @contextmanager
 def shared_rows(num_rows: int) -> Iterator[int]:
-    """A file descriptor of so many rows of cells, all zero, for as long as the block runs."""
+    """A file descriptor of `num_rows` rows of cells, all zero; it is closed at the end of the block."""
     with tempfile.TemporaryFile(prefix="nanoflow-") as file:
         os.ftruncate(file.fileno(), num_rows * MAX_CELLS * np.float64().itemsize)
         yield file.fileno()
@@ -35,8 +35,8 @@ class Cells:
     """The cells of one process.
 
     Args:
-        file: Descriptor of the rows that the processes share, from `shared_rows`; None for a process that is alone.
-        row: This process's, which no other uses while it lives.
+        file: Descriptor of the shared rows, from `shared_rows`; None for a process that is alone.
+        row: The row of this process; no other process may use it while this one lives.
     """
 
     def __init__(self, file: int | None = None, row: int = 0) -> None:
@@ -48,10 +48,10 @@ class Cells:
         self._own: Floats = self._rows[row]
 
     def take(self, num_cells: int) -> slice:
-        """Hand out cells that nobody has.
+        """Assign cells that are not in use yet.
 
         Raises:
-            ValueError: There are not that many.
+            ValueError: There are not enough cells.
         """
         if self._num_used + num_cells > MAX_CELLS:
             raise ValueError(f"there are no more than {MAX_CELLS} cells")
@@ -59,21 +59,21 @@ class Cells:
         return slice(self._num_used - num_cells, self._num_used)
 
     def own(self, cells: slice) -> Floats:
-        """This process's numbers, to write to."""
+        """A view of this process's cells, to write to."""
         return self._own[cells]
 
     def rows(self, cells: slice) -> Floats:
-        """The numbers of all processes, a row each."""
+        """The cells of all processes, one row for each."""
         return self._rows[:, cells]
 
     def total(self) -> Floats:
-        """The sum over all processes, of all cells."""
+        """For each cell, the sum over all processes."""
         total: Floats = self._rows.sum(axis=0)
         return total
 
 
 class CounterCell:
-    """A number that only grows."""
+    """A counter."""
 
     def __init__(self, cells: Cells) -> None:
         self.place = cells.take(1)
@@ -85,11 +85,11 @@ class CounterCell:
 
 
 class HistogramCells:
-    """How many observations lie up to each bound, and their sum.
+    """A histogram: the number of observations in each bucket, and their sum.
 
     Args:
-        cells: Where they stand: one for each bound, one for what lies above all, and the sum.
-        bounds: Ascending.
+        cells: One cell for each bound, one for observations above the last bound, and one for the sum.
+        bounds: Upper bounds of the buckets, ascending.
     """
 
     def __init__(self, cells: Cells, bounds: Sequence[float]) -> None:
@@ -104,7 +104,7 @@ class HistogramCells:
         self._own[-1] += value
 
     def observe_many(self, values: Sequence[float]) -> None:
-        """`observe` each, in one go."""
+        """Count several observations."""
         array = np.asarray(values, dtype=np.float64)
         places = np.searchsorted(self._array, array)
         self._own[:-1] += np.bincount(places, minlength=len(self.bounds) + 1)

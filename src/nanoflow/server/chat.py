@@ -36,7 +36,7 @@ def chat_router(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions", responses=responses)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-        """Answer a conversation; with `stream` in server-sent events."""
+        """Answer a conversation; with `stream`, as server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
         deadline_s = service.deadline_s()
@@ -62,7 +62,7 @@ def chat_router(service: Service) -> APIRouter:
 
 @dataclass(slots=True, kw_only=True)
 class _ShownChoice:
-    """How much of one choice was shown, and its events with nothing but text, once there was one."""
+    """How much of one choice was sent, and the template of its events that have only text, once there is one."""
 
     cursor: Cursor = field(default_factory=Cursor)
     template: EventTemplate | None = None
@@ -77,7 +77,7 @@ class _Chat:
     call: Call
 
     async def answer(self) -> ChatCompletionResponse:
-        """Generate everything, then answer."""
+        """Generate all completions, then answer."""
         (output,) = await self.call.outputs()
         return await beside(self._answer, output)
 
@@ -113,7 +113,7 @@ class _Chat:
     async def _events(
         self, output: RequestOutput, completion: CompletionOutput, shown: dict[int, _ShownChoice]
     ) -> bytes:
-        """The events for what is new of a completion; empty if nothing is."""
+        """The events for what is new in a completion; empty if there is nothing new."""
         index = completion.index
         state = shown.get(index)
         if state is None:
@@ -133,7 +133,7 @@ class _Chat:
         return opening + chunk
 
     def _opening(self, index: int, output: RequestOutput, *, is_first: bool) -> bytes:
-        """The events before a choice has text: its role, and what is echoed."""
+        """The events before the text of a choice: its role, and the echoed message."""
         usage = count_usage([output], is_completion_hidden=True) if self.body.has_continuous_usage else None
         chunk = self._chunk([_opening_choice(index, {"role": "assistant", "content": ""})], usage)
         if is_first and self.body.return_token_ids:

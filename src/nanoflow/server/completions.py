@@ -29,7 +29,7 @@ def completions_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", responses=responses)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        """Continue a text; with `stream` in server-sent events."""
+        """Continue a text; with `stream`, as server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
         prompts, deadline_s = body.prompts, service.deadline_s()
@@ -55,12 +55,12 @@ def completions_router(service: Service) -> APIRouter:
 
 @dataclass(slots=True, kw_only=True)
 class _ShownChoice:
-    """How much of one choice was shown.
+    """How much of one choice was sent.
 
     Attributes:
-        cursor: Of its completion.
-        offsets: Counts where its tokens begin; None before log probabilities were shown.
-        template: Its events with nothing but text, once there was one.
+        cursor: Position in its completion.
+        offsets: Counts where its tokens begin; None before log probabilities were sent.
+        template: Template of its events that have only text, once there is one.
     """
 
     cursor: Cursor = field(default_factory=Cursor)
@@ -77,7 +77,7 @@ class _Completion:
     call: Call
 
     async def answer(self) -> CompletionResponse:
-        """Generate everything, then answer."""
+        """Generate all completions, then answer."""
         return await beside(self._answer, await self.call.outputs())
 
     def _answer(self, outputs: Sequence[RequestOutput]) -> CompletionResponse:
@@ -117,7 +117,7 @@ class _Completion:
         shown: dict[int, _ShownChoice],
         usage: Usage | None,
     ) -> bytes:
-        """The event for what is new of a completion of prompt `index`; empty if nothing is."""
+        """The event for what is new in a completion of prompt `index`; empty if there is nothing new."""
         place = self.call.choice_index(index, completion)
         state = shown.get(place)
         if state is None:
@@ -141,7 +141,7 @@ class _Completion:
         return event(self._response([self._choice(output, place, delta, state)], usage))
 
     def _varies(self, delta: Delta) -> bool:
-        """True if more of an event than its text is of this delta alone."""
+        """True if the event of this delta differs from the template in more than its text."""
         body = self.body
         return body.is_echo_only or bool(body.echo and delta.is_first) or body.return_token_ids is True
 
@@ -162,7 +162,7 @@ class _Completion:
         return response
 
     def _choice(self, output: RequestOutput, place: int, delta: Delta, shown: _ShownChoice) -> CompletionChoice:
-        """What is new of a choice, with the echoed prompt before it if it is the first that is shown."""
+        """What is new in a choice, after the echoed prompt if this is the first event of the choice."""
         echo = self._echo(output) if self.body.echo and delta.is_first else None
         text = "" if self.body.is_echo_only else delta.text
         choice: CompletionChoice = {

@@ -1,8 +1,8 @@
-"""Bounds on the wire: how many connections there are, how long a head may be, and how long a client may take.
+"""Bound the number of connections, the length of request heads, and the time that a client may take.
 
-A `Guard` stands between a socket and uvicorn's protocol, whichever that is. It looks at bytes before they are parsed
-and at times; `Connections` knows all guards of the process, closes the one that has been idle longest where there are
-too many, and looks around for slow ones now and then. What stands in requests is not known here: see `body_bounds.py`.
+A `Guard` is between a socket and uvicorn's protocol. It checks bytes before they are parsed, and times. `Connections`
+has all guards of the process. If there are too many connections, it closes the one that has been idle longest;
+regularly it closes those of slow clients. `body_bounds.py` bounds bodies.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import msgspec
 from nanoflow.bounds import ServerBounds
 from nanoflow.server.responses import ErrorResponse
 
-# Files that stay free for everything that is no connection: pipes of template processes, metrics, the log.
+# File descriptors reserved for other uses than connections: pipes of template processes, metrics, the log.
 RESERVED_FILES = 64
 MOST_CONNECTIONS = 8192
 LOOK_INTERVAL_S = 0.5
 SEARCH_INTERVAL_S = 0.05
-# A client that is refused before its body was read has so long to see the answer.
+# How long a connection stays open after a refusal before the body was read, so that the client can read the answer.
 LINGER_S = 5.0
 RETRY_AFTER_S = 1
 _HEAD_PIECE_BYTES, _PIECE_BYTES = 1 << 12, 1 << 14
@@ -40,7 +40,7 @@ _PHRASES = {
 
 
 class Parser(Protocol):
-    """uvicorn's protocol, as far as a guard looks at it: `cycle` is the request that came last, None before any."""
+    """What a guard uses of uvicorn's protocol. `cycle` is the latest request; None before the first."""
 
     cycle: Any
 
@@ -67,8 +67,8 @@ class Guard(asyncio.Protocol):
     """One connection with its times and counts.
 
     Args:
-        parser: Gets the bytes that are let in.
-        connections: Of the process.
+        parser: Receives the bytes that are accepted.
+        connections: All connections of the process.
     """
 
     def __init__(self, parser: Parser, connections: Connections) -> None:
@@ -86,7 +86,7 @@ class Guard(asyncio.Protocol):
         self._write_s: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take in a connection, if there is room."""
+        """Accept a connection if there is room."""
         self._transport, self._idle_s = transport, self._loop.time()
         if not self._connections.take(self):
             self._refuse(503, "the server has as many connections as it can have; try again soon")
@@ -99,7 +99,7 @@ class Guard(asyncio.Protocol):
             self._parser.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Let bytes in, a piece at a time: what a piece holds is parsed in one go."""
+        """Pass bytes to the parser in pieces, since the parser does not stop within a piece."""
         start = 0
         while start < len(data):
             if self.is_closing:
@@ -130,17 +130,17 @@ class Guard(asyncio.Protocol):
 
     @property
     def is_closing(self) -> bool:
-        """True once no more is let in."""
+        """True once no more bytes are accepted."""
         return self._transport is None or self._transport.is_closing()
 
     @property
     def is_idle(self) -> bool:
-        """True while there is no request, whole or in part."""
+        """True while there is no request, not even a part of one."""
         return self._num_head_bytes == 0 and not self._is_in_body and self._is_answered
 
     @property
     def idle_since_s(self) -> float:
-        """When it became idle, on the clock of the event loop; late if it is not."""
+        """When the connection became idle, on the event loop's clock; infinity if it is not idle."""
         return math.inf if self._idle_s is None else self._idle_s
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class Guard(asyncio.Protocol):
         return cycle is None or bool(cycle.response_complete)
 
     def _note(self) -> None:
-        """Set the clocks of what the connection is at: each runs from when that began."""
+        """Start or stop the clocks of the connection's states: each runs from when that state began."""
         now_s = self._loop.time()
         in_head, in_body = self._num_head_bytes > 0, self._is_in_body
 
@@ -192,7 +192,7 @@ class Guard(asyncio.Protocol):
         return since_s is not None and now_s - since_s > timeout_s
 
     def _count_head(self, piece: bytes) -> bool:
-        """Count bytes and lines of a head; False if there are too many, and the connection is ended."""
+        """Count bytes and lines of a head. If there are too many, end the connection and return False."""
         seen = self._tail + piece
         end = seen.find(_HEAD_END)
         num_new = len(piece) if end < 0 else max(end + len(_HEAD_END) - len(self._tail), 0)
@@ -202,7 +202,7 @@ class Guard(asyncio.Protocol):
         if self._num_head_bytes > bounds.max_header_bytes:
             self._refuse(431, f"the head of a request may have at most {bounds.max_header_bytes} bytes")
             return False
-        # The line of the request and the empty one at the end are no headers.
+        # The request line and the empty line at the end are no headers.
         if self._num_lines - (1 if end < 0 else 2) > bounds.max_headers:
             self._refuse(431, f"a request may have at most {bounds.max_headers} headers")
             return False
@@ -213,7 +213,7 @@ class Guard(asyncio.Protocol):
         return True
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer without the parser, unless an answer has begun, and close."""
+        """Send an error without the parser, unless an answer has begun, and close the connection."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return
@@ -227,7 +227,7 @@ class Connections:
     """All connections of a process.
 
     Args:
-        bounds: How many there may be, and how slow.
+        bounds: Bounds on their number and on their times.
     """
 
     def __init__(self, bounds: ServerBounds) -> None:
@@ -235,30 +235,30 @@ class Connections:
         self.max_connections = most_connections(bounds)
         self._living: dict[Guard, None] = {}
         self._ending: dict[Guard, None] = {}
-        # Idle ones, the longest idle last, as the last search found them; where there were none, when to search again.
+        # Idle connections that the last search found, the longest idle last; if it found none, when to search again.
         self._candidates: list[Guard] = []
         self._next_search_s = 0.0
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of connections."""
         return len(self._living)
 
     def protocol(self, make: Callable[..., Any]) -> Callable[..., Guard]:
         """A factory of guarded connections.
 
         Args:
-            make: uvicorn's class of protocols; called with the arguments of the factory.
+            make: uvicorn's protocol class; called with the arguments of the factory.
         """
         return lambda *args, **kwargs: Guard(make(*args, **kwargs), self)
 
     def take(self, guard: Guard) -> bool:
-        """Count a new connection; False if there is no room even without those that are idle."""
+        """Count a new connection; False if there is no room even after closing idle ones."""
         if len(self._living) >= self.max_connections:
             oldest = self._longest_idle()
             if oldest is None:
                 return False
             oldest.close()
-            # Its end comes later: see `drop`.
+            # `drop` is called when it has ended, later.
             del self._living[oldest]
             self._ending[oldest] = None
         self._living[guard] = None
@@ -272,7 +272,7 @@ class Connections:
         return was_taken
 
     async def watch(self) -> None:
-        """Look at all of them now and then, until cancelled."""
+        """Regularly end connections of slow clients, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
             now_s = asyncio.get_running_loop().time()
@@ -282,7 +282,7 @@ class Connections:
                     await asyncio.sleep(0)
 
     def _longest_idle(self) -> Guard | None:
-        """One that may be closed; to search all of them for each new connection would cost too much."""
+        """The longest idle connection. All are searched only now and then, not for each new connection."""
         while True:
             while self._candidates:
                 guard = self._candidates.pop()
@@ -298,14 +298,14 @@ class Connections:
 
 
 def most_connections(bounds: ServerBounds) -> int:
-    """How many connections a process may have, by what it was told and by its limit of open files."""
+    """Most connections of a process: the configured bound, or fewer by the limit of open files."""
     wanted = bounds.max_connections or MOST_CONNECTIONS
     limit = _raised_file_limit()
     return wanted if limit is None else max(min(wanted, limit - _num_open_files() - RESERVED_FILES), 1)
 
 
 def _raised_file_limit() -> int | None:
-    """The limit of open files, once it is as high as it may be; None where there is none."""
+    """Raise the limit of open files as far as allowed and return it; None if there is no limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -323,7 +323,7 @@ def _num_open_files() -> int:
 
 
 def _answer(status: int, message: str) -> bytes:
-    """A whole answer with an error in OpenAI's shape, after which the connection ends."""
+    """The bytes of an answer with an error in OpenAI's shape, after which the connection is closed."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     error: ErrorResponse = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     body = msgspec.json.encode(error)

@@ -1,4 +1,4 @@
-"""Messages in a request body, and how they become a prompt. What may be in them: `engine/conversation.py`."""
+"""Fields of a request body with messages, and how they become a prompt. `engine/conversation.py` checks messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanoflow.server.foreign import OF_MESSAGES, OF_PARTS, ForeignFields
 
 
 class TextPart(RequestBody):
-    """A piece of a message. Further fields are refused later, unless the chat template looks at them."""
+    """A part of a message. Other fields are refused later, unless the chat template uses them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -35,9 +35,9 @@ ContentField = Annotated[
 
 
 class Message(RequestBody):
-    """One turn of a conversation. Which roles there are, and what becomes of all fields, is for the chat template.
+    """One message of a conversation. The chat template decides which roles exist and how fields are used.
 
-    Further fields are refused later, unless the template looks at them.
+    Other fields are refused later, unless the template uses them.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -53,7 +53,7 @@ class Message(RequestBody):
 
     @property
     def text(self) -> str:
-        """The whole content; parts stand on lines of their own."""
+        """The whole content as text, with each part on a line of its own."""
         return joined_text(self.turn["content"])
 
     @property

@@ -1,6 +1,6 @@
-"""The page at /docs: routes and fields as the OpenAPI document has them, in HTML that asks for nothing from elsewhere.
+"""The page at /docs: routes and fields of the OpenAPI document, in HTML that loads nothing from other servers.
 
-No scripts, no style sheets of others: the page works without the internet, and says so to the browser.
+It has no scripts and no external style sheets, so it works without the internet; its content policy forbids them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def docs_router(app: FastAPI, service: Service) -> APIRouter:
     """The route of the page.
 
     Args:
-        app: Whose routes are shown.
-        service: Whose model is in the example.
+        app: The application whose routes are shown.
+        service: The service whose model is in the example.
     """
     router = APIRouter()
 
@@ -50,8 +50,8 @@ def page(document: Schema, root_url: str, model_name: str) -> str:
 
     Args:
         document: The OpenAPI document.
-        root_url: Of the server, for the example.
-        model_name: For the example.
+        root_url: URL of the server, for the example.
+        model_name: Model name, for the example.
     """
     data = f'{{"model": "{model_name}", "prompt": "import ", "max_tokens": 16}}'
     example = f"curl {root_url}v1/completions -H 'content-type: application/json' \\\n     -d '{data}'"
@@ -80,7 +80,7 @@ def _route(document: Schema, path: str, method: str, route: Schema) -> str:
 
 
 def _rows(document: Schema, schema: Schema) -> Iterator[str]:
-    """A row for each field of a body, required ones first; fields that are ignored have no row."""
+    """A row for each field of a body, required ones first; fields without effect have no row."""
     body = _resolved(document, schema)
     required = set(body.get("required", ()))
     for name, field in sorted(body.get("properties", {}).items(), key=lambda item: item[0] not in required):
@@ -92,7 +92,7 @@ def _rows(document: Schema, schema: Schema) -> Iterator[str]:
 
 
 def _kind(document: Schema, field: Schema) -> str:
-    """What a field may be, in few words."""
+    """The type of a field, in a few words."""
     choices = [choice for choice in field.get("anyOf", field.get("oneOf", ())) if choice.get("type") != "null"]
     if choices:
         return " or ".join(dict.fromkeys(_kind(document, choice) for choice in choices))

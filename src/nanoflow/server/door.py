@@ -1,8 +1,8 @@
-"""What every request passes before it meets a route, whatever it asks for: names, hosts, origins, keys.
+"""Checks of every request before it reaches a route: request ids, hosts, origins, API keys.
 
-`door` wraps the whole application, its error pages included, so that there is nothing beside it. From outside in: the
-`x-request-id` of the answer, no WebSockets, an answer to calls that are cancelled, the Host header (`hosts.py`), CORS,
-the API key (`keys.py`), and HEAD.
+`door` wraps the whole application with its error pages, so no request avoids the checks. From the outermost to the
+innermost: the `x-request-id` of the answer and a refusal of WebSockets, an answer to cancelled calls, the Host header
+(`hosts.py`), CORS, the API key (`keys.py`), and HEAD.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nanoflow.server.keys import KeyMiddleware, Keys
 
 REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
-_POLICY_VIOLATION = 1008  # of WebSockets
+_POLICY_VIOLATION = 1008  # close code of WebSockets
 
 
 def door(app: ASGIApp, config: ServerConfig) -> ASGIApp:
-    """The application behind everything that is checked first."""
+    """The application wrapped in all checks."""
     app = HeadMiddleware(app)
     keys, origins = several(config.api_key), several(config.allowed_origins)
     if keys:
@@ -48,10 +48,10 @@ def door(app: ASGIApp, config: ServerConfig) -> ASGIApp:
 
 
 class _Origins(CORSMiddleware):
-    """CORS, with refusals in OpenAI's shape."""
+    """CORS, with errors in OpenAI's shape."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """What a browser asks before it sends the request itself."""
+        """Answer the preflight request of a browser."""
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
@@ -87,7 +87,7 @@ class RequestIdMiddleware:
 
 
 class CancelledMiddleware:
-    """Tells a client whose call is cancelled because the server ends; uvicorn would say so in plain text, as a fault.
+    """Answers a call that is cancelled because the server ends with an error in JSON; uvicorn would send a plain 500.
 
     Args:
         app: The application behind it.
@@ -117,7 +117,7 @@ class CancelledMiddleware:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The id that a client gives its request, if there is one that can be sent back; else a new one."""
+    """The client's id of a request if it can be sent back, else a new id."""
     given = [value for name, value in headers if name.lower() == REQUEST_ID.encode()]
     if len(given) == 1 and _SANE_ID.fullmatch(given[0]):
         return given[0].decode()

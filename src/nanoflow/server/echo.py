@@ -1,7 +1,7 @@
-"""Where tokens begin in a text, and the prompt as an answer shows it before its completion.
+"""Offsets of tokens in a text, and the prompt that an answer shows before its completion (`echo`).
 
-Both are counted by the same code that makes the text, so that text and offsets cannot disagree. A token that is only
-a part of a character begins where the character does; one that is left out of the text, where the next one begins.
+Offsets are counted by the code that makes the text, so they agree with it. A token that is a part of a character begins
+where the character begins. A token that is left out of the text begins where the next token begins.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class TextOffsets:
     """Offsets of one text's tokens, in characters.
 
     Args:
-        detokenizer: Of that text; None if there is no text.
-        texts: What tokens are called.
-        before: Tokens that stand before it.
-        start: Where the first token begins.
+        detokenizer: Makes the text; None if there is no text.
+        texts: Texts of single tokens.
+        before: Tokens before this text.
+        start: Offset of the first token.
     """
 
     def __init__(
@@ -32,15 +32,15 @@ class TextOffsets:
         self._detokenizer = detokenizer
         self._texts = texts
         self._num_chars = start
-        # True if tokens before may have begun a character; the longest has four bytes.
+        # True if the tokens before may end inside a character; the longest characters have four bytes.
         self._is_open = any(whole_text(token_id, texts) is None for token_id in before[-4:])
 
     def take(self, token_ids: Sequence[int]) -> list[int]:
-        """The offsets of the tokens that follow."""
+        """The offsets of the next tokens."""
         return [offset for offset, _ in self._walk(token_ids)]
 
     def take_text(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
-        """The offsets of the tokens that follow, and the text that these complete."""
+        """The offsets of the next tokens, and the text that they complete."""
         walk = self._walk(token_ids)
         return [offset for offset, _ in walk], "".join(piece for _, piece in walk)
 
@@ -50,7 +50,7 @@ class TextOffsets:
             piece = "" if self._detokenizer is None else self._detokenizer.push((token_id,))
             begin, self._num_chars = self._num_chars, self._num_chars + len(piece)
             own = whole_text(token_id, self._texts)
-            # A character that was not completed is shown with the token that tells so, before it.
+            # An incomplete character is shown together with the next token, which shows that it stays incomplete.
             if self._is_open and own is not None and piece.endswith(own):
                 begin = self._num_chars - len(own)
             self._is_open = own is None or (self._is_open and not piece)
@@ -59,7 +59,7 @@ class TextOffsets:
 
 
 class PlainDetokenizer:
-    """A `Detokenizer` for a tokenizer that is not the engine's own: each token is a text of its own."""
+    """A `Detokenizer` for other tokenizers than the engine's: it decodes each token alone."""
 
     def __init__(self, tokenizer: ServingTokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -70,18 +70,18 @@ class PlainDetokenizer:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=self._skip_special_tokens)
 
     def flush(self) -> str:
-        """Nothing is ever left."""
+        """Return nothing, since no text is ever held back."""
         return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Echo:
-    """A prompt as it stands before its completion.
+    """A prompt as shown before its completion.
 
     Attributes:
-        text: As it was given. Of token ids: what they decode to, special tokens included; where a completion follows
-            and the prompt ends inside a character, without that: the completion shows it.
-        text_offsets: Where each token begins.
+        text: The text that was given. For token ids, their text with special tokens; without an incomplete character at
+            its end if a completion follows, which shows that character.
+        text_offsets: Offset of each token.
     """
 
     text: str
@@ -104,13 +104,13 @@ def echo_prompt(
 
     Args:
         tokenizer: The model's.
-        output: Of the request.
-        texts: What tokens are called.
-        is_continued: A completion follows.
-        has_offsets: Offsets are asked for.
+        output: The request's output.
+        texts: Texts of single tokens.
+        is_continued: Whether a completion follows.
+        has_offsets: Whether offsets are needed.
 
     Raises:
-        ValueError: The tokenizer fails at it.
+        ValueError: The tokenizer fails.
     """
     if output.prompt is not None and not has_offsets:
         return Echo(text=output.prompt, text_offsets=[])

@@ -1,6 +1,6 @@
-"""Errors in OpenAI's shape: `ApiError`, the handlers that make every failure one, and what the OpenAPI document says.
+"""Errors in OpenAI's shape: `ApiError`, handlers that turn every failure into one, and their OpenAPI description.
 
-A message is written for the one who sent the request: it says what to change, and nothing of the server's inside.
+A message is for the sender of the request: it says what to change and tells nothing about the server's internals.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _STATUS_TYPES |= {500: "server_error", 503: "server_error", 504: "server_error"}
 
 
 class ApiError(Exception):
-    """A failure that a client is told of.
+    """A failure that is reported to the client.
 
     Attributes:
         status: HTTP status.
-        message: One sentence for people.
-        param: Field of the body at fault.
-        code: A word for programs.
-        headers: Further ones of the answer.
+        message: One sentence to be read by people.
+        param: The field of the body that is wrong.
+        code: A word to be read by programs.
+        headers: Further headers of the answer.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ApiError(Exception):
 
 
 class ClientDisconnectedError(Exception):
-    """The client has gone; what was done for it is cancelled and nobody reads the answer."""
+    """The client has disconnected; its call is cancelled."""
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -98,13 +98,13 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 @contextmanager
 def user_errors(param: str | None = None, *, fields: Mapping[str, str] = {}) -> Iterator[None]:
-    """Turn what is raised for what was asked for (`RequestError`) or for a dead engine into an `ApiError`.
+    """Convert the errors of a request (`RequestError`) and of a dead engine, raised in the block, to an `ApiError`.
 
-    Anything else is a mistake of this program, and not for the client to mend: it goes on, and ends as a 500.
+    Any other exception is a bug of this program: it passes through and becomes a 500.
 
     Args:
-        param: Field at fault where the error does not say.
-        fields: Parameter at fault to the field that it came in, where the names differ.
+        param: The field that is wrong, if the error does not say.
+        fields: From a parameter to the field with its value, where the names differ.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def user_errors(param: str | None = None, *, fields: Mapping[str, str] = {}) -> 
 
 
 def as_api_error(problem: Exception) -> ApiError:
-    """The error to show for any exception; one that nobody foresaw is logged and shown without detail."""
+    """The error to report for any exception; an unexpected one is logged and reported without details."""
     if isinstance(problem, ApiError):
         return problem
     logger.error("a request failed", exc_info=problem)
@@ -124,7 +124,7 @@ def as_api_error(problem: Exception) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Give every failure of the app OpenAI's error body."""
+    """Give every error answer of the application OpenAI's body."""
     app.exception_handler(ApiError)(_on_api_error)
     app.exception_handler(RequestValidationError)(_on_invalid_body)
     app.exception_handler(HTTPException)(_on_http_exception)
@@ -137,7 +137,7 @@ async def _on_api_error(_request: Request, problem: ApiError) -> Response:
 
 
 async def _on_unforeseen(_request: Request, _problem: Exception) -> Response:
-    return ApiError(500, INTERNAL_ERROR).response()  # the exception itself goes on, into the log
+    return ApiError(500, INTERNAL_ERROR).response()  # Starlette then raises the exception again, and it is logged
 
 
 async def _on_disconnect(_request: Request, _problem: ClientDisconnectedError) -> Response:
@@ -160,7 +160,7 @@ async def _on_invalid_body(_request: Request, problem: RequestValidationError) -
 
 
 def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The error for a body that pydantic refused: the first few problems, each with the field it is about."""
+    """The error for a body that pydantic refused: the first few problems, each with its field."""
     texts = list(dict.fromkeys(_problem_text(problem) for problem in problems))
     if len(texts) > MAX_PROBLEMS_SHOWN:
         texts[MAX_PROBLEMS_SHOWN:] = [f"and {len(texts) - MAX_PROBLEMS_SHOWN} more"]
@@ -177,12 +177,12 @@ def _problem_text(problem: Mapping[str, Any]) -> str:
     text = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] in ("model_attributes_type", "model_type"):
         text = "a JSON object is expected" if place else "the body must be a JSON object"
-    # Messages of a parameter name it themselves.
+    # Messages about a parameter begin with its name.
     return text if not place or text.startswith(place) else f"{place}: {text}"
 
 
 def _place(problem: Mapping[str, Any]) -> str:
-    """Dotted place of the field at fault; empty for the body as a whole."""
+    """Dotted path of the field that is wrong; empty for the body as a whole."""
     if problem["type"] == "json_invalid":
         return ""
     # Of a field that may not be there pydantic only knows where it would be.
@@ -192,7 +192,7 @@ def _place(problem: Mapping[str, Any]) -> str:
 
 
 def _dotted(place: Sequence[object]) -> str:
-    """A place without the "<names>" of union members."""
+    """A path without the "<names>" of union members."""
     return ".".join(str(part) for part in place if not str(part).startswith("<"))
 
 

@@ -1,10 +1,10 @@
-"""Fields of OpenAI's and vLLM's request bodies that this server has not, and with which values they change nothing.
+"""Fields of OpenAI's and vLLM's request bodies that this server does not support, with the values that it accepts.
 
-Clients send many fields at their defaults, or fields that ask for nothing an answer shows. Those are taken; with any
-other value a field is refused by name, as the answer would not be what was asked for. What stands neither here nor
-among the fields of a body does not exist, and is refused with the nearest name that does.
+Clients send many fields with default values, or fields that do not affect the answer. These are accepted. With any
+other value a field is refused by name, since the answer would not be what was asked for. A field that is neither here
+nor among those of a body is refused with the nearest name that exists.
 
-A body's own fields come first: a field that some bodies have stands here for the others.
+A field that only some bodies have is listed here for the other bodies: a body's own fields are read first.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nanoflow.parameters import did_you_mean, shown
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A field that is known and not supported.
+    """A field that is known but not supported.
 
     Attributes:
-        harmless: Values with which it changes nothing, beside null; None if every value does.
-        reason: What it is about, or why it changes nothing.
-        same_as: With the value of this other field it changes nothing either.
+        harmless: Values with which the field has no effect, beside null; None if no value has an effect.
+        reason: What the field is about, or why it has no effect.
+        same_as: Another field; with the value of that field, this one has no effect either.
     """
 
     harmless: tuple[Any, ...] | None
@@ -33,7 +33,7 @@ class Foreign:
     same_as: str | None = None
 
     def is_harmless(self, value: Any, body: Mapping[Any, Any]) -> bool:
-        """True if the field of a body may be passed over; 1 is not true, and 0 not false."""
+        """True if the field of a body has no effect; 1 is not true, and 0 is not false."""
         if value is None or self.harmless is None:
             return True
         if self.same_as in body:
@@ -42,14 +42,14 @@ class Foreign:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of what is passed over."""
+        """The JSON schema of the values without effect."""
         note = {"description": f"Accepted and ignored: {self.reason}"}
         is_open = self.harmless is None or self.same_as is not None
         return note if is_open else {**note, "enum": [None, *(self.harmless or ())]}
 
 
 def _kind(value: Any) -> type:
-    """The kind of a JSON value: 1 and 1.0 are of one, 1 and true are not."""
+    """The type of a JSON value: 1 and 1.0 have the same, 1 and true do not."""
     return float if type(value) is int else type(value)
 
 
@@ -118,7 +118,7 @@ _LABELS: ForeignFields = {
 }
 
 OF_GENERATION: ForeignFields = {**_TOOLS, **_SHAPES, **_TEMPLATE, **_SAMPLING, **_ANSWER, **_LABELS}
-"""Of bodies that ask for completions."""
+"""Fields of bodies that ask for completions."""
 
 OF_TOKENS: ForeignFields = {
     **_TEMPLATE,
@@ -126,12 +126,12 @@ OF_TOKENS: ForeignFields = {
     **_ANSWER,
     **_LABELS,
 }
-"""Of bodies that ask for tokens or their text."""
+"""Fields of bodies that ask for tokens or their text."""
 
 OF_STREAMS: ForeignFields = {
     "include_obfuscation": Foreign((False,), "padding of chunks"),
 }
-"""Of `stream_options`."""
+"""Fields of `stream_options`."""
 
 OF_MESSAGES: ForeignFields = {
     "tool_calls": Foreign(([],), "calls of functions"),
@@ -141,7 +141,7 @@ OF_MESSAGES: ForeignFields = {
     "audio": Foreign((), "input that is no text"),
     "id": Foreign(None, "a label of the client's"),
 }
-"""Of messages, which clients make of earlier answers."""
+"""Fields of messages, which clients copy from earlier answers."""
 
 OF_PARTS: ForeignFields = {
     "cache_control": Foreign(None, "caches of prompts do not change an answer"),
@@ -151,16 +151,16 @@ OF_PARTS: ForeignFields = {
         for name in ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal")
     },
 }
-"""Of parts of messages."""
+"""Fields of parts of messages."""
 
 
 def without_foreign(
     body: Mapping[Any, Any], known: Iterable[str], foreign: ForeignFields, *, is_open: bool
 ) -> dict[Any, Any]:
-    """A body without foreign fields; others than its own are left to somebody else if it is open.
+    """A body without foreign fields. If it is open, unknown fields are kept and checked elsewhere.
 
     Raises:
-        PydanticCustomError: There is a field that would change the answer, or one that does not exist.
+        PydanticCustomError: There is a field that would affect the answer, or one that does not exist.
     """
     own = set(known)
     for name in body:

@@ -1,9 +1,9 @@
 """A further front end in a process of its own: `python -m nanoflow.server.front_end`.
 
-It answers HTTP at the server's port for the same engine. The server's main process starts it with a `Setup` on standard
-input and then tells it there, a line each, that the engine was lost, that another one runs, to take nothing new, and to
-stop. On its standard output it says that it answers, and that nothing runs any more after it was told to take nothing
-new. It leaves SIGINT and SIGTERM to the main process, and ends when standard input does.
+It answers HTTP at the server's port and uses the same engine. The server's main process starts it and writes a `Setup`
+to its standard input, then one line for each command: the engine has died, another one runs, refuse new calls, stop. On
+its standard output it reports that it answers and, after the command to refuse new calls, that none is running any
+more. It ignores SIGINT and SIGTERM, which the main process handles, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.logs import start_logging
 from nanoflow.server.signals import ignore_stop_signals
 
-# Said by the main process.
+# Lines from the main process.
 LOSE, JOIN, DRAIN, STOP = b"lose\n", b"join\n", b"drain\n", b"stop\n"
-# Said by the front end.
+# Lines from the front end.
 READY, DRAINED = b"ready\n", b"drained\n"
-# How long a process may take to end in good order when its parent is gone.
+# How long the process may take for an orderly end when its parent has ended.
 _ORPHAN_GRACE_S = STREAM_END_TIMEOUT_S + 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a further front end must know.
+    """What a further front end is told at its start.
 
     Attributes:
-        number: Its number, from 1, not used before.
-        engine_path: What it connects to; see `place.py`.
+        number: Number of the front end, from 1; each is used once.
+        engine_path: Path of the engine's socket; see `place.py`.
         engine_config, server_config: Those of the main process.
         listener: File descriptor of a bound socket.
-        counts: File descriptor of the rows where all front ends count.
-        row: Which of them is its own.
+        counts: File descriptor of the rows of cells in which all front ends count.
+        row: The row of this front end.
     """
 
     number: int
@@ -63,12 +63,12 @@ class Setup:
 
 
 class FrontEnd:
-    """Obeys the main process, and keeps to the engine that runs.
+    """Executes the commands of the main process, and joins each engine that it starts.
 
     Attributes:
-        stop: Set when it has to end.
-        gate: Who is let in.
-        first: Becomes the engine, once one has been joined; EngineError if none can be.
+        stop: Set when the process has to end.
+        gate: Decides whether calls are admitted.
+        first: Future of the first engine that was joined; EngineError if that fails.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -80,13 +80,13 @@ class FrontEnd:
         self._draining: asyncio.Task[None] | None = None
 
     async def obey(self, commands: asyncio.Queue[bytes]) -> None:
-        """Do what the main process says, one thing after the other."""
+        """Execute the commands of the main process, one after the other."""
         while True:
             match await commands.get():
                 case command if command == LOSE:
                     await self._lose()
                 case command if command == JOIN and not self._joining.done():
-                    pass  # it waits for this very engine
+                    pass  # `first` waits for this engine already
                 case command if command == JOIN and (self._engine is None or not self._engine.is_alive):
                     self._joining = asyncio.create_task(self._join())
                 case command if command == DRAIN:
@@ -96,7 +96,7 @@ class FrontEnd:
                     self.stop.set()
 
     async def close(self) -> None:
-        """End what goes on beside the answers."""
+        """End the tasks in the background."""
         tasks = [task for task in (self._joining, self._draining) if task is not None]
         for task in tasks:
             task.cancel()
@@ -165,7 +165,7 @@ def _say_ready() -> None:
 
 
 def _hear_parent(loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[bytes]) -> None:
-    """Hand on what the parent says, until it is gone: only it holds the other end, which closes however it ends."""
+    """Pass on the parent's lines until it has ended: only it holds the other end of the pipe, which closes with it."""
     while line := _read_line():
         with suppress(RuntimeError):  # the loop has ended by itself
             loop.call_soon_threadsafe(commands.put_nowait, line)
@@ -176,7 +176,7 @@ def _hear_parent(loop: asyncio.AbstractEventLoop, commands: asyncio.Queue[bytes]
 
 
 def _read_line() -> bytes:
-    """The next line of standard input, without taking more; empty at its end."""
+    """The next line of standard input, without reading further; empty at its end."""
     line = bytearray()
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)
@@ -187,7 +187,7 @@ def _read_line() -> bytes:
 
 
 def main() -> int:
-    """Run a front end."""
+    """Run a front end; return the exit status."""
     ignore_stop_signals()
     line = _read_line()
     if not line:
@@ -197,7 +197,7 @@ def main() -> int:
     try:
         run_loop(_serve(setup))
     except EngineError:
-        return 1  # the main process is told the same, and says so
+        return 1  # the main process gets the same error, and reports it
     return 0
 
 

@@ -1,9 +1,8 @@
-"""The gate at the application's door: whether calls are let in, and how many of them are inside.
+"""The gate of the application: whether calls are admitted, and how many are running.
 
-It is open while the engine runs. Who starts and ends the engine closes it with a reason (`serve.py`, `front_end.py`):
-then calls are refused at once with status 503 and Retry-After, and /health says the same, so that balancers go
-elsewhere, while those inside go on. Models, version and metrics are answered all the time. What calls do inside is not
-known here.
+It is open while the engine runs. `serve.py` and `front_end.py` close it with a reason when the engine has died or the
+server stops. Then new calls are refused at once with status 503 and Retry-After, and so is /health, so that load
+balancers use other servers. Running calls continue. Models, version and metrics are always answered.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanoflow.server.errors import ApiError
 
-# How long a client may wait before it asks again while the server stops: what answers then is another server.
+# Retry-After while the server stops, in seconds: another server will answer.
 DRAINING_RETRY_S = 5
 _FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _HEALTH = "/health"
@@ -23,11 +22,11 @@ _HEALTH = "/health"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
-    """Why calls are not let in.
+    """Why calls are not admitted.
 
     Attributes:
-        message, code: For the client, in words and as a word for programs.
-        retry_after_s: When to ask again.
+        message, code: The reason for the client, as a sentence and as a word to be read by programs.
+        retry_after_s: Seconds after which to try again.
     """
 
     message: str
@@ -43,7 +42,7 @@ DRAINING = Closed(
 
 
 def restarting(retry_after_s: float) -> Closed:
-    """The gate while the engine is started again, which takes about so long."""
+    """The reason while the engine is started again, which takes about so many seconds."""
     return Closed(
         message="the engine has ended and is being started again: ask again later",
         code="engine_restarting",
@@ -52,11 +51,11 @@ def restarting(retry_after_s: float) -> Closed:
 
 
 class Gate:
-    """Lets calls in or refuses them. Belongs to one event loop; open at first.
+    """Admits calls or refuses them. To be used in one event loop. It is open at first.
 
     Attributes:
         closed: Why it is closed; None while it is open.
-        num_inside: Calls that were let in and have not been answered to their end.
+        num_inside: Admitted calls whose answers have not ended.
     """
 
     def __init__(self) -> None:
@@ -66,37 +65,37 @@ class Gate:
         self._empty.set()
 
     def close(self, reason: Closed) -> None:
-        """Refuse calls from now on; one that is closed for good (draining) stays so."""
+        """Refuse calls from now on. A gate that is closed for good (draining) keeps its reason."""
         if self.closed is not DRAINING:
             self.closed = reason
 
     def open(self) -> None:
-        """Let calls in again, unless it is closed for good."""
+        """Admit calls again, unless the gate is closed for good."""
         if self.closed is not DRAINING:
             self.closed = None
 
     async def empty(self) -> None:
-        """Wait until nobody is inside."""
+        """Wait until no admitted call is running."""
         await self._empty.wait()
 
     def enter(self) -> None:
-        """A call goes in."""
+        """Count an admitted call."""
         self.num_inside += 1
         self._empty.clear()
 
     def leave(self) -> None:
-        """A call has been answered, or given up."""
+        """Count off a call that was answered or given up."""
         self.num_inside -= 1
         if self.num_inside == 0:
             self._empty.set()
 
 
 class GateMiddleware:
-    """Requests that cost something go through a gate.
+    """Puts requests that cost something through a gate.
 
     Args:
         app: The application behind it.
-        gate: Who is let in.
+        gate: Decides whether calls are admitted.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
@@ -123,6 +122,6 @@ class GateMiddleware:
 async def _refuse(closed: Closed, scope: Scope, receive: Receive, send: Send) -> None:
     headers = {"retry-after": str(closed.retry_after_s)}
     if closed is DRAINING:
-        headers["connection"] = "close"  # the next request finds another server
+        headers["connection"] = "close"  # so that the next request can reach another server
     answer = ApiError(503, closed.message, code=closed.code).response(headers)
     await answer(scope, receive, send)

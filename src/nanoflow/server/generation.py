@@ -1,7 +1,7 @@
-"""One call to the engine: several prompts at once, and what is new of each of their completions.
+"""One call to the engine: several prompts at once, and what is new in each of their completions.
 
-The engine's outputs grow in place; a `Cursor` remembers how much of a completion was shown. A complete answer is what
-is new since nothing was shown, so that streams and answers are made by the same code. Knows nothing of JSON shapes.
+The engine's outputs grow in place; a `Cursor` remembers how much of a completion was sent. A whole answer is what is
+new when nothing was sent before, so the same code makes streams and whole answers. Other files make JSON of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ News = tuple[int, RequestOutput]
 
 
 class Doors(Protocol):
-    """What a call passes before the engine hears of it."""
+    """The checks and conversions of a call before its prompts go to the engine."""
 
     @property
     def admission(self) -> Admission:
@@ -43,7 +43,7 @@ class Call:
     """What the engine is asked for on behalf of one HTTP request.
 
     Attributes:
-        engine: Who generates.
+        engine: The engine.
         prompts: One or more.
         params: How, for each of them.
         doors: What lets the call in; None lets every call in, with its prompts as they are.
@@ -63,14 +63,14 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choice_index(self, prompt_index: int, completion: CompletionOutput) -> int:
-        """Place of a completion among those of all prompts."""
+        """Index of a completion among those of all prompts."""
         return prompt_index * self.params.n + completion.index
 
     async def news(self, *, streams: bool = True) -> AsyncGenerator[News, None]:
-        """Yield (place of the prompt, its output) whenever the output has grown; closing it ends all prompts.
+        """Yield (index of the prompt, its output) whenever an output has grown; closing this aborts all prompts.
 
         Args:
-            streams: False yields finished outputs alone.
+            streams: False yields only finished outputs.
 
         Raises:
             ApiError: There is no room (429), a prompt cannot be served (400), failed (500), or the engine died (503).
@@ -117,7 +117,7 @@ class Call:
                 tasks.append(asyncio.create_task(self._pump(prompt, index, streams, queue)))
                 await asyncio.sleep(0)  # one prompt begins in each turn of the event loop
             early = [queue.get_nowait() for _ in range(queue.qsize())]
-            # A prompt that is refused comes before what others have generated meanwhile: nothing has been shown yet.
+            # If a prompt is refused, raise that before anything of other prompts is yielded: nothing was sent yet.
             for item in sorted(early, key=lambda item: not isinstance(item, Exception)):
                 queue.put_nowait(item)
             while num_open:
@@ -147,7 +147,7 @@ class Call:
 
 
 class Window(Sequence[PositionLogprobs]):
-    """A part of log probabilities that may grow meanwhile; mappings are made where they are looked at."""
+    """A slice of log probabilities, which may still grow; an entry's mapping is made when it is read."""
 
     def __init__(self, whole: Sequence[PositionLogprobs], start: int, end: int) -> None:
         self._whole = whole
@@ -168,12 +168,12 @@ class Window(Sequence[PositionLogprobs]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What is new of a completion.
+    """What is new in a completion.
 
     Attributes:
-        is_first: Nothing was shown before.
-        text: Text that follows what was shown.
-        token_ids, logprobs: Tokens that follow; `logprobs` is None unless asked for.
+        is_first: Whether nothing was sent before.
+        text: The new text.
+        token_ids, logprobs: The new tokens; `logprobs` is None unless asked for.
         finish_reason, stop_reason: Set with the last delta.
     """
 
@@ -186,29 +186,29 @@ class Delta:
 
     @property
     def is_plain(self) -> bool:
-        """True if there is nothing but text in it."""
+        """True if it has only text."""
         return self.logprobs is None and self.finish_reason is None
 
     @property
     def num_entries(self) -> int:
-        """Tokens and log probabilities in it."""
+        """Number of its tokens and log probabilities."""
         return len(self.token_ids) + (len(self.logprobs) * len(self.logprobs[0]) if self.logprobs else 0)
 
     def with_text(self, text: str) -> Delta:
-        """The same with another text."""
+        """A copy with another text."""
         return dataclasses.replace(self, text=text)
 
 
 @dataclass(slots=True)
 class Cursor:
-    """How much of one completion was shown."""
+    """How much of one completion was sent."""
 
     num_chars: int = 0
     num_tokens: int = 0
     is_finished: bool = False
 
     def advance(self, completion: CompletionOutput) -> Delta | None:
-        """Take what is new; None if there is no new token and no end."""
+        """Return what is new since the last call; None if there is no new token and no end."""
         num_tokens = len(completion.token_ids)
         if self.is_finished or (num_tokens == self.num_tokens and not completion.is_finished):
             return None

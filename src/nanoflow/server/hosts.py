@@ -1,7 +1,7 @@
-"""Names in the Host header that are answered: a page of another site cannot reach a server of this machine by them.
+"""Accept only requests with known names in the Host header, as a protection against DNS rebinding.
 
-Against DNS rebinding: a page of evil.example whose name suddenly means 127.0.0.1 still sends `Host: evil.example`. What
-may be allowed is checked in `access.py`.
+In that attack evil.example is made to resolve to 127.0.0.1, so that a page of that site can reach a server on this
+machine. But the browser still sends `Host: evil.example`. `access.py` checks the names that may be allowed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nanoflow.config import ServerConfig
 from nanoflow.server.errors import ApiError
 
 ALL = "*"
-# Names as of RFC 6761.
+# Names of this machine by RFC 6761, and its addresses.
 LOOPBACK = ("localhost", "*.localhost", "127.0.0.0/8", "::1")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\\\s?#,]+)(?::([0-9]{0,5}))?")
 
 
 def is_loopback(host: str) -> bool:
-    """True if an address to listen at can be reached from this machine alone."""
+    """True if an address to listen at can be reached only from this machine."""
     try:
         found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
@@ -34,7 +34,7 @@ def is_loopback(host: str) -> bool:
 
 
 def with_hosts(config: ServerConfig) -> ServerConfig:
-    """The options with the hosts that are answered where they do not say: those by which the address can be meant."""
+    """The options with a default for the accepted hosts: all names that can mean the address to listen at."""
     if config.allowed_hosts is not None:
         return config
     hosts = (config.host, *LOOPBACK) if is_loopback(config.host) else (ALL,)
@@ -42,10 +42,10 @@ def with_hosts(config: ServerConfig) -> ServerConfig:
 
 
 class Hosts:
-    """Which hosts are answered.
+    """The accepted hosts.
 
     Args:
-        patterns: Names, `*.NAME` for what lies below a name, addresses, networks, `*` for all.
+        patterns: Names, `*.NAME` for all subdomains of a name, addresses, networks, `*` for all.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -56,7 +56,7 @@ class Hosts:
         self._suffixes = tuple(name[1:] for name in names if name.startswith("*."))
 
     def allow(self, host: str) -> bool:
-        """True for a name or an address, without its port, that is answered."""
+        """True if a name or an address, without port, is accepted."""
         name = host.lower().removesuffix(".")
         address = address_of(name)
         if address is not None:
@@ -65,11 +65,11 @@ class Hosts:
 
 
 class HostMiddleware:
-    """Refuses requests for other hosts (403), and such as do not say for which (400).
+    """Refuses requests for other hosts (403), and requests without a valid Host header (400).
 
     Args:
         app: The application behind it.
-        hosts: What is answered.
+        hosts: The accepted hosts.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts) -> None:

@@ -1,7 +1,7 @@
-"""How deep and how large JSON is, counted before it is parsed.
+"""Count how deep and how large JSON is, before it is parsed.
 
-Parsing holds the interpreter lock and makes an object of every value; counting brackets, commas and colons outside of
-strings does neither. A text is counted a piece at a time. The parser refuses what is no JSON.
+Parsing holds the interpreter lock and makes an object of every value. Counting brackets, commas and colons outside
+strings does neither. A text is counted in pieces. Invalid JSON is left to the parser.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 PIECE_BYTES = 1 << 18
 _QUOTE = ord('"')
-# What a value costs is about the same for all but these.
+# Cost of a list or object, and of a name in an object, in units of other values.
 ITEMS_A_CONTAINER, ITEMS_A_NAME = 8, 4
 _IS_BETWEEN = np.zeros(256, bool)
 _IS_BETWEEN[[ord(","), ord(":")]] = True
@@ -27,9 +27,9 @@ class JsonShape:
     """What a JSON text has.
 
     Attributes:
-        depth: Lists and objects inside each other, at most.
-        num_items: Values in lists and objects, all together. A list or object costs as much as eight of them, a name in
-            an object as four, and they count as that.
+        depth: Largest nesting of lists and objects.
+        num_items: Number of values in lists and objects. A list or object counts as eight, and a name in an object as
+            four, since they cost as much.
     """
 
     depth: int
@@ -37,7 +37,7 @@ class JsonShape:
 
 
 def json_shape(text: bytes) -> JsonShape:
-    """Count what a JSON text has; linear in its length."""
+    """The shape of a JSON text, in time linear in its length."""
     depth = deepest = num_items = start = 0
     is_in_string = False
     while start < len(text):
@@ -45,7 +45,7 @@ def json_shape(text: bytes) -> JsonShape:
         piece = text[start:end]
         start = end
         if b"\\" in piece:
-            # Escaped quotes end no string. Escapes stand in strings alone: their other characters do not matter.
+            # Remove escaped quotes, which do not end a string. Escapes occur only in strings, so others do not matter.
             piece = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
         array = np.frombuffer(piece, np.uint8)
         quotes = np.flatnonzero(array == _QUOTE)
@@ -62,14 +62,14 @@ def json_shape(text: bytes) -> JsonShape:
 
 
 def _outside(places: NDArray[np.intp], quotes: NDArray[np.intp], is_in_string: bool) -> NDArray[np.intp]:
-    """The places that no string surrounds."""
+    """The places that are outside strings."""
     num_before = np.searchsorted(quotes, places)
     is_outside: NDArray[np.bool_] = (num_before + is_in_string) % 2 == 0
     return np.asarray(places[is_outside])
 
 
 def _piece_end(text: bytes, start: int) -> int:
-    """Where a piece may end: not between a backslash and what it escapes."""
+    """The end of a piece, which may not be between a backslash and the escaped character."""
     end = min(start + PIECE_BYTES, len(text))
     if end == len(text):
         return end

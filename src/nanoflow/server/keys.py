@@ -1,8 +1,8 @@
-"""API keys: where they are read, and the check that lets nothing through without one but GET /health.
+"""API keys: read them, and refuse every request without one except GET /health.
 
-The check sees the path as it came over the wire, before anything decodes or normalises it: what is not literally
-`/health` needs a key, whatever routes there are. Keys are compared as digests, all of them each time, so that the time
-taken tells nothing of them. Which characters a key may have: `access.py`.
+The check uses the path as it was sent, before it is decoded or normalised: any path but the literal `/health` needs a
+key, whatever routes there are. A key is compared by its digest with all keys each time, so the time taken reveals
+nothing. `access.py` says which characters a key may have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanoflow.access import check_key, several
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.server.errors import ApiError
 
-# The second is what vLLM reads: who comes from there must not be served without a key unawares.
+# The second is vLLM's: a server that was protected by it there must not run unprotected here.
 KEY_VARIABLES = ("NANOFLOW_API_KEY", "VLLM_API_KEY")
 MAX_KEY_FILE_BYTES = 1 << 20
 OPEN_PATH = "/health"
@@ -28,15 +28,15 @@ OPEN_PATH = "/health"
 def with_all_keys(config: ServerConfig, environment: MutableMapping[str, str]) -> ServerConfig:
     """The options with the keys of file and environment among `api_key`.
 
-    Keys of options go before those of the environment. The variables are taken out of it, so that no process started
-    later inherits them.
+    Keys in options take precedence over those in the environment. The variables are removed from the environment, so
+    that processes started later do not inherit them.
 
     Args:
         config: Options of the server.
-        environment: Such as `os.environ`.
+        environment: A mapping such as `os.environ`.
 
     Raises:
-        ConfigError: The file cannot be read, or a place that should hold keys holds none, or something that is none.
+        ConfigError: The file cannot be read, or a place for keys has none, or has an invalid key.
     """
     inherited = {name: environment.pop(name) for name in KEY_VARIABLES if name in environment}
     keys = [*several(config.api_key), *(_keys_of_file(config.api_key_file) if config.api_key_file else ())]
@@ -65,7 +65,7 @@ def _keys_of_file(path: str) -> list[str]:
 
 
 def _keys_of_environment(variables: Mapping[str, str]) -> list[str]:
-    """The keys of the first variable that is set, several divided by blanks."""
+    """The keys in the first variable that is set, separated by white space."""
     for name, value in variables.items():
         keys = value.split()
         if not keys:
@@ -99,11 +99,11 @@ def _digest(text: bytes) -> bytes:
 
 
 class KeyMiddleware:
-    """Refuses HTTP requests without a key (401), but for GET and HEAD of /health.
+    """Refuses HTTP requests without a valid key (401), except GET and HEAD of /health.
 
     Args:
         app: The application behind it.
-        keys: What is let in.
+        keys: The valid keys.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
@@ -130,7 +130,7 @@ class KeyMiddleware:
 
 
 def _is_open(scope: Scope) -> bool:
-    """True for what needs no key; the path is looked at as it was sent and as it was read."""
+    """True for a request that needs no key; both the path as sent and the decoded path are checked."""
     sent = scope.get("raw_path")
     is_health = scope["path"] == OPEN_PATH and (sent is None or sent == OPEN_PATH.encode())
     return is_health and scope["type"] == "http" and scope["method"] in ("GET", "HEAD")

@@ -1,7 +1,7 @@
-"""`LastingEngine`: the engine as routes and metrics see it, the same when its process is replaced.
+"""`LastingEngine`: the engine as routes and metrics see it; it stays the same object when the engine is replaced.
 
-Requests belong to the engine that they were given to and end with it; what does not is the state that is asked for all
-the time. Who replaces the engine, and how often, is `serve.py`'s and `front_end.py`'s to know.
+Requests belong to the engine that they were given to, and end with it. State and counts outlast it. `serve.py` and
+`front_end.py` replace the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LastingEngine:
     """The engine that runs now, or the one that ran last while the next is being started.
 
     Args:
-        engine: The first.
+        engine: The first engine.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -36,7 +36,7 @@ class LastingEngine:
         self._before: dict[str, int] = dict.fromkeys(_COUNTS, 0)
 
     def replace(self, engine: AsyncEngine) -> None:
-        """Go on with another engine; the observer is told of its requests from now on."""
+        """Use another engine from now on; the observer is told of its requests."""
         engine.observer = self.current.observer
         stats = self.stats
         self._before = {name: getattr(stats, name) for name in _COUNTS}
@@ -44,7 +44,7 @@ class LastingEngine:
 
     @property
     def observer(self) -> Observer | None:
-        """Who is told of times and counts."""
+        """What is told of times and counts."""
         return self.current.observer
 
     @observer.setter
@@ -63,7 +63,7 @@ class LastingEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """State of the engine; one that has ended runs nothing. Counts go on over all engines."""
+        """State of the engine; an ended engine has no requests. Counts are sums over all engines so far."""
         stats = self.current.stats
         counts = {name: getattr(stats, name) + before for name, before in self._before.items()}
         if not self.is_alive:
@@ -77,7 +77,7 @@ class LastingEngine:
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Seconds since the engine's loop was last heard of."""
+        """Seconds since the last message of the engine."""
         return self.current.heartbeat_age_s
 
     def generate(

@@ -1,4 +1,4 @@
-"""Where the server listens: one port for several processes, and how many of them there are."""
+"""The server's port, which several processes share, and the number of these processes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import sys
 
 from nanoflow.config import ConfigError, Goal
 
-# Connections that wait to be accepted; the system cuts it to its own limit.
+# Connections that may wait to be accepted; the system may have a lower limit.
 BACKLOG = 4096
 MAX_FRONT_ENDS = 8
-# From this many cores on the engine leaves room for a second front end.
+# From this many cores on there is room for a second front end beside the engine.
 _CORES_FOR_TWO = 8
-# Cores a front end: a loaded engine keeps three busy with its threads, and short gaps want them free.
+# Cores for each front end. A loaded engine keeps three busy with its threads; short gaps need them free.
 _CORES_A_FRONT_END: dict[Goal, int] = {"throughput": 3, "balanced": 4, "latency": 8}
 
 
 def choose_num_front_ends(num_cores: int, goal: Goal) -> int:
-    """How many processes answer HTTP on a machine, if nobody has said."""
+    """The default number of processes that answer HTTP."""
     if num_cores < _CORES_FOR_TWO:
         return 1
     return min(num_cores // _CORES_A_FRONT_END[goal], MAX_FRONT_ENDS)
@@ -32,13 +32,13 @@ def num_cores() -> int:
 
 
 def bind(host: str, port: int, count: int = 1) -> list[socket.socket]:
-    """Sockets at one address for so many processes; each refuses connections until it is listened at.
+    """Sockets at one address, one for each process; each refuses connections until its process listens.
 
-    Port 0 takes a free one. Where the system deals connections out over sockets at the same port (Linux), each process
-    has one; elsewhere they are copies of the same.
+    Port 0 takes a free port. On systems that distribute connections over sockets at the same port (Linux), each process
+    gets a socket of its own; on others, a copy of the same socket.
 
     Raises:
-        ConfigError: The address is not there, or taken.
+        ConfigError: The address does not exist or is in use.
     """
     listeners: list[socket.socket] = []
     try:
@@ -47,7 +47,7 @@ def bind(host: str, port: int, count: int = 1) -> list[socket.socket]:
         ]
         is_shared = count > 1 and deals_connections_out()
         if is_shared:
-            # A port that is to be shared could be shared with another program as well: ask for it alone first.
+            # A shared port could be shared with another program as well: first check that it is free.
             _bind(family, kind, address, is_shared=False).close()
         listeners.append(_bind(family, kind, address, is_shared=is_shared))
         for _ in range(count - 1):
@@ -61,7 +61,7 @@ def bind(host: str, port: int, count: int = 1) -> list[socket.socket]:
 
 
 def deals_connections_out() -> bool:
-    """True where the system spreads the connections of a port over all sockets that listen at it."""
+    """True if the system distributes the connections of a port over all sockets that listen at it."""
     return sys.platform == "linux" and hasattr(socket, "SO_REUSEPORT")
 
 
@@ -79,7 +79,7 @@ def _bind(family: int, kind: int, address: object, *, is_shared: bool) -> socket
 
 
 def url(listener: socket.socket, *, has_tls: bool = False) -> str:
-    """Address of a bound socket for people and programs."""
+    """URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     place = f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
     return f"{'https' if has_tls else 'http'}://{place}"

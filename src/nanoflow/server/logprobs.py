@@ -1,8 +1,7 @@
-"""Log probabilities in the three shapes clients read: legacy completions, chat, and prompt log probabilities.
+"""Convert log probabilities to the three shapes of the API: completions, chat, and prompt log probabilities.
 
-`PositionLogprobs` of `outputs.py` come in, typed dictionaries of `responses.py` go out. A token is known by its id, and
-its bytes are its own: two tokens may have the same text, and a part of a character has none. Knows no HTTP and no
-engine.
+The input is `PositionLogprobs` of `outputs.py`, the output are typed dictionaries of `responses.py`. A token is
+identified by its id, and has bytes of its own: two tokens may have the same text, and a part of a character has none.
 """
 
 from __future__ import annotations
@@ -20,28 +19,28 @@ from nanoflow.server.responses import (
     TopLogprob,
 )
 
-LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
+LOWEST_LOGPROB = -9999.0  # in place of minus infinity, which JSON does not have
 
 
 class TokenTexts(Protocol):
-    """What tokens are called."""
+    """Texts of single tokens, as log probabilities name them."""
 
     def token_text(self, token_id: int) -> str:
-        """Text of a token; what is not a whole character shows as U+FFFD."""
+        """Text of a token; a part of a character gives U+FFFD."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes."""
 
 
 class TokenIdTexts:
-    """Tokens called by their ids, as clients of vLLM may ask for: "token_id:5"."""
+    """Ids in place of texts, as in vLLM: "token_id:5"."""
 
     def token_text(self, token_id: int) -> str:
-        """The id."""
+        """The text "token_id:ID"."""
         return f"token_id:{token_id}"
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Of that text."""
+        """The bytes of that text."""
         return self.token_text(token_id).encode()
 
 
@@ -61,13 +60,13 @@ def completion_logprobs(
     text_offsets: Sequence[int],
     texts: TokenTexts,
 ) -> CompletionLogprobs:
-    """Lists of one entry a token. A mapping of alternatives always has the token that stands there, under its name.
+    """Lists with one entry for each token. A mapping of alternatives always has the token itself too.
 
     Args:
-        token_ids: The tokens that stand there.
+        token_ids: The tokens.
         places: Their log probabilities; None where there are none (the first token of a prompt).
-        text_offsets: Where each begins in the text.
-        texts: What tokens are called.
+        text_offsets: Offset of each token in the text.
+        texts: Texts of single tokens.
     """
     pairs = list(zip(token_ids, places, strict=True))
     return {
@@ -81,7 +80,7 @@ def completion_logprobs(
 def chat_logprobs(
     token_ids: Sequence[int], places: Sequence[PositionLogprobs], *, num_top: int, texts: TokenTexts
 ) -> ChatLogprobs:
-    """One entry a token, each with the `num_top` most probable ones."""
+    """One entry for each token, with the `num_top` most probable tokens at its place."""
     content: list[ChatLogprob] = []
     for token_id, place in zip(token_ids, places, strict=True):
         ranked = sorted(place.items(), key=lambda item: -item[1].logprob)[:num_top]
@@ -91,7 +90,7 @@ def chat_logprobs(
 
 
 def prompt_logprobs(places: Sequence[PositionLogprobs | None], texts: TokenTexts) -> PromptLogprobs:
-    """One mapping {token id: log probability, rank, text} a prompt token; None for the first."""
+    """For each prompt token a mapping {token id: log probability, rank, text}; None for the first."""
     return [
         None if place is None else {str(token_id): _ranked(token_id, place, texts) for token_id in place}
         for place in places
@@ -104,7 +103,7 @@ def _ranked(token_id: int, place: PositionLogprobs, texts: TokenTexts) -> Ranked
 
 
 def _by_name(token_id: int, place: PositionLogprobs, texts: TokenTexts) -> dict[str, float]:
-    """Log probability by name, that of the token itself first; one whose name is taken goes by its id."""
+    """Log probability by name, with the token itself first; a token whose name is taken gets its id as name."""
     by_name: dict[str, float] = {}
     for other in (token_id, *(other for other in place if other != token_id)):
         name = _name(other, texts)
@@ -113,7 +112,7 @@ def _by_name(token_id: int, place: PositionLogprobs, texts: TokenTexts) -> dict[
 
 
 def _name(token_id: int, texts: TokenTexts) -> str:
-    """A token's text, or its bytes as OpenAI writes them ("bytes:\\xe2\\x9c") if they are no whole characters."""
+    """A token's text, or its bytes as OpenAI writes them ("bytes:\\xe2\\x9c") if they are not whole characters."""
     text = whole_text(token_id, texts)
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in texts.token_bytes(token_id)) if text is None else text
 

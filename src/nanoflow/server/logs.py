@@ -1,4 +1,4 @@
-"""Where the server's processes log to: standard error, a line a message, from the level that was asked for on."""
+"""Logging of the server's processes: to standard error, one line for each message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nanoflow.engine.quiet_log import log_quietly
 
 
 class _LineFormatter(logging.Formatter):
-    """Says who speaks; how grave it is only where it is more than news."""
+    """Begins a line with the speaker, and with the level if it is above INFO."""
 
     def __init__(self, speaker: str) -> None:
         super().__init__(f"{speaker}: %(message)s")
@@ -19,11 +19,11 @@ class _LineFormatter(logging.Formatter):
 
 
 def start_logging(level: str, speaker: str = "nanoflow") -> None:
-    """Let this process's messages from a level on be read.
+    """Log this process's messages from a level on.
 
     Args:
         level: debug, info, warning or error.
-        speaker: Begins each line.
+        speaker: Name at the beginning of each line.
     """
     log_quietly(speaker)
     for handler in logging.getLogger().handlers:

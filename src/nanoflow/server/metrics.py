@@ -1,9 +1,9 @@
-"""Metrics for Prometheus: observes the engine's front end and renders what it saw.
+"""Metrics for Prometheus: observe the engine's front end, and render the counts.
 
-Names (after the prefix), labels and buckets are those that dashboards for LLM servers expect. Knows no HTTP; the engine
-calls the observer methods with plain numbers (`engine/observer.py`). What is counted stands in `cells.py`, where the
-counts of all front ends add up. Gauges, and what the engine counts itself, are read from its state when asked for: they
-are right in an idle engine too, and the same whichever front end answers.
+Names (after the prefix), labels and buckets are those that dashboards for LLM servers expect. The engine's front end
+calls the observer methods with plain numbers (`engine/observer.py`). Counts are in `cells.py`, where those of all front
+ends are summed. Gauges, and counts that the engine keeps itself, are read from its state when metrics are requested, so
+they are right in an idle engine too, and the same from every front end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PREEMPTIONS_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 LABELS = ("model_name", "engine")
 
 Buckets = tuple[float, ...]
-# Makes one family of series from the sums over all front ends.
+# Makes one metric family from the sums over all front ends.
 Family = Callable[[Floats], Metric]
 
 
@@ -54,10 +54,10 @@ class ServerMetrics(Collector):
     """Metrics of one engine, with the sums over all front ends.
 
     Args:
-        engine: Asked for its state when metrics are read.
-        prefix: Before each name, with a colon.
+        engine: The engine, whose state is read when metrics are requested.
+        prefix: Prefix of each name, before a colon.
         model_name: Label of each series.
-        cells: What this front end has counted, and the others; its own alone if not given.
+        cells: Cells of all front ends; without them, those of this one alone.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -87,7 +87,7 @@ class ServerMetrics(Collector):
         self._prompt_tokens.inc(num_prompt_tokens)
 
     def observe_tokens(self, num_tokens: int) -> None:
-        """Completions got so many tokens, their first ones among them."""
+        """Completions got so many tokens, including first ones."""
         self._generation_tokens.inc(num_tokens)
 
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
@@ -125,7 +125,7 @@ class ServerMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """All families of series, as the registry asks for them."""
+        """All metric families, for the registry."""
         total = self._cells.total()
         for family in self._families:
             yield family(total)
@@ -229,7 +229,7 @@ class ServerMetrics(Collector):
         self._request_preemptions = add("request_num_preemptions", "Preemptions of a request", PREEMPTIONS_BUCKETS)
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Add a number that is read from the engine."""
+        """Add a gauge that is read from the engine's state."""
 
         def family(_total: Floats) -> Metric:
             gauge = GaugeMetricFamily(self._name(name), text, labels=LABELS)
@@ -239,7 +239,7 @@ class ServerMetrics(Collector):
         self._families.append(family)
 
     def _count(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Add a number that the engine counts since its start."""
+        """Add a counter that the engine keeps."""
 
         def family(_total: Floats) -> Metric:
             counter = CounterMetricFamily(self._name(name), text, labels=LABELS)
@@ -249,7 +249,7 @@ class ServerMetrics(Collector):
         self._families.append(family)
 
     def _info(self, name: str, text: str, infos: Sequence[Mapping[str, object]]) -> None:
-        """Add series that say something in their labels and are 1, each with the same labels."""
+        """Add an info metric: series of value 1 whose labels carry the information."""
 
         def family(_total: Floats) -> Metric:
             gauge = GaugeMetricFamily(self._name(name), text, labels=(*LABELS, *(infos[0] if infos else ())))
@@ -260,7 +260,7 @@ class ServerMetrics(Collector):
         self._families.append(family)
 
     def _counters(self, name: str, text: str, labels: Sequence[Mapping[str, object]]) -> list[CounterCell]:
-        """Add one counter for each set of further labels."""
+        """Add a counter with one series for each set of further labels."""
         counters = [CounterCell(self._cells) for _ in labels]
 
         def family(total: Floats) -> Metric:

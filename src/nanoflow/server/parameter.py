@@ -1,4 +1,4 @@
-"""A field of a request body that is read as `SamplingParams` reads it: with its bounds, conversions and messages."""
+"""Fields of request bodies that are checked as `SamplingParams` are: same bounds, conversions and messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nanoflow.request import KINDS
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A field that is read as a parameter of `SamplingParams` is, in whose words it is refused; or null.
+    """A field that may be null, or a value that is checked as a parameter of `SamplingParams`.
 
     Attributes:
-        name: Of the field.
-        kind: What it may be.
+        name: Name of the field.
+        kind: The values that are allowed.
     """
 
     name: str
@@ -27,18 +27,18 @@ class Parameter:
 
     @staticmethod
     def of(name: str, like: str | None = None, **bounds: Any) -> Parameter:
-        """The field `name` as the parameter of that name, or `like` another, maybe within other bounds."""
+        """The field `name`, checked as the parameter of that name or as `like`, optionally with other bounds."""
         kind: Any = KINDS[like or name]
         return Parameter(name, dataclasses.replace(kind, **bounds) if bounds else kind)
 
     def read(self, value: Any) -> Any:
-        """The value as the parameter has it."""
+        """The value, checked and converted."""
         return None if value is None else self.kind.read(self.name, value)
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
-        """For pydantic: how the field is read."""
+        """For pydantic: the schema that reads the field."""
         return core_schema.no_info_plain_validator_function(self.read)
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """For pydantic: what the field may be."""
+        """For pydantic: the JSON schema of the field."""
         return {"anyOf": [self.kind.schema, {"type": "null"}]}

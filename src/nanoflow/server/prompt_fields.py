@@ -1,4 +1,4 @@
-"""Fields of a request body about its prompt as tokens: how they are made, which are kept, which are shown."""
+"""Fields of a request body about the tokens of its prompt: how they are made, which are kept, which are shown."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class PromptFields(BaseModel):
         """The tokens of a prompt that are kept.
 
         Args:
-            token_ids: All of them.
-            max_tokens: As many as there is room for.
+            token_ids: All tokens of the prompt.
+            max_tokens: How many there is room for.
 
         Raises:
             RequestError: More are to be kept than there is room for.

@@ -1,9 +1,9 @@
 """Request bodies of the OpenAI-compatible API, with the bounds of every field.
 
-Optional fields default to None, which means "as the model recommends, else as `SamplingParams` has it": defaults live
-there alone, and so does what each of its parameters may be (`KINDS`). Fields that a body has not are refused, but those
-of other servers whose value changes nothing (`foreign.py`). Messages: `conversation_fields.py`. Bodies of answers:
-`responses.py`.
+Optional fields default to None, which means the value that the model recommends, else the default of `SamplingParams`.
+Defaults and allowed values of parameters are defined only there (`KINDS`). Unknown fields are refused, except fields of
+other servers with values that have no effect (`foreign.py`). `conversation_fields.py` has messages, `responses.py` has
+bodies of answers.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from nanoflow.server.parameter import Parameter
 from nanoflow.server.prompt_fields import PromptFields
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(read_ids)]
-# How many there may be, `call_bounds.py` looks at before.
+# `call_bounds.py` bounds their number before this is checked.
 Texts = Annotated[list[Text], Field(min_length=1)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Name the one form of the four that a prompt can only be, so that an error speaks of that form."""
+    """Decide which of its four forms a prompt has, so that an error is about that form."""
     if not isinstance(value, list):
         return "<text>"
     kinds: dict[type, str] = {str: "<texts>", list: "<token id lists>"}
@@ -59,7 +59,7 @@ PromptField = Annotated[
 
 
 class StreamOptions(RequestBody):
-    """Extras of a stream."""
+    """Options of a stream."""
 
     foreign: ClassVar[ForeignFields] = OF_STREAMS
 
@@ -130,12 +130,12 @@ class SamplingFields(PromptFields, RequestBody):
         return self
 
     def sampling(self, defaults: SamplingDefaults, **more: Any) -> SamplingParams:
-        """Parameters for the engine: the fields that were given, over the model's defaults, and `more` on top.
+        """Parameters for the engine: the model's defaults, replaced by the given fields, replaced by `more`.
 
         Raises:
-            RequestError: Fields that do not go together.
+            RequestError: The fields contradict each other.
         """
-        # Of a prompt's tokens the server decides before it has parameters.
+        # Fields about the prompt's tokens are applied by the server itself.
         common = (SamplingFields.model_fields.keys() & KINDS.keys()) - PromptFields.model_fields.keys()
         given = {name: value for name in common if (value := getattr(self, name)) is not None}
         return defaults.params({**given, **more})
@@ -162,7 +162,7 @@ class CompletionRequest(SamplingFields):
 
     @property
     def is_echo_only(self) -> bool:
-        """True if the prompt is all that is asked for."""
+        """True if only the prompt is asked for, without a completion."""
         return self.max_tokens == 0
 
     @model_validator(mode="after")
@@ -172,7 +172,7 @@ class CompletionRequest(SamplingFields):
         return self
 
     def to_params(self, *, defaults: SamplingDefaults = NO_DEFAULTS, can_detokenize: bool = True) -> SamplingParams:
-        """Parameters for the engine, which always generates a token: with `is_echo_only` it is to be hidden."""
+        """Parameters for the engine. It always generates a token, which is hidden with `is_echo_only`."""
         more: dict[str, Any] = {"logprobs": self.logprobs, "detokenize": can_detokenize}
         if self.max_tokens is not None:
             more["max_tokens"] = max(self.max_tokens, 1)
@@ -216,7 +216,7 @@ class ChatCompletionRequest(SamplingFields, Conversation):
 
     @property
     def echoed(self) -> str:
-        """What is put before the answer."""
+        """The text that is put before the answer."""
         last = self.messages[-1]
         return last.text if self.echo and last.role == "assistant" else ""
 

@@ -1,7 +1,7 @@
-"""Bodies of answers, as the OpenAPI document shows them and as the routes build them.
+"""Bodies of answers, as the routes build them and the OpenAPI document shows them.
 
-Typed dictionaries: a chunk of a stream costs one dict and one encoding. Bodies of requests stand in `protocol.py`; the
-error body is built in `errors.py`.
+They are typed dictionaries, so a chunk of a stream costs one dict and one encoding. `protocol.py` has the bodies of
+requests; `errors.py` builds the error body.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ PromptLogprobs = list[dict[str, RankedLogprob] | None]
 
 
 class CompletionLogprobs(TypedDict):
-    """Lists of one entry a token; the first token of an echoed prompt has no log probability.
+    """Lists with one entry for each token; the first token of an echoed prompt has no log probability.
 
-    Tokens go by their text, parts of characters by their bytes ("bytes:\\xe2\\x9c"). Of alternatives that go by the
-    same name, those after the first go by their id ("token_id:7"). `text_offset` counts characters of the text.
+    A token is named by its text, a part of a character by its bytes ("bytes:\\xe2\\x9c"). If alternatives have the same
+    name, those after the first are named by their id ("token_id:7"). `text_offset` counts characters of the text.
     """
 
     tokens: list[str]
@@ -67,9 +67,9 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(TypedDict):
-    """One completion, or what is new of it in a stream.
+    """One completion, or what is new in it in a stream.
 
-    What was not asked for is null in an answer and left out of a stream. The token ids of the prompt come once.
+    What was not asked for is null in a whole answer and absent in a stream. The token ids of the prompt come once.
     """
 
     index: int
@@ -109,13 +109,13 @@ class ChatLogprob(TopLogprob):
 
 
 class ChatLogprobs(TypedDict):
-    """One entry a token."""
+    """One entry for each token."""
 
     content: list[ChatLogprob]
 
 
 class ChatMessage(TypedDict):
-    """What the assistant says; the rest is null, for clients that look for it."""
+    """The assistant's message; other fields are null, for clients that read them."""
 
     role: Literal["assistant"]
     content: str
@@ -151,14 +151,14 @@ class ChatCompletionResponse(TypedDict):
 
 
 class ChatDelta(TypedDict, total=False):
-    """What is new of a message; the role comes once."""
+    """What is new in a message; the role comes once."""
 
     role: Literal["assistant"]
     content: str
 
 
 class ChatChunkChoice(TypedDict):
-    """What is new of one answer."""
+    """What is new in one answer."""
 
     index: int
     delta: ChatDelta
@@ -169,7 +169,7 @@ class ChatChunkChoice(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """One event of a stream of /v1/chat/completions; the token ids of the prompt stand in the first."""
+    """One event of a stream of /v1/chat/completions; the first one has the token ids of the prompt."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -224,7 +224,7 @@ class TokenizerInfo(TypedDict):
 
 
 class HealthResponse(TypedDict):
-    """The engine loop answers."""
+    """The engine is alive."""
 
     status: Literal["ok"]
     heartbeat_age_s: float

@@ -1,7 +1,7 @@
 """Start the engine again when it has died, as often as allowed.
 
-Requests that were with it are told by their front ends, new ones are refused at the gate while it starts, and metrics
-go on. Why it died is not known here; how a process is started is `engine/child.py`'s.
+Front ends end the requests of the dead engine with an error. While the next one starts, the gate refuses new requests;
+metrics continue. `engine/child.py` starts processes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ async def keep_engine(
     siblings: Siblings,
     max_restarts: int,
 ) -> NoReturn:
-    """Start the engine again whenever it has died, at most so often and not while the server is draining.
+    """Start the engine again whenever it has died, up to the allowed number of times, but not while the server drains.
 
     Raises:
-        EngineDeadError: It has died once more; the message is the last reason.
+        EngineDeadError: It has died more often; the message is the last reason.
     """
     death = await _death(engine)
     for number in range(1, max_restarts + 1):
@@ -55,6 +55,6 @@ async def keep_engine(
 
 
 async def _death(engine: LastingEngine) -> str:
-    """Wait until the engine has died; why it did."""
+    """Wait until the engine has died; return why."""
     await engine.current.dead()
     return engine.current.death or "nobody knows why"

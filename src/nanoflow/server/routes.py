@@ -1,4 +1,4 @@
-"""Which routes an application has: for a client that asked at the wrong place, or in the wrong way."""
+"""The routes of an application, for errors about a wrong path or method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 
 
 def include(app: FastAPI, routers: Iterable[APIRouter]) -> None:
-    """Add the routes of routers to an application, and to what it can say of its routes."""
+    """Add the routes of routers to an application, and record them for errors."""
     app.state.places = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     for router in routers:
         app.include_router(router)
@@ -27,7 +27,7 @@ def no_such_route(app: FastAPI, path: str) -> str:
 
 
 def allowed_methods(app: FastAPI, path: str) -> list[str]:
-    """The methods that are answered at a path, HEAD where GET is."""
+    """The methods of a path; HEAD is one if GET is."""
     found = {method for route in _places(app) if re.match(route.path_regex, path) for method in route.methods or ()}
     return sorted(found | ({"HEAD"} if "GET" in found else set()))
 

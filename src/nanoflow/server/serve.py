@@ -1,8 +1,8 @@
-"""Run the server: start the engine and the further front ends, answer, say so, and stop in good order.
+"""Run the server: start the engine and the further front ends, answer requests, and stop in an orderly way.
 
-`run_server` returns after SIGINT or SIGTERM and raises when the engine cannot start or dies; the command line turns the
-error into one line and an exit status. This process is the first front end, the others are `siblings.py`'s. Routes are
-in `app.py`.
+`run_server` returns after SIGINT or SIGTERM, and raises if the engine cannot start or dies; the command line makes one
+line and an exit status of the error. This process is the first front end; `siblings.py` runs the others. `app.py` has
+the routes.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 def run_server(engine_config: EngineConfig, server_config: ServerConfig, *, engine_module: str = ENGINE_MODULE) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
-    Prints one line once all processes answer. At the first signal new requests are refused and those that are there
-    have `shutdown_timeout` seconds to end; at the second, or when these are over, they end with an error. Then the
-    engine is closed.
+    Prints one line once all processes answer. After the first signal new requests are refused, and running ones have
+    `shutdown_timeout` seconds to end. After that time or a second signal they end with an error. Then the engine is
+    closed.
 
     Args:
-        engine_config, server_config: What to serve, and how.
+        engine_config, server_config: Options of the engine and of the server.
         engine_module: What the engine's process runs; tests have engines of their own.
 
     Raises:
@@ -72,13 +72,13 @@ class _Server:
     """What all parts of a running server share.
 
     Attributes:
-        engine_config, config: What is served, and how.
+        engine_config, config: Options of the engine and of the server.
         engine_module: What the engine's process runs.
-        place: Where engine and front ends meet.
+        place: The socket where front ends connect to the engine.
         listener: Bound socket of this process.
-        signals: Those that end the server.
+        signals: The signals that end the server.
         siblings: The further front ends.
-        gate: Who is let in here.
+        gate: Decides whether calls to this process are admitted.
         cells: Where this process counts.
     """
 
@@ -93,11 +93,11 @@ class _Server:
     cells: Cells
 
     async def load(self, child: EngineChild) -> AsyncEngine:
-        """The engine, in a process that runs already."""
+        """Load the engine in a process that runs already."""
         return await AsyncEngine.load(child, self.engine_config, interval_s=self.config.stream_interval_ms / 1000)
 
     async def start_engine(self) -> AsyncEngine:
-        """Another engine, after one has died."""
+        """Start another engine after one has died."""
         return await self.load(await EngineChild.start(self.engine_module, self.place))
 
 
@@ -131,7 +131,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engin
         try:
             engine = await _unless_stopped(server.load(child), signals.first)
             if engine is not None:
-                probing = asyncio.create_task(_warn_of_template(engine))  # in a process of its own, beside all else
+                probing = asyncio.create_task(_warn_of_template(engine))  # templates run in another process
                 try:
                     await _answer(server, LastingEngine(engine))
                 finally:
@@ -144,7 +144,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engin
 
 @contextlib.contextmanager
 def _listening(config: ServerConfig, count: int) -> Iterator[list[socket.socket]]:
-    """Sockets for so many processes, closed at the end."""
+    """Listening sockets for the processes; they are closed at the end of the block."""
     listeners = bind(config.host, config.port, count)
     try:
         yield listeners
@@ -166,7 +166,7 @@ async def _unless_stopped(load: Coroutine[Any, Any, AsyncEngine], stop: asyncio.
 
 
 async def _warn_of_template(engine: AsyncEngine) -> None:
-    """Say in one line if the model's chat template is broken; completions of plain prompts work all the same."""
+    """Warn in one line if the model's chat template is broken; completions of plain prompts still work."""
     with contextlib.suppress(RequestError, EngineDeadError):  # there is no tokenizer, or the engine was closed
         problem = await asyncio.to_thread(template_problem, engine.tokenizer)
         if problem is not None:
@@ -174,7 +174,7 @@ async def _warn_of_template(engine: AsyncEngine) -> None:
 
 
 async def _answer(server: _Server, engine: LastingEngine) -> None:
-    """Answer until a signal has been obeyed, or until the engine or the family cannot go on; then end them all."""
+    """Answer until a signal ends the server, or the engine or front ends cannot be restarted; then end all."""
     is_ready, stop = asyncio.Event(), asyncio.Event()
     answering = asyncio.create_task(
         answer(
@@ -209,7 +209,7 @@ async def _answer(server: _Server, engine: LastingEngine) -> None:
 
 
 async def _drain(server: _Server) -> None:
-    """Wait for a signal; then take nothing new, and let what is there end, up to a time and a second signal."""
+    """Wait for a signal, then refuse new calls and wait until running ones end, a timeout, or a second signal."""
     await server.signals.first.wait()
     server.gate.close(DRAINING)
     server.siblings.drain()
@@ -231,7 +231,7 @@ async def _drain(server: _Server) -> None:
 
 
 async def _keep_family(server: _Server, engine: LastingEngine, is_ready: asyncio.Event) -> None:
-    """Say once that all front ends answer, then start again whichever ends."""
+    """Wait until all front ends answer and report it, then restart those that end."""
     await is_ready.wait()
     await server.siblings.ready()
     if engine.facts.limits is not None:
@@ -252,7 +252,7 @@ def _ready_line(engine: LastingEngine, config: ServerConfig, listener: socket.so
 
 
 def open_to_all(config: ServerConfig, root_url: str) -> str | None:
-    """What to say if anybody on the network may use the server; None if that is not so."""
+    """A warning if anybody on the network may use the server; None otherwise."""
     if config.api_key or is_loopback(config.host):
         return None
     return f"whoever reaches {root_url} can use the model: give --api-key-file, or --host 127.0.0.1"

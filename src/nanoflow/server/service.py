@@ -31,9 +31,9 @@ from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest
 T = TypeVar("T")
 
 _TOKEN_THREADS = 2
-# Texts of a call that become tokens in one go; such a piece takes some 30 ms.
+# Characters of a call's texts that are encoded in one piece, which takes about 30 ms.
 _PIECE_CHARS = 1 << 16
-# So short texts take less than a millisecond.
+# Texts up to this length take less than a millisecond to encode.
 _SHORT_CHARS = 1024
 
 
@@ -42,15 +42,15 @@ class Service:
     """One served model.
 
     Attributes:
-        engine: Who generates.
+        engine: The engine.
         config: Options of the server.
         started: Seconds since 1970.
-        fingerprint: What answers depend on beside the request: the version, and the model as it runs.
-        chat_threads: Where conversations become tokens: a chat template that takes long holds up nothing else.
-        token_threads: Where texts become tokens, and tokens texts.
-        ledger: What is in the server, of all its front ends.
-        call_bounds: What a call may ask for.
-        admission: Whether there is room for a call.
+        fingerprint: Identifies what answers depend on beside the request: the version, and the model as it runs.
+        chat_threads: Threads that render conversations, so that a slow chat template delays nothing else.
+        token_threads: Threads that encode and decode texts.
+        ledger: Completions and tokens in the server, over all front ends.
+        call_bounds: Bounds on what a call may ask for.
+        admission: Decides whether there is room for a call.
     """
 
     engine: ServingEngine
@@ -87,13 +87,13 @@ class Service:
 
     @property
     def tokenizer(self) -> ServingTokenizer:
-        """The model's tokenizer; if there is none, a call that cannot do without is refused (400)."""
+        """The model's tokenizer; without one, a call that needs it is refused (400)."""
         with user_errors():
             return self.engine.tokenizer
 
     @property
     def has_tokenizer(self) -> bool:
-        """False if prompts come as token ids only, and completions have no text."""
+        """False without a tokenizer: prompts can only be token ids, and completions have no text."""
         try:
             return self.engine.tokenizer is not None
         except RequestError:
@@ -109,7 +109,7 @@ class Service:
         return self.tokenizer.token_text(token_id) if self.has_tokenizer else f"token_id:{token_id}"
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, a part of a character too."""
+        """The bytes of one token, which may be a part of a character."""
         if self.has_tokenizer and isinstance(self.tokenizer, Tokenizer):
             return self.tokenizer.bytes_of(token_id)
         return self.token_text(token_id).encode()
@@ -120,7 +120,7 @@ class Service:
             return echo_prompt(self.tokenizer, output, self, is_continued=is_continued, has_offsets=has_offsets)
 
     def completion_offsets(self, output: RequestOutput, params: SamplingParams, start: int) -> TextOffsets:
-        """Counts where the tokens of a completion begin in a text that has `start` characters before it."""
+        """Counts the offsets of a completion's tokens; the text before the completion has `start` characters."""
         if not self.has_tokenizer or not params.detokenize:
             return TextOffsets(None, self, start=start)
         prompt, skips = output.prompt_token_ids, params.skip_special_tokens
@@ -128,7 +128,7 @@ class Service:
         return TextOffsets(detokenizer, self, before=prompt, start=start)
 
     def texts(self, body: PromptFields) -> TokenTexts:
-        """What tokens are called in the log probabilities of a call: by their text, or by their ids."""
+        """How log probabilities of a call name tokens: by their text, or by their ids."""
         wanted = body.return_tokens_as_token_ids
         return TokenIdTexts() if (self.config.return_tokens_as_token_ids if wanted is None else wanted) else self
 
@@ -144,23 +144,23 @@ class Service:
         return tokenizer.longest_token_chars if isinstance(tokenizer, Tokenizer) else None
 
     def deadline_s(self) -> float | None:
-        """When a call that comes now must have ended, on the clock of the event loop; None if there is no such time."""
+        """When a call that begins now must have ended, on the event loop's clock; None if there is no limit."""
         timeout_s = self.config.request_timeout_s
         return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
     async def beside(self, work: Callable[[], T]) -> T:
-        """Do something that takes a while beside the event loop."""
+        """Run something that takes long in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.token_threads, work)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, made beside the event loop: a long text takes a while."""
+        """Token ids of a text, made in a thread, since a long text takes a while."""
         with user_errors("prompt"):
             return await self.beside(partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens))
 
     async def read_prompts(self, prompts: Sequence[Prompt]) -> list[AnyPrompt]:
-        """The prompts of a call, their texts as tokens: a call's are made one piece after the other.
+        """The prompts of a call, with texts encoded in pieces, one after the other.
 
-        So another call waits for a piece at most, not for all prompts of one.
+        So another call waits for one piece at most, not for all prompts of this one.
         """
         if not self.has_tokenizer or not isinstance(self.tokenizer, Tokenizer):
             return list(prompts)
@@ -179,7 +179,7 @@ class Service:
     async def encode_chat(
         self, messages: Sequence[Message], conversation: Conversation, *, add_special_tokens: bool | None
     ) -> list[int]:
-        """Token ids of a conversation, made beside the event loop."""
+        """Token ids of a conversation, made in a thread."""
         options = conversation.template_options
         if "chat_template" in options and not self.config.trust_request_chat_template:
             message = "chat_template is refused: this server takes none from requests (--trust-request-chat-template)"
@@ -207,7 +207,7 @@ class Service:
         return [self.truncated(token_ids, body) for token_ids in all_ids]
 
     def truncated(self, token_ids: list[int], body: CompletionRequest | ChatCompletionRequest) -> list[int]:
-        """What is kept of a prompt, so that the completion fits too."""
+        """The tokens of a prompt that are kept, so that the completion fits too."""
         if body.truncate_prompt_tokens is None:
             return token_ids
         wanted = self.sampling(body).max_tokens or 1
@@ -215,7 +215,7 @@ class Service:
             return body.truncated(token_ids, max(self.engine.facts.max_model_len - wanted, 1))
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """Text of token ids, made beside the event loop; an id that does not exist is refused (400)."""
+        """Text of token ids, made in a thread; an id that does not exist is refused (400)."""
         vocab_size, decode = self.engine.facts.vocab_size, self.tokenizer.decode
         highest = await self.beside(partial(max, token_ids, default=0))
         if highest >= vocab_size:
@@ -226,7 +226,7 @@ class Service:
 
 
 def _pieces(places: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Places in order, so many together as a piece may have of their sizes, one at least."""
+    """Group indices, in order, so that the sizes in a group sum to at most a piece; a group has at least one."""
     piece, size = list[int](), 0
     for place, more in zip(places, sizes, strict=True):
         if piece and size + more > _PIECE_CHARS:

@@ -1,8 +1,8 @@
-"""The further front ends as the server's main process sees them: start, watch, start again, end.
+"""Start, watch, restart and end the further front ends, from the server's main process.
 
-One that ends by itself is started again. Its listening socket stays open here meanwhile, so that connections wait for
-the new process instead of failing, and requests of other front ends are not disturbed. Something that ends them again
-and again is no accident: after `MAX_RESTARTS` in `RESTARTS_WITHIN_S` the server stops.
+A front end that ends by itself is restarted. Its listening socket stays open here meanwhile, so connections wait for
+the new process instead of failing. Requests of other front ends are not affected. After `MAX_RESTARTS` restarts within
+`RESTARTS_WITHIN_S` seconds the server stops, since the cause is then permanent.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Surroundings:
     """What all further front ends share; see `front_end.Setup`.
 
     Attributes:
-        engine: Where they meet the engine.
+        engine: The socket where they connect to the engine.
         engine_config, server_config: Those of the main process.
-        counts: File descriptor of the rows where all count; the main process has the first.
+        counts: File descriptor of the rows of cells in which all count; the first row is the main process's.
     """
 
     engine: EnginePlace
@@ -52,7 +52,7 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sibling:
-    """A further front end: its number, its row of counts, its process, its socket, and what it has said so far."""
+    """A further front end: its number, its row of cells, its process, its socket, and what it has reported."""
 
     number: int
     row: int
@@ -62,7 +62,7 @@ class _Sibling:
     is_drained: asyncio.Event = field(default_factory=asyncio.Event)
 
     def tell(self, command: bytes) -> None:
-        """Send a command; one that has ended gets nothing."""
+        """Send a command; does nothing if the process has ended."""
         assert self.process.stdin is not None
         with suppress(OSError, RuntimeError):
             self.process.stdin.write(command)
@@ -100,10 +100,10 @@ class Siblings:
         await asyncio.gather(*(_ready(sibling) for sibling in self._living.values()))
 
     async def watch(self, engine: LastingEngine) -> None:
-        """Start again whichever ends, and have the engine forget its requests, until the server is draining.
+        """Restart front ends that end, and have the engine drop their requests, until the server drains.
 
         Raises:
-            EngineError: That has happened too often.
+            EngineError: They have ended too often.
         """
         ends = {asyncio.create_task(self._end(sibling)) for sibling in self._living.values()}
         try:
@@ -120,20 +120,20 @@ class Siblings:
                 task.cancel()
 
     def lose_engine(self) -> None:
-        """Tell all that the engine has died: their requests end, and new ones are refused until `join_engine`."""
+        """Tell all that the engine has died: they end their requests, and refuse new ones until `join_engine`."""
         self._tell(LOSE)
 
     def join_engine(self) -> None:
-        """Tell all that the next engine runs."""
+        """Tell all to join the next engine, which runs now."""
         self._tell(JOIN)
 
     def drain(self) -> None:
-        """Tell all to take nothing new; whoever ends from now on is not started again."""
+        """Tell all to refuse new calls. From now on those that end are not restarted."""
         self._is_draining = True
         self._tell(DRAIN)
 
     async def drained(self) -> None:
-        """Wait until all have said after `drain` that nothing runs there any more, or have ended."""
+        """Wait until all have reported after `drain` that no call is running, or have ended."""
         await asyncio.gather(*(sibling.is_drained.wait() for sibling in self._living.values()))
 
     def _tell(self, command: bytes) -> None:
@@ -141,7 +141,7 @@ class Siblings:
             sibling.tell(command)
 
     async def close(self) -> None:
-        """End all, in good order if they can; their listeners are closed, so that new connections are refused."""
+        """End all, by force if they take too long, and close their listeners, so that new connections are refused."""
         for sibling in self._living.values():
             sibling.listener.close()
         self._tell(STOP)
@@ -157,7 +157,7 @@ class Siblings:
     async def _start_one(self, row: int, listener: socket.socket) -> _Sibling:
         around, number = self._surroundings, self._next_number
         self._next_number += 1
-        # Of a session of its own, Ctrl-C in the terminal does not reach it: its end is the parent's to decide.
+        # In a session of its own, Ctrl-C in the terminal does not reach the process: the parent ends it.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", FRONT_END_MODULE),
             stdin=PIPE,
@@ -200,7 +200,7 @@ class Siblings:
 
 
 async def _hear(sibling: _Sibling) -> None:
-    """Note what a front end says, until it has ended."""
+    """Read the reports of a front end until it has ended."""
     assert sibling.process.stdout is not None
     said = {READY: sibling.is_ready, DRAINED: sibling.is_drained}
     async for line in sibling.process.stdout:

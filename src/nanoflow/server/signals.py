@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM mean to the server: the first asks it to end in good order, the second to end at once."""
+"""Handle SIGINT and SIGTERM: after the first signal the server ends in an orderly way, after the second at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 
 
 class StopSignals:
-    """Listens to both signals from now on, in the running event loop.
+    """Handles both signals from now on, in the running event loop.
 
     Attributes:
-        first, second: Set when so many have come.
+        first, second: Set after one signal, and after two.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,9 @@ class StopSignals:
 
 
 def ignore_stop_signals() -> None:
-    """Leave both to the parent, in a process whose end is the parent's to decide.
+    """Ignore both signals, in a process that its parent ends.
 
-    Whoever stops a whole group of processes at once, as service managers do, means the parent, which lets running
-    requests end first.
+    A service manager signals the whole process group. The parent handles that: it lets running requests end first.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The line of statistics that a server logs every few seconds in which there was work: one for all front ends."""
+"""Log a line of statistics of all front ends every few seconds, if there was work."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ async def log_stats(engine: ServingEngine, metrics: ServerMetrics, interval_s: f
 
 
 def stats_line(stats: EngineStats, before: TokenCounts, counts: TokenCounts, span_s: float) -> str:
-    """What there is to say of a span of time.
+    """The line about a span of time.
 
     Args:
-        stats: The engine's state at its end.
-        before, counts: Tokens at its begin and at its end.
-        span_s: Its length.
+        stats: The engine's state at the end.
+        before, counts: Tokens at the beginning and at the end.
+        span_s: Length of the span in seconds.
     """
     usage = stats.pages_in_use / stats.num_pages if stats.num_pages else 0.0
     return (

@@ -1,4 +1,4 @@
-"""Everything but generating: models, tokens, health, version and metrics."""
+"""Routes that do not generate: models, tokens, health, version and metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nanoflow.server.service import Service
 
 
 def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
-    """Routes that say how the server is."""
+    """Routes about the server's state."""
     router = APIRouter(tags=["status"], responses=ERROR_RESPONSES)
     rendering: asyncio.Future[bytes] | None = None
 
@@ -37,7 +37,7 @@ def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
 
     @router.get("/health")
     async def health() -> HealthResponse:
-        """Succeed while the engine loop gives signs of life."""
+        """Succeed while the engine is alive."""
         engine, age_s = service.engine, service.engine.heartbeat_age_s
         if not engine.is_alive:
             raise ApiError(503, "the engine does not run", code="engine_dead")
@@ -60,7 +60,7 @@ def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
     async def metrics_text() -> Response:
         """Metrics for Prometheus."""
         nonlocal rendering
-        # Whoever asks meanwhile gets the same.
+        # Requests that arrive while metrics are rendered share the result.
         if rendering is None or rendering.done():
             rendering = asyncio.ensure_future(asyncio.to_thread(metrics.render))
         return Response(await asyncio.shield(rendering), media_type=metrics.content_type)
@@ -69,7 +69,7 @@ def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
 
 
 def models_router(service: Service) -> APIRouter:
-    """Routes that say what is served."""
+    """Routes about the served model."""
     router = APIRouter(tags=["models"], responses=ERROR_RESPONSES)
 
     def card(name: str) -> ModelCard:
@@ -98,10 +98,10 @@ def models_router(service: Service) -> APIRouter:
 
 
 def tokens_router(service: Service) -> APIRouter:
-    """Routes between text and tokens."""
+    """Routes that convert between text and tokens."""
     router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES, route_class=BodyRoute)
 
-    # Answers may be long: they are encoded as they are, without FastAPI's check of its own models.
+    # Answers may be long, so they are encoded without FastAPI's validation of response models.
     @router.post("/tokenize", response_model=TokenizeResponse)
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt or of a conversation."""

@@ -1,8 +1,7 @@
 """Server-sent events, and calls that end when their client goes away.
 
-Routes hand over a generator of events, encoded with `event` or `EventTemplate`; this file sends them and watches the
-connection. It waits for `http.disconnect` beside the work instead of asking now and then, so that a call that waits in
-the queue ends too. Knows nothing of what the events say.
+Routes pass a generator of events, encoded with `event` or `EventTemplate`; this file sends them and watches the
+connection. It waits for `http.disconnect` while the work runs, so that a call that still waits in a queue ends too.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Events = AsyncGenerator[bytes, None]
 
 DONE = b"data: [DONE]\n\n"
 
-# For the OpenAPI document: each event carries a chunk in JSON, the last one says [DONE].
+# For the OpenAPI document: each event has a chunk in JSON, and the last one is [DONE].
 EVENT_STREAM_CONTENT: dict[str, Any] = {
     "text/event-stream": {
         "itemSchema": {
@@ -42,10 +41,10 @@ def event(chunk: Any) -> bytes:
 
 
 class EventTemplate:
-    """Events of which one text alone varies: what is constant is encoded once.
+    """Events that differ in one text only: the constant rest is encoded once.
 
     Args:
-        make: The chunk that has a given text somewhere, once.
+        make: Makes a chunk that contains the given text once.
     """
 
     __slots__ = ("_head", "_tail")
@@ -55,22 +54,21 @@ class EventTemplate:
         self._head, self._tail = event(make(mark)).split(msgspec.json.encode(mark))
 
     def fill(self, text: str) -> bytes:
-        """`event` of the chunk with this text."""
+        """The event with this text; equal to `event(make(text))`."""
         return b"".join((self._head, msgspec.json.encode(text), self._tail))
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], deadline_s: float | None = None) -> T:
-    """Do the work of a call whose body has been read; cancel it as soon as the client has gone or time is up.
+    """Run a call whose body has been read; cancel it when the client disconnects or the deadline passes.
 
     Args:
-        receive: Of the connection.
-        work: Is closed in any case.
-        deadline_s: On the clock of the event loop; None for no such time.
+        receive: Receives messages of the connection.
+        work: The call; it is closed in any case.
+        deadline_s: Deadline on the event loop's clock; None for none.
 
     Raises:
-        ClientDisconnectedError: The client has gone.
-        ApiError: Time is up (504).
-        ApiError: Whatever else went wrong.
+        ClientDisconnectedError: The client has disconnected.
+        ApiError: The deadline has passed (504), or the call failed.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnect(receive))
@@ -89,7 +87,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], deadli
 
 
 def _result(task: asyncio.Future[T]) -> T:
-    """What the work gave. Its errors become answers here: past the routes they would cost the client its connection."""
+    """The result of the call. Its errors become an ApiError here; otherwise the connection would be closed."""
     try:
         return task.result()
     except Exception as problem:
@@ -102,15 +100,15 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def open_stream(receive: Receive, events: Events, deadline_s: float | None = None) -> Response:
-    """Answer with a stream of events, once the first is there: what fails before that still has a status code.
+    """Answer with a stream of events once the first event is made: a failure before that still gets a status code.
 
     Args:
-        receive: Of the connection.
-        events: One or more whole events at a time, which are sent together.
-        deadline_s: When the stream must have ended, on the clock of the event loop.
+        receive: Receives messages of the connection.
+        events: Yields one or more whole events at a time, which are sent together.
+        deadline_s: When the stream must have ended, on the event loop's clock; None for no limit.
 
     Raises:
-        ClientDisconnectedError: The client has gone.
+        ClientDisconnectedError: The client has disconnected.
         ApiError: The first event could not be made.
     """
     try:
@@ -122,7 +120,7 @@ async def open_stream(receive: Receive, events: Events, deadline_s: float | None
 
 
 class EventStream(Response):
-    """Server-sent events; closes their generator when they end or the client goes away."""
+    """Server-sent events; their generator is closed when they end or the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -139,7 +137,7 @@ class EventStream(Response):
             with suppress(ClientDisconnectedError):
                 try:
                     await while_connected(receive, self._send_all(send), self._deadline_s)
-                except ApiError as problem:  # time is up
+                except ApiError as problem:  # the deadline has passed
                     await send({"type": "http.response.body", "body": event(problem.body()), "more_body": True})
                     await send({"type": "http.response.body", "body": DONE, "more_body": False})
 

@@ -1,6 +1,6 @@
-"""TLS of the HTTP server: certificate and key are tried at the start, and handed to uvicorn.
+"""TLS of the HTTP server: certificate and key are checked at the start, then passed to uvicorn.
 
-What belongs together is checked in `access.py`.
+`access.py` checks which options must be given together.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from nanoflow.config import ConfigError, ServerConfig
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Refuse certificates and keys that cannot be used, before anything that takes long.
+    """Refuse unusable certificates and keys, before the model is loaded.
 
     Raises:
-        ConfigError: A file is not there or not of this kind, or key and certificate are not of one another.
+        ConfigError: A file is missing or has another format, or key and certificate do not match.
     """
     if config.ssl_certfile is None:
         return
@@ -42,7 +42,7 @@ def check_tls(config: ServerConfig) -> None:
 
 
 def uvicorn_arguments(config: ServerConfig) -> dict[str, Any]:
-    """What uvicorn is told of TLS; nothing without."""
+    """uvicorn's options for TLS; empty without TLS."""
     if config.ssl_certfile is None:
         return {}
     required = {"ssl_ca_certs": config.ssl_ca_certs, "ssl_cert_reqs": ssl.CERT_REQUIRED}
@@ -62,7 +62,7 @@ def _no_password() -> str:
 
 
 def _check_holds(name: str, path: str, mark: bytes, what: str) -> None:
-    """Refuse a file that cannot be read or has nothing of a kind in it."""
+    """Refuse a file that cannot be read, or lacks what it should contain."""
     try:
         if not Path(path).is_file():
             raise ConfigError(f"{name} {path!r}: there is no such file")

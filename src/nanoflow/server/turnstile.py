@@ -1,7 +1,7 @@
-"""A burst of calls is let in a few at a time, so that nobody waits until all of them have been taken in.
+"""Admit a burst of calls a few at a time, so that other work need not wait until all of them have been admitted.
 
-To take in a call costs most of a millisecond. A thousand that arrive together would keep everything else waiting for a
-second: tokens of running streams, and /health.
+Admitting a call costs most of a millisecond. A thousand calls that arrive together would delay running streams and
+/health by a second.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ CALLS_A_TURN = 8
 
 
 class Turnstile:
-    """Lets so many on in each turn of the event loop, in the order they came.
+    """Lets a bounded number of calls pass in each turn of the event loop, in order of arrival.
 
     Args:
-        num_a_turn: How many.
+        num_a_turn: How many pass in a turn.
     """
 
     def __init__(self, num_a_turn: int) -> None:
@@ -27,7 +27,7 @@ class Turnstile:
         self._is_planned = False
 
     async def pass_through(self) -> None:
-        """Go on in this turn of the event loop, or in the first that has room."""
+        """Wait for the first turn of the event loop that has room; return at once if this one has."""
         self._plan()
         if self._num_left and not self._waiting:
             self._num_left -= 1
@@ -45,7 +45,7 @@ class Turnstile:
         self._is_planned, self._num_left = False, self._num_a_turn
         while self._waiting and self._num_left:
             turn = self._waiting.popleft()
-            if not turn.done():  # else its call was cancelled
+            if not turn.done():  # otherwise its call was cancelled
                 turn.set_result(None)
                 self._num_left -= 1
         if self._waiting:
@@ -53,7 +53,7 @@ class Turnstile:
 
 
 class TurnstileMiddleware:
-    """POST requests, which are those that cost something, go through a turnstile.
+    """Puts POST requests, which are the ones that cost something, through a turnstile.
 
     Args:
         app: The application behind it.

@@ -1,7 +1,7 @@
-"""Requests that offer another protocol are answered in HTTP/1.1, as the standard allows, body and all.
+"""Answer requests that offer an upgrade to another protocol in HTTP/1.1, as the standard allows.
 
-Java's HttpClient offers HTTP/2 with every first request. The parser of httptools takes what follows the head for the
-other protocol, so that the body of such a request would be lost. What else uvicorn's protocols lack: `wire.py`.
+Java's HttpClient offers HTTP/2 with its first request. The parser of httptools treats what follows the head as the
+other protocol, so the body of such a request would be lost. `wire.py` corrects other shortcomings of uvicorn.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ INVALID = "the bytes are no HTTP request"
 
 
 def without_upgrades(base: Any) -> Any:
-    """A protocol class that reads a request that offers an upgrade once more, without the offer.
+    """Make a protocol class that parses a request with an `Upgrade` header a second time, without that header.
 
     Args:
-        base: uvicorn's `HttpToolsProtocol`, or a class on top of it.
+        base: uvicorn's `HttpToolsProtocol`, or a subclass.
     """
 
     class Protocol(base):  # type: ignore[misc]
@@ -37,7 +37,7 @@ def without_upgrades(base: Any) -> Any:
                 self.send_400_response(INVALID)
 
         def _read_some(self, data: memoryview) -> memoryview:
-            """Read up to the end of the first request that offers an upgrade; what is left."""
+            """Parse up to the end of the first request that offers an upgrade; return the rest."""
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
@@ -50,12 +50,12 @@ def without_upgrades(base: Any) -> Any:
             return data[:0]
 
         def on_headers_complete(self) -> None:
-            """Begin with the request, unless it is read once more."""
+            """Begin the request, unless it will be parsed a second time."""
             if not self.parser.should_upgrade():
                 super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            """End the body, unless the request is read once more."""
+            """End the body, unless the request will be parsed a second time."""
             if not self.parser.should_upgrade():
                 super().on_message_complete()
 
@@ -66,9 +66,9 @@ def plain_head(parser: Any, url: bytes, headers: list[tuple[bytes, bytes]]) -> b
     """The head of a request without its `Upgrade` header.
 
     Args:
-        parser: That has read it.
-        url: As it was sent.
-        headers: In order, names in small letters.
+        parser: The parser that has read it.
+        url: The URL as it was sent.
+        headers: Headers in order, with names in lower case.
     """
     lines = [b" ".join((parser.get_method(), url, b"HTTP/" + parser.get_http_version().encode()))]
     lines += [name + b": " + value for name, value in headers if name != b"upgrade"]

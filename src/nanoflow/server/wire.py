@@ -1,7 +1,6 @@
-"""HTTP on the wire where uvicorn's protocols fall short: clients that half-close, HTTP/1.0, and bytes that are no HTTP.
+"""Correct uvicorn's protocols: clients that half-close, HTTP/1.0, and bytes that are no HTTP.
 
-`on_the_wire` adds to a protocol class of uvicorn; which that is, and what requests mean, is not known here. Limits on
-connections are not kept here either.
+`on_the_wire` makes a subclass of any of uvicorn's protocol classes. `connections.py` bounds connections.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from nanoflow.server.errors import ApiError
 
 # Every answer begins with these bytes, whatever its status.
 HEAD = b"HTTP/1.1 "
-# When one of them is sent to a client that has closed its side, in seconds after the one before. A client that has gone
-# altogether resets the connection at the first, which the second finds out; so it is for one that goes later.
+# When each of these bytes is sent to a client that has closed its side, in seconds after the byte before. A client that
+# has disconnected resets the connection after one byte, which sending the next byte shows.
 PROBES_S = (0.0, 0.1, 0.4, 2.0, 2.0, 10.0, 10.0, 60.0, 60.0)
 
 
 def on_the_wire(base: Any) -> Any:
-    """A protocol class of uvicorn's that also does what this file is about.
+    """Make a subclass of a uvicorn protocol class with the corrections of this file.
 
-    A client that has sent its request and then closes its side (`nc -N`, `shutdown(SHUT_WR)`) gets its whole answer. To
-    the server that looks as if it had gone, so the beginning of the answer, which is always the same, is sent byte by
-    byte: if nobody is there, the connection breaks, and the call is cancelled. With TLS that cannot be told: there the
-    end of input ends the call.
+    A client that closes its side after sending its request (`nc -N`, `shutdown(SHUT_WR)`) gets its whole answer. To the
+    server such a client looks like one that has disconnected. So the first bytes of the answer, which are always the
+    same, are sent one by one: if the client has disconnected, the connection breaks, and the call is cancelled. With
+    TLS the two cases cannot be told apart: there the end of input ends the call.
 
     Args:
-        base: `HttpToolsProtocol` or `H11Protocol`, or a class on top of one.
+        base: `HttpToolsProtocol` or `H11Protocol`, or a subclass of one.
     """
 
     class Protocol(base):  # type: ignore[misc]
@@ -49,7 +48,7 @@ def on_the_wire(base: Any) -> Any:
             return True
 
         def on_response_complete(self) -> None:
-            """Answer the next request that waits; behind the last one of a client that sends no more, close."""
+            """Answer the next waiting request; close after the last one of a client that sends no more."""
             super().on_response_complete()
             if self._has_ended and self.cycle.response_complete:
                 self.transport.close()
@@ -57,7 +56,7 @@ def on_the_wire(base: Any) -> Any:
                 _find_out(self)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """Tell the request that is answered; the base tells the one that came last."""
+            """Mark the request that is being answered as disconnected; the base class marks the latest one."""
             super().connection_lost(exc)
             cycle = _answered_cycle(self)
             if cycle is not None and not cycle.response_complete:
@@ -69,7 +68,7 @@ def on_the_wire(base: Any) -> Any:
             super()._start_asgi_task(cycle, app)
 
         def on_headers_complete(self) -> None:
-            """Prepare the answer to a request; to HTTP/1.0 it ends with the connection if its length is not known."""
+            """Prepare the answer to a request. In HTTP/1.0, one of unknown length ends with the connection."""
             super().on_headers_complete()
             if self.scope.get("http_version") == "1.0" and hasattr(self.cycle, "chunked_encoding"):
                 self.cycle.send = until_close(self.cycle)
@@ -82,12 +81,12 @@ def on_the_wire(base: Any) -> Any:
 
 
 def _answered_cycle(protocol: Any) -> Any:
-    """The request that is answered now: others may have come after it."""
+    """The request that is being answered; later ones may be waiting."""
     return getattr(protocol, "_started_cycle", protocol.cycle)
 
 
 def _find_out(protocol: Any) -> None:
-    """Find out whether a client that sends no more is still there, unless its answer has begun and does so."""
+    """Probe whether a client that sends no more is still there, unless its answer has begun, which shows it."""
     cycle = _answered_cycle(protocol)
     if cycle is None or cycle.response_started or isinstance(cycle.transport, ProbedTransport):
         return
@@ -96,7 +95,7 @@ def _find_out(protocol: Any) -> None:
 
 
 def _refuse_bytes(protocol: Any, reason: str) -> None:
-    """Answer bytes that are no HTTP with an error; where another answer is due first, drop the rest of the input."""
+    """Answer bytes that are no HTTP with an error; if another answer is due first, drop the rest of the input."""
     cycle = protocol.cycle
     if cycle is not None and not cycle.response_complete and not cycle.more_body:
         cycle.keep_alive = False
@@ -106,10 +105,10 @@ def _refuse_bytes(protocol: Any, reason: str) -> None:
 
 
 def until_close(cycle: Any) -> Callable[[Message], Awaitable[None]]:
-    """`send` of a cycle of uvicorn's httptools protocol, without chunks: HTTP/1.0 does not know them.
+    """`send` of a cycle of uvicorn's httptools protocol without chunked encoding, which HTTP/1.0 does not have.
 
     Args:
-        cycle: Whose connection is closed after the answer.
+        cycle: The request's cycle; its connection is closed after the answer.
     """
     send, has_length = cycle.send, False
 
@@ -127,10 +126,10 @@ def until_close(cycle: Any) -> Callable[[Message], Awaitable[None]]:
 
 
 class ProbedTransport:
-    """A transport to a client that may have gone: the beginning of its answer is sent byte by byte to find out.
+    """A transport that sends the first bytes of an answer one by one, to find out whether the client is still there.
 
     Args:
-        transport: To write to; what is not here is its business.
+        transport: The transport to write to; all other methods are its own.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -142,13 +141,13 @@ class ProbedTransport:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Write, at first without what has been sent already."""
+        """Write data, without the bytes that were sent already."""
         if not self._has_begun:
             self._has_begun, data = True, data[self._num_sent :]
         self._transport.write(data)
 
     def probe_later(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Send the next byte when it is time, and so on until the answer begins or the client is known to have gone."""
+        """Send the next byte at its time, until the answer begins or the connection breaks."""
         if self._num_sent < len(PROBES_S):
             loop.call_later(PROBES_S[self._num_sent], self._probe, loop)
 

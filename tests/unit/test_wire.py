@@ -1,0 +1,183 @@
+"""Messages between the engine and its front ends as bytes: what is read back, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import msgspec
+import pytest
+from zmq.constants import DEALER, ROUTING_ID
+from zmq.sugar.context import Context
+
+from nanoflow.config import EngineConfig
+from nanoflow.engine.channel import Channel
+from nanoflow.engine.messages import (
+    Abort,
+    Add,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    Join,
+    Leave,
+    Load,
+    PlaceLogprobs,
+    Ready,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+    Told,
+)
+from nanoflow.engine.place import EnginePlace
+from nanoflow.engine.wire import Unreadable, WireError, decode_from_engine, decode_to_engine, encode
+from nanoflow.outputs import Finished, FinishReason
+from nanoflow.request import Request, SamplingParams
+from tests.fake_engine import fake_facts
+
+PARAMS = SamplingParams(max_tokens=4, stop=["\n"], logit_bias={5: -1.0}, seed=1 << 63)
+REQUEST = Request(request_id=7, prompt_token_ids=[5, 6], params=PARAMS, seed=3, max_tokens=4, bad_word_ids=((1, 2),))
+SCORES = PlaceLogprobs(first_position=2, token_ids=[[1, 2]], logprobs=[[-0.5, -math.inf]], ranks=[1])
+STATS = EngineStats(num_running=3, iteration=9, plan_digest="ab")
+STEP = StepOutput(
+    request_ids=[7, 7, 1 << 62],
+    token_ids=[5, 6, 7],
+    finished={
+        7: Finished(reason=FinishReason.STOP, stop_token_id=6),
+        8: Finished(reason=FinishReason.ERROR, error="x"),
+    },
+    logprobs={7: SCORES},
+    prompt_logprobs={9: SCORES},
+    scheduled={7: 16},
+    preempted=[9],
+    stats=STATS,
+)
+DOWN: list[ToEngine] = [
+    Load(config=EngineConfig(model="there", seed=5)),
+    Join(),
+    Leave(front_end=3),
+    Add(requests=[REQUEST, REQUEST]),
+    Abort(request_ids=[7, 8]),
+    Shutdown(),
+]
+UP: list[FromEngine] = [
+    Ready(facts=fake_facts()),
+    Failed(message="no"),
+    Told(level=20, text="loading"),
+    Heartbeat(stats=STATS),
+    STEP,
+    StepOutput(),
+]
+
+
+def _packed(*parts: Any) -> bytes:
+    return msgspec.msgpack.encode(parts)
+
+
+@pytest.mark.parametrize("message", DOWN, ids=lambda message: type(message).__name__)
+def test_the_engine_reads_what_a_front_end_sends(message: ToEngine) -> None:
+    assert decode_to_engine(encode(message)) == message
+
+
+@pytest.mark.parametrize("message", UP, ids=lambda message: type(message).__name__)
+def test_a_front_end_reads_what_the_engine_sends(message: FromEngine) -> None:
+    assert decode_from_engine(encode(message)) == message
+
+
+def test_every_message_is_tried_here() -> None:
+    assert {type(message) for message in DOWN} == set(ToEngine.__args__)
+    assert {type(message) for message in UP} == set(FromEngine.__args__)
+
+
+@pytest.mark.parametrize("message", [*DOWN, *UP], ids=lambda message: type(message).__name__)
+def test_a_message_of_the_other_direction_is_refused(message: Any) -> None:
+    decode = decode_to_engine if message in UP else decode_from_engine
+    with pytest.raises(WireError, match="cannot be read: Invalid value"):
+        decode(encode(message))
+
+
+@pytest.mark.parametrize("message", [*DOWN, *UP], ids=lambda message: type(message).__name__)
+def test_a_message_that_is_cut_off_or_goes_on_is_refused(message: Any) -> None:
+    decode = decode_to_engine if message in DOWN else decode_from_engine
+    whole = encode(message)
+    for part in (b"", whole[:-1], whole + b"\xc0"):
+        with pytest.raises(WireError, match="cannot be read"):
+            decode(part)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\xc1",
+        _packed(),
+        _packed("Unknown"),
+        _packed("Heartbeat"),
+        _packed("Heartbeat", {"num_running": "many"}),
+        _packed("Heartbeat", {}, 1),
+        _packed("Told", 20, 5),
+        b"\x93\xa4Told\x14\xa1\xff",
+        msgspec.msgpack.encode({"type": "Heartbeat", "stats": {}}),
+    ],
+)
+def test_bytes_that_are_no_message_of_the_engine_are_refused(message: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_from_engine(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\xc1",
+        _packed("Add"),
+        _packed("Add", []) + b"\xc1",
+        _packed("Add", {}),
+        _packed("Add", [{}]),
+        _packed("Add", [{"request_id": "seven"}]),
+        _packed("Add", [[7]]),
+        _packed("Abort", {}),
+        _packed("Abort", [{"request_id": 7}]),
+        _packed("Join", 1),
+    ],
+)
+def test_what_names_no_request_is_no_message_to_the_engine(message: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_to_engine(message)
+
+
+def test_an_add_that_does_not_fit_names_its_requests_and_what_is_wrong() -> None:
+    fields = msgspec.to_builtins(REQUEST)
+    message = decode_to_engine(_packed("Add", [fields | {"request_id": 9}, fields | {"seed": "x"}]))
+    assert isinstance(message, Unreadable) and message.request_ids == [9, 7]
+    assert message.error == "a message cannot be read: Expected `int`, got `str` - at `$[1][1].seed`"
+
+
+@pytest.mark.parametrize(
+    ("front_end", "frames", "is_message"),
+    [
+        (b"3", [encode(Join())], True),
+        (b"three", [encode(Join())], False),
+        (b"3", [encode(Join()), b""], False),
+        (b"3", [b"Join"], False),
+    ],
+)
+def test_a_socket_gives_messages_of_numbered_front_ends_alone(
+    front_end: bytes, frames: list[bytes], is_message: bool
+) -> None:
+    place = EnginePlace()
+    # A channel closes its descriptor.
+    channel, context = Channel(os.dup(place.listener)), Context()
+    try:
+        socket = context.socket(DEALER)
+        socket.setsockopt(ROUTING_ID, front_end)
+        socket.connect(f"ipc://{place.path}")
+        socket.send_multipart(frames)
+        if is_message:
+            assert channel.receive(10.0) == [(3, Join())]
+        else:
+            with pytest.raises(WireError):
+                channel.receive(10.0)
+    finally:
+        context.destroy(linger=0)
+        channel.close()
+        place.close()
