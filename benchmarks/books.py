@@ -34,7 +34,7 @@ from nanoflow.profile.table import CostTable, Profile
 from nanoflow.search.allocate import Allocation, divisions
 from nanoflow.search.books import covering_cells, search_book
 from nanoflow.search.emit import emit
-from nanoflow.search.inside import carrying_runs, inside_plan
+from nanoflow.search.carry import carrying_runs, carry_plan
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.shapes import entry_of, ranked
 from nanoflow.search.structure import Effort, solve_structure
@@ -198,9 +198,9 @@ def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Itera
     if not 0.2 <= middle / shape.num_tokens <= 0.8:
         return
     if mechanism is Mechanism.INSIDE:
-        shares = Interference(profile, graph).inside.shares
+        shares = Interference(profile, graph).carry.shares
         for share, carrying in itertools.product(shares, carrying_runs(graph)):
-            yield inside_plan(graph, shape.num_tokens, middle, share, carrying)
+            yield carry_plan(graph, shape.num_tokens, middle, share, carrying)
         return
     splits = {group.name: (middle,) for group in groups_of(graph)}
     problem = make_problem(graph, CostTable(profile, graph), shape, splits)

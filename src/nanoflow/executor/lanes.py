@@ -2,7 +2,7 @@
 
 `OneLane` queues everything in issue order on the current stream, which is right anywhere, for that order respects every
 dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own or kernels that leave room on each SM if
-the plan says so; `inside.py` has those of one instruction stream. All can be captured in a CUDA graph: lanes fork from
+the plan says so; `carry.py` has those of one instruction stream. All can be captured in a CUDA graph: lanes fork from
 the current stream and join it again.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
-from nanoflow.executor.inside import Carrier, InsideLanes
+from nanoflow.executor.carry import Carrier, CarryLanes
 from nanoflow.executor.steps import Step
 from nanoflow.executor.streams import (
     SM_GROUP,
@@ -32,7 +32,7 @@ from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of
 from nanoflow.kernels.kept import kernels_beside, kernels_on
-from nanoflow.plan.carriers import carriers
+from nanoflow.plan.carry import carriers
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
 
 
@@ -175,7 +175,7 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
         return OneLane(workspace=workspace)
     if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
         carried = dict(carriers(plan, workspace.model.graph, workspace.model.graph.layers))
-        return InsideLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
+        return CarryLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
     return GpuLanes(plan, steps, workspace, partitions)
 
 

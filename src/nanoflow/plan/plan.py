@@ -149,7 +149,7 @@ class PipelinePlan:
         self._check_nano_operations(graph)
         self._check_tiling(graph)
         self._check_shares()
-        self._check_inside(graph)
+        self._check_carry(graph)
         self._check_order(graph)
 
     def _check_lanes(self) -> None:
@@ -208,7 +208,7 @@ class PipelinePlan:
             if total > 1 + _ROUNDING:
                 raise PlanError(f"{nano}: when it starts, lanes {sorted(lanes_running)} together hold {total:.2f} > 1")
 
-    def _check_inside(self, graph: OpGraph) -> None:
+    def _check_carry(self, graph: OpGraph) -> None:
         """Of two lanes inside each other one has all decode attention and nothing else, and the other one the rest.
 
         Neither has all of the instruction stream.

@@ -9,7 +9,7 @@ operation keeps alone on that share at its own size, where that was measured. It
 runs beside it.
 
 Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
-it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `inside.py`'s.
+it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `carry.py`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from statistics import fmean
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import GATED, Operation, OpKind, Resource
 from nanoflow.plan.plan import Mechanism
-from nanoflow.profile.inside import Inside, at_size, measured_size
+from nanoflow.profile.carry import CarryTable, at_size, measured_size
 from nanoflow.profile.table import CostTable, PairPoint, Profile
 
 Curve = tuple[tuple[float, float], ...]
@@ -48,13 +48,13 @@ class Interference:
     """The measured curves of a profile.
 
     Attributes:
-        inside: Those of decode attention inside products.
+        carry: What products that carry decode attention keep, and that attention.
     """
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self._resource = {op.key: lane_of(op) for op in graph.operations()}
         self._alone = _alone_on_shares(profile, graph)
-        self.inside = Inside(profile, graph)
+        self.carry = CarryTable(profile, graph)
         self._known: dict[tuple[Mechanism, str, float, int], float] = {}
         self._pair_tokens: dict[tuple[Mechanism, str, int], int] = {}
         by_operation: dict[tuple[Mechanism, str], _Found] = defaultdict(lambda: defaultdict(list))

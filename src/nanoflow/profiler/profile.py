@@ -23,7 +23,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import Mechanism
 from nanoflow.profile.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.profiler.alone import measure_alone
-from nanoflow.profiler.inside import InsideTask, inside_tasks, measure_inside
+from nanoflow.profiler.carry import CarryTask, carry_tasks, measure_carry
 from nanoflow.profiler.layer import measure_layer
 from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
@@ -41,7 +41,7 @@ _PREPARE_S = {"cuda": 0.1, "cpu": 0.02}
 # A pair is measured alone and together, and half of the pairs share what is measured alone.
 _PAIR_SPANS = 1.5
 # Products inside which attention runs are measured alone, attention too, and both together.
-_INSIDE_SPANS = 3
+_CARRY_SPANS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +51,14 @@ class Wanted:
     alone: Sequence[Task]
     parts: Sequence[PartTask]
     pairs: Sequence[PairTask]
-    inside: Sequence[InsideTask]
+    carried: Sequence[CarryTask]
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.parts) + len(self.pairs) + len(self.inside)
+        return len(self.alone) + len(self.parts) + len(self.pairs) + len(self.carried)
 
     def estimate_s(self, device: torch.device, span: Span) -> float:
         """About how long it takes."""
-        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs) + _INSIDE_SPANS * len(self.inside)
+        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs) + _CARRY_SPANS * len(self.carried)
         return spans * (span.settle_s + span.measure_s + _PREPARE_S[device.type])
 
 
@@ -100,12 +100,12 @@ class Job:
         alone = tasks(self.site, self.sizes) if self.has_alone else []
         parts = part_tasks(self.site, budget, num_sms) if Mechanism.PARTITION in self.mechanisms else []
         beside = [pair for pair in pair_tasks(self.site, budget, num_sms) if pair.mechanism in self.mechanisms]
-        inside = inside_tasks(self.site, self.sizes, num_sms) if Mechanism.INSIDE in self.mechanisms else []
+        carried = carry_tasks(self.site, self.sizes, num_sms) if Mechanism.INSIDE in self.mechanisms else []
         return Wanted(
             alone=[task for task in alone if task.key not in points],
             parts=[part for part in parts if _part_key(part, num_sms) not in points],
             pairs=[pair for pair in beside if _pair_identity(pair, num_sms) not in pairs],
-            inside=[task for task in inside if task.key not in pairs],
+            carried=[task for task in carried if task.key not in pairs],
         )
 
 
@@ -210,7 +210,7 @@ def _measure(job: Job, wanted: Wanted) -> Iterator[Point | PairPoint]:
         measure_alone(job.site, wanted.alone, job.span),
         measure_parts(job.site, wanted.parts, job.span),
         measure_pairs(job.site, wanted.pairs, job.span),
-        measure_inside(job.site, wanted.inside, job.span),
+        measure_carry(job.site, wanted.carried, job.span),
     )
 
 

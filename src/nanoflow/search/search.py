@@ -22,7 +22,7 @@ from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import CostTable, Profile
 from nanoflow.search.allocate import Allocation, allocate, divisions, least_period_s
 from nanoflow.search.emit import emit
-from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
+from nanoflow.search.carry import can_be_carried, carrying_runs, carry_plan
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
 from nanoflow.search.structure import Effort, Schedule, solve_structure
 from nanoflow.simulate.iteration import graphs_of
@@ -142,7 +142,7 @@ class Search:
             if self._left_s() <= 0:
                 self._report("the time limit ends the search")
                 break
-        attempts += [attempt for graph in graphs for attempt in self._inside(graph)]
+        attempts += [attempt for graph in graphs for attempt in self._carried(graph)]
         return self._choose(graphs[0], sequential_s, candidates, attempts)
 
     def _structures(self, graph: OpGraph) -> Iterator[_Candidate]:
@@ -235,13 +235,13 @@ class Search:
                 continue
             yield self._attempt(candidate.problem, allocation, f"{mechanism}, {candidate.label}")
 
-    def _inside(self, graph: OpGraph) -> Iterator[Attempt]:
+    def _carried(self, graph: OpGraph) -> Iterator[Attempt]:
         """Decode attention inside products: any of them, at every rate that was measured, and no order to look for."""
-        if not can_be_inside(graph):
+        if not can_be_carried(graph):
             return
-        shares, runs = Interference(self._profile, graph).inside.shares, list(carrying_runs(graph))
+        shares, runs = Interference(self._profile, graph).carry.shares, list(carrying_runs(graph))
         for share, boundary, carrying in itertools.product(shares, self._boundaries(), runs):
-            plan = inside_plan(graph, self._shape.num_tokens, boundary, share, carrying)
+            plan = carry_plan(graph, self._shape.num_tokens, boundary, share, carrying)
             makespan_s = self._makespan_s(graph, plan)
             self._report(f"{plan.name}: {makespan_s * 1e6:,.1f} us predicted")
             yield Attempt(

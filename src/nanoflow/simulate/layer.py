@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
-from nanoflow.plan.carriers import carriers
+from nanoflow.plan.carry import carriers
 from nanoflow.plan.dependencies import dependencies
 from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
-from nanoflow.profile.inside import STANDS_STILL, filled
+from nanoflow.profile.carry import STANDS_STILL, filled
 from nanoflow.profile.interference import Interference, lane_of
 from nanoflow.profile.operation_cost import mean_context, operation_cost
 from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w, static_power_w
@@ -246,7 +246,7 @@ class PlanSimulator:
     def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
         """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
         if any(item.lane.mechanism is Mechanism.INSIDE for item in running):
-            rates, energy_ratio = self._rates_inside(running)
+            rates, energy_ratio = self._rates_carrying(running)
         elif len(running) == 1:
             rates, energy_ratio = [self._rate_alone(running[0])], 1.0
         else:
@@ -262,16 +262,16 @@ class PlanSimulator:
         )
         return rates, dynamic_w * energy_ratio
 
-    def _rates_inside(self, running: Sequence[_Item]) -> tuple[list[float], float]:
+    def _rates_carrying(self, running: Sequence[_Item]) -> tuple[list[float], float]:
         """Of what runs in the products' lane, of decode attention, and the energy of both of that alone."""
         host = next((item for item in running if item.op.kind is not OpKind.DECODE_ATTENTION), None)
         if host is None:
             return [1.0], 1.0
-        found, inside = STANDS_STILL, self._interference.inside
+        found, table = STANDS_STILL, self._interference.carry
         if host.carries and len(running) > 1:
-            found = inside.full(host.op, host.lane.share, host.tokens.num_tokens)
+            found = table.full(host.op, host.lane.share, host.tokens.num_tokens)
         elif host.carries:
-            found = inside.empty(host.op, host.tokens.num_tokens)
+            found = table.empty(host.op, host.tokens.num_tokens)
         return [
             found.product if item is host else found.attention * filled(item.context) for item in running
         ], found.energy_ratio

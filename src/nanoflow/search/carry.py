@@ -3,7 +3,7 @@
 Two nano-batches half a layer apart: while one attends, the other has its products from o_proj on, and those of its
 next layer up to its own attention. Each attention so has a layer's products to run inside, and the stream never waits.
 A product that carries is a little slower than one that does not, so a short attention may be left to a few of them: it
-is issued right before the first, and what comes after the last waits for it (`plan/carriers.py`).
+is issued right before the first, and what comes after the last waits for it (`plan/carry.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import replace
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange, split
 from nanoflow.graph.operation import Operation, OpKind
-from nanoflow.plan.carriers import PRODUCTS
+from nanoflow.plan.carry import PRODUCTS
 from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import WHOLE_LANE
 
 PRODUCTS_LANE, ATTENTION_LANE = "products", "attention inside"
 
 
-def inside_plan(
+def carry_plan(
     graph: OpGraph, num_tokens: int, boundary: int, share: float, carrying: Sequence[str] = ()
 ) -> PipelinePlan:
     """The plan that cuts a batch in two.
@@ -49,13 +49,13 @@ def inside_plan(
     )
 
 
-def can_be_inside(graph: OpGraph) -> bool:
+def can_be_carried(graph: OpGraph) -> bool:
     """Whether a layer has one decode attention, and products before and after it."""
     return sum(op.kind is OpKind.DECODE_ATTENTION for op in graph.layer) == 1
 
 
 def carrying_runs(graph: OpGraph) -> Iterator[tuple[str, ...]]:
-    """What may carry, for `inside_plan`: all products, and every run of neighbours, longer ones first."""
+    """What may carry, for `carry_plan`: all products, and every run of neighbours, longer ones first."""
     before, _, after = _sections(graph)
     names = tuple(op.name for op in (*after, *before) if op.kind in PRODUCTS)
     yield ()

@@ -27,7 +27,7 @@ PRODUCTS = "products"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InsideRates:
+class CarryRates:
     """What both sides keep of their speed alone, and the energy of both of that alone, one after the other."""
 
     product: float = 1.0
@@ -35,14 +35,14 @@ class InsideRates:
     energy_ratio: float = 1.0
 
 
-STANDS_STILL = InsideRates()
+STANDS_STILL = CarryRates()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Empty:
     """Of products with nothing to carry: what they keep of their speed, and how much attention they could carry."""
 
-    rates: InsideRates
+    rates: CarryRates
     capacity: float
 
 
@@ -51,16 +51,16 @@ def filled(context: float) -> float:
     return context / (context + KEY_BLOCK / 2) if context else 1.0
 
 
-class Inside:
+class CarryTable:
     """The pairs of a profile whose mechanism is INSIDE; of two of one size the later one counts."""
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
-        self._full: dict[float, dict[int, InsideRates]] = defaultdict(dict)
+        self._full: dict[float, dict[int, CarryRates]] = defaultdict(dict)
         self._empty: dict[str, dict[int, _Empty]] = defaultdict(dict)
         for pair in profile.pairs:
             if pair.mechanism is not Mechanism.INSIDE:
                 continue
-            rates = InsideRates(
+            rates = CarryRates(
                 product=pair.first_performance,
                 attention=pair.second_performance,
                 energy_ratio=1.0 if pair.energy_ratio is None else pair.energy_ratio,
@@ -69,7 +69,7 @@ class Inside:
                 self._full[pair.share][pair.first_tokens] = rates
             else:
                 self._empty[pair.first][pair.first_tokens] = _Empty(rates=rates, capacity=pair.second_tokens)
-        self._known: dict[tuple[str, float, int], InsideRates] = {}
+        self._known: dict[tuple[str, float, int], CarryRates] = {}
         self._products = [op.key for op in graph.layer if isinstance(op.dims, LinearDims)]
         self._table = CostTable(profile, graph) if self._empty else None
 
@@ -78,7 +78,7 @@ class Inside:
         """Shares of products that were measured, increasing."""
         return tuple(sorted(self._full))
 
-    def full(self, op: Operation, share: float, num_tokens: int) -> InsideRates:
+    def full(self, op: Operation, share: float, num_tokens: int) -> CarryRates:
         """Of a product of so many tokens with attention in it, at the nearest rate."""
         if not self._full:
             return STANDS_STILL
@@ -89,7 +89,7 @@ class Inside:
             self._known[key] = _between(measured, num_tokens)
         return self._known[key]
 
-    def _full_at(self, op: Operation, layer: InsideRates, num_tokens: int) -> InsideRates:
+    def _full_at(self, op: Operation, layer: CarryRates, num_tokens: int) -> CarryRates:
         """Of one product, from what all of a layer's have at a measured size."""
         own, every = self._empty.get(op.key), self._empty.get(PRODUCTS)
         if own is None or every is None or self._table is None:
@@ -100,21 +100,21 @@ class Inside:
         # In the time that it takes it does what fits into it.
         times_s = {name: self._table.cost(name, size).time_s for name in self._products}
         denser = one.capacity / total.capacity * sum(times_s.values()) / times_s[op.key]
-        return InsideRates(
+        return CarryRates(
             product=layer.product * slower,
             attention=layer.attention * slower * denser,
             energy_ratio=layer.energy_ratio,
         )
 
-    def empty(self, op: Operation, num_tokens: int) -> InsideRates:
+    def empty(self, op: Operation, num_tokens: int) -> CarryRates:
         """Of a product of so many tokens that could carry, and has nothing to; as any product if not measured."""
         known = self._empty.get(op.key)
         return _between({size: each.rates for size, each in known.items()}, num_tokens) if known else STANDS_STILL
 
 
-def _between(measured: Mapping[int, InsideRates], num_tokens: int) -> InsideRates:
+def _between(measured: Mapping[int, CarryRates], num_tokens: int) -> CarryRates:
     """Rates at a size that was not measured; see `at_size`."""
-    return InsideRates(
+    return CarryRates(
         product=at_size(measured, num_tokens, lambda size: measured[size].product),
         attention=at_size(measured, num_tokens, lambda size: measured[size].attention),
         energy_ratio=-at_size(measured, num_tokens, lambda size: -measured[size].energy_ratio),
