@@ -27,14 +27,15 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import BookLimits, MadeFor, PlanEntry, StoredBook, load_book
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import CostTable, Profile
 from nanoflow.search.allocate import Allocation, divisions
 from nanoflow.search.books import covering_cells, search_book
+from nanoflow.search.carry import carry_plan, carrying_runs
 from nanoflow.search.emit import emit
-from nanoflow.search.carry import carrying_runs, carry_plan
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.shapes import entry_of, ranked
 from nanoflow.search.structure import Effort, solve_structure

@@ -32,11 +32,11 @@ from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profiler.alone import Prepared, prepare_attention, prepare_row, rows_workspace
-from nanoflow.profiler.pairs import balanced_window, captured_on
 from nanoflow.profiler.site import Site, gemms
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
+from nanoflow.profiler.windows import balanced_window, captured_on
 from nanoflow.profiler.work import decode_task, prefill_task
 
 # Weights that are gone through in turn: several times any cache. And what is copied at once.

@@ -16,7 +16,7 @@ from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry
 from nanoflow.models.config import load
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.search.carry import carry_plan
 from tests.driving import Run, greedy, random_prompts, run_model
 from tests.families import make_model

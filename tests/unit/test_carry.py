@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.carry import CarryLanes, parts_of
+from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.steps import bind
 from nanoflow.graph.fuse import fuse_swiglu
@@ -26,15 +26,16 @@ from nanoflow.models.config import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.carry import carriers
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan, PlanError
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, PipelinePlan, PlanError
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profile.carry import CarryTable, CarryRates, filled
+from nanoflow.profile.carry import CarryRates, CarryTable, filled
 from nanoflow.profile.table import PairPoint
 from nanoflow.profiler import carry as profiler_carry
 from nanoflow.profiler.carry import CarryTask, measure_carry
 from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.profiler.work import decode_task
-from nanoflow.search.carry import can_be_carried, carrying_runs, carry_plan
+from nanoflow.search.carry import can_be_carried, carry_plan, carrying_runs
 from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import predict
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations

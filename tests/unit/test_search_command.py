@@ -14,7 +14,8 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.table import Profile
 from nanoflow.search.books import BookSearch, FoundPlan, divided, search_book

@@ -16,7 +16,7 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, Resource
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import Cost, PairPoint, Profile, Setup
 from nanoflow.search import structure

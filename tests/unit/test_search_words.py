@@ -14,7 +14,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanEntry, load_book
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import Profile
 from nanoflow.search.books import FoundPlan
 from nanoflow.search.carry import carry_plan

@@ -1,9 +1,9 @@
 """The lanes of a plan at run time: which stream a step is queued on, and the events between streams.
 
-`OneLane` queues everything in issue order on the current stream, which is right anywhere, for that order respects every
-dependency. `GpuLanes` gives each lane of a plan a stream, with SMs of its own or kernels that leave room on each SM if
-the plan says so; `carry.py` has those of one instruction stream. All can be captured in a CUDA graph: lanes fork from
-the current stream and join it again.
+`OneLane` queues everything in issue order on the current stream. That is right on any device, because the order
+respects every dependency. `GpuLanes` opens a stream for each lane, as the lane's mechanism says
+(`plan/mechanisms.py`). `carry.py` has the lanes of products that carry attention, which are one stream. All of them can
+be captured in a CUDA graph: lanes fork from the current stream and join it again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of
 from nanoflow.kernels.kept import kernels_beside, kernels_on
 from nanoflow.plan.carry import carriers
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import KernelNeed, Opening
+from nanoflow.plan.plan import Lane, PipelinePlan
 
 
 class Lanes(Protocol):
@@ -61,16 +62,32 @@ class OneLane:
         return nullcontext(self.workspace)
 
 
-class Partitions:
-    """Pairs of lanes on disjoint SMs, or on the same ones, with kernels cut to them, each made once.
+def lane_kernels(need: KernelNeed, device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
+    """The kernels of a device as a lane on so many SMs runs them.
 
-    Plans share them: one runs at a time.
+    Each call makes new ones: products keep partial sums in a workspace, which two lanes may not share.
+
+    Raises:
+        LaneError: See `Carveout`.
+    """
+    made: dict[KernelNeed, Callable[[], Kernels]] = {
+        KernelNeed.ANY: lambda: kernels,
+        KernelNeed.FOR_SMS: lambda: kernels_on(kernels, num_sms),
+        KernelNeed.SMALL: lambda: _with_carveout(device, kernels_beside(kernels, num_sms)),
+    }
+    return made[need]()
+
+
+class Partitions:
+    """Pairs of lanes on disjoint SMs or on the same ones, with their kernels; each pair is opened once.
+
+    Plans share them, as only one plan runs at a time.
     """
 
     def __init__(self, device: torch.device, kernels: Kernels) -> None:
         self._device, self._kernels = device, kernels
         self._pairs: dict[int, tuple[LaneStream, LaneStream]] = {}
-        self._kept: dict[tuple[int, bool], Kernels] = {}
+        self._kernels_of: dict[tuple[int, bool], Kernels] = {}
         self._beside: tuple[tuple[LaneStream, Kernels], ...] = ()
 
     def side(self, share: float, *, is_first: bool) -> tuple[LaneStream, Kernels]:
@@ -87,9 +104,9 @@ class Partitions:
         if second_sms not in self._pairs:
             self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
         part = self._pairs[second_sms][0 if is_first else 1]
-        if (second_sms, is_first) not in self._kept:
-            self._kept[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
-        return part, self._kept[second_sms, is_first]
+        if (second_sms, is_first) not in self._kernels_of:
+            self._kernels_of[second_sms, is_first] = self._cut(part)
+        return part, self._kernels_of[second_sms, is_first]
 
     def close(self) -> None:
         """Give back all SMs."""
@@ -98,16 +115,17 @@ class Partitions:
                 part.close()
 
     def beside(self, *, is_first: bool) -> tuple[LaneStream, Kernels]:
-        """The lane on all SMs whose kernels leave room for those of its twin; products are on the first.
+        """One of two lanes on all SMs whose kernels leave room for each other; products are on the first.
 
         Raises:
             LaneError: No such lanes here.
         """
         if not self._beside:
-            self._beside = tuple(
-                (part, beside_kernels(self._device, self._kernels, part.num_sms)) for part in beside_pair(self._device)
-            )
+            self._beside = tuple((part, self._cut(part)) for part in beside_pair(self._device))
         return self._beside[0 if is_first else 1]
+
+    def _cut(self, part: LaneStream) -> Kernels:
+        return lane_kernels(part.mechanism.traits.kernels, self._device, self._kernels, part.num_sms)
 
 
 class GpuLanes:
@@ -134,13 +152,14 @@ class GpuLanes:
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
         """A lane on the whole device is the current stream, so it is not opened."""
         is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
-        sides: dict[Mechanism, Callable[[], tuple[LaneStream, Kernels]]] = {
-            Mechanism.STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
-            Mechanism.PARTITION: lambda: partitions.side(lane.share, is_first=is_first),
-            Mechanism.BESIDE: lambda: partitions.beside(is_first=is_first),
+        openers: dict[Opening, Callable[[], tuple[LaneStream, Kernels]]] = {
+            Opening.OWN_STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
+            Opening.OWN_SMS: lambda: partitions.side(lane.share, is_first=is_first),
+            Opening.SHARED_SMS: lambda: partitions.beside(is_first=is_first),
         }
-        if lane.mechanism in sides:
-            part, kernels = sides[lane.mechanism]()
+        opening = lane.mechanism.traits.opening
+        if opening in openers:
+            part, kernels = openers[opening]()
             self._streams[lane.name] = part.stream
             self._workspaces[lane.name] = replace(self._whole, model=replace(self._whole.model, kernels=kernels))
 
@@ -173,7 +192,7 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     """The lanes of a plan: parallel ones on a GPU, if it has more than one."""
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
-    if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
+    if plan.carry_lanes:
         carried = dict(carriers(plan, workspace.model.graph, workspace.model.graph.layers))
         return CarryLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
     return GpuLanes(plan, steps, workspace, partitions)
@@ -200,14 +219,10 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
     return HopperCarrier(num_sms=count_sms(model.device), steps=steps_of(share))
 
 
-def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
-    """The kernels of one lane of `beside_pair`: small ones, each launched with the largest carve-out.
-
-    Raises:
-        LaneError: See `Carveout`.
-    """
+def _with_carveout(device: torch.device, kernels: Kernels) -> Kernels:
+    """The same kernels, each launched with the largest carve-out."""
     carveout = Carveout(device)
-    return {kind: carveout.open()(kernel) for kind, kernel in kernels_beside(kernels, num_sms).items()}
+    return {kind: carveout.open()(kernel) for kind, kernel in kernels.items()}
 
 
 def _event() -> torch.cuda.Event:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nanoflow.device.detect import count_sms
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 
 # The driver hands SMs out in groups of so many, from Hopper on.
 SM_GROUP = 8

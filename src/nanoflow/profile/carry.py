@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import KEY_BLOCK, LinearDims, Operation
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Measured
 from nanoflow.profile.table import CostTable, Profile
 
 # What a pair calls the products of a layer, one after the other.
@@ -58,7 +58,7 @@ class CarryTable:
         self._full: dict[float, dict[int, CarryRates]] = defaultdict(dict)
         self._empty: dict[str, dict[int, _Empty]] = defaultdict(dict)
         for pair in profile.pairs:
-            if pair.mechanism is not Mechanism.INSIDE:
+            if pair.mechanism.traits.measured is not Measured.CARRIED:
                 continue
             rates = CarryRates(
                 product=pair.first_performance,

@@ -22,7 +22,7 @@ from statistics import fmean
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import GATED, Operation, OpKind, Resource
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Measured, Mechanism
 from nanoflow.profile.carry import CarryTable, at_size, measured_size
 from nanoflow.profile.table import CostTable, PairPoint, Profile
 
@@ -61,7 +61,7 @@ class Interference:
         by_resource: dict[tuple[Mechanism, Resource], _Found] = defaultdict(lambda: defaultdict(list))
         ratios: dict[Mechanism, _Found] = defaultdict(lambda: defaultdict(list))
         for pair in profile.pairs:
-            if pair.mechanism is Mechanism.INSIDE:
+            if pair.mechanism.traits.measured is not Measured.PAIRS:
                 continue
             for side in _sides(pair):
                 self._pair_tokens[pair.mechanism, side.operation, pair.first_tokens] = side.num_tokens
@@ -88,7 +88,7 @@ class Interference:
 
     def performance(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         """P of an operation on a share beside another one; the share itself where nothing was measured."""
-        if share >= 1.0 or mechanism is Mechanism.WHOLE:
+        if share >= 1.0 or mechanism.traits.measured is Measured.NOTHING:
             return 1.0
         key = (mechanism, op.key, share, num_tokens)
         if key not in self._known:
@@ -124,7 +124,7 @@ class Interference:
     def _kept_alone(self, mechanism: Mechanism, operation: str, share: float, num_tokens: int) -> float | None:
         """At the next larger measured size, or the largest."""
         curves = self._alone.get(operation)
-        if curves is None or mechanism is not Mechanism.PARTITION:
+        if curves is None or not mechanism.traits.keeps_share:
             return None
         return _at(curves[measured_size(curves, num_tokens)], share)
 
@@ -168,7 +168,7 @@ def _sides(pair: PairPoint) -> tuple[_Side, _Side]:
 
 def _alone_on_shares(profile: Profile, graph: OpGraph) -> Mapping[str, Curves]:
     """Time on the whole device / time alone on a share, by operation and size."""
-    parts = [point for point in profile.points if point.mechanism is Mechanism.PARTITION]
+    parts = [point for point in profile.points if point.mechanism.traits.keeps_share]
     if not parts:
         return {}
     table = CostTable(profile, graph)

@@ -17,13 +17,13 @@ import torch
 from nanoflow.batch import DenseBatch
 from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
-from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.carry import Carrier, shares_by_rounds
+from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.operation import KEY_BLOCK, LinearDims, Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry, share_of
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.carry import PRODUCTS
 from nanoflow.profile.table import PairPoint
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_workspace
@@ -44,6 +44,7 @@ class CarryTask:
     """Products on so many tokens, with attention that fills them, or with none.
 
     Attributes:
+        mechanism: Of the pair that it becomes.
         num_tokens: Of the products.
         steps: Of theirs to a block of keys.
         attention: What they carry.
@@ -51,6 +52,7 @@ class CarryTask:
         is_empty: They carry nothing of it, though they could.
     """
 
+    mechanism: Mechanism = Mechanism.INSIDE
     num_tokens: int
     steps: int
     attention: Task
@@ -62,7 +64,7 @@ class CarryTask:
         """`PairPoint.key` of its pair."""
         return (
             *(self.products, self.attention.operation, self.num_tokens, self.attention.num_tokens, self.context),
-            *(Mechanism.INSIDE, share_of(self.steps)),
+            *(self.mechanism, share_of(self.steps)),
         )
 
     @property
@@ -155,7 +157,7 @@ def _pair(task: CarryTask, costs: CarryCosts) -> PairPoint:
         first_tokens=task.num_tokens,
         second_tokens=task.attention.num_tokens,
         second_context=task.context,
-        mechanism=Mechanism.INSIDE,
+        mechanism=task.mechanism,
         share=share_of(task.steps),
         first_performance=costs.products.time_s / together.time_s,
         second_performance=0.0 if costs.attention is None else costs.attention.time_s / together.time_s,

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from nanoflow.graph.operation import OpKind, Resource
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism, ShareOrigin
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w
 from nanoflow.profile.table import Setup
@@ -151,7 +151,7 @@ def divisions(problem: Problem, interference: Interference) -> list[Division]:
         _divide(variant, interference, mechanism, share)
         for variant in dict.fromkeys((problem, _attentions_together(problem)))
         for mechanism in interference.mechanisms
-        if mechanism is not Mechanism.STREAM
+        if mechanism.traits.share_origin is not ShareOrigin.RESULT
         for share in interference.shares(mechanism, Resource.COMPUTE)
         if share < 1.0
     ]
@@ -186,7 +186,7 @@ def _divide(problem: Problem, interference: Interference, mechanism: Mechanism, 
     longer = max(shared_s, key=lambda resource: shared_s[resource])
     until_s = shared_s[Resource.MEMORY if longer is Resource.COMPUTE else Resource.COMPUTE]
     # Who is left alone keeps to its SMs, or has all of them again.
-    left_s = (shared_s if mechanism is Mechanism.PARTITION else alone_s)[longer] * (1.0 - until_s / shared_s[longer])
+    left_s = (shared_s if mechanism.traits.keeps_share else alone_s)[longer] * (1.0 - until_s / shared_s[longer])
     return Division(
         mechanism=mechanism,
         share=share,

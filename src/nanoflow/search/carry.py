@@ -15,10 +15,12 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange, split
 from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.plan.carry import PRODUCTS
-from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import WHOLE_LANE
 
 PRODUCTS_LANE, ATTENTION_LANE = "products", "attention inside"
+_MECHANISM = Mechanism.INSIDE
 
 
 def carry_plan(
@@ -38,12 +40,12 @@ def carry_plan(
     nano_operations = _joined(nano_operations, graph, second, _beside(graph, first, 1, 0), carrying)
     names = "" if not carrying else f" in {', '.join(carrying)}"
     return PipelinePlan(
-        name=f"{Mechanism.INSIDE} {share:.2f}{names}, 2 nano-batches at {boundary}",
+        name=f"{_MECHANISM} {share:.2f}{names}, 2 nano-batches at {boundary}",
         num_tokens=num_tokens,
         lanes=(
             WHOLE_LANE,
-            Lane(name=PRODUCTS_LANE, mechanism=Mechanism.INSIDE, share=share),
-            Lane(name=ATTENTION_LANE, mechanism=Mechanism.INSIDE, share=1.0 - share),
+            Lane(name=PRODUCTS_LANE, mechanism=_MECHANISM, share=share),
+            Lane(name=ATTENTION_LANE, mechanism=_MECHANISM, share=1.0 - share),
         ),
         nano_operations=nano_operations,
     )

@@ -21,8 +21,8 @@ from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import CostTable, Profile
 from nanoflow.search.allocate import Allocation, allocate, divisions, least_period_s
+from nanoflow.search.carry import can_be_carried, carry_plan, carrying_runs
 from nanoflow.search.emit import emit
-from nanoflow.search.carry import can_be_carried, carrying_runs, carry_plan
 from nanoflow.search.problem import Group, Problem, Splits, groups_of, make_problem
 from nanoflow.search.structure import Effort, Schedule, solve_structure
 from nanoflow.simulate.iteration import graphs_of

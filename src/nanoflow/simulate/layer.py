@@ -16,7 +16,8 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
 from nanoflow.plan.carry import carriers
 from nanoflow.plan.dependencies import dependencies
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Measured
+from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.profile.carry import STANDS_STILL, filled
 from nanoflow.profile.interference import Interference, lane_of
 from nanoflow.profile.operation_cost import mean_context, operation_cost
@@ -26,8 +27,6 @@ from nanoflow.timeline.timeline import Span, Timeline
 
 # Layers whose ends give the period, after those in which the pipeline fills and before those in which it drains.
 _STEADY_LAYERS = 2
-# What keeps its share of the device even while nothing else runs.
-_KEEPS_SHARE = frozenset({Mechanism.PARTITION})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +244,7 @@ class PlanSimulator:
 
     def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
         """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
-        if any(item.lane.mechanism is Mechanism.INSIDE for item in running):
+        if any(item.lane.mechanism.traits.measured is Measured.CARRIED for item in running):
             rates, energy_ratio = self._rates_carrying(running)
         elif len(running) == 1:
             rates, energy_ratio = [self._rate_alone(running[0])], 1.0
@@ -277,7 +276,7 @@ class PlanSimulator:
         ], found.energy_ratio
 
     def _rate_alone(self, item: _Item) -> float:
-        if item.lane.mechanism not in _KEEPS_SHARE:
+        if not item.lane.mechanism.traits.keeps_share:
             return 1.0
         return self._interference.performance_alone(
             item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens
