@@ -32,7 +32,7 @@ from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.kept import kernels_on
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.mechanisms import KernelNeed
 from nanoflow.profiler.alone import Prepared, prepare_attention, prepare_row, rows_workspace
 from nanoflow.profiler.site import Site, gemms
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
@@ -156,7 +156,7 @@ def _prepared(prepared: Prepared) -> Side:
     """An operation of the engine's."""
 
     def work_on(lane: LaneStream | None) -> Work:
-        if lane is None or lane.mechanism is not Mechanism.PARTITION:
+        if lane is None or lane.mechanism.traits.kernels is not KernelNeed.FOR_SMS:
             return prepared.work()
         return prepared.work(kernels_on(prepared.workspace.model.kernels, lane.num_sms))
 

@@ -312,7 +312,7 @@ def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
     of = profile(pairs=(pair(512, 0.8, 0.8, 0.6 / FILLED),))
     plan = carry_plan(GRAPH, 512, 256, 0.8)
     assert predict(plan, of, SHAPE).makespan_s == pytest.approx(2 * (2.5 / 0.8 + 0.125), rel=1e-6)
-    found = Search(of, SHAPE, is_quick=True).run()
+    found = Search(of, SHAPE).run()
     assert found.plan.lanes == plan.lanes and found.makespan_s == pytest.approx(6.5)
 
 
@@ -339,7 +339,7 @@ def test_products_that_carry_little_pay_for_the_kernel_that_could() -> None:
     assert one == pytest.approx(2 * (2.0 + 1.0 + 1.7), rel=1e-6)
     # Where only qkv_proj carries for less than it saves, the search leaves it to that one.
     some = (pair(512, 0.8, 0.6, 0.15 / FILLED), pair(512, 0.8, 0.6), pair(512, 0.8, 0.9, products="qkv_proj"))
-    found = Search(profile(pairs=some), SHAPE, is_quick=True).run()
+    found = Search(profile(pairs=some), SHAPE).run()
     assert "in qkv_proj" in found.plan.name
     assert found.makespan_s == pytest.approx(2 * (2.0 + 0.5 / 0.9 + 2.0 - 0.225 * 0.5 / 0.9))
 

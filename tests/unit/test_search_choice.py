@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.sequential import nanobatch_plan
+from nanoflow.search.cuts import boundaries
 from nanoflow.search.search import Attempt, Search
 from tests.unit.test_simulate import GRAPH, SHAPE, profile
 
@@ -31,8 +31,8 @@ def test_the_fastest_attempt_must_win_against_the_sequential_plan(makespans_s: l
         assert found.plan == attempts[chosen].plan
 
 
-def test_a_batch_is_cut_anywhere_but_near_its_ends() -> None:
-    """At multiples of a tile; a quick search cuts in the middle alone."""
-    shape = BatchShape(num_tokens=2048)
-    assert Search(profile(), shape)._boundaries() == list(range(512, 1537, 128))
-    assert Search(profile(), shape, is_quick=True)._boundaries() == [1024]
+@pytest.mark.parametrize(
+    ("num_tokens", "places"), [(2048, [1024, 896, 1152]), (768, [384, 256, 512]), (256, [128]), (255, [128]), (128, [])]
+)
+def test_a_batch_is_cut_near_its_middle_at_multiples_of_a_tile(num_tokens: int, places: list[int]) -> None:
+    assert boundaries(num_tokens) == places

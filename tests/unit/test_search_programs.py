@@ -20,7 +20,8 @@ from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import Cost, PairPoint, Profile, Setup
 from nanoflow.search import structure
-from nanoflow.search.allocate import allocate, divisions
+from nanoflow.search.allocate import allocate
+from nanoflow.search.divide import divisions
 from nanoflow.search.problem import Edge, Group, Problem, Task
 from nanoflow.search.structure import Effort, Program, Schedule, Solution, solve_structure
 
