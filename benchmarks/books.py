@@ -184,7 +184,7 @@ def forced(
     model = IterationModel(profile)
     plans: dict[str, PipelinePlan] = {}
     for cell in covering_cells(iterations, max_batch_tokens):
-        plans |= {plan.digest: plan for plan in plans_of(profile, mechanism, cell.middle)}
+        plans |= {plan.digest: plan for plan in plans_of(profile, mechanism, cell.median_batch)}
         best = ranked(plans.values(), cell, model.iteration_s)
         if best:
             yield entry_of(best[0][1], cell)

@@ -230,7 +230,7 @@ def test_cells_hold_batches_that_are_alike() -> None:
     )
     assert [cell.decode_context[0] for cell in cells] == [900.0, 500.0, 500.0]
     assert cells[1].decode_share == (600 / 2048, 600 / 2048) and cells[1].min_tokens == 2048
-    middle = cells[0].middle
+    middle = cells[0].median_batch
     assert middle.num_tokens == 640 and middle.num_decode_tokens == 640 and middle.decode_context == 640 * 900
 
 

@@ -132,7 +132,7 @@ class BookSearch:
         if key in self._searched:
             return
         self._searched.add(key)
-        result = Search(self._profile, cell.middle, time_limit_s=self._time_limit_s).run()
+        result = Search(self._profile, cell.median_batch, time_limit_s=self._time_limit_s).run()
         attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)
         plans = leading([attempt.plan for attempt in attempts], _PLANS_A_CELL)
         self._plans |= {plan.digest: plan for plan in plans}

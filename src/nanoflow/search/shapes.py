@@ -56,7 +56,7 @@ class Cell:
         return self.shapes[len(self.shapes) // 2]
 
     @property
-    def middle(self) -> BatchShape:
+    def median_batch(self) -> BatchShape:
         """The batch that its plan is searched for: as large as the cell has them, else as the example."""
         middle = self.example
         scale = self.max_tokens / middle.num_tokens
