@@ -1,4 +1,4 @@
-"""Lanes in one instruction stream: decode attention runs inside the products that are issued after it.
+"""Two lanes as one stream: products carry the decode attention that is issued before them.
 
 Everything is queued on the current stream in issue order. A step on the attention's lane is only taken note of; the
 products that carry it (`plan/carry.py`) each do a part in proportion to their own work. What is not done when a step

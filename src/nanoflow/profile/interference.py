@@ -1,15 +1,18 @@
-"""R -> P: what an operation keeps of its speed on a share of the device, beside another one or alone.
+"""R -> P: the part of its speed that an operation keeps on a share of the device, beside another one or alone.
 
-Beside another: measured pairs of a profile, one curve a mechanism and operation, and one a mechanism and resource for
-operations that were not in a pair. The paper's section 4.1.1 finds the same curve for all shapes within 5 %. Products
-of few tokens have too few tiles for that, so there is one for each number of tokens that pairs have, and between two of
-these the worse counts. Between measured shares curves are linear; P(0) = 0 and P(1) = 1. On a part of the device
-products come in other waves than on the whole, which differ from size to size, so a curve is corrected by what the
-operation keeps alone on that share at its own size, where that was measured. It also is what it keeps while nothing
-runs beside it.
+The curves come from the measured pairs of a profile. There is one for each mechanism and operation, and one for each
+mechanism and resource, for operations that were in no pair. (The paper's section 4.1.1 finds the same curve for all
+shapes within 5 %.) Between measured shares a curve is linear; P(0) = 0 and P(1) = 1.
 
-Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
-it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `carry.py`'s.
+- *Sizes.* Products of few tokens have too few tiles for one curve to hold. So each measured number of tokens has its
+  own, and between two of them the worse counts (`at_size`).
+- *Parts of the device.* On fewer multiprocessors a product's tiles come in other waves, which differ from size to size.
+  So P is multiplied by what the operation keeps alone on that share at its own size, and divided by what it keeps there
+  at the pair's size. While nothing runs beside it, it keeps what it keeps alone.
+- *Power.* Both sides of a pair run at the clock that the power limit leaves to the pair. What they gain or lose by it
+  is contained in P.
+
+Products that carry attention are looked up in `carry.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from nanoflow.profile.table import CostTable, PairPoint, Profile
 Curve = tuple[tuple[float, float], ...]
 # By size: tokens of an operation alone; of a pair, those of its first operation, which stand for a nano-batch's.
 Curves = Mapping[int, Curve]
-# Nothing keeps nothing, the whole device keeps everything; shares are compared after rounding.
+# P(0) = 0 and P(1) = 1. Shares are compared after rounding.
 _ENDS = ((0.0, 0.0), (1.0, 1.0))
 _DIGITS = 4
 _LEAST = 1e-3
@@ -105,12 +108,12 @@ class Interference:
     def _beside(
         self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int, size: int, curves: Curves
     ) -> float:
-        """P by the curve of one size of the pairs."""
+        """P by the curve of the pairs of one size."""
         curve = curves[size]
         here = self._kept_alone(mechanism, op.key, share, num_tokens)
         if here is None:
             return _at(curve, share)
-        # On less than any pair had, it loses to the other as much as it did there.
+        # Below the smallest share of a pair, the loss to the other operation is taken from that pair.
         of_pair = max(share, min(share for share, kept in curve if kept > 0))
         pair_tokens = self._pair_tokens.get((mechanism, op.key, size), num_tokens)
         there = self._kept_alone(mechanism, op.key, of_pair, pair_tokens)
@@ -122,7 +125,7 @@ class Interference:
         return self.performance(mechanism, op, share, num_tokens) if kept is None else max(kept, _LEAST)
 
     def _kept_alone(self, mechanism: Mechanism, operation: str, share: float, num_tokens: int) -> float | None:
-        """At the next larger measured size, or the largest."""
+        """P alone on a share, at the next larger measured size or the largest; None where it was not measured."""
         curves = self._alone.get(operation)
         if curves is None or not mechanism.traits.keeps_share:
             return None

@@ -1,8 +1,9 @@
-"""A layer's products with decode attention inside them: what both keep of their speed alone.
+"""Products of a layer that carry decode attention: the part of their speed alone that both keep.
 
-As an iteration runs them: one attention, and all products of a layer, which carry it. There is as much attention as
-fits in the rounds of the products, so that neither side is left alone at the end. What fits where, the carrier knows.
-Beside that, products with nothing to carry in the kernel that could: what a plan pays for products that carry little.
+They are measured as an iteration runs them: one attention, and all products of a layer, which carry it. The attention
+is as long as fits between the k-steps of the products, so that neither side is left alone at the end; the carrier says
+how much fits. Products with nothing to carry are measured in the same kernel as well. That is what a plan pays for
+products that carry little.
 """
 
 from __future__ import annotations

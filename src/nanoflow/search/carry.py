@@ -1,9 +1,9 @@
-"""Plans whose decode attention runs inside products: one instruction stream, so the order is all there is to find.
+"""Plans whose products carry decode attention: one instruction stream, so only an order has to be found.
 
-Two nano-batches half a layer apart: while one attends, the other has its products from o_proj on, and those of its
-next layer up to its own attention. Each attention so has a layer's products to run inside, and the stream never waits.
-A product that carries is a little slower than one that does not, so a short attention may be left to a few of them: it
-is issued right before the first, and what comes after the last waits for it (`plan/carry.py`).
+Two nano-batches run half a layer apart. While one attends, the other runs its products from o_proj on, and those of its
+next layer up to its own attention. So each attention has the products of a whole layer that can carry it, and the
+stream never waits. A product is a little slower while it carries, so a short attention may be left to a few products.
+It is then issued right before the first of them, and what comes after the last one waits for it (`plan/carry.py`).
 """
 
 from __future__ import annotations

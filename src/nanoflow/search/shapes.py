@@ -52,21 +52,21 @@ class Cell:
 
     @property
     def example(self) -> BatchShape:
-        """The middle one of the batches, by the keys that they read for each token."""
+        """The median of the batches, by the keys that they read for each token."""
         return self.shapes[len(self.shapes) // 2]
 
     @property
     def median_batch(self) -> BatchShape:
-        """The batch that its plan is searched for: as large as the cell has them, else as the example."""
-        middle = self.example
-        scale = self.max_tokens / middle.num_tokens
+        """The batch that its plan is searched for: the example, scaled to the largest size of the cell."""
+        median = self.example
+        scale = self.max_tokens / median.num_tokens
         return BatchShape(
             num_tokens=self.max_tokens,
-            num_decode_tokens=min(round(middle.num_decode_tokens * scale), self.max_tokens),
-            decode_context=round(middle.decode_context * scale),
-            prefill_context=round(middle.prefill_context * scale),
-            prefill_kv_tokens=round(middle.prefill_kv_tokens * scale),
-            num_sampled=min(round(middle.num_sampled * scale), self.max_tokens),
+            num_decode_tokens=min(round(median.num_decode_tokens * scale), self.max_tokens),
+            decode_context=round(median.decode_context * scale),
+            prefill_context=round(median.prefill_context * scale),
+            prefill_kv_tokens=round(median.prefill_kv_tokens * scale),
+            num_sampled=min(round(median.num_sampled * scale), self.max_tokens),
         )
 
 
@@ -166,7 +166,7 @@ def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[
     """Plans of the cell's size that overlap, each with its gain there, the best one first; of many the promising."""
     fitting = [plan for plan in plans if plan.num_tokens == cell.max_tokens and len(plan.lanes) > 1]
     if len(fitting) > _NUM_COMPARED:
-        # The middle batch tells which of many are not among the best.
+        # One batch is enough to tell which of many plans are not among the best.
         fitting = leading(sorted(fitting, key=lambda plan: predict(cell.example, plan)), _NUM_COMPARED)
     return sorted(((gain_of(plan, cell, predict), plan) for plan in fitting), key=lambda found: -found[0])
 
