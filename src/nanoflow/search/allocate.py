@@ -90,18 +90,9 @@ def allocate(
     for i, j in problem.same_lane():
         _keep_order(program, starts, lengths, (i, j), order.separation(i, j) or 0)
     # 3. What overlaps shares the device.
-    overlaps = {}
-    for i, j in problem.other_lane():
-        periods = order.separation(i, j, margin)
-        if periods is None:
-            overlaps[i, j] = _overlap(program, starts, lengths, (i, j), max_stages)
-        else:
-            _keep_order(program, starts, lengths, (i, j), periods)
-    for pair, overlap in overlaps.items():
-        _share_device(program, [picks[place] for place in pair], [choices[place] for place in pair], [overlap])
-    for trio in _trios(problem, overlaps):
-        among = [overlaps[pair] for pair in itertools.combinations(trio, 2)]
-        _share_device(program, [picks[place] for place in trio], [choices[place] for place in trio], among)
+    separations = {(i, j): order.separation(i, j, margin) for i, j in problem.other_lane()}
+    variables = _Variables(starts=starts, lengths=lengths, picks=picks, choices=choices)
+    _share_where_overlapping(program, variables, separations, max_stages)
     # 4. Of the device's time no more can be shared than there is; this follows from 3, but tightens the relaxation.
     program.at_least(_device_time(problem, picks, choices), -1.0)
     # 5. Power.
@@ -121,6 +112,38 @@ def allocate(
         ),
         shares=tuple(options[place].share for options, place in zip(choices, chosen, strict=True)),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variables:
+    """Of all tasks, in their order: starts, lengths, and what each chooses among."""
+
+    starts: list[int]
+    lengths: list[Row]
+    picks: list[_Pick]
+    choices: list[tuple[Choice, ...]]
+
+
+def _share_where_overlapping(
+    program: Program, variables: _Variables, separations: Mapping[tuple[int, int], int | None], max_stages: int
+) -> None:
+    """Tasks on different resources: those with a separation keep it, the others share the device if they overlap."""
+    starts, lengths = variables.starts, variables.lengths
+    overlaps = {}
+    for pair, periods in separations.items():
+        if periods is None:
+            overlaps[pair] = _overlap(program, starts, lengths, pair, max_stages)
+        else:
+            _keep_order(program, starts, lengths, pair, periods)
+
+    def share(places: tuple[int, ...], among: list[int]) -> None:
+        picks = [variables.picks[place] for place in places]
+        _share_device(program, picks, [variables.choices[place] for place in places], among)
+
+    for pair, overlap in overlaps.items():
+        share(pair, [overlap])
+    for trio in _trios(overlaps):
+        share(trio, [overlaps[pair] for pair in itertools.combinations(trio, 2)])
 
 
 def least_period_s(
@@ -217,7 +240,7 @@ def _share_device(program: Program, picks: list[_Pick], options: list[tuple[Choi
     program.at_least(row, -1.0 - slack * len(overlaps))
 
 
-def _trios(problem: Problem, overlaps: Mapping[tuple[int, int], int]) -> Iterator[tuple[int, int, int]]:
+def _trios(overlaps: Mapping[tuple[int, int], int]) -> Iterator[tuple[int, int, int]]:
     """Tasks on three different resources, in order of their places."""
     places = sorted({place for pair in overlaps for place in pair})
     for trio in itertools.combinations(places, 3):
