@@ -101,17 +101,7 @@ def allocate(
     # A rate of 0 satisfies all rows, and a solver that is stopped early may have found nothing better.
     if solution is None or solution.values[rate] <= 0:
         return None
-    chosen = [max(pick.chosen, key=lambda place: solution.values[pick.chosen[place]]) for pick in picks]
-    return Allocation(
-        mechanism=mechanism,
-        schedule=Schedule(
-            starts=shifted([float(solution.values[start]) for start in starts]),
-            lengths=tuple(_value(length, solution) for length in lengths),
-            period_s=problem.sequential_s / float(solution.values[rate]),
-            least_period_s=problem.sequential_s / solution.bound,
-        ),
-        shares=tuple(options[place].share for options, place in zip(choices, chosen, strict=True)),
-    )
+    return _allocation(problem, solution, float(solution.values[rate]), variables, mechanism)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +112,23 @@ class _Variables:
     lengths: list[Row]
     picks: list[_Pick]
     choices: list[tuple[Choice, ...]]
+
+
+def _allocation(
+    problem: Problem, solution: Solution, rate: float, variables: _Variables, mechanism: Mechanism
+) -> Allocation:
+    """What a solution with this rate, in layers per sequential layer, says of the tasks."""
+    chosen = [max(pick.chosen, key=lambda place: solution.values[pick.chosen[place]]) for pick in variables.picks]
+    return Allocation(
+        mechanism=mechanism,
+        schedule=Schedule(
+            starts=shifted([float(solution.values[start]) for start in variables.starts]),
+            lengths=tuple(_value(length, solution) for length in variables.lengths),
+            period_s=problem.sequential_s / rate,
+            least_period_s=problem.sequential_s / solution.bound,
+        ),
+        shares=tuple(options[place].share for options, place in zip(variables.choices, chosen, strict=True)),
+    )
 
 
 def _share_where_overlapping(
