@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 from nanoflow.cli.profile import ProfileConfig
-from nanoflow.executor.lanes import lane_kernels
+from nanoflow.executor import lanes
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.plan.mechanisms import KernelNeed, Measured, Mechanism, Opening, ShareOrigin
 from nanoflow.plan.plan import Lane
 from nanoflow.profile.table import Profile
+from nanoflow.profiler import pairs
+from nanoflow.profiler.pairs import PairTask
+from nanoflow.profiler.work import Task
 from nanoflow.search.carry import carry_plan
 from nanoflow.search.shapes import least_predicted_gain, mechanisms_of
 from tests.unit.test_simulate import GRAPH
@@ -41,8 +45,26 @@ def test_shares_that_are_kept_can_be_asked_for() -> None:
             assert mechanism.traits.opening is Opening.OWN_SMS
 
 
-def test_kernels_for_a_lane_that_takes_any_are_those_of_the_device() -> None:
-    assert lane_kernels(KernelNeed.ANY, None, REFERENCE_KERNELS, 132) is REFERENCE_KERNELS  # type: ignore[arg-type]
+def test_a_lane_has_the_kernels_that_its_mechanism_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(lanes, "kernels_on", lambda kernels, num_sms: ("for SMs", kernels, num_sms))
+    monkeypatch.setattr(lanes, "kernels_beside", lambda kernels, num_sms: ("small", kernels, num_sms))
+    monkeypatch.setattr(lanes, "_with_carveout", lambda _device, kernels: ("with carve-out", *kernels))
+    found = {need: lanes.lane_kernels(need, device, REFERENCE_KERNELS, 68) for need in list(KernelNeed)[:3]}
+    assert found == {
+        KernelNeed.ANY: REFERENCE_KERNELS,
+        KernelNeed.FOR_SMS: ("for SMs", REFERENCE_KERNELS, 68),
+        KernelNeed.SMALL: ("with carve-out", "small", REFERENCE_KERNELS, 68),
+    }
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "share"), [(Mechanism.PARTITION, 0.88), (Mechanism.BESIDE, 0.5), (Mechanism.STREAM, 0.31)]
+)
+def test_the_share_of_a_pair_is_what_its_origin_says(mechanism: Mechanism, share: float) -> None:
+    """Of a lane on 88 % of the SMs whose operation kept 31 % of its speed."""
+    task = Task(operation="o_proj", num_tokens=512)
+    assert pairs._share(PairTask(first=task, second=task, mechanism=mechanism), 0.309, 0.88) == share
 
 
 def test_a_margin_is_that_of_the_mechanism() -> None:

@@ -18,7 +18,7 @@ from nanoflow.search.search import Attempt, Search
 from nanoflow.search.shapes import batch_of, cells_of
 from nanoflow.search.structure import Deadline, Effort
 from nanoflow.simulate.iteration import IterationModel
-from tests.unit.test_simulate import FREE, GRAPH, SHAPE, pair, profile
+from tests.unit.test_simulate import GRAPH, SHAPE, pair, profile
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -52,8 +52,8 @@ def test_a_batch_is_cut_near_its_middle_at_multiples_of_a_tile(num_tokens: int, 
 
 
 def test_a_program_of_shares_must_beat_what_is_known() -> None:
-    """Free overlap takes 5 s a layer: a bound above that changes nothing, one below it leaves no shares."""
-    of = profile(pairs=FREE)
+    """A bound above the best period changes nothing; one below it leaves no shares, whatever the order allows."""
+    of = profile(pairs=(pair(0.5, 0.7, 0.7),))
     table, interference = CostTable(of, GRAPH), Interference(of, GRAPH)
     (candidate, *_) = candidates(GRAPH, table, SHAPE, Deadline.after(60.0))
 
@@ -71,7 +71,7 @@ def test_a_program_of_shares_must_beat_what_is_known() -> None:
         return None if found is None else found.schedule.period_s
 
     best_s = period_s(None)
-    assert best_s is not None and best_s == pytest.approx(5.0, rel=0.02)
+    assert best_s is not None and candidate.schedule.period_s < best_s * 0.9
     assert period_s(best_s * 1.05) == pytest.approx(best_s, rel=1e-3)
     assert period_s(best_s * 0.98) is None
 
