@@ -27,7 +27,8 @@ from nanoflow.graph.operation import (
 )
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.weights import random_weights
-from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 
 PAGE_SIZE = 4
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
-from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 
 COLLECTIVES = frozenset({OpKind.ALL_REDUCE, OpKind.ALL_GATHER})
 LANE_OF = {OpKind.DECODE_ATTENTION: "memory", **dict.fromkeys(COLLECTIVES, "network")}

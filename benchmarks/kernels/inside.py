@@ -25,7 +25,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.hopper import can_carry
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.profiler.inside import InsideTask, measure_costs
+from nanoflow.profiler.carry import CarryTask, measure_costs
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import Span, Sustained
 from nanoflow.profiler.work import decode_task
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for num_tokens, num_requests, num_keys in args.cases:
         for steps in args.steps:
-            task = InsideTask(
+            task = CarryTask(
                 num_tokens=num_tokens, steps=steps, attention=decode_task(attention, num_requests, num_keys)
             )
             costs = measure_costs(site, task, Span(settle_s=args.settle, measure_s=args.window))

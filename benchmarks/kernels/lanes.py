@@ -32,11 +32,11 @@ from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.restricted import kernels_on
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import KernelNeed
 from nanoflow.profiler.alone import Prepared, prepare_attention, prepare_row, rows_workspace
-from nanoflow.profiler.pairs import balanced_window, captured_on
 from nanoflow.profiler.site import Site, gemms
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
+from nanoflow.profiler.windows import balanced_window, captured_on
 from nanoflow.profiler.work import decode_task, prefill_task
 
 # Bytes of weights used in turn, several times any cache; and bytes of one copy.
@@ -156,7 +156,7 @@ def _prepared(prepared: Prepared) -> Side:
     """An operation with the engine's kernels."""
 
     def work_on(lane: LaneStream | None) -> Work:
-        if lane is None or lane.mechanism is not Mechanism.PARTITION:
+        if lane is None or lane.mechanism.traits.kernels is not KernelNeed.FOR_SMS:
             return prepared.work()
         return prepared.work(kernels_on(prepared.workspace.model.kernels, lane.num_sms))
 

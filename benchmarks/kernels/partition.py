@@ -34,9 +34,9 @@ from nanoflow.kernels.triton_split_k import choose_split_cut
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.profiler.alone import Prepared, prepare_attention, prepare_row, rows_workspace
-from nanoflow.profiler.pairs import LaneRun, balanced_window, captured_on
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import Span, sustained
+from nanoflow.profiler.windows import LaneRun, balanced_window, captured_on
 from nanoflow.profiler.work import decode_task
 
 PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

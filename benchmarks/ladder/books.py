@@ -28,14 +28,16 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_name
 from nanoflow.plan.book import BookLimits, MadeFor, PlanEntry, StoredBook, load_book
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Measured, Mechanism
+from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import CostTable, Profile
-from nanoflow.search.allocate import Allocation, divisions
+from nanoflow.search.allocate import Allocation
 from nanoflow.search.books import covering_cells, search_book
+from nanoflow.search.carry import carry_plan, carrying_runs
+from nanoflow.search.divide import divisions
 from nanoflow.search.emit import emit
-from nanoflow.search.inside import carrying_runs, inside_plan
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.shapes import entry_of, ranked
 from nanoflow.search.structure import Effort, solve_structure
@@ -187,14 +189,14 @@ def forced(
     model = IterationModel(profile)
     plans: dict[str, PipelinePlan] = {}
     for cell in covering_cells(iterations, max_batch_tokens):
-        plans |= {plan.digest: plan for plan in plans_of(profile, mechanism, cell.middle)}
+        plans |= {plan.digest: plan for plan in plans_of(profile, mechanism, cell.median_batch)}
         best = ranked(plans.values(), cell, model.iteration_s)
         if best:
             yield entry_of(best[0][1], cell)
 
 
 def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Iterator[PipelinePlan]:
-    """A plan for each way to divide the device in two, found as a quick search does (`search/search.py`).
+    """A plan for each way to divide the device in two once, or for each run of products that carry.
 
     On plain streams a share is a result of the measurement and cannot be set; here it is treated as one that can.
     """
@@ -202,32 +204,24 @@ def plans_of(profile: Profile, mechanism: Mechanism, shape: BatchShape) -> Itera
     middle = middle_of(shape.num_tokens)
     if not 0.2 <= middle / shape.num_tokens <= 0.8:
         return
-    if mechanism is Mechanism.INSIDE:
-        shares = Interference(profile, graph).inside.shares
+    if mechanism.traits.measured is Measured.CARRIED:
+        shares = Interference(profile, graph).carry.shares
         for share, carrying in itertools.product(shares, carrying_runs(graph)):
-            yield inside_plan(graph, shape.num_tokens, middle, share, carrying)
+            yield carry_plan(graph, shape.num_tokens, middle, share, carrying)
         return
     splits = {group.name: (middle,) for group in groups_of(graph)}
     problem = make_problem(graph, CostTable(profile, graph), shape, splits)
-    for division in divisions(problem, Interference(_only(profile, mechanism), graph)):
+    for division in divisions(problem, Interference(_only(profile, mechanism), graph), [mechanism]):
         effort = Effort(num_nodes=_NUM_NODES, time_limit_s=_TIME_LIMIT_S)
         schedule = solve_structure(division.problem, max_stages=_MAX_STAGES, effort=effort)
         if schedule is not None:
             allocation = Allocation(mechanism=mechanism, schedule=schedule, shares=division.shares)
-            name = f"{mechanism}{division.name.removeprefix(division.mechanism)}, 2 nano-batches at {middle}"
-            yield emit(division.problem, allocation, name)
+            yield emit(division.problem, allocation, f"{division.name}, 2 nano-batches at {middle}")
 
 
 def _only(profile: Profile, mechanism: Mechanism) -> Profile:
-    """The profile with pairs of one mechanism alone; pairs of streams become partitions, which divide the device."""
-    pairs = tuple(pair for pair in profile.pairs if pair.mechanism is mechanism)
-    if mechanism is not Mechanism.STREAM:
-        return replace(profile, pairs=pairs)
-    return replace(
-        profile,
-        pairs=tuple(replace(pair, mechanism=Mechanism.PARTITION) for pair in pairs),
-        points=tuple(point for point in profile.points if point.mechanism is Mechanism.WHOLE),
-    )
+    """The profile with pairs of one mechanism."""
+    return replace(profile, pairs=tuple(pair for pair in profile.pairs if pair.mechanism is mechanism))
 
 
 if __name__ == "__main__":

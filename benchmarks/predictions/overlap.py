@@ -83,10 +83,10 @@ def parse_batch(text: str) -> BatchShape:
 
 
 def candidates(profile: Profile, model: IterationModel, shape: BatchShape) -> Iterator[PipelinePlan]:
-    """The plan with nano-batches on one lane, and the plans that a quick search tries."""
+    """Nano-batches, and what the search tries."""
     middle = round(shape.num_tokens / 256) * 128 or shape.num_tokens // 2
     yield nanobatch_plan(model.graph, shape.num_tokens, [middle])
-    attempts = Search(profile, shape, is_quick=True).run().attempts
+    attempts = Search(profile, shape).run().attempts
     yield from (attempt.plan for attempt in sorted(attempts, key=lambda attempt: attempt.makespan_s)[:4])
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from nanoflow.executor.streams import Carveout, LaneError, LaneStream, beside_pair, partition_pair, plain_stream
 from nanoflow.kernels.hopper import has_gluon
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 
 pytestmark = pytest.mark.gpu
 _BLOCKS = 4096

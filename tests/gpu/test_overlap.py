@@ -16,8 +16,8 @@ from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry
 from nanoflow.models.config import load
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
-from nanoflow.search.inside import inside_plan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.search.carry import carry_plan
 from tests.driving import Run, greedy, random_prompts, run_model
 from tests.families import make_model
 from tests.plans import ping_pong_plan
@@ -85,7 +85,7 @@ def test_attention_inside_products_differs_only_where_tokens_nearly_tie(
     if not can_carry(torch.device("cuda"), torch.bfloat16, graph.kinds[0].attention):
         pytest.skip("products of this GPU carry nothing")
     path = tmp_path / "plan.json"
-    path.write_bytes(inside_plan(fuse_swiglu(graph), budget, 40, 0.8).to_json())
+    path.write_bytes(carry_plan(fuse_swiglu(graph), budget, 40, 0.8).to_json())
     options = {"device": "cuda", "max_batch_tokens": budget, "dtype": "bfloat16", "max_num_seqs": len(PROMPTS)}
     params = greedy(MAX_TOKENS, logprobs=5)
     ours = run_model(folder, PROMPTS, params, **options, cuda_graphs=cuda_graphs, plan=str(path))

@@ -14,7 +14,7 @@ pytest.importorskip("cuda.bindings")
 
 from nanoflow.kernels.restricted import kernels_on
 from nanoflow.models.presets import PRESETS
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import Profile
 from nanoflow.profiler.alone import measure_alone, prepare_row, rows_workspace
 from nanoflow.profiler.pairs import measure_pairs, measure_parts, pair_tasks, part_tasks

@@ -11,7 +11,7 @@ from benchmarks.ladder import books
 
 from nanoflow.cli.main import main as nanoflow
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import Profile
 from nanoflow.search.shapes import batch_of
 from nanoflow.search.workloads import SimulatedWorkloads

@@ -17,7 +17,8 @@ from nanoflow.graph.nanobatch import Access, depends
 from nanoflow.graph.shard import shard
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import PipelinePlan
 from tests.graphs import device_model
 from tests.plans import ping_pong_plan, resource_plan
 from tests.recorded_streams import RecordedStream, RecordedStreams

@@ -23,7 +23,7 @@ from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from tests.graphs import device_model
 from tests.plans import ping_pong_plan
 

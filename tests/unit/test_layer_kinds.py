@@ -24,7 +24,8 @@ from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.liveness import conflicts, workspace_bytes
-from nanoflow.plan.plan import Mechanism, PipelinePlan, PlanError
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.interference import Interference

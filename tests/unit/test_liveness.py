@@ -18,7 +18,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.liveness import ALIGNMENT, conflicts, place, shapes_of, workspace_bytes
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
-from nanoflow.search.inside import inside_plan
+from nanoflow.search.carry import carry_plan
 from tests.graphs import device_model, graphs, valid_plans, with_operations
 from tests.plans import resource_plan
 
@@ -68,7 +68,7 @@ def test_on_one_lane_a_tensor_is_needed_from_its_first_touch_to_its_last(plan: P
 @pytest.mark.parametrize("num_tokens", [2047, 8192])
 @pytest.mark.parametrize("num_rows", [1, 500])
 def test_tensors_of_a_models_real_sizes_do_not_overlap(num_tokens: int, num_rows: int) -> None:
-    plans = [SEQUENTIAL, nanobatch_plan(LLAMA, 2048, [1024]), inside_plan(LLAMA, 2048, 1024, 0.8)]
+    plans = [SEQUENTIAL, nanobatch_plan(LLAMA, 2048, [1024]), carry_plan(LLAMA, 2048, 1024, 0.8)]
     num_bytes = sizes(LLAMA, num_tokens, num_rows)
     for several in ([plans[0]], plans[:2], plans):
         begins = place(LLAMA, several, num_bytes)
@@ -80,7 +80,7 @@ def test_tensors_of_a_models_real_sizes_do_not_overlap(num_tokens: int, num_rows
 def test_less_memory_is_taken_than_by_each_alone(num_tokens: int) -> None:
     """The logits and what is needed throughout are a floor; a layer's tensors lie where the logits will be."""
     num_bytes = sizes(LLAMA, num_tokens, num_tokens // 4)
-    for plans in ([SEQUENTIAL], [SEQUENTIAL, inside_plan(LLAMA, 2048, 1024, 0.8)]):
+    for plans in ([SEQUENTIAL], [SEQUENTIAL, carry_plan(LLAMA, 2048, 1024, 0.8)]):
         begins = place(LLAMA, plans, num_bytes)
         total = max(begins[name] + num_bytes[name] for name in num_bytes)
         assert num_bytes["logits"] + num_bytes["hidden"] <= total < 0.7 * sum(num_bytes.values())
@@ -103,7 +103,7 @@ def test_the_bytes_of_all_tensors_are_what_the_executor_allocates(
 
 def test_on_parallel_lanes_everything_of_a_layer_is_needed_at_once() -> None:
     """Also where one of several plans has them; what comes after the layers still may lie there."""
-    found = set(conflicts(LLAMA, [SEQUENTIAL, inside_plan(LLAMA, 2048, 1024, 0.8)]))
+    found = set(conflicts(LLAMA, [SEQUENTIAL, carry_plan(LLAMA, 2048, 1024, 0.8)]))
     assert all(frozenset(pair) in found for pair in itertools.combinations(OF_LAYER, 2))
     assert not any(frozenset((name, "logits")) in found for name in OF_LAYER)
 

@@ -15,16 +15,17 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.models.config import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING, CostTable, Point, Profile, ProfileError, write_profile
-from nanoflow.profiler import alone, inside, pairs, profile, site
+from nanoflow.profiler import alone, carry, pairs, profile, site
 from nanoflow.profiler.alone import measure_alone
-from nanoflow.profiler.inside import InsideTask, inside_tasks
-from nanoflow.profiler.pairs import PairTask, balanced_counts, pair_tasks, queue_order
+from nanoflow.profiler.carry import CarryTask, carry_tasks
+from nanoflow.profiler.pairs import PairTask, pair_tasks
 from nanoflow.profiler.profile import Job, new_job, run_job
 from nanoflow.profiler.setup import check_same_machine
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.sustained import SPANS, Span, Sustained
+from nanoflow.profiler.windows import balanced_counts, queue_order
 from nanoflow.profiler.work import Sizes, Task, cache_bytes, num_chunks, tasks
 
 CONFIG = {
@@ -215,7 +216,7 @@ def test_a_cpu_has_no_partitions_and_no_pairs() -> None:
 
 
 def test_products_of_fewer_tokens_are_measured_beside_attention_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "_can_keep_products", lambda _: True)
+    monkeypatch.setattr(pairs, "_can_cut_products", lambda _: True)
     found = pair_tasks(replace(SITE, device=torch.device("cuda", 0)), 1024, 132)
     beside = [pair.first for pair in found if pair.mechanism is Mechanism.BESIDE]
     sizes = {name: [task.num_tokens for task in beside if task.operation == name] for name in ("o_proj", "down_proj")}
@@ -228,13 +229,13 @@ def test_products_of_fewer_tokens_are_measured_beside_attention_too(monkeypatch:
 @pytest.mark.parametrize(("budget", "largest"), [(512, 512), (1024, 1024), (2048, 1024), (4096, 2048), (16384, 4096)])
 def test_pairs_have_the_halves_of_the_token_budget(monkeypatch: pytest.MonkeyPatch, budget: int, largest: int) -> None:
     on_gpu = replace(SITE, device=torch.device("cuda", 0))
-    monkeypatch.setattr(pairs, "_can_keep_products", lambda _: True)
+    monkeypatch.setattr(pairs, "_can_cut_products", lambda _: True)
     beside = [pair.first for pair in pair_tasks(on_gpu, budget, 132) if pair.mechanism is Mechanism.BESIDE]
     sizes = [task.num_tokens for task in beside if task.operation == "o_proj"]
     assert max(sizes) == largest and len(sizes) == len(set(sizes)) and {256, 512} <= set(sizes)
-    monkeypatch.setattr(inside, "can_carry", lambda *_: True)
-    monkeypatch.setattr(inside, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
-    carried = inside_tasks(on_gpu, Sizes(max_tokens=budget), 132)
+    monkeypatch.setattr(carry, "can_carry", lambda *_: True)
+    monkeypatch.setattr(carry, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
+    carried = carry_tasks(on_gpu, Sizes(max_tokens=budget), 132)
     assert max(task.num_tokens for task in carried) == largest
     rates = [task.steps for task in carried if task.num_tokens == largest and not task.is_empty]
     assert rates == [2, 3, 4] and len({task.key for task in carried}) == len(carried)
@@ -248,10 +249,10 @@ def test_products_are_not_filled_with_more_keys_than_the_memory_holds(monkeypatc
         dtype=torch.bfloat16,
         page_size=16,
     )
-    monkeypatch.setattr(inside, "can_carry", lambda *_: True)
-    monkeypatch.setattr(inside, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
+    monkeypatch.setattr(carry, "can_carry", lambda *_: True)
+    monkeypatch.setattr(carry, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
     for max_cache_bytes, largest in ((16 << 30, [2, 3, 4]), (8 << 30, [4])):
-        found = inside_tasks(llama, Sizes(max_tokens=8192, max_cache_bytes=max_cache_bytes), 132)
+        found = carry_tasks(llama, Sizes(max_tokens=8192, max_cache_bytes=max_cache_bytes), 132)
         full = [task for task in found if not task.is_empty]
         steps = {size: [task.steps for task in full if task.num_tokens == size] for size in (1024, 2048, 4096)}
         assert steps == {1024: [2, 3, 4], 2048: [2, 3, 4], 4096: largest}
@@ -303,22 +304,22 @@ def test_only_a_part_is_measured(
         *(PairTask(first=product, second=attention, mechanism=mechanism) for mechanism in apart),
         PairTask(first=product, second=attention, mechanism=Mechanism.PARTITION, second_sms=16),
     ]
-    carried = InsideTask(num_tokens=600, steps=4, attention=attention)
+    carried = CarryTask(num_tokens=600, steps=4, attention=attention)
     for module in (pairs, profile):
         monkeypatch.setattr(module, "pair_tasks", lambda *_: found)
-    monkeypatch.setattr(profile, "inside_tasks", lambda *_: [carried])
+    monkeypatch.setattr(profile, "carry_tasks", lambda *_: [carried])
     begun = job(tmp_path / "profile.json")
     on_gpu = replace(begun.profile, setup=replace(begun.profile.setup, num_sms=132))
     wanted = replace(begun, profile=on_gpu, only=only).wanted()
     assert bool(wanted.alone) == has_alone and bool(wanted.parts) == has_parts
     assert {pair.mechanism.value for pair in wanted.pairs} == mechanisms - {"inside"}
-    assert wanted.inside == ([carried] if "inside" in mechanisms else [])
+    assert wanted.carried == ([carried] if "inside" in mechanisms else [])
 
 
 def test_parts_are_both_sides_of_every_pair_and_products_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     product, attention = Task(operation="o_proj", num_tokens=600), Task(operation="a", num_tokens=9, num_requests=9)
     found = [
-        PairTask(first=product, second=attention),
+        PairTask(first=product, second=attention, mechanism=Mechanism.STREAM),
         *(
             PairTask(first=product, second=attention, mechanism=Mechanism.PARTITION, second_sms=count)
             for count in (16, 24)

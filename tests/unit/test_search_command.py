@@ -14,11 +14,12 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.table import Profile
 from nanoflow.search.books import BookSearch, FoundPlan, divided, search_book
-from nanoflow.search.inside import inside_plan
+from nanoflow.search.carry import carry_plan
 from nanoflow.search.limits import Run
 from nanoflow.search.shapes import batch_of, cells_of, entry_of, leading, least_predicted_gain, ranked
 from nanoflow.trials import iterations
@@ -176,7 +177,7 @@ def test_what_a_device_says_decides() -> None:
 
 
 def test_the_best_plans_and_the_best_of_each_mechanism_lead() -> None:
-    inside, also, third = (inside_plan(GRAPH, 2048, 1024, share, ("gate_up_proj",)) for share in (0.8, 0.75, 0.67))
+    inside, also, third = (carry_plan(GRAPH, 2048, 1024, share, ("gate_up_proj",)) for share in (0.8, 0.75, 0.67))
     parted, streams, beside = (
         replace(ping_pong_plan(GRAPH, 2048, 1024, mechanism, share=0.75), name=str(mechanism))
         for mechanism in (Mechanism.PARTITION, Mechanism.STREAM, Mechanism.BESIDE)
@@ -210,7 +211,7 @@ def test_rare_batches_are_not_tried_and_keep_what_is_safe() -> None:
     assert divided([often, nothing, last, rare, rarer]) == ([often, last], [nothing, rare, rarer])
     assert rare.trusted.plans == plans[:1] and rarer.trusted.plans == nothing.trusted.plans == ()
     # Predictions of attention inside products are better than others.
-    inside = inside_plan(GRAPH, 2048, 1024, 0.8, ("gate_up_proj",))
+    inside = carry_plan(GRAPH, 2048, 1024, 0.8, ("gate_up_proj",))
     good = replace(rare, gain=1.04, plans=(inside, *plans))
     assert good.trusted.plans == (inside,) and replace(good, plans=plans).trusted.plans == ()
     parted = ping_pong_plan(GRAPH, 2048, 1024, Mechanism.PARTITION, share=0.75)
@@ -229,7 +230,7 @@ def test_cells_hold_batches_that_are_alike() -> None:
     )
     assert [cell.decode_context[0] for cell in cells] == [900.0, 500.0, 500.0]
     assert cells[1].decode_share == (600 / 2048, 600 / 2048) and cells[1].min_tokens == 2048
-    middle = cells[0].middle
+    middle = cells[0].median_batch
     assert middle.num_tokens == 640 and middle.num_decode_tokens == 640 and middle.decode_context == 640 * 900
 
 

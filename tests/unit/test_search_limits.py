@@ -16,7 +16,8 @@ from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, StoredBook, load_book
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import PairPoint

@@ -16,11 +16,12 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, Resource
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import Cost, PairPoint, Profile, Setup
 from nanoflow.search import structure
-from nanoflow.search.allocate import allocate, divisions
+from nanoflow.search.allocate import allocate
+from nanoflow.search.divide import divisions
 from nanoflow.search.problem import Edge, Group, Problem, Task
 from nanoflow.search.structure import Effort, Program, Schedule, Solution, solve_structure
 

@@ -14,10 +14,10 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanEntry, load_book
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import Profile
 from nanoflow.search.books import FoundPlan
-from nanoflow.search.inside import inside_plan
+from nanoflow.search.carry import carry_plan
 from nanoflow.search.shapes import batch_of, cells_of, least_predicted_gain
 from nanoflow.simulate.iteration import IterationModel
 from tests.plans import ping_pong_plan
@@ -90,7 +90,7 @@ def test_a_candidate_that_loses_is_called_slower() -> None:
 
 @pytest.mark.parametrize("margin", [None, 0.0, 0.02, 0.2])
 def test_a_margin_replaces_what_is_known_of_lanes(margin: float | None) -> None:
-    inside = inside_plan(GRAPH, 2048, 1024, 0.8, ("gate_up_proj",))
+    inside = carry_plan(GRAPH, 2048, 1024, 0.8, ("gate_up_proj",))
     least = {None: 1.03, 0.0: 1.005, 0.02: 1.02, 0.2: 1.2}[margin]
     assert least_predicted_gain(inside, margin) == least
     (cell,) = cells_of([(batch_of(2000, 700, 1000.0, 512.0), 1.0)], max_batch_tokens=2048)

@@ -13,7 +13,7 @@ from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.interference import Interference

@@ -15,7 +15,8 @@ from nanoflow.graph.shard import shard
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism, PipelinePlan, PlanError
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.search.search import Search

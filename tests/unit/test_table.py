@@ -13,7 +13,7 @@ from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.estimate import PAPER_MEMORY_CURVE, estimated_profile
 from nanoflow.profile.interference import Interference, lane_of
 from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w

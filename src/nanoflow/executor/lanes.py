@@ -1,9 +1,9 @@
 """Lanes of a plan at run time: on which stream and with which kernels each step runs, and the events between streams.
 
-`streams.py` opens the streams that this file assigns to lanes. `OneLane` queues all steps on the current stream, in
-issue order, which respects every dependency. `GpuLanes` gives each lane a stream, with the SMs and kernels that its
-mechanism asks for. `inside.py` has the lanes whose attention runs inside products. All of them can be captured in a
-CUDA graph, since the streams fork from the current one and join it again.
+`OneLane` queues everything in issue order on the current stream. That is right on any device, because the order
+respects every dependency. `GpuLanes` opens a stream for each lane, as the lane's mechanism says
+(`plan/mechanisms.py`). `carry.py` has the lanes of products that carry attention, which are one stream. All of them can
+be captured in a CUDA graph: lanes fork from the current stream and join it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
-from nanoflow.executor.inside import Carrier, InsideLanes
+from nanoflow.executor.carry import Carrier, CarryLanes
 from nanoflow.executor.steps import Step
 from nanoflow.executor.streams import (
     SM_GROUP,
@@ -32,8 +32,9 @@ from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of
 from nanoflow.kernels.restricted import kernels_beside, kernels_on
-from nanoflow.plan.carriers import carriers
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
+from nanoflow.plan.carry import carriers
+from nanoflow.plan.mechanisms import KernelNeed, Opening
+from nanoflow.plan.plan import Lane, PipelinePlan
 
 
 class Lanes(Protocol):
@@ -65,18 +66,32 @@ class OneLane:
         return nullcontext(self.workspace)
 
 
-class Partitions:
-    """Streams of lanes, and kernels restricted to them. Each is made once; plans share them, as one runs at a time.
+def lane_kernels(need: KernelNeed, device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
+    """The kernels of a device as a lane on so many SMs runs them.
 
-    Args:
-        device: A GPU.
-        kernels: Kernels for the whole device.
+    Each call makes new ones: products keep partial sums in a workspace, which two lanes may not share.
+
+    Raises:
+        LaneError: See `Carveout`.
+    """
+    made: dict[KernelNeed, Callable[[], Kernels]] = {
+        KernelNeed.ANY: lambda: kernels,
+        KernelNeed.FOR_SMS: lambda: kernels_on(kernels, num_sms),
+        KernelNeed.SMALL: lambda: _with_carveout(device, kernels_beside(kernels, num_sms)),
+    }
+    return made[need]()
+
+
+class Partitions:
+    """Pairs of lanes on disjoint SMs or on the same ones, with their kernels; each pair is opened once.
+
+    Plans share them, as only one plan runs at a time.
     """
 
     def __init__(self, device: torch.device, kernels: Kernels) -> None:
         self._device, self._kernels = device, kernels
         self._pairs: dict[int, tuple[LaneStream, LaneStream]] = {}
-        self._restricted: dict[tuple[int, bool], Kernels] = {}
+        self._kernels_of: dict[tuple[int, bool], Kernels] = {}
         self._beside: tuple[tuple[LaneStream, Kernels], ...] = ()
 
     def side(self, share: float, *, is_first: bool) -> tuple[LaneStream, Kernels]:
@@ -97,9 +112,9 @@ class Partitions:
         if second_sms not in self._pairs:
             self._pairs[second_sms] = partition_pair(self._device, 1.0 - second_sms / total)
         part = self._pairs[second_sms][0 if is_first else 1]
-        if (second_sms, is_first) not in self._restricted:
-            self._restricted[second_sms, is_first] = kernels_on(self._kernels, part.num_sms)
-        return part, self._restricted[second_sms, is_first]
+        if (second_sms, is_first) not in self._kernels_of:
+            self._kernels_of[second_sms, is_first] = self._cut(part)
+        return part, self._kernels_of[second_sms, is_first]
 
     def close(self) -> None:
         """Return all SMs to the device."""
@@ -108,19 +123,17 @@ class Partitions:
                 part.close()
 
     def beside(self, *, is_first: bool) -> tuple[LaneStream, Kernels]:
-        """The stream of one of two lanes that share all SMs, and its kernels, which leave room for the other lane's.
-
-        Args:
-            is_first: Whether products run on the lane.
+        """One of two lanes on all SMs whose kernels leave room for each other; products are on the first.
 
         Raises:
             LaneError: The device has no such lanes.
         """
         if not self._beside:
-            self._beside = tuple(
-                (part, beside_kernels(self._device, self._kernels, part.num_sms)) for part in beside_pair(self._device)
-            )
+            self._beside = tuple((part, self._cut(part)) for part in beside_pair(self._device))
         return self._beside[0 if is_first else 1]
+
+    def _cut(self, part: LaneStream) -> Kernels:
+        return lane_kernels(part.mechanism.traits.kernels, self._device, self._kernels, part.num_sms)
 
 
 class GpuLanes:
@@ -147,13 +160,14 @@ class GpuLanes:
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
         """Open the stream of a lane; a lane with the mechanism `whole` runs on the current stream."""
         is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
-        sides: dict[Mechanism, Callable[[], tuple[LaneStream, Kernels]]] = {
-            Mechanism.STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
-            Mechanism.PARTITION: lambda: partitions.side(lane.share, is_first=is_first),
-            Mechanism.BESIDE: lambda: partitions.beside(is_first=is_first),
+        openers: dict[Opening, Callable[[], tuple[LaneStream, Kernels]]] = {
+            Opening.OWN_STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
+            Opening.OWN_SMS: lambda: partitions.side(lane.share, is_first=is_first),
+            Opening.SHARED_SMS: lambda: partitions.beside(is_first=is_first),
         }
-        if lane.mechanism in sides:
-            part, kernels = sides[lane.mechanism]()
+        opening = lane.mechanism.traits.opening
+        if opening in openers:
+            part, kernels = openers[opening]()
             self._streams[lane.name] = part.stream
             self._workspaces[lane.name] = replace(self._whole, model=replace(self._whole.model, kernels=kernels))
 
@@ -186,9 +200,9 @@ def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace
     """The lanes of a plan; streams are opened only on a GPU and for plans with several lanes."""
     if workspace.model.device.type != "cuda" or len(plan.lanes) == 1:
         return OneLane(workspace=workspace)
-    if any(lane.mechanism is Mechanism.INSIDE for lane in plan.lanes):
+    if plan.carry_lanes:
         carried = dict(carriers(plan, workspace.model.graph, workspace.model.graph.layers))
-        return InsideLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
+        return CarryLanes(steps, carried, workspace, _carrier(workspace, plan, steps))
     return GpuLanes(plan, steps, workspace, partitions)
 
 
@@ -213,14 +227,10 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
     return HopperCarrier(num_sms=count_sms(model.device), steps=steps_of(share))
 
 
-def beside_kernels(device: torch.device, kernels: Kernels, num_sms: int) -> Kernels:
-    """Kernels for one lane of `beside_pair`: small ones, launched with the largest carve-out of shared memory.
-
-    Raises:
-        LaneError: See `Carveout`.
-    """
+def _with_carveout(device: torch.device, kernels: Kernels) -> Kernels:
+    """The same kernels, each launched with the largest carve-out."""
     carveout = Carveout(device)
-    return {kind: carveout.open()(kernel) for kind, kernel in kernels_beside(kernels, num_sms).items()}
+    return {kind: carveout.open()(kernel) for kind, kernel in kernels.items()}
 
 
 def _event() -> torch.cuda.Event:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from nanoflow.device.detect import count_sms
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 
 # From Hopper on the driver partitions SMs in groups of this size.
 SM_GROUP = 8

@@ -7,7 +7,6 @@ whose order contradicts that is refused here with the culprits named.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from nanoflow.errors import brief_line
 from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.nanobatch import Access, TokenRange, depends
 from nanoflow.graph.operation import OpKind
+from nanoflow.plan.mechanisms import Mechanism, Opening
 
 PLAN_VERSION = 1
 # What shares that are meant to sum to 1 may be off by.
@@ -30,26 +30,15 @@ class PlanError(ValueError):
     """A plan cannot be executed; the message names the nano-operation or lane at fault."""
 
 
-class Mechanism(enum.StrEnum):
-    """How a lane gets its share of the device."""
-
-    WHOLE = "whole"
-    PARTITION = "partition"
-    BESIDE = "beside"
-    INSIDE = "inside"
-    STREAM = "stream"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
     """Where nano-operations run in order.
 
     Attributes:
         name: Unique in the plan.
-        mechanism: WHOLE: all SMs. PARTITION: disjoint SMs. BESIDE: a small kernel co-resident with a large one on every
-            SM. INSIDE: decode attention in the instruction stream of products, and those products. STREAM:
-            unpartitioned.
-        share: Resource share R, 0 < R <= 1; of INSIDE lanes, of the steps of the instruction stream, R < 1.
+        mechanism: How it gets its share (`plan/mechanisms.py`).
+        share: Resource share R, 0 < R <= 1. Of two lanes that are one stream, the part of the steps of its
+            instruction stream, R < 1.
     """
 
     name: str
@@ -91,7 +80,7 @@ class NanoOperation:
         return f"{self.operation}[{self.start}:{self.stop}]{stage}"
 
 
-# No slots: cuts and digest are kept.
+# No slots: cached properties need a __dict__.
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
     """Order, lane, share and waits of each nano-operation of a layer.
@@ -126,6 +115,11 @@ class PipelinePlan:
         """Twelve hexadecimal digits that name this plan's content."""
         return hashlib.sha256(self.to_json()).hexdigest()[:12]
 
+    @cached_property
+    def carry_lanes(self) -> tuple[Lane, ...]:
+        """Two lanes that are one stream, as products carry decode attention; none in most plans."""
+        return tuple(lane for lane in self.lanes if lane.mechanism.traits.opening is Opening.ONE_STREAM)
+
     def issue_order(self, num_layers: int) -> Iterator[tuple[int, NanoOperation]]:
         """Every (layer, nano-operation) of a model of so many layers, in the order in which they are issued."""
         for period in range(num_layers + self.max_stage):
@@ -149,7 +143,7 @@ class PipelinePlan:
         self._check_nano_operations(graph)
         self._check_tiling(graph)
         self._check_shares()
-        self._check_inside(graph)
+        self._check_carry(graph)
         self._check_order(graph)
 
     def _check_lanes(self) -> None:
@@ -208,27 +202,30 @@ class PipelinePlan:
             if total > 1 + _ROUNDING:
                 raise PlanError(f"{nano}: when it starts, lanes {sorted(lanes_running)} together hold {total:.2f} > 1")
 
-    def _check_inside(self, graph: OpGraph) -> None:
-        """Of two lanes inside each other one has all decode attention and nothing else, and the other one the rest.
+    def _check_carry(self, graph: OpGraph) -> None:
+        """Of two lanes that are one stream, one has all decode attention and nothing else, the other one all the rest.
 
-        Neither has all of the instruction stream.
+        Their shares are parts of the steps of one instruction stream: each less than 1, and both at most 1.
         """
-        inside = [lane.name for lane in self.lanes if lane.mechanism is Mechanism.INSIDE]
-        if not inside:
+        if not self.carry_lanes:
             return
         kinds = {op.name: op.kind for op in graph.layer}
         of_attention = {nano.lane for nano in self.nano_operations if kinds[nano.operation] is OpKind.DECODE_ATTENTION}
         of_others = {nano.lane for nano in self.nano_operations} - of_attention
-        if len(of_attention) != 1 or len(of_others) != 1 or of_attention | of_others != set(inside):
+        if (
+            len(of_attention) != 1
+            or len(of_others) != 1
+            or of_attention | of_others != {lane.name for lane in self.carry_lanes}
+        ):
             raise PlanError(
                 f"plan {self.name!r}: lanes inside each other are two, one for all decode attention and one for all "
                 "else that is in the layer"
             )
-        shares = {lane.name: lane.share for lane in self.lanes if lane.name in inside}
-        if max(shares.values()) >= 1 or sum(shares.values()) > 1 + _ROUNDING:
+        shares = [lane.share for lane in self.carry_lanes]
+        if max(shares) >= 1 or sum(shares) > 1 + _ROUNDING:
             raise PlanError(
                 f"plan {self.name!r}: lanes inside each other share the steps of one instruction stream, so each has "
-                f"less than 1 of them and both at most 1, not {' and '.join(f'{share:g}' for share in shares.values())}"
+                f"less than 1 of them and both at most 1, not {' and '.join(f'{share:g}' for share in shares)}"
             )
         for nano in self.nano_operations:
             if nano.lane in of_attention and kinds[nano.operation] is not OpKind.DECODE_ATTENTION:

@@ -1,15 +1,18 @@
-"""R -> P: what an operation keeps of its speed on a share of the device, beside another one or alone.
+"""R -> P: the part of its speed that an operation keeps on a share of the device, beside another one or alone.
 
-Beside another: measured pairs of a profile, one curve a mechanism and operation, and one a mechanism and resource for
-operations that were not in a pair. The paper's section 4.1.1 finds the same curve for all shapes within 5 %. Products
-of few tokens have too few tiles for that, so there is one for each number of tokens that pairs have, and between two of
-these the worse counts. Between measured shares curves are linear; P(0) = 0 and P(1) = 1. On a part of the device
-products come in other waves than on the whole, which differ from size to size, so a curve is corrected by what the
-operation keeps alone on that share at its own size, where that was measured. It also is what it keeps while nothing
-runs beside it.
+The curves come from the measured pairs of a profile. There is one for each mechanism and operation, and one for each
+mechanism and resource, for operations that were in no pair. (The paper's section 4.1.1 finds the same curve for all
+shapes within 5 %.) Between measured shares a curve is linear; P(0) = 0 and P(1) = 1.
 
-Both sides of a pair run at the clock that the power limit leaves to the pair, as an operation alone runs at that which
-it leaves to it: what a pair gains or loses by it is in its P. Attention inside products is `inside.py`'s.
+- *Sizes.* Products of few tokens have too few tiles for one curve to hold. So each measured number of tokens has its
+  own, and between two of them the worse counts (`at_size`).
+- *Parts of the device.* On fewer multiprocessors a product's tiles come in other waves, which differ from size to size.
+  So P is multiplied by what the operation keeps alone on that share at its own size, and divided by what it keeps there
+  at the pair's size. While nothing runs beside it, it keeps what it keeps alone.
+- *Power.* Both sides of a pair run at the clock that the power limit leaves to the pair. What they gain or lose by it
+  is contained in P.
+
+Products that carry attention are looked up in `carry.py`.
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ from statistics import fmean
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import GATED, Operation, OpKind, Resource
-from nanoflow.plan.plan import Mechanism
-from nanoflow.profile.inside import Inside, at_size, measured_size
+from nanoflow.plan.mechanisms import Measured, Mechanism
+from nanoflow.profile.carry import CarryTable, at_size, measured_size
 from nanoflow.profile.table import CostTable, PairPoint, Profile
 
 Curve = tuple[tuple[float, float], ...]
 # By size: tokens of an operation alone; of a pair, those of its first operation, which stand for a nano-batch's.
 Curves = Mapping[int, Curve]
-# Nothing keeps nothing, the whole device keeps everything; shares are compared after rounding.
+# P(0) = 0 and P(1) = 1. Shares are compared after rounding.
 _ENDS = ((0.0, 0.0), (1.0, 1.0))
 _DIGITS = 4
 _LEAST = 1e-3
@@ -48,20 +51,20 @@ class Interference:
     """The measured curves of a profile.
 
     Attributes:
-        inside: Those of decode attention inside products.
+        carry: What products that carry decode attention keep, and that attention.
     """
 
     def __init__(self, profile: Profile, graph: OpGraph) -> None:
         self._resource = {op.key: lane_of(op) for op in graph.operations()}
         self._alone = _alone_on_shares(profile, graph)
-        self.inside = Inside(profile, graph)
+        self.carry = CarryTable(profile, graph)
         self._known: dict[tuple[Mechanism, str, float, int], float] = {}
         self._pair_tokens: dict[tuple[Mechanism, str, int], int] = {}
         by_operation: dict[tuple[Mechanism, str], _Found] = defaultdict(lambda: defaultdict(list))
         by_resource: dict[tuple[Mechanism, Resource], _Found] = defaultdict(lambda: defaultdict(list))
         ratios: dict[Mechanism, _Found] = defaultdict(lambda: defaultdict(list))
         for pair in profile.pairs:
-            if pair.mechanism is Mechanism.INSIDE:
+            if pair.mechanism.traits.measured is not Measured.PAIRS:
                 continue
             for side in _sides(pair):
                 self._pair_tokens[pair.mechanism, side.operation, pair.first_tokens] = side.num_tokens
@@ -88,7 +91,7 @@ class Interference:
 
     def performance(self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int) -> float:
         """P of an operation on a share beside another one; the share itself where nothing was measured."""
-        if share >= 1.0 or mechanism is Mechanism.WHOLE:
+        if share >= 1.0 or mechanism.traits.measured is Measured.NOTHING:
             return 1.0
         key = (mechanism, op.key, share, num_tokens)
         if key not in self._known:
@@ -105,12 +108,12 @@ class Interference:
     def _beside(
         self, mechanism: Mechanism, op: Operation, share: float, num_tokens: int, size: int, curves: Curves
     ) -> float:
-        """P by the curve of one size of the pairs."""
+        """P by the curve of the pairs of one size."""
         curve = curves[size]
         here = self._kept_alone(mechanism, op.key, share, num_tokens)
         if here is None:
             return _at(curve, share)
-        # On less than any pair had, it loses to the other as much as it did there.
+        # Below the smallest share of a pair, the loss to the other operation is taken from that pair.
         of_pair = max(share, min(share for share, kept in curve if kept > 0))
         pair_tokens = self._pair_tokens.get((mechanism, op.key, size), num_tokens)
         there = self._kept_alone(mechanism, op.key, of_pair, pair_tokens)
@@ -122,9 +125,9 @@ class Interference:
         return self.performance(mechanism, op, share, num_tokens) if kept is None else max(kept, _LEAST)
 
     def _kept_alone(self, mechanism: Mechanism, operation: str, share: float, num_tokens: int) -> float | None:
-        """At the next larger measured size, or the largest."""
+        """P alone on a share, at the next larger measured size or the largest; None where it was not measured."""
         curves = self._alone.get(operation)
-        if curves is None or mechanism is not Mechanism.PARTITION:
+        if curves is None or not mechanism.traits.keeps_share:
             return None
         return _at(curves[measured_size(curves, num_tokens)], share)
 
@@ -168,7 +171,7 @@ def _sides(pair: PairPoint) -> tuple[_Side, _Side]:
 
 def _alone_on_shares(profile: Profile, graph: OpGraph) -> Mapping[str, Curves]:
     """Time on the whole device / time alone on a share, by operation and size."""
-    parts = [point for point in profile.points if point.mechanism is Mechanism.PARTITION]
+    parts = [point for point in profile.points if point.mechanism.traits.keeps_share]
     if not parts:
         return {}
     table = CostTable(profile, graph)

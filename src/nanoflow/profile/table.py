@@ -19,7 +19,7 @@ import msgspec
 from nanoflow.errors import brief_line
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import LinearDims
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 
 PROFILE_VERSION = 1
 SAMPLING = "sampling"
@@ -81,6 +81,11 @@ class Point:
     clock_mhz: float | None = None
 
     @property
+    def is_on_whole_device(self) -> bool:
+        """Whether it had all of the device; else a share of it."""
+        return self.mechanism is Mechanism.WHOLE
+
+    @property
     def key(self) -> tuple[str, int, float, Mechanism, float]:
         """What was measured."""
         return (self.operation, self.num_tokens, self.context, self.mechanism, self.share)
@@ -92,8 +97,9 @@ class PairPoint:
 
     Attributes:
         first, second: Names of operations; the first is the one bound by compute, or by memory beside a collective.
-        first_tokens, second_tokens, second_context: Their sizes. Of mechanism INSIDE, a second context of 0 stands for
-            the first one in the kernel that could carry so many tokens' attention, with nothing to carry.
+        first_tokens, second_tokens, second_context: Their sizes. Where the first one carries the second,
+            a second context of 0 stands for nothing to carry: the first one ran in the kernel that can carry, and could
+            have carried the attention of so many tokens.
         mechanism: Of the lanes.
         share: The first one's R; the second has what is left.
         first_performance, second_performance: P: time alone on the whole device / time beside the other.
@@ -222,7 +228,7 @@ class CostTable:
         self._in_waves = {op.key for op in operations if isinstance(op.dims, LinearDims)}
         grouped: dict[str, dict[int, list[Point]]] = defaultdict(lambda: defaultdict(list))
         for point in profile.points:
-            if point.mechanism is Mechanism.WHOLE:
+            if point.is_on_whole_device:
                 grouped[point.operation][point.num_tokens].append(point)
         self._sizes = {name: sorted(by_size) for name, by_size in grouped.items()}
         self._points = {

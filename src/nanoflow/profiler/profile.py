@@ -20,10 +20,10 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config import parse
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism, ShareOrigin
 from nanoflow.profile.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.profiler.alone import measure_alone
-from nanoflow.profiler.inside import InsideTask, inside_tasks, measure_inside
+from nanoflow.profiler.carry import CarryTask, carry_tasks, measure_carry
 from nanoflow.profiler.layer import measure_layer
 from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
@@ -32,8 +32,6 @@ from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.profiler.work import Sizes, Task, num_chunks, tasks
 
 _WRITE_EVERY = 5
-# Mechanisms whose shares are asked for; on others a share is what came of it.
-_ASKED_FOR = (Mechanism.PARTITION, Mechanism.INSIDE)
 # Between two iterations; benchmarks/engine/iteration.py measures 86 to 90 us on one H200.
 ITERATION_GAP_S = 100e-6
 # What a point takes beside settling and measuring: tensors, a capture, compilation now and then.
@@ -41,7 +39,7 @@ _PREPARE_S = {"cuda": 0.1, "cpu": 0.02}
 # A pair is measured alone and together, and half of the pairs share what is measured alone.
 _PAIR_SPANS = 1.5
 # Products inside which attention runs are measured alone, attention too, and both together.
-_INSIDE_SPANS = 3
+_CARRY_SPANS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +49,14 @@ class Wanted:
     alone: Sequence[Task]
     parts: Sequence[PartTask]
     pairs: Sequence[PairTask]
-    inside: Sequence[InsideTask]
+    carried: Sequence[CarryTask]
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.parts) + len(self.pairs) + len(self.inside)
+        return len(self.alone) + len(self.parts) + len(self.pairs) + len(self.carried)
 
     def estimate_s(self, device: torch.device, span: Span) -> float:
         """About how long it takes."""
-        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs) + _INSIDE_SPANS * len(self.inside)
+        spans = len(self.alone) + len(self.parts) + _PAIR_SPANS * len(self.pairs) + _CARRY_SPANS * len(self.carried)
         return spans * (span.settle_s + span.measure_s + _PREPARE_S[device.type])
 
 
@@ -98,14 +96,14 @@ class Job:
         pairs = {_identity(pair) for pair in self.profile.pairs}
         num_sms, budget = self.profile.setup.num_sms or 0, self.sizes.max_tokens
         alone = tasks(self.site, self.sizes) if self.has_alone else []
-        parts = part_tasks(self.site, budget, num_sms) if Mechanism.PARTITION in self.mechanisms else []
+        parts = [part for part in part_tasks(self.site, budget, num_sms) if part.mechanism in self.mechanisms]
         beside = [pair for pair in pair_tasks(self.site, budget, num_sms) if pair.mechanism in self.mechanisms]
-        inside = inside_tasks(self.site, self.sizes, num_sms) if Mechanism.INSIDE in self.mechanisms else []
+        carried = [task for task in carry_tasks(self.site, self.sizes, num_sms) if task.mechanism in self.mechanisms]
         return Wanted(
             alone=[task for task in alone if task.key not in points],
             parts=[part for part in parts if _part_key(part, num_sms) not in points],
             pairs=[pair for pair in beside if _pair_identity(pair, num_sms) not in pairs],
-            inside=[task for task in inside if task.key not in pairs],
+            carried=[task for task in carried if task.key not in pairs],
         )
 
 
@@ -187,7 +185,7 @@ def launch_gap_s(job: Job, profile: Profile) -> float | None:
     of_size = {
         point.operation: point.time_s
         for point in sorted(profile.points, key=lambda point: -point.context)
-        if point.mechanism is Mechanism.WHOLE and point.num_tokens == num_tokens
+        if point.is_on_whole_device and point.num_tokens == num_tokens
     }
     keys = [op.key for kind in graph.layers for op in kind.operations if op.kind is not OpKind.DECODE_ATTENTION]
     if not of_size.keys() >= set(keys):
@@ -210,7 +208,7 @@ def _measure(job: Job, wanted: Wanted) -> Iterator[Point | PairPoint]:
         measure_alone(job.site, wanted.alone, job.span),
         measure_parts(job.site, wanted.parts, job.span),
         measure_pairs(job.site, wanted.pairs, job.span),
-        measure_inside(job.site, wanted.inside, job.span),
+        measure_carry(job.site, wanted.carried, job.span),
     )
 
 
@@ -245,12 +243,13 @@ def _continued(path: Path, blank: Profile) -> Profile:
 
 def _part_key(part: PartTask, num_sms: int) -> tuple[object, ...]:
     share = part.num_sms / num_sms
-    return (part.task.operation, part.task.num_tokens, part.task.context, Mechanism.PARTITION, share)
+    return (part.task.operation, part.task.num_tokens, part.task.context, part.mechanism, share)
 
 
 def _identity(pair: PairPoint) -> tuple[object, ...]:
-    """What was measured; on plain streams and beside each other shares are not asked for."""
-    return (*pair.key[:-1], pair.share if pair.mechanism in _ASKED_FOR else None)
+    """What was measured; a share that could not be asked for does not tell two pairs apart."""
+    is_asked_for = pair.mechanism.traits.share_origin is ShareOrigin.ASKED_FOR
+    return (*pair.key[:-1], pair.share if is_asked_for else None)
 
 
 def _pair_identity(pair: PairTask, num_sms: int) -> tuple[object, ...]:

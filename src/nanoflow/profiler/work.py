@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind, Scope
-from nanoflow.plan.plan import Mechanism
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING
 from nanoflow.profiler.site import Site
 

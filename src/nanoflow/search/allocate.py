@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from nanoflow.graph.operation import OpKind, Resource
-from nanoflow.plan.plan import Mechanism
+from nanoflow.graph.operation import Resource
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w
 from nanoflow.profile.table import Setup
@@ -57,32 +57,42 @@ def allocate(
     max_stages: int,
     effort: Effort,
     margin: float = 0.0,
+    most_s: float | None = None,
 ) -> Allocation | None:
-    """Shares with the shortest period for the order of a schedule; None if none were found in time."""
+    """Shares with the shortest period for the order of a schedule.
+
+    Args:
+        problem, order: The tasks, and their schedule of stage 1.
+        interference, setup: What shares and power cost.
+        mechanism: How lanes share the device.
+        max_stages: Periods that a layer may last at most.
+        effort: When to stop.
+        margin: Tasks that are nearer to each other than this, in periods, may come to overlap.
+        most_s: The period must be at most so long. A solver proves much sooner that there is no such period than it
+            finds the best one.
+
+    Returns:
+        None if there are no such shares, or none were found in time.
+    """
     program = Program()
-    rate = program.variable(_ample_rate(problem, order))
+    ample_rate = _ample_rate(problem, order)
+    least_rate = 0.0 if most_s is None else problem.sequential_s / most_s
+    if least_rate > ample_rate:
+        return None
+    rate = program.variable(ample_rate, lower=least_rate)
     starts = [program.variable(max_stages) for _ in problem.tasks]
     # 1. One share a task; lengths and shares as rows.
     choices = [choices_of(task, interference, setup, mechanism) for task in problem.tasks]
-    picks = [_pick(program, rate, options, _ample_rate(problem, order)) for options in choices]
+    picks = [_pick(program, rate, options, ample_rate) for options in choices]
     lengths = [_length(problem, pick, options) for pick, options in zip(picks, choices, strict=True)]
     add_dependencies(program, problem, starts, lengths)
     # 2. The order of stage 1 on each resource.
     for i, j in problem.same_lane():
         _keep_order(program, starts, lengths, (i, j), order.separation(i, j) or 0)
     # 3. What overlaps shares the device.
-    overlaps = {}
-    for i, j in problem.other_lane():
-        periods = order.separation(i, j, margin)
-        if periods is None:
-            overlaps[i, j] = _overlap(program, starts, lengths, (i, j), max_stages)
-        else:
-            _keep_order(program, starts, lengths, (i, j), periods)
-    for pair, overlap in overlaps.items():
-        _share_device(program, [picks[place] for place in pair], [choices[place] for place in pair], [overlap])
-    for trio in _trios(problem, overlaps):
-        among = [overlaps[pair] for pair in itertools.combinations(trio, 2)]
-        _share_device(program, [picks[place] for place in trio], [choices[place] for place in trio], among)
+    separations = {(i, j): order.separation(i, j, margin) for i, j in problem.other_lane()}
+    variables = _Variables(starts=starts, lengths=lengths, picks=picks, choices=choices)
+    _share_where_overlapping(program, variables, separations, max_stages)
     # 4. Of the device's time no more can be shared than there is; this follows from 3, but tightens the relaxation.
     program.at_least(_device_time(problem, picks, choices), -1.0)
     # 5. Power.
@@ -91,17 +101,56 @@ def allocate(
     # A rate of 0 satisfies all rows, and a solver that is stopped early may have found nothing better.
     if solution is None or solution.values[rate] <= 0:
         return None
-    chosen = [max(pick.chosen, key=lambda place: solution.values[pick.chosen[place]]) for pick in picks]
+    return _allocation(problem, solution, float(solution.values[rate]), variables, mechanism)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variables:
+    """Of all tasks, in their order: starts, lengths, and what each chooses among."""
+
+    starts: list[int]
+    lengths: list[Row]
+    picks: list[_Pick]
+    choices: list[tuple[Choice, ...]]
+
+
+def _allocation(
+    problem: Problem, solution: Solution, rate: float, variables: _Variables, mechanism: Mechanism
+) -> Allocation:
+    """What a solution with this rate, in layers per sequential layer, says of the tasks."""
+    chosen = [max(pick.chosen, key=lambda place: solution.values[pick.chosen[place]]) for pick in variables.picks]
     return Allocation(
         mechanism=mechanism,
         schedule=Schedule(
-            starts=shifted([float(solution.values[start]) for start in starts]),
-            lengths=tuple(_value(length, solution) for length in lengths),
-            period_s=problem.sequential_s / float(solution.values[rate]),
+            starts=shifted([float(solution.values[start]) for start in variables.starts]),
+            lengths=tuple(_value(length, solution) for length in variables.lengths),
+            period_s=problem.sequential_s / rate,
             least_period_s=problem.sequential_s / solution.bound,
         ),
-        shares=tuple(options[place].share for options, place in zip(choices, chosen, strict=True)),
+        shares=tuple(options[place].share for options, place in zip(variables.choices, chosen, strict=True)),
     )
+
+
+def _share_where_overlapping(
+    program: Program, variables: _Variables, separations: Mapping[tuple[int, int], int | None], max_stages: int
+) -> None:
+    """Tasks on different resources: those with a separation keep it, the others share the device if they overlap."""
+    starts, lengths = variables.starts, variables.lengths
+    overlaps = {}
+    for pair, periods in separations.items():
+        if periods is None:
+            overlaps[pair] = _overlap(program, starts, lengths, pair, max_stages)
+        else:
+            _keep_order(program, starts, lengths, pair, periods)
+
+    def share(places: tuple[int, ...], among: list[int]) -> None:
+        picks = [variables.picks[place] for place in places]
+        _share_device(program, picks, [variables.choices[place] for place in places], among)
+
+    for pair, overlap in overlaps.items():
+        share(pair, [overlap])
+    for trio in _trios(overlaps):
+        share(trio, [overlaps[pair] for pair in itertools.combinations(trio, 2)])
 
 
 def least_period_s(
@@ -113,87 +162,6 @@ def least_period_s(
     energies = [min((choice.dynamic_j or 0.0) for choice in options) for options in choices]
     limit_w = dynamic_power_w(setup)
     return max(order.period_s, device_s, 0.0 if limit_w is None else sum(energies) / limit_w)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Division:
-    """A device divided in two once: products on one part, everything else on the other.
-
-    Attributes:
-        mechanism, share: How, and the share of the products.
-        problem: The tasks with what they take there, to be ordered.
-        shares: Of every task.
-        least_period_s: What both parts take at least, if nothing waits.
-    """
-
-    mechanism: Mechanism
-    share: float
-    problem: Problem
-    shares: tuple[float, ...]
-    least_period_s: float
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        prefills = {task.group.resource for task in self.problem.tasks if _is_prefill(task)}
-        return f"{self.mechanism} {self.share:.2f}" + (", attentions together" if Resource.MEMORY in prefills else "")
-
-
-def divisions(problem: Problem, interference: Interference) -> list[Division]:
-    """Every way to divide the device that pairs were measured with, the most even first; none beside collectives.
-
-    On plain streams a share is a result, not a way. Prefill attention runs beside decode attention, with the products,
-    or one after the other with it, beside the products: whichever evens out the two parts.
-    """
-    if Resource.NETWORK in {task.group.resource for task in problem.tasks}:
-        return []
-    found = [
-        _divide(variant, interference, mechanism, share)
-        for variant in dict.fromkeys((problem, _attentions_together(problem)))
-        for mechanism in interference.mechanisms
-        if mechanism is not Mechanism.STREAM
-        for share in interference.shares(mechanism, Resource.COMPUTE)
-        if share < 1.0
-    ]
-    return sorted(found, key=lambda division: division.least_period_s)
-
-
-def _attentions_together(problem: Problem) -> Problem:
-    """The problem with prefill attention on the lane of decode attention."""
-    tasks = tuple(
-        replace(task, group=replace(task.group, resource=Resource.MEMORY))
-        if _is_prefill(task) and task.cost.time_s > 0
-        else task
-        for task in problem.tasks
-    )
-    return replace(problem, tasks=tasks)
-
-
-def _is_prefill(task: Task) -> bool:
-    return task.group.operations[0].kind is OpKind.PREFILL_ATTENTION
-
-
-def _divide(problem: Problem, interference: Interference, mechanism: Mechanism, share: float) -> Division:
-    shares = tuple(share if task.group.resource is Resource.COMPUTE else 1.0 - share for task in problem.tasks)
-    tasks = []
-    alone_s, shared_s = dict.fromkeys(Resource, 0.0), dict.fromkeys(Resource, 0.0)
-    for task, part in zip(problem.tasks, shares, strict=True):
-        main = next(op for op in task.group.operations if op.name == task.group.name)
-        time_s = task.cost.time_s / interference.performance(mechanism, main, part, task.tokens.num_tokens)
-        tasks.append(replace(task, cost=replace(task.cost, time_s=time_s)))
-        alone_s[task.group.resource] += task.cost.time_s
-        shared_s[task.group.resource] += time_s
-    longer = max(shared_s, key=lambda resource: shared_s[resource])
-    until_s = shared_s[Resource.MEMORY if longer is Resource.COMPUTE else Resource.COMPUTE]
-    # Who is left alone keeps to its SMs, or has all of them again.
-    left_s = (shared_s if mechanism is Mechanism.PARTITION else alone_s)[longer] * (1.0 - until_s / shared_s[longer])
-    return Division(
-        mechanism=mechanism,
-        share=share,
-        problem=replace(problem, tasks=tuple(tasks)),
-        shares=shares,
-        least_period_s=until_s + left_s,
-    )
 
 
 def _value(row: Row, solution: Solution) -> float:
@@ -279,7 +247,7 @@ def _share_device(program: Program, picks: list[_Pick], options: list[tuple[Choi
     program.at_least(row, -1.0 - slack * len(overlaps))
 
 
-def _trios(problem: Problem, overlaps: Mapping[tuple[int, int], int]) -> Iterator[tuple[int, int, int]]:
+def _trios(overlaps: Mapping[tuple[int, int], int]) -> Iterator[tuple[int, int, int]]:
     """Tasks on three different resources, in order of their places."""
     places = sorted({place for pair in overlaps for place in pair})
     for trio in itertools.combinations(places, 3):

@@ -1,7 +1,7 @@
-"""A plan book for the batches of a run: a quick search for each cell of alike batches, and the best plan of all for it.
+"""A plan book for the batches of a run: a search for each cell of alike batches, and the best of all plans for it.
 
-Where the iterations come from is the caller's (a simulated run of a workload); cells are `shapes.py`'s. A prediction
-is off by some percent, which is as much as there is to win: where a GPU is at hand, plans that may win are tried on it
+The caller brings the iterations (a simulated run of a workload); `shapes.py` groups them in cells. A prediction is off
+by some percent, which is as much as there is to win. So where a GPU is at hand, plans that may win are tried on it
 (`trials/iterations.py`), and only those that do win stay.
 """
 
@@ -21,13 +21,13 @@ from nanoflow.simulate.iteration import IterationModel
 
 # Cells are searched until they cover so much of the run's time.
 _COVERED = 0.98
-# Best plans of a cell's middle batch, whatever shares the device, which are compared on all batches that stand for the
-# cell, and for later cells.
+# Best plans of a cell's median batch, of any mechanism. They are compared on all batches that stand for the cell, and
+# for later cells.
 _PLANS_A_CELL = 4
-# What a plan must be predicted to win to be tried: predictions of both sides are off by some percent.
+# Least predicted gain of a plan that is tried: predictions of both plans are off by some percent.
 _LEAST_GAIN_TO_TRY = 0.99
-# The best plans of a cell that are tried, whatever shares the device, and of one that has so much of the run's time:
-# predictions rank ways to divide it no better.
+# Plans of a cell that are tried, of any mechanism; and of a cell with at least the part `_COMMON` of the run's time.
+# Predictions do not rank plans more finely than that.
 _BEST_TO_TRY, _BEST_OF_COMMON, _COMMON = 2, 4, 0.02
 # Plans are tried in cells that cover so much of the run's time; a trial takes as long for a rare kind of batch.
 _TRIED = 0.95
@@ -40,7 +40,7 @@ class FoundPlan:
     Attributes:
         cell: The batches.
         part: Their part of the run's time.
-        gain: Time sequentially / under the best plan, as predicted.
+        gain: Predicted time under the sequential plan / under the best plan.
         plans: The plans that may win there, the best one first; none if nothing does.
         measured_gain: Of the first of them on a device; None if none was tried.
         candidate: The plan that `gain` is predicted of, kept or not; None if no plan could win at all.
@@ -127,12 +127,12 @@ class BookSearch:
             )
 
     def _search(self, cell: Cell) -> None:
-        """A quick search for the cell, unless one was made for batches of its size and keys before."""
+        """Search for the cell's median batch, unless one was made for batches of its size and keys before."""
         key = (cell.max_tokens, cell.keys)
         if key in self._searched:
             return
         self._searched.add(key)
-        result = Search(self._profile, cell.middle, time_limit_s=self._time_limit_s, is_quick=True).run()
+        result = Search(self._profile, cell.median_batch, time_limit_s=self._time_limit_s).run()
         attempts = sorted(result.attempts, key=lambda attempt: attempt.makespan_s)
         plans = leading([attempt.plan for attempt in attempts], _PLANS_A_CELL)
         self._plans |= {plan.digest: plan for plan in plans}

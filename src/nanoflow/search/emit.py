@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nanoflow.graph.operation import Operation
-from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import WHOLE_LANE
 from nanoflow.search.allocate import Allocation
 from nanoflow.search.problem import Problem, Task

@@ -117,6 +117,11 @@ def make_problem(graph: OpGraph, table: CostTable, shape: BatchShape, splits: Sp
     return Problem(graph=graph, shape=shape, tasks=tasks, edges=tuple(_edges(graph, tasks)))
 
 
+def has_collectives(problem: Problem) -> bool:
+    """Whether several GPUs exchange something within the layer."""
+    return any(task.group.resource is Resource.NETWORK for task in problem.tasks)
+
+
 def _cost(graph: OpGraph, group: Group, tokens: TokenRange, shape: BatchShape, table: CostTable) -> Cost:
     """The mean over all layers, each with what its own kind has of the group."""
     names = [op.name for op in group.operations]

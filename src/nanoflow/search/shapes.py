@@ -14,17 +14,14 @@ from dataclasses import dataclass
 
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanEntry
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.mechanisms import Measured, Mechanism
+from nanoflow.plan.plan import PipelinePlan
 
 # Sizes in a cell differ by this part, no less than a GEMM tile; keys a token by this factor, where they are many.
 _TOKEN_STEP, _TOKEN_PART, _KEYS_FACTOR, _MANY_KEYS = 128, 1 / 8, 1.12, 64
 # What a plan must win in its cell if a device says so: a trial of a second is off by about 0.4 %
 # (docs/log/2026-11-27-lanes-beside-each-other.md).
 LEAST_GAIN = 1.005
-# And if only a prediction says so: attention inside products is measured as it runs, in one kernel, and predictions are
-# off by up to 4 %; other lanes are put together from pairs of operations, and were up to 7 % worse
-# (docs/log/2026-11-27-same-batches.md).
-_LEAST_PREDICTED_INSIDE, _LEAST_PREDICTED = 1.03, 1.08
 _NUM_SAMPLES = 6
 # Plans that are compared on all batches that stand for a cell, beside the best of each mechanism.
 _NUM_COMPARED = 8
@@ -55,21 +52,21 @@ class Cell:
 
     @property
     def example(self) -> BatchShape:
-        """The middle one of the batches, by the keys that they read for each token."""
+        """The median of the batches, by the keys that they read for each token."""
         return self.shapes[len(self.shapes) // 2]
 
     @property
-    def middle(self) -> BatchShape:
-        """The batch that its plan is searched for: as large as the cell has them, else as the example."""
-        middle = self.example
-        scale = self.max_tokens / middle.num_tokens
+    def median_batch(self) -> BatchShape:
+        """The batch that its plan is searched for: the example, scaled to the largest size of the cell."""
+        median = self.example
+        scale = self.max_tokens / median.num_tokens
         return BatchShape(
             num_tokens=self.max_tokens,
-            num_decode_tokens=min(round(middle.num_decode_tokens * scale), self.max_tokens),
-            decode_context=round(middle.decode_context * scale),
-            prefill_context=round(middle.prefill_context * scale),
-            prefill_kv_tokens=round(middle.prefill_kv_tokens * scale),
-            num_sampled=min(round(middle.num_sampled * scale), self.max_tokens),
+            num_decode_tokens=min(round(median.num_decode_tokens * scale), self.max_tokens),
+            decode_context=round(median.decode_context * scale),
+            prefill_context=round(median.prefill_context * scale),
+            prefill_kv_tokens=round(median.prefill_kv_tokens * scale),
+            num_sampled=min(round(median.num_sampled * scale), self.max_tokens),
         )
 
 
@@ -135,7 +132,7 @@ def gain_of(plan: PipelinePlan, cell: Cell, predict: Predict) -> float:
 
 def mechanisms_of(plan: PipelinePlan) -> frozenset[Mechanism]:
     """How its lanes share the device."""
-    return frozenset(lane.mechanism for lane in plan.lanes) - {Mechanism.WHOLE}
+    return frozenset(lane.mechanism for lane in plan.lanes if lane.mechanism.traits.measured is not Measured.NOTHING)
 
 
 def leading(plans: Sequence[PipelinePlan], count: int) -> list[PipelinePlan]:
@@ -156,19 +153,20 @@ def least_predicted_gain(plan: PipelinePlan, margin: float | None = None) -> flo
 
     Args:
         plan: Its lanes say how far off predictions of it may be.
-        margin: Another number than that which is known of its lanes, as a part: 0.02 is 2 %; never below what tells a
-            plan from the sequential one.
+        margin: A part to use in place of the mechanism's own (`plan/mechanisms.py`): 0.02 is 2 %. The result is never
+            below the accuracy of a trial.
     """
-    if margin is not None:
-        return max(1.0 + margin, LEAST_GAIN)
-    return _LEAST_PREDICTED_INSIDE if mechanisms_of(plan) == {Mechanism.INSIDE} else _LEAST_PREDICTED
+    if margin is None:
+        # The largest margin for a plan that shares the device in no known way.
+        margin = max(each.traits.margin for each in mechanisms_of(plan) or Mechanism)
+    return max(1.0 + margin, LEAST_GAIN)
 
 
 def ranked(plans: Iterable[PipelinePlan], cell: Cell, predict: Predict) -> list[tuple[float, PipelinePlan]]:
     """Plans of the cell's size that overlap, each with its gain there, the best one first; of many the promising."""
     fitting = [plan for plan in plans if plan.num_tokens == cell.max_tokens and len(plan.lanes) > 1]
     if len(fitting) > _NUM_COMPARED:
-        # The middle batch tells which of many are not among the best.
+        # One batch is enough to tell which of many plans are not among the best.
         fitting = leading(sorted(fitting, key=lambda plan: predict(cell.example, plan)), _NUM_COMPARED)
     return sorted(((gain_of(plan, cell, predict), plan) for plan in fitting), key=lambda found: -found[0])
 

@@ -15,6 +15,7 @@ Shares, interference and power are `allocate.py`'s.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,27 @@ class Effort:
 
     num_nodes: int
     time_limit_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """When a search ends at the latest, by `time.monotonic`, in seconds."""
+
+    end_s: float
+
+    @staticmethod
+    def after(seconds: float) -> Deadline:
+        """So many seconds from now."""
+        return Deadline(end_s=time.monotonic() + seconds)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then; 0 once it has passed."""
+        return max(self.end_s - time.monotonic(), 0.0)
+
+    def effort(self, num_nodes: int, part: float = 1.0) -> Effort:
+        """For a program that may take a part of the time that is left; a tenth of a second at least."""
+        return Effort(num_nodes=num_nodes, time_limit_s=max(self.left_s, 0.1) * part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.search.limits import OverlapBound, Run
 from nanoflow.simulate.batches import batches_of
 from nanoflow.simulate.iteration import IterationModel, Recorded
-from nanoflow.simulate.serving import Cluster, Iterations, SimulatedRun, limits_for, simulate
+from nanoflow.simulate.replica import Iterations
+from nanoflow.simulate.serving import Cluster, SimulatedRun, limits_for, simulate
 from nanoflow.workload import Lengths, draw_lengths
 
 

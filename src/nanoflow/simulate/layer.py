@@ -1,8 +1,8 @@
 """What a plan is predicted to take: its nano-operations as events on lanes, several layers in a row.
 
-The same rules as on a device: a lane runs its nano-operations in order, each waits for what it depends on and for what
-the plan says. How fast it then runs follows from its share and from what else runs at that moment (`interference.py`).
-Where the energy of a layer is more than the power limit allows, everything takes as much longer (`power.py`).
+The rules are those of a device. A lane runs its nano-operations in order; each waits for what it depends on, and for
+what the plan says. How fast it runs follows from its share, and from what else runs at that moment (`rates.py`). If the
+energy of a layer exceeds what the power limit allows, the whole layer is stretched (`profile/power.py`).
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow.graph.graph import LayerKind, OpGraph
-from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
-from nanoflow.plan.carriers import carriers
+from nanoflow.graph.operation import BatchShape, Operation
+from nanoflow.plan.carry import carriers
 from nanoflow.plan.dependencies import dependencies
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan
-from nanoflow.profile.inside import STANDS_STILL, filled
-from nanoflow.profile.interference import Interference, lane_of
+from nanoflow.plan.plan import PipelinePlan
+from nanoflow.profile.interference import Interference
 from nanoflow.profile.operation_cost import mean_context, operation_cost
 from nanoflow.profile.power import dynamic_energy_j, dynamic_power_w, static_power_w
 from nanoflow.profile.table import NO_COST, Cost, CostTable
+from nanoflow.simulate.rates import Item, rates_of
 from nanoflow.timeline.timeline import Span, Timeline
 
 # Layers whose ends give the period, after those in which the pipeline fills and before those in which it drains.
 _STEADY_LAYERS = 2
-# What keeps its share of the device even while nothing else runs.
-_KEEPS_SHARE = frozenset({Mechanism.PARTITION})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,31 +63,13 @@ class _Work:
     stop_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    """A nano-operation of the plan on the batch at hand.
-
-    Attributes:
-        context: Keys that each token of an attention sees; 0 for other operations.
-        carries: It is to have decode attention inside.
-    """
-
-    op: Operation
-    lane: Lane
-    tokens: TokenRange
-    cost: Cost
-    dynamic_j: float | None
-    context: float
-    carries: bool
-
-
 class _Items:
     """What each work of some layers is: of each kind one for each place in the plan."""
 
-    def __init__(self, of_kinds: Mapping[str, list[_Item | None]], layers: Sequence[LayerKind]) -> None:
+    def __init__(self, of_kinds: Mapping[str, list[Item | None]], layers: Sequence[LayerKind]) -> None:
         self._of_layers = [of_kinds[kind.name] for kind in layers]
 
-    def of(self, work: _Work) -> _Item:
+    def of(self, work: _Work) -> Item:
         item = self._of_layers[work.layer][work.place]
         assert item is not None, "issued in a layer that has no such operation"
         return item
@@ -185,19 +164,19 @@ class PlanSimulator:
         """So many layers of the pattern."""
         return tuple(self._pattern[layer % len(self._pattern)] for layer in range(num_layers))
 
-    def _items(self, kind: LayerKind, shape: BatchShape) -> list[_Item | None]:
+    def _items(self, kind: LayerKind, shape: BatchShape) -> list[Item | None]:
         """The nano-operations of the plan in a layer of a kind, None where it does not have the operation."""
         ops = self._ops[kind.name]
         found = [ops.get(nano.operation) for nano in self._plan.nano_operations]
         return [None if op is None else self._item(place, op, shape) for place, op in enumerate(found)]
 
-    def _item(self, place: int, op: Operation, shape: BatchShape) -> _Item:
+    def _item(self, place: int, op: Operation, shape: BatchShape) -> Item:
         tokens = self._plan.nano_operations[place].tokens.clip(0, shape.num_tokens)
         cost = operation_cost(op, tokens, shape, self._table)
         dynamic_j = dynamic_energy_j(cost, self._setup)
         if cost.time_s > 0:
             cost = Cost(time_s=cost.time_s + self._table.profile.launch_gap_s, energy_j=cost.energy_j)
-        return _Item(
+        return Item(
             op=op,
             lane=self._lanes[place],
             tokens=tokens,
@@ -227,7 +206,7 @@ class PlanSimulator:
                 pass
             if not running:
                 break
-            rates, dynamic_w = self._rates([items.of(work) for work in running])
+            rates, dynamic_w = rates_of([items.of(work) for work in running], self._interference)
             step_s = min(
                 work.left * items.of(work).cost.time_s / rate
                 for work, rate in zip(running, rates, strict=True)
@@ -243,52 +222,7 @@ class PlanSimulator:
         is_known = all(items.of(work).dynamic_j is not None for work in works)
         return works, energy_j if is_known else None
 
-    def _rates(self, running: Sequence[_Item]) -> tuple[list[float], float]:
-        """How fast each runs, as a part of its speed alone, and the dynamic power that all draw together."""
-        if any(item.lane.mechanism is Mechanism.INSIDE for item in running):
-            rates, energy_ratio = self._rates_inside(running)
-        elif len(running) == 1:
-            rates, energy_ratio = [self._rate_alone(running[0])], 1.0
-        else:
-            shares = sum(item.lane.share for item in running)
-            rates = [
-                self._interference.performance(item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens)
-                / max(shares, 1.0)
-                for item in running
-            ]
-            energy_ratio = self._energy_ratio(running)
-        dynamic_w = sum(
-            rate * (item.dynamic_j or 0.0) / item.cost.time_s for item, rate in zip(running, rates, strict=True)
-        )
-        return rates, dynamic_w * energy_ratio
-
-    def _rates_inside(self, running: Sequence[_Item]) -> tuple[list[float], float]:
-        """Of what runs in the products' lane, of decode attention, and the energy of both of that alone."""
-        host = next((item for item in running if item.op.kind is not OpKind.DECODE_ATTENTION), None)
-        if host is None:
-            return [1.0], 1.0
-        found, inside = STANDS_STILL, self._interference.inside
-        if host.carries and len(running) > 1:
-            found = inside.full(host.op, host.lane.share, host.tokens.num_tokens)
-        elif host.carries:
-            found = inside.empty(host.op, host.tokens.num_tokens)
-        return [
-            found.product if item is host else found.attention * filled(item.context) for item in running
-        ], found.energy_ratio
-
-    def _rate_alone(self, item: _Item) -> float:
-        if item.lane.mechanism not in _KEEPS_SHARE:
-            return 1.0
-        return self._interference.performance_alone(
-            item.lane.mechanism, item.op, item.lane.share, item.tokens.num_tokens
-        )
-
-    def _energy_ratio(self, running: Sequence[_Item]) -> float:
-        """Of the pair; the first of a measured pair is the one nearest to compute, and on the larger share."""
-        first = min(running, key=lambda item: (_PRECEDENCE[lane_of(item.op)], -item.lane.share))
-        return self._interference.energy_ratio(first.lane.mechanism, first.lane.share, first.tokens.num_tokens)
-
-    def _span(self, item: _Item, work: _Work) -> Span:
+    def _span(self, item: Item, work: _Work) -> Span:
         return Span(
             operation=item.op.name,
             layer=work.layer,
@@ -310,9 +244,6 @@ def _period_s(ends_s: Sequence[float], filling: int) -> float:
     """Between the layers at whose ends the pipeline is full; of all layers if there are too few."""
     first, last = filling, len(ends_s) - 1 - filling
     return (ends_s[last] - ends_s[first]) / (last - first) if last > first else ends_s[-1] / len(ends_s)
-
-
-_PRECEDENCE = {Resource.COMPUTE: 0, Resource.MEMORY: 1, Resource.NETWORK: 2}
 
 
 def _issued(plan: PipelinePlan, layers: Sequence[LayerKind]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 `attention.py` is decode attention as a kernel of its own. `carry.py` is a product that carries a share of decode
 attention: its program runs both in one instruction stream. `merge.py` joins what several programs did of one head.
 This file can be imported anywhere; the others need a Triton that has Gluon (`has_gluon`). Which kernel a model gets is
-`kernels/dispatch.py`'s; which product carries which attention is `executor/inside.py`'s.
+`kernels/dispatch.py`'s; which product carries which attention is `executor/carry.py`'s.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An attention is taken, carried by several products one after the other on one stream, and finished: what is left of it
 is done by the same program without a product, and what several runs did of one head of a request is merged. Products
 are twins of `linear`, `linear_add` and `linear_swiglu` in `reference.py`, the attention of `decode_attention`, rounded
-at the same places. Which product carries what is decided elsewhere (`executor/inside.py`).
+at the same places. Which product carries what is decided elsewhere (`executor/carry.py`).
 
 Shape legend: T tokens, K features in, N features out (rows of the weight), B rows with room for decodes, D head size.
 """
@@ -90,7 +90,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopperCarrier:
-    """`executor.inside.Carrier` for a Hopper card.
+    """`executor.carry.Carrier` for a Hopper card.
 
     Attributes:
         num_sms: Of the card.

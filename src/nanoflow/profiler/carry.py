@@ -1,8 +1,9 @@
-"""A layer's products with decode attention inside them: what both keep of their speed alone.
+"""Products of a layer that carry decode attention: the part of their speed alone that both keep.
 
-As an iteration runs them: one attention, and all products of a layer, which carry it. There is as much attention as
-fits in the rounds of the products, so that neither side is left alone at the end. What fits where, the carrier knows.
-Beside that, products with nothing to carry in the kernel that could: what a plan pays for products that carry little.
+They are measured as an iteration runs them: one attention, and all products of a layer, which carry it. The attention
+is as long as fits between the k-steps of the products, so that neither side is left alone at the end; the carrier says
+how much fits. Products with nothing to carry are measured in the same kernel as well. That is what a plan pays for
+products that carry little.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 from nanoflow.batch import DenseBatch
 from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
+from nanoflow.executor.carry import Carrier, shares_by_rounds
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.executor.inside import Carrier, shares_by_rounds
 from nanoflow.graph.operation import KEY_BLOCK, LinearDims, Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry, share_of
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch
-from nanoflow.plan.plan import Mechanism
-from nanoflow.profile.inside import PRODUCTS
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.profile.carry import PRODUCTS
 from nanoflow.profile.table import PairPoint
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, rows_workspace
 from nanoflow.profiler.pairs import largest_half
@@ -40,10 +41,11 @@ _WARPGROUPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InsideTask:
+class CarryTask:
     """Products on so many tokens, with attention that fills them, or with none.
 
     Attributes:
+        mechanism: Of the pair that it becomes.
         num_tokens: Of the products.
         steps: Of theirs to a block of keys.
         attention: What they carry.
@@ -51,6 +53,7 @@ class InsideTask:
         is_empty: They carry nothing of it, though they could.
     """
 
+    mechanism: Mechanism = Mechanism.INSIDE
     num_tokens: int
     steps: int
     attention: Task
@@ -62,7 +65,7 @@ class InsideTask:
         """`PairPoint.key` of its pair."""
         return (
             *(self.products, self.attention.operation, self.num_tokens, self.attention.num_tokens, self.context),
-            *(Mechanism.INSIDE, share_of(self.steps)),
+            *(self.mechanism, share_of(self.steps)),
         )
 
     @property
@@ -71,7 +74,7 @@ class InsideTask:
         return 0.0 if self.is_empty else self.attention.context
 
 
-def inside_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[InsideTask]:
+def carry_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[CarryTask]:
     """Nothing where products do not carry; no product that is filled by more keys than `sizes` has memory for."""
     attention = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
     has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer_operations)
@@ -83,13 +86,13 @@ def inside_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[InsideTask]:
     blocks_each = attentions[0].num_kv_heads * -(-_CONTEXT // KEY_BLOCK)
     products = gemms(site.graph.layer)
 
-    def task(name: str, num_tokens: int, steps: int, *, is_empty: bool) -> InsideTask:
+    def task(name: str, num_tokens: int, steps: int, *, is_empty: bool) -> CarryTask:
         carrier = HopperCarrier(num_sms=num_sms, steps=steps)
         ops = [op for op in products if name in (PRODUCTS, op.name)]
         rounds = sum(carrier.rounds(op.dims, num_tokens) for op in ops if isinstance(op.dims, LinearDims))
         num_requests = max(rounds * _WARPGROUPS * num_sms // blocks_each, 1)
         keys = decode_task(attention, num_requests, _CONTEXT)
-        return InsideTask(num_tokens=num_tokens, steps=steps, attention=keys, products=name, is_empty=is_empty)
+        return CarryTask(num_tokens=num_tokens, steps=steps, attention=keys, products=name, is_empty=is_empty)
 
     found = []
     for num_tokens in sorted({min(count, largest_half(sizes.max_tokens)) for count in _TOKENS}):
@@ -102,7 +105,7 @@ def inside_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[InsideTask]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InsideCosts:
+class CarryCosts:
     """Products, an attention, and both in one; of one layer. No attention if the products carry nothing."""
 
     products: Sustained
@@ -111,14 +114,14 @@ class InsideCosts:
 
 
 @torch.inference_mode()
-def measure_inside(site: Site, wanted: Collection[InsideTask], span: Span | None = None) -> Iterator[PairPoint]:
+def measure_carry(site: Site, wanted: Collection[CarryTask], span: Span | None = None) -> Iterator[PairPoint]:
     """The pair of each task, as soon as it is known."""
     for task in wanted:
         yield _pair(task, measure_costs(site, task, span or SPANS[site.device.type]))
 
 
 @torch.inference_mode()
-def measure_costs(site: Site, task: InsideTask, span: Span) -> InsideCosts:
+def measure_costs(site: Site, task: CarryTask, span: Span) -> CarryCosts:
     """Both sides alone, one after the other, and together."""
     carrier = _carrier(site.device, task.steps)
     products, attention = rows_workspace(site, task.num_tokens), prepare_attention(site, task.attention)
@@ -129,9 +132,9 @@ def measure_costs(site: Site, task: InsideTask, span: Span) -> InsideCosts:
     attend = None if task.is_empty else sustained(attention.work(), site.device, span)
     # As often as it takes to go through the layers of both.
     num_turns = num_layers if task.is_empty else max(num_layers, attention.num_calls)
-    work = _inside(ops, products, batch, attention, carrier, num_turns=num_turns, is_empty=task.is_empty)
+    work = _carrying(ops, products, batch, attention, carrier, num_turns=num_turns, is_empty=task.is_empty)
     together = sustained(work, site.device, span)
-    return InsideCosts(
+    return CarryCosts(
         products=per_call(multiply, num_layers),
         attention=None if attend is None else per_call(attend, attention.num_calls),
         together=per_call(together, num_turns),
@@ -144,7 +147,7 @@ def _carrier(device: torch.device, steps: int) -> Carrier:
     return HopperCarrier(num_sms=count_sms(device), steps=steps)
 
 
-def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:
+def _pair(task: CarryTask, costs: CarryCosts) -> PairPoint:
     together = costs.together
     alone = [cost for cost in (costs.products, costs.attention) if cost is not None]
     alone_j = [cost.energy_j for cost in alone if cost.energy_j is not None]
@@ -155,7 +158,7 @@ def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:
         first_tokens=task.num_tokens,
         second_tokens=task.attention.num_tokens,
         second_context=task.context,
-        mechanism=Mechanism.INSIDE,
+        mechanism=task.mechanism,
         share=share_of(task.steps),
         first_performance=costs.products.time_s / together.time_s,
         second_performance=0.0 if costs.attention is None else costs.attention.time_s / together.time_s,
@@ -164,7 +167,7 @@ def _pair(task: InsideTask, costs: InsideCosts) -> PairPoint:
     )
 
 
-def _inside(
+def _carrying(
     ops: Sequence[Operation],
     products: Workspace,
     batch: DenseBatch,

@@ -1,7 +1,7 @@
-"""Lanes in one instruction stream: decode attention runs inside the products that are issued after it.
+"""Two lanes as one stream: products carry the decode attention that is issued before them.
 
 Everything is queued on the current stream in issue order. A step on the attention's lane is only taken note of; the
-products that carry it (`plan/carriers.py`) each do a part in proportion to their own work. What is not done when a step
+products that carry it (`plan/carry.py`) each do a part in proportion to their own work. What is not done when a step
 waits for it, because a batch has left products without tokens, is done alone. The kernels that carry are
 `kernels/hopper/carry.py`.
 """
@@ -20,7 +20,7 @@ from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.steps import Step
 from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.launch import SHARES, Kernel, Launch
-from nanoflow.plan.carriers import PRODUCTS
+from nanoflow.plan.carry import PRODUCTS
 
 
 class Carrier(Protocol):
@@ -55,7 +55,7 @@ class _Taken:
     note: Any
 
 
-class InsideLanes:
+class CarryLanes:
     """See `lanes.Lanes`.
 
     Args:
@@ -76,8 +76,8 @@ class InsideLanes:
         carrying: dict[OpKind, Kernel] = {
             kind: partial(self._multiply, kernels[kind]) for kind in PRODUCTS if kind in kernels
         }
-        inside: dict[OpKind, Kernel] = {OpKind.DECODE_ATTENTION: self._take}
-        self._workspace = replace(workspace, model=replace(workspace.model, kernels={**kernels, **carrying, **inside}))
+        taking: dict[OpKind, Kernel] = {OpKind.DECODE_ATTENTION: self._take}
+        self._workspace = replace(workspace, model=replace(workspace.model, kernels={**kernels, **carrying, **taking}))
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanoflow.executor.carry import CarryLanes, parts_of
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.executor.inside import InsideLanes, parts_of
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.steps import bind
 from nanoflow.graph.fuse import fuse_swiglu
@@ -25,16 +25,17 @@ from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.carriers import carriers
-from nanoflow.plan.plan import Lane, Mechanism, PipelinePlan, PlanError
+from nanoflow.plan.carry import carriers
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, PipelinePlan, PlanError
 from nanoflow.plan.sequential import sequential_plan
-from nanoflow.profile.inside import Inside, InsideRates, filled
+from nanoflow.profile.carry import CarryRates, CarryTable, filled
 from nanoflow.profile.table import PairPoint
-from nanoflow.profiler import inside as profiler_inside
-from nanoflow.profiler.inside import InsideTask, measure_inside
+from nanoflow.profiler import carry as profiler_carry
+from nanoflow.profiler.carry import CarryTask, measure_carry
 from nanoflow.profiler.sustained import SPANS, Span
 from nanoflow.profiler.work import decode_task
-from nanoflow.search.inside import can_be_inside, carrying_runs, inside_plan
+from nanoflow.search.carry import can_be_carried, carry_plan, carrying_runs
 from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import predict
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
@@ -105,7 +106,7 @@ class ReferenceCarrier:
             )
 
 
-def inside(plan: PipelinePlan, graph: OpGraph) -> PipelinePlan:
+def inside_lanes(plan: PipelinePlan, graph: OpGraph) -> PipelinePlan:
     """A plan with the same order, and decode attention inside the rest."""
     kinds = {op.name: op.kind for op in graph.layer}
     lane = {True: "attention", False: "products"}
@@ -139,10 +140,10 @@ class NotingCarrier:
 
 def test_attention_that_no_step_has_waited_for_is_done_at_the_end() -> None:
     graph = build_graph(parse(CONFIG), None)
-    plan, carrier = inside(sequential_plan(graph, 4), graph), NotingCarrier()
+    plan, carrier = inside_lanes(sequential_plan(graph, 4), graph), NotingCarrier()
     executor = PipelinedExecutor(device_model(graph, 1), (plan,), max_batch_tokens=4, max_logits=1)
     steps = bind(plan, graph)
-    lanes = InsideLanes(steps, dict(carriers(plan, graph, graph.layers)), executor.workspace, carrier)
+    lanes = CarryLanes(steps, dict(carriers(plan, graph, graph.layers)), executor.workspace, carrier)
     place = next(i for i, step in enumerate(steps) if step.op.kind is OpKind.DECODE_ATTENTION)
     launch: Any = object()
     with lanes.running():
@@ -156,7 +157,7 @@ def test_attention_that_no_step_has_waited_for_is_done_at_the_end() -> None:
 def test_no_lane_has_all_of_the_instruction_stream(shares: tuple[float, float]) -> None:
     """With a share of 1 there would be no rate at which products carry attention."""
     graph = build_graph(preset_config("llama-3-8b"), None)
-    plan = inside(sequential_plan(graph, 64), graph)
+    plan = inside_lanes(sequential_plan(graph, 64), graph)
     plan.validate(graph)
     lanes = tuple(replace(lane, share=share) for lane, share in zip(plan.lanes, shares, strict=True))
     with pytest.raises(PlanError, match=f"each has less than 1 .*, not {shares[0]:g} and {shares[1]:g}") as error:
@@ -164,10 +165,10 @@ def test_no_lane_has_all_of_the_instruction_stream(shares: tuple[float, float]) 
     assert "\n" not in str(error.value)
 
 
-def lanes_of(plan: PipelinePlan, graph: OpGraph, executor: PipelinedExecutor, carrier: ReferenceCarrier) -> InsideLanes:
+def lanes_of(plan: PipelinePlan, graph: OpGraph, executor: PipelinedExecutor, carrier: ReferenceCarrier) -> CarryLanes:
     """The lanes of a plan, with a carrier that runs anywhere."""
     carried = dict(carriers(plan, graph, graph.layers))
-    return InsideLanes(bind(plan, graph), carried, executor.workspace, carrier)
+    return CarryLanes(bind(plan, graph), carried, executor.workspace, carrier)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -176,7 +177,7 @@ def test_any_order_gives_what_the_reference_gives(data: st.DataObject) -> None:
     """Batches may be smaller than the plan, so that products have no tokens and carry nothing."""
     graph = data.draw(graphs())
     batch = data.draw(batches(MAX_TOKENS, graph.vocab_size))
-    plan = inside(data.draw(valid_plans(graph, MAX_TOKENS)), graph)
+    plan = inside_lanes(data.draw(valid_plans(graph, MAX_TOKENS)), graph)
     expected_model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     model = with_fresh_caches(expected_model)
     inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=torch.device("cpu")).build(batch)
@@ -192,7 +193,7 @@ def test_any_order_gives_what_the_reference_gives(data: st.DataObject) -> None:
 
 def test_products_of_one_nano_batch_carry_the_attention_of_the_other() -> None:
     """In proportion to their work: all four of a layer, those up to the own attention first where the layers begin."""
-    plan = inside_plan(LLAMA, 2048, 1024, 0.8)
+    plan = carry_plan(LLAMA, 2048, 1024, 0.8)
     plan.validate(LLAMA)
     steps = bind(plan, LLAMA)
     carried: dict[int, list[tuple[str, int, int]]] = {}
@@ -214,7 +215,7 @@ def test_products_of_one_nano_batch_carry_the_attention_of_the_other() -> None:
 def test_what_products_without_tokens_leave_is_done_alone() -> None:
     """A batch that ends in the first nano-batch has nothing in the second."""
     graph = build_graph(parse(CONFIG), None)
-    plan = inside_plan(graph, 8, 4, 0.8)
+    plan = carry_plan(graph, 8, 4, 0.8)
     carrier, batch = ReferenceCarrier(), batch_of([(3, 1), (5, 1), (2, 1)], 3, graph.vocab_size, 0)
     model = device_model(graph, int(batch.new_pages.pages.max()) + 1)
     executor = PipelinedExecutor(model, (plan,), max_batch_tokens=8, max_logits=3)
@@ -225,7 +226,7 @@ def test_what_products_without_tokens_leave_is_done_alone() -> None:
 
 
 def test_lanes_inside_each_other_keep_attention_apart() -> None:
-    plan = inside_plan(LLAMA, 2048, 1024, 0.8)
+    plan = carry_plan(LLAMA, 2048, 1024, 0.8)
     nanos = list(plan.nano_operations)
     place = next(at for at, nano in enumerate(nanos) if nano.operation == "o_proj")
     nanos[place] = replace(nanos[place], lane="attention inside")
@@ -261,22 +262,22 @@ def op_named(name: str, graph: OpGraph = LLAMA) -> Operation:
     return next(op for op in graph.layer if op.name == name)
 
 
-def inside_of(*found: PairPoint) -> Inside:
-    return Inside(profile(pairs=found), GRAPH)
+def table_of(*found: PairPoint) -> CarryTable:
+    return CarryTable(profile(pairs=found), GRAPH)
 
 
 def test_rates_are_the_worse_of_the_sizes_around_and_those_of_the_nearest_share() -> None:
-    known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.75, 0.45), pair(1024, 0.67, 0.6, 0.6))
+    known = table_of(pair(512, 0.8, 0.7, 0.4), pair(1024, 0.8, 0.75, 0.45), pair(1024, 0.67, 0.6, 0.6))
     product = op_named("down_proj")
     assert known.shares == (0.67, 0.8)
     for tokens, first in ((100, 0.7), (512, 0.7), (513, 0.7), (1023, 0.7), (1024, 0.75), (5000, 0.75)):
         assert known.full(product, 0.8, tokens).product == first
-    assert known.full(product, 0.7, 512) == InsideRates(product=0.6, attention=0.6)
-    assert known.empty(product, 512) == known.empty(op_named("ffn_norm"), 512) == InsideRates()
+    assert known.full(product, 0.7, 512) == CarryRates(product=0.6, attention=0.6)
+    assert known.empty(product, 512) == known.empty(op_named("ffn_norm"), 512) == CarryRates()
 
 
 def test_rates_that_fall_with_the_size_fall_on_beyond_the_largest() -> None:
-    known = inside_of(pair(512, 0.8, 0.75, 0.4), pair(1024, 0.8, 0.7, 0.45))
+    known = table_of(pair(512, 0.8, 0.75, 0.4), pair(1024, 0.8, 0.7, 0.45))
     product = op_named("down_proj")
     found = [known.full(product, 0.8, tokens) for tokens in (512, 600, 1024, 2048, 4096, 1 << 40)]
     assert [rates.product for rates in found] == pytest.approx([0.75, 0.7, 0.7, 0.65, 0.6, 0.35])
@@ -284,23 +285,23 @@ def test_rates_that_fall_with_the_size_fall_on_beyond_the_largest() -> None:
 
 
 def test_the_newest_of_two_measurements_of_a_size_counts() -> None:
-    known = inside_of(pair(512, 0.8, 0.7, 0.4), replace(pair(512, 0.8, 0.6, 0.3), second_tokens=500))
+    known = table_of(pair(512, 0.8, 0.7, 0.4), replace(pair(512, 0.8, 0.6, 0.3), second_tokens=500))
     assert known.full(op_named("o_proj"), 0.8, 512).product == 0.6
 
 
 def test_a_product_that_is_slower_with_nothing_to_carry_is_so_with_attention_too() -> None:
-    known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(512, 0.8, 0.9), pair(512, 0.8, 0.81, products="o_proj"))
+    known = table_of(pair(512, 0.8, 0.7, 0.4), pair(512, 0.8, 0.9), pair(512, 0.8, 0.81, products="o_proj"))
     assert known.shares == (0.8,)
-    assert known.empty(op_named("o_proj"), 512) == InsideRates(product=0.81)
+    assert known.empty(op_named("o_proj"), 512) == CarryRates(product=0.81)
     full = known.full(op_named("o_proj"), 0.8, 512)
     assert (full.product, full.attention) == pytest.approx((0.63, 0.36))
-    assert known.full(op_named("down_proj"), 0.8, 512) == InsideRates(product=0.7, attention=0.4)
+    assert known.full(op_named("down_proj"), 0.8, 512) == CarryRates(product=0.7, attention=0.4)
 
 
 def test_a_product_does_as_much_attention_as_fits_into_it() -> None:
     """A fifth of the time of all products, and three tenths of the room: half as much again as they do on average."""
     roomy = replace(pair(512, 0.8, 0.9, products="o_proj"), second_tokens=150)
-    known = inside_of(pair(512, 0.8, 0.7, 0.4), pair(512, 0.8, 0.9), roomy)
+    known = table_of(pair(512, 0.8, 0.7, 0.4), pair(512, 0.8, 0.9), roomy)
     full = known.full(op_named("o_proj"), 0.8, 512)
     assert (full.product, full.attention) == pytest.approx((0.7, 0.6))
 
@@ -309,43 +310,43 @@ def test_a_layer_with_attention_inside_takes_what_the_rates_say() -> None:
     """Products of half of the tokens 2.5 s, attention 2 s: inside, 1.875 s of it are done in the 2.5 / 0.8 s of the
     products, and 0.125 s alone."""
     of = profile(pairs=(pair(512, 0.8, 0.8, 0.6 / FILLED),))
-    plan = inside_plan(GRAPH, 512, 256, 0.8)
+    plan = carry_plan(GRAPH, 512, 256, 0.8)
     assert predict(plan, of, SHAPE).makespan_s == pytest.approx(2 * (2.5 / 0.8 + 0.125), rel=1e-6)
-    found = Search(of, SHAPE, is_quick=True).run()
+    found = Search(of, SHAPE).run()
     assert found.plan.lanes == plan.lanes and found.makespan_s == pytest.approx(6.5)
 
 
 def test_the_last_block_of_a_context_is_half_empty() -> None:
     assert filled(64.0) == pytest.approx(2 / 3) and filled(8000.0) > 0.99 and filled(0.0) == 1.0
     carried_s = 2.5 / 0.8
-    found = predict(inside_plan(GRAPH, 512, 256, 0.8), profile(pairs=(pair(512, 0.8, 0.8, 0.6),)), SHAPE)
+    found = predict(carry_plan(GRAPH, 512, 256, 0.8), profile(pairs=(pair(512, 0.8, 0.8, 0.6),)), SHAPE)
     assert found.makespan_s == pytest.approx(2 * (carried_s + 2.0 - 0.6 * FILLED * carried_s))
 
 
 def test_attention_stands_still_beside_what_cannot_carry() -> None:
     """At no rate it would wait for ever: it runs alone once it is waited for."""
     of = profile(pairs=(replace(pair(512, 0.8, 1.0), second_context=1280.0),))
-    assert predict(inside_plan(GRAPH, 512, 256, 0.8), of, SHAPE).makespan_s == pytest.approx(9.0)
+    assert predict(carry_plan(GRAPH, 512, 256, 0.8), of, SHAPE).makespan_s == pytest.approx(9.0)
 
 
 def test_products_that_carry_little_pay_for_the_kernel_that_could() -> None:
     """Products of a nano-batch take 2.5 s, at half of their speed 5 s, in which 1.5 s of 2 s of attention are done.
     Of them qkv_proj takes 0.5 s: alone inside it 0.3 s are done in 1 s, and the others run as ever."""
     little = (pair(512, 0.8, 0.5, 0.3 / FILLED), pair(512, 0.8, 0.5), pair(512, 0.8, 0.5, products="qkv_proj"))
-    everything = predict(inside_plan(GRAPH, 512, 256, 0.8), profile(pairs=little), SHAPE).makespan_s
+    everything = predict(carry_plan(GRAPH, 512, 256, 0.8), profile(pairs=little), SHAPE).makespan_s
     assert everything == pytest.approx(2 * (5.0 + 0.5), rel=1e-6)
-    one = predict(inside_plan(GRAPH, 512, 256, 0.8, ("qkv_proj",)), profile(pairs=little), SHAPE).makespan_s
+    one = predict(carry_plan(GRAPH, 512, 256, 0.8, ("qkv_proj",)), profile(pairs=little), SHAPE).makespan_s
     assert one == pytest.approx(2 * (2.0 + 1.0 + 1.7), rel=1e-6)
     # Where only qkv_proj carries for less than it saves, the search leaves it to that one.
     some = (pair(512, 0.8, 0.6, 0.15 / FILLED), pair(512, 0.8, 0.6), pair(512, 0.8, 0.9, products="qkv_proj"))
-    found = Search(profile(pairs=some), SHAPE, is_quick=True).run()
+    found = Search(profile(pairs=some), SHAPE).run()
     assert "in qkv_proj" in found.plan.name
     assert found.makespan_s == pytest.approx(2 * (2.0 + 0.5 / 0.9 + 2.0 - 0.225 * 0.5 / 0.9))
 
 
 @pytest.mark.parametrize("carrying", [(), *itertools.islice(carrying_runs(LLAMA), 1, None)], ids=", ".join)
 def test_only_products_that_are_to_carry_do(carrying: tuple[str, ...]) -> None:
-    plan = inside_plan(LLAMA, 2048, 1024, 0.8, carrying)
+    plan = carry_plan(LLAMA, 2048, 1024, 0.8, carrying)
     plan.validate(LLAMA)
     steps = bind(plan, LLAMA)
     found = [(steps[at], steps[attention]) for at, attention in carriers(plan, LLAMA, LLAMA.layers)]
@@ -356,13 +357,13 @@ def test_only_products_that_are_to_carry_do(carrying: tuple[str, ...]) -> None:
 def test_two_attentions_in_a_layer_are_not_put_inside() -> None:
     attention = next(op for op in LLAMA.layer if op.kind is OpKind.DECODE_ATTENTION)
     second = replace(attention, name="second_attention")
-    assert can_be_inside(LLAMA) and not can_be_inside(with_operations(LLAMA, (*LLAMA.layer, second)))
+    assert can_be_carried(LLAMA) and not can_be_carried(with_operations(LLAMA, (*LLAMA.layer, second)))
 
 
 def test_every_place_to_cut_gives_a_valid_plan() -> None:
     for num_tokens, boundary in itertools.product((256, 2048), (1, 128, 255)):
         for carrying in carrying_runs(LLAMA):
-            inside_plan(LLAMA, num_tokens, boundary, 2 / 3, carrying).validate(LLAMA)
+            carry_plan(LLAMA, num_tokens, boundary, 2 / 3, carrying).validate(LLAMA)
 
 
 @pytest.mark.parametrize("products", ["products", "o_proj"])
@@ -372,10 +373,10 @@ def test_a_profile_has_what_products_carry_and_what_they_take_with_nothing_to(
 ) -> None:
     carrier = ReferenceCarrier()
     monkeypatch.setitem(SPANS, "cpu", Span(settle_s=0.0, measure_s=0.001))
-    monkeypatch.setattr(profiler_inside, "_carrier", lambda _device, _steps: carrier)
+    monkeypatch.setattr(profiler_carry, "_carrier", lambda _device, _steps: carrier)
     attention = decode_task(op_named("decode_attention", SITE.graph), 3, 20)
-    task = InsideTask(num_tokens=16, steps=4, attention=attention, products=products, is_empty=is_empty)
-    [point] = measure_inside(SITE, [task])
+    task = CarryTask(num_tokens=16, steps=4, attention=attention, products=products, is_empty=is_empty)
+    [point] = measure_carry(SITE, [task])
     assert point.key == task.key and point.share == 0.8
     assert point.first_performance > 0 and (point.second_performance == 0) is is_empty
     num_products = 4 if products == "products" else 1

@@ -1,9 +1,9 @@
-"""Plans whose decode attention runs inside products: one instruction stream, so the order is all there is to find.
+"""Plans whose products carry decode attention: one instruction stream, so only an order has to be found.
 
-Two nano-batches half a layer apart: while one attends, the other has its products from o_proj on, and those of its
-next layer up to its own attention. Each attention so has a layer's products to run inside, and the stream never waits.
-A product that carries is a little slower than one that does not, so a short attention may be left to a few of them: it
-is issued right before the first, and what comes after the last waits for it (`plan/carriers.py`).
+Two nano-batches run half a layer apart. While one attends, the other runs its products from o_proj on, and those of its
+next layer up to its own attention. So each attention has the products of a whole layer that can carry it, and the
+stream never waits. A product is a little slower while it carries, so a short attention may be left to a few products.
+It is then issued right before the first of them, and what comes after the last one waits for it (`plan/carry.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from dataclasses import replace
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange, split
 from nanoflow.graph.operation import Operation, OpKind
-from nanoflow.plan.carriers import PRODUCTS
-from nanoflow.plan.plan import Lane, Mechanism, NanoOperation, PipelinePlan
+from nanoflow.plan.carry import PRODUCTS
+from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import WHOLE_LANE
 
 PRODUCTS_LANE, ATTENTION_LANE = "products", "attention inside"
+_MECHANISM = Mechanism.INSIDE
 
 
-def inside_plan(
+def carry_plan(
     graph: OpGraph, num_tokens: int, boundary: int, share: float, carrying: Sequence[str] = ()
 ) -> PipelinePlan:
     """The plan that cuts a batch in two.
@@ -38,24 +40,24 @@ def inside_plan(
     nano_operations = _joined(nano_operations, graph, second, _beside(graph, first, 1, 0), carrying)
     names = "" if not carrying else f" in {', '.join(carrying)}"
     return PipelinePlan(
-        name=f"{Mechanism.INSIDE} {share:.2f}{names}, 2 nano-batches at {boundary}",
+        name=f"{_MECHANISM} {share:.2f}{names}, 2 nano-batches at {boundary}",
         num_tokens=num_tokens,
         lanes=(
             WHOLE_LANE,
-            Lane(name=PRODUCTS_LANE, mechanism=Mechanism.INSIDE, share=share),
-            Lane(name=ATTENTION_LANE, mechanism=Mechanism.INSIDE, share=1.0 - share),
+            Lane(name=PRODUCTS_LANE, mechanism=_MECHANISM, share=share),
+            Lane(name=ATTENTION_LANE, mechanism=_MECHANISM, share=1.0 - share),
         ),
         nano_operations=nano_operations,
     )
 
 
-def can_be_inside(graph: OpGraph) -> bool:
+def can_be_carried(graph: OpGraph) -> bool:
     """Whether a layer has one decode attention, and products before and after it."""
     return sum(op.kind is OpKind.DECODE_ATTENTION for op in graph.layer) == 1
 
 
 def carrying_runs(graph: OpGraph) -> Iterator[tuple[str, ...]]:
-    """What may carry, for `inside_plan`: all products, and every run of neighbours, longer ones first."""
+    """What may carry, for `carry_plan`: all products, and every run of neighbours, longer ones first."""
     before, _, after = _sections(graph)
     names = tuple(op.name for op in (*after, *before) if op.kind in PRODUCTS)
     yield ()

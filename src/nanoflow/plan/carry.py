@@ -1,7 +1,8 @@
-"""Which products of a plan carry decode attention inside them, by issue order alone.
+"""Which products of a plan carry decode attention, that is, compute a part of it in their own kernel.
 
-A product issued after an attention carries a part of it, until something is issued that waits for the attention, or
-another attention is. So a plan says by order and waits what carries; the executor and the simulator both ask here.
+The order of issue decides. A product that is issued after an attention carries a part of it. That ends when something
+is issued that waits for the attention, or when the next attention is issued. The executor and the simulator both ask
+here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.operation import OpKind, Scope
 from nanoflow.plan.dependencies import dependencies
-from nanoflow.plan.plan import Mechanism, PipelinePlan
+from nanoflow.plan.plan import PipelinePlan
 
 PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
 
@@ -19,9 +20,9 @@ PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
 def carriers(plan: PipelinePlan, graph: OpGraph, layers: Sequence[LayerKind]) -> Iterator[tuple[int, int]]:
     """Each product that carries and the attention it carries, as places in the issue order of layers of these kinds.
 
-    Nothing if the plan has no lanes inside each other.
+    Nothing in a plan whose products do not carry.
     """
-    if all(lane.mechanism is not Mechanism.INSIDE for lane in plan.lanes):
+    if not plan.carry_lanes:
         return
     ops = {op.name: op for op in graph.layer}
     needs = dependencies(plan, graph)
