@@ -1,7 +1,7 @@
-"""The dense batch of one iteration, and what came out of it: the contract between scheduler and executor.
+"""The dense batch of one iteration and its results: the contract between scheduler and executor.
 
-Everything is numpy: the scheduler fills it without torch, the executor copies it to its device. Requests stand in batch
-order, those with one token (decodes) first, so that decode tokens are rows 0..num_decodes-1 of every tensor.
+All arrays are numpy: the scheduler fills them without torch, and the executor copies them to its device. Requests with
+one token (decodes) come first, so that decode tokens are rows 0..num_decodes-1 of every tensor.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ class Joined:
     """A request that takes a row of the state table in this iteration (newly admitted, or again after preemption).
 
     Attributes:
-        row: Its place in every per-request array until it leaves.
-        params: How it samples.
-        seed: Its seed.
+        row: Its index in every per-request array until it leaves.
+        params: Its sampling parameters.
+        seed: Its random seed.
         token_ids: All tokens known so far, int32 [num_tokens]: the prompt, then what was generated before a preemption.
         num_prompt_tokens: How many of them are the prompt.
         stop_token_ids: Tokens that may not be chosen before `min_tokens` (end of sequence and stop tokens).
-        bad_word_ids: Sequences of tokens; the last one of each is not chosen where the others have just been generated.
+        bad_word_ids: Forbidden sequences of tokens. The last token of a sequence is not chosen if the others have just
+            been generated.
     """
 
     row: int
@@ -47,13 +48,13 @@ class Joined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScore:
-    """Score part of a prompt: logits of tokens start..stop-1 of the batch say how likely `target_ids` were.
+    """A request for log probabilities of prompt tokens, from the logits of tokens start..stop-1 of the batch.
 
     Attributes:
-        request_index: Place of the request in the batch.
+        request_index: Index of the request in the batch.
         start, stop: Token range in the batch.
-        first_position: Place in the prompt of the first target.
-        target_ids: int32 [stop - start], the prompt tokens that followed.
+        first_position: Index in the prompt of the first entry of `target_ids`.
+        target_ids: int32 [stop - start], the prompt token that follows each token of the range.
         num_logprobs: How many of the most probable tokens to report.
     """
 
@@ -67,11 +68,11 @@ class PromptScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPages:
-    """Pages that rows have got since the batch before: N entries of the page tables, which stay on the device.
+    """Pages added to page tables since the previous batch, as N entries. The tables themselves stay on the device.
 
     Attributes:
         rows: int32 [N], rows of the state table.
-        columns: int32 [N], which page of its row each one is, from 0; no place twice.
+        columns: int32 [N], index of the page in its row's page table; no (row, column) twice.
         pages: int32 [N], page ids.
     """
 
@@ -85,7 +86,7 @@ class NewPages:
 
     @staticmethod
     def none() -> NewPages:
-        """No row has got any."""
+        """No new pages."""
         return NewPages.of_tables(np.zeros((0, 0), np.int32))
 
     @staticmethod
@@ -100,24 +101,25 @@ class DenseBatch:
     """All tokens of one iteration (T tokens, B requests, S of which sample a token).
 
     Attributes:
-        iteration: Counts up.
+        iteration: Number of the iteration; it grows.
         rows: int32 [B], the row of each request in the state table.
-        epochs: int64 [B], which tenant of the row this is; a token for an earlier tenant is dropped.
-        num_decodes: The first so many requests have one token each.
-        query_start: int32 [B + 1], where each request's tokens begin.
-        context_len: int32 [B], tokens in the cache once this iteration is done.
-        token_ids: int32 [T]; where `is_fed_back`, any value.
-        is_fed_back: bool [T], the token is the one last sampled for that row; it is on the device only.
-        positions: int32 [T], place of each token in its sequence.
-        slots: int64 [T], place of each token in the KV cache: page * page_size + offset.
-        new_pages: What the page tables of these requests have grown by. Batches run in the order in which they were
-            formed, so what an earlier tenant has left in a row's table is overwritten or lies behind the pages in use.
-        table_width: Pages of the request that has most.
-        sampled: int32 [S], not decreasing: the requests (by place in the batch) that draw a token. One that stands here
-            n times draws behind each of its last n tokens; all of them but the first are a draft, that is tokens
-            which are only guessed (`scheduler/drafts.py`). Without drafts no request stands here twice.
-        joined: Requests that are new to their row.
-        prompt_scores: Prompt log probabilities asked for.
+        epochs: int64 [B], number of the row's present use; a token sampled in an earlier use is dropped.
+        num_decodes: How many requests, the first ones, have exactly one token.
+        query_start: int32 [B + 1], index in the batch of each request's first token; the last entry is T.
+        context_len: int32 [B], tokens in the KV cache after this iteration.
+        token_ids: int32 [T]; undefined where `is_fed_back`.
+        is_fed_back: bool [T], whether the token is the one last sampled for its row, which only the device knows yet.
+        positions: int32 [T], index of each token in its sequence, from 0.
+        slots: int64 [T], slot of each token in the KV cache: page * page_size + offset.
+        new_pages: Pages that these requests have got since the previous batch. Batches run in the order in which they
+            were formed, so entries of an earlier request in the same row are overwritten or come after the pages in
+            use.
+        table_width: Largest number of pages of a request.
+        sampled: int32 [S], not decreasing: for each draw of a token, the index of its request in the batch. A request
+            that appears n times draws after each of its last n tokens. All of these n tokens but the first are a draft,
+            that is guesses (`scheduler/drafts.py`). Without drafts each request appears at most once.
+        joined: Requests that take a new row.
+        prompt_scores: Log probabilities of prompt tokens to compute.
     """
 
     iteration: int
@@ -138,17 +140,17 @@ class DenseBatch:
 
     @property
     def num_requests(self) -> int:
-        """B."""
+        """B, the number of requests."""
         return len(self.rows)
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return len(self.token_ids)
 
     @property
     def draws_around(self) -> tuple[Int64, Int64]:
-        """For each of the S draws how many of the same request come before it and after it, int64 [S] both."""
+        """For each draw, how many draws of the same request precede it and follow it; two arrays int64 [S]."""
         is_first = np.diff(self.sampled, prepend=-1) != 0
         starts = np.flatnonzero(is_first)
         counts = np.diff(np.append(starts, len(self.sampled)))
@@ -157,13 +159,13 @@ class DenseBatch:
 
     @property
     def logit_tokens(self) -> Int64:
-        """The token of the batch behind which each draw stands, int64 [S]."""
+        """Index in the batch of the token after which each draw is made, int64 [S]."""
         last = self.query_start[self.sampled + 1].astype(np.int64) - 1
         return last - self.draws_around[1] if self.num_draft_tokens else last
 
     @property
     def drawn_positions(self) -> Int32:
-        """The place in its sequence of each token that is drawn, int32 [S]."""
+        """Index in its sequence of each token that is drawn, int32 [S]."""
         if not self.num_draft_tokens:
             return self.context_len[self.sampled]
         positions: Int32 = self.positions[self.logit_tokens] + np.int32(1)
@@ -171,18 +173,18 @@ class DenseBatch:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Tokens of the batch that are guessed."""
+        """Number of tokens of the batch that belong to drafts."""
         return int(np.count_nonzero(self.sampled[1:] == self.sampled[:-1]))
 
     @property
     def num_drafted_requests(self) -> int:
-        """Requests with a draft."""
+        """Number of requests with a draft."""
         num_before, num_after = self.draws_around
         return int(np.count_nonzero((num_before == 0) & (num_after > 0)))
 
     @property
     def shape(self) -> BatchShape:
-        """What the costs of this batch depend on."""
+        """The sizes that the cost of this batch depends on."""
         lengths = np.diff(self.query_start)[self.num_decodes :].astype(np.int64)
         contexts = self.context_len[self.num_decodes :].astype(np.int64)
         return BatchShape(
@@ -197,12 +199,12 @@ class DenseBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopLogprobs:
-    """Log probabilities at N places: column 0 is the token that stands there, then the K most probable.
+    """Log probabilities at N positions: column 0 is the token at the position, then the K most probable tokens.
 
     Attributes:
         token_ids: int32 [N, 1 + K].
-        logprobs: float32 [N, 1 + K], natural.
-        ranks: int32 [N], rank of the token that stands there, from 1.
+        logprobs: float32 [N, 1 + K], natural logarithms.
+        ranks: int32 [N], rank of the token at the position, from 1.
     """
 
     token_ids: Int32
@@ -211,7 +213,7 @@ class TopLogprobs:
 
     @staticmethod
     def concatenate(parts: Sequence[TopLogprobs]) -> TopLogprobs:
-        """The places of all parts, one after the other."""
+        """The positions of all parts, one after the other."""
         return TopLogprobs(
             token_ids=np.concatenate([part.token_ids for part in parts]),
             logprobs=np.concatenate([part.logprobs for part in parts]),
@@ -221,15 +223,16 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens:
-    """What one iteration gave.
+    """The results of one iteration.
 
     Attributes:
         token_ids: int32 [S], in the order of `DenseBatch.sampled`.
-        logprob_places: The N draws of requests that asked for log probabilities: place in `sampled`, and how many of
-            the most probable tokens.
-        logprobs: Of these N, with as many of the most probable tokens as the one wants that wants most; None if N = 0.
-        prompt_logprobs: One entry each of `DenseBatch.prompt_scores`.
-        errors: Place in `sampled` to what went wrong with that request alone (e.g. its logits are not finite).
+        logprob_places: The N draws of requests that asked for log probabilities: index in `sampled`, and how many of
+            the most probable tokens were asked for.
+        logprobs: Log probabilities of these N draws, K being the largest number asked for; None if N = 0.
+        prompt_logprobs: One entry for each of `DenseBatch.prompt_scores`.
+        errors: For each draw that failed, its index in `sampled` and the reason, such as logits that are not finite.
+            The other requests are not affected.
     """
 
     token_ids: Int32

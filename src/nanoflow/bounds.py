@@ -1,8 +1,8 @@
-"""What the server lets in, as options: bounds on what a call may cost, on what waits, and on connections.
+"""Bounds of the server, as options: what a call may cost, how many calls wait, and what connections may do.
 
-Every bound is looked at before what it bounds costs anything. They hold for a call as a whole: sums over its prompts,
-messages and completions count. Who keeps them: `server/connections.py` (bytes and time on the wire),
-`server/body_bounds.py` (bodies), `server/call_bounds.py` (what a call asks for), `server/admission.py` (the queue).
+Every bound is checked before the work that it limits begins. It applies to a call as a whole: sums over its prompts,
+messages and completions count. Bounds are enforced in `server/connections.py` (bytes and time on the wire),
+`server/body_bounds.py` (bodies), `server/call_bounds.py` (what a call asks for) and `server/admission.py` (the queue).
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class ServerBounds:
     )
 
     def check_bounds(self) -> None:
-        """Refuse bounds that nothing can keep.
+        """Check that every bound is possible.
 
         Raises:
-            ConfigError: One is not positive, or above what the engine takes.
+            ConfigError: A bound is not positive, or is above what the engine accepts.
         """
         for one in fields(ServerBounds):
             value = getattr(self, one.name)

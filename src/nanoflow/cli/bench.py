@@ -1,6 +1,6 @@
 """`nanoflow bench throughput` and `nanoflow bench serve`: measure, print a table, write the record.
 
-What is measured and how stands in `nanoflow/bench/`.
+`nanoflow/bench/` measures.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _ENGINE = OptionGroup(
 
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:
-    """Add `nanoflow bench` and its two benchmarks."""
+    """Add `nanoflow bench` and its subcommands."""
     parser = add_command(commands, "bench", "measure throughput and latency", _TEACH, _EXAMPLES)
     parser.usage = f"{parser.prog} BENCHMARK [options]"
     benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", prog=parser.prog, required=True)
@@ -80,7 +80,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run_throughput(args: argparse.Namespace) -> int:
-    """Measure the engine in this process."""
+    """Measure an engine in this process."""
     from nanoflow.bench import offline
     from nanoflow.bench.provenance import require_clean
 
@@ -100,7 +100,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def _report(record: BenchRecord, path: str | None) -> int:
-    """Print the table, write the record where asked for, and return 1 if a request failed."""
+    """Print the table, write the record if asked for, and return 1 if a request failed, else 0."""
     from nanoflow.bench.record import format_table, write_record
 
     print(format_table(record.repeats, record.bounds, record.processes))

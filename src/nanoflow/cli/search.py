@@ -1,7 +1,6 @@
-"""`nanoflow search`: from a profile to plans, for one batch shape or for all that a workload produces.
+"""`nanoflow search`: from a profile to plans, for one batch shape or for all batches of a workload.
 
-The search is `search/`'s; here are its options and the file that it ends in. How a book comes about stands in
-`search_book.py`.
+This file has the options and writes the result. `search/` finds plans; `search_book.py` puts a plan book together.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ _EXAMPLES = """\
   nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 683 --context 1280 --prompt-tokens 1024
   nanoflow serve preset:llama-3-8b --plan plans.json"""
 
-# The token budget of a single batch.
+# Token budget if only one batch is searched for.
 _ONE_BATCH = 2048
 
 
 def _numbers(text: str) -> Any:
-    """Declare an option of one or more numbers; None if it is not given."""
+    """Declare an option of one or more numbers, None by default."""
     return dataclasses.field(default=None, metadata={"help": text, "nargs": "+"})
 
 
@@ -99,7 +98,7 @@ class SearchConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Of the one batch that --decodes asks for; ConfigError if several budgets are given."""
+        """Tokens of the single batch that --decodes asks for; ConfigError if several budgets are given."""
         budgets = self.max_batch_tokens or (_ONE_BATCH,)
         if len(budgets) > 1:
             raise ConfigError("--decodes is for one batch: give one --max-batch-tokens")
@@ -132,7 +131,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, print a line a batch, write the file."""
+    """Search, print a line for each batch, and write the file."""
     from nanoflow.cli.search_book import LimitsSearch, kept_trials
     from nanoflow.profile.table import Profile
 
@@ -177,7 +176,7 @@ def _describe(shape: BatchShape) -> str:
 
 
 def _summary(model: IterationModel, shape: BatchShape, result: SearchResult) -> list[str]:
-    """What was found, layer and iteration."""
+    """The result, for a layer and for an iteration."""
     prediction = model.predict(shape, result.plan)
     energy = prediction.energy_per_token_j
     gaps = [attempt.gap for attempt in result.attempts if attempt.plan == result.plan]
