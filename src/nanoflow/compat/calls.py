@@ -1,6 +1,6 @@
-"""Arguments of vLLM's methods that ours have not, and methods that there are not: data, and one rule to read it.
+"""Arguments of vLLM's methods that ours lack, and methods that nanoflow lacks: data, and a check of arguments.
 
-Which values change nothing, and what is said of others, is told as for options (`entries.py`).
+Accepted values and refusals are as for options (`entries.py`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ PROMPTS = Table.of(
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """Methods that there are not, with what there is instead."""
+    """Methods that nanoflow lacks, with what to use instead."""
 
     reasons: Mapping[str, str]
 
@@ -111,15 +111,15 @@ METHODS = Methods(
         "do_log_stats": "`nanoflow serve` logs statistics, and `get_metrics` has them",
     }
 )
-"""Methods of `LLM`, `AsyncLLM` and `LLMEngine` that there are not."""
+"""Methods of `LLM`, `AsyncLLM` and `LLMEngine` that nanoflow lacks."""
 
 
 def pass_over(table: Table, method: str, others: Mapping[str, Any]) -> None:
-    """Check arguments that a method has not.
+    """Check arguments that a method lacks.
 
     Raises:
-        RequestError: One asks for what is not so.
-        TypeError: One does not exist.
+        RequestError: A value would change something.
+        TypeError: The argument does not exist in vLLM either.
     """
     for name, value in others.items():
         entry = table.entries.get(name)

@@ -1,6 +1,6 @@
-"""Options of vLLM's `LLM`, `EngineArgs` and `vllm serve` that concern the model and the engine, one entry each.
+"""Options of vLLM's `LLM`, `EngineArgs` and `vllm serve` for the model and the engine, one entry each.
 
-What an entry means says `entries.py`; the server's own options are in `server_options.py`.
+`entries.py` defines entries; `server_options.py` has the options of the server.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _OURS = (
         flags=("-sc",),
     ),
     Alias(name="performance_mode", to="goal", note="where interactivity is latency"),
-    # Not an option of vLLM's: its values have other names there.
+    # `goal` is nanoflow's own name; vLLM has the same choice under another.
     Same(name="goal", values={"interactivity": "latency"}, note="vLLM calls it performance_mode"),
 )
 _MODEL = (
@@ -186,7 +186,7 @@ _PARALLEL = (
     Foreign(name="data_parallel_backend", takes=("mp",), flags=("-dpb",), reason=_ONE_GPU),
     Foreign(name="nnodes", takes=(1,), flags=("-n",), reason=_ONE_GPU),
     Foreign(name="node_rank", takes=(0,), flags=("-r",), reason=_ONE_GPU),
-    # What follows is vLLM's default here and there: without several GPUs it changes nothing there either.
+    # With vLLM's default value, which changes nothing on one GPU, these options are accepted.
     *options(_ONE_GPU, "master_addr", takes=("127.0.0.1",)),
     *options(_ONE_GPU, "master_port", takes=(29501,)),
     *options(_ONE_GPU, "cp_kv_cache_interleave_size", "dcp_kv_cache_interleave_size", takes=(1,)),
@@ -262,7 +262,7 @@ _KERNELS = (
 _FEATURES = (
     *switches(_NO_LORA, "enable_lora", "enable_lora_bias", "fully_sharded_loras", "enable_tower_connector_lora"),
     *switches(_NO_LORA, "specialize_active_lora", "enable_prompt_adapter"),
-    # Without adapters these numbers, vLLM's defaults, change nothing there either.
+    # vLLM's defaults, which change nothing without adapters, are accepted.
     *options(_NO_LORA, "max_loras", "max_prompt_adapters", takes=(1,)),
     *options(_NO_LORA, "max_lora_rank", takes=(16,)),
     *options(_NO_LORA, "lora_dtype", takes=("auto",)),

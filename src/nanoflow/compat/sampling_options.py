@@ -1,4 +1,4 @@
-"""Parameters of vLLM's `SamplingParams`, one entry each; what an entry means says `entries.py`."""
+"""Parameters of vLLM's `SamplingParams`, one entry each (`entries.py`)."""
 
 from __future__ import annotations
 
@@ -62,4 +62,4 @@ _FOREIGN = (
 )
 
 SAMPLING = Table.of("`SamplingParams`", _OURS, _FOREIGN)
-"""Parameters of sampling."""
+"""Sampling parameters."""

@@ -1,4 +1,4 @@
-"""Options of `vllm serve` that concern the server alone, one entry each; those of the engine: `engine_options.py`."""
+"""Options of `vllm serve` for the server, one entry each; those of the engine are in `engine_options.py`."""
 
 from __future__ import annotations
 
