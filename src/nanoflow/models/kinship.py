@@ -34,8 +34,7 @@ class _Kind:
     fields: tuple[str, ...] = ()
 
     def is_of(self, architecture: str, name: str, config: _Config) -> bool:
-        """Whether a class is of this kind, by the plain form of its `model_type` (else of its name), or by its
-        fields."""
+        """Whether a class is of this kind, by the plain form of its `model_type` (else of its name) or its fields."""
         ends = architecture.endswith(self.suffixes or ("\0",)) and not architecture.endswith("LMHeadModel")
         begins = name.startswith(tuple(_plain(each) for each in self.types) or ("\0",))
         return begins or ends or any(config.get(field) not in (None, False, 0) for field in self.fields)
@@ -141,8 +140,7 @@ _FAMILIES: Mapping[str, str] = {
 def not_known(
     architecture: str | None, model_type: object, config: _Config, known: Sequence[str], *, is_analysed: bool = False
 ) -> str:
-    """One line on an architecture that is not served: its name, its kind, the most similar one, and all that are
-    served.
+    """One line on an architecture that is not served: its name, its kind, the most similar one, all served ones.
 
     Args:
         architecture: The class in config.json; None if it names none.

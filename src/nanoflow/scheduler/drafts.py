@@ -77,7 +77,7 @@ class Drafts(Protocol):
         """Note that a batch has been committed."""
 
     def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
-        """Learn from a batch: whether each request still runs, bool [B], and how many of its draws counted, int64 [B]."""
+        """Learn from a batch: whether each request still runs, bool [B]; how many of its draws counted, int64 [B]."""
 
     def note_time(self, batch: DenseBatch, time_s: float) -> None:
         """Learn the seconds that the device took for a batch."""

@@ -56,8 +56,7 @@ class OutputLength:
         self._remaining: Float64 | None = None
 
     def observe_tokens(self, num_generated: Int64, is_last: Bool) -> None:
-        """Count one token for each of N requests: tokens generated so far, int64 [N], and whether this was the last
-        one."""
+        """Count one token of each request: tokens generated so far, int64 [N]; whether it was the last, bool [N]."""
         ranges = self._ranges(num_generated - 1)
         self._seen[0] += self._count(ranges[num_generated - 1 == self._start[ranges]])
         self._seen[1] += self._count(ranges)
