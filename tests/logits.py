@@ -1,4 +1,4 @@
-"""Logits of a model folder by the slow, plain path: what is compared with transformers."""
+"""Logits of a model folder by the reference executor, for comparison with transformers."""
 
 from __future__ import annotations
 
