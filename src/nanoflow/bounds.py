@@ -26,7 +26,7 @@ class ServerBounds:
     )
     max_bodies_bytes: int = option(
         256 * 2**20,
-        "Bytes of request bodies that are held at once, of all calls of a process; more are refused (503)",
+        "Most bytes of request bodies in memory at once, of all calls of a process; more are refused (503)",
         read=read_count,
     )
     max_header_bytes: int = option(
@@ -73,7 +73,7 @@ class ServerBounds:
     )
     max_queued_tokens: int = option(
         2**23,
-        "Most tokens of prompts, one count a completion, that are in the server, running ones included (429)",
+        "Most prompt tokens in the server, of waiting and running requests; a prompt counts once a completion (429)",
         read=read_count,
     )
     max_connections: int | None = option(

@@ -81,7 +81,7 @@ def test_flags_of_the_server(served: list[Any]) -> None:
         ("--compilation-config.mode=3", '--compilation-config {"mode": 3} is not possible: kernels are ready'),
         ("-O0", "-O 0 is not possible: kernels are ready made"),
         ("--enable-auto-tool-choice --tool-call-parser hermes", "--enable-auto-tool-choice is not possible"),
-        ("--tool-call-parser hermes", "--tool-call-parser hermes is not possible: there are no calls of functions"),
+        ("--tool-call-parser hermes", "--tool-call-parser hermes is not possible: there is no function calling"),
         ("--reasoning-parser qwen3", "--reasoning-parser qwen3 is not possible: reasoning is not told"),
         ("--lora-modules a=b c=d", "--lora-modules a=b c=d is not possible: there are no LoRA"),
         ("--quantization fp8", "--quantization fp8 is not possible: weights are used"),

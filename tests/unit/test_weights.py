@@ -273,7 +273,7 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
     save_file({**load_file(path), QUERY: other.get(QUERY, torch.zeros(2))}, path)
     first = folder / "model-00001-of-00002.safetensors"
     save_file({**other, QUERY: torch.zeros(2)}, first)
-    _expect_error(folder, f"{QUERY} stands in {first} and in {path}: which is meant?")
+    _expect_error(folder, f"{QUERY} is in both {first} and {path}: remove one of them")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "shard"])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nanoflow.models.config import ModelConfig
 
 _TEACH = """\
-Say what a model costs on GPUs that need not be there: FLOPs, bytes and joules of
+Say what a model costs on GPUs that you need not have: FLOPs, bytes and joules of
 every operation of one iteration, the time each resource would take for it, what
 bounds the workload, and the throughput that nothing can exceed. MODEL is a folder
 with a config.json, preset:NAME for a published architecture, or 'default'. Numbers

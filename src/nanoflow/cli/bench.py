@@ -28,9 +28,9 @@ _EXAMPLES = """\
 
 _TEACH_THROUGHPUT = """\
 Load a model in this process, give it all requests at once and report tokens/s
-and latencies, for the whole run and for its steady state. Beside them stands what
-was possible on this device, measured just before: the sum of parts alone (every GEMM and
-attention by itself, one after the other; the serial bound) and the optimum (the GEMMs alone).
+and latencies, for the whole run and for its steady state. Bounds of this device are
+measured before, for comparison: the serial bound (every GEMM and attention alone,
+one after the other) and the optimum (the GEMMs alone).
 Tokens are greedy and not turned into text unless options say otherwise.
 --random-weights measures an architecture without its weights; preset:NAME needs no
 files at all. Exit status 1 if a request failed."""

@@ -35,8 +35,8 @@ _EXAMPLES = "  nanoflow plan show plan.json"
 _TEACH_SHOW = """\
 Draw a plan as lanes by time, with the use of each resource below: in the terminal,
 with --svg as a picture, and with --chrome-trace as a file that Perfetto opens. PLAN
-is a file with a plan or with a plan book; a book of several plans is listed, and that
-plan is drawn which is for most of the time, or the one that --name chooses. With
+is a file with a plan or with a plan book. A book with several plans is listed, and the
+plan that runs most of the time is drawn, or the one that --name chooses. With
 --profile the times are predicted from its measurements, and compared with the
 sequential plan. Without it, they are those that the search wrote into the plan, or,
 if there are none, only the order is drawn. --trace adds what a profiler saw when the plan ran, on the same scale."""
@@ -115,7 +115,7 @@ def run_show(args: argparse.Namespace) -> int:
     if config.name is None and len(book.plans) > 1:
         if config.profile is None and config.model is None and config.svg is None and config.chrome_trace is None:
             return 0
-        print(f"\ndrawn is {entry.plan.name} ({entry.plan.digest}), the plan for most of the time")
+        print(f"\ndrawing {entry.plan.name} ({entry.plan.digest}), the plan that runs most of the time")
     plan, config = entry.plan, _for_its_batches(entry, config)
     timelines, sequential_s = _timelines(plan, config)
     if config.svg is not None:

@@ -59,7 +59,9 @@ def _numbers(text: str) -> Any:
 class SearchConfig:
     """What to search plans for."""
 
-    num_requests: int = option(1500, "Requests of each workload to simulate, once all at once and once as others leave")
+    num_requests: int = option(
+        1500, "Requests of each workload to simulate: once all sent at once, once each sent as another ends"
+    )
     max_batch_tokens: Sequence[int] | None = _numbers(
         "Token budgets to compare: tokens of the largest batch; 1024, 2048, 4096, 8192 and 16384 if not given, as far "
         "as the profile goes (with --decodes: 2048)"
@@ -77,7 +79,7 @@ class SearchConfig:
         "Keep a plan without a trial if it is predicted to win so many percent; if not given, 3 with attention inside "
         "products and 8 with other lanes, which is how far off predictions have been",
     )
-    time_limit: float = option(60.0, "Seconds for one kind of batch at most")
+    time_limit: float = option(60.0, "Longest search for one kind of batch, in seconds")
 
     def __post_init__(self) -> None:
         for name in ("num_requests", "time_limit", "context", "prompt_tokens"):
@@ -183,7 +185,7 @@ def _summary(model: IterationModel, shape: BatchShape, result: SearchResult) -> 
     return [
         f"{result.plan.name} ({result.plan.digest}): {result.reason}",
         f"layer {result.makespan_s * 1e6:,.1f} us, sequential {result.sequential_s * 1e6:,.1f} us, "
-        f"no order can undercut {result.least_period_s * 1e6:,.1f} us",
+        f"no order can take less than {result.least_period_s * 1e6:,.1f} us",
         f"iteration {prediction.iteration_s * 1e3:.2f} ms, {prediction.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
         + ("" if energy is None else f", {energy * 1e3:.1f} mJ/token")
         + "".join(f", gap of the shares {gap:.1%}" for gap in gaps)

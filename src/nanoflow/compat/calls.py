@@ -30,7 +30,7 @@ _OF_REQUESTS = (
     Foreign(name="mm_processor_kwargs", takes=({},), reason=_NO_MULTIMODAL),
     Foreign(name="trace_headers", takes=({},), reason="there is no tracing"),
     Foreign(name="data_parallel_rank", takes=(0,), reason="there is one engine"),
-    Foreign(name="reasoning_ended", reason="reasoning is not told from the rest of an answer"),
+    Foreign(name="reasoning_ended", reason="reasoning is not separated from the rest of an answer"),
     Foreign(
         name="prompt_text", reason="a prompt of token ids may bring its text: {'prompt': ..., 'prompt_token_ids': ...}"
     ),
@@ -45,7 +45,7 @@ _OF_CHATS = (
     ),
 )
 _OF_ENGINES = (
-    Foreign(name="usage_context", takes=("ENGINE_CONTEXT", "LLM_CLASS"), reason="nothing is reported of its use"),
+    Foreign(name="usage_context", takes=("ENGINE_CONTEXT", "LLM_CLASS"), reason="no usage data is collected"),
     Foreign(name="stat_loggers", takes=([],), reason="`nanoflow serve` logs statistics"),
     Foreign(name="start_engine_loop", takes=(True,), reason="the engine starts when it is first used"),
     Foreign(name="enable_log_requests", takes=(False,), reason="requests are not logged one by one"),
@@ -71,10 +71,10 @@ PROMPTS = Table.of(
         Foreign(name="multi_modal_uuids", takes=({},), reason=_NO_MULTIMODAL),
         Foreign(name="mm_processor_kwargs", takes=({},), reason=_NO_MULTIMODAL),
         Foreign(name="prompt_embeds", reason="prompts are text or token ids, not embeddings"),
-        Foreign(name="token_type_ids", reason="models generate text; none has types of tokens"),
+        Foreign(name="token_type_ids", reason="models have no token types"),
         Foreign(name="encoder_prompt", reason="models have no encoder"),
         Foreign(name="decoder_prompt", reason="models have no encoder"),
-        Foreign(name="cache_salt", reason="there is no prefix cache that it could keep apart"),
+        Foreign(name="cache_salt", reason="there is no prefix cache"),
         Foreign(name="type", takes=("text", "token"), reason="a prompt is text or token ids"),
     ),
 )

@@ -19,12 +19,12 @@ _NO_PREFIX_CACHE = "there is no prefix cache: every prompt is computed"
 _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
 _NO_EXPERTS = "mixtures of experts are not served"
 _NO_GUIDES = "there are no structured outputs"
-_NO_REASONING = "reasoning is not told from the rest of an answer"
+_NO_REASONING = "reasoning is not separated from the rest of an answer"
 _NO_TRANSFER = "KV caches are not moved between engines"
 _NO_OFFLOAD = "weights and KV cache stay on the device; preempted requests are computed again"
 _NO_CODE = "no Python of a model folder or of users is run in the engine"
 _NO_MAMBA = "models with state spaces are not served"
-_NO_COMPILER = "kernels are ready made, nothing is compiled by torch; cuda_graphs is what launches them at once"
+_NO_COMPILER = "torch compiles no kernels; cuda_graphs launches all kernels of a step at once"
 _CONFIG_JSON = "what config.json says of the model counts: change it in a copy of the folder"
 _METRICS = "the metrics are those of docs/api.md, at GET /metrics"
 _FCFS = "requests run in the order in which they come"
@@ -109,7 +109,7 @@ _MODEL = (
     *options("weights are not quantized", "quantization_config", "quantization_param_path"),
     *switches("weights are not quantized", "allow_deprecated_quantization"),
     Foreign(name="override_attention_dtype", reason="attention computes in the type that `dtype` says"),
-    *switches("windows of the model's config.json are kept to", "disable_sliding_window"),
+    *switches("the sliding windows in the model's config.json are used", "disable_sliding_window"),
     *switches("there is no cascade attention", "disable_cascade_attn", takes=(True, False)),
     *switches("prompts are text or token ids, not embeddings", "enable_prompt_embeds"),
     Foreign(
@@ -137,7 +137,7 @@ _MODEL = (
         name="ignore_patterns",
         takes=(["original/**/*"], "original/**/*"),
         nargs="+",
-        reason="of a Hub model config, tokenizer and safetensors are fetched",
+        reason="only config, tokenizer and safetensors are downloaded from the Hub",
     ),
     Foreign(name="model_loader_extra_config", takes=({},), reason="there is one loader, of safetensors"),
     Foreign(
@@ -146,7 +146,7 @@ _MODEL = (
     *options("weights are read tensor by tensor, not fetched ahead", "safetensors_prefetch_num_threads", takes=(0,)),
     Foreign(name="model_weights", takes=("",), reason="weights and config.json are in one folder: `model`"),
     Foreign(name="pt_load_map_location", takes=("cpu",), reason="weights are read from safetensors"),
-    *switches("the bar shows where standard error is a terminal", "use_tqdm_on_load", takes=(True,)),
+    *switches("a progress bar is shown if standard error is a terminal", "use_tqdm_on_load", takes=(True,)),
 )
 _CACHE = (
     *switches(_NO_PREFIX_CACHE, "enable_prefix_caching"),
@@ -154,7 +154,7 @@ _CACHE = (
     Foreign(name="kv_cache_dtype", takes=("auto",), reason="the KV cache has the type that `dtype` says"),
     Foreign(name="kv_cache_dtype_skip_layers", takes=([],), reason="the KV cache has the type that `dtype` says"),
     *switches("the KV cache is not scaled", "calculate_kv_scales"),
-    Foreign(name="swap_space", takes=(0, 4), reason=f"{_NO_OFFLOAD}; 4, the default of old, was for best_of alone"),
+    Foreign(name="swap_space", takes=(0, 4), reason=f"{_NO_OFFLOAD}; the old default, 4, was for best_of only"),
     Foreign(name="cpu_offload_gb", takes=(0,), reason=_NO_OFFLOAD),
     Foreign(name="kv_offloading_size", takes=(0,), reason=_NO_OFFLOAD),
     *options(_NO_OFFLOAD, "offload_backend", takes=("auto",)),
@@ -296,7 +296,7 @@ _WATCHING = (
     *switches("requests are not logged one by one", "enable_log_requests"),
     *switches("requests are not logged one by one", "disable_log_requests", takes=(True,)),
     *switches("statistics are logged by `nanoflow serve` alone", "disable_log_stats", takes=(True,)),
-    *switches("there is one engine to log of", "aggregate_engine_logging", takes=(True, False)),
+    *switches("there is only one engine", "aggregate_engine_logging", takes=(True, False)),
     *switches(_METRICS, "kv_cache_metrics", "cudagraph_metrics", "enable_mfu_metrics"),
     *switches(_METRICS, "enable_logging_iteration_details"),
     *options(_METRICS, "kv_cache_metrics_sample", takes=(0.01,)),

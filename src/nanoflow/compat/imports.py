@@ -15,7 +15,7 @@ _NO_BEAMS = "there is no beam search; n completions are sampled by SamplingParam
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
 _NO_MULTIMODAL = "models take text alone"
 _NO_CODE = "no code of users runs in the engine"
-_ONE_GPU = "one GPU serves a model; there is nothing that is distributed"
+_ONE_GPU = "one GPU serves a model; nothing is distributed"
 _OPTIONS = "options are arguments of LLM and EngineArgs: see docs/switching-from-vllm.md"
 
 NAMES: Mapping[str, str] = {
@@ -119,6 +119,6 @@ MISSING_MODULES: Mapping[str, str] = {
     "nanoflow.transformers_utils": "`LLM.get_tokenizer` gives the tokenizer",
     "nanoflow.attention": "attention is in `nanoflow.kernels`",
     "nanoflow.spec_decode": "speculative decoding is an option of the engine: speculative='ngram:4'",
-    "nanoflow.usage.usage_lib": "nothing is reported of its use",
+    "nanoflow.usage.usage_lib": "no usage data is collected",
 }
 """Modules of vLLM that nanoflow lacks, including their submodules."""

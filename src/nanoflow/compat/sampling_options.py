@@ -28,7 +28,7 @@ _OURS = (
     Same(name="detokenize"),
     Same(name="skip_special_tokens"),
     Same(name="include_stop_str_in_output"),
-    Same(name="output_kind", note="`AsyncLLM` keeps to it; `LLM` returns what is finished"),
+    Same(name="output_kind", note="`AsyncLLM` and `LLMEngine` follow it; `LLM` returns what is finished"),
     Same(name="logit_bias"),
     Same(name="allowed_token_ids"),
     Same(name="truncate_prompt_tokens", note="the last tokens are kept"),
@@ -51,13 +51,13 @@ _FOREIGN = (
     Foreign(name="stream_interval", takes=(1,), reason="tokens that wait are sent together: --stream-interval-ms"),
     *switches("parameters are copied when a request is made", "skip_clone"),
     *switches("there is no prefix cache to read", "skip_reading_prefix_cache", takes=(True, False)),
-    Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is not told from the rest of an answer"),
+    Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is not separated from the rest of an answer"),
     Foreign(name="repetition_detection", reason="a completion ends by stop, stop_token_ids or max_tokens"),
     Foreign(name="extra_args", takes=({},), reason="there are no parameters of extensions"),
     Foreign(name="routed_experts_prompt_start", takes=(0,), reason="mixtures of experts are not served"),
     Foreign(name="trace_decode_token_ids", takes=([],), reason="tokens are sampled; prompt_logprobs scores given ones"),
     Foreign(
-        name="output_text_buffer_length", takes=(0,), reason="how much text waits for stop strings is ours to know"
+        name="output_text_buffer_length", takes=(0,), reason="how much text is held back for stop strings cannot be set"
     ),
 )
 

@@ -227,7 +227,7 @@ class OpGraph:
         for op in kind.operations:
             if looks[op.name] != _look(op):
                 raise GraphError(
-                    f"operation {op.name!r} is another one in layers of kind {kind.name!r} than in the others, "
+                    f"operation {op.name!r} differs in layers of kind {kind.name!r} from the others, "
                     "so it needs a name of its own"
                 )
 

@@ -59,7 +59,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     for path in paths:
         for name, tensor in _read_header(path).items():
             if name in stored:
-                raise ModelError(f"{printable(name)} stands in {stored[name].path} and in {path}: which is meant?")
+                raise ModelError(f"{printable(name)} is in both {stored[name].path} and {path}: remove one of them")
             stored[name] = tensor
     lost = [name for name in indexed if name not in stored]
     if lost:

@@ -181,7 +181,7 @@ def read_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> Mapping[str
     """
     size = require_file(path)
     if size > max_bytes:
-        raise ModelError(f"{path}: has {size} bytes, more than the {max_bytes} of a sane one")
+        raise ModelError(f"{path}: has {size} bytes, more than the {max_bytes} allowed")
     try:
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=without_duplicates)
     except OSError as error:
@@ -200,7 +200,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {shown(twice)} is twice in one object")
     return found
 
 

@@ -154,7 +154,7 @@ def not_known(
     name = f"architecture {shown(architecture)}" if architecture else f"model_type {shown(model_type)}"
     what = f" ({kind.what})" if kind is not None else ""
     nearest = _nearest(architecture or "", kind_name, known) if kind is None or kind.has_kin else None
-    near = f"nearest known: {nearest}" if nearest is not None else "none that is known is near"
+    near = f"nearest known: {nearest}" if nearest is not None else "none of the known ones is similar"
     costs = "; nanoflow analyze computes what it costs" if is_analysed else ""
     verdict = "not served yet" if is_analysed else "not known"
     return f"{name} is {verdict}{what}; {near}; known: {', '.join(known)}{costs}"
