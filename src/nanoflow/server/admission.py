@@ -1,6 +1,6 @@
 """How much is in the server, of all its front ends: what would be too much is refused before the engine hears of it.
 
-Each process writes what it has let in to cells of its own, and reads those of the others (`cells.py`). What a process
+Each process counts what it has admitted, and reads the counts of the others (`counters.py`). What a process
 that was killed leaves there counts no more: the process is named beside it.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.engine.messages import EngineFacts
-from nanoflow.server.cells import Cells
+from nanoflow.server.counters import Counters
 from nanoflow.server.errors import ApiError
 
 RETRY_AFTER_S = 1
@@ -23,14 +23,14 @@ class Ledger:
     """Completions and tokens that the processes have let in and that have not ended.
 
     Args:
-        cells: Where the processes count; of this process alone if not given.
+        counters: Counters of this process, with access to those of others; None for a single process.
     """
 
-    def __init__(self, cells: Cells | None = None) -> None:
-        self._cells = Cells() if cells is None else cells
+    def __init__(self, counters: Counters | None = None) -> None:
+        self._counters = Counters() if counters is None else counters
         # The process, completions, tokens.
-        self._place = self._cells.take(3)
-        self._own = self._cells.own(self._place)
+        self._place = self._counters.take(3)
+        self._own = self._counters.own(self._place)
         # A process that died may have counted here.
         self._own[:] = os.getpid(), 0, 0
 
@@ -40,7 +40,7 @@ class Ledger:
 
     def total(self) -> tuple[int, int]:
         """Completions and tokens, of all processes that live."""
-        living = [row for row in self._cells.rows(self._place) if row[0] and _lives(int(row[0]))]
+        living = [row for row in self._counters.rows(self._place) if row[0] and _lives(int(row[0]))]
         return int(sum(row[1] for row in living)), int(sum(row[2] for row in living))
 
 

@@ -155,43 +155,43 @@ class _Sheet:
         length_s = full_s(timeline, timelines)
         for lane in timeline.lanes:
             owners = self._owners([span for span in timeline.spans if span.lane == lane], length_s)
-            for span, cells in _runs(owners):
+            for span, width in _runs(owners):
                 if span is not None:
-                    yield label(span.operation, cells - _BESIDE_NAME), span.operation
+                    yield label(span.operation, width - _BESIDE_NAME), span.operation
 
     def _wrapped(self, entries: Sequence[str]) -> Iterator[str]:
         """Entries in columns of equal width, that of the widest entry without colour sequences."""
-        cell = max(_visible(entry) for entry in entries) + 3
-        per_line = max((self.margin + self.columns) // cell, 1)
+        width = max(_visible(entry) for entry in entries) + 3
+        per_line = max((self.margin + self.columns) // width, 1)
         for first in range(0, len(entries), per_line):
-            yield "".join(entry + " " * (cell - _visible(entry)) for entry in entries[first : first + per_line])
+            yield "".join(entry + " " * (width - _visible(entry)) for entry in entries[first : first + per_line])
 
     def _row(self, name: str) -> str:
         return name.ljust(self.margin)
 
     def _lane(self, spans: Sequence[Span], length_s: float) -> str:
-        return "".join(self._block(span, cells) for span, cells in _runs(self._owners(spans, length_s)))
+        return "".join(self._block(span, width) for span, width in _runs(self._owners(spans, length_s)))
 
     def _owners(self, spans: Sequence[Span], length_s: float) -> list[Span | None]:
         """The span of each column. A span shorter than a column gets it unless an earlier span has it."""
         owners: list[Span | None] = [None] * self.columns
         for span in spans:
-            first, stop = self._cell(span.start_s / length_s), self._cell(span.stop_s / length_s)
-            for cell in range(first, max(stop, min(first + 1, self.columns))):
-                owners[cell] = owners[cell] or span
+            first, stop = self._column(span.start_s / length_s), self._column(span.stop_s / length_s)
+            for column in range(first, max(stop, min(first + 1, self.columns))):
+                owners[column] = owners[column] or span
         return owners
 
-    def _cell(self, part: float) -> int:
+    def _column(self, part: float) -> int:
         # The small term keeps rounding errors from moving a time across the edge of a column.
         return int(part * self.columns + 1e-6)
 
-    def _block(self, span: Span | None, cells: int) -> str:
+    def _block(self, span: Span | None, width: int) -> str:
         if span is None:
-            return self.marks.empty * cells
+            return self.marks.empty * width
         number = self.numbers[nano_batch(span)]
-        name = label(span.operation, cells - _BESIDE_NAME)
+        name = label(span.operation, width - _BESIDE_NAME)
         shown = _letter(number) + (f":{name}" if name else "")
-        return self._painted(shown.ljust(cells, self._fill(span.layer)), number)
+        return self._painted(shown.ljust(width, self._fill(span.layer)), number)
 
     def _fill(self, layer: int) -> str:
         return self.marks.fills[layer % len(self.marks.fills)]
@@ -205,8 +205,8 @@ class _Sheet:
         """The mean use of the resource in each column; use above zero is never shown as zero."""
         highest = len(self.marks.levels) - 1
         use = _Integral(use_steps(timeline, resource))
-        cell_s = length_s / self.columns
-        means = [(use(cell_s * (cell + 1)) - use(cell_s * cell)) / cell_s for cell in range(self.columns)]
+        column_s = length_s / self.columns
+        means = [(use(column_s * (column + 1)) - use(column_s * column)) / column_s for column in range(self.columns)]
         heights = [min(round(mean * highest), highest) if mean > 0 else 0 for mean in means]
         return "".join(
             self.marks.levels[max(height, 1) if mean > 1e-6 else 0] for mean, height in zip(means, heights, strict=True)
@@ -242,10 +242,10 @@ class _Integral:
 def _runs(owners: Sequence[Span | None]) -> Iterator[tuple[Span | None, int]]:
     """Runs of columns with the same span (or None), and the length of each."""
     first = 0
-    for cell in range(1, len(owners) + 1):
-        if cell == len(owners) or owners[cell] is not owners[first]:
-            yield owners[first], cell - first
-            first = cell
+    for column in range(1, len(owners) + 1):
+        if column == len(owners) or owners[column] is not owners[first]:
+            yield owners[first], column - first
+            first = column
 
 
 def _letter(number: int) -> str:
