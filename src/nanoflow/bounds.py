@@ -85,8 +85,10 @@ class ServerBounds:
         10.0, "Longest time in seconds from the first byte of a request to the end of its head (408)"
     )
     body_timeout_s: float = option(60.0, "Longest time in seconds from there to the end of its body (408)")
-    idle_timeout_s: float = option(60.0, "A connection without a request is closed after so many seconds")
-    write_timeout_s: float = option(60.0, "A client that takes nothing of its answer for so many seconds is cut off")
+    idle_timeout_s: float = option(60.0, "Seconds after which a connection without a request is closed")
+    write_timeout_s: float = option(
+        60.0, "Seconds after which a client that reads nothing of its answer is disconnected"
+    )
     request_timeout_s: float | None = option(
         None, "Longest time in seconds that a call may take, generating included (504, or an error in its stream)"
     )

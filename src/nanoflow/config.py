@@ -109,7 +109,7 @@ class EngineConfig:
         "not given",
         read=read_count,
     )
-    max_num_seqs: int | None = option(None, "Most requests running at once; chosen likewise if not given")
+    max_num_seqs: int | None = option(None, "Most requests running at once; chosen in the same way if not given")
     page_size: int = option(16, "Tokens a KV page")
     kv_cache_gib: float | None = option(
         None,

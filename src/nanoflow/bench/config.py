@@ -55,7 +55,7 @@ class BenchConfig:
     repetition_penalty: float = option(1.0, "Divides the logits of all tokens seen; 1 is off")
     presence_penalty: float = option(0.0, "Subtracted from the logits of tokens generated at least once")
     frequency_penalty: float = option(0.0, "Subtracted once for each time that a token was generated")
-    logprobs: int | None = option(None, "Ask for the log probabilities of so many tokens at each place")
+    logprobs: int | None = option(None, "Ask for the log probabilities of this number of tokens at each position")
     min_tokens: int = option(
         0, "Fewest tokens before an end of sequence may be chosen, which is then not ignored; of short completions, all"
     )

@@ -71,13 +71,15 @@ class SearchConfig:
     )
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
     seed: int = option(0, "Seed of the lengths that are drawn from traces")
-    decodes: int | None = option(None, "Search for one batch only, with so many decodes; its other tokens are prompts")
+    decodes: int | None = option(
+        None, "Search for one batch only, with this number of decodes; its other tokens are prompts"
+    )
     context: float = option(768.0, "Keys that each of these decodes sees")
     prompt_tokens: float = option(512.0, "Mean length of that batch's prompts")
     margin: float | None = option(
         None,
-        "Keep a plan without a trial if it is predicted to win so many percent; if not given, 3 with attention inside "
-        "products and 8 with other lanes, which is how far off predictions have been",
+        "Percent by which a plan must be predicted to win to be kept without a trial; if not given, 3 with attention "
+        "inside products and 8 with other lanes, which is how far off predictions have been",
     )
     time_limit: float = option(60.0, "Longest search for one kind of batch, in seconds")
 

@@ -63,7 +63,7 @@ class SimulateConfig:
     max_normalized_latency_ms: float = option(200.0, "The limit: latency an output token")
     percentile: int = option(90, "Percentile of requests that the limit is for: 50, 90 or 99")
     max_gpus: int = option(4096, "Most GPUs to try")
-    batch: int | None = option(None, "Predict one iteration of a batch of so many tokens instead")
+    batch: int | None = option(None, "Predict one iteration of a batch of this number of tokens instead")
     decodes: int | None = option(None, "Decodes in that batch; half of it if not given")
     context: float = option(1024.0, "Keys that each of these decodes sees")
 

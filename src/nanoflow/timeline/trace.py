@@ -111,7 +111,7 @@ def timeline_of_trace(
     rules: KernelRules = KERNEL_RULES,
     resources: Mapping[str, Resource] | None = None,
 ) -> Timeline:
-    """Some layers of the median iteration of a trace.
+    """Some layers of the iteration in the middle of a trace.
 
     Args:
         events: Kernels of one GPU: whole iterations of the plan on batches of the shape, and nothing else whose kernels
@@ -188,7 +188,7 @@ def _launched(
 def _assigned(
     rule: KernelRule, launched: list[tuple[int, NanoOperation | None]], ran: list[_Ran]
 ) -> Iterator[tuple[int, NanoOperation, _Ran]]:
-    """The kernels of the median iteration with the nano-operations they belong to."""
+    """The kernels of the iteration in the middle of the trace, with the nano-operations they belong to."""
     names = "/".join(sorted(rule.operations))
     if not launched and not ran:
         return
