@@ -24,7 +24,7 @@ from benchmarks.in_turn import Run, Setting, add_options, run_in_turn
 from benchmarks.rungs import read_engine
 from benchmarks.whole_runs import MEASUREMENT
 from benchmarks.workloads import read_workloads
-from nanoflow.bench.config import SAMPLING, ThroughputConfig
+from nanoflow.bench.options import SAMPLING, ThroughputConfig
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from benchmarks.in_turn import Run, Setting, add_options, run_in_turn
 from benchmarks.rungs import ENGINE, read_engine, read_rungs
 from benchmarks.workloads import read_workloads
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.workload import draw_lengths

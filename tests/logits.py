@@ -13,7 +13,7 @@ from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.kernels.reference import REFERENCE_KERNELS
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import load_weights
 from tests.reference_executor import ReferenceExecutor

@@ -21,7 +21,7 @@ from nanoflow.bench.bound import (
     visible_keys,
     work_of,
 )
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.record import format_table, write_record
 from nanoflow.bench.steady import (
     NoSteadyState,
@@ -34,7 +34,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.device.energy import EnergySampler
 from nanoflow.engine.messages import EngineStats
 from nanoflow.executor.buffers import Workspace
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.profiler import site

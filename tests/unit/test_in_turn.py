@@ -12,12 +12,12 @@ import pytest
 from benchmarks import in_turn, limits, sampled, whole_runs
 from benchmarks.apart import RunFailed
 
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.provenance import command, portable, require_clean, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.messages import BookFacts, PlanName
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, PlanEntry, StoredBook, load_book

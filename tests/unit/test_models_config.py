@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.config_json import ModelError, load, parse
 from nanoflow.models.registry import ARCHITECTURES, build_graph
 
 LLAMA: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 
 from nanoflow import LLM
 from nanoflow.cli.main import main
-from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.config_json import ModelError, load, parse
 from nanoflow.models.fields import shown
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import ARCHITECTURES

@@ -17,10 +17,10 @@ from torch import Tensor
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.graph.graph import OpGraph
-from nanoflow.models import config as model_config
+from nanoflow.models import config_json as model_config
 from nanoflow.models import weights as weights_module
 from nanoflow.models.checkpoint import StoredTensor
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
 from tests.driving import HuggingFace

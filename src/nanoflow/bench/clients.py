@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from nanoflow.bench.client import read_address
-from nanoflow.bench.config import BenchConfig, LoadConfig
 from nanoflow.bench.online import Sending, Sent, drive, prepare, record_of, served_book, served_metrics, served_model
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.processes import ProcessState, listeners_at, processes_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.run_metrics import RequestRecord, RunMetrics, measure, parse_limits

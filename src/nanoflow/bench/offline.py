@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record

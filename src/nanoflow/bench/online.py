@@ -20,7 +20,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanoflow.bench.client import Answer, ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
-from nanoflow.bench.config import BenchConfig, LoadConfig
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.engine.messages import BookFacts, PlanName
 from nanoflow.run_metrics import RequestRecord
 from nanoflow.workload import BenchRequest

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from nanoflow.bench.bound import Bounds
-from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
+from nanoflow.bench.options import BenchConfig
 from nanoflow.bench.processes import ProcessState
 from nanoflow.bench.provenance import command, portable_options
 from nanoflow.run_metrics import Distribution, RunMetrics

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanoflow.cost.model import CostedModel
     from nanoflow.cost.roofline import OperationCost, ResourceTimes
     from nanoflow.hardware import GpuGroup, ResourceRates
-    from nanoflow.models.config import ModelConfig
+    from nanoflow.models.config_json import ModelConfig
 
 _TEACH = """\
 Say what a model costs on GPUs that you need not have: FLOPs, bytes and joules of
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _model_config(model: str) -> ModelConfig:
     """The config.json of a folder or of a preset; nothing is downloaded."""
-    from nanoflow.models import config as models
+    from nanoflow.models import config_json as models
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import PRESETS, preset_config, preset_name
 

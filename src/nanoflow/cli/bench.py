@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
+from nanoflow.bench.options import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import UNWATCHED_DEFAULTS, EngineConfig
 

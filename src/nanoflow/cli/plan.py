@@ -261,7 +261,7 @@ def _profiled_graph(plan: PipelinePlan, profile: Profile) -> OpGraph:
 def _graph(plan: PipelinePlan, model: str | None) -> OpGraph | None:
     """The model's graph in the form that the plan was made for."""
     from nanoflow.graph.fuse import fuse_swiglu
-    from nanoflow.models import config as models
+    from nanoflow.models import config_json as models
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import preset_config, preset_name
     from nanoflow.models.registry import build_graph

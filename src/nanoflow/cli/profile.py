@@ -78,7 +78,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
     import torch
 
     from nanoflow.device.detect import resolve_device, resolve_dtype, total_memory_bytes, use_device
-    from nanoflow.models.config import parse
+    from nanoflow.models.config_json import parse
     from nanoflow.profiler.profile import new_job, run_job, setup_line
     from nanoflow.profiler.work import Sizes
 
@@ -124,7 +124,7 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
 
 def _config_of(model: str) -> Mapping[str, Any]:
     """The config.json of a model; `ModelError` if it is missing or invalid."""
-    from nanoflow.models.config import load
+    from nanoflow.models.config_json import load
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import PRESETS, preset_config, preset_name
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape, LinearDims, Operation
-from nanoflow.models.config import ModelConfig, ModelError
+from nanoflow.models.config_json import ModelConfig, ModelError
 from nanoflow.models.registry import build_graph
 
 _EXPERT_WEIGHTS = frozenset({"gate_up_proj.weight", "down_proj.weight"})

@@ -15,7 +15,7 @@ from nanoflow.engine.limits import EngineLimits, cache_room_bytes
 from nanoflow.executor.buffers import allocate_caches
 from nanoflow.graph.graph import OpGraph
 from nanoflow.kernels.launch import LayerCache
-from nanoflow.models.config import ModelConfig
+from nanoflow.models.config_json import ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Reads JSON files of a model folder without trusting them: bounded memory, and one-line errors for invalid values.
 
-The meaning of fields is in `config.py` and `generation.py`.
+The meaning of fields is in `config_json.py` and `generation.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Recognises files and folders that are no supported model: GGUF, adapters, ONNX, pickles, diffusion pipelines.
 
-The error names the format and what to do, in one line. Only file names and a few small files are read. `config.py`
+The error names the format and what to do, in one line. Only file names and a few small files are read. `config_json.py`
 reads the architecture.
 """
 

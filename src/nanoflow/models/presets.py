@@ -1,8 +1,8 @@
 """Published architectures by name, as data, for benchmarks in which only a model's shape matters.
 
-A preset is the part of a model's config.json that `config.py` reads. It has no weights and no tokenizer; weights are
-drawn at random. To add one, add an entry to `PRESETS`. Architectures that are not served (mixtures of experts) can only
-be analyzed.
+A preset is the part of a model's config.json that `config_json.py` reads. It has no weights and no tokenizer; weights
+are drawn at random. To add one, add an entry to `PRESETS`. Architectures that are not served (mixtures of experts) can
+only be analyzed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from nanoflow.models.config import ModelConfig, ModelError, parse
+from nanoflow.models.config_json import ModelConfig, ModelError, parse
 
 _PREFIX = "preset:"
 

@@ -18,7 +18,7 @@ class Reading:
 
     Attributes:
         model_type: Its name in config.json.
-        fields: Its fields and their defaults; None if `config.py` derives the default from other fields.
+        fields: Its fields and their defaults; None if `config_json.py` derives the default from other fields.
         nullable: Fields that may be null; null in another field is an error.
         rope_types: Names of its rotary embeddings, and the type in `rope.py` that each means; None if all types are
             accepted by their own names.

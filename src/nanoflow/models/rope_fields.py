@@ -1,6 +1,6 @@
 """The fields of config.json about rotary embeddings: one for all layers, or one for each kind of layer.
 
-`config.py` calls this; `rope.py` computes frequencies from the result.
+`config_json.py` calls this; `rope.py` computes frequencies from the result.
 """
 
 from __future__ import annotations
