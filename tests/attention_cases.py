@@ -1,4 +1,4 @@
-"""Launches of attention on fresh random inputs, what they should give, and products that may carry one."""
+"""Launches of attention on random inputs, their expected results, and products that may carry attention."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PAGE_TOKENS = 16
 def inputs_of(
     requests: list[tuple[int, int]], num_decodes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> BatchInputs:
-    """Of requests with so many tokens in the cache, and so many new ones; the first ones are decodes."""
+    """Inputs of requests given as (tokens in the cache, new tokens); the first `num_decodes` are decodes."""
     monkeypatch.setattr(graphs, "PAGE_SIZE", PAGE_TOKENS)
     batch = graphs.batch_of(requests, num_decodes, 10, seed=1)
     return InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=len(requests), device=device).build(batch)
 
 
 def dims_of(heads: tuple[int, int, int], window: int | None) -> AttentionDims:
-    """Of heads, KV heads, and their size."""
+    """Attention with these numbers of query and KV heads, and this head size."""
     num_heads, num_kv_heads, head_dim = heads
     return AttentionDims(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scale=head_dim**-0.5, window=window
@@ -47,7 +47,7 @@ def cache_of(inputs: BatchInputs, dims: AttentionDims) -> LayerCache:
 def launch_of(
     scope: Scope, dims: AttentionDims, tokens: TokenRange, q: torch.Tensor, inputs: BatchInputs, cache: LayerCache
 ) -> Launch:
-    """The attention of this scope; its output holds NaN so far."""
+    """A launch of the attention of this scope; its output is NaN."""
     kind = OpKind.DECODE_ATTENTION if scope is Scope.DECODE else OpKind.PREFILL_ATTENTION
     op = Operation(
         name="attention", kind=kind, resource=Resource.MEMORY, scope=scope, reads=("q",), writes=("o",), dims=dims
@@ -63,7 +63,7 @@ def decode_case(
     monkeypatch: pytest.MonkeyPatch,
     first: int = 0,
 ) -> Launch:
-    """Rows with these contexts from the first one on, 0 for one that is no decode; NaN behind each context."""
+    """Decodes with these contexts from row `first` on, 0 for rows that are no decodes; slots after contexts are NaN."""
     requests = [(max(context - 1, 0), 1) for context in contexts]
     inputs, dims = inputs_of(requests, len(contexts), device, monkeypatch), dims_of(heads, None)
     cache = cache_of(inputs, dims)
@@ -89,7 +89,7 @@ def with_contexts(decodes: DecodeInputs, contexts: torch.Tensor) -> DecodeInputs
 
 
 def exact(launch: Launch) -> torch.Tensor:
-    """The reference twin's output in float32."""
+    """The output of the reference kernel in float32."""
     assert launch.cache is not None
     (q,) = launch.reads
     twin = dataclasses.replace(
@@ -107,17 +107,17 @@ def exact(launch: Launch) -> torch.Tensor:
 
 
 def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
-    """Rounding the output costs 2^-9 of it, rounding the weights 2^-9 of a mean of |values| (all below about 5)."""
+    """Rounding the output costs 2^-9 of it; rounding the weights 2^-9 of a mean of |values| (all below about 5)."""
     torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=0.01)
 
 
 def without_nan(cache: LayerCache) -> LayerCache:
-    """The same, but for what stands behind contexts."""
+    """The same launch without the NaN after contexts."""
     return LayerCache(keys=cache.keys.nan_to_num(), values=cache.values.nan_to_num())
 
 
 def assert_decoded(launch: Launch) -> None:
-    """The result of a `decode_case` is right, and other rows were left alone."""
+    """Check that the result of a `decode_case` is right, and that other rows were not written."""
     assert launch.cache is not None
     expected = exact(dataclasses.replace(launch, cache=without_nan(launch.cache)))
     is_decode = launch.inputs.decodes.context_len[launch.tokens.start : launch.tokens.stop] > 0
@@ -128,7 +128,7 @@ def assert_decoded(launch: Launch) -> None:
 def carrier_case(
     kind: str, num_tokens: int, shape: tuple[int, int], device: torch.device
 ) -> tuple[Launch, torch.Tensor]:
-    """A product in bfloat16 as the model has it, and its result: "linear", "bias", "add", or "swiglu"."""
+    """A product in bfloat16, and its expected result; the kind is "linear", "bias", "add" or "swiglu"."""
     dtype = torch.bfloat16
     if kind == "swiglu":
         launch = linear_swiglu_case(num_tokens, shape, dtype, device)

@@ -1,8 +1,9 @@
-"""Compile the products that run beside decode attention for Hopper and print what they take.
+"""Compile the products that run beside decode attention for Hopper, and print the resources that they need.
 
-    python -m tests.compile_gemm PLACE
+    python -m tests.compile_gemm INDEX
 
-All kernels of the cut at this place of `BESIDE_TILES`. A process of its own, as `compile_hopper_attention.py` says.
+Compiles all kernels with the tiles at this index of `BESIDE_TILES`. It runs in a process of its own for the reason
+given in `compile_hopper_attention.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _SIZES = {"num_rows": "i32", "num_columns": "i32", "num_features": "i32"}
 
 
 def box(*sizes: int) -> str:
-    """What TMA moves at once."""
+    """The shape of a TMA box."""
     return f"tensordesc<bf16{list(sizes)}>"
 
 
 def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants: dict[str, Any]) -> dict[str, int]:
     """Shared memory of a program, registers of all its threads, and instructions that move spilled registers."""
     constants = {"BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m, **constants}
-    # As for real sizes and addresses, which are multiples of 16.
+    # Sizes and addresses are divisible by 16, as in real launches.
     names = list(signature)
     is_aligned = {"sums", "flags", "bias", "num_columns", "num_features"}
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in is_aligned}
@@ -39,14 +40,14 @@ def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers}
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     code = read_machine_code(done.asm["cubin"])
-    # The card hands them out in eights.
+    # The card allocates registers in units of eight.
     registers = -(-code.registers // 8) * 8 * 32 * tiles.num_warps
     num_spills = sum(word.split(".")[0] in ("STL", "LDL") for word in code.sass.split())
     return {"shared_bytes": done.metadata.shared, "registers": registers, "num_spills": num_spills}
 
 
 def main(place: int) -> None:
-    """Print a report of each kernel, with a bias and an addend where there can be one, which takes the most."""
+    """Print a report of each kernel, with a bias and an addend where possible, which needs the most resources."""
     tiles = BESIDE_TILES[place]
     cut = with_addend(tiles)
     boxes = {

@@ -1,8 +1,8 @@
-"""Compile decode attention in Gluon for Hopper and print what it takes.
+"""Compile decode attention in Gluon for Hopper, and print the resources that it needs.
 
     python -m tests.compile_hopper_attention GROUP HEAD_SIZE
 
-A process of its own, since Triton's interpreter, which other tests switch on, cannot be switched off again.
+It runs in a process of its own, because Triton's interpreter, which other tests enable, cannot be disabled again.
 """
 
 from __future__ import annotations

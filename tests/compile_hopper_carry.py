@@ -1,10 +1,11 @@
-"""Compile products that carry decode attention for Hopper and print what they take, a line each.
+"""Compile products that carry decode attention for Hopper, and print the resources that they need, one line each.
 
     python -m tests.compile_hopper_carry COLUMNS:STEPS:KIND:HAS_BIAS:GROUP:HEAD_SIZE ...
 
-A process of its own, since Triton's interpreter, which other tests switch on, cannot be switched off again. Registers
-are those before warps trade them. Waits for all stand where nothing is to be under way: in either warpgroup one at the
-end of a tile, and two where keys are left after the last tile. All others leave a k-step under way.
+It runs in a process of its own, because Triton's interpreter, which other tests enable, cannot be disabled again.
+Registers are those before warps exchange them. A wait for all products is correct only where none should be running: in
+each warpgroup once at the end of a tile, and twice where keys remain after the last tile. All other waits leave one
+k-step running.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main(texts: list[str]) -> None:
 
 
 def report(columns: int, steps: int, kind: int, has_bias: int, group: int, head_dim: int) -> dict[str, int]:
-    """What a variant takes."""
+    """The resources of a variant."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     tiles = {cut.block_n: cut for cut in (WIDE, NARROW)}[columns]
     boxes = {"x": tiles.block_m, "weight": columns // 2, "q": MAX_GROUP, "keys": PAGE_TOKENS, "values": PAGE_TOKENS}

@@ -1,8 +1,8 @@
-"""Compile the programs of sampling for Hopper and print what they take.
+"""Compile the sampling programs for Hopper, and print the resources that they need.
 
     python -m tests.compile_sample
 
-A process of its own, since Triton's interpreter and its compiler do not share one.
+It runs in a process of its own, because Triton's interpreter and its compiler cannot be used in one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
 
 
 def sizes(blocks: RowBlocks) -> dict[str, int]:
-    """Of a program that reads its row so."""
+    """The same for a program that reads its row with these blocks."""
     num_blocks = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, blocks.block))
     return {"VOCAB": VOCAB_SIZE, "BLOCK": blocks.block, "INNER": 8, "NUM_BLOCKS": num_blocks}
 
@@ -55,7 +55,7 @@ def main() -> None:
             "edit_values": "*fp32",
             "edit_stride": "i32",
         }
-        # Adjustments are the same code for both.
+        # The code of adjustments does not depend on the dtype.
         for adjusts in (False, True)[: 2 if bits else 1]:
             constants = {**sizes(CHOICE), "GRID_BITS": bits, "ADJUSTS": adjusts, "ROOM": CHOICE.room}
             signature = {**logits, **tables, **results, "scratch": "*fp32"}

@@ -1,6 +1,6 @@
-"""Variations of a config.json: every field left out, null, left over from another architecture, or another value.
+"""Variations of a config.json: each field left out, null, left over from another architecture, or with another value.
 
-Data for `tests/integration/test_configs.py`, which compares every one of them with transformers.
+`tests/integration/test_configs.py` compares each of them with transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 DELETED = object()
 NUM_LAYERS = 4
 WINDOW = 24
-# Beyond the windows and the trained lengths below.
+# More than the windows and the trained lengths below.
 NUM_TOKENS = 70
 
 _BASE: Mapping[str, Any] = {
@@ -37,7 +37,7 @@ _QWEN: Mapping[str, Any] = {
     "max_window_layers": 2,
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
 }
-# A complete config.json of each architecture that is served.
+# A complete config.json of each served architecture.
 BASES: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {**_BASE, "model_type": "llama", "attention_bias": False, "mlp_bias": False},
     "MistralForCausalLM": {**_BASE, "model_type": "mistral", "sliding_window": WINDOW},
@@ -133,7 +133,7 @@ _ROPES: tuple[Any, ...] = (
     {"sliding_attention": {"rope_theta": 70.0}, "full_attention": None},
     {"sliding_attention": None},
 )
-# Other values of each field; those that an architecture does not have are left over from one that has.
+# Other values of each field. An architecture that lacks the field must ignore it.
 _VALUES: Mapping[str, tuple[Any, ...]] = {
     "hidden_size": (48, 64.0, "64", -64),
     "num_hidden_layers": (3, 0),
@@ -191,7 +191,7 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "mrope_section": ([2, 3, 3],),
     "temperature": (0.5,),
 }
-# Fields together: two spellings of one thing, and what one field says about another.
+# Combinations: two spellings of one field, and fields that affect each other.
 _TOGETHER: tuple[Mapping[str, Any], ...] = (
     {"rope_scaling": _YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
     {"rope_scaling": _YARN, "rope_parameters": _YARN},
@@ -254,7 +254,7 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A config.json.
+    """A variation.
 
     Attributes:
         name: What is changed.

@@ -1,8 +1,8 @@
-"""What must hold before any test is imported.
+"""Settings that must be in effect before any test module is imported.
 
-Triton chooses between compiling and interpreting while it is imported. Tests press Ctrl-C, in this process and in those
-that they start, which ignore it if the shell had this one ignore it, as it does in the background. No example of a
-property has a deadline and none is called too slow, for a machine may be busy.
+Triton decides on import whether to compile or to interpret. Tests send SIGINT to this process and to its children. A
+shell that starts this process in the background makes it ignore SIGINT, and children inherit that, so the handler is
+restored. Property tests have no deadlines, because the machine may be busy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Driving an engine with token ids, and what transformers says to the same prompts."""
+"""Runs an engine on token ids, and the same prompts with transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Prompt = list[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Tokens of each prompt, the most probable ones at each place (if asked for), and the number of preemptions."""
+    """Tokens of each prompt, the most probable tokens at each position (if asked for), and number of preemptions."""
 
     tokens: list[list[int]]
     top_tokens: list[list[list[int]]]
@@ -37,14 +37,14 @@ def random_prompts(count: int, vocab_size: int, *, longest: int, seed: int = 0) 
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:
-    """Greedy, of fixed length."""
+    """Greedy sampling of a fixed number of tokens."""
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
 
 
 def expect_less(engine: Engine, part: int) -> None:
-    """Have the scheduler count only one of so many of the tokens that requests are expected to generate still.
+    """Divide the scheduler's estimate of remaining tokens by `part`.
 
-    It lets in too many, then, and has to preempt.
+    It then admits too many requests and has to preempt.
     """
     lengths = engine._scheduler._lengths
     counted = lengths.counted_remaining
@@ -56,7 +56,7 @@ def expect_less(engine: Engine, part: int) -> None:
 
 
 def run_engine(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int = 0) -> Run:
-    """Run all prompts together to their end and check that nothing is left behind."""
+    """Run all prompts together to their end, and check that all resources are free afterwards."""
     assert params.max_tokens is not None
     eos_token_ids = () if params.ignore_eos else engine.facts.eos_token_ids
     for place, prompt in enumerate(prompts):
@@ -94,13 +94,13 @@ def run_model(folder: Path, prompts: Sequence[Prompt], params: SamplingParams, *
 
 
 class HuggingFace:
-    """The same model in transformers: the independent opinion."""
+    """The same model in transformers, as an independent reference."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        # Fixed lengths: generation may not end at the model's end of sequence.
+        # Lengths are fixed: generation must not end at the model's end of sequence.
         self.model.generation_config.eos_token_id = None
 
     @torch.inference_mode()

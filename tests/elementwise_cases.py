@@ -1,4 +1,4 @@
-"""Launches of the row-wise kernels at any size on fresh random inputs, and the comparison of two kernels on them."""
+"""Launches of the row-wise kernels at any size on random inputs, and a comparison of two kernels on them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ VOCAB_SIZE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cases:
-    """Makes launches of `num_tokens` tokens, of which those from `start` on are worked on.
+    """Makes launches of `num_tokens` tokens, of which those from `start` on are computed.
 
-    Index tensors are for all tokens; tensors to write hold NaN.
+    Index tensors are for all tokens; output tensors are NaN.
     """
 
     num_tokens: int
@@ -31,46 +31,46 @@ class Cases:
     seed: int = 0
 
     def embed(self, width: int) -> Launch:
-        """Rows of a table, ids at random."""
+        """An embedding of random ids."""
         return self._launch(OpKind.EMBED, RowDims(width=width), (), (width,), ((VOCAB_SIZE, width),))
 
     def gather_rows(self, width: int) -> Launch:
-        """Rows at random of a whole tensor."""
+        """A gather of random rows."""
         launch = self._launch(OpKind.GATHER_ROWS, RowDims(width=width), (), (width,), ())
         return replace(launch, reads=(self._random(VOCAB_SIZE, width),))
 
     def rms_norm(self, width: int) -> Launch:
-        """Rows of deviation 1."""
+        """RMSNorm of rows with deviation 1."""
         return self._launch(OpKind.RMS_NORM, NormDims(width=width, eps=1e-5), (width,), (width,), ((width,),))
 
     def rms_norm_add(self, width: int) -> Launch:
-        """Rows of deviation 1, added to others; the weight is in float32."""
+        """RMSNorm of rows with deviation 1, added to other rows; the weight is float32."""
         launch = self._launch(OpKind.RMS_NORM_ADD, NormDims(width=width, eps=1e-5), (width, width), (), ((width,),))
         x, hidden = launch.reads
         return replace(launch, reads=(x, hidden), writes=(hidden,), weights=(launch.weights[0].float(),))
 
     def geglu(self, width: int) -> Launch:
-        """Gate and up side by side, some far from 0 on either side."""
+        """SwiGLU of gate and up, with some values far from 0 on both sides."""
         launch = self._launch(OpKind.GEGLU, RowDims(width=width), (2 * width,), (width,), ())
         launch.reads[0][:, ::7] *= 50.0
         return launch
 
     def scaled_embed(self, width: int) -> Launch:
-        """Rows of a table times a factor that no 16-bit type holds."""
+        """An embedding with a factor that no 16-bit dtype can represent."""
         return self._launch(OpKind.EMBED, RowDims(width=width, scale=width**0.5), (), (width,), ((VOCAB_SIZE, width),))
 
     def with_exact_weights(self, launch: Launch) -> Launch:
-        """The same with weights in float32."""
+        """RMSNorm with a float32 weight."""
         return replace(launch, weights=tuple(weight.float() for weight in launch.weights))
 
     def swiglu(self, width: int) -> Launch:
-        """Gate and up side by side, some far from 0 on either side."""
+        """GeGLU of gate and up, with some values far from 0 on both sides."""
         launch = self._launch(OpKind.SWIGLU, RowDims(width=width), (2 * width,), (width,), ())
         launch.reads[0][:, ::7] *= 50.0
         return launch
 
     def rope_append(self, dims: AttentionDims, page_size: int) -> Launch:
-        """Every token has a slot of its own in a cache of NaN."""
+        """Rotation and cache append; every token has its own slot in a cache of NaN."""
         d, width = dims.head_dim, dims.q_width + 2 * dims.kv_width
         weights = () if dims.norm_eps is None else ((d,), (d,))
         launch = self._launch(OpKind.ROPE_APPEND, dims, (width,), (dims.q_width,), weights)
@@ -105,7 +105,7 @@ class Cases:
         )
 
     def _inputs(self) -> BatchInputs:
-        """Of decodes; rows with logits, and what only `rope_append` looks at, are replaced."""
+        """Index tensors of decodes; the rows with logits, and what only `rope_append` reads, are replaced."""
         requests = [(0, 1)] * self.num_tokens
         batch = batch_of(requests, self.num_tokens, VOCAB_SIZE, seed=self.seed)
         inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=self.num_tokens, device=self.device).build(batch)
@@ -123,7 +123,7 @@ class Cases:
 
 
 def results_of(kernel: Kernel, launch: Launch) -> tuple[Tensor, ...]:
-    """What a kernel leaves in its tensors and its cache, run on copies of all that it may write."""
+    """What a kernel writes to its tensors and its cache; it runs on copies."""
     copies = {id(tensor): tensor.clone() for tensor in (*launch.reads, *launch.writes)}
     cache = launch.cache and LayerCache(keys=launch.cache.keys.clone(), values=launch.cache.values.clone())
     mine = replace(
@@ -137,16 +137,16 @@ def results_of(kernel: Kernel, launch: Launch) -> tuple[Tensor, ...]:
 
 
 def assert_twins(fast: Kernel, slow: Kernel, launch: Launch, *, truncates: bool = False) -> None:
-    """Both kernels leave the same up to a last digit, and mostly the very same.
+    """Check that both kernels write the same up to the last digit, and mostly exactly the same.
 
-    They round at the same places, so in a 16-bit type results differ only where float32 values that differ in their
-    last digits fall on either side of a border: in one element of thousands. Rounding once more or once less than the
-    twin would move a tenth of all elements or more. Where a rounded value is multiplied, one step becomes up to two.
+    They round at the same places. So in a 16-bit dtype results differ only if float32 values that differ in their last
+    digits fall on different sides of a rounding border, which is one element in thousands. Rounding once more or less
+    would change a tenth of all elements or more. Where a rounded value is multiplied, one step becomes up to two.
 
     Args:
         fast, slow: The kernels.
-        launch: What they are given.
-        truncates: The fast one cuts digits off instead of rounding; then a few steps of the type are allowed.
+        launch: Their argument.
+        truncates: The fast kernel truncates instead of rounding; then a few steps of the dtype are allowed.
     """
     dtype = launch.writes[0].dtype
     step = 5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""An engine without a model for tests of the server: bytes are tokens, completions say the same sentence for ever."""
+"""An engine without a model for tests of the server: bytes are tokens, and completions repeat one sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_MODEL_LEN = 256
 
 
 class ByteTokenizer:
-    """Token id = byte; two special tokens."""
+    """A tokenizer in which a token id is a byte; it has two special tokens."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ([BOS] if add_special_tokens and text else []) + list(text.encode())
@@ -63,7 +63,7 @@ class ByteTokenizer:
 
 
 class FakeAsyncEngine:
-    """Generates a token each `step_s` seconds for every running request; `num_closed` counts those cut short."""
+    """Generates a token every `step_s` seconds for each running request; `num_closed` counts aborted requests."""
 
     def __init__(self, step_s: float = 0.0, *, has_tokenizer: bool = True) -> None:
         self.step_s = step_s
@@ -226,7 +226,7 @@ class FakeAsyncEngine:
 
 
 def logprobs_of(token_id: int, num_top: int) -> PositionLogprobs:
-    """The token itself at rank 1, then its neighbours; -1 for all."""
+    """The token itself at rank 1, then its neighbours; -1 asks for all."""
     num_top = VOCAB_SIZE if num_top == -1 else num_top
     others = {
         (token_id + step) % VOCAB_SIZE: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)

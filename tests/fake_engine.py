@@ -1,7 +1,7 @@
-"""An engine without a model: the interface of `Engine`, tokens made from the prompt alone.
+"""An engine without a model: the interface of `Engine`, with tokens that depend on the prompt only.
 
-Completion token i of a request is `prompt[i % len(prompt)]`, so a completion repeats its prompt. Prompt tokens that ask
-for trouble are named below.
+Completion token i of a request is `prompt[i % len(prompt)]`, so a completion repeats its prompt. Some prompt tokens,
+named below, cause errors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fake_facts() -> EngineFacts:
 
 
 class FakeEngine:
-    """Gives every living request one token a step."""
+    """Gives every unfinished request one token per step."""
 
     def __init__(self) -> None:
         self.facts = fake_facts()
@@ -109,7 +109,7 @@ class FakeEngine:
 
 
 def build_fake_engine(config: EngineConfig, *, show_progress: bool = False) -> FakeEngine:
-    """Like `build_engine`; the model "broken" cannot be loaded."""
+    """Like `build_engine`; the model "broken" fails to load."""
     if config.model.endswith("broken"):
         raise ConfigError("this model is broken")
     return FakeEngine()

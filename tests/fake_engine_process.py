@@ -1,4 +1,4 @@
-"""The engine's process with the fake engine in it: `python -m tests.fake_engine_process SOCKET`."""
+"""The engine's process with the fake engine: `python -m tests.fake_engine_process SOCKET`."""
 
 from __future__ import annotations
 

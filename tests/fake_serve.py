@@ -1,4 +1,4 @@
-"""The whole server around the fake engine: `python -m tests.fake_serve MODEL [flags of the server]`."""
+"""The whole server with the fake engine: `python -m tests.fake_serve MODEL [flags of the server]`."""
 
 from __future__ import annotations
 

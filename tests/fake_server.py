@@ -1,4 +1,4 @@
-"""The server over a real socket in a thread of its own, around an engine without a model."""
+"""The server on a real socket, in a thread of its own, with an engine without a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 @contextmanager
 def served(engine: FakeAsyncEngine, config: ServerConfig | None = None, *, http: Any = None) -> Iterator[str]:
-    """Root URL of a server for the engine, in a thread of its own; it speaks HTTP by `http`, or as the server does."""
+    """Start a server for the engine in a thread; yields its root URL. `http` replaces the server's HTTP protocol."""
     app = create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0))
     server = uvicorn.Server(
         uvicorn.Config(app, http=http or http_protocol(), ws="none", log_level="warning", timeout_graceful_shutdown=1)

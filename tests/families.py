@@ -1,6 +1,6 @@
-"""Tiny models of every family that nanoflow serves, made with transformers: random, but with a will of their own.
+"""Tiny random models of every family that nanoflow serves, made with transformers.
 
-Weights are drawn wide enough that greedy tokens vary and that a wrong rotation, window or bias changes them.
+Weights are drawn wide enough that greedy tokens vary, and that a wrong rotation, window or bias changes them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen3": Family(config_class="Qwen3Config", options={"hidden_size": 48, "head_dim": 16, "num_attention_heads": 4}),
-    # Layers 3 and 6 of 8 see everything: a pattern, and a rest.
+    # Layers 3 and 6 of 8 have no window: a repeated pattern and a remainder.
     "gemma3": Family(
         config_class="Gemma3TextConfig",
         options={
@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
             "pad_token_id": 0,
         },
     ),
-    # The token that pads must be in the vocabulary.
+    # The padding token must be in the vocabulary.
     "phi3": Family(config_class="Phi3Config", options={"pad_token_id": 0, "sliding_window": SLIDING_WINDOW}),
     "phi4-mini": Family(
         config_class="Phi3Config",
@@ -120,11 +120,11 @@ def make_model(
     Args:
         family: Key of FAMILIES.
         folder: Where to write config.json, generation_config.json and model.safetensors.
-        seed: Of the weights.
+        seed: Seed of the weights.
         tied: Whether the output projection is the embedding.
-        dtype: "float32", "bfloat16" or "float16", of the file.
-        std: Standard deviation of the matrices; a small one makes a model that rounding errors do not upset.
-        changes: Of the configuration.
+        dtype: "float32", "bfloat16" or "float16", in the file.
+        std: Standard deviation of the matrices; a small one gives a model that rounding errors hardly affect.
+        changes: Arguments of the configuration class.
 
     Returns:
         The folder.

@@ -1,4 +1,4 @@
-"""Launches of products with weights on fresh random inputs, and what they should give, summed in float32."""
+"""Launches of products with weights on random inputs, and their expected results, summed in float32."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.graphs import batch_of
 def linear_case(
     num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, has_bias: bool = False
 ) -> Launch:
-    """A product with a weight [N, K] = `shape`; its output, about 1, holds NaN so far.
+    """A product with a weight [N, K] = `shape` and outputs of about 1; the output tensor is NaN.
 
-    Whatever stands behind the rows of the input is NaN too.
+    Memory after the rows of the input is NaN too.
     """
     num_columns, num_features = shape
 
@@ -52,7 +52,7 @@ def linear_case(
 
 
 def linear_swiglu_case(num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Launch:
-    """A product with a weight [2 I, K] = `shape` and SwiGLU; gates reach far to either side of 0."""
+    """A product with a weight [2 I, K] = `shape` and SwiGLU; gates are far from 0 on both sides."""
     launch = linear_case(num_tokens, shape, dtype, device)
     half = shape[0] // 2
     launch.weights[0][:half:7] *= 20.0
@@ -62,7 +62,7 @@ def linear_swiglu_case(num_tokens: int, shape: tuple[int, int], dtype: torch.dty
 def linear_add_case(
     num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, has_bias: bool = False
 ) -> tuple[Launch, torch.Tensor]:
-    """A product to be added to rows that stand between rows of NaN, and what these rows should be then."""
+    """A product that is added to rows between rows of NaN, and the expected rows."""
     launch = linear_case(num_tokens, shape, dtype, device, has_bias=has_bias)
     hidden = torch.full((num_tokens + 2, shape[0]), torch.nan, dtype=dtype, device=device)[1:-1]
     hidden.normal_()
@@ -73,7 +73,7 @@ def linear_add_case(
 
 
 def assert_surroundings_untouched(rows: torch.Tensor) -> None:
-    """The rows before and behind those of `linear_add_case` still are NaN."""
+    """The rows before and after those of `linear_add_case` are still NaN."""
     stream = rows._base
     assert stream is not None and stream[0].isnan().all() and stream[-1].isnan().all()
 
@@ -88,7 +88,7 @@ def exact_linear(launch: Launch) -> torch.Tensor:
 
 
 def exact_linear_swiglu(launch: Launch) -> torch.Tensor:
-    """`exact_linear`, then `reference.swiglu` in the type of the tensors."""
+    """`exact_linear`, then `reference.swiglu` in the dtype of the tensors."""
     gate_up = exact_linear(launch)
     out = torch.empty_like(launch.writes[0])
     reference.swiglu(replace(launch, reads=(gate_up,), writes=(out,), weights=()))
@@ -96,23 +96,23 @@ def exact_linear_swiglu(launch: Launch) -> torch.Tensor:
 
 
 def assert_linear(out: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to a step of the type; sums near 0 up to what thousands of float32 terms in another order differ by."""
+    """Equal up to one step of the dtype; sums near 0 up to the error of adding thousands of float32 terms."""
     step = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out, expected, rtol=step, atol=5e-4)
     _assert_few_moved(out, expected)
 
 
 def assert_linear_swiglu(out: torch.Tensor, expected: torch.Tensor) -> None:
-    """Like `assert_linear`, but a step of a gate far below 0 moves its silu by |gate| steps, which is then small."""
+    """As `assert_linear`; but one step of a gate far below 0 changes its silu, which is small, by |gate| steps."""
     step = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out, expected, rtol=4 * step, atol=2 * step)
     _assert_few_moved(out, expected)
 
 
 def _assert_few_moved(out: torch.Tensor, expected: torch.Tensor) -> None:
-    """Sums that differ in their last digits fall on either side of a border of rounding, the more the finer the type.
+    """Sums with different last digits may be rounded to different sides, more often the finer the dtype.
 
-    Rounding at another place, or cutting off, would move about half of all elements.
+    Rounding at another place, or truncating, would change about half of all elements.
     """
     most = 0.1 if out.dtype == torch.bfloat16 else 0.3
     assert (out != expected).float().mean() < most

@@ -35,7 +35,7 @@ PAGE_SIZE = 4
 
 @dataclass
 class _Layer:
-    """A layer under construction."""
+    """A layer while it is made."""
 
     operations: list[Operation]
     tensors: dict[str, TensorSpec]
@@ -48,7 +48,7 @@ class _Layer:
         return name
 
     def linear(self, name: str, source: str, target: str, sizes: tuple[int, int]) -> None:
-        """Product of `source`; the one that writes `hidden` adds to it."""
+        """A product of `source`; if it writes `hidden`, it adds to it."""
         is_added = target == "hidden"
         dims = LinearDims(in_features=sizes[0], out_features=sizes[1])
         part = ParameterPart(source=name, shape=(sizes[1], sizes[0]))
@@ -136,7 +136,7 @@ def _ffn_block(layer: _Layer, at: str, width: int, inner: int, suffix: str) -> N
 def graphs(draw: st.DrawFn) -> OpGraph:
     """Layers of one attention block and up to three FFN blocks in random order, which may share tensors.
 
-    There are up to three kinds of layers, with windows and rotary embeddings of their own, some without some of the FFN
+    There are up to three kinds of layers, with their own windows and rotary embeddings, and some without some FFN
     blocks.
     """
     width, vocab = draw(st.sampled_from([8, 12])), 11
@@ -168,7 +168,7 @@ def graphs(draw: st.DrawFn) -> OpGraph:
 def _kind(
     draw: st.DrawFn, name: str, layer: _Layer, blocks: Sequence[str], of_blocks: Sequence[list[Operation]]
 ) -> LayerKind:
-    """A kind of layer, with or without each of the FFN blocks."""
+    """A kind of layer that may lack some of the FFN blocks."""
     window = draw(st.sampled_from([None, 3]))
     operations = []
     for block, ops in zip(blocks, of_blocks, strict=True):
@@ -193,7 +193,7 @@ def _kind(
 
 
 def _around(layer: _Layer, layers: Sequence[LayerKind], width: int, vocab: int) -> OpGraph:
-    """Prologue and epilogue around layers."""
+    """A graph with prologue and epilogue around the layers."""
     rows = RowDims(width=width)
     embed = Operation(
         name="embed",
@@ -337,7 +337,7 @@ def with_fresh_caches(model: DeviceModel) -> DeviceModel:
 
 @st.composite
 def valid_plans(draw: st.DrawFn, graph: OpGraph, num_tokens: int) -> PipelinePlan:
-    """Every operation split at boundaries of its own, lanes at random, stages 0 and 1, in a random allowed order."""
+    """A plan: every operation split at random, random lanes, stages 0 and 1, and a random valid order."""
     lanes = (
         Lane(name="whole"),
         Lane(name="gemm", mechanism=Mechanism.PARTITION, share=0.6),
@@ -367,7 +367,7 @@ def _access(graph: OpGraph, nano: NanoOperation, layer: int = 0) -> Access:
 
 
 def _random_stages(draw: st.DrawFn, graph: OpGraph, nanos: list[NanoOperation]) -> list[int]:
-    """Stage 1 for random nano-operations and all that depend on them within the layer."""
+    """Put random nano-operations, and all that depend on them within the layer, into stage 1."""
     stages: list[int] = []
     for place, nano in enumerate(nanos):
         before = [stages[i] for i in range(place) if depends(graph, _access(graph, nanos[i]), _access(graph, nano))]
@@ -378,7 +378,7 @@ def _random_stages(draw: st.DrawFn, graph: OpGraph, nanos: list[NanoOperation]) 
 def _random_order(
     draw: st.DrawFn, graph: OpGraph, nanos: list[NanoOperation], stages: list[int]
 ) -> list[NanoOperation] | None:
-    """A random order within the period in which every dependency is kept; None if the stages allow none."""
+    """A random order within the period that respects every dependency; None if the stages allow none."""
     place_in_graph = {op.name: place for place, op in enumerate(graph.layer)}
     after: dict[int, set[int]] = {i: set() for i in range(len(nanos))}
     for i, first in enumerate(nanos):

@@ -1,9 +1,9 @@
-"""Stand-ins for what a Gluon program for Hopper calls, so that the programs of `kernels/hopper` run on the CPU.
+"""A simulation of Gluon for Hopper in which the programs of `kernels/hopper` run on the CPU.
 
-Its partitions are threads. Barriers in shared memory count arrivals, bytes and phases as Hopper's do; a product takes
-place when it is waited for, not when it is issued, and finds its factors unchanged or fails; nothing else can be done
-with its result before that. So slots, phases, the order of waits and the cut of the work are tested as they are
-written, and what is computed; layouts and instructions are not.
+Partitions are threads. Barriers in shared memory count arrivals, bytes and phases as on Hopper. A product is computed
+when it is waited for, not when it is issued. It fails if its inputs have changed since, or if its result is used
+before. So slots, phases, the order of waits, the division of work and the results are tested; layouts and instructions
+are not.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Sha
 
 @dataclass
 class Machine:
-    """Runs one program: its memory, its threads, and what they have under way.
+    """Runs one program: its memory, its threads, and their running products.
 
     Attributes:
-        loads: How often each box was loaded, by tensor and first cell.
-        barriers: All there are.
-        under_way: Products of each thread, oldest first.
+        loads: How often each box was loaded, by tensor and first element.
+        barriers: All barriers.
+        under_way: Running products of each thread, oldest first.
     """
 
     program: int
@@ -65,7 +65,7 @@ class Machine:
     def arrive(self, barrier: Barrier, *, count: int = 1, pred: bool = True) -> None:
         if pred:
             barrier.add(count, 0)
-            # Whoever waits for it goes on at once, so that what came too early shows.
+            # A waiting thread goes on at once, which exposes arrivals that are too early.
             time.sleep(2e-4)
 
     def expect(self, barrier: Barrier, num_bytes: int) -> None:
@@ -74,11 +74,11 @@ class Machine:
     def load_box(self, box: tuple[Tensor, Sequence[int]], cell: Sequence[int], barrier: Barrier, tile: Shared) -> None:
         tensor, shape = box
         assert tuple(shape) == tuple(tile.cells.shape)
-        # Memory is slow to answer, so that a wait that is missing shows.
+        # Memory has a latency, which exposes missing waits.
         time.sleep(5e-5)
         row, column = (int(place) for place in cell)
         self.loads[tensor.data_ptr(), (row, column)] += 1
-        # Rows and columns behind the last are zeros.
+        # Rows and columns outside the tensor are zeros.
         tile.cells.zero_()
         there = tensor[row : row + shape[0], column : column + shape[1]]
         tile.cells[: there.shape[0], : there.shape[1]] = there
@@ -116,7 +116,7 @@ class Machine:
             raise next((error for error in errors if not isinstance(error, Stuck)), errors[0])
 
     def function(self, name: str) -> Callable[..., Any]:
-        """One of the functions, with every name that it and the others use bound to stand-ins."""
+        """One of the functions, with every name that it and the others use bound to the simulation."""
         names: dict[str, Any] = {"__builtins__": __builtins__}
         for module in (rings, walk, attention_programs, carry_attention, carry_product, carry_programs):
             for key, value in vars(module).items():
@@ -178,11 +178,11 @@ class Machine:
 
 @dataclass
 class OnCpu:
-    """In place of the compiled program: all programs of a launch, one after the other.
+    """Replaces a compiled program: runs all programs of a launch one after the other.
 
     Attributes:
-        program: What is compiled.
-        loads: Of all launches, as a machine counts them.
+        program: The program.
+        loads: Sum of the loads of all launches.
     """
 
     program: Any
@@ -197,7 +197,7 @@ class OnCpu:
                 machine = Machine(program, grid[0])
                 machine.function(self.program.fn.__name__)(**arguments)
                 self.loads += machine.loads
-                # Nothing is under way, expected or half counted at the end.
+                # At the end no product is running and no barrier is waited for or partly counted.
                 assert not any(machine.under_way.values())
                 assert all(barrier.missing == barrier.count and not barrier.num_bytes for barrier in machine.barriers)
 
@@ -205,7 +205,7 @@ class OnCpu:
 
 
 def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]]]) -> None:
-    """Each block of each head of the launch's rows, and of no other; what is missing in one is its last page again."""
+    """Check that each block of each head of the launch's rows was loaded, and nothing else."""
     cache, decodes, dims = launch.cache, launch.inputs.decodes, launch.op.dims
     assert cache is not None and isinstance(dims, AttentionDims)
     expected: Counter[tuple[int, ...]] = Counter()
@@ -221,12 +221,12 @@ def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]
 
 
 def _bound(function: Any, names: dict[str, Any]) -> types.FunctionType:
-    """What Triton would compile, with these names."""
+    """The functions that Triton would compile, by name."""
     return types.FunctionType(function.fn.__code__, names, function.fn.__name__, function.fn.__defaults__)
 
 
 def _aggregate(compiled: Any, names: dict[str, Any]) -> type:
-    """A class with the fields and methods of one that only exists while Triton compiles; fields are written once."""
+    """A stand-in for a class that only exists while Triton compiles; each field is written once."""
 
     def write_once(self: object, name: str, value: object) -> None:
         assert not hasattr(self, name)

@@ -1,7 +1,7 @@
-"""What a Gluon program for Hopper works with, on the CPU: registers, shared memory, barriers, and products under way.
+"""The simulated parts of a Hopper card: registers, shared memory, barriers, and running products.
 
-`hopper.py` runs programs on these. Barriers count arrivals, bytes and phases as Hopper's do. A product takes place when
-it is waited for, not when it is issued, and finds its factors unchanged or fails.
+`hopper.py` runs programs on these. Barriers count arrivals, bytes and phases as on Hopper. A product is computed when
+it is waited for, not when it is issued, and fails if its inputs have changed since.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMEOUT_S = 20.0
 
 
 class Stuck(Exception):
-    """A partition waited in vain."""
+    """A partition waited for something that never came."""
 
 
 class Number(int):
@@ -52,7 +52,7 @@ class Values(Tensor):
 
 
 class Barrier:
-    """One word of shared memory that counts arrivals and bytes of its phase."""
+    """A word of shared memory that counts the arrivals and bytes of its phase."""
 
     def __init__(self, changed: threading.Condition) -> None:
         self.changed, self.count, self.missing, self.num_bytes, self.phase = changed, 0, 0, 0, 0
@@ -75,7 +75,7 @@ class Barrier:
 
 @dataclass(frozen=True)
 class Shared:
-    """Memory of a program, or a part of it; infinite before anything is written there."""
+    """Memory of a program, or a part of it; infinite before it is written."""
 
     cells: Tensor
 
@@ -103,7 +103,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Barriers:
-    """An array of them in shared memory."""
+    """An array of barriers in shared memory."""
 
     items: tuple[Barrier, ...]
 
@@ -113,7 +113,7 @@ class Barriers:
 
 @dataclass(frozen=True)
 class Pointer:
-    """Cells of a tensor in memory, at these offsets; a launch writes each once at most."""
+    """Elements of a tensor in memory at these offsets; a launch writes each at most once."""
 
     memory: Tensor
     is_written: Tensor
@@ -128,7 +128,7 @@ class Pointer:
 
 
 class Pending:
-    """A product that is under way."""
+    """A running product."""
 
     def __init__(self, left: Shared, right: Shared, acc: Any, has_acc: bool) -> None:
         self.left, self.right, self.acc, self.has_acc = left, right, acc, has_acc

@@ -1,4 +1,4 @@
-"""Shapes of batches whose iterations are timed, real ones without a device."""
+"""Shapes of batches whose iterations are timed, made without a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nanoflow.graph.operation import BatchShape
 
 
 def shape_of(num_decodes: int, context: int, chunk: int, before: int) -> BatchShape:
-    """Equal decodes with so many keys each, and one chunk of a prompt of which so many tokens are computed."""
+    """Equal decodes with `num_keys` keys each, and one chunk of a prompt after some computed tokens."""
     return BatchShape(
         num_tokens=num_decodes + chunk,
         num_decode_tokens=num_decodes,

@@ -1,9 +1,8 @@
-"""Make launches of the Hopper kernels as on a card, up to where one is needed, and print what Triton has compiled.
+"""Launch the Hopper kernels as far as possible without a card, and print what Triton has compiled.
 
     python -m tests.launch_hopper
 
-A process of its own, since Triton's
-interpreter, which other tests switch on, cannot be switched off again.
+It runs in a process of its own, because Triton's interpreter, which other tests enable, cannot be disabled again.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ CARD = SimpleNamespace(
 
 
 def decodes(num_rows: int, first: int) -> Launch:
-    """Of so many rows, from one on."""
+    """Inputs of `num_rows` rows from row `first` on."""
     with pytest.MonkeyPatch.context() as patch:
         return decode_case([100] * (first + num_rows), (32, 8, 64), CPU, patch, first)
 
 
 def launch(num_tokens: int, num_rows: int, first: int, products: dict[int, int]) -> None:
-    """Every program, products of so many columns until these shares; print how many kernels each was compiled to."""
+    """Launch every program, with these products and shares; print how many kernels each was compiled to."""
     attention.run_decode(decodes(num_rows, first), 4)
     carrier = HopperCarrier(num_sms=4, steps=2)
     taken = carrier.take(decodes(num_rows, first), 3)
@@ -55,7 +54,7 @@ def launch(num_tokens: int, num_rows: int, first: int, products: dict[int, int])
 
 
 def main() -> None:
-    """Numbers of tokens, rows and shares that Triton could take for something special: 1, and multiples of 16."""
+    """Try numbers of tokens, rows and shares that Triton might specialise on: 1, and multiples of 16."""
     triton.runtime.driver.set_active(CARD)
     JITFunction.run = functools.partialmethod(_compile, JITFunction.run)
     launch(200, 5, 0, {1040: 100, 128: 200})

@@ -1,4 +1,4 @@
-"""The engine as the server sees it, in this thread: any tokenizer, and completions that repeat their prompt."""
+"""The engine's interface to the server, in this thread: any tokenizer, and completions that repeat their prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fake_engine import FakeEngine, fake_facts
 
 
 class LocalEngine:
-    """`FakeEngine` behind an `OutputProcessor`; prompts are scored at once."""
+    """`FakeEngine` with an `OutputProcessor`; prompts are scored at once."""
 
     heartbeat_age_s = 0.0
     is_alive = True

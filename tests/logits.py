@@ -1,4 +1,4 @@
-"""Logits of a model folder by the slow, plain path: what is compared with transformers."""
+"""Logits of a model folder by the reference executor, for comparison with transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.kernels.reference import REFERENCE_KERNELS
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import load_weights
 from tests.reference_executor import ReferenceExecutor

@@ -1,4 +1,4 @@
-"""What the CUDA tools say of a kernel that was compiled without a card."""
+"""Reads a kernel that was compiled without a card with the CUDA tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineCode:
-    """Registers of a thread, and the instructions as `cuobjdump -sass` prints them."""
+    """Registers of a thread, and the instructions as printed by `cuobjdump -sass`."""
 
     registers: int
     sass: str

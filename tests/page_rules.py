@@ -1,6 +1,6 @@
-"""What is done with each command of the documentation: the table that `test_pages.py` goes by.
+"""How `test_pages.py` tests each command of the documentation.
 
-Every command of a block must be in it, and everything in it must stand in a block.
+Every command in a block must have an entry here, and every entry must be in a block.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ QUICK_SEARCH = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Run it, in this process, until it ends with status 0.
+    """Run the command in this process; it must end with status 0.
 
     Attributes:
-        instead: The command with arguments that a test can afford; as it stands if None.
-        says: What must be in its output, as regular expressions.
-        typed: What is typed into it.
-        writes: Files that it must have written.
+        instead: The command with arguments that are fast enough for a test; None if it is fast as it is.
+        says: Regular expressions that must match its output.
+        typed: Its standard input.
+        writes: Files that it must write.
     """
 
     instead: str | None = None
@@ -32,16 +32,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve:
-    """A server: its options are read, and one of the default model on a free port, which all share, is asked."""
+    """A server command: its options are parsed, and a shared server of the default model answers a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parse:
-    """It needs a GPU, the Hub or minutes: every option and value of it is read as the command reads it.
+    """A command that needs a GPU, the Hub or minutes: only its options and values are parsed.
 
     Attributes:
         why: What it needs.
-        result: A file of the repository that is put where it writes.
+        result: A file of the repository that replaces the one it would write.
     """
 
     why: str
@@ -50,7 +50,7 @@ class Parse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Make:
-    """A goal of the Makefile: make says what it would do."""
+    """A target of the Makefile, run with --dry-run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
 
-# Blocks that hold no command, by language and first line, and what they are compared with.
+# Blocks without commands, by language and first line, and what they are compared with.
 SHOWN: dict[str, str] = {
     "sequential best: 2,048 tokens, 1,024 requests: 27,462 tokens/s, predicted": "the search of the quick start",
     "from nanoflow import LLM, SamplingParams": "run",

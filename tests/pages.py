@@ -1,6 +1,6 @@
-"""Fenced blocks and inline commands of the documentation, as data for tests; `test_pages.py` does something with them.
+"""Fenced blocks and inline commands of the documentation, as data for `test_pages.py`.
 
-A block without a language, or of a shell, holds commands; each other language says what else a block is.
+A block without a language or with that of a shell has commands; the language of any other block says what it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGES = (
 )
 LOG = ROOT / "docs/log"
 SHELLS = ("", "sh", "shell", "bash", "console")
-# What a line of a block begins with if it is a command.
+# First words of lines that are commands.
 _PROGRAMS = ("nanoflow", "python", "pip", "make", "pytest", "curl", "docker", "openssl", "git", "export", "npx", "npm")
 _FENCE = re.compile(r"^ *(```+|~~~+)(.*)$")
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{'|'.join(_PROGRAMS)}) [^`]+)`")
@@ -29,10 +29,9 @@ _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{'|'.join(_PROGRAMS)}) [^`]+)`")
 class Block:
     """A fenced block.
 
-    Attributes:
-        page, line: Where it stands; the line of its fence, from 1.
-        language: What stands behind the fence.
-        text: Its lines.
+    page, line: The page, and the line of the opening fence, from 1.
+    language: The text after the fence.
+    text: Its lines.
     """
 
     page: str
@@ -42,7 +41,7 @@ class Block:
 
     @property
     def first_line(self) -> str:
-        """The first line that says something."""
+        """The first line that is not empty."""
         return next((line.strip() for line in self.text.splitlines() if line.strip()), "")
 
     @property
@@ -75,7 +74,7 @@ def blocks() -> Iterator[Block]:
 
 
 def inline_commands() -> list[tuple[str, str]]:
-    """Page and command of all in backticks that is a command with arguments; not in the log, which is history."""
+    """Page and command for each command with arguments in backticks, except in the log, which is history."""
     found = []
     for page in PAGES:
         if page.parent != LOG or page.name == "index.md":

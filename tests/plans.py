@@ -1,4 +1,4 @@
-"""Plans with lanes for any graph: what a search would find, made by hand."""
+"""Plans with lanes for any graph, made without a search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ping_pong_plan(
 ) -> PipelinePlan:
     """Two nano-batches, the second a layer behind: decode attention of each runs beside the products of the other.
 
-    Collectives, where the graph has them, run beside both.
+    Collectives, if the graph has any, run beside both.
     """
     network = (Lane(name="network", mechanism=mechanism),) if any(op.kind in COLLECTIVES for op in graph.layer) else ()
     lanes = (
@@ -42,7 +42,7 @@ def ping_pong_plan(
 
 
 def resource_plan(graph: OpGraph, num_tokens: int, boundary: int) -> PipelinePlan:
-    """Two nano-batches in the graph's order, and a lane for each resource, so that some steps wait for two lanes."""
+    """Two nano-batches in the graph's order with a lane for each resource, so that some steps wait for two lanes."""
     resources = dict.fromkeys(op.resource for op in graph.layer)
     return PipelinePlan(
         name="a lane for each resource",

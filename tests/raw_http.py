@@ -1,4 +1,4 @@
-"""HTTP as bytes on a socket, for what no client library would send."""
+"""HTTP as bytes on a socket, for requests that client libraries cannot send."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def connect(root_url: str) -> socket.socket:
 
 
 def ask(root_url: str, request: bytes, *, half_closes: bool = False) -> bytes:
-    """Everything that comes back until the server closes."""
+    """All bytes received until the server closes the connection."""
     with connect(root_url) as connection:
         connection.sendall(request)
         if half_closes:
@@ -23,7 +23,7 @@ def ask(root_url: str, request: bytes, *, half_closes: bool = False) -> bytes:
 
 
 def get(target: str, *, method: str = "GET", version: str = "1.1", headers: str = "Host: toy\r\n") -> bytes:
-    """A request after which the connection is closed."""
+    """Send a request that asks the server to close the connection afterwards."""
     return f"{method} {target} HTTP/{version}\r\n{headers}Connection: close\r\n\r\n".encode()
 
 
@@ -38,6 +38,6 @@ def status(answer: bytes) -> int:
 
 
 def split(answer: bytes) -> tuple[str, bytes]:
-    """Head in small letters, and body."""
+    """Head in lower case, and body."""
     head, _, body = answer.partition(b"\r\n\r\n")
     return head.decode().lower(), body

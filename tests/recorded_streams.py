@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA streams and events that only keep account of what has surely ended when a piece of work begins."""
+"""Stand-ins for CUDA streams and events that record which work must have ended when a piece of work begins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RecordedEvent:
-    """What had been queued on a stream when the event was recorded there; None before."""
+    """The work queued on a stream when the event was recorded; None before that."""
 
     def __init__(self) -> None:
         self.work: frozenset[Hashable] | None = None
@@ -20,21 +20,21 @@ class RecordedEvent:
 
 
 class RecordedStream:
-    """Runs work in order, each piece after all that is in `work`: what came before on this stream or was waited for."""
+    """Runs work in order, each piece after all in `work`: earlier work on this stream, and work that was waited for."""
 
     def __init__(self) -> None:
         self.work: set[Hashable] = set()
 
     def wait_event(self, event: RecordedEvent) -> None:
-        """On a device, to wait for an event that nobody has recorded is not to wait."""
+        """Waiting for an event that was never recorded has no effect, as on a device."""
         self.work |= event.work or frozenset()
 
 
 class RecordedStreams:
-    """Takes the place of torch's streams and events in a test.
+    """Replaces torch's streams and events in a test.
 
     Attributes:
-        before: Of every piece of work so far, all that has surely ended when it begins.
+        before: For each piece of work so far, all work that must have ended when it begins.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""The reference executor: the graph in its own order, every operation whole, fresh tensors in every iteration.
+"""The reference executor: the graph in its own order, whole operations, new tensors in every iteration.
 
-It takes no plan. Whatever the pipelined executor does must agree with this.
+It uses no plan. The pipelined executor must agree with it.
 """
 
 from __future__ import annotations

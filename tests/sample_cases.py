@@ -1,4 +1,4 @@
-"""Rows to sample, for the twins of sampling: every combination of what a request can ask for."""
+"""Rows to sample in tests of sampling: every combination of what a request can ask for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILTERS: dict[str, list[Any]] = {
 
 
 def numbers(num_rows: int, first_position: int = 5, **columns: Any) -> Tensor:
-    """`NUMBERS` of rows in reverse order of the table: int32 [S, 16]. Without more, a draw at temperature 0.8."""
+    """`NUMBERS` of rows in reverse order of the table, int32 [S, 16]; by default a draw at temperature 0.8."""
     table = np.zeros(num_rows, NUMBERS)
     table["row"] = np.arange(num_rows)[::-1]
     table["position"] = first_position + np.arange(num_rows)
@@ -31,13 +31,13 @@ def numbers(num_rows: int, first_position: int = 5, **columns: Any) -> Tensor:
 
 
 def filter_columns() -> dict[str, Any]:
-    """Every combination of filters, and every one at two temperatures: 200 rows."""
+    """Every combination of filters at two temperatures: 200 rows."""
     rows = list(itertools.product(*FILTERS.values(), [scale_of(0.8), scale_of(2.5)]))
     return dict(zip((*FILTERS, "scale"), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def tables(num_rows: int, vocab_size: int, *, seed: int = 0, num_edits: int = 12) -> SampleTables:
-    """Random ones: a third of all tokens seen, a fifth forbidden, and edits of which a third are stop tokens."""
+    """Random tables: a third of all tokens seen, a fifth forbidden; a third of the edits are stop tokens."""
     generator = torch.Generator().manual_seed(seed)
     seen = torch.randint(0, 4, (num_rows, vocab_size), generator=generator)
     seen = torch.where(torch.rand(seen.shape, generator=generator) < 0.3, seen, 0)
@@ -53,7 +53,7 @@ def tables(num_rows: int, vocab_size: int, *, seed: int = 0, num_edits: int = 12
 
 
 def adjusted_columns(num_rows: int, num_edits: int = 12) -> dict[str, Any]:
-    """Penalties, tokens forbidden, biases, and stop tokens held back, each for some of the rows."""
+    """Penalties, forbidden tokens, biases, and stop tokens before `min_tokens`, each for some of the rows."""
     rows = np.arange(num_rows)
     return {
         "has_penalties": rows % 2,
@@ -68,7 +68,7 @@ def adjusted_columns(num_rows: int, num_edits: int = 12) -> dict[str, Any]:
 
 
 def to(tables_: SampleTables, device: torch.device) -> SampleTables:
-    """The tables on a device, never those given: a draw writes to them."""
+    """Copies of the tables on a device, because a draw writes to them."""
     return SampleTables(
         seen=tables_.seen.to(device, copy=True),
         edit_ids=tables_.edit_ids.to(device),
@@ -77,7 +77,7 @@ def to(tables_: SampleTables, device: torch.device) -> SampleTables:
 
 
 def assert_distribution(token_ids: Tensor, logits: Tensor, *, top_k: int, top_p: float) -> None:
-    """Draws at temperature 1 from logits [V], by a chi-square test that fails the right ones once in 10,000."""
+    """A chi-square test of draws at temperature 1 from logits [V]; correct draws fail once in 10,000 times."""
     num_draws, vocab_size = len(token_ids), len(logits)
     probabilities, order = logits.double().softmax(-1).sort(descending=True)
     kept = probabilities[:top_k]
@@ -87,7 +87,7 @@ def assert_distribution(token_ids: Tensor, logits: Tensor, *, top_k: int, top_p:
     counts = torch.bincount(token_ids, minlength=vocab_size)
     assert not counts[expected == 0].any()
     chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum().item()
-    # The approximation of Wilson and Hilferty for its quantile.
+    # The quantile, by the approximation of Wilson and Hilferty.
     degrees = len(kept) - 1
     spread = 2 / (9 * degrees)
     assert chi_square < degrees * (1 - spread + 3.72 * spread**0.5) ** 3

@@ -1,4 +1,4 @@
-"""A server in a process of its own, on a free loopback port, for tests that need a real one."""
+"""A server in a process of its own, on a free loopback port."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ServerProcess:
 
     Attributes:
         process: The process; its stderr is joined to stdout.
-        lines: What it has printed so far.
-        root_url: Such as http://127.0.0.1:40123, without /v1; empty until it is ready.
+        lines: Its output so far.
+        root_url: Such as http://127.0.0.1:40123, without /v1; empty until the server is ready.
     """
 
     process: subprocess.Popen[str]
@@ -49,18 +49,18 @@ class ServerProcess:
         return self.process.wait(timeout_s)
 
     def watch(self) -> None:
-        """Collect lines, in a thread, until the process closes its output."""
+        """Collect lines in a thread until the process closes its output."""
         assert self.process.stdout is not None
         threading.Thread(target=self.lines.extend, args=(self.process.stdout,), daemon=True).start()
 
 
 def start_server(*arguments: str) -> ServerProcess:
-    """Start `nanoflow serve` with arguments; it is not ready yet."""
+    """Start `nanoflow serve` with arguments; does not wait until it is ready."""
     return launch(sys.executable, "-m", "nanoflow", "serve", *arguments)
 
 
 def launch(*command: str, **variables: str) -> ServerProcess:
-    """Start a command that serves, with environment variables on top; it is not ready yet."""
+    """Start a server command with additional environment variables; does not wait until it is ready."""
     environment = {**os.environ, **variables}
     server = ServerProcess(
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -73,7 +73,7 @@ def launch(*command: str, **variables: str) -> ServerProcess:
 def running_server(
     arguments: Sequence[str] = ("default",), *, ready_timeout_s: float = 120.0
 ) -> Iterator[ServerProcess]:
-    """A server that is ready, and stopped at the end."""
+    """A server that is ready; it is stopped at the end."""
     server = start_server(*arguments, "--port", "0")
     try:
         server.wait_ready(ready_timeout_s)

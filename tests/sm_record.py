@@ -1,4 +1,4 @@
-"""A kernel whose programs hold shared memory and write on which SM they were and when: who was there together."""
+"""A kernel whose programs record on which SM they ran and when, to see which ones ran together."""
 
 # mypy: allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
@@ -7,7 +7,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Of shared memory that is held.
+# Elements in a KiB of shared memory.
 KIB_ITEMS = 256
 _KIB: gl.constexpr = gl.constexpr(KIB_ITEMS)
 NUM_WARPS = 4
@@ -25,7 +25,7 @@ def record_program(out: gl.tensor, lasting_ns: int, NUM_KIB: gl.constexpr, WARPS
     sm = gl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     cells = gl.allocate_shared_memory(gl.int32, [NUM_KIB, _KIB], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # What is written to the last of it is read again at the end, so it is held as long.
+    # The last element is read again at the end, so that the memory is held until then.
     held = cells.index(NUM_KIB - 1)
     held.store(gl.full([_KIB], 1, gl.int32, layout) * sm)
     end = _time_ns()
@@ -43,7 +43,7 @@ def record(out: torch.Tensor, num_kib: int, lasting_ns: int) -> None:
 
 
 def shared_sms(first: torch.Tensor, second: torch.Tensor) -> set[int]:
-    """SMs on which a program of each of two records was there at the same time."""
+    """SMs on which programs of both records ran at the same time."""
     return {
         sm
         for sm, begin, end in first.tolist()

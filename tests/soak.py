@@ -1,8 +1,8 @@
-"""Soak: requests come at random, many are cancelled, and pages run out again and again; nothing may be left behind.
+"""Soak test: requests arrive at random, many are cancelled, and pages run out again and again.
 
-It holds that every token belongs to a living request, that requests end as they should, that scheduler and pages never
-contradict each other, that all is free at the end, and that greedy tokens do not depend on who came and went
-meanwhile. The same body runs on a CPU (`tests/integration`) and, for longer, on a GPU (`tests/gpu`).
+It checks that every token belongs to an unfinished request, that requests end as they should, that scheduler and pages
+agree at all times, and that everything is free at the end. It also checks that greedy tokens do not depend on the other
+requests. The same code runs on a CPU (`tests/integration`) and, for longer, on a GPU (`tests/gpu`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from nanoflow.request import Request, SamplingParams
 from tests.driving import expect_less
 
 MAX_PROMPT = 400
-# Outputs up to the one, then up to the other: admission learns to expect short ones and is mistaken.
+# Longest outputs in alternating periods: admission learns to expect short ones and is then wrong.
 LONGEST_OUTPUTS = (10, 200)
 NUM_RUN_ALONE = 20
-# Pages for some 10 requests of average length.
+# Pages for about 10 requests of average length.
 _ENGINE_OPTIONS: Mapping[str, Any] = {
     "page_size": 8,
     "num_pages": 300,
@@ -37,15 +37,15 @@ _ENGINE_OPTIONS: Mapping[str, Any] = {
     "max_num_seqs": 48,
     "max_batch_tokens": 256,
 }
-# Ids are used again as soon as they are free, so a token that comes too late is taken for the wrong request's.
+# Ids are reused as soon as they are free, so a late token would be counted for the wrong request.
 _MAX_LIVING = 40
 _UNKNOWN_ID = 10**6
 _NUM_REMEMBERED = 500
-# Odds of an iteration.
+# Probabilities per iteration.
 _ARRIVAL, _CANCELLATION, _LULL = 0.5, 0.1, 1 / 100
 _CHECK_INTERVAL = 50
 _MIN_ITERATIONS = 300
-# Sums in another order move log probabilities by less than a tenth of this.
+# Adding in another order changes log probabilities by less than a tenth of this.
 _TIE_NATS = 1e-3
 _SAMPLED: tuple[Mapping[str, Any], ...] = (
     {"temperature": 0.8},
@@ -58,15 +58,15 @@ _SAMPLED: tuple[Mapping[str, Any], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakReport:
-    """What happened.
+    """Results of a soak test.
 
     Attributes:
         num_iterations: Steps of the engine.
-        num_finished, num_cancelled: Requests; those that ran alone are in neither.
-        num_lulls: How often the engine ran empty.
-        num_preemptions: Times that a request lost its pages.
-        num_compared: Greedy requests that ran alone afterwards and gave the same tokens.
-        num_ties: How many of them took another of two tokens that tied, and were the same up to there.
+        num_finished, num_cancelled: Requests, without those that ran alone.
+        num_lulls: How often the engine ran out of requests.
+        num_preemptions: How often a request lost its pages.
+        num_compared: Greedy requests that ran again, alone, and gave the same tokens.
+        num_ties: How many of them took the other of two tokens with equal logits, and were equal up to there.
     """
 
     num_iterations: int
@@ -79,7 +79,7 @@ class SoakReport:
 
 
 def soak(folder: Path, *, device: str, dtype: DType, duration_s: float, seed: int = 0) -> SoakReport:
-    """Load the model, soak the engine, check all that the top of this file says; tokens in float32 only."""
+    """Load the model, run the test and make all checks; greedy tokens are only compared in float32."""
     config = EngineConfig(model=str(folder), device=device, dtype=dtype, **_ENGINE_OPTIONS)
     engine = build_engine(config)
     expect_less(engine, 4)
@@ -105,7 +105,7 @@ def soak(folder: Path, *, device: str, dtype: DType, duration_s: float, seed: in
 
 
 def make_soak_model(folder: Path) -> Path:
-    """A tiny random Llama with heads of 64, drawn wide enough that greedy tokens vary; no tokenizer."""
+    """A tiny random Llama with heads of 64, whose weights are wide enough that greedy tokens vary; no tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -132,7 +132,7 @@ def make_soak_model(folder: Path) -> Path:
 
 @dataclass(slots=True, kw_only=True)
 class _Life:
-    """A request and what has come of it."""
+    """A request and its results."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -140,7 +140,7 @@ class _Life:
 
 
 class _Traffic:
-    """Puts requests in, takes some out again, and keeps the books."""
+    """Adds requests, aborts some, and checks what comes back."""
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.num_iterations = self.num_finished = self.num_cancelled = self.num_lulls = 0
@@ -148,11 +148,11 @@ class _Traffic:
         self._rng = random.Random(seed)
         self._longest_output = LONGEST_OUTPUTS[0]
         self._living: dict[int, _Life] = {}
-        # The last greedy ones that ran to the end.
+        # The last greedy requests that ran to the end.
         self._whole: deque[_Life] = deque(maxlen=_NUM_REMEMBERED)
 
     def run(self, duration_s: float) -> None:
-        """Go on for so many seconds, and long enough to see something on a slow machine."""
+        """Run for `duration_s` seconds, or longer on a slow machine, until something of everything has happened."""
         deadline_s, is_lull = time.monotonic() + duration_s, False
         while time.monotonic() < deadline_s or self.num_iterations < _MIN_ITERATIONS:
             if not is_lull and self._rng.random() < _ARRIVAL:
@@ -171,7 +171,7 @@ class _Traffic:
                 self._engine.check_integrity()
 
     def abort_all(self) -> None:
-        """Abort who is left; no token may come of what was on its way."""
+        """Abort the remaining requests; no token may arrive for them."""
         self._engine.abort(list(self._living))
         assert self._engine.stats().pages_in_use == 0
         self._living.clear()
@@ -180,7 +180,7 @@ class _Traffic:
         _assert_idle(self._engine)
 
     def choose(self, count: int) -> list[_Life]:
-        """So many of the greedy requests that ran to the end, half of them preempted on the way if there are enough."""
+        """Up to `count` greedy requests that ran to the end, half of them preempted if there are enough."""
         lives = self._rng.sample(list(self._whole), len(self._whole))
         preempted = [life for life in lives if life.is_preempted][: count // 2]
         return preempted + [life for life in lives if life not in preempted][: count - len(preempted)]
@@ -199,12 +199,12 @@ class _Traffic:
         return Request(
             request_id=rng.choice([number for number in range(_MAX_LIVING) if number not in self._living]),
             prompt_token_ids=[rng.randrange(4, facts.vocab_size) for _ in range(rng.randint(1, MAX_PROMPT))],
-            # Ends are not foretold (`ignore_eos`): admission has to guess, and guesses wrong.
+            # Without `ignore_eos`, admission has to guess the lengths, and is wrong.
             params=SamplingParams(max_tokens=max_tokens, **options),
             seed=rng.getrandbits(32),
             max_tokens=max_tokens,
             eos_token_ids=facts.eos_token_ids,
-            # Greedy requests are compared by the two most probable tokens, which shall be there to choose.
+            # Greedy requests are compared by the two most probable tokens, so none may be forbidden.
             bad_word_ids=self._bad_words() if options["temperature"] else (),
         )
 
@@ -222,7 +222,7 @@ class _Traffic:
             self.num_cancelled += 1
 
     def _take(self, output: StepOutput) -> None:
-        """Note tokens and ends; a token of no living request is a KeyError."""
+        """Record tokens and ends; a token for an unknown request raises KeyError."""
         self.num_iterations += 1
         for request_id in output.preempted:
             self._living[request_id].is_preempted = True
@@ -237,7 +237,7 @@ class _Traffic:
 
 
 def _assert_ended_well(life: _Life, finished: Finished) -> None:
-    """By its length or by a token that ends it, and by the first such token."""
+    """Check that a request ended at its length, or at the first token that ends it."""
     request, token_ids = life.request, life.token_ids
     ends = {*request.eos_token_ids, *(request.params.stop_token_ids or ())}
     is_stop = token_ids[-1] in ends
@@ -253,7 +253,7 @@ def _assert_idle(engine: Engine) -> None:
 
 
 def _runs_alone_alike(engine: Engine, life: _Life) -> bool:
-    """Whether the request gives the same tokens alone; False if they part where the two most probable ones tie."""
+    """Whether the request gives the same tokens alone; False if they differ after a tie of the most probable two."""
     engine.add(replace(life.request, params=replace(life.request.params, logprobs=2)))
     places: list[PlaceLogprobs] = []
     while engine.has_work:

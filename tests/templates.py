@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that models have, and a renderer that needs no process."""
+"""Chat templates of the kinds that models have, and a renderer without a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ANY_ROLE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-# Says nothing of roles that it does not know.
+# Ignores roles that it does not know.
 KNOWN_ROLES = (
     "{% for message in messages %}"
     "{% if message.role in ('system', 'user', 'assistant', 'tool') %}"
@@ -41,7 +41,7 @@ NO_THOUGHTS = "{% for message in messages %}[{{ message.role }}]{{ message.conte
 
 
 class InProcess:
-    """Renders here; counts."""
+    """Renders in this process, and counts."""
 
     def __init__(self) -> None:
         self.num_jobs = 0

@@ -1,4 +1,4 @@
-"""A folder with a tiny Llama: config and tokenizer, to be loaded with random weights."""
+"""A folder with config and tokenizer of a tiny Llama, to be loaded with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the two kinds that models have, and folders as `AutoTokenizer` reads them."""
+"""Small tokenizers of the kinds that models have, and folders that `AutoTokenizer` can load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEXTS = ["hello world, this is a small text", "grüße aus köln", "漢字か�
 
 
 def byte_level_backend(vocab_size: int = 320) -> Backend:
-    """Byte-level BPE, as of GPT-2, Llama 3 and Qwen. Token 0 is the end of sequence."""
+    """Byte-level BPE, as in GPT-2, Llama 3 and Qwen. Token 0 is the end of sequence."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -34,7 +34,7 @@ def byte_level_backend(vocab_size: int = 320) -> Backend:
 
 
 def byte_fallback_backend() -> Backend:
-    """Words begun by "▁", and byte tokens for the rest, as of Llama 2 and Mistral. Token 0 is the end of sequence."""
+    """Words with "▁" in front, and byte tokens, as in Llama 2 and Mistral. Token 0 is the end of sequence."""
     letters = sorted({char for text in _TEXTS[:2] for char in text.replace(" ", "▁")})
     tokens = [EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁h", "▁w", "or"]
     merges = [("▁", "h"), ("▁", "w"), ("o", "r")]
@@ -49,7 +49,7 @@ def byte_fallback_backend() -> Backend:
 
 
 def metaspace_backend() -> Backend:
-    """Unigram pieces begun by "▁", as of T5 and XLM-R. Token 0 is the end of sequence."""
+    """Unigram pieces with "▁" in front, as in T5 and XLM-R. Token 0 is the end of sequence."""
     words = [EOS, "<unk>", "▁", "▁hello", "▁w", "or", "ld", "h", "e", "l", "o", ".", ",", "▁▁", "é", "漢", "\ufffd"]
     backend = Backend(models.Unigram([(word, -float(place)) for place, word in enumerate(words)], unk_id=1))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -59,7 +59,7 @@ def metaspace_backend() -> Backend:
 
 
 def wordpiece_backend() -> Backend:
-    """Words and their ends, as of BERT. Token 0 is the end of sequence."""
+    """Words and word endings, as in BERT. Token 0 is the end of sequence."""
     words = [EOS, "[UNK]", "hello", "wor", "##ld", "h", "##e", "##l", "##o", ".", ",", "é", "漢", "\ufffd"]
     backend = Backend(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
@@ -70,7 +70,7 @@ def wordpiece_backend() -> Backend:
 
 
 def panicking_backend() -> Backend:
-    """Its pattern gives up on "a" * 60 + "b", its decoder on a space (token 1): the library panics. Token 2 is "a"."""
+    """The library panics on "a" * 60 + "b" (pattern) and on decoding a space (token 1). Token 2 is "a"."""
     backend = Backend(models.WordLevel({EOS: 0, " ": 1, "a": 2}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
     backend.decoder = decoders.Strip(" ", 1, 1)
@@ -81,7 +81,7 @@ def panicking_backend() -> Backend:
 def toy_tokenizer(
     backend: Backend | None = None, chat_template: str | None = None, *, eos_token: str = EOS
 ) -> Tokenizer:
-    """A `Tokenizer` around a backend, byte-level if none is given."""
+    """A `Tokenizer` with this backend, byte-level by default."""
     fast = PreTrainedTokenizerFast(tokenizer_object=backend or byte_level_backend(), eos_token=eos_token)
     return Tokenizer(fast, chat_template)
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter for tests on a machine without a GPU; import this before anything that imports Triton."""
+"""Triton's interpreter for tests without a GPU; must be imported before anything that imports Triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 
 def _repair_loop_bounds() -> None:
-    """Triton 3.6 makes a loop bound of an array of one number, which NumPy 2.4 no longer takes for a number."""
+    """Triton 3.6 uses an array with one number as a loop bound, which NumPy 2.4 no longer accepts as a number."""
     patch = interpreter._patch_lang_tensor
 
     def patch_and_repair(tensor: Any, scope: Any) -> None:
@@ -30,7 +30,7 @@ _repair_loop_bounds()
 
 
 def _patch_once() -> None:
-    """The language is patched once a launch, not again for each function that a program calls: most of the time."""
+    """Patch the language once per launch instead of at each call of a function, which takes most of the time."""
     patch, language = interpreter._patch_lang, interpreter.tl
     everything = SimpleNamespace(__globals__={"tl": language, "core": language.core})
     is_patched = False

@@ -1,6 +1,6 @@
-"""What vLLM's options are if nobody gives them: `EngineArgs` with what older versions had, and `vllm serve`'s own.
+"""The defaults of vLLM's options: `EngineArgs`, including options of older versions, and `vllm serve`.
 
-Written off vLLM's sources; those that are computed there are None.
+Copied from vLLM's sources; None for defaults that are computed there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nanoflow.bench.config import SAMPLING, BenchConfig
+from nanoflow.bench.options import SAMPLING, BenchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.offline import run_workloads
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.record import BenchRecord
 from nanoflow.config import EngineConfig
 

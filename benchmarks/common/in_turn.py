@@ -22,7 +22,7 @@ import msgspec
 
 from benchmarks.common.apart import RunFailed, run_apart
 from benchmarks.common.document import write_json
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.provenance import header, portable
 from nanoflow.bench.record import BenchRecord
 from nanoflow.config import ConfigError, EngineConfig

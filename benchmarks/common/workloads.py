@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.cli.options import OptionGroup
 from nanoflow.config import ConfigError
 

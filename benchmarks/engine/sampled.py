@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.common.in_turn import Run, Setting, add_options, run_in_turn
 from benchmarks.common.rungs import read_engine
 from benchmarks.common.workloads import MEASUREMENT, read_workloads
-from nanoflow.bench.config import SAMPLING, ThroughputConfig
+from nanoflow.bench.options import SAMPLING, ThroughputConfig
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig

@@ -1,7 +1,7 @@
 """nanoflow: serve large language models at the speed the device allows.
 
-Public names resolve on first use (PEP 562), so that `import nanoflow` and `nanoflow --help` load no torch. Where they
-are at home, and which modules of vLLM can be imported under this name, says `compat/imports.py`.
+Public names resolve on first use (PEP 562), so that `import nanoflow` and `nanoflow --help` load no torch.
+`compat/imports.py` lists the module that defines each name, and the modules of vLLM that exist under this name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who may use the HTTP server, as options: keys, names of hosts, origins of web pages, and TLS.
+"""Options that say who may use the HTTP server: API keys, host names, origins of web pages, and TLS.
 
-Here is what they may be. Keys are read and compared in `server/keys.py`, hosts in `server/hosts.py`, certificates are
-loaded in `server/tls.py`.
+This file checks their values. Keys are read and compared in `server/keys.py`, host names are compared in
+`server/hosts.py`, and certificates are loaded in `server/tls.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9
 
 
 def _secret(text: str) -> Any:
-    """An option that no representation of the options shows."""
+    """Declare an option that is left out of the repr of its dataclass."""
     return dataclasses.field(default=(), repr=False, metadata={"help": text, "read": None})
 
 
@@ -59,10 +59,10 @@ class AccessOptions(ServerBounds):
     )
 
     def check_access(self) -> None:
-        """Refuse values that cannot be meant.
+        """Check keys, host names and origins, and that options of TLS fit together.
 
         Raises:
-            ConfigError: One of them; a key is not shown.
+            ConfigError: One is invalid; the message never quotes a key.
         """
         for key in several(self.api_key):
             check_key(key, "api_key")
@@ -75,7 +75,7 @@ class AccessOptions(ServerBounds):
 
 
 def several(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The values of an option that may be given several times; one may stand alone."""
+    """The values of an option that may be given several times; a single string is one value."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
@@ -83,7 +83,7 @@ def check_key(key: str, where: str) -> None:
     """Refuse a key that no client can send in a header.
 
     Raises:
-        ConfigError: Such a key; the message says where it stands, and nothing of it.
+        ConfigError: The key has other characters or a wrong length. The message names `where`, and quotes no key.
     """
     if not _KEY.fullmatch(key):
         raise ConfigError(
@@ -92,7 +92,7 @@ def check_key(key: str, where: str) -> None:
 
 
 def check_host_pattern(pattern: str) -> None:
-    """Refuse what is no name of a host; ConfigError."""
+    """Raise a `ConfigError` unless the pattern is a host name, an address, a network, or *."""
     if pattern == "*" or network_of(pattern) is not None or _NAME.fullmatch(pattern.lower().removesuffix(".")):
         return
     raise ConfigError(
@@ -102,7 +102,7 @@ def check_host_pattern(pattern: str) -> None:
 
 
 def network_of(pattern: str) -> Network | None:
-    """The network of IP addresses that a pattern is, of one where it is an address; None for a name."""
+    """A pattern as a network of IP addresses; an address is a network of one. None for a name."""
     try:
         return ipaddress.ip_network(address_of(pattern) or pattern)
     except ValueError:
@@ -110,7 +110,7 @@ def network_of(pattern: str) -> Network | None:
 
 
 def address_of(host: str) -> Address | None:
-    """The IP address that a host is, with or without brackets; None for a name."""
+    """A host as an IP address, with or without brackets; None for a name."""
     try:
         address = ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
     except ValueError:

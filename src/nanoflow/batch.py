@@ -1,7 +1,7 @@
-"""The dense batch of one iteration, and what came out of it: the contract between scheduler and executor.
+"""The dense batch of one iteration and its results: the contract between scheduler and executor.
 
-Everything is numpy: the scheduler fills it without torch, the executor copies it to its device. Requests stand in batch
-order, those with one token (decodes) first, so that decode tokens are rows 0..num_decodes-1 of every tensor.
+All arrays are numpy: the scheduler fills them without torch, and the executor copies them to its device. Requests with
+one token (decodes) come first, so that decode tokens are rows 0..num_decodes-1 of every tensor.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ class Joined:
     """A request that takes a row of the state table in this iteration (newly admitted, or again after preemption).
 
     Attributes:
-        row: Its place in every per-request array until it leaves.
-        params: How it samples.
-        seed: Its seed.
+        row: Its index in every per-request array until it leaves.
+        params: Its sampling parameters.
+        seed: Its random seed.
         token_ids: All tokens known so far, int32 [num_tokens]: the prompt, then what was generated before a preemption.
         num_prompt_tokens: How many of them are the prompt.
         stop_token_ids: Tokens that may not be chosen before `min_tokens` (end of sequence and stop tokens).
-        bad_word_ids: Sequences of tokens; the last one of each is not chosen where the others have just been generated.
+        bad_word_ids: Forbidden sequences of tokens. The last token of a sequence is not chosen if the others have just
+            been generated.
     """
 
     row: int
@@ -47,13 +48,13 @@ class Joined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScore:
-    """Score part of a prompt: logits of tokens start..stop-1 of the batch say how likely `target_ids` were.
+    """A request for log probabilities of prompt tokens, from the logits of tokens start..stop-1 of the batch.
 
     Attributes:
-        request_index: Place of the request in the batch.
+        request_index: Index of the request in the batch.
         start, stop: Token range in the batch.
-        first_position: Place in the prompt of the first target.
-        target_ids: int32 [stop - start], the prompt tokens that followed.
+        first_position: Index in the prompt of the first entry of `target_ids`.
+        target_ids: int32 [stop - start], the prompt token that follows each token of the range.
         num_logprobs: How many of the most probable tokens to report.
     """
 
@@ -67,7 +68,7 @@ class PromptScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPages:
-    """Pages that rows have got since the batch before: N entries of the page tables, which stay on the device.
+    """Pages added to page tables since the previous batch, as N entries. The tables themselves stay on the device.
 
     Attributes:
         rows: int32 [N], the table that each one is of: row r of the state table has table r in the first KV group, and
@@ -86,7 +87,7 @@ class NewPages:
 
     @staticmethod
     def none() -> NewPages:
-        """No row has got any."""
+        """No new pages."""
         return NewPages.of_tables(np.zeros((0, 0), np.int32))
 
     @staticmethod
@@ -112,7 +113,7 @@ class DenseBatch:
     """All tokens of one iteration (T tokens, B requests, S of which sample a token; G KV groups, mostly one).
 
     Attributes:
-        iteration: Counts up.
+        iteration: Number of the iteration; it grows.
         rows: int32 [B], the row of each request in the state table.
         epochs: int64 [B], which tenant of the row this is; a token for an earlier tenant is dropped.
         num_decodes: The first so many requests have one token each.
@@ -155,17 +156,17 @@ class DenseBatch:
 
     @property
     def num_requests(self) -> int:
-        """B."""
+        """B, the number of requests."""
         return len(self.rows)
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return len(self.token_ids)
 
     @property
     def draws_around(self) -> tuple[Int64, Int64]:
-        """For each of the S draws how many of the same request come before it and after it, int64 [S] both."""
+        """For each draw, how many draws of the same request precede it and follow it; two arrays int64 [S]."""
         is_first = np.diff(self.sampled, prepend=-1) != 0
         starts = np.flatnonzero(is_first)
         counts = np.diff(np.append(starts, len(self.sampled)))
@@ -174,13 +175,13 @@ class DenseBatch:
 
     @property
     def logit_tokens(self) -> Int64:
-        """The token of the batch behind which each draw stands, int64 [S]."""
+        """Index in the batch of the token after which each draw is made, int64 [S]."""
         last = self.query_start[self.sampled + 1].astype(np.int64) - 1
         return last - self.draws_around[1] if self.num_draft_tokens else last
 
     @property
     def drawn_positions(self) -> Int32:
-        """The place in its sequence of each token that is drawn, int32 [S]."""
+        """Index in its sequence of each token that is drawn, int32 [S]."""
         if not self.num_draft_tokens:
             return self.context_len[self.sampled]
         positions: Int32 = self.positions[self.logit_tokens] + np.int32(1)
@@ -188,7 +189,7 @@ class DenseBatch:
 
     @property
     def shape(self) -> BatchShape:
-        """What the costs of this batch depend on."""
+        """The sizes that the cost of this batch depends on."""
         lengths = np.diff(self.query_start)[self.num_decodes :].astype(np.int64)
         contexts = self.context_len[self.num_decodes :].astype(np.int64)
         return BatchShape(
@@ -203,12 +204,12 @@ class DenseBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopLogprobs:
-    """Log probabilities at N places: column 0 is the token that stands there, then the K most probable.
+    """Log probabilities at N positions: column 0 is the token at the position, then the K most probable tokens.
 
     Attributes:
         token_ids: int32 [N, 1 + K].
-        logprobs: float32 [N, 1 + K], natural.
-        ranks: int32 [N], rank of the token that stands there, from 1.
+        logprobs: float32 [N, 1 + K], natural logarithms.
+        ranks: int32 [N], rank of the token at the position, from 1.
     """
 
     token_ids: Int32
@@ -217,7 +218,7 @@ class TopLogprobs:
 
     @staticmethod
     def concatenate(parts: Sequence[TopLogprobs]) -> TopLogprobs:
-        """The places of all parts, one after the other."""
+        """The positions of all parts, one after the other."""
         return TopLogprobs(
             token_ids=np.concatenate([part.token_ids for part in parts]),
             logprobs=np.concatenate([part.logprobs for part in parts]),
@@ -227,15 +228,16 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens:
-    """What one iteration gave.
+    """The results of one iteration.
 
     Attributes:
         token_ids: int32 [S], in the order of `DenseBatch.sampled`.
-        logprob_places: The N draws of requests that asked for log probabilities: place in `sampled`, and how many of
-            the most probable tokens.
-        logprobs: Of these N, with as many of the most probable tokens as the one wants that wants most; None if N = 0.
-        prompt_logprobs: One entry each of `DenseBatch.prompt_scores`.
-        errors: Place in `sampled` to what went wrong with that request alone (e.g. its logits are not finite).
+        logprob_places: The N draws of requests that asked for log probabilities: index in `sampled`, and how many of
+            the most probable tokens were asked for.
+        logprobs: Log probabilities of these N draws, K being the largest number asked for; None if N = 0.
+        prompt_logprobs: One entry for each of `DenseBatch.prompt_scores`.
+        errors: For each draw that failed, its index in `sampled` and the reason, such as logits that are not finite.
+            The other requests are not affected.
     """
 
     token_ids: Int32

@@ -1,8 +1,8 @@
-"""What the server lets in, as options: bounds on what a call may cost, on what waits, and on connections.
+"""Bounds of the server, as options: what a call may cost, how many calls wait, and what connections may do.
 
-Every bound is looked at before what it bounds costs anything. They hold for a call as a whole: sums over its prompts,
-messages and completions count. Who keeps them: `server/connections.py` (bytes and time on the wire),
-`server/body_bounds.py` (bodies), `server/call_bounds.py` (what a call asks for), `server/admission.py` (the queue).
+Every bound is checked before the work that it limits begins. It applies to a call as a whole: sums over its prompts,
+messages and completions count. Bounds are enforced in `server/connections.py` (bytes and time on the wire),
+`server/body_bounds.py` (bodies), `server/call_bounds.py` (what a call asks for) and `server/admission.py` (the queue).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ServerBounds:
     )
     max_bodies_bytes: int = option(
         256 * 2**20,
-        "Bytes of request bodies that are held at once, of all calls of a process; more are refused (503)",
+        "Most bytes of request bodies in memory at once, of all calls of a process; more are refused (503)",
         read=read_count,
     )
     max_header_bytes: int = option(
@@ -73,7 +73,7 @@ class ServerBounds:
     )
     max_queued_tokens: int = option(
         2**23,
-        "Most tokens of prompts, one count a completion, that are in the server, running ones included (429)",
+        "Most prompt tokens in the server, of waiting and running requests; a prompt counts once a completion (429)",
         read=read_count,
     )
     max_connections: int | None = option(
@@ -85,17 +85,19 @@ class ServerBounds:
         10.0, "Longest time in seconds from the first byte of a request to the end of its head (408)"
     )
     body_timeout_s: float = option(60.0, "Longest time in seconds from there to the end of its body (408)")
-    idle_timeout_s: float = option(60.0, "A connection without a request is closed after so many seconds")
-    write_timeout_s: float = option(60.0, "A client that takes nothing of its answer for so many seconds is cut off")
+    idle_timeout_s: float = option(60.0, "Seconds after which a connection without a request is closed")
+    write_timeout_s: float = option(
+        60.0, "Seconds after which a client that reads nothing of its answer is disconnected"
+    )
     request_timeout_s: float | None = option(
         None, "Longest time in seconds that a call may take, generating included (504, or an error in its stream)"
     )
 
     def check_bounds(self) -> None:
-        """Refuse bounds that nothing can keep.
+        """Check that every bound is possible.
 
         Raises:
-            ConfigError: One is not positive, or above what the engine takes.
+            ConfigError: A bound is not positive, or is above what the engine accepts.
         """
         for one in fields(ServerBounds):
             value = getattr(self, one.name)

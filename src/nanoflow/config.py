@@ -1,7 +1,7 @@
-"""Every option, once: a dataclass field is the Python argument, the command-line flag and its documentation.
+"""Every option, declared once: a dataclass field is the Python argument, the command-line flag and its documentation.
 
-`option(default, help)` of `option.py` declares one. `cli/options.py` turns these classes into flags, `LLM(...)` into
-arguments; `from_kwargs` reads them under vLLM's names too, which `compat/` lists, and refuses what there is not.
+`option(default, help)` of `option.py` declares one. `cli/options.py` turns these classes into flags. `from_kwargs`
+reads keyword arguments, also by vLLM's names (`compat/`), and refuses unknown ones.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "random"]
 DEFAULT_MAX_LOGPROBS = 20
-_MAX_LISTED = 16  # in a message
+_MAX_LISTED = 16  # options listed in an error message
 Goal = Literal["throughput", "balanced", "latency"]
 
-# `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all is done: nobody watches the tokens come, so
-# gaps between them do not matter there. Their defaults differ from those of `EngineConfig` in this.
+# `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all requests are done. Nobody watches tokens
+# arrive, so gaps between them do not matter. Their defaults differ from those of `EngineConfig` in this.
 UNWATCHED_DEFAULTS: Mapping[str, Any] = {"goal": "throughput"}
 
 
@@ -109,7 +109,7 @@ class EngineConfig:
         "not given",
         read=read_count,
     )
-    max_num_seqs: int | None = option(None, "Most requests running at once; chosen likewise if not given")
+    max_num_seqs: int | None = option(None, "Most requests running at once; chosen in the same way if not given")
     page_size: int = option(16, "Tokens a KV page")
     kv_cache_gib: float | None = option(
         None,
@@ -173,7 +173,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig(AccessOptions):
-    """How the HTTP server listens; who may use it says `access.py`, what it lets in `bounds.py`."""
+    """How the HTTP server listens. Its base classes are in `access.py` (who may use it) and `bounds.py` (limits)."""
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
@@ -235,7 +235,7 @@ class ServerConfig(AccessOptions):
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names of the model in the API, the one that answers say first."""
+        """Names of the model in the API; answers use the first."""
         names = self.served_model_name
         return (names,) if isinstance(names, str) else tuple(names or (DEFAULT_MODEL,))
 
@@ -244,21 +244,21 @@ ConfigT = TypeVar("ConfigT")
 
 
 def from_kwargs(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a config from keyword arguments, under any of the names that options have here and in vLLM.
+    """Build a config from keyword arguments, by nanoflow's or vLLM's names.
 
-    None stands for the default wherever it has no meaning of its own.
+    None means the default unless None is a value of its own.
 
     Raises:
-        ConfigError: An unknown name, a value that cannot be read, something that there is not, or two names of one
+        ConfigError: An unknown name, an unreadable value, an option of vLLM that nanoflow lacks, or two names of one
             option with different values.
     """
     return kind(**by_own_names(kind, values))
 
 
 def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a config under its own names, with the values that it has them in.
+    """Keyword arguments by nanoflow's own names, with their values converted.
 
-    Options of vLLM that there are not are left out where their value asks for what is so anyway.
+    An option of vLLM that nanoflow lacks is dropped if its value asks for what nanoflow does anyway.
 
     Raises:
         ConfigError: As `from_kwargs`.
@@ -286,7 +286,7 @@ def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names_of(kind: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Alias | None]]:
-    """Every name of every option: its own first, then its aliases."""
+    """Every name of every option, own names first: its field, and its alias (None for the own name)."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     own: dict[str, tuple[dataclasses.Field[Any], Alias | None]] = {
         name: (field, None) for name, field in fields.items()
@@ -296,17 +296,17 @@ def names_of(kind: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Alias |
 
 
 def table_of(kind: type[Any]) -> Table:
-    """What users of vLLM know of the options of a config; an empty table if they know none."""
+    """vLLM's options that correspond to a config class; an empty table if there are none."""
     return {EngineConfig: ENGINE, ServerConfig: SERVER, SamplingParams: SAMPLING}.get(kind, EMPTY)
 
 
 def unknown_option(name: str, known: list[str]) -> str:
-    """One line that says a name does not exist, and what it may have meant: what it is elsewhere, or a slip."""
+    """One-line error for an unknown option: where it exists instead, the nearest known name, or the known names."""
     return f"unknown option {name!r}{_elsewhere(name) or did_you_mean(name, known) or _others(name, known)}"
 
 
 def _elsewhere(name: str) -> str | None:
-    """What an option is where it is known; None if it is nowhere."""
+    """End of the message if another table has the option; None if no table has it."""
     bare = name.lstrip("-").replace("-", "_")
     for table in (ENGINE, SERVER, SAMPLING):
         entry = table.entries.get(bare)
@@ -316,7 +316,7 @@ def _elsewhere(name: str) -> str | None:
 
 
 def _others(name: str, known: list[str]) -> str:
-    """What there is in place of an option that is like none of the known ones."""
+    """End of the message that lists the known options."""
     foreign = {entry.name: entry for table in (ENGINE, SERVER, SAMPLING) for entry in table.foreign}
     for near in nearest(name.lstrip("-").replace("-", "_"), foreign):
         return f"; {near}, if that is meant: {foreign[near].reason}"
@@ -324,7 +324,7 @@ def _others(name: str, known: list[str]) -> str:
 
 
 def _pass_over(kind: type[Any], name: str, values: Mapping[str, Any]) -> None:
-    """Refuse an option that there is not, unless its value asks for what is so anyway."""
+    """Refuse an option that nanoflow lacks, unless its value asks for what nanoflow does anyway."""
     entry = table_of(kind).entries.get(name)
     if not isinstance(entry, Foreign):
         raise ConfigError(unknown_option(name, list(names_of(kind))))
@@ -333,7 +333,7 @@ def _pass_over(kind: type[Any], name: str, values: Mapping[str, Any]) -> None:
 
 
 def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: Any) -> Any:
-    """A value as the config has it."""
+    """A value converted to the type that the config stores."""
     read = field.metadata.get("read")
     try:
         if alias is not None and alias.convert is not None:

@@ -1,4 +1,4 @@
-"""What an exception says, in one line, for whoever asked. Which exceptions are a user's is not known here."""
+"""Exceptions as one line of text for the user."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ _MOST_CHARS = 300
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message; its class if it has none."""
+    """The first line of an exception's message; the name of its class if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def brief_line(error: BaseException) -> str:
-    """`one_line`, cut where it is very long: of a library that quotes what it was given, however long that is."""
+    """`one_line`, shortened if it is very long. For errors of libraries, which may quote their whole input."""
     line = one_line(error)
     return line if len(line) <= _MOST_CHARS else line[: _MOST_CHARS - 3] + "..."

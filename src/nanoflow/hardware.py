@@ -1,6 +1,6 @@
-"""GPUs as data: what each can do, where every number comes from, and `NAMExN`, how a user writes some of them.
+"""GPUs as data: the rates of each, with the source of every number, and how users write them (`NAME` or `NAMExN`).
 
-Rates are those of 16-bit products without sparsity. Knows nothing of models; what a model costs on them is `cost/`'s.
+Rates are those of dense 16-bit products. `cost/` computes what a model costs on them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MEASURED = "measured, one H200"
 
 
 class HardwareError(ValueError):
-    """There are no such GPUs; one line that names the nearest."""
+    """Unknown GPU; the message is one line with the nearest known name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A number, and where it comes from."""
+    """A number and its source."""
 
     value: float
     source: str
@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRates:
-    """What one or several GPUs can do: FLOP/s, bytes/s of memory, bytes/s sent to other GPUs (one direction)."""
+    """Rates of one or several GPUs: FLOP/s, bytes/s of memory, bytes/s sent to other GPUs (one direction)."""
 
     compute_flops_per_s: float
     memory_bytes_per_s: float
@@ -46,12 +46,12 @@ class GpuSpec:
         memory_bytes: Device memory.
         compute_flops_per_s, memory_bytes_per_s: Peak rates.
         network_bytes_per_s: Peak rate to other GPUs of the host, one direction.
-        power_limit_w: What it may draw.
-        num_sms: Multiprocessors.
-        sustained_compute_flops_per_s, sustained_memory_bytes_per_s: What GEMMs and copies reach in the long run; None
-            where nobody measured it.
-        static_power_w: Drawn whatever runs; None where it was not measured, and then it is part of the next two.
-        flop_j, byte_j: Energy of one FLOP of a product, and of one byte from or to device memory; None if not known.
+        power_limit_w: Power limit of the card.
+        num_sms: Number of streaming multiprocessors.
+        sustained_compute_flops_per_s, sustained_memory_bytes_per_s: What GEMMs and copies reach once power and clocks
+            have settled; None if not measured.
+        static_power_w: Power drawn whatever runs; None if not measured, and then `flop_j` and `byte_j` include it.
+        flop_j, byte_j: Energy of one FLOP of a product, and of one byte from or to device memory; None if unknown.
     """
 
     title: str
@@ -83,15 +83,15 @@ class GpuGroup:
 
     @property
     def memory_bytes(self) -> float:
-        """Device memory of all together."""
+        """Device memory of all GPUs together."""
         return self.spec.memory_bytes.value * self.num_gpus
 
     def peak_rates(self) -> ResourceRates:
-        """Rates of all together by the datasheet."""
+        """Rates of all GPUs together by the datasheet."""
         return self._rates(self.spec.compute_flops_per_s, self.spec.memory_bytes_per_s)
 
     def sustained_rates(self) -> ResourceRates:
-        """Rates of all together in the long run; the peak where nobody measured."""
+        """Sustained rates of all GPUs together; the peak rate where none was measured."""
         return self._rates(
             self.spec.sustained_compute_flops_per_s or self.spec.compute_flops_per_s,
             self.spec.sustained_memory_bytes_per_s or self.spec.memory_bytes_per_s,
@@ -107,13 +107,13 @@ class GpuGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalDevice:
-    """The device that a model runs on here.
+    """The device that a model runs on.
 
     Attributes:
-        name: For people.
+        name: Name shown to users.
         is_gpu: False for a CPU.
-        memory_bytes, free_bytes: Its memory, and what of it can be allocated now.
-        flops_per_s: What products reach in the long run, about.
+        memory_bytes, free_bytes: Its memory, and how much of it can be allocated now.
+        flops_per_s: Rough sustained rate of matrix products.
     """
 
     name: str
@@ -130,8 +130,8 @@ def _card(
 
     Args:
         title: Its full name.
-        gb, tflops, gb_per_s, watts, sms: As the datasheet has them; the TFLOP/s are dense, 16-bit, summed in 32 bits.
-        link: GB/s to other GPUs in one direction, and what of.
+        gb, tflops, gb_per_s, watts, sms: Figures of the datasheet; TFLOP/s are dense, 16-bit, summed in 32 bits.
+        link: GB/s to other GPUs in one direction, and the name of the link.
     """
     return GpuSpec(
         title=title,
@@ -156,7 +156,7 @@ GPUS: Mapping[str, GpuSpec] = {
         network_bytes_per_s=Figure(value=300e9, source=_ONE_WAY),
         power_limit_w=Figure(value=400.0, source=_DATASHEET),
         num_sms=Figure(value=108, source=_DATASHEET),
-        # The paper says 280e12, and prints optima that follow from 260e12.
+        # The paper says 280e12, but its printed optima follow from 260e12.
         sustained_compute_flops_per_s=Figure(value=260e12, source="what the optima of the paper's figures 7, 11 fit"),
     ),
     "h100": GpuSpec(
@@ -182,10 +182,10 @@ GPUS: Mapping[str, GpuSpec] = {
         sustained_memory_bytes_per_s=Figure(
             value=4.45e12, source=f"{_MEASURED}: decode attention, 768 to 2,112 keys each (4.41 to 4.52e12)"
         ),
-        # Both solve two equations. Back to back at the limit of 700 W, the four GEMMs of a Llama-3-8B layer on 1,024
-        # tokens (447 GFLOP, 0.58 GB) took 480 mJ, and its decode attention to 340 x 1,280 tokens (7.1 GFLOP, 1.79 GB)
-        # 405 us, so 283 mJ. (A slower kernel took 417 us and by the counter 303 mJ, more than the limit allows.) The
-        # static share is in both, for it was not measured apart.
+        # We solve two equations for the two energies. At the limit of 700 W, the four GEMMs of a Llama-3-8B layer on
+        # 1,024 tokens (447 GFLOP, 0.58 GB), repeated, took 480 mJ. Its decode attention to 340 x 1,280 tokens (7.1
+        # GFLOP, 1.79 GB) took 405 us, so 283 mJ. (A slower kernel took 417 us and by the counter 303 mJ, more than the
+        # limit allows.) Both energies include static power, which was not measured on its own.
         flop_j=Figure(value=0.874e-12, source=f"{_MEASURED}: 480 mJ for 447 GFLOP less what their bytes take"),
         byte_j=Figure(value=155e-12, source=f"{_MEASURED}: 283 mJ for 1.79 GB less what their FLOPs take"),
     ),
@@ -235,13 +235,13 @@ GPUS: Mapping[str, GpuSpec] = {
 
 
 def parse_gpus(text: str) -> GpuGroup:
-    """The GPUs that a user means: NAME is one, NAMExN are N.
+    """The GPUs that a text names: NAME is one, NAMExN are N.
 
     Raises:
-        HardwareError: There is no such GPU, with the nearest name, or N is 0.
+        HardwareError: The GPU is unknown (the message names the nearest), or N is 0.
     """
     written = text.strip().lower()
-    # A name may hold an x and end in digits itself, as rtx4090 does: what is a name is not taken apart.
+    # A name may contain an x and end in digits, as rtx4090 does: the whole text is looked up first.
     split = re.fullmatch(r"(.+)x(\d+)", written, flags=re.DOTALL)
     whole = _by_name(written)
     name, num_gpus = (whole, 1) if whole or split is None else (_by_name(split[1]), int(split[2]))
@@ -253,7 +253,7 @@ def parse_gpus(text: str) -> GpuGroup:
 
 
 def _by_name(written: str) -> str | None:
-    """The GPU of a name, which may begin with its maker's and have blanks, "-" and "_" anywhere; None if unknown."""
+    """The known GPU of a name, ignoring its maker, blanks, "-" and "_"; None if unknown."""
     return {_plain(name): name for name in GPUS}.get(_plain(written))
 
 
@@ -262,7 +262,7 @@ def _plain(name: str) -> str:
 
 
 def _unknown(written: str, without_count: str) -> str:
-    """One line for GPUs that are not known: which may be meant, and all that are."""
+    """One-line error for an unknown GPU: a suggestion, and all known names."""
     turned = re.fullmatch(r"(\d+)\s*x\s*(.+)", written, flags=re.DOTALL)
     if turned is not None and _by_name(turned[2]):
         return f"GPUs are written NAMExN, got {written!r}; did you mean '{_by_name(turned[2])}x{turned[1]}'?"
@@ -273,27 +273,27 @@ def _unknown(written: str, without_count: str) -> str:
     return f"unknown GPU {name!r}; {hint}known: {', '.join(GPUS)}"
 
 
-# How alike two names are from which on one may be meant for the other.
+# Similarity (0 to 1) from which on a known name is suggested.
 _LIKELY = 0.5
 
 
 def _nearest(name: str) -> tuple[str, float]:
-    """The known name that is most like one, and how much, from 0 to 1."""
+    """The most similar known name, and its similarity from 0 to 1."""
     likeness = {known: difflib.SequenceMatcher(None, _plain(name), _plain(known)).ratio() for known in GPUS}
     best = max(likeness, key=lambda known: likeness[known])
     return best, likeness[best]
 
 
-# The GPU of this file that stands for those of a compute capability and above it.
+# From this compute capability on, the GPU of this file that unknown GPUs are compared with.
 _LIKE: Mapping[tuple[int, int], str] = {(8, 0): "a100-80", (8, 9): "ada6000", (9, 0): "h200", (10, 0): "b200"}
-# Where nobody measured: what GEMMs reach of the peak in the long run, as they do on an H200.
+# Sustained rate of GEMMs / peak rate, as measured on an H200; used where none was measured.
 _SUSTAINED_SHARE = 0.68
-# A core with 256-bit vectors, all of them at work and memory shared: an order of magnitude, not a measurement.
+# FLOP/s of a core with 256-bit vectors when all cores work and share memory: an order of magnitude, not a measurement.
 _CORE_FLOPS_PER_S = 30e9
 
 
 def rough_gpu_flops_per_s(capability: tuple[int, int], num_sms: int) -> float:
-    """What products reach on a GPU, about: as much a multiprocessor as on the known GPU that is most like it."""
+    """Rough sustained rate of products on a GPU: its SMs times the rate of an SM of the most similar known GPU."""
     likes = [name for least, name in sorted(_LIKE.items()) if least <= capability] or ["ada6000"]
     spec = GPUS[likes[-1]]
     sustained = spec.sustained_compute_flops_per_s
@@ -302,5 +302,5 @@ def rough_gpu_flops_per_s(capability: tuple[int, int], num_sms: int) -> float:
 
 
 def rough_cpu_flops_per_s(num_cores: int) -> float:
-    """What products reach on so many cores of a CPU, about."""
+    """Rough sustained rate of products on this many CPU cores."""
     return num_cores * _CORE_FLOPS_PER_S

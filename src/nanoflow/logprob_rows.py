@@ -1,6 +1,6 @@
-"""Log probabilities as a user reads them: a mapping of tokens for each place of a completion or a prompt.
+"""Log probabilities as a user reads them: one mapping of tokens for each position of a completion or a prompt.
 
-Numbers are kept in arrays and become mappings where they are looked at. What they belong to: `outputs.py`.
+Numbers are kept in arrays; a mapping is built when it is read. `outputs.py` uses these classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import overload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """Natural log probability of a token at its place; rank 1 is the most probable."""
+    """Natural log probability of a token at its position; rank 1 is the most probable."""
 
     logprob: float
     rank: int | None = None
@@ -27,12 +27,12 @@ TokenText = Callable[[int], str | None]
 def position_logprobs(
     token_ids: Sequence[int], logprobs: Sequence[float], rank: int, token_text: TokenText
 ) -> PositionLogprobs:
-    """The mapping of one place.
+    """The mapping of one position.
 
     Args:
-        token_ids: The token that stands there, then the most probable ones in order; it may be one of these.
-        logprobs: Of each of them.
-        rank: Of the token that stands there.
+        token_ids: The token at the position, then the most probable tokens in order; these may include it.
+        logprobs: The log probability of each of `token_ids`.
+        rank: Rank of the token at the position.
         token_text: Text of a token id.
     """
     position: PositionLogprobs = {}
@@ -44,10 +44,10 @@ def position_logprobs(
 
 
 class LogprobRows(Sequence[PositionLogprobs]):
-    """Log probabilities of the tokens of a completion, one mapping a place. Reads like a list and is equal to one.
+    """Log probabilities of the tokens of a completion, one mapping a position. Reads like a list and equals one.
 
-    Numbers are kept in arrays; mappings and their entries are made when they are looked at. As objects they would cost
-    ten times as much, most of it in the garbage collector, also where nobody reads them.
+    Mappings are built when they are read. Stored as objects they would cost ten times as much, most of it in the
+    garbage collector, even if nobody reads them.
 
     Args:
         token_text: Text of a token id.
@@ -58,11 +58,11 @@ class LogprobRows(Sequence[PositionLogprobs]):
     def __init__(self, token_text: TokenText) -> None:
         self._token_text = token_text
         self._token_ids, self._logprobs = array("q"), array("d")
-        # Of each place: where it ends in the arrays above, and the rank of the token that stands there.
+        # For each position: its end in the arrays above, and the rank of its token.
         self._ends, self._ranks = array("q"), array("q")
 
     def add(self, token_ids: list[int], logprobs: list[float], rank: int) -> None:
-        """Add a place; arguments as of `position_logprobs`."""
+        """Add a position; arguments as of `position_logprobs`."""
         self._token_ids.fromlist(token_ids)
         self._logprobs.fromlist(logprobs)
         self._ends.append(len(self._token_ids))
@@ -89,7 +89,7 @@ class LogprobRows(Sequence[PositionLogprobs]):
         return repr(list(self))
 
     def __reduce__(self) -> tuple[type[list[PositionLogprobs]], tuple[list[PositionLogprobs]]]:
-        # A copy is a list: it has nothing to do with the tokenizer any more.
+        # A copy is a list, which needs no tokenizer.
         return list, (list(self),)
 
     def _position(self, place: int) -> PositionLogprobs:
@@ -99,13 +99,13 @@ class LogprobRows(Sequence[PositionLogprobs]):
 
 
 class PromptLogprobRows(Sequence[PositionLogprobs | None]):
-    """Log probabilities of the tokens of a prompt, one mapping a place, None where there is none (yet).
+    """Log probabilities of the tokens of a prompt, one mapping a position, None where there is none (yet).
 
-    Reads like a list and is equal to one. Mappings are made when they are looked at: those of a long prompt take
-    seconds, and whoever takes in what the engine sends must not.
+    Reads like a list and equals one. Mappings are built when they are read: building those of a long prompt takes
+    seconds, which must not block the loop that receives the engine's outputs.
 
     Args:
-        num_places: Tokens of the prompt.
+        num_places: Number of tokens of the prompt.
         token_text: Text of a token id.
     """
 
@@ -122,10 +122,10 @@ class PromptLogprobRows(Sequence[PositionLogprobs | None]):
         logprobs: Sequence[Sequence[float]],
         ranks: Sequence[int],
     ) -> None:
-        """Fill consecutive places, one entry of each list a place as `position_logprobs` takes it.
+        """Fill consecutive positions; each list has one entry a position, as `position_logprobs` takes it.
 
         Raises:
-            IndexError: There are no such places.
+            IndexError: The range goes beyond the prompt.
         """
         rows = list(zip(token_ids, logprobs, ranks, strict=True))
         if first_place < 0 or first_place + len(rows) > len(self._rows):

@@ -1,7 +1,7 @@
 """How an option is declared: a dataclass field with its help and how its text is read.
 
-Which options there are stands in `config.py`, `access.py` and `bounds.py`, their other names in `compat/`; flags are
-made of them in `cli/options.py`.
+The options are in `config.py`, `access.py` and `bounds.py`; vLLM's names of them are in `compat/`. `cli/options.py`
+makes command-line flags of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nanoflow.parameters import read_count as read_count
 
 
 class ConfigError(ValueError):
-    """An option has a value it cannot have, or does not exist; the message says which and what would do."""
+    """An option does not exist or has an invalid value; the message names it and says what would work."""
 
 
 def option(default: Any, text: str, *, read: Callable[[str], Any] | None = None) -> Any:
@@ -23,13 +23,13 @@ def option(default: Any, text: str, *, read: Callable[[str], Any] | None = None)
     Args:
         default: Its value if it is not given.
         text: One line of help.
-        read: From what a user wrote to a value, where that is more than its type; ValueError if it is none.
+        read: Converts the text that a user wrote to a value; ValueError if it cannot. None converts by type.
     """
     return dataclasses.field(default=default, metadata={"help": text, "read": read})
 
 
 def require_positive(name: str, value: float) -> None:
-    """Refuse what is no positive number with a `ConfigError`."""
+    """Raise a `ConfigError` unless the value is a positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, got {value!r}")
     if not value > 0:

@@ -1,6 +1,6 @@
 """What a user gets back: completions with text, token ids, log probabilities and the reason they ended.
 
-Shaped like vLLM's outputs. This file only holds data; `engine/output.py` fills it in.
+Names follow vLLM's outputs. This file only defines data; `engine/output.py` fills it in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanoflow.logprob_rows import position_logprobs as position_logprobs
 
 
 class FinishReason(enum.StrEnum):
-    """Why a completion ended, in OpenAI's words."""
+    """Why a completion ended, as OpenAI's API names it."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -34,9 +34,9 @@ class Finished:
     """How a completion ended.
 
     Attributes:
-        reason: Why.
-        stop_token_id: The stop token of its parameters that ended it; None if that was not one (the end of sequence).
-        error: What went wrong, for people; None if nothing did.
+        reason: Why it ended.
+        stop_token_id: The entry of `stop_token_ids` that ended it; None otherwise (also for the end of sequence).
+        error: Error message for people; None without an error.
     """
 
     reason: FinishReason
@@ -45,9 +45,9 @@ class Finished:
 
 
 class GrowingText:
-    """Descriptor of a text that can be added to without copying what is there; reads and is set as a string.
+    """Descriptor of a string attribute that grows without being copied at each addition.
 
-    The owner's `__dict__` holds a string, or a buffer once something was added to one. The buffer stands at its end.
+    The owner's `__dict__` has a string at first, and a buffer, positioned at its end, after the first addition.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -70,13 +70,12 @@ class CompletionOutput:
 
     Attributes:
         index: Which of the `n` completions.
-        text: Decoded text (so far, if the request has not ended). While it grows each reading copies it: a stream is
-            read with `text_since`.
+        text: Decoded text so far. While it grows, each read copies it; use `text_since` to read a stream.
         token_ids: Generated token ids, the end-of-sequence or stop token included.
         cumulative_logprob: Sum of the chosen tokens' log probabilities; None unless logprobs were asked for.
-        logprobs: One mapping {token id: Logprob} a generated token; None unless asked for.
-        finish_reason: "stop", "length", "abort", "error"; None while it runs.
-        stop_reason: The stop string or stop token id that ended it; None for end of sequence or length.
+        logprobs: One mapping {token id: Logprob} for each generated token; None unless asked for.
+        finish_reason: "stop", "length", "abort" or "error"; None while it runs.
+        stop_reason: The stop string or stop token id that ended it; None if something else did.
     """
 
     index: int
@@ -93,17 +92,17 @@ class CompletionOutput:
         return self.finish_reason is not None
 
     def finished(self) -> bool:
-        """vLLM's name of `is_finished`."""
+        """vLLM's name for `is_finished`."""
         return self.is_finished
 
     @property
     def num_chars(self) -> int:
-        """Length of the text; costs the same whatever it is."""
+        """Length of the text in characters; takes constant time."""
         held = self.__dict__["text"]
         return len(held) if isinstance(held, str) else held.tell()
 
     def append_text(self, piece: str) -> None:
-        """Add to the end of the text; costs as much as the piece is long."""
+        """Append to the text; takes time in proportion to the piece."""
         held = self.__dict__["text"]
         if not held:
             self.text = piece
@@ -115,7 +114,7 @@ class CompletionOutput:
             held.write(piece)
 
     def text_since(self, num_chars: int) -> str:
-        """The text without its first characters; costs as much as what it returns is long."""
+        """The text after its first `num_chars` characters; takes time in proportion to the result."""
         held = self.__dict__["text"]
         if isinstance(held, str):
             return held[num_chars:]
@@ -127,9 +126,9 @@ class CompletionOutput:
 
 @dataclass(slots=True, kw_only=True)
 class RequestMetrics:
-    """When things happened to a request, in seconds of the monotonic clock; None if it has not happened.
+    """Times of events of a request, in seconds of the monotonic clock; None if it has not happened.
 
-    With `n > 1` each time is that of the first completion to get there, `finished_s` that of the last.
+    With `n > 1` each time is that of the first completion to reach the event, but `finished_s` is that of the last.
     """
 
     arrival_s: float
@@ -139,31 +138,31 @@ class RequestMetrics:
     finished_s: float | None = None
     num_preemptions: int = 0
     num_generation_tokens: int = 0
-    """Of all completions, as far as their text has been made."""
+    """Generated tokens of all completions whose text has been made."""
 
     @property
     def arrival_time(self) -> float:
-        """vLLM's name of `arrival_s`, in seconds since 1970."""
+        """vLLM's name for `arrival_s`, in seconds since 1970."""
         return _wall_s(self.arrival_s)
 
     @property
     def queued_ts(self) -> float:
-        """vLLM's name of `arrival_s`: a request is queued when it comes."""
+        """vLLM's name for `arrival_s`: a request is queued when it arrives."""
         return self.arrival_s
 
     @property
     def scheduled_ts(self) -> float:
-        """vLLM's name of `first_scheduled_s`; 0 if it has not happened."""
+        """vLLM's name for `first_scheduled_s`; 0 if it has not happened."""
         return self.first_scheduled_s or 0.0
 
     @property
     def first_token_ts(self) -> float:
-        """vLLM's name of `first_token_s`; 0 if it has not happened."""
+        """vLLM's name for `first_token_s`; 0 if it has not happened."""
         return self.first_token_s or 0.0
 
     @property
     def last_token_ts(self) -> float:
-        """vLLM's name of `last_token_s`; 0 if it has not happened."""
+        """vLLM's name for `last_token_s`; 0 if it has not happened."""
         return self.last_token_s or 0.0
 
     @property
@@ -173,7 +172,7 @@ class RequestMetrics:
 
     @property
     def is_corrupted(self) -> bool:
-        """False: a request whose logits are no numbers ends with an error."""
+        """False: a request with logits that are not finite ends with an error."""
         return False
 
     @property
@@ -207,7 +206,7 @@ def _wall_s(monotonic_s: float) -> float: ...
 @overload
 def _wall_s(monotonic_s: None) -> None: ...
 def _wall_s(monotonic_s: float | None) -> float | None:
-    """A time of the monotonic clock in seconds since 1970, as the clocks stand to each other now."""
+    """A time of the monotonic clock in seconds since 1970, by the present difference of the two clocks."""
     return None if monotonic_s is None else monotonic_s + time.time() - time.monotonic()
 
 
@@ -219,8 +218,8 @@ class RequestOutput:
         request_id: The label the caller gave, or one we made.
         prompt: The prompt's text; None if it came as token ids.
         prompt_token_ids: The prompt's tokens.
-        prompt_logprobs: One entry a prompt token, None for the first; None unless asked for.
-        outputs: One `CompletionOutput` each of the `n`.
+        prompt_logprobs: One entry for each prompt token, None for the first; None unless asked for.
+        outputs: One `CompletionOutput` for each of the `n`.
         finished: True once every completion has ended.
         error: What went wrong with this request alone, if its finish reason is "error".
         num_cached_tokens: Tokens of the prompt that were in the KV cache already. With `n > 1` those that the first

@@ -1,7 +1,7 @@
-"""Kinds of values that a parameter takes: what is let in, what it is kept as, and how a JSON schema says so.
+"""Kinds of values of sampling parameters: which values are valid, how they are stored, and their JSON schema.
 
-One kind serves every door. Python reads values with it, the HTTP server does too, and its OpenAPI document shows it, so
-that a bound, a message or a conversion cannot differ between them. Knows no parameter by name: see `request.py`.
+Python arguments, HTTP requests and the OpenAPI document all use the same kind, so that bounds, messages and conversions
+cannot differ. The parameters themselves are in `request.py`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ INT64_MIN, INT64_MAX, UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
 _MAX_SHOWN_CHARS = 80
 # Decimal digits of the largest token id.
 _MAX_ID_DIGITS = 10
-# Names less alike than this differ in more than a slip of the keyboard.
+# Similarity of two names (0 to 1) below which one is not taken for a typing error of the other.
 _NEAR = 0.75
 
 
 class RequestError(ValueError):
-    """What is wrong with a request, in one line for whoever sent it.
+    """A request is invalid; the message is one line for the client.
 
-    Whatever else is raised while a request is served is not their mistake.
+    Any other exception while a request is served is a fault of the server.
 
     Attributes:
-        param: The parameter at fault, if it is one; "prompt" for what is to be continued.
-        code: A word for programs, where they are known to look for one.
+        param: Name of the invalid parameter; "prompt" for the prompt or messages; None if no single one is at fault.
+        code: Error code that client programs look for, where one is known.
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -42,23 +42,23 @@ class RequestError(ValueError):
 
 
 class Kind(Protocol):
-    """What a parameter may be."""
+    """A kind of value."""
 
     def read(self, name: str, value: object) -> Any:
-        """The value as it is kept: plain Python numbers, texts and tuples, which a second reading leaves as they are.
+        """Check and convert a value to plain Python numbers, strings and tuples. Converting twice changes nothing.
 
         Raises:
-            RequestError: The parameter, whose name the message begins with, cannot be this.
+            RequestError: The value is not of this kind; the message begins with `name`.
         """
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of what is let in."""
+        """The JSON schema of valid values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """An integer from `low` to `high`; numpy's are integers too, and so is 2.0, but neither truth values nor 2.5."""
+    """An integer from `low` to `high`. numpy's integers and 2.0 are accepted, booleans and 2.5 are not."""
 
     low: int
     high: int
@@ -101,13 +101,13 @@ class Number:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """A truth value; numbers are none."""
+    """A boolean; numbers are not accepted."""
 
     def read(self, name: str, value: object) -> bool:
         """See `Kind`."""
         if isinstance(value, bool):
             return value
-        # Only here, as `nanoflow --help` reads this file too.
+        # Imported late, so that `nanoflow --help`, which loads this file, does not load numpy.
         import numpy as np
 
         if not isinstance(value, np.bool_):
@@ -141,7 +141,7 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Strings that are not empty; one may stand alone if `takes_one`."""
+    """A list of non-empty strings; a single string is accepted if `takes_one`."""
 
     max_items: int
     takes_one: bool = False
@@ -166,7 +166,7 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenIds:
-    """Token ids from `low`, as many as `max_items`; that the vocabulary has them is the model's to say."""
+    """At most `max_items` token ids from `low`. The model checks that its vocabulary has them."""
 
     max_items: int | None = None
     low: int = -INT32_MAX
@@ -191,7 +191,7 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Biases:
-    """Token ids to numbers; ids may be written as strings of digits, as JSON has no other keys."""
+    """A mapping from token ids to numbers. Ids may be strings of digits, as keys are in JSON."""
 
     bias: Number
     max_items: int
@@ -218,10 +218,10 @@ class Biases:
 
 
 def read_count(text: str) -> int:
-    """A number of tokens: 4096, 4k (thousands: 4,000), 4K (times 1,024: 4,096), and so with m, M, g, G.
+    """Read a number of tokens: 4096, 4k (4,000) or 4K (4,096); likewise with m, M, g, G.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no such number.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
     if match is None or ("." in match[1] and not match[2]):
@@ -231,17 +231,17 @@ def read_count(text: str) -> int:
 
 
 def is_whole(value: object) -> bool:
-    """True for an integer, however it is written: JSON does not tell 2 from 2.0. Truth values are none."""
+    """True for an integer, also written as 2.0, which JSON does not tell from 2; False for booleans."""
     if isinstance(value, bool):
         return False
     return isinstance(value, Integral) or (isinstance(value, Real) and _as_float(value).is_integer())
 
 
 def integers(name: str, values: Collection[object]) -> list[int]:
-    """The values as Python's integers, however large; quick where they are that already.
+    """The values as Python integers of any size; fast if they are Python integers already.
 
     Raises:
-        RequestError: One of them is no integer.
+        RequestError: One of them is not an integer.
     """
     if set(map(type, values)) <= {int}:
         return list(values)  # type: ignore[arg-type]
@@ -252,22 +252,22 @@ def integers(name: str, values: Collection[object]) -> list[int]:
 
 
 def shown(value: object) -> str:
-    """A value in an error message: never long, whatever it is."""
+    """A value as short text for an error message."""
     try:
         text = reprlib.repr(value)
-    # Python refuses to write very long integers, and a class may refuse anything.
+    # Python refuses to print very long integers, and a class's repr may raise anything.
     except Exception:
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """End of a message about a name that does not exist: the nearest one that does; None if none is near."""
+    """End of a message about an unknown name, which suggests the nearest known one; None if none is near."""
     return next((f"; did you mean {near!r}?" for near in nearest(name, known)), None)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """The known name that a slip of the keyboard is away, or the only one that has all words of this one."""
+    """A known name that differs by a typing error, else the only known name that contains all words of this one."""
     names = list(known)
     slips = difflib.get_close_matches(name, names, n=1, cutoff=_NEAR)
     longer = [other for other in names if _words(name) <= _words(other)]
@@ -297,7 +297,7 @@ def _require_few(name: str, items: Collection[object], max_items: int | None) ->
 
 
 def _require_unicode(name: str, text: str) -> None:
-    """Refuse lone surrogates: Python and JSON can write them, but they are no characters and cannot be encoded."""
+    """Refuse lone surrogates: Python and JSON can contain them, but they cannot be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -305,7 +305,7 @@ def _require_unicode(name: str, text: str) -> None:
 
 
 def _id_of(name: str, key: object) -> int:
-    """A token id that is a key; int32, as all token ids."""
+    """A key of the mapping as a token id, which is an int32."""
     if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS:
         key = int(key)
     if isinstance(key, bool) or not isinstance(key, Integral):

@@ -1,7 +1,7 @@
-"""What a user asks for: sampling parameters and the request that carries them.
+"""What a user asks for: sampling parameters, and the request that has them.
 
-This file knows nothing of tensors, pages or batches. Answers live in `outputs.py`, options of the engine
-in `config.py`. Field names and defaults follow the field's habit (vLLM), so that code moves by changing an import.
+Results are in `outputs.py`, options of the engine in `config.py`. Names and defaults of fields are vLLM's, so that code
+written for vLLM works after changing an import.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _parameter(default: Any, kind: Kind) -> Any:
 
 
 class RequestOutputKind(enum.Enum):
-    """What of an answer `AsyncLLM` yields each time: all so far, what is new, or nothing before it is finished."""
+    """What `AsyncLLM` yields at each step: everything so far, only what is new, or nothing before the end."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -61,11 +61,11 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    May be changed until it is used: then a copy is checked and made use of (`snapshot`), and what is changed later
-    concerns later requests alone. What vLLM has beside these parameters is taken where it changes nothing
-    (`compat/sampling_options.py`). The order of the first ones is vLLM's.
+    The object may be changed until it is used. Each request keeps a checked copy (`snapshot`), so later changes affect
+    only later requests. Other parameters of vLLM are accepted if their value changes nothing
+    (`compat/sampling_options.py`). Positional arguments are in vLLM's order.
 
-    None stands for the default wherever it has no meaning of its own. Numbers and truth values may be numpy's.
+    None means the default unless None is a value of its own. Numbers and booleans may be numpy's.
 
     Attributes:
         n: Number of completions of the prompt. Completion i samples with `seed + i`.
@@ -79,29 +79,29 @@ class SamplingParams:
         frequency_penalty: Subtract once per time the token was generated, -2 to 2.
         logit_bias: Token id to a number added to its logit, -100 to 100.
         allowed_token_ids: Only these tokens may be generated; None allows all.
-        bad_words: Strings that may not be generated, whether they begin a word or not: of the tokens of each, the last
-            is not chosen where those before it have just been.
+        bad_words: Strings that may not be generated, at the beginning of a word or within one. The last token of each
+            is not chosen if the tokens before it have just been generated.
         stop: Strings that end the completion; not part of the text unless `include_stop_str_in_output`.
         stop_token_ids: Token ids that end the completion, beside the model's end of sequence.
         ignore_eos: Go on past the model's end of sequence (for benchmarks).
         max_tokens: Most tokens to generate; None means up to the model's context length.
-        min_tokens: So many tokens come before an end of sequence or a stop token may be chosen. A stop string that is
-            complete within them ends nothing.
-        logprobs: Return this many of the most probable tokens (0: only the chosen one, -1: all there are) at each step,
-            with natural log probabilities of the model's own distribution (before temperature and penalties). The
-            engine's `max_logprobs` is the most.
+        min_tokens: Fewest tokens before an end of sequence or a stop token may be chosen. A stop string that is
+            complete within them does not end the completion.
+        logprobs: Return this many of the most probable tokens (0: only the chosen one, -1: all) at each step, with
+            natural log probabilities of the model's own distribution (before temperature and penalties). At most the
+            engine's `max_logprobs`.
         prompt_logprobs: The same for each prompt token.
         detokenize: Produce text; False returns token ids only.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string in the text.
-        output_kind: What `AsyncLLM` yields. `LLM` and `AsyncEngine` have ways of their own.
-        truncate_prompt_tokens: Keep so many tokens of the prompt, its last ones; -1 keeps as many as the context has
-            room for beside `max_tokens`.
+        output_kind: What `AsyncLLM` and `LLMEngine` yield at each step. `LLM` and `AsyncEngine` ignore it.
+        truncate_prompt_tokens: Use only this many last tokens of the prompt; -1 uses as many as the context has room
+            for beside `max_tokens`.
 
     Raises:
-        RequestError: A value is of the wrong kind or out of its range; the message names the field, what it may be and
-            the value. It is a ValueError.
-        TypeError: There is no such parameter; the message names the nearest.
+        RequestError: A value is of the wrong kind or out of its range; the message names the field, the valid values
+            and the value given. It is a ValueError.
+        TypeError: The parameter does not exist; the message names the nearest one.
     """
 
     n: int = _parameter(1, Whole(low=1, high=MAX_CHOICES))
@@ -135,14 +135,14 @@ class SamplingParams:
     if not TYPE_CHECKING:
 
         def __init__(self, *positional: Any, **given: Any) -> None:
-            """Read the parameters, and refuse in words that help what is none."""
+            """Read the parameters. An unknown one is refused with a suggestion."""
             given = _by_name(positional, given)
             for name, default in _DEFAULTS.items():
                 object.__setattr__(self, name, given.get(name, default))
             self.__post_init__()
 
         def __setattr__(self, name: str, value: Any) -> None:
-            """Change a parameter; it is checked when it is used."""
+            """Set a parameter; its value is checked when the object is used."""
             if name not in KINDS:
                 raise AttributeError(f"SamplingParams has no parameter {name!r}{_hint(name)}")
             object.__setattr__(self, name, value)
@@ -154,36 +154,36 @@ class SamplingParams:
                 value = _MEANING_OF_NONE.get(name, default)
             elif value is not default:
                 value = kind.read(name, value)
-            # Lists, as users add to them.
+            # Stored as lists, because users append to them.
             object.__setattr__(self, name, list(value) if isinstance(value, tuple) else value)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         self._check_together()
 
     @classmethod
     def from_optional(cls, **given: Any) -> SamplingParams:
-        """The same as the constructor, in which None stands for the default too."""
+        """The same as the constructor; None means the default there too."""
         return cls(**given)
 
     def clone(self) -> SamplingParams:
-        """A copy that has nothing in common with this one."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     def snapshot(self) -> SamplingParams:
-        """A checked copy, for a request to keep.
+        """A checked copy for a request.
 
         Raises:
-            RequestError: A parameter has been changed to what it cannot be.
+            RequestError: A parameter was set to an invalid value.
         """
         return dataclasses.replace(self)
 
     @property
     def is_greedy(self) -> bool:
-        """True if the most probable token is always taken."""
+        """True if the most probable token is always chosen."""
         return self.temperature < 1e-5
 
     @property
     def has_penalties(self) -> bool:
-        """True if the choice depends on which tokens came before."""
+        """True if the choice of a token depends on earlier tokens."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def _check_together(self) -> None:
@@ -205,11 +205,11 @@ class SamplingParams:
 
 
 KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(SamplingParams)}
-"""What each parameter may be: for every door that parameters come in by."""
+"""The kind of each parameter, used wherever parameters are read: Python, HTTP and the OpenAPI document."""
 
 _POSITIONAL = tuple(one.name for one in dataclasses.fields(SamplingParams) if not one.kw_only)
 _DEFAULTS = {one.name: one.default for one in dataclasses.fields(SamplingParams)}
-# Where None is not the default's other name.
+# Parameters for which None does not mean the default.
 _MEANING_OF_NONE: dict[str, Any] = {"max_tokens": None, "stop": (), "stop_token_ids": (), "bad_words": ()}
 
 
@@ -217,8 +217,8 @@ def _by_name(positional: Sequence[Any], given: Mapping[str, Any]) -> dict[str, A
     """Arguments of `SamplingParams` by name, without those of vLLM that change nothing.
 
     Raises:
-        RequestError: One that there is not asks for what is not so.
-        TypeError: One does not exist, or is given twice.
+        RequestError: A parameter that nanoflow lacks has a value that would change something.
+        TypeError: A parameter does not exist or is given twice.
     """
     if len(positional) > len(_POSITIONAL):
         raise TypeError(f"SamplingParams takes {len(_POSITIONAL)} arguments without a name, got {len(positional)}")
@@ -247,17 +247,17 @@ def _hint(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One sequence to compute: prompt tokens and how to continue them. `n > 1` is n of these.
+    """One sequence to compute: prompt tokens, and how to continue them. A call with `n > 1` makes n of these.
 
     Attributes:
-        request_id: Chosen by the front end, unique among the living.
+        request_id: Chosen by the front end, unique among unfinished requests.
         prompt_token_ids: At least one id.
-        params: Shared by the completions of one prompt; `n` is not looked at here.
-        seed: The seed that this sequence samples with; always set, so that a recompute draws the same tokens.
-        max_tokens: Most tokens to generate; no more than the context has room for.
-        eos_token_ids: End of sequence of the model; empty with `ignore_eos`.
-        bad_word_ids: The sequences of tokens that `bad_words` forbids: the last token of each is not chosen where those
-            before it have just been generated.
+        params: Shared by the completions of one prompt; `n` is ignored here.
+        seed: Random seed of this sequence; always set, so that a recompute draws the same tokens.
+        max_tokens: Most tokens to generate; at most what the context has room for.
+        eos_token_ids: End-of-sequence tokens of the model; empty with `ignore_eos`.
+        bad_word_ids: The token sequences that `bad_words` forbids: the last token of each is not chosen if those before
+            it have just been generated.
         arrival_s: Seconds on the monotonic clock of the machine.
         page_keys: The root of its pages' keys, then the keys of those that the prompt fills (`kvcache/keys.py`); empty
             if it neither takes pages of others nor leaves any to them.

@@ -1,8 +1,8 @@
-"""What a run was worth: pure functions from the times of its requests to rates and distributions.
+"""Metrics of a benchmark run: pure functions from the times of its requests to rates and distributions.
 
-Definitions: TTFT is arrival to first token, TPOT (latency - TTFT) / (tokens - 1), ITL the gap between tokens,
-normalized latency latency / output tokens, goodput requests/s that meet every stated limit. Seconds throughout;
-milliseconds appear only in the names of limits, which people write. Who took the times: `offline.py`, `online.py`.
+TTFT is arrival to first token; TPOT is (latency - TTFT) / (tokens - 1); ITL is the gap between tokens; normalized
+latency is latency / output tokens; goodput is the requests/s that meet every stated limit. Times are in seconds, except
+that limits, which people write, are in milliseconds. `bench/offline.py` and `bench/online.py` take the times.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class RequestRecord:
     Attributes:
         num_prompt_tokens: Tokens of the prompt.
         num_requested_tokens: Tokens asked for.
-        num_output_tokens: Tokens that came.
-        arrival_s, first_token_s, finished_s: When; of no meaning if it failed. The time of the first token is None if
+        num_output_tokens: Tokens received.
+        arrival_s, first_token_s, finished_s: Times; without meaning if the request failed. `first_token_s` is None if
             the whole answer came at once.
-        gaps_s: Gaps between deliveries of tokens; empty if nobody watched.
-        error: Why it failed; None if it did not.
+        gaps_s: Gaps between deliveries of tokens; empty if they were not measured.
+        error: Why the request failed; None if it completed.
     """
 
     num_prompt_tokens: int
@@ -59,7 +59,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Mean and percentiles (linear between neighbours) of some values."""
+    """Mean and percentiles (with linear interpolation) of some values."""
 
     mean: float
     p50: float
@@ -69,17 +69,17 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunMetrics:
-    """One repeat of a benchmark. Token counts and rates are those of completed requests only.
+    """Metrics of one repeat of a benchmark. Token counts and rates count completed requests only.
 
     Attributes:
-        num_requests, num_completed, num_failed: Requests.
-        num_short: Completed requests that gave fewer tokens than asked for; the run is not comparable if there are any.
-        duration_s: Start to last finish.
-        num_prompt_tokens, num_output_tokens: Sums.
+        num_requests, num_completed, num_failed: Numbers of requests.
+        num_short: Completed requests with fewer tokens than asked for. With any, the run is not comparable.
+        duration_s: From the start to the last finish.
+        num_prompt_tokens, num_output_tokens: Sums over the requests.
         total_tokens_per_s, output_tokens_per_s, requests_per_s: Over the duration; total is prompt plus output.
         ttft_s, tpot_s, itl_s, latency_s, normalized_latency_s: None where nothing was measured. ITL is the gap between
-            two deliveries, which may bring several tokens each.
-        longest_gap_s: Of the longest ITL of each request.
+            two deliveries, each of which may bring several tokens.
+        longest_gap_s: Distribution of each request's longest ITL.
         goodput_requests_per_s: None unless limits were stated.
         energy_per_token_j: Energy of the GPU over the duration, for each prompt and output token; None if unknown.
         errors: Message to how often.
@@ -118,7 +118,7 @@ class RunMetrics:
 
 
 def ttft_s(record: RequestRecord) -> float | None:
-    """Arrival to first token; None if nobody saw that one come."""
+    """Arrival to first token; None if the time of the first token is unknown."""
     return None if record.first_token_s is None else record.first_token_s - record.arrival_s
 
 
@@ -128,14 +128,14 @@ def latency_s(record: RequestRecord) -> float:
 
 
 def tpot_s(record: RequestRecord) -> float | None:
-    """Seconds a token after the first; None for a completion of one token, or if nobody saw the first one come."""
+    """Seconds for each token after the first; None for fewer than two tokens or an unknown time of the first."""
     if record.num_output_tokens < 2 or record.first_token_s is None:
         return None
     return (record.finished_s - record.first_token_s) / (record.num_output_tokens - 1)
 
 
 def normalized_latency_s(record: RequestRecord) -> float:
-    """Latency an output token."""
+    """Latency divided by the number of output tokens."""
     return latency_s(record) / record.num_output_tokens
 
 
@@ -157,7 +157,7 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
     """Limits such as `ttft_ms:200` as a mapping from name to milliseconds.
 
     Raises:
-        ConfigError: A limit has an unknown name or no positive number.
+        ConfigError: A limit has an unknown name, or its number is not positive.
     """
     limits_ms: dict[str, float] = {}
     for text in texts:
@@ -174,7 +174,7 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
 
 
 def meets(record: RequestRecord, limits_ms: Mapping[str, float]) -> bool:
-    """True if the request completed and nothing that was measured of it is over its limit."""
+    """True if the request completed and every measured time of it is within its limit."""
     if record.error is not None:
         return False
     measured = ((_LIMITED[name](record), limit_ms) for name, limit_ms in limits_ms.items())
@@ -182,7 +182,7 @@ def meets(record: RequestRecord, limits_ms: Mapping[str, float]) -> bool:
 
 
 def distribution(values: Iterable[float | None]) -> Distribution | None:
-    """Mean and percentiles of the values that are there; None if there are none."""
+    """Mean and percentiles of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     if not present:
         return None
@@ -197,7 +197,7 @@ def measure(
     *,
     energy_j: float | None = None,
 ) -> RunMetrics:
-    """The metrics of one repeat that took `duration_s` seconds and, if that was measured, `energy_j` joules."""
+    """The metrics of one repeat that took `duration_s` seconds and `energy_j` joules (None if not measured)."""
     done = [record for record in records if record.error is None]
     errors = Counter(record.error for record in records if record.error is not None)
     num_prompt_tokens = sum(record.num_prompt_tokens for record in done)

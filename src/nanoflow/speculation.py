@@ -1,7 +1,6 @@
-"""Which kind of speculative decoding an engine does, as its user writes it: `ngram:4`.
+"""The option for speculative decoding, as a user writes it: `ngram:4`.
 
-Here is only what was asked for. How drafts are found and when they pay: `scheduler/drafts.py`; the guide is
-docs/speculative.md.
+`scheduler/drafts.py` finds drafts and decides when they pay; the guide is docs/speculative.md.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from nanoflow.option import ConfigError
 from nanoflow.parameters import shown
 
-# A longer draft takes more time to verify than it can be expected to bring.
+# A longer draft takes longer to verify than its expected gain is worth.
 MAX_DRAFT_TOKENS = 32
 MAX_MATCH_TOKENS = 64
 _LONGEST, _SHORTEST = 4, 2
@@ -24,8 +23,8 @@ class NgramSpeculation:
 
     Attributes:
         num_draft_tokens: Most tokens of a draft.
-        longest_match: So many last tokens are looked for first.
-        shortest_match: With fewer than so many tokens alike nothing is proposed.
+        longest_match: How many last tokens are looked up first.
+        shortest_match: Fewest matching tokens for which a draft is proposed.
 
     Raises:
         ValueError: A number is out of its range.
@@ -45,7 +44,7 @@ class NgramSpeculation:
             )
 
     def __str__(self) -> str:
-        """As `read_speculation` reads it."""
+        """The text from which `read_speculation` reads this."""
         return f"ngram:{self.num_draft_tokens}:{self.longest_match}:{self.shortest_match}"
 
 
@@ -53,7 +52,7 @@ def read_speculation(text: str) -> NgramSpeculation:
     """Read `ngram:TOKENS[:LONGEST[:SHORTEST]]`.
 
     Raises:
-        ValueError: The text is nothing of that form, or a number is out of its range.
+        ValueError: The text has another form, or a number is out of its range.
     """
     method, *numbers = str(text).strip().lower().split(":")
     if method != "ngram" or not 1 <= len(numbers) <= 3:
@@ -67,15 +66,15 @@ def read_speculation(text: str) -> NgramSpeculation:
 
 
 def in_full(text: str) -> str | None:
-    """The option with all of its numbers, so that two ways to write the same are equal; None for "none"."""
+    """The option with all numbers written out, so that equal settings are equal texts; None for "none"."""
     return None if text.strip().lower() == "none" else str(read_speculation(text))
 
 
 def check_speculation(text: str | None) -> None:
-    """Refuse what `read_speculation` cannot read.
+    """Check that `read_speculation` can read the text.
 
     Raises:
-        ConfigError: With one line that says what the option may be.
+        ConfigError: It cannot; the message is one line that says what the option may be.
     """
     try:
         if text is not None:

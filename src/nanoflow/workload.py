@@ -1,7 +1,7 @@
 """Workloads: how long prompts and completions are, which tokens, and when requests arrive.
 
-Everything is drawn from a seed, so that two engines can be given the same work. Knows nothing of who computes it: see
-`offline.py` and `online.py`.
+Everything is drawn from a seed, so that two engines can get the same work. `bench/offline.py` and `bench/online.py` run
+it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 
 from nanoflow.config import ConfigError
 
-# What the paper's scripts keep of a trace.
+# Longer requests of a trace are left out, as in the scripts of the NanoFlow paper.
 MAX_TRACE_PROMPT = 3072
 MAX_TRACE_OUTPUT = 1024
 MAX_TRACE_TOTAL = 4096
 
-# Independent streams of one seed.
+# Independent random streams of one seed.
 _LENGTHS, _PROMPTS, _ARRIVALS, _UNDER_WAY = range(4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Tokens of a request's prompt and of its completion; `num_computed` of the prompt are taken to be in the cache."""
+    """Tokens of a request's prompt and completion; the first `num_computed` of the prompt are in the cache already."""
 
     num_prompt_tokens: int
     num_output_tokens: int
@@ -37,7 +37,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRequest:
-    """One request of a workload; `arrival_s` counts from the start of the run."""
+    """One request of a workload; `arrival_s` is in seconds from the start of the run."""
 
     prompt_token_ids: list[int]
     num_output_tokens: int
@@ -49,7 +49,7 @@ def make_requests(
 ) -> list[BenchRequest]:
     """The requests of one repeat.
 
-    Repeats differ in the tokens of the prompts only, so that no cache of prefixes can make a later one faster.
+    Repeats differ only in the tokens of the prompts, so that no prefix cache makes a later one faster.
     """
     arrivals_s = draw_arrivals(len(lengths), request_rate, seed)
     prompts = np.random.default_rng((_PROMPTS, seed, repeat))
@@ -64,10 +64,10 @@ def make_requests(
 
 
 def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
-    """Lengths of so many requests: the same for all, or drawn from a trace (with repetition only if it is too short).
+    """Lengths of requests: all the same, or drawn from a trace (with repetition only if it is too short).
 
     Raises:
-        ConfigError: The workload is neither IN/OUT nor a trace that can be read.
+        ConfigError: The workload is neither IN/OUT nor a readable trace.
     """
     if workload.startswith("trace:"):
         trace = read_trace(Path(workload.removeprefix("trace:")))
@@ -80,19 +80,19 @@ def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
 
 
 def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, max_batch_tokens: int, seed: int) -> list[Lengths]:
-    """The requests that an engine has which has run for long, as ones that are given to it all at once.
+    """The requests of an engine in its steady state, made so that they can all be submitted at once.
 
-    Each is at some place of its completion, anywhere in it. Those with long completions stay longer, so there are more
-    of them (in proportion to the completion). What a request has generated is part of its prompt here, and all but the
-    last token of that is computed. Where prompts take most of an iteration, they come more slowly than the cache has
-    room: decodes are that part of an iteration that completions are of all tokens.
+    Each request is at a uniformly random point of its completion. A request is drawn with probability in proportion to
+    the length of its completion, as long ones run longer. The tokens generated so far are counted as prompt, and all
+    but the last of them as computed. The number of requests is also limited by the rate at which prompts can be
+    computed: the share of decode tokens in an iteration is the share of output tokens in all tokens.
 
     Args:
-        lengths: What requests are drawn from.
-        num_keys: Room in the cache, in tokens.
-        most: Requests at once.
-        max_batch_tokens: Of an iteration.
-        seed: Of the draw.
+        lengths: The workload to draw from.
+        num_keys: Capacity of the KV cache in tokens.
+        most: Largest number of running requests.
+        max_batch_tokens: Token budget of an iteration.
+        seed: Seed of the draw.
     """
     rng = np.random.default_rng((_UNDER_WAY, seed))
     stay = np.array([length.num_output_tokens for length in lengths], float)
@@ -105,7 +105,7 @@ def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, max_batch_to
 
 
 def _after(length: Lengths, num_generated: int) -> Lengths:
-    """A request that has generated so many of its tokens."""
+    """The request after `num_generated` tokens of its completion."""
     num_known = length.num_prompt_tokens + num_generated
     return Lengths(
         num_prompt_tokens=num_known,
@@ -115,10 +115,10 @@ def _after(length: Lengths, num_generated: int) -> Lengths:
 
 
 def read_trace(path: Path) -> list[Lengths]:
-    """The lengths of a trace, columns ContextTokens and GeneratedTokens, those that are too long left out.
+    """The lengths of a trace (columns ContextTokens and GeneratedTokens) without requests that are too long.
 
     Raises:
-        ConfigError: The file cannot be read, is no such table, or nothing of it is left.
+        ConfigError: The file cannot be read, is no such table, or has no request that is short enough.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -138,6 +138,6 @@ def read_trace(path: Path) -> list[Lengths]:
 
 
 def draw_arrivals(num_requests: int, request_rate: float, seed: int) -> list[float]:
-    """Arrival times in seconds from the start: Poisson (exponential gaps with mean 1 / rate); inf is all at 0."""
+    """Poisson arrival times in seconds from the start (exponential gaps with mean 1 / rate); all 0 if rate is inf."""
     gaps_s = np.random.default_rng((_ARRIVALS, seed)).exponential(1.0, num_requests) / request_rate
     return [float(time_s) for time_s in np.cumsum(gaps_s)]

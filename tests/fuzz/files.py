@@ -23,7 +23,7 @@ from typing import Any
 
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
-from nanoflow.models import config as model_configs
+from nanoflow.models import config_json as model_configs
 from nanoflow.models.fields import ModelError
 from nanoflow.models.generation import load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model

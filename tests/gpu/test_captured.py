@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from nanoflow.executor import captured
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan
 from tests.driving import greedy, random_prompts, run_model

@@ -13,7 +13,7 @@ import torch
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.request import Request, SamplingParams

@@ -14,7 +14,7 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.search.carry import carry_plan

@@ -23,7 +23,7 @@ from nanoflow.engine.build import build_engine
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.messages import EngineStats
 from nanoflow.engine.prompts import PromptInput
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.outputs import FinishReason
 from nanoflow.request import RequestError
 from tests.error_chain import is_shown_alone

@@ -21,7 +21,7 @@ from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import EngineStats
 from nanoflow.kvcache.sizes import Demand
 from nanoflow.kvcache.tables import PageTables
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.scheduler.gain import Gain

@@ -16,7 +16,7 @@ from nanoflow.bounds import ServerBounds
 from nanoflow.config import ServerConfig
 from nanoflow.server.admission import Admission, Ledger
 from nanoflow.server.app import create_app
-from nanoflow.server.cells import Cells, shared_rows
+from nanoflow.server.counters import Counters, shared_rows
 from nanoflow.server.errors import ApiError
 from tests.fake_async_engine import FakeAsyncEngine
 
@@ -45,10 +45,10 @@ def test_rooms_are_counted_until_they_end() -> None:
 
 def test_all_processes_count_and_dead_ones_do_not() -> None:
     with shared_rows(3) as file:
-        ledger = Ledger(Cells(file, 0))
+        ledger = Ledger(Counters(file, 0))
         other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        cells = Cells(file, 1)
-        cells.own(cells.take(3))[:] = (other.pid, 9, 70)
+        counters = Counters(file, 1)
+        counters.own(counters.take(3))[:] = (other.pid, 9, 70)
         try:
             ledger.add(1, 5)
             assert ledger.total() == (10, 75)
@@ -58,7 +58,10 @@ def test_all_processes_count_and_dead_ones_do_not() -> None:
             other.kill()
             other.wait()
         assert ledger.total() == (1, 5)
-        assert Ledger(Cells(file, 0)).total() == (0, 0)  # in the place of one that died while it had let something in
+        assert Ledger(Counters(file, 0)).total() == (
+            0,
+            0,
+        )  # in the place of one that died while it had let something in
 
 
 @pytest.mark.parametrize("stream", [False, True])

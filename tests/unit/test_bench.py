@@ -17,8 +17,8 @@ import pytest
 from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.bench import clients, offline
-from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.machine import detect_gpus, git_revision
+from nanoflow.bench.options import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.record import format_table, make_record, write_record
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError, EngineConfig

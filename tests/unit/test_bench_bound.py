@@ -8,6 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nanoflow.bench.steady import (
+    NoSteadyState,
+    Progress,
+    ProgressRecorder,
+    find_window,
+    steady_state,
+)
 
 from nanoflow.bench import offline, rates
 from nanoflow.bench.bound import (
@@ -21,20 +28,13 @@ from nanoflow.bench.bound import (
     visible_keys,
     work_of,
 )
-from nanoflow.bench.config import ThroughputConfig
-from nanoflow.bench.measurement_window import (
-    NoSteadyState,
-    Progress,
-    ProgressRecorder,
-    find_window,
-    steady_state,
-)
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.record import format_table, write_record
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import EnergySampler
 from nanoflow.engine.messages import EngineStats
 from nanoflow.executor.buffers import Workspace
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.profiler import site

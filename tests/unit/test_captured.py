@@ -19,7 +19,7 @@ from nanoflow.kernels import triton_attention
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from tests.graphs import batch_of, device_model, drawing, with_fresh_caches

@@ -22,7 +22,7 @@ from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.hopper import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.carry import carriers

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import pytest
 
 import nanoflow
-from nanoflow.bench.config import BenchConfig, LoadConfig
 from nanoflow.bench.machine import _parse_gpu
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.cli import chat, main, options, session
 from nanoflow.config import EngineConfig, ServerConfig, names_of, option
 from nanoflow.engine.errors import EngineDeadError

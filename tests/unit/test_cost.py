@@ -32,7 +32,7 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import BatchShape, LinearDims, OpKind
 from nanoflow.graph.shard import Exchange
 from nanoflow.hardware import GPUS, Figure, GpuGroup, HardwareError, parse_gpus
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.models.presets import PRESETS, preset_config
 
 H200 = parse_gpus("h200")

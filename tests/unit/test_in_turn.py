@@ -14,12 +14,12 @@ from benchmarks.common.apart import RunFailed
 from benchmarks.engine import limits, sampled
 from benchmarks.ladder import whole_runs
 
-from nanoflow.bench.config import ThroughputConfig
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.provenance import command, portable, require_clean, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.messages import BookFacts, PlanName
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, PlanEntry, StoredBook, load_book

@@ -15,7 +15,7 @@ from nanoflow.executor.streams import LaneStream
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, depends
 from nanoflow.graph.shard import shard
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.plan import PipelinePlan

@@ -21,7 +21,7 @@ from nanoflow.executor.streams import Carveout, LaneError, LaneStream, beside_pa
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from tests.graphs import device_model

@@ -206,7 +206,7 @@ def _reading_other(kind: LayerKind) -> LayerKind:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_reading_other, "'qkv_proj' is another one in layers of kind 'other'"),
+        (_reading_other, "'qkv_proj' differs in layers of kind 'other'"),
         (
             lambda kind: replace(kind, name="layer", parameters=kind.parameters[::-1]),
             "layer kind 'layer' is there twice",

@@ -17,7 +17,7 @@ from nanoflow.engine.limits import choose_limits
 from nanoflow.executor.buffers import allocate_caches
 from nanoflow.hardware import LocalDevice
 from nanoflow.kvcache import PoolSize
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from tests.unit.test_plan import LLAMA

@@ -16,7 +16,7 @@ from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.outputs import FinishReason
-from nanoflow.server.cells import MAX_CELLS, Cells, HistogramCells, shared_rows
+from nanoflow.server.counters import MAX_COUNTERS, Counters, Histogram, shared_rows
 from nanoflow.server.metrics import ServerMetrics, token_count_buckets
 from tests.fake_async_engine import FakeAsyncEngine
 
@@ -204,7 +204,8 @@ def test_counts_of_all_front_ends_add_up_and_the_engines_state_does_not(rows: in
     engine = FakeAsyncEngine()
     engine.num_running, engine.num_preemptions = 16, 3
     several = [
-        ServerMetrics(engine, prefix="nanoflow", model_name="toy", cells=Cells(rows, number)) for number in range(3)
+        ServerMetrics(engine, prefix="nanoflow", model_name="toy", counters=Counters(rows, number))
+        for number in range(3)
     ]
     alone = metrics_of(engine)
     for number, metrics in enumerate(several):
@@ -219,26 +220,26 @@ def test_counts_of_all_front_ends_add_up_and_the_engines_state_does_not(rows: in
 
 @pytest.mark.parametrize("row", [1, 2])
 def test_what_a_front_end_counted_stays_when_it_ends(row: int, rows: int) -> None:
-    first = ServerMetrics(FakeAsyncEngine(), prefix="p", model_name="toy", cells=Cells(rows, 1))
+    first = ServerMetrics(FakeAsyncEngine(), prefix="p", model_name="toy", counters=Counters(rows, 1))
     first.observe_first_token(0.3, num_prompt_tokens=7)
     del first
-    second = ServerMetrics(FakeAsyncEngine(), prefix="nanoflow", model_name="toy", cells=Cells(rows, row))
+    second = ServerMetrics(FakeAsyncEngine(), prefix="nanoflow", model_name="toy", counters=Counters(rows, row))
     second.observe_first_token(0.3, num_prompt_tokens=7)
     assert values(second)["prompt_tokens_total"] == 14
 
 
 def test_many_observations_at_once_are_those_one_by_one() -> None:
     bounds, observed = (0.01, 0.1, 1.0), [0.0, 0.01, 0.010001, 0.1, 0.5, 1.0, 7.0]
-    cells = Cells()
-    fast, slow = HistogramCells(cells, bounds), HistogramCells(cells, bounds)
+    counters = Counters()
+    fast, slow = Histogram(counters, bounds), Histogram(counters, bounds)
     fast.observe_many(observed)
     for value in observed:
         slow.observe(value)
-    total = cells.total()
+    total = counters.total()
     assert total[fast.place].tolist() == pytest.approx(total[slow.place].tolist())
     assert total[fast.place].tolist()[:-1] == [2, 2, 2, 1]
 
 
-def test_cells_are_limited() -> None:
+def test_counters_are_limited() -> None:
     with pytest.raises(ValueError, match="no more than"):
-        Cells().take(MAX_CELLS + 1)
+        Counters().take(MAX_COUNTERS + 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.config_json import ModelError, load, parse
 from nanoflow.models.registry import ARCHITECTURES, build_graph
 
 LLAMA: dict[str, Any] = {
@@ -343,7 +343,7 @@ def test_ends_of_sequence_of_both_files(tmp_path: Path) -> None:
         (b"[" * 100_000, "not readable as JSON: nested too deeply"),
         (b'{"a":' * 100_000, "not readable as JSON: nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not readable as JSON: Exceeds the limit"),
-        (b'{"vocab_size": 1, "a": {"b": 1, "b": 2}}', "not readable as JSON: the key 'b' stands twice in one object"),
+        (b'{"vocab_size": 1, "a": {"b": 1, "b": 2}}', "not readable as JSON: the key 'b' is twice in one object"),
         (b" " * 2**23, "has 8388608 bytes, more than the"),
     ],
 )

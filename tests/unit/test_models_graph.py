@@ -23,7 +23,7 @@ from nanoflow.graph.operation import (
     Scope,
 )
 from nanoflow.graph.shard import shard
-from nanoflow.models import config as model_config
+from nanoflow.models import config_json as model_config
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import ARCHITECTURES, build_graph
 from nanoflow.models.weights import Weights, load_weights

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from nanoflow.models.config import ModelError, load
+from nanoflow.models.config_json import ModelError, load
 from nanoflow.models.locate import locate_model
 from tests.error_chain import is_shown_alone
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanoflow.models.config import ModelError, parse
+from nanoflow.models.config_json import ModelError, parse
 from nanoflow.models.rope import rope_spec
 
 BASE: dict[str, Any] = {

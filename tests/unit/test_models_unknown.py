@@ -11,7 +11,7 @@ import pytest
 
 from nanoflow import LLM
 from nanoflow.cli.main import main
-from nanoflow.models.config import ModelError, load, parse
+from nanoflow.models.config_json import ModelError, load, parse
 from nanoflow.models.fields import shown
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import ARCHITECTURES
@@ -66,7 +66,7 @@ def test_an_unknown_architecture_is_said_before_anything_that_it_lacks(
         name = shown(config.get("architectures", [config.get("model_type")])[0])
         assert f"{name} is not known" in message and message.endswith(KNOWN) and "\n" not in message
         assert kind in message and "is missing" not in message
-        near = "none that is known is near" if nearest is None else f"nearest known: {nearest}ForCausalLM;"
+        near = "none of the known ones is similar" if nearest is None else f"nearest known: {nearest}ForCausalLM;"
         assert near in message
 
 

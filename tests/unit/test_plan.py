@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, TokenRange, depends, split
 from nanoflow.graph.operation import BatchShape
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook, PlanEntry
 from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan, PlanError

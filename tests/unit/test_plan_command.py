@@ -101,7 +101,7 @@ def test_a_book_is_listed_and_a_name_or_digest_chooses(
     with pytest.raises(ValueError, match="unknown plan 'halfs'; known: sequential, halves"):
         show(book_file, "--name", "halfs")
     drawn = shown(capsys, book_file, "--svg", tmp_path / "x.svg")
-    assert f"drawn is sequential ({WHOLE.digest}), the plan for most of the time" in drawn
+    assert f"drawing sequential ({WHOLE.digest}), the plan that runs most of the time" in drawn
     assert (tmp_path / "x.svg").exists() and "sequential, order only" in drawn
 
 

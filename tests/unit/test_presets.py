@@ -10,7 +10,7 @@ import pytest
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.tokenizer import load_tokenizer
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.models.presets import PRESETS, preset_config, preset_name
 from nanoflow.models.registry import build_graph
 

@@ -8,7 +8,7 @@ import pytest
 
 from nanoflow.cli import profile
 from nanoflow.cli.options import CommandParser
-from nanoflow.models.config import ModelError, parse
+from nanoflow.models.config_json import ModelError, parse
 from nanoflow.models.registry import build_graph
 from nanoflow.profile.table import CostTable, Profile, ProfileError
 

@@ -12,7 +12,7 @@ import torch
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.streams import LaneError, partition_pair, partition_sms
 from nanoflow.graph.operation import OpKind
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism

@@ -19,9 +19,9 @@ from benchmarks.engine import serving, serving_document
 
 from nanoflow.bench.client import ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
 from nanoflow.bench.clients import Clients
-from nanoflow.bench.config import BenchConfig, LoadConfig
 from nanoflow.bench.offline import without_impossible_energy
 from nanoflow.bench.online import Sent, body_of, record_of
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.config import ConfigError
 from nanoflow.run_metrics import RequestRecord, distribution, measure
 from nanoflow.workload import BenchRequest

@@ -16,7 +16,7 @@ from benchmarks import session
 from benchmarks.ladder import steady, whole_runs
 
 from nanoflow.cli.main import build_parser
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, BookPrediction, PlanEntry, StoredBook, WorkloadPrediction

@@ -19,7 +19,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
 from nanoflow.graph.operation import BatchShape
-from nanoflow.models.config import load
+from nanoflow.models.config_json import load
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph

@@ -17,10 +17,10 @@ from torch import Tensor
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.graph.graph import OpGraph
-from nanoflow.models import config as model_config
+from nanoflow.models import config_json as model_config
 from nanoflow.models import weights as weights_module
 from nanoflow.models.checkpoint import StoredTensor
-from nanoflow.models.config import ModelError
+from nanoflow.models.config_json import ModelError
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
 from tests.driving import HuggingFace
@@ -273,7 +273,7 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
     save_file({**load_file(path), QUERY: other.get(QUERY, torch.zeros(2))}, path)
     first = folder / "model-00001-of-00002.safetensors"
     save_file({**other, QUERY: torch.zeros(2)}, first)
-    _expect_error(folder, f"{QUERY} stands in {first} and in {path}: which is meant?")
+    _expect_error(folder, f"{QUERY} is in both {first} and {path}: remove one of them")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "shard"])

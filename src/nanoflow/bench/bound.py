@@ -1,9 +1,9 @@
-"""What was possible: tokens/s of a workload if each operation ran alone at the rate measured on this very device.
+"""Bounds of the throughput: tokens/s of a workload if each operation ran alone at the rate measured on this device.
 
-The *serial bound* is the sum of parts alone: GEMMs, decode attention and prefill attention one after the other, nothing
-else and no gap. It holds for the clock and power that each part had by itself: on a card that is limited by power, an
-engine that mixes hungry parts with others can pass it, and then it is no bound. The *optimal throughput* (paper eq. 5)
-is its GEMMs alone. This file counts the work and adds up; it measures nothing and needs no torch, see `rates.py`.
+The *serial bound* is the time of GEMMs, decode attention and prefill attention one after the other, without gaps and
+without anything else. Each part has the clock and power that it reached alone. On a card limited by power, an engine
+that mixes power-hungry operations with others can exceed it, and then it is no bound. The *optimal throughput* (paper
+eq. 5) counts the GEMMs alone. This file counts work and adds up; `rates.py` measures.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Windows = Sequence[int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What all requests of a workload need of the device.
+    """The work of all requests of a workload.
 
     Attributes:
-        num_tokens: Prompt and output tokens, each through the GEMMs of every layer.
-        num_logit_rows: Output tokens, each through the language-model head.
+        num_tokens: Prompt and output tokens; each goes through the GEMMs of every layer.
+        num_logit_rows: Output tokens; each goes through the language-model head.
         num_decode_keys: Sum over layers and decodes of the keys attended to.
-        num_prefill_keys: The same over prompt tokens: visible pairs.
+        num_prefill_keys: Sum over layers and prompt tokens of the keys attended to.
     """
 
     num_tokens: int
@@ -42,13 +42,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypicalBatch:
-    """The batch in the middle of a run, at whose sizes the rates are measured.
+    """The batch of the steady state, at whose sizes the rates are measured.
 
     Attributes:
-        num_tokens: Of the GEMMs: the token budget.
-        num_logit_rows: Of the language-model head.
-        num_decodes, decode_context: Decodes, and keys of each; no decodes if every request asks for one token.
-        num_prefills, prefill_before, prefill_tokens: Prompts worked on, and of each the tokens before and now.
+        num_tokens: Rows of the GEMMs: the token budget.
+        num_logit_rows: Rows of the language-model head.
+        num_decodes, decode_context: Number of decodes, and keys of each; no decodes if every request asks for one
+        token.
+        num_prefills, prefill_before, prefill_tokens: Number of prompts in the batch, and tokens of each that were
+            computed before and are computed now.
     """
 
     num_tokens: int
@@ -62,14 +64,14 @@ class TypicalBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Time and energy of one unit of work, and the clock it was measured at; None where these cannot be measured."""
+    """Time, energy and clock of one unit of work; None where they cannot be measured."""
 
     time_s: float
     energy_j: float | None = None
     clock_mhz: float | None = None
 
     def divided_by(self, count: float) -> Cost:
-        """The cost of one of so many equal parts."""
+        """The cost of one of `count` equal parts."""
         return Cost(
             time_s=self.time_s / count,
             energy_j=None if self.energy_j is None else self.energy_j / count,
@@ -82,10 +84,10 @@ class Rates:
     """Measured costs.
 
     Attributes:
-        token: One token through the GEMMs of all layers.
-        logit_row: One row through the language-model head.
+        token: One token in the GEMMs of all layers.
+        logit_row: One row in the language-model head.
         decode_key: One key of one layer in decode attention; None without decodes.
-        prefill_key: One visible pair of one layer in prefill attention.
+        prefill_key: One pair of token and visible key of one layer in prefill attention.
     """
 
     token: Cost
@@ -96,15 +98,15 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Bounds of a workload on the device that ran it, and the rates that they come from.
+    """Bounds of a workload on the device that ran it, and the rates behind them.
 
     Attributes:
-        serial_tokens_per_s, optimal_tokens_per_s: Prompt and output tokens.
-        serial_energy_per_token_j, optimal_energy_per_token_j: None without an energy counter.
-        gemm_tflops, lm_head_tflops, prefill_tflops: 1e12 operations/s; prefill attention counts visible pairs alone.
-        decode_kv_bytes_per_s: Keys and values, each read once; None without decodes.
-        batch: Sizes that these rates were measured at.
-        clocks_mhz: The multiprocessors' clock while each part was measured, by its name; empty without a GPU.
+        serial_tokens_per_s, optimal_tokens_per_s: Prompt and output tokens per second.
+        serial_energy_per_token_j, optimal_energy_per_token_j: Joules; None without an energy counter.
+        gemm_tflops, lm_head_tflops, prefill_tflops: 1e12 operations/s; prefill attention counts visible pairs only.
+        decode_kv_bytes_per_s: Bytes of keys and values, each read once; None without decodes.
+        batch: Sizes at which these rates were measured.
+        clocks_mhz: Clock of the SMs during the measurement, by name of the part; empty without a GPU.
     """
 
     serial_tokens_per_s: float
@@ -120,7 +122,7 @@ class Bounds:
 
     @property
     def serial_power_w(self) -> float | None:
-        """Mean power of the parts alone; None without an energy counter."""
+        """Mean power of the serial bound in watts; None without an energy counter."""
         energy_j = self.serial_energy_per_token_j
         return None if energy_j is None else energy_j * self.serial_tokens_per_s
 
@@ -128,8 +130,8 @@ class Bounds:
 def work_of(lengths: Sequence[Lengths], windows: Windows) -> Work:
     """Count the work of requests on a model whose layers have these sliding windows.
 
-    The first output token comes from the prompt's last position, so a request of d output tokens decodes d - 1 times,
-    attending to p + 1 up to p + d - 1 keys.
+    A request of p prompt and d output tokens gets its first output token from the last position of its prompt. So it
+    decodes d - 1 times, attending to p + 1 up to p + d - 1 keys.
     """
     num_decode_keys = num_prefill_keys = 0
     for length, count in Counter(lengths).items():
@@ -145,7 +147,7 @@ def work_of(lengths: Sequence[Lengths], windows: Windows) -> Work:
 
 
 def visible_keys(contexts: NDArray[np.int64], windows: Windows) -> int:
-    """Sum over layers and tokens of the keys seen, for tokens with these contexts (themselves counted)."""
+    """Sum over layers and tokens of the keys seen, for tokens with these contexts (each including the token itself)."""
     return sum(
         count * int((contexts if window is None else np.minimum(contexts, window)).sum())
         for window, count in Counter(windows).items()
@@ -153,11 +155,11 @@ def visible_keys(contexts: NDArray[np.int64], windows: Windows) -> int:
 
 
 def typical_batch(lengths: Sequence[Lengths], *, max_batch_tokens: int, max_num_seqs: int) -> TypicalBatch:
-    """The batch of the steady state: a full budget, prompt and output tokens in the workload's own ratio.
+    """The batch of the steady state: a full budget, with prompt and output tokens in the workload's ratio.
 
-    Prompts that fit in their part of it are there whole; of a longer one it is a chunk from its middle. There are no
-    more decodes than requests that may run, but the prompts' part does not shrink with them, for these are bounds.
-    Pages are taken to suffice.
+    A prompt that fits in the prompts' share of the budget is there whole; of a longer one it is a chunk from its
+    middle. Decodes are at most the requests that may run. The prompts' share does not shrink with them, because this is
+    for a bound. Pages are assumed to suffice.
     """
     num_prompt = sum(length.num_prompt_tokens for length in lengths)
     num_output = sum(length.num_output_tokens for length in lengths)
@@ -178,7 +180,7 @@ def typical_batch(lengths: Sequence[Lengths], *, max_batch_tokens: int, max_num_
 
 
 def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dtype_bytes: int) -> Bounds:
-    """Add up the work at its measured costs."""
+    """Add up the work at the measured costs."""
     gemms = ((work.num_tokens, rates.token), (work.num_logit_rows, rates.logit_row))
     attention = ((work.num_decode_keys, rates.decode_key), (work.num_prefill_keys, rates.prefill_key))
     optimal = _total(gemms)
@@ -189,7 +191,7 @@ def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dty
         for kind, count in graph.kind_counts
     )
     head_flops = sum(op.flops(one_token) for op in graph.epilogue if isinstance(op.dims, LinearDims))
-    # Of a layer, on average.
+    # Average over the layers.
     key_bytes = graph.kv_elements_per_token * dtype_bytes / graph.num_layers
     q_width = sum(kind.attention.q_width * count for kind, count in graph.kind_counts) / graph.num_layers
     return Bounds(
@@ -217,7 +219,7 @@ def _clocks_mhz(rates: Rates) -> dict[str, float]:
 
 
 def _total(parts: Iterable[tuple[int, Cost]]) -> Cost:
-    """Units times cost, summed; energy only if it is known of every part."""
+    """Sum of units times cost; energy only if it is known for every part."""
     parts = list(parts)
     energies_j = [count * cost.energy_j for count, cost in parts if cost.energy_j is not None]
     return Cost(

@@ -1,8 +1,8 @@
-"""A small HTTP/1.1 client for load: one connection a request; of an answer its bytes, and when they came.
+"""A small HTTP/1.1 client for load: one connection per request; it records received bytes and their times.
 
-A client that parses each token as it comes costs more than a server that sends it, and would be what is measured. So
-nothing is understood while load runs: `exchange` keeps pieces and their times, `read_answer` and `read_events` make
-sense of them afterwards. What is asked for stands in `online.py`.
+Parsing each token on arrival would cost more CPU than a fast server needs to send it, and would be what is measured. So
+nothing is parsed under load: `exchange` stores pieces and times, and `read_answer` and `read_events` parse them
+afterwards. `online.py` makes the requests.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 
 
 class ExchangeFailed(Exception):
-    """No whole answer came; one line says why."""
+    """No complete answer was received; the message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a server is: `path` is that of the base address, without a slash at its end."""
+    """Address of a server; `path` is the path of the base address, without a slash at its end."""
 
     host: str
     port: int
@@ -33,7 +33,7 @@ class Address:
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """For a connection; None if that is plain."""
+        """The TLS context for a connection; None for plain HTTP."""
         return ssl.create_default_context() if self.is_secure else None
 
 
@@ -41,7 +41,7 @@ def read_address(url: str) -> Address:
     """The parts of a base address such as `http://127.0.0.1:8000/v1`.
 
     Raises:
-        ValueError: It is no http or https address.
+        ValueError: It is not an http or https address.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or parts.hostname is None:
@@ -56,7 +56,7 @@ def read_address(url: str) -> Address:
 
 
 def post(address: Address, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-    """A request as it is sent: a POST of JSON, after which the server is to close the connection."""
+    """An HTTP request as bytes: a POST of JSON that asks the server to close the connection afterwards."""
     lines = [
         f"POST {address.path}/{path} HTTP/1.1",
         f"host: {address.host}:{address.port}",
@@ -70,24 +70,24 @@ def post(address: Address, path: str, body: bytes, headers: Mapping[str, str]) -
 
 @dataclass(slots=True, kw_only=True)
 class Pieces:
-    """What came over a connection, and when (seconds of `time.monotonic`, one clock for all processes)."""
+    """Received bytes and their times (seconds of `time.monotonic`, one clock for all processes)."""
 
     data: list[bytes]
     times_s: list[float]
 
 
 async def exchange(address: Address, message: bytes, timeout_s: float, tls: ssl.SSLContext | None = None) -> Pieces:
-    """Send a request and take in what comes until the server closes the connection.
+    """Send a request and receive until the server closes the connection.
 
     Args:
-        address: Of the server.
-        message: As `post` makes it.
-        timeout_s: Longest silence.
-        tls: As `Address.tls` has it.
+        address: The server.
+        message: The request, as made by `post`.
+        timeout_s: Longest time without data.
+        tls: As from `Address.tls`.
 
     Raises:
-        OSError: There is no connection, or it broke.
-        ExchangeFailed: The server was silent for too long.
+        OSError: The connection failed or broke.
+        ExchangeFailed: No data came for `timeout_s`.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
@@ -96,7 +96,7 @@ async def exchange(address: Address, message: bytes, timeout_s: float, tls: ssl.
     transport, _ = await asyncio.wait_for(connecting, timeout_s)
     started_s = time.monotonic()
     try:
-        # A timer for each piece would cost as much as the piece.
+        # Restarting a timer at each piece would cost as much as the piece.
         while not done.done():
             last_s = pieces.times_s[-1] if pieces.times_s else started_s
             left_s = last_s + timeout_s - time.monotonic()
@@ -110,14 +110,14 @@ async def exchange(address: Address, message: bytes, timeout_s: float, tls: ssl.
 
 
 class _Exchange(asyncio.Protocol):
-    """Notes what comes."""
+    """The protocol that stores received data."""
 
     def __init__(self, message: bytes, pieces: Pieces, done: asyncio.Future[None]) -> None:
         self._message, self._done = message, done
         self._add_data, self._add_time = pieces.data.append, pieces.times_s.append
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Transports of other loops than asyncio's own are of no class of its own.
+        # Event loops other than asyncio's have transports that are not instances of asyncio's classes.
         cast(asyncio.WriteTransport, transport).write(self._message)
 
     def data_received(self, data: bytes) -> None:
@@ -135,22 +135,22 @@ class _Exchange(asyncio.Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer: its status, and parts of its body, each with the time at which the part was complete."""
+    """An answer: its status, and the parts of its body, each with the time at which it was complete."""
 
     status: int
     parts: Sequence[tuple[float, bytes]]
 
     @property
     def body(self) -> bytes:
-        """All of it."""
+        """The whole body."""
         return b"".join(part for _, part in self.parts)
 
 
 def read_answer(pieces: Pieces) -> Answer:
-    """An answer from what came.
+    """Parse an answer.
 
     Raises:
-        ExchangeFailed: It is no HTTP, or its end is missing.
+        ExchangeFailed: It is not HTTP, or is incomplete.
     """
     raw = b"".join(pieces.data)
     head, separator, _ = raw.partition(b"\r\n\r\n")
@@ -172,7 +172,7 @@ def read_answer(pieces: Pieces) -> Answer:
 
 
 def _chunks(raw: bytes, place: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of every chunk's content."""
+    """Start and end of every chunk's content in `raw`."""
     while True:
         line_end = raw.find(b"\r\n", place)
         if line_end < 0:
@@ -188,7 +188,7 @@ def _chunks(raw: bytes, place: int) -> Iterator[tuple[int, int]]:
 
 
 def read_events(answer: Answer) -> Iterator[tuple[float, bytes]]:
-    """The data of every server-sent event, with the time at which its last byte came; `[DONE]` is left out."""
+    """The data of every server-sent event and the arrival time of its last byte; `[DONE]` is left out."""
     rest = b""
     for time_s, part in answer.parts:
         *events, rest = (rest + part).replace(b"\r\n", b"\n").split(b"\n\n")

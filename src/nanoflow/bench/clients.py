@@ -1,7 +1,7 @@
-"""Load from one process or several: who shares the requests of a run among clients, and puts their records together.
+"""Load from one or several client processes: shares the requests of a run among them and merges their records.
 
-One Python process takes in some twenty thousand pieces a second, fewer than a fast server sends. What a client does
-stands in `online.py`.
+One Python process can receive some twenty thousand pieces a second, fewer than a fast server sends. `online.py` has the
+work of one client.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from types import TracebackType
 from typing import Any
 
 from nanoflow.bench.client import read_address
-from nanoflow.bench.config import BenchConfig, LoadConfig
 from nanoflow.bench.online import Sending, Sent, drive, prepare, record_of, served_book, served_metrics, served_model
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.processes import ProcessState, listeners_at, processes_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.run_metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.workload import BenchRequest, draw_lengths, make_requests
 
-# From "all are ready" to the first arrival.
+# Seconds from the moment all clients are ready to the first arrival.
 _START_IN_S = 0.05
 
 
@@ -37,8 +37,8 @@ class Driven:
 
     Attributes:
         records: In the order of the requests.
-        duration_s: From the first arrival that was possible to the end of the last answer.
-        client_cpu_s: CPU seconds of each client while load ran; one that is busy all the time is the bottleneck.
+        duration_s: From the earliest possible arrival to the end of the last answer.
+        client_cpu_s: CPU seconds of each client under load; a client that is always busy is the bottleneck.
     """
 
     records: Sequence[RequestRecord]
@@ -47,14 +47,14 @@ class Driven:
 
     @property
     def busiest_client(self) -> float:
-        """CPU seconds a second of the busiest client."""
+        """CPU seconds per second of the busiest client."""
         return max(self.client_cpu_s) / self.duration_s
 
 
 class Clients:
-    """As many client processes as a load asks for; one is this process itself.
+    """Client processes, as many as the load asks for; one is this process.
 
-    Use it in a `with` block: the processes live as long as that.
+    A context manager: the processes end with the `with` block.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -82,7 +82,7 @@ class Clients:
             process.kill()
 
     def drive(self, load: LoadConfig, config: BenchConfig, model: str, requests: Sequence[BenchRequest]) -> Driven:
-        """Send all requests at their times; returns when the last one has ended.
+        """Send all requests at their times, and return when the last answer has ended.
 
         Raises:
             ConnectionError: A client process died.
@@ -91,7 +91,7 @@ class Clients:
             sendings = prepare(load, config, model, requests)
             start_s = time.monotonic()
             return _joined([_drive(load, sendings, start_s)], start_s)
-        # With fewer slots than processes some would have none.
+        # With fewer slots than processes, some processes would have none.
         ends = self._ends[: load.max_concurrency]
         shares = [requests[place :: len(ends)] for place in range(len(ends))]
         try:
@@ -108,7 +108,7 @@ class Clients:
 
 
 def _of_one(load: LoadConfig, place: int, count: int) -> LoadConfig:
-    """The load of one client of several."""
+    """One client's part of a load that `count` clients share."""
     if load.max_concurrency is None:
         return load
     slots = load.max_concurrency // count + (place < load.max_concurrency % count)
@@ -116,7 +116,7 @@ def _of_one(load: LoadConfig, place: int, count: int) -> LoadConfig:
 
 
 def _serve_parent(end: Connection) -> None:
-    """A client process: for each run prepare, say so, wait for the time of the start, send back records."""
+    """Main loop of a client process: for each run, prepare, report ready, wait for the start, send back records."""
     while True:
         try:
             load, config, model, requests = end.recv()
@@ -142,7 +142,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
-    """What one client gives back: its records, its CPU seconds under load, and when it had the last answer."""
+    """The results of one client: its records, its CPU seconds under load, and the time of its last answer."""
 
     records: Sequence[RequestRecord]
     cpu_s: float
@@ -150,7 +150,7 @@ class _Share:
 
 
 def _drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -> _Share:
-    """One client's requests; answers are understood once all of them are there."""
+    """Run one client's requests; answers are parsed when all have arrived."""
     before_s = time.process_time()
     sent = _run(drive(load, sendings, start_s))
     stop_s, cpu_s = time.monotonic(), time.process_time() - before_s
@@ -158,7 +158,7 @@ def _drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -> _Sh
 
 
 def _joined(shares: Sequence[_Share], start_s: float) -> Driven:
-    """The shares of all clients; request i was the client's i mod their number."""
+    """Merge the results; request i was sent by client i modulo their number."""
     count, num_requests = len(shares), sum(len(share.records) for share in shares)
     records = [shares[place % count].records[place // count] for place in range(num_requests)]
     last_s = max((each.finished_s for each in records if each.error is None), default=max(s.stop_s for s in shares))
@@ -166,7 +166,7 @@ def _joined(shares: Sequence[_Share], start_s: float) -> Driven:
 
 
 def _run(coroutine: Coroutine[Any, Any, list[Sent]]) -> list[Sent]:
-    """On uvloop where that is installed, which takes less of the CPU that server and clients share."""
+    """Run on uvloop if it is installed: it takes less of the CPU time that server and clients share."""
     try:
         import uvloop
     except ImportError:
@@ -176,11 +176,11 @@ def _run(coroutine: Coroutine[Any, Any, list[Sent]]) -> list[Sent]:
 
 
 def run_serve(load: LoadConfig, config: BenchConfig) -> BenchRecord:
-    """Warm a server up, measure every repeat.
+    """Warm up a server and measure every repeat.
 
     Raises:
-        ValueError: The workload or a limit is not usable.
-        ConnectionError: There is no such server, or it completes no request of the warm-up.
+        ValueError: The workload or a limit is invalid.
+        ConnectionError: The server cannot be reached, or completes no request of the warm-up.
     """
     limits_ms = parse_limits(config.goodput)
     runs = draw_runs(load, config)
@@ -202,7 +202,7 @@ def run_serve(load: LoadConfig, config: BenchConfig) -> BenchRecord:
 
 
 def server_processes(url: str) -> list[ProcessState]:
-    """The processes of a server on this machine; none of one elsewhere, or of another user."""
+    """The processes of a server on this machine; empty if it runs elsewhere or as another user."""
     address = read_address(url)
     is_here = address.host == "localhost" or address.host == "::1" or address.host.startswith("127.")
     return processes_of(listeners_at(address.port)) if is_here else []
@@ -222,10 +222,10 @@ def draw_runs(load: LoadConfig, config: BenchConfig) -> list[list[BenchRequest]]
 def warm_up(
     clients: Clients, load: LoadConfig, config: BenchConfig, model: str, requests: Sequence[BenchRequest]
 ) -> None:
-    """Requests that do not count, all at once.
+    """Send requests that are not counted, all at once.
 
     Raises:
-        ConnectionError: Not one of them is completed.
+        ConnectionError: None of them completed.
     """
     records = clients.drive(
         load, config, model, [dataclasses.replace(each, arrival_s=0.0) for each in requests]
@@ -236,5 +236,5 @@ def warm_up(
 
 
 def measured(driven: Driven, limits_ms: dict[str, float]) -> RunMetrics:
-    """What a run was worth."""
+    """The metrics of a run."""
     return measure(driven.records, driven.duration_s, limits_ms)

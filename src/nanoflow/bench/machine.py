@@ -1,6 +1,6 @@
-"""The machine and software that a number was measured on; every part says None where it cannot be known.
+"""The machine and software that a number was measured on; None for everything that is unknown.
 
-GPUs are asked of the driver's own tool, so that no CUDA context is made. Who prints it: `cli/env.py`, `record.py`.
+GPUs are read with `nvidia-smi`, which creates no CUDA context. `cli/env.py` and `record.py` print this.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nanoflow
 
-# Names the sources where they are a copy that git knows nothing of; also a file of this name beside `src`.
+# Names the revision of a copy of the sources without git: an environment variable, or a file beside `src`.
 REVISION_VARIABLE = "NANOFLOW_REVISION"
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "fastapi", "uvicorn")
 
@@ -34,7 +34,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Hardware and operating system; `num_cores` are those that this process may use."""
+    """Hardware and operating system; `num_cores` counts the cores that this process may use."""
 
     cpu_name: str
     num_cores: int
@@ -45,7 +45,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """Versions; a package that is not installed is None. `git_revision` ends in `-dirty` with uncommitted changes."""
+    """Versions; None for a package that is not installed. `git_revision` ends in `-dirty` with uncommitted changes."""
 
     nanoflow: str
     git_revision: str | None
@@ -66,7 +66,7 @@ def detect_machine() -> Machine:
 
 
 def detect_software() -> Software:
-    """Describe what is installed."""
+    """Describe the installed software."""
     return Software(
         nanoflow=nanoflow.__version__,
         git_revision=git_revision(),
@@ -95,10 +95,10 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def git_revision() -> str | None:
-    """The commit that this package runs from; None if it is not run from a checkout of its own.
+    """The commit of this package's sources; None if it does not run from its own checkout.
 
-    The environment variable NANOFLOW_REVISION says it instead, or a file of that name beside `src` where git knows
-    nothing: on a machine that has only a copy of the sources.
+    For a machine that has only a copy of the sources, the environment variable NANOFLOW_REVISION gives it, or, where
+    there is no git checkout, a file of that name beside `src`.
     """
     if stated := os.environ.get(REVISION_VARIABLE):
         return stated.strip()
@@ -130,7 +130,7 @@ def _cuda_of_torch() -> str | None:
 
 
 def _output_of(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """Standard output of a command; None if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

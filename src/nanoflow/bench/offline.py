@@ -1,4 +1,4 @@
-"""Throughput in process: all requests at once through `LLM.generate`, as fast as the engine goes.
+"""Throughput in process: all requests at once through `LLM.generate`.
 
 Completions have a fixed length (the end of sequence is ignored). They are greedy and not decoded to text unless options
 say otherwise. The bounds of the device are measured before the run (`rates.py`). Iterations are observed during it,
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
-from nanoflow.bench.config import ThroughputConfig
 from nanoflow.bench.measurement_window import NoSteadyState, ProgressRecorder, find_window, steady_state
+from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
@@ -36,7 +36,7 @@ def run_throughput(engine_config: EngineConfig, config: ThroughputConfig) -> Ben
     """Measure the bounds, load the engine, warm it up, measure every repeat.
 
     Raises:
-        ValueError: The model, the workload or a limit is not usable.
+        ValueError: The model, the workload or a limit is invalid.
         EngineError: The engine cannot start, or died.
     """
     (record,) = run_workloads(engine_config, [config])
@@ -44,18 +44,18 @@ def run_throughput(engine_config: EngineConfig, config: ThroughputConfig) -> Ben
 
 
 def run_workloads(engine_config: EngineConfig, configs: Sequence[ThroughputConfig]) -> Iterator[BenchRecord]:
-    """The same for several workloads on one engine, which is loaded once; each record as soon as it is there.
+    """The same for several workloads on one engine, which is loaded once; yields each record when it is complete.
 
-    All bounds are measured first, while the device is empty. Weights are random if one of the workloads asks for it.
+    All bounds are measured first, while the device is empty. Weights are random if one of the workloads asks for that.
 
     Raises:
-        ValueError, EngineError: As `run_throughput`; what can be seen of all workloads is checked before any runs.
+        ValueError, EngineError: As `run_throughput`; everything that can be checked in advance is, for all workloads.
     """
     all_limits_ms = [parse_limits(config.goodput) for config in configs]
     all_lengths = [draw_lengths(config.workload, config.num_requests, config.seed) for config in configs]
     if any(config.random_weights for config in configs) or preset_name(engine_config.model) is not None:
         engine_config = dataclasses.replace(engine_config, load_format="random")
-    # Only here is torch needed.
+    # Imported here, as it needs torch.
     from nanoflow.bench.rates import measure_bounds
     from nanoflow.engine.llm import LLM
 
@@ -119,7 +119,7 @@ def _measure_run(
 
 
 def with_shares(run: RunMetrics, bounds: Bounds | None) -> RunMetrics:
-    """The run, with its rate as parts of the bounds, if there are any."""
+    """The run with its rate relative to the bounds, if there are any."""
     if bounds is None:
         return run
     return dataclasses.replace(
@@ -130,11 +130,11 @@ def with_shares(run: RunMetrics, bounds: Bounds | None) -> RunMetrics:
 
 
 def without_impossible_energy(run: RunMetrics, power_limit_w: float | None) -> RunMetrics:
-    """The run without energies that a card with this limit cannot have used: the counter erred, by how much is unknown.
+    """The run without energies that are impossible at the card's power limit: its counter was wrong.
 
     Args:
-        run: Of one repeat.
-        power_limit_w: Of the card; None if unknown.
+        run: One repeat.
+        power_limit_w: Power limit of the card; None if unknown.
     """
     reason = impossible_power(run.energy_per_token_j, run.total_tokens_per_s, power_limit_w)
     if reason is not None:
@@ -151,7 +151,7 @@ def without_impossible_energy(run: RunMetrics, power_limit_w: float | None) -> R
 
 
 def impossible_power(energy_per_token_j: float | None, tokens_per_s: float, power_limit_w: float | None) -> str | None:
-    """Why an energy is impossible: its mean power is above the card's limit; None if it is possible or unknown."""
+    """Why an energy is impossible: its mean power exceeds the card's limit. None if it is possible or unknown."""
     if energy_per_token_j is None or power_limit_w is None:
         return None
     power_w = energy_per_token_j * tokens_per_s
@@ -169,7 +169,7 @@ def _generate(
                 **config.sampling,
                 "min_tokens": min(config.min_tokens, request.num_output_tokens),
                 "max_tokens": request.num_output_tokens,
-                # Where the end of sequence is ignored, nothing has to be held back.
+                # If the end of sequence is ignored, nothing can end a completion early.
                 "ignore_eos": not config.min_tokens,
                 "detokenize": config.text,
             }
@@ -180,7 +180,7 @@ def _generate(
 
 
 def _record(request: BenchRequest, output: RequestOutput) -> RequestRecord:
-    """What happened to a request, from the times that the engine noted."""
+    """The record of a request, from the times that the engine noted."""
     (completion,), times = output.outputs, output.metrics
     num_prompt_tokens, num_requested_tokens = len(request.prompt_token_ids), request.num_output_tokens
     if completion.finish_reason is FinishReason.ERROR or not completion.token_ids:

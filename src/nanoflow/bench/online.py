@@ -1,8 +1,8 @@
-"""Load on an OpenAI-compatible server, nanoflow's or another's: requests arrive in time and stream their tokens back.
+"""Load on an OpenAI-compatible server, nanoflow's or another's: requests arrive over time and stream their tokens.
 
-A request arrives at its drawn time; under `max_concurrency` it arrives when one of so many clients is free to send it.
-A failed request is counted with its reason and spoils no other. What the server is made of is not known here; the
-same work in process is `offline.py`. Who shares requests among processes is `clients.py`, how bytes travel `client.py`.
+A request is sent at its drawn time; with `max_concurrency` it waits until fewer than that many are in flight. A failed
+request is counted with its reason and does not affect others. `client.py` sends and receives bytes; `clients.py` shares
+requests among processes; `offline.py` runs the same workloads in process.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanoflow.bench.client import Answer, ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
-from nanoflow.bench.config import BenchConfig, LoadConfig
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.engine.messages import BookFacts, PlanName
 from nanoflow.run_metrics import RequestRecord
 from nanoflow.workload import BenchRequest
 
-# Short words that most vocabularies have as one token each, with the space before.
+# Short words that are one token each, with the space before, in most vocabularies.
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "as", "with", "his", "they")
 
 
 class RequestFailed(Exception):
-    """The server did not complete a request; one line says why."""
+    """The server did not complete a request; the message is one line that says why."""
 
 
 class _Message(msgspec.Struct):
@@ -45,7 +45,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def has_tokens(self) -> bool:
-        """False for what only names the role of a message, or only says why the completion ended."""
+        """False for an event that only names the role of a message or why the completion ended."""
         if self.delta is None:
             return bool(self.text) or self.finish_reason is None
         return bool(self.delta.content) or (self.finish_reason is None and self.delta.role is None)
@@ -67,12 +67,12 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sending:
-    """A request ready to be sent, so that load costs its process no more than bytes.
+    """A request encoded in advance, so that sending it costs little CPU time.
 
     Attributes:
-        message: All of its bytes.
-        arrival_s: From the start of the run.
-        num_prompt_tokens, num_output_tokens: What it asks for.
+        message: The whole HTTP request.
+        arrival_s: Seconds from the start of the run.
+        num_prompt_tokens, num_output_tokens: Tokens that it asks for.
     """
 
     message: bytes
@@ -82,7 +82,7 @@ class Sending:
 
 
 def prepare(load: LoadConfig, config: BenchConfig, model: str, requests: Sequence[BenchRequest]) -> list[Sending]:
-    """The requests as bytes."""
+    """Encode requests as HTTP messages."""
     address = read_address(load.url)
     headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     path = "chat/completions" if load.api == "chat" else "completions"
@@ -98,7 +98,7 @@ def prepare(load: LoadConfig, config: BenchConfig, model: str, requests: Sequenc
 
 
 def body_of(load: LoadConfig, config: BenchConfig, model: str, request: BenchRequest) -> dict[str, Any]:
-    """The body of a request, with no option that is not asked for: not every server knows all of them."""
+    """The JSON body of a request. Options that are not set are left out, as some servers do not know all of them."""
     body: dict[str, Any] = {"model": model, "max_tokens": request.num_output_tokens, **config.sampling}
     if "min_tokens" in body:
         body["min_tokens"] = min(config.min_tokens, request.num_output_tokens)
@@ -118,14 +118,14 @@ def body_of(load: LoadConfig, config: BenchConfig, model: str, request: BenchReq
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """A request that was sent, and what came; `pieces` are None if that failed, for the reason in `request`."""
+    """A sent request and what was received; `pieces` is None if that failed, and `request` has the reason."""
 
     request: RequestRecord
     pieces: Pieces | None
 
 
 async def drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -> list[Sent]:
-    """Send every request at its time after `start_s` (of `time.monotonic`) and wait for the ends of all answers."""
+    """Send each request at its time after `start_s` (of `time.monotonic`) and wait until all answers have ended."""
     address = read_address(load.url)
     tls = address.tls
     slots = asyncio.Semaphore(load.max_concurrency) if load.max_concurrency is not None else None
@@ -149,7 +149,7 @@ async def drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -
 
 
 def record_of(sent: Sent, *, is_stream: bool) -> RequestRecord:
-    """What became of a request, good or bad."""
+    """The record of a request, successful or failed."""
     if sent.pieces is None:
         return sent.request
     try:
@@ -204,7 +204,7 @@ def served_model(load: LoadConfig) -> str:
     """The name of a server's first model.
 
     Raises:
-        ConnectionError: There is no such server.
+        ConnectionError: The server cannot be reached.
     """
     try:
         document = msgspec.json.decode(_get(f"{load.url.rstrip('/')}/models", load.api_key))
@@ -213,12 +213,12 @@ def served_model(load: LoadConfig) -> str:
         raise ConnectionError(f"no OpenAI-compatible server at {load.url}: {_describe(error)}") from error
 
 
-# Labels of a sample, and its value.
+# For each metric: labels and value of its samples.
 Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
 
 
 def served_metrics(load: LoadConfig) -> Samples:
-    """A server's metrics by name, without what stands before the colon; empty if it has none that can be read."""
+    """A server's metrics by name, without a prefix that ends in a colon; empty if none can be read."""
     address = read_address(load.url)
     scheme = "https" if address.is_secure else "http"
     try:
@@ -234,7 +234,7 @@ def served_metrics(load: LoadConfig) -> Samples:
 
 def _get(url: str, api_key: str | None) -> bytes:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    # As load does: never through a proxy.
+    # Never through a proxy, like the load.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as answer:
         content: bytes = answer.read()
@@ -242,7 +242,7 @@ def _get(url: str, api_key: str | None) -> bytes:
 
 
 def served_book(metrics: Samples) -> BookFacts | None:
-    """The plan book as a server's metrics name it; None if they do not."""
+    """The plan book that a server's metrics name; None if they name none."""
     found = [labels for labels, _ in metrics.get("plan_info", ())]
     if not found or not {"name", "digest", "book"} <= found[0].keys():
         return None
@@ -251,7 +251,7 @@ def served_book(metrics: Samples) -> BookFacts | None:
 
 
 def served_settings(metrics: Samples) -> dict[str, Any]:
-    """What a server's metrics say of its settings: the labels of every `..._info` that has one sample."""
+    """A server's settings from its metrics: the labels of every metric `..._info` with one sample."""
     return {
         name: dict(samples[0][0])
         for name, samples in sorted(metrics.items())

@@ -1,7 +1,6 @@
-"""What processes hold, from /proc: memory now and at most, open files, threads; of a process and all that it started.
+"""Memory, open files and threads of processes and their descendants, read from /proc.
 
-Where there is no /proc everything is empty, and a record says so. Knows nothing of what the processes do; who asks are
-`record.py` and the benchmarks under `benchmarks/`.
+Without /proc the results are empty. `record.py` and the benchmarks under `benchmarks/` use this.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 _PROC = Path("/proc")
 _KIB = 1024
 _LISTENING = "0A"
-# What a process's command line has in it, and what it is then called.
+# A part of the command line of a process, and the role that it stands for.
 _ROLES: Mapping[str, str] = {
     "nanoflow.engine.process": "engine",
     "nanoflow.server.front_end": "front end",
@@ -24,14 +23,14 @@ _ROLES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessState:
-    """A process at one time.
+    """A process at one moment.
 
     Attributes:
-        pid: Its id.
-        role: "engine", "front end", "template", else "main".
-        rss_bytes, peak_rss_bytes: Its resident memory, now and at most so far.
-        peak_virtual_bytes: Of its address space at most; reserved is not used, but counts where a limit is set.
-        num_threads, num_files: What it has now.
+        pid: Process id.
+        role: "engine", "front end" or "template", else "main".
+        rss_bytes, peak_rss_bytes: Resident memory, now and at its peak.
+        peak_virtual_bytes: Peak of the address space. Reserved memory is not used, but counts against a limit.
+        num_threads, num_files: Present numbers of threads and open files.
     """
 
     pid: int
@@ -44,7 +43,7 @@ class ProcessState:
 
 
 def processes_of(pids: Iterable[int]) -> list[ProcessState]:
-    """These processes and all that they started and that still run, by id; those that are gone are left out."""
+    """These processes and their running descendants, in order of their ids; ended ones are left out."""
     children = _children()
     waiting, found = list(pids), set[int]()
     while waiting:
@@ -57,7 +56,7 @@ def processes_of(pids: Iterable[int]) -> list[ProcessState]:
 
 
 def state_of(pid: int) -> ProcessState | None:
-    """A process now; None if there is none, or nobody may look at it."""
+    """The state of a process; None if it does not exist or this user may not read it."""
     try:
         lines = (_PROC / str(pid) / "status").read_text().splitlines()
         fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
@@ -72,13 +71,13 @@ def state_of(pid: int) -> ProcessState | None:
             num_threads=int(fields["Threads"][0]),
             num_files=num_files,
         )
-    # One that has ended but was not waited for has no memory.
+    # A process that has ended but was not waited for has no memory fields.
     except (OSError, LookupError, ValueError):
         return None
 
 
 def listeners_at(port: int) -> list[int]:
-    """The processes of this machine that listen at a TCP port, as far as this user may know."""
+    """The processes of this machine that listen at a TCP port, as far as this user may see them."""
     inodes = {inode for name in ("tcp", "tcp6") for inode in _listening_inodes(_PROC / "net" / name, port)}
     sockets = {f"socket:[{inode}]" for inode in inodes}
     return [pid for pid in _pids() if sockets & _targets(pid)] if sockets else []
@@ -94,7 +93,7 @@ def _listening_inodes(table: Path, port: int) -> Iterable[str]:
 
 
 def _targets(pid: int) -> set[str]:
-    """What the open files of a process are; nothing if nobody may look."""
+    """Targets of the open files of a process; empty if this user may not read them."""
     found = set[str]()
     with suppress(OSError):
         for entry in (_PROC / str(pid) / "fd").iterdir():
@@ -104,11 +103,11 @@ def _targets(pid: int) -> set[str]:
 
 
 def _children() -> dict[int, list[int]]:
-    """Every process to its children."""
+    """The children of every process."""
     found: dict[int, list[int]] = {}
     for pid in _pids():
         with suppress(OSError, LookupError, ValueError):
-            # Field 4 of proc(5) is the parent; the name before may hold anything.
+            # Field 4 of proc(5) is the parent. The name before it may contain blanks and brackets.
             parent = (_PROC / str(pid) / "stat").read_text().rpartition(") ")[2].split()[1]
             found.setdefault(int(parent), []).append(pid)
     return found

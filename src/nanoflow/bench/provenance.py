@@ -1,4 +1,4 @@
-"""What every record begins with: when, by which command, on which machine, from which sources, with which settings.
+"""The head of every record: time, command, machine, revision of the sources, and settings.
 
 A number without these cannot be judged or measured again. What was measured is added by whoever writes the record
 (`record.py`, `benchmarks/common/document.py`).
@@ -38,32 +38,32 @@ def header(benchmark: str) -> dict[str, Any]:
 
 
 def command(argv: Sequence[str] | None = None) -> str:
-    """The command that runs now, as anyone could type it: folders of this machine are left out.
+    """The running command in a form that can be typed elsewhere: folders of this machine are removed.
 
     Args:
-        argv: With the interpreter first; this process's own if not given.
+        argv: The command line with the interpreter first; None for that of this process.
     """
     words = list(sys.orig_argv if argv is None else argv)
     if words and Path(words[0]).name.startswith("python"):
-        # A script that stands beside the interpreter is a command of its own.
+        # A script beside the interpreter is a command of its own.
         words = words[1:] if len(words) > 1 and Path(words[1]).name == "nanoflow" else ["python", *words[1:]]
     return shlex.join(portable(word) for word in _without_keys(words))
 
 
 def _without_keys(words: Sequence[str]) -> list[str]:
-    """The words of a command with stars for the value of `--api-key`."""
+    """The words of a command; the value of `--api-key` is replaced by stars."""
     shown = [f"{_KEY_FLAG}=***" if word.startswith(f"{_KEY_FLAG}=") else word for word in words]
     return ["***" if before == _KEY_FLAG else word for before, word in zip(("", *shown), shown, strict=False)]
 
 
 def portable(text: str) -> str:
-    """A text in which a file is named by its place in the current folder, or by its name alone."""
+    """The path of a file relative to the current folder, or else its name alone."""
     here = f"{Path.cwd()}/"
     return re.sub(r"(?<![\w./])/(?:[\w.+-]+/)*([\w.+-]+)", r"\1", text.replace(here, ""))
 
 
 def portable_options(options: OptionsT) -> OptionsT:
-    """Options in which files are named as `portable` names them."""
+    """Options whose file names are changed as by `portable`."""
     texts = {
         field.name: portable(value)
         for field in dataclasses.fields(options)  # type: ignore[arg-type]
@@ -73,11 +73,11 @@ def portable_options(options: OptionsT) -> OptionsT:
 
 
 def settings_of(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
-    """What an engine ran with: every option, those that were not given as the engine chose them.
+    """All settings that an engine ran with: every option, with the engine's choice where none was given.
 
     Args:
-        config: As it was given.
-        facts: Of the engine.
+        config: The options as given.
+        facts: What the engine reports about itself.
     """
     given = dataclasses.asdict(portable_options(config))
     chosen = {name: value for name, value in dataclasses.asdict(facts).items() if name in given}
@@ -93,14 +93,14 @@ def settings_of(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:
 
 
 def require_clean(path: Path | str | None, *, allows_dirty: bool = False) -> None:
-    """Refuse to measure for a record that is kept, if nobody could say from which sources.
+    """Refuse to measure for a stored record if the sources are not those of a commit.
 
     Args:
-        path: Where the record is to be written; None and places outside `benchmarks/results` are always allowed.
-        allows_dirty: Write it nevertheless; the record says that it is from sources that no revision has.
+        path: Where the record will be written; None and paths outside `benchmarks/results` are always allowed.
+        allows_dirty: Allow it; the record then says that the sources differ from its revision.
 
     Raises:
-        ConfigError: There are changes without a commit, or there is no revision at all.
+        ConfigError: There are changes that are not committed, or there is no revision.
     """
     if path is None or allows_dirty or not _is_kept(Path(path)):
         return

@@ -1,7 +1,7 @@
-"""Measure what each kind of operation takes alone on this device, at the sizes of a workload's typical batch.
+"""Measures what each kind of operation takes alone on this device, at the sizes of a workload's typical batch.
 
-It runs the engine's own kernels on tensors of its own, which are freed before the engine is built; how, stands in
-`profiler/`. What the costs add up to: `bound.py`.
+The engine's own kernels run on separate tensors, which are freed before the engine is built (`profiler/`). `bound.py`
+adds up the costs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
     """The bounds of requests of these lengths on the model and device of a config; takes some seconds on a GPU.
 
     Raises:
-        ConfigError, ModelError: The device is not there, or the model cannot be served.
+        ConfigError, ModelError: The device does not exist, or the model is not supported.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -45,7 +45,7 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
     batch = typical_batch(lengths, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs)
     rates = _measure_rates(Site(graph=graph, device=device, dtype=dtype, page_size=config.page_size), batch)
     if device.type == "cuda":
-        # The engine sizes its cache by what the driver says is free.
+        # The engine sizes its cache by the free memory that the driver reports.
         torch.cuda.empty_cache()
     return bounds_of(graph, work_of(lengths, graph.windows), batch, rates, dtype.itemsize)
 
@@ -63,7 +63,7 @@ def _measure_rates(site: Site, batch: TypicalBatch) -> Rates:
 
 
 def _measure_gemms(site: Site, batch: TypicalBatch) -> tuple[Cost, Cost]:
-    """A token through the GEMMs of all layers, and a row through the language-model head."""
+    """Costs of one token in the GEMMs of all layers, and of one row in the language-model head."""
     layer_elements = min(sum(each.num_elements for each in kind.parameters) for kind in site.graph.kinds)
     graph = shortened(site.graph, layer_elements * site.dtype.itemsize)
     weights = random_weights(graph, site.dtype, site.device, seed=0)
@@ -81,7 +81,7 @@ def _measure_gemms(site: Site, batch: TypicalBatch) -> tuple[Cost, Cost]:
 
 
 def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
-    """One key of one layer in attention of this kind on these requests."""
+    """Cost of one key of one layer in attention of this kind, measured on these requests."""
     num_keys = int(requests.context_len.sum())
     key_elements = min(kind.attention.kv_width for kind in site.graph.kinds)
     graph = shortened(site.graph, 2 * num_keys * key_elements * site.dtype.itemsize)

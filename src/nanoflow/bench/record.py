@@ -1,6 +1,6 @@
 """The record of a run: one JSON document with everything needed to judge or repeat it, and a table for people.
 
-Units stand in the keys; every repeat is there. What the numbers mean: `metrics.py`.
+Keys name the units; every repeat is included. `run_metrics.py` defines the metrics.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from nanoflow.bench.bound import Bounds
-from nanoflow.bench.config import BenchConfig
 from nanoflow.bench.machine import Machine, Software, detect_machine, detect_software
+from nanoflow.bench.options import BenchConfig
 from nanoflow.bench.processes import ProcessState
 from nanoflow.bench.provenance import command, portable_options
 from nanoflow.run_metrics import Distribution, RunMetrics
@@ -30,19 +30,19 @@ class BenchRecord:
     """A benchmark run.
 
     Attributes:
-        benchmark: "throughput" (in process) or "serve" (over HTTP, `machine` being the client's).
+        benchmark: "throughput" (in process) or "serve" (over HTTP; `machine` is then the client's).
         created_utc: ISO 8601.
         machine, software: What it ran on.
-        model: The model under test, as far as known; of an engine in process its `EngineFacts`. `book` has its plans.
-        plan: Name and digest of the pipeline plan, or digest of the plan book, that the engine runs; None if unknown.
+        model: The model under test, as far as known; for an engine in process its `EngineFacts`. `book` has the plans.
+        plan: Name and digest of the pipeline plan, or digest of the plan book, that ran; None if unknown.
         workload: The benchmark's options.
         config: The options of the engine, or of the load put on a server.
-        repeats: One entry each.
-        bounds: What was possible; None if it was not measured.
-        command: What was typed.
-        settings: Every option of the engine as it ran, chosen limits among them (`settings_of`); None over HTTP.
-        processes: Those that computed, with their memory at most; over HTTP the server's if it is on this machine.
-            Empty where that cannot be known.
+        repeats: One entry for each repeat.
+        bounds: Bounds of the throughput; None if not measured.
+        command: The command line.
+        settings: Every option of the engine as it ran, with the limits it chose (`settings_of`); None over HTTP.
+        processes: The processes that computed, with their peak memory. Over HTTP those of the server, if it is on this
+            machine. Empty if unknown.
     """
 
     benchmark: str
@@ -73,7 +73,7 @@ def make_record(
     settings: Mapping[str, Any] | None = None,
     processes: Sequence[ProcessState] = (),
 ) -> BenchRecord:
-    """A record of a run that has just ended on this machine."""
+    """Make the record of a run that has just ended on this machine."""
     return BenchRecord(
         benchmark=benchmark,
         created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -81,7 +81,7 @@ def make_record(
         software=detect_software(),
         model=model,
         plan=plan,
-        # Where the record is written says nothing about the run.
+        # The path of the record is no property of the run.
         workload=portable_options(dataclasses.replace(workload, json=None)),
         config=portable_options(config) if dataclasses.is_dataclass(config) else config,
         repeats=repeats,
@@ -101,7 +101,7 @@ def write_record(record: BenchRecord, path: Path) -> None:
 def format_table(
     repeats: Sequence[RunMetrics], bounds: Bounds | None = None, processes: Sequence[ProcessState] = ()
 ) -> str:
-    """The run for people: rates as median (and range) of the repeats, latencies of the repeat in the middle."""
+    """A table of the run: rates as median (and range) over repeats, latencies of the median repeat."""
     middle = sorted(repeats, key=lambda run: run.total_tokens_per_s)[len(repeats) // 2]
     bound_lines = ["", *_bound_lines(bounds)] if bounds is not None else []
     return "\n".join(
@@ -151,7 +151,7 @@ def _times(factor: float, value: float | None) -> float | None:
 
 
 def _bound_lines(bounds: Bounds) -> Iterator[str]:
-    """The bounds, and what they were measured at."""
+    """The bounds, and the sizes and clocks that they were measured at."""
     batch = bounds.batch
     decodes = f"{batch.num_decodes} decodes of {batch.decode_context:,} tokens"
     prefills = f"{batch.num_prefills} x {batch.prefill_tokens:,} tokens after {batch.prefill_before:,}"
@@ -171,7 +171,7 @@ def _bound_lines(bounds: Bounds) -> Iterator[str]:
 
 
 def _state(bounds: Bounds) -> str:
-    """The clocks and the power that the parts were measured at, as far as known."""
+    """Clocks and power during the measurement of the parts, as far as known."""
     power_w = bounds.serial_power_w
     power = "" if power_w is None else f", {power_w:,.0f} W on average"
     return f"{power}{''.join(f', {part} at {clock:,.0f} MHz' for part, clock in bounds.clocks_mhz.items())}"

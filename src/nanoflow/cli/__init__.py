@@ -1,1 +1,1 @@
-"""The `nanoflow` command: one file a subcommand, put together in `main.py`; flags come from the config dataclasses."""
+"""The `nanoflow` command: one file for each subcommand; `main.py` puts them together."""

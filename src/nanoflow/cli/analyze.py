@@ -1,5 +1,6 @@
-"""`nanoflow analyze`: what a model costs on given GPUs, as a table. The arithmetic is `cost/`'s, the numbers of GPUs
-`hardware.py`'s; nothing is measured and no GPU is needed.
+"""`nanoflow analyze`: what a model costs on given GPUs, as a table.
+
+Nothing is measured and no GPU is needed: `cost/` computes, from the figures of GPUs in `hardware.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from nanoflow.cost.roofline import OperationCost, ResourceTimes
     from nanoflow.graph.layers import KvGroup
     from nanoflow.hardware import GpuGroup, ResourceRates
-    from nanoflow.models.config import ModelConfig
+    from nanoflow.models.config_json import ModelConfig
 
 _TEACH = """\
-Say what a model costs on GPUs that need not be there: FLOPs, bytes and joules of
+Say what a model costs on GPUs that you need not have: FLOPs, bytes and joules of
 every operation of one iteration, the time each resource would take for it, what
 bounds the workload, and the throughput that nothing can exceed. MODEL is a folder
 with a config.json, preset:NAME for a published architecture, or 'default'. Numbers
@@ -91,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model_config(model: str) -> ModelConfig:
-    """The config.json of a folder or a preset; nothing is fetched."""
-    from nanoflow.models import config as models
+    """The config.json of a folder or of a preset; nothing is downloaded."""
+    from nanoflow.models import config_json as models
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import PRESETS, preset_config, preset_name
 
@@ -107,7 +108,7 @@ def _model_config(model: str) -> ModelConfig:
 
 
 def _mean_lengths(workload: str) -> MeanLengths:
-    """Average lengths of IN/OUT or of a trace."""
+    """Mean lengths of a workload: IN/OUT or a trace."""
     from nanoflow.cost.analysis import MeanLengths
     from nanoflow.workload import draw_lengths, read_trace
 
@@ -122,7 +123,7 @@ def _mean_lengths(workload: str) -> MeanLengths:
 def _head(
     model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, batch: BatchSize, largest: BatchSize
 ) -> Iterator[str]:
-    """What is analyzed."""
+    """Lines that say what is analyzed."""
     yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, weights {model.weight_bytes / 1e9:.1f} GB in 16 bits"
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"
     yield f"{'workload':<12}{lengths.prompt_tokens:.0f} prompt and {lengths.output_tokens:.0f} output tokens a request"
@@ -151,7 +152,7 @@ def _batch(batch: BatchSize) -> str:
 
 
 def _table(costs: tuple[OperationCost, ...], gpus: GpuGroup) -> Iterator[str]:
-    """One row an operation, at peak rates."""
+    """One row for each operation, at peak rates."""
     from nanoflow.cost.roofline import resource_times, total
 
     rates = gpus.peak_rates()
@@ -181,7 +182,7 @@ def _or_dash(value: float | None, factor: float) -> str:
 def _conclusions(
     model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, batch: BatchSize, costs: tuple[OperationCost, ...]
 ) -> Iterator[str]:
-    """What bounds the workload, at peak rates and, where they are known, at sustained ones."""
+    """Lines that say what bounds the workload, at peak rates and, where known, at sustained rates."""
     kinds = {"at peak rates": gpus.peak_rates()}
     if gpus.spec.has_sustained:
         kinds["at sustained rates"] = gpus.sustained_rates()
@@ -218,7 +219,7 @@ def _bounds(
 
 
 def _sources(gpus: GpuGroup) -> Iterator[str]:
-    """Where the numbers of the GPU come from."""
+    """Lines that say where the figures of the GPU come from."""
     from nanoflow.hardware import Figure
 
     yield f"where the numbers of one {gpus.spec.title} come from:"

@@ -1,6 +1,6 @@
 """`nanoflow bench throughput` and `nanoflow bench serve`: measure, print a table, write the record.
 
-What is measured and how stands in `nanoflow/bench/`.
+`nanoflow/bench/` measures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanoflow.bench.config import BenchConfig, LoadConfig, ThroughputConfig
+from nanoflow.bench.options import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import UNWATCHED_DEFAULTS, EngineConfig
 
@@ -31,9 +31,9 @@ _EXAMPLES = """\
 
 _TEACH_THROUGHPUT = """\
 Load a model in this process, give it all requests at once and report tokens/s
-and latencies, for the whole run and for its steady state. Beside them stands what
-was possible on this device, measured just before: the sum of parts alone (every GEMM and
-attention by itself, one after the other; the serial bound) and the optimum (the GEMMs alone).
+and latencies, for the whole run and for its steady state. Bounds of this device are
+measured before, for comparison: the serial bound (every GEMM and attention alone,
+one after the other) and the optimum (the GEMMs alone).
 Tokens are greedy and not turned into text unless options say otherwise.
 --random-weights measures an architecture without its weights; preset:NAME needs no
 files at all. Exit status 1 if a request failed (see nanoflow bench --help)."""
@@ -66,7 +66,7 @@ _ENGINE = OptionGroup(
 
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:
-    """Add `nanoflow bench` and its two benchmarks."""
+    """Add `nanoflow bench` and its subcommands."""
     parser = add_command(commands, "bench", "measure throughput and latency", _TEACH, _EXAMPLES)
     parser.usage = f"{parser.prog} BENCHMARK [options]"
     benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", prog=parser.prog, required=True)
@@ -83,7 +83,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run_throughput(args: argparse.Namespace) -> int:
-    """Measure the engine in this process."""
+    """Measure an engine in this process."""
     from nanoflow.bench import offline
     from nanoflow.bench.provenance import require_clean
 

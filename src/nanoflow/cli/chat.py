@@ -1,7 +1,7 @@
 """`nanoflow chat`: a conversation on the terminal, with an engine in this process or with a server.
 
-The loop below knows a backend only as a function from the messages to pieces of text; Ctrl-C closes that iterator,
-which aborts the answer. The engine behind it is in `session.py`.
+A backend is a function from the messages to an iterator of pieces of text. Ctrl-C closes that iterator, which aborts
+the answer. `session.py` runs the engine in this process.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def talk(reply: Reply, *, system: str | None) -> int:
     """Read lines of standard input and print the answers, until /quit or the end of input.
 
     Returns:
-        Exit status: 1 if a line could not be answered and nobody was there to ask again, else 0.
+        Exit status: 1 if standard input is not a terminal and a line could not be answered, else 0.
     """
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -106,7 +106,7 @@ def talk(reply: Reply, *, system: str | None) -> int:
 
 
 def _read_line(*, is_interactive: bool) -> str | None:
-    """The next line without blanks around it; None at the end of input. Ctrl-C at the prompt starts a new line."""
+    """The next line, stripped; None at the end of input. Ctrl-C at the prompt starts a new line."""
     while True:
         try:
             return input(">>> " if is_interactive else "").strip()
@@ -119,7 +119,7 @@ def _read_line(*, is_interactive: bool) -> str | None:
 
 
 def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message] | None:
-    """Print the answer to a line and return the conversation with both; None if it cannot be answered."""
+    """Print the answer to a line and return the conversation with both; None if there was an error."""
     asked = [*messages, {"role": "user", "content": line}]
     answer = ""
     try:
@@ -128,7 +128,7 @@ def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message
                 print(piece, end="", flush=True)
                 answer += piece
     except KeyboardInterrupt:
-        pass  # What has been said so far stays in the conversation.
+        pass  # The part that was printed stays in the conversation.
     except (ValueError, OSError, EngineError) as error:
         if answer:
             print()
@@ -140,10 +140,10 @@ def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message
 
 
 def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
-    """Answers of an engine in this process."""
+    """A backend with an engine in this process."""
     from nanoflow.cli.session import EngineSession
 
-    _SAMPLING.read(args)  # Refuse here what would be refused when the model is there.
+    _SAMPLING.read(args)  # Refuses invalid parameters before the model is loaded.
     session = stack.enter_context(EngineSession(for_so_many(_ENGINE.read(args), 1)))
     problem = session.template_problem()
     if problem is not None:
@@ -154,10 +154,10 @@ def _engine_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
 
 
 def _server_reply(args: argparse.Namespace, stack: ExitStack) -> Reply:
-    """Answers of a server."""
+    """A backend with a server."""
     import httpx
 
-    _SAMPLING.read(args)  # Refuse here what the server would refuse later.
+    _SAMPLING.read(args)  # Refuses invalid parameters before the first message.
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     client = stack.enter_context(httpx.Client(base_url=_checked_url(args.url), headers=headers, timeout=None))
@@ -179,14 +179,14 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _checked_url(url: str) -> str:
-    """A URL as it was given; ConfigError if it has no scheme."""
+    """The URL unchanged; ConfigError if it has no scheme."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url!r} is no URL; give it as http://HOST:PORT/v1")
     return url
 
 
 def _served_model(client: httpx.Client) -> str:
-    """The model of a server. Its API is below /v1: where the URL leaves that out, the client goes on with it."""
+    """The server's first model. If the URL lacks the API's prefix /v1, adds it to the client's base URL."""
     import httpx
 
     given = client.base_url
@@ -205,7 +205,7 @@ def _served_model(client: httpx.Client) -> str:
 
 
 def _refusal(response: httpx.Response) -> str:
-    """What a server says of a request that it refuses, in one line."""
+    """A server's error message for a request that it refused, as one line."""
     try:
         said = str(response.json()["error"]["message"])
     except (LookupError, ValueError, TypeError):

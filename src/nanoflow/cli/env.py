@@ -1,4 +1,4 @@
-"""`nanoflow env`: what a bug report or a benchmark needs to know of this machine. Gathered by `bench/machine.py`."""
+"""`nanoflow env`: a description of this machine for bug reports and benchmarks, gathered by `bench/machine.py`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Flags of `vllm serve` that there are not: taken where they ask for what is so anyway, refused with a line otherwise.
+"""Flags of `vllm serve` that nanoflow lacks: accepted if their value changes nothing, otherwise refused with a reason.
 
-What they are is data (`compat/`); flags of ours are in `options.py`. A flag may be written as people write it for vLLM:
-with underscores, with a short form (`-tp 2`, `-O3`), or with a path into a JSON value (`--hf-overrides.rope_theta 1`).
+The flags are data (`compat/`); nanoflow's own flags are made in `options.py`. Users of vLLM write flags with
+underscores, in a short form (`-tp 2`, `-O3`), or with a path into a JSON value (`--hf-overrides.rope_theta 1`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nanoflow.compat.entries import Foreign, Table, read_text
 
 
 def with_dashes(argv: Iterable[str]) -> list[str]:
-    """The command line with dashes for underscores in the names of flags, and with paths into JSON values as JSON.
+    """The command line with underscores in flag names as dashes, and with paths into JSON values as JSON.
 
-    What comes behind `--` is left alone.
+    Arguments after `--` are unchanged.
     """
     written: list[str] = []
     arguments = iter(argv)
@@ -37,7 +37,7 @@ def with_dashes(argv: Iterable[str]) -> list[str]:
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser, tables: Sequence[Table]) -> None:
-    """Add hidden flags for all that is foreign in some tables, but for those that the parser has already."""
+    """Add a hidden flag for each foreign option of the tables, unless the parser has that flag already."""
     for entry in (entry for table in tables for entry in table.foreign):
         name = "--" + entry.name.replace("_", "-")
         spellings = [name, *(f"--no-{name[2:]}" for _ in range(entry.is_switch)), *entry.flags]
@@ -49,7 +49,7 @@ def add_foreign_flags(parser: argparse.ArgumentParser, tables: Sequence[Table]) 
 
 
 class _Check(argparse.Action):
-    """Refuses a value that would change something; leaves no trace of others."""
+    """Refuses a value that would change something; ignores other values."""
 
     def __init__(self, *, entry: Foreign, **kwargs: Any) -> None:
         super().__init__(default=argparse.SUPPRESS, **kwargs)
@@ -72,13 +72,13 @@ class _Check(argparse.Action):
 
 
 def _value_of(texts: Sequence[str | None], *, is_list: bool) -> Any:
-    """What was meant: JSON where it is, several texts as a list; a flag that has no value is true."""
+    """The value of a flag: parsed as JSON if possible, a list for several texts, True without a value."""
     read = [True if text is None else read_text(text.removeprefix("=")) for text in texts]
     return read if is_list and not (len(read) == 1 and isinstance(read[0], list)) else read[0]
 
 
 def _nested(path: str, text: str) -> str:
-    """A value at a path in a JSON object, as JSON."""
+    """A JSON object with a value at a path, as text."""
     value = read_text(text)
     for name in reversed(path.split(".")):
         value = {name: value}

@@ -1,7 +1,7 @@
-"""`nanoflow generate`: complete prompts in this process and print what comes.
+"""`nanoflow generate`: complete prompts with an engine in this process and print the completions.
 
-Streams where a person watches (one prompt, one completion, a terminal), else runs all prompts as one batch and prints
-text or JSON lines. How completions are made is the engine's to know.
+For one completion of one prompt on a terminal the text is streamed. Otherwise all prompts run as one batch, and the
+output is text or JSON lines.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _EXAMPLES = """\
   nanoflow generate --file prompts.txt --json > completions.jsonl
   echo "import " | nanoflow generate -"""
 
-# What needs a program around it (biases, log probabilities, raw tokens) is left to the Python and HTTP interfaces.
+# Parameters that only make sense for programs, which use the Python or HTTP interface.
 NOT_FOR_TERMINALS = frozenset({"logit_bias", "logprobs", "prompt_logprobs", "detokenize", "output_kind"})
 
-# More than these are no one-off command: an engine chooses how many of them run at once.
+# With more requests than this the engine chooses how many of them run at once.
 _FEW_REQUESTS = 64
 
 _ENGINE = OptionGroup(
@@ -61,8 +61,8 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Complete the prompts; 1 if one of them failed."""
-    params, config = _SAMPLING.read(args), _ENGINE.read(args)  # Before the model is there, to refuse what is wrong.
+    """Complete the prompts; returns 1 if one of them failed, else 0."""
+    params, config = _SAMPLING.read(args), _ENGINE.read(args)  # Refuses invalid options before the model is loaded.
     prompts = read_prompts(args.prompts, args.file)
     config = for_so_many(config, len(prompts) * params.n)
     if len(prompts) == 1 and params.n == 1 and not args.json and sys.stdout.isatty():
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def for_so_many(config: EngineConfig, num_requests: int) -> EngineConfig:
-    """The config of an engine that will never have more requests than these: few need few KV pages.
+    """The config of an engine that will have at most `num_requests` requests: few requests need few KV pages.
 
-    What is given, and a plan book's limits, stand.
+    Options that are given, and the limits of a plan book, are not changed.
     """
     if config.max_num_seqs is not None or config.plan is not None or num_requests > _FEW_REQUESTS:
         return config
@@ -84,10 +84,10 @@ def for_so_many(config: EngineConfig, num_requests: int) -> EngineConfig:
 
 
 def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:
-    """The prompts: arguments, then lines of the file; standard input where asked for with `-`, or if it is piped.
+    """The prompts: arguments, then lines of the file. Standard input is read for `-`, or if it is piped.
 
     Raises:
-        ConfigError: There is no prompt at all.
+        ConfigError: There is no prompt.
     """
     prompts: list[str] = []
     for argument in arguments:
@@ -102,7 +102,7 @@ def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:
 
 
 def print_outputs(outputs: Sequence[RequestOutput], *, is_json: bool) -> None:
-    """Print every completion: as a JSON line, or as text, headed by its prompt if there is more than one."""
+    """Print every completion, as a JSON line or as text; with several, each text has its prompt as a heading."""
     num_completions = sum(len(output.outputs) for output in outputs)
     for number, output in enumerate(outputs):
         for completion in output.outputs:
@@ -115,7 +115,7 @@ def print_outputs(outputs: Sequence[RequestOutput], *, is_json: bool) -> None:
 
 
 def report_failures(outputs: Sequence[RequestOutput]) -> int:
-    """Say on standard error which prompts failed; return the exit status."""
+    """Report failed prompts on standard error; returns the exit status."""
     failed = [(number, output) for number, output in enumerate(outputs) if _has_failed(output)]
     for number, output in failed:
         print(f"nanoflow: error: prompt {number}: {output.error or 'the request failed'}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The `nanoflow` command: finds the subcommand, runs it and turns errors that users can mend into one line.
+"""The `nanoflow` command: runs a subcommand, and prints errors that the user can correct as one line.
 
-It imports argparse and the config dataclasses only, so that `--help` answers at once; each subcommand's file imports
-what it runs inside its functions. What the subcommands do is theirs to know.
+Only argparse and the config dataclasses are imported here, so that `--help` is fast. The file of each subcommand
+imports what it runs inside its functions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _EXIT_BROKEN_PIPE = 141
 
 
 def build_parser() -> CommandParser:
-    """The parser of all commands."""
+    """The parser with all subcommands."""
     parser = CommandParser(prog="nanoflow", usage="nanoflow COMMAND [options]", description=_TEACH, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"nanoflow {nanoflow.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="nanoflow", required=True)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader has left (`nanoflow ... | head`); keep the interpreter from flushing to it once more.
+        # The reader of the pipe has exited (`nanoflow ... | head`); keep the interpreter from flushing to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE
     except Exception as error:

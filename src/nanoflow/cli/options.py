@@ -1,9 +1,8 @@
-"""Turns config dataclasses into command-line flags, and given flags back into configs.
+"""Turns config dataclasses into command-line flags, and parsed flags back into configs.
 
-A field `page_size: int = 16` is the flag `--page-size N`; its help is the field's, or stands in the docstring. Its
-other names are flags too, and the help names them. A flag that is not given leaves no trace, so defaults live in the
-dataclass alone. Flags of vLLM that there are not are in `foreign_flags.py`. This file knows no command (see `main.py`)
-and no config by name (see `config.py`, `request.py`, `bench/config.py`).
+A field `page_size: int = 16` is the flag `--page-size N`. Its help text comes from the field or from the docstring of
+the class. Aliases are flags too, and the help names them. A flag that is not given sets nothing, so the dataclass alone
+has the defaults. Flags of vLLM that nanoflow lacks are in `foreign_flags.py`.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose flags must be spelled out, and which names the nearest flag if one does not exist."""
+    """A parser that accepts no abbreviated flags, and suggests the nearest flag for an unknown one."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.tables: list[Table] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse what is left over here, where the flags of the subcommand are known.
+        """Parse, and refuse unknown flags here, where the flags of the subcommand are known.
 
-        Flags may be written with underscores. Those of vLLM that there are not come in last: ours go before them.
+        Underscores in flag names are accepted. Foreign flags of vLLM are added last, so that own flags take precedence.
         """
         own = {flag for flag in self._option_string_actions if flag.startswith("--")}
         add_foreign_flags(self, self.tables)
@@ -50,14 +49,14 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, extras
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, where to read on in another, and exit with status 2."""
+        """Print the error as one line and a pointer to the help as another, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
 
 
 def add_command(
     commands: Subcommands[CommandParser], name: str, summary: str, teach: str, examples: str
 ) -> CommandParser:
-    """Add a subcommand with its one-line summary, a paragraph that teaches and examples at the end."""
+    """Add a subcommand with a one-line summary, a paragraph of explanation, and examples at the end."""
     parser = commands.add_parser(name, help=summary, description=teach, epilog=f"examples:\n{examples}")
     parser.usage = f"{parser.prog} [options]"
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error (also: NANOFLOW_DEBUG=1)")
@@ -71,8 +70,8 @@ class OptionGroup(Generic[ConfigT]):
     Attributes:
         kind: The dataclass.
         title: Heading in the help.
-        skip: Fields that this command has no flag for.
-        defaults: Field to a default that differs from the dataclass's in this command.
+        skip: Fields without a flag in this command.
+        defaults: Fields whose default differs from the dataclass's in this command.
     """
 
     kind: type[ConfigT]
@@ -81,7 +80,7 @@ class OptionGroup(Generic[ConfigT]):
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Add one flag a field to the parser, and one each of its other names."""
+        """Add a flag for each field to the parser, and one for each of its aliases."""
         if isinstance(parser, CommandParser):
             parser.tables.append(table_of(self.kind))
         group = parser.add_argument_group(self.title)
@@ -100,7 +99,7 @@ class OptionGroup(Generic[ConfigT]):
                 **how,
             )
             for alias in aliases:
-                # A place of its own, so that two names with different values can be told.
+                # An own `dest`, so that two names with different values can be detected.
                 is_other = alias.convert is not None and "action" not in how
                 group.add_argument(
                     _flag(alias.name),
@@ -112,7 +111,7 @@ class OptionGroup(Generic[ConfigT]):
                 )
 
     def given(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The fields whose flags stand on the command line, under any of their names.
+        """The fields whose flags are on the command line, under any of their names.
 
         Raises:
             ConfigError: Two names of one field have different values.
@@ -125,11 +124,11 @@ class OptionGroup(Generic[ConfigT]):
         return by_own_names(self.kind, {name: value for name, value in vars(args).items() if name in names})
 
     def read(self, args: argparse.Namespace, recommended: Mapping[str, Any] | None = None) -> ConfigT:
-        """The config that the command line describes.
+        """Build the config from the command line.
 
         Args:
-            args: The command line.
-            recommended: Values of fields that are not given, instead of the group's own defaults.
+            args: The parsed command line.
+            recommended: Defaults that replace the group's own.
 
         Raises:
             ValueError: A value is out of its range (`ConfigError` for options of the engine and the server).
@@ -137,7 +136,7 @@ class OptionGroup(Generic[ConfigT]):
         return from_kwargs(self.kind, {**self.defaults, **(recommended or {}), **self.given(args)})
 
     def _aliases(self, name: str) -> list[Alias]:
-        """The other names of a field."""
+        """The aliases of a field."""
         others = (alias for _, alias in names_of(self.kind).values())
         return [alias for alias in others if alias is not None and alias.to == name]
 
@@ -150,7 +149,7 @@ def _flag(name: str) -> str:
 
 
 def _how_to_parse(hint: Any, nargs: str | None, read: Callable[[str], Any] | None) -> dict[str, Any]:
-    """Arguments of `add_argument` for a field's type; `X | None` parses as X, a sequence as a repeatable flag."""
+    """Arguments of `add_argument` for a type: `X | None` is parsed as X, a sequence is a repeatable flag."""
     members = [member for member in get_args(hint) if member is not type(None)]
     kinds = [hint] if get_origin(hint) in (None, Literal, Sequence, tuple) else members
     for kind in kinds:
@@ -169,7 +168,7 @@ def _how_to_parse(hint: Any, nargs: str | None, read: Callable[[str], Any] | Non
 
 
 def _parser_of(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same, with errors as argparse shows them."""
+    """The same function, but it raises errors that argparse prints in full."""
 
     def parse(text: str) -> Any:
         try:
@@ -181,14 +180,14 @@ def _parser_of(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _help(text: str, default: Any) -> str:
-    """Help with the default, where there is one worth showing, and with argparse's percent signs escaped."""
+    """Help text with the default, if it is worth showing; percent signs are escaped for argparse."""
     shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
     is_shown = default is not None and default != () and default is not dataclasses.MISSING
     return (text + (f" (default: {shown})" if is_shown else "")).replace("%", "%%")
 
 
 def _attribute_texts(kind: type[Any]) -> dict[str, str]:
-    """Field to its text in the docstring's `Attributes:` section, for dataclasses that document there."""
+    """Texts of the `Attributes:` section in a dataclass's docstring, by field."""
     section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()).removesuffix(".") for name, text in entries}

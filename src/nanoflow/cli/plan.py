@@ -1,5 +1,6 @@
-"""`nanoflow plan`: look at pipeline plans. They are drawn by `plan/` and predicted by `search/`; nothing is measured
-here and no GPU is needed.
+"""`nanoflow plan`: show pipeline plans.
+
+`timeline/` draws plans and `simulate/` predicts their times; nothing is measured and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _EXAMPLES = "  nanoflow plan show plan.json"
 _TEACH_SHOW = """\
 Draw a plan as lanes by time, with the use of each resource below: in the terminal,
 with --svg as a picture, and with --chrome-trace as a file that Perfetto opens. PLAN
-is a file with a plan or with a plan book; a book of several plans is listed, and that
-plan is drawn which is for most of the time, or the one that --name chooses. With
+is a file with a plan or with a plan book. A book with several plans is listed, and the
+plan that runs most of the time is drawn, or the one that --name chooses. With
 --profile the times are predicted from its measurements, and compared with the
 sequential plan. Without it, they are those that the search wrote into the plan, or,
 if there are none, only the order is drawn. --trace adds what a profiler saw when the plan ran, on the same scale."""
@@ -47,14 +48,14 @@ _EXAMPLES_SHOW = """\
   nanoflow plan show plan.json --profile profile.json --trace trace.json --layers 2"""
 
 _FALLBACK_COLUMNS = 120
-# Keys of a decode where neither the user nor the book says any.
+# Keys of each decode if neither the user nor the book gives them.
 _CONTEXT = 1024
 _HEADINGS = ("name", "digest", "tokens", "decode share", "context", "keys", "lanes", "us a layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShowConfig:
-    """What of a plan to show."""
+    """What to show of a plan."""
 
     name: str | None = option(None, "Which plan of a book: its name or digest")
     profile: str | None = option(None, "Profile to predict times from")
@@ -84,7 +85,7 @@ _OPTIONS = OptionGroup(kind=ShowConfig, title="what to show")
 
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:
-    """Add `nanoflow plan` and what it can do with plans."""
+    """Add `nanoflow plan` and its subcommands."""
     parser = add_command(commands, "plan", "look at pipeline plans", _TEACH, _EXAMPLES)
     parser.usage = f"{parser.prog} ACTION [options]"
     actions = parser.add_subparsers(title="actions", metavar="ACTION", prog=parser.prog, required=True)
@@ -96,7 +97,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Draw the plan, or list those of the book."""
+    """Draw a plan, or list the plans of a book."""
     from nanoflow.plan.book import load_book
     from nanoflow.timeline.chrome import chrome_trace
     from nanoflow.timeline.drawing_svg import svg
@@ -114,7 +115,7 @@ def run_show(args: argparse.Namespace) -> int:
     if config.name is None and len(book.plans) > 1:
         if config.profile is None and config.model is None and config.svg is None and config.chrome_trace is None:
             return 0
-        print(f"\ndrawn is {entry.plan.name} ({entry.plan.digest}), the plan for most of the time")
+        print(f"\ndrawing {entry.plan.name} ({entry.plan.digest}), the plan that runs most of the time")
     plan, config = entry.plan, _for_its_batches(entry, config)
     timelines, sequential_s = _timelines(plan, config)
     if config.svg is not None:
@@ -135,9 +136,9 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def _chosen(book: StoredBook, name: str | None) -> PlanEntry | None:
-    """The first entry of the plan of this name or digest; without a name the first of all, None if there is none.
+    """The first entry whose plan has this name or digest, or the first entry without a name; None if there is none.
 
-    The search writes entries in the order of the time that their batches take.
+    The search writes entries in descending order of the time that their batches take.
     """
     for entry in book.entries:
         if name in (None, entry.plan.name, entry.plan.digest):
@@ -150,7 +151,7 @@ def _chosen(book: StoredBook, name: str | None) -> PlanEntry | None:
 
 
 def _for_its_batches(entry: PlanEntry, config: ShowConfig) -> ShowConfig:
-    """The options with a batch that the entry is for, where none is given: from the middle of its ranges."""
+    """The options; where no batch is given, one from the middle of the ranges of the entry."""
     decodes, context = config.decodes, config.context
     if decodes is None and (entry.min_decode_share > 0 or entry.max_decode_share < 1):
         decodes = round((entry.min_decode_share + entry.max_decode_share) / 2 * entry.plan.num_tokens)
@@ -163,7 +164,7 @@ def _for_its_batches(entry: PlanEntry, config: ShowConfig) -> ShowConfig:
 
 
 def _listed(book: StoredBook) -> Iterator[str]:
-    """What limits the book is for, and a row an entry."""
+    """The limits that the book is for, and a row for each entry."""
     if book.limits is not None:
         yield f"best limits: {book.limits}"
     if book.prediction is not None:
@@ -188,7 +189,7 @@ def _listed(book: StoredBook) -> Iterator[str]:
 
 
 def _entry(entry: PlanEntry) -> tuple[str, ...]:
-    """Cells below `_HEADINGS`."""
+    """The columns of a row, as in `_HEADINGS`."""
     plan = entry.plan
     return (
         plan.name,
@@ -207,7 +208,7 @@ def _range(least: float, most: float | None) -> str:
 
 
 def _timelines(plan: PipelinePlan, config: ShowConfig) -> tuple[list[Timeline], float | None]:
-    """What is expected of the plan and, with a trace, what was measured; and a layer under the sequential plan."""
+    """The predicted timeline of the plan, with a trace also the measured one, and a layer's time run sequentially."""
     from nanoflow.profile.table import Profile
     from nanoflow.timeline.drawing import order_timeline
 
@@ -229,7 +230,7 @@ def _timelines(plan: PipelinePlan, config: ShowConfig) -> tuple[list[Timeline], 
 
 
 def _shape(plan: PipelinePlan, config: ShowConfig) -> BatchShape:
-    """A batch as large as the plan; its prompts are new and as long as the decodes' context."""
+    """A batch as large as the plan, whose prompts start in it and are as long as the context of its decodes."""
     from nanoflow.graph.operation import BatchShape
 
     context = config.context or _CONTEXT
@@ -249,7 +250,7 @@ def _shape(plan: PipelinePlan, config: ShowConfig) -> BatchShape:
 
 
 def _profiled_graph(plan: PipelinePlan, profile: Profile) -> OpGraph:
-    """The profiled model's graph, exchanging between GPUs as the plan does."""
+    """The graph of the profiled model, with the plan's kind of exchange between GPUs."""
     from nanoflow.simulate.iteration import graphs_of
 
     graphs = graphs_of(profile)
@@ -258,9 +259,9 @@ def _profiled_graph(plan: PipelinePlan, profile: Profile) -> OpGraph:
 
 
 def _graph(plan: PipelinePlan, model: str | None) -> OpGraph | None:
-    """The model's graph in the form that the plan is for."""
+    """The model's graph in the form that the plan was made for."""
     from nanoflow.graph.fuse import fuse_swiglu
-    from nanoflow.models import config as models
+    from nanoflow.models import config_json as models
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import preset_config, preset_name
     from nanoflow.models.registry import build_graph
@@ -287,7 +288,7 @@ def _predicted(
 
 
 def _keys(shape: BatchShape) -> int:
-    """Of each decode."""
+    """Mean keys of a decode."""
     return round(shape.decode_context / max(shape.num_decode_tokens, 1))
 
 

@@ -1,6 +1,6 @@
-"""`nanoflow profile`: measure what a model's operations take on this machine, or estimate it for another.
+"""`nanoflow profile`: measure the operations of a model on this machine, or estimate them for another.
 
-What is measured and how is `profiler/`'s, the estimate `profile/estimate.py`'s.
+`profiler/` measures; `profile/estimate.py` estimates.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure or estimate, and say where the profile is."""
+    """Measure or estimate, and print where the profile is."""
     config, path = _OPTIONS.read(args), Path(args.output).expanduser()
     profile = _measured(args.model, config, path) if config.estimate is None else _estimated(args.model, config, path)
     print(f"{path}: {len(profile.points)} points, {len(profile.pairs)} pairs")
@@ -78,7 +78,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
     import torch
 
     from nanoflow.device.detect import resolve_device, resolve_dtype, total_memory_bytes, use_device
-    from nanoflow.models.config import parse
+    from nanoflow.models.config_json import parse
     from nanoflow.profiler.profile import new_job, run_job, setup_line
     from nanoflow.profiler.work import Sizes
 
@@ -87,7 +87,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
     raw = _config_of(model)
     is_small = config.quick and device == torch.device("cpu")
     budget = config.max_batch_tokens
-    # Keys and values of one layer; not what is free now, so that a profile can be continued.
+    # For keys and values of one layer. Free memory is not used, as it could change before a profile is continued.
     cache_bytes = min(16 << 30, total_memory_bytes(device) // 4)
     job = new_job(
         model,
@@ -105,7 +105,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
 
 
 def _size_of(job: Job) -> str:
-    """What there is to do, before it begins."""
+    """How much is to be measured."""
     wanted = job.wanted()
     known = len(job.profile.points) + len(job.profile.pairs)
     minutes = wanted.estimate_s(job.site.device, job.span) / 60
@@ -123,8 +123,8 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
 
 
 def _config_of(model: str) -> Mapping[str, Any]:
-    """The config.json of a model as it stands there; `ModelError` if there is none or it makes no sense."""
-    from nanoflow.models.config import load
+    """The config.json of a model; `ModelError` if it is missing or invalid."""
+    from nanoflow.models.config_json import load
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import PRESETS, preset_config, preset_name
 

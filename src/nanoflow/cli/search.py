@@ -1,7 +1,6 @@
-"""`nanoflow search`: from a profile to plans, for one batch shape or for all that a workload produces.
+"""`nanoflow search`: from a profile to plans, for one batch shape or for all batches of a workload.
 
-The search is `search/`'s; here are its options and the file that it ends in. How a book comes about stands in
-`search_book.py`.
+This file has the options and writes the result. `search/` finds plans; `search_book.py` puts a plan book together.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ _EXAMPLES = """\
   nanoflow search profile.json -o plan.json --max-batch-tokens 2048 --decodes 683 --context 1280 --prompt-tokens 1024
   nanoflow serve preset:llama-3-8b --plan plans.json"""
 
-# The token budget of a single batch.
+# Token budget if only one batch is searched for.
 _ONE_BATCH = 2048
 
 
 def _numbers(text: str) -> Any:
-    """Declare an option of one or more numbers; None if it is not given."""
+    """Declare an option of one or more numbers, None by default."""
     return dataclasses.field(default=None, metadata={"help": text, "nargs": "+"})
 
 
@@ -60,7 +59,9 @@ def _numbers(text: str) -> Any:
 class SearchConfig:
     """What to search plans for."""
 
-    num_requests: int = option(1500, "Requests of each workload to simulate, once all at once and once as others leave")
+    num_requests: int = option(
+        1500, "Requests of each workload to simulate: once all sent at once, once each sent as another ends"
+    )
     max_batch_tokens: Sequence[int] | None = _numbers(
         "Token budgets to compare: tokens of the largest batch; 1024, 2048, 4096, 8192 and 16384 if not given, as far "
         "as the profile goes (with --decodes: 2048)"
@@ -70,15 +71,17 @@ class SearchConfig:
     )
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
     seed: int = option(0, "Seed of the lengths that are drawn from traces")
-    decodes: int | None = option(None, "Search for one batch only, with so many decodes; its other tokens are prompts")
+    decodes: int | None = option(
+        None, "Search for one batch only, with this number of decodes; its other tokens are prompts"
+    )
     context: float = option(768.0, "Keys that each of these decodes sees")
     prompt_tokens: float = option(512.0, "Mean length of that batch's prompts")
     margin: float | None = option(
         None,
-        "Keep a plan without a trial if it is predicted to win so many percent; if not given, 3 with attention inside "
-        "products and 8 with other lanes, which is how far off predictions have been",
+        "Percent by which a plan must be predicted to win to be kept without a trial; if not given, 3 with attention "
+        "inside products and 8 with other lanes, which is how far off predictions have been",
     )
-    time_limit: float = option(60.0, "Seconds for one kind of batch at most")
+    time_limit: float = option(60.0, "Longest search for one kind of batch, in seconds")
 
     def __post_init__(self) -> None:
         for name in ("num_requests", "time_limit", "context", "prompt_tokens"):
@@ -99,7 +102,7 @@ class SearchConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Of the one batch that --decodes asks for; ConfigError if several budgets are given."""
+        """Tokens of the single batch that --decodes asks for; ConfigError if several budgets are given."""
         budgets = self.max_batch_tokens or (_ONE_BATCH,)
         if len(budgets) > 1:
             raise ConfigError("--decodes is for one batch: give one --max-batch-tokens")
@@ -132,7 +135,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, print a line a batch, write the file."""
+    """Search, print a line for each batch, and write the file."""
     from nanoflow.cli.search_book import LimitsSearch, kept_trials
     from nanoflow.profile.table import Profile
 
@@ -177,14 +180,14 @@ def _describe(shape: BatchShape) -> str:
 
 
 def _summary(model: IterationModel, shape: BatchShape, result: SearchResult) -> list[str]:
-    """What was found, layer and iteration."""
+    """The result, for a layer and for an iteration."""
     prediction = model.predict(shape, result.plan)
     energy = prediction.energy_per_token_j
     gaps = [attempt.gap for attempt in result.attempts if attempt.plan == result.plan]
     return [
         f"{result.plan.name} ({result.plan.digest}): {result.reason}",
         f"layer {result.makespan_s * 1e6:,.1f} us, sequential {result.sequential_s * 1e6:,.1f} us, "
-        f"no order can undercut {result.least_period_s * 1e6:,.1f} us",
+        f"no order can take less than {result.least_period_s * 1e6:,.1f} us",
         f"iteration {prediction.iteration_s * 1e3:.2f} ms, {prediction.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
         + ("" if energy is None else f", {energy * 1e3:.1f} mJ/token")
         + "".join(f", gap of the shares {gap:.1%}" for gap in gaps)

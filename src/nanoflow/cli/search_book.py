@@ -1,6 +1,6 @@
-"""How `nanoflow search` comes to a plan book: limits swept, plans searched under the promising ones, trials, a choice.
+"""How `nanoflow search` makes a plan book: sweep limits, search plans under the best ones, try plans, choose.
 
-What it says on the way goes to standard error, what came of it to standard output.
+Progress is printed on standard error, results on standard output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nanoflow.profile.table import Profile
     from nanoflow.trials.journal import TrialJournal
 
-# Settling, capturing and measuring, for one plan; for some also the sequential plan.
+# Seconds to warm up, capture and measure one plan; for some also the sequential plan.
 _TRIAL_S = 3.0
 
 
@@ -39,13 +39,13 @@ def kept_trials(output: Path, profile: Profile, *, is_fresh: bool) -> TrialJourn
 
 
 class LimitsSearch:
-    """One search.
+    """One search for a plan book.
 
     Args:
-        profile, config: What operations take, and what to search for.
-        workloads: As the user named them.
-        kept: Where trials are kept; None if plans are not to be tried.
-        is_quiet: Say only what was found.
+        profile, config: Measured operations, and what to search for.
+        workloads: Workloads as the user named them.
+        kept: Stored trials; None if plans are not to be tried.
+        is_quiet: Print results only.
 
     Raises:
         ConfigError: A workload cannot be read, or a limit is beyond the profile or the memory.
@@ -76,7 +76,7 @@ class LimitsSearch:
         )
 
     def book(self) -> StoredBook:
-        """The plans of the limits under which they are fastest, or none, and those of the sequential plan."""
+        """The best limits and their plans (none if sequential is fastest), and the best limits without plans."""
         sequential = self._swept()
         best = fastest(sequential)
         found = [self._with_plans(each.limits) for each in worth_searching(sequential)]
@@ -108,7 +108,7 @@ class LimitsSearch:
         return found
 
     def _with_plans(self, limits: BookLimits) -> WithPlans:
-        """Plans for the batches that the workloads make under some limits, and what they make of the runs."""
+        """Search plans for the batches of the workloads under some limits, and predict the runs with them."""
         self._say(f"plans for {limits} ({COMPARED})")
         plans = []
         for each in self._search.found(self._simulated.batches(limits), limits.max_batch_tokens):
@@ -119,7 +119,7 @@ class LimitsSearch:
     def _measured(self, found: WithPlans, kept: TrialJournal) -> WithPlans:
         """Every plan on the middle one of the batches that it may be for; of each kind the best stays, if it wins.
 
-        Batches that are rare keep what is safely predicted to win.
+        Plans of rare cells are not tried; those that are predicted to win by a safe margin remain.
         """
         from nanoflow.device.detect import resolve_device
         from nanoflow.trials.iterations import measure_trials
@@ -143,7 +143,7 @@ class LimitsSearch:
         return self._judged(found.limits, [*judged, *trusted], "measured")
 
     def _example(self, found: FoundPlan) -> BatchShape:
-        """The batch that stands for a cell in trials: the same under all limits, so that no plan is tried twice."""
+        """The batch of a cell that plans are tried on: the same under all limits, so that no plan is tried twice."""
         cell = found.cell
         return self._examples.setdefault((cell.max_tokens, cell.keys), cell.example)
 
@@ -168,7 +168,7 @@ class LimitsSearch:
         )
 
     def _say_result(self, prediction: BookPrediction, chosen: WithPlans) -> None:
-        """Both sides at their best, and the ratio; with several workloads a line each and their mean."""
+        """Print the best run with and without plans and their ratio; for several workloads a line each and the mean."""
         how = "measured" if prediction.is_measured else "predicted"
         best = [each.sequential_tokens_per_s for each in prediction.workloads]
         print(f"sequential best: {prediction.sequential_limits}: {self._rates(best)} tokens/s, predicted")
@@ -195,7 +195,7 @@ class LimitsSearch:
 
 
 def _check_machine(profile: Profile) -> None:
-    """ProfileError if the plans of a profile cannot be tried here."""
+    """Raise ProfileError unless this machine is the one that was profiled."""
     from nanoflow.device.detect import resolve_device, use_device
     from nanoflow.profiler.setup import check_same_machine, detect_setup
 
@@ -209,5 +209,5 @@ def _part(percent: float | None) -> float | None:
 
 
 def _label(workload: str) -> str:
-    """The workload; of a trace the file's name, wherever it is."""
+    """The workload as text; a trace is named by its file name without the folder."""
     return f"trace:{Path(workload.removeprefix('trace:')).name}" if workload.startswith("trace:") else workload

@@ -1,7 +1,4 @@
-"""What `nanoflow search` says of candidates: what each is compared with, and why it was kept or not.
-
-Only words; how plans are found and chosen is `search_book.py`'s and `search/`'s.
-"""
+"""Texts of `nanoflow search` about candidates: what each is compared with, and why it was chosen or not."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ COMPARED = "x: speed under a plan / under the sequential plan, of the same batch
 
 
 def cell_line(found: FoundPlan) -> str:
-    """The batches of a cell, and what they are worth."""
+    """A line about a cell: its share of the time, its batches, and the outcome."""
     cell = found.cell
     (low_share, high_share), (low_keys, high_keys) = cell.decode_share, cell.decode_context
     return (
@@ -28,7 +25,7 @@ def cell_line(found: FoundPlan) -> str:
 
 
 def _verdict(found: FoundPlan) -> str:
-    """The plan that was kept and what it wins, or why the batches run sequentially."""
+    """The chosen plan and its gain, or why the cell runs sequentially."""
     if found.measured_gain is not None:
         kept = "sequential" if found.entry is None else named(found.entry.plan)
         return f"{found.gain:.3f}x predicted, measured {found.measured_gain:.3f}x, {kept}"
@@ -43,17 +40,17 @@ def _verdict(found: FoundPlan) -> str:
 
 
 def named(plan: PipelinePlan) -> str:
-    """A plan's name and digest."""
+    """A plan as its name and digest."""
     return f"{plan.name} ({plan.digest})"
 
 
 def why_none(searched: Sequence[WithPlans], best: LimitsFound, *, is_measured: bool, was_tried: bool) -> Iterator[str]:
-    """Lines on a search that ends without plans: what came nearest, why it was not kept, and what would keep it.
+    """Lines on a search that found no plans: the nearest candidate, why it was not chosen, and what would change that.
 
     Args:
         searched: What was found under each of the limits.
         best: The best sequential run.
-        is_measured: Whether the profile is; an estimate's plans cannot be tried.
+        is_measured: Whether the profile was measured; plans from an estimate cannot be tried.
         was_tried: Whether plans were tried on the device.
     """
     kept = [each for each in searched if any(plan.plans for plan in each.plans)]
@@ -75,7 +72,7 @@ def why_none(searched: Sequence[WithPlans], best: LimitsFound, *, is_measured: b
 
 
 def _nearest(under: WithPlans, found: FoundPlan, *, is_measured: bool, was_tried: bool) -> Iterator[str]:
-    """The best candidate that was not kept, and what would keep it."""
+    """Lines on the best candidate that was not chosen, and what would change that."""
     assert found.candidate is not None
     least = least_predicted_gain(found.candidate, found.margin)
     yield (

@@ -1,7 +1,6 @@
-"""Keys on the command line: once read, they are not left where `ps` shows them to every user of the machine.
+"""Removes API keys from this process's command line, which `ps` shows to every user of the machine.
 
-A file or an environment variable is better still: between the start and here the key can be seen. Which options hold
-keys is the commands' to know.
+A key is visible from the start of the process until then, so a file or an environment variable is safer.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# Fields of /proc/self/stat, counted after the name of the process: where the arguments begin and end in memory.
+# Indices in /proc/self/stat, counted after the process name, of the addresses where arguments begin and end.
 _ARG_START, _ARG_END = 45, 46
 _MAX_ARGUMENT_BYTES = 1 << 22
 
 
 def hide_arguments(secrets: Iterable[str]) -> None:
-    """Overwrite texts in this process's command line, as the system shows it; without effect where that cannot be.
+    """Overwrite texts in the command line of this process; does nothing where the system does not allow it.
 
     Args:
-        secrets: Texts that stand there as arguments, or behind the "=" of one.
+        secrets: Texts that are arguments, or follow the "=" of one.
     """
     hidden = [secret.encode() for secret in secrets if secret]
     if not hidden or sys.platform != "linux":
@@ -31,7 +30,7 @@ def hide_arguments(secrets: Iterable[str]) -> None:
         line = Path("/proc/self/cmdline").read_bytes()
     except (OSError, ValueError, IndexError):
         return
-    # Where both agree it is the memory that is shown.
+    # If both lengths agree, this memory is what the system shows.
     if not start or len(line) != end - start or len(line) > _MAX_ARGUMENT_BYTES:
         return
     position = 0

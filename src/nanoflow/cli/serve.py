@@ -1,4 +1,4 @@
-"""`nanoflow serve`: an OpenAI-compatible server for one model. What it does stands in `server/`."""
+"""`nanoflow serve`: an OpenAI-compatible server for one model, from `server/`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until told to stop."""
+    """Serve until a signal ends it."""
     if args.positional_model is not None:
         if _ENGINE.given(args).get("model", args.positional_model) != args.positional_model:
             raise ConfigError(f"two models given: {args.positional_model!r} and --model {args.model!r}")

@@ -1,8 +1,7 @@
-"""`EngineSession`: an engine in this process whose completions a plain `for` loop reads as they grow.
+"""`EngineSession`: an engine in this process whose completions are read with a plain `for` loop as they grow.
 
-The engine's event loop runs in a thread of its own, so that Ctrl-C reaches the reader, who is in the main thread, and
-so that the engine is listened to while the main thread waits for a line of input. Knows nothing of terminals: see
-`chat.py` and `generate.py`.
+The engine's event loop runs in a thread of its own. So Ctrl-C reaches the main thread, which reads, and the engine goes
+on while the main thread waits for input. `chat.py` and `generate.py` use it.
 """
 
 from __future__ import annotations
@@ -58,20 +57,20 @@ class EngineSession:
 
     @property
     def recommended(self) -> Mapping[str, Any]:
-        """What the model recommends to sample with: fields of `SamplingParams`."""
+        """Sampling parameters that the model recommends, by field of `SamplingParams`."""
         return self._engine.facts.sampling.fields
 
     def template_problem(self) -> str | None:
-        """Why the model's chat template can render no conversation; None if it can, or if there is none."""
+        """Why the model's chat template cannot render a conversation; None if it can, or if there is no template."""
         from nanoflow.engine.template_probe import template_problem
 
         try:
             return template_problem(self._engine.tokenizer)
         except RequestError:
-            return None  # there is no tokenizer; the first line is told so
+            return None  # No tokenizer: the first message gets an error that says so.
 
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> Prompt:
-        """The prompt that the model's chat template makes of a conversation.
+        """Render a conversation with the model's chat template.
 
         Args:
             messages: The conversation.
@@ -81,12 +80,12 @@ class EngineSession:
         return self._engine.tokenizer.apply_chat_template(messages, **options)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str]:
-        """Yield the text of the completion (the first, if there are several) piece by piece.
+        """Yield the text of the first completion piece by piece.
 
         Closing the iterator aborts the request.
 
         Raises:
-            ValueError: The request cannot be served, for example a prompt over the context length.
+            ValueError: The request is invalid, for example a prompt longer than the context.
         """
         pieces: SimpleQueue[str | None] = SimpleQueue()
         future = asyncio.run_coroutine_threadsafe(self._produce(prompt, params, pieces), self._loop)
@@ -114,7 +113,7 @@ class EngineSession:
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._runner.close()  # cancels what still runs, such as a start that was interrupted
+        self._runner.close()  # cancels running tasks, such as a start that was interrupted
 
 
 def _raise_if_failed(completion: CompletionOutput, error: str | None) -> None:

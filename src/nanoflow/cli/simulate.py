@@ -1,6 +1,6 @@
-"""`nanoflow simulate`: one iteration, a whole serving run, or the number of GPUs that it takes, without a GPU.
+"""`nanoflow simulate`: predict one iteration, a whole serving run, or the number of GPUs needed; needs no GPU.
 
-`simulate/iteration.py` predicts iterations, `simulate/serving.py` whole runs; here are the options and what is printed.
+This file has options and output. `simulate/iteration.py` predicts iterations, `simulate/serving.py` whole runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _EXAMPLES = """\
   nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 5000 --request-rate 100 --find-gpus"""
 
 
-# Limits where neither the user nor the book has any.
+# Limits if neither the user nor the book gives any.
 _BUDGET, _REQUESTS = 2048, 1024
 
 
@@ -63,7 +63,7 @@ class SimulateConfig:
     max_normalized_latency_ms: float = option(200.0, "The limit: latency an output token")
     percentile: int = option(90, "Percentile of requests that the limit is for: 50, 90 or 99")
     max_gpus: int = option(4096, "Most GPUs to try")
-    batch: int | None = option(None, "Predict one iteration of a batch of so many tokens instead")
+    batch: int | None = option(None, "Predict one iteration of a batch of this number of tokens instead")
     decodes: int | None = option(None, "Decodes in that batch; half of it if not given")
     context: float = option(1024.0, "Keys that each of these decodes sees")
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Simulation:
-    """Everything but the number of replicas."""
+    """All inputs of a simulation but the number of replicas."""
 
     profile: Profile
     model: IterationModel
@@ -146,7 +146,7 @@ class _Simulation:
         )
 
     def run(self, num_replicas: int, *, show_progress: bool) -> SimulatedRun:
-        """All requests on so many replicas."""
+        """Simulate all requests on this many replicas."""
         from tqdm import tqdm
 
         from nanoflow.simulate.serving import Cluster, limits_for, simulate
@@ -177,7 +177,7 @@ def _advance(bar: object, finished: int) -> None:
 
 
 def _limits(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
-    """A number that is given, else that of the book, else a usual one."""
+    """Each limit from the options, else from the book, else a default."""
     from nanoflow.plan.book import BookLimits
 
     usual = BookLimits(max_batch_tokens=_BUDGET, max_num_seqs=_REQUESTS)
@@ -189,7 +189,7 @@ def _limits(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
 
 
 def _model(profile: Profile, book: StoredBook | None, num_tokens: int) -> IterationModel:
-    """Iterations of up to so many tokens under the plans of a book."""
+    """The model of iterations of up to `num_tokens` tokens under the plans of a book."""
     from nanoflow.plan.sequential import sequential_plan
     from nanoflow.simulate.iteration import IterationModel, graphs_of
 
@@ -216,7 +216,7 @@ def _iteration(model: IterationModel, config: SimulateConfig) -> Iterator[str]:
 
 
 def _find(simulation: _Simulation, config: SimulateConfig) -> int:
-    """Try numbers of replicas and say which are enough; exit status 1 if none is."""
+    """Try growing numbers of replicas and print the first that is enough; returns 1 if none is, else 0."""
     from nanoflow.simulate.serving import least_replicas
 
     per_replica = simulation.profile.setup.num_gpus
@@ -273,7 +273,7 @@ def _describe(profile: Profile, config: SimulateConfig, result: SimulatedRun) ->
 
 
 def _document(profile: Profile, config: SimulateConfig, result: SimulatedRun) -> dict[str, object]:
-    """The result with what it was made from; infinite rates as text, for JSON has none."""
+    """The result and its inputs as JSON; infinite rates are texts, which JSON lacks as numbers."""
     options = dataclasses.asdict(config)
     options["request_rate"] = str(config.request_rate) if math.isinf(config.request_rate) else config.request_rate
     return {

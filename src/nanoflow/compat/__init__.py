@@ -1,8 +1,7 @@
-"""What users of vLLM know, as data: each option, parameter and import, and what it is here.
+"""The API of vLLM as data: each option, parameter and import, and what it is in nanoflow.
 
-Three answers are possible, and nothing is accepted and ignored. `entries.py` says what an answer is,
-`engine_options.py`, `server_options.py` and `sampling_options.py` list options, `imports.py` lists modules and methods.
-Python and the command line read the same lists (`config.py`, `request.py`, `cli/options.py`), and so does the page
-docs/switching-from-vllm.md.
-This package knows no configuration class and no engine.
+Nothing is accepted and ignored: an entry of vLLM is the same here, has another name, or is refused unless it changes
+nothing (`entries.py`). `engine_options.py`, `server_options.py` and `sampling_options.py` list options, `calls.py`
+arguments and methods, `imports.py` modules. Python and the command line read the same lists (`config.py`, `request.py`,
+`cli/options.py`), as does the page docs/switching-from-vllm.md.
 """

@@ -1,6 +1,6 @@
-"""Arguments of vLLM's methods that ours have not, and methods that there are not: data, and one rule to read it.
+"""Arguments of vLLM's methods that ours lack, and methods that nanoflow lacks: data, and a check of arguments.
 
-Which values change nothing, and what is said of others, is told as for options (`entries.py`).
+Accepted values and refusals are as for options (`entries.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OF_REQUESTS = (
     Foreign(name="mm_processor_kwargs", takes=({},), reason=_NO_MULTIMODAL),
     Foreign(name="trace_headers", takes=({},), reason="there is no tracing"),
     Foreign(name="data_parallel_rank", takes=(0,), reason="there is one engine"),
-    Foreign(name="reasoning_ended", reason="reasoning is not told from the rest of an answer"),
+    Foreign(name="reasoning_ended", reason="reasoning is not separated from the rest of an answer"),
     Foreign(
         name="prompt_text", reason="a prompt of token ids may bring its text: {'prompt': ..., 'prompt_token_ids': ...}"
     ),
@@ -45,7 +45,7 @@ _OF_CHATS = (
     ),
 )
 _OF_ENGINES = (
-    Foreign(name="usage_context", takes=("ENGINE_CONTEXT", "LLM_CLASS"), reason="nothing is reported of its use"),
+    Foreign(name="usage_context", takes=("ENGINE_CONTEXT", "LLM_CLASS"), reason="no usage data is collected"),
     Foreign(name="stat_loggers", takes=([],), reason="`nanoflow serve` logs statistics"),
     Foreign(name="start_engine_loop", takes=(True,), reason="the engine starts when it is first used"),
     Foreign(name="enable_log_requests", takes=(False,), reason="requests are not logged one by one"),
@@ -71,7 +71,7 @@ PROMPTS = Table.of(
         Foreign(name="multi_modal_uuids", takes=({},), reason=_NO_MULTIMODAL),
         Foreign(name="mm_processor_kwargs", takes=({},), reason=_NO_MULTIMODAL),
         Foreign(name="prompt_embeds", reason="prompts are text or token ids, not embeddings"),
-        Foreign(name="token_type_ids", reason="models generate text; none has types of tokens"),
+        Foreign(name="token_type_ids", reason="models have no token types"),
         Foreign(name="encoder_prompt", reason="models have no encoder"),
         Foreign(name="decoder_prompt", reason="models have no encoder"),
         Foreign(name="type", takes=("text", "token"), reason="a prompt is text or token ids"),
@@ -82,7 +82,7 @@ PROMPTS = Table.of(
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """Methods that there are not, with what there is instead."""
+    """Methods that nanoflow lacks, with what to use instead."""
 
     reasons: Mapping[str, str]
 
@@ -110,15 +110,15 @@ METHODS = Methods(
         "do_log_stats": "`nanoflow serve` logs statistics, and `get_metrics` has them",
     }
 )
-"""Methods of `LLM`, `AsyncLLM` and `LLMEngine` that there are not."""
+"""Methods of `LLM`, `AsyncLLM` and `LLMEngine` that nanoflow lacks."""
 
 
 def pass_over(table: Table, method: str, others: Mapping[str, Any]) -> None:
-    """Check arguments that a method has not.
+    """Check arguments that a method lacks.
 
     Raises:
-        RequestError: One asks for what is not so.
-        TypeError: One does not exist.
+        RequestError: A value would change something.
+        TypeError: The argument does not exist in vLLM either.
     """
     for name, value in others.items():
         entry = table.entries.get(name)

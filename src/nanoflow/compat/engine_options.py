@@ -1,6 +1,6 @@
-"""Options of vLLM's `LLM`, `EngineArgs` and `vllm serve` that concern the model and the engine, one entry each.
+"""Options of vLLM's `LLM`, `EngineArgs` and `vllm serve` for the model and the engine, one entry each.
 
-What an entry means says `entries.py`; the server's own options are in `server_options.py`.
+`entries.py` defines entries; `server_options.py` has the options of the server.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _NO_SPECULATION = "speculative decoding is by prompt look-up alone: `speculative
 _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
 _NO_EXPERTS = "mixtures of experts are not served"
 _NO_GUIDES = "there are no structured outputs"
-_NO_REASONING = "reasoning is not told from the rest of an answer"
+_NO_REASONING = "reasoning is not separated from the rest of an answer"
 _NO_TRANSFER = "KV caches are not moved between engines"
 _NO_OFFLOAD = "weights and KV cache stay on the device; preempted requests are computed again"
 _NO_CODE = "no Python of a model folder or of users is run in the engine"
 _NO_MAMBA = "models with state spaces are not served"
-_NO_COMPILER = "kernels are ready made, nothing is compiled by torch; cuda_graphs is what launches them at once"
+_NO_COMPILER = "torch compiles no kernels; cuda_graphs launches all kernels of a step at once"
 _CONFIG_JSON = "what config.json says of the model counts: change it in a copy of the folder"
 _METRICS = "the metrics are those of docs/api.md, at GET /metrics"
 _FCFS = "requests run in the order in which they come"
@@ -73,7 +73,7 @@ _OURS = (
         flags=("-sc",),
     ),
     Alias(name="performance_mode", to="goal", note="where interactivity is latency"),
-    # Not an option of vLLM's: its values have other names there.
+    # `goal` is nanoflow's own name; vLLM has the same choice under another.
     Same(name="goal", values={"interactivity": "latency"}, note="vLLM calls it performance_mode"),
 )
 _MODEL = (
@@ -108,7 +108,7 @@ _MODEL = (
     *options("weights are not quantized", "quantization_config", "quantization_param_path"),
     *switches("weights are not quantized", "allow_deprecated_quantization"),
     Foreign(name="override_attention_dtype", reason="attention computes in the type that `dtype` says"),
-    *switches("windows of the model's config.json are kept to", "disable_sliding_window"),
+    *switches("the sliding windows in the model's config.json are used", "disable_sliding_window"),
     *switches("there is no cascade attention", "disable_cascade_attn", takes=(True, False)),
     *switches("prompts are text or token ids, not embeddings", "enable_prompt_embeds"),
     Foreign(
@@ -136,7 +136,7 @@ _MODEL = (
         name="ignore_patterns",
         takes=(["original/**/*"], "original/**/*"),
         nargs="+",
-        reason="of a Hub model config, tokenizer and safetensors are fetched",
+        reason="only config, tokenizer and safetensors are downloaded from the Hub",
     ),
     Foreign(name="model_loader_extra_config", takes=({},), reason="there is one loader, of safetensors"),
     Foreign(
@@ -145,14 +145,14 @@ _MODEL = (
     *options("weights are read tensor by tensor, not fetched ahead", "safetensors_prefetch_num_threads", takes=(0,)),
     Foreign(name="model_weights", takes=("",), reason="weights and config.json are in one folder: `model`"),
     Foreign(name="pt_load_map_location", takes=("cpu",), reason="weights are read from safetensors"),
-    *switches("the bar shows where standard error is a terminal", "use_tqdm_on_load", takes=(True,)),
+    *switches("a progress bar is shown if standard error is a terminal", "use_tqdm_on_load", takes=(True,)),
 )
 _CACHE = (
     Foreign(name="prefix_caching_hash_algo", takes=("sha256",), reason="pages are found by SHA-256"),
     Foreign(name="kv_cache_dtype", takes=("auto",), reason="the KV cache has the type that `dtype` says"),
     Foreign(name="kv_cache_dtype_skip_layers", takes=([],), reason="the KV cache has the type that `dtype` says"),
     *switches("the KV cache is not scaled", "calculate_kv_scales"),
-    Foreign(name="swap_space", takes=(0, 4), reason=f"{_NO_OFFLOAD}; 4, the default of old, was for best_of alone"),
+    Foreign(name="swap_space", takes=(0, 4), reason=f"{_NO_OFFLOAD}; the old default, 4, was for best_of only"),
     Foreign(name="cpu_offload_gb", takes=(0,), reason=_NO_OFFLOAD),
     Foreign(name="kv_offloading_size", takes=(0,), reason=_NO_OFFLOAD),
     *options(_NO_OFFLOAD, "offload_backend", takes=("auto",)),
@@ -184,7 +184,7 @@ _PARALLEL = (
     Foreign(name="data_parallel_backend", takes=("mp",), flags=("-dpb",), reason=_ONE_GPU),
     Foreign(name="nnodes", takes=(1,), flags=("-n",), reason=_ONE_GPU),
     Foreign(name="node_rank", takes=(0,), flags=("-r",), reason=_ONE_GPU),
-    # What follows is vLLM's default here and there: without several GPUs it changes nothing there either.
+    # With vLLM's default value, which changes nothing on one GPU, these options are accepted.
     *options(_ONE_GPU, "master_addr", takes=("127.0.0.1",)),
     *options(_ONE_GPU, "master_port", takes=(29501,)),
     *options(_ONE_GPU, "cp_kv_cache_interleave_size", "dcp_kv_cache_interleave_size", takes=(1,)),
@@ -260,7 +260,7 @@ _KERNELS = (
 _FEATURES = (
     *switches(_NO_LORA, "enable_lora", "enable_lora_bias", "fully_sharded_loras", "enable_tower_connector_lora"),
     *switches(_NO_LORA, "specialize_active_lora", "enable_prompt_adapter"),
-    # Without adapters these numbers, vLLM's defaults, change nothing there either.
+    # vLLM's defaults, which change nothing without adapters, are accepted.
     *options(_NO_LORA, "max_loras", "max_prompt_adapters", takes=(1,)),
     *options(_NO_LORA, "max_lora_rank", takes=(16,)),
     *options(_NO_LORA, "lora_dtype", takes=("auto",)),
@@ -294,7 +294,7 @@ _WATCHING = (
     *switches("requests are not logged one by one", "enable_log_requests"),
     *switches("requests are not logged one by one", "disable_log_requests", takes=(True,)),
     *switches("statistics are logged by `nanoflow serve` alone", "disable_log_stats", takes=(True,)),
-    *switches("there is one engine to log of", "aggregate_engine_logging", takes=(True, False)),
+    *switches("there is only one engine", "aggregate_engine_logging", takes=(True, False)),
     *switches(_METRICS, "kv_cache_metrics", "cudagraph_metrics", "enable_mfu_metrics"),
     *switches(_METRICS, "enable_logging_iteration_details"),
     *options(_METRICS, "kv_cache_metrics_sample", takes=(0.01,)),

@@ -1,6 +1,6 @@
-"""What an option of vLLM may be here: the same, another name, or one that is taken only where it changes nothing.
+"""What an option of vLLM is in nanoflow: the same, another name, or one that is accepted only if it changes nothing.
 
-The lists themselves are in the files beside this one; who reads them is in `__init__.py`.
+The lists are in the other files of this package.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from nanoflow.parameters import shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Same:
-    """An option that has the same name and meaning here.
+    """An option with the same name and meaning.
 
     Attributes:
-        name: As a keyword argument.
-        values: Other names of its values, as `{"half": "float16"}`.
-        refused: Values that vLLM has and this has not, each with the reason.
-        note: What differs.
+        name: Keyword argument.
+        values: vLLM's names of values, with ours, as `{"half": "float16"}`.
+        refused: Values of vLLM that are not supported, each with the reason.
+        note: The difference, if there is one.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Same:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """Another name of an option of ours.
+    """Another name of one of our options.
 
     Attributes:
-        name: As a keyword argument.
-        to: Our name of it.
-        convert: From a value under this name to one of the option, where the two differ; ValueError if it cannot be.
-        note: How the two differ, in a few words for the help.
+        name: Keyword argument.
+        to: Our name of the option.
+        convert: Converts a value to that of our option, if they differ; ValueError if it cannot.
+        note: The difference in a few words, for the help.
         flags: Further spellings on the command line, as `-q`.
     """
 
@@ -52,15 +52,15 @@ class Alias:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreign:
-    """An option that there is not: taken with the values that ask for what is so anyway, refused with any other.
+    """An option that nanoflow lacks: accepted with values that ask for what nanoflow does anyway, otherwise refused.
 
     Attributes:
-        name: As a keyword argument.
-        reason: What there is instead, or what is so anyway.
-        takes: The values that are taken, beside None.
-        same_as: The value of this other option is taken too.
+        name: Keyword argument.
+        reason: What to use instead, or what nanoflow does anyway.
+        takes: Accepted values, beside None.
+        same_as: The value of this other option is accepted too.
         is_switch: On the command line it is `--name` and `--no-name`, without a value.
-        nargs: How many values it has on the command line, in argparse's words, if not one.
+        nargs: Number of its values on the command line, as in argparse; None for one.
         flags: Further spellings on the command line, as `-tp`.
         is_secret: Its value is not shown in errors.
     """
@@ -75,10 +75,10 @@ class Foreign:
     is_secret: bool = False
 
     def changes_nothing(self, value: Any, others: Mapping[str, Any] | None = None) -> bool:
-        """True if the value asks for what is so anyway; 1 is not true, and 0 not false.
+        """True if the value asks for what nanoflow does anyway; 1 does not equal True, and 0 does not equal False.
 
         Args:
-            value: What was given.
+            value: The given value.
             others: The other options, for `same_as`.
         """
         if value is None or any(_is_equal(value, taken) for taken in self.takes):
@@ -86,7 +86,7 @@ class Foreign:
         return self.same_as is not None and _is_equal(value, (others or {}).get(self.same_as))
 
     def refusal(self, value: Any) -> str:
-        """One line for who gave another value."""
+        """One-line error for a value that is not accepted."""
         given = self.name if self.is_secret else f"{self.name}={shown(value)}"
         return f"{given} is not possible: {self.reason}"
 
@@ -96,10 +96,10 @@ Entry = Same | Alias | Foreign
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The entries of one list, by name.
+    """A list of entries, by name.
 
     Attributes:
-        title: What has these options, for a page and for errors.
+        title: Where vLLM has these options, for the page and for errors.
         entries: All of them, in the order of the page.
     """
 
@@ -108,7 +108,7 @@ class Table:
 
     @classmethod
     def of(cls, title: str, *groups: Iterable[Entry]) -> Table:
-        """A table of several lists of entries; ValueError if a name stands in it twice."""
+        """A table of several lists of entries; ValueError if a name occurs twice."""
         entries: dict[str, Entry] = {}
         for entry in (entry for group in groups for entry in group):
             if entry.name in entries:
@@ -118,19 +118,19 @@ class Table:
 
     @property
     def aliases(self) -> tuple[Alias, ...]:
-        """The other names of our options."""
+        """The entries that are other names of our options."""
         return tuple(entry for entry in self.entries.values() if isinstance(entry, Alias))
 
     @property
     def foreign(self) -> tuple[Foreign, ...]:
-        """What there is not."""
+        """The entries that nanoflow lacks."""
         return tuple(entry for entry in self.entries.values() if isinstance(entry, Foreign))
 
     def value_of(self, name: str, value: str) -> str:
         """Our name of an option's value.
 
         Raises:
-            ValueError: The value is one of those that vLLM has and this has not; the message says why.
+            ValueError: The value is not supported; the message says why.
         """
         entry = self.entries.get(name)
         if not isinstance(entry, Same):
@@ -144,17 +144,17 @@ EMPTY = Table(title="", entries={})
 
 
 def switches(reason: str, *names: str, takes: tuple[Any, ...] = (False,)) -> tuple[Foreign, ...]:
-    """Several switches that are off, or whatever `takes` says, for one reason."""
+    """Switches that nanoflow lacks, accepted if they are off (or as `takes` says), with one reason for all."""
     return tuple(Foreign(name=name, reason=reason, takes=takes, is_switch=True) for name in names)
 
 
 def options(reason: str, *names: str, takes: tuple[Any, ...] = ()) -> tuple[Foreign, ...]:
-    """Several options with values that there are not, for one reason."""
+    """Options with values that nanoflow lacks, with one reason for all."""
     return tuple(Foreign(name=name, reason=reason, takes=takes) for name in names)
 
 
 def read_text(text: str) -> Any:
-    """A value as the command line has it: JSON if it is, else the text; None and null are nothing."""
+    """A value from the command line: parsed as JSON if possible, else the text; None for "None" and "null"."""
     if text in ("None", "none", "null"):
         return None
     try:
@@ -164,7 +164,7 @@ def read_text(text: str) -> Any:
 
 
 def _is_equal(value: Any, taken: Any) -> bool:
-    """True for equal values, numbers of any kind among themselves; a class that cannot be compared is not equal."""
+    """Whether values are equal; numbers of any type are compared. A value that cannot be compared is not equal."""
     if isinstance(value, bool) or isinstance(taken, bool):
         return value is taken
     if isinstance(value, tuple | set | frozenset) and isinstance(taken, list):
@@ -173,7 +173,7 @@ def _is_equal(value: Any, taken: Any) -> bool:
 
 
 def negated(value: Any) -> bool:
-    """The other truth value, for an option that says the opposite of ours; ValueError if it is none."""
+    """The other boolean, for an option with the opposite meaning of ours; ValueError if it is none."""
     if not isinstance(value, bool):
         raise ValueError(f"must be true or false, got {shown(value)}")
     return not value

@@ -1,7 +1,7 @@
 """Makes the modules of `imports.py`, so that `from nanoflow.sampling_params import SamplingParams` works.
 
-They have no files: each name is fetched from its home when it is asked for. A module that vLLM has and this has not
-ends in an ImportError that says why. Real modules go before these.
+They have no files: each name is fetched from its home on access. Importing a module of vLLM that nanoflow lacks raises
+an ImportError with the reason. Real modules take precedence.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def fetch(home: str, name: str) -> Any:
 
 
 def missing(name: str) -> ImportError | None:
-    """The error of a name that vLLM has and this has not; None for others."""
+    """The error for a name of vLLM that nanoflow lacks; None for other names."""
     return ImportError(f"nanoflow has no {name}: {MISSING[name]}", name=name) if name in MISSING else None
 
 
 def install() -> None:
-    """Let the modules be found, once, after all others."""
+    """Register the finder, once, after all others."""
     if not any(isinstance(finder, FamiliarFinder) for finder in sys.meta_path):
         sys.meta_path.append(FamiliarFinder())
 
 
 class FamiliarFinder(MetaPathFinder):
-    """Finds the modules of the table, and says why others are not there."""
+    """Finds the modules of the table, and raises the reason for those that nanoflow lacks."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -43,7 +43,7 @@ class FamiliarFinder(MetaPathFinder):
         """See `importlib.abc.MetaPathFinder`.
 
         Raises:
-            ImportError: A module of vLLM that there is not.
+            ImportError: The module is one of vLLM that nanoflow lacks.
         """
         if fullname in MODULES:
             is_package = any(other.startswith(fullname + ".") for other in (*MODULES, *MISSING_MODULES))
@@ -55,7 +55,7 @@ class FamiliarFinder(MetaPathFinder):
 
 
 class _FamiliarLoader(Loader):
-    """Fills a module with a way to fetch its names."""
+    """Gives a module a `__getattr__` that fetches its names."""
 
     def create_module(self, spec: ModuleSpec) -> None:
         """See `importlib.abc.Loader`."""

@@ -1,7 +1,8 @@
-"""Which names can be imported, from which modules, and what is said of those of vLLM that there are not: data.
+"""Names that can be imported and their modules, and reasons for names of vLLM that cannot: data.
 
-`NAMES` are those of `nanoflow` itself. `MODULES` are modules of vLLM under our name, as `nanoflow.sampling_params`:
-they have no file, `finder.py` makes them. A home is a module, or `module:name` where the name differs.
+`NAMES` are names in `nanoflow` itself. `MODULES` are modules that exist under vLLM's path, as
+`nanoflow.sampling_params`; they have no file and are made by `finder.py`. A home is the module that defines a name, or
+`module:name` if the name differs there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _NO_BEAMS = "there is no beam search; n completions are sampled by SamplingParam
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
 _NO_MULTIMODAL = "models take text alone"
 _NO_CODE = "no code of users runs in the engine"
-_ONE_GPU = "one GPU serves a model; there is nothing that is distributed"
+_ONE_GPU = "one GPU serves a model; nothing is distributed"
 _OPTIONS = "options are arguments of LLM and EngineArgs: see docs/switching-from-vllm.md"
 
 NAMES: Mapping[str, str] = {
@@ -37,7 +38,7 @@ NAMES: Mapping[str, str] = {
     "TextPrompt": "nanoflow.familiar.prompts",
     "TokensPrompt": "nanoflow.familiar.prompts",
 }
-"""Name in `nanoflow` to its home."""
+"""Names in `nanoflow`, and the home of each."""
 
 MISSING: Mapping[str, str] = {
     **dict.fromkeys(("PoolingParams", "PoolingOutput", "PoolingRequestOutput"), _NO_POOLING),
@@ -57,7 +58,7 @@ MISSING: Mapping[str, str] = {
     "initialize_ray_cluster": _ONE_GPU,
     **dict.fromkeys(("Histogram", "Vector"), "`LLM.get_metrics` tells counters and gauges; the server has histograms"),
 }
-"""Names that vLLM has somewhere and this has nowhere, with the reason."""
+"""Names of vLLM that nanoflow lacks, with the reason."""
 
 _LLM = {name: NAMES[name] for name in ("LLM",)}
 _ASYNC = {name: NAMES[name] for name in ("AsyncLLM", "AsyncLLMEngine")}
@@ -100,7 +101,7 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "nanoflow.pooling_params": {},
     "nanoflow.beam_search": {},
 }
-"""Module to its names, each with its home; for others it says why there are none."""
+"""Modules and their names, each with its home, and the reason why other names are missing."""
 
 MISSING_MODULES: Mapping[str, str] = {
     "nanoflow.lora": _NO_LORA,
@@ -118,6 +119,6 @@ MISSING_MODULES: Mapping[str, str] = {
     "nanoflow.transformers_utils": "`LLM.get_tokenizer` gives the tokenizer",
     "nanoflow.attention": "attention is in `nanoflow.kernels`",
     "nanoflow.spec_decode": "speculative decoding is an option of the engine: speculative='ngram:4'",
-    "nanoflow.usage.usage_lib": "nothing is reported of its use",
+    "nanoflow.usage.usage_lib": "no usage data is collected",
 }
-"""Modules of vLLM that there are not, with those below them."""
+"""Modules of vLLM that nanoflow lacks, including their submodules."""

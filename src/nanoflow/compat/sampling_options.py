@@ -1,4 +1,4 @@
-"""Parameters of vLLM's `SamplingParams`, one entry each; what an entry means says `entries.py`."""
+"""Parameters of vLLM's `SamplingParams`, one entry each (`entries.py`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OURS = (
     Same(name="detokenize"),
     Same(name="skip_special_tokens"),
     Same(name="include_stop_str_in_output"),
-    Same(name="output_kind", note="`AsyncLLM` keeps to it; `LLM` returns what is finished"),
+    Same(name="output_kind", note="`AsyncLLM` and `LLMEngine` follow it; `LLM` returns what is finished"),
     Same(name="logit_bias"),
     Same(name="allowed_token_ids"),
     Same(name="truncate_prompt_tokens", note="the last tokens are kept"),
@@ -57,9 +57,9 @@ _FOREIGN = (
     Foreign(name="routed_experts_prompt_start", takes=(0,), reason="mixtures of experts are not served"),
     Foreign(name="trace_decode_token_ids", takes=([],), reason="tokens are sampled; prompt_logprobs scores given ones"),
     Foreign(
-        name="output_text_buffer_length", takes=(0,), reason="how much text waits for stop strings is ours to know"
+        name="output_text_buffer_length", takes=(0,), reason="how much text is held back for stop strings cannot be set"
     ),
 )
 
 SAMPLING = Table.of("`SamplingParams`", _OURS, _FOREIGN)
-"""Parameters of sampling."""
+"""Sampling parameters."""

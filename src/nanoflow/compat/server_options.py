@@ -1,10 +1,10 @@
-"""Options of `vllm serve` that concern the server alone, one entry each; those of the engine: `engine_options.py`."""
+"""Options of `vllm serve` for the server, one entry each; those of the engine are in `engine_options.py`."""
 
 from __future__ import annotations
 
 from nanoflow.compat.entries import Alias, Foreign, Same, Table, negated, options, switches
 
-_NO_TOOLS = "there are no calls of functions: templates get no tools, and answers are text"
+_NO_TOOLS = "there is no function calling: templates get no tools, and answers are text"
 _PROXY = "put a proxy (nginx, Caddy) before the server"
 _LOGS = "the log has one format; `--log-level` says how much"
 _ONE_SERVER = "one server has one engine; front ends share a port (--api-servers)"
@@ -80,7 +80,7 @@ _LOGGING = (
     Foreign(name="max_log_len", reason="prompts are not in the log"),
     *switches("answers are not in the log", "enable_log_outputs"),
     *switches("answers are not in the log", "enable_log_deltas", takes=(True, False)),
-    *switches("the log has the stack of what goes wrong in the server, and nothing of refusals", "log_error_stack"),
+    *switches("stack traces of faults of the server are in the log", "log_error_stack"),
 )
 
 SERVER = Table.of("`nanoflow serve`", _OURS, _NETWORK, _ANSWERS, _LOGGING)

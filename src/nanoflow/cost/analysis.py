@@ -1,7 +1,7 @@
-"""What bounds a workload: the largest dense batch, one iteration from each resource's view, and throughput at best.
+"""What bounds a workload: the largest dense batch, the time of an iteration by resource, and the best throughput.
 
-The paper's section 3 in its order: batch size, equations 1 to 4, the class, equation 5. What an operation takes is
-`roofline.py`'s; where the paper's text and numbers disagree is in docs/cost-model.md.
+In the order of section 3 of the NanoFlow paper: batch size, equations 1 to 4, the class, equation 5. `roofline.py` has
+the cost of operations; docs/cost-model.md says where the paper's text and numbers disagree.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from nanoflow.hardware import GpuGroup, ResourceRates
 
 
 class CostError(ValueError):
-    """A model or workload does not fit on the GPUs; one line with the numbers."""
+    """A model or workload does not fit on the GPUs; the message is one line with the numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanLengths:
-    """A workload: average tokens of a prompt (the paper's p) and of a completion (d)."""
+    """A workload: mean tokens of a prompt (the paper's p) and of a completion (d)."""
 
     prompt_tokens: float
     output_tokens: float
 
     @property
     def total_tokens(self) -> float:
-        """Both."""
+        """Mean tokens of prompt and completion together."""
         return self.prompt_tokens + self.output_tokens
 
     @property
     def mean_context(self) -> float:
-        """Keys of a request in the middle of its completion."""
+        """Mean keys of a request over its completion."""
         return self.prompt_tokens + self.output_tokens / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSize:
-    """A dense batch in steady state, not rounded: decodes, and the prompt tokens that replace finished requests."""
+    """A dense batch in steady state, not rounded: decodes, and prompt tokens of newly admitted requests."""
 
     num_decodes: float
     num_tokens: float
@@ -47,7 +47,7 @@ class BatchSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SerialBound:
-    """Every operation alone, back to back: time of an iteration, tokens/s of one GPU, joules a token if known."""
+    """Operations alone, back to back: time of an iteration, tokens/s of one GPU, joules a token (None if unknown)."""
 
     iteration_s: float
     tokens_per_s_per_gpu: float
@@ -60,7 +60,7 @@ def largest_batch(model: CostedModel, gpus: GpuGroup, lengths: MeanLengths) -> B
     A request keeps p + d / 2 tokens on average and needs p + d token slots for its d decodes.
 
     Raises:
-        CostError: The weights, or a single request beside them, do not fit.
+        CostError: The weights do not fit, or leave no room for a single request.
     """
     free_bytes = gpus.memory_bytes - model.weight_bytes
     request_bytes = model.kv_bytes(lengths.mean_context)
@@ -75,7 +75,7 @@ def largest_batch(model: CostedModel, gpus: GpuGroup, lengths: MeanLengths) -> B
 
 
 def batch_within(model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, max_batch_tokens: int | None) -> BatchSize:
-    """The largest batch that also keeps to a token budget, if there is one.
+    """The largest batch within the memory and, if given, within a token budget.
 
     Raises:
         CostError: As `largest_batch`, or the budget is not positive.
@@ -93,9 +93,9 @@ def _with_decodes(num_decodes: float, lengths: MeanLengths) -> BatchSize:
 
 
 def batch_shape(model: CostedModel, batch: BatchSize, lengths: MeanLengths) -> BatchShape:
-    """The batch as operations see it: decodes in the middle of their completions, prompts whole and causal.
+    """The sizes that costs depend on: decodes are half through their completions, prompts are whole and causal.
 
-    Under sliding windows a token sees the average of what it sees in each layer.
+    With sliding windows, the keys of a token are averaged over the layers.
     """
     num_tokens, num_decodes = round(batch.num_tokens), round(batch.num_decodes)
     num_prefill = num_tokens - num_decodes
@@ -124,12 +124,12 @@ def iteration_views(
     lengths: MeanLengths,
     whole: OperationCost,
 ) -> ResourceTimes:
-    """One iteration from each resource's view: the paper's equations 1 to 3, and power.
+    """The time of one iteration by resource: the paper's equations 1 to 3, and power.
 
     Args:
-        model, gpus, batch, lengths: What runs, where, on how much.
-        rates: Of all GPUs together.
-        whole: Sum of the iteration's operations: its collectives are equation 3, its joules the view of power.
+        model, gpus, batch, lengths: The model, its GPUs, the batch and the workload.
+        rates: Rates of all GPUs together.
+        whole: Sum of the iteration's operations; its collectives give equation 3, its joules the time by power.
     """
     # 1. Weights, keys and values pass once; at the largest batch that is all of the memory.
     read_bytes = model.weight_bytes + batch.num_decodes * model.kv_bytes(lengths.mean_context)
@@ -145,7 +145,7 @@ def iteration_views(
 
 
 def memory_to_compute(views: ResourceTimes) -> float:
-    """T_R (equation 4): above 1 the memory takes longer than the products."""
+    """T_R (equation 4): above 1, memory takes longer than compute."""
     return views.memory_s / views.compute_s
 
 
@@ -157,7 +157,7 @@ def optimal_throughput(model: CostedModel, gpus: GpuGroup, rates: ResourceRates)
 def serial_bound(
     costs: tuple[OperationCost, ...], gpus: GpuGroup, rates: ResourceRates, num_tokens: int
 ) -> SerialBound:
-    """What a perfect engine without overlap reaches: each operation takes as long as its slowest resource."""
+    """The throughput of a perfect engine without overlap: each operation takes as long as its slowest resource."""
     iteration_s = sum(resource_times(cost, gpus, rates).longest_s for cost in costs)
     joules = energy_j(total(costs), gpus, iteration_s)
     return SerialBound(

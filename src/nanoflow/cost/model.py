@@ -1,7 +1,7 @@
-"""A model as far as its costs go: the graph that one token passes, and what lies in memory besides.
+"""A model as far as costs go: the graph that one token passes, and the parameters in memory besides.
 
-A mixture of experts is here before it can be served: a token passes `num_experts_per_token` of the experts, which cost
-as much as one feed-forward block of their summed width; the others cost memory only. Which GPU pays is not known here.
+Mixtures of experts can be analyzed, but not served. A token passes `num_experts_per_token` experts, which cost as much
+as one feed-forward block of their summed width; the other experts only cost memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape, LinearDims, Operation
-from nanoflow.models.config import ModelConfig, ModelError
+from nanoflow.models.config_json import ModelConfig, ModelError
 from nanoflow.models.registry import build_graph
 
 _EXPERT_WEIGHTS = frozenset({"gate_up_proj.weight", "down_proj.weight"})
@@ -24,7 +24,7 @@ class Experts:
     num_per_token: int
 
     def num_touched(self, num_tokens: int) -> float:
-        """Experts of a layer that a batch needs, if the router spreads its tokens evenly and at random."""
+        """Expected experts of a layer that a batch needs, if the router chooses them uniformly at random."""
         return self.num_experts * (1.0 - (1.0 - self.num_per_token / self.num_experts) ** num_tokens)
 
 
@@ -33,8 +33,8 @@ class CostedModel:
     """A model in 16-bit numbers.
 
     Attributes:
-        graph: What one token passes; with experts, those of one token as one feed-forward block.
-        experts: None in a dense model.
+        graph: The operations that one token passes; its experts are one feed-forward block.
+        experts: None for a dense model.
         dtype_bytes: Bytes of a weight, an activation, a key or a value.
     """
 
@@ -44,7 +44,7 @@ class CostedModel:
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes (P_model in the paper's FLOPs); routers counted."""
+        """Parameters that one token passes (P_model in the paper's FLOPs), routers included."""
         return self.graph.num_parameters + self._num_router_parameters
 
     @property
@@ -88,12 +88,12 @@ def costed_model(config: ModelConfig) -> CostedModel:
     """The costs of a model, dense or of Mixtral's kind.
 
     Raises:
-        ModelError: The architecture is not known.
+        ModelError: The architecture is unknown.
     """
     if config.num_experts is None or config.num_experts_per_token is None:
         return CostedModel(graph=build_graph(config, None))
     if config.architecture != "MixtralForCausalLM":
-        # Others have shared experts, or experts of another width than `intermediate_size`.
+        # Other architectures have shared experts, or experts of another width than `intermediate_size`.
         raise ModelError(f"{config.architecture}: of the mixtures of experts only MixtralForCausalLM is known")
     experts = Experts(num_experts=config.num_experts, num_per_token=config.num_experts_per_token)
     dense = replace(

@@ -1,7 +1,7 @@
-"""FLOPs, bytes and joules of every operation of an iteration, and the time that each resource would take for it.
+"""FLOPs, bytes and joules of every operation of an iteration, and the time that each resource would need for it.
 
-Everything counts over all GPUs; `OperationCost.per_gpu` is one GPU's even share. Tensor parallelism shows here as
-collectives (`exchange`), never in the graph that runs. What a workload makes of it: `analysis.py`.
+Costs are sums over all GPUs; `OperationCost.per_gpu` is one GPU's even share. Tensor parallelism appears as collectives
+(`exchange`), which the executed graph does not have. `analysis.py` applies this to workloads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanoflow.hardware import GpuGroup, ResourceRates
 
 
 class Bound(enum.StrEnum):
-    """What takes longest: a resource, or the power limit."""
+    """What takes longest: one of the resources, or the power limit."""
 
     COMPUTE = "compute"
     MEMORY = "memory"
@@ -27,7 +27,7 @@ class Bound(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationCost:
-    """What an operation or a collective takes in one iteration: all its layers, all GPUs."""
+    """The cost of an operation or a collective in one iteration: sum over all layers and GPUs."""
 
     name: str
     flops: float
@@ -35,7 +35,7 @@ class OperationCost:
     network_bytes: float = 0.0
 
     def per_gpu(self, num_gpus: int) -> OperationCost:
-        """One GPU's even share. Inputs that every GPU reads count once, as in the paper."""
+        """One GPU's even share. Inputs that every GPU reads are counted once, as in the paper."""
         return OperationCost(
             name=self.name,
             flops=self.flops / num_gpus,
@@ -46,7 +46,7 @@ class OperationCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceTimes:
-    """The same work from each resource's view; `power_s` is None if the energy is not known."""
+    """The time that each resource alone would need for some work; `power_s` is None if the energy is unknown."""
 
     compute_s: float
     memory_s: float
@@ -55,7 +55,7 @@ class ResourceTimes:
 
     @property
     def by_bound(self) -> dict[Bound, float]:
-        """The known times; on a tie the first one names the bound."""
+        """The known times; on a tie the first entry names the bound."""
         times_s = {Bound.COMPUTE: self.compute_s, Bound.MEMORY: self.memory_s, Bound.NETWORK: self.network_s}
         return times_s if self.power_s is None else {**times_s, Bound.POWER: self.power_s}
 
@@ -67,14 +67,14 @@ class ResourceTimes:
 
     @property
     def longest_s(self) -> float:
-        """The time that cannot be undercut."""
+        """The time of the slowest resource, a lower bound."""
         return max(self.by_bound.values())
 
 
 def iteration_costs(
     model: CostedModel, shape: BatchShape, num_gpus: int = 1, exchange: Exchange = Exchange.ALL_REDUCE
 ) -> tuple[OperationCost, ...]:
-    """Every operation of one iteration in the graph's order, collectives among them if there are several GPUs."""
+    """The cost of every operation of one iteration in the graph's order; with several GPUs also of the collectives."""
     costs = [_cost(model, op, shape, 1) for op in model.graph.prologue]
     for op in model.graph.layer:
         before, after = _collectives(model, op, shape, num_gpus, exchange)
@@ -83,7 +83,7 @@ def iteration_costs(
 
 
 def _in_layers(model: CostedModel, name: str, shape: BatchShape) -> OperationCost:
-    """What operations of a name take in all layers together."""
+    """The cost of the operations of one name, summed over all layers."""
     of_kinds = (
         _cost(model, op, shape, count)
         for kind, count in model.graph.kind_counts
@@ -94,7 +94,7 @@ def _in_layers(model: CostedModel, name: str, shape: BatchShape) -> OperationCos
 
 
 def total(costs: Iterable[OperationCost], name: str = "total") -> OperationCost:
-    """The sum."""
+    """The sum of some costs."""
     costs = tuple(costs)
     return OperationCost(
         name=name,
@@ -105,12 +105,12 @@ def total(costs: Iterable[OperationCost], name: str = "total") -> OperationCost:
 
 
 def resource_times(cost: OperationCost, gpus: GpuGroup, rates: ResourceRates) -> ResourceTimes:
-    """The time of a cost from each resource's view.
+    """The time that each resource would need.
 
     Args:
-        cost: Over all GPUs.
-        gpus: Whose power counts.
-        rates: Of all GPUs together, peak or sustained.
+        cost: Sum over all GPUs.
+        gpus: The GPUs, for their energy and power limit.
+        rates: Rates of all GPUs together, peak or sustained.
     """
     energy_j = dynamic_energy_j(cost, gpus)
     return ResourceTimes(
@@ -122,20 +122,20 @@ def resource_times(cost: OperationCost, gpus: GpuGroup, rates: ResourceRates) ->
 
 
 def dynamic_energy_j(cost: OperationCost, gpus: GpuGroup) -> float | None:
-    """Energy of the work itself; None if it is not known of this GPU. What the links take is not known and left out."""
+    """Energy beyond static power; None if unknown for this GPU. The energy of links is unknown and left out."""
     if gpus.spec.flop_j is None or gpus.spec.byte_j is None:
         return None
     return cost.flops * gpus.spec.flop_j.value + cost.memory_bytes * gpus.spec.byte_j.value
 
 
 def energy_j(cost: OperationCost, gpus: GpuGroup, time_s: float) -> float | None:
-    """Energy of work that keeps all GPUs for this time: its own and their static power."""
+    """Energy of work that occupies all GPUs for `time_s`: dynamic energy and static power."""
     dynamic_j = dynamic_energy_j(cost, gpus)
     return None if dynamic_j is None else dynamic_j + time_s * _static_power_w(gpus)
 
 
 def _dynamic_power_w(gpus: GpuGroup) -> float:
-    """What the limit leaves for work."""
+    """Power limit minus static power of all GPUs."""
     return gpus.spec.power_limit_w.value * gpus.num_gpus - _static_power_w(gpus)
 
 
@@ -152,7 +152,7 @@ def _cost(model: CostedModel, op: Operation, shape: BatchShape, count: int) -> O
 def _collectives(
     model: CostedModel, op: Operation, shape: BatchShape, num_gpus: int, exchange: Exchange
 ) -> tuple[list[OperationCost], list[OperationCost]]:
-    """What must be exchanged right before and right after an operation: only around the last product of a block."""
+    """The collectives right before and right after an operation; only the last product of a block has any."""
     owners = [(kind, count) for kind, count in model.graph.kind_counts if op.name in kind.operation_names]
     kind, layers = owners[0][0], sum(count for _, count in owners)
     if num_gpus == 1 or not ends_block(kind, op):
@@ -171,9 +171,9 @@ def _collectives(
 
 
 def _collective(model: CostedModel, name: str, elements: int, *, is_sum: bool) -> OperationCost:
-    """Each activation goes to the N - 1 others once in an all-gather, twice and with an addition in an all-reduce.
+    """An all-gather sends each activation to the N - 1 others; an all-reduce sends it twice and adds.
 
-    Each byte sent passes a device memory once.
+    Each byte sent is read from or written to device memory once.
     """
     moved = (2 if is_sum else 1) * elements * model.dtype_bytes
     return OperationCost(name=name, flops=elements if is_sum else 0, memory_bytes=moved, network_bytes=moved)

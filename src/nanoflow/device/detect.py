@@ -1,4 +1,4 @@
-"""Choosing a device and a type, and asking how much memory is free. Nothing here allocates."""
+"""Choosing a device and a dtype, and measuring free memory. Nothing here allocates memory on the device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of an option `auto`, `cpu`, `cuda` or `cuda:N`.
+    """The torch device for an option `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ConfigError: There is no such device here.
+        ConfigError: The device does not exist on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,17 +25,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver says it; `cpu` for a CPU."""
+    """The GPU's name as reported by its driver; `cpu` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def count_sms(device: torch.device) -> int:
-    """Streaming multiprocessors (SMs) of a GPU."""
+    """Number of streaming multiprocessors (SMs) of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def local_device(device: torch.device) -> LocalDevice:
-    """What limits are chosen by: the memory of the device now, and about how fast it is."""
+    """What limits are chosen from: the present memory of the device, and its rough speed."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         flops_per_s = rough_gpu_flops_per_s((found.major, found.minor), count_sms(device))
@@ -51,27 +51,27 @@ def local_device(device: torch.device) -> LocalDevice:
 
 
 def use_device(device: torch.device) -> None:
-    """Make it the device of this thread: kernels are launched on that one."""
+    """Make it the current device of this thread, on which kernels are launched."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def resolve_dtype(name: str, model_dtype: str | None, device: torch.device) -> torch.dtype:
-    """The torch type of an option; `auto` is the model's own on a GPU and float32 on a CPU, the reference."""
+    """The torch dtype of an option; `auto` is the model's own on a GPU, and float32 on a CPU."""
     if name == "auto":
         name = "float32" if device.type == "cpu" else (model_dtype or "bfloat16")
     return _DTYPES.get(name, torch.bfloat16)
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now."""
+    """Bytes that can be allocated on the device at present."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_bytes()
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
+    """Total memory of the device in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return total_host_bytes()

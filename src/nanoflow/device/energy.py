@@ -1,7 +1,7 @@
-"""The card's own energy counter, clock and power limit.
+"""The GPU's energy counter, clock and power limit.
 
-The counter moves in ticks, about ten a second on an H200: read at both ends of a second, it is off by a tenth. So it is
-watched, and a window has the power between its first tick and its last one.
+The counter advances in ticks, about ten a second on an H200. Read only at both ends of a second, it would be off by a
+tenth. So it is sampled, and the power of a window is that between its first and its last tick.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from nanoflow.device.nvml import ask_gpu
 if TYPE_CHECKING:
     import torch
 
-# Between two readings, a fraction of a tick.
+# Seconds between two readings: a fraction of a tick.
 _INTERVAL_S = 0.02
-# Ticks in a window stand for it if they span this part of it.
+# The ticks of a window must span this part of it; else ticks around it are used too.
 _SPANNED = 0.5
 
 
 class EnergySampler:
-    """Watches an energy counter while it is entered, so that any part of that time can be asked for.
+    """A context manager that samples an energy counter, so that the energy of any part of that time can be computed.
 
     Args:
-        read_j: The counter in joules; None if there is none.
+        read_j: Reads the counter in joules; None if there is none.
         interval_s: Seconds between two readings.
     """
 
     def __init__(self, read_j: Callable[[], float | None], interval_s: float = _INTERVAL_S) -> None:
         self._read_j = read_j
         self._interval_s = interval_s
-        # When the counter was seen to have moved, and to where.
+        # Times at which the counter was seen to advance, and its values.
         self._ticks: list[tuple[float, float]] = []
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="energy", daemon=True)
@@ -52,11 +52,11 @@ class EnergySampler:
             self._thread.join()
 
     def used_so_far_j(self) -> float | None:
-        """Joules used since it was entered, as `used_j` has them."""
+        """Joules since entering, computed as in `used_j`."""
         return self.used_j(self._entered_s, time.monotonic())
 
     def used_j(self, start_s: float, stop_s: float) -> float | None:
-        """Joules used between two times of `time.monotonic`; None without a counter, or without two ticks near it."""
+        """Joules between two times of `time.monotonic`; None without a counter, or without two ticks near them."""
         ticks = list(self._ticks)
         if len(ticks) < 2:
             return None
@@ -64,7 +64,7 @@ class EnergySampler:
         if len(inside) > 1 and inside[-1][0] - inside[0][0] >= _SPANNED * (stop_s - start_s):
             first_s, last_s = inside[0][0], inside[-1][0]
         else:
-            # What lies before all ticks, or after them, has the power of what lies between.
+            # Time before the first tick and after the last one is given the mean power between them.
             first_s, last_s = max(start_s, ticks[0][0]), min(stop_s, ticks[-1][0])
         if last_s <= first_s:
             return None
@@ -80,30 +80,30 @@ class EnergySampler:
 
 
 def energy_of(device: torch.device | str) -> EnergySampler:
-    """Watches a device, as torch names it; of a CPU nothing is known."""
-    # Commands that only read what was measured do without it.
+    """A sampler for a device, as torch names it; that of a CPU has no counter."""
+    # Imported late: commands that only read results do not need torch.
     import torch
 
     watched = torch.device(device)
     if watched == torch.device("cuda"):
-        # The thread that watches has a current device of its own.
+        # The current device differs by thread, and sampling runs in another thread.
         watched = torch.device("cuda", torch.cuda.current_device())
     return EnergySampler(lambda: gpu_energy_j(watched))
 
 
 def gpu_energy_j(device: torch.device | str) -> float | None:
-    """Joules that a GPU has used since its driver was loaded; None if `ask_gpu` has none or it has no such counter."""
+    """Joules used by a GPU since its driver was loaded; None if `ask_gpu` returns None or it has no such counter."""
     millijoules = ask_gpu(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card))
     return None if millijoules is None else millijoules / 1e3
 
 
 def gpu_clock_mhz(device: torch.device | str) -> float | None:
-    """Clock of a GPU's multiprocessors now; None if `ask_gpu` has none."""
+    """Clock of a GPU's SMs now, in MHz; None if `ask_gpu` returns None."""
     clock_mhz = ask_gpu(device, lambda nvml, card: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM))
     return None if clock_mhz is None else float(clock_mhz)
 
 
 def gpu_power_limit_w(device: torch.device | str) -> float | None:
-    """Watts that a GPU may draw; None if `ask_gpu` has none."""
+    """Power limit of a GPU in watts; None if `ask_gpu` returns None."""
     limit_mw = ask_gpu(device, lambda nvml, card: nvml.nvmlDeviceGetEnforcedPowerLimit(card))
     return None if limit_mw is None else limit_mw / 1e3

@@ -1,8 +1,8 @@
-"""The host's memory: how much of it this process may take, and bounds on what libraries keep of it unasked.
+"""The host's memory: how much this process can still use, and bounds on the caches of libraries.
 
-How much is free is the least that machine, container and limits of the process leave. The bounds are set once, before
-the first product; what a user has set in the environment stands. Which shapes products have, so that little code of
-oneDNN's is enough, is `kernels/cpu.py`'s. Knows nothing of GPUs (`detect.py`).
+Free memory is the least of what the machine, the container and the limits of the process leave. The bounds are set
+once, before the first matrix product; environment variables set by the user take precedence. `kernels/cpu.py` keeps the
+number of different product shapes small, which makes the bound on oneDNN's cache sufficient.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 _CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-# Five products of a layer and of the logits in 48 numbers of rows are 240, 0.75 MB each; the library's own bound is
-# 1,024. What is over it is made again when it is needed, in about 1 ms.
+# oneDNN caches a compiled kernel for each shape of product: 0.75 MB each, 1,024 by default. We need 240: five products
+# of a layer and of the logits in 48 numbers of rows. A kernel that was dropped is compiled again in about 1 ms.
 _MAX_PRIMITIVES = 256
-# By malloc.h. An arena keeps what was freed in it, and by itself there may be eight for each core.
+# Constant of malloc.h. An arena keeps memory that was freed in it; by default there may be eight for each core.
 _M_ARENA_MAX = -8
 _MAX_ARENAS = 2
 
@@ -27,16 +27,16 @@ _NEVER_OVERCOMMIT = "2"
 
 
 def bound_host_memory() -> None:
-    """Set the bounds for this process; where a library has none of them, nothing happens."""
+    """Set the bounds for this process, in the libraries that have them."""
     os.environ.setdefault(_CAPACITY, str(_MAX_PRIMITIVES))
     if "MALLOC_ARENA_MAX" not in os.environ:
-        # Other C libraries than glibc have no such function, or give memory back by themselves.
+        # C libraries other than glibc lack this function, or give memory back by themselves.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _MAX_ARENAS)
 
 
 def free_host_bytes() -> int:
-    """Bytes that this process can still have."""
+    """Bytes of memory that this process can still allocate."""
     page_bytes, meminfo = os.sysconf("SC_PAGE_SIZE"), _meminfo()
     bounds = [meminfo.get("MemAvailable", page_bytes * os.sysconf("SC_PHYS_PAGES"))]
     if _text(_PROC / "sys/vm/overcommit_memory") == _NEVER_OVERCOMMIT:
@@ -52,7 +52,7 @@ def free_host_bytes() -> int:
 
 
 def total_host_bytes() -> int:
-    """Bytes of memory that the machine has, or the container."""
+    """Total memory in bytes of the machine, or of the container."""
     limit = _text(_CGROUP / "memory.max")
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(physical, int(limit)) if limit.isdecimal() else physical
@@ -65,13 +65,13 @@ def _meminfo() -> dict[str, int]:
 
 
 def _reclaimable_bytes() -> int:
-    """Pages of files that a container holds, which the system takes back when they are needed."""
+    """Bytes of the container's page cache, which the system frees when memory is needed."""
     lines = (line.split() for line in _text(_CGROUP / "memory.stat").splitlines())
     return next((int(number) for name, number in lines if name == "inactive_file"), 0)
 
 
 def _text(file: Path) -> str:
-    """What a file of the system says; nothing if it is not there."""
+    """Text of a system file; empty if it does not exist."""
     try:
         return file.read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""Questions to the driver's management library.
+"""Queries to NVIDIA's management library (NVML).
 
-It counts all cards of the machine by their places on the bus. Torch counts those that CUDA shows it, in the order that
-`CUDA_VISIBLE_DEVICES` and `CUDA_DEVICE_ORDER` give them. So a card is named by its UUID, never by an index.
+NVML numbers all cards of the machine by their place on the bus. Torch numbers the cards that CUDA shows it, in the
+order set by `CUDA_VISIBLE_DEVICES` and `CUDA_DEVICE_ORDER`. So a card is identified by its UUID, never by an index.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def ask_gpu(device: torch.device | str, question: Callable[[Any, Any], Any]) -> Any:
-    """What the library says of a GPU.
+    """Query NVML about a GPU.
 
     Args:
-        device: As torch names it; without an index the current one of this thread.
-        question: Gets the library, and the library's handle of the card.
+        device: As torch names it; without an index, the current device of this thread.
+        question: Called with the library and its handle of the card.
 
     Returns:
-        None where `ask_nvml` has None, for a CPU, and for a part of a card (MIG): what the library counts there is the
-        whole card's, with all else that runs on it.
+        The answer. None if `ask_nvml` returns None, for a CPU, and for a part of a card (MIG), as NVML's counters are
+            of the whole card.
     """
     import torch
 
@@ -39,7 +39,7 @@ def ask_gpu(device: torch.device | str, question: Callable[[Any, Any], Any]) -> 
 
 
 def ask_nvml(question: Callable[[Any], Any]) -> Any:
-    """What the library says; None without it, without a GPU, or if it does not know."""
+    """Query NVML; None without the library, without a GPU, or if the query is not supported."""
     nvml = _nvml()
     if nvml is None:
         return None
@@ -50,17 +50,17 @@ def ask_nvml(question: Callable[[Any], Any]) -> Any:
 
 
 def _is_divided(nvml: Any, card: Any) -> bool:
-    """True if the card is divided in parts, one of which is what torch sees."""
+    """True if the card is divided into MIG instances, one of which torch sees."""
     try:
         return bool(nvml.nvmlDeviceGetMigMode(card)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
     except nvml.NVMLError:
-        # It is a card that cannot be divided.
+        # The card cannot be divided.
         return False
 
 
 @functools.cache
 def _nvml() -> Any:
-    """The library, ready for questions; None without it."""
+    """The library, initialized; None if it is not available."""
     if importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml

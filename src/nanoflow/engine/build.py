@@ -26,8 +26,8 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
-from nanoflow.models.config import ModelConfig
-from nanoflow.models.config import load as load_model_config
+from nanoflow.models.config_json import ModelConfig
+from nanoflow.models.config_json import load as load_model_config
 from nanoflow.models.generation import SamplingDefaults, load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name

@@ -18,7 +18,7 @@ from nanoflow.executor.buffers import allocate_caches
 from nanoflow.graph.graph import OpGraph
 from nanoflow.kernels.launch import LayerCache
 from nanoflow.kvcache.sizes import Demand, PoolSize, longest_sequence, most_pages
-from nanoflow.models.config import ModelConfig
+from nanoflow.models.config_json import ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.template_choice import ChatTemplates, TemplateFileError, read_given
 from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, character_offsets, is_text
 from nanoflow.engine.tokenizer_files import MissingTokenizerError, TokenizerError, read_tokenizer, refusal
-from nanoflow.models.config import refuse_unknown
+from nanoflow.models.config_json import refuse_unknown
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_name
 from nanoflow.request import RequestError

@@ -1,7 +1,7 @@
-"""`AsyncLLM`: `AsyncEngine` as users of vLLM know it.
+"""`AsyncLLM`: `AsyncEngine` with vLLM's interface.
 
-It is made at once and loads the model when it is first used, as a process of its own can only be watched from a running
-event loop. What becomes of requests is `engine/async_engine.py`'s to know.
+The object is made at once. It loads the model on first use, because the engine's process can only be watched from a
+running event loop.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from nanoflow.request import RequestError, RequestOutputKind, SamplingParams
 
 
 class AsyncLLM:
-    """Completions for many callers at once, one asynchronous generator each.
+    """Completions for many concurrent callers, each with its own asynchronous generator.
 
     Args:
-        engine_args: What to load and how.
+        engine_args: Options of the engine.
 
     Raises:
-        ConfigError: As of `LLM`.
+        ConfigError: As for `LLM`.
     """
 
     def __init__(self, engine_args: EngineArgs) -> None:
@@ -40,7 +40,7 @@ class AsyncLLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **others: Any) -> AsyncLLM:
-        """An engine of these options; the model is loaded when it is first used, or by `start`."""
+        """An engine with these options; the model is loaded on first use, or by `start`."""
         pass_over(ASYNC_CALLS, "from_engine_args", others)
         return cls(engine_args)
 
@@ -51,8 +51,8 @@ class AsyncLLM:
         """Load the model, once, and wait until it is ready.
 
         Raises:
-            EngineError: It cannot be loaded; one line that says why.
-            EngineDeadError: `shutdown` was called.
+            EngineError: It cannot be loaded; the message is one line that says why.
+            EngineDeadError: `shutdown` was called before.
         """
         if self._is_closed:
             raise EngineDeadError("this AsyncLLM has been shut down")
@@ -63,19 +63,19 @@ class AsyncLLM:
     async def generate(
         self, prompt: PromptInput, sampling_params: SamplingParams, request_id: str, **others: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Complete a prompt. Closing the generator, or cancelling who reads it, drops the request.
+        """Complete a prompt. Closing the generator, or cancelling the task that reads it, aborts the request.
 
         Args:
-            prompt: As of `LLM.generate`.
-            sampling_params: How; `output_kind` says what is yielded.
-            request_id: Name of the request, unique among those that have not ended.
-            **others: What vLLM takes beside them, at values that change nothing.
+            prompt: As for `LLM.generate`.
+            sampling_params: Sampling parameters; `output_kind` says what is yielded.
+            request_id: Name of the request, unique among unfinished ones.
+            **others: Other arguments of vLLM, accepted at values that change nothing.
 
         Yields:
-            Copies: all so far, what is new, or the whole at the end.
+            Copies of the output: everything so far, only what is new, or everything at the end.
 
         Raises:
-            RequestError: The request cannot be served, or its id is taken.
+            RequestError: The request is invalid, or its id is in use.
             EngineError: The model cannot be loaded, or the engine has died or was shut down.
         """
         pass_over(ASYNC_CALLS, "generate", others)
@@ -99,10 +99,10 @@ class AsyncLLM:
             await engine.abort(name)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """End the engine; requests that run are told with EngineDeadError. It does not come back.
+        """End the engine for good; running requests fail with EngineDeadError.
 
         Args:
-            timeout: The engine has ten seconds to end by itself; None or 0 alone are possible.
+            timeout: Must be None or 0; the engine always has ten seconds to end.
         """
         pass_over(ASYNC_CALLS, "shutdown", {"timeout": timeout})
         if not self._is_closed:
@@ -110,32 +110,32 @@ class AsyncLLM:
             if self._starting is not None and not self._starting.get_loop().is_closed():
                 self._closing = self._starting.get_loop().create_task(self._close(self._starting))
 
-    # Older versions have this name.
+    # Older versions of vLLM have this name.
     shutdown_background_loop = shutdown
 
     async def closed(self) -> None:
-        """Wait until the engine has ended, after `shutdown`."""
+        """Wait until the engine has ended after `shutdown`."""
         if self._closing is not None:
             await self._closing
 
     async def get_tokenizer(self) -> Any:
-        """The model's tokenizer as `transformers` has it; RequestError if that cannot load it."""
+        """The model's tokenizer as an object of `transformers`; RequestError if transformers cannot load it."""
         engine = await self.start()
         return await asyncio.to_thread(transformers_tokenizer, self._config, engine.tokenizer)
 
     async def check_health(self) -> None:
-        """EngineDeadError if the engine has died or was shut down, EngineError if it cannot start."""
+        """Raise EngineDeadError if the engine has died or was shut down, EngineError if it cannot start."""
         engine = await self.start()
         if engine.death is not None:
             raise EngineDeadError(engine.death)
 
     async def reset_prefix_cache(self) -> bool:
-        """True: there is no prefix cache, so that nothing of earlier prompts is left."""
+        """True: there is no prefix cache that could have entries."""
         return True
 
     @property
     def is_running(self) -> bool:
-        """True while there is an engine that is alive."""
+        """True while the engine is alive."""
         return not self._is_closed and self._death is None
 
     @property
@@ -145,7 +145,7 @@ class AsyncLLM:
 
     @property
     def dead_error(self) -> EngineDeadError:
-        """What requests are told by an engine that has died."""
+        """The error that requests get from a dead engine."""
         return EngineDeadError(self._death or "the engine has not died")
 
     @property

@@ -1,7 +1,6 @@
-"""`EngineArgs`: the options of an engine as an object, under the names that they have in vLLM.
+"""`EngineArgs`: the options of an engine as an object, by vLLM's names.
 
-What the options are says `config.py`. Engines are made of it in `async_llm.py` and `llm_engine.py`, and by
-`LLM.from_engine_args`.
+`config.py` defines the options. `LLM.from_engine_args`, `AsyncLLM` and `LLMEngine` make engines from it.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ _GROUP = OptionGroup(kind=EngineConfig, title="model and engine")
 
 
 class EngineArgs:
-    """The options of an engine, checked when it is made of them; they may be changed before.
+    """The options of an engine, which may be changed until an engine is made; they are checked on creation and then.
 
-    Has one attribute for each option that was given, under the name it was given by; others read as their default.
+    It has an attribute for each given option, by the name that it was given by; other options read as their default.
     `vars(args)` are arguments of `LLM`.
 
     Args:
-        model: As of `LLM`.
-        **options: As of `LLM`.
+        model: As for `LLM`.
+        **options: As for `LLM`.
 
     Raises:
-        ConfigError: As of `LLM`.
+        ConfigError: As for `LLM`.
     """
 
-    __dataclass_fields__ = EngineConfig.__dataclass_fields__  # So that `dataclasses.asdict` reads it.
+    __dataclass_fields__ = EngineConfig.__dataclass_fields__  # For `dataclasses.asdict`.
 
     def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
         vars(self).update({"model": model, **options})
@@ -55,12 +54,12 @@ class EngineArgs:
     __hash__ = None  # type: ignore[assignment]
 
     def config(self) -> EngineConfig:
-        """The same as our own configuration; ConfigError if an option cannot be what it is."""
+        """The options as nanoflow's config; ConfigError if one is invalid."""
         return from_kwargs(EngineConfig, vars(self))
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add a flag for each option, as `nanoflow serve` has them; those that are not given leave no trace."""
+        """Add a flag for each option, as in `nanoflow serve`; flags that are not given set nothing."""
         _GROUP.add_to(parser)
         if not isinstance(parser, CommandParser):
             add_foreign_flags(parser, [ENGINE])
@@ -68,7 +67,7 @@ class EngineArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
-        """The options that stand on a command line."""
+        """The options on a command line."""
         return cls(**_GROUP.given(args))
 
 

@@ -1,6 +1,6 @@
-"""`LLMEngine`: an engine in this process that its user drives step by step, as users of vLLM know it.
+"""`LLMEngine`: an engine in this process that its user drives step by step, with vLLM's interface.
 
-`LLM` does the same for prompts that are all there at once.
+For prompts that are all known in advance, `LLM` does the same.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nanoflow.request import RequestOutputKind, SamplingParams
 
 
 class LLMEngine:
-    """A loaded model, and requests that move on with each `step`.
+    """A loaded model with requests that advance at each `step`.
 
     Args:
-        engine_args: What to load and how.
+        engine_args: Options of the engine.
 
     Raises:
-        ConfigError, ModelError, TokenizerError: As of `LLM`.
+        ConfigError, ModelError, TokenizerError: As for `LLM`.
     """
 
     def __init__(self, engine_args: EngineArgs) -> None:
@@ -33,7 +33,7 @@ class LLMEngine:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **others: Any) -> LLMEngine:
-        """An engine of these options."""
+        """An engine with these options."""
         pass_over(ENGINE_CALLS, "from_engine_args", others)
         return cls(engine_args)
 
@@ -41,17 +41,17 @@ class LLMEngine:
         raise AttributeError(f"LLMEngine has no {name}" + METHODS.ending(name))
 
     def add_request(self, request_id: str, prompt: PromptInput, params: SamplingParams, **others: Any) -> None:
-        """Take a request.
+        """Add a request.
 
         Raises:
-            RequestError: It cannot be served, or its id is that of one that has not ended.
+            RequestError: It is invalid, or its id is that of an unfinished request.
         """
         pass_over(ENGINE_CALLS, "add_request", others)
         output = self._llm.add(request_id, prompt, params)
         self._requests[request_id] = (output, Snapshots(params.output_kind), params.output_kind)
 
     def step(self) -> list[RequestOutput]:
-        """Run one iteration; copies of the outputs that grew or ended, as `output_kind` says."""
+        """Run one iteration; returns copies of the outputs that changed, as `output_kind` says."""
         grown = []
         for output in self._llm.step():
             held = self._requests.get(output.request_id)
@@ -65,21 +65,21 @@ class LLMEngine:
         return grown
 
     def has_unfinished_requests(self) -> bool:
-        """True while there is something to do."""
+        """True while a request is unfinished."""
         return bool(self._requests)
 
     def get_num_unfinished_requests(self) -> int:
-        """How many requests have not ended."""
+        """Number of unfinished requests."""
         return len(self._requests)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """Forget requests; unknown ones are ignored."""
+        """Drop requests; unknown ids are ignored."""
         for name in (request_ids,) if isinstance(request_ids, str) else list(request_ids):
             if self._requests.pop(name, None) is not None:
                 self._llm.abort(name)
 
     def get_tokenizer(self) -> Any:
-        """As `LLM.get_tokenizer`."""
+        """As for `LLM.get_tokenizer`."""
         return self._llm.get_tokenizer()
 
     def shutdown(self) -> None:

@@ -1,6 +1,6 @@
-"""Prompts as mappings with a type, and labels of requests, as users of vLLM write them.
+"""Typed mappings for prompts, and unique request ids, with vLLM's names.
 
-What a prompt may be says `engine/prompts.py`; these are dictionaries of the same keys.
+`engine/prompts.py` says what a prompt may be; these have the same keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids, and the text that they stand for if it is to be shown."""
+    """A prompt as token ids, and optionally its text, which is only shown."""
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
@@ -25,5 +25,5 @@ class TokensPrompt(TypedDict):
 
 
 def random_uuid() -> str:
-    """A label that no other request has: 32 hexadecimal digits."""
+    """A unique label: 32 hexadecimal digits."""
     return uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""What is yielded of an output that grows in place: a copy of all so far, or of what is new, that stays as it is."""
+"""Copies of outputs that grow in place: of everything so far, or of what is new since the last copy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class Snapshots:
     """Copies of one output.
 
     Args:
-        kind: Whether a copy has all so far or what is new since the last one.
+        kind: Whether a copy has everything so far or what is new since the last one.
     """
 
     def __init__(self, kind: RequestOutputKind) -> None:
         self._is_delta = kind is RequestOutputKind.DELTA
-        # Of each completion: characters and tokens that were copied, and whether its end was.
+        # For each completion: copied characters and tokens, and whether its end was copied.
         self._copied: dict[int, tuple[int, int, bool]] = {}
         self._logprobs: dict[int, list[PositionLogprobs]] = {}
 
     def take(self, output: RequestOutput) -> RequestOutput:
-        """Copy an output; of what is new, completions that have nothing new are left out."""
+        """Copy an output; in a copy of what is new, completions without anything new are left out."""
         completions = [copy for one in output.outputs if (copy := self._completion(one)) is not None]
         metrics = None if output.metrics is None else dataclasses.replace(output.metrics)
         return dataclasses.replace(output, outputs=completions, metrics=metrics)
@@ -47,7 +47,7 @@ class Snapshots:
         )
 
     def _rows(self, completion: CompletionOutput, num_tokens: int) -> list[PositionLogprobs] | None:
-        """The log probabilities so far; each is made once."""
+        """The log probabilities so far; each mapping is built only once."""
         if completion.logprobs is None:
             return None
         rows = self._logprobs.setdefault(completion.index, [])

@@ -1,4 +1,4 @@
-"""A model as data: operations, the tensors between them, and how a batch cuts them into nano-operations.
+"""A model as data: operations, the tensors between them, and how a batch is cut into nano-operations.
 
-Nothing here computes. `models/` writes graphs, `plan/` orders them, `executor/` runs them.
+`models/` makes graphs, `plan/` orders their operations, `executor/` runs them.
 """

@@ -1,6 +1,6 @@
-"""Rewriting a graph for kernels that compute two operations at once. Which device has such kernels is not known here.
+"""Rewrites a graph for devices whose kernels compute two operations at once.
 
-A fused graph computes the same with the same parameters; plans are made for the graph that runs.
+A fused graph has the same parameters and results. Plans are made for the graph that runs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from nanoflow.graph.operation import Operation, OpKind
 
 
 def fuse_swiglu(graph: OpGraph) -> OpGraph:
-    """The graph with each product and the SwiGLU right after it as one LINEAR_SWIGLU, named like the product.
+    """Replace each product and the SwiGLU right after it by one LINEAR_SWIGLU, named like the product.
 
-    Left alone are products with a bias, and those whose output anything else reads or writes: fused, that tensor is
-    gone. What has one name in layers of several kinds is fused in all of them or in none.
+    A product is not fused if it has a bias, or if another operation reads or writes its output, as fusing removes that
+    tensor. Operations of one name are fused in all kinds of layers or in none.
     """
     alone = {name for kind in graph.kinds for name in _products(kind) - _joinable(graph, kind)}
     fused = graph.map_kinds(lambda kind: _fused(kind, _joinable(graph, kind) - alone))
@@ -33,12 +33,12 @@ def _products(kind: LayerKind) -> set[str]:
 
 
 def _joinable(graph: OpGraph, kind: LayerKind) -> set[str]:
-    """Products of a kind that can take in what follows them."""
+    """Names of the products of a kind that can be fused with the operation after them."""
     return {product.name for product, op in itertools.pairwise(kind.operations) if _can_join(graph, kind, product, op)}
 
 
 def _fused(kind: LayerKind, names: set[str]) -> LayerKind:
-    """The kind with what follows the products of these names joined to them."""
+    """The kind with the products of these names fused with the operation after them."""
     operations: list[Operation] = []
     for op in kind.operations:
         if operations and operations[-1].name in names and op.kind is OpKind.SWIGLU:

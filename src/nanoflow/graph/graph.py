@@ -1,9 +1,8 @@
-"""The whole model as data: layers of one or several kinds, the tensors between operations, the parameters they take.
+"""The whole model as data: layers of one or several kinds, the tensors between operations, and the parameters.
 
-A graph begins with a `prologue` (once) and ends with an `epilogue` (once, on the rows that get logits). In between
-stand its layers: sections, each a pattern of layer kinds that is repeated (`layers.py` says what a kind is).
-Operations stand in an order in which they may run; what may be reordered follows from the tensors they touch
-(`nanobatch.py`), not from this order.
+A graph begins with a `prologue` (once) and ends with an `epilogue` (once, on the rows that get logits). Its layers are
+in between: sections, each of which repeats a pattern of layer kinds (`layers.py`). Operations are listed in a valid
+order. What may be reordered follows from the tensors they share (`nanobatch.py`), not from this order.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class TensorSpec:
 
     Attributes:
         name: Unique in the graph.
-        width: Elements a row; 0 for the paged KV cache, which has its own layout.
-        scope: ALL: one row a token of the dense batch. SAMPLED: one row a row with logits.
-        is_per_layer: True for the KV cache: layers do not share it. All other tensors are reused by every layer.
+        width: Elements of a row; 0 for the paged KV cache, which has its own layout.
+        scope: ALL: one row for each token of the dense batch. SAMPLED: one for each row that gets logits.
+        is_per_layer: True for the KV cache, of which each layer has its own. Layers share all other tensors.
     """
 
     name: str
@@ -57,8 +56,8 @@ class OpGraph:
         sections: The layers: patterns of layer kinds, each repeated, one section after the other.
         tensors: Every tensor that an operation reads or writes.
         parameters: Parameters outside the layers.
-        ignored_sources: Regular expressions of checkpoint tensors that may be there and are not needed.
-        inputs: Tensors that are there before the first operation.
+        ignored_sources: Regular expressions of checkpoint tensors that may exist and are not needed.
+        inputs: Tensors that exist before the first operation.
     """
 
     name: str
@@ -83,7 +82,7 @@ class OpGraph:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """The different kinds, in the order in which they are first met."""
+        """The different kinds, in order of their first layer."""
         found: list[LayerKind] = []
         for kind in (kind for section in self.sections for kind in section.pattern):
             if kind not in found:
@@ -98,25 +97,25 @@ class OpGraph:
 
     @property
     def main_pattern(self) -> tuple[LayerKind, ...]:
-        """The pattern of the section with most layers: what stands for the whole model in a simulation."""
+        """The pattern of the section with most layers, which represents the model in simulations."""
         return max(self.sections, key=lambda section: len(section.pattern) * section.repeats).pattern
 
     @property
     def layer(self) -> tuple[Operation, ...]:
-        """The operations that a plan names: those of all kinds, each name once, in an order that suits every kind.
+        """The operations of all kinds, each name once, in an order that is valid for every kind; plans name these.
 
-        Of several operations of one name it is that of the first kind; sizes and costs are to be asked of each kind.
+        Of several operations with one name, the first kind's is returned. Sizes and costs must be taken from each kind.
         """
         return union_of(self.kinds)
 
     @property
     def layer_operations(self) -> tuple[Operation, ...]:
-        """Every different operation of the layers: of several with one name, all."""
+        """Every different operation of the layers, including several with one name."""
         return tuple(dict.fromkeys(op for kind in self.kinds for op in kind.operations))
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
-        """The different rotary embeddings of the kinds, the first layer's first."""
+        """The different rotary embeddings of the kinds, in order of their first layer."""
         return tuple(dict.fromkeys(kind.rope for kind in self.kinds))
 
     @property
@@ -130,9 +129,9 @@ class OpGraph:
         return tuple(kind.attention.window for kind in self.layers)
 
     def neighbours(self, count: int) -> Iterator[tuple[LayerKind, ...]]:
-        """Every different run of so many layers, or of all if there are fewer.
+        """Every different sequence of `count` consecutive layers (all layers if there are fewer).
 
-        Runs of layers with the same operations, by name, are alike and can be planned alike: one of them is given.
+        Sequences whose layers have operations of the same names can be planned alike, so only one of them is returned.
         """
         layers, seen = self.layers, set[tuple[int, ...]]()
         numbers: dict[tuple[str, ...], int] = {}
@@ -147,19 +146,19 @@ class OpGraph:
 
     @property
     def reach(self) -> int:
-        """How many layers back an operation may have to wait for directly; what is further back follows from these.
+        """How many layers back an operation can depend directly; dependencies further back follow from these.
 
-        One, if every layer has the same operations: each then waits for the layer before it.
+        It is 1 if every layer has the same operations, as each then depends on the layer before.
         """
         names = {kind.operation_names for kind in self.kinds}
         return 1 if len(names) == 1 else max(len(section.pattern) for section in self.sections) + 1
 
     def parts(self) -> Iterator[tuple[str, tuple[Operation, ...]]]:
-        """Prologue, one layer (see `layer`) and epilogue with their names."""
+        """Prologue, one layer (see `layer`) and epilogue, each with its name."""
         yield from (("prologue", self.prologue), ("layer", self.layer), ("epilogue", self.epilogue))
 
     def operations(self) -> Iterator[Operation]:
-        """Every different operation: before the layers, of the layers, and after them."""
+        """Every different operation of prologue, layers and epilogue."""
         yield from (*self.prologue, *self.layer_operations, *self.epilogue)
 
     def with_layers(self, layers: Sequence[LayerKind]) -> OpGraph:
@@ -174,19 +173,19 @@ class OpGraph:
         )
 
     def tensor(self, name: str) -> TensorSpec:
-        """The tensor of this name; KeyError without one."""
+        """The tensor of this name; KeyError if there is none."""
         return {spec.name: spec for spec in self.tensors}[name]
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all parameters; a tied embedding counts once."""
+        """Elements of all parameters; a tied embedding is counted once."""
         return sum(parameter.num_elements for parameter in self.parameters) + self._over_layers(
             lambda kind: sum(parameter.num_elements for parameter in kind.parameters)
         )
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Elements of keys and values that one token keeps over all layers."""
+        """Elements of keys and values of one token over all layers."""
         return self._over_layers(lambda kind: 2 * kind.attention.kv_width)
 
     def flops(self, shape: BatchShape) -> int:
@@ -195,19 +194,19 @@ class OpGraph:
         return layers + sum(op.flops(shape) for op in (*self.prologue, *self.epilogue))
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
-        """Bytes moved by one iteration if every operation reads and writes device memory once."""
+        """Bytes moved by one iteration if every operation moves its inputs and outputs once."""
         layers = self._over_layers(lambda kind: sum(op.memory_bytes(shape, dtype_bytes) for op in kind.operations))
         return layers + sum(op.memory_bytes(shape, dtype_bytes) for op in (*self.prologue, *self.epilogue))
 
     def _over_layers(self, amount: Callable[[LayerKind], int]) -> int:
-        """Sum over all layers of something of their kinds."""
+        """Sum over all layers of an amount that depends on the kind."""
         return sum(section.repeats * sum(map(amount, section.pattern)) for section in self.sections)
 
     def validate(self) -> None:
         """Check that names are unique and known, and that nothing is read before it is written.
 
         Raises:
-            GraphError: Names the operation and the tensor or parameter.
+            GraphError: The message names the operation and the tensor or parameter.
         """
         if not self.num_layers:
             raise GraphError(f"{self.name} has no layer")
@@ -217,7 +216,7 @@ class OpGraph:
             self._check_kind(kind)
 
     def _check_kind(self, kind: LayerKind) -> None:
-        """Check the graph as if all of its layers were of one kind."""
+        """Check the graph as if all of its layers had this kind."""
         _require_unique("parameter", [parameter.name for parameter in (*self.parameters, *kind.parameters)])
         shared, of_layer = ({each.name for each in group} for group in (self.parameters, kind.parameters))
         known = {spec.name for spec in self.tensors}
@@ -235,13 +234,13 @@ class OpGraph:
         for op in kind.operations:
             if looks[op.name] != _look(op):
                 raise GraphError(
-                    f"operation {op.name!r} is another one in layers of kind {kind.name!r} than in the others, "
+                    f"operation {op.name!r} differs in layers of kind {kind.name!r} from the others, "
                     "so it needs a name of its own"
                 )
 
 
 def _look(op: Operation) -> tuple[object, ...]:
-    """What a plan relies on: what has one name must be alike in it, whatever the kind of its layer."""
+    """The properties that a plan relies on: operations of one name must agree in them, whatever the kind of layer."""
     return op.kind, op.resource, op.scope, op.reads, op.writes, op.reads_before
 
 

@@ -1,8 +1,8 @@
-"""Layers as data: what a layer of one kind is, and how layers of several kinds follow each other.
+"""Layers as data: the properties of a layer kind, and the sequence of kinds in a model.
 
-A kind owns whatever may differ between layers: its operations with their sizes and windows, its parameters, its rotary
-embedding, and with the attention the layout of its keys and values. Most models have one kind; others repeat a pattern
-of several, such as five layers with a sliding window and one without. The model around them is `graph.py`.
+A kind has everything that may differ between layers: operations with their sizes and windows, parameters, rotary
+embedding, and (by its attention) the layout of keys and values. Most models have one kind. Others repeat a pattern of
+several, such as five layers with a sliding window and one without. `graph.py` has the rest of the model.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind
 
-# Longest pattern that is looked for; layers that repeat only over more than that are listed one by one.
+# Longest pattern that is looked for. Layers that only repeat after more than that are listed one by one.
 _MAX_PATTERN = 64
 
 
 class GraphError(ValueError):
-    """A graph contradicts itself; the message names the operation or tensor at fault."""
+    """A graph contradicts itself; the message names the operation or tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPart:
-    """A tensor of the checkpoint: its name (with `{layer}` in it if it is a layer's) and its shape.
+    """A tensor of the checkpoint: its name (with `{layer}` in it, if each layer has one) and its shape.
 
-    `other_source` is a name under which it may be stored instead.
+    `other_source` is an alternative name for it.
     """
 
     source: str
@@ -36,13 +36,13 @@ class ParameterPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A parameter as the kernels take it: checkpoint tensors one below the other (concatenated on dimension 0).
+    """A parameter as kernels take it: tensors of the checkpoint, concatenated along dimension 0.
 
     Attributes:
         name: Unique in its layer, or outside the layers.
         parts: The tensors.
-        offset: What is added to every element when it is read.
-        is_float32: Whether it is kept in float32, whatever the model's type; for small ones.
+        offset: Added to every element on loading.
+        is_float32: Whether it is stored in float32 whatever the model's dtype; for small parameters.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the fused parameter."""
+        """Shape of the concatenated parameter."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
     def num_elements(self) -> int:
-        """Elements of the fused parameter."""
+        """Number of its elements."""
         count = 1
         for size in self.shape:
             count *= size
@@ -69,8 +69,8 @@ class RopeSpec:
     """Rotary embedding, reduced to what a kernel needs.
 
     Attributes:
-        inv_freq: One angular frequency a pair of rotated dimensions, scaling already applied. Pair i of R is made of
-            dimensions i and i + R of a head; those from 2 R on are not rotated. R is at most head_dim / 2.
+        inv_freq: Angular frequencies, one for each pair of rotated dimensions, with scaling applied. With R pairs, pair
+            i is dimensions i and i + R of a head; dimensions from 2 R on are not rotated. R is at most head_dim / 2.
         attention_factor: Factor on cos and sin (YaRN); 1 otherwise.
     """
 
@@ -80,12 +80,12 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
-    """What a layer of one kind is.
+    """The properties of one kind of layer.
 
     Attributes:
-        name: Tells it from the other kinds of the model.
-        operations: Of one layer, in an order in which they may run.
-        parameters: Of one layer; sources hold `{layer}`.
+        name: Unique among the kinds of the model.
+        operations: Operations of one layer, in a valid order.
+        parameters: Parameters of one layer; names of checkpoint tensors have `{layer}` in them.
         rope: Rotary embedding.
     """
 
@@ -144,14 +144,14 @@ def kv_groups_of(layers: Sequence[LayerKind]) -> tuple[KvGroup, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A pattern of layer kinds, one layer each, repeated."""
+    """A pattern of layer kinds (one layer each), repeated."""
 
     pattern: tuple[LayerKind, ...]
     repeats: int = 1
 
 
 def sections_of(layers: Sequence[LayerKind]) -> tuple[Section, ...]:
-    """The layers as sections: always the pattern whose repetition covers most of what is left, then the rest."""
+    """Group layers into sections: repeatedly take the pattern whose repetitions cover most of the remaining layers."""
     sections: list[Section] = []
     start = 0
     while start < len(layers):
@@ -159,7 +159,7 @@ def sections_of(layers: Sequence[LayerKind]) -> tuple[Section, ...]:
         covered = {1: _repeats(layers, start, 1)}
         if covered[1] < len(layers) - start:
             covered |= {length: length * _repeats(layers, start, length) for length in range(2, longest + 1)}
-        # The shortest of equals; a single layer where nothing is repeated.
+        # The shortest of equally good patterns; a single layer if nothing repeats.
         length = max(covered, key=covered.__getitem__)
         repeats = covered[length] // length or 1
         length = length if covered[length] else 1
@@ -169,7 +169,7 @@ def sections_of(layers: Sequence[LayerKind]) -> tuple[Section, ...]:
 
 
 def _repeats(layers: Sequence[LayerKind], start: int, length: int) -> int:
-    """How often the next `length` layers stand there, one after the other; 0 if only once."""
+    """How often the sequence of `length` layers at `start` occurs in a row; 0 if only once."""
     stop = start + length
     while stop < len(layers) and layers[stop] == layers[stop - length]:
         stop += 1
@@ -178,10 +178,9 @@ def _repeats(layers: Sequence[LayerKind], start: int, length: int) -> int:
 
 
 def union_of(kinds: Sequence[LayerKind]) -> tuple[Operation, ...]:
-    """The operations of all kinds, each name once, in an order that every kind's own order is a part of.
+    """The operations of all kinds, each name once, in an order that contains each kind's own order.
 
-    Where that leaves a choice, what is met first stands first. There is no such order if kinds contradict each other;
-    then it is any.
+    Ties are resolved by first appearance. If the orders of kinds contradict each other, the order is arbitrary.
     """
     if len(kinds) == 1:
         return kinds[0].operations

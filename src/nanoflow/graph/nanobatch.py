@@ -1,8 +1,8 @@
-"""Cutting operations into nano-operations, and the one rule of what must wait for what.
+"""Cutting operations into nano-operations, and the rule that decides which must wait for which.
 
-Rule (paper section 4.1.2, made exact): two nano-operations depend on each other if and only if one writes what the
-other reads or writes *and* their token ranges intersect there. Prefill attention reads the keys of its whole prefix, so
-for the KV cache its range starts at 0.
+Rule (paper section 4.1.2, made exact): two nano-operations depend on each other if and only if one writes a tensor that
+the other reads or writes *and* their token ranges of that tensor intersect. Prefill attention reads the keys of its
+whole prefix, so its range in the KV cache starts at 0.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class TokenRange:
         return self.stop - self.start
 
     def intersects(self, other: TokenRange) -> bool:
-        """True if a token is in both."""
+        """True if a token is in both ranges."""
         return self.start < other.stop and other.start < self.stop
 
     def clip(self, start: int, stop: int) -> TokenRange:
-        """The part inside start..stop, empty (start == stop) if there is none."""
+        """The part within start..stop; empty (start == stop) if there is none."""
         low = min(max(self.start, start), stop)
         return TokenRange(start=low, stop=max(low, min(self.stop, stop)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """An operation on a token range in a layer: the unit in which dependencies are decided."""
+    """An operation on a token range in a layer, for which dependencies are decided."""
 
     op: Operation
     tokens: TokenRange
@@ -50,7 +50,7 @@ _DISJOINT_SCOPES = frozenset({Scope.DECODE, Scope.PREFILL})
 
 
 def depends(graph: OpGraph, first: Access, second: Access) -> bool:
-    """True if the two accesses may not change places (read after write, write after read, write after write)."""
+    """True if the two accesses must not be swapped (read after write, write after read, write after write)."""
     if {first.op.scope, second.op.scope} == _DISJOINT_SCOPES:
         return False
     for name in _shared_names(first.op, second.op):
@@ -63,7 +63,7 @@ def depends(graph: OpGraph, first: Access, second: Access) -> bool:
 
 
 def _shared_names(first: Operation, second: Operation) -> set[str]:
-    """Tensors that both touch and at least one of them writes."""
+    """Tensors that both operations use and at least one of them writes."""
     writes_first, writes_second = set(first.writes), set(second.writes)
     return (writes_first & (writes_second | set(second.reads))) | (set(first.reads) & writes_second)
 
@@ -75,9 +75,9 @@ def _touched(access: Access, name: str) -> TokenRange:
 
 
 def decodes_before(place: int, num_decodes: int, num_tokens: int) -> int:
-    """Decodes that stand before a place at which a batch is cut: they are dealt over nano-batches by size.
+    """Decodes before a token index at which a batch is cut: nano-batches get decodes in proportion to their size.
 
-    So each nano-batch has its part of the attention that the products of another one hide.
+    So each nano-batch has a part of the attention, which products of another nano-batch can overlap.
     """
     return num_decodes * min(place, num_tokens) // num_tokens if num_tokens else 0
 
@@ -87,12 +87,12 @@ def split(num_tokens: int, boundaries: Sequence[int] = ()) -> tuple[TokenRange, 
 
     Args:
         num_tokens: Size of the dense batch.
-        boundaries: Strictly increasing, each inside (0, num_tokens).
+        boundaries: Strictly increasing, each within (0, num_tokens).
 
-    Returns:
-        One range more than there are boundaries; together they tile the batch.
+        Returns:
+        One range more than there are boundaries; together they cover the batch without overlap.
 
-    Raises:
+        Raises:
         ValueError: Boundaries are out of order or out of range.
     """
     edges = [0, *boundaries, num_tokens]

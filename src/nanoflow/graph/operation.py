@@ -1,7 +1,7 @@
-"""One operation of a model: what it is, what it reads and writes, and what it costs. Data, no kernel.
+"""One operation of a model: its kind, the tensors it reads and writes, and its costs. Kernels are elsewhere.
 
-An operation is bound by one *resource*: GEMMs by compute, decode attention by memory, collectives by the network. Its
-costs are functions of a `BatchShape`, so that planning and simulation need neither torch nor a GPU.
+An operation is bound by one *resource*: GEMMs by compute, decode attention by memory, collectives by the network. Costs
+are functions of a `BatchShape`, so planning and simulation need neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Keys that decode attention takes at once where its work is counted in such blocks.
+# Number of keys in a block, for kernels that divide decode attention into blocks of keys.
 KEY_BLOCK = 64
 
 
 class Resource(enum.StrEnum):
-    """What bounds an operation (POWER bounds the pair and is no class of its own)."""
+    """What bounds an operation. Power bounds all operations together and has no member here."""
 
     COMPUTE = "compute"
     MEMORY = "memory"
@@ -23,7 +23,7 @@ class Resource(enum.StrEnum):
 
 
 class Scope(enum.StrEnum):
-    """Which tokens of the dense batch an operation works on. Decode tokens come first in a dense batch."""
+    """Which tokens of the dense batch an operation works on. Decode tokens are first in a dense batch."""
 
     ALL = "all"
     DECODE = "decode"
@@ -32,7 +32,7 @@ class Scope(enum.StrEnum):
 
 
 class OpKind(enum.StrEnum):
-    """What an operation computes; `kernels/dispatch.py` has one kernel a kind and device."""
+    """What an operation computes; `kernels/dispatch.py` has one kernel for each kind and device."""
 
     EMBED = "embed"
     GATHER_ROWS = "gather_rows"
@@ -50,20 +50,20 @@ class OpKind(enum.StrEnum):
     ALL_GATHER = "all_gather"
 
 
-# Activations of a gate, times what is beside it: half as many columns are left.
+# Activation of the gate times the up projection; the output has half as many columns as the input.
 GATED = (OpKind.SWIGLU, OpKind.GEGLU)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
-    """The size of a dense batch, as far as costs depend on it.
+    """The sizes of a dense batch that costs depend on.
 
     Attributes:
-        num_tokens: Tokens of the dense batch; the first `num_decode_tokens` are decodes, one a request.
+        num_tokens: Tokens of the dense batch; the first `num_decode_tokens` are decodes, one per request.
         num_decode_tokens: Decode tokens.
         decode_context: Sum over decode tokens of the keys each attends to.
         prefill_context: Sum over prefill tokens of the keys each attends to (causal: fewer than the chunk's context).
-        prefill_kv_tokens: Sum over prefill *requests* of the keys in their cache: what must be read at least once.
+        prefill_kv_tokens: Sum over prefill *requests* of their keys in the cache, each of which is read at least once.
         num_sampled: Rows of the batch that get logits.
     """
 
@@ -86,7 +86,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDims:
-    """Width of the rows of a row-wise operation (embedding, gather, activation), and a factor on an embedding."""
+    """Width of the rows of a row-wise operation (embedding, gather, activation), and an embedding's factor."""
 
     width: int
     scale: float = 1.0
@@ -94,7 +94,7 @@ class RowDims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormDims:
-    """RMSNorm over `width` with `eps` under the root."""
+    """RMSNorm over `width` elements, with `eps` added under the root."""
 
     width: int
     eps: float
@@ -102,7 +102,7 @@ class NormDims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearDims:
-    """Product [tokens, in_features] x [out_features, in_features]^T; SwiGLU after it leaves half of the features."""
+    """Product [tokens, in_features] x [out_features, in_features]^T. A fused SwiGLU halves the output features."""
 
     in_features: int
     out_features: int
@@ -114,12 +114,12 @@ class AttentionDims:
 
     Attributes:
         num_heads: Query heads H.
-        num_kv_heads: Key and value heads; H is a multiple.
+        num_kv_heads: Key and value heads; H is a multiple of it.
         head_dim: Size D of a head.
         scale: Factor on the scores, usually 1 / sqrt(D).
-        window: Sliding window (a token sees itself and the `window - 1` before it), None without.
-        norm_eps: For Qwen3's norm on each query and key head; None without.
-        rotary_dim: How many dimensions of a query or key head are rotated, its first ones; None is all of them.
+        window: Sliding window (a token attends to itself and the `window - 1` before it); None without one.
+        norm_eps: Epsilon of the RMSNorm on each query and key head (Qwen3); None without one.
+        rotary_dim: How many first dimensions of a query or key head are rotated; None for all.
     """
 
     num_heads: int
@@ -143,7 +143,7 @@ class AttentionDims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectiveDims:
-    """Rows of `width`, put together over `num_gpus` GPUs."""
+    """A collective on rows of `width` elements over `num_gpus` GPUs."""
 
     width: int
     num_gpus: int
@@ -157,17 +157,17 @@ class Operation:
     """A node of the graph.
 
     Attributes:
-        name: Unique in its section of the graph, e.g. "qkv_proj".
+        name: Unique in its part of the graph, e.g. "qkv_proj".
         kind: What it computes.
         resource: What bounds it.
-        scope: The tokens it works on.
-        reads: Names of tensors it reads; kernels take them in this order.
-        writes: Names of tensors it writes, in the order that its kernel gives them.
-        weights: Names of parameters, in the order that its kernel takes them.
-        reads_before: Of `reads`, the tensors in which it also needs tokens before its range (the keys of its prefix).
+        scope: The tokens that it works on.
+        reads: Names of tensors that it reads, in the order of the kernel's arguments.
+        writes: Names of tensors that it writes, in the order of the kernel's results.
+        weights: Names of parameters, in the order of the kernel's arguments.
+        reads_before: Those of `reads` of which it also needs tokens before its range (the keys of its prefix).
         dims: Sizes.
-        variant: Tells it from an operation of the same name in layers of another kind; empty if there is none. A plan
-            knows names alone, so it orders both alike; what they cost is measured apart.
+        variant: Distinguishes it from an operation of the same name in layers of another kind; empty if there is none.
+            A plan orders operations by name, so all variants alike; their costs are measured separately.
     """
 
     name: str
@@ -183,38 +183,38 @@ class Operation:
 
     @property
     def key(self) -> str:
-        """What a profile calls it."""
+        """Its name in a profile."""
         return f"{self.name}.{self.variant}" if self.variant else self.name
 
     def flops(self, shape: BatchShape) -> int:
-        """Floating-point operations of this operation on a batch (a multiply-add is two; paper Table 2)."""
+        """Floating-point operations on a batch (a multiply-add is two; paper Table 2)."""
         return _FLOPS[type(self.dims)](self, shape)
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
-        """Bytes moved to and from device memory at least once each: weights, inputs, outputs, keys and values."""
+        """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
         return _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
 
     def network_bytes(self, shape: BatchShape, dtype_bytes: int) -> float:
-        """Bytes that one GPU sends to others; only collectives do."""
+        """Bytes that one GPU sends to others; 0 except for collectives."""
         return _collective_elements(self, shape) * dtype_bytes if isinstance(self.dims, CollectiveDims) else 0.0
 
 
 def _linear_flops(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, LinearDims)
-    # The product alone: an addition or activation on its way out is less than a thousandth of it.
+    # Of the product alone: a fused addition or activation is less than a thousandth of it.
     return 2 * shape.tokens_in(op.scope) * op.dims.in_features * op.dims.out_features
 
 
 def _linear_elements(op: Operation, shape: BatchShape) -> int:
     assert isinstance(op.dims, LinearDims)
     tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
-    # The residual is read and written; gate and up become one element.
+    # A fused addition also reads the residual; a fused SwiGLU writes half of the columns.
     moved = {OpKind.LINEAR: n, OpKind.LINEAR_ADD: 2 * n, OpKind.LINEAR_SWIGLU: n // 2}[op.kind]
     return k * n + tokens * (k + moved)
 
 
 def _attention_flops(op: Operation, shape: BatchShape) -> int:
-    """4 x context x width a token: scores and weighted sum. RoPE counts 3 a rotated element."""
+    """4 x context x width for each token: scores and weighted sum. RoPE counts 3 for each rotated element."""
     assert isinstance(op.dims, AttentionDims)
     if op.kind is OpKind.ROPE_APPEND:
         rotated = op.dims.head_dim if op.dims.rotary_dim is None else op.dims.rotary_dim
@@ -255,14 +255,14 @@ def _row_elements(op: Operation, shape: BatchShape) -> int:
 
 
 def _collective_elements(op: Operation, shape: BatchShape) -> float:
-    """An all-gather sends a GPU's part to each of the others; an all-reduce sends as much twice (paper eq. 3)."""
+    """An all-gather sends a GPU's part to each other GPU; an all-reduce sends twice as much (paper eq. 3)."""
     assert isinstance(op.dims, CollectiveDims)
     times = 2 if op.kind is OpKind.ALL_REDUCE else 1
     return times * shape.tokens_in(op.scope) * op.dims.width * (op.dims.num_gpus - 1) / op.dims.num_gpus
 
 
 def _collective_flops(op: Operation, shape: BatchShape) -> int:
-    """One addition an element received in the first half of an all-reduce."""
+    """One addition for each element received in the first half of an all-reduce."""
     return round(_collective_elements(op, shape) / 2) if op.kind is OpKind.ALL_REDUCE else 0
 
 

@@ -1,7 +1,7 @@
 """A graph as one of N GPUs sees it under tensor parallelism: narrower products, fewer heads, and collectives.
 
-For planning and simulation: nothing here runs. Heads and the columns of gate and up are cut, o_proj and down_proj are
-cut by rows and their partial sums put together; what each GPU adds of the residual is the executor's business.
+It is for planning and simulation only. Attention heads and the columns of gate and up are split over GPUs. o_proj and
+down_proj are split by rows, and a collective combines their partial sums.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from nanoflow.graph.operation import (
     RowDims,
 )
 
-# What writes columns of which each GPU has a part.
+# Operations whose output columns are split over GPUs.
 _ACTIVATIONS = (*GATED, OpKind.LINEAR_SWIGLU)
 
 
 class Exchange(enum.StrEnum):
-    """How GPUs put the attention block together (paper, figure 6); both move the same bytes.
+    """How GPUs combine the attention block (paper, figure 6); both move the same number of bytes.
 
-    ALL_REDUCE: W_O cut by rows, its partial sums reduced. ALL_GATHER: attention gathered, W_O cut by columns, gathered.
-    The feed-forward block ends in an all-reduce either way.
+    ALL_REDUCE: W_O is split by rows, and its partial sums are reduced. ALL_GATHER: the attention output is gathered,
+    W_O is split by columns, and its output is gathered. The feed-forward block ends in an all-reduce in both cases.
     """
 
     ALL_REDUCE = "all-reduce"
@@ -38,12 +38,12 @@ class Exchange(enum.StrEnum):
 
 
 def shard(graph: OpGraph, num_gpus: int, exchange: Exchange = Exchange.ALL_REDUCE) -> OpGraph:
-    """One GPU's part of a graph, collectives among its layer's operations; the graph itself for one GPU.
+    """One GPU's part of a graph, with collectives in its layers; for one GPU the graph itself.
 
-    Parameters and tensors keep the shapes of the whole model. Norms and the embedding are repeated on every GPU.
+    Parameters and tensors keep the shapes of the whole model. Norms and the embedding are computed on every GPU.
 
     Raises:
-        GraphError: The heads, or the features of a product, cannot be dealt out evenly.
+        GraphError: The heads, or the features of a product, cannot be divided evenly.
     """
     if num_gpus == 1:
         return graph
@@ -73,7 +73,7 @@ def reads_attention(kind: LayerKind, op: Operation) -> bool:
 
 
 def ends_block(kind: LayerKind, op: Operation) -> bool:
-    """True for the last product of a block: it reads what each GPU has a part of, heads or columns."""
+    """True for the last product of a block: its inputs (heads or columns) are split over GPUs."""
     if not isinstance(op.dims, LinearDims):
         return False
     written = {name for other in kind.operations if other.kind in _ACTIVATIONS for name in other.writes}
@@ -81,7 +81,7 @@ def ends_block(kind: LayerKind, op: Operation) -> bool:
 
 
 def _parts(kind: LayerKind, op: Operation, num_gpus: int, exchange: Exchange) -> Iterator[Operation]:
-    """What one GPU does for an operation of the whole layer, in order."""
+    """One GPU's operations for an operation of the whole layer, in order."""
     if isinstance(op.dims, LinearDims) and ends_block(kind, op):
         if exchange is Exchange.ALL_GATHER and reads_attention(kind, op):
             yield _collective(
@@ -120,7 +120,7 @@ def _cut_heads(op: Operation, attention: AttentionDims, num_gpus: int) -> Operat
 
 
 def _fewer_heads(dims: AttentionDims, num_gpus: int) -> AttentionDims:
-    """Heads of keys are repeated where there are fewer of them than GPUs."""
+    """Heads of keys and values are replicated if there are fewer of them than GPUs."""
     return replace(dims, num_heads=dims.num_heads // num_gpus, num_kv_heads=max(dims.num_kv_heads // num_gpus, 1))
 
 

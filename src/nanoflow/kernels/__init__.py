@@ -1,1 +1,1 @@
-"""Kernels: what computes an operation. `reference.py` is the slow twin of every fast one; `dispatch.py` chooses."""
+"""Kernels, which compute operations. `reference.py` is the slow reference of every fast one; `dispatch.py` chooses."""

@@ -1,8 +1,7 @@
-"""Compile Triton kernels side by side, before they are needed.
+"""Compiles Triton kernels in parallel before they are needed.
 
-A kernel is compiled when it is first launched with arguments of a new kind, one after the other, each for one to five
-seconds of one core. Within `compiling()` that is done by as many threads as there are cores, for the compiler leaves
-Python's lock to others most of the time. Knows nothing of models.
+Normally Triton compiles a kernel at its first launch with arguments of a new kind, which takes one to five seconds of
+one core. Within `compiling()` as many threads as there are cores compile; the compiler mostly releases Python's lock.
 """
 
 # mypy: allow-untyped-calls
@@ -20,18 +19,18 @@ from typing import Any
 def compiling(
     prepare_thread: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Triton kernels that this thread launches within are compiled by other threads; at the end all of them are.
+    """Triton kernels that this thread launches within the context are compiled by other threads; it ends when all are.
 
-    Does nothing where there is no Triton, or one that cannot: kernels are then compiled as they are launched. So is one
-    whose compilation fails here, which then says why.
+    Does nothing without Triton, or with a version that cannot do this: kernels are then compiled at their launch. The
+    same holds for a kernel whose compilation fails here; its launch raises the error.
 
     Args:
-        prepare_thread: Run in each compiling thread first, e.g. to choose its device.
+        prepare_thread: Called first in each compiling thread, e.g. to choose its device.
 
     Yields:
-        `compile_only`: a context in which launches ask for a kernel and do not run it, so that many are compiled at
-        once. Whatever else is queued in it does run, and no other thread may launch kernels meanwhile. After it, a
-        launch waits for its own kernel.
+        `compile_only`: a context in which launches request compilation and run nothing, so that many kernels compile in
+            parallel. Other queued work does run, and no other thread may launch kernels meanwhile. After it, a launch
+            waits for its own kernel.
     """
     mode = _async_mode()
     if mode is None:
@@ -53,7 +52,7 @@ def _compile_only() -> Iterator[None]:
     def ask(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return launch(self, *args, grid=grid, warmup=True, **options)
 
-    # Triton has no other way to say of launches in code that is called that they shall only compile.
+    # Triton has no other way to make launches inside called code compile only.
     JITFunction.run = ask
     try:
         yield
@@ -62,12 +61,12 @@ def _compile_only() -> Iterator[None]:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _async_mode() -> Any | None:
-    """Triton's context for compiling in other threads; None where it has none."""
+    """Triton's context for compiling in other threads; None if it has none."""
     if importlib.util.find_spec("triton") is None:
         return None
     import triton

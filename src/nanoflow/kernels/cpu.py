@@ -1,11 +1,10 @@
-"""CPU kernels where they pay: float32 products by oneDNN. Everything else is `reference.py`, which is their twin.
+"""CPU kernels: float32 products by oneDNN. All other kernels on a CPU are those of `reference.py`.
 
-torch hands a float32 product to MKL, which on some processors is several times slower than oneDNN when there are few
-rows, as in decode. Numbers: docs/log/2026-11-22-cpu-products.md.
+torch computes float32 products with MKL. For few rows, as in decode, MKL is several times slower than oneDNN on some
+processors. Numbers: docs/log/2026-11-22-cpu-products.md.
 
-oneDNN makes code for every shape that it meets, about 0.75 MB of it, and keeps the last 1,024 of them. Batches have
-hundreds of sizes, so products are computed in few numbers of rows: see `row_blocks`. How much is kept at most is
-`device/host_memory.py`'s.
+oneDNN compiles code for each shape of product (about 0.75 MB) and caches the last 1,024. Batches have hundreds of
+sizes, so products are padded to a few numbers of rows: see `row_blocks`. `device/host_memory.py` bounds the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference
 from nanoflow.kernels.launch import Kernel, Launch
 
-# A product of more rows is made in parts of so many: enough that reading the weights again costs next to nothing.
+# Larger products are split into parts of this many rows, so that the cost of reading the weights again is negligible.
 MAX_ROWS = 256
 
 
@@ -41,7 +40,7 @@ def linear_add(launch: Launch) -> None:
 
 
 def _multiply(launch: Launch, write: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Write a product to its output, part after part."""
+    """Compute a product and write it to its output, part by part."""
     (out,), (weight, *bias) = launch.writes, launch.weights
     for rows, product in _products(launch.reads[0], weight, bias):
         write(out if rows is None else out[rows], product)
@@ -49,10 +48,10 @@ def _multiply(launch: Launch, write: Callable[[Tensor, Tensor], Tensor]) -> None
 
 @lru_cache(maxsize=4096)
 def row_blocks(num_rows: int) -> tuple[tuple[slice, int], ...]:
-    """Parts of so many rows, and the number of rows that each is padded to, of which there are 48 in all.
+    """The parts of `num_rows` rows, and the number of rows that each is padded to; there are 48 such numbers in all.
 
-    Numbers up to 16 stay what they are; from there they are multiples of a sixteenth of the next power of two. A row
-    more costs about 1.6 % of a product of 32 rows, so padding costs 1 % up to there on average, and 3 % of larger ones.
+    Up to 16 rows nothing is padded; above, to multiples of a sixteenth of the next power of two. At 32 rows, one more
+    row costs about 1.6 % of a product. So padding costs 1 % on average up to 32 rows, and 3 % above.
     """
     blocks = []
     for start in range(0, num_rows, MAX_ROWS):
@@ -63,7 +62,7 @@ def row_blocks(num_rows: int) -> tuple[tuple[slice, int], ...]:
 
 
 def _products(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Iterator[tuple[slice | None, Tensor]]:
-    """Rows and their product, part after part; None for all rows: each view of a tensor takes some microseconds."""
+    """Rows and their product, part by part; None stands for all rows, as a view of a tensor takes some microseconds."""
     multiply = _by_onednn if x.dtype == torch.float32 else F.linear
     blocks = row_blocks(len(x))
     if len(blocks) == 1 and blocks[0][1] == len(x):

@@ -1,4 +1,4 @@
-"""Which kernel computes an operation on which device. The reference kernels run anywhere, the others where they pay."""
+"""Chooses the kernel of each operation on a device: a fast one where it pays, else the reference kernel."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 
 Kernels = dict[OpKind, Kernel]
-# Head sizes that the Triton attention takes; other models get the reference kernels.
+# Head sizes that the Triton attention supports; models with others use the reference kernels.
 _TRITON_HEAD_SIZES = (16, 32, 64, 128, 256)
-# Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
+# The tensor memory accelerator needs rows, and the halves of gate_up, aligned to this many elements.
 _TMA_MULTIPLE = 16
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
-    """The kernels of a device for a model of a type with these operations in its layers, one for every kind.
+    """The kernels of a device for a model's dtype and layer operations, one for each kind of operation.
 
-    Kinds that stand for two operations in one kernel are there only where that pays.
+    Fused kinds, which are two operations in one kernel, are included only where they pay.
 
     Raises:
-        ValueError: Nothing runs on such a device.
+        ValueError: The device is not supported.
     """
     if device.type not in _KERNELS:
         raise ValueError(f"no kernels for device {device.type!r}; there are some for {', '.join(_KERNELS)}")
@@ -37,7 +37,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation
 
 
 def are_capturable(kernels: Kernels) -> bool:
-    """Whether a CUDA graph can hold them: none looks at lengths on the host."""
+    """Whether a CUDA graph can capture the kernels: none of them reads lengths on the host."""
     return not {reference.decode_attention, reference.prefill_attention} & set(kernels.values())
 
 
@@ -72,11 +72,11 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleKernels:
-    """What chooses tokens; the functions of `sample.py` say what they take and give.
+    """The functions that choose tokens, with the interfaces of `sample.py`.
 
     Attributes:
         largest, choose, top_logprobs: The functions.
-        workspace_bytes: Most device memory that they take beside their results, by the number of rows and of tokens.
+        workspace_bytes: Most device memory that they need beside their results, by numbers of rows and of tokens.
     """
 
     largest: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -86,7 +86,7 @@ class SampleKernels:
 
 
 def sample_kernels_for(device: torch.device) -> SampleKernels:
-    """Those in Triton on an NVIDIA GPU, else their twins in torch."""
+    """The Triton functions on an NVIDIA GPU, else the reference implementation in torch."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from nanoflow.kernels import triton_sample
 

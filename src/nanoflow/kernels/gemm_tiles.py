@@ -1,6 +1,6 @@
-"""How products in Triton are cut: the sizes of tiles there are, and which of them suits a product.
+"""Tile sizes of products in Triton, and the choice of tiles for a product.
 
-Data and arithmetic; the kernels are `triton_gemm.py`'s and `triton_split_k.py`'s.
+Data and arithmetic; the kernels are in `triton_gemm.py` and `triton_split_k.py`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 _ITEM_BYTES = 2
-# Barriers of the steps in flight, and a bias between two layouts.
+# Bytes for barriers of the stages, and for converting a bias between two layouts.
 _SCRATCH_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmTiles:
-    """How a product is cut.
+    """The tiling of a product.
 
     Attributes:
-        block_m, block_n, block_k: Tokens, rows of the weight and features a step. Of `linear_swiglu`, half of the rows
-            are gates.
-        num_warps: Warps a program.
+        block_m, block_n, block_k: Size of a tile in tokens and rows of the weight, and features of a step. For
+            `linear_swiglu`, half of the rows are gates.
+        num_warps: Warps of a program.
         num_stages: Steps in flight.
-        store_n: Columns that are written at once, through shared memory; it divides `block_n`.
-        group_m: Tiles along T whose programs run beside each other, so that they find their weights in L2.
-        is_flat: Loads of the next tile begin before the last one is written.
-        max_registers: Of a thread, so that others find some on the SM; None leaves it to the compiler.
-        relative_speed: Multiply-adds a second, of the fastest cut's, while all programs are busy.
+        store_n: Columns written at once through shared memory; divides `block_n`.
+        group_m: Tiles along T that are processed at the same time, so that they share weights in L2.
+        is_flat: Loads of the next tile begin before the present one is written.
+        max_registers: Most registers of a thread, to leave some on the SM; None leaves it to the compiler.
+        relative_speed: Multiply-adds per second while all programs are busy, relative to the fastest tiling.
     """
 
     block_m: int
@@ -41,31 +41,31 @@ class GemmTiles:
     relative_speed: float = 1.0
 
     def num_tiles(self, num_rows: int, num_columns: int) -> int:
-        """Of a product [num_rows, num_columns]."""
+        """Number of tiles of a product [num_rows, num_columns]."""
         return -(-num_rows // self.block_m) * -(-num_columns // self.block_n)
 
     def shared_memory_bytes(self, *, is_gated: bool) -> int:
-        """What a program takes: both factors of every step in flight, and what is written at once."""
+        """Shared memory of a program: both factors of every step in flight, and the columns written at once."""
         in_flight = self.num_stages * (self.block_m + self.block_n) * self.block_k
         written = self.block_m * self.store_n // (2 if is_gated else 1)
         return (in_flight + written) * _ITEM_BYTES + _SCRATCH_BYTES
 
 
-# Fastest first. Speeds are those of one H200 under its power limit, the last two's on 100 of its 132 SMs.
+# Fastest first. Speeds are of one H200 at its power limit, the last two's on 100 of its 132 SMs.
 GEMM_TILES = (
     GemmTiles(block_m=128, block_n=256, store_n=256, num_warps=8, num_stages=3),
     GemmTiles(block_m=128, block_n=128, store_n=128, num_warps=8, num_stages=4, relative_speed=0.9),
     GemmTiles(block_m=64, block_n=128, store_n=128, num_warps=4, num_stages=6, relative_speed=0.8),
     GemmTiles(block_m=64, block_n=128, store_n=128, num_warps=4, num_stages=3, relative_speed=0.47),
 )
-# Beside others, on a part of a card: more steps in flight, as memory is slow to answer there.
+# For a part of a card beside other work: more steps in flight, as memory latency is higher there.
 PART_TILES = (
     GemmTiles(block_m=128, block_n=256, store_n=64, num_warps=8, num_stages=4),
     GemmTiles(block_m=256, block_n=128, store_n=64, num_warps=8, num_stages=4, relative_speed=0.97),
     *GEMM_TILES[1:],
 )
-# Beside one program of decode attention on every SM, which takes 67 KiB of shared memory and 18,432 registers. Speeds
-# are those of like tiles above. Half the warps cannot take too many registers.
+# For a product beside one program of decode attention on every SM, which takes 67 KiB of shared memory and 18,432
+# registers. Speeds are those of similar tiles above. Half as many warps limit the number of registers.
 BESIDE_TILES = (
     GemmTiles(block_m=128, block_n=256, store_n=32, num_warps=8, num_stages=3, max_registers=176),
     GemmTiles(block_m=128, block_n=128, store_n=64, num_warps=8, num_stages=4, max_registers=176, relative_speed=0.9),
@@ -77,15 +77,15 @@ BESIDE_TILES = (
 def choose_gemm_tiles(
     candidates: Sequence[GemmTiles], num_rows: int, num_columns: int, num_programs: int, limit_bytes: int
 ) -> GemmTiles:
-    """The candidate by which the busiest program is done first, of those that fit into `limit_bytes`.
+    """The tiling with the least work for the busiest program, among those that fit into `limit_bytes`.
 
-    Few tokens get small tiles, as large ones would leave programs without work; ties go to the earlier candidate.
+    Few tokens get small tiles, as large ones would leave programs idle. Ties go to the earlier candidate.
 
     Args:
-        candidates: Cuts, fastest first; the last fits everywhere.
+        candidates: Tilings, fastest first; the last fits every device.
         num_rows, num_columns: T, and N (or 2 I).
         num_programs: Programs that share the tiles.
-        limit_bytes: Shared memory of a program.
+        limit_bytes: Shared memory available to a program.
     """
 
     def longest_time(tiles: GemmTiles) -> float:
@@ -98,5 +98,5 @@ def choose_gemm_tiles(
 
 
 def with_addend(tiles: GemmTiles) -> GemmTiles:
-    """The cut that writes smaller pieces, as each takes twice the shared memory: to be added, and to be written."""
+    """The tiling with smaller writes: each piece needs twice the shared memory, for the addend and for the result."""
     return replace(tiles, store_n=tiles.store_n // 2)

@@ -1,7 +1,7 @@
-"""What a kernel is given: an operation, the rows of its tensors, its weights, and the iteration's index tensors.
+"""The inputs of a kernel: an operation, rows of its tensors, its weights, and the iteration's index tensors.
 
-Shape legend: T tokens, D of them with room in decode attention, R parts of prompts, S rows with logits, P pages a
-table, N pages of the pool, K KV heads, G tokens a page.
+Shape legend: T tokens, D tokens that may be decodes, R prefill chunks, S rows with logits, P pages of a page table, N
+pages of the pool, K KV heads, G tokens of a page.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, RowDims, Scope
 
-# Parts in which shares of a decode attention are counted where products carry it.
+# Shares of a decode attention that is carried by products are counted in this many parts.
 SHARES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeInputs:
-    """What decode attention reads, one entry a token from the batch's first on.
+    """Inputs of decode attention, one entry for each of the first D tokens of the batch.
 
     Attributes:
         context_len: int32 [D], tokens in the cache once the iteration is done; 0 for a token that is no decode.
@@ -34,7 +34,7 @@ class DecodeInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillInputs:
-    """What prefill attention reads, one entry a chunk of a prompt, or a part of one that a nano-batch cuts.
+    """Inputs of prefill attention, one entry for each chunk of a prompt, or for each part if a nano-batch cuts a chunk.
 
     Attributes:
         query_start: int32 [R + 1], token of the dense batch at which each begins, never decreasing.
@@ -66,7 +66,7 @@ class PageInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLengths:
-    """Copies for kernels that loop over requests on the host: of decodes [D], and of prefills [R + 1] and [R]."""
+    """Copies on the host for kernels that loop over requests: of decodes [D], and of prefills [R + 1] and [R]."""
 
     decode_context_len: list[int]
     prefill_query_start: list[int]
@@ -75,7 +75,7 @@ class HostLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """A rotary embedding at each token's position: cos and sin, float32 [T, rotated dimensions / 2]."""
+    """A rotary embedding at each token's position: cos and sin, float32 [T, number of rotated pairs]."""
 
     cos: Tensor
     sin: Tensor
@@ -83,10 +83,11 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchInputs:
-    """One iteration's index tensors on the device; `executor/inputs.py` makes them of a `DenseBatch`.
+    """One iteration's index tensors on the device; `executor/inputs.py` makes them from a `DenseBatch`.
 
-    They may be larger than the batch. Padding has slots outside the cache and contexts of 0, and D counts more tokens
-    than are decodes; so a token belongs to decode or to prefill attention by what the device reads, not by its place.
+    They may be larger than the batch. Padding has slots outside the cache and contexts of 0, and D may exceed the
+    number of decodes. So contexts on the device decide whether a token belongs to decode or to prefill attention, not
+    its index.
 
     Attributes:
         token_ids: int64 [T].
@@ -95,7 +96,7 @@ class BatchInputs:
         decodes, prefills: For the two attentions.
         first_prefill_token: No token before it is of a prefill.
         logit_tokens: int32 [S], tokens whose rows go to the language-model head.
-        host: For kernels that need lengths on the host; None while a CUDA graph is captured.
+        host: Lengths for kernels that need them on the host; None while a CUDA graph is captured.
     """
 
     token_ids: Tensor
@@ -109,11 +110,11 @@ class BatchInputs:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens with padding."""
         return self.token_ids.shape[0]
 
     def tokens_in(self, scope: Scope) -> TokenRange:
-        """Rows that an operation of this scope has to look at."""
+        """The tokens among which those of a scope are."""
         first, stop = _ROWS[scope](self)
         return TokenRange(start=min(first, stop), stop=stop)
 
@@ -143,18 +144,18 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """An operation made concrete.
+    """One launch of an operation.
 
     Attributes:
         op: The operation.
-        layer: Layer it runs in; 0 outside the layers.
-        tokens: Rows of the dense batch it works on (rows with logits, for scope SAMPLED); never empty.
-        reads, writes: Rows `tokens` of its tensors, in the operation's order; the KV cache and what is in `inputs`
-            (token ids) are left out. `writes` are views to be filled in place.
+        layer: Index of its layer; 0 outside the layers.
+        tokens: Rows of the dense batch that it works on (rows with logits, for scope SAMPLED); never empty.
+        reads, writes: Rows `tokens` of its tensors, in the operation's order, without the KV cache and tensors in
+            `inputs` (token ids). `writes` are views to write into.
         weights: Its parameters, in the operation's order.
-        inputs: The iteration.
+        inputs: Index tensors of the iteration.
         cache: Keys and values of the layer; None outside the layers.
-        rotation: Of the layer, all tokens; None outside the layers.
+        rotation: Rotary embedding of the layer for all tokens; None outside the layers.
     """
 
     op: Operation
@@ -178,5 +179,5 @@ Kernel = Callable[[Launch], None]
 
 
 def embedding_scale(dims: RowDims, dtype: torch.dtype) -> float:
-    """The factor on an embedding, rounded to the model's type before it is used, as the models were trained."""
+    """The factor on an embedding, rounded to the model's dtype before use, as models are trained."""
     return dims.scale if dims.scale == 1.0 else float(torch.tensor(dims.scale, dtype=dtype))

@@ -1,7 +1,7 @@
-"""Reference kernels in plain torch, on any device: correct before fast, and the twin of every fast kernel.
+"""Reference kernels in plain torch, for any device: correct before fast. Tests compare every fast kernel with them.
 
-They fill the given views in place and keep nothing. Norms, rotary embedding and softmax compute in float32 and round
-once; products compute in the type of the tensors.
+They write into the given views and store nothing. Norms, rotary embedding and softmax compute in float32 and round
+once; products compute in the dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch, LayerCache, embedding_scale
 
-# Elements of gathered keys that decode attention holds at once. Small enough for a core's cache: larger groups are
-# several times slower on a CPU, as each allocation is made of fresh pages.
+# Most elements of gathered keys in decode attention at once, chosen to fit in a core's cache. Larger groups are several
+# times slower on a CPU, because each allocation gets fresh pages from the system.
 _MAX_GATHERED_ELEMENTS = 1 << 18
 
 
 def embed(launch: Launch) -> None:
-    """hidden [T, width] = embedding of each token, times the factor if there is one."""
+    """hidden [T, width] = embedding of each token, times the operation's factor."""
     (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
     torch.index_select(launch.weights[0], 0, ids, out=hidden)
@@ -32,7 +32,7 @@ def embed(launch: Launch) -> None:
 
 
 def gather_rows(launch: Launch) -> None:
-    """Copy the rows that get logits out of the dense batch; the tensor read is whole here."""
+    """Copy the rows that get logits out of the dense batch; the tensor read has all T rows here."""
     (source,), (target,) = launch.reads, launch.writes
     rows = launch.inputs.logit_tokens[launch.tokens.start : launch.tokens.stop]
     torch.index_select(source, 0, rows, out=target)
@@ -53,9 +53,9 @@ def rms_norm_add(launch: Launch) -> None:
 
 
 def _normalised(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension in float32, rounded before the weight as the models were trained.
+    """RMSNorm over the last dimension in float32, rounded to the weight's dtype before the weight is multiplied.
 
-    That is to the weight's type: with a weight in float32 all is rounded once, at the end.
+    Models are trained with this rounding. With a float32 weight everything is rounded once, at the end.
     """
     exact = rows.float()
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
@@ -80,13 +80,13 @@ def linear_add(launch: Launch) -> None:
 
 
 def linear_swiglu(launch: Launch) -> None:
-    """out [T, I] = silu(gate) * up of x [T, K] @ weight [2 I, K]^T; the weight holds gate rows, then up rows."""
+    """out [T, I] = silu(gate) * up of x [T, K] @ weight [2 I, K]^T; the weight has gate rows, then up rows."""
     (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
     _swiglu(torch.mm(x, weight.t()), out)
 
 
 def swiglu(launch: Launch) -> None:
-    """out [T, I] = silu(gate) * up, where the input [T, 2 I] holds gate, then up."""
+    """out [T, I] = silu(gate) * up, where the input [T, 2 I] has gate, then up."""
     (gate_up,), (out,) = launch.reads, launch.writes
     _swiglu(gate_up, out)
 
@@ -97,14 +97,14 @@ def _swiglu(gate_up: Tensor, out: Tensor) -> None:
 
 
 def geglu(launch: Launch) -> None:
-    """out [T, I] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 I] holds gate, then up."""
+    """out [T, I] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 I] has gate, then up."""
     (gate_up,), (out,) = launch.reads, launch.writes
     gate, up = gate_up.chunk(2, dim=-1)
     torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
 
 
 def rope_append(launch: Launch) -> None:
-    """Split qkv, normalise q and k heads if the model does, rotate q and k, and append k and v to the cache."""
+    """Split qkv, normalise q and k heads if the model does, rotate q and k, and write k and v to the cache."""
     dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
     assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
     (qkv,), (q_out,) = launch.reads, launch.writes
@@ -124,7 +124,7 @@ def rope_append(launch: Launch) -> None:
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R) of heads [T, H, D] in float32, where cos and sin are [T, 1, R]; the rest stays."""
+    """Rotate pairs (i, i + R) of heads [T, H, D] in float32, with cos and sin [T, 1, R]; copy other dimensions."""
     half = cos.shape[-1]
     first, second, rest = torch.split(heads.float(), [half, half, heads.shape[-1] - 2 * half], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
@@ -164,12 +164,12 @@ def decode_attention(launch: Launch) -> None:
 
 
 def _groups(contexts: list[int], page_size: int, most_keys: int) -> Iterator[list[int]]:
-    """Rows that are computed together, ascending: of lengths within a factor of two, as all are padded to the longest.
+    """Groups of rows that are computed together, by ascending length; lengths in a group differ at most twofold.
 
     Args:
-        contexts: Keys of each row; 0 where the row is no decode.
-        page_size: Keys are gathered by whole pages of so many.
-        most_keys: A group has at most so many with its padding, unless it is a single row.
+        contexts: Keys of each row; 0 for a row that is not a decode.
+        page_size: Tokens of a page; keys are gathered by whole pages.
+        most_keys: Most keys of a group including padding, unless it is a single row.
     """
     by_size: dict[int, list[int]] = {}
     for row, context in enumerate(contexts):
@@ -182,7 +182,7 @@ def _groups(contexts: list[int], page_size: int, most_keys: int) -> Iterator[lis
 
 
 def _gather(cache: LayerCache, page_tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, K, P * G, D] of page tables [B, P], one head of one page a row copied."""
+    """Keys and values [B, K, P * G, D] of page tables [B, P]; the unit of copying is one head of one page."""
     batch, num_pages = page_tables.shape
     _, num_kv_heads, page_size, head_dim = cache.keys.shape
     heads = torch.arange(num_kv_heads, device=page_tables.device)[:, None]
@@ -194,7 +194,7 @@ def _gather(cache: LayerCache, page_tables: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _visible(context_len: Tensor, num_keys: int, window: int | None) -> Tensor:
-    """bool [B, 1, 1, num_keys]: keys before the context's end and inside the window."""
+    """bool [B, 1, 1, num_keys]: whether a key is within the context and the window."""
     places = torch.arange(num_keys, device=context_len.device)
     visible = places < context_len[:, None]
     if window is not None:
@@ -203,7 +203,7 @@ def _visible(context_len: Tensor, num_keys: int, window: int | None) -> Tensor:
 
 
 def prefill_attention(launch: Launch) -> None:
-    """Causal attention of prompt chunks, request after request, over all tokens of their context so far."""
+    """Causal attention of prompt chunks over all tokens of their context so far, one request at a time."""
     dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
     assert isinstance(dims, AttentionDims) and cache is not None and inputs.host is not None
     (q,), (out,) = launch.reads, launch.writes
@@ -228,7 +228,7 @@ def prefill_attention(launch: Launch) -> None:
 
 
 def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, dims: AttentionDims) -> Tensor:
-    """Queries [1, H, Q, D] are the last Q of the keys' places [1, K, C, D]."""
+    """Attention of queries [1, H, Q, D], which are at the last Q of the C positions of keys and values [1, K, C, D]."""
     num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.window
     if num_queries == num_keys and window is None:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=dims.scale, enable_gqa=True)
@@ -240,7 +240,7 @@ def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, dims: AttentionDi
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=dims.scale, enable_gqa=True)
 
 
-# Without LINEAR_SWIGLU: these kernels gain nothing by it, and a graph is fused only for a device that does.
+# Without LINEAR_SWIGLU, which would gain nothing here; graphs are fused only for devices that gain from it.
 REFERENCE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.EMBED: embed,
     OpKind.GATHER_ROWS: gather_rows,

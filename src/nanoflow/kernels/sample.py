@@ -1,8 +1,8 @@
-"""Choosing tokens from logits: penalties, filters, the draw, and log probabilities. Reference twins in plain torch.
+"""Choosing tokens from logits: penalties, filters, the draw, and log probabilities. Reference in plain torch.
 
-A draw needs one uniform number in [0, 1), which follows from (seed, position) alone: the same seed gives the same
-tokens on any device, whatever else is in the batch. It inverts the cumulative distribution in the order of the
-vocabulary. `triton_sample.py` has the fast twins. Legend: S rows, V vocabulary, R rows of the state table.
+A draw uses one uniform number in [0, 1), computed from (seed, position) only. So the same seed gives the same tokens on
+any device, whatever else is in the batch. It inverts the cumulative distribution in the order of the vocabulary.
+`triton_sample.py` is the fast implementation. Legend: S rows, V vocabulary, R rows of the state table.
 """
 
 from __future__ import annotations
@@ -16,44 +16,45 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# How a row is sampled. The programs in Triton know these places.
+# The numbers that say how a row is sampled. The Triton programs rely on this layout.
 NUMBERS = np.dtype(
     [
-        ("row", np.int32),  # its place in the tables
-        ("position", np.int32),  # of the token that is chosen
+        ("row", np.int32),  # its row in the tables
+        ("position", np.int32),  # of the chosen token in its sequence
         ("seed", np.uint64),
-        ("scale", np.float32),  # log2(e) / temperature; 0 takes the largest logit
+        ("scale", np.float32),  # log2(e) / temperature; 0 chooses the largest logit
         ("top_k", np.int32),  # 0 keeps all
         ("top_p", np.float32),
         ("log_min_p", np.float32),  # log2 of min_p; -infinity keeps all
         ("repetition", np.float32),
         ("presence", np.float32),
         ("frequency", np.float32),
-        ("first_free_stop", np.int32),  # before this position no stop token may be drawn
-        ("num_edits", np.int32),  # entries of its list of edits
-        ("num_biases", np.int32),  # how many of them are biases
+        ("first_free_stop", np.int32),  # first position at which a stop token may be drawn
+        ("num_edits", np.int32),  # valid entries of its list of edits
+        ("num_biases", np.int32),  # how many of these are biases
         ("has_penalties", np.int32),
-        ("is_restricted", np.int32),  # some tokens may not be chosen
+        ("is_restricted", np.int32),  # whether some tokens are forbidden
     ]
 )
-# In the table of seen tokens: the bit that says that the prompt has it, and the largest count of generated ones. What
-# may not be chosen has the sign bit, too: it is negative.
+# Bits in the table of seen tokens: whether the prompt has the token, and the largest count of generated ones. A
+# forbidden token also has the sign bit.
 IN_PROMPT, MAX_COUNT = 1 << 14, (1 << 14) - 1
 FORBIDDEN, SEEN_BITS = -(1 << 15), (1 << 15) - 1
-# Logits that the twins work on at once, and the bytes that they take for each at most.
+# Logits that this reference works on at once, and the most bytes that it needs for each.
 _MAX_ELEMENTS, _ELEMENT_BYTES = 1 << 22, 96
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleTables:
-    """What sampling remembers of each row, on the device.
+    """Per-row data for sampling, on the device.
 
     Attributes:
-        seen: int16 [R, V]: how often the token was generated, up to `MAX_COUNT`, with `IN_PROMPT` if the prompt has it,
-            and `FORBIDDEN` if it may not be chosen; looked at for rows with penalties or that are restricted only.
-        edit_ids: int32 [R, E], token ids with a bias and stop tokens, increasing; as many as `NUMBERS` says are valid.
-        edit_values: float32 [R, E]: what to add to the logit; -infinity for a stop token.
+        seen: int16 [R, V]: how often each token was generated, up to `MAX_COUNT`, plus `IN_PROMPT` if the prompt has
+            it, plus `FORBIDDEN` if it may not be chosen. Only read for rows with penalties or forbidden tokens.
+        edit_ids: int32 [R, E], ids of tokens with a bias and of stop tokens, ascending; `NUMBERS` says how many are
+            valid.
+        edit_values: float32 [R, E], added to the logit; -infinity for a stop token.
     """
 
     seen: Tensor
@@ -62,7 +63,7 @@ class SampleTables:
 
 
 def workspace_bytes(num_rows: int, vocab_size: int) -> int:
-    """Most device memory that the twins of this file take beside their results."""
+    """Most device memory in bytes that the functions of this file need beside their results."""
     return _ELEMENT_BYTES * min(num_rows * vocab_size, max(_MAX_ELEMENTS, vocab_size))
 
 
@@ -82,30 +83,30 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def scale_of(temperature: float) -> float:
-    """What a logit is multiplied with to be a power of two of a probability."""
+    """The factor on a logit that gives the base-2 logarithm of an unnormalised probability."""
     return math.log2(math.e) / temperature
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`choose` for rows that all take the largest logit as the model gives it."""
+    """`choose` for rows that all take the largest logit of the model without adjustments."""
     best, token_ids = logits.max(dim=-1)
     return token_ids, best.float()
 
 
 def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, *, adjusts: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose a token for each row, and count it if the row has penalties.
+    """Choose a token for each row, and count it in `seen` if the row has penalties.
 
     Args:
-        logits: [S, V] of the model.
-        numbers: int32 [S, 16], the bytes of `NUMBERS` of each row; no two rows have one place in the tables.
-        tables: What the rows' numbers refer to; `seen` is written to.
-        adjusts: Whether a row may have penalties, be restricted, or have edits that apply.
+        logits: [S, V], from the model.
+        numbers: int32 [S, 16], the bytes of `NUMBERS` of each row; no two rows have the same row of the tables.
+        tables: The tables that `numbers` refer to; `seen` is updated.
+        adjusts: Whether a row may have penalties, forbidden tokens, or edits that apply.
 
     Returns:
-        token ids int64 [S] and the largest adjusted logit of each row, float32 [S]: not finite if the model's output
-        is not, and then the token means nothing.
+        Token ids int64 [S], and the largest adjusted logit of each row, float32 [S]. If that is not finite, neither is
+            the model's output, and the token is meaningless.
     """
-    del adjusts  # It is seen from the numbers.
+    del adjusts  # Follows from the numbers here.
     host = numbers.cpu().numpy().view(NUMBERS)[:, 0]
     parts = [_choose(logits[part], host[part], tables) for part in _slices(*logits.shape)]
     token_ids, best = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -121,7 +122,7 @@ def _choose(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> tuple[
     best, token_ids = logits.max(dim=-1)
     is_filtered = (host["top_k"] > 0) | (host["top_p"] < 1) | (host["log_min_p"] > -np.inf)
     uniforms = torch.from_numpy(uniform(host["seed"], host["position"].astype(np.int64)))
-    # A row takes the path of its own parameters, never of its neighbours': its draw may not depend on them.
+    # The path depends on a row's own parameters only, so that its draw does not depend on other rows.
     for is_meant in (~is_filtered, is_filtered):
         places = np.flatnonzero((host["scale"] > 0) & is_meant)
         if not len(places):
@@ -136,7 +137,7 @@ def _choose(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> tuple[
 
 
 def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tensor:
-    """Logits as float32 with biases, then penalties applied, and those of tokens that may not be chosen -infinity."""
+    """Float32 logits with biases, then penalties; -infinity for forbidden tokens."""
     logits = raw.to(torch.float32, copy=True)
     is_held = host["position"] < host["first_free_stop"]
     for place in np.flatnonzero(host["num_edits"] * (is_held | (host["num_biases"] > 0))).tolist():
@@ -165,7 +166,7 @@ def _rows(host: NDArray[np.void], device: torch.device) -> Tensor:
 
 
 def _slices(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Cut rows so that no part has more than `_MAX_ELEMENTS` logits; no rows are one empty part."""
+    """Divide rows into parts of at most `_MAX_ELEMENTS` logits; for no rows, one empty part."""
     step = max(1, _MAX_ELEMENTS // vocab_size)
     return (slice(first, first + step) for first in range(0, max(num_rows, 1), step))
 
@@ -188,11 +189,11 @@ def apply_penalties(
 
 
 def draw(logits: Tensor, scale: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution, in the order of the vocabulary.
+    """Draw one token for each row by inverting the cumulative distribution in the order of the vocabulary.
 
     Args:
         logits: float32 [S, V].
-        scale: float32 [S], > 0, as `scale_of` gives it.
+        scale: float32 [S], > 0, from `scale_of`.
         uniforms: float64 [S] in [0, 1).
 
     Returns:
@@ -205,11 +206,11 @@ def draw(logits: Tensor, scale: Tensor, uniforms: Tensor) -> Tensor:
 def draw_filtered(
     logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor, uniforms: Tensor
 ) -> Tensor:
-    """`draw` from the tokens that top_k, min_p and top_p leave; of equal logits those of lower ids come first.
+    """`draw` from the tokens that top_k, min_p and top_p leave; among equal logits lower ids come first.
 
     Args:
         logits: float32 [S, V].
-        scale: float32 [S], > 0, as `scale_of` gives it.
+        scale: float32 [S], > 0, from `scale_of`.
         top_k: int [S], 0 keeps all.
         top_p: float32 [S]; 1 keeps all.
         log_min_p: float32 [S], log2 of min_p; -infinity keeps all.
@@ -223,7 +224,7 @@ def draw_filtered(
     weights = torch.where(logs >= log_min_p[:, None], torch.exp2(logs), 0.0)
     rank = torch.arange(ordered.shape[1], device=ordered.device)
     weights.masked_fill_(rank >= torch.where(top_k > 0, top_k, ordered.shape[1])[:, None], 0.0)
-    # top_p looks at what top_k and min_p left, renormalised; the token that crosses the border is kept.
+    # top_p applies to what top_k and min_p left, renormalised; the token at the border is kept.
     sums = weights.cumsum(-1, dtype=torch.float64)
     target = top_p[:, None].double() * sums[:, -1:]
     is_left_out = (sums - weights >= target) & (top_p < 1)[:, None]
@@ -233,7 +234,7 @@ def draw_filtered(
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place whose cumulative weight exceeds uniform * total; never a place of weight 0."""
+    """The first index whose cumulative weight exceeds uniform * total; never an index of weight 0."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
@@ -242,13 +243,13 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, places: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log probabilities of given tokens and of the most probable ones; of equal ones in any order.
+    """Log probabilities of given tokens and of the most probable ones, equal ones in any order.
 
     Args:
-        logits: [S, V], of the model itself: before penalties and temperature.
-        places: int64 [N], which of the rows.
-        token_ids: int64 [N], the tokens that stand there.
-        num_top: How many of the most probable to add; the vocabulary if it has fewer.
+        logits: [S, V], from the model, before penalties and temperature.
+        places: int64 [N], a row of `logits` for each position.
+        token_ids: int64 [N], the token at each position.
+        num_top: How many of the most probable tokens to add, at most V.
 
     Returns:
         The fields of `TopLogprobs`: token ids int32 and log probabilities float32 [N, 1 + num_top], ranks int32 [N].

@@ -1,8 +1,8 @@
-"""Attention over the paged KV cache in Triton: twins of `reference.decode_attention` and `reference.prefill_attention`.
+"""Attention over the paged KV cache in Triton; references: `reference.decode_attention`, `reference.prefill_attention`.
 
-Here is how the work is cut for a card; what each part does is in `triton_attention_programs.py`. Lengths and pages are
-read on the device and grids follow from shapes, so one CUDA graph serves any mix of requests of its size. A request
-whose context is 0 is padding, and its rows are left alone. Nothing here knows of plans or of the scheduler.
+This file divides the work among programs; the programs are in `triton_attention_programs.py`. Lengths and pages are
+read on the device, and grids depend on shapes only, so a CUDA graph serves any mix of requests of its size. A request
+with a context of 0 is padding, and its rows are not written.
 
 Shape legend: T tokens, B requests, R prefill requests, H heads, K KV heads, D head size, N pages, G tokens a page.
 """
@@ -22,20 +22,20 @@ from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels.launch import Launch, LayerCache
 from nanoflow.kernels.triton_attention_programs import decode_program, merge_program, prefill_program
 
-# Decode: programs asked for on each SM, so that ragged lengths even out; a part that still hides its own start and end;
-# the parts that one program merges at once.
+# Decode: wanted programs per SM, which even out different lengths; fewest keys of a part, so that its start and end are
+# a small part of its time; most parts that one program merges.
 _PROGRAMS_PER_SM = 16
 _MIN_SPLIT_TOKENS = 256
 _MAX_SPLITS = 64
-# Page ids in flight, and what warps exchange to reduce over keys.
+# Bytes for page ids in flight, and for reductions over keys across warps.
 _SCRATCH_BYTES = 2048
-# Kernels exponentiate by powers of two.
+# Kernels compute powers of two instead of e.
 LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """How a kernel is cut: queries and keys a step, warps a program, steps in flight."""
+    """Tile sizes of a kernel: queries and keys of a step, warps of a program, steps in flight."""
 
     block_m: int
     block_n: int
@@ -43,13 +43,13 @@ class Tiles:
     num_stages: int
 
     def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Upper bound of what a program takes: queries, weights, and keys and values of every step in flight."""
+        """Upper bound of a program's shared memory: queries, weights, and keys and values of every step in flight."""
         in_flight = 2 * (self.num_stages - 1) * self.block_n
         elements = (self.block_m + in_flight) * head_dim + self.block_m * self.block_n
         return elements * itemsize + _SCRATCH_BYTES
 
 
-# Fastest first; the first that fits is taken. Two programs or more on an SM hide each other's softmax and page lookups.
+# Fastest first; the first that fits is used. With two or more programs an SM overlaps softmax and page look-ups.
 DECODE_TILES = (
     Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2),
     Tiles(block_m=16, block_n=64, num_warps=4, num_stages=3),
@@ -65,7 +65,7 @@ PREFILL_TILES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What of a device the cut depends on."""
+    """Properties of a device that the tiling depends on."""
 
     num_sms: int
     shared_memory_bytes: int
@@ -73,7 +73,7 @@ class Card:
 
 @functools.cache
 def card_of(device: torch.device) -> Card:
-    """The card behind a device; for Triton's interpreter on CPU tensors, a small one."""
+    """The properties of a device; for Triton's interpreter on CPU tensors, those of a small card."""
     if device.type == "cpu":
         return Card(num_sms=1, shared_memory_bytes=96 << 10)
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
@@ -83,7 +83,7 @@ def card_of(device: torch.device) -> Card:
 def choose_tiles(candidates: Sequence[Tiles], head_dim: int, itemsize: int, limit_bytes: int) -> Tiles:
     """The first candidate that fits into `limit_bytes` of shared memory, else the last.
 
-    Float32 takes the last as well: its products run outside the tensor cores and large tiles overflow the registers.
+    float32 always gets the last: its products do not use tensor cores, and large tiles would exceed the registers.
     """
     if itemsize == 4:
         return candidates[-1]
@@ -92,9 +92,9 @@ def choose_tiles(candidates: Sequence[Tiles], head_dim: int, itemsize: int, limi
 
 
 def num_splits(num_rows: int, dims: AttentionDims, max_context: int, num_sms: int) -> int:
-    """Parts in which a context is read: enough programs for the card, no part too small; a power of two.
+    """Parts that a context is divided into: enough programs for the card, no part too small; a power of two.
 
-    It follows from shapes alone, and powers of two keep the number of compiled variants small.
+    It depends on shapes only; powers of two limit the number of compiled variants.
     """
     wanted = -(-_PROGRAMS_PER_SM * num_sms // (num_rows * dims.num_kv_heads))
     useful = max(1, min(wanted, max_context // _MIN_SPLIT_TOKENS, _MAX_SPLITS))
@@ -102,7 +102,7 @@ def num_splits(num_rows: int, dims: AttentionDims, max_context: int, num_sms: in
 
 
 def decode_attention(launch: Launch) -> None:
-    """Attention of one query a request over its pages, out [B, H x D]; the twin of `reference.decode_attention`."""
+    """Attention of one query per request over its pages, out [B, H x D]."""
     dims, cache = launch.op.dims, launch.cache
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes
@@ -114,7 +114,7 @@ def decode_attention(launch: Launch) -> None:
 
 
 def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
-    """`decode_attention` cut in a given way; splits: a power of two."""
+    """`decode_attention` with given tiles; `splits`, the number of parts of a context, is a power of two."""
     dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes
@@ -158,7 +158,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
 
 
 def prefill_attention(launch: Launch) -> None:
-    """Causal attention of prompt chunks over their context so far; the twin of `reference.prefill_attention`."""
+    """Causal attention of prompt chunks over their context so far."""
     dims, cache = launch.op.dims, launch.cache
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes
@@ -169,7 +169,7 @@ def prefill_attention(launch: Launch) -> None:
 
 
 def run_prefill(launch: Launch, tiles: Tiles) -> None:
-    """`prefill_attention` cut in a given way; needs nothing from the host."""
+    """`prefill_attention` with given tiles; reads nothing on the host."""
     dims, cache, inputs = launch.op.dims, launch.cache, launch.inputs
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,) = launch.reads, launch.writes

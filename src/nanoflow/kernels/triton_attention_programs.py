@@ -1,9 +1,8 @@
-"""The programs of paged attention that run on the device, in Triton; `triton_attention.py` says how they are cut.
+"""The Triton programs of paged attention; `triton_attention.py` divides the work among them.
 
-Each is one loop over blocks of keys with a running softmax (FlashAttention-2), the keys found through the page table.
-They know of tensors and lengths only, not of operations or batches.
+Each is a loop over blocks of keys with a running softmax (FlashAttention-2) and finds keys through the page table.
 
-Shape legend: B decodes, R prefill requests, H heads, K KV heads, D head size, N pages of G tokens, P pages a table.
+Shape legend: B decodes, R prefill requests, H heads, K KV heads, D head size, N pages of G tokens, P pages of a table.
 """
 
 # mypy: allow-untyped-decorators
@@ -34,9 +33,9 @@ def _attend(
     BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Add keys start..stop-1 to running softmaxes in base 2: sum of values, of weights, and largest score.
+    """Add keys start..stop-1 to running softmaxes in base 2: weighted sum of values, sum of weights, largest score.
 
-    Without IS_MASKED every query sees every key, and start..stop is whole blocks.
+    Without IS_MASKED every query sees every key, and start..stop is a number of whole blocks.
     """
     dims = tl.arange(0, HEAD_DIM)[None, :]
     for block in range(start, stop, BLOCK_N):
@@ -64,7 +63,7 @@ def _attend(
 
 @triton.jit
 def _load_rows(cells: tl.tensor, exists: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
-    """Rows that exist; 0 for others: behind a context stands anything, and a weight of 0 does not keep out its NaN."""
+    """Rows that exist, 0 for others. Slots after a context have undefined values, and 0 times NaN is NaN."""
     if IS_MASKED:
         return tl.load(cells, mask=exists[:, None], other=0.0)
     else:  # noqa: RET505  (Triton compiles one of two branches)
@@ -93,7 +92,7 @@ def decode_program(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """One part of one request's context for the query heads of one KV head; out is [B, H, parts, D]."""
+    """One part of one request's context, for the query heads of one KV head; out is [B, H, parts, D]."""
     kv_head, row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     context = tl.load(context_len + first_request + row)
     if context == 0:
@@ -106,7 +105,7 @@ def decode_program(
     start = first + split * part
     stop = tl.minimum(start + part, context)
     heads, dims = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
-    # Query heads that share a KV head are the rows of a product, filled up to the tensor cores' smallest.
+    # The query heads of a KV head are the rows of a product, padded to the smallest size of the tensor cores.
     is_head = heads < GROUP
     head_rows = (row * KV_HEADS + kv_head).to(tl.int64) * GROUP + heads
     queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_head[:, None], other=0.0)
@@ -145,7 +144,7 @@ def merge_program(
     HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ) -> None:
-    """Mean of the parts [NUM_SPLITS, D] of one row and head, each with the weight 2^log_sum; empty ones have 0."""
+    """Mean of the parts [NUM_SPLITS, D] of one row and head, each with weight 2^log_sum, which is 0 for empty parts."""
     head_row = tl.program_id(0).to(tl.int64)
     if tl.load(context_len + first_request + head_row // NUM_HEADS) == 0:
         return
@@ -166,11 +165,11 @@ def _find_request(
     tile: tl.tensor,
     BLOCK_M: tl.constexpr,
 ) -> tl.tensor:
-    """The request that a tile of queries belongs to.
+    """The request that a tile of queries belongs to; -1 if the range begins with tokens of no request.
 
-    A request that begins at row s of the range is given the tiles from s // BLOCK_M + (requests before it): as many as
-    it can need, whatever the lengths of the others, so its number is how many begin at or before the tile, less one:
-    -1 where the range begins with tokens of no request.
+    A request that begins at row s of the range gets tiles from s // BLOCK_M + (number of requests before it) on. These
+    are as many as it can need, whatever the other lengths. So its number is the number of requests that begin at or
+    before the tile, minus 1.
     """
     found = 0 * tile
     for base in range(0, num_requests, 128):
@@ -223,7 +222,7 @@ def prefill_program(
     cells = ((tokens - first_token).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
     is_token = (tokens < end)[:, None]
     queries = tl.load(q + cells, mask=is_token, other=0.0)
-    # A token's place in its sequence is `offset` on from its place in the batch.
+    # Position of a token in its sequence = its index in the batch + `offset`.
     offset = context - chunk_stop
     stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
     table = page_tables + request.to(tl.int64) * table_stride

@@ -1,12 +1,11 @@
 """Row-wise kernels in Triton, one launch each: norms, rotary embedding with cache append, SwiGLU, gathers of rows.
 
-Twins of the functions of the same name in `reference.py`, rounded at the same places. All are bound by memory: each
-element is read once and written once. Grids follow from shapes alone, so one CUDA graph serves any batch of its size;
-an index outside its target (token, row or slot: give padding rows one) reads zeros and writes nothing. Products are
-cuBLAS's, attention is `triton_attention.py`.
+The references are the functions of the same names in `reference.py`, with the same rounding. All are bound by memory:
+each element is read once and written once. Grids depend on shapes only, so a CUDA graph serves any batch of its size.
+An index outside its target (token, row or slot), as padding has, reads zeros and writes nothing.
 
-Shape legend: T tokens, S rows with logits, W width, V vocabulary, H heads, K KV heads, D head size, N pages, G tokens a
-page.
+Shape legend: T tokens, S rows with logits, W width, V vocabulary, H heads, K KV heads, D head size, N pages, G tokens
+of a page.
 """
 
 # mypy: allow-untyped-decorators
@@ -19,16 +18,16 @@ from torch import Tensor
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch, embedding_scale
 
-# Of 2-byte elements, two accesses of 16 bytes in flight a thread and tensor: enough to hide latency at full occupancy.
+# For 2-byte elements: two 16-byte accesses in flight per thread and tensor, which hides latency at full occupancy.
 _ELEMENTS_PER_THREAD = 16
 _THREADS_PER_WARP = 32
 _MAX_WARPS = 16
-# Elements a program when a row is cut: many small programs keep a decode-only batch from leaving SMs idle.
+# Elements of a program if a row is divided; many small programs keep all SMs busy in a batch of decodes only.
 _BLOCK = 2048
 
 
 def rms_norm(launch: Launch) -> None:
-    """normed = hidden / sqrt(mean(hidden^2) + eps) * weight, both [T, W]. One program a row."""
+    """normed = hidden / sqrt(mean(hidden^2) + eps) * weight, both [T, W]. One program per row."""
     assert isinstance(launch.op.dims, NormDims)
     (hidden,), (normed,) = launch.reads, launch.writes
     num_rows, width = hidden.shape
@@ -51,14 +50,14 @@ def _rms_norm(
     is_inside = columns < WIDTH
     cells = tl.program_id(0).to(tl.int64) * WIDTH + columns
     exact = tl.load(hidden + cells, mask=is_inside, other=0.0).to(tl.float32)
-    # Before the sum, which every thread waits for.
+    # Loaded before the sum, which every thread waits for.
     factors = tl.load(weight + columns, mask=is_inside, other=0.0)
     exact *= tl.rsqrt(tl.sum(exact * exact) / WIDTH + eps)
     tl.store(normed + cells, _weighted(exact, factors).to(normed.dtype.element_ty), mask=is_inside)
 
 
 def rms_norm_add(launch: Launch) -> None:
-    """hidden [T, W] += x / sqrt(mean(x^2) + eps) * weight, rounded before it is added. One program a row."""
+    """hidden [T, W] += x / sqrt(mean(x^2) + eps) * weight, rounded before it is added. One program per row."""
     assert isinstance(launch.op.dims, NormDims)
     (x, _), (hidden,) = launch.reads, launch.writes
     num_rows, width = hidden.shape
@@ -91,18 +90,18 @@ def _add_rms_norm(
 
 @triton.jit
 def _weighted(exact: tl.tensor, factors: tl.tensor) -> tl.tensor:
-    """Float32 rows rounded to the weight's type before they are multiplied by it, as the models were trained.
+    """Float32 rows rounded to the weight's dtype before the weight is multiplied, as models are trained.
 
-    With a weight in float32 nothing is rounded here.
+    With a float32 weight nothing is rounded here.
     """
     product = exact.to(factors.dtype).to(tl.float32) * factors.to(tl.float32)
     return product.to(factors.dtype)
 
 
 def rope_append(launch: Launch) -> None:
-    """Split qkv [T, (H + 2 K) D], normalise q and k heads if the model does, rotate them, append k and v to the cache.
+    """Split qkv [T, (H + 2 K) D], normalise q and k heads if the model does, rotate them, write k and v to the cache.
 
-    A token whose slot is outside the cache (padding) gets its q and leaves the cache alone.
+    For a token whose slot is outside the cache (padding) only q is written.
     """
     dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
     assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
@@ -144,7 +143,7 @@ def _rope_append(
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> None:
-    """One token, HEAD_BLOCK of its q, k and v heads, which follow one another; ROTATED pairs of each are rotated."""
+    """One token, HEAD_BLOCK of its consecutive q, k and v heads; ROTATED pairs of each q and k head are rotated."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)[:, None]
     columns = tl.arange(0, HALF_BLOCK)[None, :]
@@ -163,7 +162,7 @@ def _rope_append(
     sine = tl.load(sin + token * ROTATED + columns, mask=columns < ROTATED)
     keeps = is_value
     if ROTATED < HALF:
-        # A head that is normalised has changed also where it is not rotated.
+        # A normalised head changes in its dimensions that are not rotated, too.
         first = tl.where(is_value, first, x.to(first.dtype))
         second = tl.where(is_value, second, y.to(second.dtype))
         keeps = is_value | (columns >= ROTATED)
@@ -183,9 +182,9 @@ def _rope_append(
 
 @triton.jit
 def _pairs(columns: tl.tensor, HALF: tl.constexpr, ROTATED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Where in a head each pair has its first member, and how far behind it the second.
+    """Index in a head of the first member of each pair, and the distance to the second.
 
-    Pair i < ROTATED is (i, i + ROTATED). What lies behind these pairs is not rotated; its halves are pairs too.
+    Pair i < ROTATED is (i, i + ROTATED). The dimensions after these are not rotated; their two halves form pairs too.
     """
     if ROTATED == HALF:
         return columns, HALF
@@ -207,7 +206,7 @@ def _normalised_heads(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """RMSNorm of each head, given and returned as the two members of its pairs [heads, HALF]."""
+    """RMSNorm of each head; input and output are the two members of its pairs [heads, HALF]."""
     is_column = tl.arange(0, HALF_BLOCK)[None, :] < HALF
     weight = tl.where(is_query, q_weight, k_weight) + low
     x, y = first.to(tl.float32), second.to(tl.float32)
@@ -218,7 +217,7 @@ def _normalised_heads(
 
 
 def swiglu(launch: Launch) -> None:
-    """out [T, W] = silu(gate) * up, where the input [T, 2 W] holds gate, then up."""
+    """out [T, W] = silu(gate) * up, where the input [T, 2 W] has gate, then up."""
     (gate_up,), (out,) = launch.reads, launch.writes
     num_rows, width = out.shape
     block = min(_BLOCK, triton.next_power_of_2(width))
@@ -234,13 +233,13 @@ def _swiglu(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.c
     gate = tl.load(source, mask=is_inside, other=0.0)
     up = tl.load(source + WIDTH, mask=is_inside, other=0.0).to(tl.float32)
     exact = gate.to(tl.float32)
-    # Rounded between the two factors, as two operations of a model in this type would.
+    # Rounded between the two factors, as the separate operations of a model in this dtype do.
     activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype).to(tl.float32)
     tl.store(out + row * WIDTH + columns, (activated * up).to(gate.dtype), mask=is_inside)
 
 
 def geglu(launch: Launch) -> None:
-    """out [T, W] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 W] holds gate, then up."""
+    """out [T, W] = gelu(gate) * up with the tanh form of GELU, where the input [T, 2 W] has gate, then up."""
     (gate_up,), (out,) = launch.reads, launch.writes
     num_rows, width = out.shape
     block = min(_BLOCK, triton.next_power_of_2(width))
@@ -263,7 +262,7 @@ def _geglu(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.co
 
 
 def embed(launch: Launch) -> None:
-    """hidden [T, W] = embedding [V, W] of each token, times the factor if there is one."""
+    """hidden [T, W] = embedding [V, W] of each token, times the operation's factor."""
     assert isinstance(launch.op.dims, RowDims)
     (hidden,) = launch.writes
     ids = launch.inputs.token_ids[launch.tokens.start : launch.tokens.stop]
@@ -271,7 +270,7 @@ def embed(launch: Launch) -> None:
 
 
 def gather_rows(launch: Launch) -> None:
-    """Copy the rows that get logits out of the dense batch; the tensor read [T, W] is whole here."""
+    """Copy the rows that get logits out of the dense batch; the tensor read [T, W] has all rows here."""
     (source,), (target,) = launch.reads, launch.writes
     rows = launch.inputs.logit_tokens[launch.tokens.start : launch.tokens.stop]
     _launch_gather(rows, source, target)
@@ -308,7 +307,7 @@ def _gather(
 
 
 def _num_warps(num_elements: int) -> int:
-    """Warps for a program of so many elements (a power of two)."""
+    """Number of warps of a program with this many elements (a power of two)."""
     return min(max(num_elements // (_ELEMENTS_PER_THREAD * _THREADS_PER_WARP), 1), _MAX_WARPS)
 
 

@@ -1,10 +1,9 @@
-"""Products with weights in Triton for cards with a tensor memory accelerator (TMA: Hopper and later), 16-bit types.
+"""Products with weights in Triton for cards with a tensor memory accelerator (TMA: Hopper and later), 16-bit dtypes.
 
-Each is one persistent kernel: as many programs as asked for, not as there are tiles, share the tiles among themselves,
-so a product can be kept to a part of the card. TMA clips at the edges of tensors, so any number of tokens is served.
-`linear_swiglu` is `linear` and `swiglu` in one kernel, which spares the memory traffic of [T, 2 I] between them; few
-tokens get the two kernels after all. Both are twins of the functions of these names in `reference.py`, rounded at the
-same places.
+Each is a persistent kernel: a given number of programs share the tiles, so a product can be restricted to a part of the
+card. TMA clips at the edges of tensors, so any number of tokens works. `linear_swiglu` is `linear` and `swiglu` in one
+kernel, which saves the memory traffic of [T, 2 I] between them; with few tokens two kernels run instead. The references
+are the functions of these names in `reference.py`, with the same rounding.
 
 Shape legend: T tokens, K features in, N features out, I width of the activation (the weight has 2 I rows).
 """
@@ -25,33 +24,33 @@ from nanoflow.kernels.gemm_tiles import GEMM_TILES, GemmTiles, choose_gemm_tiles
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_attention import card_of
 
-# TMA takes addresses and row lengths that are multiples of this.
+# TMA needs addresses and row lengths that are multiples of this.
 _ALIGNMENT_BYTES = 16
 _ITEM_BYTES = 2
-# With fewer the weight is most of what moves, so there is little to spare, and cuBLAS reads it faster.
+# With fewer tokens most memory traffic is the weight. Fusing saves little, and cuBLAS reads the weight faster.
 _MIN_FUSED_TOKENS = 64
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether the kernels of this file run on a device: compute capability 9 or later."""
+    """Whether a device can run the kernels of this file: compute capability 9 or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def run_linear(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
-    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
+    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), with given tiles and number of programs.
 
     Raises:
-        ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and N must be
-            multiples of 8).
+        ValueError: The dtype does not have 16 bits, or rows are not aligned to 16 bytes (K and N must be multiples of
+        8).
     """
     _run_linear(launch, tiles, num_programs, is_added=False)
 
 
 def run_linear_add(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
-    """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, added in float32 and rounded once.
+    """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N]) with given tiles, added in float32 and rounded once.
 
     Raises:
-        ValueError: See `run_linear`.
+        ValueError: As `run_linear`.
     """
     _run_linear(launch, with_addend(tiles), num_programs, is_added=True)
 
@@ -77,7 +76,8 @@ def linear_swiglu(launch: Launch) -> None:
     """out [T, I] = silu(x @ gate^T) * (x @ up^T), of x [T, K] and weight [2 I, K]: gate rows, then up rows.
 
     Raises:
-        ValueError: Tensors that TMA does not take, of as many tokens as it is asked for: see `run_linear_swiglu`.
+        ValueError: The tensors do not suit TMA (see `run_linear_swiglu`), and there are enough tokens for the fused
+            kernel.
     """
     if len(launch.reads[0]) < _MIN_FUSED_TOKENS:
         linear_then_swiglu(launch)
@@ -86,21 +86,21 @@ def linear_swiglu(launch: Launch) -> None:
 
 
 def linear_then_swiglu(launch: Launch) -> None:
-    """`linear_swiglu` as two kernels, cuBLAS's and our SwiGLU, of any type and alignment."""
+    """`linear_swiglu` as two kernels (cuBLAS, then SwiGLU), for any dtype and alignment."""
     gate_up = torch.mm(launch.reads[0], launch.weights[0].t())
     triton_elementwise.swiglu(replace(launch, reads=(gate_up,), weights=()))
 
 
 def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
-    """`linear_swiglu` in one kernel, cut in a given way, by so many programs.
+    """`linear_swiglu` in one kernel, with given tiles and number of programs.
 
     Raises:
-        ValueError: A type that is not of 16 bits, or rows that do not begin at multiples of 16 bytes (K and I must be
-            multiples of 8).
+        ValueError: The dtype does not have 16 bits, or rows are not aligned to 16 bytes (K and I must be multiples of
+        8).
     """
     (x,), (out,), (weight,) = launch.reads, launch.writes, launch.weights
     check_operands(x, weight, out)
-    # One box takes the same rows of gate and up, which so follow each other in shared memory.
+    # One TMA box loads the same rows of gate and up, which are then adjacent in shared memory.
     parts = weight.view(2, -1, weight.shape[1])
     _linear_swiglu[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
@@ -116,14 +116,14 @@ def run_linear_swiglu(launch: Launch, tiles: GemmTiles, num_programs: int) -> No
 
 
 def choose_cut(launch: Launch) -> tuple[GemmTiles, int]:
-    """The cut of a launch on the whole card, and the number of programs."""
+    """Tiles of a launch on the whole card, and the number of programs."""
     card = card_of(launch.reads[0].device)
     shape = (len(launch.reads[0]), len(launch.weights[0]))
     return choose_gemm_tiles(GEMM_TILES, *shape, card.num_sms, card.shared_memory_bytes), card.num_sms
 
 
 def check_operands(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """ValueError for tensors that TMA does not take."""
+    """Raise ValueError for tensors that TMA cannot load."""
     for name, tensor in (("input", x), ("weight", weight), ("output", out)):
         if tensor.element_size() != _ITEM_BYTES:
             raise ValueError(f"{name} of type {tensor.dtype}; products in Triton take bfloat16 and float16")
@@ -178,7 +178,7 @@ def _linear_swiglu(
     STORE_N: tl.constexpr,
     IS_FLAT: tl.constexpr,
 ) -> None:
-    """BLOCK_N is of the output; weight is [2, I, K], and its gate and up rows are one factor of one product."""
+    """BLOCK_N counts columns of the output; weight is [2, I, K], whose gate and up rows are factors of one product."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
@@ -195,7 +195,7 @@ def _linear_swiglu(
 def _place(
     tile: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, GROUP_M: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Row and column of a tile: down the columns of one group of GROUP_M rows of tiles after the other."""
+    """Row and column of a tile in an order that goes down the columns within groups of GROUP_M rows of tiles."""
     first = tile // (GROUP_M * tiles_n) * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
     place = tile % (GROUP_M * tiles_n)
@@ -204,7 +204,7 @@ def _place(
 
 @triton.jit
 def _activated(acc: tl.tensor, dtype: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
-    """silu(left half) * right half, rounded wherever the separate operations would write to memory or round."""
+    """silu(left half) * right half, with the rounding of the separate operations."""
     gate, up = _halves(acc, BLOCK_M, HALF)
     exact = gate.to(dtype).to(tl.float32)
     activated = (exact / (1.0 + tl.exp(-exact))).to(dtype).to(tl.float32)
@@ -224,7 +224,7 @@ def _write(
     STORE_N: tl.constexpr,
     IS_ADDED: tl.constexpr,
 ) -> None:
-    """Add the bias and, if asked for, what is there; round once. In halves of halves, until one can be stored."""
+    """Add the bias, and the old values if IS_ADDED; round once. Halves recursively until a part can be stored."""
     if WIDTH > STORE_N:
         left, right = _halves(cells, BLOCK_M, WIDTH // 2)
         _write(out, bias, row, column, num_columns, left, BLOCK_M, WIDTH // 2, STORE_N, IS_ADDED)
@@ -240,6 +240,6 @@ def _write(
 
 @triton.jit
 def _halves(cells: tl.tensor, BLOCK_M: tl.constexpr, HALF: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right columns of [BLOCK_M, 2 HALF]; one thread holds both, so nothing moves."""
+    """Left and right columns of [BLOCK_M, 2 HALF]; a thread has both columns of a pair, so no data moves."""
     left, right = tl.split(tl.permute(tl.reshape(cells, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     return left, right

@@ -1,7 +1,7 @@
-"""Choosing tokens from logits in Triton: one launch whatever the rows ask for. Twins of `sample.py`.
+"""Choosing tokens from logits in Triton: one launch, whatever the rows ask for. The reference is `sample.py`.
 
-The same seed gives the same token as there, but where rounding decides: where a cumulative weight lies within about
-1e-6 of the whole from the drawn number, or from the border of top_p. Nothing here waits for the device.
+The same seed gives the same token as the reference, except where rounding decides: if a cumulative weight is within
+about 1e-6 of the total from the drawn number, or from the border of top_p. Nothing here waits for the device.
 
 Legend: S rows, V vocabulary, R rows of the tables.
 """
@@ -24,10 +24,10 @@ class RowBlocks:
     """How a program reads its row.
 
     Attributes:
-        block: Logits at once, a power of two.
+        block: Logits read at once, a power of two.
         num_warps: Warps of the program.
-        max_registers: Registers of a thread, so that several programs run on a multiprocessor; None for any number.
-        room: Logits that a search gathers at most, a power of two.
+        max_registers: Most registers of a thread, so that several programs fit on an SM; None for no limit.
+        room: Most logits that a search lists, a power of two.
     """
 
     block: int
@@ -37,19 +37,19 @@ class RowBlocks:
 
 
 LARGEST = RowBlocks(block=8192, num_warps=16)
-# One for all numbers of rows: sums are rounded block by block.
+# The same block for all numbers of rows, because sums are rounded block by block.
 CHOICE = RowBlocks(block=2048, num_warps=8, max_registers=64)
 ADJUSTED = RowBlocks(block=CHOICE.block, num_warps=8, max_registers=128)
 LOGPROBS = RowBlocks(block=4096, num_warps=8)
 _INNER = 8
-# Above this, sorting a row is faster than taking one token after the other.
+# For more tokens than this, sorting a row is faster than selecting one token after the other.
 _MAX_ONE_BY_ONE = 128
-# Low bits that are zero where a logit of the type is a float32.
+# How many low bits are zero in a float32 converted from the dtype.
 _GRID_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 def largest(logits: Tensor, blocks: RowBlocks = LARGEST) -> tuple[Tensor, Tensor]:
-    """`choose` for rows that all take the largest logit as it is; logits [S, V] contiguous."""
+    """`choose` for rows that all take the largest logit without adjustments; logits [S, V] contiguous."""
     token_ids, best = _results(logits)
     if len(logits):
         programs.largest_program[(len(logits),)](
@@ -61,10 +61,10 @@ def largest(logits: Tensor, blocks: RowBlocks = LARGEST) -> tuple[Tensor, Tensor
 def choose(
     logits: Tensor, numbers: Tensor, tables: SampleTables, *, adjusts: bool = True, blocks: RowBlocks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `sample.choose`; logits [S, V] contiguous, and infinite instead of NaN in what is returned.
+    """See `sample.choose`; logits [S, V] contiguous. A row with NaN returns an infinite largest logit.
 
-    Without `adjusts` no row may have penalties, be restricted, or have edits that apply: a program with fewer
-    registers, and the same draws.
+    Without `adjusts` no row may have penalties, forbidden tokens, or edits that apply; the program then needs fewer
+    registers and draws the same.
     """
     blocks = blocks or (ADJUSTED if adjusts else CHOICE)
     token_ids, best = _results(logits)
@@ -87,7 +87,7 @@ def choose(
             ADJUSTS=adjusts,
             num_warps=blocks.num_warps,
             **({} if blocks.max_registers is None else {"maxnreg": blocks.max_registers}),
-            # Adjusted logits are those of the twin to the last bit.
+            # Makes adjusted logits equal to the reference's to the last bit.
             enable_fp_fusion=False,
             **_sizes(logits, blocks),
         )
@@ -97,7 +97,7 @@ def choose(
 def top_logprobs(
     logits: Tensor, places: Tensor, token_ids: Tensor, num_top: int, blocks: RowBlocks = LOGPROBS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `sample.top_logprobs`; logits [S, V] contiguous. Of equal logits those of lower ids come first."""
+    """See `sample.top_logprobs`; logits [S, V] contiguous. Among equal logits lower ids come first."""
     assert logits.is_contiguous()
     if num_top > _MAX_ONE_BY_ONE:
         return sample.top_logprobs(logits, places, token_ids, num_top)
@@ -121,7 +121,7 @@ def top_logprobs(
 
 
 def workspace_bytes(num_rows: int, _vocab_size: int) -> int:
-    """Most device memory that `choose` takes beside its results."""
+    """Most device memory in bytes that `choose` needs beside its results."""
     return num_rows * CHOICE.room * 4
 
 

@@ -1,8 +1,9 @@
 """Filters of a program that samples: top_k and top_p as thresholds on the logit, and what they keep.
 
-A threshold is found in two passes over the row as a rule. Probes guessed from a sample of the row are measured exactly:
-how many tokens or how much weight lie at or above. Between two of them the threshold's place is interpolated, and the
-next pass lists the logits around it, among which the search ends. Wrong guesses cost passes, never the right threshold.
+A threshold usually takes two passes over the row. The first measures probes that were guessed from a sample of the row:
+how many tokens, or how much weight, are at or above each. Interpolating between two probes gives the threshold's
+approximate place. The second pass lists the logits around it, and the search ends among them. Wrong guesses cost more
+passes; the threshold is always exact.
 
 Shape legend: V vocabulary, B blocks, G groups of a block, I logits of a group.
 """
@@ -34,8 +35,8 @@ def searched_first(
     """A first pass at guessed probes.
 
     Returns:
-        The largest logit; the weight of the row relative to it, or its number of tokens; the probes as places on the
-        grid, of which the first has about 0.4 ROOM tokens at or above it; and what was measured at each.
+        The largest logit; the total weight of the row relative to it, or its number of tokens; the probes as places on
+            the grid, of which the first has about 0.4 ROOM tokens at or above it; and the amount measured at each.
     """
     reference, tail, lower, middle, upper = guessed(
         row[0], fraction, scale, IS_COUNT, VOCAB, BLOCK, INNER, ROOM
@@ -50,7 +51,7 @@ def searched_first(
         at_tail, at_lower, at_middle, at_upper, total, peak = measured(
             row, probes, reference, scale, scale * 0 - float("inf"), IS_COUNT, VOCAB, BLOCK, INNER, STAGES
         )
-        # Weights are too large or small for a float32 if the largest logit was far from the guess.
+        # Weights overflow or underflow a float32 if the largest logit was far from the guess.
         is_far = (total < 1e-18) | ((total < 1e18) == 0)
         is_measured = IS_COUNT | (is_far == 0) | (peak == reference) | ((tl.abs(peak) < float("inf")) == 0)
         reference = tl.where(is_measured, reference, peak)
@@ -80,12 +81,12 @@ def filtered(
     GRID_BITS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What top_k, min_p and top_p leave; `masses` and `peak` matter for rows with min_p and without top_k only.
+    """What top_k, min_p and top_p keep; `masses` and `peak` are only used for rows with min_p and without top_k.
 
     Returns:
-        The threshold; how many of the tokens equal to it stay, the first ones; the weight that each block keeps, [B];
-        the number of tokens equal to the threshold in each block, [B]; and the largest logit: if that is not finite,
-        the rest means nothing.
+        The threshold; how many of the tokens equal to it are kept, the first ones; the kept weight of each block, [B];
+            the number of tokens equal to the threshold in each block, [B]; and the largest logit. If that is not
+            finite, the rest is meaningless.
     """
     top_p = tl.load(floats + TOP_P)
     grid_bits = tl.where((row[4] > 0) | row[6], 0, GRID_BITS)
@@ -113,12 +114,12 @@ def filtered(
             row, threshold, num_equal, is_listed, ends, above_list, peak, scale, log_min_p,
             VOCAB, BLOCK, INNER, STAGES, NUM_BLOCKS, ROOM,
         )  # fmt: skip
-        # A list serves the next search too if nothing lies above it.
+        # The list can be used by the next search too if no logit is above it.
         is_listed = is_listed & (tl.sum(above_list, axis=0) == 0)
         total = tl.sum(masses, axis=0)
     if top_p < 1:
         part = top_p.to(tl.float64)
-        # Places that are not between any others.
+        # Places that are between no others.
         nowhere = top_k * 0 - ALL
         amounts, places = (total, total, total, total), (nowhere, nowhere, nowhere, nowhere)
         if ((top_k > 0) | has_min_p) == 0:
@@ -126,10 +127,10 @@ def filtered(
                 row, top_p, scale, grid_bits, False, VOCAB, BLOCK, INNER, STAGES, ROOM
             )  # fmt: skip
             tail = places[0]
-        # Tokens lighter than this have less weight in all than top_p leaves out.
+        # All tokens lighter than this together weigh less than top_p leaves out.
         least = tl.log2(((1 - part) * total / VOCAB).to(tl.float32)) - 0.001
         floor = tl.maximum(tl.maximum(peak + least / scale, threshold), LOWEST)
-        # Of a row that is not finite the floor is no number.
+        # In a row that is not finite the floor may be NaN.
         low = key_of(tl.where(tl.abs(peak) < float("inf"), floor, LOWEST)) >> grid_bits
         high, target = _end(peak, grid_bits), part * total
         low, high, at_low, above = between(low, high, total, total * 0, places, amounts, target)
@@ -152,7 +153,7 @@ def filtered(
 
 @triton.jit
 def _end(peak: tl.tensor, grid_bits: tl.tensor) -> tl.tensor:
-    """The place above that of the largest logit; the lowest of all if that is not finite: nothing is searched."""
+    """The place above the largest logit's; the lowest place if that is not finite, so that nothing is searched."""
     return (key_of(tl.where(tl.abs(peak) < float("inf"), peak, LOWEST)) >> grid_bits) + 1
 
 
@@ -174,7 +175,7 @@ def _kept(
     NUM_BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Weight that each block keeps, and its number of tokens equal to the threshold, both [B]."""
+    """Kept weight of each block, and its number of tokens equal to the threshold, both [B]."""
     masses, equals = above_list, ends
     if is_listed:
         masses, equals = kept_by_list(

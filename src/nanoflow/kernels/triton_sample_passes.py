@@ -1,4 +1,4 @@
-"""Passes over the row of a program that filters: a sample of it, measures at probes, a list, and what blocks keep.
+"""Passes over a row with a filter: guess probes from a sample, measure at probes, list logits, and sum what is kept.
 
 Shape legend: V vocabulary, B blocks, G groups of a block, I logits of a group.
 """
@@ -23,12 +23,12 @@ def guessed(
     INNER: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Probes for a first pass, from the logits of one block's size spread over the row, before they are adjusted.
+    """Probes for a first pass, from logits sampled evenly over the row (as many as a block has), before adjustments.
 
     Returns:
-        A logit near the largest; one that about 0.4 ROOM tokens reach; and three in a row, of which the middle one has
-        about this fraction of the whole (tokens, or their weight) at or above it, and the outer ones by 2.5 standard
-        deviations of the guess more and less.
+        A logit near the largest; one that about 0.4 ROOM tokens reach; and three in ascending or descending order. Of
+            these the middle one has about the given fraction of the total (of tokens, or of weight) at or above it, and
+            the outer ones differ from it by 2.5 standard deviations of the guess.
     """
     GROUPS: tl.constexpr = BLOCK // INNER
     STRIDE: tl.constexpr = max(1, VOCAB // INNER // GROUPS) * INNER
@@ -48,7 +48,7 @@ def guessed(
     squares_above = _at(exact, squares, middle)
     squares_below = _sum(squares) - squares_above
     deviation = 2.5 * tl.sqrt((1 - part) * (1 - part) * squares_above + part * part * tl.maximum(squares_below, 0.0))
-    # How fast the weight grows at the middle, by two logits at a small distance.
+    # Growth rate of the weight at the middle, from two logits a small distance apart.
     step = tl.maximum((peak - middle) * 0.125, 1e-6)
     least = 1e-9 * total + 1e-30
     up = deviation / tl.maximum(at_middle - _at(exact, weights, middle + step), least)
@@ -58,7 +58,7 @@ def guessed(
 
 @triton.jit
 def _quantile(exact: tl.tensor, weights: tl.tensor, target: tl.tensor, peak: tl.tensor) -> tl.tensor:
-    """The largest logit, on bfloat16's grid, with the target at or above it; near the least if there is none."""
+    """The largest logit, on bfloat16's grid, with the target at or above it; near the smallest if there is none."""
     least = tl.min(tl.min(tl.where(exact > float("-inf"), exact, peak), axis=1), axis=0)
     low, high = key_of(least) >> 16, (key_of(peak) >> 16) + 1
     while high > low + 1:
@@ -91,7 +91,7 @@ def measured(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Count or weight (relative to the reference's) at or above each of four logits and in all; the largest logit."""
+    """Count or weight (relative to `reference`) at or above each of four logits, and in total; the largest logit."""
     first, second, third, fourth = probes
     groups = tl.full([BLOCK // INNER], float("-inf"), tl.float32)
     at_first = tl.zeros([BLOCK // INNER], tl.int32 if IS_COUNT else tl.float64)
@@ -140,15 +140,15 @@ def listed(
     """Write the logits in [bottom, top), in the vocabulary's order, to the row's scratch memory until it is full.
 
     Returns:
-        How many there are up to the end of each block, [B]; the weight at or above top of each block, [B]; and the
-        count or weight at or above top.
+        How many there are up to the end of each block, [B]; the weight at or above top in each block, [B]; and the
+            total count or weight at or above top.
     """
     scratch = row[9]
     blocks = tl.arange(0, NUM_BLOCKS)
     ends, masses = tl.zeros([NUM_BLOCKS], tl.int32), tl.zeros([NUM_BLOCKS], tl.float64)
     num_above = tl.zeros([BLOCK // INNER], tl.int32)
     num_inside = bottom.to(tl.int32) * 0
-    # Of an earlier list others may still be read.
+    # Other threads may still read an earlier list.
     tl.debug_barrier()
     for block in tl.range(0, tl.cdiv(VOCAB, BLOCK), num_stages=STAGES):
         exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
@@ -184,7 +184,7 @@ def kept_by_row(
     STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Weight that each block keeps, and its number of tokens equal to the threshold, both [B], by a pass."""
+    """Kept weight of each block, and its number of tokens equal to the threshold, both [B], by a pass over the row."""
     blocks = tl.arange(0, NUM_BLOCKS)
     masses, equals = tl.zeros([NUM_BLOCKS], tl.float64), tl.zeros([NUM_BLOCKS], tl.int32)
     weight = weights_of(threshold, peak, scale, log_min_p).to(tl.float64)
@@ -214,13 +214,13 @@ def kept_by_list(
     NUM_BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """`kept_by_row` where the list has the threshold; `masses` [B] is the weight above the list."""
+    """`kept_by_row` from the list, which must include the threshold; `masses` [B] is the weight above the list."""
     num_inside = tl.max(ends, axis=0)
     exact = on_list(scratch, num_inside, ROOM)
     is_equal = (exact == threshold).to(tl.int32)
     is_kept = (exact > threshold) | ((is_equal > 0) & (tl.cumsum(is_equal, axis=0) <= num_equal))
     sums = tl.cumsum(tl.where(is_kept, weights_of(exact, peak, scale, log_min_p), 0.0).to(tl.float64), axis=0)
-    # Two counts in one, since sums of the same numbers may differ in their last bits: no token, no weight.
+    # Both counts are packed into one integer. Float sums could differ in their last bits; here no token is no weight.
     counts = tl.cumsum((is_kept.to(tl.int32) << 16) + is_equal, axis=0)
     blocks = tl.arange(0, NUM_BLOCKS)
     begins = tl.where(blocks > 0, tl.gather(ends, tl.maximum(blocks - 1, 0), axis=0), 0)
@@ -234,6 +234,6 @@ def kept_by_list(
 
 @triton.jit
 def on_list(scratch: tl.tensor, num_inside: tl.tensor, ROOM: tl.constexpr) -> tl.tensor:
-    """The logits that a pass has listed, [ROOM]; -infinity where there are none."""
+    """The listed logits, [ROOM]; -infinity in unused entries."""
     places = tl.arange(0, ROOM)
     return tl.load(scratch + places, mask=places < num_inside, other=float("-inf"))

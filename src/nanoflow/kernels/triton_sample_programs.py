@@ -1,10 +1,11 @@
-"""Programs that choose tokens from logits, one a row, which stream the row's logits instead of sorting them.
+"""Programs that choose tokens from logits, one for each row; they stream the row's logits instead of sorting them.
 
-A row is read once for its largest logit and for the weight of each block of the vocabulary; if it has a filter (top_k,
-top_p), which is a threshold on the logit, as a rule twice (see `triton_sample_filters.py`). The draw then picks a block
-by its weight, and reads that block again for the token.
+A row is read once for its largest logit and for the weight of each block of the vocabulary. With a filter (top_k,
+top_p), which is a threshold on the logit, it is usually read twice (`triton_sample_filters.py`). The draw then selects
+a block by its weight, and reads that block again for the token.
 
-Weights are 2 ** ((logit - largest) * scale) in float32; eight neighbours are summed in float32, all else in float64.
+Weights are 2 ** ((logit - largest) * scale) in float32. Groups of eight are summed in float32, everything else in
+float64.
 Shape legend: S rows, V vocabulary, R rows of the tables, B blocks, G groups of a block, I logits of a group.
 """
 
@@ -53,7 +54,7 @@ def largest_program(
     INNER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> None:
-    """Of each row of logits [S, V] the largest one and its token, the lowest of equals: best [S] and token_ids [S]."""
+    """Largest logit of each row of logits [S, V], and its token, the lowest of equals: best [S] and token_ids [S]."""
     place = tl.program_id(0).to(tl.int64)
     row = logits + place * VOCAB
     blocks = tl.arange(0, NUM_BLOCKS)
@@ -91,12 +92,12 @@ def choose_program(
 ) -> None:
     """Largest adjusted logit and chosen token of each row: best [S] and token_ids [S] of logits [S, V].
 
-    numbers [S], given three times, are `sample.NUMBERS`; seen [R, V] and edits [R, edit_stride] are its tables.
-    scratch [S, ROOM] is for logits that a search gathers. GRID_BITS low bits are zero where a logit of this type is a
-    float32.
+    numbers, floats and seeds are three views of `sample.NUMBERS` [S]; seen [R, V] and edits [R, edit_stride] are the
+    tables. scratch [S, ROOM] is for logits that a search lists. GRID_BITS low bits are zero in a float32 converted from
+    the logits' dtype.
     """
-    # Blocks of a row that are read ahead, and one: with few rows a pass takes memory's latency as often as it waits.
-    # None where logits are adjusted: Triton 3.6 takes blocks for others if the loop that reads them has one over edits.
+    # Blocks of a row that are read ahead, plus one: with few rows a pass is bound by memory latency. Without read-ahead
+    # if logits are adjusted: Triton 3.6 mixes up blocks if the loop that reads them contains a loop over edits.
     STAGES: tl.constexpr = 1 if ADJUSTS else 4
     place = tl.program_id(0).to(tl.int64)
     numbers += place * NUM_FIELDS
@@ -120,7 +121,7 @@ def choose_program(
     )
     scale, top_k, log_min_p = tl.load(floats + SCALE), tl.load(numbers + TOP_K), tl.load(floats + LOG_MIN_P)
     has_top_p, has_min_p = tl.load(floats + TOP_P) < 1, log_min_p > float("-inf")
-    # A search makes a first pass of its own, where no logit is left out by its ratio to the largest.
+    # A search makes its own first pass, in which min_p excludes no logit.
     is_searched = (scale > 0) & ((top_k > 0) | (has_top_p & (has_min_p == 0)))
     blocks = tl.arange(0, NUM_BLOCKS)
     largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
@@ -159,7 +160,7 @@ def _blocks_of(
     STAGES: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The largest logit of each block, and its weight relative to the largest of all if the row is drawn, [B] both."""
+    """Largest logit of each block, and the block's weight relative to the row's largest if the row is drawn; [B]."""
     blocks = tl.arange(0, NUM_BLOCKS)
     largest = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
     masses = tl.zeros([NUM_BLOCKS], tl.float64)
@@ -168,7 +169,7 @@ def _blocks_of(
         peak = tl.max(tl.max(exact, axis=1), axis=0)
         largest = tl.where(blocks == block, peak, largest)
         if scale > 0:
-            # Relative to what is finite: a block may have no token that can be drawn.
+            # Relative to a finite number: a block may have no token that can be drawn.
             peak = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
             mass = tl.sum(tl.sum(tl.exp2((exact - peak) * scale), axis=1).to(tl.float64), axis=0)
             masses = tl.where(blocks == block, mass, masses)
@@ -192,7 +193,7 @@ def _drawn(
     INNER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> tl.tensor:
-    """The first token whose weight, with all before it, exceeds uniform times the whole; never one of weight 0."""
+    """The first token whose cumulative weight exceeds uniform times the total; never one of weight 0."""
     blocks, groups = tl.arange(0, NUM_BLOCKS), tl.arange(0, BLOCK // INNER)
     block, part = _place(blocks, masses, uniform * tl.sum(masses, axis=0))
     exact = adjusted(row, block * BLOCK, VOCAB, BLOCK, INNER)
@@ -203,7 +204,7 @@ def _drawn(
     rank = before[:, None] + tl.cumsum(is_equal, axis=1) - is_equal
     weights = tl.where((exact > threshold) | ((is_equal > 0) & (rank < num_equal)), weights, 0.0)
     of_group = tl.sum(weights, axis=1).to(tl.float64)
-    # Summed anew, the weight of the block may differ in its last bits.
+    # The sum is computed again, as the block's weight may differ in its last bits.
     group, part = _place(groups, of_group, part * tl.sum(of_group, axis=0))
     inner = tl.sum(tl.where(groups[:, None] == group, weights, 0.0), axis=0).to(tl.float64)
     column, _ = _place(tl.arange(0, INNER), inner, part * tl.sum(inner, axis=0))
@@ -212,9 +213,9 @@ def _drawn(
 
 @triton.jit
 def _place(places: tl.tensor, weights: tl.tensor, target: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The first place whose weight with all before it exceeds the target, and the part of its weight below the target.
+    """The first index whose cumulative weight exceeds the target, and the part of its weight below the target.
 
-    Sums are float64. Where rounding puts the target at the whole, it is the last place that has a weight.
+    Sums are float64. If rounding puts the target at the total, it is the last index with a weight.
     """
     sums = tl.cumsum(weights, axis=0)
     last = tl.max(tl.where(weights > 0, places, 0), axis=0)
@@ -239,9 +240,10 @@ def top_logprobs_program(
     INNER: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ) -> None:
-    """`sample.top_logprobs`, one program a place: top_ids and logprobs [N, 1 + num_top], ranks [N].
+    """`sample.top_logprobs`, one program for each position: top_ids and logprobs [N, 1 + num_top], ranks [N].
 
-    The most probable are taken one by one from the block with the largest logit left, which is then read again.
+    The most probable tokens are taken one by one from the block with the largest remaining logit, which is then read
+    again.
     """
     place = tl.program_id(0).to(tl.int64)
     row = logits + tl.load(places + place) * VOCAB
@@ -264,7 +266,7 @@ def top_logprobs_program(
     tl.store(top_ids + at, token_id.to(tl.int32))
     tl.store(logprobs + at, chosen - peak - log_sum)
     tl.store(ranks + place, tl.sum(num_above, axis=0) + 1)
-    # Of each block the logit taken last, and its token: what comes after it in the order is left.
+    # For each block, the logit taken last and its token; only what comes later in the order remains.
     last_logits = tl.full([NUM_BLOCKS], float("inf"), tl.float32)
     last_ids = tl.full([NUM_BLOCKS], -1, tl.int32)
     for rank in range(1, num_top + 1):

@@ -1,6 +1,6 @@
-"""A row of logits in a program that samples: a block of it, adjusted by what its request asks for, and its weights.
+"""Reads a row of logits, block by block, with the adjustments that its request asks for, and computes weights.
 
-Logits are searched by a float32's bits, as an integer that is in the same order.
+Searches work on the bits of float32 logits as integers of the same order.
 Shape legend: S rows, V vocabulary, G groups of a block, I logits of a group.
 """
 
@@ -10,21 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Places of a row's numbers, as `sample.NUMBERS` lays them out, in units of 4 bytes.
+# Offsets in a row's numbers, in units of 4 bytes, as laid out by `sample.NUMBERS`.
 ROW, POSITION, SEED, SCALE, TOP_K, TOP_P, LOG_MIN_P = (tl.constexpr(place) for place in (0, 1, 2, 4, 5, 6, 7))
 REPETITION, PRESENCE, FREQUENCY, FIRST_FREE_STOP = (tl.constexpr(place) for place in (8, 9, 10, 11))
 NUM_EDITS, NUM_BIASES, HAS_PENALTIES = (tl.constexpr(place) for place in (12, 13, 14))
 IS_RESTRICTED, NUM_FIELDS = (tl.constexpr(place) for place in (15, 16))
-# The largest count of a token in the table of seen ones; the bit above says that the prompt has it, the sign that it
-# may not be chosen.
+# Largest count in the table of seen tokens. The next bit says that the prompt has the token, the sign that it is
+# forbidden.
 MAX_COUNT, IS_SEEN = (tl.constexpr(bits) for bits in ((1 << 14) - 1, (1 << 15) - 1))
-# Entries of a row's list of edits that are looked at in one step.
+# Entries of a row's list of edits that are read in one step.
 _EDITS = tl.constexpr(256)
 
 
 @triton.jit
 def read(row: tl.tensor, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr) -> tl.tensor:
-    """A block of logits as float32 [G, I]: infinity where they are not numbers, -infinity outside the vocabulary."""
+    """A block of logits as float32 [G, I]: infinity for NaN, -infinity outside the vocabulary."""
     columns = columns_of(first, BLOCK, INNER)
     exact = tl.load(row + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
     return tl.where(exact == exact, exact, float("inf"))
@@ -40,7 +40,7 @@ def columns_of(first: tl.tensor, BLOCK: tl.constexpr, INNER: tl.constexpr) -> tl
 def first_column(
     is_wanted: tl.tensor, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
 ) -> tl.tensor:
-    """The lowest token id of a block that is wanted; the last of the vocabulary if none is."""
+    """The lowest token id of a block where `is_wanted`; the last id of the vocabulary if there is none."""
     columns = columns_of(first, BLOCK, INNER)
     return tl.min(tl.min(tl.where(is_wanted, columns, VOCAB - 1), axis=1), axis=0)
 
@@ -49,7 +49,7 @@ def first_column(
 def adjusted(
     row: tl.tuple, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
 ) -> tl.tensor:
-    """`read`, with biases, then penalties applied, and -infinity for tokens that may not be chosen."""
+    """`read`, with biases, then penalties applied, and -infinity for forbidden tokens."""
     logits, seen, edit_ids, edit_values, num_edits, is_held, looks_at_seen, penalties, ADJUSTS, _ = row
     exact = read(logits, first, VOCAB, BLOCK, INNER)
     if ADJUSTS:
@@ -74,7 +74,7 @@ def _edited(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """With the edits of the block: the list is in the order of the vocabulary."""
+    """Apply the edits within the block; the list is in the order of the vocabulary."""
     begin, end = first * 0, first * 0
     for at in range(0, num_edits, _EDITS):
         places = at + tl.arange(0, _EDITS)
@@ -91,12 +91,12 @@ def _edited(
 
 @triton.jit
 def _penalised(exact: tl.tensor, record: tl.tensor, penalties: tl.tuple) -> tl.tensor:
-    """With the penalties on seen tokens, which change nothing where a row has none, and without forbidden ones."""
+    """Apply penalties on seen tokens (without effect in a row that has none), and forbid tokens."""
     repetition, presence, frequency = penalties
     count = record & MAX_COUNT
     factor = tl.where((record & IS_SEEN) > 0, repetition, 1.0)
     exact = tl.where(exact > 0, tl.div_rn(exact, factor), exact * factor)
-    # The count as a float32 by its bits: conversions run at a quarter of the rate or less.
+    # Converts the count to float32 by its bits: conversion instructions run at a quarter of the rate or less.
     number = (count | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     exact = exact - frequency * number
     exact = exact - tl.where(count > 0, presence, 0.0)
@@ -105,34 +105,34 @@ def _penalised(exact: tl.tensor, record: tl.tensor, penalties: tl.tuple) -> tl.t
 
 @triton.jit
 def weights_of(exact: tl.tensor, peak: tl.tensor, scale: tl.tensor, log_min_p: tl.tensor) -> tl.tensor:
-    """Weights relative to that of the largest logit; 0 for tokens that min_p leaves out."""
+    """Weights relative to that of the largest logit; 0 for tokens that min_p excludes."""
     logs = (exact - peak) * scale
     return tl.where(logs >= log_min_p, tl.exp2(logs), 0.0)
 
 
 @triton.jit
 def key_of(exact: tl.tensor) -> tl.tensor:
-    """An int32 that is in the order of the float32."""
+    """An int32 with the same order as the float32."""
     bits = exact.to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
 @triton.jit
 def logit_of(key: tl.tensor) -> tl.tensor:
-    """The float32 of a `key_of`."""
+    """The inverse of `key_of`."""
     return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def on_grid(place: tl.tensor, grid_bits: tl.tensor) -> tl.tensor:
-    """The logit whose `key_of` without its low bits is `place`: of a negative one these bits are ones in the key."""
+    """The logit whose `key_of` without its low bits is `place`; for a negative logit these bits are ones."""
     key = place << grid_bits
     return logit_of(tl.where(key < 0, key | ((1 << grid_bits) - 1), key))
 
 
 @triton.jit
 def uniform_of(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """`sample.uniform`."""
+    """A uniform number, equal to `sample.uniform`."""
     mixed = _mix(_mix(seed.to(tl.uint64, bitcast=True)) + position.to(tl.uint64) * 0x9E3779B97F4A7C15)
     return (mixed >> 11).to(tl.float64) * 1.1102230246251565e-16
 

@@ -1,4 +1,4 @@
-"""The search of a threshold: between probes that were measured, then among the logits that a pass has listed.
+"""The search for a threshold: first between measured probes, then among the logits that a pass has listed.
 
 Shape legend: V vocabulary, B blocks, G groups of a block, I logits of a group.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 from nanoflow.kernels.triton_sample_passes import listed, measured, on_list
 from nanoflow.kernels.triton_sample_rows import key_of, on_grid, weights_of
 
-# The threshold that every token with a weight reaches, and more tokens than any row has.
+# A threshold that every token with a weight reaches, and a count that exceeds that of any row.
 LOWEST, ALL = tl.constexpr(-3.4028234663852886e38), tl.constexpr((1 << 31) - 1)
 
 
@@ -40,11 +40,12 @@ def search(
     NUM_BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The place of the largest logit with the target (a count, or a weight) at or above it, and what is above it.
+    """The place of the largest logit with the target (a count, or a weight) at or above it, and the amount above it.
 
-    It lies in [low, high), places on the grid: logits are searched as integers in the same order. `at_low` is at or
-    above low, or a little more, and `above` at or above high. At or above the place `tail` few tokens are expected.
-    Also returns whether the list has the place, with where the blocks end in it and the weights above it, [B] both.
+    Places are integers with the order of the logits; the result is in [low, high). `at_low` is the amount at or above
+    low, or slightly more; `above` that at or above high. Few tokens are expected at or above the place `tail`. Also
+    returns whether the list includes the place, the end of each block in the list, and each block's weight above the
+    list, both [B].
     """
     num_passes = low * 0
     while high > low + 1:
@@ -63,7 +64,7 @@ def search(
                 if num_inside <= ROOM:
                     weights = _amounts(on_list(row[9], num_inside, ROOM), peak, scale, log_min_p, IS_COUNT)
                     at_first += tl.sum(weights, axis=0)
-                # A row with fewer tokens than the target ends at the lowest.
+                # In a row with fewer tokens than the target, the search ends at the lowest place.
                 is_listed = (num_inside <= ROOM) & ((at_last < target) | (last == high))
                 is_listed = is_listed & ((at_first >= target) | (first == low))
                 if is_listed:
@@ -117,13 +118,13 @@ def _window(
     IS_COUNT: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Places to list between, about which the threshold is expected; the middle's logit; and whether they are close."""
+    """Places between which to list, around the expected threshold; the logit in the middle; if they are close."""
     bottom, top = on_grid(low, grid_bits), on_grid(high, grid_bits)
     part = ((target - above) / tl.maximum(at_low - above, 1e-300)).to(tl.float32)
     part = tl.minimum(tl.maximum(part, 0.0), 1.0)
     middle = top * (1 - part) + bottom * part
     weight = 1.0 if IS_COUNT else tl.maximum(tl.exp2((middle - peak) * scale), 1e-30)
-    # Tokens between low and high, if they are spread evenly.
+    # Tokens between low and high, assuming that they are spread evenly.
     num_inside = tl.minimum((at_low - above).to(tl.float32) / weight, 1e12)
     half = (top - bottom) * tl.minimum(0.3 * ROOM / tl.maximum(num_inside, 1.0), 1.0)
     first = tl.maximum(key_of(middle - half) >> grid_bits, low)
@@ -142,7 +143,7 @@ def _probes(
     grid_bits: tl.tensor,
     num_passes: tl.tensor,
 ) -> tl.tuple:
-    """Four places between low and high: by value, and at times by bits, which always ends."""
+    """Four places between low and high: by value, and in some passes by bits, which guarantees an end."""
     bottom, top = on_grid(low, grid_bits), on_grid(high, grid_bits)
     if bottom < -1e38:
         first, second, third = key_of(peak - 64.0), key_of(peak - 16.0), key_of(peak - 4.0)
@@ -152,7 +153,7 @@ def _probes(
         third = key_of(bottom * 0.25 + top * 0.75)
     first, second, third = first >> grid_bits, second >> grid_bits, third >> grid_bits
     if num_passes % 4 == 3:
-        # Halves without an overflow of the difference.
+        # The middle, without overflow of the sum.
         second = (low >> 1) + (high >> 1) + (low & high & 1)
         first = (low >> 1) + (second >> 1) + (low & second & 1)
         third = (second >> 1) + (high >> 1) + (second & high & 1)
@@ -175,7 +176,7 @@ def between(
     amounts: tl.tuple,
     target: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """`_narrowed` by four places."""
+    """Apply `_narrowed` for four places."""
     for probe in tl.static_range(4):
         low, high, at_low, above = _narrowed(low, high, at_low, above, places[probe], amounts[probe], target)
     return low, high, at_low, above
@@ -191,7 +192,7 @@ def _narrowed(
     amount: tl.tensor,
     target: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Low and high, with what is at or above each, by what is at or above a place; unchanged by one outside."""
+    """Narrow [low, high) by the amount at or above a place; unchanged if the place is outside."""
     is_inside, is_enough = (place > low) & (place < high), amount >= target
     is_low, is_high = is_inside & is_enough, is_inside & (is_enough == 0)
     return (
@@ -206,7 +207,7 @@ def _narrowed(
 def _amounts(
     exact: tl.tensor, peak: tl.tensor, scale: tl.tensor, log_min_p: tl.tensor, IS_COUNT: tl.constexpr
 ) -> tl.tensor:
-    """What each of some logits counts, float64."""
+    """What each logit adds to the amount (1, or its weight), float64."""
     if IS_COUNT:
         amounts = (exact > float("-inf")).to(tl.float64)
     else:
@@ -229,7 +230,7 @@ def _finished(
     IS_COUNT: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The search among listed logits, all that are in [low, high): its end, and what is above it."""
+    """The search among listed logits, which are all those in [low, high): the place found, and the amount above it."""
     exact = on_list(scratch, num_inside, ROOM)
     amounts = _amounts(exact, peak, scale, log_min_p, IS_COUNT)
     least = tl.min(tl.where(exact > float("-inf"), exact, float("inf")), axis=0)

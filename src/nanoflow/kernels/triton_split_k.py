@@ -1,16 +1,16 @@
 """Products in Triton that keep any number of programs busy to the end, on cards with a tensor memory accelerator.
 
-Whole tiles leave programs idle in the last round unless their number is a multiple of that of the programs. Here the
-tiles of the last round are split along their features: each goes to several programs, which leave their sums in the
-workspace but for the last, which adds them up. All programs begin a round at the same feature, or at one of a few, so
-that what one loads the others find in L2; programs that all begin elsewhere (Stream-K, Osama et al., 2023,
-https://arxiv.org/abs/2301.03598) load most of both factors from memory for each tile, which is what an attention beside
-the product needs. A program waits for programs of smaller numbers only, and those wait for none: nothing can lock up,
-and the order of every sum is fixed.
+With whole tiles, programs idle in the last round unless their number divides the number of tiles. Here each tile of the
+last round is split along its features among several programs. All but the last of these write partial sums to the
+workspace, and the last one adds them up. All programs begin a round at the same feature, or at one of a few, so that
+data loaded by one is in L2 for the others. In Stream-K (Osama et al., 2023, https://arxiv.org/abs/2301.03598) programs
+begin at different features and load most of both factors from memory for each tile. That takes bandwidth which
+attention beside the product needs. A program waits only for programs with smaller numbers, which wait for none, so
+there is no deadlock, and the order of every sum is fixed.
 
-Of `reference.linear` and `reference.linear_add` these are twins; the latter adds in float32 and rounds once.
+The references are `reference.linear` and `reference.linear_add`; the latter adds in float32 and rounds once here.
 
-Shape legend: T tokens, K features in, N features out, P programs, C cells of the largest tile.
+Shape legend: T tokens, K features in, N features out, P programs, C elements of the largest tile.
 """
 
 # mypy: allow-untyped-decorators
@@ -29,17 +29,17 @@ from nanoflow.kernels.gemm_tiles import GemmTiles, with_addend
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_gemm import _place, _write, check_operands
 
-# A split costs its programs about as much as so many more features of a tile (one H200, 100 SMs: 320 to 750).
+# Splitting costs its programs about as much time as this many features of a tile (one H200, 100 SMs: 320 to 750).
 _MOVED_SUM_FEATURES = 480
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitWorkspace:
-    """Where programs leave sums for others; products that may run at the same time need one each.
+    """Memory for partial sums; products that may run at the same time need one each.
 
     Attributes:
         sums: float32 [P, C].
-        flags: int32 [P], 0 but while a sum waits to be taken over, so one workspace serves any number of calls and of
+        flags: int32 [P], 0 except while a sum waits to be read. So one workspace serves any number of launches and of
             replays of CUDA graphs.
     """
 
@@ -48,10 +48,10 @@ class SplitWorkspace:
 
 
 def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: torch.device) -> SplitWorkspace:
-    """A workspace for so many programs and any of these cuts.
+    """A workspace for `num_programs` programs and any of these tilings.
 
     Raises:
-        RuntimeError: A CUDA graph is being captured; the flags would be 0 in its replays only.
+        RuntimeError: A CUDA graph is being captured; the flags would only be zeroed in its replays.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("no workspace can be made while a CUDA graph is captured: run the product once before")
@@ -65,15 +65,15 @@ def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: t
 def choose_split_cut(
     candidates: Sequence[GemmTiles], shape: tuple[int, int, int], num_programs: int, limit_bytes: int
 ) -> tuple[GemmTiles, int]:
-    """The cut by which the busiest program is done first, and how many programs share a tile of the last round.
+    """The tiling with the least time of the busiest program, and how many programs share a tile of the last round.
 
     Ties go to fewer splits, then to the earlier candidate.
 
     Args:
-        candidates: Cuts, fastest first; the last fits everywhere.
+        candidates: Tilings, fastest first; the last fits every device.
         shape: T, N and K.
         num_programs: Programs that share the work.
-        limit_bytes: Shared memory of a program.
+        limit_bytes: Shared memory available to a program.
     """
 
     def longest_time(tiles: GemmTiles, num_splits: int) -> float:
@@ -92,7 +92,7 @@ def choose_split_cut(
 
 
 def max_splits(num_tiles: int, num_features: int, num_programs: int, tiles: GemmTiles) -> int:
-    """Among how many programs each tile of the last round can be split: all are busy then, with a step or more."""
+    """Most programs that can share a tile of the last round, such that each has at least one step; 1 is no split."""
     rest = num_tiles % num_programs
     return max(min(num_programs // rest, triton.cdiv(num_features, tiles.block_k)), 1) if rest else 1
 
@@ -100,11 +100,11 @@ def max_splits(num_tiles: int, num_features: int, num_programs: int, tiles: Gemm
 def run_linear_split_k(
     launch: Launch, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int
 ) -> None:
-    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
+    """out [T, N] = x [T, K] @ weight [N, K]^T (+ bias [N]), with given tiles and number of programs.
 
     Raises:
-        ValueError: Tensors that TMA does not take, see `triton_gemm.run_linear`, a workspace that is too small, or not
-            from 2 to `max_splits` splits.
+        ValueError: The tensors do not suit TMA (see `triton_gemm.run_linear`), the workspace is too small, or the
+            number of splits is not from 2 to `max_splits`.
     """
     _run(launch, tiles, num_programs, workspace, num_splits, is_added=False)
 
@@ -112,10 +112,10 @@ def run_linear_split_k(
 def run_linear_add_split_k(
     launch: Launch, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int
 ) -> None:
-    """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N]), cut in a given way, by so many programs.
+    """hidden [T, N] += x [T, K] @ weight [N, K]^T (+ bias [N]), with given tiles and number of programs.
 
     Raises:
-        ValueError: See `run_linear_split_k`.
+        ValueError: As `run_linear_split_k`.
     """
     _run(launch, with_addend(tiles), num_programs, workspace, num_splits, is_added=True)
 
@@ -175,7 +175,7 @@ def _linear_split_k(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     num_rounds = tiles_m * tiles_n // num_programs
     rest = tiles_m * tiles_n - num_rounds * num_programs
-    # Of a tile of the last round, the steps of this program.
+    # This program's part of the steps, in a tile of the last round.
     part = program // tl.maximum(rest, 1)
     has_part = program < rest * num_splits
     first = tl.where(has_part, part * num_steps // num_splits, 0)
@@ -197,7 +197,7 @@ def _linear_split_k(
         if step == end - 1:
             if end < num_steps:
                 _leave(sums + program * (BLOCK_M * BLOCK_N), acc, BLOCK_M, BLOCK_N)
-                # Each thread releases what it wrote, as barriers keep loops from loading ahead.
+                # Each thread releases its own writes, because a barrier would keep the loop from loading ahead.
                 tl.atomic_add(flags + program + tl.zeros([NUM_THREADS], tl.int32), 1, sem="release", scope="gpu")
             else:
                 if turn == num_rounds:
@@ -212,7 +212,7 @@ def _linear_split_k(
 
 @triton.jit
 def _leave(places: tl.tensor, acc: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> None:
-    """Write a sum for another program."""
+    """Write a partial sum for another program."""
     cells = tl.reshape(acc, (BLOCK_M // 16, 2, 8, BLOCK_N // 16, 2, 4, 2))
     cells = tl.reshape(tl.permute(cells, (3, 1, 0, 2, 5, 4, 6)), (BLOCK_N // 8, 8 * BLOCK_M))
     tl.store(places + _order(BLOCK_M, BLOCK_N), cells, cache_modifier=".cg")
@@ -220,7 +220,7 @@ def _leave(places: tl.tensor, acc: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def _taken(places: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """The sum that another program left."""
+    """Read the partial sum of another program."""
     cells = tl.load(places + _order(BLOCK_M, BLOCK_N), cache_modifier=".cg")
     cells = tl.reshape(cells, (BLOCK_N // 16, 2, BLOCK_M // 16, 8, 4, 2, 2))
     return tl.reshape(tl.permute(cells, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_M, BLOCK_N))
@@ -228,5 +228,5 @@ def _taken(places: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> t
 
 @triton.jit
 def _order(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """Places of a tile's cells, as threads hold them after a product: 16 bytes a thread, and nothing moves between."""
+    """Offsets of a tile's elements in the order in which threads hold them: 16 bytes per thread, no data movement."""
     return tl.arange(0, BLOCK_N // 8)[:, None] * (8 * BLOCK_M) + tl.arange(0, 8 * BLOCK_M)[None, :]

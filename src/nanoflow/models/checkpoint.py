@@ -1,6 +1,6 @@
-"""Which tensors a checkpoint holds, and where, from the headers of its safetensors files. No torch, no tensor is read.
+"""Lists the tensors of a checkpoint from the headers of its safetensors files, without torch and without reading any.
 
-Files are taken to be hostile: a header is bounded before it is read, and what it says must fit the file.
+Files are not trusted: the size of a header is checked before it is read, and its contents must fit the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nanoflow.models.fields import (
 from nanoflow.models.formats import other_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Some hundred thousand tensors.
+# Enough for some hundred thousand tensors.
 _MAX_HEADER_BYTES = 32 * 2**20
 _LENGTH_BYTES = 8
 _COMPARED_BYTES = 16 * 2**20
@@ -33,12 +33,12 @@ _COMPARED_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor of a checkpoint, as its file's header says.
+    """A tensor of a checkpoint, as described by its file's header.
 
     Attributes:
         path: The file.
-        shape, dtype: As the header has them, e.g. (131, 64) and "BF16".
-        start, end: Its bytes in the file.
+        shape, dtype: As in the header, e.g. (131, 64) and "BF16".
+        start, end: Byte range in the file.
     """
 
     path: Path
@@ -52,14 +52,14 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
     Raises:
-        ModelError: A file is missing, no file, corrupt, or outside the folder, or a tensor stands in two of them.
+        ModelError: A file is missing, not a regular file, corrupt, or outside the folder, or a tensor is in two files.
     """
     stored: dict[str, StoredTensor] = {}
     paths, indexed = _files(folder)
     for path in paths:
         for name, tensor in _read_header(path).items():
             if name in stored:
-                raise ModelError(f"{printable(name)} stands in {stored[name].path} and in {path}: which is meant?")
+                raise ModelError(f"{printable(name)} is in both {stored[name].path} and {path}: remove one of them")
             stored[name] = tensor
     lost = [name for name in indexed if name not in stored]
     if lost:
@@ -68,7 +68,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def peek(folder: Path) -> dict[str, StoredTensor]:
-    """As `read_checkpoint`; nothing if there is no checkpoint or it cannot be read: whoever loads it will say so."""
+    """As `read_checkpoint`, but empty if there is no readable checkpoint: loading it reports the error later."""
     try:
         return read_checkpoint(folder)
     except ModelError:
@@ -76,23 +76,23 @@ def peek(folder: Path) -> dict[str, StoredTensor]:
 
 
 def differ(one: StoredTensor | None, other: StoredTensor | None) -> bool:
-    """True if both are there, and not the same numbers in the same type."""
+    """True if both tensors exist and differ in their values or dtype."""
     return one is not None and other is not None and not _are_same(one, other)
 
 
 def corrupt(path: Path, error: object) -> ModelError:
-    """What to say of a file that is not what its name says."""
+    """The error for a corrupt file."""
     reason = " ".join(str(error).split())[:200]
     return ModelError(f"{path} is cut short or no safetensors file; download it again ({reason})")
 
 
 def printable(name: str) -> str:
-    """The name of a tensor for a message: as it is, or quoted and cut if it is strange."""
+    """The name of a tensor for a message: unchanged, or quoted and shortened if it is unusual."""
     return name if name.isprintable() and len(name) <= 120 else shown(name)
 
 
 def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The files to read, and in which of them an index says each tensor is."""
+    """The files to read, and the file of each tensor by the index (empty without one)."""
     for name in (SINGLE, INDEX):
         if is_there(folder / name):
             require_file(folder / name)
@@ -110,19 +110,19 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
-    """The file of each tensor, by an index."""
+    """The file of each tensor, from an index."""
     weight_map = read_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: weight_map must map names of tensors to files")
     for name in weight_map.values():
-        # A checkpoint may not reach for files outside its folder.
+        # A checkpoint must not refer to files outside its folder.
         if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ModelError(f"{path} names {shown(name)}, which is no file name")
     return weight_map
 
 
 def _nothing_to_read(folder: Path) -> str:
-    """Why a folder without a safetensors checkpoint cannot be read."""
+    """Error for a folder without a safetensors checkpoint."""
     others = other_weights(folder)
     if others is not None:
         return f"{folder} {others}"
@@ -133,7 +133,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     size = require_file(path)
     try:
         header, start = _header_of(path, size)
-        # The library checks what the header says against the file: lengths, order and sum of all tensors.
+        # The library checks the header against the file: lengths, order and total size of all tensors.
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
         return {name: _stored(path, header[name], start) for name in names}
@@ -142,7 +142,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _header_of(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The header of a file of `size` bytes, and where the tensors begin."""
+    """The header of a file of `size` bytes, and the offset at which tensors begin."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):

@@ -1,6 +1,6 @@
-"""Reading JSON of a model folder with suspicion: one line of error for whatever makes no sense, and little memory.
+"""Reads JSON files of a model folder without trusting them: bounded memory, and one-line errors for invalid values.
 
-Knows files and types, not what a field means (`config.py`, `generation.py`).
+The meaning of fields is in `config_json.py` and `generation.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A config.json has some kB, the index of the largest models 10 MB.
+# A config.json has a few kB; the index of the largest models has 10 MB.
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_CONFIG_BYTES = 4 * 2**20
 INT32_MAX = 2**31 - 1
@@ -21,26 +21,26 @@ _MAX_SHOWN = 80
 
 
 class ModelError(ValueError):
-    """A model folder cannot be served; one line that says which file or field is wrong and what would do."""
+    """A model folder cannot be served; one line that says which file or field is wrong and what would work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
     """A JSON object whose values are checked as they are read.
 
-    Every reader raises ModelError for a value that makes no sense, and, if it is given no default, for an absent one;
-    `null` counts as absent.
+    Every reader raises ModelError for an invalid value and, unless it has a default, for an absent one; `null` counts
+    as absent.
 
     Attributes:
         values: The object.
-        origin: Where it stands, for messages: a file, or a file and a field.
+        origin: Its source for messages: a file, or a file and a field.
     """
 
     values: Mapping[str, Any]
     origin: str
 
     def has(self, name: str) -> bool:
-        """True if the field is there and not null."""
+        """True if the field exists and is not null."""
         return self.values.get(name) is not None
 
     def error(self, name: str, problem: str) -> ModelError:
@@ -52,7 +52,7 @@ class Fields:
         return ModelError(f"{self.origin}: {text}")
 
     def raw(self, name: str, default: Any = None) -> Any:
-        """The value as it stands."""
+        """The value without checks."""
         value = self.values.get(name)
         if value is None and default is None:
             raise self.error(name, "is missing: it is null" if name in self.values else "is missing")
@@ -103,7 +103,7 @@ class Fields:
         return value
 
     def positives(self, name: str, count: int) -> tuple[float, ...]:
-        """A list of so many finite numbers above 0."""
+        """A list of `count` finite numbers above 0."""
         values = self.raw(name)
         if not isinstance(values, list) or len(values) != count:
             raise self.error(name, f"must be a list of {count} positive numbers, got {_counted(values)}")
@@ -113,20 +113,20 @@ class Fields:
         return tuple(float(value) for value in values)
 
     def refuse_nulls(self, *names: str) -> None:
-        """Refuse a null in these fields, where it is not the same as leaving the field out."""
+        """Refuse null in these fields, for which it does not mean absent."""
         for name in names:
             if name in self.values and self.values[name] is None:
                 raise self.error(name, "is missing: it is null")
 
     def nested(self, name: str) -> Fields:
-        """An object in this one; empty if absent."""
+        """A nested object; empty if absent."""
         value = self.raw(name, {})
         if not isinstance(value, Mapping):
             raise self.error(name, f"must be an object, got {shown(value)}")
         return Fields(values=value, origin=f"{self.origin}: {name}")
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Token ids, one or a list; none if absent."""
+        """Token ids, given as one or as a list; empty if absent."""
         ids = self.raw(name, [])
         ids = ids if isinstance(ids, list) else [ids]
         for token in ids:
@@ -136,7 +136,7 @@ class Fields:
 
 
 def shown(value: Any) -> str:
-    """A value from a file as a message shows it: on one line, cut if it is long."""
+    """A value from a file as short text on one line, for a message."""
     try:
         text = repr(value)
     except RecursionError:
@@ -149,17 +149,17 @@ def _counted(value: Any) -> str:
 
 
 def is_there(path: Path) -> bool:
-    """True if something has this name, be it a link that leads nowhere."""
+    """True if the path exists, also as a broken link."""
     return path.is_symlink() or path.exists()
 
 
 def require_file(path: Path) -> int:
-    """The size in bytes of a regular file (or of what a link to one leads to).
+    """The size in bytes of a regular file, or of a link's target.
 
-    A pipe, a socket or a device in its place would be waited for, perhaps forever.
+    Reading a pipe, a socket or a device could wait forever, so these are refused.
 
     Raises:
-        ModelError: There is none.
+        ModelError: It does not exist or is not a regular file.
     """
     try:
         found = path.stat()
@@ -173,15 +173,15 @@ def require_file(path: Path) -> int:
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> Mapping[str, Any]:
-    """The JSON object that a file holds.
+    """The JSON object in a file.
 
     Raises:
-        ModelError: There is no such file, or it is too large, no UTF-8, no JSON, no object, nested too deeply, or has
-            a key twice in one object.
+        ModelError: The file does not exist or is too large, is not UTF-8 or JSON, is not an object, is nested too
+            deeply, or has a key twice in one object.
     """
     size = require_file(path)
     if size > max_bytes:
-        raise ModelError(f"{path}: has {size} bytes, more than the {max_bytes} of a sane one")
+        raise ModelError(f"{path}: has {size} bytes, more than the {max_bytes} allowed")
     try:
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=without_duplicates)
     except OSError as error:
@@ -196,16 +196,16 @@ def read_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> Mapping[str
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `object_pairs_hook`; ValueError if a key stands in it twice."""
+    """A JSON object, for `object_pairs_hook`; ValueError if a key occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {shown(twice)} is twice in one object")
     return found
 
 
 def _is_finite(value: Any) -> bool:
-    """True for a number that a float can hold; JSON as Python reads it also has NaN, Infinity and endless integers."""
+    """True for a number that a float can represent. Python's JSON also has NaN, Infinity and integers of any size."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= 1.7e308

@@ -1,7 +1,7 @@
-"""What a file or folder is that is no model as nanoflow reads it: GGUF, an adapter, ONNX, a pickle, a picture pipeline.
+"""Recognises files and folders that are no supported model: GGUF, adapters, ONNX, pickles, diffusion pipelines.
 
-Each is named, with what can be done, in one line. Only names of files and a few small files are looked at, nothing is
-loaded. What a config.json says of the architecture is `config.py`'s to read.
+The error names the format and what to do, in one line. Only file names and a few small files are read. `config_json.py`
+reads the architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _CONVERT = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
 _ORIGINAL = "take the model that it was made from, in safetensors"
 _FOLDER = "give the folder that holds config.json and the weights"
-# More entries of a folder are not looked at.
+# Further entries of a folder are ignored.
 _MAX_ENTRIES = 10_000
 
 _FILES: Mapping[str, str] = {
@@ -46,22 +46,22 @@ _MAGICS: Mapping[bytes, str] = {b"GGUF": ".gguf", b"lmgg": ".ggml", b"tjgg": ".g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Folder:
-    """Names of what is in a folder, of files and of folders."""
+    """Names of the entries of a folder."""
 
     path: Path
     names: tuple[str, ...]
 
     def having(self, *patterns: str) -> list[str]:
-        """Those that match one of the patterns, in order."""
+        """The names that match one of the patterns, in order."""
         return [name for name in self.names if any(Path(name.lower()).match(pattern) for pattern in patterns)]
 
 
-# What is said of a folder that matches; the first that says something is taken.
+# Returns the message if a folder is of this format, else None; the first message is used.
 _Says = Callable[[_Folder], str | None]
 
 
 def refuse_file(model: str, path: Path) -> ModelError:
-    """What to say of a file in place of a folder, by its first bytes or its ending."""
+    """The error for a file given instead of a folder, by its first bytes or its extension."""
     says = _FILES.get(_MAGICS.get(_beginning(path), path.suffix.lower()))
     if says is None and path.name in (_CONFIG, ADAPTER_CONFIG):
         says = f"is a file; give its folder, {str(path.parent)!r}"
@@ -69,7 +69,7 @@ def refuse_file(model: str, path: Path) -> ModelError:
 
 
 def refuse_folder(model: str, path: Path) -> ModelError:
-    """What to say of a folder without a config.json."""
+    """The error for a folder without a config.json."""
     hint = "" if path == Path(model).expanduser() else hub_hint(model)
     folder = _read(path)
     says = None if hint else next(filter(None, (rule(folder) for rule in _WITHOUT_CONFIG)), None)
@@ -77,20 +77,20 @@ def refuse_folder(model: str, path: Path) -> ModelError:
 
 
 def refuse_adapter(path: Path) -> None:
-    """ModelError if a folder with a config.json is an adapter all the same, or a model that waits for one."""
+    """Raise ModelError if a folder with a config.json is an adapter, or a model that needs one."""
     if is_there(path / ADAPTER_CONFIG):
         raise ModelError(f"{path} {_adapter(_read(path))}")
 
 
 def other_weights(path: Path) -> str | None:
-    """What a folder without a checkpoint in safetensors has in its place, and what can be done; None for nothing."""
+    """The weights of a folder without a safetensors checkpoint, and what to do; None if it has none."""
     folder = _read(path)
     return next(filter(None, (rule(folder) for rule in _WEIGHTS_OF_OTHERS)), None)
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How the weights of a model are quantised, by its config.json; None if they are not."""
-    # MLX writes `quantization`, everybody else `quantization_config`.
+    """How the weights of a model are quantised by its config.json; None if they are not."""
+    # MLX writes `quantization`, other tools `quantization_config`.
     for name, family in (("quantization_config", None), ("quantization", "MLX")):
         found = config.get(name)
         if found is not None:
@@ -105,7 +105,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def refuse_quantised(path: Path) -> None:
-    """ModelError if a file beside config.json says that the weights are quantised, as older tools write it."""
+    """Raise ModelError if a file beside config.json says that weights are quantised, as older tools write it."""
     for name, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "")):
         if is_there(path / name):
             of = f" ({method})" if method else ""
@@ -113,7 +113,7 @@ def refuse_quantised(path: Path) -> None:
 
 
 def hub_hint(name: str) -> str:
-    """What the name of a model on the Hub says of its format, to be added to a message; mostly nothing."""
+    """A hint for an error message if the Hub name of a model contains its format; else empty."""
     parts = set(name.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-"))
     hints = {
         "gguf": f"it seems to hold GGUF files, which are not read: {_ORIGINAL}",
@@ -136,7 +136,7 @@ def _read(path: Path) -> _Folder:
 
 
 def _beginning(path: Path) -> bytes:
-    """The first four bytes of a regular file; none if it cannot be read."""
+    """The first four bytes of a regular file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4)
@@ -229,7 +229,7 @@ def _frameworks(folder: _Folder) -> str | None:
 
 
 def _nested(folder: _Folder) -> str | None:
-    """The model is in a folder of this one: checkpoints of a training run, or the Hub's cache."""
+    """The model is in a subfolder: checkpoints of a training run, or the Hub's cache."""
     found = list(_models_below(folder))
     if not found:
         return None
@@ -258,7 +258,7 @@ def _empty(folder: _Folder) -> str | None:
 
 
 def _named(folder: _Folder, patterns: tuple[str, ...], says: str, *, is_sentence: bool = True) -> str | None:
-    """What is said if a name matches, with the name."""
+    """The message `says` with the first matching name; None if no name matches."""
     found = folder.having(*patterns)
     if not found:
         return None

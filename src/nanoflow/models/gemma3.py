@@ -1,7 +1,7 @@
-"""Gemma 3 (text) as a graph: layers of two kinds in turn, most with a sliding window, some that see everything.
+"""Gemma 3 (text) as a graph: layers of two kinds in a fixed pattern, most with a sliding window, the others without.
 
-Each kind has a rotary embedding of its own. What a block gives is normalised once more before it is added to the
-residual stream, so its last product stands by itself. Norms multiply by one more than what the checkpoint holds.
+Each kind has its own rotary embedding. A block's output is normalised before it is added to the residual stream, so
+that the addition is not fused with the last product. Norms multiply by 1 + the weight in the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nanoflow.models.model import ModelConfig
 from nanoflow.models.rope import rope_spec
 
 _ACTIVATION = "gelu_pytorch_tanh"
-# What `config.json` may say that changes what is computed, and is not served.
+# Fields of config.json that would change what is computed, and are not supported.
 _SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
@@ -25,10 +25,10 @@ def build(config: ModelConfig, max_model_len: int | None) -> OpGraph:
 
     Args:
         config: The model.
-        max_model_len: Longest sequence served, for rotary embeddings that depend on it; None is the model's own limit.
+        max_model_len: Longest sequence served, on which some rotary embeddings depend; None is the model's own limit.
 
     Raises:
-        ModelError: The activation, a rotary embedding or another field asks for what is not served.
+        ModelError: The activation, a rotary embedding or another field has a value that is not supported.
     """
     if config.hidden_act != _ACTIVATION:
         raise ModelError(
@@ -57,7 +57,7 @@ def _rope(config: ModelConfig, window: int | None, max_model_len: int | None) ->
 
 
 def _kind(config: ModelConfig, window: int | None, parameters: tuple[Parameter, ...], rope: RopeSpec) -> LayerKind:
-    """Layers with this window."""
+    """The kind of layers with this window."""
     variant = parts.variant_of(config, window)
     attention = AttentionDims(
         num_heads=config.num_heads,
@@ -116,5 +116,5 @@ def _norm(name: str, source: str, width: int) -> Parameter:
 
 
 def _one_more(weight: Parameter) -> Parameter:
-    """1 + weight, in float32 as transformers multiplies by it: the sum is not rounded to the model's type."""
+    """1 + weight in float32, as in transformers: the sum is not rounded to the model's dtype."""
     return replace(weight, offset=1.0, is_float32=True)

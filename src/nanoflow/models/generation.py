@@ -1,6 +1,6 @@
-"""How a model is sampled where a request does not say: what its generation_config.json recommends.
+"""Default sampling parameters of a model, from its generation_config.json.
 
-The fields that count are those that count in vLLM; `do_sample` is none of them.
+The same fields are read as in vLLM; `do_sample` is not one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """What a request has that does not give these fields of `SamplingParams`; None is as `SamplingParams` has it."""
+    """Values for fields of `SamplingParams` that a request does not give; None means `SamplingParams`' own default."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -29,21 +29,21 @@ class SamplingDefaults:
     max_tokens: int | None = None
 
     def __str__(self) -> str:
-        """For people: the fields that are set, or that none is."""
+        """The fields that are set, as text for a user."""
         listed = ", ".join(f"{name}={value:g}" for name, value in self.fields.items())
         return f"sampling defaults of the model: {listed}" if listed else "no sampling defaults of the model"
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Arguments of `SamplingParams`: the fields that are set."""
+        """The fields that are set, as arguments of `SamplingParams`."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in values if value is not None}
 
     def params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """Parameters of a request that gives these fields.
+        """The parameters of a request that gives these fields.
 
         Raises:
-            ValueError: A field is out of its range, or fields do not go together.
+            ValueError: A field is out of its range, or fields contradict each other.
         """
         return SamplingParams(**{**self.fields, **given})
 
@@ -56,10 +56,10 @@ def load_sampling_defaults(source: str, folder: Path | None) -> SamplingDefaults
 
     Args:
         source: "auto" for generation_config.json in the model's folder, "vllm" for no file, or a folder with one.
-        folder: The model's; None for a model without one.
+        folder: The model's folder; None for a model without one.
 
-    Raises:
-        ModelError: A field makes no sense, or the folder that is named has no such file.
+        Raises:
+        ModelError: A field is invalid, or the named folder has no such file.
     """
     path = _path(source, folder)
     if path is None:
@@ -81,12 +81,12 @@ def load_sampling_defaults(source: str, folder: Path | None) -> SamplingDefaults
 
 
 def named_file(source: str) -> Path | None:
-    """The file that a source names in place of the model's own; None if it names none."""
+    """The file that a source names instead of the model's own; None if it names none."""
     return None if source in ("auto", "vllm") else Path(source).expanduser() / GENERATION_CONFIG
 
 
 def _path(source: str, folder: Path | None) -> Path | None:
-    """The file to read; None for none."""
+    """The file to read; None if there is none."""
     named = named_file(source)
     if named is not None or source == "vllm" or folder is None:
         return named

@@ -1,7 +1,6 @@
-"""What to say of an architecture that is not served: what kind of model it is, and which one that is served is nearest.
+"""The error for an architecture that is not served: the kind of model, and the most similar served one.
 
-Data and one function. Which architectures are served is `registry.py`'s to know, which files there are
-`formats.py`'s.
+Data and one function. `registry.py` has the served architectures.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ class _Kind:
     """A kind of model that is not served.
 
     Attributes:
-        what: What it is, in a few words.
-        has_kin: Whether a served architecture does the same job: continue text.
-        types: Beginnings of `model_type`s that are of this kind, in lower case.
-        suffixes: Ends of class names that are.
-        fields: Fields of config.json that no other kind has.
+        what: A description in a few words.
+        has_kin: Whether a served architecture does the same job, which is to continue text.
+        types: Prefixes of the `model_type`s of this kind, in lower case.
+        suffixes: Suffixes of its class names.
+        fields: Fields of config.json that only this kind has.
     """
 
     what: str
@@ -35,13 +34,13 @@ class _Kind:
     fields: tuple[str, ...] = ()
 
     def is_of(self, architecture: str, name: str, config: _Config) -> bool:
-        """True for a class of this kind, by the plain form of its `model_type` (else of its name), or its fields."""
+        """Whether a class is of this kind, by the plain form of its `model_type` (else of its name) or its fields."""
         ends = architecture.endswith(self.suffixes or ("\0",)) and not architecture.endswith("LMHeadModel")
         begins = name.startswith(tuple(_plain(each) for each in self.types) or ("\0",))
         return begins or ends or any(config.get(field) not in (None, False, 0) for field in self.fields)
 
 
-# The first that fits is said: what rules a model out altogether stands before what it does in another way.
+# The first match is used, so kinds that do another job come before kinds that do the same job in another way.
 _KINDS: tuple[_Kind, ...] = (
     _Kind(
         what="a model of sound",
@@ -128,7 +127,7 @@ _KINDS: tuple[_Kind, ...] = (
         ),
     ),
 )
-# Beginnings of names that say which served family is nearest; the first that fits.
+# Prefixes of names, and the most similar served family; the first match is used.
 _FAMILIES: Mapping[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen": "Qwen2ForCausalLM",
@@ -141,33 +140,33 @@ _FAMILIES: Mapping[str, str] = {
 def not_known(
     architecture: str | None, model_type: object, config: _Config, known: Sequence[str], *, is_analysed: bool = False
 ) -> str:
-    """One line on an architecture that is not served: its name, its kind, the nearest one and all that there are.
+    """One line on an architecture that is not served: its name, its kind, the most similar one, all served ones.
 
     Args:
-        architecture: As config.json has it; None if it names none.
-        model_type: The same; anything at all may stand there.
-        config: The whole object, for fields that tell kinds apart.
-        known: Architectures that are served.
-        is_analysed: Its costs can be computed.
+        architecture: The class in config.json; None if it names none.
+        model_type: The field of this name, of any type.
+        config: The whole object, whose fields help to find the kind.
+        known: Served architectures.
+        is_analysed: Whether its costs can be analyzed.
     """
     kind_name = _plain(model_type if isinstance(model_type, str) and model_type else architecture or "")
     kind = next((kind for kind in _KINDS if kind.is_of(architecture or "", kind_name, config)), None)
     name = f"architecture {shown(architecture)}" if architecture else f"model_type {shown(model_type)}"
     what = f" ({kind.what})" if kind is not None else ""
     nearest = _nearest(architecture or "", kind_name, known) if kind is None or kind.has_kin else None
-    near = f"nearest known: {nearest}" if nearest is not None else "none that is known is near"
+    near = f"nearest known: {nearest}" if nearest is not None else "none of the known ones is similar"
     costs = "; nanoflow analyze computes what it costs" if is_analysed else ""
     verdict = "not served yet" if is_analysed else "not known"
     return f"{name} is {verdict}{what}; {near}; known: {', '.join(known)}{costs}"
 
 
 def _plain(name: str) -> str:
-    """The form in which names of types and of classes agree: GPT2LMHeadModel begins as gpt2 does, and so on."""
+    """A form that names of types and classes share: both GPT2LMHeadModel and gpt2 begin with it."""
     return name.lower().replace("_", "").replace("-", "")
 
 
 def _nearest(architecture: str, model_type: str, known: Sequence[str]) -> str:
-    """The served one of the same family; else the one that is the plainest decoder."""
+    """The served architecture of the same family, else the plainest decoder."""
     names = (model_type, _plain(architecture))
     own = next((name for name in known if any(part.startswith(_family(name)) for part in names)), None)
     kin = (found for start, found in _FAMILIES.items() if any(part.startswith(start) for part in names))

@@ -1,9 +1,8 @@
 """The Llama family as a graph: Llama 2 and 3, DeepSeek-LLM, Mistral, Qwen 2, 2.5 and 3, Phi 3 and 4.
 
-Which architecture takes which traits is `registry.py`'s knowledge; what families have in common is in `parts.py`. No
-kernel and no tensor here. The residual stream is `hidden`: the embedding writes it, and the last product of each block
-adds to it in place, so that no sum is written to be added later. SwiGLU stands by itself here; `graph/fuse.py` joins it
-to the product before it.
+`registry.py` says which options of `build` an architecture has; `parts.py` has what families share. The residual stream
+is `hidden`: the embedding writes it, and the last product of each block adds to it in place, which saves a separate
+addition. SwiGLU is an operation of its own here; `graph/fuse.py` fuses it with the product before it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from nanoflow.models.fields import ModelError, shown
 from nanoflow.models.model import ModelConfig
 from nanoflow.models.rope import rope_spec
 
-# Two names of one function.
+# Two names for the same function.
 _ACTIVATIONS = ("silu", "swish")
 
 
@@ -31,14 +30,14 @@ def build(
 
     Args:
         config: The model.
-        max_model_len: Longest sequence served, for rotary embeddings that depend on it; None is the model's own limit.
+        max_model_len: Longest sequence served, on which some rotary embeddings depend; None is the model's own limit.
         has_qkv_bias: Queries, keys and values have biases even if `config.attention_bias` is False (Qwen 2).
-        has_qk_norm: Each query and key head is normalised before it is rotated (Qwen 3).
-        is_stored_fused: Checkpoints have `qkv_proj` and `gate_up_proj` as one tensor each, rows in this order, in place
-            of the tensors that they are made of (Phi 3).
+        has_qk_norm: Each query and key head is normalised before rotation (Qwen 3).
+        is_stored_fused: Checkpoints store `qkv_proj` and `gate_up_proj` as one tensor each, concatenated along the rows
+            in this order (Phi 3).
 
     Raises:
-        ModelError: The activation or the rotary embedding is not one that is served.
+        ModelError: The activation or the rotary embedding is not supported.
     """
     if config.hidden_act not in _ACTIVATIONS:
         raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
@@ -61,7 +60,7 @@ def build(
 def _kind(
     config: ModelConfig, attention: AttentionDims, parameters: tuple[Parameter, ...], rope: RopeSpec
 ) -> LayerKind:
-    """Layers with this attention."""
+    """The layer kind with this attention."""
     variant = parts.variant_of(config, attention.window)
     return LayerKind(
         name=variant or "layer",

@@ -1,8 +1,7 @@
-"""Where a model's files are: the packaged one, a folder, or the Hugging Face Hub's cache.
+"""Finds a model's files: the embedded model, a folder, or the Hugging Face Hub's cache.
 
-Knows nothing of what the files say; what a folder is that is no model, `formats.py` says. Only weights, JSON, templates
-and tokenizer files are fetched, never pickles and never code: an `auto_map` in config.json is
-ignored, no Python of a model folder is ever run.
+Only weights, JSON, templates and tokenizer files are downloaded, never pickles or code. An `auto_map` in config.json is
+ignored, as no Python code of a model folder is ever run. `formats.py` explains why a folder is not a model.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model, fetched from the Hub (with a progress bar) if it is not on this machine.
+    """The folder of a model; downloads it from the Hub (with a progress bar) if it is not on this machine.
 
     Args:
-        model: "default" for the packaged model, a folder, or a Hub name such as "meta-llama/Llama-3.1-8B".
+        model: "default" for the embedded model, a folder, or a Hub name such as "meta-llama/Llama-3.1-8B".
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ModelError: No such folder or Hub name, the Hub does not answer, or the folder has no config.json.
+        ModelError: There is no such folder or Hub name, the Hub does not answer, or the folder has no config.json.
     """
     folder = Path(model).expanduser()
     if model == DEFAULT_MODEL:
@@ -61,7 +60,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise ModelError(f"model {name!r}: no such folder here, and no such model on the Hugging Face Hub") from None
     except RevisionNotFoundError:
         raise ModelError(f"model {name!r} has no revision {revision!r} on the Hugging Face Hub") from None
-    # Whatever else fails (no network, offline mode, full disk), the one thing to say is that the model is not here.
+    # For any other failure (no network, offline mode, full disk) the message is that the model is not on this machine.
     except Exception as error:
         raise ModelError(
             f"model {name!r}: no such folder here, and the Hub could not give it: {one_line(error)}"

@@ -1,4 +1,4 @@
-"""A decoder-only transformer as data: what a config.json comes to, whatever its dialect."""
+"""A decoder-only transformer as data: the description that every config.json is converted to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from nanoflow.models.fields import INT32_MAX, Fields
 
-# The longest context in units of what the model was trained on, where its rotary embedding stretches that by `factor`.
+# Types of rotary embeddings that multiply the trained context length by their `factor`.
 _STRETCHED = ("linear", "dynamic", "yarn")
-# Rotary embeddings that are plain up to the trained length; a longer context changes them at every position.
+# Types of rotary embeddings that are plain up to the trained length; a longer context changes them at every position.
 _CHANGES_BEYOND = ("dynamic", "longrope")
 
 
@@ -17,10 +17,11 @@ class RopeConfig:
     """Rotary embedding as config.json describes it; `rope.py` turns it into frequencies.
 
     Attributes:
-        rope_type: "default", "linear", "dynamic", "llama3", "yarn", "longrope" or one that `rope.py` refuses.
+        rope_type: "default", "linear", "dynamic", "llama3", "yarn", "longrope", or another one, which `rope.py`
+        refuses.
         theta: Base of the frequencies.
-        original_max_len: Positions the model was trained on before its context was stretched.
-        rotary_dim: How many dimensions of a head are rotated, its first ones; an odd number is rounded up to pairs.
+        original_max_len: Positions that the model was trained on before its context was extended.
+        rotary_dim: How many first dimensions of a head are rotated; an odd number is rounded up to pairs.
         options: The other fields, which depend on the type.
     """
 
@@ -38,19 +39,19 @@ class ModelConfig:
     Attributes:
         architecture: Name of the class in transformers, e.g. "LlamaForCausalLM".
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size: Sizes.
-        rms_norm_eps: Added under the root of every norm.
-        max_position_embeddings: Positions that config.json allows.
+        rms_norm_eps: Added under the root in every norm.
+        max_position_embeddings: Number of positions by config.json.
         hidden_act: Activation of the feed-forward block.
         rope: Rotary embedding.
-        local_rope: That of layers with a sliding window, in architectures where it is another; None elsewhere.
-        fields: Every field that exists for the architecture, for what no other architecture has.
-        layer_windows: Sliding window of each layer in tokens, None without.
-        tie_word_embeddings: The output projection is the embedding.
-        attention_bias, mlp_bias: Whether config.json asks for biases; an architecture may have some of its own accord.
-        eos_token_ids: End of sequence, of config.json first, then of generation_config.json.
+        local_rope: Rotary embedding of layers with a sliding window, if it differs from `rope`; else None.
+        fields: Every field that the architecture has; used for fields that no other architecture has.
+        layer_windows: Sliding window of each layer in tokens; None for a layer without one.
+        tie_word_embeddings: Whether the output projection is the embedding.
+        attention_bias, mlp_bias: Whether config.json asks for biases; some architectures always have some.
+        eos_token_ids: End-of-sequence tokens, those of config.json first, then those of generation_config.json.
         dtype: "float32", "bfloat16" or "float16".
-        num_experts, num_experts_per_token: Feed-forward blocks of a layer in a mixture of experts, and how many of them
-            a token goes through; None in a dense model.
+        num_experts, num_experts_per_token: Experts of a layer of a mixture of experts, and how many of them a token
+            passes; None for a dense model.
     """
 
     architecture: str
@@ -78,11 +79,11 @@ class ModelConfig:
 
     @property
     def max_context_len(self) -> int:
-        """Longest sequence the model is made for.
+        """Longest sequence in tokens that the model supports.
 
-        `linear`, `dynamic` and `yarn` rotary embeddings stretch the length by their factor; where a config.json states
-        the stretched length as `max_position_embeddings`, as with `llama3`, or where windows have a rotary embedding of
-        their own, that counts.
+        `linear`, `dynamic` and `yarn` rotary embeddings multiply the length by their factor. `max_position_embeddings`
+        is the limit if it already includes that (as with `llama3`), or if layers with windows have their own rotary
+        embedding.
         """
         rope = self.rope
         if self.local_rope is not None:
@@ -95,11 +96,10 @@ class ModelConfig:
 
     @property
     def default_context_len(self) -> int:
-        """Longest sequence served if nothing else is asked for.
+        """Longest sequence in tokens if the user sets none.
 
-        A `dynamic` or `longrope` rotary embedding is one thing up to the trained length (of the former
-        `max_position_embeddings`) and another, at all positions, for sequences beyond, so that a longer context has
-        to be asked for.
+        `dynamic` and `longrope` rotary embeddings change at all positions beyond the trained length (for `dynamic` that
+        is `max_position_embeddings`). So a longer context must be asked for.
         """
         if self.rope.rope_type not in _CHANGES_BEYOND:
             return self.max_context_len

@@ -1,7 +1,7 @@
-"""What decoder families have in common, as operations, tensors and parameters: the parts that their graphs are made of.
+"""Parts that the graphs of decoder families share: operations, tensors and parameters.
 
-Which parts a family has, and in which order, says its own file (`llama.py`, `gemma3.py`). The residual stream is
-`hidden`; a norm reads it into `normed`, and the last operation of a block adds to it in place.
+The file of a family (`llama.py`, `gemma3.py`) puts them together. The residual stream is the tensor `hidden`: a norm
+reads it and writes `normed`, and the last operation of a block adds to `hidden` in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nanoflow.graph.layers import sections_of
 from nanoflow.graph.operation import AttentionDims, LinearDims, NormDims, Operation, OpKind, Resource, RowDims, Scope
 from nanoflow.models.model import ModelConfig
 
-# What checkpoints call the embedding, the output projection, and the beginning of what belongs to a layer.
+# Names in checkpoints: the embedding, the output projection, and the prefix of a layer's tensors.
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = "model.layers.{layer}."
 
@@ -28,13 +28,13 @@ def decoder(
     more_tensors: tuple[TensorSpec, ...] = (),
     scale: float = 1.0,
 ) -> OpGraph:
-    """The whole model, from its kinds of layers.
+    """Build the graph of a whole model.
 
     Args:
         config: The model.
-        kind_of: The kind of layers with this sliding window (None: without); called once for each.
-        parameters: Those outside the layers.
-        more_tensors: Tensors of the layers that other families do not have.
+        kind_of: Makes the layer kind for a sliding window (None: without one); called once for each window.
+        parameters: Parameters outside the layers.
+        more_tensors: Tensors of the layers that only this family has.
         scale: Factor on the embedding.
     """
     kinds = {window: kind_of(window) for window in dict.fromkeys(config.layer_windows)}
@@ -54,15 +54,15 @@ def decoder(
 
 
 def variant_of(config: ModelConfig, window: int | None) -> str:
-    """What the attention of layers with this window is told apart by; empty if all layers are alike, or for the rest.
+    """The variant of the attention in layers with this window; empty if all layers have the same window.
 
-    Where layers differ in their windows alone, it is their attention alone that must be told apart.
+    Layers with different windows differ in their attention only, so only attention needs variants.
     """
     return "sliding" if window is not None and len(set(config.layer_windows)) > 1 else ""
 
 
 def tensors(config: ModelConfig, dims: AttentionDims, *more: TensorSpec) -> tuple[TensorSpec, ...]:
-    """Those that every family has, and more of the layers."""
+    """The tensors that every family has, and `more`."""
     hidden, sampled = config.hidden_size, Scope.SAMPLED
     return (
         TensorSpec(name="token_ids", width=1),
@@ -82,7 +82,7 @@ def tensors(config: ModelConfig, dims: AttentionDims, *more: TensorSpec) -> tupl
 
 
 def embed(config: ModelConfig, scale: float = 1.0) -> Operation:
-    """The first operation: rows of the embedding, times a factor."""
+    """The first operation: rows of the embedding, times `scale`."""
     return Operation(
         name="embed",
         kind=OpKind.EMBED,
@@ -95,7 +95,7 @@ def embed(config: ModelConfig, scale: float = 1.0) -> Operation:
 
 
 def norm(name: str, config: ModelConfig, *, scope: Scope = Scope.ALL, prefix: str = "") -> Operation:
-    """The norm of `hidden`; `prefix` chooses the tensors of the sampled rows."""
+    """The RMSNorm of `hidden`; `prefix` selects the tensors of the sampled rows."""
     return Operation(
         name=name,
         kind=OpKind.RMS_NORM,
@@ -122,13 +122,13 @@ def linear(name: str, read: str, written: str, in_features: int, out_features: i
 
 
 def linear_add(name: str, read: str, in_features: int, out_features: int, parameters: set[str]) -> Operation:
-    """The last product of a block, added to the residual stream."""
+    """The last product of a block, added to `hidden`."""
     product = linear(name, read, "hidden", in_features, out_features, parameters)
     return replace(product, kind=OpKind.LINEAR_ADD, reads=(read, "hidden"))
 
 
 def norm_add(name: str, read: str, config: ModelConfig) -> Operation:
-    """The norm of what a block gives, added to the residual stream."""
+    """The RMSNorm of a block's output, added to `hidden`."""
     return Operation(
         name=name,
         kind=OpKind.RMS_NORM_ADD,
@@ -153,7 +153,7 @@ def activation(kind: OpKind, width: int) -> Operation:
 
 
 def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> tuple[Operation, ...]:
-    """From queries, keys and values to what they attend to; a variant tells it from that of other kinds of layers."""
+    """Rotary embedding, cache write and attention; `variant` distinguishes it from that of other layer kinds."""
     return (
         Operation(
             name="rope_append",
@@ -189,7 +189,7 @@ def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> t
 
 
 def epilogue(config: ModelConfig) -> tuple[Operation, ...]:
-    """From the residual stream of the sampled rows to their logits."""
+    """From `hidden` of the sampled rows to their logits."""
     output = "embed.weight" if config.tie_word_embeddings else "lm_head.weight"
     return (
         Operation(
@@ -216,11 +216,11 @@ def epilogue(config: ModelConfig) -> tuple[Operation, ...]:
 
 
 def shared_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Those outside the layers."""
+    """Parameters outside the layers."""
     embedding = (config.vocab_size, config.hidden_size)
     is_tied = config.tie_word_embeddings
     untied = () if is_tied else (fused("lm_head.weight", (OUTPUT, embedding)),)
-    # A tied pair may be stored under either name.
+    # A tied embedding may be stored under either name.
     table = ParameterPart(source=EMBEDDING, shape=embedding, other_source=OUTPUT if is_tied else None)
     return (
         Parameter(name="embed.weight", parts=(table,)),
@@ -232,7 +232,7 @@ def shared_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 def projection(
     name: str, source: str, heights: dict[str, int], in_features: int, *, has_bias: bool
 ) -> tuple[Parameter, ...]:
-    """Weight, and bias if it has one, of a product whose checkpoint parts have these names and output features."""
+    """Weight (and bias, if `has_bias`) of a product; `heights` has names and output features of its stored parts."""
     weight = fused(
         f"{name}.weight", *((f"{source}{part}.weight", (height, in_features)) for part, height in heights.items())
     )
@@ -241,21 +241,21 @@ def projection(
 
 
 def fused(name: str, *parts: tuple[str, tuple[int, ...]]) -> Parameter:
-    """A parameter of checkpoint tensors, given by name and shape."""
+    """A parameter made of checkpoint tensors, given by name and shape."""
     return Parameter(name=name, parts=tuple(ParameterPart(source=source, shape=shape) for source, shape in parts))
 
 
 def present(names: tuple[str, ...], parameters: set[str]) -> tuple[str, ...]:
-    """Those of the names that there are parameters of."""
+    """Those of the names that are parameters."""
     return tuple(name for name in names if name in parameters)
 
 
 def size_of(graph: OpGraph) -> str:
-    """The number of parameters as people say it, such as 8.0B."""
+    """The number of parameters in short form, such as 8.0B."""
     count = graph.num_parameters
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def ignored_sources(config: ModelConfig) -> tuple[str, ...]:
-    """Tensors that checkpoints may have and that are not needed: frequencies, and a copy of a tied embedding."""
+    """Checkpoint tensors that are not needed: rotary frequencies, and the copy of a tied embedding."""
     return (r".*rotary_emb\.inv_freq", *((re.escape(OUTPUT),) if config.tie_word_embeddings else ()))

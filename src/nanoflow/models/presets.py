@@ -1,8 +1,8 @@
-"""Published architectures by name, as data: what to benchmark when only the shape of a model matters.
+"""Published architectures by name, as data, for benchmarks in which only a model's shape matters.
 
-A preset is the part of a model's config.json that `config.py` reads; it has no weights and no tokenizer, so weights are
-drawn at random. A new one is an entry of `PRESETS`; `registry.py` says which architectures there are. What it refuses
-(a mixture of experts) is here for analysis only.
+A preset is the part of a model's config.json that `config_json.py` reads. It has no weights and no tokenizer; weights
+are drawn at random. To add one, add an entry to `PRESETS`. Architectures that are not served (mixtures of experts) can
+only be analyzed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from nanoflow.models.config import ModelConfig, ModelError, parse
+from nanoflow.models.config_json import ModelConfig, ModelError, parse
 
 _PREFIX = "preset:"
 
@@ -66,7 +66,8 @@ _QWEN_2 = {
     "eos_token_id": 151645,
 }
 
-# Of the Qwen 2 and 2.5 models these are the instruction-tuned ones, which differ from the base in length and end only.
+# For Qwen 2 and 2.5 these are the instruction-tuned models; the base models differ in context length and end of
+# sequence.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
         **_LLAMA_2,
@@ -255,15 +256,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def preset_name(model: str) -> str | None:
-    """NAME, if a model is given as `preset:NAME`; None if it is a folder or a Hub name."""
+    """NAME if the model is given as `preset:NAME`; None for a folder or a Hub name."""
     return model.removeprefix(_PREFIX) if model.startswith(_PREFIX) else None
 
 
 def preset_config(name: str) -> ModelConfig:
-    """The architecture of a preset.
+    """The model description of a preset.
 
     Raises:
-        ModelError: There is no such preset; the message names the nearest one.
+        ModelError: There is no such preset; the message suggests the nearest name.
     """
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.5)

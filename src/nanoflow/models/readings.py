@@ -1,8 +1,8 @@
-"""What each architecture reads in config.json: the fields that exist for it, and what an absent one means. Data only.
+"""For each architecture, the fields of config.json that it has, and their defaults. Data only.
 
-A field that is not in an architecture's table does not exist for it: whatever stands there is left over from another
-model and changes nothing. The defaults are those of the configuration classes of transformers 5 (`LlamaConfig`,
-`MistralConfig` and so on), which are those of transformers 4 too, but where the table says otherwise.
+A field that is not in an architecture's table is ignored: it may be left over from another model. Defaults are those of
+the configuration classes of transformers 5 (`LlamaConfig`, `MistralConfig` and so on); they are the same in
+transformers 4 except where the table says otherwise.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ class Reading:
     """How an architecture reads config.json.
 
     Attributes:
-        model_type: What config.json calls it.
-        fields: Fields that exist for it, with the value of an absent one; None where `config.py` derives it from
-            others.
-        nullable: Those of them that may be null; a null elsewhere is an error.
-        rope_types: What its rotary embedding may be called, and which one of `rope.py` each name stands for; None if
-            all of them are known to it by their own names.
-        can_rotate_in_part: Whether `partial_rotary_factor` may leave a part of each head as it is.
+        model_type: Its name in config.json.
+        fields: Its fields and their defaults; None if `config_json.py` derives the default from other fields.
+        nullable: Fields that may be null; null in another field is an error.
+        rope_types: Names of its rotary embeddings, and the type in `rope.py` that each means; None if all types are
+            accepted by their own names.
+        can_rotate_in_part: Whether `partial_rotary_factor` may leave a part of each head unrotated.
     """
 
     model_type: str
@@ -33,11 +32,11 @@ class Reading:
     can_rotate_in_part: bool = False
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The object as the architecture sees it: every field that exists for it, and no other."""
+        """The fields that the architecture has, with defaults for absent ones; others are dropped."""
         return {name: config.get(name, default) for name, default in self.fields.items()}
 
 
-# Fields that mean the same in every architecture.
+# Fields with the same meaning in every architecture.
 _COMMON: Mapping[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -77,7 +76,8 @@ LLAMA = Reading(
     nullable=_NULLABLE | {"num_key_value_heads", "head_dim"},
 )
 
-# With `layer_types` transformers 5 reads a Mistral as a Ministral, whose layers differ; transformers 4 ignores it.
+# With `layer_types`, transformers 5 reads a Mistral as a Ministral, whose layers differ; transformers 4 ignores the
+# field.
 _MISTRAL_FIELDS: Mapping[str, Any] = {
     **_COMMON,
     "vocab_size": 32000,
@@ -110,8 +110,8 @@ QWEN3 = Reading(
     model_type="qwen3", fields={**_QWEN_FIELDS, "head_dim": 128, "attention_bias": False}, nullable=_QWEN_NULLABLE
 )
 
-# `rope_theta` is that of layers without a window. `rope_local_base_freq` and `sliding_window_pattern` are how
-# transformers 4 writes what is in `rope_parameters` and `layer_types`.
+# `rope_theta` is for layers without a window. transformers 4 writes `rope_local_base_freq` and `sliding_window_pattern`
+# for what transformers 5 writes in `rope_parameters` and `layer_types`.
 GEMMA3 = Reading(
     model_type="gemma3_text",
     fields={
@@ -147,7 +147,7 @@ GEMMA3 = Reading(
     | {"use_bidirectional_attention"},
 )
 
-# Its configuration class takes a stretched rotary embedding by three names, and they mean the same.
+# Its configuration class accepts three names for the same extended rotary embedding.
 PHI3 = Reading(
     model_type="phi3",
     fields={
@@ -168,7 +168,7 @@ PHI3 = Reading(
     can_rotate_in_part=True,
 )
 
-# Not served yet, but its costs can be computed.
+# Not served; for analysis only.
 MIXTRAL = Reading(
     model_type="mixtral",
     fields={

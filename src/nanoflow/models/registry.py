@@ -1,4 +1,4 @@
-"""Which architectures there are: how each reads config.json, and which file writes its graph, with which traits.
+"""The architectures: how each reads config.json, and which function makes its graph, with which options.
 
 The keys are the class names in a config.json's `architectures`. See docs/adding-a-model.md.
 """
@@ -22,11 +22,11 @@ Builder = Callable[[ModelConfig, int | None], OpGraph]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A kind of model that is served.
+    """An architecture that is served.
 
     Attributes:
         reading: How it reads config.json.
-        build: Writes its graph, given the longest sequence served.
+        build: Makes its graph from the model description and the longest sequence served.
     """
 
     reading: Reading
@@ -41,28 +41,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Phi3ForCausalLM": Architecture(reading=readings.PHI3, build=partial(llama.build, is_stored_fused=True)),
     "Gemma3ForCausalLM": Architecture(reading=readings.GEMMA3, build=gemma3.build),
 }
-# Not served, but what they cost can be computed.
+# Architectures that are not served, but whose costs can be analyzed.
 _ANALYSED: dict[str, Reading] = {"MixtralForCausalLM": readings.MIXTRAL}
 
 
 def reading_of(architecture: str) -> Reading | None:
-    """How an architecture reads config.json; None if it is not known."""
+    """How an architecture reads config.json; None if it is unknown."""
     served = ARCHITECTURES.get(architecture)
     return _ANALYSED.get(architecture) if served is None else served.reading
 
 
 def served_as(model_type: str) -> str | None:
-    """The architecture that a `model_type` of config.json stands for; None if none that is served."""
+    """The served architecture with this `model_type`; None if there is none."""
     return next((name for name, served in ARCHITECTURES.items() if served.reading.model_type == model_type), None)
 
 
 def refusal(architecture: str | None, model_type: object, values: Mapping[str, Any], *, is_served: bool) -> str | None:
-    """Why a model cannot be served, or, unless that is asked for, not even be analysed; None if it can.
+    """Error for a model that cannot be served (or, unless `is_served`, not even analyzed); None if it can.
 
     Args:
         architecture: The class that config.json names; None if it has only a `model_type`.
-        model_type: As it stands there.
-        values: The whole of config.json.
+        model_type: The field of this name, of any type.
+        values: All fields of config.json.
         is_served: Whether the model is to be served.
     """
     if architecture in ARCHITECTURES or (architecture in _ANALYSED and not is_served):
@@ -80,7 +80,7 @@ def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
         max_model_len: Longest sequence served; None is the model's own limit.
 
     Raises:
-        ModelError: The architecture is not known, or asks for something that is not served.
+        ModelError: The architecture is unknown, or needs something that is not supported.
     """
     fields = {"num_local_experts": config.num_experts}
     if (reason := refusal(config.architecture, None, fields, is_served=True)) is not None:

@@ -1,8 +1,8 @@
-"""Frequencies of rotary embeddings, scaling applied: from what config.json says to what a kernel needs.
+"""Frequencies of rotary embeddings with scaling applied, from a `RopeConfig` to what a kernel needs.
 
-Everything is computed once, in float64. The formulas are those that transformers applies to the same fields
-(modeling_rope_utils), sources: linear (kaiokendev), dynamic NTK (bloc97, emozilla), YaRN (arXiv 2309.00071), Llama 3.1,
-LongRoPE (arXiv 2402.13753). They are functions of the dimensions that are rotated, which may be a part of the head.
+Everything is computed once, in float64, with the formulas of transformers (modeling_rope_utils). Sources: linear
+(kaiokendev), dynamic NTK (bloc97, emozilla), YaRN (arXiv 2309.00071), Llama 3.1, LongRoPE (arXiv 2402.13753). They
+depend on the number of rotated dimensions, which may be less than the head's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 def rope_spec(config: ModelConfig, max_model_len: int | None) -> RopeSpec:
     """Frequencies and attention factor of a model.
 
-    `dynamic` and `longrope` scaling depend on the length of the sequence in transformers, so that keys already cached
-    would have to be rotated anew. Here they are static at the served length. `dynamic` is plain while `max_model_len`
-    does not exceed `max_position_embeddings`, else it has the theta that transformers takes for a sequence of
-    `max_model_len`. `longrope` takes the short factors while `max_model_len` does not exceed the trained length, else
-    the long ones.
+    In transformers, `dynamic` and `longrope` scaling depend on the length of the sequence, so cached keys would have to
+    be rotated again as it grows. Here they are fixed for the served length. `dynamic` is plain if `max_model_len` is at
+    most `max_position_embeddings`; otherwise its theta is that of transformers for a sequence of `max_model_len`.
+    `longrope` uses the short factors if `max_model_len` is at most the trained length, otherwise the long ones.
 
     Args:
         config: The model.
         max_model_len: Longest sequence served; None is `config.default_context_len`.
 
     Returns:
-        Angular frequencies in radians a position, one for every two dimensions that are rotated.
+        Angular frequencies in radians per position, one for each pair of rotated dimensions, and the attention factor.
 
-    Raises:
-        ModelError: The rope type is not known, or it lacks a field.
+        Raises:
+        ModelError: The rope type is unknown, or a field that it needs is missing.
     """
     rope = config.rope
     if rope.rope_type not in _RULES:
@@ -75,7 +74,7 @@ def _dynamic(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
 
 
 def _llama3(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
-    """Divide low frequencies by `factor`, keep high ones, go smoothly from one to the other in between."""
+    """Divide low frequencies by `factor`, keep high ones, and interpolate in between."""
     options = config.rope.options
     low, high = options.positive("low_freq_factor"), options.positive("high_freq_factor")
     if high <= low:
@@ -87,7 +86,7 @@ def _llama3(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
 
 
 def _yarn(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
-    """Keep dimensions that rotate more than `beta_fast` times in the trained length, interpolate below `beta_slow`."""
+    """Keep dimensions that rotate more than `beta_fast` times in the trained length; interpolate below `beta_slow`."""
     options, dim = config.rope.options, config.rope.rotary_dim
     factor = options.positive("factor", config.max_position_embeddings / config.rope.original_max_len)
     low = _yarn_dimension(options.positive("beta_fast", 32.0), config)
@@ -96,7 +95,7 @@ def _yarn(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
     if options.flag("truncate", default=True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0.0), min(high, dim - 1.0)
-    # As in transformers: a ramp of no width becomes one of a thousandth.
+    # As in transformers: a ramp of width 0 gets width 0.001.
     width = high - low if high != low else 0.001
     interpolated = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / width, 0.0, 1.0)
     inv_freq = _frequencies(config.rope.theta, dim)
@@ -104,7 +103,7 @@ def _yarn(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
 
 
 def _yarn_dimension(num_rotations: float, config: ModelConfig) -> float:
-    """The dimension that makes so many rotations in the trained length (YaRN, section 3.2)."""
+    """The (fractional) dimension that rotates `num_rotations` times in the trained length (YaRN, section 3.2)."""
     wavelength = config.rope.original_max_len / num_rotations
     return config.rope.rotary_dim * math.log(wavelength / (2.0 * math.pi)) / (2.0 * math.log(config.rope.theta))
 
@@ -113,7 +112,7 @@ def _yarn_attention_factor(config: ModelConfig, factor: float) -> float:
     options = config.rope.options
     if options.has("attention_factor"):
         return options.positive("attention_factor")
-    # DeepSeek's pair of mscales; one alone, or one that is 0, counts as absent.
+    # DeepSeek gives two mscales; only one, or one that is 0, counts as absent.
     if options.values.get("mscale") and options.values.get("mscale_all_dim"):
         return _mscale(factor, options.positive("mscale")) / _mscale(factor, options.positive("mscale_all_dim"))
     return _mscale(factor, 1.0)
@@ -124,7 +123,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _longrope(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
-    """Divide each frequency by a factor of its own, of which there are two sets: for short and for long sequences."""
+    """Divide each frequency by its own factor; there is one list of factors for short and one for long sequences."""
     options, rope = config.rope.options, config.rope
     inv_freq = _frequencies(rope.theta, rope.rotary_dim)
     short, long = (np.array(options.positives(name, len(inv_freq))) for name in ("short_factor", "long_factor"))
@@ -134,7 +133,7 @@ def _longrope(config: ModelConfig, max_model_len: int) -> tuple[Float64, float]:
 
 
 def _longrope_attention_factor(config: ModelConfig, factor: float) -> float:
-    """Keep the scores' spread in a context that is `factor` times the trained one (as in transformers)."""
+    """Compensates the change of the scores' spread in a context `factor` times the trained one (as in transformers)."""
     options = config.rope.options
     if options.has("attention_factor"):
         return options.positive("attention_factor")

@@ -1,6 +1,6 @@
-"""What config.json says about rotary embeddings: one, or one for layers with a window and one for the others.
+"""The fields of config.json about rotary embeddings: one for all layers, or one for each kind of layer.
 
-What the fields mean in all is `config.py`'s; which frequencies come of them, `rope.py`'s.
+`config_json.py` calls this; `rope.py` computes frequencies from the result.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from nanoflow.models.readings import Reading
 
 logger = logging.getLogger(__name__)
 
-# Rotary embeddings of an architecture with two of them, and where the base of the first stands in older files.
+# Keys of the two rotary embeddings, and the field for the base of the local one in older files.
 _LOCAL, _GLOBAL, _LOCAL_THETA = "sliding_attention", "full_attention", "rope_local_base_freq"
-# Types of rotary embeddings that have a length the model was trained on.
+# Types of rotary embeddings with a field for the trained length.
 _WITH_TRAINED_LEN = ("llama3", "yarn", "longrope")
 
 
 def rope_of(fields: Fields, reading: Reading, head_dim: int) -> RopeConfig:
-    """The rotary embedding; values inside its object win over those outside, but for the trained length.
+    """The rotary embedding, of layers without a window if an architecture has two.
 
-    Of an architecture with two of them it is that of layers without a window.
+    Fields inside its object take precedence over those outside, except for the trained length.
 
     Raises:
-        ModelError: A field makes no sense, or asks for what is not served.
+        ModelError: A field is invalid, or its value is not supported.
     """
     options = _of_kind(fields, _GLOBAL) if _LOCAL_THETA in fields.values else _rope_options(fields)
     return _rope_config(fields, options, reading, head_dim, fields.positive("rope_theta"))
 
 
 def local_rope_of(fields: Fields, reading: Reading, head_dim: int) -> RopeConfig | None:
-    """That of layers with a window, where the architecture has another one for them; None elsewhere.
+    """The rotary embedding of layers with a window; None unless the architecture has a separate one for them.
 
     Raises:
         ModelError: As `rope_of`.
@@ -44,23 +44,23 @@ def local_rope_of(fields: Fields, reading: Reading, head_dim: int) -> RopeConfig
 
 
 def _of_kind(fields: Fields, kind: str) -> Fields:
-    """`rope_parameters` of one kind of layer; `rope_scaling` (transformers 4) adds to those of the global one."""
+    """`rope_parameters` of one kind of layer; for the global kind `rope_scaling` (transformers 4) is merged in."""
     parameters, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
     if unknown := sorted(parameters.values.keys() - {_LOCAL, _GLOBAL}):
         raise parameters.error(unknown[0], f"is none of {_GLOBAL} and {_LOCAL}, of which each has its own")
     if kind == _GLOBAL and "type" in scaling.values and "rope_type" not in scaling.values:
-        # transformers takes no notice of it here.
+        # transformers ignores the older name `type` here.
         raise scaling.error("type", "must be called rope_type")
     own = parameters.nested(kind)
     own = Fields(values={**own.values, **scaling.values}, origin=own.origin) if kind == _GLOBAL else own
     if own.values.get("truncate", True) is not True:
-        # transformers looks for it where it does not stand.
+        # transformers looks for this field in another place and would ignore it.
         raise own.error("truncate", "must be true where layers have rotary embeddings of their own")
     return own
 
 
 def _rope_config(fields: Fields, options: Fields, reading: Reading, head_dim: int, theta: float) -> RopeConfig:
-    """What `options` say, or where they do not, `fields`; `theta` is the base if they have none."""
+    """A rotary embedding from `options`, or from `fields` where they have none; `theta` is the default base."""
     options.refuse_nulls("rope_type", "rope_theta")
     rope_type = _rope_type(options, reading)
     theta = options.positive("rope_theta", theta)
@@ -69,7 +69,7 @@ def _rope_config(fields: Fields, options: Fields, reading: Reading, head_dim: in
     original_max_len = max_position_embeddings = fields.positive_int("max_position_embeddings")
     if rope_type in _WITH_TRAINED_LEN:
         options.refuse_nulls("original_max_position_embeddings")
-        # A value outside is the trained length itself and wins, as in transformers.
+        # A value outside the object is the trained length itself and takes precedence, as in transformers.
         holder = fields if fields.has("original_max_position_embeddings") else options
         original_max_len = holder.positive_int("original_max_position_embeddings", max_position_embeddings)
     return RopeConfig(
@@ -91,7 +91,7 @@ def _rope_type(options: Fields, reading: Reading) -> str:
 
 
 def _rotary_dim(fields: Fields, options: Fields, reading: Reading, head_dim: int) -> int:
-    """Dimensions of a head that are rotated; what the rope parameters say of them wins over what stands outside."""
+    """Number of rotated dimensions of a head; a value in the rope parameters takes precedence over one outside."""
     name = "partial_rotary_factor"
     if not reading.can_rotate_in_part:
         for holder in (options, fields):
@@ -109,7 +109,7 @@ def _rotary_dim(fields: Fields, options: Fields, reading: Reading, head_dim: int
 
 
 def _rope_options(fields: Fields) -> Fields:
-    """`rope_scaling` (transformers 4) or `rope_parameters` (5); of both the former, as transformers does."""
+    """`rope_scaling` (transformers 4) or `rope_parameters` (5); the former if both exist, as in transformers."""
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     if scaling.values and parameters.values and scaling.values != parameters.values:
         logger.warning("%s: rope_scaling and rope_parameters differ, rope_scaling is used", fields.origin)

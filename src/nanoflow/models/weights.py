@@ -1,9 +1,9 @@
-"""Fill a graph's parameters, from safetensors files or at random. The only file of `models/` that knows torch.
+"""Loads a graph's parameters from safetensors files, or draws them at random. The only file of `models/` with torch.
 
-Names and shapes of a whole checkpoint are checked from the files' headers before any memory is allocated. Then each
-tensor is copied from the mapped file straight into its slice of its fused parameter. A file is mapped anew for every
-`_MAPPED_BYTES` of tensors, as pages that were read count as the process's memory as long as they are mapped: so the
-peak is the model plus that much, or plus the largest tensor.
+Names and shapes of the whole checkpoint are checked from the files' headers before memory is allocated. Then each
+tensor is copied from the memory-mapped file into its slice of its parameter. Pages that were read count as the
+process's memory while the file is mapped. So a file is mapped again after every `_MAPPED_BYTES`, and peak memory is the
+model plus that much, or plus the largest tensor.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Parameters of a model, keyed by `Parameter.name`.
+    """Parameters of a model, by `Parameter.name`.
 
     Attributes:
-        shared: Those outside the layers.
-        layers: Those of each layer.
+        shared: Parameters outside the layers.
+        layers: Parameters of each layer.
     """
 
     shared: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Weights:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the parameters take."""
+        """Memory of the parameters in bytes."""
         return sum(tensor.nbytes for group in (self.shared, *self.layers) for tensor in group.values())
 
 
@@ -53,13 +53,13 @@ def load_weights(
 
     Args:
         graph: The model.
-        folder: Where the files are.
-        dtype: Type to convert to, while copying.
-        device: Where the parameters shall be.
-        show_progress: Draw a bar over the tensors.
+        folder: Folder of the files.
+        dtype: Type to convert to while copying.
+        device: Device of the parameters.
+        show_progress: Show a progress bar.
 
-    Raises:
-        ModelError: A file is missing or corrupt, or tensors are missing, superfluous or of another shape or type.
+        Raises:
+        ModelError: A file is missing or corrupt, or tensors are missing, unknown, or of another shape or type.
     """
     stored = check_weights(graph, folder)
     weights = _allocate(graph, dtype, device)
@@ -77,7 +77,7 @@ def check_weights(graph: OpGraph, folder: Path) -> dict[str, StoredTensor]:
     """Compare names, shapes and types of a checkpoint's tensors with what a graph needs; nothing is loaded.
 
     Returns:
-        Every tensor that the checkpoint holds.
+        Every tensor of the checkpoint.
 
     Raises:
         ModelError: As `load_weights`.
@@ -88,12 +88,13 @@ def check_weights(graph: OpGraph, folder: Path) -> dict[str, StoredTensor]:
 
 
 def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
-    """Draw weights that keep activations finite: matrices normal with deviation 0.02, biases 0.002, norms 1.
+    """Draw weights that keep activations finite: normal with deviation 0.02 (matrices) and 0.002 (biases), norms 1.
 
     Args:
         graph: The model.
         dtype: Type of the parameters.
-        device: Where they shall be; its generator draws, so the same seed gives other numbers on another device.
+        device: Device of the parameters. Its generator draws them, so one seed gives different numbers on different
+            devices.
         seed: Seed of the generator.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -138,7 +139,7 @@ def _expected_shapes(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[s
 
 
 def _targets(graph: OpGraph, weights: Weights, stored: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Name of every checkpoint tensor and the slice of the fused parameter that it fills."""
+    """Name of every checkpoint tensor, and the slice of the parameter that it is copied to."""
     for parameter in graph.parameters:
         slices = _slices(parameter, weights.shared[parameter.name])
         yield from ((_source(part, stored), target) for part, target in slices)
@@ -149,7 +150,7 @@ def _targets(graph: OpGraph, weights: Weights, stored: Container[str]) -> Iterat
 
 
 def _source(part: ParameterPart, stored: Container[str]) -> str:
-    """The name under which a checkpoint has a tensor."""
+    """The name by which a checkpoint has a tensor."""
     other = part.other_source
     return other if other is not None and part.source not in stored and other in stored else part.source
 
@@ -164,7 +165,7 @@ def _slices(parameter: Parameter, fused: Tensor) -> Iterator[tuple[ParameterPart
 def _check(
     graph: OpGraph, folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compare what the checkpoint has with what the graph needs."""
+    """Compare the tensors of the checkpoint with those that the graph needs."""
     missing = [name for name in expected if name not in stored]
     if missing:
         raise ModelError(f"{folder} lacks {_listed(missing)} that {graph.name} needs{_layers(graph, stored)}")
@@ -183,7 +184,7 @@ def _check(
 
 
 def _layers(graph: OpGraph, stored: Iterable[str]) -> str:
-    """How many layers there should be and are, if that is what is wrong."""
+    """The expected and actual numbers of layers, if they differ; else empty."""
     found = {int(match[1]) for name in stored if (match := _LAYER.fullmatch(name))}
     num_layers = max(found, default=-1) + 1
     if num_layers == graph.num_layers:
@@ -196,14 +197,14 @@ def _one_of(names: tuple[str, ...]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """The first few names and how many there are."""
+    """The first few names, and how many there are."""
     first = ", ".join(printable(name) for name in names[:_NUM_NAMED])
     more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first}{more})"
 
 
 def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
-    """Names of tensors in the order in which they lie in their file, as many together as may be mapped at once."""
+    """Names of tensors in order of their position in the file, grouped by what may be mapped at once."""
     names: list[str] = []
     num_bytes = 0
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].start):

@@ -24,7 +24,7 @@ from nanoflow.graph.operation import (
 )
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import GpuGroup
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING, PairPoint, Point, Profile, Setup

@@ -18,7 +18,7 @@ import torch
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import kernels_for
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism, ShareOrigin
 from nanoflow.profile.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile

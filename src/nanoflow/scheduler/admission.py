@@ -1,8 +1,7 @@
 """Admission by the predicted peak of pages (NanoFlow, section 4.2.1).
 
-A request is let in when, by what is known and expected of output lengths, the pages of all running requests will at no
-time exceed the pool. The prediction may be wrong; then the scheduler preempts. Expected lengths are `lengths.py`'s;
-both know token counts only, neither rows nor requests (`rows.py`) nor their queue (`waiting.py`).
+A request is admitted if, with expected output lengths, the pages of all running requests never exceed the pool. If the
+prediction is wrong, the scheduler preempts. `lengths.py` predicts lengths. Both files work on token counts only.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from nanoflow.scheduler.progress import Progress
 
 
 class PeakOfPages:
-    """Most pages ever in use if each of N requests generates a token an iteration and leaves at its end.
+    """Largest number of pages in use if each of N requests generates a token an iteration and leaves at its end.
 
-    Between two ends the pages only grow, so the peak is at one of the N moments just before a request ends. When the
-    k-th request in order of ending, latest first, is about to end, those with r >= r_k are there and each has s + r_k
-    tokens, the last of which is never computed and needs no place:
+    Pages only grow between two ends, so the peak is just before one of the N ends. Sort requests by end, latest first.
+    When request k is about to end, the requests i with r_i >= r_k are present, each with s_i + r_k tokens. The last of
+    these tokens is never computed and needs no slot:
 
-        peak = max over k of sum over i with r_i >= r_k of ceil((s_i + r_k - 1) / P), P the tokens of a page
+        peak = max over k of sum over i with r_i >= r_k of ceil((s_i + r_k - 1) / P), with P tokens in a page
 
-    With s_i - 1 = P c_i + d_i and r_k - 1 = P m_k + q_k the pages of request i are c_i + m_k + 1, and one more if
-    d_i + q_k >= P. So running sums of c give the peak up to a page a request; what is left to count, for the moments
-    whose bounds leave the question open, is how many of the first k have such a d.
+    With s_i - 1 = P c_i + d_i and r_k - 1 = P m_k + q_k, request i has c_i + m_k + 1 pages, and one more if d_i + q_k
+    >= P. So cumulative sums of c give the peak up to one page per request. Only at ends where these bounds do not
+    decide the question we count how many of the first k requests have such a d.
 
-    The order is found once, for all requests; the peak may then be asked for any number of the first.
+    The requests are sorted once; then the peak can be computed for any number of the first requests.
 
     Args:
-        num_tokens: int64 [N], s: tokens of each request now, its whole prompt among them.
+        num_tokens: int64 [N], s: tokens of each request now, including its whole prompt.
         num_remaining: int64 [N], r: tokens that it will still generate, at least 1.
-        page_size: Tokens a page.
+        page_size: P, tokens of a page.
     """
 
     def __init__(self, num_tokens: Int64, num_remaining: Int64, page_size: int) -> None:
@@ -66,7 +65,7 @@ class PeakOfPages:
         return bool(np.minimum(-(-last // self._page_size), most_each).sum() <= num_pages)
 
     def _num_carries(self, d: Int64, q: Int64, moments: Int64) -> Int64:
-        """For each moment k, how many d of those up to k reach P - q_k. There are only P different q."""
+        """For each end k, how many d of the requests up to k reach P - q_k. There are only P different q."""
         values, which = np.unique(q, return_inverse=True)
         counts = np.cumsum(d >= self._page_size - values[:, None], axis=1, dtype=np.int32)
         return counts[which, moments].astype(np.int64)
@@ -82,7 +81,7 @@ def num_admissible(
     max_batch_tokens: int,
     num_shared: Int64 | None = None,
 ) -> int:
-    """How many of the candidates, from the first, can join the running ones: the most whose predicted peak fits.
+    """The largest number of candidates, taken in order, that can join the running requests within the predicted peak.
 
     It must fit into every pool. Where a window bounds what a request holds, two upper bounds of the peak are known:
     the peak without the window, and everybody's largest need at the same time.

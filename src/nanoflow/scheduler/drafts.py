@@ -1,13 +1,13 @@
-"""Drafts: guesses of what running requests will say next, verified in one iteration instead of one token after another.
+"""Drafts: guesses of the next tokens of running requests, all verified in one iteration (speculative decoding).
 
-`Drafter` guesses by prompt look-up (`ngram.py`), for those requests of which it knows that guesses were right, and
-while they pay (`gain.py`). `NoDrafts` takes its place in an engine that does not speculate. What is right
-of a draft says `verify.py`; that a draft takes neither budget nor pages from anyone is the scheduler's care.
+`Drafter` guesses by prompt look-up (`ngram.py`), for requests whose guesses have been right, and while drafts pay
+(`gain.py`). `NoDrafts` replaces it in an engine that does not speculate. `verify.py` decides which tokens of a draft
+count. The scheduler gives drafts only tokens and pages that no request needs.
 
-A draft follows a token whose value is known. So while a batch with drafts is on its way, no other is formed; and when
-all but the token on its way says that a draft can be made, the next batch waits for that token. The host's work between
-two iterations is not hidden then. The other way, to leave out only requests whose tokens are on their way, would have
-these take part in every second iteration alone.
+A draft follows a token whose value is known. So while a batch with drafts is in flight, no other is formed. And if a
+draft could be made as soon as the token in flight is known, the next batch waits for that token. Between these
+iterations the host's work is not hidden. The alternative, to skip only requests whose tokens are in flight, would leave
+them out of every second iteration.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from nanoflow.scheduler.ngram import continuation
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.speculation import NgramSpeculation, read_speculation
 
-# Where more requests run nothing is looked up: an iteration has so many tokens then that none is free.
+# With more running requests nothing is looked up: an iteration has so many tokens then that further ones cost time.
 MAX_DRAFTED_REQUESTS = 32
-# A request whose drafts are wrong rests for 1, 2, 4, ... tokens, at most 2 to the power of this.
+# After a wrong draft a request gets none for 1, 2, 4, ... tokens, at most 2 to the power of this.
 _MOST_DOUBLINGS = 6
-# What is remembered of how often guesses were right: older ones count less by this factor with each draft.
+# Decay of the statistics of right guesses, for each draft.
 _MEMORY = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftCounts:
-    """Since the start.
+    """Counts since the start.
 
     Attributes:
-        num_drafts: Drafts that were verified.
-        num_draft_tokens: Tokens of these.
-        num_accepted_tokens: How many of them were right and counted.
-        num_undrafted_requests: Requests for which no draft may be made, as what they may choose hangs on tokens of the
-            same iteration (penalties, bad words).
+        num_drafts: Verified drafts.
+        num_draft_tokens: Their tokens.
+        num_accepted_tokens: How many of these were accepted.
+        num_undrafted_requests: Requests that cannot have drafts, because their choice of a token depends on tokens of
+            the same iteration (penalties, bad words).
     """
 
     num_drafts: int = 0
@@ -55,36 +55,36 @@ class DraftCounts:
 
 
 class Drafts(Protocol):
-    """Makes drafts and learns from them."""
+    """Makes drafts and learns from the results."""
 
     @property
     def counts(self) -> DraftCounts:
-        """What has come of them."""
+        """What became of the drafts so far."""
 
     def join(self, rows: Int64, requests: Sequence[Request]) -> None:
-        """These requests have taken these rows."""
+        """Note that these requests have taken these rows, int64 [N]."""
 
     def awaits_commit(self, table: RowTable, iteration_time: IterationTime | None) -> bool:
-        """Whether the next batch shall be formed only when the oldest on its way has been committed."""
+        """Whether the next batch should be formed only after the oldest batch in flight has been committed."""
 
     def extend(self, turn: Turn, table: RowTable, iteration_time: IterationTime | None) -> Turn:
-        """The turn with drafts, if there are any: within the tokens that it has left."""
+        """The turn with drafts, if there are any, within its remaining tokens."""
 
     def note_formed(self, batch: DenseBatch) -> None:
-        """A batch is on its way."""
+        """Note that a batch is in flight."""
 
     def note_committed(self, batch: DenseBatch) -> None:
-        """A batch is back."""
+        """Note that a batch has been committed."""
 
     def note_verified(self, batch: DenseBatch, is_alive: Bool, num_counting: Int64) -> None:
-        """Which of the B requests of a batch with drafts are still there, and how many draws of each counted."""
+        """Learn from a batch: whether each request still runs, bool [B]; how many of its draws counted, int64 [B]."""
 
     def note_time(self, batch: DenseBatch, shape: BatchShape, time_s: float) -> None:
         """The device has worked so long on a batch, whose shape this is."""
 
 
 class NoDrafts:
-    """Makes none."""
+    """Makes no drafts."""
 
     counts = DraftCounts()
 
@@ -115,7 +115,7 @@ class NoDrafts:
 
 
 def may_draft(request: Request) -> bool:
-    """Whether each token's distribution hangs on its position and the logits alone, not on what was drawn just now."""
+    """Whether each token's distribution depends only on logits and position, not on tokens of the same iteration."""
     return not request.params.has_penalties and not request.bad_word_ids
 
 
@@ -123,8 +123,8 @@ class Drafter:
     """Drafts by prompt look-up.
 
     Args:
-        speculation: How long drafts are, and what is looked for.
-        max_num_seqs: Rows of the state table.
+        speculation: Lengths of drafts and of the matches looked up.
+        max_num_seqs: Number of rows of the state table.
     """
 
     def __init__(self, speculation: NgramSpeculation, *, max_num_seqs: int) -> None:
@@ -134,7 +134,7 @@ class Drafter:
         self._num_in_flight = self._num_drafted_in_flight = 0
         self._awaiting: list[int] = []
         self._gain = Gain()
-        # Of each row.
+        # One entry for each row of the state table.
         self._may_draft = np.zeros(max_num_seqs, dtype=np.bool_)
         self._num_right, self._num_tried = np.zeros((2, max_num_seqs))
         self._num_failed, self._rests_until = np.zeros((2, max_num_seqs), dtype=np.int64)
@@ -151,7 +151,7 @@ class Drafter:
         )
 
     def join(self, rows: Int64, requests: Sequence[Request]) -> None:
-        """See `Drafts`; a request that joins again after a preemption is counted once more."""
+        """See `Drafts`. A request that joins again after a preemption is counted again."""
         self._may_draft[rows] = [may_draft(request) for request in requests]
         self._num_right[rows] = self._num_tried[rows] = 0
         self._num_failed[rows] = self._rests_until[rows] = 0
@@ -163,7 +163,7 @@ class Drafter:
         if self._num_drafted_in_flight or not self._num_in_flight:
             return self._num_drafted_in_flight > 0
         if self._awaiting:
-            # What was waited for has not come yet.
+            # The commit that was waited for has not happened yet.
             return True
         decoding = table.order[table.num_pending(table.order) == 1]
         if len(decoding) > MAX_DRAFTED_REQUESTS:
@@ -172,7 +172,7 @@ class Drafter:
         rows = rows[table.num_tokens[rows] - table.num_known[rows] == 1]
         found: list[tuple[int, Draft]] = []
         for row in rows.tolist():
-            # One token more than a draft: that on its way is guessed too.
+            # One token more than a draft, as the token in flight is guessed too.
             room = int(table.max_total[row] - table.num_known[row]) - 1
             guess = self._guess(row, table, min(self._speculation.num_draft_tokens + 1, room))
             if len(guess) > 1:
@@ -201,7 +201,7 @@ class Drafter:
         left = min(turn.num_left, self._max_tokens)
         guesses: dict[int, Int32] = {}
         for row in rows.tolist():
-            # The token behind the draft is drawn too.
+            # The token after the draft is drawn too.
             room = min(left, int(table.max_total[row] - table.num_known[row]) - 1)
             guess = self._guess(row, table, min(self._speculation.num_draft_tokens, room))
             if len(guess):
@@ -253,7 +253,7 @@ class Drafter:
             self._gain.note_time(shape, time_s, is_drafted=num_guessing > 0)
 
     def _willing(self, rows: Int64, table: RowTable) -> Int64:
-        """Those of the rows that may have a draft now; none where too many run."""
+        """Those of the rows that may have a draft now; none if too many requests run."""
         if len(rows) > MAX_DRAFTED_REQUESTS:
             return rows[:0]
         return rows[self._may_draft[rows] & (table.num_known[rows] >= self._rests_until[rows])]
@@ -270,7 +270,7 @@ class Drafter:
         return Draft(num_tokens=num_tokens, context=int(table.num_known[row]), expected=expected)
 
     def _likelihood(self, row: int) -> float:
-        """That a guessed token is right if those before it are: as seen, and one in two before anything was."""
+        """Observed probability that a guessed token is right if those before it are; 1/2 before any observation."""
         return float((self._num_right[row] + 1) / (self._num_tried[row] + 2))
 
     def _rest(self, row: int, num_known: int) -> None:
@@ -279,12 +279,12 @@ class Drafter:
 
 
 def _expected(likelihood: float, num_tokens: int) -> float:
-    """Tokens of a draft that count: each only if all before it are right."""
+    """Expected number of accepted tokens of a draft: each counts only if all before it are right."""
     return sum(likelihood**place for place in range(1, num_tokens + 1))
 
 
 def _shape_of(turn: Turn) -> BatchShape:
-    """What a turn costs, without drafts."""
+    """The sizes that the cost of a turn without drafts depends on."""
     is_decode = turn.num_pending == 1
     before, taken = turn.num_before[~is_decode], turn.num_taken[~is_decode]
     return BatchShape(
@@ -298,7 +298,7 @@ def _shape_of(turn: Turn) -> BatchShape:
 
 
 def _with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
-    """The turn with so many guessed tokens for some of its decodes, which come behind the other decodes."""
+    """The turn with guessed tokens for some of its decodes (number by row), which are moved after the other decodes."""
     num_drafts = np.array([num_guessed.get(row, 0) for row in turn.rows.tolist()], dtype=np.int64)
     num_decodes = int(np.count_nonzero(turn.num_pending == 1))
     order = np.arange(len(turn.rows))
@@ -316,14 +316,14 @@ def _with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
 
 
 def drafts_of(speculative: str | None, max_num_seqs: int) -> Drafts:
-    """What makes the drafts that the option `speculative` asks for, for so many rows of the state table."""
+    """The maker of drafts for the option `speculative` and a state table of `max_num_seqs` rows."""
     if speculative is None:
         return NoDrafts()
     return Drafter(read_speculation(speculative), max_num_seqs=max_num_seqs)
 
 
 def most_draft_tokens(speculative: str | None, max_num_seqs: int) -> int:
-    """Draft tokens of a batch at most: rows with logits for which there must be room beside one a request."""
+    """Most draft tokens of a batch: rows with logits that are needed beside one per request."""
     return 0 if speculative is None else _most_tokens(read_speculation(speculative), max_num_seqs)
 
 

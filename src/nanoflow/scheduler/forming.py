@@ -1,7 +1,7 @@
-"""What an iteration computes, and the `DenseBatch` that says so.
+"""Decides what the next iteration computes, and forms its `DenseBatch`.
 
-One rule, no phases: a request has `num_computed` tokens and must catch up with `num_tokens`. Decode, chunked prefill
-and recompute after a preemption are that rule. Who may run at all is decided elsewhere (`scheduler.py`).
+One rule replaces phases: a request has `num_computed` tokens and must catch up with `num_tokens`. Decode, chunked
+prefill and recompute after a preemption all follow from it. `scheduler.py` decides which requests run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from nanoflow.scheduler.rows import RowTable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What N requests compute in an iteration, all int64 [N]: rows in batch order, tokens before it, tokens in it.
+    """What N requests compute in an iteration; arrays are int64 [N], in batch order.
 
     Attributes:
-        rows: The requests, those with one token to compute first.
-        num_before: Tokens that are computed before this iteration.
-        num_pending: Tokens that are there and not computed.
+        rows: Rows of the requests in the state table, those with one pending token first.
+        num_before: Tokens computed before this iteration.
+        num_pending: Known tokens that are not computed.
         num_taken: How many of them this iteration computes.
-        num_left: Tokens that the iteration could still take.
-        num_drafts: How many of the pending ones are only guessed, the last of each request (`drafts.py`).
+        num_left: Tokens that still fit in the iteration's budget.
+        num_drafts: How many of the pending tokens, the last ones, are guesses (`drafts.py`).
     """
 
     rows: Int64
@@ -38,7 +38,7 @@ class Turn:
 
 
 def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
-    """Who computes how many tokens: those with one pending token first, then the others, each oldest first."""
+    """Distribute the token budget: requests with one pending token first, then the others, each oldest first."""
     rows = table.order
     num_pending = table.num_pending(rows)
     by_turn = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
@@ -60,7 +60,7 @@ def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
 def form_batch(
     turn: Turn, table: RowTable, pages: PagePools, *, iteration: int, joined: tuple[Joined, ...]
 ) -> DenseBatch:
-    """Write a turn down as a batch; the pages that it needs are there."""
+    """Form the batch of a turn; its requests must have the pages already."""
     rows, taken = turn.rows, turn.num_taken
     query_start = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(taken, out=query_start[1:])
@@ -89,7 +89,7 @@ def form_batch(
 
 
 def _prompt_scores(turn: Turn, table: RowTable, query_start: Int64) -> tuple[PromptScore, ...]:
-    """The parts of prompts whose log probabilities this turn gives: token p of a prompt scores token p + 1."""
+    """The parts of prompts whose log probabilities this turn computes; token p of a prompt scores token p + 1."""
     is_scoring = table.is_scored[turn.rows] & (turn.num_before < table.num_prompt[turn.rows] - 1)
     scores = []
     for index in np.flatnonzero(is_scoring).tolist():

@@ -1,8 +1,8 @@
-"""Whether drafts pay in an iteration: what they are expected to bring against what their tokens cost.
+"""Decides whether drafts pay in an iteration: their expected gain against the cost of their tokens.
 
-An iteration of few tokens takes as long as reading the weights does, so that some more are almost free; in a large
-batch each token has its price, and the guesses that turn out wrong are paid for nothing. What drafts are likely to
-bring is learnt by `drafts.py`; what an iteration takes is the engine's estimate (`plan/iteration_time.py`).
+An iteration with few tokens takes as long as reading the weights, so a few more tokens are almost free. In a large
+batch each token costs time, and wrong guesses waste it. `drafts.py` estimates the expected gain; the engine's model of
+iterations (`plan/iteration_time.py`) predicts their time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from statistics import median
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 
-# Before iterations have been measured: so many tokens take about as long as one on any device that we know.
+# While no iteration has been measured: up to this many tokens take about as long as one on all devices we know.
 MAX_TOKENS_UNMEASURED = 32
-# An iteration with drafts begins only when the one before has been read: the device has nothing to do meanwhile.
+# An iteration with drafts starts only after the previous one has been read; for this time the device idles.
 HOST_GAP_S = 0.5e-3
-# Latest batches of each kind that are kept; the median of a few is not moved by one that was disturbed.
+# Number of recent batches of each kind that are stored. One disturbed batch does not change the median of a few.
 _NUM_KEPT = 9
 _LEAST_TIME_S = 1e-9
-# After so many batches that were formed without drafts, though there were some, one gets them.
+# One batch gets drafts after this many batches that had drafts available and were formed without.
 _LEAST_PATIENCE, _MOST_PATIENCE = 32, 1024
 
 
@@ -30,9 +30,9 @@ class Draft:
     """A draft that could be verified.
 
     Attributes:
-        num_tokens: Of the draft, at least 1.
-        context: Tokens in the cache with the request's last token, without the draft.
-        expected: How many of its tokens will probably count.
+        num_tokens: Tokens of the draft, at least 1.
+        context: Tokens in the cache including the request's last token, without the draft.
+        expected: Expected number of accepted tokens.
     """
 
     num_tokens: int
@@ -41,7 +41,7 @@ class Draft:
 
 
 def with_drafts(shape: BatchShape, drafts: list[Draft]) -> BatchShape:
-    """A batch whose decodes get these drafts: each becomes a part of a prompt with 1 + its number of tokens."""
+    """The shape of a batch with these drafts: a decode with a draft becomes a prefill of 1 + its number of tokens."""
     num_tokens = sum(draft.num_tokens for draft in drafts)
     pairs = sum(
         (1 + draft.num_tokens) * draft.context + draft.num_tokens * (draft.num_tokens + 1) // 2 for draft in drafts
@@ -57,11 +57,11 @@ def with_drafts(shape: BatchShape, drafts: list[Draft]) -> BatchShape:
 
 
 class Gain:
-    """Decides for or against drafts, by the engine's estimate and by how far drafts have been off it.
+    """Decides for or against drafts by predicted times, corrected by their error on recent batches with drafts.
 
-    The estimate has no term for what is special about drafts, and what it says of them hangs on which batches it was
-    fitted to. So the last iterations with drafts and without are kept, and what both took is compared with what the
-    estimate says of them now. Where drafts are declined, nothing is learnt of them: now and then one is tried.
+    The prediction has no term for drafts, and its error on them depends on the batches it was fitted to. So the last
+    iterations with and without drafts are stored, and their times are compared with the present prediction. While
+    drafts are declined nothing is learnt about them, so one is tried from time to time.
     """
 
     def __init__(self) -> None:
@@ -70,12 +70,12 @@ class Gain:
         self._num_declined, self._patience = 0, _LEAST_PATIENCE
 
     def allows(self, shape: BatchShape, drafts: list[Draft], iteration_time: IterationTime | None) -> bool:
-        """Whether a batch shall have these drafts.
+        """Whether a batch should have these drafts.
 
         Args:
-            shape: Without drafts; each request that samples gets a token.
-            drafts: Of some of its decodes.
-            iteration_time: None if nothing has been measured: then the number of tokens is bounded.
+            shape: The batch without drafts; each request that samples gets one token.
+            drafts: Drafts for some of its decodes.
+            iteration_time: Predicts times; None if nothing has been measured, and then the number of tokens is limited.
         """
         drafted = with_drafts(shape, drafts)
         if iteration_time is None:
@@ -86,14 +86,14 @@ class Gain:
         if num_expected * time_s > shape.num_sampled * (drafted_s + HOST_GAP_S):
             self._patience = _LEAST_PATIENCE
             return True
-        # Not even tokens that cost nothing would pay: there is nothing to try.
+        # If drafts would not pay even if their tokens cost nothing, they are not tried.
         if num_expected * time_s <= shape.num_sampled * (time_s + HOST_GAP_S):
             return False
         self._num_declined += 1
         return self._num_declined > self._patience
 
     def correction(self, iteration_time: IterationTime) -> float:
-        """How much longer batches with drafts take than the estimate says, compared with those without."""
+        """Measured / predicted time of batches with drafts, divided by the same ratio of batches without."""
         if not self._plain or not self._drafted:
             return 1.0
         drafted, plain = (
@@ -103,12 +103,12 @@ class Gain:
         return drafted / plain
 
     def note_time(self, shape: BatchShape, time_s: float, *, is_drafted: bool) -> None:
-        """A batch without parts of prompts has taken so long."""
+        """Learn the seconds that a batch of decodes and drafts took."""
         if time_s > 0:
             (self._drafted if is_drafted else self._plain).append((shape, time_s))
 
     def note_formed(self) -> None:
-        """A batch has drafts: if it was a try, the next one comes later, unless drafts pay by then."""
+        """Note a batch with drafts. If it was a trial, the next trial comes later unless drafts pay by then."""
         if self._num_declined > self._patience:
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
         self._num_declined = 0

@@ -1,9 +1,8 @@
-"""What is expected of output lengths, learnt from every token that is generated and from every request that leaves.
+"""Expected output lengths, learnt from every generated token and every ended request.
 
-Lengths are known only when requests have ended, and short ones end first: an average of ended requests is too low at
-the start. What can be counted without that bias is how often a request that has reached some length ends there. So this
-file keeps, for ranges of lengths, how many requests got that far, how many tokens they generated there, and how many
-ended there.
+The mean length of ended requests is too low at first, because short requests end first. How often a request that has
+reached some length ends there can be counted without this bias. So for each range of lengths this file counts the
+requests that reached it, the tokens that they generated in it, and the requests that ended in it.
 """
 
 from __future__ import annotations
@@ -15,32 +14,32 @@ import numpy as np
 from nanoflow.batch import Bool, Float64, Int64
 from nanoflow.scheduler.progress import Progress
 
-# Before anything has ended: this many tokens on average (or a part of what a request has, if that is more), as if so
-# many requests had shown it, and at least a part of one in every range.
+# Prior: this mean number of remaining tokens (or a part of the tokens so far, if that is more), weighted as this many
+# observed requests, and in every range as at least a part of one.
 _PRIOR_TOKENS = 256
 _PRIOR_OUTLIVED = 0.25
 _PRIOR_REQUESTS = 4.0
 _LEAST_ARRIVALS = 0.25
-# So many ends are remembered at least, twice as many at most.
+# After twice as many ends, all counts are halved.
 _REMEMBERED_ENDS = 256
-# The predicted peak lets every request stay as long as it is told here. Were that the mean, those that leave early
-# would be counted as if they stayed: of N requests whose lengths know no age, with mean m, the peak is N * m / e tokens
-# and not N * m. Simulated loads of chats bear this part out: more wastes pages, less preempts.
+# The predicted peak assumes that every request generates as many tokens as we say here. With the mean, requests that
+# end early would be counted as if they stayed. For N requests with exponentially distributed lengths of mean m, the
+# peak is N * m / e tokens rather than N * m. Simulated chat loads confirm this factor: a larger one wastes pages, a
+# smaller one preempts more.
 _COUNTED = 1 / math.e
-# Every preemption says that too little was counted: it raises the part, up to a most, and ends bring it back.
+# A preemption means that too little was counted: it raises the factor, up to a maximum; ends bring it back.
 _MORE_BY_PREEMPTION = 1.2
 _MOST_COUNTED = 1.5
 _BACK_BY_END = 0.02
-# Lengths from here on are one range.
+# Lengths from here on share one range.
 _LONGEST = 1 << 17
 
 
 class OutputLength:
     """Expected output lengths.
 
-    An end is whatever takes a request away: end of sequence, its own length, a stop string that the front end found, a
-    cancel, a client's time-out. They all count alike, since what is asked here is how long a request will hold its
-    pages, not how long its answer would have become.
+    An end is anything that removes a request: end of sequence, its maximum length, a stop string, a cancellation, a
+    client's time-out. All count alike, because the question is how long a request occupies its pages.
     """
 
     def __init__(self) -> None:
@@ -50,31 +49,31 @@ class OutputLength:
         mean = np.maximum(_PRIOR_TOKENS, self._start * _PRIOR_OUTLIVED)
         arrivals = np.maximum(_PRIOR_REQUESTS * np.exp(-self._start / _PRIOR_TOKENS), _LEAST_ARRIVALS)
         ends = arrivals * -np.expm1(-self._width / mean)
-        # float64 [3, ranges]: requests that got there, tokens, ends.
+        # float64 [3, ranges]: requests that reached the range, tokens generated in it, ends in it.
         self._prior = np.stack((arrivals, ends * mean, ends))
         self._seen = np.zeros_like(self._prior)
         self._counted = _COUNTED
         self._remaining: Float64 | None = None
 
     def observe_tokens(self, num_generated: Int64, is_last: Bool) -> None:
-        """Requests have got a token: their number of tokens with it, int64 [N], and whether it was their last."""
+        """Count one token of each request: tokens generated so far, int64 [N]; whether it was the last, bool [N]."""
         ranges = self._ranges(num_generated - 1)
         self._seen[0] += self._count(ranges[num_generated - 1 == self._start[ranges]])
         self._seen[1] += self._count(ranges)
         self._end(ranges[is_last])
 
     def observe_end(self, num_generated: int) -> None:
-        """A request has left with so many tokens, at least 1, after they were observed."""
+        """Count the end of a request after `num_generated` tokens (at least 1), which were observed before."""
         self._end(self._ranges(np.array([num_generated - 1])))
 
     def observe_preemption(self) -> None:
-        """Pages have run out."""
+        """Note a preemption: pages have run out."""
         self._counted = min(self._counted * _MORE_BY_PREEMPTION, _MOST_COUNTED)
 
     def counted_remaining(self, progress: Progress) -> Int64:
-        """Tokens that each request is counted to generate still, int64 [N], at least 1 and at most what it may.
+        """Tokens that each request is assumed to generate from now on, int64 [N], from 1 to the most that it may.
 
-        If the length is exact: all that it may. Otherwise 1 / e of what is expected, more after preemptions.
+        If lengths are exact, the most that it may. Otherwise the expected number / e, and more after preemptions.
         """
         remaining = self._by_range()
         ranges = self._ranges(progress.num_generated)
@@ -96,14 +95,14 @@ class OutputLength:
         self._seen[2] += self._count(ranges)
         self._counted = _COUNTED + (self._counted - _COUNTED) * (1 - _BACK_BY_END) ** len(ranges)
         if self._seen[2].sum() > 2 * _REMEMBERED_ENDS:
-            # A workload changes: what is old counts less and less.
+            # Old observations lose weight, as workloads change.
             self._seen *= 0.5
 
     def _by_range(self) -> Float64:
-        """Tokens expected from the start of each range on, and from the end of the last.
+        """Expected remaining tokens at the start of each range, and at the end of the last one.
 
-        A request that gets to a range generates the mean number of tokens there and, if it gets through, those that are
-        expected from the range's end on.
+        A request at the start of a range generates the mean number of tokens within the range and, if it reaches the
+        end of the range, the tokens expected from there.
         """
         if self._remaining is None:
             arrivals, tokens, ends = self._seen + self._prior
@@ -117,6 +116,6 @@ class OutputLength:
 
 
 def _edges() -> Int64:
-    """Ranges of 8 tokens to 32, then four an octave."""
+    """Bounds of the ranges: 8 tokens each up to 32, then four ranges per factor of 2."""
     octaves = 32 * 2 ** np.arange(0, np.log2(_LONGEST / 32) + 0.125, 0.25)
     return np.concatenate(([0, 8, 16, 24], np.round(octaves))).astype(np.int64)

@@ -1,7 +1,6 @@
-"""What the scheduler can serve: the sizes it works in, and the check that refuses a request which can never run.
+"""The sizes that the scheduler works with, and the check that refuses a request which could never run.
 
-Knows nothing of what is running. Ranges of sampling parameters are checked where they are made (`nanoflow.request`);
-here only what depends on the model and the pool.
+Only what depends on the model and the page pool is checked here; `nanoflow.request` checks sampling parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from nanoflow.kvcache.sizes import PoolSize, longest_sequence
 from nanoflow.parameters import shown
 from nanoflow.request import Request, RequestError
 
-# What clients of OpenAI's API look for, to shorten a prompt or to take another model.
+# Error code by which clients of OpenAI's API know that they must shorten the prompt or use another model.
 CONTEXT_OVERFLOW = "context_length_exceeded"
 
 
@@ -25,7 +24,7 @@ class SchedulerLimits:
 
     Attributes:
         max_batch_tokens: Token budget of an iteration.
-        max_num_seqs: Rows: most requests that run at once.
+        max_num_seqs: Rows of the state table: most requests that run at once.
         max_model_len: Most tokens of a request, prompt plus completion.
         num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
         group_pools: The pool of each KV group; empty stands for one group, without a window, of `num_pages`.
@@ -64,7 +63,7 @@ class SchedulerLimits:
 
 
 def checked_prompt(request: Request, limits: SchedulerLimits) -> Int32:
-    """The prompt of a request that can run alone, int32 [num_prompt_tokens].
+    """The prompt of a request that can run if it is alone, int32 [num_prompt_tokens].
 
     Raises:
         RequestError: The prompt is empty or too long, max_tokens is below 1, a token id is out of the vocabulary, or no
@@ -88,7 +87,7 @@ def checked_prompt(request: Request, limits: SchedulerLimits) -> Int32:
 
 
 def _require_in_vocabulary(request: Request, vocab_size: int) -> None:
-    """Refuse token ids that the model has not; ends of sequence are the model's own to get wrong."""
+    """Refuse token ids outside the vocabulary, except in the model's own end-of-sequence tokens."""
     params = request.params
     for name, ids in (
         ("prompt", request.prompt_token_ids),
@@ -105,12 +104,12 @@ def _require_in_vocabulary(request: Request, vocab_size: int) -> None:
 
 
 def _require_a_choice(request: Request) -> None:
-    """Refuse tokens to choose from of which none may be chosen at the first place."""
+    """Refuse parameters with which no token could be chosen at the first position."""
     params = request.params
     excluded = {word[0] for word in request.bad_word_ids if len(word) == 1}
     if params.min_tokens:
         excluded.update(request.eos_token_ids, params.stop_token_ids or ())
-    # The first that is not excluded will do: the list may be as long as the vocabulary.
+    # Stops at the first token that can be chosen: the list may be as long as the vocabulary.
     if params.allowed_token_ids is not None and all(token_id in excluded for token_id in params.allowed_token_ids):
         message = "of allowed_token_ids none is left: bad_words, or min_tokens, exclude them all"
         raise RequestError(message, param="allowed_token_ids")

@@ -1,8 +1,8 @@
-"""How many tokens the next iteration may have: the token budget, or fewer so that running decodes need not wait long.
+"""How many tokens the next iteration may have: the token budget, or fewer to bound the gap between tokens.
 
-An iteration gives every decode one token, so its time is the gap that their readers see. Chunks of prompts that join
-make it longer; a bound on the gap is a bound on those chunks. Late in a long prompt a token attends to more keys, so
-the same bound allows fewer.
+Every running request gets a token from an iteration, so the time of the iteration is the gap that readers see. Chunks
+of prompts make it longer, so a bound on the gap limits those chunks. Late in a long prompt a token attends to more
+keys, and the same bound allows fewer tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from nanoflow.plan.iteration_time import IterationTime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """A bound on the time of iterations that decodes wait for; none, if either of the first two is None.
+    """A bound on the time of iterations with decodes; there is none if one of the first two attributes is None.
 
     Attributes:
-        max_itl_s: Seconds that such an iteration should take at most. Decodes are never held back, though they alone
-            may take longer.
-        iteration_time: Predicts them.
-        min_prompt_tokens: Prompts go on by so many tokens an iteration, however long it takes.
+        max_itl_s: Most seconds of such an iteration. Decodes are never delayed, even if they alone take longer.
+        iteration_time: Predicts the time.
+        min_prompt_tokens: Prompts advance by at least this many tokens in an iteration, however long it takes.
 
     Raises:
         ValueError: The bound or the least number of tokens is not positive.
@@ -42,15 +41,15 @@ class Pace:
             raise ValueError(f"min_prompt_tokens must be at least 1, got {self.min_prompt_tokens}")
 
     def max_tokens(self, max_batch_tokens: int, num_computed: Int64, num_pending: Int64) -> int:
-        """Tokens that the next iteration may have.
+        """Most tokens of the next iteration.
 
-        What is left when all running requests have got theirs counts as the beginning of a new prompt.
+        Tokens that remain when all running requests have theirs are counted as the beginning of a new prompt.
 
         Args:
             max_batch_tokens: The token budget.
-            num_computed: int64 [N], tokens of each request that are computed; in the order in which they get theirs,
-                those with one pending token (decodes) first.
-            num_pending: int64 [N], tokens that they could compute now, at least 1.
+            num_computed: int64 [N], computed tokens of each request, in the order in which requests get tokens: those
+                with one pending token (decodes) first.
+            num_pending: int64 [N], tokens that each could compute now, at least 1.
         """
         num_decodes = int(np.searchsorted(num_pending, 1, side="right"))
         least = num_decodes + self.min_prompt_tokens

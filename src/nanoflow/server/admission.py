@@ -1,7 +1,7 @@
 """Bound the completions and tokens in the server, over all front ends; a call beyond that is refused at once.
 
-Each process writes the sizes of its calls to its own cells and reads the cells of the others (`cells.py`). The id of
-the process is stored beside them, so that the numbers of a killed process are ignored.
+Each process counts what it has admitted, and reads the counts of the others (`counters.py`). What a process
+that was killed leaves there counts no more: the process is named beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.engine.messages import EngineFacts
-from nanoflow.server.cells import Cells
+from nanoflow.server.counters import Counters
 from nanoflow.server.errors import ApiError
 
 RETRY_AFTER_S = 1
@@ -23,15 +23,15 @@ class Ledger:
     """Completions and tokens that the processes have admitted and that have not ended.
 
     Args:
-        cells: Cells that the processes share; without them, those of this process alone.
+        counters: Counters of this process, with access to those of others; None for a single process.
     """
 
-    def __init__(self, cells: Cells | None = None) -> None:
-        self._cells = Cells() if cells is None else cells
-        # Three cells: process id, completions, tokens.
-        self._place = self._cells.take(3)
-        self._own = self._cells.own(self._place)
-        # A process that has died may have left numbers here.
+    def __init__(self, counters: Counters | None = None) -> None:
+        self._counters = Counters() if counters is None else counters
+        # The process, completions, tokens.
+        self._place = self._counters.take(3)
+        self._own = self._counters.own(self._place)
+        # A process that died may have counted here.
         self._own[:] = os.getpid(), 0, 0
 
     def add(self, num_completions: int, num_tokens: int) -> None:
@@ -39,8 +39,8 @@ class Ledger:
         self._own[1:] += num_completions, num_tokens
 
     def total(self) -> tuple[int, int]:
-        """Completions and tokens of all living processes."""
-        living = [row for row in self._cells.rows(self._place) if row[0] and _lives(int(row[0]))]
+        """Completions and tokens, of all processes that live."""
+        living = [row for row in self._counters.rows(self._place) if row[0] and _lives(int(row[0]))]
         return int(sum(row[1] for row in living)), int(sum(row[2] for row in living))
 
 

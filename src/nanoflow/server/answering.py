@@ -18,8 +18,8 @@ from nanoflow.config import ServerConfig
 from nanoflow.device.host_memory import bound_host_memory
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
-from nanoflow.server.cells import Cells
 from nanoflow.server.connections import Connections
+from nanoflow.server.counters import Counters
 from nanoflow.server.gate import Gate
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import BACKLOG
@@ -52,7 +52,7 @@ async def answer(
     stop: asyncio.Event,
     *,
     gate: Gate,
-    cells: Cells,
+    counters: Counters,
     logs_stats: bool,
     on_ready: Callable[[], None],
 ) -> None:
@@ -62,14 +62,14 @@ async def answer(
         engine: Closed on return.
         config: Names, limits and log level.
         listener: A bound socket.
-        stop: Set to stop the server.
-        gate: Decides whether calls are admitted.
-        cells: Where this process counts.
-        logs_stats: Whether this process logs the statistics of all processes.
+        stop: Tells to stop.
+        gate: Who is let in.
+        counters: Counters of this process.
+        logs_stats: Log statistics of all processes; for one of them.
         on_ready: Called once requests are answered.
     """
     freeze_heap()
-    app, connections = create_app(engine, config, cells, gate), Connections(config)
+    app, connections = create_app(engine, config, counters, gate), Connections(config)
     server = _Server(_uvicorn_config(app, config, connections), on_ready)
     logging_stats = asyncio.create_task(log_stats(engine, app.state.metrics)) if logs_stats else None
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -14,9 +14,9 @@ from nanoflow.server.admission import Ledger
 from nanoflow.server.backend import ServingEngine
 from nanoflow.server.bodies import add_body_reader
 from nanoflow.server.body_bounds import BodyBoundsMiddleware
-from nanoflow.server.cells import Cells
 from nanoflow.server.chat import chat_router
 from nanoflow.server.completions import completions_router
+from nanoflow.server.counters import Counters
 from nanoflow.server.docs_page import docs_router
 from nanoflow.server.door import door
 from nanoflow.server.errors import install_error_handlers
@@ -29,18 +29,20 @@ from nanoflow.server.turnstile import TurnstileMiddleware
 
 
 def create_app(
-    engine: ServingEngine, server_config: ServerConfig, cells: Cells | None = None, gate: Gate | None = None
+    engine: ServingEngine, server_config: ServerConfig, counters: Counters | None = None, gate: Gate | None = None
 ) -> FastAPI:
     """Build the application and let its metrics observe the engine.
 
     Args:
         engine: A running engine; the caller closes it.
-        server_config: Options of the server; those about the address and processes are not used here.
-        cells: Where metrics are counted together with other front ends; without them, for this process alone.
-        gate: Decides whether calls are admitted; without it, all are.
+        server_config: Names, who may use it, bounds, the metrics prefix and the heartbeat limit matter here.
+        counters: Counters of this process, with access to those of other front ends; None for a single process.
+        gate: Who is let in; everybody if not given.
     """
-    service = Service(engine=engine, config=server_config, ledger=Ledger(cells))
-    metrics = ServerMetrics(engine, prefix=server_config.metrics_prefix, model_name=service.model_name, cells=cells)
+    service = Service(engine=engine, config=server_config, ledger=Ledger(counters))
+    metrics = ServerMetrics(
+        engine, prefix=server_config.metrics_prefix, model_name=service.model_name, counters=counters
+    )
     engine.observer = metrics
     app = _Application(
         title="nanoflow",

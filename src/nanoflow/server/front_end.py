@@ -22,7 +22,7 @@ from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.errors import EngineError
 from nanoflow.server.answering import STREAM_END_TIMEOUT_S, answer, run_loop
-from nanoflow.server.cells import Cells
+from nanoflow.server.counters import Counters
 from nanoflow.server.gate import DRAINING, Gate, restarting
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.logs import start_logging
@@ -142,7 +142,7 @@ async def _serve(setup: Setup) -> None:
     try:
         await asyncio.wait((front_end.first, stopped), return_when=asyncio.FIRST_COMPLETED)
         if front_end.first.done():
-            cells = Cells(setup.counts, setup.row)
+            counters = Counters(setup.counts, setup.row)
             with socket.socket(fileno=setup.listener) as listener:
                 await answer(
                     front_end.first.result(),
@@ -150,7 +150,7 @@ async def _serve(setup: Setup) -> None:
                     listener,
                     front_end.stop,
                     gate=front_end.gate,
-                    cells=cells,
+                    counters=counters,
                     logs_stats=False,
                     on_ready=_say_ready,
                 )

@@ -1,9 +1,9 @@
 """Metrics for Prometheus: observe the engine's front end, and render the counts.
 
-Names (after the prefix), labels and buckets are those that dashboards for LLM servers expect. The engine's front end
-calls the observer methods with plain numbers (`engine/observer.py`). Counts are in `cells.py`, where those of all front
-ends are summed. Gauges, and counts that the engine keeps itself, are read from its state when metrics are requested, so
-they are right in an idle engine too, and the same from every front end.
+Names (after the prefix), labels and buckets are those that dashboards for LLM servers expect. Knows no HTTP; the engine
+calls the observer methods with plain numbers (`engine/observer.py`). What is counted stands in `counters.py`, where the
+counts of all front ends add up. Gauges, and what the engine counts itself, are read from its state when asked for: they
+are right in an idle engine too, and the same whichever front end answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanoflow.engine.messages import BookFacts, EngineStats
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.outputs import FinishReason
 from nanoflow.server.backend import ServingEngine
-from nanoflow.server.cells import Cells, CounterCell, Floats, HistogramCells
+from nanoflow.server.counters import Counter, Counters, Floats, Histogram
 
 FIRST_TOKEN_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
@@ -57,13 +57,15 @@ class ServerMetrics(Collector):
         engine: The engine, whose state is read when metrics are requested.
         prefix: Prefix of each name, before a colon.
         model_name: Label of each series.
-        cells: Cells of all front ends; without them, those of this one alone.
+        counters: Counters of this front end, with access to those of others; None for a single process.
     """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, engine: ServingEngine, *, prefix: str, model_name: str, cells: Cells | None = None) -> None:
-        self._cells = cells or Cells()
+    def __init__(
+        self, engine: ServingEngine, *, prefix: str, model_name: str, counters: Counters | None = None
+    ) -> None:
+        self._counters = counters or Counters()
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._families: list[Family] = []
@@ -97,7 +99,7 @@ class ServerMetrics(Collector):
     def observe_finished(self, request: FinishedRequest) -> None:
         """A request ended."""
         self._ended[request.reason].inc()
-        seen: tuple[tuple[HistogramCells, float | None], ...] = (
+        seen: tuple[tuple[Histogram, float | None], ...] = (
             (self._e2e_s, request.e2e_s),
             (self._queue_s, request.queue_s),
             (self._prefill_s, request.prefill_s),
@@ -117,7 +119,7 @@ class ServerMetrics(Collector):
 
     def token_counts(self) -> tuple[float, float]:
         """Prompt tokens, and tokens generated, of all front ends since the start."""
-        total = self._cells.total()
+        total = self._counters.total()
         return float(total[self._prompt_tokens.place][0]), float(total[self._generation_tokens.place][0])
 
     def render(self) -> bytes:
@@ -125,8 +127,8 @@ class ServerMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """All metric families, for the registry."""
-        total = self._cells.total()
+        """All families of series, as the registry asks for them."""
+        total = self._counters.total()
         for family in self._families:
             yield family(total)
 
@@ -187,7 +189,7 @@ class ServerMetrics(Collector):
         )
 
     def _add_counters(self) -> None:
-        add = self._counters
+        add = self._counter_each
         self._prompt_tokens = add("prompt_tokens", "Prompt tokens of requests that got a first token", [{}])[0]
         self._generation_tokens = add("generation_tokens", "Tokens generated", [{}])[0]
         reasons = [{"finished_reason": reason.value} for reason in FinishReason]
@@ -200,7 +202,7 @@ class ServerMetrics(Collector):
         infos = [{"name": plan.name, "digest": plan.digest, "book": digest} for plan in plans]
         self._info("plan_info", "The plans of the plan book, in labels", infos)
         names = [{"plan": plan.name, "digest": plan.digest} for plan in plans]
-        counters = self._counters("iterations", "Iterations that a plan ran", names)
+        counters = self._counter_each("iterations", "Iterations that a plan ran", names)
         self._iterations = {plan.digest: counter for plan, counter in zip(plans, counters, strict=True)}
 
     def _add_latencies(self) -> None:
@@ -259,9 +261,9 @@ class ServerMetrics(Collector):
 
         self._families.append(family)
 
-    def _counters(self, name: str, text: str, labels: Sequence[Mapping[str, object]]) -> list[CounterCell]:
-        """Add a counter with one series for each set of further labels."""
-        counters = [CounterCell(self._cells) for _ in labels]
+    def _counter_each(self, name: str, text: str, labels: Sequence[Mapping[str, object]]) -> list[Counter]:
+        """Add one counter for each set of further labels."""
+        counters = [Counter(self._counters) for _ in labels]
 
         def family(total: Floats) -> Metric:
             counts = CounterMetricFamily(self._name(name), text, labels=(*LABELS, *(labels[0] if labels else ())))
@@ -272,19 +274,19 @@ class ServerMetrics(Collector):
         self._families.append(family)
         return counters
 
-    def _histogram(self, name: str, text: str, buckets: Buckets) -> HistogramCells:
+    def _histogram(self, name: str, text: str, buckets: Buckets) -> Histogram:
         """Add a histogram."""
-        cells = HistogramCells(self._cells, buckets)
-        bounds = [*map(floatToGoString, cells.bounds), "+Inf"]
+        observed = Histogram(self._counters, buckets)
+        bounds = [*map(floatToGoString, observed.bounds), "+Inf"]
 
         def family(total: Floats) -> Metric:
-            *counts, total_value = total[cells.place].tolist()
+            *counts, total_value = total[observed.place].tolist()
             histogram = HistogramMetricFamily(self._name(name), text, labels=LABELS)
             histogram.add_metric(self._values(), list(zip(bounds, accumulate(counts), strict=True)), total_value)
             return histogram
 
         self._families.append(family)
-        return cells
+        return observed
 
     def _values(self, more: Mapping[str, object] | None = None) -> list[str]:
         return [*self._labels.values(), *map(str, (more or {}).values())]

@@ -25,7 +25,7 @@ from nanoflow.engine.place import EnginePlace
 from nanoflow.engine.template_probe import template_problem
 from nanoflow.request import RequestError
 from nanoflow.server.answering import answer, run_loop
-from nanoflow.server.cells import Cells, shared_rows
+from nanoflow.server.counters import Counters, shared_rows
 from nanoflow.server.gate import DRAINING, Gate
 from nanoflow.server.hosts import is_loopback, with_hosts
 from nanoflow.server.keys import with_all_keys
@@ -78,8 +78,8 @@ class _Server:
         listener: Bound socket of this process.
         signals: The signals that end the server.
         siblings: The further front ends.
-        gate: Decides whether calls to this process are admitted.
-        cells: Where this process counts.
+        gate: Who is let in here.
+        counters: Counters of this process.
     """
 
     engine_config: EngineConfig
@@ -90,7 +90,7 @@ class _Server:
     signals: StopSignals
     siblings: Siblings
     gate: Gate
-    cells: Cells
+    counters: Counters
 
     async def load(self, child: EngineChild) -> AsyncEngine:
         """Load the engine in a process that runs already."""
@@ -126,7 +126,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, engin
             signals=signals,
             siblings=siblings,
             gate=Gate(),
-            cells=Cells(counts),
+            counters=Counters(counts),
         )
         try:
             engine = await _unless_stopped(server.load(child), signals.first)
@@ -183,7 +183,7 @@ async def _answer(server: _Server, engine: LastingEngine) -> None:
             server.listener,
             stop,
             gate=server.gate,
-            cells=server.cells,
+            counters=server.counters,
             logs_stats=server.config.log_stats,
             on_ready=is_ready.set,
         )

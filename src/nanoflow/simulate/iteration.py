@@ -15,7 +15,7 @@ from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.graph.shard import Exchange, shard
-from nanoflow.models.config import parse
+from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan

@@ -1,7 +1,7 @@
 """Timelines in Chrome's trace format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-Each timeline is a process, each of its lanes a thread, each span a complete event. Pictures of the same timelines are
-drawn in `drawing_svg.py` and `drawing_text.py`; traces that a profiler wrote are read in `trace.py`.
+Each timeline is a process, each lane a thread, each span a complete event. `drawing_svg.py` and `drawing_text.py` draw
+the same timelines; `trace.py` reads a profiler's traces.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from nanoflow.timeline.timeline import Span, Timeline
 
 
 def chrome_trace(timelines: Sequence[Timeline]) -> bytes:
-    """The JSON document of timelines beside each other; times are in microseconds from the beginning of each.
+    """The JSON document of some timelines; times are in microseconds from the beginning of each.
 
-    Where nothing is timed (`Timeline.period_s` is None), a token counts as a second.
+    In a timeline without times (`Timeline.period_s` is None) a token is shown as a second.
     """
     events = [event for place, timeline in enumerate(timelines) for event in _events(place, timeline)]
     return msgspec.json.encode({"displayTimeUnit": "ns", "traceEvents": events})
@@ -46,5 +46,5 @@ def _name(kind: str, name: str, **place: int) -> dict[str, Any]:
 
 
 def _details(span: Span) -> dict[str, Any]:
-    """What a viewer shows of a span that is chosen."""
+    """The fields that a viewer shows for a selected span."""
     return {"layer": span.layer, "tokens": f"{span.start_token}:{span.stop_token}", "share": span.share}

@@ -1,7 +1,7 @@
-"""What every picture of a timeline shows: its headline, its nano-batches, the use of each resource, and a time axis.
+"""Contents of every picture of a timeline: headline, nano-batches, use of each resource, and time axis.
 
-`drawing_svg.py` and `drawing_text.py` put that on paper and on a terminal. A timeline without a period has no times:
-the places of its spans then count tokens (`order_timeline`), in units of `TOKEN_S`.
+`drawing_svg.py` and `drawing_text.py` draw them. A timeline without a period has no times: positions then count tokens
+(`order_timeline`), in units of `TOKEN_S`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nanoflow.graph.operation import Resource
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.timeline.timeline import Span, Timeline
 
-# How wide a token is in a timeline that has only an order; so an axis in microseconds counts tokens.
+# Width of a token where only the order is known; so an axis in microseconds counts tokens.
 TOKEN_S = 1e-6
 
 _NO_FASTER = "no faster"
@@ -27,13 +27,13 @@ NanoBatch = tuple[int, int]
 def order_timeline(plan: PipelinePlan, graph: OpGraph | None = None, num_layers: int = 3) -> Timeline:
     """A plan as a timeline, without a profile.
 
-    Where the plan says what search predicted, that is drawn. Otherwise only the order is: a nano-operation is as wide
-    as its tokens and starts when its lane is free, what it waits for has ended and, if the graph is known, what it
-    depends on too.
+    If the plan has the times that search predicted, these are used. Otherwise a nano-operation is as wide as its number
+    of tokens. It starts when its lane is free and everything it waits for has ended, including its data dependencies if
+    the graph is known.
 
     Args:
         plan: Valid for the graph.
-        graph: Says what bounds each operation; None leaves that open.
+        graph: Gives the resource of each operation; None if unknown.
         num_layers: How many layers to draw.
     """
     resources = {} if graph is None else {op.name: op.resource for op in graph.layer}
@@ -52,7 +52,7 @@ def _prediction(nano: NanoOperation) -> tuple[float, float] | None:
 
 
 def _predicted_spans(plan: PipelinePlan, resources: Mapping[str, Resource], num_layers: int) -> tuple[Span, ...]:
-    """Each layer a makespan after the one before, later stages that many makespans later."""
+    """Each layer starts a makespan after the previous one; stage s starts s makespans later."""
     makespan_s = plan.predicted_makespan_s or 0.0
     spans = []
     for layer, nano in plan.issue_order(num_layers):
@@ -74,7 +74,7 @@ def _ordered_spans(
     spans = []
     for layer, nano in plan.issue_order(num_layers):
         period, place = layer + nano.stage, places[id(nano)]
-        # What stands after it in the plan is waited for in the period before.
+        # A wait for something later in the plan refers to the previous period.
         waits_s = [ended_s.get((period - (wait > place), wait), 0.0) for wait in nano.waits]
         start_s = max(lane_free_s[nano.lane], *waits_s, 0.0)
         if graph is not None:
@@ -96,7 +96,7 @@ def span_of(
     stop_s: float,
     resources: Mapping[str, Resource],
 ) -> Span:
-    """A nano-operation of a plan at a time; `resources` says what bounds the operations, as far as known."""
+    """The span of a nano-operation; `resources` maps operations to their resource, as far as known."""
     return Span(
         operation=nano.operation,
         layer=layer,
@@ -111,13 +111,13 @@ def span_of(
 
 
 def check(timelines: Sequence[Timeline]) -> None:
-    """`ValueError` if there is nothing to draw."""
+    """Raise `ValueError` if there is nothing to draw."""
     if not timelines or not all(any(span.stop_s > span.start_s for span in line.spans) for line in timelines):
         raise ValueError("nothing to draw: a timeline needs a nano-operation that takes time")
 
 
 def headline(timeline: Timeline, sequential_s: float | None) -> str:
-    """One line: the name, and a layer's makespan against that of its operations one after the other."""
+    """One line: the name, a layer's makespan, and its ratio to the time of the layer's operations run sequentially."""
     if timeline.period_s is None:
         return timeline.name
     line = f"{timeline.name}: {timeline.period_s * 1e6:,.1f} us a layer"
@@ -137,25 +137,25 @@ def faster_or_slower(gain: float) -> str:
 
 
 def nano_batches(timelines: Sequence[Timeline]) -> dict[NanoBatch, int]:
-    """Every token range in the pictures, numbered in order of its tokens."""
+    """The nano-batches of all timelines, numbered in order of their tokens."""
     found = {nano_batch(span) for timeline in timelines for span in timeline.spans}
     return {tokens: number for number, tokens in enumerate(sorted(found))}
 
 
 def nano_batch(span: Span) -> NanoBatch:
-    """Its tokens."""
+    """The nano-batch of a span."""
     return span.start_token, span.stop_token
 
 
 def resources_used(timelines: Sequence[Timeline]) -> list[Resource]:
-    """Those to draw a curve of: compute and memory wherever anything is known, the network where it is used."""
+    """Resources to draw a curve of: compute and memory if any resource is known, the network if it is used."""
     found = {span.resource for timeline in timelines for span in timeline.spans} - {None}
     always = {Resource.COMPUTE, Resource.MEMORY} if found else set()
     return [resource for resource in Resource if resource in found | always]
 
 
 def use_steps(timeline: Timeline, resource: Resource) -> list[tuple[float, float]]:
-    """Sum of the shares that run of operations bound by a resource: (time, what holds from then on), from 0 on."""
+    """Sum of the shares of running spans bound by a resource, as steps (time, value from then on) from time 0."""
     changes: dict[float, float] = defaultdict(float, {0.0: 0.0})
     for span in timeline.spans:
         if span.resource is resource:
@@ -163,25 +163,25 @@ def use_steps(timeline: Timeline, resource: Resource) -> list[tuple[float, float
             changes[span.stop_s] -= span.share
     steps, level = [], 0.0
     for time_s in sorted(changes):
-        # Sums of shares that have all ended leave rounding errors.
+        # A sum of shares that have all ended may differ from 0 by rounding.
         level = max(round(level + changes[time_s], 9), 0.0)
         steps.append((time_s, level))
     return steps
 
 
 def full_s(timeline: Timeline, timelines: Sequence[Timeline]) -> float:
-    """Length of the axis: that of the longest timeline, counted in time like this one, or in tokens."""
+    """Length of the axis: the longest timeline with the same unit, time or tokens."""
     is_timed = timeline.period_s is not None
     return max(other.duration_s for other in timelines if (other.period_s is not None) == is_timed)
 
 
 def unit(timeline: Timeline) -> str:
-    """What the axis counts."""
+    """The unit of the axis."""
     return "tokens" if timeline.period_s is None else "us"
 
 
 def ticks_us(length_s: float, most: int) -> list[float]:
-    """At most so many round places, two or more, on an axis from 0 to `length_s`, in microseconds."""
+    """At most `most` round numbers, at least two, on an axis from 0 to `length_s`; in microseconds."""
     length_us = length_s * 1e6
     least = length_us / max(most - 1, 1)
     power = 10.0 ** math.floor(math.log10(least))
@@ -190,23 +190,23 @@ def ticks_us(length_s: float, most: int) -> list[float]:
 
 
 def label(operation: str, room: int) -> str:
-    """The operation's name in so many characters: whole, else its abbreviation, else nothing; never cut."""
+    """The operation's name if it fits in `room` characters, else its abbreviation, else nothing."""
     return next((name for name in (operation, abbreviation(operation)) if len(name) <= room), "")
 
 
 def abbreviation(operation: str) -> str:
-    """The first letters of the name's parts; of a name of one part the first three."""
+    """The first letters of the parts of a name; for a name of one part its first three letters."""
     parts = [part for part in operation.split("_") if part]
     return "".join(part[0] for part in parts) if len(parts) > 1 else operation[:3]
 
 
 def abbreviations(labels: Mapping[str, str]) -> dict[str, str]:
-    """What a legend explains: of labels drawn, each with its operation, those that are not the name; in order."""
+    """Entries of the legend: labels that differ from the name of their operation, in order."""
     return {short: name for short, name in sorted(labels.items()) if short and short != name}
 
 
 def shares(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """The part of the device that each lane is given, where that is not all of it."""
+    """The share of each lane that has less than the whole device."""
     return {span.lane: span.share for line in timelines for span in line.spans if 0 < span.share < 1}
 
 

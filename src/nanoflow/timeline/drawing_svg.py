@@ -1,8 +1,8 @@
-"""Timelines as an SVG picture: lanes by time, the layers that are in flight above them, the use of resources below.
+"""Timelines as an SVG picture: lanes over time, the layers in flight above them, the use of resources below.
 
-Plain strings, the same bytes for the same timelines. Colours tell nano-batches apart (the palette of Okabe and Ito,
-which colour-blind people can read), their depth tells layers apart; light and dark follow the reader's setting. What
-is shown is `drawing.py`'s to say, the same on a terminal `drawing_text.py`'s.
+The same timelines give the same bytes. Colours are the nano-batches (the palette of Okabe and Ito, which colour-blind
+people can read); their opacity is the layer. Light and dark follow the reader's setting. `drawing.py` says what is
+shown; `drawing_text.py` draws the same for a terminal.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from nanoflow.timeline.drawing import (
 from nanoflow.timeline.timeline import Span, Timeline
 
 _PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#808080")
-# Depth of the fill, layer by layer; ink stays readable on all of them, in light and in dark.
+# Opacity of the fill, by layer; text stays readable on all of them, in light and in dark.
 _LAYER_DEPTHS = (0.5, 0.32, 0.16)
 _RESOURCE_COLOURS = {Resource.COMPUTE: "#d55e00", Resource.MEMORY: "#0072b2", Resource.NETWORK: "#009e73"}
 
-# Everything in pixels of the picture's own width.
+# Lengths are in pixels at the picture's own width.
 _WIDTH = 1200.0
 _LEFT, _RIGHT = 140.0, 16.0
 _PLOT = _WIDTH - _LEFT - _RIGHT
@@ -51,7 +51,7 @@ _LEGEND_COLUMNS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Frame:
-    """One timeline's place: its top edge, and how many pixels a second has."""
+    """The area of one timeline: its top edge, and pixels per second."""
 
     timeline: Timeline
     top: float
@@ -89,13 +89,13 @@ def svg(timelines: Sequence[Timeline], *, sequential_s: float | None = None) -> 
 
     Args:
         timelines: One, or a predicted and a measured one.
-        sequential_s: A layer's operations one after the other, to compare with; None if unknown.
+        sequential_s: Time of a layer's operations one after the other, for comparison; None if unknown.
 
     Returns:
         An SVG document.
 
     Raises:
-        ValueError: There is no timeline, or one has no span of any length.
+        ValueError: There is no timeline, or one has no span longer than 0.
     """
     check(timelines)
     numbers = nano_batches(timelines)
@@ -167,7 +167,7 @@ def _picture(frame: _Frame, numbers: dict[NanoBatch, int]) -> Iterator[str]:
 
 
 def _axis(frame: _Frame) -> Iterator[str]:
-    """Behind everything else: a line a tick, its number below."""
+    """Vertical lines with numbers below, behind everything else."""
     top, bottom = frame.layers_top, frame.axis_top
     ticks = ticks_us(frame.length_s, _MOST_TICKS)
     for tick in ticks:
@@ -178,7 +178,7 @@ def _axis(frame: _Frame) -> Iterator[str]:
 
 
 def _layers(frame: _Frame) -> Iterator[str]:
-    """A bar a layer from its first start to its last end, so that one sees which are in flight at once."""
+    """A bar for each layer from its first start to its last end, which shows how many are in flight at once."""
     for row, layer in enumerate(frame.layers):
         y = frame.layers_top + row * _LAYER_ROW
         spans = [span for span in frame.timeline.spans if span.layer == layer]
@@ -189,7 +189,7 @@ def _layers(frame: _Frame) -> Iterator[str]:
 
 def _block(frame: _Frame, span: Span, y: float, number: int) -> str:
     x, width = frame.x(span.start_s), (span.stop_s - span.start_s) / frame.length_s * _PLOT
-    # Neighbours stay apart where there is room for that.
+    # A gap between neighbours where there is room for it.
     drawn = max(width - 1.0, min(width, 0.5))
     name = _label(frame, span)
     text = f'<text class="inside" x="{_n(x + 4)}" y="{_n(y + 20)}">{escape(name)}</text>' if name else ""
@@ -201,12 +201,12 @@ def _block(frame: _Frame, span: Span, y: float, number: int) -> str:
 
 
 def _label(frame: _Frame, span: Span) -> str:
-    """What stands in a block."""
+    """The text in a block."""
     return label(span.operation, int(((span.stop_s - span.start_s) / frame.length_s * _PLOT - 7) / _CHARACTER))
 
 
 def _squeezed(lane: str) -> str:
-    """A lane's name is whole, however long: narrower where it would not fit."""
+    """A lane's name, compressed horizontally if it would not fit."""
     room = _LEFT - 12
     return "" if len(lane) * _LANE_CHARACTER <= room else f' textLength="{_n(room)}" lengthAdjust="spacingAndGlyphs"'
 
@@ -221,7 +221,7 @@ def _tooltip(span: Span, timeline: Timeline) -> str:
 
 
 def _curve(frame: _Frame, resource: Resource, top: float) -> Iterator[str]:
-    """Stepwise area: the sum of the shares that run; full height is the whole device."""
+    """An area of steps: the sum of the shares that run; full height is the whole device."""
     floor, height = top + _CURVE_ROW - 3, _CURVE_ROW - 9
     steps = use_steps(frame.timeline, resource)
     path = f"M{_n(_LEFT)} {_n(floor)}"
@@ -235,7 +235,7 @@ def _curve(frame: _Frame, resource: Resource, top: float) -> Iterator[str]:
 
 
 def _legend(numbers: dict[NanoBatch, int], top: float) -> Iterator[str]:
-    """Colour and tokens of every nano-batch."""
+    """Colour and tokens of each nano-batch."""
     for (start, stop), number in numbers.items():
         row, column = divmod(number, _LEGEND_COLUMNS)
         x, y = _LEFT + column * _PLOT / _LEGEND_COLUMNS, top + row * _LEGEND_ROW
@@ -244,7 +244,7 @@ def _legend(numbers: dict[NanoBatch, int], top: float) -> Iterator[str]:
 
 
 def _keys(frames: Sequence[_Frame]) -> Iterator[str]:
-    """Sentences below the picture: abbreviations, what R is, and the scale of the curves."""
+    """Sentences below the picture: abbreviations, the meaning of R, and the scale of the curves."""
     drawn = {_label(frame, span): span.operation for frame in frames for span in frame.timeline.spans}
     short = ", ".join(f"{name} {operation}" for name, operation in abbreviations(drawn).items())
     if short:
@@ -267,5 +267,5 @@ def _legend_height(numbers: dict[NanoBatch, int]) -> float:
 
 
 def _n(value: float) -> str:
-    """A coordinate with a tenth of a pixel, as short as it goes."""
+    """A coordinate rounded to a tenth of a pixel, in its shortest form."""
     return f"{value:.1f}".removesuffix(".0")

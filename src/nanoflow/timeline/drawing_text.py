@@ -1,7 +1,7 @@
-"""Timelines as text for a terminal: a row a lane, a cell a moment, a row a resource for how much of it is in use.
+"""Timelines as text for a terminal: a row for each lane and each resource, a column for each interval of time.
 
-A block begins with the letter of its nano-batch and has its operation's name where there is room; what fills the rest
-tells layers apart. What is shown is `drawing.py`'s to say, the same on paper `drawing_svg.py`'s.
+A block begins with the letter of its nano-batch, and has its operation's name if there is room. The fill of the rest
+shows the layer. `drawing.py` says what is shown; `drawing_svg.py` draws the same as SVG.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from nanoflow.timeline.drawing import (
 from nanoflow.timeline.timeline import Span, Timeline
 
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
-# Backgrounds of the 256-colour palette near those of the SVG; ink is black on all of them.
+# Backgrounds of the 256-colour palette close to those of the SVG; black text is readable on all of them.
 _BACKGROUNDS = (75, 214, 79, 182, 117, 209, 227, 250)
 _LEAST_PLOT = 20
 _MARGIN = 2
-# A block's letter and colon before the name.
+# Characters of a block before the name: letter and colon.
 _BESIDE_NAME = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Marks:
-    """Characters: of the layers' fill, of a curve from nothing to everything, and of an empty cell."""
+    """Characters: fills of the layers, heights of a curve from 0 to 1, and an empty column."""
 
     fills: str
     levels: str
@@ -67,15 +67,15 @@ def text(
     Args:
         timelines: One, or a predicted and a measured one.
         width: Columns of the terminal.
-        sequential_s: A layer's operations one after the other, to compare with; None if unknown.
-        colour: Nano-batches get backgrounds, by ANSI sequences.
+        sequential_s: Time of a layer's operations one after the other, for comparison; None if unknown.
+        colour: Whether nano-batches have background colours (ANSI sequences).
         is_ascii: For terminals that cannot show block characters.
 
     Returns:
-        Lines, each at most `width` wide (headlines may be longer).
+        Lines of at most `width` characters (headlines may be longer).
 
     Raises:
-        ValueError: There is nothing to draw, or the width is too small for it.
+        ValueError: There is nothing to draw, or the width is too small.
     """
     check(timelines)
     resources = resources_used(timelines)
@@ -105,7 +105,7 @@ def text(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sheet:
-    """How all timelines of a picture are drawn: columns of the plot, the margin before it, nano-batches' numbers."""
+    """Layout of a picture: columns of the plot, the margin before it, and the numbers of nano-batches."""
 
     margin: int
     columns: int
@@ -123,7 +123,7 @@ class _Sheet:
         yield self._row(unit(timeline)) + self._axis(length_s)
 
     def legend(self, timelines: Sequence[Timeline]) -> Iterator[str]:
-        """Which letter is which nano-batch, which fill which layer, and what is abbreviated."""
+        """Lines that explain letters (nano-batches), fills (layers) and abbreviations."""
         layers = sorted({span.layer for timeline in timelines for span in timeline.spans})
         entries = [
             f"{self._painted(_letter(number), number)} tokens {start}:{stop}"
@@ -137,7 +137,7 @@ class _Sheet:
             yield from self._wrapped(short)
 
     def keys(self, timelines: Sequence[Timeline], resources: Sequence[Resource]) -> Iterator[str]:
-        """What a lane's share means, and the scale of the rows of resources."""
+        """Lines that explain the share of a lane and the scale of the resources' rows."""
         given = shares(timelines)
         if given:
             parts = ", ".join(f"{lane} R {share:.2f}" for lane, share in given.items())
@@ -151,47 +151,47 @@ class _Sheet:
         return textwrap.wrap(words, self.margin + self.columns)
 
     def _labels(self, timeline: Timeline, timelines: Sequence[Timeline]) -> Iterator[tuple[str, str]]:
-        """What stands in the blocks of a timeline, and for which operation."""
+        """The labels of a timeline's blocks, each with its operation."""
         length_s = full_s(timeline, timelines)
         for lane in timeline.lanes:
             owners = self._owners([span for span in timeline.spans if span.lane == lane], length_s)
-            for span, cells in _runs(owners):
+            for span, width in _runs(owners):
                 if span is not None:
-                    yield label(span.operation, cells - _BESIDE_NAME), span.operation
+                    yield label(span.operation, width - _BESIDE_NAME), span.operation
 
     def _wrapped(self, entries: Sequence[str]) -> Iterator[str]:
-        """Entries in columns of equal width, as wide as the widest without its colours."""
-        cell = max(_visible(entry) for entry in entries) + 3
-        per_line = max((self.margin + self.columns) // cell, 1)
+        """Entries in columns of equal width, that of the widest entry without colour sequences."""
+        width = max(_visible(entry) for entry in entries) + 3
+        per_line = max((self.margin + self.columns) // width, 1)
         for first in range(0, len(entries), per_line):
-            yield "".join(entry + " " * (cell - _visible(entry)) for entry in entries[first : first + per_line])
+            yield "".join(entry + " " * (width - _visible(entry)) for entry in entries[first : first + per_line])
 
     def _row(self, name: str) -> str:
         return name.ljust(self.margin)
 
     def _lane(self, spans: Sequence[Span], length_s: float) -> str:
-        return "".join(self._block(span, cells) for span, cells in _runs(self._owners(spans, length_s)))
+        return "".join(self._block(span, width) for span, width in _runs(self._owners(spans, length_s)))
 
     def _owners(self, spans: Sequence[Span], length_s: float) -> list[Span | None]:
-        """Cells from a block's start to its end; one within a cell has that cell if no block before it does."""
+        """The span of each column. A span shorter than a column gets it unless an earlier span has it."""
         owners: list[Span | None] = [None] * self.columns
         for span in spans:
-            first, stop = self._cell(span.start_s / length_s), self._cell(span.stop_s / length_s)
-            for cell in range(first, max(stop, min(first + 1, self.columns))):
-                owners[cell] = owners[cell] or span
+            first, stop = self._column(span.start_s / length_s), self._column(span.stop_s / length_s)
+            for column in range(first, max(stop, min(first + 1, self.columns))):
+                owners[column] = owners[column] or span
         return owners
 
-    def _cell(self, part: float) -> int:
-        # What ends at a cell's edge must not reach into the cell by a rounding error, nor fall short of it.
+    def _column(self, part: float) -> int:
+        # The small term keeps rounding errors from moving a time across the edge of a column.
         return int(part * self.columns + 1e-6)
 
-    def _block(self, span: Span | None, cells: int) -> str:
+    def _block(self, span: Span | None, width: int) -> str:
         if span is None:
-            return self.marks.empty * cells
+            return self.marks.empty * width
         number = self.numbers[nano_batch(span)]
-        name = label(span.operation, cells - _BESIDE_NAME)
+        name = label(span.operation, width - _BESIDE_NAME)
         shown = _letter(number) + (f":{name}" if name else "")
-        return self._painted(shown.ljust(cells, self._fill(span.layer)), number)
+        return self._painted(shown.ljust(width, self._fill(span.layer)), number)
 
     def _fill(self, layer: int) -> str:
         return self.marks.fills[layer % len(self.marks.fills)]
@@ -202,18 +202,18 @@ class _Sheet:
         return f"\x1b[30;48;5;{_BACKGROUNDS[number % len(_BACKGROUNDS)]}m{shown}\x1b[0m"
 
     def _curve(self, timeline: Timeline, resource: Resource, length_s: float) -> str:
-        """Each cell as high as the use is on average within it; something in use is never shown as nothing."""
+        """The mean use of the resource in each column; use above zero is never shown as zero."""
         highest = len(self.marks.levels) - 1
         use = _Integral(use_steps(timeline, resource))
-        cell_s = length_s / self.columns
-        means = [(use(cell_s * (cell + 1)) - use(cell_s * cell)) / cell_s for cell in range(self.columns)]
+        column_s = length_s / self.columns
+        means = [(use(column_s * (column + 1)) - use(column_s * column)) / column_s for column in range(self.columns)]
         heights = [min(round(mean * highest), highest) if mean > 0 else 0 for mean in means]
         return "".join(
             self.marks.levels[max(height, 1) if mean > 1e-6 else 0] for mean, height in zip(means, heights, strict=True)
         )
 
     def _axis(self, length_s: float) -> str:
-        """Numbers that begin at their place; the last ones only if they fit."""
+        """Numbers that start at their column; the last ones are left out if they do not fit."""
         line = ""
         for tick in ticks_us(length_s, max(self.columns // 12, 2)):
             place = round(tick * 1e-6 / length_s * self.columns)
@@ -224,7 +224,7 @@ class _Sheet:
 
 
 class _Integral:
-    """Integral of a stepwise function from 0 on, at any time."""
+    """Integral of a step function from 0 to any time."""
 
     def __init__(self, steps: Sequence[tuple[float, float]]) -> None:
         self._times_s = [time_s for time_s, _ in steps]
@@ -240,12 +240,12 @@ class _Integral:
 
 
 def _runs(owners: Sequence[Span | None]) -> Iterator[tuple[Span | None, int]]:
-    """Neighbouring cells of one block, or of none, and how many there are."""
+    """Runs of columns with the same span (or None), and the length of each."""
     first = 0
-    for cell in range(1, len(owners) + 1):
-        if cell == len(owners) or owners[cell] is not owners[first]:
-            yield owners[first], cell - first
-            first = cell
+    for column in range(1, len(owners) + 1):
+        if column == len(owners) or owners[column] is not owners[first]:
+            yield owners[first], column - first
+            first = column
 
 
 def _letter(number: int) -> str:
@@ -253,5 +253,5 @@ def _letter(number: int) -> str:
 
 
 def _visible(entry: str) -> int:
-    """Characters without colour sequences, which end with an m."""
+    """Number of characters without colour sequences, which end with an m."""
     return len("".join(part.partition("m")[2] if place else part for place, part in enumerate(entry.split("\x1b["))))

@@ -1,6 +1,6 @@
-"""A timeline: which nano-operation ran, or is predicted to run, when and on which lane. What `drawing.py` draws.
+"""A timeline: which nano-operation ran, or is predicted to run, when and on which lane.
 
-Predicted ones come from `simulate/layer.py`, measured ones from a profiler's trace; neither is known here.
+`simulate/layer.py` predicts timelines, `trace.py` reads measured ones, `drawing.py` prepares pictures of them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ class Span:
     """One nano-operation in time.
 
     Attributes:
-        operation: Name in the graph, or of a kernel that belongs to none.
+        operation: Name in the graph, or name of a kernel that belongs to no operation.
         layer: Counted from 0 within the timeline.
-        start_token, stop_token: Its nano-batch.
+        start_token, stop_token: The token range of its nano-batch.
         lane: Name of the lane.
-        resource: What bounds it; None if that is not known.
-        share: The lane's R.
-        start_s, stop_s: From the beginning of the timeline.
+        resource: What bounds it; None if unknown.
+        share: The lane's share R.
+        start_s, stop_s: Seconds from the beginning of the timeline.
     """
 
     operation: str
@@ -40,9 +40,9 @@ class Timeline:
     """Spans in order of their start.
 
     Attributes:
-        name: For people: the plan's name, and whether it is predicted or measured.
+        name: Title for people: the plan's name, and whether it is predicted or measured.
         spans: At least one.
-        period_s: Steady-state makespan of one layer; None if nothing is timed: spans then count tokens (`drawing.py`).
+        period_s: Steady-state makespan of one layer; None if there are no times and spans count tokens (`drawing.py`).
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""A measured timeline: kernels in a profiler's trace, put down to the nano-operations of the plan that launched them.
+"""A measured timeline: kernels of a profiler's trace, assigned to the nano-operations of the plan that launched them.
 
-A trace knows kernels by name and time only, and every product's kernel has the same few names. So kernels are counted:
-those of one kind are launched in the plan's issue order, hence the k-th kernel of a kind belongs to the k-th
-nano-operation of that kind. Which names make a kind is data (`KernelRules`). Nothing here needs a GPU or a profiler.
+A trace has names and times of kernels, and the kernels of all products share a few names. So kernels are counted. Those
+of one kind are launched in the plan's issue order: the k-th kernel of a kind belongs to the k-th nano-operation of that
+kind. `KernelRules` maps kernel names to kinds. Neither a GPU nor a profiler is needed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from nanoflow.timeline.timeline import Span, Timeline
 
 
 class TraceError(ValueError):
-    """A trace cannot be read, or does not fit the plan; one line that says why."""
+    """A trace cannot be read, or does not fit the plan; the message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelEvent:
-    """One kernel as it ran."""
+    """One kernel of the trace."""
 
     name: str
     start_us: float
@@ -41,13 +41,13 @@ class KernelEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelRule:
-    """Operations whose kernels cannot be told apart by name: a kind.
+    """A kind: operations whose kernels cannot be told apart by name.
 
     Attributes:
         operations: Their names in the graph's layer.
-        kernel: Regular expression, searched for in the name of the kernel that begins a nano-operation.
-        then: The same for kernels that continue what began last on their stream; None if there are none.
-        scope: Tokens they work on; a nano-operation without such tokens launches nothing.
+        kernel: Regular expression found in the name of a nano-operation's first kernel.
+        then: The same for its further kernels on the same stream; None if it has one kernel only.
+        scope: Tokens that they work on; a nano-operation without such tokens launches no kernel.
         after_layers: Operations of this kind after the last layer, in order; each launches one kernel.
     """
 
@@ -60,12 +60,12 @@ class KernelRule:
 
 KernelRules = tuple[KernelRule, ...]
 
-# The first rule that has an operation in the plan and whose pattern fits is taken.
+# A kernel belongs to the first rule that matches it and has an operation in the plan.
 KERNEL_RULES: KernelRules = (
     KernelRule(operations=frozenset({"attn_norm", "ffn_norm"}), kernel=r"^_rms_norm", after_layers=("final_norm",)),
     KernelRule(operations=frozenset({"attn_post_norm", "ffn_post_norm"}), kernel=r"^_add_rms_norm"),
     KernelRule(operations=frozenset({"rope_append"}), kernel=r"^_rope_append"),
-    # A long context is read in parts, which a second kernel merges.
+    # The keys of a long context are split over programs, and a second kernel merges the parts.
     KernelRule(
         operations=frozenset({"decode_attention"}),
         kernel=r"^decode_program",
@@ -77,7 +77,7 @@ KERNEL_RULES: KernelRules = (
     KernelRule(
         operations=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
         kernel=r"^_linear|nvjet|cutlass|gemm|gemv",
-        # A product may be cut along its inner dimension, and a fused SwiGLU may be a kernel of its own.
+        # The inner dimension of a product may be split, and SwiGLU may be a kernel of its own.
         then=r"(?i)splitk.*reduce|^_swiglu",
         after_layers=("lm_head",),
     ),
@@ -94,7 +94,7 @@ KERNEL_RULES: KernelRules = (
 
 @dataclass(slots=True)
 class _Ran:
-    """A nano-operation as it ran: its first kernel, and the end of its last."""
+    """A nano-operation in the trace: its first kernel, and the end of its last kernel."""
 
     event: KernelEvent
     stop_us: float
@@ -111,22 +111,22 @@ def timeline_of_trace(
     rules: KernelRules = KERNEL_RULES,
     resources: Mapping[str, Resource] | None = None,
 ) -> Timeline:
-    """Some layers of the middle iteration in a trace.
+    """Some layers of the iteration in the middle of a trace.
 
     Args:
-        events: Of one GPU; whole iterations of that plan on batches of that shape, and nothing else that has kernels
-            of the rules' names. Kernels without a rule are left out.
-        plan: What ran.
-        shape: The batch; where a CUDA graph ran, with its padding.
-        num_layers: Of the model.
+        events: Kernels of one GPU: whole iterations of the plan on batches of the shape, and nothing else whose kernels
+            match the rules. Kernels without a rule are ignored.
+        plan: The plan that ran.
+        shape: The batch; for a CUDA graph, with padding.
+        num_layers: Layers of the model.
         first_layer: First layer to show; None for layers in the middle.
-        num_shown: How many layers to show; fewer if the model has fewer.
-        rules: Kernel names.
-        resources: What bounds each operation, as far as known.
+        num_shown: How many layers to show, at most those of the model.
+        rules: Kinds of kernels.
+        resources: The resource of each operation, as far as known.
 
     Raises:
-        TraceError: Kernels and plan do not fit; names the kernels and both counts.
-        ValueError: There are no such layers.
+        TraceError: The kernels do not fit the plan; the message names the kernels and both counts.
+        ValueError: The model has no such layers.
     """
     num_shown = min(num_shown, num_layers)
     first = (num_layers - num_shown) // 2 if first_layer is None else first_layer
@@ -151,7 +151,7 @@ def timeline_of_trace(
 
 
 def _ran(events: Iterable[KernelEvent], rules: KernelRules) -> dict[KernelRule, list[_Ran]]:
-    """What began by each rule, in order of the start."""
+    """The nano-operations found by each rule, in order of their start."""
     compiled = [(rule, re.compile(rule.kernel), None if rule.then is None else re.compile(rule.then)) for rule in rules]
     found: dict[KernelRule, list[_Ran]] = defaultdict(list)
     last_on: dict[tuple[KernelRule, int], _Ran] = {}
@@ -172,7 +172,7 @@ def _ran(events: Iterable[KernelEvent], rules: KernelRules) -> dict[KernelRule, 
 def _launched(
     rule: KernelRule, plan: PipelinePlan, shape: BatchShape, num_layers: int
 ) -> list[tuple[int, NanoOperation | None]]:
-    """What of a kind one iteration launches: (layer, nano-operation), None for what stands after the layers."""
+    """What one iteration launches of a kind: (layer, nano-operation), or None for operations after the layers."""
     start, stop = {
         Scope.DECODE: (0, shape.num_decode_tokens),
         Scope.PREFILL: (shape.num_decode_tokens, shape.num_tokens),
@@ -188,7 +188,7 @@ def _launched(
 def _assigned(
     rule: KernelRule, launched: list[tuple[int, NanoOperation | None]], ran: list[_Ran]
 ) -> Iterator[tuple[int, NanoOperation, _Ran]]:
-    """The kernels of the middle iteration with what they belong to."""
+    """The kernels of the iteration in the middle of the trace, with the nano-operations they belong to."""
     names = "/".join(sorted(rule.operations))
     if not launched and not ran:
         return
@@ -213,7 +213,7 @@ def _from_zero(name: str, spans: list[Span]) -> Timeline:
 
 
 def read_chrome_trace(path: Path) -> list[KernelEvent]:
-    """Kernels in a trace in Chrome's format, as torch's profiler writes it, also compressed (.gz).
+    """Kernels of a trace in Chrome's format, as torch's profiler writes it, possibly compressed (.gz).
 
     Raises:
         TraceError: The file cannot be read, is no such trace, or has no kernel.

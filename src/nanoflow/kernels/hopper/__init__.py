@@ -16,7 +16,7 @@ from nanoflow.graph.operation import AttentionDims
 
 
 def has_gluon() -> bool:
-    """Whether this Triton has the language of the Hopper kernels; where it has none, the others do."""
+    """Whether this Triton has Gluon; without it, other kernels are used."""
     try:
         return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
     except ModuleNotFoundError:
@@ -24,7 +24,7 @@ def has_gluon() -> bool:
 
 
 def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
-    """Whether products can carry decode attention of these heads on this device: in bfloat16, where `can_attend`."""
+    """Whether products can carry decode attention of these heads on this device: bfloat16, and `can_attend`."""
     if not has_gluon():
         return False
     from nanoflow.kernels.hopper.attention import can_attend
@@ -33,10 +33,10 @@ def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> 
 
 
 def steps_of(share: float) -> int:
-    """K-steps of a product to a block of keys, where products have this share of the steps."""
+    """Number of k-steps of a product for each block of keys, if the product has this share of the steps."""
     return max(round(share / (1.0 - share)), 1)
 
 
 def share_of(steps: int) -> float:
-    """The products' share of the steps, with so many k-steps to a block of keys."""
+    """The product's share of the steps, with this number of k-steps for each block of keys."""
     return steps / (steps + 1)

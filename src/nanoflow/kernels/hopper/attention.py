@@ -1,12 +1,12 @@
-"""Decode attention for any share of a Hopper card, in Gluon: a twin of `reference.decode_attention`.
+"""Decode attention for any share of a Hopper card, in Gluon; the reference is `reference.decode_attention`.
 
-Keys are read by the tensor memory accelerator (TMA), page after page, into a ring in shared memory, and are the rows of
-the products; so a step costs few instructions, and an SM takes in all that it can, about 47 bytes a clock: a quarter of
-a card's SMs streams keys at two thirds of the whole card's speed. Each program takes an equal run of blocks of keys,
-across requests and KV heads, so skewed lengths balance; what two programs did of one head of a request is merged by a
-second kernel (`merge.py`). How a graph is cut into nano-batches is not known here, only rows.
+The tensor memory accelerator (TMA) copies keys page by page into a ring of slots in shared memory, and keys are the
+rows of the products. So a step takes few instructions, and an SM reads as fast as it can, about 47 bytes a clock: a
+quarter of the SMs reads keys at two thirds of the whole card's speed. Each program takes an equal run of blocks of keys
+across requests and KV heads, so uneven lengths are balanced. A second kernel (`merge.py`) merges the parts of a head
+that several programs computed.
 
-Shape legend: T tokens, B rows with room for decodes, H heads, K KV heads, D head size, N pages, G tokens a page.
+Shape legend: T tokens, B rows that may be decodes, H heads, K KV heads, D head size, N pages, G tokens of a page.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-calls
@@ -24,15 +24,15 @@ from nanoflow.kernels.hopper.merge import SCAN, run_merge
 from nanoflow.kernels.launch import Launch, LayerCache
 from nanoflow.kernels.triton_attention import LOG2_E, card_of
 
-# Three programs on an SM hide each other's softmax; registers and shared memory are cut to that. Beside a product there
-# is room for one.
+# With three programs an SM overlaps their softmaxes; registers and shared memory are limited for that. Beside a product
+# there is room for one.
 PROGRAMS_PER_SM, PROGRAMS_BESIDE = 3, 1
 NUM_WARPS, NUM_STAGES, MAX_REGISTERS = 4, 2, 72
 _HOPPER = 9
 
 
 def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
-    """Whether the kernel takes these heads on this device: Hopper, 16-bit types, head size 64 or 128, no window."""
+    """Whether the kernel supports these heads on this device: Hopper, 16-bit dtypes, head size 64 or 128, no window."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == _HOPPER
@@ -44,12 +44,12 @@ def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) ->
 
 
 def decode_attention(launch: Launch) -> None:
-    """Attention of one query a request over its pages, out [B, H x D], on the whole card."""
+    """Attention of one query per request over its pages, out [B, H x D], on the whole card."""
     decode_attention_on(launch, card_of(launch.reads[0].device).num_sms)
 
 
 def decode_attention_on(launch: Launch, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM) -> None:
-    """`decode_attention` for a stream with so many SMs. Pages of other than 16 tokens are the Triton kernel's."""
+    """`decode_attention` for a stream with `num_sms` SMs. For pages of other than 16 tokens the Triton kernel runs."""
     assert launch.cache is not None
     if launch.cache.keys.shape[2] == PAGE_TOKENS:
         run_decode(launch, programs_per_sm * num_sms)
@@ -58,17 +58,18 @@ def decode_attention_on(launch: Launch, num_sms: int, programs_per_sm: int = PRO
 
 
 def run_decode(launch: Launch, num_programs: int) -> None:
-    """`decode_attention` by so many programs.
+    """`decode_attention` by a given number of programs.
 
     Raises:
-        ValueError: Tensors that are not contiguous, or another page size.
+        ValueError: The tensors are not contiguous, or pages do not have 16 tokens.
     """
     dims, cache, decodes = launch.op.dims, launch.cache, launch.inputs.decodes
     assert isinstance(dims, AttentionDims) and cache is not None
     (q,), (out,), tables = launch.reads, launch.writes, launch.pages.decode_tables
     check(q, out, cache)
     group = dims.num_heads // dims.num_kv_heads
-    # Two places a program: for a part that does not begin its head of a request, and for one that does.
+    # Two entries for each program: the even one for a part without the beginning of its head, the odd one for a part
+    # with it.
     parts = torch.empty((2 * num_programs, MAX_GROUP, dims.head_dim), dtype=torch.float32, device=q.device)
     log_sums = torch.empty((2 * num_programs, MAX_GROUP), dtype=torch.float32, device=q.device)
     decode_program[(num_programs,)](
@@ -76,7 +77,7 @@ def run_decode(launch: Launch, num_programs: int) -> None:
         parts,
         log_sums,
         q,
-        # One head of one token a row; a box is half of a page of one head.
+        # A row is one head of one token; a box is half of a page of one head.
         boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
         boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
         tables,
@@ -100,13 +101,13 @@ def run_decode(launch: Launch, num_programs: int) -> None:
 
 
 def boxes(cells: Tensor, num_rows: int) -> TensorDescriptor:
-    """Rows for TMA, which moves so many of them at once, 128 bytes of each."""
+    """A TMA descriptor of rows; each copy moves `num_rows` rows, 128 bytes of each."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor.from_tensor(cells, [num_rows, PANEL], layout)
 
 
 def check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
-    """ValueError for tensors that the Hopper kernels do not take."""
+    """Raise ValueError for tensors that the Hopper kernels do not support."""
     if cache.keys.shape[2] != PAGE_TOKENS:
         raise ValueError(f"a page of {cache.keys.shape[2]} tokens; this kernel takes {PAGE_TOKENS}")
     if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):

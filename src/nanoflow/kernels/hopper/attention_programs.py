@@ -1,13 +1,13 @@
-"""The program of decode attention that runs on Hopper, in Gluon; `attention.py` says how the work is cut.
+"""The Gluon program of decode attention on Hopper; `attention.py` divides the work.
 
-One warp issues loads, a warpgroup computes; barriers in shared memory say which slot of the ring is full or empty.
-Scores are keys x queries and the result is dimensions x queries, so that what fills the tensor cores' 64 rows are keys,
-then dimensions, and the few queries of a KV head are columns: eight, the fewest there can be. What attention in a
-product's program (`carry_attention.py`) has in common with it is here too: its memory, its sums, and how a head ends.
+One warp issues loads and a warpgroup computes; barriers in shared memory say which slot of the ring is full or empty.
+Scores are keys x queries, and the result is dimensions x queries. So the 64 rows of the tensor cores are filled with
+keys, then with dimensions, and the few queries of a KV head are columns: eight, the minimum. The parts that
+`carry_attention.py` (attention in a product's program) shares are here too: memory, sums, and the end of a head.
 
-Shape legend: B rows with room for decodes, K KV heads, D head size, N pages of G tokens, P pages a table.
+Shape legend: B rows that may be decodes, K KV heads, D head size, N pages of G tokens, P pages of a table.
 
-Fields of an aggregate are checked against their annotations, so these must be classes and not text.
+Gluon checks fields of an aggregate against their annotations, so these must be classes, not strings.
 """
 
 # mypy: ignore-errors
@@ -25,7 +25,7 @@ from triton.language.core import _aggregate as aggregate
 from nanoflow.kernels.hopper.rings import make_ring
 from nanoflow.kernels.hopper.walk import Rows
 
-# Query heads of a KV head, at most; tokens a page; dimensions in a row of shared memory, which TMA swizzles.
+# Most query heads of a KV head; tokens of a page; dimensions of a row in shared memory, which TMA swizzles.
 MAX_GROUP, PAGE_TOKENS, PANEL = 8, 16, 64
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
 _PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
@@ -34,12 +34,12 @@ _PANEL: gl.constexpr = gl.constexpr(PANEL)
 
 @aggregate
 class Memory:
-    """Shared memory of an attention, of 16-bit numbers, in panels of dimensions.
+    """Shared memory of an attention, 16-bit, in panels of dimensions.
 
     Attributes:
         queries: [slots x panels, MAX_GROUP, PANEL].
         keys, values: [slots x panels, BLOCK, PANEL].
-        weights: [MAX_GROUP, BLOCK], of the queries for the keys of one block.
+        weights: [MAX_GROUP, BLOCK], softmax weights of one block of keys for each query.
     """
 
     queries: gl.shared_memory_descriptor
@@ -54,13 +54,14 @@ class Memory:
 
 @aggregate
 class Results:
-    """What an attention writes.
+    """The outputs of an attention.
 
     Attributes:
-        out: [B, K x GROUP, D], heads whose blocks are all in this run.
-        parts: float32 [2 S, MAX_GROUP, D], the means of values of heads that are not, of S runs.
-        log_sums: float32 [2 S, MAX_GROUP], log2 of the sums of weights of those.
-        run: Which of the runs this is.
+        out: [B, K x GROUP, D], for heads whose blocks are all in this run.
+        parts: float32 [2 S, MAX_GROUP, D], for other heads: mean values over a run's part of the head; S is the number
+        of runs.
+        log_sums: float32 [2 S, MAX_GROUP], log2 of the sums of weights of these parts.
+        run: Number of this run.
         GROUP: Query heads of a KV head.
     """
 
@@ -80,10 +81,9 @@ class Results:
 class Sums:
     """A running softmax over the blocks of keys of one head.
 
-    Attributes:
-        peak: [MAX_GROUP], the largest scores so far.
-        total: [BLOCK, MAX_GROUP], sums over blocks of weights relative to the peak, for each place in a block.
-        low, high: [PANEL, MAX_GROUP], sums of weighted values, of either panel of dimensions.
+    peak: [MAX_GROUP], the largest score so far.
+    total: [BLOCK, MAX_GROUP], weights relative to the peak, summed over blocks for each position in a block.
+    low, high: [PANEL, MAX_GROUP], sums of weighted values, one for each panel of dimensions.
     """
 
     peak: gl.tensor
@@ -98,7 +98,7 @@ class Sums:
 
 @gluon.jit
 def _make_memory(dtype: gl.constexpr, STAGES: gl.constexpr, PANELS: gl.constexpr, BLOCK: gl.constexpr):
-    """For the queries of one head, and so many slots of keys and values."""
+    """Memory for the queries of one head and STAGES slots of keys and values."""
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     keys = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK, _PANEL], tile)
     values = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BLOCK, _PANEL], tile)
@@ -109,7 +109,7 @@ def _make_memory(dtype: gl.constexpr, STAGES: gl.constexpr, PANELS: gl.constexpr
 
 @gluon.jit
 def no_sums(LOWEST: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr):
-    """Of no keys; LOWEST is below every score."""
+    """Sums over no keys; LOWEST is below every score."""
     return Sums(
         gl.full([_GROUP], LOWEST, gl.float32, gl.SliceLayout(0, mma)),
         gl.zeros([BLOCK, _GROUP], gl.float32, mma),
@@ -120,9 +120,9 @@ def no_sums(LOWEST: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr):
 
 @gluon.jit
 def close_head(results, sums, cursor, rows, is_last, has_begin, PANELS: gl.constexpr, mma: gl.constexpr):
-    """Write the head of a row, or this run's part of it.
+    """Write the result of a head, or this run's part of it.
 
-    `is_last` says whether the head ends here, and else the run does; `has_begin` whether the run has its first block.
+    `is_last` says whether the head ends here (otherwise the run does); `has_begin` whether the run has its first block.
     """
     HEAD_DIM: gl.constexpr = PANELS * _PANEL
     denominators = gl.sum(sums.total, 0)
@@ -139,7 +139,7 @@ def close_head(results, sums, cursor, rows, is_last, has_begin, PANELS: gl.const
             result = (sums.high / denominators[None, :]).to(dtype)
             gl.store(results.out + cells + _PANEL, result, mask=(heads < results.GROUP)[None, :])
     else:
-        # A part that begins its head goes to the odd place of this run, any other to the even one.
+        # A part with the beginning of its head goes to this run's odd entry, any other part to the even one.
         place = 2 * results.run
         if has_begin:
             place += 1
@@ -152,7 +152,7 @@ def close_head(results, sums, cursor, rows, is_last, has_begin, PANELS: gl.const
 
 @gluon.jit
 def _load(keys, values, memory, ring, page_tables, table_stride, rows, cursor, num_steps, PANELS: gl.constexpr):
-    """Fill the ring. Pages beyond the context are the last one again: every slot gets the same number of bytes."""
+    """Fill the ring. For pages beyond the context the last page is loaded again, so every slot gets the same bytes."""
     PAGES: gl.constexpr = rows.BLOCK // _PAGE
     for step in range(num_steps):
         slot = step % ring.STAGES
@@ -175,17 +175,18 @@ def _load(keys, values, memory, ring, page_tables, table_stride, rows, cursor, n
 def _attend(
     results, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
-    """Empty the ring: a running softmax over the blocks of one head of one request after the other."""
+    """Consume the ring: a running softmax over the blocks of one head of one request after the other."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, _GROUP, 16]
     )
     sums = no_sums(-1e30, rows.BLOCK, mma)
     is_new = num_steps > 0
-    # The sums keep `first_block` a variable of its own: the compiler takes a plain copy for another name of `block`.
+    # The addition makes `first_block` a separate variable: the compiler would take a plain copy for an alias of
+    # `block`.
     first_block = cursor.block + 0 * num_steps
     for step in range(num_steps):
         slot = step % ring.STAGES
-        # 1. Another head or request brings new queries.
+        # 1. Load queries for a new head or request.
         if is_new:
             _load_queries(q, memory.queries, results.GROUP, rows, cursor, PANELS, WARPS)
             sums = no_sums(-1e30, rows.BLOCK, mma)
@@ -204,7 +205,7 @@ def _attend(
         # 3. Running softmax and values.
         sums = _with_block(sums, scores, memory, slot, PANELS)
         ring.release(step)
-        # 4. The head of a request ends, or this program's part of it.
+        # 4. Write the result if the head or this run ends.
         is_new = is_last
         if is_last | (step + 1 == num_steps):
             close_head(results, sums, cursor, rows, is_last, first_block == 0, PANELS, mma)
@@ -213,7 +214,7 @@ def _attend(
 
 @gluon.jit
 def _load_queries(q, tiles, GROUP: gl.constexpr, rows, cursor, PANELS: gl.constexpr, WARPS: gl.constexpr):
-    """Those of one KV head of one row, into shared memory; zeros in place of those that do not exist."""
+    """Load the queries of one KV head of one row into shared memory; missing ones are zeros."""
     layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
     heads = gl.arange(0, _GROUP, gl.SliceLayout(1, layout))
     dims = gl.arange(0, _PANEL, gl.SliceLayout(0, layout))
@@ -226,7 +227,7 @@ def _load_queries(q, tiles, GROUP: gl.constexpr, rows, cursor, PANELS: gl.conste
 
 @gluon.jit
 def _clear_missing(tiles, slot, rows, cursor, PANELS: gl.constexpr, WARPS: gl.constexpr):
-    """What stands behind a context may be NaN, which a weight of 0 does not keep out."""
+    """Zero the slots after a context: they may be NaN, and 0 times NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     exists = cursor.exists(rows, gl.SliceLayout(1, layout))
     for panel in gl.static_range(PANELS):
@@ -236,7 +237,7 @@ def _clear_missing(tiles, slot, rows, cursor, PANELS: gl.constexpr, WARPS: gl.co
 
 @gluon.jit
 def _with_block(sums, scores, memory, slot, PANELS: gl.constexpr):
-    """Sums with a block of keys of these scores; its values are done with when this returns."""
+    """Add a block of keys with these scores to the sums; its values have been read when this returns."""
     peak = gl.maximum(sums.peak, gl.max(scores, 0))
     weights = gl.exp2(scores - peak[None, :])
     decay = gl.exp2(sums.peak - peak)
@@ -262,7 +263,7 @@ def decode_program(
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     SCAN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """An equal run of the blocks of keys of all rows, in the order of row, head, block; out is [B, K x GROUP, D]."""
+    """An equal run of the blocks of keys of all rows, ordered by row, head and block; out is [B, K x GROUP, D]."""
     PANELS: gl.constexpr = HEAD_DIM // _PANEL
     program, num_programs = gl.program_id(0), gl.num_programs(0)
     # 1. This program's run.
@@ -273,7 +274,7 @@ def decode_program(
     begin = gl.minimum(program * per_program, num_blocks)
     num_steps = gl.minimum(begin + per_program, num_blocks) - begin
     cursor = rows.find(begin, base, SCAN, WARPS)
-    # 2. A ring of keys and values between who loads and who computes.
+    # 2. A ring of keys and values between the loading warp and the computing warpgroup.
     memory = _make_memory(q.dtype.element_ty, STAGES, PANELS, BLOCK)
     ring = make_ring(STAGES)
     ring.init(1)

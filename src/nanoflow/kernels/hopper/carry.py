@@ -5,7 +5,7 @@ is done by the same program without a product, and what several runs did of one 
 are twins of `linear`, `linear_add` and `linear_swiglu` in `reference.py`, the attention of `decode_attention`, rounded
 at the same places. Which product carries what is decided elsewhere (`executor/carry.py`).
 
-Shape legend: T tokens, K features in, N features out (rows of the weight), B rows with room for decodes, D head size.
+Shape legend: T tokens, K features in, N features out (rows of the weight), B rows that may be decodes, D head size.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-calls
@@ -28,8 +28,8 @@ from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.triton_attention import LOG2_E
 from nanoflow.kernels.triton_gemm import check_operands
 
-# How a product is cut; it is written in halves of a tile. Narrow tiles read more of shared memory for each
-# multiply-add, so they make fewer of them a second (qkv, o and down, one H200), and fill more programs.
+# Tiles of a product; a tile is written in halves. Narrow tiles read more shared memory for each multiply-add, so they
+# are slower (measured for qkv, o and down on one H200), but they occupy more programs.
 _TILE_ROWS = PARTS * ROWS
 WIDE = GemmTiles(
     block_m=_TILE_ROWS, block_n=256, block_k=PANEL, num_warps=4 * PARTS, num_stages=3, store_n=128, group_m=GROUP_M
@@ -44,27 +44,28 @@ NARROW = GemmTiles(
     group_m=GROUP_M,
     relative_speed=0.75,
 )
-# Blocks of keys and of values in shared memory, of either warpgroup.
+# Blocks of keys, and of values, in shared memory, for each warpgroup.
 KV_STAGES = 1
-# Registers of a thread of the second warpgroup; the first gets as many: 232 + 232 + 40 is three times 168.
+# Registers of a thread of the second warpgroup; the first has as many: 232 + 232 + 40 is three times 168.
 WORKER_REGISTERS = 232
-# K-steps of a wide tile that take as long as a block of keys for either warpgroup once no tile is left; the latency of
-# memory, on one H200.
+# Number of k-steps of a wide tile that take as long as a block of keys in each warpgroup after the last tile; it is
+# bound by memory latency (one H200).
 STEPS_A_BLOCK = 2.2
 _KINDS = {OpKind.LINEAR: PLAIN, OpKind.LINEAR_ADD: ADD, OpKind.LINEAR_SWIGLU: SWIGLU}
 
 
 @dataclass(slots=True, kw_only=True)
 class Taken:
-    """An attention under way.
+    """An attention in progress.
 
     Attributes:
         launch: The attention.
-        sums: float32 [4 P runs, MAX_GROUP, D], two places for either warpgroup of each program of each run.
-        log_sums: float32 [4 P runs, MAX_GROUP], log2 of what those are divided by.
-        begins: int32 [2 P runs], where the runs of warpgroups begin, in blocks of keys.
+        sums: float32 [4 P runs, MAX_GROUP, D], two entries for each of the two warpgroups of each of P programs of each
+        run.
+        log_sums: float32 [4 P runs, MAX_GROUP], log2 of the sums of weights that `sums` are divided by.
+        begins: int32 [2 P runs], first block of keys of each warpgroup's run.
         num_runs: Launches so far.
-        until: What they did, in `SHARES`.
+        until: Share of the attention done so far, in units of 1 / `SHARES`.
     """
 
     launch: Launch
@@ -77,7 +78,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Product:
-    """What `carry_program` is told of a product; with no tiles there is none, and its operands are never looked at."""
+    """The arguments of `carry_program` about a product; without tiles there is none, and its operands are unused."""
 
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor]
     tiles: GemmTiles
@@ -93,24 +94,24 @@ class HopperCarrier:
     """`executor.carry.Carrier` for a Hopper card.
 
     Attributes:
-        num_sms: Of the card.
-        steps: K-steps of a product in wide tiles to a block of keys.
+        num_sms: SMs of the card.
+        steps: K-steps of a product in wide tiles for each block of keys.
     """
 
     num_sms: int
     steps: int
 
     def rounds(self, dims: LinearDims, num_tokens: int) -> int:
-        """Blocks of keys that a product of so many tokens carries in each warpgroup of its busiest program."""
+        """Blocks of keys that a product of `num_tokens` tokens carries in each warpgroup of its busiest program."""
         tiles = tiles_of(num_tokens, dims.out_features, self.num_sms)
         num_steps = -(-dims.in_features // tiles.block_k)
         return _most(tiles, num_tokens, dims.out_features, self.num_sms) * (num_steps // self._steps_in(tiles))
 
     def take(self, attention: Launch, max_runs: int) -> Taken:
-        """An attention that at most so many runs are going to do, `finish` among them; queues nothing.
+        """Prepare an attention for at most `max_runs` runs, including `finish`; queues no work.
 
         Raises:
-            ValueError: Tensors that are not contiguous, or another page size.
+            ValueError: The tensors are not contiguous, or pages do not have 16 tokens.
         """
         (q,), (out,), cache, dims = attention.reads, attention.writes, attention.cache, attention.op.dims
         assert cache is not None and isinstance(dims, AttentionDims)
@@ -124,11 +125,11 @@ class HopperCarrier:
         )
 
     def run(self, product: Launch, taken: Taken, until: int) -> None:
-        """A product, and with it the attention from where the last run ended to so many of `SHARES`.
+        """Run a product, and with it the attention from the end of the last run to `until` of `SHARES`.
 
         Raises:
-            ValueError: Tensors that TMA does not take (see `triton_gemm.run_linear`), an output with rows apart, or a
-                share that is none.
+            ValueError: The tensors do not suit TMA (see `triton_gemm.run_linear`), the rows of the output are not
+                adjacent, or `until` is invalid.
         """
         (x, *_), (out,), (weight, *biases) = product.reads, product.writes, product.weights
         check_operands(x, weight, out)
@@ -149,7 +150,7 @@ class HopperCarrier:
         self._launch(carrying, taken, until)
 
     def finish(self, taken: Taken) -> None:
-        """What is left of the attention, and the result of all of it."""
+        """Run the rest of the attention and merge all of it into the result."""
         launch = taken.launch
         (q,), dims = launch.reads, launch.op.dims
         assert isinstance(dims, AttentionDims)
@@ -163,7 +164,7 @@ class HopperCarrier:
         run_merge(launch, taken.sums, taken.log_sums, num_parts, begins=taken.begins, scan=SCAN)
 
     def _launch(self, product: _Product, taken: Taken, until: int) -> None:
-        """One run; it takes what comes after the last one's share."""
+        """Launch one run, which begins at the end of the last run's share."""
         if not taken.until <= until <= SHARES:
             raise ValueError(f"a share of attention from {taken.until} to {until}, of {SHARES}")
         launch, (x, weight, bias, out), tiles = taken.launch, product.operands, product.tiles
@@ -173,7 +174,7 @@ class HopperCarrier:
         carry_program[(self.num_sms,)](
             *(boxes(x, tiles.block_m), boxes(weight, tiles.block_n // 2), bias, out),
             *(*out.shape, product.down, product.across, product.num_steps, product.second_rows),
-            # One head of one token a row.
+            # A row is one head of one token.
             boxes(q.view(-1, dims.head_dim), MAX_GROUP),
             boxes(cache.keys.view(-1, dims.head_dim), PAGE_TOKENS),
             boxes(cache.values.view(-1, dims.head_dim), PAGE_TOKENS),
@@ -199,12 +200,12 @@ class HopperCarrier:
         taken.num_runs, taken.until = taken.num_runs + 1, until
 
     def _steps_in(self, tiles: GemmTiles) -> int:
-        """K-steps to a block of keys: more of narrow tiles, for each is less work."""
+        """K-steps for each block of keys; more for narrow tiles, whose k-steps are less work."""
         return self.steps * _times_of_wide(tiles)
 
 
 def tiles_of(num_tokens: int, num_columns: int, num_sms: int) -> GemmTiles:
-    """Narrow tiles, half as much work each, if no program gets more of them than it would of wide ones."""
+    """Narrow tiles (half as much work each) unless some program would get more of them than of wide ones."""
     sizes = (num_tokens, num_columns, num_sms)
     return NARROW if _most(NARROW, *sizes) <= _most(WIDE, *sizes) else WIDE
 
@@ -215,5 +216,5 @@ def _most(tiles: GemmTiles, num_tokens: int, num_columns: int, num_sms: int) -> 
 
 
 def _times_of_wide(tiles: GemmTiles) -> int:
-    """K-steps that are as much work as one of a wide tile."""
+    """Number of k-steps that are as much work as one k-step of a wide tile."""
     return WIDE.block_n // tiles.block_n

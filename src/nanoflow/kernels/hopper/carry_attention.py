@@ -1,11 +1,11 @@
-"""Decode attention in the steps that a product's program leaves it, in Gluon for Hopper: `carry_programs.py`.
+"""Decode attention in the steps that a product's program leaves for it, in Gluon for Hopper (`carry_programs.py`).
 
-Who has which run of blocks of keys, how they are loaded, and what is done with one: scores, weights, sums. The softmax
+This file assigns runs of blocks of keys to warpgroups, loads blocks, and computes scores, weights and sums. The softmax
 runs over the blocks of one head of one request after the other, as in `attention_programs.py`.
 
-Shape legend: B rows with room for decodes, K KV heads, D head size, P pages a table.
+Shape legend: B rows that may be decodes, K KV heads, D head size, P pages of a table.
 
-Fields of an aggregate are checked against their annotations, so these must be classes and not text.
+Gluon checks fields of an aggregate against their annotations, so these must be classes, not strings.
 """
 
 # mypy: ignore-errors
@@ -33,7 +33,7 @@ from nanoflow.kernels.hopper.rings import Ring
 from nanoflow.kernels.hopper.walk import Cursor, Rows
 from nanoflow.kernels.launch import SHARES
 
-# Warpgroups that compute.
+# Number of computing warpgroups.
 PARTS = 2
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
 _PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
@@ -48,13 +48,13 @@ class Attention:
 
     Attributes:
         memory: Slots of queries and keys, and of values.
-        key_ring, value_ring: Who may use those.
-        rows: Of the launch.
-        log2_scale: Of scores.
+        key_ring, value_ring: The rings of these slots.
+        rows: Rows of the launch.
+        log2_scale: Factor on scores.
         begin: First block of keys of this warpgroup's run.
-        num_blocks: How many that run has.
-        results: Where its results go.
-        PANELS: Of a head's dimensions.
+        num_blocks: Number of blocks of the run.
+        results: Outputs.
+        PANELS: Panels of a head's dimensions.
     """
 
     memory: Memory
@@ -75,12 +75,12 @@ class Attention:
 
     @gluon.jit
     def is_first(self, cursor, done):
-        """Whether a block, of which so many came before, is the first of its head that this run has."""
+        """Whether a block is this run's first block of its head; `done` blocks came before it."""
         return (cursor.block == 0) | (done == 0)
 
     @gluon.jit
     def issue_scores(self, done, mma: gl.constexpr):
-        """Keys x queries [BLOCK, GROUP], once the keys are there; under way when this returns."""
+        """Start keys x queries [BLOCK, GROUP] when the keys are loaded; it is still running when this returns."""
         products = gl.zeros([self.rows.BLOCK, _GROUP], gl.float32, mma)
         slot = done % self.key_ring.STAGES
         self.key_ring.wait(done)
@@ -92,7 +92,7 @@ class Attention:
 
     @gluon.jit
     def weigh(self, products, sums, is_first, cursor, mma: gl.constexpr):
-        """Leave the weights of a block in shared memory, relative to a peak; everything before is scaled to it."""
+        """Write the weights of a block, relative to the new peak, to shared memory, and rescale the sums so far."""
         scores = products * self.log2_scale
         if cursor.is_partial(self.rows):
             scores = gl.where(cursor.exists(self.rows, gl.SliceLayout(1, mma))[:, None], scores, float("-inf"))
@@ -100,7 +100,7 @@ class Attention:
         peak = gl.maximum(old, gl.max(scores, 0))
         decay = gl.exp2(old - peak)
         weights = gl.exp2(scores - peak[None, :])
-        # What is left of another head may be anything.
+        # At the first block of a head the old sums are those of another head.
         total = gl.where(is_first, weights, sums.total * decay[None, :] + weights)
         self.memory.weights.permute((1, 0)).store(weights.to(self.memory.weights.dtype))
         fence_async_shared()
@@ -108,11 +108,11 @@ class Attention:
 
     @gluon.jit
     def issue_sums(self, sums, is_first, cursor, done):
-        """Both panels of sums with values^T x weights, once the values are there; under way when this returns."""
+        """Start adding values^T x weights to both panels of the sums; it is still running when this returns."""
         slot = done % self.value_ring.STAGES
         self.value_ring.wait(done)
         if cursor.is_partial(self.rows):
-            # What stands behind a context may be NaN, which a weight of 0 does not keep out.
+            # Slots after a context may be NaN, and 0 times NaN is NaN.
             layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
             exists = cursor.exists(self.rows, gl.SliceLayout(1, layout))
             for panel in gl.static_range(self.PANELS):
@@ -129,16 +129,16 @@ class Attention:
 
     @gluon.jit
     def end_block(self, sums, cursor, done, mma: gl.constexpr):
-        """Write what ends with a block; the next one."""
+        """Write the result if a head or the run ends with this block; returns the next block."""
         is_last = cursor.ends_head(self.rows)
         if is_last | (done + 1 == self.num_blocks):
-            # A run that has come through a head from its block 0 on has its begin.
+            # The run has the beginning of the head if it started at or before the head's block 0.
             close_head(self.results, sums, cursor, self.rows, is_last, done >= cursor.block, self.PANELS, mma)
         return cursor.next(self.rows)
 
     @gluon.jit
     def do_block(self, sums, cursor, done, mma: gl.constexpr):
-        """All of a block, with nothing else under way: the sums with it, and the next one."""
+        """All steps of a block, while nothing else runs; returns the sums and the next block."""
         is_first = self.is_first(cursor, done)
         products = warpgroup_mma_wait(0, deps=[self.issue_scores(done, mma)])
         self.key_ring.release(done)
@@ -152,7 +152,7 @@ class Attention:
 
 @gluon.jit
 def make_memories(dtype: gl.constexpr, STAGES: gl.constexpr, PANELS: gl.constexpr, BLOCK: gl.constexpr):
-    """Shared memory of either warpgroup."""
+    """Shared memory of both warpgroups."""
     keys0, keys1 = _two_tiles(dtype, [STAGES * PANELS, BLOCK, _PANEL])
     values0, values1 = _two_tiles(dtype, [STAGES * PANELS, BLOCK, _PANEL])
     queries0, queries1 = _two_tiles(dtype, [STAGES * PANELS, _GROUP, _PANEL])
@@ -162,7 +162,7 @@ def make_memories(dtype: gl.constexpr, STAGES: gl.constexpr, PANELS: gl.constexp
 
 @gluon.jit
 def _two_tiles(dtype: gl.constexpr, shape: gl.constexpr):
-    """One for either warpgroup."""
+    """One tile for each of the two warpgroups."""
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     first = gl.allocate_shared_memory(dtype, shape, tile)
     return first, gl.allocate_shared_memory(dtype, shape, tile)
@@ -170,17 +170,18 @@ def _two_tiles(dtype: gl.constexpr, shape: gl.constexpr):
 
 @gluon.jit
 def _run(which, num_programs, num_tiles, num_rounds, extra, num_blocks):
-    """Of a warpgroup: where its run of so many blocks begins, and how long it is.
+    """The first block of a warpgroup's run, and its number of blocks.
 
-    The first programs may have a tile more than the others, whose warpgroups get up to `extra` blocks more for it: by
-    half a block less for each block of the others that goes with a round of theirs, for that is cheap.
+    The first programs may have one tile more than the others. The warpgroups of the others get up to `extra` more
+    blocks for it. That number is reduced by half a block for each block in their rounds, because those blocks are
+    cheap.
     """
     num_busy = num_tiles % num_programs
     num_idle = _PARTS * (num_programs - num_busy)
     beside = num_blocks // (_PARTS * num_programs) - num_tiles // num_programs * num_rounds
     extra -= gl.minimum(gl.maximum(beside, 0), num_rounds) // 2
     extra = gl.where(num_busy > 0, gl.minimum(gl.maximum(extra, 0), gl.cdiv(num_blocks, num_idle)), 0)
-    # What is left is shared evenly; the first take one more each until it is gone.
+    # The remaining blocks are shared evenly; the first warpgroups take one more each until none is left.
     rest = gl.maximum(num_blocks - num_idle * extra, 0)
     per, more = rest // (_PARTS * num_programs), rest % (_PARTS * num_programs)
     idle_before = gl.maximum(which - _PARTS * num_busy, 0)
@@ -195,7 +196,7 @@ def _run(which, num_programs, num_tiles, num_rounds, extra, num_blocks):
 def begin_run(
     begins, which, run, num_programs, num_tiles, num_rounds, extra, share_begin, share_until, rows, SCAN: gl.constexpr
 ):  # fmt: skip
-    """The run of blocks of a warpgroup among a launch's share: its first block, and how many they are."""
+    """The run of blocks of a warpgroup within a launch's share: its first block, and its number of blocks."""
     base = rows.base()
     total = rows.num_blocks(base)
     first = (total.to(gl.int64) * share_begin // _SHARES).to(gl.int32)
@@ -208,16 +209,16 @@ def begin_run(
 
 @gluon.jit
 def load_blocks(q, keys, values, attention, page_tables, table_stride):
-    """Fill the rings of one warpgroup's attention. Queries come with the keys, eight rows of them, if others' too.
+    """Fill the rings of one warpgroup's attention. Queries come with the keys: always eight rows, even of other heads.
 
-    Pages beyond the context are the last one again: every slot gets the same number of bytes.
+    For pages beyond the context the last page is loaded again, so every slot gets the same number of bytes.
     """
     rows, memory, cursor = attention.rows, attention.memory, attention.begin
     PAGES: gl.constexpr = rows.BLOCK // _PAGE
     BYTES: gl.constexpr = attention.PANELS * _PANEL * 2
     for count in range(attention.num_blocks):
         slot = count % attention.key_ring.STAGES
-        # 1. All page numbers, before any wait: memory answers meanwhile.
+        # 1. All page numbers, before any wait, which hides their latency.
         table = page_tables + (rows.first_row + cursor.row) * table_stride
         last, at = (cursor.context - 1) // _PAGE, cursor.block * PAGES
         page0, page1 = gl.load(table + at), gl.load(table + gl.minimum(at + 1, last))
@@ -238,7 +239,7 @@ def load_blocks(q, keys, values, attention, page_tables, table_stride):
 
 @gluon.jit
 def _load_pages(cells, tiles, bar, slot, pages, head, KV_HEADS: gl.constexpr, PANELS: gl.constexpr):
-    """One head of four pages, in panels of its dimensions."""
+    """Load one head of four pages, in panels of its dimensions."""
     for i in gl.static_range(4):
         at = (pages[i] * KV_HEADS + head) * _PAGE
         for panel in gl.static_range(PANELS):

@@ -1,8 +1,8 @@
-"""The product in the program of `carry_programs.py`, in Gluon for Hopper: its tiles, its k-steps, its results.
+"""The product in the program of `carry_programs.py`, in Gluon for Hopper: tiles, k-steps, and writing of results.
 
 Shape legend: M rows of the product, N columns, F features.
 
-Fields of an aggregate are checked against their annotations, so these must be classes and not text.
+Gluon checks fields of an aggregate against their annotations, so these must be classes, not strings.
 """
 
 # mypy: ignore-errors
@@ -16,9 +16,9 @@ from nanoflow.kernels.hopper.attention_programs import PANEL
 from nanoflow.kernels.hopper.carry_attention import PARTS
 from nanoflow.kernels.hopper.rings import Ring
 
-# Rows of a tile that one warpgroup has; rows of tiles that are gone down together.
+# Rows of a tile for each warpgroup; rows of tiles in a group, which is gone through column by column.
 ROWS, GROUP_M = 64, 16
-# What is written of a product: itself, it added to what is there, SwiGLU of its halves.
+# What is written: the product, the sum of the product and the old values, or SwiGLU of its two halves.
 PLAIN, ADD, SWIGLU = 0, 1, 2
 _PANEL: gl.constexpr = gl.constexpr(PANEL)
 _ROWS: gl.constexpr = gl.constexpr(ROWS)
@@ -30,18 +30,18 @@ _SWIGLU: gl.constexpr = gl.constexpr(SWIGLU)
 
 @aggregate
 class Product:
-    """A product, its tiles in shared memory, and which of them are this program's.
+    """A product, its tiles in shared memory, and this program's share of the tiles.
 
     Attributes:
         out: [M, N].
         bias: [N] or None.
         num_rows, num_columns: M and N.
-        down, across: Tiles, of [2 ROWS, BLOCK_N].
+        down, across: Number of tiles [2 ROWS, BLOCK_N] in each direction.
         num_steps: K-steps of a tile.
-        program, num_programs: Tiles go round the programs.
-        x: [STAGES, 2 ROWS, PANEL] in shared memory, rows of k-steps.
+        program, num_programs: Tile i belongs to program i modulo their number.
+        x: [STAGES, 2 ROWS, PANEL] in shared memory, rows for each k-step.
         weight: [STAGES, BLOCK_N, PANEL] in shared memory.
-        ring: Who may use those.
+        ring: The ring of these slots.
         BLOCK_N: Columns of a tile.
         KIND: PLAIN, ADD or SWIGLU.
     """
@@ -68,7 +68,7 @@ class Product:
     ):  # fmt: skip
         self.out, self.num_rows, self.num_columns = out, num_rows, num_columns
         self.bias = gl.constexpr(None) if bias is None else bias
-        # Triton takes a 1 for a constant.
+        # Triton makes an argument of 1 a constant.
         self.down, self.across = down, gl.constexpr(across) if isinstance(across, int) else across
         self.num_steps, self.program, self.num_programs = num_steps, program, num_programs
         self.x, self.weight, self.ring = x, weight, ring
@@ -76,7 +76,7 @@ class Product:
 
     @gluon.jit
     def place_of(self, tile):
-        """Row and column of a tile, in tiles: down the columns of one group of rows of tiles after the other."""
+        """Row and column of a tile, in tiles, in an order that goes down the columns within groups of GROUP_M rows."""
         first = tile // (_GROUP_M * self.across) * _GROUP_M
         height = gl.minimum(self.down - first, _GROUP_M)
         place = tile % (_GROUP_M * self.across)
@@ -84,7 +84,7 @@ class Product:
 
     @gluon.jit
     def issue_step(self, acc, count, PART: gl.constexpr):
-        """A k-step of this warpgroup's rows, once it is there; it is under way when this returns."""
+        """Start a k-step of this warpgroup's rows when it is loaded; it is still running when this returns."""
         slot = count % self.ring.STAGES
         self.ring.wait(count)
         rows = self.x.index(slot).slice(PART * _ROWS, _ROWS)
@@ -92,14 +92,14 @@ class Product:
 
     @gluon.jit
     def write_tile(self, acc, tile, PART: gl.constexpr):
-        """This warpgroup's rows [ROWS, BLOCK_N], in halves, each of which a thread has both columns of."""
+        """Write this warpgroup's rows [ROWS, BLOCK_N] in halves; a thread has both columns of a pair."""
         HALF: gl.constexpr = self.BLOCK_N // 2
         tile_m, tile_n = self.place_of(tile)
         row = tile_m * (_PARTS * _ROWS) + PART * _ROWS
         left, right = acc.reshape([_ROWS, 2, HALF]).permute((0, 2, 1)).split()
         if self.KIND == _SWIGLU:
             dtype: gl.constexpr = self.out.dtype.element_ty
-            # Rounded wherever the separate operations would write to memory or round.
+            # The rounding of the separate operations.
             exact = left.to(dtype).to(gl.float32)
             activated = (exact / (1.0 + gl.exp(-exact))).to(dtype).to(gl.float32)
             product = (activated * right.to(dtype).to(gl.float32)).to(dtype)
@@ -112,7 +112,7 @@ class Product:
 
 @gluon.jit
 def make_tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Shared memory for so many k-steps: rows of x, and of the weight."""
+    """Shared memory for STAGES k-steps: rows of x, and rows of the weight."""
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x = gl.allocate_shared_memory(dtype, [STAGES, _PARTS * _ROWS, _PANEL], tile)
     return x, gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, _PANEL], tile)
@@ -122,7 +122,8 @@ def make_tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr)
 def load_tiles(x, weight, product, second_rows):
     """Fill the ring of the product: `num_steps` k-steps of each of this program's tiles.
 
-    Weights come in halves of a tile, the second one `second_rows` after the first: next to it, or of the other factor.
+    The weight is loaded in two halves; the second starts `second_rows` rows after the first: adjacent, or the up
+    factor.
     """
     HALF: gl.constexpr = product.BLOCK_N // 2
     STRIDE: gl.constexpr = HALF if product.KIND == _SWIGLU else product.BLOCK_N
@@ -144,7 +145,7 @@ def load_tiles(x, weight, product, second_rows):
 
 @gluon.jit
 def _write_half(product, cells, row, column, WIDTH: gl.constexpr):
-    """Cells [ROWS, WIDTH], 16 bytes a thread and 64 a row, without shared memory; added in float32, rounded once."""
+    """Write [ROWS, WIDTH], 16 bytes per thread and 64 per row, not through shared memory; sums are rounded once."""
     wide: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]] + ([[0, 64]] if WIDTH == 128 else []),
         lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],

@@ -1,24 +1,24 @@
 """A product and decode attention in one instruction stream, in Gluon for Hopper; `carry.py` launches it.
 
-One program an SM. Three warps load, each a ring of its own: tiles of the product, and keys and values for either of two
-warpgroups. The warpgroups compute: each has half of the rows of the product's tile, and a run of blocks of keys, and
-knows nothing of the other's. A round of one is `STEPS` k-steps of the product and one block of keys; in it
+There is one program per SM. Three warps load, each into its own ring: tiles of the product, and keys and values for
+each of two warpgroups. The warpgroups compute. Each has half of the rows of the product's tile and its own run of
+blocks of keys, independent of the other's. A round of a warpgroup is `STEPS` k-steps of the product and one block of
+keys:
 
     step QUERY_AT:  issue scores = keys x queries, issue the k-step, wait for all but the k-step, weigh
     step VALUE_AT:  issue sums += values^T x weights, issue the k-step, wait for all but the k-step
     other steps:    issue the k-step, wait for all but it
 
-so that attention's small products enter the tensor pipe in program order, and a k-step is under way whenever a
-warpgroup waits or weighs. The accumulator of the product is not looked at before the last k-step of its tile.
+So attention's small products enter the tensor pipe in program order, and a k-step is running whenever a warpgroup waits
+or computes weights. The accumulator of the product is not read before the last k-step of its tile.
 
-`rings.py` says how a ring works. A warpgroup releases a slot once per use, when no product of its own that reads the
-slot is under way: for a k-step after the wait in the next step (or at the end of its tile), for keys and values after
-the wait in the step they were issued in. Both warpgroups read the tiles; each has keys and values of its own.
-Nothing can lock up: the loader of a ring waits for nothing but that ring's readers, and they use a ring in the order in
-which it is loaded, and hold at most one slot of a ring while they wait for its next: the one of the k-step under way,
-out of two slots or more.
+`rings.py` explains rings. A warpgroup releases a slot once per use, when none of its running products reads the slot:
+for a k-step, after the wait in the next step (or at the end of its tile); for keys and values, after the wait in the
+step that they were issued in. Both warpgroups read the tiles; each has its own keys and values. There is no deadlock:
+the loader of a ring waits only for readers of that ring. They use a ring in the order in which it is loaded. While they
+wait for its next slot they hold at most one slot of it, that of the running k-step, out of two or more.
 
-Shape legend: M rows of the product, N columns, F features, B requests, K KV heads, D head size, P pages a table.
+Shape legend: M rows of the product, N columns, F features, B requests, K KV heads, D head size, P pages of a table.
 """
 
 # mypy: ignore-errors
@@ -46,19 +46,19 @@ _PARTS: gl.constexpr = gl.constexpr(PARTS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """What a program is compiled for.
+    """Constants that a program is compiled for.
 
     Attributes:
         block_n: Columns of a tile.
-        steps: K-steps to a block of keys.
+        steps: K-steps for each block of keys.
         stages: K-steps in shared memory.
-        kv_stages: Blocks of keys, and of values, in shared memory, of either warpgroup.
+        kv_stages: Blocks of keys, and of values, in shared memory, for each warpgroup.
         group: Query heads of a KV head.
         kv_heads: K.
         head_dim: D.
         kind: PLAIN, ADD or SWIGLU.
-        scan: Rows of the batch that are looked at in one step to find a place.
-        worker_registers: Of a thread of the second warpgroup.
+        scan: Rows of the batch that are searched in one step.
+        worker_registers: Registers of a thread of the second warpgroup.
     """
 
     block_n: int
@@ -75,13 +75,13 @@ class Cut:
 
 @gluon.jit
 def _compute(attention, product, PART: gl.constexpr, STEPS: gl.constexpr):
-    """Rounds of `STEPS` k-steps and one block; k-steps alone once no blocks are left, and blocks once no tiles are."""
+    """Rounds of `STEPS` k-steps and one block; then k-steps alone if no blocks are left, or blocks if no tiles are."""
     gemm: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, product.BLOCK_N, 16]
     )
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _GROUP, 16])
     sums, cursor = no_sums(0.0, _BLOCK, mma), attention.begin
-    # K-steps and blocks that have been issued.
+    # Numbers of issued k-steps and blocks.
     count, done = product.program * 0, product.program * 0
     for tile in range(product.program, product.down * product.across, product.num_programs):
         acc = gl.zeros([_ROWS, product.BLOCK_N], gl.float32, gemm)
@@ -91,7 +91,7 @@ def _compute(attention, product, PART: gl.constexpr, STEPS: gl.constexpr):
             acc, sums, cursor = _round(product, attention, acc, sums, cursor, turn, count, done, PART, STEPS, mma)
             count += STEPS
             done += 1
-        # 2. K-steps without.
+        # 2. K-steps alone.
         for step in range(fused * STEPS, product.num_steps):
             acc = product.issue_step(acc, count, PART)
             acc = warpgroup_mma_wait(1, deps=[acc])
@@ -100,7 +100,7 @@ def _compute(attention, product, PART: gl.constexpr, STEPS: gl.constexpr):
         acc = warpgroup_mma_wait(0, deps=[acc])
         product.ring.release(count + product.ring.STAGES - 1)
         product.write_tile(acc, tile, PART)
-    # 3. Blocks that are left.
+    # 3. The remaining blocks.
     for _ in range(done, attention.num_blocks):
         sums, cursor = attention.do_block(sums, cursor, done, mma)
         done += 1
@@ -111,8 +111,8 @@ def _round(
     product, attention, acc, sums, cursor, turn, count, done, PART: gl.constexpr, STEPS: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
-    """`STEPS` k-steps of a tile, one of which is under way at the end, and all of a block of keys."""
-    # Warpgroups attend at different steps, if there are enough.
+    """`STEPS` k-steps of a tile, one of which is still running at the end, and all steps of a block of keys."""
+    # The two warpgroups run attention at different steps, if there are enough steps.
     QUERY_AT: gl.constexpr = PART * (STEPS // 2) if STEPS >= 3 else 0
     VALUE_AT: gl.constexpr = QUERY_AT + 1
     for step in gl.static_range(STEPS):
@@ -130,7 +130,7 @@ def _round(
             attention.value_ring.release(done)
         else:
             acc = warpgroup_mma_wait(1, deps=[acc])
-        # The k-step before this one is done, unless it was of another tile, and done with at its end.
+        # The previous k-step has ended; if it was of another tile, its slot was released at that tile's end.
         product.ring.release(count + product.ring.STAGES - 1, (step > 0) | (turn > 0))
         count += 1
         if step == QUERY_AT:
@@ -152,16 +152,16 @@ def carry_program(
     q, keys, values, attended, parts, log_sums, begins, page_tables, context_len, key_blocks, table_stride, first_row,
     num_rows, log2_scale, run, share_begin, share_until, extra, CUT: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] of x [M, F] and weight, and a share of the attention of q [B, K x GROUP, D], into attended and parts.
+    """out [M, N] of x [M, F] and weight, and a share of the attention of q [B, K x GROUP, D] into attended and parts.
 
-    Tiles of [2 ROWS, BLOCK_N] go round the programs; F is at most num_steps x PANEL. Numbers that change from launch to
-    launch are arguments of their own, for Triton takes a 1 in a tuple for a constant, and compiles again.
+    Tile [2 ROWS, BLOCK_N] number i belongs to program i modulo their number; F is at most num_steps x PANEL. Numbers
+    that change between launches are separate arguments: in a tuple Triton would make a 1 a constant, and compile again.
     """
     PANELS: gl.constexpr = CUT.head_dim // _PANEL
     STEPS: gl.constexpr = CUT.steps
     dtype: gl.constexpr = out.dtype.element_ty
     program, num_programs = gl.program_id(0), gl.num_programs(0)
-    # 1. Where each warpgroup's run of blocks begins.
+    # 1. The first block of each warpgroup's run.
     rows = Rows(context_len, key_blocks, first_row, num_rows, CUT.kv_heads, _BLOCK)
     num_tiles, num_rounds, which = tiles_m * tiles_n, num_steps // STEPS, _PARTS * program
     cursor0, num_blocks0 = begin_run(
@@ -183,7 +183,7 @@ def carry_program(
     init_two_rings(key_ring0, key_ring1)
     init_two_rings(value_ring0, value_ring1)
     fence_async_shared()
-    # 3. Two warpgroups, and three warps that load.
+    # 3. Two warpgroups compute, and three warps load.
     attention0 = Attention(memory0, key_ring0, value_ring0, rows, log2_scale, cursor0, num_blocks0, results0, PANELS)
     attention1 = Attention(memory1, key_ring1, value_ring1, rows, log2_scale, cursor1, num_blocks1, results1, PANELS)
     product = Product(

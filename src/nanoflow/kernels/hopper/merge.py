@@ -1,11 +1,11 @@
-"""What several programs did of one head of a request, merged: after the Hopper kernels of decode attention.
+"""Merges the parts of a head that several programs computed, after the Hopper kernels of decode attention.
 
-There a program takes a run of blocks of keys across requests and KV heads, so runs begin and end within heads. A part
-that a run did of a head is its mean of values, and log2 of the sum of its weights; each run has two places for parts,
-the odd one for a head that it begins and does not end. One program a border between runs: a head is merged by the one
-at the end of the run that begins it.
+In those kernels each program has a run of blocks of keys across requests and KV heads, so runs begin and end within
+heads. A run's part of a head is stored as mean values and log2 of the sum of weights. Each run has two entries for
+parts: the odd one for a head that it begins and does not end, the even one for any other part. There is one program for
+each border between runs; the program at the end of the run that begins a head merges that head.
 
-Shape legend: B rows with room for decodes, K KV heads, D head size, S runs.
+Shape legend: B rows that may be decodes, K KV heads, D head size, S runs.
 """
 
 # mypy: allow-untyped-decorators
@@ -18,7 +18,7 @@ from torch import Tensor
 from nanoflow.graph.operation import AttentionDims
 from nanoflow.kernels.launch import Launch
 
-# Rows of the batch that are looked at in one step to find a head.
+# Rows of the batch that are searched in one step.
 SCAN = 512
 
 
@@ -31,15 +31,15 @@ def run_merge(
     begins: Tensor | None = None,
     scan: int = SCAN,
 ) -> None:
-    """Merge what so many runs did of a decode attention, into its output.
+    """Merge the results of a decode attention's runs into its output.
 
     Args:
         launch: The attention.
-        parts: float32 [2 S, MAX_GROUP, D] or more.
-        log_sums: float32 [2 S, MAX_GROUP] or more.
+        parts: float32 [2 S, MAX_GROUP, D], or with more rows.
+        log_sums: float32 [2 S, MAX_GROUP], or with more rows.
         num_runs: S.
-        begins: int32 [S] or more, where runs begin, in blocks of keys; None if all are of equal length.
-        scan: Rows that are looked at in one step.
+        begins: int32 [S] or more, the first block of keys of each run; None if all runs have equal lengths.
+        scan: Rows of the batch that are searched in one step.
     """
     (out,), dims = launch.writes, launch.op.dims
     assert isinstance(dims, AttentionDims)
@@ -69,12 +69,12 @@ def merge_program(
     MAX_GROUP: tl.constexpr,
     SCAN: tl.constexpr,
 ) -> None:
-    """Into out [B, K x GROUP, D]: parts [2 S, MAX_GROUP, D] and log_sums [2 S, MAX_GROUP] of S runs.
+    """Merge parts [2 S, MAX_GROUP, D] and log_sums [2 S, MAX_GROUP] of S runs into out [B, K x GROUP, D].
 
-    Runs begin at begins [S], in blocks of keys, and may be empty; without it they are of equal length.
+    Run s begins at block begins[s] of keys and may be empty; without `begins` all runs have equal lengths.
     """
     owner, num_runs = tl.program_id(0), tl.num_programs(0)
-    # The last run ends with its head.
+    # The last run ends with its head, so nothing is to be merged.
     if begins is not None and owner + 1 == num_runs:
         return
     base = tl.load(key_blocks + first_row)
@@ -90,7 +90,7 @@ def merge_program(
     row, head, begin, stop = _head_at(border, key_blocks, base, first_row, num_rows, KV_HEADS, SCAN)
     if begins is None:
         first = owner * per_run
-    # It does not begin right there, and no earlier run began it.
+    # Only a head that this run began, and that does not begin exactly at the border, is merged here.
     if (begin == border) | (begin < first):
         return
     acc = tl.zeros([MAX_GROUP, HEAD_DIM], tl.float32)
@@ -120,7 +120,7 @@ def _head_at(
     KV_HEADS: tl.constexpr,
     SCAN: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Row and head that a block of keys is of, and where the blocks of that head begin and end."""
+    """Row and head of a block of keys, and the first and last + 1 block of that head."""
     row = block * 0
     for at in range(0, num_rows, SCAN):
         rows = at + tl.arange(0, SCAN)
@@ -145,7 +145,7 @@ def _with_part(
     MAX_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """With the part that a run did of the head."""
+    """Add a run's part of the head to the weighted mean."""
     places = (2 * run + begins_head.to(tl.int32)) * MAX_GROUP + tl.arange(0, MAX_GROUP)
     log_sum = tl.load(log_sums + places)
     part = tl.load(parts + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
@@ -164,7 +164,7 @@ def _write(
     MAX_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ) -> None:
-    """The queries of one KV head of one request."""
+    """Write the result for the queries of one KV head of one request."""
     heads, dims = tl.arange(0, MAX_GROUP), tl.arange(0, HEAD_DIM)
     cells = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=(heads < GROUP)[:, None])

@@ -1,16 +1,17 @@
-"""A ring of slots in shared memory between warps that load and warps that compute, in Gluon for Hopper.
+"""A ring of slots in shared memory between loading and computing warps, in Gluon for Hopper.
 
-Knows of barriers, not of what the slots hold: `attention_programs.py` has keys and values in them, `carry_programs.py`
-tiles of a product too. Use n of a ring (its n-th tile, or its n-th block of keys) has slot n % STAGES and is the slot's
-use u = n // STAGES. Both barriers of a slot count phases from 0, and a wait for parity p returns once the phase that is
-under way has another parity than p, thus at once for parity 1 on a fresh barrier.
-- Who loads waits for `empty` with parity (u & 1) ^ 1: use 0 at once, use u > 0 for the phase u - 1, which the readers'
-  arrivals after use u - 1 complete. It cannot be two phases behind, since phase u needs use u to be loaded first.
-- Who reads waits for `full` with parity u & 1: for the phase u, completed by the one arrival of `expect` and its bytes.
-  It cannot be two phases behind, since phase u + 1 needs the reader's own arrival after use u.
-- `empty` takes one arrival for each warpgroup that reads the ring.
+`attention_programs.py` has rings of keys and values, `carry_programs.py` also of tiles of a product. Use n of a ring
+(its n-th tile or block of keys) has slot n % STAGES, and is use u = n // STAGES of that slot. Both barriers of a slot
+count phases from 0. A wait for parity p returns once the running phase has another parity than p, thus at once for
+parity 1 on a fresh barrier.
+- A loader waits for `empty` with parity (u & 1) ^ 1. For use 0 it returns at once; for use u > 0 it waits for the end
+  of phase u - 1, which the readers' arrivals after use u - 1 complete. It cannot be two phases behind, as phase u needs
+  use u to be loaded first.
+- A reader waits for `full` with parity u & 1: for the end of phase u, completed by the one arrival of `expect` and its
+  bytes. It cannot be two phases behind, as phase u + 1 needs the reader's own arrival after use u.
+- `empty` expects one arrival from each warpgroup that reads the ring.
 
-Fields of an aggregate are checked against their annotations, so these must be classes and not text.
+Gluon checks fields of an aggregate against their annotations, so these must be classes, not strings.
 """
 
 # mypy: ignore-errors
@@ -26,8 +27,8 @@ class Ring:
     """Barriers of the slots.
 
     Attributes:
-        full, empty: int64 [STAGES, 1] in shared memory, a barrier each.
-        STAGES: Slots.
+        full, empty: int64 [STAGES, 1] in shared memory, one barrier for each slot.
+        STAGES: Number of slots.
     """
 
     full: gl.shared_memory_descriptor
@@ -40,14 +41,14 @@ class Ring:
 
     @gluon.jit
     def init(self, READERS: gl.constexpr):
-        """Make the barriers, for so many warpgroups that read."""
+        """Initialize the barriers for READERS reading warpgroups."""
         for stage in gl.static_range(self.STAGES):
             mbarrier.init(self.full.index(stage), count=1)
             mbarrier.init(self.empty.index(stage), count=READERS)
 
     @gluon.jit
     def expect(self, use, num_bytes):
-        """Wait until the slot of a use is empty; the barrier of loads of so many bytes into it."""
+        """Wait until the slot of a use is empty; returns the barrier for loads of `num_bytes` bytes into it."""
         slot = use % self.STAGES
         mbarrier.wait(self.empty.index(slot), ((use // self.STAGES) & 1) ^ 1)
         bar = self.full.index(slot)
@@ -61,20 +62,20 @@ class Ring:
 
     @gluon.jit
     def release(self, use, pred=True):
-        """This warpgroup is done with the slot of a use."""
+        """Say that this warpgroup no longer reads the slot of a use."""
         mbarrier.arrive(self.empty.index(use % self.STAGES), count=1, pred=pred)
 
 
 @gluon.jit
 def make_ring(STAGES: gl.constexpr):
-    """A ring in shared memory; its barriers are not made yet."""
+    """A ring in shared memory; its barriers are not initialized yet."""
     full = _barriers(STAGES)
     return Ring(full, _barriers(STAGES), STAGES)
 
 
 @gluon.jit
 def make_two_rings(STAGES: gl.constexpr):
-    """Two rings whose barriers lie side by side."""
+    """Two rings whose barriers are adjacent."""
     full0, full1 = _barriers(STAGES), _barriers(STAGES)
     empty0, empty1 = _barriers(STAGES), _barriers(STAGES)
     return Ring(full0, empty0, STAGES), Ring(full1, empty1, STAGES)
@@ -82,7 +83,7 @@ def make_two_rings(STAGES: gl.constexpr):
 
 @gluon.jit
 def init_two_rings(first, second):
-    """Make the barriers of rings of one length that one warpgroup each reads."""
+    """Initialize the barriers of two rings of the same length, each read by one warpgroup."""
     for stage in gl.static_range(first.STAGES):
         mbarrier.init(first.full.index(stage), count=1)
         mbarrier.init(second.full.index(stage), count=1)

@@ -1,12 +1,12 @@
-"""The order in which Hopper's programs go through the keys of a batch: row, head and block of keys, in Gluon.
+"""The order in which Hopper's programs process the keys of a batch: row, KV head, block of keys. In Gluon.
 
-A run is so many blocks one after the other in this order, across heads and rows; a `Cursor` is a place in it. Knows
-nothing of what is done with a block: `attention_programs.py` and `carry_attention.py` attend to them. `merge.py`, in
-Triton, counts blocks in the same order.
+A run is a sequence of consecutive blocks in this order, across heads and rows; a `Cursor` is a position in it.
+`attention_programs.py` and `carry_attention.py` compute with the blocks. `merge.py`, in Triton, counts blocks in the
+same order.
 
-Shape legend: B rows with room for decodes, K KV heads.
+Shape legend: B rows that may be decodes, K KV heads.
 
-Fields of an aggregate are checked against their annotations, so these must be classes and not text.
+Gluon checks fields of an aggregate against their annotations, so these must be classes, not strings.
 """
 
 # mypy: ignore-errors
@@ -23,7 +23,7 @@ class Rows:
     Attributes:
         context_len: int32 [B], keys of each row of the batch.
         key_blocks: int32 [B + 1], blocks of keys of one head before each row.
-        first_row, num_rows: Which rows are the launch's.
+        first_row, num_rows: The rows of this launch.
         KV_HEADS: K.
         BLOCK: Keys of a block.
     """
@@ -42,18 +42,18 @@ class Rows:
 
     @gluon.jit
     def base(self):
-        """Blocks of one head before the launch's first row."""
+        """Number of blocks of one head before the launch's first row."""
         return gl.load(self.key_blocks + self.first_row)
 
     @gluon.jit
     def num_blocks(self, base):
-        """Blocks of all heads of all rows of the launch."""
+        """Number of blocks of all heads of all rows of the launch."""
         return (gl.load(self.key_blocks + self.first_row + self.num_rows) - base) * self.KV_HEADS
 
     @gluon.jit
     def find(self, place, base, SCAN: gl.constexpr, WARPS: gl.constexpr):
-        """A cursor at a block, counted from the launch's first; SCAN rows are looked at in one step."""
-        # Its row stands behind the rows whose blocks all come before.
+        """The cursor at block `place` of the launch; SCAN rows are searched in one step."""
+        # Its row is the number of rows whose blocks all come before it.
         layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
         row = place * 0
         for at in range(0, self.num_rows, SCAN):
@@ -72,9 +72,9 @@ class Cursor:
     """A block of keys.
 
     Attributes:
-        row: Of the launch, from 0.
-        head: Its KV head.
-        block: Of the head of the row.
+        row: Row of the launch, from 0.
+        head: KV head.
+        block: Index of the block within its head and row.
         context: Keys of the row.
     """
 
@@ -89,7 +89,7 @@ class Cursor:
 
     @gluon.jit
     def next(self, rows):
-        """The next block of keys, else of the next head, else of the next row that has any."""
+        """The next block: of the same head, else of the next head, else of the next row that has any."""
         row, head, block, context = self.row, self.head, self.block, self.context
         block += 1
         if block * rows.BLOCK >= context:
@@ -111,10 +111,10 @@ class Cursor:
 
     @gluon.jit
     def is_partial(self, rows):
-        """Whether some of its keys are behind the context."""
+        """Whether some of its keys are beyond the context."""
         return (self.block + 1) * rows.BLOCK > self.context
 
     @gluon.jit
     def exists(self, rows, layout: gl.constexpr):
-        """Which of its keys are not behind the context, [BLOCK]."""
+        """Whether each of its keys is within the context, [BLOCK]."""
         return self.block * rows.BLOCK + gl.arange(0, rows.BLOCK, layout) < self.context

@@ -1,7 +1,7 @@
-"""Every option of a benchmark, declared like the engine's (`nanoflow/config.py`); flags are made in `cli/options.py`.
+"""Options of benchmarks, declared like the engine's in `nanoflow/config.py`.
 
-`BenchConfig` holds for every benchmark, `ThroughputConfig` adds what one in this process has, `LoadConfig` is for one
-that drives a server. Knows no engine and no HTTP.
+`BenchConfig` has those of every benchmark. `ThroughputConfig` adds those of a run in process, `LoadConfig` those of
+load on a server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Prompts = Literal["ids", "text"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """What is asked of the engine, and how often."""
+    """What requests ask for, and how often a run is repeated."""
 
     workload: str = option(
         "128/128", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace"
@@ -55,7 +55,7 @@ class BenchConfig:
     repetition_penalty: float = option(1.0, "Divides the logits of all tokens seen; 1 is off")
     presence_penalty: float = option(0.0, "Subtracted from the logits of tokens generated at least once")
     frequency_penalty: float = option(0.0, "Subtracted once for each time that a token was generated")
-    logprobs: int | None = option(None, "Ask for the log probabilities of so many tokens at each place")
+    logprobs: int | None = option(None, "Ask for the log probabilities of this number of tokens at each position")
     min_tokens: int = option(
         0, "Fewest tokens before an end of sequence may be chosen, which is then not ignored; of short completions, all"
     )
@@ -72,14 +72,14 @@ class BenchConfig:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How tokens are chosen, as arguments of `SamplingParams`: what differs from it, and the temperature always."""
+        """Arguments of `SamplingParams` that differ from its defaults, and always the temperature."""
         values = {name: getattr(self, name) for name in SAMPLING}
         return {name: value for name, value in values.items() if name == "temperature" or value != _UNSET[name]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputConfig(BenchConfig):
-    """The same for an engine in this process."""
+    """Options of a benchmark with an engine in this process."""
 
     text: bool = option(False, "Also turn tokens into text, as a user of LLM.generate has it")
 

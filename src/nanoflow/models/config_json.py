@@ -1,7 +1,7 @@
-"""What a model's config.json says, in one form whatever version of transformers wrote it.
+"""Reads a model's config.json into a `ModelConfig`, whichever version of transformers wrote it.
 
-Which fields exist and what an absent one means is its architecture's to say (`readings.py`); what they mean together is
-said here. A missing or nonsensical field is one line that names the field and the file.
+`readings.py` says which fields an architecture has and what absent ones mean; this file interprets them. A missing or
+invalid field is an error of one line that names the field and the file.
 """
 
 from __future__ import annotations
@@ -29,34 +29,35 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
-# More than any model has, and few enough to be listed.
+# More layers than any model has; bounds memory.
 _MAX_LAYERS = 10_000
 _MAX_HEAD_DIM = 2**16
-# The second is how older files write the first.
+# Names of layer types, and whether such a layer has a sliding window. "attention" is the older "full_attention".
 _LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
-# Fields that change what any model computes, with what they may be; nothing else is served.
+# Fields that would change what a model computes, with the values that are accepted and the error for others.
 _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "per_layer_config": ((None,), "is set: layers of different sizes are not served"),
     "is_causal": ((True,), "must be true: only causal attention is served"),
 }
-# What architectures call the activation of the feed-forward block.
+# Names of the field for the feed-forward block's activation, by architecture.
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
 
 
 def load(folder: Path, generation_config: Path | None = None, *, is_served: bool = True) -> ModelConfig:
-    """Read config.json, generation_config.json for further ends of sequence, and what only the weights say.
+    """Read config.json, with more end-of-sequence tokens from generation_config.json, and two facts from the weights.
 
-    That is the type if config.json has none, and whether a tied output is one: a checkpoint may hold an output
-    projection although config.json ties it to the embedding. Where the two differ both are used, as in transformers.
+    One is the dtype if config.json has none. The other is whether the output projection is really tied: a checkpoint
+    may store one that differs from the embedding although config.json ties them. Then both are used, as in
+    transformers.
 
     Args:
-        folder: The model's.
-        generation_config: A file in place of the folder's generation_config.json.
-        is_served: Whether the model is to be served; what some others cost can be computed.
+        folder: The model's folder.
+        generation_config: A file that replaces the folder's generation_config.json.
+        is_served: Whether the model is to be served; for analysis more architectures are accepted.
 
     Raises:
-        ModelError: The architecture is not known, which is said first; the folder is no whole model; a file is missing
-            or no JSON object, or a field makes no sense.
+        ModelError: The architecture is unknown (checked first), the folder is not a complete model, a file is missing
+            or not a JSON object, or a field is invalid.
     """
     values = read_object(folder / "config.json")
     origin = str(folder / "config.json")
@@ -73,9 +74,9 @@ def load(folder: Path, generation_config: Path | None = None, *, is_served: bool
 
 
 def refuse_unknown(folder: Path) -> None:
-    """ModelError if a folder is no whole model, or its config.json names an architecture that is not served.
+    """Raise ModelError if a folder is not a complete model, or its architecture is not served.
 
-    For callers that read something else of a folder before its configuration. Which field is wrong is `load`'s to say.
+    For callers that read other files of a folder first. `load` checks the fields.
     """
     values = read_object(folder / "config.json")
     fields = Fields(values=values, origin=str(folder / "config.json"))
@@ -90,11 +91,11 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
 
     Args:
         config: The JSON object.
-        origin: Its file, for messages.
+        origin: Name of the file, for messages.
 
-    Raises:
-        ModelError: The architecture is not known, which is said before all else; a field is missing or makes no sense,
-            or the weights are quantised.
+        Raises:
+        ModelError: The architecture is unknown (checked first), a field is missing or invalid, or weights are
+            quantised.
     """
     architecture = _architecture(Fields(values=config, origin=origin), is_served=False)
     reading = reading_of(architecture)
@@ -133,7 +134,7 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
 
 
 def _architecture(fields: Fields, *, is_served: bool = True) -> str:
-    """The model's class, by name or by what `model_type` stands for; the two may not contradict each other."""
+    """The model's class, by name or by `model_type`; an error if the two contradict each other."""
     names, model_type = fields.values.get("architectures"), fields.values.get("model_type")
     if not names and isinstance(model_type, str) and model_type:
         served = served_as(model_type)
@@ -151,7 +152,7 @@ def _architecture(fields: Fields, *, is_served: bool = True) -> str:
 
 
 def _names(fields: Fields) -> list[str]:
-    """Classes that config.json names, at least one."""
+    """Classes that config.json names; at least one, or an error."""
     if not fields.has("architectures") and isinstance(fields.values.get("_class_name"), str):
         kind = shown(fields.values["_class_name"])
         raise fields.problem(f"is of diffusers ({kind}), which makes no text: only language models are served")
@@ -162,7 +163,7 @@ def _names(fields: Fields) -> list[str]:
 
 
 def _refuse_quantised(fields: Fields, folder: Path | None = None) -> None:
-    """ModelError if config.json, or a file beside it, says that weights are quantised."""
+    """Raise ModelError if config.json, or a file beside it, says that weights are quantised."""
     if (quantised := quantisation(fields.values)) is not None:
         raise fields.problem(quantised)
     if folder is not None:
@@ -170,7 +171,7 @@ def _refuse_quantised(fields: Fields, folder: Path | None = None) -> None:
 
 
 def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, reading: Reading, origin: str) -> Fields:
-    """Every field that exists for the architecture, with its default where it is absent, and no other."""
+    """The fields that the architecture has, with defaults for absent ones; others are dropped."""
     origin = f"{origin} ({architecture})"
     given = Fields(values=config, origin=origin)
     _refuse_quantised(given)
@@ -189,7 +190,7 @@ def _num_kv_heads(fields: Fields, num_heads: int) -> int:
 
 
 def _experts(fields: Fields) -> tuple[int | None, int | None]:
-    """Experts of a layer and of a token, if the architecture has any."""
+    """Experts of a layer, and experts that a token passes; None for both in a dense model."""
     if not fields.has("num_local_experts"):
         return None, None
     num_experts, num_per_token = fields.positive_int("num_local_experts"), fields.positive_int("num_experts_per_tok")
@@ -214,7 +215,7 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
 
 
 def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """The window goes to the layers that `layer_types` says, else to those from `max_window_layers` on, else to all."""
+    """Window of each layer: it applies as in `layer_types`, else from layer `max_window_layers` on, else to all."""
     window = None
     if fields.flag("use_sliding_window", default=True) and fields.has("sliding_window"):
         window = fields.positive_int("sliding_window")
@@ -244,7 +245,7 @@ def _sliding_layers(fields: Fields, num_layers: int, window: int | None) -> list
 
 
 def _eos_token_ids(fields: Fields, vocab_size: int, *, is_given: bool) -> tuple[int, ...]:
-    """Ends of sequence; an architecture's default only if the vocabulary has it."""
+    """End-of-sequence tokens; the architecture's default is used only if the vocabulary has it."""
     default = fields.values["eos_token_id"]
     if not is_given and isinstance(default, int) and default >= vocab_size:
         return ()
@@ -252,14 +253,14 @@ def _eos_token_ids(fields: Fields, vocab_size: int, *, is_given: bool) -> tuple[
 
 
 def _all_eos_token_ids(path: Path, config: ModelConfig, values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Those of config.json, then those of a generation_config.json; the architecture's if neither says any."""
+    """Those of config.json, then those of generation_config.json; the architecture's default if there are none."""
     more = Fields(values=read_object(path), origin=str(path)).token_ids("eos_token_id", config.vocab_size)
     own = config.eos_token_ids if "eos_token_id" in values or not more else ()
     return tuple(dict.fromkeys((*own, *more)))
 
 
 def _as_stored(config: ModelConfig, folder: Path, *, has_dtype: bool) -> ModelConfig:
-    """The model with the type of its weights, if it has none, and untied if a tied pair is stored and differs."""
+    """The model with the dtype of its weights if it has none, and untied if the stored output projection differs."""
     stored = peek(folder)
     if not has_dtype:
         dtypes = (_STORED_DTYPES.get(tensor.dtype) for tensor in stored.values())
