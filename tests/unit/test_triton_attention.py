@@ -76,7 +76,7 @@ def _launch(
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (8, 16)])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (8, 16), (2, 24)])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_decode(window: int | None, group: int, head_dim: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "_MIN_SPLIT_TOKENS", 16)
@@ -106,7 +106,7 @@ def test_decode_leaves_padding_alone(splits: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (3, 16)])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (3, 16), (2, 24)])
 @pytest.mark.parametrize("cut", [0, 48])
 def test_prefill(window: int | None, group: int, head_dim: int, cut: int) -> None:
     inputs, dims = _inputs(), _dims(group, head_dim, window)
@@ -177,11 +177,12 @@ def test_kernels_choose_their_own_cut() -> None:
         torch.testing.assert_close(ours.writes[0], twin.writes[0])
 
 
-def test_head_sizes_that_are_no_power_of_two_are_refused() -> None:
-    inputs, dims = _inputs(), _dims(1, 80, None)
+@pytest.mark.parametrize("head_dim", [20, 264])
+def test_head_sizes_that_are_not_aligned_or_too_large_are_refused(head_dim: int) -> None:
+    inputs, dims = _inputs(), _dims(1, head_dim, None)
     clean, _ = _caches(inputs, dims)
     launch = _launch(Scope.DECODE, dims, TokenRange(start=0, stop=2), torch.randn(5, dims.q_width), inputs, clean)
-    with pytest.raises(ValueError, match="head size 80 is not a power of two"):
+    with pytest.raises(ValueError, match=f"head size {head_dim} is no multiple of 8 from 16 to 256"):
         triton_attention.decode_attention(launch)
 
 

@@ -17,9 +17,7 @@ from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 
 Kernels = dict[OpKind, Kernel]
-# Head sizes that the Triton attention supports; models with others use the reference kernels.
-_TRITON_HEAD_SIZES = (16, 32, 64, 128, 256)
-# The tensor memory accelerator needs rows, and the halves of gate_up, aligned to this many elements.
+# Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
 _TMA_MULTIPLE = 16
 
 
@@ -51,12 +49,12 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
 
-    head_sizes = {op.dims.head_dim for op in layer if isinstance(op.dims, AttentionDims)}
+    attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS}
-    if head_sizes <= set(_TRITON_HEAD_SIZES):
+    # Other models get the reference kernels.
+    if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
         kernels[OpKind.PREFILL_ATTENTION] = triton_attention.prefill_attention
-    attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     if has_gluon():
         from nanoflow.kernels.hopper import attention
 

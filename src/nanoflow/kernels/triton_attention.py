@@ -45,7 +45,7 @@ class Tiles:
     def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
         """Upper bound of a program's shared memory: queries, weights, and keys and values of every step in flight."""
         in_flight = 2 * (self.num_stages - 1) * self.block_n
-        elements = (self.block_m + in_flight) * head_dim + self.block_m * self.block_n
+        elements = (self.block_m + in_flight) * int(triton.next_power_of_2(head_dim)) + self.block_m * self.block_n
         return elements * itemsize + _SCRATCH_BYTES
 
 
@@ -101,6 +101,11 @@ def num_splits(num_rows: int, dims: AttentionDims, max_context: int, num_sms: in
     return 1 << (useful.bit_length() - 1)
 
 
+def can_attend(head_dim: int) -> bool:
+    """Whether the kernels take heads of this size: their rows must be aligned to 16 bytes."""
+    return 16 <= head_dim <= 256 and head_dim % 8 == 0
+
+
 def decode_attention(launch: Launch) -> None:
     """Attention of one query per request over its pages, out [B, H x D]."""
     dims, cache = launch.op.dims, launch.cache
@@ -135,6 +140,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         GROUP=dims.num_heads // dims.num_kv_heads,
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,
+        BLOCK_D=triton.next_power_of_2(dims.head_dim),
         PAGE_SIZE=cache.keys.shape[2],
         WINDOW=dims.window,
         IS_SPLIT=splits > 1,
@@ -153,6 +159,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
             launch.tokens.start,
             NUM_HEADS=dims.num_heads,
             HEAD_DIM=dims.head_dim,
+            BLOCK_D=triton.next_power_of_2(dims.head_dim),
             NUM_SPLITS=splits,
         )
 
@@ -191,6 +198,7 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
         NUM_HEADS=dims.num_heads,
         KV_HEADS=dims.num_kv_heads,
         HEAD_DIM=dims.head_dim,
+        BLOCK_D=triton.next_power_of_2(dims.head_dim),
         PAGE_SIZE=cache.keys.shape[2],
         WINDOW=dims.window,
         BLOCK_M=tiles.block_m,
@@ -202,7 +210,7 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
 
 def _check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
     head_dim = cache.keys.shape[3]
-    if not 16 <= head_dim <= 256 or head_dim & (head_dim - 1):
-        raise ValueError(f"head size {head_dim} is not a power of two from 16 to 256; use the reference kernel")
+    if not can_attend(head_dim):
+        raise ValueError(f"head size {head_dim} is no multiple of 8 from 16 to 256; use the reference kernel")
     if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):
         raise ValueError("attention takes contiguous queries, outputs, keys and values")

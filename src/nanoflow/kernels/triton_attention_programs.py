@@ -1,6 +1,8 @@
 """The Triton programs of paged attention; `triton_attention.py` divides the work among them.
 
-Each is a loop over blocks of keys with a running softmax (FlashAttention-2) and finds keys through the page table.
+Each is one loop over blocks of keys with a running softmax (FlashAttention-2), the keys found through the page table.
+They know of tensors and lengths only, not of operations or batches. A tile has a power of two of columns, BLOCK_D; of a
+head whose size D is less, the last columns are 0.
 
 Shape legend: B decodes, R prefill requests, H heads, K KV heads, D head size, N pages of G tokens, P pages of a table.
 """
@@ -28,6 +30,7 @@ def _attend(
     log2_scale: float,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -37,14 +40,14 @@ def _attend(
 
     Without IS_MASKED every query sees every key, and start..stop is a number of whole blocks.
     """
-    dims = tl.arange(0, HEAD_DIM)[None, :]
+    dims = tl.arange(0, BLOCK_D)[None, :]
     for block in range(start, stop, BLOCK_N):
         places = block + tl.arange(0, BLOCK_N)
         exists = places < stop
         pages = tl.load(table + tl.minimum(places, stop - 1) // PAGE_SIZE).to(tl.int64)
         rows = (pages * KV_HEADS + kv_head) * PAGE_SIZE + places % PAGE_SIZE
         cells = rows[:, None] * HEAD_DIM + dims
-        key = _load_rows(keys + cells, exists, IS_MASKED)
+        key = _load_rows(keys + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee")
         if IS_MASKED:
             visible = (places[None, :] <= query_places[:, None]) & exists[None, :]
@@ -54,7 +57,7 @@ def _attend(
         new_peak = tl.maximum(peak, tl.max(scores, 1) * log2_scale)
         weights = tl.exp2(scores * log2_scale - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
-        value = _load_rows(values + cells, exists, IS_MASKED)
+        value = _load_rows(values + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
         acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
@@ -62,11 +65,20 @@ def _attend(
 
 
 @triton.jit
-def _load_rows(cells: tl.tensor, exists: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
-    """Rows that exist, 0 for others. Slots after a context have undefined values, and 0 times NaN is NaN."""
+def _load_rows(
+    cells: tl.tensor,
+    exists: tl.tensor,
+    dims: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+) -> tl.tensor:
+    """Rows that exist; 0 for others: behind a context stands anything, and a weight of 0 does not keep out its NaN."""
     if IS_MASKED:
-        return tl.load(cells, mask=exists[:, None], other=0.0)
-    else:  # noqa: RET505  (Triton compiles one of two branches)
+        return tl.load(cells, mask=exists[:, None] & (dims < HEAD_DIM), other=0.0)
+    elif HEAD_DIM < BLOCK_D:  # noqa: RET505  (Triton compiles one of the branches)
+        return tl.load(cells, mask=dims < HEAD_DIM, other=0.0)
+    else:
         return tl.load(cells)
 
 
@@ -85,6 +97,7 @@ def decode_program(
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     IS_SPLIT: tl.constexpr,
@@ -104,14 +117,15 @@ def decode_program(
     part = tl.maximum(tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = first + split * part
     stop = tl.minimum(start + part, context)
-    heads, dims = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
-    # The query heads of a KV head are the rows of a product, padded to the smallest size of the tensor cores.
+    heads, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    # Query heads that share a KV head are the rows of a product, filled up to the tensor cores' smallest.
     is_head = heads < GROUP
+    is_cell = is_head[:, None] & (dims < HEAD_DIM)[None, :]
     head_rows = (row * KV_HEADS + kv_head).to(tl.int64) * GROUP + heads
-    queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_head[:, None], other=0.0)
+    queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_cell, other=0.0)
     table = page_tables + (first_request + row).to(tl.int64) * table_stride
     place = tl.zeros([BLOCK_M], tl.int32) + context - 1
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
     if WINDOW is None:
@@ -119,16 +133,16 @@ def decode_program(
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
         acc, total, peak = _attend(
             acc, total, peak, queries, place, start, whole, keys, values, table, kv_head, log2_scale,
-            KV_HEADS, HEAD_DIM, PAGE_SIZE, None, BLOCK_N, False,
+            KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
         start = whole
     acc, total, peak = _attend(
         acc, total, peak, queries, place, start, stop, keys, values, table, kv_head, log2_scale,
-        KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW, BLOCK_N, True,
+        KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     parts = head_rows * num_splits + split
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + parts[:, None] * HEAD_DIM + dims[None, :], mean.to(out.dtype.element_ty), mask=is_head[:, None])
+    tl.store(out + parts[:, None] * HEAD_DIM + dims[None, :], mean.to(out.dtype.element_ty), mask=is_cell)
     if IS_SPLIT:
         tl.store(log_sums + parts, peak + tl.log2(total), mask=is_head)
 
@@ -142,18 +156,21 @@ def merge_program(
     first_request: int,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ) -> None:
     """Mean of the parts [NUM_SPLITS, D] of one row and head, each with weight 2^log_sum, which is 0 for empty parts."""
     head_row = tl.program_id(0).to(tl.int64)
     if tl.load(context_len + first_request + head_row // NUM_HEADS) == 0:
         return
-    splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, HEAD_DIM)
+    splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, BLOCK_D)
+    is_dim = dims < HEAD_DIM
     logs = tl.load(log_sums + head_row * NUM_SPLITS + splits)
     weights = tl.exp2(logs - tl.max(logs, 0))
     cells = (head_row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :]
-    mean = tl.sum(tl.load(parts + cells) * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + head_row * HEAD_DIM + dims, mean.to(out.dtype.element_ty))
+    each = tl.load(parts + cells, mask=is_dim[None, :], other=0.0)
+    mean = tl.sum(each * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(out + head_row * HEAD_DIM + dims, mean.to(out.dtype.element_ty), mask=is_dim)
 
 
 @triton.jit
@@ -198,6 +215,7 @@ def prefill_program(
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,30 +236,30 @@ def prefill_program(
     if (token >= end) | (context == 0):
         return
     tokens = token + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, BLOCK_D)
     cells = ((tokens - first_token).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
-    is_token = (tokens < end)[:, None]
-    queries = tl.load(q + cells, mask=is_token, other=0.0)
-    # Position of a token in its sequence = its index in the batch + `offset`.
+    is_cell = (tokens < end)[:, None] & (dims < HEAD_DIM)[None, :]
+    queries = tl.load(q + cells, mask=is_cell, other=0.0)
+    # A token's place in its sequence is `offset` on from its place in the batch.
     offset = context - chunk_stop
     stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
     table = page_tables + request.to(tl.int64) * table_stride
     kv_head = head // (NUM_HEADS // KV_HEADS)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
     if WINDOW is None:
         start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
         acc, total, peak = _attend(
             acc, total, peak, queries, tokens + offset, 0, start, keys, values, table, kv_head, log2_scale,
-            KV_HEADS, HEAD_DIM, PAGE_SIZE, None, BLOCK_N, False,
+            KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
     else:
         # The first key that the first query sees: what stands before may not be a finite number.
         start = tl.maximum(token + offset - WINDOW + 1, 0)
     acc, total, peak = _attend(
         acc, total, peak, queries, tokens + offset, start, stop, keys, values, table, kv_head, log2_scale,
-        KV_HEADS, HEAD_DIM, PAGE_SIZE, WINDOW, BLOCK_N, True,
+        KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + cells, mean.to(out.dtype.element_ty), mask=is_token)
+    tl.store(out + cells, mean.to(out.dtype.element_ty), mask=is_cell)
