@@ -45,7 +45,7 @@ class FakeEngine:
         self._requests: dict[int, Request] = {}
         self._num_generated: dict[int, int] = {}
         self._new: list[int] = []
-        self._iteration = 0
+        self._iteration = self.num_resets = 0
 
     def add(self, request: Request) -> None:
         if REFUSED in request.prompt_token_ids:
@@ -53,6 +53,9 @@ class FakeEngine:
         self._requests[request.request_id] = request
         self._num_generated[request.request_id] = 0
         self._new.append(request.request_id)
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     def abort(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:

@@ -43,6 +43,9 @@ class TextEngine:
         """Start a request."""
         self._left[request.request_id] = request.max_tokens
 
+    def reset_prefix_cache(self) -> None:
+        """There is none."""
+
     def abort(self, request_ids: Iterable[int]) -> None:
         """Drop requests."""
         for request_id in request_ids:

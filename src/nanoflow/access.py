@@ -42,6 +42,11 @@ class AccessOptions(ServerBounds):
     api_key_file: str | None = option(
         None, "File with such keys, one a line; lines that begin with # are comments. Read once, at the start"
     )
+    prefix_cache_per_key: bool = option(
+        False,
+        "Share cached pages of prompts only between requests with the same API key, so that none can measure "
+        "what others have asked",
+    )
     allowed_hosts: str | Sequence[str] | None = option(
         None,
         "Name in the Host header that is answered, may be given several times: a name, *.NAME, an address, a "

@@ -260,7 +260,8 @@ class Request:
             it have just been generated.
         arrival_s: Seconds on the monotonic clock of the machine.
         page_keys: The root of its pages' keys, then the keys of those that the prompt fills (`kvcache/keys.py`); empty
-            if it neither takes pages of others nor leaves any to them.
+            if it neither takes pages of others nor leaves any to them. A request with log probabilities of its prompt
+            takes none.
     """
 
     request_id: int

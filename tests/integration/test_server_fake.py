@@ -33,6 +33,9 @@ def client(http: httpx.Client) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{http.base_url}/v1".replace("//v1", "/v1"), api_key="none", max_retries=0)
 
 
+NONE_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+
+
 def events(http: httpx.Client, path: str, **fields: Any) -> list[Any]:
     """Chunks of a stream; checks how it is framed."""
     with http.stream("POST", path, json={"stream": True, **fields}) as answer:
@@ -50,7 +53,7 @@ def test_completion(http: httpx.Client) -> None:
     answer = complete(http, model="toy", max_tokens=9)
     not_asked = dict.fromkeys(("logprobs", "prompt_logprobs", "stop_reason", "token_ids", "prompt_token_ids"))
     assert answer["choices"] == [{"index": 0, "text": "the quick", "finish_reason": "length", **not_asked}]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13, **NONE_CACHED}
     assert (answer["object"], answer["model"]) == ("text_completion", "toy")
 
 
@@ -81,7 +84,7 @@ def test_several_prompts_and_choices_are_numbered(http: httpx.Client) -> None:
         (2, "bbth"),
         (3, "bbhe"),
     ]
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13, **NONE_CACHED}
 
 
 def test_prompts_of_token_ids(http: httpx.Client) -> None:
@@ -105,7 +108,7 @@ def test_echo_alone_shows_no_new_token(http: httpx.Client) -> None:
     answer = complete(http, max_tokens=0, echo=True, logprobs=2)
     assert answer["choices"][0]["text"] == "abc"
     assert answer["choices"][0]["logprobs"]["tokens"] == ["<bos>", "a", "b", "c"]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4, **NONE_CACHED}
 
 
 def test_prompt_logprobs(http: httpx.Client) -> None:
@@ -237,3 +240,35 @@ def test_metrics_count_requests() -> None:
     assert f"vllm:generation_tokens_total{label} 15.0" in text
     assert f"vllm:inter_token_latency_seconds_count{label} 12.0" in text
     assert f"vllm:num_requests_running{label} 0.0" in text
+
+
+# Cached pages
+
+
+def test_a_salt_comes_to_the_engine(http: httpx.Client, engine: FakeAsyncEngine) -> None:
+    before = len(engine.seen_salts)
+    for fields in ({"prompt": "a"}, {"prompt": ["a", "b"]}, {"prompt": [97, 98]}):
+        complete(http, cache_salt="mine", max_tokens=1, **fields)
+    http.post("/v1/chat/completions", json={"messages": CHAT, "cache_salt": "talk", "max_tokens": 1}).raise_for_status()
+    assert engine.seen_salts[before:] == ["mine"] * 4 + ["talk"]
+    for wrong in ("", 5, ["a"]):
+        answer = http.post("/v1/completions", json={"prompt": "a", "cache_salt": wrong})
+        assert answer.status_code == 400 and error_of(answer)["param"] == "cache_salt"
+
+
+def test_keys_may_have_caches_of_their_own() -> None:
+    engine = FakeAsyncEngine()
+    config = ServerConfig(served_model_name="toy", api_key=("one", "two"), prefix_cache_per_key=True)
+    with served(engine, config) as root_url, httpx.Client(base_url=root_url, timeout=10) as http:
+        for header in ("Bearer one", "bearer  one", "Bearer two"):
+            for salt in (None, "mine"):
+                fields = {} if salt is None else {"cache_salt": salt}
+                answer = http.post(
+                    "/v1/completions",
+                    json={"prompt": "a", "max_tokens": 1, **fields},
+                    headers={"authorization": header},
+                )
+                answer.raise_for_status()
+    one, one_mine, again, again_mine, two, two_mine = engine.seen_salts
+    assert (one, one_mine) == (again, again_mine)
+    assert len({one, one_mine, two, two_mine}) == 4 and None not in engine.seen_salts

@@ -290,3 +290,9 @@ def test_a_sane_request_id_is_kept() -> None:
     for value in (b"", b"a b", b"a\r\nset-cookie: x", b"x" * 129, "\u00fc".encode(), b"<a>"):
         assert request_id_of([(b"x-request-id", value)]).startswith("req-")
     assert request_id_of([(b"x-request-id", b"a"), (b"x-request-id", b"b")]).startswith("req-")
+
+
+def test_caches_of_keys_need_keys() -> None:
+    with pytest.raises(ConfigError, match="prefix_cache_per_key needs keys"):
+        with_all_keys(ServerConfig(prefix_cache_per_key=True), {})
+    assert with_all_keys(ServerConfig(prefix_cache_per_key=True), {"NANOFLOW_API_KEY": "six"}).prefix_cache_per_key

@@ -217,7 +217,7 @@ def _bent(request: Request, **fields: Any) -> Request:
     [{"top_k": 2.5}, {"stop_token_ids": ["x"]}, {"n": "many"}, {"temperature": -7.0}, {"logit_bias": {5: "much"}}],
 )
 def test_an_add_that_cannot_be_read_ends_its_requests_alone(fields: dict[str, Any]) -> None:
-    message = decode_to_engine(encode(Add(requests=[_bent(_request(7), **fields), _request(8)])))
+    message = decode_to_engine(encode(Add.of([_bent(_request(7), **fields), _request(8)])))
     assert isinstance(message, Unreadable) and message.request_ids == [7, 8]
     engine = FakeEngine()
     ((front_end, refusal),) = _taken(message, engine).sent
@@ -234,13 +234,12 @@ def test_whatever_is_wrong_with_a_request_refuses_it_alone(error: Exception, mon
     take = engine.add
 
     def add(request: Request) -> None:
-        if request.prompt_token_ids == [5]:
+        if request.request_id % 16 == 7:
             raise error
         take(request)
 
     monkeypatch.setattr(engine, "add", add)
-    good = Request(request_id=9, prompt_token_ids=[6], params=SamplingParams(), seed=0, max_tokens=4)
-    ((front_end, refusal),) = _taken(Add(requests=[_request(7), good]), engine).sent
+    ((front_end, refusal),) = _taken(Add.of([_request(7), _request(9)]), engine).sent
     assert isinstance(refusal, StepOutput)
     assert (front_end, refusal.finished[7].error, list(refusal.finished)) == (3, "no", [7])
     assert engine.has_work

@@ -78,7 +78,7 @@ def draw_request(draw: st.DrawFn, request_id: int, limits: SchedulerLimits) -> R
         prompt_logprobs=draw(st.sampled_from([None, None, 0, 2])),
     )
     root = root_key(draw(st.sampled_from([None, None, "salt"])))
-    is_sharing = params.prompt_logprobs is None and draw(st.integers(0, 3)) > 0
+    is_sharing = draw(st.integers(0, 3)) > 0
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,

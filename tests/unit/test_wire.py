@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -25,6 +26,7 @@ from nanoflow.engine.messages import (
     Load,
     PlaceLogprobs,
     Ready,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
     ToEngine,
@@ -57,7 +59,8 @@ DOWN: list[ToEngine] = [
     Load(config=EngineConfig(model="there", seed=5)),
     Join(),
     Leave(front_end=3),
-    Add(requests=[REQUEST, REQUEST]),
+    Add.of([REQUEST, REQUEST]),
+    ResetPrefixCache(),
     Abort(request_ids=[7, 8]),
     Shutdown(),
 ]
@@ -146,8 +149,8 @@ def test_what_names_no_request_is_no_message_to_the_engine(message: bytes) -> No
 
 
 def test_an_add_that_does_not_fit_names_its_requests_and_what_is_wrong() -> None:
-    fields = msgspec.to_builtins(REQUEST)
-    message = decode_to_engine(_packed("Add", [fields | {"request_id": 9}, fields | {"seed": "x"}]))
+    fields = msgspec.msgpack.decode(msgspec.msgpack.encode(REQUEST))
+    message = decode_to_engine(_packed("Add", [fields | {"request_id": 9}, fields | {"seed": "x"}], [5, 6]))
     assert isinstance(message, Unreadable) and message.request_ids == [9, 7]
     assert message.error == "a message cannot be read: Expected `int`, got `str` - at `$[1][1].seed`"
 
@@ -181,3 +184,13 @@ def test_a_socket_gives_messages_of_numbered_front_ends_alone(
         context.destroy(linger=0)
         channel.close()
         place.close()
+
+
+def test_requests_of_one_prompt_are_the_same_after_the_way() -> None:
+    requests = [dataclasses.replace(REQUEST, request_id=number, page_keys=b"key") for number in (7, 8)]
+    message = decode_to_engine(encode(Add.of(requests)))
+    assert isinstance(message, Add) and message.whole() == requests
+    one, two = message.whole()
+    assert one.prompt_token_ids is two.prompt_token_ids
+    long = [dataclasses.replace(request, prompt_token_ids=[5] * 10_000) for request in requests]
+    assert len(encode(Add.of(long))) < 1.3 * len(encode(Add.of(long[:1])))

@@ -29,6 +29,7 @@ from nanoflow.engine.messages import (
     Join,
     Leave,
     Load,
+    ResetPrefixCache,
     StepOutput,
 )
 from nanoflow.engine.observer import Observer
@@ -218,7 +219,7 @@ class AsyncEngine:
         stream = self._streams[name] = Stream(output, is_whole=not streams)
         try:
             for piece in sendable(requests):
-                self._link.send(Add(requests=piece))
+                self._link.send(Add.of(piece))
                 await asyncio.sleep(0)  # a large request takes milliseconds to send: let other tasks run
             logger.debug(
                 "request %s: %d prompt tokens, n %d, max_tokens %s",
@@ -243,6 +244,11 @@ class AsyncEngine:
         self._drop(request_id)
         if request_id in self._streams:
             self._streams[request_id].wake()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV cache has of earlier prompts and completions; requests that run go on."""
+        self._check_alive()
+        self._link.send(ResetPrefixCache())
 
     def forget(self, front_end: int) -> None:
         """Tell the engine to drop all requests of another front end, which has ended."""

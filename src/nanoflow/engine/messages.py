@@ -1,10 +1,10 @@
 """The messages between the engine's process and its front ends, and the data in them.
 
 Several front ends may use one engine. The front end that starts the engine sends `Load` first. Every front end may
-then send `Add` and `Abort`; a further one begins with `Join`. The engine answers with `Ready` or `Failed` once. After
-that it sends one `StepOutput` an iteration, with the tokens of all requests of that front end but without text: the
-front end detokenizes. A front end that has no tokens in an iteration gets a `Heartbeat` now and then. While the engine
-loads, it sends its log messages as `Told` to the front end that started it.
+then send `Add`, `Abort` and `ResetPrefixCache`; a further one begins with `Join`. The engine answers with `Ready` or
+`Failed` once. After that it sends one `StepOutput` an iteration, with the tokens of all requests of that front end but
+without text: the front end detokenizes. A front end that has no tokens in an iteration gets a `Heartbeat` now and then.
+While the engine loads, it sends its log messages as `Told` to the front end that started it.
 
 A message is a tagged `msgspec.Struct`, encoded as an array: its tag, then its fields in order (`wire.py`). Data that
 users see as well, such as `EngineStats`, are dataclasses.
@@ -12,7 +12,8 @@ users see as well, such as `EngineStats`, are dataclasses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -45,15 +46,43 @@ class Leave(Message, frozen=True, kw_only=True):
 
 
 class Add(Message, frozen=True, kw_only=True):
-    """Take these requests."""
+    """Take these requests, which have one prompt: it is sent once, and the requests have none of their own.
+
+    Attributes:
+        requests: The requests without prompt and keys.
+        prompt_token_ids, page_keys: Those of every request; see `Request`.
+    """
 
     requests: list[Request]
+    prompt_token_ids: list[int]
+    page_keys: bytes = b""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Add:
+        """The message of requests that have the same prompt and keys."""
+        first = requests[0]
+        return cls(
+            requests=[replace(request, prompt_token_ids=[], page_keys=b"") for request in requests],
+            prompt_token_ids=first.prompt_token_ids,
+            page_keys=first.page_keys,
+        )
+
+    def whole(self) -> list[Request]:
+        """The requests with their prompt and keys."""
+        return [
+            replace(request, prompt_token_ids=self.prompt_token_ids, page_keys=self.page_keys)
+            for request in self.requests
+        ]
 
 
 class Abort(Message, frozen=True, kw_only=True):
     """Drop these requests and free what they hold; unknown ids are ignored."""
 
     request_ids: list[int]
+
+
+class ResetPrefixCache(Message, frozen=True, kw_only=True):
+    """Forget what the KV cache has of requests so far: later ones find nothing of it."""
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
@@ -241,5 +270,5 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     stats: EngineStats
 
 
-ToEngine = Load | Join | Add | Abort | Leave | Shutdown
+ToEngine = Load | Join | Add | Abort | ResetPrefixCache | Leave | Shutdown
 FromEngine = Ready | Failed | StepOutput | Heartbeat | Told

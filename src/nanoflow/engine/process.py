@@ -31,6 +31,7 @@ from nanoflow.engine.messages import (
     Leave,
     Load,
     Ready,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
     ToEngine,
@@ -65,6 +66,9 @@ class EngineLoop(Protocol):
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Drop requests."""
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes."""
 
     def step(self) -> StepOutput:
         """One iteration."""
@@ -173,12 +177,14 @@ class _Loop:
     def _take(self, front_end: int, message: ToEngine | Unreadable) -> None:
         match message:
             case Add():
-                self._add(front_end, message.requests)
+                self._add(front_end, message.whole())
             case Unreadable():
                 logger.error("requests are refused: %s", message.error)
                 self._refuse(front_end, message.request_ids, message.error)
             case Abort():
                 self.engine.abort(self.front_ends.disown(front_end, message.request_ids))
+            case ResetPrefixCache():
+                self.engine.reset_prefix_cache()
             case Join():
                 self.front_ends.join(front_end)
                 self.channel.send(front_end, Ready(facts=self.engine.facts))

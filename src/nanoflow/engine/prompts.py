@@ -134,8 +134,7 @@ def make_requests(
 ) -> list[Request]:
     """The `n` requests of a prompt; request i has id `first_id + i` and seed `first_seed + i`.
 
-    Only the first one scores the prompt: the others would get the same. To score it, all of it must be computed, so the
-    first one takes no cached pages then.
+    Only the first one computes log probabilities of the prompt: they are the same for all.
 
     Raises:
         RequestError: The prompt is empty, or does not fit in the context together with what is asked for; a token id is
@@ -156,13 +155,6 @@ def make_requests(
         arrival_s=arrival_s,
     )
     _check(first, facts)
-    others = dataclasses.replace(
-        first,
-        params=dataclasses.replace(params, prompt_logprobs=None),
-        page_keys=_page_keys(prompt, facts) if facts.has_prefix_cache else b"",
-    )
-    if params.prompt_logprobs is None:
-        first = others
     if max_tokens > room:
         raise RequestError(
             f"This model's maximum context length is {facts.max_model_len} tokens; the prompt has {num_prompt} tokens "
@@ -170,8 +162,11 @@ def make_requests(
             param="max_tokens",
             code=CONTEXT_OVERFLOW,
         )
+    if facts.has_prefix_cache:
+        first = dataclasses.replace(first, page_keys=_page_keys(prompt, facts))
+    others = dataclasses.replace(params, prompt_logprobs=None)
     return [first] + [
-        dataclasses.replace(others, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS)
+        dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
         for i in range(1, params.n)
     ]
 

@@ -130,7 +130,8 @@ class AsyncLLM:
             raise EngineDeadError(engine.death)
 
     async def reset_prefix_cache(self) -> bool:
-        """True: there is no prefix cache that could have entries."""
+        """Forget what the KV cache has of earlier prompts and completions; True, as it always can."""
+        (await self.start()).reset_prefix_cache()
         return True
 
     @property

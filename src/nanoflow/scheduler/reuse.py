@@ -91,10 +91,9 @@ class PrefixReuse:
         for waiting in queue:
             if len(found) == max_requests or max_tokens <= 0 or num_passed_over == _MOST_PASSED_OVER:
                 break
-            # At least the last token is left to be computed.
-            prefix = self._pools.find(waiting.page_keys[: (len(waiting.token_ids) - 1) // self._page_size])
+            prefix = self._pools.find(waiting.page_keys[: self._most_pages(waiting)])
             following = waiting.page_keys[prefix.num_pages :]
-            awaited = following[:_LEAST_AWAITED]
+            awaited = following[: min(_LEAST_AWAITED, self._most_pages(waiting))]
             if len(awaited) == _LEAST_AWAITED and all(key in self._row_computing or key in claimed for key in awaited):
                 num_passed_over += 1
                 continue
@@ -104,6 +103,11 @@ class PrefixReuse:
             max_tokens -= len(waiting.token_ids) - candidate.num_computed
         return found
 
+    def _most_pages(self, waiting: WaitingRequest) -> int:
+        """Pages that a request may find: at least its last token is computed, or all if its prompt is scored."""
+        is_scored = waiting.request.params.prompt_logprobs is not None
+        return 0 if is_scored else (len(waiting.token_ids) - 1) // self._page_size
+
     def join(self, row: int, candidate: Candidate) -> None:
         """A candidate has got a row, which holds no pages yet: it gets those of its cached prefix."""
         keys, num_pages = list(candidate.waiting.page_keys), candidate.prefix.num_pages
@@ -112,7 +116,7 @@ class PrefixReuse:
         self._pools.adopt(row, candidate.prefix)
         for key in keys[num_pages:]:
             self._row_computing.setdefault(key, row)
-        if self._root[row]:
+        if self._root[row] and self._most_pages(candidate.waiting):
             self.counts = ReuseCounts(
                 num_asked=self.counts.num_asked + len(candidate.waiting.token_ids),
                 num_found=self.counts.num_found + candidate.num_cached,

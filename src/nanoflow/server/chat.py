@@ -48,7 +48,7 @@ def chat_router(service: Service) -> APIRouter:
             prompts=[prompt],
             params=params,
             doors=service,
-            cache_salt=body.cache_salt,
+            cache_salt=service.cache_salt(request, body.cache_salt),
             call_id=new_id("chatcmpl"),
             field_names=body.field_names,
         )

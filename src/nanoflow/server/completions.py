@@ -41,7 +41,7 @@ def completions_router(service: Service) -> APIRouter:
             prompts=prompts,
             params=params,
             doors=service,
-            cache_salt=body.cache_salt,
+            cache_salt=service.cache_salt(request, body.cache_salt),
             call_id=new_id("cmpl"),
             field_names=body.field_names,
         )

@@ -41,6 +41,8 @@ def with_all_keys(config: ServerConfig, environment: MutableMapping[str, str]) -
     inherited = {name: environment.pop(name) for name in KEY_VARIABLES if name in environment}
     keys = [*several(config.api_key), *(_keys_of_file(config.api_key_file) if config.api_key_file else ())]
     keys = keys or _keys_of_environment(inherited)
+    if config.prefix_cache_per_key and not keys:
+        raise ConfigError("prefix_cache_per_key needs keys: give api_key or api_key_file")
     return dataclasses.replace(config, api_key=tuple(dict.fromkeys(keys)), api_key_file=None)
 
 
@@ -96,6 +98,17 @@ class Keys:
 
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()
+
+
+def salt_of(authorization: str | None, salt: str | None) -> str:
+    """A salt for cached pages that only requests with the same key and the same salt have.
+
+    Args:
+        authorization: Value of the request's header.
+        salt: The request's own; None if it has none.
+    """
+    _, _, token = (authorization or "").strip().partition(" ")
+    return f"{_digest(token.strip().encode()).hex()} {salt or ''}"
 
 
 class KeyMiddleware:

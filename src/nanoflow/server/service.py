@@ -11,6 +11,8 @@ from functools import partial
 from hashlib import blake2b
 from typing import TypeVar
 
+from fastapi import Request
+
 import nanoflow
 from nanoflow.config import ServerConfig
 from nanoflow.engine.prompts import Prompt as ReadPrompt
@@ -24,6 +26,7 @@ from nanoflow.server.call_bounds import CallBounds
 from nanoflow.server.conversation_fields import Conversation, Message
 from nanoflow.server.echo import Echo, TextOffsets, detokenizer_of, echo_prompt
 from nanoflow.server.errors import ApiError, user_errors
+from nanoflow.server.keys import salt_of
 from nanoflow.server.logprobs import TokenIdTexts, TokenTexts
 from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest
@@ -147,6 +150,10 @@ class Service:
         """When a call that begins now must have ended, on the event loop's clock; None if there is no limit."""
         timeout_s = self.config.request_timeout_s
         return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+    def cache_salt(self, request: Request, salt: str | None) -> str | None:
+        """The salt of a call's cached pages: its own, with its key if keys have caches of their own."""
+        return salt_of(request.headers.get("authorization"), salt) if self.config.prefix_cache_per_key else salt
 
     async def beside(self, work: Callable[[], T]) -> T:
         """Run something that takes long in a thread."""
