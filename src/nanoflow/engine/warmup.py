@@ -23,7 +23,7 @@ from nanoflow.plan.plan import PipelinePlan
 from nanoflow.scheduler.limits import SchedulerLimits
 
 # Seconds for capturing graphs before the engine is ready: of the fallback, and of the plans of a book.
-_RECORD_S = 4.0
+_RECORD_S = 3.0
 # Number of prompts in the batches for which graphs of a searched plan are captured.
 _NUM_PROMPTS = 4
 # How many times in a row a batch is run to be timed.

@@ -30,6 +30,10 @@ from nanoflow.kernels.compiling import compiling
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.plan.plan import PipelinePlan
 
+# Neighbouring sizes mostly use the same kernels, and to ask for the kernels of a size takes 12 ms: one in so many is
+# asked for. A kernel that is missed is compiled when the graph of its size is recorded.
+_COMPILED_EVERY = 3
+
 
 class Worker:
     """Runs batches of one model on one device.
@@ -88,7 +92,8 @@ class Worker:
         """Compile kernels and record CUDA graphs before batches need them.
 
         Args:
-            wanted: Graphs in groups; those of the first are recorded while kernels of the others are still compiled.
+            wanted: Graphs in groups. The first group has one plan and many sizes, the smallest first; its graphs are
+                recorded while kernels of the others are still compiled.
             batch: Any batch; what follows the layers is compiled for it.
             within_s: Seconds for recording each group; `prepare_next` records the rest.
         """
@@ -121,7 +126,7 @@ class Worker:
         with compiling(partial(use_device, self._device)) as compile_only:
             with compile_only():
                 self._sampler.prepare(self._executor.logits(self._inputs.build(batch)).dtype)
-                for group in wanted:
+                for group in (first[::_COMPILED_EVERY], *others):
                     self._forward.compile(group)
             self._forward.prepare(first, within_s)
         for group in others:
