@@ -95,7 +95,7 @@ class Worker:
             wanted: Graphs in groups. The first group has one plan and many sizes, the smallest first; its graphs are
                 recorded while kernels of the others are still compiled.
             batch: Any batch; what follows the layers is compiled for it.
-            within_s: Seconds for recording each group; `prepare_next` records the rest.
+            within_s: Seconds for recording each group that is not empty; `prepare_next` records the rest.
         """
         self._queue.submit(self._prepare, wanted, batch, within_s).result()
 
@@ -129,7 +129,7 @@ class Worker:
                 for group in (first[::_COMPILED_EVERY], *others):
                     self._forward.compile(group)
             self._forward.prepare(first, within_s)
-        for group in others:
+        for group in filter(None, others):
             self._forward.prepare(group, within_s)
 
     def _score(self, inputs: BatchInputs, score: PromptScore, layout: Layout) -> list[Scores]:
