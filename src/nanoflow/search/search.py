@@ -40,6 +40,9 @@ from nanoflow.simulate.layer import PlanSimulator
 _ALLOCATION_NODES = 2500
 # Candidates that shares are searched for.
 _MAX_SHARED = 3
+# Smallest batch for which shares are searched. In smaller ones the solver takes seconds to prove that nothing is found:
+# its bound is loose where products are bound by memory too (docs/log, one path of the search).
+_LEAST_SHARED_TOKENS = 1024
 # Ways to divide the device are followed as long as their bound is at most this factor above the best one's makespan:
 # a prediction tells no more than that.
 _CLOSE = 1.04
@@ -152,7 +155,7 @@ class Search:
             attempts += self._divided(layer, candidate)
         for layer in layers:
             attempts += self._carried(layer)
-        for layer, candidate in promising:
+        for layer, candidate in promising if self._shape.num_tokens >= _LEAST_SHARED_TOKENS else ():
             best_s = min((attempt.makespan_s for attempt in attempts), default=sequential_s)
             attempts += self._allocated(layer, candidate, min(best_s, sequential_s * (1 - _LEAST_GAIN)))
         if not self._deadline.left_s:
