@@ -112,8 +112,7 @@ def decode_program(
         return
     first = 0 * context
     if WINDOW is not None:
-        # Exactly here: what stands before may not be a finite number.
-        first = tl.maximum(context - WINDOW, 0)
+        first = tl.maximum(context - WINDOW, 0)  # exactly: what stands before may not be finite
     part = tl.maximum(tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = first + split * part
     stop = tl.minimum(start + part, context)
@@ -125,8 +124,7 @@ def decode_program(
     queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_cell, other=0.0)
     table = page_tables + (first_request + row).to(tl.int64) * table_stride
     place = tl.zeros([BLOCK_M], tl.int32) + context - 1
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
     if WINDOW is None:
         # Whole blocks need no mask.
