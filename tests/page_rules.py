@@ -141,6 +141,7 @@ SHOWN: dict[str, str] = {
     "10  familiar                              names that users of vLLM know": "layers in pyproject.toml",
     'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $(cat keys.txt)"': "test_door.py sends such keys",
     "maximise u": "a formula",
+    "maximise u >= 1 / (shortest period so far)": "a formula",
     "nanoflow limits for balanced: max_batch_tokens 2,048 (about 50 ms an iteration on NVIDIA H200), max_num_seqs 100 "
     "(given), gaps of at most 75 ms between tokens (goal balanced)": "a line of the server",
     "nanoflow sampling defaults of the model: temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05": (

@@ -59,6 +59,25 @@ def place_of(machine: Document) -> str:
     return f"{gpu['name']}{power}, driver {gpu['driver_version']}"
 
 
+# Modules of benchmarks that had another name when records were made.
+_RENAMED = {
+    "benchmarks.iteration": "benchmarks.engine.iteration",
+    "benchmarks.limits": "benchmarks.engine.limits",
+    "benchmarks.sampled": "benchmarks.engine.sampled",
+    "benchmarks.serving": "benchmarks.engine.serving",
+    "benchmarks.speculative": "benchmarks.engine.speculative",
+    "benchmarks.startup": "benchmarks.engine.startup",
+    "benchmarks.steady": "benchmarks.ladder.steady",
+    "benchmarks.whole_runs": "benchmarks.ladder.whole_runs",
+}
+
+
+def command_of(document: Document) -> str:
+    """The command that made a record, as it is typed today."""
+    words = str(document["command"]).split(" ")
+    return " ".join(_RENAMED.get(word, word) for word in words)
+
+
 def revision_of(revision: str | None) -> str:
     """A revision for people: short, and marked if nobody can have the sources."""
     if revision is None:

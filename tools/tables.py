@@ -11,6 +11,7 @@ from nanoflow.bench.provenance import portable
 from records import (
     Document,
     beside,
+    command_of,
     gap_of,
     in_ms,
     load_name,
@@ -40,7 +41,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 def in_turn_parts(name: str, document: Document, peers: Document) -> Iterator[str]:
     """A record of settings in turn: where, by which command, and a table with the settings of every row."""
-    yield f"**{name}**: {place_of(document['machine'])}; `{document['command']}`"
+    yield f"**{name}**: {place_of(document['machine'])}; `{command_of(document)}`"
     headings = (
         *("workload", "requests", "repeats", "what ran", "settings", "total tokens/s", "over", "ratio (repeats)"),
         *(() if document["benchmark"] != "steady" else _STEADY_HEADINGS),
@@ -125,7 +126,7 @@ def serving_parts(name: str, document: Document, peers: Document) -> Iterator[st
     start = "" if server["start_s"] is None else f", ready after {server['start_s']:.1f} s"
     yield (
         f"**{name}**: {server['model']} on {place_of(document['machine'])}, revision "
-        f"{revision_of(document['software']['git_revision'])}{start}; `{document['command']}`"
+        f"{revision_of(document['software']['git_revision'])}{start}; `{command_of(document)}`"
     )
     headings = (
         *("load", "sampling", "requests", "repeats", "total tokens/s", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms"),

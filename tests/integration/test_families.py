@@ -119,4 +119,5 @@ def test_bfloat16_tokens_differ_only_where_they_nearly_tie(name: str, tmp_path: 
             continue
         assert ours[place] in reference.logits(prompt + ours[:place])[-1].topk(5).indices
         assert theirs[place] in top[place]
-    assert num_equal >= len(PROMPTS) // 4
+    # How many depends on the instructions of the CPU: 7 of Gemma 3 on one, 8 on another.
+    assert num_equal >= len(PROMPTS) // 5

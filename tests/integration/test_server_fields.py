@@ -157,6 +157,7 @@ def test_minus_one_keeps_what_the_context_has_room_for(http: httpx.Client) -> No
         "prompt_tokens": MAX_MODEL_LEN - 6,
         "completion_tokens": 6,
         "total_tokens": MAX_MODEL_LEN,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     answer = chat(http, messages=[{"role": "user", "content": long}], truncate_prompt_tokens=-1, max_tokens=None)
     assert answer["usage"]["completion_tokens"] == 1

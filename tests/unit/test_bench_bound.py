@@ -8,13 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nanoflow.bench.steady import (
-    NoSteadyState,
-    Progress,
-    ProgressRecorder,
-    find_window,
-    steady_state,
-)
 
 from nanoflow.bench import offline, rates
 from nanoflow.bench.bound import (
@@ -27,6 +20,13 @@ from nanoflow.bench.bound import (
     typical_batch,
     visible_keys,
     work_of,
+)
+from nanoflow.bench.measurement_window import (
+    NoSteadyState,
+    Progress,
+    ProgressRecorder,
+    find_window,
+    steady_state,
 )
 from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.record import format_table, write_record

@@ -142,6 +142,15 @@ def test_clients_in_several_processes_share_the_requests(server_url: str) -> Non
             assert all(record.error is None for record in driven.records)
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Other tests run what ignores Ctrl-C in this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_clients_at_once_and_only_through_their_parent(server_url: str) -> None:
     load = LoadConfig(url=server_url, model="m", num_processes=2)
     short = [BenchRequest(prompt_token_ids=[2], num_output_tokens=1, arrival_s=0.0)] * 2
