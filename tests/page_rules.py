@@ -133,6 +133,7 @@ SHOWN: dict[str, str] = {
     "from nanoflow import LLM, SamplingParams": "run",
     "from nanoflow import LLM": "run",
     "from openai import OpenAI": "run against the server",
+    "# The second time, all full pages of the prompt are found.": "run",
     "src/nanoflow/": "the tree, written and checked by tools/docs.py",
     "# models/readings.py: the fields that exist in its config.json, what an absent one means, and which may be "
     "null": "run",

@@ -227,6 +227,13 @@ def test_the_quick_start_in_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(endings) == 2, "a completion for each prompt, and why it ended"
 
 
+def test_a_prompt_is_found_the_second_time(capsys: pytest.CaptureFixture[str]) -> None:
+    block = block_that_begins("# The second time, all full pages of the prompt are found.")
+    exec(compile(block.text.replace('LLM("default"', 'LLM("default", device="cpu"'), at(block), "exec"), {})
+    first, second = map(int, re.findall(r"^\d+$", capsys.readouterr().out, re.MULTILINE))
+    assert first == 0 and second > 0
+
+
 def test_the_two_ways_to_ask_for_drafts() -> None:
     block = block_that_begins("from nanoflow import LLM")
     names: dict[str, Any] = {}

@@ -77,7 +77,7 @@ def test_flags_of_the_server(served: list[Any]) -> None:
         ("--trust-remote-code", "--trust-remote-code is not possible: no Python of a model folder"),
         (
             "--prefix-caching-hash-algo xxhash",
-            "--prefix-caching-hash-algo 'xxhash' is not possible: pages are found by",
+            "--prefix-caching-hash-algo xxhash is not possible: pages are found by",
         ),
         ("--no-enable-chunked-prefill", "--no-enable-chunked-prefill is not possible: prompts are always"),
         ("--hf-overrides.rope_theta 3", '--hf-overrides {"rope_theta": 3} is not possible: what config.json says'),
