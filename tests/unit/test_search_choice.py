@@ -76,10 +76,13 @@ def test_a_program_of_shares_must_beat_what_is_known() -> None:
     assert period_s(best_s * 0.98) is None
 
 
-def test_a_book_has_what_the_search_for_its_median_batch_finds() -> None:
+def test_a_book_has_what_the_search_for_its_median_batch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Books and `--decodes` share one search; with shares of many sizes its best plan gives each task its own."""
     curve = tuple(pair(share, first, second) for share, first, second in ((0.3, 0.3, 0.9), (0.6, 0.7, 0.85)))
     of = profile(pairs=curve)
+    small = Search(of, SHAPE).run()
+    assert not any(attempt.plan.name.startswith("partition,") for attempt in small.attempts)
+    monkeypatch.setattr("nanoflow.search.search._LEAST_SHARED_TOKENS", SHAPE.num_tokens)
     run = [(SHAPE, 1.0)]
     (cell,) = cells_of(run, 512)
     alone = Search(of, cell.median_batch).run()
