@@ -94,7 +94,18 @@ def test_no_call_holds_the_event_loop_for_long(model: str) -> None:
 
     statuses, longest_s = asyncio.run(run())
     assert statuses == [status for *_, status in bodies]
-    assert longest_s < MAX_TURN_S
+    assert longest_s < MAX_TURN_S * slowness()
+
+
+def slowness() -> float:
+    """How much slower than usual this machine runs Python, 1 at least: a sum takes 18 ms on a usual one."""
+
+    def sum_s() -> float:
+        start_s = time.perf_counter()
+        sum(number * number for number in range(300_000))
+        return time.perf_counter() - start_s
+
+    return max(min(sum_s() for _ in range(5)) / 0.018, 1.0)
 
 
 def test_a_burst_does_not_hold_the_event_loop_for_long(model: str) -> None:
@@ -112,7 +123,7 @@ def test_a_burst_does_not_hold_the_event_loop_for_long(model: str) -> None:
 
     num_chunks, longest_s = asyncio.run(run())
     assert num_chunks >= count
-    assert longest_s < MAX_TURN_S
+    assert longest_s < MAX_TURN_S * slowness()
 
 
 def post(url: str, content: bytes) -> int:

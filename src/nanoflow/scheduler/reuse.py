@@ -116,7 +116,7 @@ class PrefixReuse:
         self._pools.adopt(row, candidate.prefix)
         for key in keys[num_pages:]:
             self._row_computing.setdefault(key, row)
-        if self._root[row] and self._most_pages(candidate.waiting):
+        if self._root[row] and candidate.waiting.request.params.prompt_logprobs is None:
             self.counts = ReuseCounts(
                 num_asked=self.counts.num_asked + len(candidate.waiting.token_ids),
                 num_found=self.counts.num_found + candidate.num_cached,
