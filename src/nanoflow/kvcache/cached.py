@@ -64,10 +64,8 @@ class CachedPages:
         """
         free = []
         for page in pages:
-            key, self._key_of[page] = self._key_of[page], None
-            if key is not None:
-                del self._page_of[key]
-                self.is_cached[page] = False
+            if self._key_of[page] is not None:
+                self._remove_key(page)
                 if page in self._idle:
                     del self._idle[page]
                     free.append(page)
@@ -87,13 +85,15 @@ class CachedPages:
         """Take the memory of so many pages that nobody holds, int32 [count]; there must be as many."""
         pages = [self._idle.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
-            key, self._key_of[page] = self._key_of[page], None
-            assert key is not None
-            del self._page_of[key]
+            self._remove_key(page)
         self.num_evicted += count
-        taken = np.array(pages, dtype=np.int32)
-        self.is_cached[taken] = False
-        return taken
+        return np.array(pages, dtype=np.int32)
+
+    def _remove_key(self, page: int) -> None:
+        key, self._key_of[page] = self._key_of[page], None
+        assert key is not None
+        del self._page_of[key]
+        self.is_cached[page] = False
 
     def check_integrity(self, num_holders: Int32) -> None:
         """Raise RuntimeError unless keys and pages name each other and exactly those are idle that nobody holds.

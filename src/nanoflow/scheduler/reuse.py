@@ -91,9 +91,10 @@ class PrefixReuse:
         for waiting in queue:
             if len(found) == max_requests or max_tokens <= 0 or num_passed_over == _MOST_PASSED_OVER:
                 break
-            prefix = self._pools.find(waiting.page_keys[: self._most_pages(waiting)])
+            most_pages = self._most_pages(waiting)
+            prefix = self._pools.find(waiting.page_keys[:most_pages])
             following = waiting.page_keys[prefix.num_pages :]
-            awaited = following[: min(_LEAST_AWAITED, self._most_pages(waiting))]
+            awaited = following[: min(_LEAST_AWAITED, most_pages)]
             if len(awaited) == _LEAST_AWAITED and all(key in self._row_computing or key in claimed for key in awaited):
                 num_passed_over += 1
                 continue
