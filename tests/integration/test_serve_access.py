@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from nanoflow.config import ServerConfig
-from nanoflow.server.serve import open_to_all
+from nanoflow.server.running import open_to_all
 from tests.fake_server import wait_until
 from tests.server_process import ServerProcess, launch, start_server
 

@@ -1,6 +1,7 @@
 """Start, watch and end the engine's process, from the process that starts it.
 
-The engine's process runs `process.py`. Its messages are handled in `async_engine.py`.
+The engine's process runs `process.py`. Its messages are handled in `async_engine.py`. What this file needs to talk to
+the process is imported when it runs: it takes seconds to import torch, and they should begin at once.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import asyncio
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from typing import TYPE_CHECKING
 
-from nanoflow.engine.link import EngineLink
-from nanoflow.engine.messages import Shutdown
 from nanoflow.engine.place import EnginePlace
+
+if TYPE_CHECKING:
+    from nanoflow.engine.link import EngineLink
 
 ENGINE_MODULE = "nanoflow.engine.process"
 STDERR = 2
@@ -42,7 +45,6 @@ class EngineChild:
         own_place = EnginePlace() if place is None else None
         place = place or own_place
         assert place is not None
-        link = EngineLink(place.path)
         try:
             # In a session of its own, Ctrl-C in the terminal does not reach the process: the parent ends it. Its
             # standard input closes when the parent ends in any way, which tells the process to end.
@@ -54,9 +56,12 @@ class EngineChild:
                 start_new_session=True,
             )
         except BaseException:
-            _close(link, own_place)
+            if own_place is not None:
+                own_place.close()
             raise
-        return cls(process, link, own_place)
+        from nanoflow.engine.link import EngineLink
+
+        return cls(process, EngineLink(place.path), own_place)
 
     @property
     def pid(self) -> int:
@@ -69,6 +74,8 @@ class EngineChild:
 
     async def close(self, grace_s: float) -> None:
         """Ask the process to end, kill it if it still runs after `grace_s` seconds, and close the link to it."""
+        from nanoflow.engine.messages import Shutdown
+
         try:
             self.link.send(Shutdown())
             await asyncio.wait((self._exited,), timeout=grace_s)
@@ -76,13 +83,9 @@ class EngineChild:
             if not self._exited.done():
                 self._process.kill()
             await self._exited
-            _close(self.link, self._own_place)
-
-
-def _close(link: EngineLink, place: EnginePlace | None) -> None:
-    link.close()
-    if place is not None:
-        place.close()
+            self.link.close()
+            if self._own_place is not None:
+                self._own_place.close()
 
 
 def end_of(status: int) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
-import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +13,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanoflow.config import ServerConfig
-from nanoflow.device.host_memory import bound_host_memory
 from nanoflow.engine.garbage import freeze_heap
 from nanoflow.server.app import create_app
 from nanoflow.server.connections import Connections
@@ -29,20 +26,6 @@ from nanoflow.server.wire import on_the_wire
 
 _NEVER_S = 10**6
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
-
-
-def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine in uvloop's event loop if that is installed, else in asyncio's."""
-    bound_host_memory()
-    # Encode a text in the calling thread alone: the tokenizer would use all cores, which delays running streams.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if sys.platform != "win32" and find_spec("uvloop") is not None:
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main)
 
 
 async def answer(

@@ -21,8 +21,9 @@ import msgspec
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.errors import EngineError
-from nanoflow.server.answering import STREAM_END_TIMEOUT_S, answer, run_loop
+from nanoflow.server.answering import STREAM_END_TIMEOUT_S, answer
 from nanoflow.server.counters import Counters
+from nanoflow.server.event_loop import run_loop
 from nanoflow.server.gate import DRAINING, Gate, restarting
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.logs import start_logging
