@@ -1,15 +1,18 @@
 """Loads a graph's parameters from safetensors files, or draws them at random. The only file of `models/` with torch.
 
 Names and shapes of the whole checkpoint are checked from the files' headers before memory is allocated. Then each
-tensor is copied from the memory-mapped file into its slice of its parameter. Pages that were read count as the
-process's memory while the file is mapped. So a file is mapped again after every `_MAPPED_BYTES`, and peak memory is the
-model plus that much, or plus the largest tensor.
+tensor is copied from the memory-mapped file into its slice of its parameter, to a GPU by several threads at once. Pages
+that were read count as the process's memory while the file is mapped. So a file is mapped again after every
+`_MAPPED_BYTES`, and peak memory is the model plus, for each thread, that much or the largest tensor.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from nanoflow.device.transfer import StagedCopier
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart
 from nanoflow.models.checkpoint import StoredTensor, corrupt, printable, read_checkpoint
 from nanoflow.models.fields import ModelError, shown
@@ -25,6 +29,7 @@ from nanoflow.models.fields import ModelError, shown
 _FLOATING = ("F32", "F16", "BF16", "F64")
 _NUM_NAMED = 3
 _MAPPED_BYTES = 64 * 2**20
+_MAX_THREADS = 8
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 
 
@@ -58,17 +63,15 @@ def load_weights(
         device: Device of the parameters.
         show_progress: Show a progress bar.
 
-        Raises:
+    Raises:
         ModelError: A file is missing or corrupt, or tensors are missing, unknown, or of another shape or type.
     """
     stored = check_weights(graph, folder)
     weights = _allocate(graph, dtype, device)
     targets = dict(_targets(graph, weights, stored))
     with tqdm(total=len(targets), desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
-        for path in dict.fromkeys(tensor.path for tensor in stored.values()):
-            here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
-            for names in _groups(here):
-                _copy_file(path, names, targets, progress)
+        copy_all = _copy_by_threads if device.type == "cuda" else _copy_in_turn
+        copy_all(list(_mappings(stored, targets)), targets, progress)
     _add_offsets(graph, weights)
     return weights
 
@@ -203,6 +206,13 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first}{more})"
 
 
+def _mappings(stored: Mapping[str, StoredTensor], targets: Container[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The files of a checkpoint, each as often as it is mapped, and the names of the tensors to copy from it then."""
+    for path in dict.fromkeys(tensor.path for tensor in stored.values()):
+        here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
+        yield from ((path, names) for names in _groups(here))
+
+
 def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
     """Names of tensors in order of their position in the file, grouped by what may be mapped at once."""
     names: list[str] = []
@@ -217,11 +227,49 @@ def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
         yield names
 
 
-def _copy_file(path: Path, names: list[str], targets: Mapping[str, Tensor], progress: tqdm[None]) -> None:
+_Mapping = tuple[Path, list[str]]
+
+
+def _copy_in_turn(mappings: list[_Mapping], targets: Mapping[str, Tensor], progress: tqdm[None]) -> None:
+    for mapping in mappings:
+        _copy_mapping(mapping, targets, Tensor.copy_, progress.update)
+
+
+def _copy_by_threads(mappings: list[_Mapping], targets: Mapping[str, Tensor], progress: tqdm[None]) -> None:
+    """Copy to a GPU; the first error of a thread is raised."""
+    device = next(iter(targets.values())).device
+    copiers: list[StagedCopier] = []
+    of_thread = threading.local()
+
+    def start() -> None:
+        torch.cuda.set_device(device)
+        of_thread.copier = StagedCopier(device)
+        copiers.append(of_thread.copier)
+
+    def copy(mapping: _Mapping) -> int:
+        _copy_mapping(mapping, targets, of_thread.copier.copy)
+        return len(mapping[1])
+
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads, "nanoflow-weights", initializer=start) as threads:
+        for num_copied in threads.map(copy, mappings):
+            progress.update(num_copied)
+    for copier in copiers:
+        copier.wait()
+
+
+def _copy_mapping(
+    mapping: _Mapping,
+    targets: Mapping[str, Tensor],
+    copy: Callable[[Tensor, Tensor], object],
+    note_copied: Callable[[], object] = lambda: None,
+) -> None:
+    """Copy some tensors of a file: `copy(target, source)`; ModelError if the file is corrupt."""
+    path, names = mapping
     try:
         with safe_open(path, framework="pt") as file:
             for name in names:
-                targets[name].copy_(file.get_tensor(name))
-                progress.update()
+                copy(targets[name], file.get_tensor(name))
+                note_copied()
     except (SafetensorError, OSError) as error:
         raise corrupt(path, error) from None
