@@ -29,14 +29,16 @@ class PagePool:
     Attributes:
         num_pages: Pages, free or not.
         num_shared: Holders beyond the first of each page: so many pages more would be in use without sharing.
+        num_reserved: Pages that are being filled with a copy from host memory; nobody holds them yet.
     """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
         self.num_pages = num_pages
-        self.num_shared = 0
+        self.num_shared = self.num_reserved = 0
         self._num_holders = np.zeros(num_pages, dtype=np.int32)
+        self._is_reserved = np.zeros(num_pages, dtype=np.bool_)
         self._cached = CachedPages(num_pages)
         # Free and not cached: the first so many of the stack.
         self._num_empty = num_pages
@@ -50,7 +52,7 @@ class PagePool:
     @property
     def num_in_use(self) -> int:
         """Pages that somebody holds."""
-        return self.num_pages - self.num_free
+        return self.num_pages - self.num_free - self.num_reserved
 
     @property
     def num_evicted(self) -> int:
@@ -107,6 +109,29 @@ class PagePool:
             left = left[~is_cached]
         self._push(left)
 
+    def reserve(self, count: int) -> Int32:
+        """Take `count` free pages, int32 [count], to be filled; `settle` or `cancel` gives them back.
+
+        Raises:
+            OutOfPagesError: Fewer than `count` are free.
+        """
+        pages = self.allocate(count)
+        self._is_reserved[pages] = True
+        self.num_reserved += count
+        return pages
+
+    def settle(self, pages: Int32, keys: Sequence[bytes]) -> None:
+        """Reserved pages (int32 [N], first ones first) have what the N keys say: they are cached, and free."""
+        for page, key in zip(pages.tolist(), keys, strict=True):
+            self._cached.add(page, key)
+        self.cancel(pages)
+
+    def cancel(self, pages: Int32) -> None:
+        """Reserved pages (int32 [N]) are free again."""
+        self._is_reserved[pages] = False
+        self.num_reserved -= len(pages)
+        self.release(pages)
+
     def cache(self, page: int, key: bytes) -> None:
         """A page that somebody holds has the tokens that the key stands for: it can be found and used again."""
         self._cached.add(page, key)
@@ -131,7 +156,7 @@ class PagePool:
         return np.equal(counts, 1)
 
     def num_holders(self) -> Int32:
-        """Holders of each page, int32 [num_pages].
+        """Holders of each page, int32 [num_pages]; 0 for reserved pages.
 
         Raises:
             RuntimeError: Pages that are free, held or cached are not counted as they are.
@@ -147,7 +172,9 @@ class PagePool:
         self._cached.check_integrity(self._num_holders)
         if ((self._num_holders == 0) & ~self._cached.is_cached & ~is_empty).any():
             raise RuntimeError("a page that nobody holds is lost")
-        return self._num_holders.copy()
+        if np.count_nonzero(self._is_reserved) != self.num_reserved or (self._num_holders[self._is_reserved] != 1).any():
+            raise RuntimeError("a page that is being filled is held by somebody, or not counted")
+        return self._num_holders - self._is_reserved.astype(np.int32)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a page is lost, free twice, or free and held."""

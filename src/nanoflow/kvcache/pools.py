@@ -62,9 +62,9 @@ class PagePools:
 
     @property
     def room(self) -> tuple[PoolSize, ...]:
-        """The pools, with as many pages as they would need if no page had several holders."""
+        """The pools, with as many pages as requests would need if no page had several holders."""
         return tuple(
-            replace(size, num_pages=size.num_pages + tables.pool.num_shared)
+            replace(size, num_pages=size.num_pages + tables.pool.num_shared - tables.pool.num_reserved)
             for size, tables in zip(self._sizes, self._groups, strict=True)
         )
 
@@ -92,10 +92,22 @@ class PagePools:
         for tables, (begin, pages) in zip(self._groups, prefix.parts, strict=False):
             tables.adopt(row, begin, pages)
 
-    def cache(self, row: int, start: int, keys: Sequence[bytes]) -> None:
-        """The pages of a row from the column `start` on are computed and have these keys: others may find them."""
-        for tables in self._groups:
-            tables.cache(row, start, keys)
+    def cache(self, row: int, start: int, keys: Sequence[bytes]) -> list[tuple[int, Int32]]:
+        """The pages of a row from the column `start` on are computed and have these keys: others may find them.
+
+        Returns:
+            For each group the index of the first key whose page the row still holds, and the pages from there on.
+        """
+        return [tables.cache(row, start, keys) for tables in self._groups]
+
+    @property
+    def pools(self) -> tuple[PagePool, ...]:
+        """The pool of each group."""
+        return tuple(tables.pool for tables in self._groups)
+
+    def needed(self, num_pages: int) -> list[int]:
+        """For each group the first page, of so many full ones of a prefix, that the tokens after them see."""
+        return [tables.needed(num_pages) for tables in self._groups]
 
     def forget(self, row: int) -> None:
         """What is in the pages of a row may be wrong: nobody shall find them."""

@@ -91,7 +91,7 @@ class PageTables:
             return 0, self.pool.find(keys)
         stop = len(keys)
         while True:
-            begin = int(self._first_seen(np.array(stop * self._page_size)))
+            begin = self.needed(stop)
             pages = self.pool.find(keys[begin:stop])
             if begin + len(pages) == stop:
                 return begin, pages
@@ -105,11 +105,22 @@ class PageTables:
         self._table[row, begin:end] = pages
         self._begin[row], self._end[row], self._told[row] = begin, end, begin
 
-    def cache(self, row: int, start: int, keys: Sequence[bytes]) -> None:
-        """The pages of a row from the column `start` on have the tokens of these keys; others may find them."""
-        stop = min(start + len(keys), int(self._end[row]))
-        for column in range(max(start, int(self._begin[row])), stop):
-            self.pool.cache(int(self._table[row, column]), keys[column - start])
+    def cache(self, row: int, start: int, keys: Sequence[bytes]) -> tuple[int, Int32]:
+        """The pages of a row from the column `start` on have the tokens of these keys; others may find them.
+
+        Returns:
+            Of these pages the first that the row still holds, counted from `start`, and all it holds from there on
+            (int32 [any]).
+        """
+        begin, stop = max(start, int(self._begin[row])), min(start + len(keys), int(self._end[row]))
+        pages = self._table[row, begin:stop].copy()
+        for page, key in zip(pages.tolist(), keys[begin - start :], strict=False):
+            self.pool.cache(page, key)
+        return begin - start, pages
+
+    def needed(self, num_pages: int) -> int:
+        """The column of the first page that tokens see which follow so many full pages."""
+        return 0 if self._window is None else int(self._first_seen(np.array(num_pages * self._page_size)))
 
     def forget(self, row: int) -> None:
         """What is in the pages of a row may be wrong: nobody shall find them."""

@@ -1,0 +1,134 @@
+"""What lies below the device's KV pages: the interface that the scheduler uses, and `NoTiers` for an engine without.
+
+`lower_tiers.py` has the real one, with host memory and disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanoflow.batch import Int32
+from nanoflow.kvcache.copies import PageCopies
+from nanoflow.kvcache.counts import TierCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Below:
+    """What lower tiers have of a prefix.
+
+    Attributes:
+        num_pages: Full pages of it that the device could have after a load; 0 if a load would not be worth it.
+        is_loading: Pages of it are being loaded just now.
+    """
+
+    num_pages: int = 0
+    is_loading: bool = False
+
+
+NOTHING = Below()
+
+
+class Tiers(Protocol):
+    """Saves pages that were computed, and loads pages for requests in the queue."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a tier at all: pages of completions then get keys while their request runs."""
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether pages are on their way to the device."""
+
+    @property
+    def counts(self) -> Mapping[str, TierCounts]:
+        """Of each tier below the device, by its name."""
+
+    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]]) -> None:
+        """Pages were computed, or will be by batches formed so far.
+
+        Args:
+            keys: Of consecutive pages of a sequence.
+            parts: For each KV group the first of them that is on the device, and the pages from there on (int32 [any]).
+        """
+
+    def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
+        """What is there of a prefix with these keys, of which the device has `num_cached` pages."""
+
+    def start_load(self, keys: Sequence[bytes], num_spare: int) -> bool:
+        """Begin to load what the device lacks of this prefix; False if so much is not free, or no longer there.
+
+        Args:
+            keys: Of its pages.
+            num_spare: Pages of each pool that stay free.
+        """
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """A request with this prefix has ended: its pages were used just now, and the first of them should stay longest."""
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """What is under these keys may be wrong."""
+
+    def forget_all(self) -> None:
+        """Nothing is to be used again."""
+
+    def note_iteration(self, num_tokens: int, time_s: float) -> None:
+        """An iteration with so many tokens took so long: what computing a prefix again would cost follows."""
+
+    def take_copies(self) -> Sequence[PageCopies]:
+        """What is to be copied now, in this order, and before any batch that is formed later runs."""
+
+    def note_copied(self, number: int) -> None:
+        """Copies that were taken are done."""
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if the tiers contradict themselves."""
+
+    def close(self) -> None:
+        """Keep what should outlive the engine."""
+
+
+class NoTiers:
+    """Nothing is below the device."""
+
+    is_on = is_loading = False
+    counts: Mapping[str, TierCounts] = {}
+
+    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]]) -> None:
+        """See `Tiers`."""
+
+    def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
+        """See `Tiers`."""
+        del keys, num_cached
+        return NOTHING
+
+    def start_load(self, keys: Sequence[bytes], num_spare: int) -> bool:
+        """See `Tiers`."""
+        del keys, num_spare
+        return False
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """See `Tiers`."""
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """See `Tiers`."""
+
+    def forget_all(self) -> None:
+        """See `Tiers`."""
+
+    def note_iteration(self, num_tokens: int, time_s: float) -> None:
+        """See `Tiers`."""
+
+    def take_copies(self) -> Sequence[PageCopies]:
+        """See `Tiers`."""
+        return ()
+
+    def note_copied(self, number: int) -> None:
+        """See `Tiers`."""
+
+    def check_integrity(self) -> None:
+        """See `Tiers`."""
+
+    def close(self) -> None:
+        """See `Tiers`."""
