@@ -11,7 +11,7 @@ from typing import Protocol
 
 from nanoflow.batch import Int32
 from nanoflow.kvcache.copies import PageCopies
-from nanoflow.kvcache.counts import TierCounts
+from nanoflow.kvcache.tier_counts import TierCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,342 @@
+"""KV pages below the device: which are saved to host memory and to disk, and which are loaded back for whom.
+
+Every page whose content is known is saved right after it was computed. So memory on the device can be taken at any time
+and nothing is lost: neither the prefix of the next round of a conversation, nor what a preempted request has computed.
+A request in the queue whose prefix is below is passed over while its pages are loaded. Then it finds them on the device
+like any other cached pages. It does not wait where computing is faster (`load_gain.py`).
+
+`take_copies` says what to copy, and `note_copied` hears that it is done. In between copies are data
+(`kvcache/copies.py`); `executor/page_copies.py` makes them. `joining.py` asks for loads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanoflow.batch import Int32
+from nanoflow.kvcache.copies import PageCopies
+from nanoflow.kvcache.tier_counts import TierCounts
+from nanoflow.kvcache.host import HostPages
+from nanoflow.kvcache.pools import PagePools
+from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
+from nanoflow.scheduler.load_gain import LoadGain
+from nanoflow.scheduler.tiers import NOTHING, Below
+
+# Fewer pages are computed: a copy of little takes as long as one of more.
+_LEAST_PAGES = 4
+# A prefix is loaded for so many times without being used; then it is computed.
+_MOST_ATTEMPTS = 3
+_NUM_REMEMBERED = 4096
+
+
+@dataclass(slots=True, kw_only=True)
+class _Load:
+    """Pages on their way to the device, in G KV groups.
+
+    Attributes:
+        keys: For each group those of its pages.
+        pages: For each group the reserved pages of the device, int32 [any].
+        slots: For each group the slots of host memory, held until the load ends.
+        num_tokens: Of the prefix, those that need not be computed thanks to this load.
+        start_s: When it was asked for.
+        is_void: What arrives is not to be used.
+    """
+
+    keys: tuple[tuple[bytes, ...], ...]
+    pages: tuple[Int32, ...]
+    slots: tuple[list[int], ...]
+    num_tokens: int
+    start_s: float
+    is_void: bool = False
+
+
+@dataclass(slots=True)
+class _Saves:
+    """Pages to save in one KV group: pages of the device and slots of host memory, as many."""
+
+    pages: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+
+class LowerTiers:
+    """Host memory, and a disk below it if there is one.
+
+    Args:
+        pools: Pages of the device.
+        host: Slots of host memory of each KV group.
+        page_bytes: Bytes of a page of each group.
+        page_size: Tokens a page.
+        disk: What is below.
+        clock: Seconds, monotonic.
+    """
+
+    is_on = True
+
+    def __init__(
+        self,
+        pools: PagePools,
+        host: Sequence[HostPages],
+        *,
+        page_bytes: Sequence[int],
+        page_size: int,
+        disk: DiskCopies | NoDisk | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pools, self._host, self._disk = pools, tuple(host), disk or NoDisk()
+        self._page_bytes, self._page_size = tuple(page_bytes), page_size
+        self._clock = clock
+        self._gain = LoadGain()
+        self._numbers = itertools.count()
+        self._saves = [_Saves() for _ in self._host]
+        # Copies that were taken and are not done: slots of each group to release, or the load.
+        self._saving: dict[int, list[list[int]]] = {}
+        self._copying: dict[int, _Load] = {}
+        # Loads that wait for the disk, then those that can be copied.
+        self._reading: list[_Load] = []
+        self._ready: list[_Load] = []
+        self._on_their_way: dict[bytes, _Load] = {}
+        self._attempts: OrderedDict[bytes, int] = OrderedDict()
+        self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
+        self._load_s = 0.0
+
+    @property
+    def is_loading(self) -> bool:
+        """See `Tiers`."""
+        return bool(self._reading or self._ready or self._copying)
+
+    @property
+    def counts(self) -> Mapping[str, TierCounts]:
+        """See `Tiers`."""
+        sizes = list(zip(self._host, self._page_bytes, strict=True))
+        host = TierCounts(
+            queries=self._num_asked,
+            hits=self._num_found,
+            stored_bytes=self._stored_bytes,
+            loaded_bytes=self._loaded_bytes,
+            load_seconds=self._load_s,
+            evictions=sum(pages.num_evicted for pages in self._host),
+            capacity_bytes=sum(pages.num_slots * size for pages, size in sizes),
+            used_bytes=sum(pages.num_used * size for pages, size in sizes),
+        )
+        return {"host": host, **self._disk.counts}
+
+    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]]) -> None:
+        """See `Tiers`."""
+        for group, (begin, pages) in enumerate(parts):
+            host, saves = self._host[group], self._saves[group]
+            for page, key in zip(pages.tolist(), keys[begin:], strict=False):
+                if key in host:
+                    continue
+                slot = host.take(key)
+                if slot is None:
+                    self._num_skipped += 1
+                    continue
+                saves.pages.append(page)
+                saves.slots.append(slot)
+
+    def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
+        """See `Tiers`."""
+        if num_cached >= len(keys):
+            return NOTHING
+        if keys[num_cached] in self._on_their_way:
+            return Below(is_loading=True)
+        stop = num_cached + self._num_below(keys[num_cached:])
+        while stop - num_cached >= _LEAST_PAGES:
+            missing = self._missing(keys[:stop])
+            if missing is not None:
+                break
+            stop -= 1
+        else:
+            return NOTHING
+        if any(key in self._on_their_way for group in missing for key in group):
+            return Below(is_loading=True)
+        num_bytes = sum(len(group) * size for group, size in zip(missing, self._page_bytes, strict=True))
+        is_worth = self._gain.is_worth((stop - num_cached) * self._page_size, num_bytes)
+        if not is_worth or self._attempts.get(keys[stop - 1], 0) >= _MOST_ATTEMPTS:
+            return NOTHING
+        return Below(num_pages=stop)
+
+    def start_load(self, keys: Sequence[bytes], num_spare: int) -> bool:
+        """See `Tiers`."""
+        self._remember(keys[-1])
+        prefix = self._pools.find(keys)
+        missing = self._missing(keys)
+        if missing is None or not any(missing):
+            return False
+        pages = self._pools.reserve_beside(prefix, [len(group) for group in missing], num_spare)
+        if pages is None:
+            return False
+        load = _Load(
+            keys=missing,
+            pages=pages,
+            slots=tuple([] for _ in missing),
+            num_tokens=(len(keys) - prefix.num_pages) * self._page_size,
+            start_s=self._clock(),
+        )
+        for group, (host, group_keys) in enumerate(zip(self._host, missing, strict=True)):
+            for key in group_keys:
+                slot = host.hold(key) if key in host else self._disk.fetch(group, key, host)
+                if slot is None:
+                    load.is_void = True
+                    break
+                load.slots[group].append(slot)
+        self._num_asked += load.num_tokens
+        for key in itertools.chain(*missing):
+            self._on_their_way[key] = load
+        self._reading.append(load)
+        return True
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """See `Tiers`."""
+        for host in self._host:
+            host.use(reversed(keys))
+        for key in keys:
+            self._attempts.pop(key, None)
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """See `Tiers`."""
+        forgotten = list(keys)
+        for key in forgotten:
+            if key in self._on_their_way:
+                self._on_their_way[key].is_void = True
+        for host in self._host:
+            host.forget(forgotten)
+        self._disk.forget(forgotten)
+
+    def forget_all(self) -> None:
+        """See `Tiers`."""
+        for load in self._on_their_way.values():
+            load.is_void = True
+        for host in self._host:
+            host.forget_all()
+        self._disk.forget_all()
+
+    def note_iteration(self, num_tokens: int, time_s: float) -> None:
+        """See `Tiers`."""
+        self._gain.note_iteration(num_tokens, time_s)
+
+    def take_copies(self) -> Sequence[PageCopies]:
+        """See `Tiers`."""
+        self._disk.advance(self._host)
+        self._end_reading()
+        taken = []
+        if any(saves.pages for saves in self._saves):
+            taken.append(self._copies([saves.pages for saves in self._saves], [saves.slots for saves in self._saves]))
+            self._saving[taken[-1].number] = [saves.slots for saves in self._saves]
+            self._saves = [_Saves() for _ in self._host]
+        for load in self._ready:
+            taken.append(self._copies(load.pages, load.slots, is_load=True))
+            self._copying[taken[-1].number] = load
+        self._ready = []
+        return taken
+
+    def note_copied(self, number: int) -> None:
+        """See `Tiers`."""
+        load = self._copying.pop(number, None)
+        if load is not None:
+            self._end(load, is_there=True)
+            return
+        slots = self._saving.pop(number)
+        self._stored_bytes += self._num_bytes(slots)
+        self._release(slots)
+
+    def set_ready(self, num_slots: Sequence[int]) -> None:
+        """The first so many slots of each group's host memory can be used."""
+        for host, count in zip(self._host, num_slots, strict=True):
+            host.add_slots(count)
+
+    def check_integrity(self) -> None:
+        """See `Tiers`."""
+        for host in self._host:
+            host.check_integrity()
+        loads = {id(load): load for load in (*self._reading, *self._ready, *self._copying.values())}
+        if {id(load) for load in self._on_their_way.values()} - set(loads):
+            raise RuntimeError("a key is on its way by a load that has ended")
+        reserved = [sum(len(load.pages[group]) for load in loads.values()) for group in range(len(self._host))]
+        if reserved != [pool.num_reserved for pool in self._pools.pools]:
+            raise RuntimeError("pages of the device are reserved for no load")
+
+    def close(self) -> None:
+        """See `Tiers`."""
+        self._disk.close(self._host)
+
+    def _num_below(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys, from the first, some tier has in the first group."""
+        host, pool = self._host[0], self._pools.pools[0]
+        for count, key in enumerate(keys):
+            if key not in host and not self._disk.has(0, key) and not pool.has(key):
+                return count
+        return len(keys)
+
+    def _missing(self, keys: Sequence[bytes]) -> tuple[tuple[bytes, ...], ...] | None:
+        """For each group the keys of this prefix that later tokens need and the device lacks; None if any is nowhere."""
+        missing = []
+        pools = self._pools.pools
+        for group, begin in enumerate(self._pools.needed(len(keys))):
+            host = self._host[group]
+            lacking = tuple(key for key in keys[begin:] if not pools[group].has(key))
+            if any(key not in host and not self._disk.has(group, key) for key in lacking):
+                return None
+            missing.append(lacking)
+        return tuple(missing)
+
+    def _end_reading(self) -> None:
+        """Loads for which all has come from the disk can be copied; those that lack something end."""
+        reading, self._reading = self._reading, []
+        for load in reading:
+            states = [
+                self._disk.state(group, slot) for group, slots in enumerate(load.slots) for slot in slots
+            ]
+            if "reading" in states:
+                self._reading.append(load)
+            elif load.is_void or "failed" in states:
+                self._end(load, is_there=False)
+            else:
+                self._ready.append(load)
+
+    def _end(self, load: _Load, *, is_there: bool) -> None:
+        for key in itertools.chain(*load.keys):
+            self._on_their_way.pop(key, None)
+        for pool, pages, keys in zip(self._pools.pools, load.pages, load.keys, strict=True):
+            if is_there and not load.is_void:
+                pool.settle(pages, keys)
+            else:
+                pool.cancel(pages)
+        self._release(load.slots)
+        if is_there:
+            num_bytes, time_s = self._num_bytes(load.slots), self._clock() - load.start_s
+            self._gain.note_load(num_bytes, time_s)
+            self._num_found += load.num_tokens
+            self._loaded_bytes += num_bytes
+            self._load_s += time_s
+
+    def _release(self, slots: Sequence[Sequence[int]]) -> None:
+        for host, group_slots in zip(self._host, slots, strict=True):
+            # The last goes first: it is of no use without those before it.
+            for slot in reversed(group_slots):
+                host.release(slot)
+
+    def _num_bytes(self, slots: Sequence[Sequence[int]]) -> int:
+        return sum(len(group) * size for group, size in zip(slots, self._page_bytes, strict=True))
+
+    def _copies(
+        self, pages: Sequence[Sequence[int] | Int32], slots: Sequence[Sequence[int]], *, is_load: bool = False
+    ) -> PageCopies:
+        return PageCopies(
+            number=next(self._numbers),
+            is_load=is_load,
+            pages=tuple(np.array(group, dtype=np.int32) for group in pages),
+            slots=tuple(np.array(group, dtype=np.int32) for group in slots),
+        )
+
+    def _remember(self, key: bytes) -> None:
+        """One more load of the prefix that ends with this key."""
+        self._attempts[key] = self._attempts.pop(key, 0) + 1
+        if len(self._attempts) > _NUM_REMEMBERED:
+            self._attempts.popitem(last=False)
