@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_a_prefix_that_all_events_name_is_found() -> None:
     keys = page_keys([*range(20), *range(50, 60)], PAGE, root_key())
     assert len(keys) == 7 and scheduler.prefetch(keys).num_cached_pages == 7
     assert router.parents[keys[0]] is None
-    assert all(router.parents[key] == parent for parent, key in zip(keys, keys[1:], strict=False))
+    assert all(router.parents[key] == parent for parent, key in itertools.pairwise(keys))
 
 
 def test_pages_that_another_request_stored_are_not_told_again() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 # The names of tiers in metrics, the fastest first.
 TIERS = ("device", "host", "disk")
@@ -37,6 +37,11 @@ class TierCounts:
         """The sums of all fields."""
         names = [field.name for field in fields(self)]
         return TierCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @property
+    def counters(self) -> TierCounts:
+        """The fields that only grow; the memory that was used is free."""
+        return replace(self, used_bytes=0, capacity_bytes=0)
 
 
 # Fields that only grow.

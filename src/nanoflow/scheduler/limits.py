@@ -32,7 +32,8 @@ class SchedulerLimits:
         max_sessions: Most sessions whose last pages are remembered; 0 for none.
 
     Raises:
-        ValueError: A size is not positive, `max_sessions` is negative, or a pool cannot hold one request of `max_model_len` tokens.
+        ValueError: A size is not positive, `max_sessions` is negative, or a pool cannot hold one request of
+            `max_model_len` tokens.
     """
 
     max_batch_tokens: int
