@@ -63,6 +63,7 @@ async def _token_ids(service: Service, body: PrefetchRequest) -> list[int]:
     """The tokens that a completion or a chat completion would have."""
     if body.messages is not None:
         return await service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
-    if isinstance(body.prompt, str):
-        return await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    return body.prompt or []
+    prompt = body.only_prompt
+    if isinstance(prompt, str):
+        return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+    return prompt or []

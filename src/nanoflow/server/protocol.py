@@ -61,6 +61,12 @@ PromptField = Annotated[
 ]
 
 
+def _listed(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a field in any of its forms."""
+    is_several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+    return list(prompt) if is_several else [prompt]
+
+
 class StreamOptions(RequestBody):
     """Options of a stream."""
 
@@ -160,11 +166,7 @@ class CompletionRequest(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, in order."""
-        match self.prompt:
-            case [str() | list(), *_] as several:
-                return list(several)  # type: ignore[arg-type]
-            case one:
-                return [one]  # type: ignore[list-item]
+        return _listed(self.prompt)
 
     @property
     def is_echo_only(self) -> bool:
@@ -260,13 +262,7 @@ class PrefetchRequest(Conversation):
     foreign: ClassVar[ForeignFields] = OF_GENERATION
 
     model: Text | None = Field(None, description="Name of the served model; may be left out")
-    prompt: (
-        Annotated[
-            Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<token ids>")],
-            Discriminator(lambda value: "<token ids>" if isinstance(value, list) else "<text>"),
-        ]
-        | None
-    ) = Field(None, description="A text or token ids, as the next completion will have")
+    prompt: PromptField | None = Field(None, description="A text or token ids, as the next completion will have")
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="As the next chat completion will have"
     )
@@ -283,7 +279,15 @@ class PrefetchRequest(Conversation):
             raise RequestError(
                 f"give one of prompt, messages and session_id, not {' and '.join(given)}", param=given[-1]
             )
+        count = 1 if self.prompt is None else len(_listed(self.prompt))
+        if count > 1:
+            raise RequestError(f"advice is for one prompt at a time, got {count}", param="prompt")
         return self
+
+    @property
+    def only_prompt(self) -> str | list[int] | None:
+        """The prompt, also if it is the only one of a list; None if there is none."""
+        return None if self.prompt is None else _listed(self.prompt)[0]
 
 
 class DetokenizeRequest(RequestBody):
