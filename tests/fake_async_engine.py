@@ -10,8 +10,9 @@ from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.engine.conversation import joined_text
 from nanoflow.engine.errors import EngineDeadError
-from nanoflow.engine.messages import EngineStats
+from nanoflow.engine.messages import EngineStats, PrefetchCounts
 from nanoflow.engine.observer import FinishedRequest, Observer
+from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW
@@ -73,6 +74,8 @@ class FakeAsyncEngine:
         self.is_alive = True
         self.seen_params: list[SamplingParams] = []
         self.seen_salts: list[str | None] = []
+        self.seen_sessions: list[str | None] = []
+        self.prefetched: list[EnginePrompt] = []
         self.num_running = 0
         self.num_closed = 0
         self.num_preemptions = 0
@@ -130,6 +133,20 @@ class FakeAsyncEngine:
         finally:
             self.num_running -= 1
             self.num_closed += not output.finished
+
+    async def prefetch(self, prompt: EnginePrompt) -> PrefetchCounts:
+        """Half of any prompt is cached."""
+        self._check_alive()
+        self.prefetched.append(prompt)
+        assert isinstance(prompt, ReadPrompt)
+        num_tokens = len(self._prompt_ids(prompt.token_ids, SamplingParams()))
+        return PrefetchCounts(num_tokens=num_tokens, num_cached_tokens=num_tokens // 2, num_prefetched_tokens=3)
+
+    async def prefetch_session(self, session_id: str) -> PrefetchCounts | None:
+        """A session that a prompt has named is known."""
+        self._check_alive()
+        is_known = session_id in self.seen_sessions
+        return PrefetchCounts(num_tokens=9, num_cached_tokens=8, num_prefetched_tokens=0) if is_known else None
 
     async def _grow(self, output: RequestOutput, params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
         room = MAX_MODEL_LEN - len(output.prompt_token_ids)
@@ -200,6 +217,7 @@ class FakeAsyncEngine:
     def _prompt_ids(self, prompt: EnginePrompt, params: SamplingParams) -> list[int]:
         if isinstance(prompt, Mapping):
             self.seen_salts.append(prompt.get("cache_salt"))
+            self.seen_sessions.append(prompt.get("session_id"))
             prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list[int](prompt)  # type: ignore[arg-type]
         if not token_ids:

@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.messages import EngineFacts, EngineStats, PlaceLogprobs, StepOutput
+from nanoflow.engine.messages import (
+    EngineFacts,
+    EngineStats,
+    PlaceLogprobs,
+    Prefetch,
+    PrefetchCounts,
+    Prefetched,
+    StepOutput,
+)
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 
@@ -56,6 +64,15 @@ class FakeEngine:
 
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    def prefetch(self, wanted: Prefetch) -> Prefetched:
+        """A session whose name is its number of tokens is known; half of any prompt is cached."""
+        session = wanted.session
+        if session is not None and not session.isdigit():
+            return Prefetched(number=wanted.number, found=None)
+        num_tokens = wanted.num_tokens if session is None else int(session)
+        found = PrefetchCounts(num_tokens=num_tokens, num_cached_tokens=num_tokens // 2, num_prefetched_tokens=1)
+        return Prefetched(number=wanted.number, found=found)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import AsyncGenerator
 
-from nanoflow.engine.messages import EngineFacts, EngineStats, PlaceLogprobs, StepOutput
+from nanoflow.engine.messages import EngineFacts, EngineStats, PlaceLogprobs, PrefetchCounts, StepOutput
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import read_prompt
@@ -47,6 +47,12 @@ class LocalEngine:
             self._engine.abort(self._processor.take_stopped())
             if streams or output.finished:
                 yield output
+
+    async def prefetch(self, prompt: EnginePrompt) -> PrefetchCounts:
+        raise NotImplementedError
+
+    async def prefetch_session(self, session_id: str) -> PrefetchCounts | None:
+        raise NotImplementedError
 
 
 def _scores(request: Request) -> PlaceLogprobs:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from benchmarks.common.stub_facts import stub_facts
 from benchmarks.engine.front_end import ITERATION_S, TEXT
 from nanoflow.config import EngineConfig
-from nanoflow.engine.messages import EngineStats, StepOutput
+from nanoflow.engine.messages import EngineStats, Prefetch, Prefetched, StepOutput
 from nanoflow.engine.process import serve
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import Finished, FinishReason
@@ -45,6 +45,10 @@ class TextEngine:
 
     def reset_prefix_cache(self) -> None:
         """There is none."""
+
+    def prefetch(self, wanted: Prefetch) -> Prefetched:
+        """Nothing is cached."""
+        return Prefetched(number=wanted.number, found=None)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Drop requests."""

@@ -26,9 +26,10 @@ from benchmarks.ladder.turns import Iteration, Turn, TurnMetrics, UnequalTurns, 
 from nanoflow.bench.provenance import settings_of
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
-from nanoflow.engine.build import book_facts, build_engine, resolve_model
+from nanoflow.engine.build import build_engine, resolve_model
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.messages import StepOutput
+from nanoflow.engine.own_book import book_facts
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import BatchShape
 from nanoflow.models.registry import build_graph

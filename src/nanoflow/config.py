@@ -7,6 +7,7 @@ reads keyword arguments, also by vLLM's names (`compat/`), and refuses unknown o
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from nanoflow.compat.engine_options import ENGINE
 from nanoflow.compat.entries import EMPTY, Alias, Foreign, Table
 from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.compat.server_options import SERVER
+from nanoflow.compat.unknown import unknown_option as unknown_option
+from nanoflow.kv_events import check_kv_events
+from nanoflow.kv_events import in_full as kv_events_in_full
 from nanoflow.option import ConfigError as ConfigError
 from nanoflow.option import option as option
 from nanoflow.option import read_count as read_count
 from nanoflow.option import require_positive
-from nanoflow.parameters import did_you_mean, nearest
 from nanoflow.request import SamplingParams
 from nanoflow.speculation import check_speculation, in_full
 
@@ -30,7 +33,6 @@ DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "random"]
 DEFAULT_MAX_LOGPROBS = 20
-_MAX_LISTED = 16  # options listed in an error message
 Goal = Literal["throughput", "balanced", "latency"]
 
 # `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all requests are done. Nobody watches tokens
@@ -126,6 +128,18 @@ class EngineConfig:
     enable_prefix_caching: bool = option(
         True, "Keep pages of the KV cache after their request, and use them for prompts that begin with the same tokens"
     )
+    max_sessions: int = option(
+        1024,
+        "Most conversations (session_id of a request) whose cached pages can be asked for by name; those used longest "
+        "ago are forgotten first, and each takes 2 bytes a token",
+        read=read_count,
+    )
+    kv_events_config: str | None = option(
+        None,
+        "Publish which pages the prefix cache has, for routers such as llm-d and AIBrix: vLLM's JSON, as "
+        '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}; nothing is published if not given',
+        read=kv_events_in_full,
+    )
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     speculative: str | None = option(
         None,
@@ -157,6 +171,9 @@ class EngineConfig:
         for name in ("async_scheduling", "cuda_graphs", "enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if isinstance(self.max_sessions, bool) or not isinstance(self.max_sessions, int) or self.max_sessions < 0:
+            raise ConfigError(f"max_sessions must be a whole number from 0, got {self.max_sessions!r}")
+        check_kv_events(self.kv_events_config, has_prefix_cache=self.enable_prefix_caching)
         check_speculation(self.speculative)
         if self.max_logprobs < -1:
             raise ConfigError(
@@ -300,29 +317,6 @@ def table_of(kind: type[Any]) -> Table:
     return {EngineConfig: ENGINE, ServerConfig: SERVER, SamplingParams: SAMPLING}.get(kind, EMPTY)
 
 
-def unknown_option(name: str, known: list[str]) -> str:
-    """One-line error for an unknown option: where it exists instead, the nearest known name, or the known names."""
-    return f"unknown option {name!r}{_elsewhere(name) or did_you_mean(name, known) or _others(name, known)}"
-
-
-def _elsewhere(name: str) -> str | None:
-    """End of the message if another table has the option; None if no table has it."""
-    bare = name.lstrip("-").replace("-", "_")
-    for table in (ENGINE, SERVER, SAMPLING):
-        entry = table.entries.get(bare)
-        if entry is not None:
-            return f": {entry.reason}" if isinstance(entry, Foreign) else f" here: it is one of {table.title}"
-    return None
-
-
-def _others(name: str, known: list[str]) -> str:
-    """End of the message that lists the known options."""
-    foreign = {entry.name: entry for table in (ENGINE, SERVER, SAMPLING) for entry in table.foreign}
-    for near in nearest(name.lstrip("-").replace("-", "_"), foreign):
-        return f"; {near}, if that is meant: {foreign[near].reason}"
-    return f"; known: {', '.join(known)}" if len(known) <= _MAX_LISTED else "; --help lists all, and docs/ has them"
-
-
 def _pass_over(kind: type[Any], name: str, values: Mapping[str, Any]) -> None:
     """Refuse an option that nanoflow lacks, unless its value asks for what nanoflow does anyway."""
     entry = table_of(kind).entries.get(name)
@@ -339,7 +333,9 @@ def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: 
         if alias is not None and alias.convert is not None:
             value = alias.convert(value)
             read = read if isinstance(value, str) else None
-        return value if read is None or value is None else read(str(value))
+        if read is None or value is None:
+            return value
+        return read(json.dumps(value) if isinstance(value, Mapping) else str(value))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 

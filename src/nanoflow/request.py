@@ -262,6 +262,7 @@ class Request:
         page_keys: The root of its pages' keys, then the keys of those that the prompt fills (`kvcache/keys.py`); empty
             if it neither takes pages of others nor leaves any to them. A request with log probabilities of its prompt
             takes none.
+        session: Name of the conversation that it is a turn of, unique among all users; None if it has none.
     """
 
     request_id: int
@@ -273,3 +274,4 @@ class Request:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival_s: float = field(default=0.0)
     page_keys: bytes = b""
+    session: str | None = None

@@ -181,6 +181,24 @@ def test_clients_that_leave_one_leave_the_others_alone(trio: ServerProcess) -> N
         wait_until(lambda: num_running(trio.root_url) == 0, timeout_s=1.0)
 
 
+def test_each_gets_the_answers_to_its_own_advice(trio: ServerProcess) -> None:
+    """All of them know a session, whichever has seen it: the engine does."""
+
+    def ask(size: int) -> Any:
+        """Over a connection of its own, so that any of the front ends may answer."""
+        return httpx.post(f"{trio.root_url}/v1/prefetch", json={"prompt": [5] * size}, timeout=30).json()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(1, 25)))
+    assert [answer["num_tokens"] for answer in answers] == list(range(1, 25))
+    assert [answer["num_cached_tokens"] for answer in answers] == [size // 2 for size in range(1, 25)]
+    for _ in range(6):
+        text = httpx.get(f"{trio.root_url}/metrics", timeout=30).text
+        assert re.findall(r"^nanoflow:prefetch_(?:requests|tokens)_total\{.*\} (.*)$", text, re.M) == ["24.0", "300.0"]
+        unknown = httpx.post(f"{trio.root_url}/v1/prefetch", json={"session_id": "5"}, timeout=30)
+        assert unknown.status_code == 404, "names have the key in them, so this is not a number for the fake engine"
+
+
 def test_a_taken_port_is_refused_by_several_too(trio: ServerProcess, model: str) -> None:
     port = trio.root_url.rpartition(":")[2]
     second = launch(*COMMAND, model, "--api-servers", "2", "--port", port)

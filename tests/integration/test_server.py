@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
+from zmq.constants import DEALER, RCVTIMEO
+from zmq.sugar.context import Context
 
+from nanoflow.kvcache.keys import page_keys, root_key
 from tests.server_process import ServerProcess, running_server, start_server
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with running_server() as running:
+def events(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The server's kv_events_config."""
+    folder = tmp_path_factory.mktemp("events")
+    endpoints = {"endpoint": f"ipc://{folder}/new", "replay_endpoint": f"ipc://{folder}/past"}
+    return {"enable_kv_cache_events": True, **endpoints}
+
+
+@pytest.fixture(scope="module")
+def server(events: dict[str, Any]) -> Iterator[ServerProcess]:
+    with running_server(("default", "--kv-events-config", json.dumps(events))) as running:
         yield running
 
 
@@ -217,3 +229,65 @@ def test_what_cannot_start_says_so_in_one_line(arguments: tuple[str, ...]) -> No
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# The prefix cache, seen from outside
+
+
+def replayed_pages(endpoint: str) -> dict[int, int | None]:
+    """The pages that all events so far leave, with the page before each, as a router that has just started reads them.
+
+    Events are published in a thread, so the last ones may come a moment late.
+    """
+    time.sleep(0.2)
+    context = Context()
+    socket = context.socket(DEALER)
+    socket.setsockopt(RCVTIMEO, 5000)
+    socket.connect(endpoint)
+    socket.send_multipart([b"", bytes(8)])
+    parents: dict[int, int | None] = {}
+    while batch := socket.recv_multipart()[2]:
+        for name, *fields in msgspec.msgpack.decode(batch)[1]:
+            if name == "BlockStored":
+                assert len(fields[2]) == len(fields[0]) * fields[3] == len(fields[0]) * 16
+                parents |= dict(zip(fields[0], [fields[1], *fields[0]], strict=False))
+            else:
+                assert name == "AllBlocksCleared" and not parents
+    context.destroy(linger=0)
+    return parents
+
+
+def test_what_is_cached_is_told_and_can_be_asked_for(http: httpx.Client, events: dict[str, Any]) -> None:
+    """Advice before and after a completion, by prompt and by session; what routers hear; the counts of the device."""
+    talk = "def fibonacci(n):\n    " * 12
+
+    def advise(**body: Any) -> Any:
+        return http.post("/v1/prefetch", json=body).json()
+
+    token_ids = http.post("/tokenize", json={"prompt": talk}).json()["tokens"]
+    assert advise(prompt=talk)["num_cached_tokens"] == 0
+    asked, used = (metric(http, f"kv_tier_{name}") for name in ("queries_total", "used_bytes"))
+    assert metric(http, "prefix_cache_queries_total") == asked
+    answer = complete(http, prompt=talk, max_tokens=40, session_id="talk", ignore_eos=True, return_token_ids=True)
+    whole = [*token_ids, *answer["choices"][0]["token_ids"]]
+    numbers = [int.from_bytes(key[-8:], "big") for key in page_keys(whole[:-1], 16, root_key())]
+    told = replayed_pages(events["replay_endpoint"])
+    assert [told[number] for number in numbers] == [None, *numbers[:-1]]
+    found = advise(prompt=talk)
+    assert found["num_cached_tokens"] == len(token_ids) // 16 * 16 > 0
+    assert found["num_tokens"] == len(token_ids) and found["num_prefetched_tokens"] == 0
+    session = advise(session_id="talk")
+    assert (session["num_tokens"], session["num_cached_tokens"]) == (len(whole), len(numbers) * 16)
+    assert http.post("/v1/prefetch", json={"session_id": "other"}).status_code == 404
+    assert advise(prompt=talk, cache_salt="mine")["num_cached_tokens"] == 0
+    time.sleep(0.2)
+    assert metric(http, "kv_tier_queries_total") - asked == len(token_ids)
+    page_bytes = metric(http, "kv_tier_capacity_bytes") / int(cache_facts(http)["num_gpu_blocks"])
+    assert metric(http, "kv_tier_used_bytes") - used == len(numbers) * page_bytes > 0
+    assert metric(http, "external_prefix_cache_queries_total") == 0
+
+
+def cache_facts(http: httpx.Client) -> dict[str, str]:
+    """Labels of the metric that describes the KV cache."""
+    (line,) = re.findall(r"^nanoflow:cache_config_info\{(.*)\}", http.get("/metrics").text, re.M)
+    return dict(re.findall(r'(\w+)="([^"]*)"', line))

@@ -20,6 +20,7 @@ from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler import Scheduler, SchedulerLimits
 from nanoflow.scheduler.drafts import Drafts
+from nanoflow.scheduler.key_events import Put
 
 
 def next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
@@ -208,8 +209,9 @@ class Drive:
         depth: int,
         drafts: Drafts | None = None,
         executor: FakeExecutor | None = None,
+        put_key_event: Put | None = None,
     ) -> None:
-        self.scheduler = Scheduler(limits=limits, drafts=drafts)
+        self.scheduler = Scheduler(limits=limits, drafts=drafts, put_key_event=put_key_event)
         self.executor = executor or FakeExecutor(limits)
         self.depth = depth
         self.in_flight: deque[tuple[DenseBatch, SampledTokens]] = deque()

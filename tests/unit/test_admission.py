@@ -14,7 +14,9 @@ from nanoflow.batch import Int64
 from nanoflow.kvcache import PagePools, PoolSize
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.admission import PeakOfPages, num_admissible
+from nanoflow.scheduler.key_events import NoKeyEvents
 from nanoflow.scheduler.lengths import OutputLength
+from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.reuse import PrefixReuse
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
@@ -227,7 +229,10 @@ def test_candidates_are_what_can_start_on_the_budget() -> None:
     for request_id, num_tokens in enumerate((4, 4, 4)):
         queue.push_back(make_waiting(request_id, num_tokens))
     pools = PagePools([PoolSize(num_pages=9)], num_rows=9, max_tokens=9, page_size=2)
-    reuse = PrefixReuse(pools, num_rows=9, page_size=2)
+    limits = SchedulerLimits(
+        max_batch_tokens=9, max_num_seqs=9, max_model_len=9, num_pages=9, page_size=2, vocab_size=9
+    )
+    reuse = PrefixReuse(pools, limits, NoKeyEvents())
 
     def first(max_requests: int, max_tokens: int) -> list[int]:
         found = reuse.candidates(queue, max_requests=max_requests, max_tokens=max_tokens)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow.engine.build import book_facts, plan_book, warn_of_another
+from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nanoflow.config import EngineConfig
-from nanoflow.engine.build import warn_of_another
 from nanoflow.engine.messages import EngineStats, Told
+from nanoflow.engine.own_book import warn_of_another
 from nanoflow.engine.telling import told
 from nanoflow.engine.template_probe import template_problem
 from nanoflow.engine.tokenizer import load_tokenizer

@@ -25,6 +25,9 @@ from nanoflow.engine.messages import (
     Leave,
     Load,
     PlaceLogprobs,
+    Prefetch,
+    PrefetchCounts,
+    Prefetched,
     Ready,
     ResetPrefixCache,
     Shutdown,
@@ -34,6 +37,7 @@ from nanoflow.engine.messages import (
 )
 from nanoflow.engine.place import EnginePlace
 from nanoflow.engine.wire import Unreadable, WireError, decode_from_engine, decode_to_engine, encode
+from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request, SamplingParams
 from tests.fake_engine import fake_facts
@@ -41,7 +45,9 @@ from tests.fake_engine import fake_facts
 PARAMS = SamplingParams(max_tokens=4, stop=["\n"], logit_bias={5: -1.0}, seed=1 << 63)
 REQUEST = Request(request_id=7, prompt_token_ids=[5, 6], params=PARAMS, seed=3, max_tokens=4, bad_word_ids=((1, 2),))
 SCORES = PlaceLogprobs(first_position=2, token_ids=[[1, 2]], logprobs=[[-0.5, -math.inf]], ranks=[1])
-STATS = EngineStats(num_running=3, iteration=9, plan_digest="ab")
+STATS = EngineStats(
+    num_running=3, iteration=9, plan_digest="ab", tiers={"device": TierCounts(hits=5, load_seconds=0.5)}
+)
 STEP = StepOutput(
     request_ids=[7, 7, 1 << 62],
     token_ids=[5, 6, 7],
@@ -58,6 +64,8 @@ STEP = StepOutput(
 DOWN: list[ToEngine] = [
     Load(config=EngineConfig(model="there", seed=5)),
     Join(),
+    Prefetch(number=3, page_keys=b"k" * 64, num_tokens=17, session=None),
+    Prefetch(number=4, session="a"),
     Leave(front_end=3),
     Add.of([REQUEST, REQUEST]),
     ResetPrefixCache(),
@@ -65,6 +73,8 @@ DOWN: list[ToEngine] = [
     Shutdown(),
 ]
 UP: list[FromEngine] = [
+    Prefetched(number=3, found=PrefetchCounts(num_tokens=17, num_cached_tokens=16, num_prefetched_tokens=0)),
+    Prefetched(number=4, found=None),
     Ready(facts=fake_facts()),
     Failed(message="no"),
     Told(level=20, text="loading"),

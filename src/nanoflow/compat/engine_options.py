@@ -59,6 +59,7 @@ _OURS = (
     Same(name="async_scheduling"),
     Same(name="skip_tokenizer_init"),
     Same(name="device"),
+    Same(name="kv_events_config", note="`event_format` in it says which version of vLLM's format is sent"),
     Same(name="chat_template", note="in `LLM.chat` it is an argument too"),
     Alias(name="max_num_batched_tokens", to="max_batch_tokens"),
     Alias(name="block_size", to="page_size"),
@@ -167,7 +168,7 @@ _CACHE = (
     *options(_NO_MAMBA, "mamba_block_size", "gdn_prefill_backend"),
     *options(_NO_MAMBA, "mamba_config", "mamba_cache_philox_rounds", takes=({}, 0)),
     *switches(_NO_MAMBA, "enable_mamba_cache_stochastic_rounding"),
-    *options(_NO_TRANSFER, "kv_transfer_config", "kv_events_config", "ec_transfer_config"),
+    *options(_NO_TRANSFER, "kv_transfer_config", "ec_transfer_config"),
     Foreign(name="weight_transfer_config", reason="weights are read once, when the model is loaded"),
 )
 _PARALLEL = (

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sized
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from nanoflow.config import EngineConfig
@@ -29,13 +29,17 @@ from nanoflow.engine.messages import (
     Join,
     Leave,
     Load,
+    PrefetchCounts,
+    Prefetched,
     ResetPrefixCache,
     StepOutput,
 )
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.pacing import Pacer, Stream
-from nanoflow.engine.prompts import Prompt, PromptInput, read_prompt, sendable
+from nanoflow.engine.prefetching import Prefetching
+from nanoflow.engine.prompts import PromptInput, sendable
+from nanoflow.engine.reading import read_prompt_aside
 from nanoflow.engine.starting import DRAIN_S, ready
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.wire import WireError
@@ -46,9 +50,6 @@ __all__ = ["AsyncEngine", "EngineDeadError", "EngineError"]
 
 logger = logging.getLogger(__name__)
 
-# Prompts from this length on are read in a thread: shorter ones take less than a millisecond.
-_LONG_TEXT_CHARS = 1024
-_LONG_PROMPT_TOKENS = 1 << 16
 _CLOSE_GRACE_S = 10.0
 STREAM_INTERVAL_S = 0.02
 
@@ -80,6 +81,7 @@ class AsyncEngine:
         self._processor = processor
         self._pacer = Pacer(interval_s)
         self._streams: dict[str, Stream] = {}
+        self._prefetching = Prefetching(link.send, facts)
         self._numbers = itertools.count()
         self._stats = EngineStats(num_pages=facts.num_pages)
         self._heard_s = time.monotonic()
@@ -212,7 +214,7 @@ class AsyncEngine:
             EngineDeadError: The engine has died or was closed.
         """
         self._check_alive()
-        checked = await _read_prompt(prompt, self._tokenizer)
+        checked = await read_prompt_aside(prompt, self._tokenizer)
         self._check_alive()
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
         output, requests = self._processor.add(name, checked, params)
@@ -244,6 +246,18 @@ class AsyncEngine:
         self._drop(request_id)
         if request_id in self._streams:
             self._streams[request_id].wake()
+
+    async def prefetch(self, prompt: PromptInput) -> PrefetchCounts:
+        """Advice that a request with this prompt will come soon; nothing is computed. Errors as in `generate`."""
+        self._check_alive()
+        checked = await read_prompt_aside(prompt, self._tokenizer)
+        self._check_alive()
+        return await self._prefetching.of_prompt(checked)
+
+    async def prefetch_session(self, session_id: str) -> PrefetchCounts | None:
+        """As `prefetch`, for what the last request of a session has left; None if it is not remembered."""
+        self._check_alive()
+        return await self._prefetching.of_session(session_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache has of earlier prompts and completions; requests that run go on."""
@@ -294,6 +308,8 @@ class AsyncEngine:
                     self._take_step(message)
                 case Heartbeat():
                     self._stats = message.stats
+                case Prefetched():
+                    self._prefetching.take(message)
                 case Failed():
                     self._die(message.message)
                 case WireError():
@@ -330,18 +346,10 @@ class AsyncEngine:
             self._dead.set()
             for stream in self._streams.values():
                 stream.wake()
+            self._prefetching.die(reason)
 
 
 def _ends(output: RequestOutput) -> str:
     """How the completions of a request ended, for the log; without any text of prompts or completions."""
     ends = (f"{len(one.token_ids)} tokens, {one.finish_reason or 'lost'}" for one in output.outputs)
     return "; ".join(ends) + ("" if output.error is None else f" ({output.error})")
-
-
-async def _read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
-    """`read_prompt`, in a thread if the prompt is long, so that the event loop is not blocked."""
-    value = next(iter(prompt.values()), "") if isinstance(prompt, Mapping) else prompt
-    limit = _LONG_TEXT_CHARS if isinstance(value, str) else _LONG_PROMPT_TOKENS
-    if isinstance(value, Sized) and len(value) >= limit:
-        return await asyncio.to_thread(read_prompt, prompt, tokenizer)
-    return read_prompt(prompt, tokenizer)

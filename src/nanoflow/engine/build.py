@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 
 from nanoflow.config import EngineConfig
-from nanoflow.device.detect import device_name, local_device, resolve_device, resolve_dtype, use_device
+from nanoflow.device.detect import local_device, resolve_device, resolve_dtype, use_device
 from nanoflow.device.host_memory import bound_host_memory
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.iteration_times import IterationTimes
+from nanoflow.engine.kv_publisher import publishing
 from nanoflow.engine.limits import EngineLimits, choose_limits
 from nanoflow.engine.memory import require_room_for_weights, reserve_caches, said_pools, size_cache, wanted_model_len
-from nanoflow.engine.messages import BookFacts, EngineFacts, PlanName
+from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
 from nanoflow.executor.sampler import sampling_bytes
@@ -35,8 +37,6 @@ from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, check_weights, load_weights, random_weights
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
-from nanoflow.plan.plan import PlanError
-from nanoflow.plan.sequential import sequential_plan
 from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
@@ -87,6 +87,11 @@ class _Setup:
         return self.limits.max_num_seqs + most_draft_tokens(self.config.speculative, self.limits.max_num_seqs)
 
     @property
+    def page_elements(self) -> list[int]:
+        """Numbers in a page of each KV group."""
+        return [group.elements_per_token * self.config.page_size for group in self.graph.kv_groups]
+
+    @property
     def dtype_name(self) -> str:
         """The type as users write it, such as `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
@@ -107,22 +112,24 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     bound_host_memory()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    # 1. Check and choose all options. Nothing is loaded yet, so that mistakes are reported at once.
-    setup = _set_up(config, show_progress=show_progress)
-    # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
-    model, limits = _load(setup, show_progress=show_progress)
-    worker = _worker(setup, model, limits)
-    load_s = time.monotonic() - start_s
-    # 3. Compile kernels and capture graphs, so that no request waits for that.
-    times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
-    facts = _facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s)
+    with publishing(config.kv_events_config) as publisher:
+        # 1. Check and choose all options. Nothing is loaded yet, so that mistakes are reported at once.
+        setup = _set_up(config, show_progress=show_progress)
+        # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
+        model, limits = _load(setup, show_progress=show_progress)
+        worker = _worker(setup, model, limits)
+        load_s = time.monotonic() - start_s
+        # 3. Compile kernels and capture graphs, so that no request waits for that.
+        times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
+    drafts = drafts_of(config.speculative, limits.max_num_seqs)
     return Engine(
-        facts=facts,
-        scheduler=Scheduler(limits=limits, pace=pace, drafts=drafts_of(config.speculative, limits.max_num_seqs)),
+        facts=_facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s),
+        scheduler=Scheduler(limits=limits, pace=pace, drafts=drafts, put_key_event=publisher.put),
         worker=worker,
         book=setup.book,
         is_async=config.async_scheduling,
         times=times,
+        publisher=publisher,
     )
 
 
@@ -173,7 +180,7 @@ def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, Scheduler
     pools, max_model_len = size_cache(
         setup.config, chosen, setup.model_config, graph, dtype, device, taken_bytes=taken_bytes
     )
-    page_size = setup.config.page_size
+    config, page_size = setup.config, setup.config.page_size
     caches = reserve_caches(graph, pools, page_size=page_size, dtype=dtype, device=device)
     if setup.is_random and device.type == "cuda":
         draw_keys(caches, setup.config.seed)
@@ -185,6 +192,7 @@ def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, Scheduler
         page_size=page_size,
         vocab_size=graph.vocab_size,
         group_pools=pools,
+        max_sessions=config.max_sessions,
     )
     return DeviceModel(graph=graph, weights=weights, caches=caches, kernels=setup.kernels), limits
 
@@ -240,6 +248,7 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         group_pools=limits.group_pools,
+        page_bytes=tuple(page_elements * setup.dtype.itemsize for page_elements in setup.page_elements),
         max_batch_tokens=limits.max_batch_tokens,
         max_num_seqs=limits.max_num_seqs,
         device=str(setup.device),
@@ -296,49 +305,3 @@ def engine_limits(
         dtype_bytes=dtype.itemsize,
         book=book,
     )
-
-
-def plan_book(path: str | None, stored: StoredBook | None, max_batch_tokens: int, graph: OpGraph) -> PlanBook:
-    """The plan book of an engine: the sequential plan as the fallback, and the entries of the file.
-
-    Args:
-        path: The file, for messages.
-        stored: The content of the file; None without one.
-        max_batch_tokens: The token budget.
-        graph: The model's operations as the engine runs them.
-
-    Raises:
-        PlanError: The file has a plan that cannot run here; the message names the file.
-    """
-    fallback = sequential_plan(graph, max_batch_tokens)
-    if stored is None:
-        return PlanBook(fallback=fallback)
-    try:
-        return stored.with_fallback(fallback, graph)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
-
-
-def warn_of_another(path: str | None, stored: StoredBook | None, model: str, device: torch.device) -> None:
-    """Warn if a book was made for other hardware or another model: its plans give right results, but may be slow.
-
-    Models are compared by the last part of their name, since the same model may be in any folder.
-    """
-    made_for = None if stored is None else stored.made_for
-    if made_for is None:
-        return
-    here = f"1 x {device_name(device)}"
-    if made_for.hardware != here:
-        logger.warning("%s is for %s and runs on %s: its plans may be slow", path, made_for.hardware, here)
-    if _last_part(made_for.model) != _last_part(model):
-        logger.warning("%s is for %s and runs %s: its plans may be slow", path, made_for.model, model)
-
-
-def _last_part(model: str) -> str:
-    return model.removeprefix("preset:").rstrip("/").rpartition("/")[2].lower()
-
-
-def book_facts(book: PlanBook) -> BookFacts:
-    """Names and digests of a book's plans."""
-    plans = tuple(PlanName(name=plan.name, digest=plan.digest) for plan in book.plans)
-    return BookFacts(digest=book.digest, plans=plans)

@@ -14,15 +14,19 @@ from dataclasses import dataclass, replace
 
 from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.engine.iteration_times import IterationTimes
+from nanoflow.engine.kv_publisher import NoPublisher, Publisher
 from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
-from nanoflow.engine.messages import EngineFacts, EngineStats, StepOutput
+from nanoflow.engine.messages import EngineFacts, EngineStats, Prefetch, PrefetchCounts, Prefetched, StepOutput
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
+from nanoflow.kvcache.keys import KEY_BYTES
+from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.results import Committed
 from nanoflow.scheduler.scheduler import Scheduler
+from nanoflow.scheduler.sessions import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class Engine:
         facts: What front ends must know.
         scheduler, worker, book: The parts of the loop; the worker was made with all plans of the book.
         is_async: Form the next batch while the current one runs.
+        publisher: Publishes KV events; it is closed with the engine.
         times: Estimates iteration times from those measured, for the scheduler; None if it bounds no iteration.
     """
 
@@ -55,6 +60,7 @@ class Engine:
         book: PlanBook,
         is_async: bool,
         times: IterationTimes | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
         self.facts = facts
         self._scheduler = scheduler
@@ -66,6 +72,7 @@ class Engine:
         self._num_iterations = 0
         self._times = times
         self._last_end_s = 0.0
+        self._publisher = publisher or NoPublisher()
 
     def use_book(self, book: PlanBook) -> None:
         """Choose plans from this book from the next iteration on.
@@ -114,6 +121,22 @@ class Engine:
         """State of the engine now."""
         return self._stats()
 
+    def prefetch(self, wanted: Prefetch) -> Prefetched:
+        """Say what is there of the prefix of a request that will come soon, and ask lower tiers for more of it."""
+        session = Session(page_keys=wanted.page_keys[KEY_BYTES:], num_tokens=wanted.num_tokens)
+        if wanted.session is not None:
+            remembered = self._scheduler.session(wanted.session)
+            if remembered is None:
+                return Prefetched(number=wanted.number, found=None)
+            session = remembered
+        answer, page_size = self._scheduler.prefetch(session.keys), self.facts.page_size
+        found = PrefetchCounts(
+            num_tokens=session.num_tokens,
+            num_cached_tokens=answer.num_cached_pages * page_size,
+            num_prefetched_tokens=answer.num_prefetched_pages * page_size,
+        )
+        return Prefetched(number=wanted.number, found=found)
+
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache has of prompts and completions so far; requests that run go on."""
         self._scheduler.reset_prefix_cache()
@@ -125,6 +148,7 @@ class Engine:
     def close(self) -> None:
         """Stop the worker; the engine cannot be used afterwards."""
         self._worker.close()
+        self._publisher.close()
 
     def _commit_oldest(self) -> StepOutput:
         if not self._in_flight:
@@ -173,6 +197,19 @@ class Engine:
             stats=self._stats(batch, plan, committed),
         )
 
+    def _tiers(self) -> dict[str, TierCounts]:
+        """What each tier of the KV cache has done; lower tiers put theirs beside the device's."""
+        reuse, pools, page_bytes = self._scheduler.reuse_counts, self._scheduler.pools, self.facts.page_bytes
+        device = TierCounts(
+            queries=reuse.num_asked,
+            hits=reuse.num_found,
+            evictions=sum(pool.num_evicted for pool in pools),
+            # Without the sizes of pages both are 0.
+            capacity_bytes=sum(pool.num_pages * size for pool, size in zip(pools, page_bytes, strict=False)),
+            used_bytes=sum(pool.num_filled * size for pool, size in zip(pools, page_bytes, strict=False)),
+        )
+        return {"device": device}
+
     def _stats(
         self,
         batch: DenseBatch | None = None,
@@ -190,6 +227,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             prefix_cache_queries=reuse.num_asked,
             prefix_cache_hits=reuse.num_found,
+            tiers=self._tiers(),
             num_drafts=drafts.num_drafts,
             num_draft_tokens=drafts.num_draft_tokens,
             num_accepted_tokens=drafts.num_accepted_tokens,

@@ -1,10 +1,11 @@
 """The messages between the engine's process and its front ends, and the data in them.
 
 Several front ends may use one engine. The front end that starts the engine sends `Load` first. Every front end may
-then send `Add`, `Abort` and `ResetPrefixCache`; a further one begins with `Join`. The engine answers with `Ready` or
-`Failed` once. After that it sends one `StepOutput` an iteration, with the tokens of all requests of that front end but
-without text: the front end detokenizes. A front end that has no tokens in an iteration gets a `Heartbeat` now and then.
-While the engine loads, it sends its log messages as `Told` to the front end that started it.
+then send `Add`, `Abort`, `ResetPrefixCache` and `Prefetch`; a further one begins with `Join`. The engine answers with
+`Ready` or `Failed` once, and with `Prefetched` to each `Prefetch`. After that it sends one `StepOutput` an iteration,
+with the tokens of all requests of that front end but without text: the front end detokenizes. A front end that has no
+tokens in an iteration gets a `Heartbeat` now and then. While the engine loads, it sends its log messages as `Told` to
+the front end that started it.
 
 A message is a tagged `msgspec.Struct`, encoded as an array: its tag, then its fields in order (`wire.py`). Data that
 users see as well, such as `EngineStats`, are dataclasses.
@@ -20,6 +21,7 @@ import msgspec
 from nanoflow.config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.kvcache.sizes import PoolSize
+from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.models.generation import SamplingDefaults
 from nanoflow.outputs import Finished
 from nanoflow.request import Request
@@ -85,6 +87,22 @@ class ResetPrefixCache(Message, frozen=True, kw_only=True):
     """Forget what the KV cache has of requests so far: later ones find nothing of it."""
 
 
+class Prefetch(Message, frozen=True, kw_only=True):
+    """A request will come soon: what is there of its prefix? The engine answers this front end with `Prefetched`.
+
+    Attributes:
+        number: Comes back with the answer.
+        page_keys: As of `Request`: of the prompt; empty if a session is named.
+        num_tokens: Tokens of the prompt.
+        session: The session whose last request is the prefix; None if a prompt is given.
+    """
+
+    number: int
+    page_keys: bytes = b""
+    num_tokens: int = 0
+    session: str | None = None
+
+
 class Shutdown(Message, frozen=True, kw_only=True):
     """Stop at once, for all front ends."""
 
@@ -137,6 +155,7 @@ class EngineFacts:
         max_logprobs: Most tokens a place whose log probabilities a request may ask for.
         has_prefix_cache: Pages of computed prompts are used again.
         group_pools: The pool of KV pages of each group of layers; empty stands for one of `num_pages`.
+        page_bytes: Bytes of a page in each of these; empty if unknown.
     """
 
     model_type: str
@@ -158,6 +177,7 @@ class EngineFacts:
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
     has_prefix_cache: bool = False
     group_pools: tuple[PoolSize, ...] = ()
+    page_bytes: tuple[int, ...] = ()
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -180,6 +200,21 @@ class Told(Message, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchCounts:
+    """What is there of the prefix of a request that will come.
+
+    Attributes:
+        num_tokens: Its tokens.
+        num_cached_tokens: Those in full pages that the device has.
+        num_prefetched_tokens: Those behind them in pages that were asked for from lower tiers.
+    """
+
+    num_tokens: int
+    num_cached_tokens: int
+    num_prefetched_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """State of the engine after an iteration.
 
@@ -192,6 +227,7 @@ class EngineStats:
         num_undrafted_requests: Requests since the start for which drafts are not possible; see docs/speculative.md.
         prefix_cache_queries, prefix_cache_hits: Tokens of requests that looked for cached pages, and those whose pages
             were found; since the start.
+        tiers: What each tier of the KV cache that there is has done; see `TIERS`.
         num_prepared: Batches since the start that took longer because their CUDA graph was captured first.
         iteration: Iterations since the start.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
@@ -213,6 +249,7 @@ class EngineStats:
     num_undrafted_requests: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    tiers: dict[str, TierCounts] = field(default_factory=dict)
     num_prepared: int = 0
     iteration: int = 0
     iteration_tokens: int = 0
@@ -264,11 +301,18 @@ class StepOutput(Message, frozen=True, kw_only=True):
     stats: EngineStats = msgspec.field(default_factory=EngineStats)
 
 
+class Prefetched(Message, frozen=True, kw_only=True):
+    """The answer to a `Prefetch`; `found` is None if the session is not remembered."""
+
+    number: int
+    found: PrefetchCounts | None
+
+
 class Heartbeat(Message, frozen=True, kw_only=True):
     """The engine is alive, and has no tokens for this front end."""
 
     stats: EngineStats
 
 
-ToEngine = Load | Join | Add | Abort | ResetPrefixCache | Leave | Shutdown
-FromEngine = Ready | Failed | StepOutput | Heartbeat | Told
+ToEngine = Load | Join | Add | Abort | ResetPrefixCache | Prefetch | Leave | Shutdown
+FromEngine = Ready | Failed | StepOutput | Heartbeat | Prefetched | Told

@@ -30,6 +30,8 @@ from nanoflow.engine.messages import (
     Join,
     Leave,
     Load,
+    Prefetch,
+    Prefetched,
     Ready,
     ResetPrefixCache,
     Shutdown,
@@ -69,6 +71,9 @@ class EngineLoop(Protocol):
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes."""
+
+    def prefetch(self, wanted: Prefetch) -> Prefetched:
+        """Answer advice about a request that will come."""
 
     def step(self) -> StepOutput:
         """One iteration."""
@@ -185,6 +190,8 @@ class _Loop:
                 self.engine.abort(self.front_ends.disown(front_end, message.request_ids))
             case ResetPrefixCache():
                 self.engine.reset_prefix_cache()
+            case Prefetch():
+                self.channel.send(front_end, self.engine.prefetch(message))
             case Join():
                 self.front_ends.join(front_end)
                 self.channel.send(front_end, Ready(facts=self.engine.facts))

@@ -20,6 +20,7 @@ from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, Samplin
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
+_NAME_KEYS = ("cache_salt", "session_id")
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Most log probabilities of one request, prompt and completions together, if it asks for more of them at each place than
@@ -37,17 +38,19 @@ class Prompt:
         text: As given; None if it came as token ids.
         token_ids: Tokens, beginning of sequence included if the model wants one.
         cache_salt: Cached pages are shared only between prompts that have the same one, or none.
+        session_id: The conversation that it is a turn of: its pages can be asked for by this name before the next turn.
     """
 
     text: str | None
     token_ids: list[int]
     cache_salt: str | None = None
+    session_id: str | None = None
 
 
 PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
 """A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already.
 
-A mapping may have a "cache_salt" too: see `Prompt`."""
+A mapping may have "cache_salt" and "session_id" too: see `Prompt`."""
 
 
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
@@ -58,14 +61,15 @@ def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
     """
     if isinstance(prompt, Prompt):
         return prompt
-    text, value, salt = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt, None)
+    text, value = _parts(prompt) if isinstance(prompt, Mapping) else (None, prompt)
+    names = _names(prompt) if isinstance(prompt, Mapping) else {}
     if isinstance(value, str):
         if tokenizer is None:
             raise RequestError(
                 "this model has no tokenizer: give the prompt as token ids, with detokenize=False", param="prompt"
             )
-        return Prompt(text=value, token_ids=tokenizer.encode(value), cache_salt=salt)
-    return Prompt(text=text, token_ids=_checked_ids(value), cache_salt=salt)
+        return Prompt(text=value, token_ids=tokenizer.encode(value), **names)
+    return Prompt(text=text, token_ids=_checked_ids(value), **names)
 
 
 def read_bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
@@ -153,6 +157,7 @@ def make_requests(
         eos_token_ids=() if params.ignore_eos else eos_token_ids,
         bad_word_ids=bad_word_ids,
         arrival_s=arrival_s,
+        session=prompt.session_id,
     )
     _check(first, facts)
     if max_tokens > room:
@@ -217,15 +222,19 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
     return dataclasses.replace(params, **counts) if counts else params
 
 
-def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any, str | None]:
-    """The text to show, what is completed, and the salt: token ids go before a text that stands beside them."""
-    own = (*_PROMPT_KEYS, "cache_salt")
+def _names(prompt: Mapping[str, Any]) -> dict[str, str]:
+    """Salt and session of a prompt, as far as it has them."""
+    given = {name: prompt[name] for name in _NAME_KEYS if prompt.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, str) or not value:
+            raise RequestError(f"a prompt's {name} is a string that is not empty, got {shown(value)}", param=name)
+    return given
+
+
+def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The text to show, and what is completed: token ids go before a text that stands beside them."""
+    own = (*_PROMPT_KEYS, *_NAME_KEYS)
     pass_over(PROMPTS, "a prompt", {name: value for name, value in prompt.items() if name not in own})
-    salt = prompt.get("cache_salt")
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise RequestError(
-            f"a prompt's cache_salt is a string that is not empty, got {shown(salt)}", param="cache_salt"
-        )
     given = {name: prompt[name] for name in _PROMPT_KEYS if prompt.get(name) is not None}
     if not given:
         names = ", ".join(map(repr, prompt)) or "nothing"
@@ -233,7 +242,7 @@ def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any, str | None]:
     for name, value in given.items():
         if isinstance(value, str) != (name == "prompt"):
             raise RequestError(f"{name!r} of a prompt cannot be a {type(value).__name__}", param="prompt")
-    return given.get("prompt"), given.get("prompt_token_ids", given.get("prompt")), salt
+    return given.get("prompt"), given.get("prompt_token_ids", given.get("prompt"))
 
 
 def _checked_ids(value: Any) -> list[int]:

@@ -8,11 +8,12 @@ the last pages go first, since a page is of no use without all pages before it. 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 
 import numpy as np
 
 from nanoflow.batch import Bool, Int32
+from nanoflow.kvcache.events import NO_WATCH, KeyWatch
 
 
 class CachedPages:
@@ -20,13 +21,15 @@ class CachedPages:
 
     Args:
         num_pages: Pages of the pool.
+        watch: Is told of every key that can be found, or can no more.
 
     Attributes:
         is_cached: bool [num_pages].
         num_evicted: Cached pages whose memory was taken, since the start.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, watch: KeyWatch = NO_WATCH) -> None:
+        self._watch = watch
         self.is_cached: Bool = np.zeros(num_pages, dtype=np.bool_)
         self.num_evicted = 0
         self._page_of: dict[bytes, int] = {}
@@ -38,6 +41,11 @@ class CachedPages:
     def num_idle(self) -> int:
         """Cached pages that nobody holds."""
         return len(self._idle)
+
+    @property
+    def keys(self) -> KeysView[bytes]:
+        """The keys of all cached pages."""
+        return self._page_of.keys()
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of these keys, up to the first that has none."""
@@ -55,6 +63,7 @@ class CachedPages:
             self._page_of[key] = page
             self._key_of[page] = key
             self.is_cached[page] = True
+            self._watch.stored(key)
 
     def forget(self, pages: Iterable[int]) -> Int32:
         """What is in these pages is not to be used again.
@@ -94,6 +103,7 @@ class CachedPages:
         assert key is not None
         del self._page_of[key]
         self.is_cached[page] = False
+        self._watch.removed(key)
 
     def check_integrity(self, num_holders: Int32) -> None:
         """Raise RuntimeError unless keys and pages name each other and exactly those are idle that nobody holds.

@@ -8,12 +8,13 @@ in it until no other page is free. This file hands out ids and takes them back; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 
 import numpy as np
 
 from nanoflow.batch import Bool, Int32
 from nanoflow.kvcache.cached import CachedPages
+from nanoflow.kvcache.events import NO_WATCH, KeyWatch
 
 
 class OutOfPagesError(RuntimeError):
@@ -21,7 +22,7 @@ class OutOfPagesError(RuntimeError):
 
 
 class PagePool:
-    """Pages 0..num_pages-1.
+    """Pages 0..num_pages-1; the watch is told of every key that can be found, or can no more.
 
     Raises:
         ValueError: Fewer than one page.
@@ -32,14 +33,14 @@ class PagePool:
         num_reserved: Pages that are being filled with a copy from host memory; nobody holds them yet.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, watch: KeyWatch = NO_WATCH) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
         self.num_pages = num_pages
         self.num_shared = self.num_reserved = 0
         self._num_holders = np.zeros(num_pages, dtype=np.int32)
         self._is_reserved = np.zeros(num_pages, dtype=np.bool_)
-        self._cached = CachedPages(num_pages)
+        self._cached = CachedPages(num_pages, watch)
         # Free and not cached: the first so many of the stack.
         self._num_empty = num_pages
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # the first page handed out is page 0
@@ -74,6 +75,16 @@ class PagePool:
             pages = np.concatenate((pages, self._cached.evict(count - num_taken)))
         self._num_holders[pages] = 1
         return pages
+
+    @property
+    def cached_keys(self) -> KeysView[bytes]:
+        """The keys of all pages that can be found."""
+        return self._cached.keys
+
+    @property
+    def num_filled(self) -> int:
+        """Pages that somebody holds, or that can be found."""
+        return self.num_pages - self._num_empty
 
     def find(self, keys: Sequence[bytes]) -> Int32:
         """The cached pages of these keys, up to the first that has none, int32 [any]."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nanoflow.batch import Int32, Int64, NewPages
+from nanoflow.kvcache.events import NO_WATCH, KeyWatch
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.sizes import PoolSize
 from nanoflow.kvcache.tables import PageTables
@@ -39,26 +40,39 @@ class PagePools:
         num_rows: Rows of the state table.
         max_tokens: Most tokens a row ever has.
         page_size: Tokens a page.
+        watch: Is told which keys the pool of the first group can find; other groups may have more of a prefix, or less.
     """
 
-    def __init__(self, sizes: Sequence[PoolSize], *, num_rows: int, max_tokens: int, page_size: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[PoolSize],
+        *,
+        num_rows: int,
+        max_tokens: int,
+        page_size: int,
+        watch: KeyWatch = NO_WATCH,
+    ) -> None:
         self._num_rows, self._sizes = num_rows, tuple(sizes)
         self._groups = tuple(
             PageTables(
-                PagePool(size.num_pages),
+                PagePool(size.num_pages, NO_WATCH if group else watch),
                 num_rows=num_rows,
                 max_tokens=max_tokens,
                 page_size=page_size,
                 window=size.window,
             )
-            for size in sizes
+            for group, size in enumerate(sizes)
         )
+
+    @property
+    def pools(self) -> tuple[PagePool, ...]:
+        """The pool of each group."""
+        return tuple(tables.pool for tables in self._groups)
 
     @property
     def fullest(self) -> PagePool:
         """The pool of which the largest part is in use, of equals the first."""
-        pools = (tables.pool for tables in self._groups)
-        return max(pools, key=lambda pool: pool.num_in_use / pool.num_pages)
+        return max(self.pools, key=lambda pool: pool.num_in_use / pool.num_pages)
 
     @property
     def room(self) -> tuple[PoolSize, ...]:
@@ -87,6 +101,12 @@ class PagePools:
             return [0] * len(self._groups)
         return [tables.pool.num_held(pages) for tables, (_, pages) in zip(self._groups, prefix.parts, strict=True)]
 
+    def touch(self, prefix: CachedPrefix) -> None:
+        """The pages of a prefix count as used just now: the memory of others is taken first."""
+        for tables, (_, pages) in zip(self._groups, prefix.parts, strict=False):
+            tables.pool.hold(pages)
+            tables.pool.release(pages)
+
     def adopt(self, row: int, prefix: CachedPrefix) -> None:
         """Give a row that holds nothing the pages of a cached prefix."""
         for tables, (begin, pages) in zip(self._groups, prefix.parts, strict=False):
@@ -99,11 +119,6 @@ class PagePools:
             For each group the index of the first key whose page the row still holds, and the pages from there on.
         """
         return [tables.cache(row, start, keys) for tables in self._groups]
-
-    @property
-    def pools(self) -> tuple[PagePool, ...]:
-        """The pool of each group."""
-        return tuple(tables.pool for tables in self._groups)
 
     def needed(self, num_pages: int) -> list[int]:
         """For each group the first page, of so many full ones of a prefix, that the tokens after them see."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.batch import Int64
+from nanoflow.batch import Int64, Joined
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.scheduler.admission import num_admissible
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.reuse import Candidate, PrefixReuse
-from nanoflow.scheduler.rows import RowTable
+from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue
 
 
@@ -33,6 +33,22 @@ class Newcomers:
 
     rows: Int64
     candidates: Sequence[Candidate]
+
+    def joined(self, vocab_size: int) -> tuple[Joined, ...]:
+        """What the device must know of each."""
+        waiting = [candidate.waiting for candidate in self.candidates]
+        return tuple(
+            Joined(
+                row=row,
+                params=new.request.params,
+                seed=new.request.seed,
+                token_ids=new.token_ids,
+                num_prompt_tokens=len(new.request.prompt_token_ids),
+                stop_token_ids=stop_ids(new.request, vocab_size),
+                bad_word_ids=new.request.bad_word_ids,
+            )
+            for row, new in zip(self.rows.tolist(), waiting, strict=True)
+        )
 
 
 class Joining:

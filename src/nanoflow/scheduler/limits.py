@@ -29,9 +29,11 @@ class SchedulerLimits:
         num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
         group_pools: The pool of each KV group; empty stands for one group, without a window, of `num_pages`.
         vocab_size: Token ids are below this.
+        max_sessions: Most sessions whose last pages are remembered; 0 for none.
 
     Raises:
-        ValueError: A size is not positive, or a pool cannot hold one request of `max_model_len` tokens.
+        ValueError: A size is not positive, `max_sessions` is negative, or a pool cannot hold one request of
+            `max_model_len` tokens.
     """
 
     max_batch_tokens: int
@@ -41,11 +43,13 @@ class SchedulerLimits:
     page_size: int
     vocab_size: int
     group_pools: tuple[PoolSize, ...] = ()
+    max_sessions: int = 0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "group_pools" and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "max_sessions" else 1
+            if name != "group_pools" and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for pool in self.pools:
             longest = longest_sequence(
                 [pool], self.max_model_len, page_size=self.page_size, max_batch_tokens=self.max_batch_tokens

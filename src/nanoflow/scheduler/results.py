@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nanoflow.batch import Int32, Int64
-from nanoflow.outputs import Finished
+from nanoflow.outputs import Finished, FinishReason
+from nanoflow.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +41,12 @@ class SchedulerEvents:
 
     scheduled: dict[int, int] = field(default_factory=dict)
     preempted: list[int] = field(default_factory=list)
+
+
+def end_of(request: Request, token_id: int, *, is_stop: bool) -> Finished:
+    """Why a request ended with this token: a stop token, or its length."""
+    if not is_stop:
+        return Finished(reason=FinishReason.LENGTH)
+    is_own = token_id in (request.params.stop_token_ids or ())
+    is_eos = not request.params.ignore_eos and token_id in request.eos_token_ids
+    return Finished(reason=FinishReason.STOP, stop_token_id=token_id if is_own and not is_eos else None)

@@ -19,7 +19,10 @@ import numpy as np
 from nanoflow.batch import Int64
 from nanoflow.kvcache.keys import KEY_BYTES, page_keys
 from nanoflow.kvcache.pools import CachedPrefix, PagePools
+from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
+from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.rows import RowTable
+from nanoflow.scheduler.sessions import Sessions
 from nanoflow.scheduler.waiting import WaitingRequest
 
 # A request waits for another's pages if there are so many: for fewer tokens it is not worth an iteration.
@@ -61,18 +64,38 @@ class ReuseCounts:
     num_found: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchAnswer:
+    """What is there of a prefix that a request will soon need.
+
+    Attributes:
+        num_cached_pages: Its first pages, which the device has: the request will find them.
+        num_prefetched_pages: Pages behind these that were asked for from lower tiers.
+    """
+
+    num_cached_pages: int
+    num_prefetched_pages: int = 0
+
+
 class PrefixReuse:
     """Cached prefixes of running requests.
 
     Args:
         pools: Pages of all rows.
-        num_rows: Rows of the state table.
-        page_size: Tokens a page.
+        limits: Sizes.
+        events: Is told which pages are cached.
+
+    Attributes:
+        sessions: The keys that the last request of each session has left.
+        counts: Tokens that were looked for, and found.
     """
 
-    def __init__(self, pools: PagePools, *, num_rows: int, page_size: int) -> None:
+    def __init__(self, pools: PagePools, limits: SchedulerLimits, events: KeyEvents | NoKeyEvents) -> None:
         self._pools = pools
-        self._page_size = page_size
+        self._page_size = limits.page_size
+        self._events = events
+        self.sessions = Sessions(limits.max_sessions)
+        num_rows = limits.max_num_seqs
         self._root = [b""] * num_rows
         self._keys: list[list[bytes]] = [[] for _ in range(num_rows)]
         # Keys of each row in all; of these, the first so many have been computed.
@@ -123,6 +146,16 @@ class PrefixReuse:
                 num_found=self.counts.num_found + candidate.num_cached,
             )
 
+    def prefetch(self, keys: Sequence[bytes]) -> PrefetchAnswer:
+        """A request with these keys will come soon: its cached pages count as used now, lower tiers may bring others.
+
+        Nothing is computed, no page is allocated, and the counts of requests stay as they are.
+        """
+        prefix = self._pools.find(keys)
+        self._pools.touch(prefix)
+        # There is no lower tier yet: here it will be asked for keys[prefix.num_pages:].
+        return PrefetchAnswer(num_cached_pages=prefix.num_pages, num_prefetched_pages=0)
+
     def note_computed(self, rows: Int64, num_computed: Int64) -> None:
         """A batch has been formed with which these rows (int64 [N]) have so many tokens computed (int64 [N])."""
         num_full = np.minimum(num_computed // self._page_size, self._num_keys[rows])
@@ -140,6 +173,7 @@ class PrefixReuse:
             known = table.known_view(row)[: table.num_computed[row]]
             keys += page_keys(known[len(keys) * self._page_size :], self._page_size, keys[-1] if keys else root)
             self._cache(row, len(known) // self._page_size)
+            self.sessions.remember(table.tenant(row).session, keys, int(table.num_known[row]))
         return self._clear(row)
 
     def fail(self, row: int) -> None:
@@ -151,6 +185,7 @@ class PrefixReuse:
         start, keys = int(self._num_cached[row]), self._keys[row]
         if stop > start:
             self._pools.cache(row, start, keys[start:stop])
+            self._events.cached(row, start, keys[start - 1] if start else self._root[row], keys[start:stop])
             self._num_cached[row] = stop
             self._forget_computing(row, keys[start:stop])
 

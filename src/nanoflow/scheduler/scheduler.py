@@ -12,6 +12,8 @@ because the executor runs iterations in order: a later tenant writes later, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nanoflow.batch import Bool, DenseBatch, Int64, Joined, SampledTokens
@@ -23,12 +25,14 @@ from nanoflow.request import Request
 from nanoflow.scheduler.drafts import Drafts, NoDrafts
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.joining import Joining
+from nanoflow.scheduler.key_events import Put, key_events
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
-from nanoflow.scheduler.results import Committed, SchedulerEvents
-from nanoflow.scheduler.reuse import PrefixReuse, ReuseCounts
-from nanoflow.scheduler.rows import RowTable, stop_ids
+from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of
+from nanoflow.scheduler.reuse import PrefetchAnswer, PrefixReuse, ReuseCounts
+from nanoflow.scheduler.rows import RowTable
+from nanoflow.scheduler.sessions import Session
 from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
@@ -44,19 +48,32 @@ class Scheduler:
         pace: How many tokens an iteration may have within the token budget. It may be replaced at any time, e.g. when
             the time of iterations has been measured.
         drafts: Guesses what requests will say next; nobody does if not given.
+        put_key_event: Is told which pages can be found; nobody if not given.
     """
 
-    def __init__(self, *, limits: SchedulerLimits, pace: Pace | None = None, drafts: Drafts | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        limits: SchedulerLimits,
+        pace: Pace | None = None,
+        drafts: Drafts | None = None,
+        put_key_event: Put | None = None,
+    ) -> None:
         self._limits = limits
         self.drafts: Drafts = drafts or NoDrafts()
         self.pace = pace or Pace()
-        self._pages = PagePools(
-            limits.pools, num_rows=limits.max_num_seqs, max_tokens=limits.max_model_len, page_size=limits.page_size
-        )
         self._rows = RowTable(limits)
+        events = key_events(put_key_event, self._rows, limits.page_size)
+        self._pages = PagePools(
+            limits.pools,
+            num_rows=limits.max_num_seqs,
+            max_tokens=limits.max_model_len,
+            page_size=limits.page_size,
+            watch=events,
+        )
         self._waiting = WaitingQueue()
         self._lengths = OutputLength()
-        self._reuse = PrefixReuse(self._pages, num_rows=limits.max_num_seqs, page_size=limits.page_size)
+        self._reuse = PrefixReuse(self._pages, limits, events)
         self._joining = Joining(
             limits,
             rows=self._rows,
@@ -93,6 +110,11 @@ class Scheduler:
     def reuse_counts(self) -> ReuseCounts:
         """Tokens that were asked of the cache, and tokens that it had."""
         return self._reuse.counts
+
+    @property
+    def pools(self) -> tuple[PagePool, ...]:
+        """The pool of KV pages of each group."""
+        return self._pages.pools
 
     @property
     def fullest_pool(self) -> PagePool:
@@ -205,7 +227,9 @@ class Scheduler:
         ending = np.flatnonzero(is_last)
         for index in ending.tolist():
             row = int(kept_rows[index])
-            finished[int(request_ids[index])] = self._finish(row, int(token_ids[index]), is_stop=bool(is_stop[index]))
+            finished[int(request_ids[index])] = end_of(
+                rows.tenant(row), int(token_ids[index]), is_stop=bool(is_stop[index])
+            )
         for row in failed:
             self._reuse.fail(row)
         self._release([*failed, *kept_rows[ending].tolist()])
@@ -217,6 +241,14 @@ class Scheduler:
             scored=scored,
             num_rejected=int(np.count_nonzero(is_there) - np.count_nonzero(is_counting)),
         )
+
+    def prefetch(self, keys: Sequence[bytes]) -> PrefetchAnswer:
+        """Advice that a request with these keys will come soon; see `PrefixReuse.prefetch`."""
+        return self._reuse.prefetch(keys)
+
+    def session(self, name: str) -> Session | None:
+        """What the last request of a session has left; None if it is not remembered."""
+        return self._reuse.sessions.find(name)
 
     def reset_prefix_cache(self) -> None:
         """Forget what is in the pages of earlier requests; those that run go on."""
@@ -280,23 +312,11 @@ class Scheduler:
         newcomers = self._joining.admit(num_tokens_left)
         if newcomers is None:
             return ()
-        waiting = [candidate.waiting for candidate in newcomers.candidates]
-        self.drafts.join(newcomers.rows, [new.request for new in waiting])
+        self.drafts.join(newcomers.rows, [candidate.waiting.request for candidate in newcomers.candidates])
         for candidate in newcomers.candidates:
             if not candidate.waiting.is_preempted:
                 self._events.scheduled[candidate.waiting.request.request_id] = candidate.num_cached
-        return tuple(
-            Joined(
-                row=row,
-                params=new.request.params,
-                seed=new.request.seed,
-                token_ids=new.token_ids,
-                num_prompt_tokens=len(new.request.prompt_token_ids),
-                stop_token_ids=stop_ids(new.request, self._limits.vocab_size),
-                bad_word_ids=new.request.bad_word_ids,
-            )
-            for row, new in zip(newcomers.rows.tolist(), waiting, strict=True)
-        )
+        return newcomers.joined(self._limits.vocab_size)
 
     def _advance(self, turn: Turn, joined: tuple[Joined, ...]) -> DenseBatch:
         """The turn as a batch; its tokens count as computed and its samplers' next tokens as there."""
@@ -307,15 +327,6 @@ class Scheduler:
         self._rows.num_tokens[turn.rows] += np.bincount(batch.sampled, minlength=len(turn.rows))
         self.drafts.note_formed(batch)
         return batch
-
-    def _finish(self, row: int, token_id: int, *, is_stop: bool) -> Finished:
-        """Why the request in a row ended with this token."""
-        if not is_stop:
-            return Finished(reason=FinishReason.LENGTH)
-        request = self._rows.tenant(row)
-        is_own = token_id in (request.params.stop_token_ids or ())
-        is_eos = not request.params.ignore_eos and token_id in request.eos_token_ids
-        return Finished(reason=FinishReason.STOP, stop_token_id=token_id if is_own and not is_eos else None)
 
     def _release(self, rows: list[int]) -> list[tuple[bytes, ...]]:
         """Take rows and pages of requests at once (see the top of this file why that is safe).

@@ -22,6 +22,7 @@ from nanoflow.server.door import door
 from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.gate import Gate, GateMiddleware
 from nanoflow.server.metrics import ServerMetrics
+from nanoflow.server.prefetch import prefetch_router
 from nanoflow.server.routes import include
 from nanoflow.server.service import Service
 from nanoflow.server.status import models_router, status_router, tokens_router
@@ -59,7 +60,15 @@ def create_app(
     app.add_middleware(TurnstileMiddleware)
     app.add_middleware(GateMiddleware, gate=gate or Gate())
     routers = (completions_router, chat_router, models_router, tokens_router)
-    include(app, [*(router(service) for router in routers), status_router(service, metrics), docs_router(app, service)])
+    observing = (prefetch_router, status_router)
+    include(
+        app,
+        [
+            *(router(service) for router in routers),
+            *(router(service, metrics) for router in observing),
+            docs_router(app, service),
+        ],
+    )
     return app
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.engine.messages import EngineFacts, EngineStats, PrefetchCounts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.outputs import RequestOutput
@@ -80,3 +80,9 @@ class ServingEngine(Protocol):
         self, prompt: EnginePrompt, params: SamplingParams, request_id: str | None = None, *, streams: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the growing output, or the finished one alone; closing the generator frees all that it holds."""
+
+    async def prefetch(self, prompt: EnginePrompt) -> PrefetchCounts:
+        """What is cached of a prompt that will be generated for soon."""
+
+    async def prefetch_session(self, session_id: str) -> PrefetchCounts | None:
+        """What is cached of a session's last request; None if the session is not remembered."""

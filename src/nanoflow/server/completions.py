@@ -42,6 +42,7 @@ def completions_router(service: Service) -> APIRouter:
             params=params,
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
+            session_id=service.session_id(request, body.session_id),
             call_id=new_id("cmpl"),
             field_names=body.field_names,
         )

@@ -48,6 +48,7 @@ class Call:
         params: How, for each of them.
         doors: What lets the call in; None lets every call in, with its prompts as they are.
         cache_salt: Cached pages are shared only with calls that have the same one, or none.
+        session_id: Name of the conversation that the call is a turn of, with that of its key; None if it has none.
         call_id: In the answer, and the label of the engine's requests.
         field_names: Field of the body that a parameter came in, where the names differ; for errors.
         created: Seconds since 1970.
@@ -58,6 +59,7 @@ class Call:
     params: SamplingParams
     doors: Doors | None = None
     cache_salt: str | None = None
+    session_id: str | None = None
     call_id: str
     field_names: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -100,7 +102,7 @@ class Call:
         with user_errors(fields=self.field_names):
             name = f"{self.call_id}-{index}"
             outputs = self.engine.generate(
-                _salted(prompt, self.cache_salt), self.params, request_id=name, streams=streams
+                _named(prompt, self.cache_salt, self.session_id), self.params, request_id=name, streams=streams
             )
             async with aclosing(outputs):
                 async for output in outputs:
@@ -230,13 +232,14 @@ def _token_ids(prompt: AnyPrompt) -> Sequence[Any]:
     return prompt.token_ids if isinstance(prompt, ReadPrompt) else prompt
 
 
-def _salted(prompt: AnyPrompt, salt: str | None) -> EnginePrompt:
-    """The prompt with a salt for the cache."""
-    if salt is None:
+def _named(prompt: AnyPrompt, salt: str | None, session_id: str | None) -> EnginePrompt:
+    """The prompt with a salt for the cache and the name of its session, as far as there are any."""
+    if salt is None and session_id is None:
         return prompt
     if isinstance(prompt, ReadPrompt):
-        return dataclasses.replace(prompt, cache_salt=salt)
-    return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, "cache_salt": salt}
+        return dataclasses.replace(prompt, cache_salt=salt, session_id=session_id)
+    form = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+    return {form: prompt, "cache_salt": salt, "session_id": session_id}
 
 
 def new_id(kind: str) -> str:

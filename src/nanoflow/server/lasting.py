@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import AsyncGenerator
 
 from nanoflow.engine.async_engine import AsyncEngine
-from nanoflow.engine.messages import EngineFacts, EngineStats
+from nanoflow.engine.messages import EngineFacts, EngineStats, PrefetchCounts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.tokenizer import Tokenizer
+from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server.backend import EnginePrompt
@@ -34,12 +35,14 @@ class LastingEngine:
     def __init__(self, engine: AsyncEngine) -> None:
         self.current = engine
         self._before: dict[str, int] = dict.fromkeys(_COUNTS, 0)
+        self._tiers_before: dict[str, TierCounts] = {}
 
     def replace(self, engine: AsyncEngine) -> None:
         """Use another engine from now on; the observer is told of its requests."""
         engine.observer = self.current.observer
         stats = self.stats
         self._before = {name: getattr(stats, name) for name in _COUNTS}
+        self._tiers_before = {name: tier.counters for name, tier in stats.tiers.items()}
         self.current = engine
 
     @property
@@ -67,8 +70,16 @@ class LastingEngine:
         stats = self.current.stats
         counts = {name: getattr(stats, name) + before for name, before in self._before.items()}
         if not self.is_alive:
-            return EngineStats(num_pages=stats.num_pages, **counts)
-        return dataclasses.replace(stats, **counts) if any(self._before.values()) else stats
+            return EngineStats(num_pages=stats.num_pages, tiers=self._tiers_before_and(stats, is_used=False), **counts)
+        if not any(self._before.values()) and not self._tiers_before:
+            return stats
+        return dataclasses.replace(stats, tiers=self._tiers_before_and(stats, is_used=True), **counts)
+
+    def _tiers_before_and(self, stats: EngineStats, *, is_used: bool) -> dict[str, TierCounts]:
+        """The tiers of this engine, with the counts of those before it."""
+        now = {name: tier if is_used else tier.counters for name, tier in stats.tiers.items()}
+        names = {**self._tiers_before, **now}
+        return {name: self._tiers_before.get(name, TierCounts()) + now.get(name, TierCounts()) for name in names}
 
     @property
     def is_alive(self) -> bool:
@@ -85,6 +96,14 @@ class LastingEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt with the engine that runs now; see `AsyncEngine.generate`."""
         return self.current.generate(prompt, params, request_id, streams=streams)
+
+    async def prefetch(self, prompt: EnginePrompt) -> PrefetchCounts:
+        """See `AsyncEngine.prefetch`."""
+        return await self.current.prefetch(prompt)
+
+    async def prefetch_session(self, session_id: str) -> PrefetchCounts | None:
+        """See `AsyncEngine.prefetch_session`; an engine that was started again remembers no session of the last one."""
+        return await self.current.prefetch_session(session_id)
 
     async def close(self) -> None:
         """Close the engine."""

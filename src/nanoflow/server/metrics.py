@@ -17,11 +17,12 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from nanoflow.engine.limits import EngineLimits
-from nanoflow.engine.messages import BookFacts, EngineStats
+from nanoflow.engine.messages import BookFacts, EngineStats, PrefetchCounts
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.outputs import FinishReason
 from nanoflow.server.backend import ServingEngine
 from nanoflow.server.counters import Counter, Counters, Floats, Histogram
+from nanoflow.server.tier_metrics import tier_families
 
 FIRST_TOKEN_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
@@ -95,6 +96,12 @@ class ServerMetrics(Collector):
     def observe_next_tokens(self, latencies_s: Sequence[float]) -> None:
         """Completions got a token that is not their first."""
         self._next_token_s.observe_many(latencies_s)
+
+    def observe_prefetch(self, found: PrefetchCounts) -> None:
+        """Advice about a request that will come was answered."""
+        counts = (1, found.num_tokens, found.num_cached_tokens, found.num_prefetched_tokens)
+        for counter, count in zip(self._prefetches, counts, strict=True):
+            counter.inc(count)
 
     def observe_finished(self, request: FinishedRequest) -> None:
         """A request ended."""
@@ -171,6 +178,7 @@ class ServerMetrics(Collector):
             lambda: engine.stats.prefix_cache_queries,
         )
         self._count("prefix_cache_hits", "Those whose pages were found", lambda: engine.stats.prefix_cache_hits)
+        self._families += tier_families(lambda: engine.stats.tiers, name=self._name, labels=self._labels)
         self._add_drafts(engine)
 
     def _add_drafts(self, engine: ServingEngine) -> None:
@@ -192,6 +200,15 @@ class ServerMetrics(Collector):
         add = self._counter_each
         self._prompt_tokens = add("prompt_tokens", "Prompt tokens of requests that got a first token", [{}])[0]
         self._generation_tokens = add("generation_tokens", "Tokens generated", [{}])[0]
+        self._prefetches = [
+            add(name, text, [{}])[0]
+            for name, text in (
+                ("prefetch_requests", "Calls of /v1/prefetch that were answered"),
+                ("prefetch_tokens", "Tokens of the prefixes that they named"),
+                ("prefetch_cached_tokens", "Those of them that the device had"),
+                ("prefetch_prefetched_tokens", "Those of them that were asked for from lower tiers"),
+            )
+        ]
         reasons = [{"finished_reason": reason.value} for reason in FinishReason]
         ended = add("request_success", "Requests that ended", reasons)
         self._ended = dict(zip(FinishReason, ended, strict=True))

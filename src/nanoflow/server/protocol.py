@@ -35,9 +35,12 @@ from nanoflow.server.foreign import (
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.prompt_fields import PromptFields
 
+MAX_SESSION_ID_CHARS = 256
+
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(read_ids)]
 # `call_bounds.py` bounds their number before this is checked.
 Texts = Annotated[list[Text], Field(min_length=1)]
+SessionId = Annotated[Text, Field(min_length=1, max_length=MAX_SESSION_ID_CHARS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 
 
@@ -56,6 +59,12 @@ PromptField = Annotated[
     | Annotated[TokenIdLists, Tag("<token id lists>")],
     Discriminator(_kind_of_prompt),
 ]
+
+
+def _listed(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a field in any of its forms."""
+    is_several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+    return list(prompt) if is_several else [prompt]
 
 
 class StreamOptions(RequestBody):
@@ -98,6 +107,9 @@ class SamplingFields(PromptFields, RequestBody):
     include_stop_str_in_output: Annotated[bool | None, Parameter.of("include_stop_str_in_output")] = None
     cache_salt: Text | None = Field(
         None, min_length=1, description="Cached pages are shared only between requests that have the same one, or none"
+    )
+    session_id: SessionId | None = Field(
+        None, description="Name of the conversation, for /v1/prefetch; the header x-session-id if not given"
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -154,11 +166,7 @@ class CompletionRequest(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, in order."""
-        match self.prompt:
-            case [str() | list(), *_] as several:
-                return list(several)  # type: ignore[arg-type]
-            case one:
-                return [one]  # type: ignore[list-item]
+        return _listed(self.prompt)
 
     @property
     def is_echo_only(self) -> bool:
@@ -246,6 +254,40 @@ class TokenizeRequest(Conversation):
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         return self
+
+
+class PrefetchRequest(Conversation):
+    """Body of POST /v1/prefetch: a prompt, messages, or the session whose next request will come."""
+
+    foreign: ClassVar[ForeignFields] = OF_GENERATION
+
+    model: Text | None = Field(None, description="Name of the served model; may be left out")
+    prompt: PromptField | None = Field(None, description="A text or token ids, as the next completion will have")
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="As the next chat completion will have"
+    )
+    add_special_tokens: bool | None = Field(None, description="True if not given for a prompt, false for messages")
+    cache_salt: Text | None = Field(None, min_length=1, description="Of the request that will come")
+    session_id: SessionId | None = Field(
+        None, description="What the last request with this session_id has left; the header x-session-id if not given"
+    )
+
+    @model_validator(mode="after")
+    def _check_one_of(self) -> PrefetchRequest:
+        given = [name for name in ("prompt", "messages", "session_id") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(
+                f"give one of prompt, messages and session_id, not {' and '.join(given)}", param=given[-1]
+            )
+        count = 1 if self.prompt is None else len(_listed(self.prompt))
+        if count > 1:
+            raise RequestError(f"advice is for one prompt at a time, got {count}", param="prompt")
+        return self
+
+    @property
+    def only_prompt(self) -> str | list[int] | None:
+        """The prompt, also if it is the only one of a list; None if there is none."""
+        return None if self.prompt is None else _listed(self.prompt)[0]
 
 
 class DetokenizeRequest(RequestBody):

@@ -215,6 +215,15 @@ class DetokenizeResponse(TypedDict):
     prompt: str
 
 
+class PrefetchResponse(TypedDict):
+    """How much is cached for a request that will come: in the device's memory, and asked for from lower tiers."""
+
+    object: Literal["prefetch"]
+    num_tokens: int
+    num_cached_tokens: int
+    num_prefetched_tokens: int
+
+
 class TokenizerInfo(TypedDict):
     """Configuration of the tokenizer: what its tokenizer_config.json has, and the chat template in use."""
 

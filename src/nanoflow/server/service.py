@@ -29,7 +29,7 @@ from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.keys import salt_of
 from nanoflow.server.logprobs import TokenIdTexts, TokenTexts
 from nanoflow.server.prompt_fields import PromptFields
-from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest
+from nanoflow.server.protocol import MAX_SESSION_ID_CHARS, ChatCompletionRequest, CompletionRequest
 
 T = TypeVar("T")
 
@@ -154,6 +154,18 @@ class Service:
     def cache_salt(self, request: Request, salt: str | None) -> str | None:
         """The salt of a call's cached pages: its own, with its key if keys have caches of their own."""
         return salt_of(request.headers.get("authorization"), salt) if self.config.prefix_cache_per_key else salt
+
+    def session_id(self, request: Request, given: str | None) -> str | None:
+        """Name of a call's session, which no other API key has: the given one, or that of the header `x-session-id`.
+
+        Raises:
+            ApiError: That of the header is too long (400).
+        """
+        name = given or request.headers.get("x-session-id")
+        if name is not None and len(name) > MAX_SESSION_ID_CHARS:
+            message = f"the header x-session-id has {len(name)} characters, at most {MAX_SESSION_ID_CHARS} are taken"
+            raise ApiError(400, message, param="x-session-id")
+        return salt_of(request.headers.get("authorization"), name) if name else None
 
     async def beside(self, work: Callable[[], T]) -> T:
         """Run something that takes long in a thread."""
