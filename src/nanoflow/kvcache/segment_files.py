@@ -176,7 +176,8 @@ class SegmentFiles:
             except (segments.SegmentError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
                     raise
-                self.num_damaged += number >= self.folder.first_number
+                # An empty file is a segment that was just being begun.
+                self.num_damaged += number >= self.folder.first_number and self.folder.size_of(name) > 0
                 logger.info("%s/%s is removed: %s", self.folder.path, name, error)
                 self.folder.remove(name)
                 continue

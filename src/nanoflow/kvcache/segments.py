@@ -240,14 +240,13 @@ def _layout(begin: bytes, fingerprint: bytes, page_bytes: Sequence[int]) -> Layo
 
 def _entries(table: bytes, layout: Layout, file_bytes: int) -> list[Entry]:
     found, expected = [], (layout.number, layout.group, layout.page_bytes)
-    blank = bytes(ENTRY_BYTES)
-    for slot in range(len(table) // ENTRY_BYTES):
+    num_whole = max(file_bytes - layout.offset(0), 0) // layout.slot_bytes
+    for slot in range(min(len(table) // ENTRY_BYTES, num_whole)):
         data = table[slot * ENTRY_BYTES : (slot + 1) * ENTRY_BYTES]
-        if data == blank or _CHECK.pack(zlib.crc32(data[: _ENTRY.size])) != data[_ENTRY.size :]:
-            continue
-        key, number, group, place, size, check, _ = _ENTRY.unpack_from(data)
-        if (number, group, size) == expected and place == slot and layout.offset(slot + 1) <= file_bytes:
-            found.append(Entry(slot=slot, key=key, check=check))
+        if _CHECK.pack(zlib.crc32(data[: _ENTRY.size])) == data[_ENTRY.size :]:
+            key, number, group, place, size, check, _ = _ENTRY.unpack_from(data)
+            if (number, group, size) == expected and place == slot:
+                found.append(Entry(slot=slot, key=key, check=check))
     return found
 
 

@@ -90,7 +90,7 @@ class StoreFolder:
                 name = base if number == 1 else f"{base}-{number}"
                 try:
                     store = cls(parent, name, text)
-                except (BlockingIOError, _NotOwnError) as error:
+                except _TakenError as error:
                     taken = taken or error
                     continue
                 if taken is not None:
@@ -165,8 +165,8 @@ class StoreFolder:
         return 1 + max((number for number, _ in self.segments()), default=0)
 
 
-class _NotOwnError(Exception):
-    """What has the name of a store is not this user's folder."""
+class _TakenError(OSError):
+    """A store of another process, or what has the name of a store and is not this user's folder."""
 
 
 def _open_own_folder(path: Path) -> int:
@@ -175,12 +175,12 @@ def _open_own_folder(path: Path) -> int:
         folder = os.open(path, _FOLDER_FLAGS)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EACCES):
-            raise _NotOwnError("it is not a folder of this user") from None
+            raise _TakenError("it is not a folder of this user") from None
         raise
     state = os.fstat(folder)
     if state.st_uid != os.geteuid():
         os.close(folder)
-        raise _NotOwnError("it belongs to another user")
+        raise _TakenError("it belongs to another user")
     if stat.S_IMODE(state.st_mode) != 0o700:
         os.fchmod(folder, 0o700)
     return folder
@@ -196,7 +196,7 @@ def _lock(file: int, *, tries: int) -> None:
             if error.errno not in _IN_USE:
                 raise
             if not left:
-                raise BlockingIOError(error.errno, "another process uses it") from None
+                raise _TakenError("another process uses it") from None
             time.sleep(_LOCK_PAUSE_S)
 
 
