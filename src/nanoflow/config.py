@@ -140,6 +140,16 @@ class EngineConfig:
         '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}; nothing is published if not given',
         read=kv_events_in_full,
     )
+    kv_host_gib: float | None = option(
+        None,
+        "Host memory for KV pages in GiB: pages are kept there when the device needs theirs, and loaded back for later "
+        "rounds of a conversation and after a preemption; none if not given, 1 with kv_dir",
+    )
+    kv_dir: str | None = option(
+        None,
+        "Folder for KV pages that host memory has no room for; they outlive the server, and are private to the user",
+    )
+    kv_disk_gib: float = option(16.0, "Most GiB of files in kv_dir")
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     speculative: str | None = option(
         None,
@@ -162,6 +172,16 @@ class EngineConfig:
         16 * 2**20, "Longest text in characters that a chat template may write, as 4M", read=read_count
     )
 
+    def _check_tiers(self) -> None:
+        for name in ("kv_host_gib", "kv_disk_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number of GiB, at least 0, got {value}")
+        if self.kv_dir is not None and self.kv_host_gib == 0:
+            raise ConfigError("kv_dir needs host memory for pages on their way to the disk: raise kv_host_gib")
+        if (self.kv_dir is not None or self.kv_host_gib) and not self.enable_prefix_caching:
+            raise ConfigError("kv_host_gib and kv_dir keep pages of the prefix cache: do not switch it off")
+
     def __post_init__(self) -> None:
         sizes = ("max_batch_tokens", "max_num_seqs", "page_size", "num_pages", "kv_cache_gib")
         templates = ("chat_template_timeout_s", "chat_template_max_chars")
@@ -174,6 +194,7 @@ class EngineConfig:
         if isinstance(self.max_sessions, bool) or not isinstance(self.max_sessions, int) or self.max_sessions < 0:
             raise ConfigError(f"max_sessions must be a whole number from 0, got {self.max_sessions!r}")
         check_kv_events(self.kv_events_config, has_prefix_cache=self.enable_prefix_caching)
+        self._check_tiers()
         check_speculation(self.speculative)
         if self.max_logprobs < -1:
             raise ConfigError(

@@ -20,6 +20,7 @@ from nanoflow.engine.limits import EngineLimits, choose_limits
 from nanoflow.engine.memory import require_room_for_weights, reserve_caches, said_pools, size_cache, wanted_model_len
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
+from nanoflow.engine.tier_memory import TierMemory, fingerprint_of, opened_tiers, staging_bytes
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
 from nanoflow.executor.sampler import sampling_bytes
@@ -87,9 +88,16 @@ class _Setup:
         return self.limits.max_num_seqs + most_draft_tokens(self.config.speculative, self.limits.max_num_seqs)
 
     @property
-    def page_elements(self) -> list[int]:
-        """Numbers in a page of each KV group."""
-        return [group.elements_per_token * self.config.page_size for group in self.graph.kv_groups]
+    def page_bytes(self) -> tuple[int, ...]:
+        """Bytes of a page of each KV group."""
+        page_size = self.config.page_size
+        return tuple(group.elements_per_token * page_size * self.dtype.itemsize for group in self.graph.kv_groups)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the bytes of a KV page depend on beside its tokens."""
+        name, device = self.graph.name, self.device.type
+        return fingerprint_of(self.folder, self.config, name=name, device=device, dtype=self.dtype_name)
 
     @property
     def dtype_name(self) -> str:
@@ -115,16 +123,23 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
     with publishing(config.kv_events_config) as publisher:
         # 1. Check and choose all options. Nothing is loaded yet, so that mistakes are reported at once.
         setup = _set_up(config, show_progress=show_progress)
-        # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
-        model, limits = _load(setup, show_progress=show_progress)
-        worker = _worker(setup, model, limits)
-        load_s = time.monotonic() - start_s
-        # 3. Compile kernels and capture graphs, so that no request waits for that.
-        times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
+        with opened_tiers(config, setup.page_bytes, device=setup.device, fingerprint=setup.fingerprint) as memory:
+            # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
+            model, limits = _load(setup, show_progress=show_progress)
+            worker = _worker(setup, model, limits, memory)
+            load_s = time.monotonic() - start_s
+            # 3. Compile kernels and capture graphs, so that no request waits for that.
+            times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
     drafts = drafts_of(config.speculative, limits.max_num_seqs)
     return Engine(
         facts=_facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s),
-        scheduler=Scheduler(limits=limits, pace=pace, drafts=drafts, put_key_event=publisher.put),
+        scheduler=Scheduler(
+            limits=limits,
+            pace=pace,
+            drafts=drafts,
+            put_key_event=publisher.put,
+            make_tiers=None if memory is None else memory.tiers,
+        ),
         worker=worker,
         book=setup.book,
         is_async=config.async_scheduling,
@@ -177,6 +192,7 @@ def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, Scheduler
         num_logits=setup.num_logits,
         dtype_bytes=dtype.itemsize,
     )
+    taken_bytes += staging_bytes(setup.config, setup.page_bytes)
     pools, max_model_len = size_cache(
         setup.config, chosen, setup.model_config, graph, dtype, device, taken_bytes=taken_bytes
     )
@@ -208,7 +224,7 @@ def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
     return load_weights(graph, folder, dtype, device, show_progress=show_progress)
 
 
-def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits) -> Worker:
+def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits, memory: TierMemory | None) -> Worker:
     """The worker that runs batches on the device."""
     return Worker(
         model,
@@ -217,6 +233,7 @@ def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits) -> Worke
         num_rows=limits.max_num_seqs,
         max_logits=setup.num_logits,
         captured_pages=-(-limits.max_model_len // limits.page_size) if setup.is_captured else None,
+        copier=None if memory is None else memory.copier(model.caches, num_rows=limits.max_num_seqs),
     )
 
 
@@ -248,7 +265,7 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         group_pools=limits.group_pools,
-        page_bytes=tuple(page_elements * setup.dtype.itemsize for page_elements in setup.page_elements),
+        page_bytes=setup.page_bytes,
         max_batch_tokens=limits.max_batch_tokens,
         max_num_seqs=limits.max_num_seqs,
         device=str(setup.device),

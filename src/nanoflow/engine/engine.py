@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from nanoflow.batch import DenseBatch, SampledTokens
+from nanoflow.engine.copying import Copying
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.kv_publisher import NoPublisher, Publisher
 from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
@@ -73,6 +74,7 @@ class Engine:
         self._times = times
         self._last_end_s = 0.0
         self._publisher = publisher or NoPublisher()
+        self._copying = Copying(scheduler.tiers, worker)
 
     def use_book(self, book: PlanBook) -> None:
         """Choose plans from this book from the next iteration on.
@@ -97,11 +99,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while a step can make progress."""
-        return self._scheduler.has_unfinished or bool(self._in_flight)
+        return self._scheduler.has_unfinished or bool(self._in_flight) or self._scheduler.tiers.is_loading
 
     def step(self) -> StepOutput:
         """One iteration: form a batch, launch it, and commit the oldest batch if it is due."""
+        self._copying.collect()
         batch = self._scheduler.schedule()
+        self._copying.issue()
         if batch is not None:
             shape = batch.shape
             plan = self._book.choose(shape)
@@ -109,13 +113,16 @@ class Engine:
             self._in_flight.append(
                 _Launched(batch=batch, shape=shape, plan=plan, result=result, launch_s=time.monotonic())
             )
+        elif not self._in_flight:
+            self._copying.wait()
         if batch is None or len(self._in_flight) > self._max_in_flight:
             return self._commit_oldest()
         return self._output()
 
     def prepare_next(self) -> bool:
-        """Capture a CUDA graph that requests may need later, in about 50 ms; False if there is none to capture."""
-        return self._worker.prepare_next()
+        """Capture a CUDA graph or keep KV pages for later requests, in about 50 ms; False if nothing is left to do."""
+        has_more = self._copying.idle()
+        return self._worker.prepare_next() or has_more
 
     def stats(self) -> EngineStats:
         """State of the engine now."""
@@ -147,6 +154,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the worker; the engine cannot be used afterwards."""
+        self._copying.close()
         self._worker.close()
         self._publisher.close()
 
@@ -165,6 +173,7 @@ class Engine:
         end_s = time.monotonic()
         time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
         self._scheduler.drafts.note_time(launched.batch, launched.shape, time_s)
+        self._scheduler.tiers.note_iteration(launched.batch.num_tokens, time_s)
         if self._times is not None and self._times.observe(launched.shape, time_s):
             self._scheduler.pace = replace(self._scheduler.pace, iteration_time=self._times.estimate)
 
@@ -208,7 +217,7 @@ class Engine:
             capacity_bytes=sum(pool.num_pages * size for pool, size in zip(pools, page_bytes, strict=False)),
             used_bytes=sum(pool.num_filled * size for pool, size in zip(pools, page_bytes, strict=False)),
         )
-        return {"device": device}
+        return {"device": device, **self._scheduler.tiers.counts}
 
     def _stats(
         self,

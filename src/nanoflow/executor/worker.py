@@ -23,11 +23,13 @@ from nanoflow.executor.captured import CapturedForward
 from nanoflow.executor.forward import EagerForward, Forward, GraphKey
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.layout import Layout, lay_out
+from nanoflow.executor.page_copies import NoCopier, PageCopier
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Sampler
 from nanoflow.kernels.compiling import compiling
 from nanoflow.kernels.launch import BatchInputs
+from nanoflow.kvcache.copies import PageCopies
 from nanoflow.plan.plan import PipelinePlan
 
 # Neighbouring sizes mostly use the same kernels, and to ask for the kernels of a size takes 12 ms: one in so many is
@@ -45,6 +47,7 @@ class Worker:
         num_rows: Rows of the state table.
         max_logits: Maximum number of rows with logits at once; `num_rows` if not given.
         captured_pages: Pages of the longest sequence if forward passes are CUDA graphs; None if they are not.
+        copier: Copies KV pages to host memory and back; not needed without host memory.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Worker:
         num_rows: int,
         max_logits: int | None = None,
         captured_pages: int | None = None,
+        copier: PageCopier | None = None,
     ) -> None:
         graph, device = model.graph, model.device
         self._device = device
@@ -77,11 +81,19 @@ class Worker:
         self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device)
         self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
+        self._copier: PageCopier = copier or NoCopier()
+        # Saves and loads end in their own order.
+        self._copies = ThreadPoolExecutor(max_workers=2, thread_name_prefix="nanoflow-copies")
 
     def launch(self, batch: DenseBatch, plan: PipelinePlan) -> Future[SampledTokens]:
         """Queue a batch; the future has its tokens once it has run."""
         queued = self._queue.submit(self._run, batch, plan)
         return self._reader.submit(lambda: queued.result().read())
+
+    def copy(self, copies: PageCopies) -> Future[None]:
+        """Queue copies of KV pages behind the batches launched so far; the future is done when they are."""
+        queued = self._queue.submit(self._copier.copy, copies)
+        return self._copies.submit(lambda: queued.result()())
 
     @property
     def num_prepared(self) -> int:
@@ -107,12 +119,15 @@ class Worker:
         """Wait for running work, stop the threads, and release parts of the device. Closing twice does nothing."""
         self._queue.shutdown(wait=True, cancel_futures=True)
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self._copies.shutdown(wait=True, cancel_futures=True)
+        self._copier.close()
         self._forward.close()
 
     @torch.inference_mode()
     def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
         """Queue one batch on the device: forward pass, prompt scores, sampling."""
         layout = lay_out(batch, plan.cuts)
+        self._copier.protect(batch.new_pages)
         inputs = self._forward(batch, layout, plan)
         prompt_scores = [self._score(inputs, score, layout) for score in batch.prompt_scores]
         self._sampler.join(batch.joined)

@@ -125,7 +125,7 @@ class HostPages:
             raise RuntimeError("a page counts as new that a disk has")
         if (self._num_holders < 0).any():
             raise RuntimeError("a slot of host memory was released more often than held")
-        held = {slot for slot in np.flatnonzero(self._num_holders).tolist()}
+        held = set(np.flatnonzero(self._num_holders).tolist())
         if sorted({*self._free, *self._slot_of.values(), *held}) != list(range(self._num_added)):
             raise RuntimeError("a slot of host memory is lost")
         if len(set(self._free)) != len(self._free) or held & set(self._free):

@@ -81,6 +81,10 @@ class PagePool:
         """The keys of all pages that can be found."""
         return self._cached.keys
 
+    def has(self, key: bytes) -> bool:
+        """Whether a page with this key can be found."""
+        return key in self._cached.keys
+
     @property
     def num_filled(self) -> int:
         """Pages that somebody holds, or that can be found."""
@@ -183,7 +187,10 @@ class PagePool:
         self._cached.check_integrity(self._num_holders)
         if ((self._num_holders == 0) & ~self._cached.is_cached & ~is_empty).any():
             raise RuntimeError("a page that nobody holds is lost")
-        if np.count_nonzero(self._is_reserved) != self.num_reserved or (self._num_holders[self._is_reserved] != 1).any():
+        if (
+            np.count_nonzero(self._is_reserved) != self.num_reserved
+            or (self._num_holders[self._is_reserved] != 1).any()
+        ):
             raise RuntimeError("a page that is being filled is held by somebody, or not counted")
         return self._num_holders - self._is_reserved.astype(np.int32)
 

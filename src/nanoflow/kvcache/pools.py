@@ -107,6 +107,27 @@ class PagePools:
             tables.pool.hold(pages)
             tables.pool.release(pages)
 
+    def reserve_beside(self, prefix: CachedPrefix, counts: Sequence[int], num_spare: int) -> tuple[Int32, ...] | None:
+        """Reserve pages in each group, and take none of those of a prefix for that.
+
+        Args:
+            prefix: Cached.
+            counts: Pages to reserve, for each group.
+            num_spare: Pages of each pool that must stay free.
+
+        Returns:
+            The pages, int32 [count] for each group; None, and nothing has changed, if fewer are free.
+        """
+        parts = [pages for _, pages in prefix.parts] or [np.zeros(0, np.int32)] * len(self._groups)
+        for pool, pages in zip(self.pools, parts, strict=True):
+            pool.hold(pages)
+        reserved = None
+        if all(pool.num_free >= count + num_spare for pool, count in zip(self.pools, counts, strict=True)):
+            reserved = tuple(pool.reserve(count) for pool, count in zip(self.pools, counts, strict=True))
+        for pool, pages in zip(self.pools, parts, strict=True):
+            pool.release(pages)
+        return reserved
+
     def adopt(self, row: int, prefix: CachedPrefix) -> None:
         """Give a row that holds nothing the pages of a cached prefix."""
         for tables, (begin, pages) in zip(self._groups, prefix.parts, strict=False):

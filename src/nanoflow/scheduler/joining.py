@@ -72,11 +72,13 @@ class Joining:
         self._limits = limits
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
+        self._to_load: list[Candidate] = []
 
     def admit(self, num_tokens_left: int) -> Newcomers | None:
         """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
 
-        Those whose prefix another one computes just now keep their place in the queue, and others may pass them.
+        Those whose prefix another one computes just now, or whose prefix is loaded, keep their place in the queue, and
+        others may pass them.
 
         Args:
             num_tokens_left: Tokens of the budget that nobody has.
@@ -86,9 +88,10 @@ class Joining:
         """
         candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
         count = self._num_fitting(candidates) if candidates else 0
-        if count == 0:
+        self._to_load = [each for each in candidates[:count] if each.num_loadable]
+        candidates = [each for each in candidates[:count] if not each.num_loadable]
+        if not candidates:
             return None
-        candidates = candidates[:count]
         for candidate in candidates:
             self._waiting.discard(candidate.waiting.request.request_id)
         rows = self._rows.join(
@@ -98,6 +101,15 @@ class Joining:
             self._reuse.join(row, candidate)
         self._pages.slide(rows, self._rows.num_computed[rows])
         return Newcomers(rows=rows, candidates=candidates)
+
+    def start_loads(self) -> None:
+        """Load the prefixes of those that `admit` would have let in with them, into pages that nobody needs now.
+
+        To be called once the batch has its pages. Each running request can still grow by a page.
+        """
+        for candidate in self._to_load:
+            self._reuse.start_load(candidate, num_spare=self._rows.num_running)
+        self._to_load = []
 
     def _num_fitting(self, candidates: Sequence[Candidate]) -> int:
         """How many of the candidates, from the first, fit by the predicted peak of pages."""

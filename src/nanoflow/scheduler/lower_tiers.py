@@ -21,9 +21,9 @@ import numpy as np
 
 from nanoflow.batch import Int32
 from nanoflow.kvcache.copies import PageCopies
-from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.kvcache.host import HostPages
 from nanoflow.kvcache.pools import PagePools
+from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
 from nanoflow.scheduler.load_gain import LoadGain
 from nanoflow.scheduler.tiers import NOTHING, Below
@@ -73,6 +73,7 @@ class LowerTiers:
         page_bytes: Bytes of a page of each group.
         page_size: Tokens a page.
         disk: What is below.
+        num_ready: For each group how many slots, from the first, can be used by now; all if not given.
         clock: Seconds, monotonic.
     """
 
@@ -86,14 +87,17 @@ class LowerTiers:
         page_bytes: Sequence[int],
         page_size: int,
         disk: DiskCopies | NoDisk | None = None,
+        num_ready: Callable[[], Sequence[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pools, self._host, self._disk = pools, tuple(host), disk or NoDisk()
         self._page_bytes, self._page_size = tuple(page_bytes), page_size
+        self._num_ready = num_ready or (lambda: [pages.num_slots for pages in self._host])
         self._clock = clock
         self._gain = LoadGain()
         self._numbers = itertools.count()
-        self._saves = [_Saves() for _ in self._host]
+        # Pages that are computed, and those of the batch that is being formed: they can be saved after it.
+        self._saves, self._later = self._no_saves(), self._no_saves()
         # Copies that were taken and are not done: slots of each group to release, or the load.
         self._saving: dict[int, list[list[int]]] = {}
         self._copying: dict[int, _Load] = {}
@@ -126,10 +130,10 @@ class LowerTiers:
         )
         return {"host": host, **self._disk.counts}
 
-    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]]) -> None:
+    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]], *, is_computed: bool) -> None:
         """See `Tiers`."""
         for group, (begin, pages) in enumerate(parts):
-            host, saves = self._host[group], self._saves[group]
+            host, saves = self._host[group], (self._saves if is_computed else self._later)[group]
             for page, key in zip(pages.tolist(), keys[begin:], strict=False):
                 if key in host:
                     continue
@@ -223,13 +227,15 @@ class LowerTiers:
 
     def take_copies(self) -> Sequence[PageCopies]:
         """See `Tiers`."""
+        for host, num_ready in zip(self._host, self._num_ready(), strict=True):
+            host.add_slots(num_ready)
         self._disk.advance(self._host)
         self._end_reading()
         taken = []
         if any(saves.pages for saves in self._saves):
             taken.append(self._copies([saves.pages for saves in self._saves], [saves.slots for saves in self._saves]))
             self._saving[taken[-1].number] = [saves.slots for saves in self._saves]
-            self._saves = [_Saves() for _ in self._host]
+        self._saves, self._later = self._later, self._no_saves()
         for load in self._ready:
             taken.append(self._copies(load.pages, load.slots, is_load=True))
             self._copying[taken[-1].number] = load
@@ -246,11 +252,6 @@ class LowerTiers:
         self._stored_bytes += self._num_bytes(slots)
         self._release(slots)
 
-    def set_ready(self, num_slots: Sequence[int]) -> None:
-        """The first so many slots of each group's host memory can be used."""
-        for host, count in zip(self._host, num_slots, strict=True):
-            host.add_slots(count)
-
     def check_integrity(self) -> None:
         """See `Tiers`."""
         for host in self._host:
@@ -262,9 +263,16 @@ class LowerTiers:
         if reserved != [pool.num_reserved for pool in self._pools.pools]:
             raise RuntimeError("pages of the device are reserved for no load")
 
+    def idle(self) -> bool:
+        """See `Tiers`."""
+        return self._disk.advance(self._host, is_idle=True)
+
     def close(self) -> None:
         """See `Tiers`."""
         self._disk.close(self._host)
+
+    def _no_saves(self) -> list[_Saves]:
+        return [_Saves() for _ in self._host]
 
     def _num_below(self, keys: Sequence[bytes]) -> int:
         """How many of these keys, from the first, some tier has in the first group."""
@@ -275,7 +283,7 @@ class LowerTiers:
         return len(keys)
 
     def _missing(self, keys: Sequence[bytes]) -> tuple[tuple[bytes, ...], ...] | None:
-        """For each group the keys of this prefix that later tokens need and the device lacks; None if any is nowhere."""
+        """For each group the keys that later tokens need and the device lacks; None if one of them is nowhere."""
         missing = []
         pools = self._pools.pools
         for group, begin in enumerate(self._pools.needed(len(keys))):
@@ -290,12 +298,10 @@ class LowerTiers:
         """Loads for which all has come from the disk can be copied; those that lack something end."""
         reading, self._reading = self._reading, []
         for load in reading:
-            states = [
-                self._disk.state(group, slot) for group, slots in enumerate(load.slots) for slot in slots
-            ]
-            if "reading" in states:
+            is_there = self._disk.outcome(load.slots, self._host)
+            if is_there is None:
                 self._reading.append(load)
-            elif load.is_void or "failed" in states:
+            elif load.is_void or not is_there:
                 self._end(load, is_there=False)
             else:
                 self._ready.append(load)

@@ -5,7 +5,8 @@ pages of its first keys and starts behind them. Its own pages are cached as they
 a batch with them has been formed, for batches run in that order; those of its completion when it leaves.
 
 A request whose next pages are just being computed for another one waits until they are there: so of several requests
-with the same prompt, or with the same long beginning, one computes it. Knows neither budgets nor the queue
+with the same prompt, or with the same long beginning, one computes it. It also waits while its next pages are loaded
+from a lower tier (`tiers.py`), which is told here of all pages that are computed. Knows neither budgets nor the queue
 (`scheduler.py`).
 """
 
@@ -23,6 +24,7 @@ from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.scheduler.sessions import Sessions
+from nanoflow.scheduler.tiers import NoTiers, Tiers
 from nanoflow.scheduler.waiting import WaitingRequest
 
 # A request waits for another's pages if there are so many: for fewer tokens it is not worth an iteration.
@@ -39,11 +41,14 @@ class Candidate:
         waiting: It.
         prefix: Its pages that are cached now.
         num_cached: Tokens in these pages.
+        num_loadable: Pages of its prefix that the device could have after a load from a lower tier; 0 if none is worth
+            it.
     """
 
     waiting: WaitingRequest
     prefix: CachedPrefix
     num_cached: int
+    num_loadable: int = 0
 
     @property
     def num_computed(self) -> int:
@@ -84,14 +89,18 @@ class PrefixReuse:
         pools: Pages of all rows.
         limits: Sizes.
         events: Is told which pages are cached.
+        tiers: What is below the device.
 
     Attributes:
         sessions: The keys that the last request of each session has left.
         counts: Tokens that were looked for, and found.
     """
 
-    def __init__(self, pools: PagePools, limits: SchedulerLimits, events: KeyEvents | NoKeyEvents) -> None:
+    def __init__(
+        self, pools: PagePools, limits: SchedulerLimits, events: KeyEvents | NoKeyEvents, tiers: Tiers | None = None
+    ) -> None:
         self._pools = pools
+        self._tiers = tiers or NoTiers()
         self._page_size = limits.page_size
         self._events = events
         self.sessions = Sessions(limits.max_sessions)
@@ -106,7 +115,8 @@ class PrefixReuse:
     def candidates(self, queue: Iterable[WaitingRequest], *, max_requests: int, max_tokens: int) -> list[Candidate]:
         """The first requests of the queue that can each start on a budget of `max_tokens`, the last maybe in part.
 
-        Those whose next pages are being computed for another one, or would be for one of these, are passed over.
+        Those whose next pages are being loaded, or computed for another one, or would be for one of these, are passed
+        over.
         """
         found: list[Candidate] = []
         claimed: set[bytes] = set()
@@ -118,14 +128,27 @@ class PrefixReuse:
             prefix = self._pools.find(waiting.page_keys[:most_pages])
             following = waiting.page_keys[prefix.num_pages :]
             awaited = following[: min(_LEAST_AWAITED, most_pages)]
-            if len(awaited) == _LEAST_AWAITED and all(key in self._row_computing or key in claimed for key in awaited):
+            below = self._tiers.find(waiting.page_keys[:most_pages], prefix.num_pages)
+            is_computing = len(awaited) == _LEAST_AWAITED and all(
+                key in self._row_computing or key in claimed for key in awaited
+            )
+            if is_computing or below.is_loading:
                 num_passed_over += 1
                 continue
             claimed.update(following)
-            candidate = Candidate(waiting=waiting, prefix=prefix, num_cached=prefix.num_pages * self._page_size)
+            candidate = Candidate(
+                waiting=waiting,
+                prefix=prefix,
+                num_cached=prefix.num_pages * self._page_size,
+                num_loadable=below.num_pages,
+            )
             found.append(candidate)
-            max_tokens -= len(waiting.token_ids) - candidate.num_computed
+            max_tokens -= len(waiting.token_ids) - max(candidate.num_computed, below.num_pages * self._page_size)
         return found
+
+    def start_load(self, candidate: Candidate, num_spare: int) -> bool:
+        """Begin to load what a candidate lacks; False if there is no room, or no longer anything to load."""
+        return self._tiers.start_load(candidate.waiting.page_keys[: candidate.num_loadable], num_spare)
 
     def _most_pages(self, waiting: WaitingRequest) -> int:
         """Pages that a request may find: at least its last token is computed, or all if its prompt is scored."""
@@ -153,14 +176,32 @@ class PrefixReuse:
         """
         prefix = self._pools.find(keys)
         self._pools.touch(prefix)
-        # There is no lower tier yet: here it will be asked for keys[prefix.num_pages:].
-        return PrefetchAnswer(num_cached_pages=prefix.num_pages, num_prefetched_pages=0)
+        below = self._tiers.find(keys, prefix.num_pages)
+        is_asked = below.num_pages > 0 and self._tiers.start_load(keys[: below.num_pages], num_spare=0)
+        return PrefetchAnswer(
+            num_cached_pages=prefix.num_pages,
+            num_prefetched_pages=below.num_pages - prefix.num_pages if is_asked else 0,
+        )
 
     def note_computed(self, rows: Int64, num_computed: Int64) -> None:
         """A batch has been formed with which these rows (int64 [N]) have so many tokens computed (int64 [N])."""
         num_full = np.minimum(num_computed // self._page_size, self._num_keys[rows])
         for index in np.flatnonzero(num_full > self._num_cached[rows]).tolist():
-            self._cache(int(rows[index]), int(num_full[index]))
+            self._cache(int(rows[index]), int(num_full[index]), is_computed=False)
+
+    def note_known(self, rows: Int64, table: RowTable) -> None:
+        """Rows (int64 [N]) have got tokens: pages of completions that are full now are saved at once to lower tiers."""
+        if not self._tiers.is_on:
+            return
+        num_full = np.minimum(table.num_known[rows], table.num_computed[rows]) // self._page_size
+        for index in np.flatnonzero(num_full > self._num_keys[rows]).tolist():
+            row, stop = int(rows[index]), int(num_full[index])
+            keys, root = self._keys[row], self._root[row]
+            if root:
+                known = table.known_view(row)[len(keys) * self._page_size : stop * self._page_size]
+                keys += page_keys(known, self._page_size, keys[-1] if keys else root)
+                self._num_keys[row] = stop
+                self._cache(row, stop)
 
     def leave(self, row: int, table: RowTable) -> tuple[bytes, ...]:
         """The request of a row goes, and its pages are about to be released: cache those that are full.
@@ -174,17 +215,19 @@ class PrefixReuse:
             keys += page_keys(known[len(keys) * self._page_size :], self._page_size, keys[-1] if keys else root)
             self._cache(row, len(known) // self._page_size)
             self.sessions.remember(table.tenant(row).session, keys, int(table.num_known[row]))
+            self._tiers.use(keys)
         return self._clear(row)
 
     def fail(self, row: int) -> None:
         """What was computed for the request of a row may be wrong: nobody else may use it."""
         self._pools.forget(row)
-        self._clear(row)
+        self._tiers.forget(self._clear(row))
 
-    def _cache(self, row: int, stop: int) -> None:
+    def _cache(self, row: int, stop: int, *, is_computed: bool = True) -> None:
         start, keys = int(self._num_cached[row]), self._keys[row]
         if stop > start:
-            self._pools.cache(row, start, keys[start:stop])
+            parts = self._pools.cache(row, start, keys[start:stop])
+            self._tiers.save(keys[start:stop], parts, is_computed=is_computed)
             self._events.cached(row, start, keys[start - 1] if start else self._root[row], keys[start:stop])
             self._num_cached[row] = stop
             self._forget_computing(row, keys[start:stop])

@@ -12,7 +12,7 @@ because the executor runs iterations in order: a later tenant writes later, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of
 from nanoflow.scheduler.reuse import PrefetchAnswer, PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.scheduler.sessions import Session
+from nanoflow.scheduler.tiers import NoTiers, Tiers
 from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 
@@ -49,6 +50,7 @@ class Scheduler:
             the time of iterations has been measured.
         drafts: Guesses what requests will say next; nobody does if not given.
         put_key_event: Is told which pages can be found; nobody if not given.
+        make_tiers: Makes what is below the device's pages (`tiers`); nothing is if not given.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Scheduler:
         pace: Pace | None = None,
         drafts: Drafts | None = None,
         put_key_event: Put | None = None,
+        make_tiers: Callable[[PagePools], Tiers] | None = None,
     ) -> None:
         self._limits = limits
         self.drafts: Drafts = drafts or NoDrafts()
@@ -73,7 +76,8 @@ class Scheduler:
         )
         self._waiting = WaitingQueue()
         self._lengths = OutputLength()
-        self._reuse = PrefixReuse(self._pages, limits, events)
+        self.tiers: Tiers = make_tiers(self._pages) if make_tiers else NoTiers()
+        self._reuse = PrefixReuse(self._pages, limits, events, self.tiers)
         self._joining = Joining(
             limits,
             rows=self._rows,
@@ -166,7 +170,8 @@ class Scheduler:
 
         Returns:
             None if nothing can be computed now: there is no request, or everything to do hangs on a batch that has not
-            been committed. If all are committed and `has_unfinished`, there is always a batch.
+            been committed, or on pages that are being loaded. If all are committed, nothing is being loaded and
+            `has_unfinished`, there is always a batch.
         """
         if self.drafts.awaits_commit(self._rows, self.pace.iteration_time):
             return None
@@ -180,6 +185,7 @@ class Scheduler:
             turn = self._fill_budget()
             if not self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
                 raise OutOfPagesError("more was admitted than fits: the predicted peak is below what is needed at once")
+        self._joining.start_loads()
         if len(turn.rows) == 0:
             return None
         return self._advance(self._with_drafts(turn), joined)
@@ -232,6 +238,7 @@ class Scheduler:
             )
         for row in failed:
             self._reuse.fail(row)
+        self._reuse.note_known(kept_rows, rows)
         self._release([*failed, *kept_rows[ending].tolist()])
         return Committed(
             request_ids=request_ids,
@@ -251,8 +258,9 @@ class Scheduler:
         return self._reuse.sessions.find(name)
 
     def reset_prefix_cache(self) -> None:
-        """Forget what is in the pages of earlier requests; those that run go on."""
+        """Forget what is in the pages of earlier requests, in all tiers; those that run go on."""
         self._pages.forget_all()
+        self.tiers.forget_all()
 
     def drain_events(self) -> SchedulerEvents:
         """What has happened since the last call."""
@@ -264,6 +272,7 @@ class Scheduler:
         order = self._rows.order
         self._pages.check_integrity(order, self._rows.num_computed[order])
         self._rows.check_integrity()
+        self.tiers.check_integrity()
         if any(int(request_id) in self._waiting for request_id in self._rows.request_id[order]):
             raise RuntimeError("a request waits and runs at once")
 

@@ -45,12 +45,14 @@ class Tiers(Protocol):
     def counts(self) -> Mapping[str, TierCounts]:
         """Of each tier below the device, by its name."""
 
-    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]]) -> None:
-        """Pages were computed, or will be by batches formed so far.
+    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]], *, is_computed: bool) -> None:
+        """Keep the content of pages.
 
         Args:
             keys: Of consecutive pages of a sequence.
             parts: For each KV group the first of them that is on the device, and the pages from there on (int32 [any]).
+            is_computed: The batches that compute them have been formed before; else the batch that is being formed
+                does.
         """
 
     def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
@@ -65,7 +67,7 @@ class Tiers(Protocol):
         """
 
     def use(self, keys: Sequence[bytes]) -> None:
-        """A request with this prefix has ended: its pages were used just now, and the first of them should stay longest."""
+        """A request with this prefix has ended: its pages were used just now; the first should stay longest."""
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """What is under these keys may be wrong."""
@@ -77,10 +79,13 @@ class Tiers(Protocol):
         """An iteration with so many tokens took so long: what computing a prefix again would cost follows."""
 
     def take_copies(self) -> Sequence[PageCopies]:
-        """What is to be copied now, in this order, and before any batch that is formed later runs."""
+        """What is to be copied now, in this order: after the batches that have been launched, before the next is."""
 
     def note_copied(self, number: int) -> None:
         """Copies that were taken are done."""
+
+    def idle(self) -> bool:
+        """There are no requests: keep more in lower tiers. True if there is more of that to do soon."""
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the tiers contradict themselves."""
@@ -95,7 +100,7 @@ class NoTiers:
     is_on = is_loading = False
     counts: Mapping[str, TierCounts] = {}
 
-    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]]) -> None:
+    def save(self, keys: Sequence[bytes], parts: Sequence[tuple[int, Int32]], *, is_computed: bool) -> None:
         """See `Tiers`."""
 
     def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
@@ -126,6 +131,10 @@ class NoTiers:
 
     def note_copied(self, number: int) -> None:
         """See `Tiers`."""
+
+    def idle(self) -> bool:
+        """See `Tiers`."""
+        return False
 
     def check_integrity(self) -> None:
         """See `Tiers`."""

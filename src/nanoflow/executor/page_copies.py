@@ -1,0 +1,196 @@
+"""Copies KV pages between the device's caches and host memory: the work of `kvcache/copies.py`.
+
+A slot of host memory has one page of a KV group: for each layer of the group its keys, then its values. On a GPU copies
+run on streams of their own, beside batches: pages are gathered in a staging buffer, so that few long pieces cross PCIe.
+What may be copied when is decided in `scheduler/lower_tiers.py`; here is only the order of the work on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanoflow.batch import Int32, NewPages
+from nanoflow.device.pinned import PinnedMemory
+from nanoflow.device.transfer import to_device
+from nanoflow.kernels.launch import LayerCache
+from nanoflow.kvcache.copies import PageCopies
+
+STAGING_BYTES = 64 * 2**20
+"""Bytes of each of the two staging buffers on a GPU, or a page if that is larger."""
+
+
+class PageCopier(Protocol):
+    """Queues copies in the order of batches; used by the thread that queues batches."""
+
+    def copy(self, copies: PageCopies) -> Callable[[], None]:
+        """Queue copies behind all batches queued so far; returns what waits for their end."""
+
+    def protect(self, new_pages: NewPages) -> None:
+        """The next batch writes to these pages: let it wait for copies from them."""
+
+    def close(self) -> None:
+        """Give the memory back, once all copies have ended."""
+
+
+class NoCopier:
+    """Copies nothing."""
+
+    def copy(self, copies: PageCopies) -> Callable[[], None]:
+        """See `PageCopier`."""
+        raise RuntimeError(f"there is no host memory for {copies.num_pages} pages")
+
+    def protect(self, new_pages: NewPages) -> None:
+        """See `PageCopier`."""
+
+    def close(self) -> None:
+        """See `PageCopier`."""
+
+
+class CpuCopier:
+    """Copies at once.
+
+    Args:
+        caches: Of all layers.
+        memory: Host memory of each KV group.
+        page_bytes: Bytes of a page of each group.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache], memory: PinnedMemory, page_bytes: Sequence[int]) -> None:
+        self._host = memory
+        self._groups = []
+        for group, array in enumerate(slots_of(memory, page_bytes)):
+            layers = [cache for cache in caches if cache.group == group]
+            pages = [[part.view(len(part), -1) for part in (cache.keys, cache.values)] for cache in layers]
+            slots = torch.from_numpy(array).view(layers[0].keys.dtype)
+            self._groups.append((pages, slots.view(len(array), len(layers), 2, -1)))
+
+    def copy(self, copies: PageCopies) -> Callable[[], None]:
+        """See `PageCopier`."""
+        for (layers, memory), pages, slots in zip(self._groups, copies.pages, copies.slots, strict=True):
+            if len(pages):
+                of_cache, of_memory = torch.from_numpy(pages).long(), torch.from_numpy(slots).long()
+                for layer, parts in enumerate(layers):
+                    for place, part in enumerate(parts):
+                        if copies.is_load:
+                            part[of_cache] = memory[of_memory, layer, place]
+                        else:
+                            memory[of_memory, layer, place] = part[of_cache]
+        return lambda: None
+
+    def protect(self, new_pages: NewPages) -> None:
+        """See `PageCopier`."""
+
+    def close(self) -> None:
+        """See `PageCopier`."""
+        self._host.close()
+
+
+class GpuCopier:
+    """Copies on two streams, one for each direction.
+
+    Args:
+        caches: Of all layers.
+        memory: Host memory of each KV group.
+        page_bytes: Bytes of a page of each group.
+        num_rows: Rows of the state table.
+    """
+
+    def __init__(
+        self, caches: Sequence[LayerCache], memory: PinnedMemory, page_bytes: Sequence[int], *, num_rows: int
+    ) -> None:
+        self._device = caches[0].keys.device
+        self._num_rows = num_rows
+        self._host = memory
+        self._memory = [torch.from_numpy(array) for array in slots_of(memory, page_bytes)]
+        self._parts = [
+            torch.tensor(
+                [part.data_ptr() for cache in caches if cache.group == group for part in (cache.keys, cache.values)],
+                dtype=torch.int64,
+                device=self._device,
+            )
+            for group in range(len(page_bytes))
+        ]
+        size = max(STAGING_BYTES, *page_bytes)
+        self._save, self._load = (_Lane(size, self._device) for _ in range(2))
+        # Saves that may be on their way: when they have ended, and the pages of each group.
+        self._saving: deque[tuple[torch.cuda.Event, tuple[Int32, ...]]] = deque()
+
+    def copy(self, copies: PageCopies) -> Callable[[], None]:
+        """See `PageCopier`."""
+        lane = self._load if copies.is_load else self._save
+        lane.stream.wait_stream(torch.cuda.current_stream(self._device))
+        if copies.is_load:
+            # What is loaded may just be being saved, and a page that is loaded to may be the source of a save.
+            lane.stream.wait_stream(self._save.stream)
+        with torch.cuda.stream(lane.stream):
+            for group, (pages, slots) in enumerate(zip(copies.pages, copies.slots, strict=True)):
+                self._copy_group(group, pages, slots, lane, is_load=copies.is_load)
+            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            end.record()
+        if not copies.is_load:
+            self._saving.append((end, copies.pages))
+        return end.synchronize
+
+    def protect(self, new_pages: NewPages) -> None:
+        """See `PageCopier`."""
+        while self._saving and self._saving[0][0].query():  # type: ignore[no-untyped-call]
+            self._saving.popleft()
+        if not self._saving or not len(new_pages):
+            return
+        group_of = new_pages.rows // self._num_rows
+        for end, pages in self._saving:
+            if any(np.isin(new_pages.pages[group_of == group], of_group).any() for group, of_group in enumerate(pages)):
+                torch.cuda.current_stream(self._device).wait_event(end)
+
+    def close(self) -> None:
+        """See `PageCopier`."""
+        for lane in (self._save, self._load):
+            lane.stream.synchronize()
+        self._host.close()
+
+    def _copy_group(self, group: int, pages: Int32, slots: Int32, lane: _Lane, *, is_load: bool) -> None:
+        from nanoflow.kernels.triton_pages import copy_pages
+
+        memory, page_bytes = self._memory[group], self._memory[group].shape[1]
+        step = len(lane.staging) // page_bytes
+        for first in range(0, len(pages), step):
+            chunk = slots[first : first + step]
+            staging = lane.staging[: len(chunk) * page_bytes].view(len(chunk), page_bytes)
+            on_device = to_device(pages[first : first + step], self._device)
+            if not is_load:
+                copy_pages(self._parts[group], on_device, staging, is_load=False)
+            for begin, end in runs(chunk):
+                host = memory[int(chunk[begin]) : int(chunk[begin]) + end - begin]
+                if is_load:
+                    staging[begin:end].copy_(host, non_blocking=True)
+                else:
+                    host.copy_(staging[begin:end], non_blocking=True)
+            if is_load:
+                copy_pages(self._parts[group], on_device, staging, is_load=True)
+
+
+def slots_of(memory: PinnedMemory, page_bytes: Sequence[int]) -> tuple[NDArray[np.uint8], ...]:
+    """The slots of each KV group, uint8 [slots, bytes of a page]."""
+    return tuple(array.reshape(-1, size) for array, size in zip(memory.arrays, page_bytes, strict=True))
+
+
+class _Lane:
+    """A stream and its staging buffer, uint8 [size]."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.staging: Tensor = torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def runs(slots: Int32) -> Iterator[tuple[int, int]]:
+    """Begin and end of each longest run of consecutive slots, int32 [N]: one copy can take it."""
+    borders = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
+    yield from itertools.pairwise(borders)
