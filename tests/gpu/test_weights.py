@@ -38,7 +38,8 @@ def test_a_copy_has_every_element(size: int, stored: torch.dtype) -> None:
 def test_a_checkpoint_is_the_same_as_on_a_cpu() -> None:
     graph = build_graph(model_config.load(DEFAULT_MODEL), None)
     on_gpu, on_cpu = (
-        load_weights(graph, DEFAULT_MODEL, torch.bfloat16, device, show_progress=False) for device in (GPU, CPU)
+        load_weights(graph, DEFAULT_MODEL, torch.bfloat16, device, show_progress=False, make_copier=make_copier)
+        for device, make_copier in ((GPU, StagedCopier), (CPU, None))
     )
     for group, expected in zip((on_gpu.shared, *on_gpu.layers), (on_cpu.shared, *on_cpu.layers), strict=True):
         for name, tensor in group.items():
@@ -52,4 +53,4 @@ def test_an_error_of_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(StagedCopier, "copy", fail)
     graph = build_graph(model_config.load(DEFAULT_MODEL), None)
     with pytest.raises(ModelError, match="the disk has gone"):
-        load_weights(graph, DEFAULT_MODEL, torch.bfloat16, GPU, show_progress=False)
+        load_weights(graph, DEFAULT_MODEL, torch.bfloat16, GPU, show_progress=False, make_copier=StagedCopier)

@@ -52,10 +52,11 @@ class StagedCopier:
     processor's time than the copy takes of the bus.
 
     Args:
-        device: A GPU.
+        device: A GPU; that of the thread from now on.
     """
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         pieces = [
             (torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]

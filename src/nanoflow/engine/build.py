@@ -13,6 +13,7 @@ import torch
 from nanoflow.config import EngineConfig
 from nanoflow.device.detect import local_device, resolve_device, resolve_dtype, use_device
 from nanoflow.device.host_memory import bound_host_memory
+from nanoflow.device.transfer import StagedCopier
 from nanoflow.engine.engine import Engine
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.kv_publisher import publishing
@@ -221,7 +222,8 @@ def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
     logger.info("%s weights: %s", "drawing random" if setup.is_random else f"reading, from {folder},", size)
     if folder is None or setup.is_random:
         return random_weights(graph, dtype, device, setup.config.seed)
-    return load_weights(graph, folder, dtype, device, show_progress=show_progress)
+    make_copier = StagedCopier if device.type == "cuda" else None
+    return load_weights(graph, folder, dtype, device, show_progress=show_progress, make_copier=make_copier)
 
 
 def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits, memory: TierMemory | None) -> Worker:

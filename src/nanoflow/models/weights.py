@@ -14,14 +14,15 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoflow.device.transfer import StagedCopier
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart
 from nanoflow.models.checkpoint import StoredTensor, corrupt, printable, read_checkpoint
 from nanoflow.models.fields import ModelError, shown
@@ -51,8 +52,24 @@ class Weights:
         return sum(tensor.nbytes for group in (self.shared, *self.layers) for tensor in group.values())
 
 
+class Copier(Protocol):
+    """Copies tensors from a mapped file to a GPU; each is used by one thread. `device/transfer.py` has one."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy, with conversion; `source` may be freed afterwards."""
+
+    def wait(self) -> None:
+        """Wait until all is on the device."""
+
+
 def load_weights(
-    graph: OpGraph, folder: Path, dtype: torch.dtype, device: torch.device, *, show_progress: bool
+    graph: OpGraph,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    show_progress: bool,
+    make_copier: Callable[[torch.device], Copier] | None = None,
 ) -> Weights:
     """Read a checkpoint: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
@@ -62,6 +79,7 @@ def load_weights(
         dtype: Type to convert to while copying.
         device: Device of the parameters.
         show_progress: Show a progress bar.
+        make_copier: Makes what copies to a GPU in each of several threads; without it, one thread copies.
 
     Raises:
         ModelError: A file is missing or corrupt, or tensors are missing, unknown, or of another shape or type.
@@ -70,8 +88,12 @@ def load_weights(
     weights = _allocate(graph, dtype, device)
     targets = dict(_targets(graph, weights, stored))
     with tqdm(total=len(targets), desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
-        copy_all = _copy_by_threads if device.type == "cuda" else _copy_in_turn
-        copy_all(list(_mappings(stored, targets)), targets, progress)
+        mappings = list(_mappings(stored, targets))
+        if make_copier is None:
+            for mapping in mappings:
+                _copy_mapping(mapping, targets, Tensor.copy_, progress.update)
+        else:
+            _copy_by_threads(mappings, targets, partial(make_copier, device), progress)
     _add_offsets(graph, weights)
     return weights
 
@@ -230,20 +252,15 @@ def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
 _Mapping = tuple[Path, list[str]]
 
 
-def _copy_in_turn(mappings: list[_Mapping], targets: Mapping[str, Tensor], progress: tqdm[None]) -> None:
-    for mapping in mappings:
-        _copy_mapping(mapping, targets, Tensor.copy_, progress.update)
-
-
-def _copy_by_threads(mappings: list[_Mapping], targets: Mapping[str, Tensor], progress: tqdm[None]) -> None:
-    """Copy to a GPU; the first error of a thread is raised."""
-    device = next(iter(targets.values())).device
-    copiers: list[StagedCopier] = []
+def _copy_by_threads(
+    mappings: list[_Mapping], targets: Mapping[str, Tensor], make_copier: Callable[[], Copier], progress: tqdm[None]
+) -> None:
+    """Copy by several threads; the first error of one is raised."""
+    copiers: list[Copier] = []
     of_thread = threading.local()
 
     def start() -> None:
-        torch.cuda.set_device(device)
-        of_thread.copier = StagedCopier(device)
+        of_thread.copier = make_copier()
         copiers.append(of_thread.copier)
 
     def copy(mapping: _Mapping) -> int:
