@@ -27,13 +27,12 @@ class Copying:
 
     def __init__(self, tiers: Tiers, worker: Worker) -> None:
         self._tiers, self._worker = tiers, worker
-        self._pending: dict[int, Future[None]] = {}
+        self._pending: dict[int, Future[float]] = {}
 
     def collect(self) -> None:
         """Tell the tiers which copies are done; raises what made one fail."""
         for number in [number for number, future in self._pending.items() if future.done()]:
-            self._pending.pop(number).result()
-            self._tiers.note_copied(number)
+            self._tiers.note_copied(number, self._pending.pop(number).result())
 
     def issue(self) -> None:
         """Queue what is to be copied now, behind the batches that have been launched."""

@@ -8,6 +8,7 @@ What may be copied when is decided in `scheduler/lower_tiers.py`; here is only t
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -30,8 +31,12 @@ STAGING_BYTES = 64 * 2**20
 class PageCopier(Protocol):
     """Queues copies in the order of batches; used by the thread that queues batches."""
 
-    def copy(self, copies: PageCopies) -> Callable[[], None]:
-        """Queue copies behind all batches queued so far; returns what waits for their end."""
+    def copy(self, copies: PageCopies) -> Callable[[], float]:
+        """Queue copies behind all batches queued so far.
+
+        Returns:
+            Waits for their end and returns the seconds that they took, without what they waited for.
+        """
 
     def protect(self, new_pages: NewPages) -> None:
         """The next batch writes to these pages: let it wait for copies from them."""
@@ -43,7 +48,7 @@ class PageCopier(Protocol):
 class NoCopier:
     """Copies nothing."""
 
-    def copy(self, copies: PageCopies) -> Callable[[], None]:
+    def copy(self, copies: PageCopies) -> Callable[[], float]:
         """See `PageCopier`."""
         raise RuntimeError(f"there is no host memory for {copies.num_pages} pages")
 
@@ -72,8 +77,9 @@ class CpuCopier:
             slots = torch.from_numpy(array).view(layers[0].keys.dtype)
             self._groups.append((pages, slots.view(len(array), len(layers), 2, -1)))
 
-    def copy(self, copies: PageCopies) -> Callable[[], None]:
+    def copy(self, copies: PageCopies) -> Callable[[], float]:
         """See `PageCopier`."""
+        start_s = time.perf_counter()
         for (layers, memory), pages, slots in zip(self._groups, copies.pages, copies.slots, strict=True):
             if len(pages):
                 of_cache, of_memory = torch.from_numpy(pages).long(), torch.from_numpy(slots).long()
@@ -83,7 +89,8 @@ class CpuCopier:
                             part[of_cache] = memory[of_memory, layer, place]
                         else:
                             memory[of_memory, layer, place] = part[of_cache]
-        return lambda: None
+        time_s = time.perf_counter() - start_s
+        return lambda: time_s
 
     def protect(self, new_pages: NewPages) -> None:
         """See `PageCopier`."""
@@ -123,21 +130,27 @@ class GpuCopier:
         # Saves that may be on their way: when they have ended, and the pages of each group.
         self._saving: deque[tuple[torch.cuda.Event, tuple[Int32, ...]]] = deque()
 
-    def copy(self, copies: PageCopies) -> Callable[[], None]:
+    def copy(self, copies: PageCopies) -> Callable[[], float]:
         """See `PageCopier`."""
         lane = self._load if copies.is_load else self._save
         lane.stream.wait_stream(torch.cuda.current_stream(self._device))
         if copies.is_load:
             # What is loaded may just be being saved, and a page that is loaded to may be the source of a save.
             lane.stream.wait_stream(self._save.stream)
+        start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(lane.stream):
+            start.record()
             for group, (pages, slots) in enumerate(zip(copies.pages, copies.slots, strict=True)):
                 self._copy_group(group, pages, slots, lane, is_load=copies.is_load)
-            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             end.record()
         if not copies.is_load:
             self._saving.append((end, copies.pages))
-        return end.synchronize
+
+        def wait() -> float:
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+        return wait
 
     def protect(self, new_pages: NewPages) -> None:
         """See `PageCopier`."""

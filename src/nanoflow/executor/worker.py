@@ -90,8 +90,8 @@ class Worker:
         queued = self._queue.submit(self._run, batch, plan)
         return self._reader.submit(lambda: queued.result().read())
 
-    def copy(self, copies: PageCopies) -> Future[None]:
-        """Queue copies of KV pages behind the batches launched so far; the future is done when they are."""
+    def copy(self, copies: PageCopies) -> Future[float]:
+        """Queue copies of KV pages behind the batches launched so far; the future has the seconds that they took."""
         queued = self._queue.submit(self._copier.copy, copies)
         return self._copies.submit(lambda: queued.result()())
 

@@ -33,6 +33,8 @@ class DiskCopies:
         capacity_bytes: Most bytes of the files.
     """
 
+    is_there = True
+
     def __init__(
         self, disk: DiskTier, memory: Sequence[NDArray[np.uint8]], *, page_size: int, capacity_bytes: int
     ) -> None:
@@ -132,6 +134,7 @@ class DiskCopies:
 class NoDisk:
     """There is no disk below."""
 
+    is_there = False
     counts: Mapping[str, TierCounts] = {}
 
     def has(self, group: int, key: bytes) -> bool:

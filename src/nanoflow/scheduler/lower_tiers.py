@@ -15,7 +15,6 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from nanoflow.kvcache.pools import PagePools
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
 from nanoflow.scheduler.load_gain import LoadGain
+from nanoflow.scheduler.loads import Load, Saves
 from nanoflow.scheduler.tiers import NOTHING, Below
 
 # Fewer pages are computed: a copy of little takes as long as one of more.
@@ -33,35 +33,6 @@ _LEAST_PAGES = 4
 # A prefix is loaded for so many times without being used; then it is computed.
 _MOST_ATTEMPTS = 3
 _NUM_REMEMBERED = 4096
-
-
-@dataclass(slots=True, kw_only=True)
-class _Load:
-    """Pages on their way to the device, in G KV groups.
-
-    Attributes:
-        keys: For each group those of its pages.
-        pages: For each group the reserved pages of the device, int32 [any].
-        slots: For each group the slots of host memory, held until the load ends.
-        num_tokens: Of the prefix, those that need not be computed thanks to this load.
-        start_s: When it was asked for.
-        is_void: What arrives is not to be used.
-    """
-
-    keys: tuple[tuple[bytes, ...], ...]
-    pages: tuple[Int32, ...]
-    slots: tuple[list[int], ...]
-    num_tokens: int
-    start_s: float
-    is_void: bool = False
-
-
-@dataclass(slots=True)
-class _Saves:
-    """Pages to save in one KV group: pages of the device and slots of host memory, as many."""
-
-    pages: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
 
 
 class LowerTiers:
@@ -100,11 +71,11 @@ class LowerTiers:
         self._saves, self._later = self._no_saves(), self._no_saves()
         # Copies that were taken and are not done: slots of each group to release, or the load.
         self._saving: dict[int, list[list[int]]] = {}
-        self._copying: dict[int, _Load] = {}
+        self._copying: dict[int, Load] = {}
         # Loads that wait for the disk, then those that can be copied.
-        self._reading: list[_Load] = []
-        self._ready: list[_Load] = []
-        self._on_their_way: dict[bytes, _Load] = {}
+        self._reading: list[Load] = []
+        self._ready: list[Load] = []
+        self._on_their_way: dict[bytes, Load] = {}
         self._attempts: OrderedDict[bytes, int] = OrderedDict()
         self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
         self._load_s = 0.0
@@ -176,7 +147,7 @@ class LowerTiers:
         pages = self._pools.reserve_beside(prefix, [len(group) for group in missing], num_spare)
         if pages is None:
             return False
-        load = _Load(
+        load = Load(
             keys=missing,
             pages=pages,
             slots=tuple([] for _ in missing),
@@ -242,10 +213,11 @@ class LowerTiers:
         self._ready = []
         return taken
 
-    def note_copied(self, number: int) -> None:
+    def note_copied(self, number: int, time_s: float) -> None:
         """See `Tiers`."""
         load = self._copying.pop(number, None)
         if load is not None:
+            load.load_s += time_s
             self._end(load, is_there=True)
             return
         slots = self._saving.pop(number)
@@ -271,8 +243,8 @@ class LowerTiers:
         """See `Tiers`."""
         self._disk.close(self._host)
 
-    def _no_saves(self) -> list[_Saves]:
-        return [_Saves() for _ in self._host]
+    def _no_saves(self) -> list[Saves]:
+        return [Saves() for _ in self._host]
 
     def _num_below(self, keys: Sequence[bytes]) -> int:
         """How many of these keys, from the first, some tier has in the first group."""
@@ -304,9 +276,11 @@ class LowerTiers:
             elif load.is_void or not is_there:
                 self._end(load, is_there=False)
             else:
+                if self._disk.is_there:
+                    load.load_s = self._clock() - load.start_s
                 self._ready.append(load)
 
-    def _end(self, load: _Load, *, is_there: bool) -> None:
+    def _end(self, load: Load, *, is_there: bool) -> None:
         for key in itertools.chain(*load.keys):
             self._on_their_way.pop(key, None)
         for pool, pages, keys in zip(self._pools.pools, load.pages, load.keys, strict=True):
@@ -316,11 +290,11 @@ class LowerTiers:
                 pool.cancel(pages)
         self._release(load.slots)
         if is_there:
-            num_bytes, time_s = self._num_bytes(load.slots), self._clock() - load.start_s
-            self._gain.note_load(num_bytes, time_s)
+            num_bytes = self._num_bytes(load.slots)
+            self._gain.note_load(num_bytes, load.load_s)
             self._num_found += load.num_tokens
             self._loaded_bytes += num_bytes
-            self._load_s += time_s
+            self._load_s += load.load_s
 
     def _release(self, slots: Sequence[Sequence[int]]) -> None:
         for host, group_slots in zip(self._host, slots, strict=True):

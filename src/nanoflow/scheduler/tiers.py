@@ -81,8 +81,8 @@ class Tiers(Protocol):
     def take_copies(self) -> Sequence[PageCopies]:
         """What is to be copied now, in this order: after the batches that have been launched, before the next is."""
 
-    def note_copied(self, number: int) -> None:
-        """Copies that were taken are done."""
+    def note_copied(self, number: int, time_s: float) -> None:
+        """Copies that were taken are done; they took so long, without what they waited for."""
 
     def idle(self) -> bool:
         """There are no requests: keep more in lower tiers. True if there is more of that to do soon."""
@@ -129,7 +129,7 @@ class NoTiers:
         """See `Tiers`."""
         return ()
 
-    def note_copied(self, number: int) -> None:
+    def note_copied(self, number: int, time_s: float) -> None:
         """See `Tiers`."""
 
     def idle(self) -> bool:
