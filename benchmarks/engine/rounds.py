@@ -30,7 +30,7 @@ from benchmarks.common.document import write_json
 from nanoflow.bench.conversations import draw_conversations, fitted
 from nanoflow.bench.options import BenchConfig, ConversationConfig
 from nanoflow.bench.provenance import header, portable_options, require_clean
-from nanoflow.bench.rounds import conversation_metrics, run_engine_rounds
+from nanoflow.bench.rounds import conversation_metrics, counted, run_engine_rounds
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.build import resolve_model
@@ -135,7 +135,7 @@ def begin(config: BenchConfig, talk: ConversationConfig, variants: Sequence[Vari
     """The record before the first run."""
     return {
         **plain(header("rounds_in_turn")),
-        "workload": plain(portable_options(replace(config, json=None))),
+        "workload": plain(portable_options(replace(counted(config, talk), json=None))),
         "conversations": plain(talk),
         "kv_fraction": kv_fraction,
         "variants": [

@@ -194,15 +194,16 @@ class ServedEndpoint:
     """A server that runs already; its answers are streamed.
 
     Raises:
+        ValueError: Its address is none.
         ConnectionError: It cannot be reached.
     """
 
     def __init__(self, load: LoadConfig, config: BenchConfig) -> None:
+        self._address = read_address(load.url)
         self.model = load.model or served_model(load)
         self.vocab_size = load.vocab_size
         self.max_model_len = served_context(load)
         self._load, self._config = load, config
-        self._address = read_address(load.url)
         self._tls = self._address.tls
         self._path = "chat/completions" if load.api == "chat" else "completions"
         self._headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}

@@ -46,7 +46,7 @@ def run_engine_rounds(
 
     Args:
         engine: Options of the engine.
-        config: What requests ask for; its number of requests is that of all rounds.
+        config: What requests ask for; their number is that of all rounds.
         talk: The conversations.
         repeats: Numbers of the repeats to measure; None for as many as `config` says, from 0.
 
@@ -54,7 +54,7 @@ def run_engine_rounds(
         ValueError: The model, the workload or a limit is invalid.
         EngineError: The engine cannot start, or died.
     """
-    config = _counted(config, talk)
+    config = counted(config, talk)
     _check(config, talk)
     if preset_name(engine.model) is not None:
         engine = dataclasses.replace(engine, load_format="random")
@@ -68,7 +68,7 @@ def run_served_rounds(load: LoadConfig, config: BenchConfig, talk: ConversationC
         ValueError: The workload or a limit is invalid.
         ConnectionError: The server cannot be reached, or completes no request of the warm-up.
     """
-    config = _counted(config, talk)
+    config = counted(config, talk)
     _check(config, talk)
     endpoint = ServedEndpoint(load, config)
     runs = run_loop(_measure_repeats(endpoint, config, talk, range(config.repeats)))
@@ -89,7 +89,8 @@ def conversation_metrics(record: BenchRecord) -> list[ConversationMetrics]:
     return [run for run in record.repeats if isinstance(run, ConversationMetrics)]
 
 
-def _counted(config: BenchConfig, talk: ConversationConfig) -> BenchConfig:
+def counted(config: BenchConfig, talk: ConversationConfig) -> BenchConfig:
+    """The options of requests, with the number of requests that the conversations have."""
     return dataclasses.replace(config, num_requests=talk.num_conversations * talk.rounds)
 
 
@@ -243,7 +244,7 @@ async def _follow(endpoint: Endpoint, number: int, conversation: Conversation, b
         )
         has_failed = record.error is not None
         num_before = record.num_prompt_tokens + record.num_output_tokens
-        said.update(repr((reply.token_ids, reply.text)).encode())
+        said.update(repr(list(reply.token_ids) or reply.text).encode())
         history.say(reply)
         bar.update()
     return _Followed(asked=asked, digest=said.hexdigest()[:_DIGEST_LENGTH])
