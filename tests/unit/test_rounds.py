@@ -8,13 +8,15 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from benchmarks.common.stub_facts import stub_facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +29,7 @@ from nanoflow.bench.conversations import (
     fitted,
     num_rounds,
 )
-from nanoflow.bench.endpoints import ChatHistory, History, Reply, TextHistory, TokenHistory, tiers_of
+from nanoflow.bench.endpoints import ChatHistory, EngineEndpoint, History, Reply, TextHistory, TokenHistory, tiers_of
 from nanoflow.bench.options import BenchConfig, ConversationConfig, LoadConfig
 from nanoflow.bench.round_metrics import AskedRound, format_rounds, in_between, measure_conversations
 from nanoflow.bench.rounds import Driven, drive
@@ -35,6 +37,9 @@ from nanoflow.bench.served import Samples
 from nanoflow.cli.bench import read_target
 from nanoflow.cli.main import build_parser, main
 from nanoflow.config import ConfigError
+from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from nanoflow.request import RequestError, SamplingParams
 from nanoflow.run_metrics import RequestRecord
 from nanoflow.workload import Lengths, draw_lengths
 
@@ -347,6 +352,64 @@ def test_a_warm_up_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(FakeEndpoint, "vocab_size", 1)
     with pytest.raises(ConnectionError, match="no request of the warm-up completes: broken"):
         asyncio.run(rounds._measure_repeats(FakeEndpoint(), config(), talk(), range(1)))
+
+
+# --- an engine of ours -----------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Answers with as many tokens as asked for, and refuses prompts of more than 9 tokens."""
+
+    facts = stub_facts(vocab_size=50, max_model_len=99)
+
+    def __init__(self) -> None:
+        counts = [OneTier(hits=4, used_bytes=64), OneTier(hits=1, used_bytes=0)]
+        self.stats: Any = SimpleNamespace(tiers=dict(zip(("device", "host"), counts, strict=True)))
+
+    async def generate(
+        self, prompt: list[int], params: SamplingParams, *, streams: bool
+    ) -> AsyncGenerator[RequestOutput, None]:
+        assert not streams and params.ignore_eos and not params.detokenize and params.max_tokens is not None
+        if len(prompt) > 9:
+            raise RequestError("too long")
+        times = RequestMetrics(arrival_s=1.0, first_token_s=1.5, last_token_s=3.0, finished_s=3.0)
+        said = CompletionOutput(index=0, token_ids=[8] * params.max_tokens, finish_reason=FinishReason.LENGTH)
+        yield RequestOutput(
+            request_id="0",
+            prompt=None,
+            prompt_token_ids=prompt,
+            outputs=[said],
+            finished=True,
+            metrics=times,
+            num_cached_tokens=2,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OneTier:
+    hits: int
+    used_bytes: int
+
+
+def test_an_engine_is_asked_without_text_and_its_refusal_is_a_failure() -> None:
+    endpoint = EngineEndpoint(cast(AsyncEngine, FakeEngine()), config())
+    assert (endpoint.vocab_size, endpoint.max_model_len) == (50, 99)
+    history = endpoint.history()
+    history.hear([1, 2, 3])
+    reply = asyncio.run(endpoint.ask(history, 4))
+    assert (reply.num_cached_tokens, reply.token_ids) == (2, [8] * 4)
+    assert (reply.record.num_prompt_tokens, reply.record.num_output_tokens, reply.record.first_token_s) == (3, 4, 1.5)
+    history.hear(range(7))
+    reply = asyncio.run(endpoint.ask(history, 4))
+    assert (reply.record.error, reply.record.num_prompt_tokens, reply.num_cached_tokens) == ("too long", 10, None)
+
+
+def test_an_engine_tells_of_its_tiers_where_it_has_any() -> None:
+    engine = FakeEngine()
+    endpoint = EngineEndpoint(cast(AsyncEngine, engine), config())
+    assert endpoint.tiers() == {"device": {"hits": 4, "used_bytes": 64}, "host": {"hits": 1, "used_bytes": 0}}
+    engine.stats = SimpleNamespace()
+    assert endpoint.tiers() == {}
 
 
 # --- forms of a conversation -----------------------------------------------------------------------------------------
