@@ -123,6 +123,18 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
     "nanoflow serve ./my-model --goal throughput --max-num-seqs 512": Serve(),
+    # docs/rounds.md
+    "nanoflow bench rounds --workload 64/32 --num-conversations 8": Run(
+        instead=f"nanoflow bench rounds --workload 24/4 --num-conversations 2 --rounds 2 --num-warmup 0 {_CPU}",
+        says=(r"prompt tokens computed: 1 of \d", r"^round +requests"),
+    ),
+    "nanoflow bench rounds --workload trace:lengths.csv --rounds 8 --think-time 2 --max-concurrency 64": Parse(
+        why="a minute"
+    ),
+    "nanoflow bench rounds --shared-system 0.5 --system-tokens 512 --agent-share 0.25 --json run.json": Parse(
+        why="a minute"
+    ),
+    "nanoflow bench rounds --url http://127.0.0.1:8000/v1 --workload 512/128": Parse(why="a server"),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }

@@ -34,10 +34,10 @@ from benchmarks.common.document import write_json
 from benchmarks.common.server_process import Server, ServerFailed, free_port, many_files, started, usage_of
 from benchmarks.engine.serving_document import is_good, line, ratios
 from nanoflow.bench.clients import Clients, Driven, draw_runs, measured, warm_up
-from nanoflow.bench.online import served_book, served_metrics, served_model, served_settings
 from nanoflow.bench.options import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.bench.provenance import header, portable, portable_options, require_clean
 from nanoflow.bench.record import BenchRecord
+from nanoflow.bench.served import served_book, served_metrics, served_model, served_settings
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.models.presets import preset_name

@@ -33,7 +33,19 @@ import nanoflow.server.serve, nanoflow.server.front_end, nanoflow.engine.async_e
 import nanoflow.engine.template_process, nanoflow.cli.session
 from nanoflow import LLM, SamplingParams
 """
-_HELP = ("", "generate", "chat", "serve", "bench serve", "bench throughput", "plan", "search", "simulate", "profile")
+_HELP = (
+    "",
+    "generate",
+    "chat",
+    "serve",
+    "bench serve",
+    "bench throughput",
+    "bench rounds",
+    "plan",
+    "search",
+    "simulate",
+    "profile",
+)
 _ON_PAPER = (
     "env",
     "analyze preset:llama-3-8b --gpu h100",

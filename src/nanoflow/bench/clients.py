@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from nanoflow.bench.client import read_address
-from nanoflow.bench.online import Sending, Sent, drive, prepare, record_of, served_book, served_metrics, served_model
+from nanoflow.bench.online import Sending, drive, prepare, record_of
 from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.processes import ProcessState, listeners_at, processes_of
 from nanoflow.bench.record import BenchRecord, make_record
+from nanoflow.bench.served import served_book, served_metrics, served_model
 from nanoflow.run_metrics import RequestRecord, RunMetrics, measure, parse_limits
 from nanoflow.workload import BenchRequest, draw_lengths, make_requests
+
+Result = TypeVar("Result")
 
 # Seconds from the moment all clients are ready to the first arrival.
 _START_IN_S = 0.05
@@ -152,7 +155,7 @@ class _Share:
 def _drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -> _Share:
     """Run one client's requests; answers are parsed when all have arrived."""
     before_s = time.process_time()
-    sent = _run(drive(load, sendings, start_s))
+    sent = run_loop(drive(load, sendings, start_s))
     stop_s, cpu_s = time.monotonic(), time.process_time() - before_s
     return _Share(records=[record_of(each, is_stream=load.stream) for each in sent], cpu_s=cpu_s, stop_s=stop_s)
 
@@ -165,7 +168,7 @@ def _joined(shares: Sequence[_Share], start_s: float) -> Driven:
     return Driven(records=records, duration_s=last_s - start_s, client_cpu_s=[share.cpu_s for share in shares])
 
 
-def _run(coroutine: Coroutine[Any, Any, list[Sent]]) -> list[Sent]:
+def run_loop(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """Run on uvloop if it is installed: it takes less of the CPU time that server and clients share."""
     try:
         import uvloop

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from nanoflow.bench.bound import Bounds
 from nanoflow.bench.measurement_window import NoSteadyState, ProgressRecorder, find_window, steady_state
-from nanoflow.bench.options import ThroughputConfig
+from nanoflow.bench.options import BenchConfig, ThroughputConfig
 from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
@@ -106,7 +106,9 @@ def _measure_run(
         start_s = time.monotonic()
         outputs = _generate(llm, config, requests, use_tqdm=sys.stderr.isatty())
         stop_s = time.monotonic()
-    records = [_record(*pair) for pair in zip(requests, outputs, strict=True)]
+    records = [
+        record_of_output(output, request.num_output_tokens) for request, output in zip(requests, outputs, strict=True)
+    ]
     run = dataclasses.replace(
         measure(records, stop_s - start_s, limits_ms, energy_j=energy.used_j(start_s, stop_s)),
         plan_iterations=recorder.plan_iterations,
@@ -163,26 +165,28 @@ def impossible_power(energy_per_token_j: float | None, tokens_per_s: float, powe
 def _generate(
     llm: LLM, config: ThroughputConfig, requests: Sequence[BenchRequest], *, use_tqdm: bool
 ) -> list[RequestOutput]:
-    params = [
-        SamplingParams(
-            **{
-                **config.sampling,
-                "min_tokens": min(config.min_tokens, request.num_output_tokens),
-                "max_tokens": request.num_output_tokens,
-                # If the end of sequence is ignored, nothing can end a completion early.
-                "ignore_eos": not config.min_tokens,
-                "detokenize": config.text,
-            }
-        )
-        for request in requests
-    ]
+    params = [params_of(config, request.num_output_tokens, has_text=config.text) for request in requests]
     return llm.generate([request.prompt_token_ids for request in requests], params, use_tqdm=use_tqdm)
 
 
-def _record(request: BenchRequest, output: RequestOutput) -> RequestRecord:
+def params_of(config: BenchConfig, num_output_tokens: int, *, has_text: bool) -> SamplingParams:
+    """The sampling parameters of a request for that many tokens."""
+    return SamplingParams(
+        **{
+            **config.sampling,
+            "min_tokens": min(config.min_tokens, num_output_tokens),
+            "max_tokens": num_output_tokens,
+            # If the end of sequence is ignored, nothing can end a completion early.
+            "ignore_eos": not config.min_tokens,
+            "detokenize": has_text,
+        }
+    )
+
+
+def record_of_output(output: RequestOutput, num_requested_tokens: int) -> RequestRecord:
     """The record of a request, from the times that the engine noted."""
     (completion,), times = output.outputs, output.metrics
-    num_prompt_tokens, num_requested_tokens = len(request.prompt_token_ids), request.num_output_tokens
+    num_prompt_tokens = len(output.prompt_token_ids)
     if completion.finish_reason is FinishReason.ERROR or not completion.token_ids:
         error = output.error or f"no token, finish reason {completion.finish_reason}"
         return RequestRecord(

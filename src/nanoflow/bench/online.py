@@ -2,26 +2,34 @@
 
 A request is sent at its drawn time; with `max_concurrency` it waits until fewer than that many are in flight. A failed
 request is counted with its reason and does not affect others. `client.py` sends and receives bytes; `clients.py` shares
-requests among processes; `offline.py` runs the same workloads in process.
+requests among processes; `served.py` asks a server about itself; `offline.py` runs the same workloads in process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ssl
 import time
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
-from nanoflow.bench.client import Answer, ExchangeFailed, Pieces, exchange, post, read_address, read_answer, read_events
+from nanoflow.bench.client import (
+    Address,
+    Answer,
+    ExchangeFailed,
+    Pieces,
+    exchange,
+    post,
+    read_address,
+    read_answer,
+    read_events,
+)
 from nanoflow.bench.options import BenchConfig, LoadConfig
-from nanoflow.engine.messages import BookFacts, PlanName
 from nanoflow.run_metrics import RequestRecord
 from nanoflow.workload import BenchRequest
 
@@ -42,6 +50,7 @@ class _Choice(msgspec.Struct):
     text: str = ""
     finish_reason: str | None = None
     delta: _Message | None = None
+    token_ids: list[int] | None = None
 
     @property
     def has_tokens(self) -> bool:
@@ -51,9 +60,14 @@ class _Choice(msgspec.Struct):
         return bool(self.delta.content) or (self.finish_reason is None and self.delta.role is None)
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     completion_tokens: int
     prompt_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Event(msgspec.Struct):
@@ -98,22 +112,33 @@ def prepare(load: LoadConfig, config: BenchConfig, model: str, requests: Sequenc
 
 
 def body_of(load: LoadConfig, config: BenchConfig, model: str, request: BenchRequest) -> dict[str, Any]:
-    """The JSON body of a request. Options that are not set are left out, as some servers do not know all of them."""
-    body: dict[str, Any] = {"model": model, "max_tokens": request.num_output_tokens, **config.sampling}
+    """The JSON body of a request."""
+    body = options_of(load, config, model, request.num_output_tokens)
+    if load.prompts == "ids":
+        return body | {"prompt": request.prompt_token_ids}
+    text = words_of(request.prompt_token_ids)
+    if load.api == "completions":
+        return body | {"prompt": text}
+    return body | {"messages": [{"role": "user", "content": text}]}
+
+
+def options_of(load: LoadConfig, config: BenchConfig, model: str, num_output_tokens: int) -> dict[str, Any]:
+    """A body without its prompt. Options that are not set are left out, as some servers do not know all of them."""
+    body: dict[str, Any] = {"model": model, "max_tokens": num_output_tokens, **config.sampling}
     if "min_tokens" in body:
-        body["min_tokens"] = min(config.min_tokens, request.num_output_tokens)
+        body["min_tokens"] = min(config.min_tokens, num_output_tokens)
     if load.ignore_eos and not config.min_tokens:
         body["ignore_eos"] = True
     if load.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    if load.prompts == "ids":
-        return body | {"prompt": request.prompt_token_ids}
-    text = " ".join(_WORDS[token % len(_WORDS)] for token in request.prompt_token_ids)
-    if load.api == "completions":
-        return body | {"prompt": text}
-    if config.logprobs is not None:
+    if load.api == "chat" and config.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": config.logprobs}
-    return body | {"messages": [{"role": "user", "content": text}]}
+    return body
+
+
+def words_of(token_ids: Sequence[int]) -> str:
+    """As many short words as there are tokens, for servers that take no token ids."""
+    return " ".join(_WORDS[token % len(_WORDS)] for token in token_ids)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,13 +164,20 @@ async def drive(load: LoadConfig, sendings: Sequence[Sending], start_s: float) -
                 num_requested_tokens=sending.num_output_tokens,
                 arrival_s=arrival_s if slots is None else time.monotonic(),
             )
-            try:
-                pieces = await exchange(address, sending.message, load.timeout_s, tls)
-            except (OSError, ExchangeFailed) as error:
-                return Sent(request=dataclasses.replace(request, error=_describe(error)), pieces=None)
-            return Sent(request=request, pieces=pieces)
+            return await send(address, sending.message, request, load.timeout_s, tls)
 
     return list(await asyncio.gather(*map(follow, sendings)))
+
+
+async def send(
+    address: Address, message: bytes, request: RequestRecord, timeout_s: float, tls: ssl.SSLContext | None
+) -> Sent:
+    """Send one request and receive its answer; a failure is in the record."""
+    try:
+        pieces = await exchange(address, message, timeout_s, tls)
+    except (OSError, ExchangeFailed) as error:
+        return Sent(request=dataclasses.replace(request, error=describe(error)), pieces=None)
+    return Sent(request=request, pieces=pieces)
 
 
 def record_of(sent: Sent, *, is_stream: bool) -> RequestRecord:
@@ -153,27 +185,64 @@ def record_of(sent: Sent, *, is_stream: bool) -> RequestRecord:
     if sent.pieces is None:
         return sent.request
     try:
-        answer = read_answer(sent.pieces)
-        if answer.status != 200:
-            raise RequestFailed(f"HTTP {answer.status}: {answer.body.decode(errors='replace')[:200]}")
-        return _streamed(sent.request, answer) if is_stream else _whole(sent.request, answer)
+        answer = _good_answer(sent.pieces)
+        return _read_stream(sent.request, answer).record if is_stream else _whole(sent.request, answer)
     except (RequestFailed, ExchangeFailed, msgspec.DecodeError) as error:
-        return dataclasses.replace(sent.request, error=_describe(error))
+        return dataclasses.replace(sent.request, error=describe(error))
 
 
-def _streamed(sent: RequestRecord, answer: Answer) -> RequestRecord:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What a server sent of a completion.
+
+    Attributes:
+        record: Its record.
+        token_ids: Its tokens; empty unless the request asked for them and the server knows `return_token_ids`.
+        text: Its text.
+        num_cached_tokens: Prompt tokens that the server had in its KV cache; None if it does not say.
+    """
+
+    record: RequestRecord
+    token_ids: list[int]
+    text: str
+    num_cached_tokens: int | None
+
+
+def completion_of(sent: Sent) -> Completion:
+    """The streamed completion of a request that was answered.
+
+    Raises:
+        RequestFailed, ExchangeFailed, msgspec.DecodeError: There is none; one line that says why.
+    """
+    assert sent.pieces is not None
+    return _read_stream(sent.request, _good_answer(sent.pieces))
+
+
+def _good_answer(pieces: Pieces) -> Answer:
+    answer = read_answer(pieces)
+    if answer.status != 200:
+        raise RequestFailed(f"HTTP {answer.status}: {answer.body.decode(errors='replace')[:200]}")
+    return answer
+
+
+def _read_stream(sent: RequestRecord, answer: Answer) -> Completion:
     times_s: list[float] = []
+    token_ids: list[int] = []
+    texts: list[str] = []
     usage: _Usage | None = None
     for time_s, data in read_events(answer):
         event = _decode_event(data)
         if event.error is not None:
             raise RequestFailed(f"error in the stream: {event.error}")
         usage = event.usage or usage
+        for choice in event.choices:
+            token_ids += choice.token_ids or ()
+            texts.append(choice.text if choice.delta is None else choice.delta.content or "")
         if any(choice.has_tokens for choice in event.choices):
             times_s.append(time_s)
     if usage is None or not usage.completion_tokens or not times_s:
         raise RequestFailed("the stream ended without tokens or without usage")
-    return dataclasses.replace(
+    record = dataclasses.replace(
         sent,
         num_prompt_tokens=usage.prompt_tokens or sent.num_prompt_tokens,
         num_output_tokens=usage.completion_tokens,
@@ -181,6 +250,9 @@ def _streamed(sent: RequestRecord, answer: Answer) -> RequestRecord:
         finished_s=times_s[-1],
         gaps_s=tuple(later_s - earlier_s for earlier_s, later_s in pairwise(times_s)),
     )
+    details = usage.prompt_tokens_details
+    cached = None if details is None else details.cached_tokens
+    return Completion(record=record, token_ids=token_ids, text="".join(texts), num_cached_tokens=cached)
 
 
 def _whole(sent: RequestRecord, answer: Answer) -> RequestRecord:
@@ -196,64 +268,6 @@ def _whole(sent: RequestRecord, answer: Answer) -> RequestRecord:
     )
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """Why a request failed, as one line."""
     return str(error) if isinstance(error, RequestFailed | ExchangeFailed) else f"{type(error).__name__}: {error}"
-
-
-def served_model(load: LoadConfig) -> str:
-    """The name of a server's first model.
-
-    Raises:
-        ConnectionError: The server cannot be reached.
-    """
-    try:
-        document = msgspec.json.decode(_get(f"{load.url.rstrip('/')}/models", load.api_key))
-        return str(document["data"][0]["id"])
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise ConnectionError(f"no OpenAI-compatible server at {load.url}: {_describe(error)}") from error
-
-
-# For each metric: labels and value of its samples.
-Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
-
-
-def served_metrics(load: LoadConfig) -> Samples:
-    """A server's metrics by name, without a prefix that ends in a colon; empty if none can be read."""
-    address = read_address(load.url)
-    scheme = "https" if address.is_secure else "http"
-    try:
-        text = _get(f"{scheme}://{address.host}:{address.port}/metrics", load.api_key).decode()
-        families = list(text_string_to_metric_families(text))
-    except (OSError, ValueError, LookupError):
-        return {}
-    found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
-    for sample in (sample for family in families for sample in family.samples):
-        found.setdefault(sample.name.rpartition(":")[2], []).append((sample.labels, sample.value))
-    return found
-
-
-def _get(url: str, api_key: str | None) -> bytes:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    # Never through a proxy, like the load.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as answer:
-        content: bytes = answer.read()
-    return content
-
-
-def served_book(metrics: Samples) -> BookFacts | None:
-    """The plan book that a server's metrics name; None if they name none."""
-    found = [labels for labels, _ in metrics.get("plan_info", ())]
-    if not found or not {"name", "digest", "book"} <= found[0].keys():
-        return None
-    plans = tuple(PlanName(name=labels["name"], digest=labels["digest"]) for labels in found)
-    return BookFacts(digest=found[0]["book"], plans=plans)
-
-
-def served_settings(metrics: Samples) -> dict[str, Any]:
-    """A server's settings from its metrics: the labels of every metric `..._info` with one sample."""
-    return {
-        name: dict(samples[0][0])
-        for name, samples in sorted(metrics.items())
-        if name.endswith("_info") and len(samples) == 1 and not name.startswith("python")
-    }
