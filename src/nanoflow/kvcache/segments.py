@@ -202,11 +202,12 @@ def write_entries(file: int, layout: Layout, slot: int, pages: Sequence[tuple[by
 
 
 def erase(folder: int, layout: Layout, slots: Sequence[int]) -> None:
-    """See that the pages of these slots are not found again; OSError if that cannot be."""
+    """See that the pages of these slots are not found again, not even after a power cut; OSError if that cannot be."""
     file = os.open(layout.name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
     try:
         for slot in slots:
             write_entries(file, layout, slot, [None])
+        os.fdatasync(file)
     finally:
         os.close(file)
 

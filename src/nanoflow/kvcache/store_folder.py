@@ -52,7 +52,7 @@ class StoreFolder:
 
     def __init__(self, parent: Path, name: str, text: str) -> None:
         self.path = parent / name
-        self.fingerprint = hashlib.sha256(text.encode()).digest()
+        self.fingerprint = hashlib.sha256(_encoded(text)).digest()
         self._parent, self._text = parent, text
         with contextlib.suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -82,7 +82,7 @@ class StoreFolder:
         Raises:
             DiskError: The folder cannot be used.
         """
-        base = f"v{VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        base = f"v{VERSION}-{hashlib.sha256(_encoded(text)).hexdigest()[:16]}"
         taken = None
         try:
             parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -120,12 +120,13 @@ class StoreFolder:
             os.unlink(name, dir_fd=self.descriptor)
 
     def forget_below(self, number: int) -> None:
-        """After any end of the process, segments with lower numbers have been forgotten."""
+        """After any end of the process or the machine, segments with lower numbers have been forgotten."""
         line = f"nanoflow KV pages, version {VERSION}, segments from {number:012d}"
-        data = f"{line} {zlib.crc32(line.encode()):08x}\n{self._text}\n".encode()
+        data = _encoded(f"{line} {zlib.crc32(line.encode()):08x}\n{self._text}\n")
         # One call, and the same length whenever the folder is the same: it is written as a whole or not at all.
         if os.pwrite(self._lock, data, 0) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fdatasync(self._lock)
         self.first_number = number
 
     def free_bytes(self) -> int:
@@ -167,6 +168,11 @@ class StoreFolder:
 
 class _TakenError(OSError):
     """A store of another process, or what has the name of a store and is not this user's folder."""
+
+
+def _encoded(text: str) -> bytes:
+    """Of a text that may have the name of a file in it, which need not be UTF-8."""
+    return text.encode(errors="backslashreplace")
 
 
 def _open_own_folder(path: Path) -> int:
