@@ -123,6 +123,9 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
     "nanoflow serve ./my-model --goal throughput --max-num-seqs 512": Serve(),
+    # docs/kv-events.md
+    "nanoflow serve ./my-model --kv-events-config "
+    '\'{"enable_kv_cache_events": true, "replay_endpoint": "tcp://*:5558"}\'': Serve(),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
