@@ -137,6 +137,7 @@ SHOWN: dict[str, str] = {
     "from nanoflow import LLM": "run",
     "from openai import OpenAI": "run against the server",
     "# The second time, all full pages of the prompt are found.": "run",
+    "# A turn of a conversation, then advice that the next one will come.": "run against the server",
     "src/nanoflow/": "the tree, written and checked by tools/docs.py",
     "# models/readings.py: the fields that exist in its config.json, what an absent one means, and which may be "
     "null": "run",
