@@ -15,6 +15,7 @@ from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    PrefetchRequest,
     StreamOptions,
     TokenizeRequest,
 )
@@ -22,6 +23,7 @@ from nanoflow.server.protocol import (
 BODIES: dict[str, type[RequestBody]] = {
     "`/v1/completions`": CompletionRequest,
     "`/v1/chat/completions`": ChatCompletionRequest,
+    "`/v1/prefetch`": PrefetchRequest,
     "`/tokenize`": TokenizeRequest,
     "`/detokenize`": DetokenizeRequest,
     "`stream_options`": StreamOptions,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: one pinned copy of {_RAW_BYTES >> 20} MiB {rate / 1e9:.1f} GB/s")
     rows = _measure(device, raw)
     if args.json:
-        write_document(
-            Path(args.json), "page_copies", {"page_bytes": _PAGE_BYTES, "raw_bytes_per_s": raw, "rows": rows}
-        )
+        write_document(Path(args.json), "page_copies", page_bytes=_PAGE_BYTES, raw_bytes_per_s=raw, rows=rows)
     return 0
 
 
@@ -72,13 +71,17 @@ def _measure(device: torch.device, raw: dict[str, float]) -> list[dict[str, Any]
             pages = rng.permutation(_NUM_PAGES)[:count].astype(np.int32)
             for name in ("save", "load"):
                 copies = PageCopies(number=0, is_load=name == "load", pages=(pages,), slots=(slots.astype(np.int32),))
-                rate = count * _PAGE_BYTES / _seconds(lambda: copier.copy(copies)())
+                rate = count * _PAGE_BYTES / _seconds(partial(_copy, copier, copies))
                 rows.append({"copy": name, "pages": count, "slots": placed, "bytes_per_s": rate})
                 print(
                     f"{name} {count:>5} pages {placed:>9}: {rate / 1e9:5.1f} GB/s, {rate / raw[name]:.3f} of one copy"
                 )
     copier.close()
     return rows
+
+
+def _copy(copier: GpuCopier, copies: PageCopies) -> None:
+    copier.copy(copies)()
 
 
 def _raw_rate(device: torch.device, *, is_load: bool) -> float:

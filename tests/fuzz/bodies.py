@@ -11,7 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanoflow.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from nanoflow.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    PrefetchRequest,
+    TokenizeRequest,
+)
 from tests.fuzz.values import hostile_text, hostile_value
 
 _SEEDS: Mapping[str, Sequence[Mapping[str, Any]]] = json.loads(
@@ -21,6 +27,7 @@ ROUTES: Sequence[str] = tuple(_SEEDS)
 _FIELDS: Mapping[str, Sequence[str]] = {
     "/v1/completions": tuple(CompletionRequest.model_fields),
     "/v1/chat/completions": tuple(ChatCompletionRequest.model_fields),
+    "/v1/prefetch": tuple(PrefetchRequest.model_fields),
     "/tokenize": tuple(TokenizeRequest.model_fields),
     "/detokenize": tuple(DetokenizeRequest.model_fields),
 }

@@ -1,4 +1,4 @@
-"""Pages between caches and host memory on a GPU: the same bytes, after the batches that write them, before others do."""
+"""Pages between caches and host memory on a GPU: the right bytes, between the batches that write them."""
 
 from __future__ import annotations
 

@@ -298,3 +298,23 @@ def test_the_real_engine_gives_what_it_gives_in_process(model: str) -> None:
             await engine.close()
 
     asyncio.run(run())
+
+
+def test_advice_is_answered_while_requests_run(model: str) -> None:
+    async def body(engine: AsyncEngine) -> None:
+        running = asyncio.ensure_future(last(engine, [SLOW, 5], LONG))
+        found = await engine.prefetch([5, 6, 7, 8])
+        assert (found.num_tokens, found.num_cached_tokens) == (4, 2)
+        assert await engine.prefetch_session("other") is None
+        session = await engine.prefetch_session("12")
+        assert session is not None and session.num_tokens == 12
+        assert not running.done()
+        crashing = asyncio.ensure_future(last(engine, [CRASHING], LONG))
+        while engine.is_alive:
+            await asyncio.sleep(0.01)
+        for asked in (engine.prefetch([5]), engine.prefetch_session("12")):
+            with pytest.raises(EngineDeadError, match="crashes"):
+                await asked
+        await asyncio.gather(running, crashing, return_exceptions=True)
+
+    with_engine(model, body)

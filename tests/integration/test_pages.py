@@ -244,8 +244,9 @@ def test_the_two_ways_to_ask_for_drafts() -> None:
             assert len(llm.generate("x = 1\n" * 9, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)) == 1
 
 
-def test_the_quick_start_with_the_openai_client(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    block = block_that_begins("from openai import OpenAI")
+@pytest.mark.parametrize("first_line", [line for line, rule in SHOWN.items() if rule == "run against the server"])
+def test_what_asks_a_server(first_line: str, server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    block = block_that_begins(first_line)
     code = block.text.replace("http://127.0.0.1:8000", server.root_url)
     assert code != block.text
     exec(compile(code, at(block), "exec"), {})

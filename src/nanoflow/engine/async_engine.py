@@ -18,6 +18,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.engine.child import ENGINE_MODULE, EngineChild
 from nanoflow.engine.errors import EngineDeadError, EngineError
 from nanoflow.engine.link import EngineLink
+from nanoflow.engine.living import said_ends
 from nanoflow.engine.messages import (
     Abort,
     Add,
@@ -239,7 +240,7 @@ class AsyncEngine:
         finally:
             del self._streams[name]
             self._drop(name)
-            logger.debug("request %s: %s", name, _ends(output))
+            logger.debug("request %s: %s", name, said_ends(output))
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish reason "abort"; an unknown one is ignored."""
@@ -347,9 +348,3 @@ class AsyncEngine:
             for stream in self._streams.values():
                 stream.wake()
             self._prefetching.die(reason)
-
-
-def _ends(output: RequestOutput) -> str:
-    """How the completions of a request ended, for the log; without any text of prompts or completions."""
-    ends = (f"{len(one.token_ids)} tokens, {one.finish_reason or 'lost'}" for one in output.outputs)
-    return "; ".join(ends) + ("" if output.error is None else f" ({output.error})")

@@ -66,3 +66,9 @@ class LivingRequest:
 
 def _span_s(start_s: float | None, end_s: float | None) -> float | None:
     return None if start_s is None or end_s is None else end_s - start_s
+
+
+def said_ends(output: RequestOutput) -> str:
+    """How the completions of a request ended, for the log; without any text of prompts or completions."""
+    ends = (f"{len(one.token_ids)} tokens, {one.finish_reason or 'lost'}" for one in output.outputs)
+    return "; ".join(ends) + ("" if output.error is None else f" ({output.error})")
