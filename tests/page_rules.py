@@ -123,7 +123,6 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
     "nanoflow serve ./my-model --goal throughput --max-num-seqs 512": Serve(),
-<<<<<<< HEAD
     # docs/rounds.md
     "nanoflow bench rounds --workload 64/32 --num-conversations 8": Run(
         instead=f"nanoflow bench rounds --workload 24/4 --num-conversations 2 --rounds 2 --num-warmup 0 {_CPU}",
@@ -136,11 +135,9 @@ RULES: dict[str, Rule] = {
         why="a minute"
     ),
     "nanoflow bench rounds --url http://127.0.0.1:8000/v1 --workload 512/128": Parse(why="a server"),
-=======
     # docs/kv-events.md
     "nanoflow serve ./my-model --kv-events-config "
     '\'{"enable_kv_cache_events": true, "replay_endpoint": "tcp://*:5558"}\'': Serve(),
->>>>>>> events
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
