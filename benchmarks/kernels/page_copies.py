@@ -59,11 +59,11 @@ def _measure(device: torch.device, raw: dict[str, float]) -> list[dict[str, Any]
         for _ in range(_LAYERS)
     )
     start_s = time.monotonic()
-    memory = PinnedMemory([_NUM_SLOTS * _PAGE_BYTES], device)
-    while memory.num_ready[0] < _NUM_SLOTS * _PAGE_BYTES:
+    memory = PinnedMemory([(_NUM_SLOTS, _PAGE_BYTES)], device)
+    while memory.num_ready[0] < _NUM_SLOTS:
         time.sleep(0.01)
     print(f"{_NUM_SLOTS * _PAGE_BYTES >> 30} GiB pinned in {time.monotonic() - start_s:.1f} s")
-    copier = GpuCopier(caches, memory, [_PAGE_BYTES], num_rows=1)
+    copier = GpuCopier(caches, memory, num_rows=1)
     rng, rows = np.random.default_rng(0), []
     for count in _COUNTS:
         for placed in ("in a row", "scattered"):

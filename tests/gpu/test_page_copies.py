@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from nanoflow.batch import NewPages
+from nanoflow.device import pinned as pinned_module
 from nanoflow.device.pinned import PinnedMemory
-from nanoflow.executor.page_copies import GpuCopier, slots_of
+from nanoflow.executor.page_copies import GpuCopier
 from nanoflow.kernels.launch import LayerCache
 from nanoflow.kvcache.copies import PageCopies
 
@@ -42,10 +43,11 @@ _PAGE_BYTES = (2 * 2 * 8 * 16 * 128 * 2, 2 * 2 * 16 * 64 * 2)
 
 
 @pytest.fixture
-def memory() -> Iterator[PinnedMemory]:
-    sizes = [_SLOTS * size for size in _PAGE_BYTES]
-    pinned = PinnedMemory(sizes, GPU)
-    while pinned.num_ready != tuple(sizes):
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[PinnedMemory]:
+    """In many small pieces, whose borders no copy may cross."""
+    monkeypatch.setattr(pinned_module, "_PIECE_BYTES", 3 * _PAGE_BYTES[0])
+    pinned = PinnedMemory([(_SLOTS, size) for size in _PAGE_BYTES], GPU)
+    while pinned.num_ready != (_SLOTS, _SLOTS):
         time.sleep(0.01)
     yield pinned
     pinned.close()
@@ -67,13 +69,13 @@ def _bytes(caches: tuple[LayerCache, ...], group: int, page: int) -> bytes:
 
 def test_what_was_saved_comes_back_to_other_pages(memory: PinnedMemory) -> None:
     caches = _caches()
-    copier = GpuCopier(caches, memory, _PAGE_BYTES, num_rows=_ROWS)
+    copier = GpuCopier(caches, memory, num_rows=_ROWS)
     rng = np.random.default_rng(1)
     pages = [rng.permutation(_PAGES)[:70].tolist(), rng.permutation(_PAGES)[:33].tolist()]
     slots = [[*range(40, 100), *rng.permutation(40)[:10].tolist()], rng.permutation(_SLOTS)[:33].tolist()]
     expected = [[_bytes(caches, group, page) for page in pages[group]] for group in (0, 1)]
     assert copier.copy(_copies(pages, slots, is_load=False))() > 0
-    for group, array in enumerate(slots_of(memory, _PAGE_BYTES)):
+    for group, array in enumerate(memory.arrays):
         assert [array[slot].tobytes() for slot in slots[group]] == expected[group]
     for cache in caches:
         cache.keys.zero_()
@@ -88,7 +90,7 @@ def test_what_was_saved_comes_back_to_other_pages(memory: PinnedMemory) -> None:
 
 def test_a_save_waits_for_the_batch_that_writes_and_the_next_writer_for_the_save(memory: PinnedMemory) -> None:
     caches = _caches()
-    copier = GpuCopier(caches, memory, _PAGE_BYTES, num_rows=_ROWS)
+    copier = GpuCopier(caches, memory, num_rows=_ROWS)
     copier.copy(_copies([[1], [1]], [[1], [1]], is_load=False))()
     for value in range(1, 6):
         _sleep(_SLOW_CYCLES // 10)
@@ -98,13 +100,13 @@ def test_a_save_waits_for_the_batch_that_writes_and_the_next_writer_for_the_save
         copier.protect(NewPages.of_tables(tables))
         caches[0].keys[:64].fill_(-1)
         wait()
-        saved = torch.from_numpy(slots_of(memory, _PAGE_BYTES)[0][:64]).view(torch.bfloat16).view(64, 2, 2, -1)[:, 0, 0]
+        saved = torch.from_numpy(memory.arrays[0][:64]).view(torch.bfloat16).view(64, 2, 2, -1)[:, 0, 0]
         assert torch.equal(saved, torch.full_like(saved, value))
 
 
 def test_batches_that_write_elsewhere_do_not_wait(memory: PinnedMemory) -> None:
     caches = _caches()
-    copier = GpuCopier(caches, memory, _PAGE_BYTES, num_rows=_ROWS)
+    copier = GpuCopier(caches, memory, num_rows=_ROWS)
     copier.copy(_copies([[1], [1]], [[1], [1]], is_load=False))()
     end = torch.cuda.Event()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(copier._save.stream):
@@ -122,7 +124,7 @@ def test_batches_that_write_elsewhere_do_not_wait(memory: PinnedMemory) -> None:
 
 def test_a_load_waits_for_a_save_of_the_same_slot(memory: PinnedMemory) -> None:
     caches = _caches()
-    copier = GpuCopier(caches, memory, _PAGE_BYTES, num_rows=_ROWS)
+    copier = GpuCopier(caches, memory, num_rows=_ROWS)
     expected = _bytes(caches, 0, 3)
     with torch.cuda.stream(copier._save.stream):
         _sleep(_SLOW_CYCLES)

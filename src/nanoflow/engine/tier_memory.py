@@ -17,7 +17,7 @@ import torch
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.device.host_memory import free_host_bytes
 from nanoflow.device.pinned import PinnedMemory
-from nanoflow.executor.page_copies import STAGING_BYTES, CpuCopier, GpuCopier, PageCopier, slots_of
+from nanoflow.executor.page_copies import STAGING_BYTES, CpuCopier, GpuCopier, PageCopier
 from nanoflow.kernels.launch import LayerCache
 from nanoflow.kvcache.disk import DiskError, DiskTier
 from nanoflow.kvcache.host import HostPages
@@ -54,12 +54,12 @@ class TierMemory:
     def copier(self, caches: Sequence[LayerCache], *, num_rows: int) -> PageCopier:
         """What copies between the caches of all layers and this memory."""
         if caches[0].keys.is_cuda:
-            return GpuCopier(caches, self.pinned, self.page_bytes, num_rows=num_rows)
-        return CpuCopier(caches, self.pinned, self.page_bytes)
+            return GpuCopier(caches, self.pinned, num_rows=num_rows)
+        return CpuCopier(caches, self.pinned)
 
     def tiers(self, pools: PagePools) -> LowerTiers:
         """What decides which pages are kept here."""
-        slots = slots_of(self.pinned, self.page_bytes)
+        slots = self.pinned.arrays
         host = [HostPages(len(array), has_disk=self.disk is not None) for array in slots]
         disk = None
         if self.disk is not None:
@@ -70,9 +70,7 @@ class TierMemory:
             page_bytes=self.page_bytes,
             page_size=self.page_size,
             disk=disk,
-            num_ready=lambda: [
-                ready // size for ready, size in zip(self.pinned.num_ready, self.page_bytes, strict=True)
-            ],
+            num_ready=lambda: self.pinned.num_ready,
         )
 
     def close(self) -> None:
@@ -126,7 +124,7 @@ def _open_tiers(
     if num_bytes > free_bytes:
         raise ConfigError(f"kv_host_gib is {host_gib:g}, the host has {free_bytes / _GIB:.1f} GiB free: lower it")
     try:
-        pinned = PinnedMemory([num_slots * size for size in page_bytes], device)
+        pinned = PinnedMemory([(num_slots, size) for size in page_bytes], device)
     except MemoryError:
         raise ConfigError(f"the system does not let this process reserve {host_gib:g} GiB: lower kv_host_gib") from None
     disk_bytes = int(config.kv_disk_gib * _GIB)

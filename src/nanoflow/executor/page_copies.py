@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoflow.batch import Int32, NewPages
@@ -64,14 +63,13 @@ class CpuCopier:
 
     Args:
         caches: Of all layers.
-        memory: Host memory of each KV group.
-        page_bytes: Bytes of a page of each group.
+        memory: Host memory of each KV group, a slot for each page.
     """
 
-    def __init__(self, caches: Sequence[LayerCache], memory: PinnedMemory, page_bytes: Sequence[int]) -> None:
+    def __init__(self, caches: Sequence[LayerCache], memory: PinnedMemory) -> None:
         self._host = memory
         self._groups = []
-        for group, array in enumerate(slots_of(memory, page_bytes)):
+        for group, array in enumerate(memory.arrays):
             layers = [cache for cache in caches if cache.group == group]
             pages = [[part.view(len(part), -1) for part in (cache.keys, cache.values)] for cache in layers]
             slots = torch.from_numpy(array).view(layers[0].keys.dtype)
@@ -105,27 +103,24 @@ class GpuCopier:
 
     Args:
         caches: Of all layers.
-        memory: Host memory of each KV group.
-        page_bytes: Bytes of a page of each group.
+        memory: Host memory of each KV group, a slot for each page.
         num_rows: Rows of the state table.
     """
 
-    def __init__(
-        self, caches: Sequence[LayerCache], memory: PinnedMemory, page_bytes: Sequence[int], *, num_rows: int
-    ) -> None:
+    def __init__(self, caches: Sequence[LayerCache], memory: PinnedMemory, *, num_rows: int) -> None:
         self._device = caches[0].keys.device
         self._num_rows = num_rows
         self._host = memory
-        self._memory = [torch.from_numpy(array) for array in slots_of(memory, page_bytes)]
+        self._memory = [torch.from_numpy(array) for array in memory.arrays]
         self._parts = [
             torch.tensor(
                 [part.data_ptr() for cache in caches if cache.group == group for part in (cache.keys, cache.values)],
                 dtype=torch.int64,
                 device=self._device,
             )
-            for group in range(len(page_bytes))
+            for group in range(len(memory.arrays))
         ]
-        size = max(STAGING_BYTES, *page_bytes)
+        size = max(STAGING_BYTES, *(array.shape[1] for array in memory.arrays))
         self._save, self._load = (_Lane(size, self._device) for _ in range(2))
         # Saves that may be on their way: when they have ended, and the pages of each group.
         self._saving: deque[tuple[torch.cuda.Event, tuple[Int32, ...]]] = deque()
@@ -180,7 +175,7 @@ class GpuCopier:
             on_device = to_device(pages[first : first + step], self._device)
             if not is_load:
                 copy_pages(self._parts[group], on_device, staging, is_load=False)
-            for begin, end in runs(chunk):
+            for begin, end in runs(chunk, self._host.piece_slots[group]):
                 host = memory[int(chunk[begin]) : int(chunk[begin]) + end - begin]
                 if is_load:
                     staging[begin:end].copy_(host, non_blocking=True)
@@ -188,11 +183,6 @@ class GpuCopier:
                     host.copy_(staging[begin:end], non_blocking=True)
             if is_load:
                 copy_pages(self._parts[group], on_device, staging, is_load=True)
-
-
-def slots_of(memory: PinnedMemory, page_bytes: Sequence[int]) -> tuple[NDArray[np.uint8], ...]:
-    """The slots of each KV group, uint8 [slots, bytes of a page]."""
-    return tuple(array.reshape(-1, size) for array, size in zip(memory.arrays, page_bytes, strict=True))
 
 
 class _Lane:
@@ -203,7 +193,7 @@ class _Lane:
         self.staging: Tensor = torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def runs(slots: Int32) -> Iterator[tuple[int, int]]:
-    """Begin and end of each longest run of consecutive slots, int32 [N]: one copy can take it."""
-    borders = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
-    yield from itertools.pairwise(borders)
+def runs(slots: Int32, piece_slots: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each longest run of consecutive slots, int32 [N], in one piece of memory."""
+    is_border = (np.diff(slots) != 1) | (np.diff(slots // piece_slots) != 0)
+    yield from itertools.pairwise([0, *(np.flatnonzero(is_border) + 1).tolist(), len(slots)])
