@@ -25,13 +25,13 @@ demo: $(VENV)/.installed  ## Serve the embedded model and ask it through the off
 
 test: $(VENV)/.installed  ## Run the tests
 	# Threads that wait for each other take longer than one.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -m 'not timing'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m 'not timing'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
 
 lint: $(VENV)/.installed  ## Check style, types and the layers between packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 	$(BIN)/lint-imports
 
 $(DOCS_VENV)/.installed: pyproject.toml

@@ -3,6 +3,7 @@
 Triton decides on import whether to compile or to interpret. Tests send SIGINT to this process and to its children. A
 shell that starts this process in the background makes it ignore SIGINT, and children inherit that, so the handler is
 restored. Property tests have no deadlines, because the machine may be busy.
+Slow tests come first, so that none of them is the last one that a single worker still has to do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

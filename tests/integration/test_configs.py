@@ -121,6 +121,7 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity(verbosity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.filterwarnings("ignore")
 def test_every_field_means_what_it_means_to_transformers(architecture: str, tmp_path: Path) -> None:

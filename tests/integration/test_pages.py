@@ -103,7 +103,11 @@ def test_the_model_card_shows_what_the_model_wrote() -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", SHELL_BLOCKS, ids=at)
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(each, marks=pytest.mark.slow if QUICK_SEARCH in each.commands else ()) for each in SHELL_BLOCKS],
+    ids=at,
+)
 def test_the_commands_of_a_block_end_as_the_page_says(
     block: Block,
     folder: Path,

@@ -221,6 +221,7 @@ def _begins(source: random.Random, total: int) -> list[int]:
     return begins
 
 
+@pytest.mark.slow
 def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way() -> None:
     variants = ("256:4:0:0:4:128", "256:4:2:0:8:64", "256:2:1:1:4:128", "128:8:0:0:4:128", "128:4:1:1:4:128")
     done = subprocess.run(

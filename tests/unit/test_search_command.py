@@ -80,7 +80,7 @@ def test_with_a_gpu_only_plans_that_win_there_stay(
     monkeypatch.setattr(search_book_command, "_check_machine", lambda _: None)
     monkeypatch.setattr(iterations, "measure_trials", measure)
     path = tmp_path / "plans.json"
-    options = ["--workloads", "64/256", "--num-requests", "512", "--max-batch-tokens", "512", "--max-num-seqs", "512"]
+    options = ["--workloads", "64/256", "--num-requests", "384", "--max-batch-tokens", "512", "--max-num-seqs", "384"]
     assert main(["search", str(profile), "-o", str(path), *options, "--time-limit", "5", "--measure"]) == 0
     told = capsys.readouterr()
     winners = {trial.shape for trial in tried if trial.gain > 1}

@@ -18,6 +18,7 @@ from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.interference import Interference
 from nanoflow.profile.table import SAMPLING, CostTable, PairPoint, Point, Profile, ProfileError, Setup
+from nanoflow.search import search as search_module
 from nanoflow.search.problem import groups_of, make_problem
 from nanoflow.search.search import Search, SearchResult
 from nanoflow.search.shapes import batch_of
@@ -252,9 +253,14 @@ def test_several_gpus_have_a_graph_for_each_exchange() -> None:
     ]
 
 
-@pytest.mark.slow
-def test_the_paper_within_a_tenth() -> None:
-    """LLaMA-2-70B on 8 A100 at 512/512; assumptions stand in benchmarks/predictions/paper.py."""
+def test_the_paper_within_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaMA-2-70B on 8 A100 at 512/512; assumptions stand in benchmarks/predictions/paper.py.
+
+    The search is a short one, of one candidate and only for plans that win much; a whole one finds better (2 % more).
+    """
+    monkeypatch.setattr(search_module, "_MAX_SHARED", 1)
+    monkeypatch.setattr(search_module, "_ALLOCATION_NODES", 400)
+    monkeypatch.setattr(search_module, "_LEAST_GAIN", 0.07)
     rows = {row.name: row for row in compare()}
     for row in rows.values():
         assert abs(row.error) < 0.1, row

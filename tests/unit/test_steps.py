@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,15 +68,16 @@ def missing(graph: OpGraph, steps: tuple[Step, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("graph", "plan"),
+    ("graph", "make_plan"),
     [
-        (GRAPH, searched()),
-        (GRAPH, ping_pong_plan(GRAPH, 256, 96, Mechanism.STREAM)),
-        (ON_TWO_GPUS, ping_pong_plan(ON_TWO_GPUS, 256, 96, Mechanism.STREAM)),
+        (GRAPH, searched),
+        (GRAPH, lambda: ping_pong_plan(GRAPH, 256, 96, Mechanism.STREAM)),
+        (ON_TWO_GPUS, lambda: ping_pong_plan(ON_TWO_GPUS, 256, 96, Mechanism.STREAM)),
     ],
     ids=["searched", "ping-pong", "ping-pong with a network lane"],
 )
-def test_every_dependency_is_waited_for(graph: OpGraph, plan: PipelinePlan) -> None:
+def test_every_dependency_is_waited_for(graph: OpGraph, make_plan: Callable[[], PipelinePlan]) -> None:
+    plan = make_plan()
     steps = bind(plan, graph)
     assert len(steps) == len(plan.nano_operations) * graph.num_layers
     assert missing(graph, steps) == []

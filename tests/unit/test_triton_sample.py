@@ -204,6 +204,7 @@ def reports() -> dict[str, dict[str, Any]]:
     return result
 
 
+@pytest.mark.slow
 def test_programs_compile_for_hopper(reports: dict[str, dict[str, Any]]) -> None:
     """In bfloat16 little is spilled, outside the loops over a row; more would be inside."""
     spills = {name: report["num_spills"] for name, report in reports.items() if "bf16" in name}

@@ -53,7 +53,7 @@ def depends(graph: OpGraph, first: Access, second: Access) -> bool:
     """True if the two accesses must not be swapped (read after write, write after read, write after write)."""
     if {first.op.scope, second.op.scope} == _DISJOINT_SCOPES:
         return False
-    for name in _shared_names(first.op, second.op):
+    for name in shared_tensors(first.op, second.op):
         is_own_layer_only = graph.tensor(name).is_per_layer
         if is_own_layer_only and first.layer != second.layer:
             continue
@@ -62,7 +62,7 @@ def depends(graph: OpGraph, first: Access, second: Access) -> bool:
     return False
 
 
-def _shared_names(first: Operation, second: Operation) -> set[str]:
+def shared_tensors(first: Operation, second: Operation) -> set[str]:
     """Tensors that both operations use and at least one of them writes."""
     writes_first, writes_second = set(first.writes), set(second.writes)
     return (writes_first & (writes_second | set(second.reads))) | (set(first.reads) & writes_second)

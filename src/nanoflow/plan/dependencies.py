@@ -6,7 +6,7 @@ The executor turns it into events between lanes, the simulator into events in si
 from __future__ import annotations
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.nanobatch import Access, depends
+from nanoflow.graph.nanobatch import Access, depends, shared_tensors
 from nanoflow.plan.plan import PipelinePlan
 
 Dependency = tuple[int, int]
@@ -21,6 +21,8 @@ def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, 
     """
     ops = {op.name: op for op in graph.layer}
     order = {op.name: place for place, op in enumerate(graph.layer)}
+    # Most operations share no tensor: asked once here, not for each two nano-operations.
+    related = {(one.name, other.name) for one in graph.layer for other in graph.layer if shared_tensors(one, other)}
     nanos = plan.nano_operations
     accesses = [Access(op=ops[nano.operation], tokens=nano.tokens) for nano in nanos]
     distances = range(1, graph.reach + 1)
@@ -29,6 +31,8 @@ def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, 
     for late, nano in enumerate(nanos):
         mine: list[Dependency] = []
         for early, other in enumerate(nanos):
+            if (other.operation, nano.operation) not in related:
+                continue
             is_before = order[other.operation] < order[nano.operation]
             if is_before and depends(graph, accesses[early], accesses[late]):
                 mine.append((early, 0))
