@@ -218,9 +218,23 @@ def test_what_waits_is_published_before_the_end(tmp_path: Path) -> None:
             publisher.put(stored(number.to_bytes(32, "big")))
         publisher.close()
         hashes: list[int] = []
+        assert not any(thread.is_alive() for thread in publisher._threads)
         while len(hashes) < 5000:
             hashes += [event[1][0] for event in subscriber.next()[1]]
         assert hashes == list(range(5000))
+
+
+def test_a_batch_has_an_end(tmp_path: Path) -> None:
+    """The thread is held back, so that everything waits at once."""
+    with published(tmp_path) as (publisher, subscriber):
+        subscriber.wait(publisher)
+        with publisher._lock:
+            for number in range(3000):
+                publisher.put(stored(number.to_bytes(32, "big")))
+        sizes: list[int] = []
+        while sum(sizes) < 3000:
+            sizes.append(len(subscriber.next()[1]))
+        assert max(sizes) == 1024
 
 
 def test_lost_events_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
