@@ -143,6 +143,12 @@ def test_events_may_be_maps() -> None:
     ]
 
 
+def test_pages_of_a_lower_tier_need_no_tokens() -> None:
+    """A router knows them from the time when the device had them (llm-d adds the place to what it has)."""
+    event = PagesStored(keys=KEYS[:2], before=None, token_ids=np.zeros(0, dtype=np.int32), medium=HOST)
+    assert decoded(event)[1] == [["BlockStored", [1, 2], None, [], 0, None, "CPU", None]]
+
+
 def test_keys_may_be_sent_whole() -> None:
     (event,) = decoded(stored(KEYS[2], before=KEYS[1]), block_hash_format="bytes")[1]
     assert event[1:3] == [[KEYS[2]], KEYS[1]]
@@ -272,7 +278,7 @@ def test_an_endpoint_that_is_taken_is_named(tmp_path: Path) -> None:
     text = json.dumps({"enable_kv_cache_events": True, "endpoint": f"tcp://*:{port}"})
     with publishing(text) as publisher:
         pass
-    with pytest.raises(ConfigError, match=f":{port} cannot be opened: Address already in use"), publishing(text):
+    with pytest.raises(ConfigError, match=f":{port} cannot be opened: Address already in use; give"), publishing(text):
         pass
     publisher.close()
 
