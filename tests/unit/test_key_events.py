@@ -165,6 +165,15 @@ def test_advice_saves_the_pages_of_a_prefix_from_being_taken_first() -> None:
         scheduler.check_integrity()
 
 
+def test_of_a_prefix_that_was_named_the_last_pages_go_first() -> None:
+    scheduler = Scheduler(limits=LIMITS)
+    run(scheduler, request(0, list(range(23))))
+    keys = page_keys(list(range(23)), PAGE, root_key())
+    assert scheduler.prefetch(keys).num_cached_pages == 5
+    run(scheduler, request(1, list(range(100, 146))))
+    assert len(keys) > scheduler.prefetch(keys).num_cached_pages > 0
+
+
 def test_advice_for_pages_that_a_request_holds_leaves_them_held() -> None:
     scheduler = Scheduler(limits=LIMITS)
     scheduler.add(request(0, list(range(23))))

@@ -143,6 +143,12 @@ def test_events_may_be_maps() -> None:
     ]
 
 
+def test_pages_of_a_lower_tier_need_no_tokens() -> None:
+    """A router knows them from the time when the device had them (llm-d adds the place to what it has)."""
+    event = PagesStored(keys=KEYS[:2], before=None, token_ids=np.zeros(0, dtype=np.int32), medium=HOST)
+    assert decoded(event)[1] == [["BlockStored", [1, 2], None, [], 0, None, "CPU", None]]
+
+
 def test_keys_may_be_sent_whole() -> None:
     (event,) = decoded(stored(KEYS[2], before=KEYS[1]), block_hash_format="bytes")[1]
     assert event[1:3] == [[KEYS[2]], KEYS[1]]
@@ -218,9 +224,23 @@ def test_what_waits_is_published_before_the_end(tmp_path: Path) -> None:
             publisher.put(stored(number.to_bytes(32, "big")))
         publisher.close()
         hashes: list[int] = []
+        assert not any(thread.is_alive() for thread in publisher._threads)
         while len(hashes) < 5000:
             hashes += [event[1][0] for event in subscriber.next()[1]]
         assert hashes == list(range(5000))
+
+
+def test_a_batch_has_an_end(tmp_path: Path) -> None:
+    """The thread is held back, so that everything waits at once."""
+    with published(tmp_path) as (publisher, subscriber):
+        subscriber.wait(publisher)
+        with publisher._lock:
+            for number in range(3000):
+                publisher.put(stored(number.to_bytes(32, "big")))
+        sizes: list[int] = []
+        while sum(sizes) < 3000:
+            sizes.append(len(subscriber.next()[1]))
+        assert max(sizes) == 1024
 
 
 def test_lost_events_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,7 +278,7 @@ def test_an_endpoint_that_is_taken_is_named(tmp_path: Path) -> None:
     text = json.dumps({"enable_kv_cache_events": True, "endpoint": f"tcp://*:{port}"})
     with publishing(text) as publisher:
         pass
-    with pytest.raises(ConfigError, match=f":{port} cannot be opened: Address already in use"), publishing(text):
+    with pytest.raises(ConfigError, match=f":{port} cannot be opened: Address already in use; give"), publishing(text):
         pass
     publisher.close()
 

@@ -133,7 +133,7 @@ class KvPublisher:
                 socket.connect(endpoint)
         except ZMQError as error:
             raise ConfigError(
-                f"kv_events_config: {endpoint} cannot be opened: {error}; give each server endpoints of its own"
+                f"kv_events_config: {endpoint} cannot be opened: {error.strerror or error}; give each server endpoints of its own"
             ) from None
         return socket
 
