@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nanoflow.kvcache import disk_threads, segments
 from nanoflow.kvcache.disk import DiskError, DiskTier
+from nanoflow.kvcache.store_folder import StoreFolder
 from tests.disk_pages import PAGE_BYTES, WAIT_S, get, key_of, open_tier, page_of, put, segment_paths, there
 
 # Segments of 4 pages of 4,096 bytes with a header and a table: 16 of them, of one group.
@@ -379,6 +380,17 @@ def test_a_full_disk_costs_what_was_used_longest_ago(tmp_path: Path, monkeypatch
     assert get_small(tier, 100 + max(index for index, is_stored in enumerate(stored) if is_stored))
     tier.flush(WAIT_S)
     tier.check_integrity()
+    tier.close()
+
+
+def test_a_disk_smaller_than_the_capacity_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free_bytes(folder: StoreFolder) -> int:
+        return 400_000 - sum(path.stat().st_size for path in folder.path.glob("segment-*"))
+
+    monkeypatch.setattr(StoreFolder, "free_bytes", free_bytes)
+    tier = open_tier(tmp_path, capacity_bytes=1 << 40, page_bytes=[4096])
+    assert all(put_small(tier, *range(300))) and tier.counts.failed is None
+    assert 60 <= len(there(tier, *range(300))) <= 100
     tier.close()
 
 
