@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nanoflow.kvcache import disk_threads, segments
 from nanoflow.kvcache.disk import DiskError, DiskTier
+from nanoflow.kvcache.store_folder import StoreFolder
 from tests.disk_pages import PAGE_BYTES, WAIT_S, get, key_of, open_tier, page_of, put, segment_paths, there
 
 # Segments of 4 pages of 4,096 bytes with a header and a table: 16 of them, of one group.
@@ -310,7 +311,7 @@ def test_flush_waits_and_close_refuses(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_may_not_grow_is_no_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(disk_threads, "RETRY_S", 0.2)
+    monkeypatch.setattr(disk_threads, "RETRY_S", 600.0)
     tier = open_tier(tmp_path)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * 8192, old[1]))
@@ -320,12 +321,33 @@ def test_a_file_that_may_not_grow_is_no_end(
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not all(stored) and tier.counts.failed == os.strerror(errno.EFBIG)
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        f"{tier.folder}: no KV pages are written, which is tried again after 0 s: File too large"
+        f"{tier.folder}: no KV pages are written, which is tried again after 600 s: File too large"
     ]
     assert put(tier, 77) == [False], "for a while nothing is tried"
     assert get(tier, *range(60)) == stored
-    time.sleep(0.25)
+    tier._writers._retry_s = 0.0
     assert all(put(tier, *range(100, 200))) and tier.counts.failed is None
+    tier.check_integrity()
+    tier.close()
+
+
+def test_nobody_waits_for_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = open_tier(tmp_path)
+    gate, has_come, num_tried = threading.Event(), threading.Event(), [0]
+
+    def failing(*_: object) -> None:
+        num_tried[0] += 1
+        has_come.set()
+        assert gate.wait(WAIT_S)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(segments, "write_pages", failing)
+    # One batch each, as groups alternate.
+    futures = [tier.write(index % 2, key_of(index), page_of(index % 2, key_of(index))) for index in range(20)]
+    assert has_come.wait(WAIT_S)
+    gate.set()
+    assert [future.result(WAIT_S) for future in futures] == [False] * 20 and num_tried[0] <= 2
+    assert tier.counts.num_refused == 20 and tier.counts.failed == os.strerror(errno.EIO)
     tier.check_integrity()
     tier.close()
 
@@ -358,6 +380,17 @@ def test_a_full_disk_costs_what_was_used_longest_ago(tmp_path: Path, monkeypatch
     assert get_small(tier, 100 + max(index for index, is_stored in enumerate(stored) if is_stored))
     tier.flush(WAIT_S)
     tier.check_integrity()
+    tier.close()
+
+
+def test_a_disk_smaller_than_the_capacity_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free_bytes(folder: StoreFolder) -> int:
+        return 400_000 - sum(path.stat().st_size for path in folder.path.glob("segment-*"))
+
+    monkeypatch.setattr(StoreFolder, "free_bytes", free_bytes)
+    tier = open_tier(tmp_path, capacity_bytes=1 << 40, page_bytes=[4096])
+    assert all(put_small(tier, *range(300))) and tier.counts.failed is None
+    assert 60 <= len(there(tier, *range(300))) <= 100
     tier.close()
 
 

@@ -175,6 +175,26 @@ def test_a_page_in_the_place_of_another_is_not_taken_for_it(template: Path) -> N
         tier.close()
 
 
+def test_an_entry_in_the_place_of_another_is_none(template: Path) -> None:
+    with copied(template) as (folder, files):
+        data = bytearray(files[1].read_bytes())
+        first, fourth = (slice(BLOCK + slot * 64, BLOCK + slot * 64 + 64) for slot in (0, 3))
+        data[fourth] = data[first]
+        files[1].write_bytes(data)
+        tier = open_tier(folder)
+        assert get(tier, *NUMBERS[:5]) == [True, True, True, False, True] and tier.counts.num_damaged == 0
+        tier.close()
+
+
+def test_a_file_that_says_it_is_large_takes_no_room_from_others(template: Path) -> None:
+    with copied(template) as (folder, files):
+        os.truncate(files[1], 1 << 30)
+        tier = open_tier(folder)
+        assert there(tier, *NUMBERS) == list(NUMBERS[6:]) and not files[1].exists() and tier.counts.num_damaged == 1
+        tier.check_integrity()
+        tier.close()
+
+
 def test_a_file_that_ends_too_early_keeps_what_is_whole(template: Path) -> None:
     with copied(template) as (folder, files):
         os.truncate(files[1], files[1].stat().st_size - 2 * 8192 - 1)

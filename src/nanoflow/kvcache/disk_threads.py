@@ -116,7 +116,7 @@ class PageWriters:
 
     def _loop(self) -> None:
         while (writes := self._take()) is not None:
-            begin_s, failed = time.perf_counter(), None
+            begin_s, failed = time.monotonic(), None
             try:
                 if writes:
                     self._pages.store([write for write in writes if not write.is_forgotten])
@@ -129,8 +129,8 @@ class PageWriters:
                 failed = str(error)
             with self._lock:
                 self._num_busy -= 1
-                self.seconds += time.perf_counter() - begin_s
-                left = self._note(failed, writes)
+                self.seconds += time.monotonic() - begin_s
+                left = self._note(failed, writes, begin_s)
             self._end([*writes, *left])
 
     def _take(self) -> list[PageWrite] | None:
@@ -149,10 +149,11 @@ class PageWriters:
                 num_bytes += writes[-1].data.nbytes
             return writes
 
-    def _note(self, failed: str | None, writes: Sequence[PageWrite]) -> list[PageWrite]:
+    def _note(self, failed: str | None, writes: Sequence[PageWrite], begin_s: float) -> list[PageWrite]:
         """Remember whether the disk takes pages. If not, those that wait are not kept waiting: they are returned."""
         if failed is None:
-            if any(write.is_stored for write in writes):
+            # What was begun before a failure says nothing of what comes after it.
+            if begin_s >= self._retry_s and any(write.is_stored for write in writes):
                 self.failed = None
             return []
         if self.failed is None:

@@ -67,6 +67,8 @@ class SegmentFiles:
             raise DiskError(f"{folder.path}: give KV pages on disk at least {needed_bytes:,} bytes")
         self._next_number = folder.first_number
         self._scan(page_bytes)
+        # On a disk that has less room, segments are smaller: a few must fit.
+        self._layouts = segments.layouts(min(capacity_bytes, self.stored_bytes + folder.free_bytes()), page_bytes)
 
     @property
     def stored_bytes(self) -> int:
@@ -209,14 +211,21 @@ class SegmentFiles:
         # If a store has just been left by its process, it is not emptied for one segment.
         idle_bytes = sum(size for _, size, _ in idle)
         too_many = min(self.stored_bytes + idle_bytes + num_bytes - self.capacity_bytes, num_bytes)
-        too_many = max(too_many, num_bytes - self.folder.free_bytes())
+        too_many = max(too_many, num_bytes - self._free_bytes())
         for _, size, path in idle:
             if too_many > 0 and self.folder.remove_idle(path):
                 too_many -= size
         # Some file systems say late that they have got room back: what is missing is asked for once.
-        missing = num_bytes - self.folder.free_bytes()
+        missing = num_bytes - self._free_bytes()
         while missing > 0:
             missing -= self._evict()
+
+    def _free_bytes(self) -> int:
+        """What the file system has left besides what segments that are being filled will take."""
+        with self.lock:
+            filling = [each for each in self.index.segments.values() if each.file is not None]
+            promised = sum(each.file_bytes - os.fstat(each.file).st_size for each in filling if each.file is not None)
+        return self.folder.free_bytes() - promised
 
     def _evict(self) -> int:
         with self.lock:
