@@ -73,6 +73,8 @@ class Joining:
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
+        # Their prefixes found no room on the device: they need not wait for it.
+        self._refused: set[int] = set()
 
     def admit(self, num_tokens_left: int) -> Newcomers | None:
         """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
@@ -88,8 +90,8 @@ class Joining:
         """
         candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
         count = self._num_fitting(candidates) if candidates else 0
-        self._to_load = [each for each in candidates[:count] if each.num_loadable]
-        candidates = [each for each in candidates[:count] if not each.num_loadable]
+        self._to_load = [each for each in candidates[:count] if self._waits_for_load(each)]
+        candidates = [each for each in candidates[:count] if not self._waits_for_load(each)]
         if not candidates:
             return None
         for candidate in candidates:
@@ -107,9 +109,21 @@ class Joining:
 
         To be called once the batch has its pages. Each running request can still grow by a page.
         """
-        for candidate in self._to_load:
-            self._reuse.start_load(candidate, num_spare=self._rows.num_running)
+        self._refused = {
+            candidate.waiting.request.request_id
+            for candidate in self._to_load
+            if not self._reuse.start_load(candidate, num_spare=self._rows.num_running)
+        }
         self._to_load = []
+
+    def load_ahead(self) -> None:
+        """Load the prefixes of those that stand first in the queue, if much of the device's memory is free."""
+        for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
+            num_pages = min(pool.num_pages for pool in self._pages.pools)
+            self._reuse.start_load(candidate, num_spare=max(self._rows.num_running, num_pages // 4))
+
+    def _waits_for_load(self, candidate: Candidate) -> bool:
+        return candidate.num_loadable > 0 and candidate.waiting.request.request_id not in self._refused
 
     def _num_fitting(self, candidates: Sequence[Candidate]) -> int:
         """How many of the candidates, from the first, fit by the predicted peak of pages."""

@@ -147,7 +147,7 @@ class PrefixReuse:
         return found
 
     def start_load(self, candidate: Candidate, num_spare: int) -> bool:
-        """Begin to load what a candidate lacks; False if there is no room, or no longer anything to load."""
+        """Load what a candidate lacks, unless that has begun; False if it is not there, or no room is."""
         return self._tiers.start_load(candidate.waiting.page_keys[: candidate.num_loadable], num_spare)
 
     def _most_pages(self, waiting: WaitingRequest) -> int:

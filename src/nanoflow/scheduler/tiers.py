@@ -59,7 +59,7 @@ class Tiers(Protocol):
         """What is there of a prefix with these keys, of which the device has `num_cached` pages."""
 
     def start_load(self, keys: Sequence[bytes], num_spare: int) -> bool:
-        """Begin to load what the device lacks of this prefix; False if so much is not free, or no longer there.
+        """Load what the device lacks of this prefix, unless that has begun; False if it is not there, or no room is.
 
         Args:
             keys: Of its pages.
