@@ -8,7 +8,7 @@ in it until no other page is free. This file hands out ids and takes them back; 
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 
 import numpy as np
 
@@ -154,6 +154,10 @@ class PagePool:
     def forget(self, pages: Int32) -> None:
         """These pages (int32 [N]) are not to be found any more: what is in them is wrong."""
         self._push(self._cached.forget(pages.tolist()))
+
+    def forget_keys(self, keys: Iterable[bytes]) -> None:
+        """The pages of these keys are not to be found any more: what is in them is wrong."""
+        self._push(self._cached.forget(self._cached.known(keys)))
 
     def forget_all(self) -> None:
         """No page is to be found any more; who holds pages keeps them."""

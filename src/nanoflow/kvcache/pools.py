@@ -145,10 +145,10 @@ class PagePools:
         """For each group the first page, of so many full ones of a prefix, that the tokens after them see."""
         return [tables.needed(num_pages) for tables in self._groups]
 
-    def forget(self, row: int) -> None:
-        """What is in the pages of a row may be wrong: nobody shall find them."""
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """What is in the pages of these keys may be wrong: nobody shall find them, also those behind a window."""
         for tables in self._groups:
-            tables.forget(row)
+            tables.pool.forget_keys(keys)
 
     def forget_all(self) -> None:
         """No page is to be found any more; rows keep theirs."""

@@ -220,8 +220,9 @@ class PrefixReuse:
 
     def fail(self, row: int) -> None:
         """What was computed for the request of a row may be wrong: nobody else may use it."""
-        self._pools.forget(row)
-        self._tiers.forget(self._clear(row))
+        keys = self._clear(row)
+        self._pools.forget(keys)
+        self._tiers.forget(keys)
 
     def _cache(self, row: int, stop: int, *, is_computed: bool = True) -> None:
         start, keys = int(self._num_cached[row]), self._keys[row]
