@@ -9,6 +9,7 @@ numbers are not finite: what it writes then can be told from all else, and its d
 from __future__ import annotations
 
 import random
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -186,6 +187,11 @@ class TierExecutor(DraftingExecutor):
     @property
     def page_bytes(self) -> list[int]:
         return [24 * self.limits.page_size for _ in self.limits.pools]
+
+    def first_poison(self, number: int, settled: Iterable[int]) -> None:
+        """Count on after an earlier executor, whose poison may be on disk; what it has settled must not be read."""
+        self._num_poisons = number
+        self.settled = dict.fromkeys(settled, -1)
 
     # Copies
 
@@ -385,6 +391,7 @@ class TierDrive(Drive):
             self.in_flight.append((batch, self.executor.run(batch)))
         elif not self.in_flight and self.tiers.is_loading:
             self.collect(1.0)
+            self.wait()
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
             self.commit()
         return batch
@@ -398,6 +405,11 @@ class TierDrive(Drive):
                 self.copying.remove(number)
                 self.tier_executor.end(number)
                 self.tiers.note_copied(number, 1e-6 * self.rng.random())
+
+    def wait(self) -> None:
+        """Give a real disk some time."""
+        if self.disk is not None and not isinstance(self.disk, FakeDisk):
+            time.sleep(0.0005)
 
     def issue(self) -> None:
         """Queue what is to be copied now."""
@@ -419,6 +431,7 @@ class TierDrive(Drive):
     def come_to_rest(self) -> None:
         """Let everything end as in an idle engine, and see that nothing is held."""
         for _ in range(1000):
+            self.wait()
             self.collect(1.0)
             self.issue()
             if not (self.tiers.idle() or self.copying):
