@@ -21,7 +21,6 @@ from nanoflow.scheduler.reuse import Candidate, PrefixReuse
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue
 
-
 # So many requests of the queue have their prefixes loaded before it is their turn.
 _MOST_AHEAD = 8
 
