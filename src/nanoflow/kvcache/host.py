@@ -76,6 +76,10 @@ class HostPages:
         self._num_holders[slot] += 1
         return slot
 
+    def hold_slot(self, slot: int) -> None:
+        """One holder more of a slot that is held."""
+        self._num_holders[slot] += 1
+
     def release(self, slot: int) -> None:
         """One holder less. A key without holders counts as used just now; one that was forgotten goes."""
         self._num_holders[slot] -= 1
