@@ -102,6 +102,7 @@ class PrefixReuse:
     ) -> None:
         self._pools = pools
         self._tiers = tiers or NoTiers()
+        self._tiers.watch(events)
         self._page_size = limits.page_size
         self._events = events
         self.sessions = Sessions(limits.max_sessions)
