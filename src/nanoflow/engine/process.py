@@ -96,7 +96,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
         listener: File descriptor of the listening socket, in digits.
 
     Returns:
-        Exit status of the process: 0 after a `Shutdown`, even before `Load`; 1 if the engine did not start or has failed.
+        Exit status of the process: 0 after a `Shutdown`, even before `Load`; 1 if the engine did not start or failed.
     """
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
     # A signal to the whole process group is for the parent: it lets running requests end, then it ends this process.
