@@ -21,6 +21,9 @@ from nanoflow.scheduler.reuse import Candidate, PrefixReuse
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue
 
+# So many requests of the queue have their prefixes loaded before it is their turn.
+_MOST_AHEAD = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Newcomers:
@@ -107,20 +110,19 @@ class Joining:
     def start_loads(self) -> None:
         """Load the prefixes of those that `admit` would have let in with them, into pages that nobody needs now.
 
-        To be called once the batch has its pages. Each running request can still grow by a page.
+        Then those of the next in the queue, if more than a quarter of the device's pages stay free. To be called once
+        the batch has its pages. Each running request can still grow by a page.
         """
+        num_running = self._rows.num_running
         self._refused = {
             candidate.waiting.request.request_id
             for candidate in self._to_load
-            if not self._reuse.start_load(candidate, num_spare=self._rows.num_running)
+            if not self._reuse.start_load(candidate, num_spare=num_running)
         }
         self._to_load = []
-
-    def load_ahead(self) -> None:
-        """Load the prefixes of those that stand first in the queue, if much of the device's memory is free."""
+        num_spare = max(num_running, max(pool.num_pages for pool in self._pages.pools) // 4)
         for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
-            num_pages = min(pool.num_pages for pool in self._pages.pools)
-            self._reuse.start_load(candidate, num_spare=max(self._rows.num_running, num_pages // 4))
+            self._reuse.start_load(candidate, num_spare=num_spare)
 
     def _waits_for_load(self, candidate: Candidate) -> bool:
         return candidate.num_loadable > 0 and candidate.waiting.request.request_id not in self._refused

@@ -24,6 +24,7 @@ from nanoflow.kvcache.host import HostPages
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
+from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 from nanoflow.scheduler.load_gain import LoadGain
 from nanoflow.scheduler.loads import Load, Saves
 from nanoflow.scheduler.tiers import NOTHING, Below
@@ -81,6 +82,7 @@ class LowerTiers:
         self._attempts: OrderedDict[bytes, int] = OrderedDict()
         self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
         self._load_s = 0.0
+        self._events: KeyEvents | NoKeyEvents = NoKeyEvents()
 
     @property
     def is_loading(self) -> bool:
@@ -196,6 +198,10 @@ class LowerTiers:
             host.forget_all()
         self._disk.forget_all()
 
+    def watch(self, events: KeyEvents | NoKeyEvents) -> None:
+        """See `Tiers`. As on the device, the first KV group stands for all."""
+        self._events, self._host[0].watch = events, events.of_host
+
     def note_iteration(self, num_tokens: int, time_s: float) -> None:
         """See `Tiers`."""
         self._gain.note_iteration(num_tokens, time_s)
@@ -292,6 +298,8 @@ class LowerTiers:
                 pool.settle(pages, keys)
             else:
                 pool.cancel(pages)
+        if is_there and not load.is_void:
+            self._events.loaded(load.keys[0])
         self._release(load.slots)
         if is_there:
             num_bytes = self._num_bytes(load.slots)

@@ -31,6 +31,7 @@ from nanoflow.scheduler.waiting import WaitingRequest
 _LEAST_AWAITED = 4
 # Requests that wait so are passed over in the queue; so many in an iteration at most.
 _MOST_PASSED_OVER = 256
+_UNBOUNDED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,7 @@ class PrefixReuse:
     ) -> None:
         self._pools = pools
         self._tiers = tiers or NoTiers()
+        self._tiers.watch(events)
         self._page_size = limits.page_size
         self._events = events
         self.sessions = Sessions(limits.max_sessions)
@@ -145,6 +147,13 @@ class PrefixReuse:
             found.append(candidate)
             max_tokens -= len(waiting.token_ids) - max(candidate.num_computed, below.num_pages * self._page_size)
         return found
+
+    def next_to_load(self, queue: Iterable[WaitingRequest], count: int) -> list[Candidate]:
+        """Those of the first `count` requests of the queue that a load would help, and for which none is under way."""
+        if not self._tiers.is_on:
+            return []
+        first = self.candidates(queue, max_requests=count, max_tokens=_UNBOUNDED)
+        return [candidate for candidate in first if candidate.num_loadable]
 
     def start_load(self, candidate: Candidate, num_spare: int) -> bool:
         """Load what a candidate lacks, unless that has begun; False if it is not there, or no room is."""

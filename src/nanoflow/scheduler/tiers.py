@@ -12,6 +12,7 @@ from typing import Protocol
 from nanoflow.batch import Int32
 from nanoflow.kvcache.copies import PageCopies
 from nanoflow.kvcache.tier_counts import TierCounts
+from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,9 @@ class Tiers(Protocol):
     def forget_all(self) -> None:
         """Nothing is to be used again."""
 
+    def watch(self, events: KeyEvents | NoKeyEvents) -> None:
+        """Tell these which pages lower tiers have, and which the device has after a load."""
+
     def note_iteration(self, num_tokens: int, time_s: float) -> None:
         """An iteration with so many tokens took so long: what computing a prefix again would cost follows."""
 
@@ -120,6 +124,9 @@ class NoTiers:
         """See `Tiers`."""
 
     def forget_all(self) -> None:
+        """See `Tiers`."""
+
+    def watch(self, events: KeyEvents | NoKeyEvents) -> None:
         """See `Tiers`."""
 
     def note_iteration(self, num_tokens: int, time_s: float) -> None:
