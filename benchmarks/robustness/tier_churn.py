@@ -116,6 +116,8 @@ class Life:
             self._disturb()
             self._step()
         if self.rng.random() < 0.7:
+            # What failed is forgotten by a thread; until that has ended a crash may bring it back.
+            self.drive.below._forgetter.shutdown()
             self.disk.close()
             self.world.counts["crashes"] += 1
         else:

@@ -12,7 +12,7 @@ import random
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +57,7 @@ class FakeDisk:
         self._void: set[int] = set()
         self.is_closed = False
         self.num_read = 0
+        self.calls: list[tuple[Callable[[], None], Future[None]]] = []
 
     @property
     def counts(self) -> DiskCounts:
@@ -103,6 +104,10 @@ class FakeDisk:
                 if len(self._pages) > self._capacity:
                     self._pages.popitem(last=False)
             done.set_result(is_stored)
+        calls, self.calls = self.calls, []
+        for call, called in calls:
+            call()
+            called.set_result(None)
         reads, self._reads = self._reads, []
         for read in reads:
             place, into, done = read
@@ -130,6 +135,22 @@ class FakeDisk:
 
     def check_integrity(self) -> None:
         pass
+
+
+class _LateCalls:
+    """Stands in for a thread that forgets pages: it does so when the disk is advanced."""
+
+    def __init__(self, disk: FakeDisk) -> None:
+        self._disk = disk
+
+    def submit(self, call: Callable[[], None]) -> Future[None]:
+        called: Future[None] = Future()
+        self._disk.calls.append((call, called))
+        return called
+
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        del wait, cancel_futures
+        self._disk.advance(1.0)
 
 
 @dataclass(slots=True)
@@ -357,9 +378,14 @@ class TierDrive(Drive):
 
         def make_tiers(pools: PagePools) -> LowerTiers:
             self.hosts = [HostPages(num_slots, has_disk=disk is not None) for _ in limits.pools]
-            below = None
+            below: Any = None
             if disk is not None:
-                below = DiskCopies(disk, executor.memory, page_size=limits.page_size, capacity_bytes=1)
+                below = DiskCopies(
+                    disk, executor.memory, page_size=limits.page_size, capacity_bytes=1, clock=lambda: self.now_s
+                )
+                if isinstance(disk, FakeDisk):
+                    below._forgetter = _LateCalls(disk)
+            self.below = below
             return LowerTiers(
                 pools,
                 self.hosts,
@@ -380,7 +406,7 @@ class TierDrive(Drive):
         return self.scheduler.has_unfinished or bool(self.in_flight) or self.tiers.is_loading
 
     def step(self) -> DenseBatch | None:
-        self.now_s += 1e-4
+        self.now_s += self.rng.choice((1e-4, 1e-4, 0.5))
         self.collect(self.pace)
         batch = self.scheduler.schedule()
         can_wait = self.in_flight or self.tiers.is_loading or not self.scheduler.has_unfinished
