@@ -20,6 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.unit.drafting_executor import repetitive_token
+from tests.unit.fake_executor import answer_alone
+from tests.unit.fake_tiers import TierDrive
+
 from nanoflow.cli.options import CommandParser
 from nanoflow.kvcache.disk import DiskTier
 from nanoflow.kvcache.keys import page_keys, root_key, split
@@ -29,9 +33,6 @@ from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import SchedulerLimits
 from nanoflow.scheduler.drafts import Drafter
 from nanoflow.speculation import NgramSpeculation
-from tests.unit.drafting_executor import repetitive_token
-from tests.unit.fake_executor import answer_alone
-from tests.unit.fake_tiers import TierDrive
 
 VOCAB_SIZE = 31
 _PAGE_SIZES, _WINDOWS = (1, 2, 4), ((None,), (None, 7), (9, None))
@@ -232,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.common.document import write_document
 
         options = {"minutes": arguments.minutes, "seed": arguments.seed}
-        write_document(arguments.json, "tier_churn", options=options, wall_s=round(wall_s, 1), counts=dict(world.counts))
+        write_document(
+            arguments.json, "tier_churn", options=options, wall_s=round(wall_s, 1), counts=dict(world.counts)
+        )
     return 0
 
 

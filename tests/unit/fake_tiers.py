@@ -1,4 +1,4 @@
-"""Host memory and a disk behind the fake executor: every page says of which tokens, after which others, it holds the keys.
+"""Host memory and a disk behind the fake executor: every page says whose keys and values it holds, after which others.
 
 What lies in a page or slot is a chain of hashes of all tokens up to each of its own, so a page with the right tokens
 behind another prefix is wrong too. Copies are made as late, and in as bad an order, as `executor/page_copies.py` allows
@@ -323,7 +323,7 @@ class TierExecutor(DraftingExecutor):
                 self.contents[group][int(slots[place])] = poison or states[int(batch.positions[place])]
 
     def _check(self, group: int, row: int, states: Sequence[int], positions: range) -> None:
-        """What a row reads is of its own tokens and no others; or of a request that is going to fail, and so does it."""
+        """What a row reads is of its own tokens; or of a request that is going to fail, and then so does this one."""
         size, table = self.limits.page_size, self.table(group, row)
         tenant = self._poisons[row]
         for position in positions:

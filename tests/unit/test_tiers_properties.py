@@ -24,6 +24,7 @@ from tests.unit.fake_executor import Answer, answer_alone
 from tests.unit.fake_tiers import FakeDisk, TierDrive
 from tests.unit.test_scheduler_properties import VOCAB_SIZE, Scenario
 
+_WINDOWS = ((), (), (None, 5), (3, None), (4, 9), (6,))
 NGRAM = NgramSpeculation(num_draft_tokens=3, longest_match=2, shortest_match=1)
 
 
@@ -68,7 +69,7 @@ def tight_limits(draw: st.DrawFn) -> SchedulerLimits:
     """Pools that hold two or three requests, with or without windows."""
     page_size, num_pages = draw(st.integers(1, 3)), draw(st.integers(8, 20))
     max_batch_tokens, max_model_len = draw(st.integers(2, 24)), page_size * draw(st.integers(7, num_pages))
-    windows = draw(st.sampled_from([[], [], [None, 5], [3, None], [4, 9], [6]]))
+    windows: tuple[int | None, ...] = draw(st.sampled_from(_WINDOWS))
     pools = [
         PoolSize(
             num_pages=draw(st.integers(0, 6))

@@ -94,6 +94,10 @@ class PagePool:
         """The cached pages of these keys, up to the first that has none, int32 [any]."""
         return np.array(self._cached.find(keys), dtype=np.int32)
 
+    def known(self, keys: Iterable[bytes]) -> Int32:
+        """The cached pages of these keys, of those that have one, int32 [any]."""
+        return np.array(self._cached.known(keys), dtype=np.int32)
+
     def num_held(self, pages: Int32) -> int:
         """How many of these pages (int32 [N]) somebody holds."""
         return int(np.count_nonzero(self._num_holders[pages]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -26,16 +25,13 @@ from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
 from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 from nanoflow.scheduler.load_gain import LoadGain
-from nanoflow.scheduler.loads import Load, Saves
+from nanoflow.scheduler.loads import Attempts, Load, Saves
 from nanoflow.scheduler.tiers import NOTHING, Below
 
 # Fewer pages are computed: a copy of little takes as long as one of more.
 _LEAST_PAGES = 4
 # So many pages fewer are tried if pages of a longer prefix are missing in some group.
 _MOST_TRIES = 4
-# A prefix is loaded for so many times without being used; then it is computed.
-_MOST_ATTEMPTS = 3
-_NUM_REMEMBERED = 4096
 
 
 class LowerTiers:
@@ -79,10 +75,11 @@ class LowerTiers:
         self._reading: list[Load] = []
         self._ready: list[Load] = []
         self._on_their_way: dict[bytes, Load] = {}
-        self._attempts: OrderedDict[bytes, int] = OrderedDict()
+        self._attempts = Attempts()
         self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
         self._load_s = 0.0
         self._events: KeyEvents | NoKeyEvents = NoKeyEvents()
+        self._add_slots()
 
     @property
     def is_loading(self) -> bool:
@@ -137,7 +134,7 @@ class LowerTiers:
             return Below(is_loading=True)
         num_bytes = sum(len(group) * size for group, size in zip(missing, self._page_bytes, strict=True))
         is_worth = self._gain.is_worth((stop - num_cached) * self._page_size, num_bytes)
-        if not is_worth or self._attempts.get(keys[stop - 1], 0) >= _MOST_ATTEMPTS:
+        if not is_worth or self._attempts.are_over(keys[stop - 1]):
             return NOTHING
         return Below(num_pages=stop)
 
@@ -149,24 +146,22 @@ class LowerTiers:
             return False
         if any(key in self._on_their_way for key in itertools.chain(*missing)):
             return True
-        pages = self._pools.reserve_beside(prefix, [len(group) for group in missing], num_spare)
+        pages = self._pools.reserve_beside(keys, [len(group) for group in missing], num_spare)
         if pages is None:
+            return False
+        slots = self._hold_slots(missing)
+        if slots is None:
+            for pool, of_pool in zip(self._pools.pools, pages, strict=True):
+                pool.cancel(of_pool)
             return False
         load = Load(
             keys=missing,
             pages=pages,
-            slots=tuple([] for _ in missing),
+            slots=slots,
             num_tokens=(len(keys) - prefix.num_pages) * self._page_size,
             start_s=self._clock(),
         )
-        for group, (host, group_keys) in enumerate(zip(self._host, missing, strict=True)):
-            for key in group_keys:
-                slot = host.hold(key) if key in host else self._disk.fetch(group, key, host)
-                if slot is None:
-                    load.is_void = True
-                    break
-                load.slots[group].append(slot)
-        self._remember(keys[-1])
+        self._attempts.note(keys[-1])
         self._num_asked += load.num_tokens
         for key in itertools.chain(*missing):
             self._on_their_way[key] = load
@@ -177,8 +172,7 @@ class LowerTiers:
         """See `Tiers`."""
         for host in self._host:
             host.use(reversed(keys))
-        for key in keys:
-            self._attempts.pop(key, None)
+        self._attempts.forget(keys)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """See `Tiers`."""
@@ -208,8 +202,7 @@ class LowerTiers:
 
     def take_copies(self) -> Sequence[PageCopies]:
         """See `Tiers`."""
-        for host, num_ready in zip(self._host, self._num_ready(), strict=True):
-            host.add_slots(num_ready)
+        self._add_slots()
         self._disk.advance(self._host)
         self._end_reading()
         taken = []
@@ -276,6 +269,30 @@ class LowerTiers:
             missing.append(lacking)
         return tuple(missing)
 
+    def _hold_slots(self, missing: Sequence[Sequence[bytes]]) -> tuple[list[int], ...] | None:
+        """Slots of these keys, of which those on disk are read into theirs; None if there is no room for them."""
+        # First those that are there: to make room for others must not drive them out.
+        held = [
+            {key: host.hold(key) for key in keys if key in host} for host, keys in zip(self._host, missing, strict=True)
+        ]
+        if any(
+            host.num_takeable < len(keys) - len(of_group)
+            for host, keys, of_group in zip(self._host, missing, held, strict=True)
+        ):
+            self._release([list(of_group.values()) for of_group in held])
+            return None
+        for group, (host, keys) in enumerate(zip(self._host, missing, strict=True)):
+            for key in keys:
+                if key not in held[group]:
+                    slot = self._disk.fetch(group, key, host)
+                    assert slot is not None
+                    held[group][key] = slot
+        return tuple([of_group[key] for key in keys] for of_group, keys in zip(held, missing, strict=True))
+
+    def _add_slots(self) -> None:
+        for host, num_ready in zip(self._host, self._num_ready(), strict=True):
+            host.add_slots(num_ready)
+
     def _end_reading(self) -> None:
         """Loads for which all has come from the disk can be copied; those that lack something end."""
         reading, self._reading = self._reading, []
@@ -326,9 +343,3 @@ class LowerTiers:
             pages=tuple(np.array(group, dtype=np.int32) for group in pages),
             slots=tuple(np.array(group, dtype=np.int32) for group in slots),
         )
-
-    def _remember(self, key: bytes) -> None:
-        """One more load of the prefix that ends with this key."""
-        self._attempts[key] = self._attempts.pop(key, 0) + 1
-        if len(self._attempts) > _NUM_REMEMBERED:
-            self._attempts.popitem(last=False)
