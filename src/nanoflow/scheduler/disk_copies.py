@@ -50,8 +50,6 @@ class DiskCopies:
         clock: Seconds, monotonic.
     """
 
-    is_there = True
-
     def __init__(
         self,
         disk: DiskTier,
@@ -185,7 +183,6 @@ class DiskCopies:
 class NoDisk:
     """There is no disk below."""
 
-    is_there = False
     counts: Mapping[str, TierCounts] = {}
 
     def has(self, group: int, key: bytes) -> bool:

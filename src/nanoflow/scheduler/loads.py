@@ -44,6 +44,7 @@ class Load:
         pages: For each group the reserved pages of the device, int32 [any].
         slots: For each group the slots of host memory, held until the load ends.
         num_tokens: Of the prefix, those that need not be computed thanks to this load.
+        disk_bytes: Bytes of pages that are read from the disk.
         start_s: When it was asked for.
         load_s: Time for reading from the disk and for copying.
         is_void: What arrives is not to be used.
@@ -53,6 +54,7 @@ class Load:
     pages: tuple[Int32, ...]
     slots: tuple[list[int], ...]
     num_tokens: int
+    disk_bytes: int
     start_s: float
     load_s: float = 0.0
     is_void: bool = False

@@ -64,7 +64,7 @@ class LowerTiers:
         self._page_bytes, self._page_size = tuple(page_bytes), page_size
         self._num_ready = num_ready or (lambda: [pages.num_slots for pages in self._host])
         self._clock = clock
-        self._gain = LoadGain()
+        self._gain = LoadGain(clock)
         self._numbers = itertools.count()
         # Pages that are computed, and those of the batch that is being formed: they can be saved after it.
         self._saves, self._later = self._no_saves(), self._no_saves()
@@ -132,9 +132,10 @@ class LowerTiers:
             return NOTHING
         if any(key in self._on_their_way for group in missing for key in group):
             return Below(is_loading=True)
-        num_bytes = sum(len(group) * size for group, size in zip(missing, self._page_bytes, strict=True))
-        is_worth = self._gain.is_worth((stop - num_cached) * self._page_size, num_bytes)
-        if not is_worth or self._attempts.are_over(keys[stop - 1]):
+        if self._attempts.are_over(keys[stop - 1]):
+            return NOTHING
+        num_bytes, disk_bytes = self._num_bytes(missing), self._num_bytes(self._not_in_host(missing))
+        if not self._gain.is_worth((stop - num_cached) * self._page_size, num_bytes - disk_bytes, disk_bytes):
             return NOTHING
         return Below(num_pages=stop)
 
@@ -149,6 +150,7 @@ class LowerTiers:
         pages = self._pools.reserve_beside(keys, [len(group) for group in missing], num_spare)
         if pages is None:
             return False
+        disk_bytes = self._num_bytes(self._not_in_host(missing))
         slots = self._hold_slots(missing)
         if slots is None:
             for pool, of_pool in zip(self._pools.pools, pages, strict=True):
@@ -159,6 +161,7 @@ class LowerTiers:
             pages=pages,
             slots=slots,
             num_tokens=(len(keys) - prefix.num_pages) * self._page_size,
+            disk_bytes=disk_bytes,
             start_s=self._clock(),
         )
         self._attempts.note(keys[-1])
@@ -272,22 +275,19 @@ class LowerTiers:
     def _hold_slots(self, missing: Sequence[Sequence[bytes]]) -> tuple[list[int], ...] | None:
         """Slots of these keys, of which those on disk are read into theirs; None if there is no room for them."""
         # First those that are there: to make room for others must not drive them out.
-        held = [
-            {key: host.hold(key) for key in keys if key in host} for host, keys in zip(self._host, missing, strict=True)
-        ]
-        if any(
-            host.num_takeable < len(keys) - len(of_group)
-            for host, keys, of_group in zip(self._host, missing, held, strict=True)
-        ):
+        there = zip(self._host, missing, strict=True)
+        held = [{key: host.hold(key) for key in keys if key in host} for host, keys in there]
+        groups = list(zip(self._host, missing, held, strict=True))
+        if any(host.num_takeable < len(keys) - len(of_group) for host, keys, of_group in groups):
             self._release([list(of_group.values()) for of_group in held])
             return None
-        for group, (host, keys) in enumerate(zip(self._host, missing, strict=True)):
+        for group, (host, keys, of_group) in enumerate(groups):
             for key in keys:
-                if key not in held[group]:
+                if key not in of_group:
                     slot = self._disk.fetch(group, key, host)
                     assert slot is not None
-                    held[group][key] = slot
-        return tuple([of_group[key] for key in keys] for of_group, keys in zip(held, missing, strict=True))
+                    of_group[key] = slot
+        return tuple([of_group[key] for key in keys] for _, keys, of_group in groups)
 
     def _add_slots(self) -> None:
         for host, num_ready in zip(self._host, self._num_ready(), strict=True):
@@ -300,12 +300,15 @@ class LowerTiers:
             is_there = self._disk.outcome(load.slots, self._host)
             if is_there is None:
                 self._reading.append(load)
-            elif load.is_void or not is_there:
-                self._end(load, is_there=False)
-            else:
-                if self._disk.is_there:
-                    load.load_s = self._clock() - load.start_s
+                continue
+            if load.disk_bytes:
+                load.load_s = self._clock() - load.start_s
+            if is_there and not load.is_void:
                 self._ready.append(load)
+                continue
+            # A disk that has not read in time is slow.
+            self._gain.note_load(0, load.disk_bytes, load.load_s)
+            self._end(load, is_there=False)
 
     def _end(self, load: Load, *, is_there: bool) -> None:
         for key in itertools.chain(*load.keys):
@@ -320,7 +323,7 @@ class LowerTiers:
         self._release(load.slots)
         if is_there:
             num_bytes = self._num_bytes(load.slots)
-            self._gain.note_load(num_bytes, load.load_s)
+            self._gain.note_load(num_bytes - load.disk_bytes, load.disk_bytes, load.load_s)
             self._num_found += load.num_tokens
             self._loaded_bytes += num_bytes
             self._load_s += load.load_s
@@ -331,8 +334,11 @@ class LowerTiers:
             for slot in reversed(group_slots):
                 host.release(slot)
 
-    def _num_bytes(self, slots: Sequence[Sequence[int]]) -> int:
-        return sum(len(group) * size for group, size in zip(slots, self._page_bytes, strict=True))
+    def _num_bytes(self, pages: Sequence[Sequence[object]]) -> int:
+        return sum(len(group) * size for group, size in zip(pages, self._page_bytes, strict=True))
+
+    def _not_in_host(self, keys: Sequence[Sequence[bytes]]) -> list[list[bytes]]:
+        return [[key for key in group if key not in host] for group, host in zip(keys, self._host, strict=True)]
 
     def _copies(
         self, pages: Sequence[Sequence[int] | Int32], slots: Sequence[Sequence[int]], *, is_load: bool = False
