@@ -71,7 +71,7 @@ def said(outputs: Sequence[RequestOutput]) -> list[Any]:
     ]
 
 
-def talk(llm: LLM, params: SamplingParams, *, num_talks: int = 9, num_rounds: int = 3) -> list[Any]:
+def talk(llm: LLM, params: SamplingParams, *, num_talks: int = 7, num_rounds: int = 3) -> list[Any]:
     """Conversations with common beginnings, some with a salt, of several rounds."""
     system = [tokens(count, 20 + count) for count in (0, 40, 80)]
     talks = [[*system[place % 3], *tokens(70, 40 + place)] for place in range(num_talks)]

@@ -76,7 +76,7 @@ class LowerTiers:
         self._ready: list[Load] = []
         self._on_their_way: dict[bytes, Load] = {}
         self._attempts = Attempts()
-        self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
+        self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = 0
         self._load_s = 0.0
         self._events: KeyEvents | NoKeyEvents = NoKeyEvents()
         self._add_slots()
@@ -110,11 +110,9 @@ class LowerTiers:
                 if key in host:
                     continue
                 slot = host.take(key)
-                if slot is None:
-                    self._num_skipped += 1
-                    continue
-                saves.pages.append(page)
-                saves.slots.append(slot)
+                if slot is not None:
+                    saves.pages.append(page)
+                    saves.slots.append(slot)
 
     def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
         """See `Tiers`."""
