@@ -16,6 +16,7 @@ from nanoflow.kvcache.pools import PagePools
 from nanoflow.scheduler.admission import num_admissible
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.policies import Policies
 from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.reuse import Candidate, PrefixReuse
 from nanoflow.scheduler.rows import RowTable, stop_ids
@@ -56,12 +57,14 @@ class Joining:
 
     Args:
         limits: Sizes.
+        policies: Who fits, and who overtakes whom.
         rows, pages, waiting, reuse, lengths: The scheduler's.
     """
 
     def __init__(
         self,
         limits: SchedulerLimits,
+        policies: Policies,
         *,
         rows: RowTable,
         pages: PagePools,
@@ -69,7 +72,7 @@ class Joining:
         reuse: PrefixReuse,
         lengths: OutputLength,
     ) -> None:
-        self._limits = limits
+        self._limits, self._policies = limits, policies
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
@@ -89,7 +92,7 @@ class Joining:
         candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
         count = self._num_fitting(candidates) if candidates else 0
         self._to_load = [each for each in candidates[:count] if each.num_loadable]
-        candidates = [each for each in candidates[:count] if not each.num_loadable]
+        candidates = self._policies.queueing.ready(candidates[:count])
         if not candidates:
             return None
         for candidate in candidates:
@@ -116,7 +119,7 @@ class Joining:
         return num_admissible(
             self._rows.progress(),
             self._progress_of(candidates),
-            self._lengths,
+            lambda progress: self._policies.expect(self._lengths, progress),
             pools=self._pages.room,
             page_size=self._limits.page_size,
             max_batch_tokens=self._limits.max_batch_tokens,
