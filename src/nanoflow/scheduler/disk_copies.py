@@ -10,17 +10,47 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.kvcache.disk import DiskTier
+from nanoflow.kvcache.disk import DiskCounts
 from nanoflow.kvcache.host import HostPages
 from nanoflow.kvcache.tier_counts import TierCounts
 
 # Pages that are being written at once; the disk refuses more than its queue takes.
 _MOST_WRITES = 64
 _FLUSH_S = 20.0
+
+
+class Disk(Protocol):
+    """What `DiskCopies` asks of `kvcache/disk.py`, and of what stands for it in simulated runs."""
+
+    @property
+    def counts(self) -> DiskCounts:
+        """See `DiskTier`."""
+
+    def contains(self, group: int, key: bytes) -> bool:
+        """See `DiskTier`."""
+
+    def write(self, group: int, key: bytes, data: NDArray[np.uint8]) -> Future[bool]:
+        """See `DiskTier`."""
+
+    def read(self, group: int, key: bytes, into: NDArray[np.uint8]) -> Future[bool]:
+        """See `DiskTier`."""
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """See `DiskTier`."""
+
+    def forget_all(self) -> None:
+        """See `DiskTier`."""
+
+    def flush(self, within_s: float) -> None:
+        """See `DiskTier`."""
+
+    def close(self) -> None:
+        """See `DiskTier`."""
 
 
 class DiskCopies:
@@ -35,9 +65,7 @@ class DiskCopies:
 
     is_there = True
 
-    def __init__(
-        self, disk: DiskTier, memory: Sequence[NDArray[np.uint8]], *, page_size: int, capacity_bytes: int
-    ) -> None:
+    def __init__(self, disk: Disk, memory: Sequence[NDArray[np.uint8]], *, page_size: int, capacity_bytes: int) -> None:
         self._disk, self._memory = disk, tuple(memory)
         self._page_size, self._capacity_bytes = page_size, capacity_bytes
         self._reads: dict[tuple[int, int], tuple[bytes, Future[bool]]] = {}
