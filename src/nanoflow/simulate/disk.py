@@ -1,7 +1,7 @@
 """A disk for KV pages on the simulated clock: which pages it has, and when a read or a write ends. No bytes.
 
-It stands for `kvcache/disk.py`. Reads follow each other, and so do writes, each at one rate, as if neither disturbed the
-other. The page that was used longest ago goes when there is no room.
+It stands for `kvcache/disk.py`. Reads follow each other, and so do writes, each at one rate, as if neither disturbed
+the other. The page that was used longest ago goes when there is no room.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class SimulatedDisk:
         # Reads and writes: when each ends, and of which page it is.
         self._queues: dict[bool, deque[tuple[float, tuple[int, bytes], Future[bool]]]]
         self._queues = {is_write: deque() for is_write in (False, True)}
-        self._free_at_s = {is_write: 0.0 for is_write in (False, True)}
-        self._busy_s = {is_write: 0.0 for is_write in (False, True)}
+        self._free_at_s = dict.fromkeys((False, True), 0.0)
+        self._busy_s = dict.fromkeys((False, True), 0.0)
         self._used_bytes = self._bytes_written = self._bytes_read = 0
         self._num_written = self._num_hits = self._num_misses = self._num_evicted = 0
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from nanoflow.batch import Int32, NewPages
+from nanoflow.graph.graph import OpGraph
 from nanoflow.kvcache.host import HostPages
 from nanoflow.kvcache.pools import PagePools
+from nanoflow.profile.host_link import LinkRates, link_rates
+from nanoflow.profile.table import Profile
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
 from nanoflow.scheduler.lower_tiers import LowerTiers
 from nanoflow.scheduler.tiers import NoTiers, Tiers
@@ -25,25 +28,8 @@ from nanoflow.simulate.disk import DiskRates, SimulatedDisk
 
 # How long a step waits at most for pages, and how often an idle engine looks after its disk; as the engine does.
 _WAIT_S, _IDLE_S = 0.05, 0.001
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkRates:
-    """Bytes/s between a GPU and host memory, in one direction, and of the GPU's own memory."""
-
-    link_bytes_per_s: float
-    memory_bytes_per_s: float
-
-    def beside(self, compute_s: float, num_bytes: float) -> float:
-        """Seconds of an iteration beside which so many bytes are copied: as long as the longer of both.
-
-        Copies read or write the device's memory too, and take that from the iteration.
-        """
-        return max(compute_s + self.slowdown_s(num_bytes), num_bytes / self.link_bytes_per_s)
-
-    def slowdown_s(self, num_bytes: float) -> float:
-        """Seconds by which copies of so many bytes lengthen an iteration that runs meanwhile."""
-        return num_bytes / self.memory_bytes_per_s
+_DTYPE_BYTES = 2
+_UNUSED = LinkRates(link_bytes_per_s=1.0, memory_bytes_per_s=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +47,27 @@ class BelowDevice:
     host_bytes: int = 0
     page_bytes: tuple[int, ...] = ()
     page_size: int = 16
-    rates: LinkRates = field(default_factory=lambda: LinkRates(link_bytes_per_s=1.0, memory_bytes_per_s=1.0))
+    rates: LinkRates = _UNUSED
     disk: DiskRates | None = None
+
+    @staticmethod
+    def of(profile: Profile, graph: OpGraph, *, host_gib: float, disk_gib: float, disk_gb_per_s: float) -> BelowDevice:
+        """So much below the GPUs of a profile.
+
+        Args:
+            profile, graph: Where and what; the graph as one GPU sees it.
+            host_gib, disk_gib: Of all GPUs that share the model, GiB; a disk needs host memory.
+            disk_gb_per_s: Speed of the disk, GB/s.
+        """
+        share, page_size = 2**30 / profile.setup.num_gpus, profile.page_size
+        disk = DiskRates(capacity_bytes=int(disk_gib * share), bytes_per_s=disk_gb_per_s * 1e9 / profile.setup.num_gpus)
+        return BelowDevice(
+            host_bytes=int(host_gib * share),
+            page_bytes=tuple(group.elements_per_token * _DTYPE_BYTES * page_size for group in graph.kv_groups),
+            page_size=page_size,
+            rates=link_rates(profile, graph),
+            disk=disk if disk_gib else None,
+        )
 
     @property
     def num_slots(self) -> int:
@@ -80,7 +85,6 @@ class SimulatedCopies:
 
     Attributes:
         num_loads: Loads that were taken so far.
-        load_s: Seconds from when each was taken to its end, in all.
     """
 
     def __init__(self, below: BelowDevice, num_rows: int, clock: Callable[[], float]) -> None:

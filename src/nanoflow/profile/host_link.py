@@ -1,0 +1,67 @@
+"""What copies of KV pages to host memory and back take, and what they take from the iteration that runs meanwhile.
+
+Two rates: that of the link, as the profile measured it, and that at which the device reads its own memory, from the
+profile's decode attentions. `kvcache/` and `scheduler/lower_tiers.py` decide what is copied.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import AttentionDims, OpKind
+from nanoflow.hardware import GPUS
+from nanoflow.profile.table import Profile
+
+_DTYPE_BYTES = 2
+# Where nothing is known of a device: PCIe of the fourth generation, and memory of a small GPU.
+_LINK_BYTES_PER_S, _MEMORY_BYTES_PER_S = 22e9, 300e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRates:
+    """Bytes/s between a GPU and host memory, in one direction, and of the GPU's own memory."""
+
+    link_bytes_per_s: float
+    memory_bytes_per_s: float
+
+    def slowdown_s(self, num_bytes: float) -> float:
+        """Seconds by which copies of so many bytes lengthen an iteration beside them: they use its memory too."""
+        return num_bytes / self.memory_bytes_per_s
+
+    def beside(self, compute_s: float, num_bytes: float) -> float:
+        """Seconds of an iteration beside which so many bytes are copied: those of the longer of both."""
+        return max(compute_s + self.slowdown_s(num_bytes), num_bytes / self.link_bytes_per_s)
+
+
+def link_rates(profile: Profile, graph: OpGraph) -> LinkRates:
+    """The rates of a profile's device.
+
+    Args:
+        profile: Older ones do not have the link; then it is the estimate for this GPU in `hardware.py`.
+        graph: The profiled model as one GPU sees it.
+    """
+    spec = _spec_key(profile.setup.gpu)
+    estimate = GPUS[spec].host_link_bytes_per_s.value if spec else _LINK_BYTES_PER_S
+    rates = [
+        2 * op.dims.kv_width * _DTYPE_BYTES * point.num_tokens * point.context / point.time_s
+        for op in graph.layer_operations
+        if op.kind is OpKind.DECODE_ATTENTION and isinstance(op.dims, AttentionDims)
+        for point in profile.points
+        if point.operation == op.key and point.is_on_whole_device
+    ]
+    return LinkRates(
+        link_bytes_per_s=profile.host_link_bytes_per_s or estimate,
+        memory_bytes_per_s=max(rates, default=_MEMORY_BYTES_PER_S),
+    )
+
+
+def _spec_key(title: str) -> str | None:
+    """The longest known name with which that of a GPU begins, its maker aside; None if there is none."""
+    written = _plain(title).removeprefix("nvidia")
+    return max((name for name in GPUS if written.startswith(_plain(name))), key=len, default=None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
