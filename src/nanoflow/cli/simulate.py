@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     book = None if config.plan is None else load_book(Path(config.plan))
     limits = limits_of(config, book)
     config = dataclasses.replace(config, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs)
-    model = model_of(profile, book, max(limits.max_batch_tokens, config.batch or 0))
+    # In a run copies have their times on the clock; a batch alone has its own beside it.
+    host_gib = 0.0 if config.batch is None else config.kv_host_gib
+    model = model_of(profile, book, max(limits.max_batch_tokens, config.batch or 0), host_gib=host_gib)
     if config.batch is not None:
         decodes = config.batch // 2 if config.decodes is None else config.decodes
         print("\n".join(describe_iteration(model, config.batch, decodes, config.context)))

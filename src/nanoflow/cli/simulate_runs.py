@@ -20,6 +20,7 @@ from nanoflow.conversations import Conversation, ConversationConfig, draw_conver
 from nanoflow.models.config_json import parse
 from nanoflow.plan.book import BookLimits, StoredBook
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.host_link import copies_of
 from nanoflow.profile.table import Profile
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.policies import Policies
@@ -167,8 +168,6 @@ def _advance(bar: object, finished: int) -> None:
 
 def limits_of(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
     """Each limit from the options, else from the book, else a default."""
-    from nanoflow.plan.book import BookLimits
-
     usual = BookLimits(max_batch_tokens=BUDGET, max_num_seqs=REQUESTS)
     known = usual if book is None or book.limits is None else book.limits
     return BookLimits(
@@ -177,11 +176,8 @@ def limits_of(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
     )
 
 
-def model_of(profile: Profile, book: StoredBook | None, num_tokens: int) -> IterationModel:
-    """The model of iterations of up to `num_tokens` tokens under the plans of a book."""
-    from nanoflow.simulate.iteration import IterationModel
-
-    if book is None:
-        return IterationModel(profile)
+def model_of(profile: Profile, book: StoredBook | None, num_tokens: int, *, host_gib: float = 0.0) -> IterationModel:
+    """The model of iterations of up to `num_tokens` tokens under the plans of a book, with copies to host memory."""
     graph = graphs_of(profile)[0]
-    return IterationModel(profile, book.with_fallback(sequential_plan(graph, num_tokens), graph))
+    chosen = None if book is None else book.with_fallback(sequential_plan(graph, num_tokens), graph)
+    return IterationModel(profile, chosen, copies_of(profile, graph, host_gib=host_gib))

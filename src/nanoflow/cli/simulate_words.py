@@ -24,6 +24,8 @@ def describe_iteration(model: IterationModel, num_tokens: int, num_decodes: int,
     yield f"  plan        {prediction.simulation.timeline.name}"
     yield f"  layer       {prediction.makespan_s * 1e6:,.1f} us"
     yield f"  iteration   {prediction.iteration_s * 1e3:,.2f} ms"
+    if prediction.copies_s:
+        yield f"  copies      {prediction.copies_s * 1e3:,.2f} ms beside it"
     yield f"  throughput  {prediction.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
     yield f"  energy      {'not known' if energy is None else f'{energy * 1e3:,.1f} mJ/token'}"
 

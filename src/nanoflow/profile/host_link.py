@@ -6,6 +6,7 @@ profile's decode attentions. `kvcache/` and `scheduler/lower_tiers.py` decide wh
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -30,9 +31,39 @@ class LinkRates:
         """Seconds by which copies of so many bytes lengthen an iteration beside them: they use its memory too."""
         return num_bytes / self.memory_bytes_per_s
 
-    def beside(self, compute_s: float, num_bytes: float) -> float:
-        """Seconds of an iteration beside which so many bytes are copied: those of the longer of both."""
-        return max(compute_s + self.slowdown_s(num_bytes), num_bytes / self.link_bytes_per_s)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """The copies beside every iteration: each token's keys and values are saved once, some are loaded.
+
+    Attributes:
+        rates: Of the link and of memory.
+        token_bytes: Of one token on one GPU, over all layers.
+    """
+
+    rates: LinkRates
+    token_bytes: int
+
+    def lane_s(self, num_tokens: int, num_loaded: int = 0) -> float:
+        """Seconds of the copy lane: so many tokens are saved, and so many loaded at the same time."""
+        return max(num_tokens, num_loaded) * self.token_bytes / self.rates.link_bytes_per_s
+
+    def beside(self, compute_s: float, num_tokens: int, num_loaded: int = 0) -> float:
+        """Seconds of an iteration of so many tokens with its copies: those of the longer of both."""
+        slowdown_s = self.rates.slowdown_s((num_tokens + num_loaded) * self.token_bytes)
+        return max(compute_s + slowdown_s, self.lane_s(num_tokens, num_loaded))
+
+
+NO_COPIES = Copies(rates=LinkRates(link_bytes_per_s=math.inf, memory_bytes_per_s=math.inf), token_bytes=0)
+"""Nothing is below the KV cache."""
+
+
+def copies_of(profile: Profile, graph: OpGraph, *, host_gib: float) -> Copies:
+    """What is copied with so much host memory below the KV cache; nothing if there is none."""
+    if not host_gib:
+        return NO_COPIES
+    token_bytes = sum(group.elements_per_token for group in graph.kv_groups) * _DTYPE_BYTES
+    return Copies(rates=link_rates(profile, graph), token_bytes=token_bytes)
 
 
 def link_rates(profile: Profile, graph: OpGraph) -> LinkRates:

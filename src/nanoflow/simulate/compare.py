@@ -111,7 +111,7 @@ def _is_same(choice: Choice, twin: Choice, ran: Ran) -> bool:
 
 
 def best(runs: Mapping[Choice, Ran]) -> Choice:
-    """The fastest; of those that are about as fast the one with the lowest latency a token; of those alike the first."""
+    """The fastest; of those about as fast the one with the lowest latency a token; of those alike the first."""
     most = max(ran.metrics.total_tokens_per_s for ran in runs.values())
     fast = [choice for choice, ran in runs.items() if ran.metrics.total_tokens_per_s >= (1 - _ALIKE) * most]
     least_s = min(_latency_s(runs[choice]) for choice in fast)

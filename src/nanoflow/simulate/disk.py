@@ -80,14 +80,14 @@ class SimulatedDisk:
 
     def advance(self) -> None:
         """End all that ends by now."""
-        for is_write, queue in self._queues.items():
-            while queue and queue[0][0] <= self._clock():
-                _, page, future = queue.popleft()
-                if is_write:
-                    self._store(page)
-                else:
-                    self._note_read(page)
-                future.set_result(page in self._pages)
+        while (next_s := self.next_end_s) is not None and next_s <= self._clock():
+            is_write = min((queue[0][0], kind) for kind, queue in self._queues.items() if queue)[1]
+            _, page, future = self._queues[is_write].popleft()
+            if is_write:
+                self._store(page)
+            else:
+                self._note_read(page)
+            future.set_result(page in self._pages)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """See `DiskTier`."""
