@@ -32,6 +32,11 @@ def expect_learnt(lengths: OutputLength, progress: Progress) -> Int64:
     return lengths.counted_remaining(progress)
 
 
+def expect_held(lengths: OutputLength, progress: Progress) -> Int64:
+    """The same, counting that those who end give back the pages of their prompts too."""
+    return lengths.held_remaining(progress)
+
+
 def expect_most(lengths: OutputLength, progress: Progress) -> Int64:
     """As many as each may generate: nobody is ever sent back."""
     del lengths

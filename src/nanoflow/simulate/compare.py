@@ -17,6 +17,7 @@ from nanoflow.scheduler.policies import (
     Expect,
     Policies,
     Victim,
+    expect_held,
     expect_learnt,
     expect_most,
     expect_next,
@@ -27,7 +28,12 @@ from nanoflow.scheduler.policies import (
 )
 from nanoflow.scheduler.reuse import Queueing, loads_for_all, without_loads
 
-ADMISSIONS: Mapping[str, Expect] = {"predicted": expect_learnt, "reserved": expect_most, "now": expect_next}
+ADMISSIONS: Mapping[str, Expect] = {
+    "predicted": expect_learnt,
+    "held": expect_held,
+    "reserved": expect_most,
+    "now": expect_next,
+}
 RETURNS = {"swap": loads_for_all, "recompute": loads_for_new}
 VICTIMS: Mapping[str, Victim] = {"newest": newest, "longest": longest_remaining}
 QUEUES = {"overtake": (without_loads, Queueing().most_passed), "in order": (up_to_first_load, 0)}
@@ -97,8 +103,7 @@ def compare(run: Callable[[Policies], RanT]) -> dict[Choice, RanT]:
     """
     found: dict[Choice, RanT] = {}
     for choice in choices():
-        twins = (Choice(admission=choice.admission, queue=choice.queue), Choice(admission=choice.admission))
-        same = next((found[twin] for twin in twins if twin in found and _is_same(choice, twin, found[twin])), None)
+        same = next((ran for twin, ran in found.items() if _is_same(choice, twin, ran)), None)
         found[choice] = same or run(choice.policies)
     return found
 
@@ -107,7 +112,11 @@ def _is_same(choice: Choice, twin: Choice, ran: Ran) -> bool:
     """Whether a choice must run as another one did, as the two differ only in what never happened there."""
     differs_in_queue = choice.queue != twin.queue
     differs_in_return = (choice.returns, choice.victim) != (twin.returns, twin.victim)
-    return not (differs_in_queue and ran.num_loads) and not (differs_in_return and ran.num_preemptions)
+    return (
+        choice.admission == twin.admission
+        and not (differs_in_queue and ran.num_loads)
+        and not (differs_in_return and ran.num_preemptions)
+    )
 
 
 def best(runs: Mapping[Choice, Ran]) -> Choice:
