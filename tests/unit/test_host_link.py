@@ -14,7 +14,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.hardware import GPUS, parse_gpus
 from nanoflow.models.presets import PRESETS
 from nanoflow.profile.estimate import estimated_profile
-from nanoflow.profile.host_link import NO_COPIES, Copies, LinkRates, copies_of, link_rates
+from nanoflow.profile.host_link import NO_COPIES, Copies, LinkRates, _spec_key, copies_of, link_rates
 from nanoflow.profile.table import Profile
 from nanoflow.search.shapes import batch_of
 from nanoflow.simulate.iteration import IterationModel, graphs_of
@@ -58,6 +58,12 @@ def test_an_older_profile_has_the_estimate_for_its_gpu(profile: Profile, gpu: st
     assert link_rates(renamed, graph).link_bytes_per_s == expected
     measured = Profile.from_json(replace(renamed, host_link_bytes_per_s=7e9).to_json())
     assert link_rates(measured, graph).link_bytes_per_s == 7e9
+
+
+def test_a_gpu_is_known_by_the_longest_name_that_its_own_begins_with() -> None:
+    assert _spec_key("NVIDIA H200") == "h200" and _spec_key("NVIDIA H20") == "h20"
+    assert _spec_key("NVIDIA A100 80 GB SXM") == "a100-80" and _spec_key("NVIDIA A10") == "a10"
+    assert _spec_key("AMD EPYC, 2 threads") is None
 
 
 def test_memory_has_the_rate_of_the_fastest_decode_attention(profile: Profile) -> None:

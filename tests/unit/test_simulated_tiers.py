@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -309,6 +310,38 @@ def test_a_conversation_stays_with_its_replica() -> None:
     found = hold(rounds, cluster(below(), num_replicas=3)).metrics
     assert [each.prompt.num_cached for each in found.by_round] == [0, 6 * 16, 6 * 20]
     assert found.num_conversations == 6 and found.num_completed == 18
+
+
+def test_a_conversation_stays_with_a_replica_that_has_more_to_do() -> None:
+    """When the second round comes, the replica of the first one has just got a long request."""
+    rounds = [talk(0, (16, 2, 0.0), (4, 2, 1.0)), talk(1, (64, 60, 0.0), start_s=0.9)]
+    assert hold(rounds, cluster(below(), num_replicas=2)).metrics.by_round[1].prompt.num_cached == 16
+
+
+def test_a_batch_starts_late_where_its_pages_are_still_being_saved() -> None:
+    """Two requests one after the other, each needs all pages of the device; a save of 15 pages takes 0.15 s."""
+    lengths, sizes = [Lengths(num_prompt_tokens=60, num_output_tokens=4)] * 2, {"num_pages": 16, "max_model_len": 64}
+    slow = LinkRates(link_bytes_per_s=1e5, memory_bytes_per_s=1e12)
+    fast_s, slow_s = (
+        simulate(cluster(below(host=200, rates=rates), **sizes), lengths, [0.0, 0.0]).metrics.duration_s
+        for rates in (FAST, slow)
+    )
+    assert 0.1 < slow_s - fast_s < 0.16
+
+
+@pytest.mark.parametrize("start_s", [2.02, 2.03], ids=["with it", "after it"])
+def test_others_overtake_a_round_that_is_being_loaded_unless_all_go_in_order(start_s: float) -> None:
+    rates = LinkRates(link_bytes_per_s=2e5, memory_bytes_per_s=math.inf)
+    rounds = [talk(0, (64, 2, 0.0), (8, 2, 2.0)), *flood(0.5), talk(9, (8, 1, 0.0), start_s=start_s)]
+    first_s = {}
+    for queue in ("overtake", "in order"):
+        policies = next(each for each in choices() if each.queue == queue).policies
+        found = simulate_arrivals(cluster(below(host=400, rates=rates), policies), Talking(rounds))
+        *_, second, other = sorted(found.records, key=lambda each: (each.arrival_s, -each.num_prompt_tokens))
+        assert second.arrival_s == 2.02 and found.run.num_loads == 1 and other.first_token_s is not None
+        first_s[queue] = other.first_token_s - other.arrival_s
+    # The load of 16 pages takes 80 ms.
+    assert first_s["overtake"] < 0.065 and first_s["in order"] > 0.075
 
 
 def test_the_scheduler_does_not_know_when_requests_end_and_all_get_their_tokens() -> None:
