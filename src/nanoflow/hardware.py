@@ -14,7 +14,6 @@ _DATASHEET = "datasheet"
 _PAPER = "NanoFlow paper, table 1"
 _ONE_WAY = f"{_PAPER}, one of its two directions (as in table 2)"
 _MEASURED = "measured, one H200"
-_LINK = "estimate of copies from and to pinned memory over"
 
 
 class HardwareError(ValueError):
@@ -126,10 +125,6 @@ class LocalDevice:
     flops_per_s: float
 
 
-def _host_link(host: tuple[float, str]) -> Figure:
-    return Figure(value=host[0] * 1e9, source=f"{_LINK} {host[1]}")
-
-
 def _card(
     title: str,
     *,
@@ -137,7 +132,7 @@ def _card(
     tflops: float,
     gb_per_s: float,
     link: tuple[float, str],
-    host: tuple[float, str],
+    host: Figure,
     watts: float,
     sms: int,
 ) -> GpuSpec:
@@ -147,7 +142,7 @@ def _card(
         title: Its full name.
         gb, tflops, gb_per_s, watts, sms: Figures of the datasheet; TFLOP/s are dense, 16-bit, summed in 32 bits.
         link: GB/s to other GPUs in one direction, and the name of the link.
-        host: GB/s that copies to the host reach, and the name of that link.
+        host: Bytes/s that copies from and to the host reach.
     """
     return GpuSpec(
         title=title,
@@ -155,15 +150,17 @@ def _card(
         compute_flops_per_s=Figure(value=tflops * 1e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=gb_per_s * 1e9, source=_DATASHEET),
         network_bytes_per_s=Figure(value=link[0] * 1e9, source=f"{_DATASHEET}, one direction of {link[1]}"),
-        host_link_bytes_per_s=_host_link(host),
+        host_link_bytes_per_s=host,
         power_limit_w=Figure(value=watts, source=_DATASHEET),
         num_sms=Figure(value=sms, source=_DATASHEET),
     )
 
 
 _PCIE_3, _PCIE_4, _PCIE_5 = (16.0, "PCIe 3 x16"), (32.0, "PCIe 4 x16"), (64.0, "PCIe 5 x16")
-_HOST_3, _HOST_4, _HOST_5 = (11.0, "PCIe 3 x16"), (22.0, "PCIe 4 x16"), (50.0, "PCIe 5 x16")
-_HOST_C2C = (300.0, "NVLink-C2C")
+_HOST_3, _HOST_4, _HOST_5, _HOST_C2C = (
+    Figure(value=rate, source=f"estimate of copies from and to pinned memory over {link}")
+    for rate, link in ((11e9, "PCIe 3 x16"), (22e9, "PCIe 4 x16"), (50e9, "PCIe 5 x16"), (300e9, "NVLink-C2C"))
+)
 _NVLINK_3, _NVLINK_4, _NVLINK_5 = (300.0, "NVLink 3"), (450.0, "NVLink 4"), (900.0, "NVLink 5")
 
 GPUS: Mapping[str, GpuSpec] = {
@@ -173,7 +170,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=312e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=2.0e12, source=f"{_PAPER} (the datasheet says 2.039e12)"),
         network_bytes_per_s=Figure(value=300e9, source=_ONE_WAY),
-        host_link_bytes_per_s=_host_link(_HOST_4),
+        host_link_bytes_per_s=_HOST_4,
         power_limit_w=Figure(value=400.0, source=_DATASHEET),
         num_sms=Figure(value=108, source=_DATASHEET),
         # The paper says 280e12, but its printed optima follow from 260e12.
@@ -185,7 +182,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=989e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=3.352e12, source=_PAPER),
         network_bytes_per_s=Figure(value=450e9, source=_ONE_WAY),
-        host_link_bytes_per_s=_host_link(_HOST_5),
+        host_link_bytes_per_s=_HOST_5,
         power_limit_w=Figure(value=700.0, source=_DATASHEET),
         num_sms=Figure(value=132, source=_DATASHEET),
     ),
@@ -195,7 +192,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=989e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=4.8e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=450e9, source=_ONE_WAY),
-        host_link_bytes_per_s=_host_link(_HOST_5),
+        host_link_bytes_per_s=_HOST_5,
         power_limit_w=Figure(value=700.0, source=_DATASHEET),
         num_sms=Figure(value=132, source=_DATASHEET),
         sustained_compute_flops_per_s=Figure(
@@ -217,7 +214,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=2250e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=8.0e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=900e9, source=_ONE_WAY),
-        host_link_bytes_per_s=_host_link(_HOST_5),
+        host_link_bytes_per_s=_HOST_5,
         power_limit_w=Figure(value=1000.0, source=_DATASHEET),
         num_sms=Figure(value=148, source=_DATASHEET),
     ),
@@ -227,7 +224,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=182e12, source=_PAPER),
         memory_bytes_per_s=Figure(value=0.96e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=32e9, source=_ONE_WAY),
-        host_link_bytes_per_s=_host_link(_HOST_4),
+        host_link_bytes_per_s=_HOST_4,
         power_limit_w=Figure(value=300.0, source=_DATASHEET),
         num_sms=Figure(value=142, source=_DATASHEET),
     ),

@@ -320,10 +320,12 @@ def test_a_conversation_stays_with_a_replica_that_has_more_to_do() -> None:
 
 def test_a_batch_starts_late_where_its_pages_are_still_being_saved() -> None:
     """Two requests one after the other, each needs all pages of the device; a save of 15 pages takes 0.15 s."""
-    lengths, sizes = [Lengths(num_prompt_tokens=60, num_output_tokens=4)] * 2, {"num_pages": 16, "max_model_len": 64}
+    lengths = [Lengths(num_prompt_tokens=60, num_output_tokens=4)] * 2
     slow = LinkRates(link_bytes_per_s=1e5, memory_bytes_per_s=1e12)
     fast_s, slow_s = (
-        simulate(cluster(below(host=200, rates=rates), **sizes), lengths, [0.0, 0.0]).metrics.duration_s
+        simulate(
+            cluster(below(host=200, rates=rates), num_pages=16, max_model_len=64), lengths, [0.0, 0.0]
+        ).metrics.duration_s
         for rates in (FAST, slow)
     )
     assert 0.1 < slow_s - fast_s < 0.16
