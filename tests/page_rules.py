@@ -119,6 +119,18 @@ RULES: dict[str, Rule] = {
         "--find-gpus --max-normalized-latency-ms 200",
         says=("GPUs serve 20 requests/s",),
     ),
+    "nanoflow simulate profile.json --workload 256/128 --rounds 4 --num-conversations 400 --think-time 20 "
+    "--kv-host-gib 64": Run(
+        instead="nanoflow simulate profile.json --workload 256/16 --rounds 2 --num-conversations 20 --think-time 1 "
+        "--kv-host-gib 64",
+        says=(r"KV host +[\d,]+ of [\d,]+ tokens found", r"prompt tokens computed: 1 of \d"),
+    ),
+    "nanoflow simulate profile.json --workload 1024/512 --num-requests 600 --kv-host-gib 64 --max-tokens 1024 "
+    "--policies": Run(
+        instead="nanoflow simulate profile.json --workload 256/16 --num-requests 20 --kv-host-gib 64 --max-tokens 64 "
+        "--policies",
+        says=(r"\* predicted +swap",),
+    ),
     # docs/limits.md
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),

@@ -27,12 +27,12 @@ from typing import Any
 import msgspec
 
 from benchmarks.common.document import write_json
-from nanoflow.bench.conversations import draw_conversations, fitted
-from nanoflow.bench.options import BenchConfig, ConversationConfig
+from nanoflow.bench.options import BenchConfig
 from nanoflow.bench.provenance import header, portable_options, require_clean
 from nanoflow.bench.rounds import conversation_metrics, counted, run_engine_rounds
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.conversations import ConversationConfig, draw_conversations, fitted
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.errors import EngineError
 from nanoflow.engine.memory import wanted_model_len

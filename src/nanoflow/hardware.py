@@ -46,6 +46,7 @@ class GpuSpec:
         memory_bytes: Device memory.
         compute_flops_per_s, memory_bytes_per_s: Peak rates.
         network_bytes_per_s: Peak rate to other GPUs of the host, one direction.
+        host_link_bytes_per_s: Rate of copies between the GPU and pinned memory of the host, one direction.
         power_limit_w: Power limit of the card.
         num_sms: Number of streaming multiprocessors.
         sustained_compute_flops_per_s, sustained_memory_bytes_per_s: What GEMMs and copies reach once power and clocks
@@ -59,6 +60,7 @@ class GpuSpec:
     compute_flops_per_s: Figure
     memory_bytes_per_s: Figure
     network_bytes_per_s: Figure
+    host_link_bytes_per_s: Figure
     power_limit_w: Figure
     num_sms: Figure
     sustained_compute_flops_per_s: Figure | None = None
@@ -124,7 +126,15 @@ class LocalDevice:
 
 
 def _card(
-    title: str, *, gb: float, tflops: float, gb_per_s: float, link: tuple[float, str], watts: float, sms: int
+    title: str,
+    *,
+    gb: float,
+    tflops: float,
+    gb_per_s: float,
+    link: tuple[float, str],
+    host: Figure,
+    watts: float,
+    sms: int,
 ) -> GpuSpec:
     """A card of which only the datasheet is known.
 
@@ -132,6 +142,7 @@ def _card(
         title: Its full name.
         gb, tflops, gb_per_s, watts, sms: Figures of the datasheet; TFLOP/s are dense, 16-bit, summed in 32 bits.
         link: GB/s to other GPUs in one direction, and the name of the link.
+        host: Bytes/s that copies from and to the host reach.
     """
     return GpuSpec(
         title=title,
@@ -139,12 +150,17 @@ def _card(
         compute_flops_per_s=Figure(value=tflops * 1e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=gb_per_s * 1e9, source=_DATASHEET),
         network_bytes_per_s=Figure(value=link[0] * 1e9, source=f"{_DATASHEET}, one direction of {link[1]}"),
+        host_link_bytes_per_s=host,
         power_limit_w=Figure(value=watts, source=_DATASHEET),
         num_sms=Figure(value=sms, source=_DATASHEET),
     )
 
 
 _PCIE_3, _PCIE_4, _PCIE_5 = (16.0, "PCIe 3 x16"), (32.0, "PCIe 4 x16"), (64.0, "PCIe 5 x16")
+_HOST_3, _HOST_4, _HOST_5, _HOST_C2C = (
+    Figure(value=rate, source=f"estimate of copies from and to pinned memory over {link}")
+    for rate, link in ((11e9, "PCIe 3 x16"), (22e9, "PCIe 4 x16"), (50e9, "PCIe 5 x16"), (300e9, "NVLink-C2C"))
+)
 _NVLINK_3, _NVLINK_4, _NVLINK_5 = (300.0, "NVLink 3"), (450.0, "NVLink 4"), (900.0, "NVLink 5")
 
 GPUS: Mapping[str, GpuSpec] = {
@@ -154,6 +170,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=312e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=2.0e12, source=f"{_PAPER} (the datasheet says 2.039e12)"),
         network_bytes_per_s=Figure(value=300e9, source=_ONE_WAY),
+        host_link_bytes_per_s=_HOST_4,
         power_limit_w=Figure(value=400.0, source=_DATASHEET),
         num_sms=Figure(value=108, source=_DATASHEET),
         # The paper says 280e12, but its printed optima follow from 260e12.
@@ -165,6 +182,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=989e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=3.352e12, source=_PAPER),
         network_bytes_per_s=Figure(value=450e9, source=_ONE_WAY),
+        host_link_bytes_per_s=_HOST_5,
         power_limit_w=Figure(value=700.0, source=_DATASHEET),
         num_sms=Figure(value=132, source=_DATASHEET),
     ),
@@ -174,6 +192,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=989e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=4.8e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=450e9, source=_ONE_WAY),
+        host_link_bytes_per_s=_HOST_5,
         power_limit_w=Figure(value=700.0, source=_DATASHEET),
         num_sms=Figure(value=132, source=_DATASHEET),
         sustained_compute_flops_per_s=Figure(
@@ -195,6 +214,7 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=2250e12, source=_DATASHEET),
         memory_bytes_per_s=Figure(value=8.0e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=900e9, source=_ONE_WAY),
+        host_link_bytes_per_s=_HOST_5,
         power_limit_w=Figure(value=1000.0, source=_DATASHEET),
         num_sms=Figure(value=148, source=_DATASHEET),
     ),
@@ -204,33 +224,56 @@ GPUS: Mapping[str, GpuSpec] = {
         compute_flops_per_s=Figure(value=182e12, source=_PAPER),
         memory_bytes_per_s=Figure(value=0.96e12, source=_DATASHEET),
         network_bytes_per_s=Figure(value=32e9, source=_ONE_WAY),
+        host_link_bytes_per_s=_HOST_4,
         power_limit_w=Figure(value=300.0, source=_DATASHEET),
         num_sms=Figure(value=142, source=_DATASHEET),
     ),
-    "a100-40": _card("NVIDIA A100 40 GB SXM", gb=40, tflops=312, gb_per_s=1555, link=_NVLINK_3, watts=400, sms=108),
-    "a100-pcie-40": _card("NVIDIA A100 40 GB PCIe", gb=40, tflops=312, gb_per_s=1555, link=_PCIE_4, watts=250, sms=108),
-    "a100-pcie-80": _card("NVIDIA A100 80 GB PCIe", gb=80, tflops=312, gb_per_s=1935, link=_PCIE_4, watts=300, sms=108),
-    "h100-pcie": _card("NVIDIA H100 80 GB PCIe", gb=80, tflops=756, gb_per_s=2000, link=_PCIE_5, watts=350, sms=114),
+    "a100-40": _card(
+        "NVIDIA A100 40 GB SXM", gb=40, tflops=312, gb_per_s=1555, link=_NVLINK_3, host=_HOST_4, watts=400, sms=108
+    ),
+    "a100-pcie-40": _card(
+        "NVIDIA A100 40 GB PCIe", gb=40, tflops=312, gb_per_s=1555, link=_PCIE_4, host=_HOST_4, watts=250, sms=108
+    ),
+    "a100-pcie-80": _card(
+        "NVIDIA A100 80 GB PCIe", gb=80, tflops=312, gb_per_s=1935, link=_PCIE_4, host=_HOST_4, watts=300, sms=108
+    ),
+    "h100-pcie": _card(
+        "NVIDIA H100 80 GB PCIe", gb=80, tflops=756, gb_per_s=2000, link=_PCIE_5, host=_HOST_5, watts=350, sms=114
+    ),
     "h100-nvl": _card(
         "NVIDIA H100 NVL",
         gb=94,
         tflops=835,
         gb_per_s=3900,
         link=(300.0, "an NVLink bridge between two"),
+        host=_HOST_5,
         watts=400,
         sms=132,
     ),
-    "h20": _card("NVIDIA H20", gb=96, tflops=148, gb_per_s=4000, link=_NVLINK_4, watts=400, sms=78),
+    "h20": _card("NVIDIA H20", gb=96, tflops=148, gb_per_s=4000, link=_NVLINK_4, host=_HOST_5, watts=400, sms=78),
     "gb200": _card(
-        "NVIDIA GB200 (one of its GPUs)", gb=186, tflops=2500, gb_per_s=8000, link=_NVLINK_5, watts=1200, sms=148
+        "NVIDIA GB200 (one of its GPUs)",
+        gb=186,
+        tflops=2500,
+        gb_per_s=8000,
+        link=_NVLINK_5,
+        host=_HOST_C2C,
+        watts=1200,
+        sms=148,
     ),
-    "l40s": _card("NVIDIA L40S", gb=48, tflops=362, gb_per_s=864, link=_PCIE_4, watts=350, sms=142),
-    "l4": _card("NVIDIA L4", gb=24, tflops=121, gb_per_s=300, link=_PCIE_4, watts=72, sms=58),
-    "a10": _card("NVIDIA A10", gb=24, tflops=125, gb_per_s=600, link=_PCIE_4, watts=150, sms=72),
-    "t4": _card("NVIDIA T4", gb=16, tflops=65, gb_per_s=320, link=_PCIE_3, watts=70, sms=40),
-    "rtx3090": _card("NVIDIA GeForce RTX 3090", gb=24, tflops=71, gb_per_s=936, link=_PCIE_4, watts=350, sms=82),
-    "rtx4090": _card("NVIDIA GeForce RTX 4090", gb=24, tflops=165.2, gb_per_s=1008, link=_PCIE_4, watts=450, sms=128),
-    "rtx5090": _card("NVIDIA GeForce RTX 5090", gb=32, tflops=209.5, gb_per_s=1792, link=_PCIE_5, watts=575, sms=170),
+    "l40s": _card("NVIDIA L40S", gb=48, tflops=362, gb_per_s=864, link=_PCIE_4, host=_HOST_4, watts=350, sms=142),
+    "l4": _card("NVIDIA L4", gb=24, tflops=121, gb_per_s=300, link=_PCIE_4, host=_HOST_4, watts=72, sms=58),
+    "a10": _card("NVIDIA A10", gb=24, tflops=125, gb_per_s=600, link=_PCIE_4, host=_HOST_4, watts=150, sms=72),
+    "t4": _card("NVIDIA T4", gb=16, tflops=65, gb_per_s=320, link=_PCIE_3, host=_HOST_3, watts=70, sms=40),
+    "rtx3090": _card(
+        "NVIDIA GeForce RTX 3090", gb=24, tflops=71, gb_per_s=936, link=_PCIE_4, host=_HOST_4, watts=350, sms=82
+    ),
+    "rtx4090": _card(
+        "NVIDIA GeForce RTX 4090", gb=24, tflops=165.2, gb_per_s=1008, link=_PCIE_4, host=_HOST_4, watts=450, sms=128
+    ),
+    "rtx5090": _card(
+        "NVIDIA GeForce RTX 5090", gb=32, tflops=209.5, gb_per_s=1792, link=_PCIE_5, host=_HOST_5, watts=575, sms=170
+    ),
 }
 
 

@@ -82,6 +82,8 @@ def test_a_profile_is_plausible(job: Job, tmp_path: Path) -> None:
     assert len(whole.pairs) == len(beside) > 0 and {pair.mechanism for pair in whole.pairs} == {Mechanism.BESIDE}
     assert whole.launch_gap_s is not None and 0 <= whole.launch_gap_s < 20e-6
     assert whole.setup.static_power_w is not None and 30 < whole.setup.static_power_w < 500
+    # From PCIe 3 to NVLink-C2C.
+    assert whole.host_link_bytes_per_s is not None and 5e9 < whole.host_link_bytes_per_s < 450e9
 
 
 def test_both_of_a_pair_get_a_part_and_fewer_sms_get_less(job: Job) -> None:

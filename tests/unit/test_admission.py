@@ -83,7 +83,7 @@ def test_admission_takes_the_longest_prefix_that_fits(
     count = num_admissible(
         progress(running),
         progress(candidates),
-        OutputLength(),
+        OutputLength().counted_remaining,
         pools=[PoolSize(num_pages=num_pages)],
         page_size=page_size,
         max_batch_tokens=8,
@@ -95,7 +95,7 @@ def test_no_overtaking() -> None:
     count = num_admissible(
         progress([(4, 4)]),
         progress([(90, 10), (1, 1)]),
-        OutputLength(),
+        OutputLength().counted_remaining,
         pools=[PoolSize(num_pages=10)],
         page_size=10,
         max_batch_tokens=8,

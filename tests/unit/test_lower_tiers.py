@@ -51,7 +51,7 @@ class Bench:
         self.host = HostPages(num_slots, has_disk=has_disk)
         self.memory = [np.zeros((num_slots, 8), dtype=np.uint8)]
         self.files = FakeDisk(random.Random(0), 100, fault=0.0)
-        disk = DiskCopies(self.files, self.memory, page_size=PAGE_SIZE, capacity_bytes=1, clock=self.clock)  # type: ignore[arg-type]
+        disk = DiskCopies(self.files, self.memory, page_size=PAGE_SIZE, capacity_bytes=1, clock=self.clock)
         self.tiers = LowerTiers(
             self.pools,
             [self.host],

@@ -171,7 +171,7 @@ def test_a_window_lets_more_requests_in_and_never_more_than_every_pool_holds() -
         return num_admissible(
             progress([]),
             progress([(100, 100)] * 6),
-            OutputLength(),
+            OutputLength().counted_remaining,
             pools=[PoolSize(num_pages=num_pages, window=window) for num_pages, window in sizes],
             page_size=10,
             max_batch_tokens=20,

@@ -350,3 +350,19 @@ def test_lanes_are_fed_in_turns() -> None:
 @pytest.mark.parametrize(("num_tokens", "count"), [(8, 1), (512, 1), (2048, 4), (1000, 2), (1025, 5)])
 def test_prefills_are_equal_chunks(num_tokens: int, count: int) -> None:
     assert num_chunks(num_tokens, 512) == count
+
+
+def test_the_link_to_the_host_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measured(device: torch.device, span: Span | None = None) -> float:
+        asked.append(device.type)
+        return 5e9
+
+    monkeypatch.setattr(profile, "measure_alone", lambda *_: iter(()))
+    path = tmp_path / "profile.json"
+    assert run_job(job(path), path).host_link_bytes_per_s is None, "a CPU has none"
+    monkeypatch.setattr(profile, "host_link_bytes_per_s", measured)
+    assert run_job(job(path), path).host_link_bytes_per_s == 5e9
+    assert run_job(job(path), path) == Profile.load(path) and Profile.load(path).host_link_bytes_per_s == 5e9
+    assert asked == ["cpu"]

@@ -21,25 +21,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.bench import rounds
-from nanoflow.bench.conversations import (
-    MAX_CALL_TOKENS,
-    MIN_CALL_TOKENS,
-    Conversation,
-    draw_conversations,
-    fitted,
-    num_rounds,
-)
 from nanoflow.bench.endpoints import ChatHistory, EngineEndpoint, History, Reply, TextHistory, TokenHistory, tiers_of
-from nanoflow.bench.options import BenchConfig, ConversationConfig, LoadConfig
-from nanoflow.bench.round_metrics import AskedRound, format_rounds, in_between, measure_conversations
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.rounds import Driven, drive
 from nanoflow.bench.served import Samples
 from nanoflow.cli.bench import read_target
 from nanoflow.cli.main import build_parser, main
 from nanoflow.config import ConfigError
+from nanoflow.conversations import (
+    MAX_CALL_TOKENS,
+    MIN_CALL_TOKENS,
+    Conversation,
+    ConversationConfig,
+    draw_conversations,
+    fitted,
+    num_rounds,
+)
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from nanoflow.request import RequestError, SamplingParams
+from nanoflow.round_metrics import AskedRound, format_rounds, in_between, measure_conversations
 from nanoflow.run_metrics import RequestRecord
 from nanoflow.workload import Lengths, draw_lengths
 

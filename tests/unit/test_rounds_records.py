@@ -13,12 +13,13 @@ import pytest
 from benchmarks.common.stub_facts import stub_facts
 from benchmarks.engine import rounds as in_turn
 
-from nanoflow.bench.options import BenchConfig, ConversationConfig
+from nanoflow.bench.options import BenchConfig
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.round_metrics import AskedRound, ConversationMetrics, measure_conversations
 from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.conversations import ConversationConfig
 from nanoflow.engine.errors import EngineError
+from nanoflow.round_metrics import AskedRound, ConversationMetrics, measure_conversations
 from nanoflow.run_metrics import RequestRecord
 
 ROOT = Path(__file__).resolve().parents[2]

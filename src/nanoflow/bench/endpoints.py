@@ -20,10 +20,8 @@ from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.served import Samples, served_context, served_metrics, served_model
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.request import RequestError
+from nanoflow.round_metrics import Tiers
 from nanoflow.run_metrics import RequestRecord
-
-# For each tier of the KV cache: counters and gauges by name.
-Tiers = Mapping[str, Mapping[str, float]]
 
 _TIER_METRIC = "kv_tier_"
 

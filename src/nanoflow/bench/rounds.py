@@ -20,17 +20,17 @@ from typing import Any
 from tqdm import tqdm
 
 from nanoflow.bench.clients import run_loop, server_processes
-from nanoflow.bench.conversations import Conversation, Turn, draw_conversations, fitted, num_rounds
 from nanoflow.bench.endpoints import Endpoint, EngineEndpoint, History, Reply, ServedEndpoint
-from nanoflow.bench.options import BenchConfig, ConversationConfig, LoadConfig
+from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.processes import processes_of
 from nanoflow.bench.provenance import portable_options, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
-from nanoflow.bench.round_metrics import AskedRound, ConversationMetrics, in_between, measure_conversations
 from nanoflow.bench.served import served_book, served_metrics
 from nanoflow.config import EngineConfig
+from nanoflow.conversations import Conversation, ConversationConfig, Turn, draw_conversations, fitted, num_rounds
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.models.presets import preset_name
+from nanoflow.round_metrics import AskedRound, ConversationMetrics, in_between, measure_conversations
 from nanoflow.run_metrics import RequestRecord, parse_limits
 
 _BENCHMARK = "rounds"

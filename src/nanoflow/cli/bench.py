@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanoflow.bench.options import BenchConfig, ConversationConfig, LoadConfig, ThroughputConfig
+from nanoflow.bench.options import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import UNWATCHED_DEFAULTS, ConfigError, EngineConfig
+from nanoflow.conversations import ConversationConfig
 
 if TYPE_CHECKING:
     from nanoflow.bench.record import BenchRecord
@@ -141,7 +142,7 @@ def run_rounds(args: argparse.Namespace) -> int:
     load, engine = read_target(args)
     from nanoflow.bench import rounds
     from nanoflow.bench.provenance import require_clean
-    from nanoflow.bench.round_metrics import format_rounds
+    from nanoflow.round_metrics import format_rounds
 
     require_clean(config.json, allows_dirty=config.allow_dirty)
     if load is None:

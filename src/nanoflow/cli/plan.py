@@ -75,7 +75,13 @@ class ShowConfig:
         None, f"Keys that each decode token sees; the book's, else {_CONTEXT}, if not given; prompts are as long"
     )
 
+    kv_host_gib: float = option(
+        0.0, "Host memory below the KV cache, GiB: with any the copies of its pages are a lane; needs --profile"
+    )
+
     def __post_init__(self) -> None:
+        if self.kv_host_gib < 0 or (self.kv_host_gib and self.profile is None):
+            raise ValueError("--kv-host-gib must be at least 0, and needs --profile for the rate of copies")
         for name in ("layers", "context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
@@ -221,7 +227,7 @@ def _timelines(plan: PipelinePlan, config: ShowConfig) -> tuple[list[Timeline], 
     if profile is None or graph is None:
         expected = order_timeline(plan, graph, config.layers)
     else:
-        expected, sequential_s = _predicted(plan, profile, graph, shape, config.layers)
+        expected, sequential_s = _predicted(plan, profile, graph, shape, config)
     if config.trace is None:
         return [expected], sequential_s
     if graph is None:
@@ -276,13 +282,13 @@ def _graph(plan: PipelinePlan, model: str | None) -> OpGraph | None:
 
 
 def _predicted(
-    plan: PipelinePlan, profile: Profile, graph: OpGraph, shape: BatchShape, num_layers: int
+    plan: PipelinePlan, profile: Profile, graph: OpGraph, shape: BatchShape, config: ShowConfig
 ) -> tuple[Timeline, float | None]:
     from nanoflow.plan.sequential import sequential_plan
     from nanoflow.simulate.iteration import predict_timeline
 
-    timeline = predict_timeline(plan, profile, shape, num_layers)
-    sequential = predict_timeline(sequential_plan(graph, plan.num_tokens), profile, shape, num_layers)
+    timeline = predict_timeline(plan, profile, shape, config.layers, kv_host_gib=config.kv_host_gib)
+    sequential = predict_timeline(sequential_plan(graph, plan.num_tokens), profile, shape, config.layers)
     batch = f"{shape.num_decode_tokens:,} decodes with {_keys(shape):,} keys in {plan.num_tokens:,} tokens"
     return dataclasses.replace(timeline, name=f"{plan.name}, predicted for {batch}"), sequential.period_s
 

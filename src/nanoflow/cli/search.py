@@ -70,6 +70,9 @@ class SearchConfig:
         "Numbers of requests that run at once to compare; 256, 512, 1024 and 2048 if not given"
     )
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
+    kv_host_gib: float = option(
+        0.0, "Host memory below the KV cache, GiB: with any, pages are copied beside every iteration"
+    )
     seed: int = option(0, "Seed of the lengths that are drawn from traces")
     decodes: int | None = option(
         None, "Search for one batch only, with this number of decodes; its other tokens are prompts"
@@ -91,6 +94,8 @@ class SearchConfig:
             for number in getattr(self, name) or ():
                 if number <= 0:
                     raise ConfigError(f"{name} must be positive, got {number}")
+        if self.kv_host_gib < 0:
+            raise ConfigError(f"kv_host_gib must be at least 0, got {self.kv_host_gib}")
         if self.margin is not None and not 0 <= self.margin <= 100:
             raise ConfigError(f"margin must be from 0 to 100 percent, got {self.margin}")
         if self.margin is not None and self.decodes is not None:
@@ -159,9 +164,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_quiet: bool) -> PipelinePlan:
+    from nanoflow.profile.host_link import copies_of
     from nanoflow.search.search import Search
     from nanoflow.search.shapes import batch_of
-    from nanoflow.simulate.iteration import IterationModel
+    from nanoflow.simulate.iteration import IterationModel, graphs_of
 
     def report(line: str) -> None:
         if not is_quiet:
@@ -170,7 +176,9 @@ def _one_plan(profile: Profile, config: SearchConfig, num_decodes: int, *, is_qu
     shape = batch_of(config.num_tokens, num_decodes, config.context, config.prompt_tokens)
     print(_describe(shape), flush=True)
     result = Search(profile, shape, time_limit_s=config.time_limit, report=report).run()
-    print("\n".join(f"  {line}" for line in _summary(IterationModel(profile), shape, result)), flush=True)
+    copies = copies_of(profile, graphs_of(profile)[0], host_gib=config.kv_host_gib)
+    model = IterationModel(profile, copies=copies)
+    print("\n".join(f"  {line}" for line in _summary(model, shape, result)), flush=True)
     return result.plan
 
 

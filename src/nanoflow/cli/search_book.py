@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from nanoflow.cli.search_words import COMPARED, cell_line, why_none
 from nanoflow.plan.book import BookLimits, BookPrediction, MadeFor, StoredBook, WorkloadPrediction
+from nanoflow.profile.host_link import copies_of
 from nanoflow.search.books import BookSearch, FoundPlan, divided, gain_under
 from nanoflow.search.limits import LimitsFound, WithPlans, fastest, limits_to_try, strongest, swept, worth_searching
 from nanoflow.search.workloads import SimulatedWorkloads
+from nanoflow.simulate.iteration import graphs_of
 from nanoflow.timeline.drawing import faster_or_slower
 
 if TYPE_CHECKING:
@@ -63,16 +65,22 @@ class LimitsSearch:
         self._profile, self._config, self._kept, self._is_quiet = profile, config, kept, is_quiet
         self._names = [_label(workload) for workload in workloads]
         self._budgets, self._counts = limits_to_try(profile, config.max_batch_tokens, config.max_num_seqs)
+        copies = copies_of(profile, graphs_of(profile)[0], host_gib=config.kv_host_gib)
         self._simulated = SimulatedWorkloads(
             profile,
             workloads,
             num_requests=config.num_requests,
             seed=config.seed,
             gpu_memory_utilization=config.gpu_memory_utilization,
+            copies=copies,
         )
         self._examples: dict[tuple[int, tuple[float, float]], BatchShape] = {}
         self._search = BookSearch(
-            profile, time_limit_s=config.time_limit, will_be_tried=kept is not None, margin=_part(config.margin)
+            profile,
+            time_limit_s=config.time_limit,
+            will_be_tried=kept is not None,
+            margin=_part(config.margin),
+            copies=copies,
         )
 
     def book(self) -> StoredBook:

@@ -1,6 +1,7 @@
 """`nanoflow simulate`: predict one iteration, a whole serving run, or the number of GPUs needed; needs no GPU.
 
-This file has options and output. `simulate/iteration.py` predicts iterations, `simulate/serving.py` whole runs.
+This file has the command; its options are in `simulate_options.py`, its runs in `simulate_runs.py`, what it says in
+`simulate_words.py`.
 """
 
 from __future__ import annotations
@@ -9,82 +10,42 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import ConfigError, option
+from nanoflow.cli.simulate_options import SimulateConfig
+from nanoflow.config import ConfigError
+from nanoflow.conversations import ConversationConfig
 
 if TYPE_CHECKING:
-    from nanoflow.plan.book import BookLimits, StoredBook
-    from nanoflow.profile.table import Profile
+    from nanoflow.cli.simulate_runs import Simulation
     from nanoflow.run_metrics import Distribution
-    from nanoflow.simulate.iteration import IterationModel
-    from nanoflow.simulate.serving import SimulatedRun
-    from nanoflow.workload import Lengths
 
 _TEACH = """\
 Predict what GPUs would do, from a profile of one of them (or an estimate: nanoflow
 profile --estimate). With --batch: one iteration of that batch. Else a whole serving
 run: the real scheduler on a simulated clock, requests of a workload in, throughput,
 latencies and joules out, on as many GPUs as --gpus says. With --find-gpus the other
-way round: how many GPUs keep the latency below --max-normalized-latency-ms?"""
+way round: how many GPUs keep the latency below --max-normalized-latency-ms? With
+--rounds conversations are held, as nanoflow bench rounds holds them with an engine.
+--kv-host-gib and --kv-disk-gib put host memory and a disk below the KV cache, whose
+copies take their time. --policies compares who is let in, who is sent back, and how."""
 
 _EXAMPLES = """\
   nanoflow simulate profile.json --batch 2048 --decodes 1024 --context 768
   nanoflow simulate profile.json --workload 512/512 --num-requests 1000 --plan plans.json
   nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 20000 --request-rate 100 --gpus 64
-  nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 5000 --request-rate 100 --find-gpus"""
-
-
-# Limits if neither the user nor the book gives any.
-_BUDGET, _REQUESTS = 2048, 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulateConfig:
-    """What to simulate."""
-
-    plan: str | None = option(None, "Plan or plan book of nanoflow search; every batch runs sequentially if not given")
-    workload: str = option("512/512", "Prompt tokens/output tokens of every request, or trace:FILE.csv to draw lengths")
-    num_requests: int = option(1000, "Requests")
-    request_rate: float = option(math.inf, "Requests/s, Poisson arrivals; inf: all at once")
-    gpus: int | None = option(None, "GPUs in all; as many as the profile's model is spread over if not given")
-    max_batch_tokens: int | None = option(None, f"Token budget of an iteration; the book's, or {_BUDGET}, if not given")
-    max_num_seqs: int | None = option(
-        None, f"Most requests that run at once on a replica; the book's, or {_REQUESTS}, if not given"
-    )
-    gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory for weights and KV cache")
-    seed: int = option(0, "Seed of lengths and arrivals")
-    find_gpus: bool = option(False, "Find the fewest GPUs that meet the limit")
-    max_normalized_latency_ms: float = option(200.0, "The limit: latency an output token")
-    percentile: int = option(90, "Percentile of requests that the limit is for: 50, 90 or 99")
-    max_gpus: int = option(4096, "Most GPUs to try")
-    batch: int | None = option(None, "Predict one iteration of a batch of this number of tokens instead")
-    decodes: int | None = option(None, "Decodes in that batch; half of it if not given")
-    context: float = option(1024.0, "Keys that each of these decodes sees")
-
-    def __post_init__(self) -> None:
-        positive = ("num_requests", "request_rate", "max_batch_tokens", "max_num_seqs", "max_gpus", "context")
-        for name in (*positive, "max_normalized_latency_ms"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        if self.percentile not in (50, 90, 99):
-            raise ConfigError(f"percentile must be 50, 90 or 99, got {self.percentile}")
-        if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"batch must be positive, got {self.batch}")
-        if self.decodes is not None and not (self.batch is not None and 0 <= self.decodes <= self.batch):
-            raise ConfigError("decodes needs --batch and may not exceed it")
-        if self.find_gpus and math.isinf(self.request_rate):
-            raise ConfigError("find_gpus needs a request_rate: with all requests at once latency has no meaning")
+  nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 5000 --request-rate 100 --find-gpus
+  nanoflow simulate profile.json --workload 256/128 --rounds 5 --think-time 10 --num-conversations 400 --kv-host-gib 64
+  nanoflow simulate profile.json --workload 1024/512 --kv-host-gib 64 --max-tokens 1024 --policies"""
 
 
 _OPTIONS = OptionGroup(kind=SimulateConfig, title="what to simulate")
+_TALK = OptionGroup(
+    kind=ConversationConfig, title="conversations, with --rounds instead of --num-requests", defaults={"rounds": None}
+)
 
 
 def add_parser(commands: Subcommands[CommandParser]) -> None:
@@ -94,135 +55,95 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
     parser.add_argument("profile", metavar="PROFILE", type=Path, help="File written by nanoflow profile")
     parser.add_argument("--json", metavar="FILE", type=Path, help="File for the result")
     _OPTIONS.add_to(parser)
+    _TALK.add_to(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Simulate and print."""
+    from nanoflow.cli.simulate_runs import Simulation, limits_of, model_of
+    from nanoflow.cli.simulate_words import describe_iteration
     from nanoflow.plan.book import load_book
     from nanoflow.profile.table import Profile
 
-    config = _OPTIONS.read(args)
+    config, talk = _OPTIONS.read(args), _read_talk(args)
     profile = Profile.load(args.profile)
     book = None if config.plan is None else load_book(Path(config.plan))
-    limits = _limits(config, book)
+    limits = limits_of(config, book)
     config = dataclasses.replace(config, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs)
-    model = _model(profile, book, max(limits.max_batch_tokens, config.batch or 0))
+    # In a run copies have their times on the clock; a batch alone has its own beside it.
+    host_gib = 0.0 if config.batch is None else config.kv_host_gib
+    model = model_of(profile, book, max(limits.max_batch_tokens, config.batch or 0), host_gib=host_gib)
     if config.batch is not None:
-        print("\n".join(_iteration(model, config)))
+        decodes = config.batch // 2 if config.decodes is None else config.decodes
+        print("\n".join(describe_iteration(model, config.batch, decodes, config.context)))
         return 0
-    simulation = _Simulation.make(profile, model, config, limits)
+    simulation = Simulation.make(profile, model, config, talk)
     if config.find_gpus:
         return _find(simulation, config)
     gpus = config.gpus or profile.setup.num_gpus
     if gpus % profile.setup.num_gpus:
         raise ConfigError(f"gpus must be a multiple of the {profile.setup.num_gpus} of the profile, got {gpus}")
-    result = simulation.run(gpus // profile.setup.num_gpus, show_progress=sys.stderr.isatty())
-    print("\n".join(_describe(profile, config, result)))
+    show = _compare if config.policies else _show
+    found = show(simulation, gpus // profile.setup.num_gpus)
     if args.json is not None:
-        args.json.write_text(json.dumps(_document(profile, config, result), indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Simulation:
-    """All inputs of a simulation but the number of replicas."""
+def _read_talk(args: argparse.Namespace) -> ConversationConfig | None:
+    """Which conversations to hold; None for single requests.
 
-    profile: Profile
-    model: IterationModel
-    config: SimulateConfig
-    limits: BookLimits
-    lengths: list[Lengths]
-    arrivals_s: list[float]
-
-    @staticmethod
-    def make(profile: Profile, model: IterationModel, config: SimulateConfig, limits: BookLimits) -> _Simulation:
-        from nanoflow.workload import draw_arrivals, draw_lengths
-
-        lengths = draw_lengths(config.workload, config.num_requests, config.seed)
-        arrivals_s = draw_arrivals(config.num_requests, config.request_rate, config.seed)
-        return _Simulation(
-            profile=profile, model=model, config=config, limits=limits, lengths=lengths, arrivals_s=arrivals_s
+    Raises:
+        ConfigError: There are options of conversations without rounds, or of single requests beside them.
+    """
+    given, single = _TALK.given(args), _OPTIONS.given(args)
+    if given.get("rounds") is None:
+        if given:
+            raise ConfigError(f"{', '.join(sorted(given))}: only with --rounds, for conversations")
+        return None
+    others = sorted(single.keys() & {"num_requests", "request_rate", "find_gpus"})
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)}: not with --rounds; there are --num-conversations, --conversation-rate and "
+            "--max-concurrency"
         )
-
-    def run(self, num_replicas: int, *, show_progress: bool) -> SimulatedRun:
-        """Simulate all requests on this many replicas."""
-        from tqdm import tqdm
-
-        from nanoflow.simulate.serving import Cluster, limits_for, simulate
-
-        config, setup = self.config, self.profile.setup
-        limits = limits_for(
-            self.profile,
-            self.model.graph,
-            self.lengths,
-            max_batch_tokens=self.limits.max_batch_tokens,
-            max_num_seqs=self.limits.max_num_seqs,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-        )
-        with tqdm(total=len(self.lengths), desc="Simulating", unit="request", disable=not show_progress) as bar:
-            cluster = Cluster(
-                limits=limits,
-                iterations=self.model,
-                num_replicas=num_replicas,
-                gpus_per_replica=setup.num_gpus,
-                static_power_w=setup.static_power_w or 0.0,
-                on_progress=lambda finished: _advance(bar, finished),
-            )
-            return simulate(cluster, self.lengths, self.arrivals_s)
+    return _TALK.read(args)
 
 
-def _advance(bar: object, finished: int) -> None:
-    bar.update(finished - bar.n)  # type: ignore[attr-defined]
+def _show(simulation: Simulation, num_replicas: int) -> dict[str, object]:
+    """Simulate one run and print it; its document."""
+    from nanoflow.cli.simulate_words import describe_run, document
+    from nanoflow.round_metrics import format_rounds
+
+    talk = simulation.run_talk(num_replicas) if simulation.talk else None
+    result = simulation.run(num_replicas) if talk is None else talk.run
+    print("\n".join(describe_run(simulation.profile, simulation.what, result)))
+    if talk is not None:
+        print(f"\n{format_rounds([talk.metrics])}")
+    return document(simulation.profile, simulation.options, result, talk)
 
 
-def _limits(config: SimulateConfig, book: StoredBook | None) -> BookLimits:
-    """Each limit from the options, else from the book, else a default."""
-    from nanoflow.plan.book import BookLimits
+def _compare(simulation: Simulation, num_replicas: int) -> dict[str, object]:
+    """Simulate a run for each choice of policies and print them in a table; its document."""
+    from nanoflow.simulate.compare import best, compare, table
 
-    usual = BookLimits(max_batch_tokens=_BUDGET, max_num_seqs=_REQUESTS)
-    known = usual if book is None or book.limits is None else book.limits
-    return BookLimits(
-        max_batch_tokens=config.max_batch_tokens or known.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs or known.max_num_seqs,
-    )
-
-
-def _model(profile: Profile, book: StoredBook | None, num_tokens: int) -> IterationModel:
-    """The model of iterations of up to `num_tokens` tokens under the plans of a book."""
-    from nanoflow.plan.sequential import sequential_plan
-    from nanoflow.simulate.iteration import IterationModel, graphs_of
-
-    if book is None:
-        return IterationModel(profile)
-    graph = graphs_of(profile)[0]
-    return IterationModel(profile, book.with_fallback(sequential_plan(graph, num_tokens), graph))
+    runs = compare(lambda policies: simulation.run(num_replicas, policies))
+    print(f"{simulation.what}: policies of the scheduler; * wins, the first one is what an engine does")
+    print("\n".join(table(runs)))
+    found = [{**dataclasses.asdict(choice), "result": dataclasses.asdict(ran)} for choice, ran in runs.items()]
+    options = {name: str(value) if value == math.inf else value for name, value in simulation.options.items()}
+    return {"simulation": options, "policies": found, "best": dataclasses.asdict(best(runs))}
 
 
-def _iteration(model: IterationModel, config: SimulateConfig) -> Iterator[str]:
-    from nanoflow.search.shapes import batch_of
-
-    assert config.batch is not None
-    decodes = config.batch // 2 if config.decodes is None else config.decodes
-    shape = batch_of(config.batch, decodes, config.context, config.context)
-    prediction = model.predict(shape)
-    energy = prediction.energy_per_token_j
-    yield f"{config.batch:,} tokens, {decodes:,} of them decodes with {config.context:,.0f} keys each"
-    yield f"  plan        {prediction.simulation.timeline.name}"
-    yield f"  layer       {prediction.makespan_s * 1e6:,.1f} us"
-    yield f"  iteration   {prediction.iteration_s * 1e3:,.2f} ms"
-    yield f"  throughput  {prediction.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
-    yield f"  energy      {'not known' if energy is None else f'{energy * 1e3:,.1f} mJ/token'}"
-
-
-def _find(simulation: _Simulation, config: SimulateConfig) -> int:
+def _find(simulation: Simulation, config: SimulateConfig) -> int:
     """Try growing numbers of replicas and print the first that is enough; returns 1 if none is, else 0."""
     from nanoflow.simulate.serving import least_replicas
 
     per_replica = simulation.profile.setup.num_gpus
 
     def is_enough(num_replicas: int) -> bool:
-        result = simulation.run(num_replicas, show_progress=sys.stderr.isatty())
+        result = simulation.run(num_replicas)
         latency_ms = _percentile(config)(result.metrics.normalized_latency_s) * 1e3
         met = latency_ms <= config.max_normalized_latency_ms
         print(
@@ -248,37 +169,3 @@ def _percentile(config: SimulateConfig) -> Callable[[Distribution | None], float
         return math.inf if distribution is None else float(getattr(distribution, f"p{config.percentile}"))
 
     return value
-
-
-def _describe(profile: Profile, config: SimulateConfig, result: SimulatedRun) -> Iterator[str]:
-    metrics = result.metrics
-    kind = "measured" if profile.setup.is_measured else "estimated"
-    rate = "at once" if math.isinf(config.request_rate) else f"at {config.request_rate:g} requests/s"
-    gpus = f"{result.num_gpus:,} x {profile.setup.gpu}"
-    yield f"{profile.model} on {gpus} ({kind} profile), {result.num_replicas:,} replicas"
-    yield f"{config.workload}, {metrics.num_requests:,} requests {rate}"
-    yield f"  duration      {metrics.duration_s:,.1f} s, {result.num_iterations:,} iterations"
-    yield f"  throughput    {metrics.total_tokens_per_s:,.0f} tokens/s, {result.tokens_per_s_per_gpu:,.0f} a GPU"
-    yield f"  requests      {metrics.requests_per_s:,.2f} /s"
-    rows = {"TTFT": metrics.ttft_s, "TPOT": metrics.tpot_s, "latency/token": metrics.normalized_latency_s}
-    for name, found in rows.items():
-        if found is not None:
-            shown = (found.mean, found.p50, found.p90, found.p99)
-            mean, p50, p90, p99 = (f"{value * 1e3:,.1f}" for value in shown)
-            yield f"  {name:<14}mean {mean} ms, p50 {p50}, p90 {p90}, p99 {p99}"
-    energy = metrics.energy_per_token_j
-    yield f"  energy        {'not known' if energy is None else f'{energy * 1e3:,.1f} mJ/token'}"
-    yield f"  batch         {result.mean_batch_tokens:,.0f} tokens on average"
-    yield f"  KV cache      {result.peak_page_share:.0%} at most, {result.num_preemptions:,} preemptions"
-
-
-def _document(profile: Profile, config: SimulateConfig, result: SimulatedRun) -> dict[str, object]:
-    """The result and its inputs as JSON; infinite rates are texts, which JSON lacks as numbers."""
-    options = dataclasses.asdict(config)
-    options["request_rate"] = str(config.request_rate) if math.isinf(config.request_rate) else config.request_rate
-    return {
-        "simulation": options,
-        "model": profile.model,
-        "setup": dataclasses.asdict(profile.setup),
-        "result": dataclasses.asdict(result),
-    }

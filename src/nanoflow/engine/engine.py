@@ -21,13 +21,13 @@ from nanoflow.engine.messages import EngineFacts, EngineStats, Prefetch, Prefetc
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.operation import BatchShape
 from nanoflow.kvcache.keys import KEY_BYTES
-from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
 from nanoflow.request import Request
 from nanoflow.scheduler.results import Committed
 from nanoflow.scheduler.scheduler import Scheduler
 from nanoflow.scheduler.sessions import Session
+from nanoflow.scheduler.tiers import counts_of_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,19 +206,6 @@ class Engine:
             stats=self._stats(batch, plan, committed),
         )
 
-    def _tiers(self) -> dict[str, TierCounts]:
-        """What each tier of the KV cache has done; lower tiers put theirs beside the device's."""
-        reuse, pools, page_bytes = self._scheduler.reuse_counts, self._scheduler.pools, self.facts.page_bytes
-        device = TierCounts(
-            queries=reuse.num_asked,
-            hits=reuse.num_found,
-            evictions=sum(pool.num_evicted for pool in pools),
-            # Without the sizes of pages both are 0.
-            capacity_bytes=sum(pool.num_pages * size for pool, size in zip(pools, page_bytes, strict=False)),
-            used_bytes=sum(pool.num_filled * size for pool, size in zip(pools, page_bytes, strict=False)),
-        )
-        return {"device": device, **self._scheduler.tiers.counts}
-
     def _stats(
         self,
         batch: DenseBatch | None = None,
@@ -236,7 +223,13 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             prefix_cache_queries=reuse.num_asked,
             prefix_cache_hits=reuse.num_found,
-            tiers=self._tiers(),
+            tiers=counts_of_all(
+                scheduler.tiers,
+                scheduler.pools,
+                self.facts.page_bytes,
+                queries=reuse.num_asked,
+                hits=reuse.num_found,
+            ),
             num_drafts=drafts.num_drafts,
             num_draft_tokens=drafts.num_draft_tokens,
             num_accepted_tokens=drafts.num_accepted_tokens,

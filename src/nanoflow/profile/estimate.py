@@ -75,6 +75,7 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
         ),
         launch_gap_s=_LAUNCH_GAP_S,
         iteration_gap_s=_ITERATION_GAP_S,
+        host_link_bytes_per_s=spec.host_link_bytes_per_s.value,
         points=tuple(points.values()),
         pairs=tuple(pair for each in graphs for pair in paper_pairs(each)),
     )

@@ -146,6 +146,8 @@ class Profile:
         setup: Where.
         launch_gap_s: Time between an operation and the next one on the same lane, not in any point.
         iteration_gap_s: The same between two iterations.
+        host_link_bytes_per_s: Rate of copies between the device and pinned host memory, one direction; None if nobody
+            measured it (`host_link.py`).
         points, pairs: The measurements.
     """
 
@@ -157,6 +159,7 @@ class Profile:
     setup: Setup
     launch_gap_s: float = 0.0
     iteration_gap_s: float = 0.0
+    host_link_bytes_per_s: float | None = None
     points: tuple[Point, ...] = ()
     pairs: tuple[PairPoint, ...] = ()
     version: int = PROFILE_VERSION

@@ -24,6 +24,7 @@ from nanoflow.plan.mechanisms import Mechanism, ShareOrigin
 from nanoflow.profile.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.profiler.alone import measure_alone
 from nanoflow.profiler.carry import CarryTask, carry_tasks, measure_carry
+from nanoflow.profiler.host_link import host_link_bytes_per_s
 from nanoflow.profiler.layer import measure_layer
 from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
@@ -159,7 +160,7 @@ def run_job(job: Job, path: Path, *, show_progress: bool = False) -> Profile:
     """Measure what is missing and write the profile to its file as it grows; the whole profile."""
     from tqdm import tqdm
 
-    profile, fresh = _with_static_power(job), list[Point | PairPoint]()
+    profile, fresh = _with_machine(job), list[Point | PairPoint]()
     wanted = job.wanted()
     with tqdm(_measure(job, wanted), total=len(wanted), unit="point", disable=not show_progress) as bar:
         for found in bar:
@@ -212,11 +213,14 @@ def _measure(job: Job, wanted: Wanted) -> Iterator[Point | PairPoint]:
     )
 
 
-def _with_static_power(job: Job) -> Profile:
-    setup = job.profile.setup
-    if setup.static_power_w is not None:
-        return job.profile
-    return replace(job.profile, setup=replace(setup, static_power_w=static_power_w(job.site.device, job.span)))
+def _with_machine(job: Job) -> Profile:
+    """The profile with what is of the machine alone: its static power, and its link to the host."""
+    profile, setup, device = job.profile, job.profile.setup, job.site.device
+    if setup.static_power_w is None:
+        profile = replace(profile, setup=replace(setup, static_power_w=static_power_w(device, job.span)))
+    if profile.host_link_bytes_per_s is None:
+        profile = replace(profile, host_link_bytes_per_s=host_link_bytes_per_s(device, job.span))
+    return profile
 
 
 def _written(profile: Profile, found: Sequence[Point | PairPoint], path: Path) -> Profile:

@@ -1,19 +1,19 @@
 """Admission by the predicted peak of pages (NanoFlow, section 4.2.1).
 
 A request is admitted if, with expected output lengths, the pages of all running requests never exceed the pool. If the
-prediction is wrong, the scheduler preempts. `lengths.py` predicts lengths. Both files work on token counts only.
+prediction is wrong, the scheduler preempts. `lengths.py` predicts lengths, `policies.py` has other ways to expect
+some. All work on token counts only.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from nanoflow.batch import Int64
 from nanoflow.kvcache.sizes import PoolSize, chunk_pages, window_pages
-from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.progress import Progress
 
 
@@ -74,7 +74,7 @@ class PeakOfPages:
 def num_admissible(
     running: Progress,
     candidates: Progress,
-    lengths: OutputLength,
+    expect: Callable[[Progress], Int64],
     *,
     pools: Sequence[PoolSize],
     page_size: int,
@@ -93,7 +93,7 @@ def num_admissible(
 
     Args:
         running, candidates: How far they are.
-        lengths: How many tokens are expected of each.
+        expect: How many more tokens are expected of each, int64 [N], at least 1.
         pools: Of the KV groups.
         page_size: Tokens a page.
         max_batch_tokens: Token budget of an iteration.
@@ -102,7 +102,7 @@ def num_admissible(
         is_all_there: No pages are missing in `pools` that will be free again soon.
     """
     everyone = running + candidates
-    peak = PeakOfPages(everyone.num_tokens, lengths.counted_remaining(everyone), page_size)
+    peak = PeakOfPages(everyone.num_tokens, expect(everyone), page_size)
     num_running, num_candidates = len(running.num_tokens), len(candidates.num_tokens)
 
     def fits(count: int, num_pages: int, window: int | None) -> bool:

@@ -15,11 +15,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.kvcache.disk import DiskTier
+from nanoflow.kvcache.disk import DiskCounts
 from nanoflow.kvcache.host import HostPages
 from nanoflow.kvcache.tier_counts import TierCounts
 
@@ -39,6 +40,35 @@ class _Read:
     until_s: float
 
 
+class Disk(Protocol):
+    """What `DiskCopies` asks of `kvcache/disk.py`, and of what stands for it in simulated runs."""
+
+    @property
+    def counts(self) -> DiskCounts:
+        """See `DiskTier`."""
+
+    def contains(self, group: int, key: bytes) -> bool:
+        """See `DiskTier`."""
+
+    def write(self, group: int, key: bytes, data: NDArray[np.uint8]) -> Future[bool]:
+        """See `DiskTier`."""
+
+    def read(self, group: int, key: bytes, into: NDArray[np.uint8]) -> Future[bool]:
+        """See `DiskTier`."""
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """See `DiskTier`."""
+
+    def forget_all(self) -> None:
+        """See `DiskTier`."""
+
+    def flush(self, within_s: float) -> None:
+        """See `DiskTier`."""
+
+    def close(self) -> None:
+        """See `DiskTier`."""
+
+
 class DiskCopies:
     """Reads and writes of slots of host memory.
 
@@ -52,7 +82,7 @@ class DiskCopies:
 
     def __init__(
         self,
-        disk: DiskTier,
+        disk: Disk,
         memory: Sequence[NDArray[np.uint8]],
         *,
         page_size: int,

@@ -16,6 +16,7 @@ from nanoflow.kvcache.pools import PagePools
 from nanoflow.scheduler.admission import num_admissible
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.policies import Policies
 from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.reuse import Candidate, PrefixReuse
 from nanoflow.scheduler.rows import RowTable, stop_ids
@@ -59,12 +60,14 @@ class Joining:
 
     Args:
         limits: Sizes.
+        policies: Who fits, and who overtakes whom.
         rows, pages, waiting, reuse, lengths: The scheduler's.
     """
 
     def __init__(
         self,
         limits: SchedulerLimits,
+        policies: Policies,
         *,
         rows: RowTable,
         pages: PagePools,
@@ -72,7 +75,7 @@ class Joining:
         reuse: PrefixReuse,
         lengths: OutputLength,
     ) -> None:
-        self._limits = limits
+        self._limits, self._policies = limits, policies
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
@@ -96,7 +99,7 @@ class Joining:
         )
         count = self._num_fitting(candidates) if candidates else 0
         self._to_load = [each for each in candidates[:count] if each.num_loadable]
-        candidates = [each for each in candidates[:count] if not each.num_loadable]
+        candidates = self._policies.queueing.ready(candidates[:count])
         if not candidates:
             return None
         for candidate in candidates:
@@ -138,7 +141,7 @@ class Joining:
         return num_admissible(
             self._rows.progress(),
             self._progress_of(candidates),
-            self._lengths,
+            lambda progress: self._policies.expect(self._lengths, progress),
             pools=self._pages.room,
             page_size=self._limits.page_size,
             max_batch_tokens=self._limits.max_batch_tokens,

@@ -75,12 +75,29 @@ class OutputLength:
 
         If lengths are exact, the most that it may. Otherwise the expected number / e, and more after preemptions.
         """
+        return self._counting(self._counted * self._expected(progress), progress)
+
+    def held_remaining(self, progress: Progress) -> Int64:
+        """The same, but so that a request's prompt leaves with it too.
+
+        Of N requests with s tokens each and lengths of mean m to come, N exp(-t / m) are there after t tokens with
+        s + t each, at most N (s + c) in all, with c = m (exp(x) / e - x) and x = s / m up to 1. More after preemptions.
+        """
+        mean = np.maximum(self._expected(progress), 1.0)
+        part = np.minimum(progress.num_tokens / mean, 1.0)
+        return self._counting(mean * (self._counted * np.exp(part) - part), progress)
+
+    def _expected(self, progress: Progress) -> Float64:
+        """Mean number of tokens to come, float64 [N]."""
         remaining = self._by_range()
         ranges = self._ranges(progress.num_generated)
         into = np.minimum((progress.num_generated - self._start[ranges]) / self._width[ranges], 1.0)
-        likely = remaining[ranges] + (remaining[ranges + 1] - remaining[ranges]) * into
-        likely = np.minimum(np.ceil(self._counted * likely).astype(np.int64), progress.max_remaining)
-        return np.maximum(np.where(progress.is_exact, progress.max_remaining, likely), 1, dtype=np.int64)
+        return np.asarray(remaining[ranges] + (remaining[ranges + 1] - remaining[ranges]) * into)
+
+    def _counting(self, likely: Float64, progress: Progress) -> Int64:
+        """Whole numbers from 1 to the most that each may generate, and that where lengths are exact."""
+        counted = np.minimum(np.ceil(likely).astype(np.int64), progress.max_remaining)
+        return np.maximum(np.where(progress.is_exact, progress.max_remaining, counted), 1, dtype=np.int64)
 
     def _ranges(self, num_generated: Int64) -> Int64:
         return self._range_of[np.minimum(num_generated, _LONGEST - 1)]

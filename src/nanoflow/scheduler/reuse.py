@@ -12,7 +12,7 @@ from a lower tier (`tiers.py`), which is told here of all pages that are compute
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +24,11 @@ from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.scheduler.sessions import Sessions
-from nanoflow.scheduler.tiers import NoTiers, Tiers
+from nanoflow.scheduler.tiers import Below, NoTiers, Tiers
 from nanoflow.scheduler.waiting import WaitingRequest
 
 # A request waits for another's pages if there are so many: for fewer tokens it is not worth an iteration.
 _LEAST_AWAITED = 4
-# Requests that wait so are passed over in the queue; so many in an iteration at most.
-_MOST_PASSED_OVER = 256
 _UNBOUNDED = 1 << 60
 
 
@@ -55,6 +53,32 @@ class Candidate:
     def num_computed(self) -> int:
         """Tokens of it that need not be computed."""
         return max(self.num_cached, self.waiting.num_computed)
+
+
+def loads_for_all(tiers: Tiers, waiting: WaitingRequest, keys: Sequence[bytes], num_cached: int) -> Below:
+    """What lower tiers have of the prefix of a waiting request, of which the device has `num_cached` pages."""
+    del waiting
+    return tiers.find(keys, num_cached)
+
+
+def without_loads(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those for which nothing is to be loaded."""
+    return [each for each in candidates if not each.num_loadable]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queueing:
+    """Who waits for pages, and who overtakes those that do.
+
+    Attributes:
+        below: What lower tiers are asked for a waiting request; see `loads_for_all`.
+        ready: Those of the candidates that join before the pages of the others are loaded.
+        most_passed: So many that wait are passed over in an iteration at most.
+    """
+
+    below: Callable[[Tiers, WaitingRequest, Sequence[bytes], int], Below] = loads_for_all
+    ready: Callable[[Sequence[Candidate]], list[Candidate]] = without_loads
+    most_passed: int = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +115,7 @@ class PrefixReuse:
         limits: Sizes.
         events: Is told which pages are cached.
         tiers: What is below the device.
+        queueing: Who waits for their pages.
 
     Attributes:
         sessions: The keys that the last request of each session has left.
@@ -98,9 +123,15 @@ class PrefixReuse:
     """
 
     def __init__(
-        self, pools: PagePools, limits: SchedulerLimits, events: KeyEvents | NoKeyEvents, tiers: Tiers | None = None
+        self,
+        pools: PagePools,
+        limits: SchedulerLimits,
+        events: KeyEvents | NoKeyEvents,
+        tiers: Tiers | None = None,
+        queueing: Queueing | None = None,
     ) -> None:
         self._pools = pools
+        self._queueing = queueing or Queueing()
         self._tiers = tiers or NoTiers()
         self._tiers.watch(events)
         self._page_size = limits.page_size
@@ -137,13 +168,13 @@ class PrefixReuse:
         claimed: set[bytes] = set()
         num_passed_over = 0
         for waiting in queue:
-            if len(found) == max_requests or max_tokens <= 0 or num_passed_over == _MOST_PASSED_OVER:
+            if len(found) == max_requests or max_tokens <= 0 or num_passed_over > self._queueing.most_passed:
                 break
             most_pages = self._most_pages(waiting)
             prefix = self._pools.find(waiting.page_keys[:most_pages])
             following = waiting.page_keys[prefix.num_pages :]
             awaited = following[: min(_LEAST_AWAITED, most_pages)]
-            below = self._tiers.find(waiting.page_keys[:most_pages], prefix.num_pages)
+            below = self._queueing.below(self._tiers, waiting, waiting.page_keys[:most_pages], prefix.num_pages)
             is_computing = len(awaited) == _LEAST_AWAITED and all(
                 key in self._row_computing or key in claimed for key in awaited
             )

@@ -29,6 +29,7 @@ from nanoflow.scheduler.key_events import Put, key_events
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.policies import Policies
 from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of
 from nanoflow.scheduler.reuse import PrefetchAnswer, PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable
@@ -51,6 +52,7 @@ class Scheduler:
         drafts: Guesses what requests will say next; nobody does if not given.
         put_key_event: Is told which pages can be found; nobody if not given.
         make_tiers: Makes what is below the device's pages (`tiers`); nothing is if not given.
+        policies: What its rule leaves open.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Scheduler:
         drafts: Drafts | None = None,
         put_key_event: Put | None = None,
         make_tiers: Callable[[PagePools], Tiers] | None = None,
+        policies: Policies | None = None,
     ) -> None:
-        self._limits = limits
+        self._limits, self._policies = limits, policies or Policies()
         self.drafts: Drafts = drafts or NoDrafts()
         self.pace = pace or Pace()
         self._rows = RowTable(limits)
@@ -77,9 +80,10 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._lengths = OutputLength()
         self.tiers: Tiers = make_tiers(self._pages) if make_tiers else NoTiers()
-        self._reuse = PrefixReuse(self._pages, limits, events, self.tiers)
+        self._reuse = PrefixReuse(self._pages, limits, events, self.tiers, self._policies.queueing)
         self._joining = Joining(
             limits,
+            self._policies,
             rows=self._rows,
             pages=self._pages,
             waiting=self._waiting,
@@ -87,7 +91,7 @@ class Scheduler:
             lengths=self._lengths,
         )
         self._events = SchedulerEvents()
-        self._num_preemptions = 0
+        self.num_preemptions = 0
         self._iteration = 0
 
     @property
@@ -104,11 +108,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that wait for admission."""
         return len(self._waiting)
-
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions since the start."""
-        return self._num_preemptions
 
     @property
     def reuse_counts(self) -> ReuseCounts:
@@ -178,7 +177,7 @@ class Scheduler:
         self._slide(self._rows.order)
         turn, has_preempted = self._fill_budget(), False
         while not self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
-            self._preempt_newest()
+            self._preempt()
             turn, has_preempted = self._fill_budget(), True
         joined = () if has_preempted else self._admit(turn.num_left)
         if joined:
@@ -303,9 +302,9 @@ class Scheduler:
         self._pages.shrink(rows, self._rows.num_computed[rows])
         self.drafts.note_verified(batch, is_alive, num_counting)
 
-    def _preempt_newest(self) -> None:
-        """Take the row and pages of the newest request; it will recompute, and draw again what was on its way."""
-        row = int(self._rows.order[-1])
+    def _preempt(self) -> None:
+        """Take a request's row and pages; it will get them back or recompute, and draw again what was on its way."""
+        row = self._policies.victim(self._rows, self._lengths)
         request = self._rows.tenant(row)
         token_ids = self._rows.known_tokens(row)
         (keys,) = self._release([row])
@@ -313,7 +312,7 @@ class Scheduler:
             WaitingRequest(request=request, token_ids=token_ids, page_keys=keys, is_preempted=True)
         )
         self._events.preempted.append(request.request_id)
-        self._num_preemptions += 1
+        self.num_preemptions += 1
         self._lengths.observe_preemption()
 
     def _admit(self, num_tokens_left: int) -> tuple[Joined, ...]:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from nanoflow.batch import Int32
 from nanoflow.kvcache.copies import PageCopies
+from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 
@@ -96,6 +97,27 @@ class Tiers(Protocol):
 
     def close(self) -> None:
         """Keep what should outlive the engine."""
+
+
+def counts_of_all(
+    tiers: Tiers, pools: Sequence[PagePool], page_bytes: Sequence[int], *, queries: int, hits: int
+) -> dict[str, TierCounts]:
+    """What each tier of the KV cache has done, the device first.
+
+    Args:
+        tiers: What is below the device.
+        pools: Of the device, one of each KV group.
+        page_bytes: Bytes of a page of each; empty if unknown, and then the device has 0 bytes.
+        queries, hits: Tokens that were looked for on the device, and found.
+    """
+    device = TierCounts(
+        queries=queries,
+        hits=hits,
+        evictions=sum(pool.num_evicted for pool in pools),
+        capacity_bytes=sum(pool.num_pages * size for pool, size in zip(pools, page_bytes, strict=False)),
+        used_bytes=sum(pool.num_filled * size for pool, size in zip(pools, page_bytes, strict=False)),
+    )
+    return {"device": device, **tiers.counts}
 
 
 class NoTiers:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import PlanEntry
 from nanoflow.plan.plan import PipelinePlan
+from nanoflow.profile.host_link import NO_COPIES, Copies
 from nanoflow.profile.table import Profile
 from nanoflow.search.search import Search
 from nanoflow.search.shapes import LEAST_GAIN, Cell, cells_of, entry_of, leading, least_predicted_gain, ranked
@@ -88,14 +89,21 @@ class BookSearch:
         time_limit_s: For one cell at most.
         will_be_tried: Give several plans a cell, those too that may lose; else one that is safely predicted to win.
         margin: What that is, as a part, in place of what is known of each kind of lanes.
+        copies: Of KV pages, beside every iteration.
     """
 
     def __init__(
-        self, profile: Profile, *, time_limit_s: float, will_be_tried: bool = False, margin: float | None = None
+        self,
+        profile: Profile,
+        *,
+        time_limit_s: float,
+        will_be_tried: bool = False,
+        margin: float | None = None,
+        copies: Copies = NO_COPIES,
     ) -> None:
         self._profile, self._time_limit_s, self._will_be_tried = profile, time_limit_s, will_be_tried
         self._margin = margin
-        self._model = IterationModel(profile)
+        self._model = IterationModel(profile, copies=copies)
         self._plans: dict[str, PipelinePlan] = {}
         self._searched: set[tuple[int, tuple[float, float]]] = set()
 

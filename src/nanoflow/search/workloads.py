@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.book import BookLimits
+from nanoflow.profile.host_link import NO_COPIES, Copies
 from nanoflow.profile.interference import lane_of
 from nanoflow.profile.table import Cost, Profile
 from nanoflow.scheduler.limits import SchedulerLimits
@@ -40,16 +41,24 @@ class SimulatedWorkloads:
         num_requests: Of each.
         seed: Of the lengths.
         gpu_memory_utilization: Part of the memory for weights and KV cache.
+        copies: Of KV pages, beside every iteration.
 
     Raises:
         ConfigError: A workload cannot be read.
     """
 
     def __init__(
-        self, profile: Profile, workloads: Sequence[str], *, num_requests: int, seed: int, gpu_memory_utilization: float
+        self,
+        profile: Profile,
+        workloads: Sequence[str],
+        *,
+        num_requests: int,
+        seed: int,
+        gpu_memory_utilization: float,
+        copies: Copies = NO_COPIES,
     ) -> None:
         self._profile, self._seed, self._utilization = profile, seed, gpu_memory_utilization
-        self._model = IterationModel(profile)
+        self._model = IterationModel(profile, copies=copies)
         self._lengths = [draw_lengths(workload, num_requests, seed) for workload in workloads]
         resource_of = {op.name: lane_of(op) for op in self._model.graph.layer}
         self._bound = OverlapBound(profile, resource_of)

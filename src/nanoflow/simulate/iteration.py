@@ -20,11 +20,12 @@ from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
+from nanoflow.profile.host_link import NO_COPIES, Copies, copies_of
 from nanoflow.profile.interference import Interference, lane_of
 from nanoflow.profile.operation_cost import operation_cost
 from nanoflow.profile.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
 from nanoflow.simulate.layer import PlanSimulator, Simulation
-from nanoflow.timeline.timeline import Timeline
+from nanoflow.timeline.timeline import Timeline, with_copies
 
 # Contexts are rounded to so many significant digits, so that iterations which hardly differ are predicted once.
 _CONTEXT_DIGITS = 3
@@ -39,6 +40,7 @@ class Prediction:
         iteration_s: All layers, what stands around them, sampling and gaps.
         tokens_per_s_per_gpu: Tokens of the batch / iteration / GPUs.
         energy_per_token_j: Of all GPUs; None if unknown.
+        copies_s: How long KV pages are copied beside it; 0 where nothing is below the KV cache.
         simulation: The layers.
     """
 
@@ -46,6 +48,7 @@ class Prediction:
     iteration_s: float
     tokens_per_s_per_gpu: float
     energy_per_token_j: float | None
+    copies_s: float
     simulation: Simulation
 
 
@@ -72,13 +75,14 @@ class IterationModel:
     Args:
         profile: What operations take.
         book: The plans; every batch runs sequentially without one.
+        copies: Of KV pages, beside every iteration.
 
     Raises:
         ProfileError, PlanError: The profile lacks an operation, or a plan does not fit its graph.
     """
 
-    def __init__(self, profile: Profile, book: PlanBook | None = None) -> None:
-        self.profile = profile
+    def __init__(self, profile: Profile, book: PlanBook | None = None, copies: Copies = NO_COPIES) -> None:
+        self.profile, self._copies = profile, copies
         self.graph = graphs_of(profile)[0]
         self._table = CostTable(profile, self.graph)
         self._interference = Interference(profile, self.graph)
@@ -106,6 +110,7 @@ class IterationModel:
             iteration_s=cost.time_s,
             tokens_per_s_per_gpu=shape.num_tokens / cost.time_s / num_gpus,
             energy_per_token_j=None if cost.energy_j is None else cost.energy_j * num_gpus / shape.num_tokens,
+            copies_s=self._copies.lane_s(shape.num_tokens),
             simulation=simulation,
         )
 
@@ -169,8 +174,10 @@ class IterationModel:
         )
 
     def _with_layers(self, layers: Cost, shape: BatchShape) -> Cost:
-        """The iteration that has these layers."""
-        return sum(self._around(shape), start=layers)
+        """The iteration that has these layers, and the copies beside it."""
+        alone = sum(self._around(shape), start=layers)
+        more_s = self._copies.beside(alone.time_s, shape.num_tokens) - alone.time_s
+        return alone + Cost(time_s=more_s, energy_j=more_s * (self.profile.setup.static_power_w or 0.0))
 
     def _around(self, shape: BatchShape) -> Iterator[Cost]:
         """What is not in a layer."""
@@ -202,17 +209,24 @@ def predict(plan: PipelinePlan | None, profile: Profile, shape: BatchShape) -> P
     return IterationModel(profile).predict(shape, plan)
 
 
-def predict_timeline(plan: PipelinePlan, profile: Profile, shape: BatchShape, num_layers: int) -> Timeline:
-    """So many layers of a plan on a batch, from the middle of many, where the pipeline is full."""
+def predict_timeline(
+    plan: PipelinePlan, profile: Profile, shape: BatchShape, num_layers: int, *, kv_host_gib: float = 0.0
+) -> Timeline:
+    """So many layers of a plan on a batch, from the middle of many, where the pipeline is full.
+
+    With host memory below the KV cache each layer has its part of the iteration's copies, on a lane of their own.
+    """
     filling = plan.max_stage + 1
-    timeline = IterationModel(profile).simulate(plan, shape, 2 * filling + num_layers + 1).timeline
+    model = IterationModel(profile)
+    timeline = model.simulate(plan, shape, 2 * filling + num_layers + 1).timeline
     shown = [span for span in timeline.spans if filling <= span.layer < filling + num_layers]
     begin_s = min(span.start_s for span in shown)
     spans = tuple(
         replace(span, layer=span.layer - filling, start_s=span.start_s - begin_s, stop_s=span.stop_s - begin_s)
         for span in shown
     )
-    return replace(timeline, spans=spans)
+    lane_s = copies_of(profile, model.graph, host_gib=kv_host_gib).lane_s(shape.num_tokens) / model.graph.num_layers
+    return with_copies(replace(timeline, spans=spans), lane_s, shape.num_tokens)
 
 
 _ANY_BATCH = 1 << 20

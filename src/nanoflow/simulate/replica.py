@@ -1,7 +1,7 @@
 """One replica (the GPUs that share a model) on a simulated clock, with the real scheduler.
 
 It is driven as `engine/engine.py` drives a device with asynchronous scheduling: batch i + 1 is formed while i runs, and
-the tokens of i are committed when it is done.
+the tokens of i are committed when it is done. Copies of KV pages go beside the batches (`link.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import numpy as np
 
 from nanoflow.batch import DenseBatch, SampledTokens
 from nanoflow.graph.operation import BatchShape
+from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.profile.table import Cost
-from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.policies import Policies
 from nanoflow.scheduler.scheduler import Scheduler
-from nanoflow.workload import Lengths
+from nanoflow.scheduler.tiers import counts_of_all
+from nanoflow.simulate.arrivals import END, OTHER, Asked
+from nanoflow.simulate.link import BelowDevice, SimulatedCopies
 
 # Batches on the device beside the one that is formed.
 _MAX_IN_FLIGHT = 1
@@ -70,18 +73,41 @@ class SimulatedEngine:
     """One replica.
 
     Args:
-        limits, pace: Of its scheduler.
+        limits, pace, policies: Of its scheduler.
         iterations: What a batch takes.
         times: Where it notes what happened, by request id.
+        below: What is below its KV pages.
+        max_tokens: Most tokens that requests allow, where the scheduler does not know when they end; else None.
+
+    Attributes:
+        now_s: Its clock.
+        num_outstanding_tokens: Prompt and output tokens of requests that have not finished.
+        num_cached: Tokens of prompts that it found in the KV cache, by request id.
     """
 
-    def __init__(self, limits: SchedulerLimits, pace: Pace, iterations: Iterations, times: Times) -> None:
-        self._scheduler = Scheduler(limits=limits, pace=pace)
-        self._iterations, self._times, self._limits = iterations, times, limits
-        self._in_flight: deque[tuple[DenseBatch, float]] = deque()
-        self._free_at_s = 0.0
-        self._owed: dict[int, int] = {}
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pace: Pace,
+        iterations: Iterations,
+        times: Times,
+        *,
+        below: BelowDevice,
+        policies: Policies,
+        max_tokens: int | None = None,
+    ) -> None:
         self.now_s = 0.0
+        self.copies = SimulatedCopies(below, limits.max_num_seqs, lambda: self.now_s)
+        self.scheduler = Scheduler(limits=limits, pace=pace, make_tiers=self.copies.make_tiers, policies=policies)
+        self._iterations, self._times, self._limits, self._max_tokens = iterations, times, limits, max_tokens
+        self._page_bytes = below.page_bytes
+        # Batches on the device, what they sample, how long they take and when they end.
+        self._in_flight: deque[tuple[DenseBatch, SampledTokens, float, float]] = deque()
+        self._free_at_s = 0.0
+        self._owed: dict[int, Asked] = {}
+        self._last_position = np.zeros(limits.max_num_seqs, dtype=np.int64)
+        self.num_cached: dict[int, int] = {}
+        self.num_outstanding_tokens = 0
         self.busy_s = 0.0
         self.energy_j: float | None = 0.0
         self.num_iterations = self.num_batch_tokens = self.peak_requests = 0
@@ -90,60 +116,84 @@ class SimulatedEngine:
     @property
     def is_busy(self) -> bool:
         """True while a step makes progress."""
-        return self._scheduler.has_unfinished or bool(self._in_flight)
+        return self.scheduler.has_unfinished or bool(self._in_flight)
 
     @property
-    def num_outstanding_tokens(self) -> int:
-        """Prompt and output tokens of requests that have not finished."""
-        return sum(self._owed.values())
+    def tiers(self) -> dict[str, TierCounts]:
+        """What each tier of its KV cache has done."""
+        reuse = self.scheduler.reuse_counts
+        return counts_of_all(
+            self.scheduler.tiers,
+            self.scheduler.pools,
+            self._page_bytes,
+            queries=reuse.num_asked,
+            hits=reuse.num_found,
+        )
 
-    @property
-    def num_preemptions(self) -> int:
-        """So far."""
-        return self._scheduler.num_preemptions
-
-    def add(self, request_id: int, length: Lengths, arrival_s: float) -> None:
+    def add(self, asked: Asked) -> None:
         """Take a request that arrives now."""
         if not self.is_busy:
-            self.now_s = max(self.now_s, arrival_s)
-        self._owed[request_id] = length.num_prompt_tokens + length.num_output_tokens
-        params = SamplingParams(temperature=0.0, max_tokens=length.num_output_tokens, ignore_eos=True)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=[0] * length.num_prompt_tokens,
-            params=params,
-            seed=0,
-            max_tokens=length.num_output_tokens,
-            arrival_s=arrival_s,
+            self._idle(asked.arrival_s)
+        self._owed[asked.request_id] = asked
+        self.num_outstanding_tokens += asked.num_tokens
+        limits = self._limits
+        request = asked.as_request(
+            max_tokens=self._max_tokens, max_model_len=limits.max_model_len, page_size=limits.page_size
         )
-        self._scheduler.add(request, length.num_computed)
+        self.scheduler.add(request, asked.num_computed)
 
-    def step(self) -> None:
-        """Form a batch and launch it; wait for the one before it, or for this one if nothing can be formed."""
-        batch = self._scheduler.schedule()
+    def step(self) -> list[int]:
+        """Form a batch and launch it; wait for the one before it, or for this one if nothing can be formed.
+
+        Returns:
+            The requests that have finished.
+        """
+        self.copies.collect()
+        batch = self.scheduler.schedule()
+        self.copies.issue(self._free_at_s)
         if batch is not None:
             self._launch(batch)
+        elif not self._in_flight:
+            self.now_s = self.copies.wait_s()
         if self._in_flight and (batch is None or len(self._in_flight) > _MAX_IN_FLIGHT):
-            self._commit(*self._in_flight.popleft())
+            return self._commit(*self._in_flight.popleft())
+        return []
+
+    def _idle(self, until_s: float) -> None:
+        """Let copies go on until then."""
+        while (next_s := self.copies.idle(until_s)) is not None:
+            self.now_s = next_s
+        self.now_s = max(self.now_s, until_s)
 
     def _launch(self, batch: DenseBatch) -> None:
         cost = self._iterations.cost(batch.shape)
-        self._free_at_s = max(self.now_s, self._free_at_s) + cost.time_s
-        self._in_flight.append((batch, self._free_at_s))
-        self.busy_s += cost.time_s
+        start_s = max(self.now_s, self._free_at_s, self.copies.writable_s(batch.new_pages))
+        time_s = cost.time_s + self.copies.slowdown_s()
+        self._free_at_s = start_s + time_s
+        self._in_flight.append((batch, self._sampled(batch), time_s, self._free_at_s))
+        self.busy_s += time_s
         self.energy_j = None if self.energy_j is None or cost.energy_j is None else self.energy_j + cost.energy_j
         self.num_iterations += 1
         self.num_batch_tokens += batch.num_tokens
-        pool = self._scheduler.fullest_pool
+        pool = self.scheduler.fullest_pool
         self.peak_page_share = max(self.peak_page_share, pool.num_in_use / pool.num_pages)
-        self.peak_requests = max(self.peak_requests, self._scheduler.num_running)
+        self.peak_requests = max(self.peak_requests, self.scheduler.num_running)
 
-    def _commit(self, batch: DenseBatch, done_s: float) -> None:
+    def _sampled(self, batch: DenseBatch) -> SampledTokens:
+        """The tokens that a batch draws."""
+        for joined in batch.joined:
+            self._last_position[joined.row] = self._owed[joined.seed].num_tokens - 1
+        is_last = batch.drawn_positions == self._last_position[batch.rows[batch.sampled]]
+        return SampledTokens(token_ids=np.where(is_last, END, OTHER).astype(np.int32))
+
+    def _commit(self, batch: DenseBatch, sampled: SampledTokens, time_s: float, done_s: float) -> list[int]:
         self.now_s = max(self.now_s, done_s)
-        result = SampledTokens(token_ids=np.zeros(len(batch.sampled), np.int32))
-        committed = self._scheduler.commit(batch, result)
-        self._scheduler.drain_events()
+        self.scheduler.tiers.note_iteration(batch.num_tokens, time_s)
+        committed = self.scheduler.commit(batch, sampled)
+        self.num_cached.update(self.scheduler.drain_events().scheduled)
         self._times.note_tokens(committed.request_ids, self.now_s)
-        for request_id in committed.finished:
+        finished = list(committed.finished)
+        for request_id in finished:
             self._times.finished_s[request_id] = self.now_s
-            del self._owed[request_id]
+            self.num_outstanding_tokens -= self._owed.pop(request_id).num_tokens
+        return finished

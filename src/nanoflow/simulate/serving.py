@@ -7,19 +7,21 @@
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from nanoflow.config import ConfigError
 from nanoflow.graph.graph import OpGraph
 from nanoflow.kvcache.sizes import Demand, longest_sequence
+from nanoflow.kvcache.tier_counts import TierCounts, total
 from nanoflow.profile.table import Profile
 from nanoflow.run_metrics import RequestRecord, RunMetrics, measure
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
+from nanoflow.scheduler.policies import Policies
+from nanoflow.simulate.arrivals import Arrivals, Independent
+from nanoflow.simulate.link import BelowDevice
 from nanoflow.simulate.replica import Iterations, SimulatedEngine, Times
 from nanoflow.workload import Lengths
 
@@ -38,6 +40,8 @@ class SimulatedRun:
         num_preemptions: Of all replicas.
         peak_page_share: Largest part of the pages of any of a replica's pools in use.
         peak_requests: Most requests that had a row of one replica at once.
+        num_loads: Loads of pages from below the device; 0 without.
+        tiers: What each tier of the KV cache did, over all replicas.
     """
 
     metrics: RunMetrics
@@ -48,6 +52,8 @@ class SimulatedRun:
     num_preemptions: int
     peak_page_share: float
     peak_requests: int
+    num_loads: int
+    tiers: Mapping[str, TierCounts]
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -107,6 +113,16 @@ class Cluster:
     """Equal replicas behind one queue: a request goes to the one with the fewest outstanding tokens.
 
     With a `Pace` that has a bound and an estimate of iterations its schedulers bound their time as an engine does.
+
+    Attributes:
+        limits: Of each scheduler.
+        iterations: What a batch takes.
+        num_replicas, gpus_per_replica: How many there are.
+        static_power_w: Of an idle GPU.
+        pace, policies: Of each scheduler.
+        below: What is below the KV pages of each GPU.
+        max_tokens: Most tokens that requests allow. None: as many as they get, and the scheduler knows that.
+        on_progress: Is told how many requests have finished.
     """
 
     limits: SchedulerLimits
@@ -115,6 +131,9 @@ class Cluster:
     gpus_per_replica: int = 1
     static_power_w: float = 0.0
     pace: Pace = field(default_factory=Pace)
+    policies: Policies = field(default_factory=Policies)
+    below: BelowDevice = field(default_factory=BelowDevice)
+    max_tokens: int | None = None
     on_progress: Callable[[int], None] = field(default=lambda _finished: None)
 
 
@@ -124,70 +143,116 @@ def simulate(cluster: Cluster, lengths: Sequence[Lengths], arrivals_s: Sequence[
     Raises:
         ConfigError: There is no request or no replica.
     """
-    if not lengths or cluster.num_replicas < 1:
-        raise ConfigError(f"there must be requests and replicas, got {len(lengths)} and {cluster.num_replicas}")
-    times = Times.of(len(lengths))
-    engines = [
-        SimulatedEngine(cluster.limits, cluster.pace, cluster.iterations, times) for _ in range(cluster.num_replicas)
-    ]
+    has_keys = cluster.below.num_slots > 0
+    return simulate_arrivals(cluster, Independent(lengths, arrivals_s, has_keys=has_keys)).run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """A simulated run and what happened to each request.
+
+    Attributes:
+        run: The run.
+        records: Of each request, by its id.
+        num_cached: Tokens of each prompt that were in the KV cache, by id.
+        duration_s: From the first arrival to the last token.
+    """
+
+    run: SimulatedRun
+    records: Sequence[RequestRecord]
+    num_cached: Mapping[int, int]
+    duration_s: float
+
+
+def simulate_arrivals(cluster: Cluster, arrivals: Arrivals) -> Simulated:
+    """Run requests as they come until all have finished.
+
+    Raises:
+        ConfigError: There is no request or no replica.
+    """
+    num_requests = arrivals.num_requests
+    if num_requests < 1 or cluster.num_replicas < 1:
+        raise ConfigError(f"there must be requests and replicas, got {num_requests} and {cluster.num_replicas}")
+    times = Times.of(num_requests)
+    engines = [_engine(cluster, times) for _ in range(cluster.num_replicas)]
     busy: list[tuple[float, int]] = []
-    coming = deque(enumerate(arrivals_s))
-    while coming or busy:
+    asked_of: dict[int, RequestRecord] = {}
+    place_of: dict[int | None, int] = {}
+    num_finished = 0
+    while (next_s := arrivals.next_s) is not None or busy:
         # 1. A request arrives before anything else happens.
-        if coming and (not busy or coming[0][1] <= busy[0][0]):
-            request_id, arrival_s = coming.popleft()
-            place = min(range(len(engines)), key=lambda place: engines[place].num_outstanding_tokens)
+        if next_s is not None and (not busy or next_s <= busy[0][0]):
+            asked = arrivals.take()
+            asked_of[asked.request_id] = RequestRecord(
+                num_prompt_tokens=len(asked.prompt_token_ids),
+                num_requested_tokens=asked.num_output_tokens,
+                arrival_s=asked.arrival_s,
+            )
+            fewest = min(range(len(engines)), key=lambda place: engines[place].num_outstanding_tokens)
+            place = fewest if asked.thread is None else place_of.setdefault(asked.thread, fewest)
             was_busy = engines[place].is_busy
-            engines[place].add(request_id, lengths[request_id], arrival_s)
+            engines[place].add(asked)
             if not was_busy:
                 heapq.heappush(busy, (engines[place].now_s, place))
             continue
         # 2. The replica whose clock is behind all others makes a step.
         _, place = heapq.heappop(busy)
-        engines[place].step()
+        for request_id in engines[place].step():
+            num_finished += 1
+            arrivals.finish(request_id, engines[place].now_s)
         if engines[place].is_busy:
             heapq.heappush(busy, (engines[place].now_s, place))
-        cluster.on_progress(int(np.count_nonzero(~np.isnan(times.finished_s))))
-    return _result(cluster, engines, times, lengths, arrivals_s)
+        cluster.on_progress(num_finished)
+    return _result(cluster, engines, times, [asked_of[request_id] for request_id in range(num_requests)])
+
+
+def _engine(cluster: Cluster, times: Times) -> SimulatedEngine:
+    return SimulatedEngine(
+        cluster.limits,
+        cluster.pace,
+        cluster.iterations,
+        times,
+        below=cluster.below,
+        policies=cluster.policies,
+        max_tokens=cluster.max_tokens,
+    )
 
 
 def _result(
-    cluster: Cluster,
-    engines: Sequence[SimulatedEngine],
-    times: Times,
-    lengths: Sequence[Lengths],
-    arrivals_s: Sequence[float],
-) -> SimulatedRun:
+    cluster: Cluster, engines: Sequence[SimulatedEngine], times: Times, asked: Sequence[RequestRecord]
+) -> Simulated:
     gaps_s = times.gaps_s()
     records = [
-        RequestRecord(
-            num_prompt_tokens=length.num_prompt_tokens,
-            num_requested_tokens=length.num_output_tokens,
-            num_output_tokens=int(times.num_tokens[place]),
-            arrival_s=arrivals_s[place],
-            first_token_s=float(times.first_token_s[place]),
-            finished_s=float(times.finished_s[place]),
-            gaps_s=gaps_s[place],
+        replace(
+            record,
+            num_output_tokens=int(times.num_tokens[request_id]),
+            first_token_s=float(times.first_token_s[request_id]),
+            finished_s=float(times.finished_s[request_id]),
+            gaps_s=gaps_s[request_id],
         )
-        for place, length in enumerate(lengths)
+        for request_id, record in enumerate(asked)
     ]
-    duration_s = max(engine.now_s for engine in engines) - arrivals_s[0]
+    duration_s = max(engine.now_s for engine in engines) - min(record.arrival_s for record in asked)
     energies_j = [engine.energy_j for engine in engines if engine.energy_j is not None]
     energy_j = None
     if len(energies_j) == len(engines):
         idle_s = sum(duration_s - engine.busy_s for engine in engines)
         energy_j = (sum(energies_j) + max(idle_s, 0.0) * cluster.static_power_w) * cluster.gpus_per_replica
     num_iterations = sum(engine.num_iterations for engine in engines)
-    return SimulatedRun(
+    run = SimulatedRun(
         metrics=measure(records, duration_s, {}, energy_j=energy_j),
         num_replicas=len(engines),
         num_gpus=len(engines) * cluster.gpus_per_replica,
         num_iterations=num_iterations,
         mean_batch_tokens=sum(engine.num_batch_tokens for engine in engines) / num_iterations,
-        num_preemptions=sum(engine.num_preemptions for engine in engines),
+        num_preemptions=sum(engine.scheduler.num_preemptions for engine in engines),
         peak_page_share=max(engine.peak_page_share for engine in engines),
         peak_requests=max(engine.peak_requests for engine in engines),
+        num_loads=sum(engine.copies.num_loads for engine in engines),
+        tiers={name: total(engine.tiers[name] for engine in engines) for name in engines[0].tiers},
     )
+    num_cached = dict(ChainMap(*(engine.num_cached for engine in engines)))
+    return Simulated(run=run, records=records, num_cached=num_cached, duration_s=duration_s)
 
 
 def least_replicas(is_enough: Callable[[int], bool], most: int) -> int | None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoflow.graph.operation import Resource
 
@@ -58,3 +58,41 @@ class Timeline:
     def lanes(self) -> tuple[str, ...]:
         """Names of the lanes, in order of their first span."""
         return tuple(dict.fromkeys(span.lane for span in self.spans))
+
+
+COPY_LANE = "copies"
+"""The lane of copies of KV pages to host memory."""
+
+
+def with_copies(timeline: Timeline, copy_s: float, num_tokens: int) -> Timeline:
+    """The timeline with copies beside its layers: one after the other, the one of a layer not before the layer begins.
+
+    Args:
+        timeline: Predicted.
+        copy_s: Seconds of the copies of a layer; nothing is added if there are none.
+        num_tokens: Of the batch.
+    """
+    if copy_s <= 0:
+        return timeline
+    begins_s: dict[int, float] = {}
+    for span in timeline.spans:
+        begins_s[span.layer] = min(span.start_s, begins_s.get(span.layer, span.start_s))
+    copies, free_at_s = [], 0.0
+    for layer, begin_s in sorted(begins_s.items()):
+        start_s = max(begin_s, free_at_s)
+        free_at_s = start_s + copy_s
+        copies.append(
+            Span(
+                operation="save_pages",
+                layer=layer,
+                start_token=0,
+                stop_token=num_tokens,
+                lane=COPY_LANE,
+                resource=None,
+                share=0.0,
+                start_s=start_s,
+                stop_s=free_at_s,
+            )
+        )
+    spans = sorted((*timeline.spans, *copies), key=lambda span: span.start_s)
+    return replace(timeline, spans=tuple(spans))

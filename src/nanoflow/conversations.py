@@ -1,19 +1,20 @@
 """Conversations of several rounds as a workload: which new tokens each round brings, and when.
 
 The prompt of a round is all that came before it, completions included, plus the round's new tokens. It is known only
-when the rounds before have ended, so `rounds.py` puts it together. Lengths come from `nanoflow/workload.py`; everything
-is drawn from a seed.
+when the rounds before have ended, so who asks puts it together: `bench/rounds.py` with an engine, `simulate/talking.py`
+on a simulated clock. Lengths come from `workload.py`; everything is drawn from a seed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from nanoflow.bench.options import BenchConfig, ConversationConfig
-from nanoflow.config import ConfigError
+from nanoflow.config import ConfigError, option
 from nanoflow.workload import Lengths, draw_arrivals, draw_lengths
 
 # Tokens of a tool call: a name and a few arguments as JSON.
@@ -21,6 +22,54 @@ MIN_CALL_TOKENS, MAX_CALL_TOKENS = 16, 64
 
 # Independent random streams of one seed, beside those of workload.py.
 _KINDS, _CALLS, _THINKING, _SYSTEMS, _TOKENS = range(4, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationConfig:
+    """Which conversations there are, and when their rounds are asked."""
+
+    num_conversations: int = option(32, "Conversations in one repeat")
+    rounds: int = option(5, "Rounds of a conversation: each adds new tokens of the user and gets a completion")
+    think_time: float = option(
+        0.0, "Mean seconds between a completion and the next round's request, exponentially distributed; 0 is none"
+    )
+    system_tokens: int = option(256, "Tokens of each common system prompt")
+    system_prompts: int = option(4, "Number of common system prompts")
+    shared_system: float = option(0.0, "Part of the conversations that begin with a common system prompt, 0 to 1")
+    agent_share: float = option(
+        0.0,
+        "Part of the conversations that are agent loops, 0 to 1: all completions but the last are tool calls of 16 to "
+        "64 tokens, at most those of the workload, and results of tools are appended without think time",
+    )
+    conversation_rate: float = option(math.inf, "Conversations/s that begin, Poisson arrivals; inf begins all at once")
+    max_concurrency: int | None = option(
+        None, "Most conversations under way, those in think time included; unlimited if not given"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_conversations", "rounds", "system_prompts", "system_tokens", "max_concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("shared_system", "agent_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be a part from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.think_time < math.inf:
+            raise ConfigError(f"think_time must be 0 or more seconds, got {self.think_time}")
+        if not self.conversation_rate > 0:
+            raise ConfigError(f"conversation_rate must be positive, got {self.conversation_rate}")
+
+
+class Workload(Protocol):
+    """Options that say which lengths are drawn; those of a benchmark are."""
+
+    @property
+    def workload(self) -> str:
+        """IN/OUT tokens of every round, or trace:FILE.csv."""
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +115,7 @@ class Conversation:
 
 
 def draw_conversations(
-    config: BenchConfig, talk: ConversationConfig, *, vocab_size: int, repeat: int = 0
+    config: Workload, talk: ConversationConfig, *, vocab_size: int, repeat: int = 0
 ) -> list[Conversation]:
     """The conversations of one repeat.
 

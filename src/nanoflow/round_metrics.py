@@ -1,8 +1,8 @@
 """Metrics of conversations: how much of the prompts was computed, and how soon each round began to answer.
 
 Asked are all tokens of all prompts; computed are those that were not in the KV cache when their request began. Repeated
-are those that came before in the same conversation: no cache can find more of them. `rounds.py` takes the times;
-`run_metrics.py` has the metrics of single requests, `record.py` the table of these.
+are those that came before in the same conversation: no cache can find more of them. `bench/rounds.py` and
+`simulate/talking.py` take the times; `run_metrics.py` has the metrics of single requests.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nanoflow.bench.endpoints import Tiers
 from nanoflow.run_metrics import Distribution, RequestRecord, RunMetrics, distribution, measure, tpot_s, ttft_s
+
+# For each tier of the KV cache: counters and gauges by name.
+Tiers = Mapping[str, Mapping[str, float]]
 
 # What a tier has now; everything else that it tells counts from its start.
 _GAUGES = frozenset({"used_bytes", "capacity_bytes"})
