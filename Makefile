@@ -10,6 +10,10 @@ DOCS_VENV ?= .venv-docs
 # Without an NVIDIA driver the CPU build of torch is installed, and tests run on all cores; with one they share a GPU.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo auto)
+# Threads that wait for each other take longer than one. Bytecode is kept even if the environment says not to, as tests
+# start hundreds of processes. Plugins are named, because pytest rewrites every file of those that it finds by itself.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest \
+	-p xdist.plugin -p pytest_timeout -p _hypothesis_pytestplugin
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,9 +28,8 @@ demo: $(VENV)/.installed  ## Serve the embedded model and ask it through the off
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed  ## Run the tests, of long sweeps a fixed part
-	# Threads that wait for each other take longer than one.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m 'not timing'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
+	$(PYTEST) -n $(WORKERS) --maxprocesses 8 --dist worksteal -m 'not timing'
+	$(PYTEST) -m timing $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
 
 test-all: export NANOFLOW_ALL_CASES = 1
 test-all: test  ## Run the tests, of long sweeps every case
