@@ -88,14 +88,18 @@ def test_what_is_computed_first_is_saved_too() -> None:
 
 def test_a_load_takes_none_of_its_own_pages_on_the_device() -> None:
     """A hole in the prefix is filled; what the device has behind it must stay for that."""
-    bench = Bench(num_pages=10)
+    bench = Bench(num_pages=12)
     bench.save(*range(8))
-    pages = bench.pool.allocate(8)
+    pages, others = bench.pool.allocate(8), bench.pool.allocate(4)
     for place, page in enumerate(pages.tolist()):
         if place not in range(1, 5):
             bench.pool.cache(page, KEYS[place])
+    for page, key in zip(others.tolist(), KEYS[8:], strict=True):
+        bench.pool.cache(page, key)
+    # The prefix was used before the others, and no page is empty.
     bench.pool.release(pages)
-    others = bench.pool.allocate(2)
+    bench.pool.release(others)
+    held = bench.pool.allocate(4)
     assert bench.tiers.find(KEYS[:8], 1).num_pages == 8
     assert bench.tiers.start_load(KEYS[:8], num_spare=0)
     assert all(bench.pool.has(KEYS[place]) for place in (0, 5, 6, 7))
@@ -103,7 +107,7 @@ def test_a_load_takes_none_of_its_own_pages_on_the_device() -> None:
     assert bench.pool.num_reserved == 4
     assert bench.copy()[0].num_pages == 4
     assert len(bench.pool.find(KEYS)) == 8 and not bench.tiers.is_loading
-    bench.pool.release(others)
+    bench.pool.release(held)
     bench.tiers.check_integrity()
 
 
@@ -151,7 +155,7 @@ def test_a_load_that_host_memory_has_no_room_for_is_refused() -> None:
 @pytest.mark.parametrize("forgets", ["keys", "all"])
 @pytest.mark.parametrize("when", ["read", "copied", "saved"])
 def test_what_is_forgotten_on_its_way_does_not_arrive(forgets: str, when: str) -> None:
-    bench = Bench(num_slots=8, has_disk=True)
+    bench = Bench(num_slots=16, has_disk=True)
 
     def forget() -> None:
         bench.tiers.forget(KEYS[2:3]) if forgets == "keys" else bench.tiers.forget_all()

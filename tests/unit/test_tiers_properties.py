@@ -217,7 +217,7 @@ def check_answers(drive: TierDrive, requests: list[Request], aborted: set[int], 
             assert answer == expected
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tier_scenarios())
 def test_every_request_reads_what_it_would_have_computed(scenario: TierScenario) -> None:
     drive = drive_of(scenario)
@@ -229,3 +229,30 @@ def test_every_request_reads_what_it_would_have_computed(scenario: TierScenario)
     event(f"read from disk: {isinstance(drive.disk, FakeDisk) and drive.disk.num_read > 0}")
     event(f"failed: {bool(drive.tier_executor.settled)}")
     drive.close()
+
+
+def test_what_a_failed_request_computed_is_in_no_tier() -> None:
+    limits = SchedulerLimits(
+        max_batch_tokens=64, max_num_seqs=2, max_model_len=40, num_pages=20, page_size=2, vocab_size=VOCAB_SIZE
+    )
+    drive = TierDrive(limits, depth=1, num_slots=40, model=repetitive_token, pace=1.0)
+    prompt, root = list(range(20)), root_key()
+    keys = page_keys(prompt, limits.page_size, root)
+    request = Request(
+        request_id=0,
+        prompt_token_ids=prompt,
+        page_keys=b"".join([root, *keys]),
+        params=SamplingParams(max_tokens=9, ignore_eos=True),
+        seed=0,
+        max_tokens=9,
+    )
+    drive.add(request)
+    for _ in range(4):
+        drive.step()
+    assert all(key in drive.hosts[0] for key in keys)
+    drive.tier_executor._poison = 1.0
+    while drive.is_busy:
+        drive.step()
+    assert drive.tier_executor.settled
+    assert not any(key in drive.hosts[0] or drive.scheduler.pools[0].has(key) for key in keys)
+    drive.come_to_rest()
