@@ -86,7 +86,7 @@ class SimulatedWorkloads:
         Of each workload those of two runs, which have between them what an engine meets: all requests at once, and
         the steady state (`steady_batches_of`).
         """
-        found = []
+        found: list[tuple[BatchShape, float]] = []
         for place, lengths in enumerate(self._lengths):
             found += self._at_once(place, limits).iterations
             found += steady_batches_of(self._model, lengths, self._limits(lengths, limits), self._seed)
