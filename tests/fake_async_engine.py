@@ -244,8 +244,8 @@ class FakeAsyncEngine:
 
 
 def logprobs_of(token_id: int, num_top: int) -> PositionLogprobs:
-    """The token itself at rank 1, then its neighbours; -1 asks for all."""
-    num_top = VOCAB_SIZE if num_top == -1 else num_top
+    """The token itself at rank 1, then its neighbours; -1 asks for all, and there are no more than that."""
+    num_top = VOCAB_SIZE if num_top == -1 else min(num_top, VOCAB_SIZE)
     others = {
         (token_id + step) % VOCAB_SIZE: Logprob(logprob=-1.0 - step, rank=step + 1, decoded_token=None)
         for step in range(1, num_top)

@@ -22,6 +22,7 @@ from nanoflow.compat.server_options import SERVER
 from nanoflow.compat.unknown import unknown_option as unknown_option
 from nanoflow.kv_events import check_kv_events
 from nanoflow.kv_events import in_full as kv_events_in_full
+from nanoflow.kv_tiers import check_sessions, check_tiers
 from nanoflow.option import ConfigError as ConfigError
 from nanoflow.option import option as option
 from nanoflow.option import read_count as read_count
@@ -129,10 +130,7 @@ class EngineConfig:
         True, "Keep pages of the KV cache after their request, and use them for prompts that begin with the same tokens"
     )
     max_sessions: int = option(
-        1024,
-        "Most conversations (session_id of a request) whose cached pages can be asked for by name; those used longest "
-        "ago are forgotten first, and each takes 2 bytes a token",
-        read=read_count,
+        1024, "Most conversations (session_id) whose pages can be asked for by name; 2 bytes a token", read=read_count
     )
     kv_events_config: str | None = option(
         None,
@@ -141,14 +139,9 @@ class EngineConfig:
         read=kv_events_in_full,
     )
     kv_host_gib: float | None = option(
-        None,
-        "Host memory for KV pages in GiB: pages are kept there when the device needs theirs, and loaded back for later "
-        "rounds of a conversation and after a preemption; none if not given, 1 with kv_dir",
+        None, "GiB of host memory for KV pages, for later rounds and after preemptions; 1 with kv_dir, else 0"
     )
-    kv_dir: str | None = option(
-        None,
-        "Folder for KV pages that host memory has no room for; they outlive the server, and are private to the user",
-    )
+    kv_dir: str | None = option(None, "Folder for KV pages that host memory has no room for; they outlive the server")
     kv_disk_gib: float = option(16.0, "Most GiB of files in kv_dir")
     async_scheduling: bool = option(True, "Form the next batch while the current one runs")
     speculative: str | None = option(
@@ -172,16 +165,6 @@ class EngineConfig:
         16 * 2**20, "Longest text in characters that a chat template may write, as 4M", read=read_count
     )
 
-    def _check_tiers(self) -> None:
-        for name in ("kv_host_gib", "kv_disk_gib"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"{name} must be a number of GiB, at least 0, got {value}")
-        if self.kv_dir is not None and self.kv_host_gib == 0:
-            raise ConfigError("kv_dir needs host memory for pages on their way to the disk: raise kv_host_gib")
-        if (self.kv_dir is not None or self.kv_host_gib) and not self.enable_prefix_caching:
-            raise ConfigError("kv_host_gib and kv_dir keep pages of the prefix cache: do not switch it off")
-
     def __post_init__(self) -> None:
         sizes = ("max_batch_tokens", "max_num_seqs", "page_size", "num_pages", "kv_cache_gib")
         templates = ("chat_template_timeout_s", "chat_template_max_chars")
@@ -191,10 +174,9 @@ class EngineConfig:
         for name in ("async_scheduling", "cuda_graphs", "enable_prefix_caching", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if isinstance(self.max_sessions, bool) or not isinstance(self.max_sessions, int) or self.max_sessions < 0:
-            raise ConfigError(f"max_sessions must be a whole number from 0, got {self.max_sessions!r}")
+        check_sessions(self.max_sessions)
         check_kv_events(self.kv_events_config, has_prefix_cache=self.enable_prefix_caching)
-        self._check_tiers()
+        check_tiers(self.kv_host_gib, self.kv_dir, self.kv_disk_gib, has_prefix_cache=self.enable_prefix_caching)
         check_speculation(self.speculative)
         if self.max_logprobs < -1:
             raise ConfigError(

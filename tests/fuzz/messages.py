@@ -69,7 +69,7 @@ _JSON = b"content-type: application/json"
 
 
 def _route(rng: random.Random) -> str:
-    return rng.choices(ROUTES, (5, 4, 1, 1))[0]
+    return rng.choices(ROUTES, (5, 4, 1, 1, 1))[0]
 
 
 def _body(rng: random.Random) -> tuple[How, bytes]:

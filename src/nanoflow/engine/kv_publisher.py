@@ -132,9 +132,8 @@ class KvPublisher:
             else:
                 socket.connect(endpoint)
         except ZMQError as error:
-            raise ConfigError(
-                f"kv_events_config: {endpoint} cannot be opened: {error.strerror or error}; give each server endpoints of its own"
-            ) from None
+            problem = f"{endpoint} cannot be opened: {str(error).partition(' (addr=')[0]}"
+            raise ConfigError(f"kv_events_config: {problem}; give each server endpoints of its own") from None
         return socket
 
     def _publish(self) -> None:

@@ -96,7 +96,7 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
         listener: File descriptor of the listening socket, in digits.
 
     Returns:
-        The process's exit status: 0 after a `Shutdown`, 1 if the engine could not start or has failed.
+        Exit status of the process: 0 after a `Shutdown`, even before `Load`; 1 if the engine did not start or failed.
     """
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
     # A signal to the whole process group is for the parent: it lets running requests end, then it ends this process.
@@ -105,7 +105,10 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
     channel, front_ends = Channel(int(listener)), FrontEnds()
     engine: EngineLoop | None = None
     try:
-        config, messages = _configuration(channel, front_ends)
+        first = _configuration(channel, front_ends)
+        if first is None:
+            return 0
+        config, messages = first
         with told(lambda message: channel.send(0, message)):
             engine = build(config)
         freeze_heap()
@@ -126,8 +129,12 @@ def serve(build: Callable[[EngineConfig], EngineLoop], listener: str) -> int:
         channel.close()
 
 
-def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfig, Messages]:
-    """Wait for `Load` from front end 0; return its configuration, and the other messages that have arrived."""
+def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfig, Messages] | None:
+    """Wait for `Load` from front end 0.
+
+    Returns:
+        Its configuration, and the other messages that have arrived; None if `Shutdown` came instead.
+    """
     early: Messages = []
     while True:
         for front_end, message in channel.receive(None):
@@ -135,6 +142,8 @@ def _configuration(channel: Channel, front_ends: FrontEnds) -> tuple[EngineConfi
             front_ends.join(front_end)
         for front_end, message in early:
             if front_end == 0:
+                if isinstance(message, Shutdown):
+                    return None
                 if not isinstance(message, Load):
                     raise WireError(f"the first message must be Load, got {type(message).__name__}")
                 early.remove((front_end, message))

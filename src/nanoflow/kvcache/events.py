@@ -23,8 +23,8 @@ class PagesStored:
         keys: The key of each, at least one.
         before: The key of the page before the first. The first page of a sequence has None, or the root of its salt,
             which is the key of no page.
-        token_ids: int32 [len(keys) * page size], the tokens in them. Empty for pages of a lower tier: they are those that
-            were told when the device had them, and so is what is before them.
+        token_ids: int32 [len(keys) * page size], the tokens in them. Empty for pages of a lower tier: they were told
+            when the device had these pages, and so was what is before them.
         medium: Where they are: DEVICE, HOST or DISK.
     """
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nanoflow.kvcache.events import NO_WATCH, KeyWatch
+
 
 class HostPages:
     """The slots of one KV group.
@@ -25,12 +27,14 @@ class HostPages:
 
     Attributes:
         num_slots: Slots there will be; they can be used once `add_slots` says so.
+        watch: Is told of every key that is there, or no more.
         num_evicted: Pages that had to go, since the start.
         num_lost: Those of them that were new: no disk has them.
     """
 
     def __init__(self, num_slots: int, *, has_disk: bool = False) -> None:
         self.num_slots = num_slots
+        self.watch: KeyWatch = NO_WATCH
         self.num_evicted = self.num_lost = 0
         self._has_disk = has_disk
         self._num_added = 0
@@ -64,6 +68,7 @@ class HostPages:
         if slot is None:
             return None
         self._slot_of[key], self._key_of[slot] = slot, key
+        self.watch.stored(key)
         self._num_holders[slot] = 1
         self._is_stored[slot] = not self._has_disk
         return slot
@@ -75,6 +80,10 @@ class HostPages:
             del self._queue(slot)[key]
         self._num_holders[slot] += 1
         return slot
+
+    def hold_slot(self, slot: int) -> None:
+        """One holder more of a slot that is held."""
+        self._num_holders[slot] += 1
 
     def release(self, slot: int) -> None:
         """One holder less. A key without holders counts as used just now; one that was forgotten goes."""
@@ -98,9 +107,11 @@ class HostPages:
         """What is under these keys is not to be used again."""
         for key in keys:
             slot = self._slot_of.pop(key, None)
-            if slot is not None and self._num_holders[slot] == 0:
-                del self._queue(slot)[key]
-                self._set_free(slot)
+            if slot is not None:
+                self.watch.removed(key)
+                if self._num_holders[slot] == 0:
+                    del self._queue(slot)[key]
+                    self._set_free(slot)
 
     def forget_all(self) -> None:
         """Nothing is to be used again."""
@@ -141,6 +152,7 @@ class HostPages:
         key, _ = queue.popitem(last=False)
         self.num_evicted += 1
         self.num_lost += self._has_disk and queue is self._new
+        self.watch.removed(key)
         return self._slot_of.pop(key)
 
     def _set_free(self, slot: int) -> None:

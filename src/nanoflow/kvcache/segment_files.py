@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -58,6 +59,7 @@ class SegmentFiles:
         self.num_evicted = self.num_damaged = 0
         self._room = threading.Lock()  # taken before both
         self._doomed: list[Segment] = []
+        self._ended = deque[int]()
         self._filling: list[Segment | None] = [None] * len(page_bytes)
         self._layouts = segments.layouts(capacity_bytes, page_bytes)
         # One of each group is being filled, one is written to by each thread, and one more is to be begun.
@@ -104,10 +106,9 @@ class SegmentFiles:
         """Slots are not being written any more; a segment that takes no more pages is closed."""
         with self.lock:
             segment.num_writing -= 1
-            if segment.file is not None and not segment.num_writing and (segment.is_full or segment.is_void):
-                segment.file_bytes = os.fstat(segment.file).st_size
-                os.close(segment.file)
-                segment.file = None
+            if segment.is_full or segment.is_void:
+                self._end(segment)
+        self._close_ended()
 
     def evict(self) -> int:
         """Remove the segment used longest ago, to make room.
@@ -148,9 +149,8 @@ class SegmentFiles:
     def close(self) -> None:
         """Let go of the folder. Nobody may be writing."""
         for segment in self.index.segments.values():
-            if segment.file is not None:
-                os.close(segment.file)
-                segment.file = None
+            self._end(segment)
+        self._close_ended()
         self.folder.close()
 
     def check_integrity(self) -> None:
@@ -224,8 +224,8 @@ class SegmentFiles:
         """What the file system has left besides what segments that are being filled will take."""
         with self.lock:
             filling = [each for each in self.index.segments.values() if each.file is not None]
-            promised = sum(each.file_bytes - os.fstat(each.file).st_size for each in filling if each.file is not None)
-        return self.folder.free_bytes() - promised
+            promised_bytes = sum(each.file_bytes - each.layout.offset(each.num_taken) for each in filling)
+        return self.folder.free_bytes() - promised_bytes
 
     def _evict(self) -> int:
         with self.lock:
@@ -257,12 +257,24 @@ class SegmentFiles:
         if self.index.segments.get(segment.layout.number) is not segment:
             return
         self.index.drop(segment)
-        if segment.file is not None and not segment.num_writing:
-            os.close(segment.file)
-            segment.file = None
+        self._end(segment)
         self._doomed.append(segment)
 
+    def _end(self, segment: Segment) -> None:
+        """Nothing is written to a segment any more, unless somebody is just doing it."""
+        if segment.file is not None and not segment.num_writing:
+            segment.file_bytes = segment.layout.offset(segment.num_taken)
+            self._ended.append(segment.file)
+            segment.file = None
+
+    def _close_ended(self) -> None:
+        """Without `lock`: to close a file may take as long as to write it."""
+        with contextlib.suppress(IndexError):  # several threads may do this
+            while True:
+                os.close(self._ended.popleft())
+
     def _sweep(self) -> None:
+        self._close_ended()
         while self._doomed:
             self.folder.remove(self._doomed[0].layout.name)
             with self.lock:

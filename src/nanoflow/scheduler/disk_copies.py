@@ -3,13 +3,18 @@
 Pages that were saved to host memory are written to disk, the oldest first, when more than half of that memory is used,
 when the engine is idle, and when it ends. So a page whose slot is needed is mostly on disk already, and its slot can be
 taken at once. `lower_tiers.py` says what to read; the files are `kvcache/disk.py`'s.
+
+The engine's loop never waits for the disk: a read that takes too long is given up, and to forget pages, which ends when
+the disk has it, is left to a thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +27,17 @@ from nanoflow.kvcache.tier_counts import TierCounts
 # Pages that are being written at once; the disk refuses more than its queue takes.
 _MOST_WRITES = 64
 _FLUSH_S = 20.0
+# A page that is not read by then is computed.
+_READ_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A page that is being read into a slot, and when it is given up."""
+
+    key: bytes
+    future: Future[bool]
+    until_s: float
 
 
 class Disk(Protocol):
@@ -61,15 +77,31 @@ class DiskCopies:
         memory: Host memory of each KV group, uint8 [slots, bytes of a page].
         page_size: Tokens a page.
         capacity_bytes: Most bytes of the files.
+        clock: Seconds, monotonic.
     """
 
     is_there = True
 
-    def __init__(self, disk: Disk, memory: Sequence[NDArray[np.uint8]], *, page_size: int, capacity_bytes: int) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        memory: Sequence[NDArray[np.uint8]],
+        *,
+        page_size: int,
+        capacity_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._disk, self._memory = disk, tuple(memory)
         self._page_size, self._capacity_bytes = page_size, capacity_bytes
-        self._reads: dict[tuple[int, int], tuple[bytes, Future[bool]]] = {}
+        self._clock = clock
+        self._reads: dict[tuple[int, int], _Read] = {}
+        # Reads that were given up: their slots belong to the disk until they end.
+        self._late: list[tuple[int, int, Future[bool]]] = []
         self._writes: list[tuple[int, int, Future[bool]]] = []
+        self._forgetter = ThreadPoolExecutor(1, "nanoflow-forget")
+        # Keys that the disk does not know yet to be forgotten, counted; None stands for all keys.
+        self._forgetting: Counter[bytes | None] = Counter()
+        self._forgotten: deque[tuple[tuple[bytes | None, ...], Future[None]]] = deque()
         self._num_asked = self._num_found = 0
 
     @property
@@ -91,6 +123,8 @@ class DiskCopies:
 
     def has(self, group: int, key: bytes) -> bool:
         """Whether a page can be read now."""
+        if self._forgotten and (key in self._forgetting or None in self._forgetting):
+            return False
         return self._disk.contains(group, key)
 
     def fetch(self, group: int, key: bytes, host: HostPages) -> int | None:
@@ -98,7 +132,8 @@ class DiskCopies:
         self._num_asked += group == 0
         slot = host.take(key)
         if slot is not None:
-            self._reads[group, slot] = key, self._disk.read(group, key, self._memory[group][slot])
+            future = self._disk.read(group, key, self._memory[group][slot])
+            self._reads[group, slot] = _Read(key=key, future=future, until_s=self._clock() + _READ_S)
         return slot
 
     def outcome(self, slots: Sequence[Sequence[int]], hosts: Sequence[HostPages]) -> bool | None:
@@ -109,30 +144,43 @@ class DiskCopies:
         reads = [
             (group, slot) for group, of_group in enumerate(slots) for slot in of_group if (group, slot) in self._reads
         ]
-        if not all(self._reads[place][1].done() for place in reads):
+        now_s = self._clock()
+        if any(not self._reads[place].future.done() and now_s < self._reads[place].until_s for place in reads):
             return None
         is_there = True
         for place in reads:
             group, slot = place
-            key, future = self._reads.pop(place)
-            if future.result():
+            read = self._reads.pop(place)
+            if not read.future.done():
+                hosts[group].hold_slot(slot)
+                self._late.append((group, slot, read.future))
+            elif read.future.result():
                 hosts[group].set_stored(slot)
                 self._num_found += group == 0
-            else:
-                hosts[group].forget([key])
-                is_there = False
+                continue
+            hosts[group].forget([read.key])
+            is_there = False
         return is_there
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """What is under these keys may be wrong."""
-        self._disk.forget(keys)
+        forgotten = tuple(keys)
+        self._forget(forgotten, lambda: self._disk.forget(forgotten))
 
     def forget_all(self) -> None:
         """Nothing is to be used again."""
-        self._disk.forget_all()
+        self._forget((None,), self._disk.forget_all)
 
     def advance(self, hosts: Sequence[HostPages], *, is_idle: bool = False) -> bool:
         """Note what has been written, and write more; True if anything is being written."""
+        while self._forgotten and self._forgotten[0][1].done():
+            self._forgetting -= Counter(self._forgotten.popleft()[0])
+        late, self._late = self._late, []
+        for group, slot, future in late:
+            if future.done():
+                hosts[group].release(slot)
+            else:
+                self._late.append((group, slot, future))
         writing, self._writes = self._writes, []
         for group, slot, future in writing:
             if future.done():
@@ -155,8 +203,13 @@ class DiskCopies:
             if not self.advance(hosts, is_idle=True) or time.monotonic() > until_s:
                 break
             time.sleep(0.001)
+        self._forgetter.shutdown(wait=not self._late, cancel_futures=False)
         self._disk.flush(max(until_s - time.monotonic(), 0.0))
         self._disk.close()
+
+    def _forget(self, keys: tuple[bytes | None, ...], forget: Callable[[], None]) -> None:
+        self._forgetting.update(keys)
+        self._forgotten.append((keys, self._forgetter.submit(forget)))
 
 
 class NoDisk:

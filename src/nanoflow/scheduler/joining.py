@@ -7,7 +7,7 @@ asks once an iteration, with the tokens that its running requests leave.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.reuse import Candidate, PrefixReuse
 from nanoflow.scheduler.rows import RowTable, stop_ids
 from nanoflow.scheduler.waiting import WaitingQueue
+
+# So many requests of the queue have their prefixes loaded before it is their turn.
+_MOST_AHEAD = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,8 @@ class Joining:
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
+        # Their prefixes found no room on the device: they need not wait for it.
+        self._refused: set[int] = set()
 
     def admit(self, num_tokens_left: int) -> Newcomers | None:
         """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
@@ -91,8 +96,9 @@ class Joining:
         """
         candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
         count = self._num_fitting(candidates) if candidates else 0
-        self._to_load = [each for each in candidates[:count] if each.num_loadable]
-        candidates = self._policies.queueing.ready(candidates[:count])
+        fitting = [self._unless_refused(each) for each in candidates[:count]]
+        self._to_load = [each for each in fitting if each.num_loadable]
+        candidates = self._policies.queueing.ready(fitting)
         if not candidates:
             return None
         for candidate in candidates:
@@ -108,11 +114,24 @@ class Joining:
     def start_loads(self) -> None:
         """Load the prefixes of those that `admit` would have let in with them, into pages that nobody needs now.
 
-        To be called once the batch has its pages. Each running request can still grow by a page.
+        Then those of the next in the queue, if more than a quarter of the device's pages stay free. To be called once
+        the batch has its pages. Each running request can still grow by a page.
         """
-        for candidate in self._to_load:
-            self._reuse.start_load(candidate, num_spare=self._rows.num_running)
+        num_running = self._rows.num_running
+        self._refused = {
+            candidate.waiting.request.request_id
+            for candidate in self._to_load
+            if not self._reuse.start_load(candidate, num_spare=num_running)
+        }
         self._to_load = []
+        num_spare = max(num_running, max(pool.num_pages for pool in self._pages.pools) // 4)
+        for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
+            self._reuse.start_load(candidate, num_spare=num_spare)
+
+    def _unless_refused(self, candidate: Candidate) -> Candidate:
+        """The candidate, without a load if that found no room."""
+        is_refused = candidate.waiting.request.request_id in self._refused
+        return replace(candidate, num_loadable=0) if is_refused else candidate
 
     def _num_fitting(self, candidates: Sequence[Candidate]) -> int:
         """How many of the candidates, from the first, fit by the predicted peak of pages."""

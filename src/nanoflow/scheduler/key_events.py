@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from nanoflow.kvcache.events import DEVICE, KeyEvent, KeyWatch, NoWatch, PagesRemoved, PagesStored
+import numpy as np
+
+from nanoflow.kvcache.events import DEVICE, HOST, KeyEvent, KeyWatch, NoWatch, PagesRemoved, PagesStored
 from nanoflow.kvcache.keys import root_key
 from nanoflow.scheduler.rows import RowTable
 
 Put = Callable[[KeyEvent], None]
 _ROOT = root_key()
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
 class NoKeyEvents(NoWatch):
@@ -22,6 +25,14 @@ class NoKeyEvents(NoWatch):
 
     def cached(self, row: int, start: int, before: bytes, keys: Sequence[bytes]) -> None:
         """Nothing."""
+
+    def loaded(self, keys: Sequence[bytes]) -> None:
+        """Nothing."""
+
+    @property
+    def of_host(self) -> KeyWatch:
+        """Nothing."""
+        return self
 
 
 class KeyEvents(KeyWatch):
@@ -71,6 +82,36 @@ class KeyEvents(KeyWatch):
                 self._put(PagesStored(keys=tuple(keys[first:stop]), before=known[first], token_ids=tokens))
                 self._new.difference_update(keys[first:stop])
             first = stop + 1
+
+    def loaded(self, keys: Sequence[bytes]) -> None:
+        """Pages were loaded to the device; tell of those whose keys the pool did not have, without their tokens.
+
+        To be called after the pool was told of these keys.
+        """
+        new = tuple(key for key in keys if key in self._new)
+        if new:
+            self._new.difference_update(new)
+            self._put(PagesStored(keys=new, before=None, token_ids=_NO_TOKENS, medium=DEVICE))
+
+    @property
+    def of_host(self) -> KeyWatch:
+        """Is told of the keys of host memory."""
+        return _HostKeys(self._put)
+
+
+class _HostKeys:
+    """Tells which pages are in host memory. Their tokens were told when the device had them."""
+
+    def __init__(self, put: Put) -> None:
+        self._put = put
+
+    def stored(self, key: bytes) -> None:
+        """See `KeyWatch`."""
+        self._put(PagesStored(keys=(key,), before=None, token_ids=_NO_TOKENS, medium=HOST))
+
+    def removed(self, key: bytes) -> None:
+        """See `KeyWatch`."""
+        self._put(PagesRemoved(keys=(key,), medium=HOST))
 
 
 def key_events(put: Put | None, rows: RowTable, page_size: int) -> KeyEvents | NoKeyEvents:

@@ -24,12 +24,15 @@ from nanoflow.kvcache.host import HostPages
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
+from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 from nanoflow.scheduler.load_gain import LoadGain
 from nanoflow.scheduler.loads import Load, Saves
 from nanoflow.scheduler.tiers import NOTHING, Below
 
 # Fewer pages are computed: a copy of little takes as long as one of more.
 _LEAST_PAGES = 4
+# So many pages fewer are tried if pages of a longer prefix are missing in some group.
+_MOST_TRIES = 4
 # A prefix is loaded for so many times without being used; then it is computed.
 _MOST_ATTEMPTS = 3
 _NUM_REMEMBERED = 4096
@@ -79,6 +82,7 @@ class LowerTiers:
         self._attempts: OrderedDict[bytes, int] = OrderedDict()
         self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
         self._load_s = 0.0
+        self._events: KeyEvents | NoKeyEvents = NoKeyEvents()
 
     @property
     def is_loading(self) -> bool:
@@ -121,12 +125,12 @@ class LowerTiers:
             return NOTHING
         if keys[num_cached] in self._on_their_way:
             return Below(is_loading=True)
-        stop = num_cached + self._num_below(keys[num_cached:])
-        while stop - num_cached >= _LEAST_PAGES:
+        most = num_cached + self._num_below(keys[num_cached:])
+        # Groups with windows may lack pages that the first group has.
+        for stop in range(most, max(num_cached + _LEAST_PAGES, most - _MOST_TRIES) - 1, -1):
             missing = self._missing(keys[:stop])
             if missing is not None:
                 break
-            stop -= 1
         else:
             return NOTHING
         if any(key in self._on_their_way for group in missing for key in group):
@@ -139,11 +143,12 @@ class LowerTiers:
 
     def start_load(self, keys: Sequence[bytes], num_spare: int) -> bool:
         """See `Tiers`."""
-        self._remember(keys[-1])
         prefix = self._pools.find(keys)
         missing = self._missing(keys)
         if missing is None or not any(missing):
             return False
+        if any(key in self._on_their_way for key in itertools.chain(*missing)):
+            return True
         pages = self._pools.reserve_beside(prefix, [len(group) for group in missing], num_spare)
         if pages is None:
             return False
@@ -161,6 +166,7 @@ class LowerTiers:
                     load.is_void = True
                     break
                 load.slots[group].append(slot)
+        self._remember(keys[-1])
         self._num_asked += load.num_tokens
         for key in itertools.chain(*missing):
             self._on_their_way[key] = load
@@ -191,6 +197,10 @@ class LowerTiers:
         for host in self._host:
             host.forget_all()
         self._disk.forget_all()
+
+    def watch(self, events: KeyEvents | NoKeyEvents) -> None:
+        """See `Tiers`. As on the device, the first KV group stands for all."""
+        self._events, self._host[0].watch = events, events.of_host
 
     def note_iteration(self, num_tokens: int, time_s: float) -> None:
         """See `Tiers`."""
@@ -288,6 +298,8 @@ class LowerTiers:
                 pool.settle(pages, keys)
             else:
                 pool.cancel(pages)
+        if is_there and not load.is_void:
+            self._events.loaded(load.keys[0])
         self._release(load.slots)
         if is_there:
             num_bytes = self._num_bytes(load.slots)

@@ -29,6 +29,7 @@ from nanoflow.scheduler.waiting import WaitingRequest
 
 # A request waits for another's pages if there are so many: for fewer tokens it is not worth an iteration.
 _LEAST_AWAITED = 4
+_UNBOUNDED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +133,7 @@ class PrefixReuse:
         self._pools = pools
         self._queueing = queueing or Queueing()
         self._tiers = tiers or NoTiers()
+        self._tiers.watch(events)
         self._page_size = limits.page_size
         self._events = events
         self.sessions = Sessions(limits.max_sessions)
@@ -177,8 +179,15 @@ class PrefixReuse:
             max_tokens -= len(waiting.token_ids) - max(candidate.num_computed, below.num_pages * self._page_size)
         return found
 
+    def next_to_load(self, queue: Iterable[WaitingRequest], count: int) -> list[Candidate]:
+        """Those of the first `count` requests of the queue that a load would help, and for which none is under way."""
+        if not self._tiers.is_on:
+            return []
+        first = self.candidates(queue, max_requests=count, max_tokens=_UNBOUNDED)
+        return [candidate for candidate in first if candidate.num_loadable]
+
     def start_load(self, candidate: Candidate, num_spare: int) -> bool:
-        """Begin to load what a candidate lacks; False if there is no room, or no longer anything to load."""
+        """Load what a candidate lacks, unless that has begun; False if it is not there, or no room is."""
         return self._tiers.start_load(candidate.waiting.page_keys[: candidate.num_loadable], num_spare)
 
     def _most_pages(self, waiting: WaitingRequest) -> int:

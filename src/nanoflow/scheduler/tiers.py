@@ -13,6 +13,7 @@ from nanoflow.batch import Int32
 from nanoflow.kvcache.copies import PageCopies
 from nanoflow.kvcache.pages import PagePool
 from nanoflow.kvcache.tier_counts import TierCounts
+from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class Tiers(Protocol):
         """What is there of a prefix with these keys, of which the device has `num_cached` pages."""
 
     def start_load(self, keys: Sequence[bytes], num_spare: int) -> bool:
-        """Begin to load what the device lacks of this prefix; False if so much is not free, or no longer there.
+        """Load what the device lacks of this prefix, unless that has begun; False if it is not there, or no room is.
 
         Args:
             keys: Of its pages.
@@ -75,6 +76,9 @@ class Tiers(Protocol):
 
     def forget_all(self) -> None:
         """Nothing is to be used again."""
+
+    def watch(self, events: KeyEvents | NoKeyEvents) -> None:
+        """Tell these which pages lower tiers have, and which the device has after a load."""
 
     def note_iteration(self, num_tokens: int, time_s: float) -> None:
         """An iteration with so many tokens took so long: what computing a prefix again would cost follows."""
@@ -142,6 +146,9 @@ class NoTiers:
         """See `Tiers`."""
 
     def forget_all(self) -> None:
+        """See `Tiers`."""
+
+    def watch(self, events: KeyEvents | NoKeyEvents) -> None:
         """See `Tiers`."""
 
     def note_iteration(self, num_tokens: int, time_s: float) -> None:
