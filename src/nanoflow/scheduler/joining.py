@@ -143,6 +143,7 @@ class Joining:
             page_size=self._limits.page_size,
             max_batch_tokens=self._limits.max_batch_tokens,
             num_shared=np.array([self._pages.num_held(candidate.prefix) for candidate in candidates]),
+            has_reserved=any(pool.num_reserved for pool in self._pages.pools),
         )
 
     def _progress_of(self, candidates: Sequence[Candidate]) -> Progress:
