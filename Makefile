@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both need only Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench fuzz soak clients clean
+.PHONY: help demo test test-all lint docs bench fuzz soak clients clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,9 +10,13 @@ DOCS_VENV ?= .venv-docs
 # Without an NVIDIA driver the CPU build of torch is installed, and tests run on all cores; with one they share a GPU.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo auto)
+# Threads that wait for each other take longer than one. Bytecode is kept even if the environment says not to, as tests
+# start hundreds of processes. Plugins are named, because pytest rewrites every file of those that it finds by itself.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest \
+	-p xdist.plugin -p pytest_timeout -p _hypothesis_pytestplugin
 
 help:  ## Say what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@test -n "$(PYTHON)" || { echo "nanoflow needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
@@ -23,10 +27,12 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 demo: $(VENV)/.installed  ## Serve the embedded model and ask it through the official openai client
 	$(BIN)/python tools/demo.py
 
-test: $(VENV)/.installed  ## Run the tests
-	# Threads that wait for each other take longer than one.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m 'not timing'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
+test: $(VENV)/.installed  ## Run the tests, of long sweeps a fixed part
+	$(PYTEST) -n $(WORKERS) --maxprocesses 8 --dist worksteal -m 'not timing'
+	$(PYTEST) -m timing $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
+
+test-all: export NANOFLOW_ALL_CASES = 1
+test-all: test  ## Run the tests, of long sweeps every case
 
 lint: $(VENV)/.installed  ## Check style, types and the layers between packages
 	$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
-"""Compile the products that run beside decode attention for Hopper, and print the resources that they need.
+"""Compile the products that run beside decode attention for Hopper, and print what they need, one line each.
 
-    python -m tests.compile_gemm INDEX
+    python -m tests.compile_gemm INDEX ...
 
-Compiles all kernels with the tiles at this index of `BESIDE_TILES`. It runs in a process of its own for the reason
+Compiles all kernels with the tiles at each index of `BESIDE_TILES`. It runs in a process of its own for the reason
 given in `compile_hopper_attention.py`.
 """
 
@@ -46,8 +46,14 @@ def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants
     return {"shared_bytes": done.metadata.shared, "registers": registers, "num_spills": num_spills}
 
 
-def main(place: int) -> None:
-    """Print a report of each kernel, with a bias and an addend where possible, which needs the most resources."""
+def main(texts: list[str]) -> None:
+    """Compile with all of these tiles."""
+    for text in texts:
+        print(json.dumps(reports_of(int(text))), flush=True)
+
+
+def reports_of(place: int) -> list[dict[str, int]]:
+    """A report of each kernel, with a bias and an addend where possible, which needs the most resources."""
     tiles = BESIDE_TILES[place]
     cut = with_addend(tiles)
     boxes = {
@@ -68,8 +74,8 @@ def main(place: int) -> None:
     }
     gated = {"BLOCK_N": half, "STORE_N": store_half, "IS_FLAT": tiles.is_flat}
     reports.append(compiled(_linear_swiglu, tiles, {**boxes, **_SIZES}, gated))
-    print(json.dumps(reports))
+    return reports
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1:])

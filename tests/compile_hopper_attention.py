@@ -1,6 +1,6 @@
-"""Compile decode attention in Gluon for Hopper, and print the resources that it needs.
+"""Compile decode attention in Gluon for Hopper, and print the resources that it needs, one line each.
 
-    python -m tests.compile_hopper_attention GROUP HEAD_SIZE
+    python -m tests.compile_hopper_attention GROUP:HEAD_SIZE ...
 
 It runs in a process of its own, because Triton's interpreter, which other tests enable, cannot be disabled again.
 """
@@ -21,8 +21,14 @@ from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL, decod
 from nanoflow.kernels.hopper.merge import SCAN
 
 
-def main(group: int, head_dim: int) -> None:
-    """Print instructions, shared memory and registers."""
+def main(texts: list[str]) -> None:
+    """Compile each variant."""
+    for text in texts:
+        print(json.dumps(report(*(int(part) for part in text.split(":")))), flush=True)
+
+
+def report(group: int, head_dim: int) -> dict[str, int]:
+    """Instructions, shared memory and registers of a variant."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pages = f"tensordesc<bf16[{PAGE_TOKENS}, {PANEL}],{layout!r}>"
     constants = {
@@ -43,14 +49,13 @@ def main(group: int, head_dim: int) -> None:
     options = {"num_warps": kernel.NUM_WARPS, "maxnreg": kernel.MAX_REGISTERS}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = compiled.asm["ptx"]
-    report = {
+    return {
         "has_columns_of_queries": "m64n8k16" in ptx,
         "has_tma": "cp.async.bulk.tensor" in ptx,
         "shared_bytes": compiled.metadata.shared,
         "registers": compiled.metadata.num_warps * 32 * kernel.MAX_REGISTERS,
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(*(int(text) for text in sys.argv[1:]))
+    main(sys.argv[1:])

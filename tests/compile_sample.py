@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from nanoflow.kernels import triton_sample_programs as programs
 from nanoflow.kernels.triton_sample import ADJUSTED, CHOICE, LARGEST, LOGPROBS, RowBlocks
+from tests.all_cases import RUNS_ALL_CASES
 from tests.machine_code import read_machine_code
 
 VOCAB_SIZE = 128256
@@ -40,7 +41,7 @@ def sizes(blocks: RowBlocks) -> dict[str, int]:
 
 
 def main() -> None:
-    """Print a report of each program, for logits in bfloat16 and float32."""
+    """Print a report of each program, for logits in bfloat16 and float32; the longest for both only with all cases."""
     reports = {}
     for dtype, bits in (("bf16", 16), ("fp32", 0)):
         logits = {"logits": f"*{dtype}"}
@@ -56,7 +57,7 @@ def main() -> None:
             "edit_stride": "i32",
         }
         # The code of adjustments does not depend on the dtype.
-        for adjusts in (False, True)[: 2 if bits else 1]:
+        for adjusts in (False, True) if bits else (False,) if RUNS_ALL_CASES else ():
             constants = {**sizes(CHOICE), "GRID_BITS": bits, "ADJUSTS": adjusts, "ROOM": CHOICE.room}
             signature = {**logits, **tables, **results, "scratch": "*fp32"}
             reports[f"choose {dtype} {adjusts}"] = compiled(

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests.all_cases import RUNS_ALL_CASES, rank
+
 DELETED = object()
 NUM_LAYERS = 4
 WINDOW = 24
@@ -250,6 +252,18 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     {"sliding_window": None, "sliding_window_pattern": 3},
     {"layer_types": _ALTERNATING, "sliding_window_pattern": 3},
 )
+# Each variation is tested with so many architectures, first with those that have its fields.
+_NUM_ARCHITECTURES = 2
+# Variations that are tested with an architecture in any case, as no other is refused for the same reason.
+_ONLY_ONES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "Gemma3ForCausalLM": (
+        {"use_bidirectional_attention": True},
+        {"final_logit_softcapping": 5.0},
+        {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 100.0}},
+        {"rope_scaling": {**_YARN, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}},
+    ),
+    "Phi3ForCausalLM": ({"partial_rotary_factor": 0.01},),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,13 +279,21 @@ class Case:
     config: dict[str, Any]
 
 
-def cases_of(architecture: str) -> Iterator[Case]:
-    """Every variation of an architecture's config.json."""
-    base = {"architectures": [architecture], **BASES[architecture]}
+def cases_of(architecture: str, *, is_complete: bool = RUNS_ALL_CASES) -> Iterator[Case]:
+    """Variations of an architecture's config.json: all, or those that are tested with this architecture.
+
+    Over all architectures the latter have every variation.
+    """
+    base = _complete(architecture)
     yield Case(name="as it is", config=base)
     for changes in _changes(base):
-        config = {name: value for name, value in {**base, **changes}.items() if value is not DELETED}
-        yield Case(name=", ".join(_shown(*change) for change in changes.items()), config=config)
+        if is_complete or architecture in _tested_with(changes):
+            config = {name: value for name, value in {**base, **changes}.items() if value is not DELETED}
+            yield Case(name=name_of(changes), config=config)
+
+
+def _complete(architecture: str) -> dict[str, Any]:
+    return {"architectures": [architecture], **BASES[architecture]}
 
 
 def _changes(base: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -279,6 +301,23 @@ def _changes(base: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for name, values in _VALUES.items():
         yield from ({name: value} for value in (None, *values) if base.get(name, DELETED) != value)
     yield from _TOGETHER
+
+
+def _tested_with(changes: Mapping[str, Any]) -> set[str]:
+    """The architectures with which a variation is tested if not all cases run."""
+
+    def order(architecture: str) -> tuple[bool, bool, int]:
+        base = _complete(architecture)
+        is_change = any(base.get(name, DELETED) != value for name, value in changes.items())
+        return not is_change, not changes.keys() <= base.keys(), rank(f"{architecture}: {name_of(changes)}")
+
+    only = {architecture for architecture, ones in _ONLY_ONES.items() if changes in ones}
+    return {*sorted(BASES, key=order)[:_NUM_ARCHITECTURES], *only}
+
+
+def name_of(changes: Mapping[str, Any]) -> str:
+    """What is changed, as text."""
+    return ", ".join(_shown(*change) for change in changes.items())
 
 
 def _shown(name: str, value: Any) -> str:

@@ -3,13 +3,18 @@
 Triton decides on import whether to compile or to interpret. Tests send SIGINT to this process and to its children. A
 shell that starts this process in the background makes it ignore SIGINT, and children inherit that, so the handler is
 restored. Property tests have no deadlines, because the machine may be busy.
+Of several workers each begins to import with other files, so that each rewrites the assertions of a part of them and
+finds what the others have rewritten of the rest.
 Slow tests come first, so that none of them is the last one that a single worker still has to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +26,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    worker, root = os.environ.get("PYTEST_XDIST_WORKER"), Path(__file__).parents[1]
+    if worker is None or not all(Path(arg).is_dir() for arg in session.config.args):
+        return
+    place, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for file in sorted(root.glob("tests/*/test_*.py"))[place::count]:
+        # What fails is told when it is collected.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            import_module(".".join(file.relative_to(root).with_suffix("").parts))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -68,6 +68,7 @@ RULES: dict[str, Rule] = {
     # README.md
     "make demo": Make(),
     "make test": Make(),
+    "make test-all": Make(),
     "make lint": Make(),
     "make docs": Make(),
     "pip install -e .": Install(),

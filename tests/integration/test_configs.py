@@ -1,6 +1,7 @@
 """Every field of config.json means what it means to transformers, for every architecture, or is refused by name.
 
-Each architecture's config.json is varied (`tests/config_cases.py`). transformers builds its model from the very file,
+Each architecture's config.json is varied (`tests/config_cases.py`; a part of the variations, unless
+NANOFLOW_ALL_CASES=1). transformers builds its model from the very file,
 gives it random weights and computes logits; then nanoflow reads the folder. A window, a default
 or a spelling that is misread moves these logits by whole nats.
 """
@@ -23,8 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanoflow.models.config_json import parse
 from nanoflow.models.fields import ModelError
-from nanoflow.models.registry import ARCHITECTURES
+from nanoflow.models.registry import ARCHITECTURES, build_graph
 from tests.config_cases import BASES, NUM_TOKENS, Case, cases_of
 from tests.logits import prompt_logits
 
@@ -137,13 +139,29 @@ def test_every_field_means_what_it_means_to_transformers(architecture: str, tmp_
     for one in outcomes:
         assert one.ours is not None or re.search(r"field|architecture|hidden_act|tensor|shape|rotary", one.our_error)
         assert "\n" not in one.our_error
-    # Measured: 205 to 252 are equal, and 24 to 38 refused that transformers takes, beside those of other layers.
-    assert len(compared) >= 175
-    assert len([one for one in refused if not re.search(OF_OTHER_LAYERS, one.our_error)]) <= 45
+    refused_here = [one for one in refused if not re.search(OF_OTHER_LAYERS, one.our_error)]
+    # Measured, of all: 56% to 68% are equal, and 6% to 10% refused that transformers takes; of the part that runs by
+    # default 49% to 72%, and 4% to 15%.
+    assert len(compared) >= 0.45 * len(outcomes)
+    assert len(refused_here) <= 0.16 * len(outcomes)
     # The test could not fail if the variations changed nothing.
     base = compared[0].theirs
     changed = [one for one in compared if one.theirs is not None and not _are_alike(one.theirs, base)]
-    assert len(changed) >= 60
+    assert len(changed) >= 0.16 * len(outcomes)
+
+
+def test_the_cases_have_every_variation_and_every_reason_to_refuse() -> None:
+    """Also the part that runs by default."""
+    cases = [case for architecture in BASES for case in cases_of(architecture)]
+    every = {case.name for architecture in BASES for case in cases_of(architecture, is_complete=True)}
+    assert {case.name for case in cases} == every
+    errors = []
+    for case in cases:
+        try:
+            build_graph(parse(case.config, origin="config.json"), None)
+        except ModelError as error:
+            errors.append(str(error))
+    assert [reason for reason in REASONS if not any(re.search(reason, error) for error in errors)] == []
 
 
 # Fields without a place in a configuration class of transformers, which reads them all the same: older spellings, those

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.all_cases import part
 from tests.fake_engine import CRASHING, SLOW
 from tests.server_process import ServerProcess, launch
 from tests.toy_models import write_toy_model
@@ -232,7 +233,7 @@ def test_a_killed_front_end_is_replaced_and_its_requests_are_dropped(model: str)
         assert any("was ended by SIGKILL" in line for line in server.lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", part([signal.SIGINT], of=[signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_ends_all_streams_and_processes(model: str, number: signal.Signals) -> None:
     body = {"prompt": [SLOW, 5], "max_tokens": 200, "ignore_eos": True, "stream": True}
     with family(model, 3) as server, httpx.Client(base_url=server.root_url, timeout=30) as client:
@@ -252,7 +253,7 @@ def test_a_signal_ends_all_streams_and_processes(model: str, number: signal.Sign
 
 
 def test_nothing_is_left_when_the_main_process_is_killed(model: str) -> None:
-    with family(model, 3) as server:
+    with family(model, 2) as server:
         body = {"prompt": [SLOW, 5], "max_tokens": 200, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.root_url}/v1/completions", json=body, timeout=30) as answer:
             next(answer.iter_lines())
@@ -262,7 +263,7 @@ def test_nothing_is_left_when_the_main_process_is_killed(model: str) -> None:
 
 
 def test_a_dead_engine_ends_all_with_its_reason(model: str) -> None:
-    with family(model, 3) as server:
+    with family(model, 2) as server:
         answer = httpx.post(f"{server.root_url}/v1/completions", json={"prompt": [CRASHING]}, timeout=30)
         assert answer.status_code == 503
         assert server.process.wait(20) == 1

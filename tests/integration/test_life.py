@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.all_cases import part
 from tests.fake_engine import SLOW
 from tests.integration.test_front_ends import COMMAND, children, is_running, metric, num_running, wait_until
 from tests.server_process import ServerProcess, launch
@@ -25,6 +27,7 @@ from tests.toy_models import write_toy_model
 
 # A token takes 20 ms for each request that runs.
 SHORT = {"prompt": [SLOW, 5], "max_tokens": 15, "ignore_eos": True, "stream": True}
+TERM, INT = signal.SIGTERM, signal.SIGINT
 LONG = {"prompt": [SLOW, 5], "max_tokens": 250, "ignore_eos": True, "stream": True}
 
 
@@ -86,23 +89,24 @@ def error_code(lines: list[str]) -> str:
 
 @pytest.mark.parametrize("count", ["1", "2"])
 def test_the_first_signal_lets_all_end_and_takes_nothing_new(model: str, tmp_path: Path, count: str) -> None:
-    with server_of(model, tmp_path, "--api-servers", count) as server:
+    # Each request over a connection of its own. The streams end soon, and a client takes long to make.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with server_of(model, tmp_path, "--api-servers", count) as server, httpx.Client(limits=limits) as client:
         with streaming(server.root_url, SHORT, 8) as ended:
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx.get(f"{server.root_url}/health").status_code == 503)
+            wait_until(lambda: client.get(f"{server.root_url}/health").status_code == 503)
             time.sleep(0.1)  # the further front end is told over a pipe
             for _ in range(6):  # whichever front end is asked
-                refused = httpx.post(f"{server.root_url}/v1/completions", json={"prompt": "a"})
+                refused = client.post(f"{server.root_url}/v1/completions", json={"prompt": "a"})
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
                 assert int(refused.headers["retry-after"]) > 0
-                assert httpx.get(f"{server.root_url}/health").json()["error"]["code"] == "draining"
-                assert httpx.get(f"{server.root_url}/metrics").status_code == 200
+                assert client.get(f"{server.root_url}/health").json()["error"]["code"] == "draining"
+                assert client.get(f"{server.root_url}/metrics").status_code == 200
         assert all(map(is_whole, ended))
         assert server.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize(("count", "second"), part([("1", TERM), ("2", INT)], of=product("12", (TERM, INT))))
 def test_the_second_signal_cuts(model: str, tmp_path: Path, count: str, second: signal.Signals) -> None:
     with server_of(model, tmp_path, "--api-servers", count) as server:
         with streaming(server.root_url, LONG, 6) as ended:
@@ -180,11 +184,18 @@ def test_calls_are_told_to_come_again_while_the_engine_starts(model: str, tmp_pa
         wait_until(lambda: refusal().status_code == 200)
 
 
-@pytest.mark.parametrize("count", ["1", "2"])
-@pytest.mark.parametrize(("first", "second"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "0.0.0.0")])
+@pytest.mark.parametrize(
+    ("hosts", "count"),
+    # Of two at one address: `test_front_ends.py`.
+    part(
+        [("127.0.0.1 127.0.0.1", "1"), ("0.0.0.0 127.0.0.1", "2"), (":: 0.0.0.0", "1")],
+        of=product(("127.0.0.1 127.0.0.1", "0.0.0.0 127.0.0.1", ":: 0.0.0.0"), "12"),
+    ),
+)
 def test_a_second_server_says_at_once_that_the_port_is_taken(
-    model: str, tmp_path: Path, count: str, first: str, second: str
+    model: str, tmp_path: Path, hosts: str, count: str
 ) -> None:
+    first, second = hosts.split()
     if first == "::" and not socket.has_ipv6:
         pytest.skip("there is no IPv6")
     with server_of(model, tmp_path, "--api-servers", count, "--host", first) as server:

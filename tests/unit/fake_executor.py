@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoflow.batch import Bool, DenseBatch, Int32, Joined, PromptScore, SampledTokens
+from nanoflow.kvcache.pools import PagePools
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 from nanoflow.scheduler import Scheduler, SchedulerLimits
 from nanoflow.scheduler.drafts import Drafts
 from nanoflow.scheduler.key_events import Put
+from nanoflow.scheduler.tiers import Tiers
 
 
 def next_token(seed: int, tokens: list[int], vocab_size: int) -> int:
@@ -210,8 +212,9 @@ class Drive:
         drafts: Drafts | None = None,
         executor: FakeExecutor | None = None,
         put_key_event: Put | None = None,
+        make_tiers: Callable[[PagePools], Tiers] | None = None,
     ) -> None:
-        self.scheduler = Scheduler(limits=limits, drafts=drafts, put_key_event=put_key_event)
+        self.scheduler = Scheduler(limits=limits, drafts=drafts, put_key_event=put_key_event, make_tiers=make_tiers)
         self.executor = executor or FakeExecutor(limits)
         self.depth = depth
         self.in_flight: deque[tuple[DenseBatch, SampledTokens]] = deque()

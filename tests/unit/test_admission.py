@@ -92,7 +92,7 @@ def test_admission_takes_the_longest_prefix_that_fits(
 
 
 def test_the_first_joins_an_empty_engine_unless_pages_are_reserved_that_it_may_need() -> None:
-    for has_reserved, expected in ((False, 1), (True, 0)):
+    for is_all_there, expected in ((True, 1), (False, 0)):
         count = num_admissible(
             progress([]),
             progress([(90, 30)]),
@@ -100,7 +100,7 @@ def test_the_first_joins_an_empty_engine_unless_pages_are_reserved_that_it_may_n
             pools=[PoolSize(num_pages=8)],
             page_size=10,
             max_batch_tokens=8,
-            has_reserved=has_reserved,
+            is_all_there=is_all_there,
         )
         assert count == expected
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -23,6 +19,7 @@ from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.restricted import kernels_beside, kernels_on
+from tests.compiling import compiled
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
@@ -81,33 +78,16 @@ def test_a_second_product_does_not(tiles: GemmTiles) -> None:
         assert 2 * (tiles.shared_memory_bytes(is_gated=True) + RESERVED_BYTES) > SM_BYTES
 
 
-def compiled(module: str, *arguments: int) -> Any:
-    """What a module of tests that compiles prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_attention_takes_what_is_assumed() -> None:
-    report = compiled("tests.compile_hopper_attention", 4, HEAD_DIM)
-    assert report["shared_bytes"] <= attention_bytes()
-    assert report["registers"] == attention_registers()
-
-
-@pytest.mark.parametrize("place", [place for place, tiles in enumerate(BESIDE_TILES) if tiles.max_registers])
-def test_products_take_what_is_assumed(place: int) -> None:
+def test_products_take_what_is_assumed() -> None:
     """Those that are held to fewer registers than they would take; and nothing is kept elsewhere for want of them."""
-    tiles = BESIDE_TILES[place]
-    for report in compiled("tests.compile_gemm", place):
-        assert report["shared_bytes"] <= tiles.shared_memory_bytes(is_gated=False)
-        assert report["registers"] <= product_registers(tiles)
-        assert report["num_spills"] == 0
+    places = [place for place, tiles in enumerate(BESIDE_TILES) if tiles.max_registers]
+    for place, reports in zip(places, compiled("tests.compile_gemm", *map(str, places)), strict=True):
+        tiles = BESIDE_TILES[place]
+        assert len(reports) == 3
+        for report in reports:
+            assert report["shared_bytes"] <= tiles.shared_memory_bytes(is_gated=False)
+            assert report["registers"] <= product_registers(tiles)
+            assert report["num_spills"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,28 +14,34 @@ pytest.importorskip("triton.experimental.gluon")
 from nanoflow.kernels.hopper import attention
 from nanoflow.kernels.hopper.attention_programs import decode_program
 from tests.attention_cases import assert_decoded, decode_case
+from tests.compiling import compiled
 from tests.hopper import OnCpu, assert_loaded_once
+from tests.unit.test_beside import HEAD_DIM, attention_bytes, attention_registers
 
 # Shared memory and registers of a Hopper SM, and the shared memory that each program takes besides its own.
 _SM_BYTES, _SM_REGISTERS, _RESERVED_BYTES = 228 << 10, 1 << 16, 1 << 10
 _PROGRAMS_PER_SM = 3
 
 
-@pytest.mark.parametrize(("group", "head_dim"), [(4, 128), (8, 64)])
-def test_it_compiles_and_three_programs_fit_on_an_sm(group: int, head_dim: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_hopper_attention", str(group), str(head_dim)],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    # Queries are columns of the products, the fewest there are.
-    assert report["has_columns_of_queries"] and report["has_tma"]
-    assert _PROGRAMS_PER_SM * (report["shared_bytes"] + _RESERVED_BYTES) <= _SM_BYTES
-    assert _PROGRAMS_PER_SM * report["registers"] <= _SM_REGISTERS
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, Any]]:
+    """Of a group and the size of its heads."""
+    variants = ("4:128", "8:64")
+    return dict(zip(variants, compiled("tests.compile_hopper_attention", *variants), strict=True))
+
+
+def test_it_compiles_and_three_programs_fit_on_an_sm(reports: dict[str, dict[str, Any]]) -> None:
+    for report in reports.values():
+        # Queries are columns of the products, the fewest there are.
+        assert report["has_columns_of_queries"] and report["has_tma"]
+        assert _PROGRAMS_PER_SM * (report["shared_bytes"] + _RESERVED_BYTES) <= _SM_BYTES
+        assert _PROGRAMS_PER_SM * report["registers"] <= _SM_REGISTERS
+
+
+def test_it_takes_what_is_assumed_beside_products(reports: dict[str, dict[str, Any]]) -> None:
+    report = reports[f"4:{HEAD_DIM}"]
+    assert report["shared_bytes"] <= attention_bytes()
+    assert report["registers"] == attention_registers()
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 8])
@@ -59,15 +62,7 @@ def test_heads_are_complete_and_right(
 
 def test_numbers_that_change_from_launch_to_launch_compile_nothing_new() -> None:
     """Launches are made as on a card: what Triton takes for constants, and how it aligns, is what it would be there."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launch_hopper"],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, *later = (json.loads(line) for line in done.stdout.splitlines())
+    first, *later = compiled("tests.launch_hopper")
     # A product, one alone, and one whose columns are one tile.
     assert first == {"carry": 3, "decode": 1, "merge": 2}
     assert len(later) == 3 and all(counts == first for counts in later)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,7 @@ from nanoflow.search.limits import (
 )
 from nanoflow.search.shapes import batch_of, cells_of
 from nanoflow.search.workloads import SimulatedWorkloads
+from nanoflow.simulate.serving import simulate
 from nanoflow.trials import iterations as iterations_module
 from nanoflow.trials.iterations import Timing, Trial
 
@@ -136,9 +138,29 @@ def test_a_run_is_as_much_faster_as_its_batches() -> None:
     assert run.peak_requests == 32 and run.bound_tokens_per_s > run.tokens_per_s
     assert workloads.rates(limits, lambda _: 1.0) == (run.tokens_per_s,)
     assert workloads.rates(limits, lambda _: 1.25)[0] == pytest.approx(1.25 * run.tokens_per_s)
-    assert workloads.batches(limits), "what plans are searched for"
     (more,) = workloads.sequential(limits_of(256, 64))
     assert more.peak_requests == 40
+
+
+def test_the_run_of_the_sweep_is_not_simulated_again_for_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def simulated() -> SimulatedWorkloads:
+        workloads = ["64/16", "48/24"]
+        return SimulatedWorkloads(PROFILE, workloads, num_requests=40, seed=0, gpu_memory_utilization=0.9)
+
+    limits, other = limits_of(256, 32), limits_of(128, 32)
+    expected, of_other = simulated().batches(limits), simulated().batches(other)
+    workloads, num_runs = simulated(), 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal num_runs
+        num_runs += 1
+        return simulate(*arguments)
+
+    monkeypatch.setattr("nanoflow.search.workloads.simulate", counted)
+    runs = workloads.sequential(limits)
+    assert workloads.batches(limits) == expected != of_other == workloads.batches(other)
+    assert workloads.sequential(limits) == runs and workloads.batches(limits) == expected
+    assert num_runs == 4, "two workloads under two limits"
 
 
 class ToyWorkloads:

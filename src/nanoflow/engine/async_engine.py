@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from nanoflow.config import EngineConfig
-from nanoflow.engine.child import ENGINE_MODULE, EngineChild
+from nanoflow.engine.child import DISK_GRACE_S, ENGINE_MODULE, GRACE_S, EngineChild
 from nanoflow.engine.errors import EngineDeadError, EngineError
 from nanoflow.engine.link import EngineLink
 from nanoflow.engine.living import said_ends
@@ -51,7 +51,6 @@ __all__ = ["AsyncEngine", "EngineDeadError", "EngineError"]
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_GRACE_S = 10.0
 STREAM_INTERVAL_S = 0.02
 
 
@@ -114,6 +113,7 @@ class AsyncEngine:
         """As `start`, in a process that runs already. The process is ended if the model cannot be loaded."""
         try:
             child.link.send(Load(config=config))
+            child.grace_s = GRACE_S if config.kv_dir is None else DISK_GRACE_S
             # The child loads the model meanwhile.
             tokenizer = await asyncio.to_thread(load_tokenizer, config)
             facts = await ready(child.link, child)
@@ -286,7 +286,7 @@ class AsyncEngine:
         if self._child is None:
             self._link.close()
         else:
-            await self._child.close(_CLOSE_GRACE_S)
+            await self._child.close()
 
     def _check_alive(self) -> None:
         if self._death is not None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ENGINE_MODULE = "nanoflow.engine.process"
 STDERR = 2
+# An engine that is asked to end is killed after so long: an idle one ends at once, one with a disk writes pages first.
+GRACE_S, DISK_GRACE_S = 10.0, 45.0
 
 
 class EngineChild:
@@ -26,10 +28,12 @@ class EngineChild:
 
     Attributes:
         link: Socket to the engine, as front end 0.
+        grace_s: How long `close` waits.
     """
 
     def __init__(self, process: Process, link: EngineLink, own_place: EnginePlace | None) -> None:
         self.link = link
+        self.grace_s = GRACE_S
         self._process = process
         self._own_place = own_place
         self._exited = asyncio.ensure_future(process.wait())
@@ -72,13 +76,17 @@ class EngineChild:
         """Wait until the process has ended; return a phrase that says how."""
         return f"the engine's process {end_of(await asyncio.shield(self._exited))}"
 
-    async def close(self, grace_s: float) -> None:
-        """Ask the process to end, kill it if it still runs after `grace_s` seconds, and close the link to it."""
+    async def close(self, grace_s: float | None = None) -> None:
+        """Ask the process to end, kill it if it still runs after `grace_s` seconds, and close the link to it.
+
+        Args:
+            grace_s: `self.grace_s` if not given.
+        """
         from nanoflow.engine.messages import Shutdown
 
         try:
             self.link.send(Shutdown())
-            await asyncio.wait((self._exited,), timeout=grace_s)
+            await asyncio.wait((self._exited,), timeout=self.grace_s if grace_s is None else grace_s)
         finally:
             if not self._exited.done():
                 self._process.kill()

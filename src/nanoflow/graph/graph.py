@@ -174,7 +174,10 @@ class OpGraph:
 
     def tensor(self, name: str) -> TensorSpec:
         """The tensor of this name; KeyError if there is none."""
-        return {spec.name: spec for spec in self.tensors}[name]
+        for spec in self.tensors:
+            if spec.name == name:
+                return spec
+        raise KeyError(name)
 
     @property
     def num_parameters(self) -> int:

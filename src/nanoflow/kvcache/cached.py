@@ -57,6 +57,10 @@ class CachedPages:
             pages.append(page)
         return pages
 
+    def known(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages of these keys, of those that have one."""
+        return [self._page_of[key] for key in keys if key in self._page_of]
+
     def add(self, page: int, key: bytes) -> None:
         """A page that somebody holds has what the key says; nothing changes if another page has the same."""
         if key not in self._page_of and self._key_of[page] is None:

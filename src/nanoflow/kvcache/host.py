@@ -55,6 +55,11 @@ class HostPages:
         """Slots that have a page."""
         return len(self._slot_of)
 
+    @property
+    def num_takeable(self) -> int:
+        """Slots that `take` can still give."""
+        return len(self._free) + len(self._new) + len(self._stored)
+
     def add_slots(self, num_ready: int) -> None:
         """The memory of the first so many slots can be used now."""
         if num_ready > self._num_added:

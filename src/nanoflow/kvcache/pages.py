@@ -8,7 +8,7 @@ in it until no other page is free. This file hands out ids and takes them back; 
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 
 import numpy as np
 
@@ -94,6 +94,10 @@ class PagePool:
         """The cached pages of these keys, up to the first that has none, int32 [any]."""
         return np.array(self._cached.find(keys), dtype=np.int32)
 
+    def known(self, keys: Iterable[bytes]) -> Int32:
+        """The cached pages of these keys, of those that have one, int32 [any]."""
+        return np.array(self._cached.known(keys), dtype=np.int32)
+
     def num_held(self, pages: Int32) -> int:
         """How many of these pages (int32 [N]) somebody holds."""
         return int(np.count_nonzero(self._num_holders[pages]))
@@ -154,6 +158,10 @@ class PagePool:
     def forget(self, pages: Int32) -> None:
         """These pages (int32 [N]) are not to be found any more: what is in them is wrong."""
         self._push(self._cached.forget(pages.tolist()))
+
+    def forget_keys(self, keys: Iterable[bytes]) -> None:
+        """The pages of these keys are not to be found any more: what is in them is wrong."""
+        self._push(self._cached.forget(self._cached.known(keys)))
 
     def forget_all(self) -> None:
         """No page is to be found any more; who holds pages keeps them."""

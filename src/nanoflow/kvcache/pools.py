@@ -107,18 +107,18 @@ class PagePools:
             tables.pool.hold(pages)
             tables.pool.release(pages)
 
-    def reserve_beside(self, prefix: CachedPrefix, counts: Sequence[int], num_spare: int) -> tuple[Int32, ...] | None:
-        """Reserve pages in each group, and take none of those of a prefix for that.
+    def reserve_beside(self, keys: Sequence[bytes], counts: Sequence[int], num_spare: int) -> tuple[Int32, ...] | None:
+        """Reserve pages in each group, and take none for that which has one of these keys.
 
         Args:
-            prefix: Cached.
+            keys: Of a prefix.
             counts: Pages to reserve, for each group.
             num_spare: Pages of each pool that must stay free.
 
         Returns:
             The pages, int32 [count] for each group; None, and nothing has changed, if fewer are free.
         """
-        parts = [pages for _, pages in prefix.parts] or [np.zeros(0, np.int32)] * len(self._groups)
+        parts = [pool.known(keys) for pool in self.pools]
         for pool, pages in zip(self.pools, parts, strict=True):
             pool.hold(pages)
         reserved = None
@@ -145,10 +145,10 @@ class PagePools:
         """For each group the first page, of so many full ones of a prefix, that the tokens after them see."""
         return [tables.needed(num_pages) for tables in self._groups]
 
-    def forget(self, row: int) -> None:
-        """What is in the pages of a row may be wrong: nobody shall find them."""
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """What is in the pages of these keys may be wrong: nobody shall find them, also those behind a window."""
         for tables in self._groups:
-            tables.forget(row)
+            tables.pool.forget_keys(keys)
 
     def forget_all(self) -> None:
         """No page is to be found any more; rows keep theirs."""

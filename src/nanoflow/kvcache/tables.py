@@ -122,10 +122,6 @@ class PageTables:
         """The column of the first page that tokens see which follow so many full pages."""
         return 0 if self._window is None else int(self._first_seen(np.array(num_pages * self._page_size)))
 
-    def forget(self, row: int) -> None:
-        """What is in the pages of a row may be wrong: nobody shall find them."""
-        self.pool.forget(self._table[row, self._begin[row] : self._end[row]])
-
     def slide(self, rows: Int64, num_computed: Int64) -> None:
         """Give back the pages that no token of these rows (int64 [N], distinct) from place `num_computed` on sees.
 

@@ -11,21 +11,26 @@ from collections.abc import Iterator, Sequence
 
 from nanoflow.graph.graph import LayerKind, OpGraph
 from nanoflow.graph.operation import OpKind, Scope
-from nanoflow.plan.dependencies import dependencies
+from nanoflow.plan.dependencies import Dependency, dependencies
 from nanoflow.plan.plan import PipelinePlan
 
 PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU)
 
 
-def carriers(plan: PipelinePlan, graph: OpGraph, layers: Sequence[LayerKind]) -> Iterator[tuple[int, int]]:
+def carriers(
+    plan: PipelinePlan,
+    graph: OpGraph,
+    layers: Sequence[LayerKind],
+    needs: Sequence[Sequence[Dependency]] | None = None,
+) -> Iterator[tuple[int, int]]:
     """Each product that carries and the attention it carries, as places in the issue order of layers of these kinds.
 
-    Nothing in a plan whose products do not carry.
+    Nothing in a plan whose products do not carry. `needs` are the plan's `dependencies`, if the caller has them.
     """
     if not plan.carry_lanes:
         return
     ops = {op.name: op for op in graph.layer}
-    needs = dependencies(plan, graph)
+    needs = dependencies(plan, graph) if needs is None else needs
     at = {id(nano): place for place, nano in enumerate(plan.nano_operations)}
     taken: tuple[int, tuple[int, int]] | None = None
     for issued, (layer, nano) in enumerate(plan.issued_in(layers)):

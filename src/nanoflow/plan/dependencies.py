@@ -21,8 +21,10 @@ def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, 
     """
     ops = {op.name: op for op in graph.layer}
     order = {op.name: place for place, op in enumerate(graph.layer)}
-    # Most operations share no tensor: asked once here, not for each two nano-operations.
-    related = {(one.name, other.name) for one in graph.layer for other in graph.layer if shared_tensors(one, other)}
+    # Most operations share no tensor, and few one that outlives a layer: asked once here, not for each two
+    # nano-operations.
+    shared = {(one.name, other.name): shared_tensors(one, other) for one in graph.layer for other in graph.layer}
+    lasting = {tensor.name for tensor in graph.tensors if not tensor.is_per_layer}
     nanos = plan.nano_operations
     accesses = [Access(op=ops[nano.operation], tokens=nano.tokens) for nano in nanos]
     distances = range(1, graph.reach + 1)
@@ -31,14 +33,18 @@ def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, 
     for late, nano in enumerate(nanos):
         mine: list[Dependency] = []
         for early, other in enumerate(nanos):
-            if (other.operation, nano.operation) not in related:
+            tensors = shared[other.operation, nano.operation]
+            if not tensors:
                 continue
             is_before = order[other.operation] < order[nano.operation]
             if is_before and depends(graph, accesses[early], accesses[late]):
                 mine.append((early, 0))
-            mine += [
-                (early, distance) for distance, on in enumerate(later[late], 1) if depends(graph, accesses[early], on)
-            ]
+            if not tensors.isdisjoint(lasting):
+                mine += [
+                    (early, distance)
+                    for distance, on in enumerate(later[late], 1)
+                    if depends(graph, accesses[early], on)
+                ]
         for wait in nano.waits:
             periods_before = 0 if wait < late else 1
             mine.append((wait, periods_before + nanos[wait].stage - nano.stage))

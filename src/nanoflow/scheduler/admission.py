@@ -80,7 +80,7 @@ def num_admissible(
     page_size: int,
     max_batch_tokens: int,
     num_shared: Int64 | None = None,
-    has_reserved: bool = False,
+    is_all_there: bool = True,
 ) -> int:
     """The largest number of candidates, taken in order, that can join the running requests within the predicted peak.
 
@@ -88,8 +88,8 @@ def num_admissible(
     the peak without the window, and everybody's largest need at the same time.
 
     The peak grows with every request, so bisection finds the number; most often all can, or none. If nothing runs, the
-    first may always join: no request is accepted that does not fit alone, however wrong the prediction. But where
-    pages are reserved for a load, which will end, it waits for that if it does not fit beside them.
+    first may always join, if all pages are there: no request is accepted that does not fit alone, however wrong the
+    prediction.
 
     Args:
         running, candidates: How far they are.
@@ -99,7 +99,7 @@ def num_admissible(
         max_batch_tokens: Token budget of an iteration.
         num_shared: int64 [candidates, groups], pages of each that running ones hold already, so that they need no room
             of their own; none if not given. When the last of those that hold them has left they do: a small error.
-        has_reserved: Pages that are not in `pools` are reserved for a load.
+        is_all_there: No pages are missing in `pools` that will be free again soon.
     """
     everyone = running + candidates
     peak = PeakOfPages(everyone.num_tokens, expect(everyone), page_size)
@@ -125,6 +125,6 @@ def num_admissible(
     if can_join(num_candidates):
         return num_candidates
     if num_candidates == 0 or not can_join(1):
-        return min(num_candidates, 1) if num_running == 0 and not has_reserved else 0
+        return min(num_candidates, 1) if num_running == 0 and is_all_there else 0
     fitting = range(2, num_candidates)
     return 1 + bisect_left(fitting, True, key=lambda count: not can_join(count))

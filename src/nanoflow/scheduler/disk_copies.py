@@ -80,8 +80,6 @@ class DiskCopies:
         clock: Seconds, monotonic.
     """
 
-    is_there = True
-
     def __init__(
         self,
         disk: Disk,
@@ -215,7 +213,6 @@ class DiskCopies:
 class NoDisk:
     """There is no disk below."""
 
-    is_there = False
     counts: Mapping[str, TierCounts] = {}
 
     def has(self, group: int, key: bytes) -> bool:

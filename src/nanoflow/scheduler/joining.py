@@ -7,7 +7,7 @@ asks once an iteration, with the tokens that its running requests leave.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -94,11 +94,12 @@ class Joining:
         Returns:
             None if there is nobody to let in.
         """
-        candidates = self._reuse.candidates(self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left)
+        candidates = self._reuse.candidates(
+            self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left, not_loaded=self._refused
+        )
         count = self._num_fitting(candidates) if candidates else 0
-        fitting = [self._unless_refused(each) for each in candidates[:count]]
-        self._to_load = [each for each in fitting if each.num_loadable]
-        candidates = self._policies.queueing.ready(fitting)
+        self._to_load = [each for each in candidates[:count] if each.num_loadable]
+        candidates = self._policies.queueing.ready(candidates[:count])
         if not candidates:
             return None
         for candidate in candidates:
@@ -111,27 +112,29 @@ class Joining:
         self._pages.slide(rows, self._rows.num_computed[rows])
         return Newcomers(rows=rows, candidates=candidates)
 
+    @property
+    def num_growing(self) -> int:
+        """Pages of a pool that running requests need for the tokens that they have, and one more each."""
+        rows, page_size = self._rows.order, self._limits.page_size
+        left = self._rows.num_tokens[rows] - self._rows.num_computed[rows]
+        return int((-(-left // page_size) + 1).sum())
+
     def start_loads(self) -> None:
         """Load the prefixes of those that `admit` would have let in with them, into pages that nobody needs now.
 
         Then those of the next in the queue, if more than a quarter of the device's pages stay free. To be called once
-        the batch has its pages. Each running request can still grow by a page.
+        the batch has its pages. Running requests can still compute all tokens that they have, and grow by a page.
         """
-        num_running = self._rows.num_running
+        num_growing = self.num_growing
         self._refused = {
             candidate.waiting.request.request_id
             for candidate in self._to_load
-            if not self._reuse.start_load(candidate, num_spare=num_running)
+            if not self._reuse.start_load(candidate, num_spare=num_growing)
         }
         self._to_load = []
-        num_spare = max(num_running, max(pool.num_pages for pool in self._pages.pools) // 4)
+        num_spare = max(num_growing, max(pool.num_pages for pool in self._pages.pools) // 4)
         for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
             self._reuse.start_load(candidate, num_spare=num_spare)
-
-    def _unless_refused(self, candidate: Candidate) -> Candidate:
-        """The candidate, without a load if that found no room."""
-        is_refused = candidate.waiting.request.request_id in self._refused
-        return replace(candidate, num_loadable=0) if is_refused else candidate
 
     def _num_fitting(self, candidates: Sequence[Candidate]) -> int:
         """How many of the candidates, from the first, fit by the predicted peak of pages."""
@@ -143,7 +146,7 @@ class Joining:
             page_size=self._limits.page_size,
             max_batch_tokens=self._limits.max_batch_tokens,
             num_shared=np.array([self._pages.num_held(candidate.prefix) for candidate in candidates]),
-            has_reserved=any(pool.num_reserved for pool in self._pages.pools),
+            is_all_there=not any(pool.num_reserved for pool in self._pages.pools),
         )
 
     def _progress_of(self, candidates: Sequence[Candidate]) -> Progress:

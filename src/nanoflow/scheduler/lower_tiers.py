@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -26,16 +25,13 @@ from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.scheduler.disk_copies import DiskCopies, NoDisk
 from nanoflow.scheduler.key_events import KeyEvents, NoKeyEvents
 from nanoflow.scheduler.load_gain import LoadGain
-from nanoflow.scheduler.loads import Load, Saves
+from nanoflow.scheduler.loads import Attempts, Load, Saves
 from nanoflow.scheduler.tiers import NOTHING, Below
 
 # Fewer pages are computed: a copy of little takes as long as one of more.
 _LEAST_PAGES = 4
 # So many pages fewer are tried if pages of a longer prefix are missing in some group.
 _MOST_TRIES = 4
-# A prefix is loaded for so many times without being used; then it is computed.
-_MOST_ATTEMPTS = 3
-_NUM_REMEMBERED = 4096
 
 
 class LowerTiers:
@@ -68,7 +64,7 @@ class LowerTiers:
         self._page_bytes, self._page_size = tuple(page_bytes), page_size
         self._num_ready = num_ready or (lambda: [pages.num_slots for pages in self._host])
         self._clock = clock
-        self._gain = LoadGain()
+        self._gain = LoadGain(clock)
         self._numbers = itertools.count()
         # Pages that are computed, and those of the batch that is being formed: they can be saved after it.
         self._saves, self._later = self._no_saves(), self._no_saves()
@@ -79,10 +75,11 @@ class LowerTiers:
         self._reading: list[Load] = []
         self._ready: list[Load] = []
         self._on_their_way: dict[bytes, Load] = {}
-        self._attempts: OrderedDict[bytes, int] = OrderedDict()
-        self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = self._num_skipped = 0
+        self._attempts = Attempts()
+        self._num_asked = self._num_found = self._stored_bytes = self._loaded_bytes = 0
         self._load_s = 0.0
         self._events: KeyEvents | NoKeyEvents = NoKeyEvents()
+        self._add_slots()
 
     @property
     def is_loading(self) -> bool:
@@ -113,11 +110,9 @@ class LowerTiers:
                 if key in host:
                     continue
                 slot = host.take(key)
-                if slot is None:
-                    self._num_skipped += 1
-                    continue
-                saves.pages.append(page)
-                saves.slots.append(slot)
+                if slot is not None:
+                    saves.pages.append(page)
+                    saves.slots.append(slot)
 
     def find(self, keys: Sequence[bytes], num_cached: int) -> Below:
         """See `Tiers`."""
@@ -135,9 +130,10 @@ class LowerTiers:
             return NOTHING
         if any(key in self._on_their_way for group in missing for key in group):
             return Below(is_loading=True)
-        num_bytes = sum(len(group) * size for group, size in zip(missing, self._page_bytes, strict=True))
-        is_worth = self._gain.is_worth((stop - num_cached) * self._page_size, num_bytes)
-        if not is_worth or self._attempts.get(keys[stop - 1], 0) >= _MOST_ATTEMPTS:
+        if self._attempts.are_over(keys[stop - 1]):
+            return NOTHING
+        num_bytes, disk_bytes = self._num_bytes(missing), self._num_bytes(self._not_in_host(missing))
+        if not self._gain.is_worth((stop - num_cached) * self._page_size, num_bytes - disk_bytes, disk_bytes):
             return NOTHING
         return Below(num_pages=stop)
 
@@ -149,24 +145,24 @@ class LowerTiers:
             return False
         if any(key in self._on_their_way for key in itertools.chain(*missing)):
             return True
-        pages = self._pools.reserve_beside(prefix, [len(group) for group in missing], num_spare)
+        pages = self._pools.reserve_beside(keys, [len(group) for group in missing], num_spare)
         if pages is None:
+            return False
+        disk_bytes = self._num_bytes(self._not_in_host(missing))
+        slots = self._hold_slots(missing)
+        if slots is None:
+            for pool, of_pool in zip(self._pools.pools, pages, strict=True):
+                pool.cancel(of_pool)
             return False
         load = Load(
             keys=missing,
             pages=pages,
-            slots=tuple([] for _ in missing),
+            slots=slots,
             num_tokens=(len(keys) - prefix.num_pages) * self._page_size,
+            disk_bytes=disk_bytes,
             start_s=self._clock(),
         )
-        for group, (host, group_keys) in enumerate(zip(self._host, missing, strict=True)):
-            for key in group_keys:
-                slot = host.hold(key) if key in host else self._disk.fetch(group, key, host)
-                if slot is None:
-                    load.is_void = True
-                    break
-                load.slots[group].append(slot)
-        self._remember(keys[-1])
+        self._attempts.note(keys[-1])
         self._num_asked += load.num_tokens
         for key in itertools.chain(*missing):
             self._on_their_way[key] = load
@@ -177,8 +173,7 @@ class LowerTiers:
         """See `Tiers`."""
         for host in self._host:
             host.use(reversed(keys))
-        for key in keys:
-            self._attempts.pop(key, None)
+        self._attempts.forget(keys)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """See `Tiers`."""
@@ -208,8 +203,7 @@ class LowerTiers:
 
     def take_copies(self) -> Sequence[PageCopies]:
         """See `Tiers`."""
-        for host, num_ready in zip(self._host, self._num_ready(), strict=True):
-            host.add_slots(num_ready)
+        self._add_slots()
         self._disk.advance(self._host)
         self._end_reading()
         taken = []
@@ -276,6 +270,27 @@ class LowerTiers:
             missing.append(lacking)
         return tuple(missing)
 
+    def _hold_slots(self, missing: Sequence[Sequence[bytes]]) -> tuple[list[int], ...] | None:
+        """Slots of these keys, of which those on disk are read into theirs; None if there is no room for them."""
+        # First those that are there: to make room for others must not drive them out.
+        there = zip(self._host, missing, strict=True)
+        held = [{key: host.hold(key) for key in keys if key in host} for host, keys in there]
+        groups = list(zip(self._host, missing, held, strict=True))
+        if any(host.num_takeable < len(keys) - len(of_group) for host, keys, of_group in groups):
+            self._release([list(of_group.values()) for of_group in held])
+            return None
+        for group, (host, keys, of_group) in enumerate(groups):
+            for key in keys:
+                if key not in of_group:
+                    slot = self._disk.fetch(group, key, host)
+                    assert slot is not None
+                    of_group[key] = slot
+        return tuple([of_group[key] for key in keys] for _, keys, of_group in groups)
+
+    def _add_slots(self) -> None:
+        for host, num_ready in zip(self._host, self._num_ready(), strict=True):
+            host.add_slots(num_ready)
+
     def _end_reading(self) -> None:
         """Loads for which all has come from the disk can be copied; those that lack something end."""
         reading, self._reading = self._reading, []
@@ -283,12 +298,15 @@ class LowerTiers:
             is_there = self._disk.outcome(load.slots, self._host)
             if is_there is None:
                 self._reading.append(load)
-            elif load.is_void or not is_there:
-                self._end(load, is_there=False)
-            else:
-                if self._disk.is_there:
-                    load.load_s = self._clock() - load.start_s
+                continue
+            if load.disk_bytes:
+                load.load_s = self._clock() - load.start_s
+            if is_there and not load.is_void:
                 self._ready.append(load)
+                continue
+            # A disk that has not read in time is slow.
+            self._gain.note_load(0, load.disk_bytes, load.load_s)
+            self._end(load, is_there=False)
 
     def _end(self, load: Load, *, is_there: bool) -> None:
         for key in itertools.chain(*load.keys):
@@ -303,7 +321,7 @@ class LowerTiers:
         self._release(load.slots)
         if is_there:
             num_bytes = self._num_bytes(load.slots)
-            self._gain.note_load(num_bytes, load.load_s)
+            self._gain.note_load(num_bytes - load.disk_bytes, load.disk_bytes, load.load_s)
             self._num_found += load.num_tokens
             self._loaded_bytes += num_bytes
             self._load_s += load.load_s
@@ -314,8 +332,11 @@ class LowerTiers:
             for slot in reversed(group_slots):
                 host.release(slot)
 
-    def _num_bytes(self, slots: Sequence[Sequence[int]]) -> int:
-        return sum(len(group) * size for group, size in zip(slots, self._page_bytes, strict=True))
+    def _num_bytes(self, pages: Sequence[Sequence[object]]) -> int:
+        return sum(len(group) * size for group, size in zip(pages, self._page_bytes, strict=True))
+
+    def _not_in_host(self, keys: Sequence[Sequence[bytes]]) -> list[list[bytes]]:
+        return [[key for key in group if key not in host] for group, host in zip(keys, self._host, strict=True)]
 
     def _copies(
         self, pages: Sequence[Sequence[int] | Int32], slots: Sequence[Sequence[int]], *, is_load: bool = False
@@ -326,9 +347,3 @@ class LowerTiers:
             pages=tuple(np.array(group, dtype=np.int32) for group in pages),
             slots=tuple(np.array(group, dtype=np.int32) for group in slots),
         )
-
-    def _remember(self, key: bytes) -> None:
-        """One more load of the prefix that ends with this key."""
-        self._attempts[key] = self._attempts.pop(key, 0) + 1
-        if len(self._attempts) > _NUM_REMEMBERED:
-            self._attempts.popitem(last=False)

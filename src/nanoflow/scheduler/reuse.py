@@ -12,7 +12,7 @@ from a lower tier (`tiers.py`), which is told here of all pages that are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,11 +145,24 @@ class PrefixReuse:
         self._row_computing: dict[bytes, int] = {}
         self.counts = ReuseCounts()
 
-    def candidates(self, queue: Iterable[WaitingRequest], *, max_requests: int, max_tokens: int) -> list[Candidate]:
+    def candidates(
+        self,
+        queue: Iterable[WaitingRequest],
+        *,
+        max_requests: int,
+        max_tokens: int,
+        not_loaded: Container[int] = (),
+    ) -> list[Candidate]:
         """The first requests of the queue that can each start on a budget of `max_tokens`, the last maybe in part.
 
         Those whose next pages are being loaded, or computed for another one, or would be for one of these, are passed
         over.
+
+        Args:
+            queue: The first come first.
+            max_requests: Most candidates.
+            max_tokens: That they compute now.
+            not_loaded: Ids of requests whose prefix cannot be loaded: they compute it.
         """
         found: list[Candidate] = []
         claimed: set[bytes] = set()
@@ -169,14 +182,15 @@ class PrefixReuse:
                 num_passed_over += 1
                 continue
             claimed.update(following)
+            num_loadable = 0 if waiting.request.request_id in not_loaded else below.num_pages
             candidate = Candidate(
                 waiting=waiting,
                 prefix=prefix,
                 num_cached=prefix.num_pages * self._page_size,
-                num_loadable=below.num_pages,
+                num_loadable=num_loadable,
             )
             found.append(candidate)
-            max_tokens -= len(waiting.token_ids) - max(candidate.num_computed, below.num_pages * self._page_size)
+            max_tokens -= len(waiting.token_ids) - max(candidate.num_computed, num_loadable * self._page_size)
         return found
 
     def next_to_load(self, queue: Iterable[WaitingRequest], count: int) -> list[Candidate]:
@@ -209,15 +223,19 @@ class PrefixReuse:
                 num_found=self.counts.num_found + candidate.num_cached,
             )
 
-    def prefetch(self, keys: Sequence[bytes]) -> PrefetchAnswer:
+    def prefetch(self, keys: Sequence[bytes], num_spare: int = 0) -> PrefetchAnswer:
         """A request with these keys will come soon: its cached pages count as used now, lower tiers may bring others.
 
-        Nothing is computed, no page is allocated, and the counts of requests stay as they are.
+        Nothing is computed, and the counts of requests stay as they are.
+
+        Args:
+            keys: Of its pages.
+            num_spare: Pages of each pool that running requests may need; others are filled with what is loaded.
         """
         prefix = self._pools.find(keys)
         self._pools.touch(prefix)
         below = self._tiers.find(keys, prefix.num_pages)
-        is_asked = below.num_pages > 0 and self._tiers.start_load(keys[: below.num_pages], num_spare=0)
+        is_asked = below.num_pages > 0 and self._tiers.start_load(keys[: below.num_pages], num_spare)
         return PrefetchAnswer(
             num_cached_pages=prefix.num_pages,
             num_prefetched_pages=below.num_pages - prefix.num_pages if is_asked else 0,
@@ -260,8 +278,9 @@ class PrefixReuse:
 
     def fail(self, row: int) -> None:
         """What was computed for the request of a row may be wrong: nobody else may use it."""
-        self._pools.forget(row)
-        self._tiers.forget(self._clear(row))
+        keys = self._clear(row)
+        self._pools.forget(keys)
+        self._tiers.forget(keys)
 
     def _cache(self, row: int, stop: int, *, is_computed: bool = True) -> None:
         start, keys = int(self._num_cached[row]), self._keys[row]

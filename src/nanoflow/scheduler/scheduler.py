@@ -250,7 +250,7 @@ class Scheduler:
 
     def prefetch(self, keys: Sequence[bytes]) -> PrefetchAnswer:
         """Advice that a request with these keys will come soon; see `PrefixReuse.prefetch`."""
-        return self._reuse.prefetch(keys)
+        return self._reuse.prefetch(keys, self._joining.num_growing)
 
     def session(self, name: str) -> Session | None:
         """What the last request of a session has left; None if it is not remembered."""

@@ -12,7 +12,7 @@ from nanoflow.profile.interference import lane_of
 from nanoflow.profile.table import Cost, Profile
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.search.limits import OverlapBound, Run
-from nanoflow.simulate.batches import batches_of
+from nanoflow.simulate.batches import steady_batches_of
 from nanoflow.simulate.iteration import IterationModel, Recorded
 from nanoflow.simulate.replica import Iterations
 from nanoflow.simulate.serving import Cluster, SimulatedRun, limits_for, simulate
@@ -30,6 +30,14 @@ class _Gained:
         """See `Iterations`."""
         cost = self.model.cost(shape)
         return Cost(time_s=cost.time_s / self.gain(shape), energy_j=cost.energy_j)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AtOnce:
+    """The run of a workload without plans, and each of its iterations with its seconds."""
+
+    run: Run
+    iterations: tuple[tuple[BatchShape, float], ...]
 
 
 class SimulatedWorkloads:
@@ -62,6 +70,7 @@ class SimulatedWorkloads:
         self._lengths = [draw_lengths(workload, num_requests, seed) for workload in workloads]
         resource_of = {op.name: lane_of(op) for op in self._model.graph.layer}
         self._bound = OverlapBound(profile, resource_of)
+        self._known: dict[tuple[int, BookLimits], _AtOnce] = {}
 
     def sequential(self, limits: BookLimits) -> tuple[Run, ...]:
         """The run of each workload without plans.
@@ -69,13 +78,18 @@ class SimulatedWorkloads:
         Raises:
             ConfigError: The memory cannot hold the longest request.
         """
-        return tuple(self._sequential(lengths, limits) for lengths in self._lengths)
+        return tuple(self._at_once(place, limits).run for place in range(len(self._lengths)))
 
     def batches(self, limits: BookLimits) -> list[tuple[BatchShape, float]]:
-        """Every iteration of all workloads without plans, and its seconds; see `batches_of`."""
-        found = []
-        for lengths in self._lengths:
-            found += batches_of(self._model, lengths, self._limits(lengths, limits), self._seed)
+        """Every iteration of all workloads without plans, and its seconds.
+
+        Of each workload those of two runs, which have between them what an engine meets: all requests at once, and
+        the steady state (`steady_batches_of`).
+        """
+        found: list[tuple[BatchShape, float]] = []
+        for place, lengths in enumerate(self._lengths):
+            found += self._at_once(place, limits).iterations
+            found += steady_batches_of(self._model, lengths, self._limits(lengths, limits), self._seed)
         return found
 
     def rates(self, limits: BookLimits, gain: Callable[[BatchShape], float]) -> tuple[float, ...]:
@@ -83,17 +97,22 @@ class SimulatedWorkloads:
         iterations = _Gained(model=self._model, gain=gain)
         return tuple(self._run(lengths, limits, iterations).tokens_per_s_per_gpu for lengths in self._lengths)
 
-    def _sequential(self, lengths: Sequence[Lengths], limits: BookLimits) -> Run:
-        recorded = Recorded(self._model)
-        run = self._run(lengths, limits, recorded)
-        # One iteration follows the other, as all requests are there from the start.
-        saved_s = sum(self._bound.saved_s(self._model.busy_s(shape)) for shape, _ in recorded.iterations)
-        duration_s = run.metrics.duration_s
-        return Run(
-            tokens_per_s=run.tokens_per_s_per_gpu,
-            peak_requests=run.peak_requests,
-            bound_tokens_per_s=run.tokens_per_s_per_gpu * duration_s / max(duration_s - saved_s, saved_s),
-        )
+    def _at_once(self, place: int, limits: BookLimits) -> _AtOnce:
+        """The run of one workload without plans; it is kept, as plans are searched for its iterations."""
+        key = (place, limits)
+        if key not in self._known:
+            recorded = Recorded(self._model)
+            run = self._run(self._lengths[place], limits, recorded)
+            # One iteration follows the other, as all requests are there from the start.
+            saved_s = sum(self._bound.saved_s(self._model.busy_s(shape)) for shape, _ in recorded.iterations)
+            duration_s = run.metrics.duration_s
+            found = Run(
+                tokens_per_s=run.tokens_per_s_per_gpu,
+                peak_requests=run.peak_requests,
+                bound_tokens_per_s=run.tokens_per_s_per_gpu * duration_s / max(duration_s - saved_s, saved_s),
+            )
+            self._known[key] = _AtOnce(run=found, iterations=tuple(recorded.iterations))
+        return self._known[key]
 
     def _run(self, lengths: Sequence[Lengths], limits: BookLimits, iterations: Iterations) -> SimulatedRun:
         cluster = Cluster(

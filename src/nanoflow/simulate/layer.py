@@ -8,7 +8,7 @@ energy of a layer exceeds what the power limit allows, the whole layer is stretc
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nanoflow.graph.graph import LayerKind, OpGraph
@@ -55,24 +55,13 @@ class Simulation:
 class _Work:
     """A nano-operation of one layer while it waits, runs or has ended."""
 
+    item: Item
     place: int
     layer: int
     num_waits: int = 0
     left: float = 1.0
     start_s: float = 0.0
     stop_s: float = 0.0
-
-
-class _Items:
-    """What each work of some layers is: of each kind one for each place in the plan."""
-
-    def __init__(self, of_kinds: Mapping[str, list[Item | None]], layers: Sequence[LayerKind]) -> None:
-        self._of_layers = [of_kinds[kind.name] for kind in layers]
-
-    def of(self, work: _Work) -> Item:
-        item = self._of_layers[work.layer][work.place]
-        assert item is not None, "issued in a layer that has no such operation"
-        return item
 
 
 class PlanSimulator:
@@ -98,7 +87,7 @@ class PlanSimulator:
         # What carries in one layer does in all of them, but where the pipeline fills or drains.
         layers = self._kinds(plan.max_stage + 1 + len(self._pattern))
         issued = [place for _, place in _issued(plan, layers)]
-        self._carriers = {issued[at] for at, _ in carriers(plan, graph, layers)}
+        self._carriers = {issued[at] for at, _ in carriers(plan, graph, layers, self._depends)}
 
     def run(self, shape: BatchShape, num_layers: int | None = None) -> Simulation:
         """Predict so many layers on a batch.
@@ -110,15 +99,16 @@ class PlanSimulator:
         filling = self._plan.max_stage + 1
         num_layers = num_layers or 2 * filling + max(_STEADY_LAYERS, len(self._pattern)) + 1
         layers = self._kinds(num_layers)
-        items = _Items({kind.name: self._items(kind, shape) for kind in self._pattern}, layers)
-        works, dynamic_j = self._execute(items, layers)
+        items = {kind.name: self._items(kind, shape) for kind in self._pattern}
+        works = list(self._works([items[kind.name] for kind in layers], layers))
+        dynamic_j = self._execute(works)
         period_s = _period_s(_layer_ends_s(works, num_layers), filling)
         # The power limit holds for the steady state as a whole.
         slower = self._slowdown(dynamic_j, period_s * num_layers)
         for work in works:
             work.start_s, work.stop_s = work.start_s * slower, work.stop_s * slower
         spans = tuple(
-            self._span(items.of(work), work)
+            self._span(work)
             for work in sorted(works, key=lambda work: (work.start_s, work.layer, work.place))
             if work.stop_s > work.start_s
         )
@@ -186,9 +176,15 @@ class PlanSimulator:
             carries=place in self._carriers,
         )
 
-    def _execute(self, items: _Items, layers: Sequence[LayerKind]) -> tuple[list[_Work], float | None]:
-        """Advance from event to event: something ends, whatever may start now does."""
-        works = [_Work(place, layer) for layer, place in _issued(self._plan, layers)]
+    def _works(self, items: Sequence[Sequence[Item | None]], layers: Sequence[LayerKind]) -> Iterator[_Work]:
+        """In issue order."""
+        for layer, place in _issued(self._plan, layers):
+            item = items[layer][place]
+            assert item is not None, "issued in a layer that has no such operation"
+            yield _Work(item, place, layer)
+
+    def _execute(self, works: list[_Work]) -> float | None:
+        """Advance from event to event: something ends, whatever may start now does. The energy, if it is known."""
         at = {(work.layer, work.place): work for work in works}
         followers: dict[tuple[int, int], list[_Work]] = defaultdict(list)
         for work in works:
@@ -198,31 +194,35 @@ class PlanSimulator:
                     work.num_waits += 1
         queues: dict[str, deque[_Work]] = defaultdict(deque)
         for work in works:
-            queues[items.of(work).lane.name].append(work)
+            queues[work.item.lane.name].append(work)
         running: list[_Work] = []
         now_s, energy_j = 0.0, 0.0
+        # Layers repeat each other: the same items run together again.
+        known: dict[tuple[int, ...], tuple[list[float], float]] = {}
         while running or any(queues.values()):
-            while _start_next(queues, running, followers, items, now_s):
+            while _start_next(queues, running, followers, now_s):
                 pass
             if not running:
                 break
-            rates, dynamic_w = rates_of([items.of(work) for work in running], self._interference)
+            together = tuple(id(work.item) for work in running)
+            if together not in known:
+                known[together] = rates_of([work.item for work in running], self._interference)
+            rates, dynamic_w = known[together]
             step_s = min(
-                work.left * items.of(work).cost.time_s / rate
-                for work, rate in zip(running, rates, strict=True)
-                if rate > 0
+                work.left * work.item.cost.time_s / rate for work, rate in zip(running, rates, strict=True) if rate > 0
             )
             now_s += step_s
             energy_j += step_s * dynamic_w
             for work, rate in zip(running, rates, strict=True):
-                work.left -= step_s * rate / items.of(work).cost.time_s
+                work.left -= step_s * rate / work.item.cost.time_s
             for work in [work for work in running if work.left <= 1e-9]:
                 running.remove(work)
-                _end(work, now_s, queues[items.of(work).lane.name], followers)
-        is_known = all(items.of(work).dynamic_j is not None for work in works)
-        return works, energy_j if is_known else None
+                _end(work, now_s, queues[work.item.lane.name], followers)
+        is_known = all(work.item.dynamic_j is not None for work in works)
+        return energy_j if is_known else None
 
-    def _span(self, item: Item, work: _Work) -> Span:
+    def _span(self, work: _Work) -> Span:
+        item = work.item
         return Span(
             operation=item.op.name,
             layer=work.layer,
@@ -256,7 +256,6 @@ def _start_next(
     queues: dict[str, deque[_Work]],
     running: list[_Work],
     followers: dict[tuple[int, int], list[_Work]],
-    items: _Items,
     now_s: float,
 ) -> bool:
     """Start what may start on any lane; True if something ended at once, so that more may start."""
@@ -265,7 +264,7 @@ def _start_next(
         if queue and queue[0] not in running and queue[0].num_waits == 0:
             work = queue[0]
             work.start_s = now_s
-            if items.of(work).cost.time_s > 0:
+            if work.item.cost.time_s > 0:
                 running.append(work)
             else:
                 _end(work, now_s, queue, followers)

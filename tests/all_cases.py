@@ -1,0 +1,27 @@
+"""Which cases of a sweep run: a fixed part of them, or all with NANOFLOW_ALL_CASES=1, which `make test-all` sets.
+
+The part is the same on every machine and for every order of the cases, since it depends on their names alone. The
+sweep says what must be in it.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+RUNS_ALL_CASES = os.environ.get("NANOFLOW_ALL_CASES") == "1"
+
+
+def rank(name: str) -> int:
+    """A number that is as good as random, and always the same for a name; a sweep takes the cases with the least."""
+    return zlib.crc32(name.encode())
+
+
+def part(cases: Sequence[T], *, of: Iterable[T]) -> list[T]:
+    """These cases, chosen by hand from all of them, or all."""
+    every = list(of)
+    assert all(case in every for case in cases), "no such case"
+    return every if RUNS_ALL_CASES else list(cases)
