@@ -120,16 +120,16 @@ RULES: dict[str, Rule] = {
         "--find-gpus --max-normalized-latency-ms 200",
         says=("GPUs serve 20 requests/s",),
     ),
-    "nanoflow simulate profile.json --workload 256/128 --rounds 4 --num-conversations 400 --think-time 20 "
+    f"nanoflow simulate {STORED_PROFILE} --workload 256/128 --rounds 4 --num-conversations 400 --think-time 20 "
     "--kv-host-gib 64": Run(
-        instead="nanoflow simulate profile.json --workload 256/16 --rounds 2 --num-conversations 20 --think-time 1 "
-        "--kv-host-gib 64",
+        instead=f"nanoflow simulate {STORED_PROFILE} --workload 256/16 --rounds 2 --num-conversations 20 "
+        "--think-time 1 --kv-host-gib 64",
         says=(r"KV host +[\d,]+ of [\d,]+ tokens found", r"prompt tokens computed: 1 of \d"),
     ),
-    "nanoflow simulate profile.json --workload 1024/512 --num-requests 600 --kv-host-gib 64 --max-tokens 1024 "
+    f"nanoflow simulate {STORED_PROFILE} --workload 1024/512 --num-requests 600 --kv-host-gib 64 --max-tokens 1024 "
     "--policies": Run(
-        instead="nanoflow simulate profile.json --workload 256/16 --num-requests 20 --kv-host-gib 64 --max-tokens 64 "
-        "--policies",
+        instead=f"nanoflow simulate {STORED_PROFILE} --workload 256/16 --num-requests 20 --kv-host-gib 64 "
+        "--max-tokens 64 --policies",
         says=(r"\* predicted +swap",),
     ),
     # docs/limits.md
@@ -173,6 +173,7 @@ SHOWN: dict[str, str] = {
     "10  familiar                              names that users of vLLM know": "layers in pyproject.toml",
     'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $(cat keys.txt)"': "test_door.py sends such keys",
     "maximise u": "a formula",
+    "copies      tokens x bytes of a token / link                saves and loads use one direction each": "a formula",
     "maximise u >= 1 / (shortest period so far)": "a formula",
     "nanoflow limits for balanced: max_batch_tokens 2,048 (about 50 ms an iteration on NVIDIA H200), max_num_seqs 100 "
     "(given), gaps of at most 75 ms between tokens (goal balanced)": "a line of the server",

@@ -91,6 +91,20 @@ def test_admission_takes_the_longest_prefix_that_fits(
     assert count == expected
 
 
+def test_the_first_joins_an_empty_engine_unless_pages_are_reserved_that_it_may_need() -> None:
+    for is_all_there, expected in ((True, 1), (False, 0)):
+        count = num_admissible(
+            progress([]),
+            progress([(90, 30)]),
+            OutputLength().counted_remaining,
+            pools=[PoolSize(num_pages=8)],
+            page_size=10,
+            max_batch_tokens=8,
+            is_all_there=is_all_there,
+        )
+        assert count == expected
+
+
 def test_no_overtaking() -> None:
     count = num_admissible(
         progress([(4, 4)]),

@@ -370,6 +370,19 @@ def test_a_request_that_was_sent_back_gets_its_pages_by_a_load_or_computes_again
         assert (run.num_loads > 0) == (choice.returns == "swap")
 
 
+def test_nobody_joins_an_empty_engine_whose_pages_are_reserved_for_a_load() -> None:
+    """A round of 72 tokens is being loaded into 16 of 20 pages when a request comes that needs 18 of them at once."""
+    rates = LinkRates(link_bytes_per_s=2e5, memory_bytes_per_s=math.inf)
+    rounds = [
+        talk(0, (64, 2, 0.0), (4, 2, 2.0)),
+        talk(1, (70, 2, 0.0), start_s=1.0),
+        talk(2, (70, 2, 0.0), start_s=2.03),
+    ]
+    asked = cluster(below(host=400, rates=rates), num_pages=20, max_model_len=80, max_batch_tokens=128)
+    found = hold(rounds, asked)
+    assert found.run.num_loads == 1 and found.metrics.num_completed == 4
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[tuple[int, int, float]], BelowDevice, Policies, int | None, dict[str, int]]:
     """Requests, memory below, policies, whether lengths are known, and sizes."""

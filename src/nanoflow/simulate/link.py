@@ -184,7 +184,11 @@ class SimulatedCopies:
         # Bytes of pages are nowhere.
         memory = [np.empty((self._below.num_slots, 0), dtype=np.uint8) for _ in self._below.page_bytes]
         return DiskCopies(
-            self._disk, memory, page_size=self._below.page_size, capacity_bytes=self._disk.rates.capacity_bytes
+            self._disk,
+            memory,
+            page_size=self._below.page_size,
+            capacity_bytes=self._disk.rates.capacity_bytes,
+            clock=self._clock,
         )
 
 
