@@ -63,8 +63,8 @@ class EngineConfig:
 
     model: str = option(
         DEFAULT_MODEL,
-        "Model folder, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a published "
-        "architecture with random weights",
+        "Model folder, GGUF file, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a "
+        "published architecture with random weights",
         read=str,
     )
     tokenizer: str | None = option(None, "Tokenizer folder or Hub name; the model's own if not given")
