@@ -17,7 +17,7 @@ from nanoflow.models.ggml import rows_of_blocks
 from nanoflow.models.stored import Awq, Blocks, Form, Gptq, Packed, Plain, Scaled, Stored
 
 # Numbers that are in memory as float32 at once, and a multiple of all words and blocks of rows.
-_CHUNK_NUMBERS = 4 * 2**20
+_CHUNK_NUMBERS = 2**20
 _ROWS_MULTIPLE = 128
 # Position of each of eight columns within a word of AWQ.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
