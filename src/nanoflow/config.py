@@ -82,7 +82,9 @@ class EngineConfig:
         "is no file, else a folder with such a file",
     )
     load_format: LoadFormat = option(
-        "safetensors", "safetensors, or random: weights drawn at random, for benchmarks", read=_read_load_format
+        "safetensors",
+        "safetensors (or GGUF, if the model is such a file), or random: weights drawn at random, for benchmarks",
+        read=_read_load_format,
     )
     seed: int = option(
         0,

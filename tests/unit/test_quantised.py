@@ -159,7 +159,7 @@ def test_peak_memory_is_the_model_and_a_few_rows(tmp_path: Path) -> None:
         }
         return made, weight[:1, :1]
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 1}
     write_twins(
         make_model("llama2", tmp_path, **sizes), Case(quantise=quickly, config=CASES["awq-128"].config, title="")
     )
