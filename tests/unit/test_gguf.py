@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.cli.main import main
+from nanoflow.config import EngineConfig
+from nanoflow.engine.tier_memory import fingerprint_of
 from nanoflow.models import config_json, dequantise
 from nanoflow.models.config_json import ModelError
 from nanoflow.models.contents import read_contents
@@ -141,6 +143,40 @@ def test_a_model_is_found_by_what_its_file_begins_with(tmp_path: Path) -> None:
     config = config_json.load(file)
     assert config.rms_norm_eps == 1e-5 and config.eos_token_ids == (2,)
     assert not config.tie_word_embeddings
+
+
+def test_what_llama_cpp_has_in_its_code_of_gemma(tmp_path: Path) -> None:
+    """Five layers of six have a window; scores are scaled by the size of heads, in the largest model by another."""
+    layers: dict[str, Any] = {"num_hidden_layers": 62, "layer_types": None, "hidden_size": 32, "intermediate_size": 32}
+    for number, changes in enumerate((dict[str, Any](), layers)):
+        folder = make_model("gemma3", tmp_path / str(number), **changes)
+        file = write_gguf(folder, folder / "model.gguf", "gemma3", metadata={".attention.sliding_window": 24})
+        config = config_json.load(file)
+        windows = [None if layer % 6 == 5 else 24 for layer in range(config.num_layers)]
+        assert list(config.layer_windows) == windows
+        assert config.local_rope is not None and config.local_rope.theta == 10000.0
+        assert config.fields.positive("query_pre_attn_scalar") == (8 if changes else 24)
+
+
+def test_tokens_that_end_a_turn_end_completions(tmp_path: Path) -> None:
+    """By the ids that the file gives, and by their names if they are control tokens."""
+    tokens = [f"t{number}" for number in range(131)]
+    tokens[9], tokens[11], tokens[12] = "<|im_end|>", "<|eot_id|>", "<|end|>"
+    kinds = [3 if number in (9, 11) else 1 for number in range(131)]
+    ids = {"tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 999}
+    file = _other(tmp_path, {**ids, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds})
+    assert config_json.load(file).eos_token_ids == (5, 7, 9, 11)
+
+
+def test_pages_are_kept_for_this_file_alone(tmp_path: Path) -> None:
+    def fingerprint(file: Path) -> str:
+        return fingerprint_of(file, EngineConfig(model=str(file)), name="llama", device="cpu", dtype="float32")
+
+    file = _other(tmp_path, {})
+    before = fingerprint(file)
+    assert before == fingerprint(file)
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert fingerprint(file) != before
 
 
 def _other(folder: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> Path:

@@ -193,7 +193,7 @@ def _rope(file: GgufFile, own: Fields, head_dim: int) -> dict[str, Any]:
         # Llama 3.1: one divisor for each frequency, whatever the length.
         same = factors[_DIVISORS]
         length = own.positive_int("context_length")
-        parameters = {"rope_type": "longrope", "short_factor": same, "long_factor": same, "attention_factor": 1.0}
+        parameters = {"rope_type": "longrope", "short_factor": same, "long_factor": same}
         return {"rope_parameters": {**parameters, "original_max_position_embeddings": length}}
     if factors:
         if factors.keys() != {_SHORT, _LONG}:

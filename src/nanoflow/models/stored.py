@@ -209,10 +209,12 @@ class Stored:
 
 def tensor_names(name: str, form: Form, shape: Shape, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
     """The names of the tensors of a part, by their last parts; an optional one is left out if it is absent."""
-    module, dot, last = name.rpartition(".")
+    if isinstance(form, Plain | Blocks):
+        return {"weight": name}
+    module, dot, _ = name.rpartition(".")
     names: dict[str, str] = {}
     for role, need in form.needs(shape).items():
-        known = [f"{module}{dot}{last if role == 'weight' else role}", *(f"{module}.{each}" for each in need.others)]
+        known = [f"{module}{dot}{each}" for each in (role, *need.others)]
         found = next((each for each in known if each in stored), None)
         if found is not None or not need.is_optional:
             names[role] = found or known[0]
