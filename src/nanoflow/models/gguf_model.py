@@ -188,6 +188,7 @@ def _refuse_others(fields: Fields, kind: str) -> None:
 def _rope(file: GgufFile, own: Fields, head_dim: int) -> dict[str, Any]:
     """The fields on the scaling of rotary embeddings."""
     kind = own.text("rope.scaling.type", "none")
+    parameters: dict[str, Any]
     factors = {name: _numbers(file, name) for name in (_DIVISORS, _SHORT, _LONG) if name in file.tensors}
     if _DIVISORS in factors:
         # Llama 3.1: one divisor for each frequency, whatever the length.
