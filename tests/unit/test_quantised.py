@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.models import config_json as model_config
 from nanoflow.models import dequantise
+from nanoflow.models import weights as weights_module
 from nanoflow.models.config_json import ModelError
 from nanoflow.models.contents import read_contents
 from nanoflow.models.registry import build_graph
@@ -92,6 +94,37 @@ def test_chunks_of_rows_make_the_same(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(dequantise, "_READERS", {part: noted(part) for part in read})
     assert _are_alike(_load(tmp_path), _load(twin))
     assert max(sizes) == 128 and len(sizes) > 14
+
+
+class _Copier:
+    """Copies at once, in the thread that it was made for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.thread = threading.get_ident()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        assert threading.get_ident() == self.thread and target.is_contiguous()
+        target.view(-1).copy_(source.reshape(-1))
+
+    def wait(self) -> None:
+        """Nothing is queued."""
+
+
+@pytest.mark.parametrize("name", ["awq-32", "compressed-int4-ordered"])
+def test_several_threads_make_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = _make(tmp_path, CASES[name])
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 1)
+    graph = build_graph(model_config.load(tmp_path), None)
+    loaded = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False, make_copier=_Copier)
+    assert _are_alike(loaded, _load(twin))
+
+
+def test_a_config_that_says_more_than_the_weights_do(tmp_path: Path) -> None:
+    """All is stored in float32: nothing is said of another form."""
+    make_model("llama2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert read_contents(build_graph(model_config.load(tmp_path), None), tmp_path).described("float32", 1) is None
 
 
 def test_scales_in_another_file_are_found(tmp_path: Path) -> None:

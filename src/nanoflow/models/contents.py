@@ -128,7 +128,8 @@ def _open(path: Path) -> _Checkpoint:
 def _title(checkpoint: _Checkpoint, parts: Mapping[str, Stored]) -> str | None:
     """What users call the form of the weights."""
     if checkpoint.gguf is None:
-        return None if checkpoint.quantisation is None else checkpoint.quantisation.title
+        is_plain = all(isinstance(part.form, Plain) for part in parts.values())
+        return None if checkpoint.quantisation is None or is_plain else checkpoint.quantisation.title
     sizes = Counter[str]()
     for part in parts.values():
         if isinstance(part.form, Blocks) and len(part.shape) > 1:
