@@ -176,7 +176,7 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "auto_map": ({"AutoConfig": "evil.Config"},),
     "transformers_version": ("4.57.0", "5.24.0"),
-    "quantization_config": ({"quant_method": "fp8"},),
+    "quantization_config": ({"quant_method": "hqq"},),
     "is_causal": (True, False),
     "num_local_experts": (8,),
     "num_experts": (8,),

@@ -76,6 +76,8 @@ RULES: dict[str, Rule] = {
     "make soak": Make(),
     "make fuzz": Make(),
     "nanoflow serve --host 0.0.0.0 --api-key-file keys.txt": Parse(why="a file of keys"),
+    "nanoflow serve model.gguf": Parse(why="a GGUF file"),
+    'nanoflow generate "Once upon a time" --model model.gguf': Parse(why="a GGUF file"),
     'nanoflow generate "def "': Run(instead=f'nanoflow generate "def " {_CPU} --max-tokens 16', says=(r"\S",)),
     "nanoflow serve Qwen/Qwen2.5-0.5B-Instruct": Serve(),
     "nanoflow chat --model Qwen/Qwen2.5-0.5B-Instruct": Run(

@@ -63,8 +63,8 @@ class EngineConfig:
 
     model: str = option(
         DEFAULT_MODEL,
-        "Model folder, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a published "
-        "architecture with random weights",
+        "Model folder, GGUF file, Hugging Face Hub name, 'default' for the small embedded model, or preset:NAME for a "
+        "published architecture with random weights",
         read=str,
     )
     tokenizer: str | None = option(None, "Tokenizer folder or Hub name; the model's own if not given")
@@ -82,7 +82,9 @@ class EngineConfig:
         "is no file, else a folder with such a file",
     )
     load_format: LoadFormat = option(
-        "safetensors", "safetensors, or random: weights drawn at random, for benchmarks", read=_read_load_format
+        "safetensors",
+        "safetensors (or GGUF, if the model is such a file), or random: weights drawn at random, for benchmarks",
+        read=_read_load_format,
     )
     seed: int = option(
         0,

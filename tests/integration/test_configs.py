@@ -56,7 +56,7 @@ REASONS = (
     r"field 'architectures' must be a list with the model's class, got 'LlamaForCausalLM'",
     r"architecture 'MambaForCausalLM' is not known",
     r"field 'model_type' is 'gpt2', but architectures has",
-    r"field 'quantization_config' is set: quantised weights are not served",
+    r"field 'quantization_config' is set: weights quantised by HQQ are not served",
     r"field 'is_causal' must be true: only causal attention is served",
 )
 # What transformers does not take, and nanoflow does: no field of these says anything about what is computed, or it can

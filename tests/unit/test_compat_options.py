@@ -83,6 +83,7 @@ TAKEN: list[dict[str, Any]] = [
     {"enable_prefix_caching": None},
     {"prefix_caching_hash_algo": "sha256"},
     {"quantization": None},
+    {"quantization": "gptq_marlin"},
     {"tokenizer_mode": "auto"},
     {"swap_space": 0},
     {"swap_space": 4},
@@ -109,7 +110,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("tensor_parallel_size", 2, "one GPU serves a model"),
     ("tensor_parallel_size", True, "one GPU"),
     ("trust_remote_code", True, "no Python of a model folder"),
-    ("quantization", "awq", "weights are used in the type that `dtype` says"),
+    ("quantization", "fp8", "none are quantized at the start"),
     ("prefix_caching_hash_algo", "xxhash", "pages are found by SHA-256"),
     ("enable_chunked_prefill", False, "always computed in chunks"),
     ("enable_lora", True, "merge the adapter"),
@@ -241,7 +242,7 @@ def test_secrets_are_not_shown() -> None:
     assert "abcdef" not in str(problem.value)
 
 
-@pytest.mark.parametrize("value", ["gguf", "pt", "tensorizer", "bitsandbytes", "sharded_state"])
+@pytest.mark.parametrize("value", ["mistral", "pt", "tensorizer", "bitsandbytes", "sharded_state"])
 def test_formats_of_weights_that_there_are_not(value: str) -> None:
     with pytest.raises(ConfigError, match=f"^load_format: '{value}' is not possible: weights are read "):
         from_kwargs(EngineConfig, {"load_format": value})

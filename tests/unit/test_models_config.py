@@ -255,7 +255,7 @@ def test_layer_windows(architecture: str, fields: dict[str, Any], expected: tupl
         ({"rope_theta": 10**400}, "field 'rope_theta' must be a positive number, got 1000000"),
         ({"rope_theta": float("inf")}, "field 'rope_theta' must be a positive number, got inf"),
         ({"hidden_act": ["x" * 1000]}, "field 'hidden_act' must be a string, got ['xxxxxxxx"),
-        ({"quantization_config": {"bits": 4}}, "field 'quantization_config' is set: quantised weights are not served"),
+        ({"quantization_config": {"bits": 4}}, "field 'quantization_config' is set: weights are quantised (4 bits)"),
         ({"rope_scaling": "yarn"}, "field 'rope_scaling' must be an object, got 'yarn'"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},

@@ -83,8 +83,12 @@ def test_what_can_be_analysed_is_not_served(tmp_path: Path, capsys: pytest.Captu
 FOLDERS: tuple[tuple[Mapping[str, object], str], ...] = (
     ({}, "is empty"),
     ({"README.md": ""}, "has no config.json"),
-    ({"model-Q4_K_M.gguf": "GGUF"}, r"is in GGUF .*\(it has 'model-Q4_K_M.gguf'\)"),
-    ({"model.GGUF": "GGUF", "tokenizer.json": {}}, "is in GGUF"),
+    (
+        {"model-Q4_K_M.gguf": "GGUF"},
+        r"holds GGUF \(it has 'model-Q4_K_M.gguf'\): give the file to serve, as '.*/model-Q4_K_M.gguf'",
+    ),
+    ({"model.GGUF": "GGUF", "tokenizer.json": {}}, "holds GGUF"),
+    ({"model.ggml": ""}, "is in GGML"),
     (
         {"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "org/base"}},
         r"is a LORA adapter of 'org/base' \(adapter_config.json\), no whole model: .*merge_and_unload",
@@ -112,10 +116,8 @@ FOLDERS: tuple[tuple[Mapping[str, object], str], ...] = (
         "a whole model and an adapter .*, which would not be applied: remove adapter_config.json if",
     ),
     ({"config.json": {"_class_name": "UNet2DConditionModel"}}, "is of diffusers"),
-    ({"config.json": {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}}, r"\(GPTQ, 4 bits\)"),
-    ({"config.json": {**LLAMA, "quantization_config": {"quant_method": "fp8"}}}, r"are not served \(FP8\)"),
-    ({"config.json": {**LLAMA, "quantization": {"group_size": 64, "bits": 4}}}, r"\(MLX, 4 bits\)"),
-    ({"config.json": LLAMA, "quantize_config.json": {"bits": 4}}, "quantised weights .GPTQ. are not served"),
+    ({"config.json": {**LLAMA, "quantization": {"group_size": 64, "bits": 4}}}, r"by MLX \(4 bits\) are not served"),
+    ({"config.json": LLAMA, "quantize_config.json": {"bits": 4}}, "quantize_config.json: field '.*' is missing"),
     ({"config.json": []}, "must hold a JSON object"),
     ({"config.json": {}}, "field 'architectures' is missing"),
 )
@@ -144,8 +146,8 @@ def test_what_a_folder_is_that_is_no_model(files: Mapping[str, object], says: st
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("model.gguf", b"GGUF\3", "is a GGUF file"),
-        ("blob", b"GGUF\3", "is a GGUF file"),
+        ("model.gguf", b"GG", "is no GGUF file, although its name says so"),
+        ("model.ggml", b"lmgg", "is a GGML file"),
         ("model.onnx", b"", "is an ONNX graph"),
         ("model.safetensors", b"", "is a file of weights alone"),
         ("model.pth", b"PK\x03\x04", "is an archive"),

@@ -22,6 +22,7 @@ from nanoflow.models import weights as weights_module
 from nanoflow.models.checkpoint import StoredTensor
 from nanoflow.models.config_json import ModelError
 from nanoflow.models.registry import build_graph
+from nanoflow.models.stored import Plain, Stored
 from nanoflow.models.weights import Weights, load_weights, random_weights
 from tests.driving import HuggingFace
 from tests.families import make_model
@@ -424,13 +425,15 @@ def test_random_weights(dtype: torch.dtype, folder: Path) -> None:
 
 
 def test_tensors_are_mapped_in_parts_in_the_order_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tensor(start: int, end: int) -> StoredTensor:
-        return StoredTensor(path=Path("x"), shape=(), dtype="F32", start=start, end=end)
+    def part(name: str, start: int, end: int) -> Stored:
+        tensor = StoredTensor(path=Path("x"), shape=(), dtype="F32", start=start, end=end)
+        return Stored(name=name, form=Plain(), shape=(), tensors={"weight": tensor}, names={"weight": name})
 
     monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 10)
-    stored = {"c": tensor(8, 14), "a": tensor(0, 4), "d": tensor(14, 40), "b": tensor(4, 8), "e": tensor(40, 42)}
-    assert list(weights_module._groups(stored)) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert list(weights_module._groups({})) == []
+    places = {"c": (8, 14), "a": (0, 4), "d": (14, 40), "b": (4, 8), "e": (40, 42)}
+    groups = weights_module._groups([part(name, *place) for name, place in places.items()])
+    assert [[each.name for each in group] for group in groups] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert list(weights_module._groups([])) == []
 
 
 def test_a_checkpoint_mapped_in_parts_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

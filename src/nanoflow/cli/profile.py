@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,7 +123,7 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
 
 def _config_of(model: str) -> Mapping[str, Any]:
     """The config.json of a model; `ModelError` if it is missing or invalid."""
-    from nanoflow.models.config_json import load
+    from nanoflow.models.config_json import load, read_config
     from nanoflow.models.locate import locate_model
     from nanoflow.models.presets import PRESETS, preset_config, preset_name
 
@@ -134,5 +133,4 @@ def _config_of(model: str) -> Mapping[str, Any]:
         return PRESETS[preset]
     folder = locate_model(model)
     load(folder)
-    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
+    return read_config(folder)[0]

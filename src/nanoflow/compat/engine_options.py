@@ -40,10 +40,11 @@ _OURS = (
     Same(name="dtype", values={"half": "float16", "float": "float32"}, note="auto is float32 on a CPU"),
     Same(
         name="load_format",
-        values={"dummy": "random", "auto": "safetensors", "hf": "safetensors"},
+        values={"dummy": "random", **dict.fromkeys(("auto", "hf", "gguf"), "safetensors")},
+        note="a GGUF file is known by its beginning",
         refused={
             **dict.fromkeys(("pt", "npcache"), "weights are read from safetensors alone: convert them"),
-            **dict.fromkeys(("gguf", "bitsandbytes", "mistral"), "weights are read as safetensors in their own type"),
+            **dict.fromkeys(("bitsandbytes", "mistral"), "weights are read from safetensors or a GGUF file"),
             **dict.fromkeys(
                 ("tensorizer", "runai_streamer", "runai_streamer_sharded", "sharded_state", "fastsafetensors"),
                 "weights are read from safetensors in a folder",
@@ -104,10 +105,12 @@ _MODEL = (
     Foreign(
         name="quantization",
         flags=("-q",),
-        reason="weights are used in the type that `dtype` says; quantized ones are refused with their kind",
+        takes=("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf"),
+        reason="the checkpoint says how weights are stored, and none are quantized at the start; all are served in the "
+        "type that `dtype` says",
     ),
-    *options("weights are not quantized", "quantization_config", "quantization_param_path"),
-    *switches("weights are not quantized", "allow_deprecated_quantization"),
+    *options("the checkpoint says how weights are stored", "quantization_config", "quantization_param_path"),
+    *switches("the checkpoint says how weights are stored", "allow_deprecated_quantization"),
     Foreign(name="override_attention_dtype", reason="attention computes in the type that `dtype` says"),
     *switches("the sliding windows in the model's config.json are used", "disable_sliding_window"),
     *switches("there is no cascade attention", "disable_cascade_attn", takes=(True, False)),

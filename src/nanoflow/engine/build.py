@@ -32,6 +32,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
 from nanoflow.models.config_json import ModelConfig
 from nanoflow.models.config_json import load as load_model_config
+from nanoflow.models.contents import Contents
 from nanoflow.models.generation import SamplingDefaults, load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
@@ -54,7 +55,7 @@ class _Setup:
     Attributes:
         config: All options, as the user gave them.
         device, dtype: Where the model runs, and the type of its weights, activations and KV cache.
-        model_config, folder: What config.json says, and the model's folder; None for a preset.
+        model_config, folder: What config.json says, and the model's folder or GGUF file; None for a preset.
         sampling: How requests that do not say so are sampled.
         graph: The operations, fused where the device has kernels for it.
         kernels: The kernel of each kind of operation.
@@ -158,7 +159,7 @@ def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     graph = build_graph(model_config, config.max_model_len)
     if folder is not None and config.load_format != "random":
-        check_weights(graph, folder)
+        _tell_form(check_weights(graph, folder), graph, dtype, is_shown=show_progress)
     kernels = kernels_for(device, dtype, graph.layer_operations)
     if OpKind.LINEAR_SWIGLU in kernels:
         graph = fuse_swiglu(graph)
@@ -283,6 +284,14 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
     )
 
 
+def _tell_form(contents: Contents, graph: OpGraph, dtype: torch.dtype, *, is_shown: bool) -> None:
+    """Say in which form weights are stored, if they are served in another; in the log, and as `_tell`."""
+    line = contents.described(str(dtype).removeprefix("torch."), graph.num_parameters * dtype.itemsize)
+    if line is not None:
+        logger.info("%s", line)
+        _tell(line, is_shown=is_shown)
+
+
 def _tell(line: str, *, is_shown: bool) -> None:
     """Print a line on standard error if it is to be shown; a server prints the same facts when it is ready."""
     logger.debug("%s", line)
@@ -291,7 +300,7 @@ def _tell(line: str, *, is_shown: bool) -> None:
 
 
 def resolve_model(config: EngineConfig) -> tuple[ModelConfig, Path | None]:
-    """The model that a config names, and its folder. A preset has no folder: its weights are always random.
+    """The model that a config names, and its folder or GGUF file; a preset, whose weights are random, has none.
 
     Raises:
         ModelError: There is no such model, or its config.json is invalid.

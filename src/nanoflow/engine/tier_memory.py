@@ -141,7 +141,7 @@ def fingerprint_of(folder: Path | None, config: EngineConfig, *, name: str, devi
     """Text that two engines share only if the bytes of a KV page with the same tokens are the same in both.
 
     Args:
-        folder: Of the model; None if its weights are drawn at random.
+        folder: Of the model, or its GGUF file; None if its weights are drawn at random.
         config: Options.
         name: Of the model's architecture.
         device, dtype: Kind of device, and type of keys and values.
@@ -150,8 +150,10 @@ def fingerprint_of(folder: Path | None, config: EngineConfig, *, name: str, devi
     if folder is None or config.load_format == "random":
         parts.append(f"random weights of {config.model}, seed {config.seed}")
     if folder is not None:
-        parts.append(hashlib.sha256((folder / "config.json").read_bytes()).hexdigest())
-        for path in sorted(folder.glob("*.safetensors")):
+        is_file = folder.is_file()
+        if not is_file:
+            parts.append(hashlib.sha256((folder / "config.json").read_bytes()).hexdigest())
+        for path in [folder] if is_file else sorted(folder.glob("*.safetensors")):
             stat = path.stat()
             parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
     return "; ".join(parts)

@@ -18,6 +18,7 @@ from typing import Any
 
 from nanoflow.engine.tokenizer_names import read_names
 from nanoflow.errors import one_line
+from nanoflow.models.gguf_file import is_gguf
 from nanoflow.request import RequestError
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,15 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
     """Read a tokenizer; no Python of a model folder is ever run.
 
     Args:
-        source: Folder, or Hub name. From the Hub, files are fetched without the model's weights.
+        source: Folder, GGUF file, or Hub name. From the Hub, files are fetched without the model's weights.
 
     Raises:
         MissingTokenizerError: The folder has no tokenizer.
         TokenizerError: Its files cannot be read.
     """
     folder = Path(source)
+    if is_gguf(folder):
+        return _of_gguf(folder)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         raise MissingTokenizerError(f"{folder} has no tokenizer (tokenizer.json); name one with tokenizer")
     try:
@@ -76,6 +79,16 @@ def read_tokenizer(source: str | Path) -> TokenizerFiles:
     # Broken files can raise almost any exception; all mean the same for the user.
     except BaseException as error:
         raise refusal(error, f"the tokenizer of {source} cannot be loaded", TokenizerError) from None
+
+
+def _of_gguf(path: Path) -> TokenizerFiles:
+    from nanoflow.engine.gguf_tokenizer import read_gguf_tokenizer
+
+    try:
+        names, backend = read_gguf_tokenizer(path)
+    except BaseException as error:
+        raise refusal(error, "the tokenizer cannot be loaded", TokenizerError) from None
+    return TokenizerFiles(names=names, backend=backend)
 
 
 def refusal(error: BaseException, what: str, kind: type[ValueError] = RequestError) -> BaseException:

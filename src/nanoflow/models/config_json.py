@@ -14,15 +14,28 @@ from typing import Any
 
 from nanoflow.models.checkpoint import differ, peek
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
-from nanoflow.models.formats import quantisation, refuse_adapter, refuse_quantised
+from nanoflow.models.formats import refuse_adapter
 from nanoflow.models.generation import GENERATION_CONFIG
+from nanoflow.models.gguf_file import is_gguf
+from nanoflow.models.gguf_model import gguf_config
 from nanoflow.models.model import ModelConfig, RopeConfig
 from nanoflow.models.parts import EMBEDDING, OUTPUT
+from nanoflow.models.quantised import quantisation_in, quantisation_of
 from nanoflow.models.readings import Reading
 from nanoflow.models.registry import reading_of, refusal, served_as
 from nanoflow.models.rope_fields import local_rope_of, rope_of
 
-__all__ = ["DTYPES", "Fields", "ModelConfig", "ModelError", "RopeConfig", "load", "parse", "refuse_unknown"]
+__all__ = [
+    "DTYPES",
+    "Fields",
+    "ModelConfig",
+    "ModelError",
+    "RopeConfig",
+    "load",
+    "parse",
+    "read_config",
+    "refuse_unknown",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +59,14 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation")
 def load(folder: Path, generation_config: Path | None = None, *, is_served: bool = True) -> ModelConfig:
     """Read config.json, with more end-of-sequence tokens from generation_config.json, and two facts from the weights.
 
+    The metadata of a GGUF file say the same and more.
+
     One is the dtype if config.json has none. The other is whether the output projection is really tied: a checkpoint
     may store one that differs from the embedding although config.json ties them. Then both are used, as in
     transformers.
 
     Args:
-        folder: The model's folder.
+        folder: The model's folder, or a GGUF file.
         generation_config: A file that replaces the folder's generation_config.json.
         is_served: Whether the model is to be served; for analysis more architectures are accepted.
 
@@ -59,18 +74,30 @@ def load(folder: Path, generation_config: Path | None = None, *, is_served: bool
         ModelError: The architecture is unknown (checked first), the folder is not a complete model, a file is missing
             or not a JSON object, or a field is invalid.
     """
-    values = read_object(folder / "config.json")
-    origin = str(folder / "config.json")
+    values, origin = read_config(folder)
     _architecture(Fields(values=values, origin=origin), is_served=is_served)
     refuse_adapter(folder)
     config = parse(values, origin=origin)
-    _refuse_quantised(Fields(values=values, origin=origin), folder)
+    quantisation_of(folder, values)
     own = folder / GENERATION_CONFIG
     recommended = generation_config or (own if is_there(own) else None)
     if recommended is not None:
         config = replace(config, eos_token_ids=_all_eos_token_ids(recommended, config, values))
+    if folder.is_file():
+        return config
     has_dtype = any(values.get(name) is not None for name in ("dtype", "torch_dtype"))
     return config if has_dtype and not config.tie_word_embeddings else _as_stored(config, folder, has_dtype=has_dtype)
+
+
+def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """The content of config.json, or what it would be for a GGUF file; and the name of the file.
+
+    Raises:
+        ModelError: The file is missing or damaged.
+    """
+    if is_gguf(folder):
+        return gguf_config(folder), str(folder)
+    return read_object(folder / "config.json"), str(folder / "config.json")
 
 
 def refuse_unknown(folder: Path) -> None:
@@ -78,12 +105,12 @@ def refuse_unknown(folder: Path) -> None:
 
     For callers that read other files of a folder first. `load` checks the fields.
     """
-    values = read_object(folder / "config.json")
-    fields = Fields(values=values, origin=str(folder / "config.json"))
+    values, origin = read_config(folder)
+    fields = Fields(values=values, origin=origin)
     if any(values.get(name) for name in ("architectures", "model_type", "_class_name")):
         _architecture(fields)
     refuse_adapter(folder)
-    _refuse_quantised(fields, folder)
+    quantisation_of(folder, values)
 
 
 def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelConfig:
@@ -95,7 +122,7 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
 
         Raises:
         ModelError: The architecture is unknown (checked first), a field is missing or invalid, or weights are
-            quantised.
+            quantised by a method that is not served.
     """
     architecture = _architecture(Fields(values=config, origin=origin), is_served=False)
     reading = reading_of(architecture)
@@ -162,19 +189,11 @@ def _names(fields: Fields) -> list[str]:
     return names
 
 
-def _refuse_quantised(fields: Fields, folder: Path | None = None) -> None:
-    """Raise ModelError if config.json, or a file beside it, says that weights are quantised."""
-    if (quantised := quantisation(fields.values)) is not None:
-        raise fields.problem(quantised)
-    if folder is not None:
-        refuse_quantised(folder)
-
-
 def _as_the_architecture_sees_it(config: Mapping[str, Any], architecture: str, reading: Reading, origin: str) -> Fields:
     """The fields that the architecture has, with defaults for absent ones; others are dropped."""
     origin = f"{origin} ({architecture})"
     given = Fields(values=config, origin=origin)
-    _refuse_quantised(given)
+    quantisation_in(config, origin=origin)
     for name, (served, problem) in _NOT_SERVED.items():
         if name in config and config[name] not in served:
             raise given.error(name, problem)

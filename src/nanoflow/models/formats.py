@@ -1,4 +1,4 @@
-"""Recognises files and folders that are no supported model: GGUF, adapters, ONNX, pickles, diffusion pipelines.
+"""Recognises files and folders that are no supported model: adapters, ONNX, pickles, diffusion pipelines.
 
 The error names the format and what to do, in one line. Only file names and a few small files are read. `config_json.py`
 reads the architecture.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nanoflow.models.fields import ModelError, is_there, read_object, shown
 
@@ -23,7 +22,7 @@ _FOLDER = "give the folder that holds config.json and the weights"
 _MAX_ENTRIES = 10_000
 
 _FILES: Mapping[str, str] = {
-    ".gguf": f"is a GGUF file (llama.cpp), which is not read: {_ORIGINAL}",
+    ".gguf": "is no GGUF file, although its name says so: download it again",
     ".ggml": f"is a GGML file (llama.cpp), which is not read: {_ORIGINAL}",
     ".llamafile": f"is a llamafile (llama.cpp), which is not read: {_ORIGINAL}",
     ".onnx": f"is an ONNX graph, which is not read: {_ORIGINAL}",
@@ -41,7 +40,7 @@ _FILES: Mapping[str, str] = {
     ".keras": f"is a Keras file, which is not read: {_ORIGINAL}",
     ".tflite": f"is a TensorFlow Lite file, which is not read: {_ORIGINAL}",
 }
-_MAGICS: Mapping[bytes, str] = {b"GGUF": ".gguf", b"lmgg": ".ggml", b"tjgg": ".ggml", b"PK\x03\x04": ".zip"}
+_MAGICS: Mapping[bytes, str] = {b"lmgg": ".ggml", b"tjgg": ".ggml", b"PK\x03\x04": ".zip"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,35 +87,11 @@ def other_weights(path: Path) -> str | None:
     return next(filter(None, (rule(folder) for rule in _WEIGHTS_OF_OTHERS)), None)
 
 
-def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How the weights of a model are quantised by its config.json; None if they are not."""
-    # MLX writes `quantization`, other tools `quantization_config`.
-    for name, family in (("quantization_config", None), ("quantization", "MLX")):
-        found = config.get(name)
-        if found is not None:
-            details = found if isinstance(found, Mapping) else {}
-            method = details.get("quant_method") or details.get("quant_algo") or family
-            bits = next((details[key] for key in ("bits", "w_bit", "num_bits") if details.get(key) is not None), None)
-            parts = [shown(method).strip("'").upper() if method else "", f"{shown(bits)} bits" if bits else ""]
-            described = ", ".join(filter(None, parts))
-            how = f" ({described})" if described else ""
-            return f"field {name!r} is set: quantised weights are not served{how}: use the original model"
-    return None
-
-
-def refuse_quantised(path: Path) -> None:
-    """Raise ModelError if a file beside config.json says that weights are quantised, as older tools write it."""
-    for name, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "")):
-        if is_there(path / name):
-            of = f" ({method})" if method else ""
-            raise ModelError(f"{path / name}: quantised weights{of} are not served, use the original model")
-
-
 def hub_hint(name: str) -> str:
     """A hint for an error message if the Hub name of a model contains its format; else empty."""
     parts = set(name.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-"))
     hints = {
-        "gguf": f"it seems to hold GGUF files, which are not read: {_ORIGINAL}",
+        "gguf": "it seems to hold GGUF files: download the one to serve (hf download NAME FILE) and give its path",
         "onnx": f"it seems to hold ONNX graphs, which are not read: {_ORIGINAL}",
         "lora": "it seems to be a LoRA adapter, which is not served: merge it into its base model",
     }
@@ -166,7 +141,10 @@ def _adapter(folder: _Folder) -> str | None:
 
 
 def _gguf(folder: _Folder) -> str | None:
-    return _named(folder, ("*.gguf", "*.ggml", "ggml-*.bin"), f"is in GGUF (llama.cpp), which is not read: {_ORIGINAL}")
+    found = folder.having("*.gguf")
+    if found:
+        return f"holds GGUF (it has {shown(found[0])}): give the file to serve, as {str(folder.path / found[0])!r}"
+    return _named(folder, ("*.ggml", "ggml-*.bin"), f"is in GGML (llama.cpp), which is not read: {_ORIGINAL}")
 
 
 def _diffusers(folder: _Folder) -> str | None:

@@ -1,4 +1,4 @@
-"""Finds a model's files: the embedded model, a folder, or the Hugging Face Hub's cache.
+"""Finds a model's files: the embedded model, a folder, a GGUF file, or the Hugging Face Hub's cache.
 
 Only weights, JSON, templates and tokenizer files are downloaded, never pickles or code. An `auto_map` in config.json is
 ignored, as no Python code of a model folder is ever run. `formats.py` explains why a folder is not a model.
@@ -14,6 +14,7 @@ from nanoflow.config import DEFAULT_MODEL
 from nanoflow.errors import one_line
 from nanoflow.models.fields import ModelError, is_there
 from nanoflow.models.formats import refuse_file, refuse_folder
+from nanoflow.models.gguf_file import is_gguf
 
 _ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")
 _NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
@@ -21,10 +22,10 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model; downloads it from the Hub (with a progress bar) if it is not on this machine.
+    """The folder of a model, or its GGUF file; downloads it from the Hub (with a progress bar) if it is not here.
 
     Args:
-        model: "default" for the embedded model, a folder, or a Hub name such as "meta-llama/Llama-3.1-8B".
+        model: "default" for the embedded model, a folder, a GGUF file, or a Hub name such as "meta-llama/Llama-3.1-8B".
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -33,6 +34,8 @@ def locate_model(model: str, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if model == DEFAULT_MODEL:
         folder = Path(str(importlib.resources.files("nanoflow"))) / "default_model"
+    elif is_gguf(folder):
+        return folder
     elif folder.is_file():
         raise refuse_file(model, folder)
     elif not model or not folder.is_dir():

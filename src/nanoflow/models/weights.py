@@ -1,37 +1,38 @@
-"""Loads a graph's parameters from safetensors files, or draws them at random. The only file of `models/` with torch.
+"""Loads a graph's parameters from safetensors or GGUF files, or draws them at random.
 
-Names and shapes of the whole checkpoint are checked from the files' headers before memory is allocated. Then each
-tensor is copied from the memory-mapped file into its slice of its parameter, to a GPU by several threads at once. Pages
-that were read count as the process's memory while the file is mapped. So a file is mapped again after every
-`_MAPPED_BYTES`, and peak memory is the model plus, for each thread, that much or the largest tensor.
+Names and shapes of the whole checkpoint are checked from the files' headers before memory is allocated
+(`contents.py`). Then each part is copied from the memory-mapped file into its slice of its parameter, to a GPU by
+several threads at once; quantised ones become numbers on the way, a few rows at a time (`dequantise.py`). Pages that
+were read count as the process's memory while the file is mapped. So a file is mapped again after every `_MAPPED_BYTES`,
+and peak memory is the model plus, for each thread, that much or the largest tensor.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart
-from nanoflow.models.checkpoint import StoredTensor, corrupt, printable, read_checkpoint
-from nanoflow.models.fields import ModelError, shown
+from nanoflow.models.checkpoint import corrupt
+from nanoflow.models.contents import Contents, part_name, read_contents
+from nanoflow.models.dequantise import read_rows
+from nanoflow.models.stored import Blocks, Stored
 
-_FLOATING = ("F32", "F16", "BF16", "F64")
-_NUM_NAMED = 3
 _MAPPED_BYTES = 64 * 2**20
 _MAX_THREADS = 8
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +72,11 @@ def load_weights(
     show_progress: bool,
     make_copier: Callable[[torch.device], Copier] | None = None,
 ) -> Weights:
-    """Read a checkpoint: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    """Read a checkpoint: `model.safetensors`, or the shards that `model.safetensors.index.json` names, or a GGUF file.
 
     Args:
         graph: The model.
-        folder: Folder of the files.
+        folder: Folder of the files, or the GGUF file.
         dtype: Type to convert to while copying.
         device: Device of the parameters.
         show_progress: Show a progress bar.
@@ -84,11 +85,11 @@ def load_weights(
     Raises:
         ModelError: A file is missing or corrupt, or tensors are missing, unknown, or of another shape or type.
     """
-    stored = check_weights(graph, folder)
+    contents = check_weights(graph, folder)
     weights = _allocate(graph, dtype, device)
-    targets = dict(_targets(graph, weights, stored))
+    targets = dict(_targets(graph, weights, contents))
     with tqdm(total=len(targets), desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
-        mappings = list(_mappings(stored, targets))
+        mappings = list(_mappings(contents.parts))
         if make_copier is None:
             for mapping in mappings:
                 _copy_mapping(mapping, targets, Tensor.copy_, progress.update)
@@ -98,18 +99,13 @@ def load_weights(
     return weights
 
 
-def check_weights(graph: OpGraph, folder: Path) -> dict[str, StoredTensor]:
+def check_weights(graph: OpGraph, folder: Path) -> Contents:
     """Compare names, shapes and types of a checkpoint's tensors with what a graph needs; nothing is loaded.
-
-    Returns:
-        Every tensor of the checkpoint.
 
     Raises:
         ModelError: As `load_weights`.
     """
-    stored = read_checkpoint(folder)
-    _check(graph, folder, stored, dict(_expected_shapes(graph, stored)))
-    return stored
+    return read_contents(graph, folder)
 
 
 def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
@@ -154,30 +150,15 @@ def _add_offsets(graph: OpGraph, weights: Weights) -> None:
                 tensors[parameter.name].add_(parameter.offset)
 
 
-def _expected_shapes(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every checkpoint tensor that the graph needs."""
-    for parameter in graph.parameters:
-        yield from ((_source(part, stored), part.shape) for part in parameter.parts)
-    for layer, kind in enumerate(graph.layers):
-        for parameter in kind.parameters:
-            yield from ((part.source.format(layer=layer), part.shape) for part in parameter.parts)
-
-
-def _targets(graph: OpGraph, weights: Weights, stored: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Name of every checkpoint tensor, and the slice of the parameter that it is copied to."""
+def _targets(graph: OpGraph, weights: Weights, contents: Contents) -> Iterator[tuple[str, Tensor]]:
+    """Name of every part, and the slice of the parameter that it is copied to."""
     for parameter in graph.parameters:
         slices = _slices(parameter, weights.shared[parameter.name])
-        yield from ((_source(part, stored), target) for part, target in slices)
+        yield from ((part_name(part, contents.names), target) for part, target in slices)
     for layer, (kind, group) in enumerate(zip(graph.layers, weights.layers, strict=True)):
         for parameter in kind.parameters:
             slices = _slices(parameter, group[parameter.name])
-            yield from ((part.source.format(layer=layer), target) for part, target in slices)
-
-
-def _source(part: ParameterPart, stored: Container[str]) -> str:
-    """The name by which a checkpoint has a tensor."""
-    other = part.other_source
-    return other if other is not None and part.source not in stored and other in stored else part.source
+            yield from ((part_name(part, contents.names, layer=layer), target) for part, target in slices)
 
 
 def _slices(parameter: Parameter, fused: Tensor) -> Iterator[tuple[ParameterPart, Tensor]]:
@@ -187,69 +168,27 @@ def _slices(parameter: Parameter, fused: Tensor) -> Iterator[tuple[ParameterPart
         start += part.shape[0]
 
 
-def _check(
-    graph: OpGraph, folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Compare the tensors of the checkpoint with those that the graph needs."""
-    missing = [name for name in expected if name not in stored]
-    if missing:
-        raise ModelError(f"{folder} lacks {_listed(missing)} that {graph.name} needs{_layers(graph, stored)}")
-    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in graph.ignored_sources))
-    superfluous = [name for name in stored if name not in expected and not ignored.fullmatch(name)]
-    if superfluous:
-        layers = _layers(graph, stored)
-        raise ModelError(f"{folder} has {_listed(superfluous)} that {graph.name} has no place for{layers}")
-    for name, shape in expected.items():
-        tensor = stored[name]
-        if tensor.shape != shape:
-            problem = f"has shape {shown(tensor.shape)}, expected {shape} by config.json"
-            raise ModelError(f"{tensor.path}: {name} {problem}")
-        if tensor.dtype not in _FLOATING:
-            raise ModelError(f"{tensor.path}: {name} has type {tensor.dtype}, expected {_one_of(_FLOATING)}")
+def _mappings(parts: Mapping[str, Stored]) -> Iterator[_Mapping]:
+    """The parts, in the order of their files, in groups that may be mapped at once."""
+    for path in dict.fromkeys(part.main.path for part in parts.values()):
+        yield from _groups([part for part in parts.values() if part.main.path == path])
 
 
-def _layers(graph: OpGraph, stored: Iterable[str]) -> str:
-    """The expected and actual numbers of layers, if they differ; else empty."""
-    found = {int(match[1]) for name in stored if (match := _LAYER.fullmatch(name))}
-    num_layers = max(found, default=-1) + 1
-    if num_layers == graph.num_layers:
-        return ""
-    return f": num_hidden_layers is {graph.num_layers} in config.json, the weights have {num_layers}"
-
-
-def _one_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _listed(names: list[str]) -> str:
-    """The first few names, and how many there are."""
-    first = ", ".join(printable(name) for name in names[:_NUM_NAMED])
-    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first}{more})"
-
-
-def _mappings(stored: Mapping[str, StoredTensor], targets: Container[str]) -> Iterator[tuple[Path, list[str]]]:
-    """The files of a checkpoint, each as often as it is mapped, and the names of the tensors to copy from it then."""
-    for path in dict.fromkeys(tensor.path for tensor in stored.values()):
-        here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
-        yield from ((path, names) for names in _groups(here))
-
-
-def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
-    """Names of tensors in order of their position in the file, grouped by what may be mapped at once."""
-    names: list[str] = []
+def _groups(parts: list[Stored]) -> Iterator[_Mapping]:
+    """Parts of one file in order of their position in it."""
+    group: _Mapping = []
     num_bytes = 0
-    for name, tensor in sorted(stored.items(), key=lambda item: item[1].start):
-        if names and num_bytes + tensor.end - tensor.start > _MAPPED_BYTES:
-            yield names
-            names, num_bytes = [], 0
-        names.append(name)
-        num_bytes += tensor.end - tensor.start
-    if names:
-        yield names
+    for part in sorted(parts, key=lambda part: part.main.start):
+        if group and num_bytes + part.num_bytes > _MAPPED_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(part)
+        num_bytes += part.num_bytes
+    if group:
+        yield group
 
 
-_Mapping = tuple[Path, list[str]]
+_Mapping = list[Stored]
 
 
 def _copy_by_threads(
@@ -265,7 +204,7 @@ def _copy_by_threads(
 
     def copy(mapping: _Mapping) -> int:
         _copy_mapping(mapping, targets, of_thread.copier.copy)
-        return len(mapping[1])
+        return len(mapping)
 
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads, "nanoflow-weights", initializer=start) as threads:
@@ -281,12 +220,28 @@ def _copy_mapping(
     copy: Callable[[Tensor, Tensor], object],
     note_copied: Callable[[], object] = lambda: None,
 ) -> None:
-    """Copy some tensors of a file: `copy(target, source)`; ModelError if the file is corrupt."""
-    path, names = mapping
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                copy(targets[name], file.get_tensor(name))
-                note_copied()
-    except (SafetensorError, OSError) as error:
-        raise corrupt(path, error) from None
+    """Copy some parts: `copy(target, source)`; ModelError if a file is corrupt."""
+    files: dict[Path, Any] = {}
+    with ExitStack() as opened:
+        for part in mapping:
+            for first, rows in read_rows(part, _mapped(part, files, opened)):
+                copy(targets[part.name].narrow(0, first, len(rows)), rows)
+            note_copied()
+
+
+def _mapped(part: Stored, files: dict[Path, Any], opened: ExitStack) -> dict[str, Tensor]:
+    """The tensors of a part, mapped from its files, which stay open; of a GGUF file the bytes of rows."""
+    found: dict[str, Tensor] = {}
+    for role, tensor in part.tensors.items():
+        try:
+            if isinstance(part.form, Blocks):
+                shape = (tensor.shape[0], (tensor.end - tensor.start) // tensor.shape[0])
+                # Copy on write, since torch wants memory that can be written.
+                found[role] = torch.from_numpy(np.memmap(tensor.path, np.uint8, "c", tensor.start, shape))
+                continue
+            if tensor.path not in files:
+                files[tensor.path] = opened.enter_context(safe_open(tensor.path, framework="pt"))
+            found[role] = files[tensor.path].get_tensor(part.names[role])
+        except (SafetensorError, OSError, ValueError) as error:
+            raise corrupt(tensor.path, error) from None
+    return found

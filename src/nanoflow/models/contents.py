@@ -1,0 +1,188 @@
+"""Compares a checkpoint with the graph that needs it, from the headers of its files: which tensors make each part.
+
+Nothing is loaded, and no torch is needed. `checkpoint.py` lists what safetensors files hold, `gguf_model.py` what a
+GGUF file holds; `weights.py` loads the parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoflow.graph.graph import OpGraph, ParameterPart
+from nanoflow.models.checkpoint import StoredTensor, printable, read_checkpoint
+from nanoflow.models.fields import ModelError, read_object
+from nanoflow.models.gguf_file import is_gguf
+from nanoflow.models.gguf_model import GgufModel, open_gguf
+from nanoflow.models.quantised import Quantisation, quantisation_of
+from nanoflow.models.stored import FLOATING, Blocks, Form, Plain, Shape, Stored, stored_part, tensor_names
+
+_NUM_NAMED = 3
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
+_WEIGHT = ".weight"
+# Scales of activations, and of keys and values: they serve computation in 8 bits.
+_KV_SCALE = re.compile(r".*\.(?:k_scale|v_scale|kv_scale|k_zero_point|v_zero_point)")
+_UNUSED = re.compile(
+    r".*\.(?:input_scale|input_scale_ub|input_zero_point|activation_scale|output_scale|output_zero_point|q_scale"
+    r"|prob_output_scale)|" + _KV_SCALE.pattern
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """The parts of a graph's parameters in a checkpoint.
+
+    Attributes:
+        parts: By the names that the graph has for them (`part_name`).
+        title: In which form weights are stored, if not as plain numbers in safetensors; else None.
+        has_kv_scales: Whether there are scales for keys and values, which are not used.
+        names: All tensors of the checkpoint.
+    """
+
+    parts: Mapping[str, Stored]
+    title: str | None
+    has_kv_scales: bool
+    names: frozenset[str]
+
+    def described(self, dtype: str, num_bytes: int) -> str | None:
+        """One line on what is stored and what is served; None if there is nothing to say."""
+        if self.title is None:
+            return None
+        unused = "; scales of keys and values in it are not used" if self.has_kv_scales else ""
+        return f"weights are stored as {self.title} and served as {dtype}: {num_bytes / 2**30:.2f} GiB{unused}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checkpoint:
+    """A checkpoint whose form is known.
+
+    Attributes:
+        path: Folder or file.
+        stored: All tensors by name.
+        by: Where shapes come from, for messages.
+        quantisation: Of safetensors.
+        gguf: Of a GGUF file.
+    """
+
+    path: Path
+    stored: Mapping[str, StoredTensor]
+    by: str
+    quantisation: Quantisation | None = None
+    gguf: GgufModel | None = None
+
+    def form_of(self, name: str, shape: Shape) -> Form:
+        """How a part is stored: as it lies there if that is plain, else as config.json says."""
+        tensor = self.stored.get(name)
+        if self.gguf is not None:
+            return self.gguf.form_of(name, tensor)
+        if self.quantisation is None or not name.endswith(_WEIGHT) or len(shape) != 2:
+            return Plain()
+        if tensor is not None and tensor.dtype in FLOATING:
+            return Plain()
+        return self.quantisation.form_of(name.removesuffix(_WEIGHT)) or Plain()
+
+
+def read_contents(graph: OpGraph, path: Path) -> Contents:
+    """The parts of a graph's parameters in a folder or a GGUF file.
+
+    Raises:
+        ModelError: A file is missing or corrupt, or tensors are missing, unknown, or of another shape or type.
+    """
+    checkpoint = _open(path)
+    stored = checkpoint.stored
+    expected = dict(_expected(graph, stored))
+    forms = {name: checkpoint.form_of(name, shape) for name, shape in expected.items()}
+    needed = {name: tensor_names(name, forms[name], shape, stored) for name, shape in expected.items()}
+    _check_names(graph, checkpoint, needed)
+    parts = {name: stored_part(name, forms[name], shape, stored, by=checkpoint.by) for name, shape in expected.items()}
+    return Contents(
+        parts=parts,
+        title=_title(checkpoint, parts),
+        has_kv_scales=checkpoint.quantisation is not None and any(map(_KV_SCALE.fullmatch, stored)),
+        names=frozenset(stored),
+    )
+
+
+def part_name(part: ParameterPart, stored: Container[str], *, layer: int | None = None) -> str:
+    """The name by which a checkpoint has a part, up to the form it is stored in."""
+    source = part.source if layer is None else part.source.format(layer=layer)
+    other = part.other_source
+    return other if other is not None and source not in stored and other in stored else source
+
+
+def _open(path: Path) -> _Checkpoint:
+    if is_gguf(path):
+        model = open_gguf(path)
+        return _Checkpoint(path=path, stored=model.tensors, by="its metadata", gguf=model)
+    return _Checkpoint(
+        path=path,
+        stored=read_checkpoint(path),
+        by="config.json",
+        quantisation=quantisation_of(path, read_object(path / "config.json")),
+    )
+
+
+def _title(checkpoint: _Checkpoint, parts: Mapping[str, Stored]) -> str | None:
+    """What users call the form of the weights."""
+    if checkpoint.gguf is None:
+        is_plain = all(isinstance(part.form, Plain) for part in parts.values())
+        return None if checkpoint.quantisation is None or is_plain else checkpoint.quantisation.title
+    sizes = Counter[str]()
+    for part in parts.values():
+        if isinstance(part.form, Blocks) and len(part.shape) > 1:
+            sizes[part.form.dtype] += part.num_bytes
+    return f"GGUF {' and '.join(name for name, _ in sizes.most_common())}"
+
+
+def _expected(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every part that the graph needs."""
+    for parameter in graph.parameters:
+        yield from ((part_name(part, stored), part.shape) for part in parameter.parts)
+    for layer, kind in enumerate(graph.layers):
+        for parameter in kind.parameters:
+            yield from ((part_name(part, stored, layer=layer), part.shape) for part in parameter.parts)
+
+
+def _check_names(graph: OpGraph, checkpoint: _Checkpoint, needed: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare the names in the checkpoint with those that the graph needs."""
+    stored, path = checkpoint.stored, checkpoint.path
+    names = dict.fromkeys(name for of_part in needed.values() for name in of_part.values())
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ModelError(f"{path} lacks {_listed(missing)} that {graph.name} needs{_layers(graph, stored)}")
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in graph.ignored_sources))
+    superfluous = [name for name in stored if name not in names and not ignored.fullmatch(name)]
+    if checkpoint.quantisation is not None:
+        superfluous = [name for name in superfluous if not (_UNUSED.fullmatch(name) or _is_nothing(name, stored))]
+    if superfluous:
+        layers = _layers(graph, stored)
+        raise ModelError(f"{path} has {_listed(superfluous)} that {graph.name} has no place for{layers}")
+
+
+def _is_nothing(name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """True for biases and zero points that are 0 throughout: some tools write them for every module."""
+    if not name.endswith((".bias", ".weight_zero_point")):
+        return False
+    tensor = stored[name]
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        return not any(file.read(tensor.end - tensor.start))
+
+
+def _layers(graph: OpGraph, stored: Iterable[str]) -> str:
+    """The expected and actual numbers of layers, if they differ; else empty."""
+    found = {int(match[1]) for name in stored if (match := _LAYER.fullmatch(name))}
+    num_layers = max(found, default=-1) + 1
+    if num_layers == graph.num_layers:
+        return ""
+    return f": num_hidden_layers is {graph.num_layers} in config.json, the weights have {num_layers}"
+
+
+def _listed(names: list[str]) -> str:
+    """The first few names, and how many there are."""
+    first = ", ".join(printable(name) for name in names[:_NUM_NAMED])
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first}{more})"

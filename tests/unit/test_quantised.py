@@ -1,0 +1,322 @@
+"""Quantised checkpoints of every form give the logits of the numbers they stand for; damaged ones are one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanoflow.config import EngineConfig
+from nanoflow.engine.build import build_engine
+from nanoflow.models import config_json as model_config
+from nanoflow.models import dequantise
+from nanoflow.models import weights as weights_module
+from nanoflow.models.config_json import ModelError
+from nanoflow.models.contents import read_contents
+from nanoflow.models.registry import build_graph
+from nanoflow.models.weights import Weights, load_weights
+from tests.driving import HuggingFace
+from tests.families import make_model
+from tests.logits import prompt_logits
+from tests.quantisers import CASES, Case, groups_config, packed, write_twins
+
+CPU = torch.device("cpu")
+PROMPT = [number * 37 % 131 for number in range(40)]
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+GATE = "model.layers.1.mlp.gate_proj"
+Tensors = dict[str, torch.Tensor]
+
+
+def _make(folder: Path, case: Case, family: str = "llama2", **options: Any) -> Path:
+    """A quantised model; returns the folder of its twin."""
+    # The layers of a Gemma are listed one by one.
+    sizes = {name: size for name, size in SIZES.items() if name != "num_hidden_layers" or family != "gemma3"}
+    return write_twins(make_model(family, folder, **sizes), case, **options)
+
+
+def _load(folder: Path) -> Weights:
+    graph = build_graph(model_config.load(folder), None)
+    return load_weights(graph, folder, torch.float32, CPU, show_progress=False)
+
+
+def _are_alike(one: Weights, other: Weights) -> bool:
+    groups = zip((one.shared, *one.layers), (other.shared, *other.layers), strict=True)
+    return all(
+        torch.allclose(first[name], second[name], rtol=1e-6, atol=0) for first, second in groups for name in first
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_the_numbers(name: str, tmp_path: Path) -> None:
+    plain = prompt_logits(make_model("llama2", tmp_path / "plain", **SIZES), PROMPT)
+    twin = _make(tmp_path, CASES[name])
+    logits = prompt_logits(tmp_path, PROMPT)
+    torch.testing.assert_close(logits, HuggingFace(twin).logits(PROMPT), rtol=2e-4, atol=2e-4)
+    assert not torch.allclose(logits, plain, atol=1e-2)
+    graph = build_graph(model_config.load(tmp_path), None)
+    contents = read_contents(graph, tmp_path)
+    assert contents.title == CASES[name].title
+    assert contents.has_kv_scales == any("k_scale" in more for more in CASES[name].more)
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["gptq-4-order", "awq-32", "fp8-odd-block"])
+def test_every_part_of_a_parameter_is_read(name: str, family: str, tmp_path: Path) -> None:
+    """Fused projections, biases that are there, tied outputs, norms with an offset."""
+    twin = _make(tmp_path, CASES[name], family)
+    assert _are_alike(_load(tmp_path), _load(twin))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.endswith(("order", "ordered", "zeros", "block", "-128"))]
+)
+def test_chunks_of_rows_make_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = _make(tmp_path, CASES[name])
+    monkeypatch.setattr(dequantise, "_CHUNK_NUMBERS", 1)
+    sizes: list[int] = []
+    read = dequantise._READERS
+
+    def noted(part: Any) -> Callable[..., torch.Tensor]:
+        def read_noted(*args: Any) -> torch.Tensor:
+            sizes.append(args[-1] - args[-2])
+            return read[part](*args)
+
+        return read_noted
+
+    monkeypatch.setattr(dequantise, "_READERS", {part: noted(part) for part in read})
+    assert _are_alike(_load(tmp_path), _load(twin))
+    assert max(sizes) == 128 and len(sizes) > 14
+
+
+class _Copier:
+    """Copies at once, in the thread that it was made for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.thread = threading.get_ident()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        assert threading.get_ident() == self.thread and target.is_contiguous()
+        target.view(-1).copy_(source.reshape(-1))
+
+    def wait(self) -> None:
+        """Nothing is queued."""
+
+
+@pytest.mark.parametrize("name", ["awq-32", "compressed-int4-ordered"])
+def test_several_threads_make_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = _make(tmp_path, CASES[name])
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 1)
+    graph = build_graph(model_config.load(tmp_path), None)
+    loaded = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False, make_copier=_Copier)
+    assert _are_alike(loaded, _load(twin))
+
+
+def test_a_config_that_says_more_than_the_weights_do(tmp_path: Path) -> None:
+    """All is stored in float32: nothing is said of another form."""
+    make_model("llama2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert read_contents(build_graph(model_config.load(tmp_path), None), tmp_path).described("float32", 1) is None
+
+
+def test_scales_in_another_file_are_found(tmp_path: Path) -> None:
+    twin = _make(tmp_path, CASES["fp8-tensor"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    files = {name: f"model-{1 + name.endswith('scale')}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert _are_alike(_load(tmp_path), _load(twin))
+
+
+def test_modules_of_one_checkpoint_may_have_forms_of_their_own(tmp_path: Path) -> None:
+    def mixed(weight: Any, generator: Any) -> Any:
+        # Of the seven matrices only those of 256 rows have eight bits.
+        return (packed(8, -1, sym=True) if len(weight) == 256 else packed(4, 32, sym=True))(weight, generator)
+
+    weights = {"type": "int", "symmetric": True}
+    config = groups_config("pack-quantized", {**weights, "num_bits": 4, "strategy": "group", "group_size": 32})
+    large = {"targets": ["re:.*(gate|up)_proj"], "weights": {**weights, "num_bits": 8, "strategy": "channel"}}
+    config["config_groups"] = {"large": large, **config["config_groups"]}
+    twin = _make(tmp_path, Case(quantise=mixed, config=config, title="compressed-tensors int8 and int4"))
+    assert _are_alike(_load(tmp_path), _load(twin))
+    graph = build_graph(model_config.load(tmp_path), None)
+    assert read_contents(graph, tmp_path).title == "compressed-tensors int8 and int4"
+
+
+def test_biases_of_zeros_are_nothing_and_others_are_refused(tmp_path: Path) -> None:
+    twin = _make(tmp_path, CASES["gptq-4-asym"], biases=True)
+    assert _are_alike(_load(tmp_path), _load(twin))
+    _change(tmp_path, {f"{GATE}.bias": torch.full((256,), 0.5)})
+    _expect(tmp_path, f"has 1 tensor ({GATE}.bias) that LlamaForCausalLM")
+
+
+def test_the_start_says_what_is_stored_and_what_is_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make(tmp_path, CASES["compressed-fp8-tensor"])
+    with caplog.at_level(logging.INFO, "nanoflow"):
+        config = EngineConfig(model=str(tmp_path), device="cpu", dtype="bfloat16", max_num_seqs=2)
+        build_engine(config, show_progress=True).close()
+    said = "weights are stored as compressed-tensors FP8 and served as bfloat16: 0.00 GiB"
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert f"{said}; scales of keys and values in it are not used" in lines
+    assert said in capsys.readouterr().err
+
+
+def _status_kib(name: str) -> int:
+    """A size of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset")
+def test_peak_memory_is_the_model_and_a_few_rows(tmp_path: Path) -> None:
+    """The largest of the matrices has 6 million numbers, and would take 24 MiB whole, several times over."""
+
+    def quickly(weight: Any, generator: Any) -> Any:
+        rows, columns = weight.shape
+        made = {
+            "qweight": torch.zeros(columns, rows // 8, dtype=torch.int32),
+            "qzeros": torch.zeros(columns // 128, rows // 8, dtype=torch.int32),
+            "scales": torch.ones(columns // 128, rows, dtype=torch.float16),
+        }
+        return made, weight[:1, :1]
+
+    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 1}
+    write_twins(
+        make_model("llama2", tmp_path, **sizes), Case(quantise=quickly, config=CASES["awq-128"].config, title="")
+    )
+    Path("/proc/self/clear_refs").write_text("5")
+    before_kib = _status_kib("VmRSS")
+    weights = _load(tmp_path)
+    taken_kib, model_kib = _status_kib("VmHWM") - before_kib, weights.num_bytes // 1024
+    # All rows at once would take 290 MiB more than the model. The mapped file counts too: 11 MiB.
+    assert model_kib > 80 * 1024 and taken_kib < model_kib + 120 * 1024, (taken_kib, model_kib)
+
+
+def _change(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+
+
+def _expect(folder: Path, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        _load(folder)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("fp8-tensor", {"weight_scale": None}, f"lacks 1 tensor ({GATE}.weight_scale) that LlamaForCausalLM"),
+        ("fp8-block", {"weight_scale_inv": torch.ones(3, 1)}, "weight_scale_inv has shape (3, 1), expected (2, 1)"),
+        ("fp8-tensor", {"weight_scale": torch.ones(2)}, "weight_scale has shape (2,), expected (256, 1)"),
+        ("fp8-tensor", {"weight": torch.zeros(256, 128, dtype=torch.int8)}, "has type I8, expected F8_E4M3"),
+        ("fp8-tensor", {"weight": torch.zeros(256, 128)}, f"has 1 tensor ({GATE}.weight_scale) that LlamaForCausalLM"),
+        ("fp8-tensor", {"strange": torch.zeros(1)}, f"has 1 tensor ({GATE}.strange) that LlamaForCausalLM"),
+        ("awq-32", {"scales": None}, f"lacks 1 tensor ({GATE}.scales) that LlamaForCausalLM"),
+        (
+            "awq-32",
+            {"qweight": torch.zeros(128, 31, dtype=torch.int32)},
+            "qweight has shape (128, 31), expected (128, 32)",
+        ),
+        ("awq-32", {"qweight": torch.zeros(128, 32)}, "qweight has type F32, expected I32"),
+        ("gptq-4-order", {"g_idx": None}, f"lacks 1 tensor ({GATE}.g_idx)"),
+        (
+            "gptq-4-order",
+            {"g_idx": torch.full((128,), 2, dtype=torch.int32)},
+            "g_idx names groups that are not there, of 2",
+        ),
+        ("gptq-4-order", {"g_idx": torch.full((128,), -1, dtype=torch.int32)}, "g_idx names groups that are not there"),
+        (
+            "compressed-int4-group",
+            {"weight_zero_point": torch.ones(32, 4, dtype=torch.int32)},
+            f"has 1 tensor ({GATE}.weight_zero_point) that LlamaForCausalLM",
+        ),
+    ],
+)
+def test_damaged_tensors_are_one_line(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _make(tmp_path, CASES[name])
+    _change(tmp_path, {f"{GATE}.{role}": tensor for role, tensor in changes.items()})
+    _expect(tmp_path, message)
+
+
+GROUP = CASES["compressed-int4-group"].config["config_groups"]["group_0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("fp8-tensor", {"weight_block_size": [64, 64]}, "weight_scale has shape (), expected (2, 2) by config.json"),
+        ("fp8-tensor", {"weight_block_size": [64]}, "must be a list of 2 positive numbers"),
+        ("fp8-tensor", {"quant_method": "exl2"}, "weights quantised by EXL2 are not served, FP8, AWQ, GPTQ"),
+        ("awq-32", {"group_size": 64}, "qzeros has shape (4, 16), expected (2, 16) by config.json"),
+        ("awq-32", {"group_size": 0}, "field 'group_size' must be a positive integer, got 0"),
+        ("awq-32", {"bits": 3}, "field 'bits' must be 4, as AWQ is served with 4 bits alone, got 3"),
+        ("awq-32", {"version": "gemv"}, "field 'version' must be 'gemm', got 'gemv'"),
+        ("awq-32", {"zero_point": False}, "field 'zero_point' must be true"),
+        ("awq-32", {"rotation": "hadamard"}, "field 'rotation' is not known; remove it if it says nothing"),
+        ("gptq-4-asym", {"bits": 3}, "field 'bits' must be 4 or 8, got 3"),
+        ("gptq-4-asym", {"bits": 8}, "qweight has shape (16, 128), expected (32, 128) by config.json"),
+        ("gptq-4-asym", {"checkpoint_format": "marlin"}, "must be gptq or gptq_v2, got 'marlin'"),
+        ("gptq-4-asym", {"dynamic": {"+:.*up": {"bits": 8}}}, "field 'dynamic' must only leave modules out"),
+        ("gptq-4-asym", {"desc_act": True}, "q_proj.g_idx, model.layers.0.self_attn.k_proj.g_idx"),
+        ("modelopt", {"quant_algo": "NVFP4"}, "must be one of FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, got 'NVFP4'"),
+        ("compressed-int4-group", {"config_groups": {}}, "field 'config_groups' is empty"),
+        ("compressed-int4-group", {"format": "nvfp4-pack-quantized"}, "pack-quantized, got 'nvfp4-pack-quantized'"),
+        ("compressed-int4-group", {"transform_config": {"R1": {}}}, "field 'transform_config' must be empty"),
+        ("compressed-int4-group", {"sparsity_config": {"format": "sparse-24"}}, "'sparsity_config' must be empty"),
+        ("compressed-int4-group", {"ignore": ["re:(" * 9]}, "which is no pattern"),
+        ("compressed-int4-group", {"ignore": [GATE]}, f"lacks 1 tensor ({GATE}.weight)"),
+        (
+            "compressed-int4-group",
+            {"config_groups": {"g": {**GROUP, "weights": {**GROUP["weights"], "num_bits": 2}}}},
+            "field 'weights' has 2 bits of type 'int' as pack-quantized, which is not served",
+        ),
+    ],
+)
+def test_damaged_configs_are_one_line(name: str, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _make(tmp_path, CASES[name])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"].update(fields)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _expect(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("bitsandbytes", "in transformers call dequantize() and save_pretrained()"),
+        ("mxfp4", "Mxfp4Config(dequantize=True)"),
+        *((method, "use the original model, or one in these forms") for method in ("hqq", "aqlm", "quark", "torchao")),
+    ],
+)
+def test_other_methods_are_refused_by_name(method: str, advice: str, tmp_path: Path) -> None:
+    make_model("llama2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    _expect(tmp_path, f"weights quantised by {method.upper()} are not served, FP8, AWQ")
+    _expect(tmp_path, advice)
+
+
+@pytest.mark.parametrize("name", ["awq-128", "gptq-4-sym"])
+def test_rows_that_fill_no_word_are_refused(name: str, tmp_path: Path) -> None:
+    write_twins(make_model("llama2", tmp_path, **{**SIZES, "intermediate_size": 260}), CASES[name])
+    _expect_problem(tmp_path, "is no multiple of 8, the numbers in a word")
+
+
+def _expect_problem(folder: Path, message: str) -> None:
+    """As `_expect`, of an error about sizes, which names no file."""
+    with pytest.raises(ModelError, match=message):
+        _load(folder)
