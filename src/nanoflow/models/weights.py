@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart
+from nanoflow.graph.graph import OpGraph, Parameter
 from nanoflow.models.checkpoint import StoredTensor, corrupt, printable, read_checkpoint
 from nanoflow.models.fields import ModelError, shown
 
@@ -157,34 +157,45 @@ def _add_offsets(graph: OpGraph, weights: Weights) -> None:
 def _expected_shapes(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every checkpoint tensor that the graph needs."""
     for parameter in graph.parameters:
-        yield from ((_source(part, stored), part.shape) for part in parameter.parts)
+        yield from _sources(parameter, stored)
     for layer, kind in enumerate(graph.layers):
         for parameter in kind.parameters:
-            yield from ((part.source.format(layer=layer), part.shape) for part in parameter.parts)
+            yield from _sources(parameter, stored, layer)
 
 
 def _targets(graph: OpGraph, weights: Weights, stored: Container[str]) -> Iterator[tuple[str, Tensor]]:
     """Name of every checkpoint tensor, and the slice of the parameter that it is copied to."""
     for parameter in graph.parameters:
-        slices = _slices(parameter, weights.shared[parameter.name])
-        yield from ((_source(part, stored), target) for part, target in slices)
+        yield from _slices(parameter, weights.shared[parameter.name], stored)
     for layer, (kind, group) in enumerate(zip(graph.layers, weights.layers, strict=True)):
         for parameter in kind.parameters:
-            slices = _slices(parameter, group[parameter.name])
-            yield from ((part.source.format(layer=layer), target) for part, target in slices)
+            yield from _slices(parameter, group[parameter.name], stored, layer)
 
 
-def _source(part: ParameterPart, stored: Container[str]) -> str:
-    """The name by which a checkpoint has a tensor."""
-    other = part.other_source
-    return other if other is not None and part.source not in stored and other in stored else part.source
-
-
-def _slices(parameter: Parameter, fused: Tensor) -> Iterator[tuple[ParameterPart, Tensor]]:
-    start = 0
+def _sources(
+    parameter: Parameter, stored: Container[str], layer: int | None = None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the checkpoint tensors of a parameter: the whole one if it is stored, else its parts."""
+    whole = parameter.whole and parameter.whole.format(layer=layer)
+    if whole is not None and whole in stored:
+        yield whole, parameter.shape
+        return
     for part in parameter.parts:
-        yield part, fused.narrow(0, start, part.shape[0])
-        start += part.shape[0]
+        name, other = (source and source.format(layer=layer) for source in (part.source, part.other_source))
+        assert name is not None
+        yield other if other is not None and name not in stored and other in stored else name, part.shape
+
+
+def _slices(
+    parameter: Parameter, fused: Tensor, stored: Container[str], layer: int | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    sources = dict(_sources(parameter, stored, layer))
+    # Parts are below each other; only a tensor that is stored whole has a dimension for stacked matrices.
+    rows = fused.flatten(0, 1) if fused.dim() > len(next(iter(sources.values()))) else fused
+    start = 0
+    for name, shape in sources.items():
+        yield name, rows.narrow(0, start, shape[0])
+        start += shape[0]
 
 
 def _check(
