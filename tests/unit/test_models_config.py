@@ -334,8 +334,9 @@ def test_no_value_of_any_field_is_more_than_one_line(architecture: str) -> None:
         except ModelError as error:
             num_errors += 1
             assert "\n" not in str(error)
-            assert len(str(error)) < 300
-    assert num_errors > len(names) * len(HOSTILE) / 2
+            assert len(str(error)) < 400
+    # Fields that other architectures have are ignored, whatever they hold.
+    assert num_errors > len(names) * len(HOSTILE) * 0.4
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])

@@ -155,9 +155,9 @@ def _routing(model: CostedModel) -> Routing | None:
 
 def _experts(routing: Routing, num_tokens: int) -> str:
     """What a batch makes the experts of a sparse layer do."""
-    load = routing.load(num_tokens)
+    load, touched = routing.load(num_tokens), routing.num_touched(num_tokens)
     return (
-        f"{routing.num_per_token} of {routing.num_experts} a token; the batch reads {routing.num_touched(num_tokens):.1f} "
+        f"{routing.num_per_token} of {routing.num_experts} a token; the batch reads {touched:.1f} "
         f"of a layer, each with {sum(load) / len(load):,.1f} tokens on average, the busiest with {load[0]:,.1f}"
     )
 
