@@ -3,7 +3,8 @@
 Names and shapes of the whole checkpoint are checked from the files' headers before memory is allocated. Then each
 tensor is copied from the memory-mapped file into its slice of its parameter, to a GPU by several threads at once. Pages
 that were read count as the process's memory while the file is mapped. So a file is mapped again after every
-`_MAPPED_BYTES`, and peak memory is the model plus, for each thread, that much or the largest tensor.
+`_MAPPED_BYTES`, larger tensors are copied in pieces of some rows, and peak memory is the model plus, for each thread,
+that much or the largest row (of stacked experts: one expert).
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def load_weights(
     stored = check_weights(graph, folder)
     weights = _allocate(graph, dtype, device)
     targets = dict(_targets(graph, weights, stored))
-    with tqdm(total=len(targets), desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
-        mappings = list(_mappings(stored, targets))
+    mappings = list(_mappings(stored, targets))
+    total = sum(len(pieces) for _, pieces in mappings)
+    with tqdm(total=total, desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
         if make_copier is None:
             for mapping in mappings:
                 _copy_mapping(mapping, targets, Tensor.copy_, progress.update)
@@ -239,28 +241,48 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first}{more})"
 
 
-def _mappings(stored: Mapping[str, StoredTensor], targets: Container[str]) -> Iterator[tuple[Path, list[str]]]:
-    """The files of a checkpoint, each as often as it is mapped, and the names of the tensors to copy from it then."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Rows of a tensor of a file; None for all of it."""
+
+    name: str
+    rows: slice | None = None
+
+
+_Mapping = tuple[Path, list[_Piece]]
+
+
+def _mappings(stored: Mapping[str, StoredTensor], targets: Container[str]) -> Iterator[_Mapping]:
+    """The files of a checkpoint, each as often as it is mapped, and what to copy from it then."""
     for path in dict.fromkeys(tensor.path for tensor in stored.values()):
         here = {name: tensor for name, tensor in stored.items() if tensor.path == path and name in targets}
-        yield from ((path, names) for names in _groups(here))
+        yield from ((path, pieces) for pieces in _groups(here))
 
 
-def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
-    """Names of tensors in order of their position in the file, grouped by what may be mapped at once."""
-    names: list[str] = []
+def _groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[_Piece]]:
+    """Pieces of tensors in order of their position in the file, grouped by what may be mapped at once."""
+    pieces: list[_Piece] = []
     num_bytes = 0
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].start):
-        if names and num_bytes + tensor.end - tensor.start > _MAPPED_BYTES:
-            yield names
-            names, num_bytes = [], 0
-        names.append(name)
-        num_bytes += tensor.end - tensor.start
-    if names:
-        yield names
+        size = tensor.end - tensor.start
+        if pieces and num_bytes + size > _MAPPED_BYTES:
+            yield pieces
+            pieces, num_bytes = [], 0
+        *before, last = _pieces(name, tensor.shape, size)
+        yield from ([piece] for piece in before)
+        pieces.append(last)
+        num_bytes += size
+    if pieces:
+        yield pieces
 
 
-_Mapping = tuple[Path, list[str]]
+def _pieces(name: str, shape: tuple[int, ...], num_bytes: int) -> list[_Piece]:
+    """A tensor as a whole, or the fewest pieces that are small enough to be mapped."""
+    num_rows = shape[0] if shape else 1
+    if num_bytes <= _MAPPED_BYTES or num_rows == 1:
+        return [_Piece(name=name)]
+    step = max(num_rows * _MAPPED_BYTES // num_bytes, 1)
+    return [_Piece(name=name, rows=slice(start, start + step)) for start in range(0, num_rows, step)]
 
 
 def _copy_by_threads(
@@ -293,11 +315,14 @@ def _copy_mapping(
     note_copied: Callable[[], object] = lambda: None,
 ) -> None:
     """Copy some tensors of a file: `copy(target, source)`; ModelError if the file is corrupt."""
-    path, names = mapping
+    path, pieces = mapping
     try:
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                copy(targets[name], file.get_tensor(name))
+            for piece in pieces:
+                if piece.rows is None:
+                    copy(targets[piece.name], file.get_tensor(piece.name))
+                else:
+                    copy(targets[piece.name][piece.rows], file.get_slice(piece.name)[piece.rows])
                 note_copied()
     except (SafetensorError, OSError) as error:
         raise corrupt(path, error) from None
