@@ -20,18 +20,24 @@ from nanoflow.graph.graph import Element, GraphError, OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
 from nanoflow.graph.shard import Exchange, shard
+from nanoflow.hardware import parse_gpus
 from nanoflow.kernels import cpu, dispatch, reference
 from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
 from nanoflow.kernels.launch import Launch
 from nanoflow.models.config_json import parse
 from nanoflow.models.moe import with_skew
-from nanoflow.models.presets import preset_config
+from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.liveness import bytes_of
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from nanoflow.profile.estimate import estimated_profile
+from nanoflow.profile.table import CostTable
 from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace
+from nanoflow.search.cuts import _until_attention, candidates
+from nanoflow.search.problem import groups_of
+from nanoflow.search.structure import Deadline
 
 CPU = torch.device("cpu")
 MIXTRAL = build_graph(preset_config("mixtral-8x7b"), None)
@@ -304,6 +310,26 @@ def test_experts_are_split_over_gpus_like_a_block(exchange: Exchange) -> None:
     assert gate.flops(shape) == 4096 * (2 * 2048 + 5632 // 2)
     with pytest.raises(GraphError, match="'experts_out': 769 features cannot be dealt out to 2 GPUs"):
         shard(replace_experts(QWEN3, 769), 2, exchange)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 4])
+def test_what_search_tries_runs_on_experts(num_gpus: int) -> None:
+    """Cuts of every candidate satisfy the rule for orders, and experts are ordered as a product with what follows."""
+    config = PRESETS["qwen2-57b-a14b"]
+    profile = estimated_profile("qwen2-57b-a14b", config, parse_gpus(f"h200x{num_gpus}"), max_tokens=1024)
+    graph = shard(build_graph(parse(config), None), num_gpus)
+    groups = {group.name: [op.name for op in group.operations] for group in groups_of(graph)}
+    assert groups["router"] == ["ffn_norm", "router", "expert_order"]
+    assert groups["experts_out"] == ["experts_out", "combine"]
+    shape = BatchShape(num_tokens=1024, num_decode_tokens=512, decode_context=512 * 900, prefill_context=512 * 200)
+    table = CostTable(profile, graph)
+    found = next(candidates(graph, table, shape, Deadline.after(20.0)))
+    cuts = {task.group.name: set[int]() for task in found.problem.tasks}
+    for task in found.problem.tasks:
+        cuts[task.group.name].add(task.tokens.stop)
+    assert cuts["router"] == cuts["experts_in"] == cuts["experts_out"] != {1024}
+    # Where a batch is cut in four, it is up to attention alone.
+    assert not {"router", "experts_in", "experts_out"} & {*_until_attention(groups_of(graph))}
 
 
 def replace_experts(graph: OpGraph, width: int) -> OpGraph:
