@@ -223,6 +223,25 @@ def test_grouped_products_are_those_of_each_row(ids: list[list[int]], dtype: tor
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_with_more_rows_than_a_product_takes(dtype: torch.dtype) -> None:
+    """Products of a CPU are padded, and split beyond 256 rows; 300 tokens here all pass expert 0, 30 pass expert 5."""
+    count = 300
+    chosen = torch.tensor([[0, 5 if token < 30 else 3, 1 + token % 2] for token in range(count)], dtype=torch.int32)
+    x, into, down = (torch.randn(shape).to(dtype) for shape in ((count, 32), (6, 48, 32), (6, 32, 24)))
+    results = []
+    for kernels in (cpu.CPU_KERNELS, reference.REFERENCE_KERNELS):
+        rows, ends = _poisoned(count, 3, dtype=torch.int32), _poisoned(count, 6, dtype=torch.int32)
+        activation, out = _poisoned(count, 72).to(dtype), _poisoned(count, 96).to(dtype)
+        _launch(kernels, _named(TINY, "expert_order"), (chosen,), (rows, ends))
+        _launch(kernels, _named(TINY, "experts_in"), (x, rows, ends), (activation,), into)
+        _launch(kernels, _named(TINY, "experts_out"), (activation, rows, ends), (out,), down)
+        results.append((activation, out))
+    for mine, theirs in zip(*results, strict=True):
+        tolerance = 1e-4 if dtype is torch.float32 else 0.02
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * theirs.float().std().item())
+
+
 @KERNELS
 def test_the_shared_gate_scales_rows(kernels: Kernels) -> None:
     x, activation, weight = torch.randn(9, 32), torch.randn(9, 40), torch.randn(1, 32)
@@ -238,6 +257,9 @@ def test_capturable_are_kernels_that_read_nothing_on_the_host() -> None:
     assert are_capturable({**rest, **attentions}, dense)
     assert not are_capturable({**rest, **attentions}, MIXTRAL.layer)
     grouped = {OpKind.EXPERTS_IN: cpu.linear, OpKind.EXPERTS_OUT: cpu.linear}
+    for kind in grouped:
+        one_of_them = {**grouped, kind: reference.REFERENCE_KERNELS[kind]}
+        assert not are_capturable({**rest, **attentions, **one_of_them}, MIXTRAL.layer)
     assert are_capturable({**rest, **attentions, **grouped}, MIXTRAL.layer)
     assert not are_capturable(reference.REFERENCE_KERNELS, dense)
 

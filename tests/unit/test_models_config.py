@@ -131,6 +131,15 @@ def test_layers_without_experts() -> None:
         parse({**base, "decoder_sparse_step": 0})
 
 
+def test_windows_of_a_qwen_2_moe_come_early() -> None:
+    """Every other layer before `max_window_layers` has one, unlike in other Qwens, where those from it on do."""
+    base = {**LLAMA, "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    windows = parse({**base, "architectures": ["Qwen2MoeForCausalLM"]}).layer_windows
+    assert windows == (8, None, 8, None, None)
+    assert parse({**base, "architectures": ["Qwen2ForCausalLM"]}).layer_windows == (None, None, None, 8, 8)
+    assert parse({**base, "architectures": ["Qwen3MoeForCausalLM"]}).layer_windows == (8,) * 5
+
+
 def test_null_counts_as_absent_where_it_may_stand() -> None:
     config = parse({**LLAMA, "rope_scaling": None, "head_dim": None, "sliding_window": None, "eos_token_id": None})
     assert (config.rope.rope_type, config.head_dim, config.eos_token_ids) == ("default", 16, ())
