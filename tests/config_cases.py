@@ -39,6 +39,14 @@ _QWEN: Mapping[str, Any] = {
     "max_window_layers": 2,
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
 }
+_SPARSE: Mapping[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [2],
+}
 # A complete config.json of each served architecture.
 BASES: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {**_BASE, "model_type": "llama", "attention_bias": False, "mlp_bias": False},
@@ -63,6 +71,29 @@ BASES: Mapping[str, Mapping[str, Any]] = {
         "original_max_position_embeddings": 64,
         "partial_rotary_factor": 0.5,
         "pad_token_id": 0,
+    },
+    "MixtralForCausalLM": {
+        **_BASE,
+        "model_type": "mixtral",
+        "sliding_window": WINDOW,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "Qwen2MoeForCausalLM": {
+        **_BASE,
+        "model_type": "qwen2_moe",
+        **_QWEN,
+        **_SPARSE,
+        "shared_expert_intermediate_size": 56,
+        "qkv_bias": True,
+    },
+    "Qwen3MoeForCausalLM": {
+        **_BASE,
+        "model_type": "qwen3_moe",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        **_SPARSE,
+        "attention_bias": False,
     },
 }
 
@@ -178,9 +209,15 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "transformers_version": ("4.57.0", "5.24.0"),
     "quantization_config": ({"quant_method": "hqq"},),
     "is_causal": (True, False),
-    "num_local_experts": (8,),
-    "num_experts": (8,),
-    "num_experts_per_tok": (2,),
+    "num_local_experts": (8, 4, 0, "6"),
+    "num_experts": (8, 4, 0, -1),
+    "num_experts_per_tok": (2, 1, 6, 7, 0),
+    "norm_topk_prob": (True, False, 1),
+    "decoder_sparse_step": (1, 2, 3, 0, -2),
+    "mlp_only_layers": ([], [0, 1], [0, 1, 2, 3], [7], ["1"], 2),
+    "moe_intermediate_size": (24, 0),
+    "shared_expert_intermediate_size": (24, 0),
+    "qkv_bias": (True, False, 1),
     "logits_scaling": (8.0,),
     "logit_scale": (0.5,),
     "residual_multiplier": (0.5,),
@@ -242,6 +279,10 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     {"attention_bias": True, "mlp_bias": True},
     {"attention_bias": True, "tie_word_embeddings": True, "sliding_window": 8, "max_window_layers": 1},
     {"num_local_experts": 8, "num_experts_per_tok": 2},
+    {"num_experts": 4, "num_local_experts": 8},
+    {"mlp_only_layers": [3], "decoder_sparse_step": 2},
+    {"mlp_only_layers": DELETED, "decoder_sparse_step": DELETED, "norm_topk_prob": DELETED},
+    {"layer_types": DELETED, "max_window_layers": 3},
     {"rope_theta": DELETED, "rope_local_base_freq": DELETED},
     {"rope_theta": 100.0, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     {

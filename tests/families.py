@@ -84,6 +84,38 @@ FAMILIES: dict[str, Family] = {
             "pad_token_id": 0,
         },
     ),
+    "mixtral": Family(config_class="MixtralConfig", options={"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral-sliding": Family(
+        config_class="MixtralConfig", options={"num_experts_per_tok": 3, "sliding_window": SLIDING_WINDOW}
+    ),
+    # Layers 1 and 3 are sparse, 0, 2 and 4 dense; of the first ones every other has a window.
+    "qwen2-moe": Family(
+        config_class="Qwen2MoeConfig",
+        options={
+            "num_hidden_layers": 5,
+            "decoder_sparse_step": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "use_sliding_window": True,
+            "sliding_window": SLIDING_WINDOW,
+            "max_window_layers": 4,
+        },
+    ),
+    "qwen3-moe": Family(
+        config_class="Qwen3MoeConfig",
+        options={
+            "hidden_size": 48,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [2],
+            "moe_intermediate_size": 24,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+        },
+    ),
     # The padding token must be in the vocabulary.
     "phi3": Family(config_class="Phi3Config", options={"pad_token_id": 0, "sliding_window": SLIDING_WINDOW}),
     "phi4-mini": Family(
@@ -113,6 +145,7 @@ def make_model(
     tied: bool = False,
     dtype: str = "float32",
     std: float = 0.3,
+    expert_spread: float = 1.0,
     **changes: Any,
 ) -> Path:
     """Write a tiny random model, without a tokenizer.
@@ -124,6 +157,8 @@ def make_model(
         tied: Whether the output projection is the embedding.
         dtype: "float32", "bfloat16" or "float16", in the file.
         std: Standard deviation of the matrices; a small one gives a model that rounding errors hardly affect.
+        expert_spread: How much the experts of a layer differ, from 0 to 1. Where they differ little, it hardly matters
+            if rounding chooses another one.
         changes: Arguments of the configuration class.
 
     Returns:
@@ -140,7 +175,9 @@ def make_model(
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(std * noise if parameter.dim() == 2 else 0.2 * noise)
+            if parameter.dim() == 3:
+                noise = (1 - expert_spread) * noise[:1] + expert_spread * noise
+            parameter.copy_(std * noise if parameter.dim() > 1 else 0.2 * noise)
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(1.0)

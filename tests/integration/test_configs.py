@@ -58,6 +58,10 @@ REASONS = (
     r"field 'model_type' is 'gpt2', but architectures has",
     r"field 'quantization_config' is set: weights quantised by HQQ are not served",
     r"field 'is_causal' must be true: only causal attention is served",
+    r"field '(num_(local_)?experts|num_experts_per_tok)' must be a positive integer, got",
+    r"field '(decoder_sparse_step|shared_expert_intermediate_size)' must be a positive integer, got",
+    # A Qwen 2 MoE has a window of 0 tokens then, which hides every key.
+    r"field 'sliding_window' is missing, but layer_types asks for sliding_attention",
 )
 # What transformers does not take, and nanoflow does: no field of these says anything about what is computed, or it can
 # only mean one thing.
@@ -88,7 +92,16 @@ MEANT_BY = {
     "MistralForCausalLM": (
         "layer_types=['full_attention', 'sliding_attention', 'full_attention', 'sliding_attention'], no head_dim",
     ),
+    "MixtralForCausalLM": (
+        "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
+        "layer_types=[]",
+    ),
+    "Qwen3MoeForCausalLM": (
+        "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
+        "layer_types=[]",
+    ),
     # No layer has a window.
+    "Qwen2MoeForCausalLM": ("no layer_types, sliding_window=None, use_sliding_window=True",),
     "Gemma3ForCausalLM": ("sliding_window=None, sliding_window_pattern=1",),
 }
 # Of rotary embeddings that say which layers they are for, where there is one for all; and the other way round.
@@ -172,6 +185,9 @@ _READ_ELSEWHERE = {
     "Qwen2ForCausalLM": {"head_dim"},
     "Gemma3ForCausalLM": {"sliding_window_pattern", "rope_local_base_freq"},
     "Phi3ForCausalLM": {"head_dim"},
+    "MixtralForCausalLM": {"num_experts"},
+    "Qwen2MoeForCausalLM": {"head_dim"},
+    "Qwen3MoeForCausalLM": {"head_dim", "num_local_experts"},
 }
 
 
@@ -238,7 +254,7 @@ def _their_logits(folder: Path, prompt: Tensor) -> Tensor:
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 0.2 * noise + ("norm" in name))
+            parameter.copy_(0.3 * noise if parameter.dim() > 1 else 0.2 * noise + ("norm" in name))
     tensors = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors")
     if not (folder / "first.safetensors").exists():

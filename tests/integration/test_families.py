@@ -110,7 +110,7 @@ def test_longrope_beyond_the_trained_length(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_tokens_differ_only_where_they_nearly_tie(name: str, tmp_path: Path) -> None:
     """At the first differing token, each side's token is among the other's five most probable."""
-    folder = make_model(name, tmp_path, seed=1, dtype="bfloat16", std=0.12)
+    folder = make_model(name, tmp_path, seed=1, dtype="bfloat16", std=0.12, expert_spread=0.1)
     reference = HuggingFace(folder, torch.bfloat16)
     expected = reference.generate(MANY_PROMPTS, MAX_TOKENS)
     run = run_model(folder, MANY_PROMPTS, greedy(MAX_TOKENS, logprobs=5), dtype="bfloat16")

@@ -55,6 +55,15 @@ def test_a_card_without_measurements_has_peak_rates_only(capsys: pytest.CaptureF
 def test_experts_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "preset:mixtral-8x7b", "--gpu", "a100-80x8")
     assert "MixtralForCausalLM 46.7B, 12.88e9 of 46.70e9 parameters a token, weights 93.4 GB" in text
+    argv = ("preset:qwen3-30b-a3b", "--max-batch-tokens", "32")
+    even, uneven = shown(capsys, *argv), shown(capsys, *argv, "--expert-skew", "1")
+    assert (
+        "8 of 128 a token; the batch reads 111.8 of a layer, each with 2.0 tokens on average, the busiest with 2.0"
+        in even
+    )
+    assert float(row(uneven, "experts_in")[2]) < 0.9 * float(row(even, "experts_in")[2])
+    assert row(uneven, "experts_in")[1] == row(even, "experts_in")[1]
+    assert "experts " not in shown(capsys, "preset:llama-3-8b")
 
 
 def test_folders_the_embedded_model_and_traces(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -77,6 +86,8 @@ def test_folders_the_embedded_model_and_traces(capsys: pytest.CaptureFixture[str
         (["preset:llama-3-8b", "--workload", "512"], "workload must be IN/OUT (as 512/512)"),
         (["preset:llama-3-8b", "--workload", "trace:/nowhere"], "cannot read trace /nowhere"),
         (["preset:llama-3-8b", "--max-batch-tokens", "0"], "max_batch_tokens must be positive, got 0"),
+        (["preset:qwen3-30b-a3b", "--expert-skew", "-1"], "expert_skew must be a number from 0 to 10, got -1"),
+        (["preset:qwen3-30b-a3b", "--expert-skew", "nan"], "expert_skew must be a number from 0 to 10, got nan"),
         (["preset:llama-3-70b", "--gpu", "h100"], "it takes 2 of these GPUs"),
     ],
 )

@@ -180,9 +180,9 @@ def test_units_of_the_rates(engine_config: EngineConfig, monkeypatch: pytest.Mon
     assert bounds.prefill_tflops == pytest.approx(4 * hidden * (2 * 12 * 13 / 2) / 1e-6 / 1e12)
 
 
-def test_bounds_of_a_mixture_of_experts_are_refused() -> None:
-    with pytest.raises(ModelError, match="mixture of experts"):
-        rates.measure_bounds(EngineConfig(model="preset:mixtral-8x7b"), lengths((4, 4)))
+def test_bounds_of_an_unknown_preset_are_refused() -> None:
+    with pytest.raises(ModelError, match="unknown preset 'mixtral'; did you mean 'mixtral-8x7b'"):
+        rates.measure_bounds(EngineConfig(model="preset:mixtral"), lengths((4, 4)))
 
 
 # --- steady state --------------------------------------------------------------------------------------------------

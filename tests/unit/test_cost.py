@@ -18,7 +18,7 @@ from nanoflow.cost.analysis import (
     largest_batch,
     serial_bound,
 )
-from nanoflow.cost.model import CostedModel, Experts, costed_model
+from nanoflow.cost.model import CostedModel, costed_model
 from nanoflow.cost.roofline import (
     Bound,
     OperationCost,
@@ -32,7 +32,6 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import BatchShape, LinearDims, OpKind
 from nanoflow.graph.shard import Exchange
 from nanoflow.hardware import GPUS, Figure, GpuGroup, HardwareError, parse_gpus
-from nanoflow.models.config_json import ModelError
 from nanoflow.models.presets import PRESETS, preset_config
 
 H200 = parse_gpus("h200")
@@ -232,23 +231,6 @@ def test_mixtral_has_its_published_sizes() -> None:
     model = costed("mixtral-8x7b")
     assert (model.num_parameters, model.num_active_parameters) == (46_702_792_704, 12_879_925_248)
     assert model.graph.name == "MixtralForCausalLM 46.7B"
-
-
-def test_a_batch_reads_the_experts_that_its_tokens_touch() -> None:
-    model = costed("mixtral-8x7b")
-    down = next(op for op in model.graph.layer if op.name == "down_proj")
-    of_expert = 14336 * 4096 * 2
-    one, many = BatchShape(num_tokens=1), BatchShape(num_tokens=1000)
-    assert Experts(num_experts=8, num_per_token=2).num_touched(1) == pytest.approx(2.0)
-    assert model.memory_bytes(down, one) == down.memory_bytes(one, 2)
-    assert model.memory_bytes(down, many) - down.memory_bytes(many, 2) == pytest.approx(6 * of_expert, rel=1e-6)
-    assert down.flops(one) == 2 * 2 * 14336 * 4096
-
-
-def test_other_mixtures_of_experts_are_refused() -> None:
-    config = replace(preset_config("mixtral-8x7b"), architecture="Qwen2MoeForCausalLM")
-    with pytest.raises(ModelError, match=r"^Qwen2MoeForCausalLM: .* only MixtralForCausalLM is known$"):
-        costed_model(config)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -94,13 +94,50 @@ def test_what_an_architecture_does_not_have_changes_nothing() -> None:
 
 def test_experts() -> None:
     mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"]}
-    assert (parse(LLAMA).num_experts, parse(LLAMA).num_experts_per_token) == (None, None)
-    assert (parse(mixtral).num_experts, parse(mixtral).num_experts_per_token) == (8, 2)
-    assert parse({**mixtral, "num_local_experts": 4}).num_experts == 4
+    experts = parse(mixtral).experts
+    assert parse(LLAMA).experts is None and experts is not None
+    assert (experts.num_experts, experts.num_per_token, experts.is_normalised) == (8, 2, True)
+    assert experts.shared_intermediate_size is None and all(experts.sparse_layers)
     with pytest.raises(ModelError, match="'num_experts_per_tok' is missing"):
         parse({**mixtral, "num_experts_per_tok": None})
     with pytest.raises(ModelError, match="'num_experts_per_tok' must be at most num_local_experts 8, got 9"):
         parse({**mixtral, "num_experts_per_tok": 9})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "expected"),
+    [
+        ("Mixtral", {"num_local_experts": 4}, 4),
+        ("Mixtral", {"num_experts": 4, "num_local_experts": 16}, 4),
+        ("Qwen2Moe", {"num_experts": 16, "num_local_experts": 32}, 16),
+        ("Qwen2Moe", {"num_local_experts": 32}, 60),
+        ("Qwen3Moe", {"num_experts": 16}, 16),
+        ("Qwen3Moe", {"num_experts": 16, "num_local_experts": 32}, 32),
+    ],
+)
+def test_the_number_of_experts_has_two_names(architecture: str, fields: dict[str, int], expected: int) -> None:
+    experts = parse({**LLAMA, "architectures": [f"{architecture}ForCausalLM"], **fields}).experts
+    assert experts is not None and experts.num_experts == expected
+
+
+def test_layers_without_experts() -> None:
+    base = {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 6, "decoder_sparse_step": 2}
+    experts = parse({**base, "mlp_only_layers": [3, 99]}).experts
+    assert experts is not None and experts.sparse_layers == (False, True, False, False, False, True)
+    for value in (["1"], 3, [True], "x"):
+        with pytest.raises(ModelError, match="field 'mlp_only_layers' must be a list of layers, got"):
+            parse({**base, "mlp_only_layers": value})
+    with pytest.raises(ModelError, match="field 'decoder_sparse_step' must be a positive integer, got 0"):
+        parse({**base, "decoder_sparse_step": 0})
+
+
+def test_windows_of_a_qwen_2_moe_come_early() -> None:
+    """Every other layer before `max_window_layers` has one, unlike in other Qwens, where those from it on do."""
+    base = {**LLAMA, "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    windows = parse({**base, "architectures": ["Qwen2MoeForCausalLM"]}).layer_windows
+    assert windows == (8, None, 8, None, None)
+    assert parse({**base, "architectures": ["Qwen2ForCausalLM"]}).layer_windows == (None, None, None, 8, 8)
+    assert parse({**base, "architectures": ["Qwen3MoeForCausalLM"]}).layer_windows == (8,) * 5
 
 
 def test_null_counts_as_absent_where_it_may_stand() -> None:
@@ -294,12 +331,11 @@ HOSTILE: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "MixtralForCausalLM", "MambaForCausalLM"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "MambaForCausalLM"])
 def test_no_value_of_any_field_is_more_than_one_line(architecture: str) -> None:
-    base = {**LLAMA, "architectures": [architecture], "num_local_experts": None}
+    base = {**LLAMA, "architectures": [architecture]}
     names = {name for one in ARCHITECTURES.values() for name in one.reading.fields}
     names |= {"architectures", "model_type", "quantization_config", "is_causal", "per_layer_config"}
-    names |= {"num_local_experts", "num_experts_per_tok"}
     num_errors = 0
     for name, value in itertools.product(names, HOSTILE):
         try:
@@ -307,8 +343,9 @@ def test_no_value_of_any_field_is_more_than_one_line(architecture: str) -> None:
         except ModelError as error:
             num_errors += 1
             assert "\n" not in str(error)
-            assert len(str(error)) < 300
-    assert num_errors > len(names) * len(HOSTILE) / 2
+            assert len(str(error)) < 400
+    # Fields that other architectures have are ignored, whatever they hold.
+    assert num_errors > len(names) * len(HOSTILE) * 0.4
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nanoflow.graph.experts import OrderDims, RouterDims
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import (
     AttentionDims,
@@ -90,6 +91,43 @@ class Interpreter:
         gate, up = gate_up[:, : op.dims.width], gate_up[:, op.dims.width :]
         return (0.5 * gate * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up,)
 
+    def router(self, op: Operation, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(op.dims, RouterDims)
+        exponents = (x @ weight.T).exp()
+        weights, ids = (exponents / exponents.sum(1, keepdim=True)).sort(descending=True)
+        weights, ids = (each[:, : op.dims.routing.num_per_token] for each in (weights, ids))
+        return weights / weights.sum(1, keepdim=True) if op.dims.is_normalised else weights, ids
+
+    def expert_order(self, op: Operation, ids: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(op.dims, OrderDims)
+        chosen = ids.flatten().tolist()
+        rows = sorted(range(len(chosen)), key=lambda row: chosen[row])
+        ends = [sum(each <= expert for each in chosen) for expert in range(op.dims.routing.num_experts)]
+        return torch.tensor(rows).view_as(ids), torch.tensor(ends).expand(NUM_TOKENS, -1)
+
+    def experts_in(self, op: Operation, x: Tensor, rows: Tensor, ends: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        of_rows = [
+            functional.silu(weight[expert].chunk(2)[0] @ x[token]) * (weight[expert].chunk(2)[1] @ x[token])
+            for token, expert in self._routed(rows, ends)
+        ]
+        return (torch.stack(of_rows).view(NUM_TOKENS, -1),)
+
+    def experts_out(self, op: Operation, act: Tensor, rows: Tensor, ends: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        routed = zip(act.view(rows.numel(), -1), self._routed(rows, ends), strict=True)
+        out = torch.stack([weight[expert] @ row for row, (_, expert) in routed])
+        return (out[rows.flatten().argsort()].view(NUM_TOKENS, -1),)
+
+    def _routed(self, rows: Tensor, ends: Tensor) -> list[tuple[int, int]]:
+        """Token and expert of each row, in the experts' order."""
+        count = rows.shape[1]
+        return [(row // count, int((ends[0] <= place).sum())) for place, row in enumerate(rows.flatten().tolist())]
+
+    def combine(self, op: Operation, out: Tensor, weights: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        return (hidden + torch.einsum("tk,tkh->th", weights, out.view(*weights.shape, -1)),)
+
+    def shared_gate(self, op: Operation, x: Tensor, activation: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (activation / (1.0 + (-(x @ weight[0])).exp())[:, None],)
+
     def rope_append(self, op: Operation, qkv: Tensor, *norms: Tensor) -> tuple[Tensor, ...]:
         dims = op.dims
         assert isinstance(dims, AttentionDims)
@@ -133,6 +171,12 @@ KERNELS: dict[OpKind, Callable[..., tuple[Tensor, ...]]] = {
     OpKind.PREFILL_ATTENTION: Interpreter.prefill_attention,
     OpKind.SWIGLU: Interpreter.swiglu,
     OpKind.GEGLU: Interpreter.geglu,
+    OpKind.ROUTER: Interpreter.router,
+    OpKind.EXPERT_ORDER: Interpreter.expert_order,
+    OpKind.EXPERTS_IN: Interpreter.experts_in,
+    OpKind.EXPERTS_OUT: Interpreter.experts_out,
+    OpKind.COMBINE: Interpreter.combine,
+    OpKind.SHARED_GATE: Interpreter.shared_gate,
 }
 
 

@@ -33,8 +33,8 @@ UNKNOWN: tuple[tuple[dict[str, Any], str, str | None], ...] = (
     ({"architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small"}, "built otherwise", "Phi3"),
     ({"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe"}, "mixture of experts", "Llama"),
     ({"architectures": ["Phi4MMForCausalLM"], "model_type": "phi4mm"}, "several media", None),
-    ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "mixture of experts", "Qwen3"),
-    ({"architectures": ["Qwen2MoeForCausalLM"]}, "mixture of experts", "Qwen2"),
+    ({"architectures": ["OlmoeForCausalLM"], "num_experts": 64}, "mixture of experts", "Llama"),
+    ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "state-space", "Qwen3"),
     ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, "mixture of experts", "Llama"),
     ({"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}, "", "Mistral"),
     ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "state-space", "Llama"),
@@ -68,15 +68,6 @@ def test_an_unknown_architecture_is_said_before_anything_that_it_lacks(
         assert kind in message and "is missing" not in message
         near = "none of the known ones is similar" if nearest is None else f"nearest known: {nearest}ForCausalLM;"
         assert near in message
-
-
-def test_what_can_be_analysed_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
-    (tmp_path / "config.json").write_text(json.dumps(mixtral))
-    assert load(tmp_path, is_served=False).num_experts == 8
-    (tmp_path / "config.json").write_text(json.dumps({**mixtral, "num_experts_per_tok": None}))
-    with pytest.raises(ModelError, match=r"mixture of experts\); nearest known: MistralForCausalLM;.*nanoflow analyze"):
-        load(tmp_path)
 
 
 # The files of a folder (a name that ends in / is a folder), and what is said of it.

@@ -432,8 +432,75 @@ def test_tensors_are_mapped_in_parts_in_the_order_of_the_file(monkeypatch: pytes
     monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 10)
     places = {"c": (8, 14), "a": (0, 4), "d": (14, 40), "b": (4, 8), "e": (40, 42)}
     groups = weights_module._groups([part(name, *place) for name, place in places.items()])
-    assert [[each.name for each in group] for group in groups] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [[each.part.name for each in group] for group in groups] == [["a", "b"], ["c"], ["d"], ["e"]]
     assert list(weights_module._groups([])) == []
+
+
+def test_a_tensor_that_is_too_large_is_mapped_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mapping is of more than the bound, unless a single row is."""
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 10)
+
+    def part(name: str, shape: tuple[int, ...], dtype: str, start: int, end: int) -> Stored:
+        tensor = StoredTensor(path=Path("x"), shape=shape, dtype=dtype, start=start, end=end)
+        return Stored(name=name, form=Plain(), shape=shape, tensors={"weight": tensor}, names={"weight": name})
+
+    parts = [
+        part("small", (2,), "F32", 0, 8),
+        part("large", (5, 2, 1), "F16", 8, 28),
+        part("next", (2,), "F32", 28, 36),
+        part("rows", (2, 8), "F32", 36, 100),
+    ]
+    found = [[(each.part.name, each.rows) for each in group] for group in weights_module._groups(parts)]
+    assert found == [
+        [("small", None)],
+        [("large", slice(0, 2))],
+        [("large", slice(2, 4))],
+        [("large", slice(4, 6))],
+        [("next", None)],
+        [("rows", slice(0, 1))],
+        [("rows", slice(1, 2))],
+    ]
+
+
+def _stack_experts(folder: Path) -> None:
+    """The same checkpoint with the experts of a layer as one tensor each, as transformers 5 holds them."""
+    tensors = load_file(folder / "model.safetensors")
+    number = re.compile(r"(.*layers\.\d+\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
+    stacked: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for name in list(tensors):
+        if (match := number.fullmatch(name)) is not None:
+            matrix = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(match[3], match[3])
+            stacked.setdefault((match[1], matrix), {})[int(match[2])] = tensors.pop(name)
+        elif "block_sparse_moe.gate" in name:
+            tensors[name.replace("block_sparse_moe", "mlp")] = tensors.pop(name)
+    whole = {key: torch.stack([of[expert] for expert in sorted(of)]) for key, of in stacked.items()}
+    for (layer, matrix), down in whole.items():
+        if matrix == "down_proj":
+            gate_up = torch.cat((whole[layer, "gate_proj"], whole[layer, "up_proj"]), dim=1)
+            tensors |= {f"{layer}mlp.experts.gate_up_proj": gate_up, f"{layer}mlp.experts.down_proj": down}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_load_alike_from_both_layouts(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(family, tmp_path)
+    apart = _load(tmp_path)
+    _stack_experts(tmp_path)
+    whole = _load(tmp_path)
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 5000)
+    for other in (whole, _load(tmp_path)):
+        for one, group in zip((apart.shared, *apart.layers), (other.shared, *other.layers), strict=True):
+            assert one.keys() == group.keys() and all(torch.equal(one[name], group[name]) for name in one)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    make_model("qwen3-moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.7.up_proj.weight"
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=re.escape(f"lacks 1 tensor ({name})")):
+        _load(tmp_path)
 
 
 def test_a_checkpoint_mapped_in_parts_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

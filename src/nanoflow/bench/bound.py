@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import BatchShape, LinearDims
+from nanoflow.graph.operation import BatchShape
 from nanoflow.workload import Lengths
 
 Windows = Sequence[int | None]
@@ -187,10 +187,9 @@ def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dty
     serial = _total((count, cost) for count, cost in (*gemms, *attention) if cost is not None)
     one_token = BatchShape(num_tokens=1, num_sampled=1)
     layer_flops = sum(
-        count * sum(op.flops(one_token) for op in kind.operations if isinstance(op.dims, LinearDims))
-        for kind, count in graph.kind_counts
+        count * sum(op.flops(one_token) for op in kind.operations if op.is_product) for kind, count in graph.kind_counts
     )
-    head_flops = sum(op.flops(one_token) for op in graph.epilogue if isinstance(op.dims, LinearDims))
+    head_flops = sum(op.flops(one_token) for op in graph.epilogue if op.is_product)
     # Average over the layers.
     key_bytes = graph.kv_elements_per_token * dtype_bytes / graph.num_layers
     q_width = sum(kind.attention.q_width * count for kind, count in graph.kind_counts) / graph.num_layers

@@ -18,7 +18,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.build import engine_limits, resolve_model
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import LinearDims, OpKind
+from nanoflow.graph.operation import OpKind
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, random_weights
 from nanoflow.plan.book import load_book
@@ -71,7 +71,7 @@ def _measure_gemms(site: Site, batch: TypicalBatch) -> tuple[Cost, Cost]:
         site, graph, weights, num_pages=1, num_tokens=batch.num_tokens, num_rows=batch.num_logit_rows
     )
     whole = equal_requests(1, 0, batch.num_tokens, site.page_size)
-    passes = _cost_of(over_layers(workspace, lambda op: isinstance(op.dims, LinearDims), whole), site.device)
+    passes = _cost_of(over_layers(workspace, lambda op: op.is_product, whole), site.device)
     rows = equal_requests(batch.num_logit_rows, 0, 1, site.page_size, is_decode=True)
     inputs = InputBuilder(graph.ropes, num_rows=rows.num_requests, device=site.device).build(rows)
     head = gemms(graph.epilogue)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanoflow.cost.analysis import BatchSize, MeanLengths
     from nanoflow.cost.model import CostedModel
     from nanoflow.cost.roofline import OperationCost, ResourceTimes
+    from nanoflow.graph.experts import Routing
     from nanoflow.graph.layers import KvGroup
     from nanoflow.hardware import GpuGroup, ResourceRates
     from nanoflow.models.config_json import ModelConfig
@@ -52,9 +53,15 @@ class AnalyzeConfig:
     exchange: Literal["all-reduce", "all-gather"] = option(
         "all-reduce", "How several GPUs put the attention block together; both move the same bytes"
     )
+    expert_skew: float = option(
+        0.0,
+        "How unevenly tokens choose experts: expert i is as popular as 1/(i+1)^SKEW; 0 is balanced, 1 is very uneven",
+    )
 
 
 _OPTIONS = OptionGroup(kind=AnalyzeConfig, title="GPUs and workload")
+# Beyond this all tokens choose the same experts.
+_MAX_SKEW = 10.0
 _COLUMNS = f"{'operation':<28}{'GFLOP':>11}{'mem GB':>9}{'net GB':>9}"
 
 
@@ -69,7 +76,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
-    from nanoflow.cost.analysis import batch_shape, batch_within, largest_batch
+    from nanoflow.cost.analysis import CostError, batch_shape, batch_within, largest_batch
     from nanoflow.cost.model import costed_model
     from nanoflow.cost.roofline import iteration_costs
     from nanoflow.graph.shard import Exchange
@@ -77,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = _OPTIONS.read(args)
     gpus, lengths = parse_gpus(config.gpu), _mean_lengths(config.workload)
-    model = costed_model(_model_config(args.model))
+    if not 0.0 <= config.expert_skew <= _MAX_SKEW:
+        raise CostError(f"expert_skew must be a number from 0 to {_MAX_SKEW:g}, got {config.expert_skew}")
+    model = costed_model(_model_config(args.model), config.expert_skew)
     batch = batch_within(model, gpus, lengths, config.max_batch_tokens)
     costs = iteration_costs(model, batch_shape(model, batch, lengths), gpus.num_gpus, Exchange(config.exchange))
     lines = [
@@ -104,7 +113,7 @@ def _model_config(model: str) -> ModelConfig:
         nearest = difflib.get_close_matches(model.lower().rpartition("/")[2], PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean 'preset:{nearest[0]}'?" if nearest else "give a folder with a config.json, or preset:NAME"
         raise models.ModelError(f"model {model!r}: no such folder; {hint}")
-    return models.load(locate_model(model), is_served=False)
+    return models.load(locate_model(model))
 
 
 def _mean_lengths(workload: str) -> MeanLengths:
@@ -133,6 +142,24 @@ def _head(
     yield f"{'batch':<12}{_batch(batch)}, context {lengths.mean_context:.0f}"
     if batch != largest:
         yield f"{'':<12}(memory would allow {_batch(largest)})"
+    if (routing := _routing(model)) is not None:
+        yield f"{'experts':<12}{_experts(routing, round(batch.num_tokens))}"
+
+
+def _routing(model: CostedModel) -> Routing | None:
+    """How tokens choose experts; None for a dense model."""
+    from nanoflow.graph.experts import ExpertDims
+
+    return next((op.dims.routing for op in model.graph.layer if isinstance(op.dims, ExpertDims)), None)
+
+
+def _experts(routing: Routing, num_tokens: int) -> str:
+    """What a batch makes the experts of a sparse layer do."""
+    load, touched = routing.load(num_tokens), routing.num_touched(num_tokens)
+    return (
+        f"{routing.num_per_token} of {routing.num_experts} a token; the batch reads {touched:.1f} "
+        f"of a layer, each with {sum(load) / len(load):,.1f} tokens on average, the busiest with {load[0]:,.1f}"
+    )
 
 
 def _kept_tokens(group: KvGroup) -> str:
@@ -142,7 +169,7 @@ def _kept_tokens(group: KvGroup) -> str:
 
 
 def _parameters(model: CostedModel) -> str:
-    if model.experts is None:
+    if model.num_active_parameters == model.num_parameters:
         return f"{model.num_parameters / 1e9:.2f}e9 parameters"
     return f"{model.num_active_parameters / 1e9:.2f}e9 of {model.num_parameters / 1e9:.2f}e9 parameters a token"
 

@@ -54,7 +54,7 @@ _FOREIGN = (
     Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is not told from the rest of an answer"),
     Foreign(name="repetition_detection", reason="a completion ends by stop, stop_token_ids or max_tokens"),
     Foreign(name="extra_args", takes=({},), reason="there are no parameters of extensions"),
-    Foreign(name="routed_experts_prompt_start", takes=(0,), reason="mixtures of experts are not served"),
+    Foreign(name="routed_experts_prompt_start", takes=(0,), reason="which experts a token passes is not told"),
     Foreign(name="trace_decode_token_ids", takes=([],), reason="tokens are sampled; prompt_logprobs scores given ones"),
     Foreign(
         name="output_text_buffer_length", takes=(0,), reason="how much text is held back for stop strings cannot be set"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nanoflow.cost.model import CostedModel
 from nanoflow.graph.operation import BatchShape, LinearDims, Operation
-from nanoflow.graph.shard import Exchange, ends_block, reads_attention
+from nanoflow.graph.shard import Exchange, ends_block, reads_attention, width_of
 from nanoflow.hardware import GpuGroup, ResourceRates
 
 
@@ -145,7 +145,9 @@ def _static_power_w(gpus: GpuGroup) -> float:
 
 def _cost(model: CostedModel, op: Operation, shape: BatchShape, count: int) -> OperationCost:
     return OperationCost(
-        name=op.name, flops=count * op.flops(shape), memory_bytes=count * model.memory_bytes(op, shape)
+        name=op.name,
+        flops=count * op.flops(shape),
+        memory_bytes=count * op.memory_bytes(shape, model.dtype_bytes),
     )
 
 
@@ -157,16 +159,17 @@ def _collectives(
     kind, layers = owners[0][0], sum(count for _, count in owners)
     if num_gpus == 1 or not ends_block(kind, op):
         return [], []
-    assert isinstance(op.dims, LinearDims)
+    width = width_of(op)
 
     def collective(name: str, width: int, *, is_sum: bool) -> OperationCost:
         return _collective(model, name, layers * (num_gpus - 1) * shape.num_tokens * width, is_sum=is_sum)
 
     if exchange is Exchange.ALL_REDUCE or not reads_attention(kind, op):
-        return [], [collective(f"{op.name}_all_reduce", op.dims.out_features, is_sum=True)]
+        return [], [collective(f"{op.name}_all_reduce", width, is_sum=True)]
+    assert isinstance(op.dims, LinearDims)
     return (
         [collective(f"{op.name}_input_all_gather", op.dims.in_features, is_sum=False)],
-        [collective(f"{op.name}_all_gather", op.dims.out_features, is_sum=False)],
+        [collective(f"{op.name}_all_gather", width, is_sum=False)],
     )
 
 

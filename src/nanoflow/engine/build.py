@@ -82,7 +82,8 @@ class _Setup:
     @property
     def is_captured(self) -> bool:
         """Whether forward passes are recorded as CUDA graphs."""
-        return self.config.cuda_graphs and self.device.type == "cuda" and are_capturable(self.kernels)
+        are_wanted = self.config.cuda_graphs and self.device.type == "cuda"
+        return are_wanted and are_capturable(self.kernels, self.graph.layer_operations)
 
     @property
     def num_logits(self) -> int:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.graph import Element, OpGraph
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, OpKind, Scope
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
 from nanoflow.models.weights import Weights
-from nanoflow.plan.liveness import place, shapes_of, size_of
+from nanoflow.plan.liveness import bytes_of, place, shapes_of, size_of
 from nanoflow.plan.plan import PipelinePlan
 
 
@@ -130,10 +130,12 @@ class Workspace:
         shapes = shapes_of(graph, num_tokens=num_tokens, num_logits=num_logits)
         if plans is None:
             tensors = {
-                name: torch.empty(shape, dtype=model.dtype, device=model.device) for name, shape in shapes.items()
+                name: torch.empty(shape, dtype=_dtype_of(model, name), device=model.device)
+                for name, shape in shapes.items()
             }
         else:
-            tensors = _sharing(model, shapes, plans)
+            num_bytes = bytes_of(graph, num_tokens=num_tokens, num_logits=num_logits, dtype_bytes=model.dtype.itemsize)
+            tensors = _sharing(model, shapes, num_bytes, plans)
         ropes = graph.ropes
         return Workspace(
             model=model,
@@ -185,14 +187,23 @@ class Workspace:
         )
 
 
+def _dtype_of(model: DeviceModel, name: str) -> torch.dtype:
+    """The type of a tensor between operations."""
+    return {Element.MODEL: model.dtype, Element.FLOAT32: torch.float32, Element.INT32: torch.int32}[
+        model.graph.tensor(name).element
+    ]
+
+
 def _sharing(
-    model: DeviceModel, shapes: Mapping[str, tuple[int, int]], plans: Sequence[PipelinePlan]
+    model: DeviceModel,
+    shapes: Mapping[str, tuple[int, int]],
+    num_bytes: Mapping[str, int],
+    plans: Sequence[PipelinePlan],
 ) -> dict[str, Tensor]:
-    """Tensors of these shapes, placed in one piece of memory."""
-    num_bytes = {name: rows * width * model.dtype.itemsize for name, (rows, width) in shapes.items()}
+    """Tensors of these shapes and sizes, placed in one piece of memory."""
     begins = place(model.graph, plans, num_bytes)
     memory = torch.empty(size_of(begins, num_bytes), dtype=torch.uint8, device=model.device)
     return {
-        name: memory[begins[name] : begins[name] + num_bytes[name]].view(model.dtype).view(shape)
+        name: memory[begins[name] : begins[name] + num_bytes[name]].view(_dtype_of(model, name)).view(shape)
         for name, shape in shapes.items()
     }

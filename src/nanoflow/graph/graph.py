@@ -7,10 +7,12 @@ order. What may be reordered follows from the tensors they share (`nanobatch.py`
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.layers import (
     GraphError,
     KvGroup,
@@ -25,7 +27,25 @@ from nanoflow.graph.layers import (
 )
 from nanoflow.graph.operation import BatchShape, Operation, OpKind, Scope
 
-__all__ = ["GraphError", "LayerKind", "OpGraph", "Parameter", "ParameterPart", "RopeSpec", "Section", "TensorSpec"]
+__all__ = [
+    "Element",
+    "GraphError",
+    "LayerKind",
+    "OpGraph",
+    "Parameter",
+    "ParameterPart",
+    "RopeSpec",
+    "Section",
+    "TensorSpec",
+]
+
+
+class Element(enum.StrEnum):
+    """The type of a tensor's elements: the model's, or one of 4 bytes."""
+
+    MODEL = "model"
+    FLOAT32 = "float32"
+    INT32 = "int32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +57,21 @@ class TensorSpec:
         width: Elements of a row; 0 for the paged KV cache, which has its own layout.
         scope: ALL: one row for each token of the dense batch. SAMPLED: one for each row that gets logits.
         is_per_layer: True for the KV cache, of which each layer has its own. Layers share all other tensors.
+        element: Type of its elements.
+        is_by_range: Its rows belong to a token range as a whole (rows sorted by expert), not each to a token. So every
+            operation that touches it must be cut at the same places, which plans are checked for.
     """
 
     name: str
     width: int
     scope: Scope = Scope.ALL
     is_per_layer: bool = False
+    element: Element = Element.MODEL
+    is_by_range: bool = False
+
+    def row_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of a row, if an element of the model's type has so many."""
+        return self.width * (dtype_bytes if self.element is Element.MODEL else 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +213,13 @@ class OpGraph:
         """Elements of all parameters; a tied embedding is counted once."""
         return sum(parameter.num_elements for parameter in self.parameters) + self._over_layers(
             lambda kind: sum(parameter.num_elements for parameter in kind.parameters)
+        )
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Elements of the parameters that one token passes: all but those of the experts that it does not choose."""
+        return self.num_parameters - self._over_layers(
+            lambda kind: sum(op.dims.num_idle_weights for op in kind.operations if isinstance(op.dims, ExpertDims))
         )
 
     @property

@@ -43,17 +43,26 @@ class Parameter:
         parts: The tensors.
         offset: Added to every element on loading.
         is_float32: Whether it is stored in float32 whatever the model's dtype; for small parameters.
+        num_stacked: Number of equal matrices that the concatenated rows are seen as, in a dimension of their own in
+            front (one for each expert); None for one matrix.
+        whole: Name of a tensor of the checkpoint that has the whole parameter, and that some checkpoints have in place
+            of the parts; None if there is none.
     """
 
     name: str
     parts: tuple[ParameterPart, ...]
     offset: float = 0.0
     is_float32: bool = False
+    num_stacked: int | None = None
+    whole: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the concatenated parameter."""
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+        num_rows, rest = sum(part.shape[0] for part in self.parts), self.parts[0].shape[1:]
+        return (
+            (num_rows, *rest) if self.num_stacked is None else (self.num_stacked, num_rows // self.num_stacked, *rest)
+        )
 
     @property
     def num_elements(self) -> int:

@@ -10,6 +10,8 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanoflow.graph.experts import CombineDims, ExpertDims, OrderDims, RoutedDims, RouterDims, SharedGateDims
+
 # Number of keys in a block, for kernels that divide decode attention into blocks of keys.
 KEY_BLOCK = 64
 
@@ -46,6 +48,12 @@ class OpKind(enum.StrEnum):
     PREFILL_ATTENTION = "prefill_attention"
     SWIGLU = "swiglu"
     GEGLU = "geglu"
+    ROUTER = "router"
+    EXPERT_ORDER = "expert_order"
+    EXPERTS_IN = "experts_in"
+    EXPERTS_OUT = "experts_out"
+    COMBINE = "combine"
+    SHARED_GATE = "shared_gate"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
 
@@ -149,7 +157,7 @@ class CollectiveDims:
     num_gpus: int
 
 
-Dims = RowDims | NormDims | LinearDims | AttentionDims | CollectiveDims
+Dims = RowDims | NormDims | LinearDims | AttentionDims | CollectiveDims | RoutedDims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +193,11 @@ class Operation:
     def key(self) -> str:
         """Its name in a profile."""
         return f"{self.name}.{self.variant}" if self.variant else self.name
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies rows by weights: a product, a router, or a product of experts."""
+        return isinstance(self.dims, LinearDims | RouterDims | ExpertDims)
 
     def flops(self, shape: BatchShape) -> int:
         """Floating-point operations on a batch (a multiply-add is two; paper Table 2)."""
@@ -270,6 +283,17 @@ def _collective_memory(op: Operation, shape: BatchShape) -> int:
     return round(_collective_elements(op, shape))
 
 
+def _routed_flops(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, RoutedDims)
+    return op.dims.flops(shape.tokens_in(op.scope))
+
+
+def _routed_elements(op: Operation, shape: BatchShape) -> int:
+    assert isinstance(op.dims, RoutedDims)
+    return op.dims.elements(shape.tokens_in(op.scope))
+
+
+_ROUTED = (RouterDims, OrderDims, ExpertDims, CombineDims, SharedGateDims)
 _Cost = Callable[[Operation, BatchShape], int]
 _FLOPS: dict[type, _Cost] = {
     LinearDims: _linear_flops,
@@ -277,6 +301,7 @@ _FLOPS: dict[type, _Cost] = {
     NormDims: _norm_flops,
     RowDims: _row_flops,
     CollectiveDims: _collective_flops,
+    **dict.fromkeys(_ROUTED, _routed_flops),
 }
 _ELEMENTS: dict[type, _Cost] = {
     LinearDims: _linear_elements,
@@ -284,4 +309,5 @@ _ELEMENTS: dict[type, _Cost] = {
     NormDims: _norm_elements,
     RowDims: _row_elements,
     CollectiveDims: _collective_memory,
+    **dict.fromkeys(_ROUTED, _routed_elements),
 }

@@ -1,7 +1,8 @@
 """A graph as one of N GPUs sees it under tensor parallelism: narrower products, fewer heads, and collectives.
 
 It is for planning and simulation only. Attention heads and the columns of gate and up are split over GPUs. o_proj and
-down_proj are split by rows, and a collective combines their partial sums.
+down_proj are split by rows, and a collective combines their partial sums. Experts are split like gate, up and down, so
+every GPU has a part of each; routing is computed on every GPU. One collective ends a block with a shared expert too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import replace
 
+from nanoflow.graph.experts import CombineDims, ExpertDims, SharedGateDims
 from nanoflow.graph.graph import GraphError, LayerKind, OpGraph
 from nanoflow.graph.operation import (
     GATED,
@@ -73,34 +75,56 @@ def reads_attention(kind: LayerKind, op: Operation) -> bool:
 
 
 def ends_block(kind: LayerKind, op: Operation) -> bool:
-    """True for the last product of a block: its inputs (heads or columns) are split over GPUs."""
-    if not isinstance(op.dims, LinearDims):
-        return False
+    """True for the last operation of a block, after which the partial sums of GPUs are combined."""
+    closing = [other.name for other in kind.operations if other.kind is OpKind.COMBINE or _reads_columns(kind, other)]
+    return reads_attention(kind, op) or op.name in closing[-1:]
+
+
+def width_of(op: Operation) -> int:
+    """Width of what the last operation of a block writes."""
+    if isinstance(op.dims, CombineDims):
+        return op.dims.width
+    assert isinstance(op.dims, LinearDims)
+    return op.dims.out_features
+
+
+def _reads_columns(kind: LayerKind, op: Operation) -> bool:
+    """True for a product whose inputs are columns that are split over GPUs."""
     written = {name for other in kind.operations if other.kind in _ACTIVATIONS for name in other.writes}
-    return reads_attention(kind, op) or not written.isdisjoint(op.reads)
+    return isinstance(op.dims, LinearDims) and not written.isdisjoint(op.reads)
 
 
 def _parts(kind: LayerKind, op: Operation, num_gpus: int, exchange: Exchange) -> Iterator[Operation]:
     """One GPU's operations for an operation of the whole layer, in order."""
-    if isinstance(op.dims, LinearDims) and ends_block(kind, op):
-        if exchange is Exchange.ALL_GATHER and reads_attention(kind, op):
-            yield _collective(
-                OpKind.ALL_GATHER, f"{op.name}_input_all_gather", op.reads[0], op.dims.in_features, num_gpus
-            )
-            yield _cut_columns(op, num_gpus)
-            yield _collective(OpKind.ALL_GATHER, f"{op.name}_all_gather", op.writes[0], op.dims.out_features, num_gpus)
-        else:
-            yield replace(op, dims=replace(op.dims, in_features=_share(op, op.dims.in_features, num_gpus)))
-            yield _collective(OpKind.ALL_REDUCE, f"{op.name}_all_reduce", op.writes[0], op.dims.out_features, num_gpus)
-    elif isinstance(op.dims, LinearDims):
-        is_qkv = op.dims.out_features == kind.attention.q_width + 2 * kind.attention.kv_width
-        yield _cut_heads(op, kind.attention, num_gpus) if is_qkv else _cut_columns(op, num_gpus)
-    elif isinstance(op.dims, AttentionDims):
-        yield replace(op, dims=_fewer_heads(op.dims, num_gpus))
-    elif isinstance(op.dims, RowDims) and op.kind in GATED:
-        yield replace(op, dims=RowDims(width=_share(op, op.dims.width, num_gpus)))
+    if not ends_block(kind, op):
+        yield _part(kind, op, num_gpus)
+    elif exchange is Exchange.ALL_GATHER and reads_attention(kind, op):
+        assert isinstance(op.dims, LinearDims)
+        yield _collective(OpKind.ALL_GATHER, f"{op.name}_input_all_gather", op.reads[0], op.dims.in_features, num_gpus)
+        yield _cut_columns(op, num_gpus)
+        yield _collective(OpKind.ALL_GATHER, f"{op.name}_all_gather", op.writes[0], op.dims.out_features, num_gpus)
     else:
-        yield op
+        yield _part(kind, op, num_gpus)
+        yield _collective(OpKind.ALL_REDUCE, f"{op.name}_all_reduce", op.writes[0], width_of(op), num_gpus)
+
+
+def _part(kind: LayerKind, op: Operation, num_gpus: int) -> Operation:
+    """One GPU's part of an operation: fewer rows of weights, fewer columns or heads, or all of it."""
+    dims = op.dims
+    if isinstance(dims, LinearDims):
+        if reads_attention(kind, op) or _reads_columns(kind, op):
+            return replace(op, dims=replace(dims, in_features=_share(op, dims.in_features, num_gpus)))
+        is_qkv = dims.out_features == kind.attention.q_width + 2 * kind.attention.kv_width
+        return _cut_heads(op, kind.attention, num_gpus) if is_qkv else _cut_columns(op, num_gpus)
+    if isinstance(dims, ExpertDims):
+        if dims.is_gated:
+            return replace(op, dims=replace(dims, out_features=_share(op, dims.out_features, num_gpus)))
+        return replace(op, dims=replace(dims, in_features=_share(op, dims.in_features, num_gpus)))
+    if isinstance(dims, AttentionDims):
+        return replace(op, dims=_fewer_heads(dims, num_gpus))
+    if isinstance(dims, SharedGateDims) or (isinstance(dims, RowDims) and op.kind in GATED):
+        return replace(op, dims=replace(dims, width=_share(op, dims.width, num_gpus)))
+    return op
 
 
 def _collective(kind: OpKind, name: str, tensor: str, width: int, num_gpus: int) -> Operation:

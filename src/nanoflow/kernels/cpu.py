@@ -1,4 +1,4 @@
-"""CPU kernels: float32 products by oneDNN. All other kernels on a CPU are those of `reference.py`.
+"""CPU kernels: float32 products by oneDNN, those of experts too. All others on a CPU are those of `reference.py`.
 
 torch computes float32 products with MKL. For few rows, as in decode, MKL is several times slower than oneDNN on some
 processors. Numbers: docs/log/2026-11-22-cpu-products.md.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import reference
+from nanoflow.kernels import reference, reference_experts
 from nanoflow.kernels.launch import Kernel, Launch
 
 # Larger products are split into parts of this many rows, so that the cost of reading the weights again is negligible.
@@ -61,6 +61,27 @@ def row_blocks(num_rows: int) -> tuple[tuple[slice, int], ...]:
     return tuple(blocks)
 
 
+def experts_in(launch: Launch) -> None:
+    """As in `reference_experts.py`; the rows are sorted once, and each expert with rows takes products of its own."""
+    (x, rows, ends), (activation,), (weight,) = launch.reads, launch.writes, launch.weights
+    out = activation.view(rows.numel(), -1)
+    sorted_x = x.index_select(0, rows.flatten() // rows.shape[1])
+    for expert, places in reference_experts.parts_of_experts(ends):
+        for part, product in _products(sorted_x[places], weight[expert], []):
+            gate, up = product.chunk(2, dim=-1)
+            target = out[places] if part is None else out[places][part]
+            torch.mul(F.silu(gate, inplace=True), up, out=target)
+
+
+def experts_out(launch: Launch) -> None:
+    """As in `reference_experts.py`."""
+    (activation, rows, ends), (out,), (weight,) = launch.reads, launch.writes, launch.weights
+    by_expert, by_token, order = activation.view(rows.numel(), -1), out.view(rows.numel(), -1), rows.flatten()
+    for expert, places in reference_experts.parts_of_experts(ends):
+        for part, product in _products(by_expert[places], weight[expert], []):
+            by_token.index_copy_(0, (order[places] if part is None else order[places][part]).long(), product)
+
+
 def _products(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Iterator[tuple[slice | None, Tensor]]:
     """Rows and their product, part by part; None stands for all rows, as a view of a tensor takes some microseconds."""
     multiply = _by_onednn if x.dtype == torch.float32 else F.linear
@@ -79,7 +100,13 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
+_BY_ONEDNN: dict[OpKind, Kernel] = {
+    OpKind.LINEAR: linear,
+    OpKind.LINEAR_ADD: linear_add,
+    OpKind.EXPERTS_IN: experts_in,
+    OpKind.EXPERTS_OUT: experts_out,
+}
 CPU_KERNELS: dict[OpKind, Kernel] = {
     **reference.REFERENCE_KERNELS,
-    **({OpKind.LINEAR: linear, OpKind.LINEAR_ADD: linear_add} if has_onednn() else {}),
+    **(_BY_ONEDNN if has_onednn() else {}),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
-from nanoflow.kernels import reference, sample
+from nanoflow.kernels import reference, reference_experts, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
@@ -27,16 +27,19 @@ def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation
     Fused kinds, which are two operations in one kernel, are included only where they pay.
 
     Raises:
-        ValueError: The device is not supported.
+        ValueError: The device is not supported, or has no kernel for an operation.
     """
     if device.type not in _KERNELS:
         raise ValueError(f"no kernels for device {device.type!r}; there are some for {', '.join(_KERNELS)}")
-    return _KERNELS[device.type](device, dtype, layer)
+    kernels = _KERNELS[device.type](device, dtype, layer)
+    if missing := sorted({op.kind for op in layer} - kernels.keys()):
+        raise ValueError(f"no kernel for {', '.join(missing)} on device {device.type!r}: this model cannot run there")
+    return kernels
 
 
-def are_capturable(kernels: Kernels) -> bool:
-    """Whether a CUDA graph can capture the kernels: none of them reads lengths on the host."""
-    return not {reference.decode_attention, reference.prefill_attention} & set(kernels.values())
+def are_capturable(kernels: Kernels, layer: tuple[Operation, ...]) -> bool:
+    """Whether a CUDA graph can capture the kernels of these operations: none of them reads lengths on the host."""
+    return not _READING_ON_HOST & {kernels[op.kind] for op in layer}
 
 
 def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Operation, ...]) -> Kernels:
@@ -102,6 +105,14 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
     )
 
 
+_READING_ON_HOST: frozenset[Kernel] = frozenset(
+    (
+        reference.decode_attention,
+        reference.prefill_attention,
+        reference_experts.experts_in,
+        reference_experts.experts_out,
+    )
+)
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {
     "cpu": _cpu_kernels,
     "cuda": _cuda_kernels,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch, LayerCache, embedding_scale
+from nanoflow.kernels.reference_experts import EXPERT_KERNELS
 
 # Most elements of gathered keys in decode attention at once, chosen to fit in a core's cache. Larger groups are several
 # times slower on a CPU, because each allocation gets fresh pages from the system.
@@ -253,4 +254,5 @@ REFERENCE_KERNELS: dict[OpKind, Kernel] = {
     OpKind.PREFILL_ATTENTION: prefill_attention,
     OpKind.SWIGLU: swiglu,
     OpKind.GEGLU: geglu,
+    **EXPERT_KERNELS,
 }

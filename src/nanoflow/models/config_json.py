@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.models.checkpoint import differ, peek
+from nanoflow.models.expert_fields import experts_of
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
 from nanoflow.models.formats import refuse_adapter
 from nanoflow.models.generation import GENERATION_CONFIG
@@ -56,7 +57,7 @@ _NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
 
 
-def load(folder: Path, generation_config: Path | None = None, *, is_served: bool = True) -> ModelConfig:
+def load(folder: Path, generation_config: Path | None = None) -> ModelConfig:
     """Read config.json, with more end-of-sequence tokens from generation_config.json, and two facts from the weights.
 
     The metadata of a GGUF file say the same and more.
@@ -68,14 +69,13 @@ def load(folder: Path, generation_config: Path | None = None, *, is_served: bool
     Args:
         folder: The model's folder, or a GGUF file.
         generation_config: A file that replaces the folder's generation_config.json.
-        is_served: Whether the model is to be served; for analysis more architectures are accepted.
 
     Raises:
         ModelError: The architecture is unknown (checked first), the folder is not a complete model, a file is missing
             or not a JSON object, or a field is invalid.
     """
     values, origin = read_config(folder)
-    _architecture(Fields(values=values, origin=origin), is_served=is_served)
+    _architecture(Fields(values=values, origin=origin))
     refuse_adapter(folder)
     config = parse(values, origin=origin)
     quantisation_of(folder, values)
@@ -124,15 +124,13 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         ModelError: The architecture is unknown (checked first), a field is missing or invalid, or weights are
             quantised by a method that is not served.
     """
-    architecture = _architecture(Fields(values=config, origin=origin), is_served=False)
+    architecture = _architecture(Fields(values=config, origin=origin))
     reading = reading_of(architecture)
-    assert reading is not None, "refused before"
     fields = _as_the_architecture_sees_it(config, architecture, reading, origin)
     num_heads = fields.positive_int("num_attention_heads")
     num_layers = fields.positive_int("num_hidden_layers", most=_MAX_LAYERS)
     vocab_size = fields.positive_int("vocab_size")
     max_position_embeddings = fields.positive_int("max_position_embeddings")
-    num_experts, num_experts_per_token = _experts(fields)
     head_dim = _head_dim(fields, num_heads)
     return ModelConfig(
         architecture=architecture,
@@ -149,30 +147,29 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         rope=rope_of(fields, reading, head_dim),
         local_rope=local_rope_of(fields, reading, head_dim),
         fields=fields,
-        layer_windows=_layer_windows(fields, num_layers),
+        layer_windows=_layer_windows(fields, reading, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         attention_bias=fields.flag("attention_bias", default=False),
         mlp_bias=fields.flag("mlp_bias", default=False),
         eos_token_ids=_eos_token_ids(fields, vocab_size, is_given="eos_token_id" in config),
         dtype=_dtype(fields),
-        num_experts=num_experts,
-        num_experts_per_token=num_experts_per_token,
+        experts=experts_of(fields, reading.expert_counts, num_layers),
     )
 
 
-def _architecture(fields: Fields, *, is_served: bool = True) -> str:
+def _architecture(fields: Fields) -> str:
     """The model's class, by name or by `model_type`; an error if the two contradict each other."""
     names, model_type = fields.values.get("architectures"), fields.values.get("model_type")
     if not names and isinstance(model_type, str) and model_type:
         served = served_as(model_type)
         if served is None:
-            raise fields.problem(refusal(None, model_type, fields.values, is_served=is_served) or "")
+            raise fields.problem(refusal(None, model_type, fields.values) or "")
         return served
     names = _names(fields)
-    if (reason := refusal(names[0], model_type, fields.values, is_served=is_served)) is not None:
+    if (reason := refusal(names[0], model_type, fields.values)) is not None:
         raise fields.problem(reason)
     reading = reading_of(names[0])
-    if reading is not None and model_type is not None and model_type != reading.model_type:
+    if model_type is not None and model_type != reading.model_type:
         problem = f"is {shown(model_type)}, but architectures has {names[0]!r}, which is {reading.model_type!r}"
         raise fields.error("model_type", problem)
     return names[0]
@@ -208,18 +205,6 @@ def _num_kv_heads(fields: Fields, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _experts(fields: Fields) -> tuple[int | None, int | None]:
-    """Experts of a layer, and experts that a token passes; None for both in a dense model."""
-    if not fields.has("num_local_experts"):
-        return None, None
-    num_experts, num_per_token = fields.positive_int("num_local_experts"), fields.positive_int("num_experts_per_tok")
-    if num_per_token > num_experts:
-        raise fields.error(
-            "num_experts_per_tok", f"must be at most num_local_experts {num_experts}, got {num_per_token}"
-        )
-    return num_experts, num_per_token
-
-
 def _head_dim(fields: Fields, num_heads: int) -> int:
     hidden_size = fields.positive_int("hidden_size")
     if not fields.has("head_dim") and hidden_size % num_heads:
@@ -233,8 +218,8 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
     return head_dim
 
 
-def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """Window of each layer: it applies as in `layer_types`, else from layer `max_window_layers` on, else to all."""
+def _layer_windows(fields: Fields, reading: Reading, num_layers: int) -> tuple[int | None, ...]:
+    """Window of each layer: as in `layer_types`; else from layer `max_window_layers` on, or in every other before."""
     window = None
     if fields.flag("use_sliding_window", default=True) and fields.has("sliding_window"):
         window = fields.positive_int("sliding_window")
@@ -248,6 +233,8 @@ def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     first = fields.raw("max_window_layers", 0)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise fields.error("max_window_layers", f"must be a whole number from 0, got {shown(first)}")
+    if reading.has_early_windows:
+        return tuple(window if layer < first and layer % 2 == 0 else None for layer in range(num_layers))
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoflow.graph.graph import OpGraph, ParameterPart
+from nanoflow.graph.graph import OpGraph, Parameter
 from nanoflow.models.checkpoint import StoredTensor, printable, read_checkpoint
 from nanoflow.models.fields import ModelError, read_object
 from nanoflow.models.gguf_file import is_gguf
@@ -36,7 +36,7 @@ class Contents:
     """The parts of a graph's parameters in a checkpoint.
 
     Attributes:
-        parts: By the names that the graph has for them (`part_name`).
+        parts: By the names that the graph has for them (`parts_of`).
         title: In which form weights are stored, if not as plain numbers in safetensors; else None.
         has_kv_scales: Whether there are scales for keys and values, which are not used.
         names: All tensors of the checkpoint.
@@ -106,11 +106,24 @@ def read_contents(graph: OpGraph, path: Path) -> Contents:
     )
 
 
-def part_name(part: ParameterPart, stored: Container[str], *, layer: int | None = None) -> str:
-    """The name by which a checkpoint has a part, up to the form it is stored in."""
-    source = part.source if layer is None else part.source.format(layer=layer)
-    other = part.other_source
-    return other if other is not None and source not in stored and other in stored else source
+def parts_of(parameter: Parameter, stored: Container[str], *, layer: int | None = None) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of what a checkpoint has for a parameter, up to the form it is stored in.
+
+    That is one tensor for the whole parameter if the checkpoint has it, else one for each part.
+
+    Args:
+        parameter: The parameter.
+        stored: Names of the checkpoint's tensors.
+        layer: Its layer; None outside the layers.
+    """
+    whole = parameter.whole and parameter.whole.format(layer=layer)
+    if whole is not None and whole in stored:
+        yield whole, parameter.shape
+        return
+    for part in parameter.parts:
+        name, other = (source and source.format(layer=layer) for source in (part.source, part.other_source))
+        assert name is not None
+        yield other if other is not None and name not in stored and other in stored else name, part.shape
 
 
 def _open(path: Path) -> _Checkpoint:
@@ -140,10 +153,10 @@ def _title(checkpoint: _Checkpoint, parts: Mapping[str, Stored]) -> str | None:
 def _expected(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every part that the graph needs."""
     for parameter in graph.parameters:
-        yield from ((part_name(part, stored), part.shape) for part in parameter.parts)
+        yield from parts_of(parameter, stored)
     for layer, kind in enumerate(graph.layers):
         for parameter in kind.parameters:
-            yield from ((part_name(part, stored, layer=layer), part.shape) for part in parameter.parts)
+            yield from parts_of(parameter, stored, layer=layer)
 
 
 def _check_names(graph: OpGraph, checkpoint: _Checkpoint, needed: Mapping[str, Mapping[str, str]]) -> None:

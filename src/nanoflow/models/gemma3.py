@@ -43,7 +43,7 @@ def build(config: ModelConfig, max_model_len: int | None) -> OpGraph:
     embedding, final_norm, *others = parts.shared_parameters(config)
     return parts.decoder(
         config,
-        lambda window: _kind(config, window, parameters, _rope(config, window, max_model_len)),
+        parts.by_window(config, lambda window: _kind(config, window, parameters, _rope(config, window, max_model_len))),
         parameters=(embedding, _one_more(final_norm), *others),
         more_tensors=(TensorSpec(name="block", width=config.hidden_size),),
         scale=config.hidden_size**0.5,

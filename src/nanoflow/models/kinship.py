@@ -99,9 +99,9 @@ _KINDS: tuple[_Kind, ...] = (
         fields=("ssm_cfg", "state_size", "mamba_d_state", "linear_num_key_heads"),
     ),
     _Kind(
-        what="a mixture of experts",
+        what="a mixture of experts of another kind",
         has_kin=True,
-        types=("mixtral", "qwen2_moe", "qwen3_moe", "dbrx", "olmoe", "phimoe", "gpt_oss", "deepseek", "grok", "llama4"),
+        types=("dbrx", "olmoe", "phimoe", "gpt_oss", "deepseek", "grok", "llama4"),
         fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     ),
     _Kind(what="a model with latent attention", has_kin=True, types=("minicpm3",), fields=("kv_lora_rank",)),
@@ -129,17 +129,17 @@ _KINDS: tuple[_Kind, ...] = (
 )
 # Prefixes of names, and the most similar served family; the first match is used.
 _FAMILIES: Mapping[str, str] = {
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
     "qwen": "Qwen2ForCausalLM",
     "mistral": "MistralForCausalLM",
-    "mixtral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "ministral": "MistralForCausalLM",
 }
 
 
-def not_known(
-    architecture: str | None, model_type: object, config: _Config, known: Sequence[str], *, is_analysed: bool = False
-) -> str:
+def not_known(architecture: str | None, model_type: object, config: _Config, known: Sequence[str]) -> str:
     """One line on an architecture that is not served: its name, its kind, the most similar one, all served ones.
 
     Args:
@@ -147,7 +147,6 @@ def not_known(
         model_type: The field of this name, of any type.
         config: The whole object, whose fields help to find the kind.
         known: Served architectures.
-        is_analysed: Whether its costs can be analyzed.
     """
     kind_name = _plain(model_type if isinstance(model_type, str) and model_type else architecture or "")
     kind = next((kind for kind in _KINDS if kind.is_of(architecture or "", kind_name, config)), None)
@@ -155,9 +154,7 @@ def not_known(
     what = f" ({kind.what})" if kind is not None else ""
     nearest = _nearest(architecture or "", kind_name, known) if kind is None or kind.has_kin else None
     near = f"nearest known: {nearest}" if nearest is not None else "none of the known ones is similar"
-    costs = "; nanoflow analyze computes what it costs" if is_analysed else ""
-    verdict = "not served yet" if is_analysed else "not known"
-    return f"{name} is {verdict}{what}; {near}; known: {', '.join(known)}{costs}"
+    return f"{name} is not known{what}; {near}; known: {', '.join(known)}"
 
 
 def _plain(name: str) -> str:

@@ -39,22 +39,27 @@ def build(
     Raises:
         ModelError: The activation or the rotary embedding is not supported.
     """
-    if config.hidden_act not in _ACTIVATIONS:
-        raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
+    require_silu(config)
     layer_parameters = (
-        *_attention_parameters(
+        *attention_parameters(
             config, has_qkv_bias=has_qkv_bias, has_qk_norm=has_qk_norm, is_stored_fused=is_stored_fused
         ),
-        *_mlp_parameters(config, is_stored_fused=is_stored_fused),
+        *mlp_parameters(config, is_stored_fused=is_stored_fused),
     )
     rope = rope_spec(config, max_model_len)
-    return parts.decoder(
+    layers = parts.by_window(
         config,
         lambda window: _kind(
-            config, _attention_dims(config, window, rope, has_qk_norm=has_qk_norm), layer_parameters, rope
+            config, attention_dims(config, window, rope, has_qk_norm=has_qk_norm), layer_parameters, rope
         ),
-        parameters=parts.shared_parameters(config),
     )
+    return parts.decoder(config, layers, parameters=parts.shared_parameters(config))
+
+
+def require_silu(config: ModelConfig) -> None:
+    """Raise ModelError for an activation other than SwiGLU's."""
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ModelError(f"{config.architecture}: hidden_act must be 'silu', got {shown(config.hidden_act)}")
 
 
 def _kind(
@@ -62,15 +67,17 @@ def _kind(
 ) -> LayerKind:
     """The layer kind with this attention."""
     variant = parts.variant_of(config, attention.window)
+    names = {parameter.name for parameter in parameters}
     return LayerKind(
         name=variant or "layer",
-        operations=_layer(config, attention, {parameter.name for parameter in parameters}, variant),
+        operations=(*attention_block(config, attention, names, variant), *mlp(config, names)),
         parameters=parameters,
         rope=rope,
     )
 
 
-def _attention_dims(config: ModelConfig, window: int | None, rope: RopeSpec, *, has_qk_norm: bool) -> AttentionDims:
+def attention_dims(config: ModelConfig, window: int | None, rope: RopeSpec, *, has_qk_norm: bool) -> AttentionDims:
+    """The sizes of attention in layers with this window."""
     rotary_dim = 2 * len(rope.inv_freq)
     return AttentionDims(
         num_heads=config.num_heads,
@@ -83,14 +90,23 @@ def _attention_dims(config: ModelConfig, window: int | None, rope: RopeSpec, *, 
     )
 
 
-def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str], variant: str) -> tuple[Operation, ...]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    qkv_width = attention.q_width + 2 * attention.kv_width
+def attention_block(
+    config: ModelConfig, attention: AttentionDims, parameters: set[str], variant: str
+) -> tuple[Operation, ...]:
+    """The first half of a layer; `parameters` are the names of the layer's."""
+    hidden, qkv_width = config.hidden_size, attention.q_width + 2 * attention.kv_width
     return (
         parts.norm("attn_norm", config),
         parts.linear("qkv_proj", "normed", "qkv", hidden, qkv_width, parameters),
         *parts.attention(attention, parameters, variant),
         parts.linear_add("o_proj", "attn", attention.q_width, hidden, parameters),
+    )
+
+
+def mlp(config: ModelConfig, parameters: set[str]) -> tuple[Operation, ...]:
+    """The second half of a layer, without experts."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return (
         parts.norm("ffn_norm", config),
         parts.linear("gate_up_proj", "normed", "gate_up", hidden, 2 * inner, parameters),
         parts.activation(OpKind.SWIGLU, inner),
@@ -98,9 +114,10 @@ def _layer(config: ModelConfig, attention: AttentionDims, parameters: set[str], 
     )
 
 
-def _attention_parameters(
-    config: ModelConfig, *, has_qkv_bias: bool, has_qk_norm: bool, is_stored_fused: bool
+def attention_parameters(
+    config: ModelConfig, *, has_qkv_bias: bool, has_qk_norm: bool, is_stored_fused: bool = False
 ) -> tuple[Parameter, ...]:
+    """Parameters of the first half; the arguments are those of `build`."""
     hidden, source = config.hidden_size, f"{parts.LAYER}self_attn."
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
@@ -114,16 +131,18 @@ def _attention_parameters(
     )
 
 
-def _mlp_parameters(config: ModelConfig, *, is_stored_fused: bool) -> tuple[Parameter, ...]:
-    hidden, inner, has_bias, source = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.mlp_bias,
-        f"{parts.LAYER}mlp.",
-    )
+def mlp_parameters(config: ModelConfig, *, is_stored_fused: bool = False) -> tuple[Parameter, ...]:
+    """Parameters of the second half; the argument is that of `build`."""
+    hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    source = f"{parts.LAYER}mlp."
     gate_up = {"gate_up_proj": 2 * inner} if is_stored_fused else {"gate_proj": inner, "up_proj": inner}
     return (
-        parts.fused("ffn_norm.weight", (f"{parts.LAYER}post_attention_layernorm.weight", (hidden,))),
+        ffn_norm(config),
         *parts.projection("gate_up_proj", source, gate_up, hidden, has_bias=has_bias),
         *parts.projection("down_proj", source, {"down_proj": hidden}, inner, has_bias=has_bias),
     )
+
+
+def ffn_norm(config: ModelConfig) -> Parameter:
+    """The weight of the norm between both halves."""
+    return parts.fused("ffn_norm.weight", (f"{parts.LAYER}post_attention_layernorm.weight", (config.hidden_size,)))

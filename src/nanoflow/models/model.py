@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanoflow.models.expert_fields import ExpertsConfig
 from nanoflow.models.fields import INT32_MAX, Fields
 
 # Types of rotary embeddings that multiply the trained context length by their `factor`.
@@ -50,8 +51,7 @@ class ModelConfig:
         attention_bias, mlp_bias: Whether config.json asks for biases; some architectures always have some.
         eos_token_ids: End-of-sequence tokens, those of config.json first, then those of generation_config.json.
         dtype: "float32", "bfloat16" or "float16".
-        num_experts, num_experts_per_token: Experts of a layer of a mixture of experts, and how many of them a token
-            passes; None for a dense model.
+        experts: What it says of experts; None for a dense model.
     """
 
     architecture: str
@@ -74,8 +74,7 @@ class ModelConfig:
     dtype: str
     local_rope: RopeConfig | None = None
     fields: Fields = field(default=Fields(values={}, origin="config.json"), repr=False, compare=False)
-    num_experts: int | None = None
-    num_experts_per_token: int | None = None
+    experts: ExpertsConfig | None = None
 
     @property
     def max_context_len(self) -> int:

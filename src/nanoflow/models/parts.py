@@ -7,7 +7,7 @@ reads it and writes `normed`, and the last operation of a block adds to `hidden`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from nanoflow.graph.graph import LayerKind, OpGraph, Parameter, ParameterPart, TensorSpec
@@ -22,7 +22,7 @@ LAYER = "model.layers.{layer}."
 
 def decoder(
     config: ModelConfig,
-    kind_of: Callable[[int | None], LayerKind],
+    layers: Sequence[LayerKind],
     *,
     parameters: tuple[Parameter, ...],
     more_tensors: tuple[TensorSpec, ...] = (),
@@ -32,25 +32,32 @@ def decoder(
 
     Args:
         config: The model.
-        kind_of: Makes the layer kind for a sliding window (None: without one); called once for each window.
+        layers: The kind of each layer; see `by_window`.
         parameters: Parameters outside the layers.
         more_tensors: Tensors of the layers that only this family has.
         scale: Factor on the embedding.
     """
-    kinds = {window: kind_of(window) for window in dict.fromkeys(config.layer_windows)}
     graph = OpGraph(
         name=config.architecture,
         vocab_size=config.vocab_size,
         prologue=(embed(config, scale),),
-        sections=sections_of([kinds[window] for window in config.layer_windows]),
+        sections=sections_of(layers),
         epilogue=epilogue(config),
-        tensors=tensors(config, next(iter(kinds.values())).attention, *more_tensors),
+        tensors=tensors(config, layers[0].attention, *more_tensors),
         parameters=parameters,
         ignored_sources=ignored_sources(config),
     )
+    touched = {name for op in graph.operations() for name in (*op.reads, *op.writes)}
+    graph = replace(graph, tensors=tuple(spec for spec in graph.tensors if spec.name in touched))
     graph = replace(graph, name=f"{graph.name} {size_of(graph)}")
     graph.validate()
     return graph
+
+
+def by_window(config: ModelConfig, kind_of: Callable[[int | None], LayerKind]) -> list[LayerKind]:
+    """The kind of each layer where windows alone distinguish them; `kind_of` is called once for each window."""
+    kinds = {window: kind_of(window) for window in dict.fromkeys(config.layer_windows)}
+    return [kinds[window] for window in config.layer_windows]
 
 
 def variant_of(config: ModelConfig, window: int | None) -> str:
@@ -62,7 +69,7 @@ def variant_of(config: ModelConfig, window: int | None) -> str:
 
 
 def tensors(config: ModelConfig, dims: AttentionDims, *more: TensorSpec) -> tuple[TensorSpec, ...]:
-    """The tensors that every family has, and `more`."""
+    """The tensors that most families have, and `more`; `decoder` drops those that no operation touches."""
     hidden, sampled = config.hidden_size, Scope.SAMPLED
     return (
         TensorSpec(name="token_ids", width=1),

@@ -1,8 +1,7 @@
 """Published architectures by name, as data, for benchmarks in which only a model's shape matters.
 
 A preset is the part of a model's config.json that `config_json.py` reads. It has no weights and no tokenizer; weights
-are drawn at random. To add one, add an entry to `PRESETS`. Architectures that are not served (mixtures of experts) can
-only be analyzed.
+are drawn at random. To add one, add an entry to `PRESETS`.
 """
 
 from __future__ import annotations
@@ -55,6 +54,14 @@ _GEMMA_3 = {
     "rope_local_base_freq": 10000.0,
     "query_pre_attn_scalar": 256,
     "eos_token_id": [1, 106],
+}
+_QWEN_MOE = {
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "norm_topk_prob": False,
+    "eos_token_id": 151643,
 }
 _QWEN_2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -235,6 +242,50 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 1000000.0,
         "eos_token_id": 2,
+    },
+    "qwen1.5-moe-a2.7b": {
+        **_QWEN_MOE,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 8192,
+    },
+    "qwen2-57b-a14b": {
+        **_QWEN_MOE,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 20480,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 131072,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN_MOE,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "eos_token_id": 151645,
     },
     "gemma-3-270m": {**_GEMMA_3, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
     "gemma-3-1b": {**_GEMMA_3, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},

@@ -23,6 +23,10 @@ class Reading:
         rope_types: Names of its rotary embeddings, and the type in `rope.py` that each means; None if all types are
             accepted by their own names.
         can_rotate_in_part: Whether `partial_rotary_factor` may leave a part of each head unrotated.
+        expert_counts: Names of the field with the number of experts; the first one in a file counts. Empty for a dense
+            architecture.
+        has_early_windows: Whether `max_window_layers` says that every other layer before it has a window; else those
+            from it on have one.
     """
 
     model_type: str
@@ -30,6 +34,8 @@ class Reading:
     nullable: frozenset[str]
     rope_types: Mapping[str, str] | None = None
     can_rotate_in_part: bool = False
+    expert_counts: tuple[str, ...] = ()
+    has_early_windows: bool = False
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that the architecture has, with defaults for absent ones; others are dropped."""
@@ -168,15 +174,60 @@ PHI3 = Reading(
     can_rotate_in_part=True,
 )
 
-# Not served; for analysis only.
+# Its class takes `num_experts` for `num_local_experts`, and that of Qwen 3 the other way round.
 MIXTRAL = Reading(
     model_type="mixtral",
     fields={
         **_MISTRAL_FIELDS,
         "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
         "sliding_window": None,
         "num_local_experts": 8,
+        "num_experts": None,
         "num_experts_per_tok": 2,
     },
     nullable=_NULLABLE | {"head_dim", "sliding_window"},
+    expert_counts=("num_experts", "num_local_experts"),
+)
+
+_SPARSE_FIELDS: Mapping[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+QWEN2_MOE = Reading(
+    model_type="qwen2_moe",
+    fields={
+        **_QWEN_FIELDS,
+        **_SPARSE_FIELDS,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "qkv_bias": True,
+    },
+    nullable=_NULLABLE | {"sliding_window", "layer_types", "mlp_only_layers"},
+    expert_counts=("num_experts",),
+    has_early_windows=True,
+)
+QWEN3_MOE = Reading(
+    model_type="qwen3_moe",
+    fields={
+        **{name: value for name, value in _QWEN_FIELDS.items() if name not in ("max_window_layers", "layer_types")},
+        **_SPARSE_FIELDS,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+        "attention_bias": False,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_local_experts": None,
+        "num_experts_per_tok": 8,
+    },
+    nullable=_NULLABLE | {"sliding_window", "mlp_only_layers"},
+    expert_counts=("num_local_experts", "num_experts"),
 )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.models import gemma3, llama, readings
+from nanoflow.models import gemma3, llama, moe, readings
 from nanoflow.models.fields import ModelError
 from nanoflow.models.kinship import not_known
 from nanoflow.models.model import ModelConfig
@@ -40,15 +40,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(reading=readings.QWEN3, build=partial(llama.build, has_qk_norm=True)),
     "Phi3ForCausalLM": Architecture(reading=readings.PHI3, build=partial(llama.build, is_stored_fused=True)),
     "Gemma3ForCausalLM": Architecture(reading=readings.GEMMA3, build=gemma3.build),
+    "MixtralForCausalLM": Architecture(reading=readings.MIXTRAL, build=partial(moe.build, names=moe.MIXTRAL)),
+    "Qwen2MoeForCausalLM": Architecture(reading=readings.QWEN2_MOE, build=moe.build),
+    "Qwen3MoeForCausalLM": Architecture(reading=readings.QWEN3_MOE, build=partial(moe.build, has_qk_norm=True)),
 }
-# Architectures that are not served, but whose costs can be analyzed.
-_ANALYSED: dict[str, Reading] = {"MixtralForCausalLM": readings.MIXTRAL}
 
 
-def reading_of(architecture: str) -> Reading | None:
-    """How an architecture reads config.json; None if it is unknown."""
-    served = ARCHITECTURES.get(architecture)
-    return _ANALYSED.get(architecture) if served is None else served.reading
+def reading_of(architecture: str) -> Reading:
+    """How a served architecture reads config.json."""
+    return ARCHITECTURES[architecture].reading
 
 
 def served_as(model_type: str) -> str | None:
@@ -56,20 +56,17 @@ def served_as(model_type: str) -> str | None:
     return next((name for name, served in ARCHITECTURES.items() if served.reading.model_type == model_type), None)
 
 
-def refusal(architecture: str | None, model_type: object, values: Mapping[str, Any], *, is_served: bool) -> str | None:
-    """Error for a model that cannot be served (or, unless `is_served`, not even analyzed); None if it can.
+def refusal(architecture: str | None, model_type: object, values: Mapping[str, Any]) -> str | None:
+    """Error for a model that cannot be served; None if it can.
 
     Args:
         architecture: The class that config.json names; None if it has only a `model_type`.
         model_type: The field of this name, of any type.
         values: All fields of config.json.
-        is_served: Whether the model is to be served.
     """
-    if architecture in ARCHITECTURES or (architecture in _ANALYSED and not is_served):
+    if architecture in ARCHITECTURES:
         return None
-    return not_known(
-        architecture, model_type, values, list(ARCHITECTURES), is_analysed=is_served and architecture in _ANALYSED
-    )
+    return not_known(architecture, model_type, values, list(ARCHITECTURES))
 
 
 def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
@@ -82,7 +79,6 @@ def build_graph(config: ModelConfig, max_model_len: int | None) -> OpGraph:
     Raises:
         ModelError: The architecture is unknown, or needs something that is not supported.
     """
-    fields = {"num_local_experts": config.num_experts}
-    if (reason := refusal(config.architecture, None, fields, is_served=True)) is not None:
+    if (reason := refusal(config.architecture, None, {})) is not None:
         raise ModelError(reason)
     return ARCHITECTURES[config.architecture].build(config, max_model_len)

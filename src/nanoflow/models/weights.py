@@ -4,7 +4,8 @@ Names and shapes of the whole checkpoint are checked from the files' headers bef
 (`contents.py`). Then each part is copied from the memory-mapped file into its slice of its parameter, to a GPU by
 several threads at once; quantised ones become numbers on the way, a few rows at a time (`dequantise.py`). Pages that
 were read count as the process's memory while the file is mapped. So a file is mapped again after every `_MAPPED_BYTES`,
-and peak memory is the model plus, for each thread, that much or the largest tensor.
+larger tensors of plain numbers are copied in pieces of some rows, and peak memory is the model plus, for each thread,
+that much, the largest row (of stacked experts: one expert) or the largest quantised tensor.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart
+from nanoflow.graph.graph import OpGraph, Parameter
 from nanoflow.models.checkpoint import corrupt
-from nanoflow.models.contents import Contents, part_name, read_contents
+from nanoflow.models.contents import Contents, parts_of, read_contents
 from nanoflow.models.dequantise import read_rows
-from nanoflow.models.stored import Blocks, Stored
+from nanoflow.models.stored import Blocks, Plain, Stored
 
 _MAPPED_BYTES = 64 * 2**20
 _MAX_THREADS = 8
@@ -88,8 +89,9 @@ def load_weights(
     contents = check_weights(graph, folder)
     weights = _allocate(graph, dtype, device)
     targets = dict(_targets(graph, weights, contents))
-    with tqdm(total=len(targets), desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
-        mappings = list(_mappings(contents.parts))
+    mappings = list(_mappings(contents.parts))
+    total = sum(map(len, mappings))
+    with tqdm(total=total, desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
         if make_copier is None:
             for mapping in mappings:
                 _copy_mapping(mapping, targets, Tensor.copy_, progress.update)
@@ -153,19 +155,33 @@ def _add_offsets(graph: OpGraph, weights: Weights) -> None:
 def _targets(graph: OpGraph, weights: Weights, contents: Contents) -> Iterator[tuple[str, Tensor]]:
     """Name of every part, and the slice of the parameter that it is copied to."""
     for parameter in graph.parameters:
-        slices = _slices(parameter, weights.shared[parameter.name])
-        yield from ((part_name(part, contents.names), target) for part, target in slices)
+        yield from _slices(parameter, weights.shared[parameter.name], contents)
     for layer, (kind, group) in enumerate(zip(graph.layers, weights.layers, strict=True)):
         for parameter in kind.parameters:
-            slices = _slices(parameter, group[parameter.name])
-            yield from ((part_name(part, contents.names, layer=layer), target) for part, target in slices)
+            yield from _slices(parameter, group[parameter.name], contents, layer)
 
 
-def _slices(parameter: Parameter, fused: Tensor) -> Iterator[tuple[ParameterPart, Tensor]]:
+def _slices(
+    parameter: Parameter, fused: Tensor, contents: Contents, layer: int | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    parts = dict(parts_of(parameter, contents.names, layer=layer))
+    # Parts are below each other; only a tensor that is stored whole has a dimension for stacked matrices.
+    rows = fused.flatten(0, 1) if fused.dim() > len(next(iter(parts.values()))) else fused
     start = 0
-    for part in parameter.parts:
-        yield part, fused.narrow(0, start, part.shape[0])
-        start += part.shape[0]
+    for name, shape in parts.items():
+        yield name, rows.narrow(0, start, shape[0])
+        start += shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Rows of a part that is stored as plain numbers; None for all of a part in any form."""
+
+    part: Stored
+    rows: slice | None = None
+
+
+_Mapping = list[_Piece]
 
 
 def _mappings(parts: Mapping[str, Stored]) -> Iterator[_Mapping]:
@@ -175,20 +191,28 @@ def _mappings(parts: Mapping[str, Stored]) -> Iterator[_Mapping]:
 
 
 def _groups(parts: list[Stored]) -> Iterator[_Mapping]:
-    """Parts of one file in order of their position in it."""
+    """Pieces of the parts of one file in order of their position in it."""
     group: _Mapping = []
     num_bytes = 0
     for part in sorted(parts, key=lambda part: part.main.start):
         if group and num_bytes + part.num_bytes > _MAPPED_BYTES:
             yield group
             group, num_bytes = [], 0
-        group.append(part)
+        *before, last = _pieces(part)
+        yield from ([piece] for piece in before)
+        group.append(last)
         num_bytes += part.num_bytes
     if group:
         yield group
 
 
-_Mapping = list[Stored]
+def _pieces(part: Stored) -> _Mapping:
+    """A part as a whole, or the fewest pieces that are small enough to be mapped."""
+    num_rows = part.shape[0] if part.shape else 1
+    if part.num_bytes <= _MAPPED_BYTES or num_rows == 1 or not isinstance(part.form, Plain):
+        return [_Piece(part=part)]
+    step = max(num_rows * _MAPPED_BYTES // part.num_bytes, 1)
+    return [_Piece(part=part, rows=slice(start, start + step)) for start in range(0, num_rows, step)]
 
 
 def _copy_by_threads(
@@ -223,10 +247,26 @@ def _copy_mapping(
     """Copy some parts: `copy(target, source)`; ModelError if a file is corrupt."""
     files: dict[Path, Any] = {}
     with ExitStack() as opened:
-        for part in mapping:
-            for first, rows in read_rows(part, _mapped(part, files, opened)):
-                copy(targets[part.name].narrow(0, first, len(rows)), rows)
+        for piece in mapping:
+            part, target = piece.part, targets[piece.part.name]
+            if piece.rows is not None:
+                copy(target[piece.rows], _rows(part, piece.rows, files, opened))
+            else:
+                for first, rows in read_rows(part, _mapped(part, files, opened)):
+                    copy(target.narrow(0, first, len(rows)), rows)
             note_copied()
+
+
+def _rows(part: Stored, rows: slice, files: dict[Path, Any], opened: ExitStack) -> Tensor:
+    """Some rows of a part that is stored as plain numbers."""
+    path = part.main.path
+    try:
+        if path not in files:
+            files[path] = opened.enter_context(safe_open(path, framework="pt"))
+        found: Tensor = files[path].get_slice(part.names["weight"])[rows]
+        return found
+    except (SafetensorError, OSError, ValueError) as error:
+        raise corrupt(path, error) from None
 
 
 def _mapped(part: Stored, files: dict[Path, Any], opened: ExitStack) -> dict[str, Tensor]:

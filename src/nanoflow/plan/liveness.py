@@ -56,6 +56,12 @@ def shapes_of(graph: OpGraph, *, num_tokens: int, num_logits: int) -> dict[str, 
     }
 
 
+def bytes_of(graph: OpGraph, *, num_tokens: int, num_logits: int, dtype_bytes: int) -> dict[str, int]:
+    """Bytes of every tensor of `shapes_of`, if an element of the model's type has so many."""
+    shapes = shapes_of(graph, num_tokens=num_tokens, num_logits=num_logits)
+    return {name: rows * graph.tensor(name).row_bytes(dtype_bytes) for name, (rows, _) in shapes.items()}
+
+
 def size_of(begins: Mapping[str, int], num_bytes: Mapping[str, int]) -> int:
     """Bytes from the beginning to the end of the last tensor."""
     return max((begins[name] + num_bytes[name] for name in begins), default=0)
@@ -65,8 +71,7 @@ def workspace_bytes(
     graph: OpGraph, plans: Sequence[PipelinePlan], *, num_tokens: int, num_logits: int, dtype_bytes: int
 ) -> int:
     """Bytes that the tensors between operations take, for batches of up to so many tokens and rows with logits."""
-    shapes = shapes_of(graph, num_tokens=num_tokens, num_logits=num_logits)
-    num_bytes = {name: rows * width * dtype_bytes for name, (rows, width) in shapes.items()}
+    num_bytes = bytes_of(graph, num_tokens=num_tokens, num_logits=num_logits, dtype_bytes=dtype_bytes)
     return size_of(place(graph, plans, num_bytes), num_bytes)
 
 

@@ -142,6 +142,7 @@ class PipelinePlan:
         self._check_lanes()
         self._check_nano_operations(graph)
         self._check_tiling(graph)
+        self._check_ranges(graph)
         self._check_shares()
         self._check_carry(graph)
         self._check_order(graph)
@@ -187,6 +188,19 @@ class PipelinePlan:
                 covered = tokens.stop
             if covered != self.num_tokens:
                 raise PlanError(f"operation {op.name!r}: token {covered} is left out")
+
+    def _check_ranges(self, graph: OpGraph) -> None:
+        """Operations that share a tensor whose rows belong to a range as a whole are cut at the same places."""
+        for spec in graph.tensors:
+            ops = [op.name for op in graph.layer if spec.is_by_range and spec.name in (*op.reads, *op.writes)]
+            cuts = {op: {nano.stop for nano in self.nano_operations if nano.operation == op} for op in ops}
+            for op in ops[1:]:
+                if cuts[op] != cuts[ops[0]]:
+                    place = min(cuts[op] ^ cuts[ops[0]])
+                    raise PlanError(
+                        f"operations {ops[0]!r} and {op!r} must be cut at the same places, as both use {spec.name!r}; "
+                        f"only one is cut at token {place}"
+                    )
 
     def _check_shares(self) -> None:
         """Where times are predicted, shares that run together sum to at most 1."""

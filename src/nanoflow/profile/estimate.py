@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import (
     AttentionDims,
@@ -142,10 +143,15 @@ def _time_s(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
 
 def _wave_loss(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
     """Time of whole waves of tiles, over that of the tiles alone: multiprocessors idle in the last wave."""
-    if not isinstance(op.dims, LinearDims):
+    if not isinstance(op.dims, LinearDims | ExpertDims):
         return 1.0
-    tiles = math.ceil(shape.tokens_in(op.scope) / _TILE[0]) * math.ceil(op.dims.out_features / _TILE[1])
-    exact = shape.tokens_in(op.scope) / _TILE[0] * op.dims.out_features / _TILE[1]
+    # Each expert that is touched has tiles of its own; any other product is one.
+    num_rows, num_parts = float(shape.tokens_in(op.scope)), 1.0
+    if isinstance(op.dims, ExpertDims):
+        num_parts = op.dims.routing.num_touched(shape.num_tokens)
+        num_rows *= op.dims.routing.num_per_token
+    tiles = num_parts * math.ceil(num_rows / num_parts / _TILE[0]) * math.ceil(op.dims.out_features / _TILE[1])
+    exact = num_rows / _TILE[0] * op.dims.out_features / _TILE[1]
     num_sms = int(gpus.spec.num_sms.value)
     # From four waves on tiles of several sizes and split products even it out.
     waves = math.ceil(tiles / num_sms) if tiles < 4 * num_sms else tiles / num_sms

@@ -38,7 +38,10 @@ _DIGITS = 4
 _LEAST = 1e-3
 # Small operations between products: they run in the products' lane, whatever bounds them.
 _ROW_WISE = frozenset(
-    {OpKind.RMS_NORM, OpKind.RMS_NORM_ADD, OpKind.ROPE_APPEND, *GATED, OpKind.EMBED, OpKind.GATHER_ROWS}
+    (
+        *(OpKind.RMS_NORM, OpKind.RMS_NORM_ADD, OpKind.ROPE_APPEND, *GATED, OpKind.EMBED, OpKind.GATHER_ROWS),
+        *(OpKind.ROUTER, OpKind.EXPERT_ORDER, OpKind.COMBINE, OpKind.SHARED_GATE),
+    )
 )
 
 

@@ -15,7 +15,7 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches, draw_keys
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.graph import Element, OpGraph
 from nanoflow.graph.operation import LinearDims, Operation
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.weights import Weights
@@ -36,7 +36,7 @@ class Site:
 
 
 def gemms(operations: Iterable[Operation]) -> tuple[Operation, ...]:
-    """The products with weights among operations."""
+    """The products with weights of their own among operations; those of experts are others."""
     return tuple(op for op in operations if isinstance(op.dims, LinearDims))
 
 
@@ -55,22 +55,35 @@ def holding(graph: OpGraph, key: str) -> OpGraph:
 def random_workspace(
     site: Site, graph: OpGraph, weights: Weights, *, num_pages: int, num_tokens: int, num_rows: int
 ) -> Workspace:
-    """Tensors of so many tokens, rows with logits and pages, all random: zeros would take less power."""
+    """Tensors of so many tokens, rows with logits and pages, all random: zeros would take less power.
+
+    Tensors of indices hold zeros; `over_layers` has them written by the operations that do so.
+    """
     caches = allocate_caches(graph, num_pages=num_pages, page_size=site.page_size, dtype=site.dtype, device=site.device)
     kernels = kernels_for(site.device, site.dtype, graph.layer_operations)
     model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
     for tensor in workspace.tensors.values():
-        tensor.normal_()
+        _ = tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
     draw_keys(caches, seed=0)
     return workspace
 
 
 def over_layers(workspace: Workspace, wanted: Callable[[Operation], bool], batch: DenseBatch) -> Work:
-    """The operations that are wanted of every layer on a batch, as a function."""
+    """The operations that are wanted of every layer on a batch, as a function.
+
+    Indices that they read are written before, once, by a layer's own operations: random ones would be out of range.
+    """
     model = workspace.model
     of_layers = [tuple(filter(wanted, kind.operations)) for kind in model.graph.layers]
     inputs = InputBuilder(model.graph.ropes, num_rows=batch.num_requests, device=model.device).build(batch)
+    indices = {spec.name for spec in model.graph.tensors if spec.element is Element.INT32}
+    for layer, operations in enumerate(of_layers):
+        if any(indices & {*op.reads} for op in operations):
+            workspace.run_whole(
+                [op for op in model.graph.layers[layer].operations if indices & {*op.writes}], inputs, layer
+            )
+            break
 
     def work() -> None:
         for layer, operations in enumerate(of_layers):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind, Scope
+from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Scope
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING
 from nanoflow.profiler.site import Site
@@ -126,7 +126,7 @@ def cache_bytes(site: Site, task: Task) -> int:
 
 
 def _token_counts(op: Operation, sizes: Sizes) -> list[int]:
-    if not isinstance(op.dims, LinearDims):
+    if not op.is_product:
         counts = _within(sizes.row_tokens, sizes)
         most = max(sizes.head_rows, default=1) if op.scope is Scope.SAMPLED else sizes.max_tokens
         return [count for count in counts if count <= most] or [min(most, sizes.max_tokens)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import Access, TokenRange, depends, split
-from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind, Resource
+from nanoflow.graph.operation import BatchShape, Operation, OpKind, Resource
 from nanoflow.profile.interference import lane_of
 from nanoflow.profile.operation_cost import operation_cost
 from nanoflow.profile.table import NO_COST, Cost, CostTable
@@ -97,7 +97,7 @@ def groups_of(graph: OpGraph) -> tuple[Group, ...]:
 
 
 def _group(operations: list[Operation]) -> Group:
-    counting = next((op for op in operations if isinstance(op.dims, LinearDims)), operations[0])
+    counting = next((op for op in operations if op.is_product), operations[0])
     return Group(name=counting.name, operations=tuple(operations), resource=lane_of(counting))
 
 

@@ -192,7 +192,7 @@ def _worker(
         caches=tuple(caches[layout][layer % len(caches[layout])] for layer, layout in enumerate(layouts)),
         kernels=kernels,
     )
-    is_captured = device.type == "cuda" and are_capturable(kernels)
+    is_captured = device.type == "cuda" and are_capturable(kernels, graph.layer_operations)
     return Worker(
         model,
         plans,
