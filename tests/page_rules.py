@@ -162,6 +162,7 @@ RULES: dict[str, Rule] = {
 # Blocks without commands, by language and first line, and what they are compared with.
 SHOWN: dict[str, str] = {
     "sequential best: 2,048 tokens, 1,024 requests: 27,462 tokens/s, predicted": "the search of the quick start",
+    "nanoflow: weights are stored as AWQ int4 and served as bfloat16: 14.96 GiB": "tests/unit/test_quantised.py",
     "from nanoflow import LLM, SamplingParams": "run",
     "from nanoflow import LLM": "run",
     "from openai import OpenAI": "run against the server",

@@ -32,7 +32,8 @@ from nanoflow.bench.provenance import header, portable_options, require_clean
 from nanoflow.bench.rounds import conversation_metrics, counted, run_engine_rounds
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.conversations import ConversationConfig, draw_conversations, fitted
+from nanoflow.conversation_options import ConversationConfig
+from nanoflow.conversations import draw_conversations, fitted
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.errors import EngineError
 from nanoflow.engine.memory import wanted_model_len

@@ -24,7 +24,7 @@ from benchmarks.common.document import write_document
 from nanoflow.cli.options import CommandParser
 from nanoflow.cli.simulate_options import SimulateConfig
 from nanoflow.cli.simulate_runs import Simulation
-from nanoflow.conversations import ConversationConfig
+from nanoflow.conversation_options import ConversationConfig
 from nanoflow.profile.table import Profile
 from nanoflow.simulate.compare import Choice, best, choices, compare, table
 from nanoflow.simulate.iteration import IterationModel

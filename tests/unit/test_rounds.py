@@ -28,11 +28,11 @@ from nanoflow.bench.served import Samples
 from nanoflow.cli.bench import read_target
 from nanoflow.cli.main import build_parser, main
 from nanoflow.config import ConfigError
+from nanoflow.conversation_options import ConversationConfig
 from nanoflow.conversations import (
     MAX_CALL_TOKENS,
     MIN_CALL_TOKENS,
     Conversation,
-    ConversationConfig,
     draw_conversations,
     fitted,
     num_rounds,

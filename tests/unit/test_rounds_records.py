@@ -17,7 +17,7 @@ from nanoflow.bench.options import BenchConfig
 from nanoflow.bench.provenance import settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.conversations import ConversationConfig
+from nanoflow.conversation_options import ConversationConfig
 from nanoflow.engine.errors import EngineError
 from nanoflow.round_metrics import AskedRound, ConversationMetrics, measure_conversations
 from nanoflow.run_metrics import RequestRecord

@@ -27,7 +27,8 @@ from nanoflow.bench.provenance import portable_options, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.served import served_book, served_metrics
 from nanoflow.config import EngineConfig
-from nanoflow.conversations import Conversation, ConversationConfig, Turn, draw_conversations, fitted, num_rounds
+from nanoflow.conversation_options import ConversationConfig
+from nanoflow.conversations import Conversation, Turn, draw_conversations, fitted, num_rounds
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.models.presets import preset_name
 from nanoflow.round_metrics import AskedRound, ConversationMetrics, in_between, measure_conversations

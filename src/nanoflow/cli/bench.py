@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nanoflow.bench.options import BenchConfig, LoadConfig, ThroughputConfig
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import UNWATCHED_DEFAULTS, ConfigError, EngineConfig
-from nanoflow.conversations import ConversationConfig
+from nanoflow.conversation_options import ConversationConfig
 
 if TYPE_CHECKING:
     from nanoflow.bench.record import BenchRecord

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.cli.simulate_options import SimulateConfig
 from nanoflow.config import ConfigError
-from nanoflow.conversations import ConversationConfig
+from nanoflow.conversation_options import ConversationConfig
 
 if TYPE_CHECKING:
     from nanoflow.cli.simulate_runs import Simulation

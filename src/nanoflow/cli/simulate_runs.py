@@ -16,7 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nanoflow.cli.simulate_options import BUDGET, REQUESTS, SimulateConfig
-from nanoflow.conversations import Conversation, ConversationConfig, draw_conversations, fitted, num_rounds
+from nanoflow.conversation_options import ConversationConfig
+from nanoflow.conversations import Conversation, draw_conversations, fitted, num_rounds
 from nanoflow.models.config_json import parse
 from nanoflow.plan.book import BookLimits, StoredBook
 from nanoflow.plan.sequential import sequential_plan
