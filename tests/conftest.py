@@ -28,6 +28,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts() -> None:
+    """Ctrl-C interrupts a test, whatever the one before has left."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection(session: pytest.Session) -> None:
     worker, root = os.environ.get("PYTEST_XDIST_WORKER"), Path(__file__).parents[1]
     if worker is None or not all(Path(arg).is_dir() for arg in session.config.args):
