@@ -1,7 +1,7 @@
 """Memory of the host that a GPU copies from and to by itself: large, and pinned while the engine already runs.
 
-Pinning takes about a second for 4 GiB, so it is done by a thread, piece by piece; what is pinned can be used. On a CPU,
-and where the system does not allow pinning, all of the memory can be used at once.
+Pinning much memory takes seconds, so it is done by a thread, piece by piece; what is pinned can be used. On a CPU, and
+where the system does not allow pinning, all of the memory can be used at once.
 """
 
 from __future__ import annotations
