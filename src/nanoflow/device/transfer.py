@@ -52,11 +52,11 @@ class StagedCopier:
     processor's time than the copy takes of the bus.
 
     Args:
-        device: A GPU; that of the thread from now on.
+        device: A GPU; that of the thread from now on. Without an index it is the one that is current already.
     """
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         pieces = [
             (torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]

@@ -82,7 +82,7 @@ class TierMemory:
 
 def staging_bytes(config: EngineConfig, page_bytes: Sequence[int]) -> int:
     """Bytes that copies take on the device."""
-    return 2 * max(STAGING_BYTES, *page_bytes) if _host_gib(config) else 0
+    return 4 * max(STAGING_BYTES, *page_bytes) if _host_gib(config) else 0
 
 
 @contextlib.contextmanager

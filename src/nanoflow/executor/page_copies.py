@@ -11,7 +11,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from nanoflow.device.transfer import to_device
 from nanoflow.kernels.launch import LayerCache
 from nanoflow.kvcache.copies import PageCopies
 
-STAGING_BYTES = 64 * 2**20
-"""Bytes of each of the two staging buffers on a GPU, or a page if that is larger."""
+STAGING_BYTES = 32 * 2**20
+"""Bytes of each of the four staging buffers on a GPU, two for each direction; or a page if that is larger."""
 
 
 class PageCopier(Protocol):
@@ -99,7 +99,7 @@ class CpuCopier:
 
 
 class GpuCopier:
-    """Copies on two streams, one for each direction.
+    """Copies in both directions at once, beside batches.
 
     Args:
         caches: Of all layers.
@@ -111,7 +111,7 @@ class GpuCopier:
         self._device = caches[0].keys.device
         self._num_rows = num_rows
         self._host = memory
-        self._memory = [torch.from_numpy(array) for array in memory.arrays]
+        self._host_memory = [torch.from_numpy(array) for array in memory.arrays]
         self._parts = [
             torch.tensor(
                 [part.data_ptr() for cache in caches if cache.group == group for part in (cache.keys, cache.values)],
@@ -128,16 +128,16 @@ class GpuCopier:
     def copy(self, copies: PageCopies) -> Callable[[], float]:
         """See `PageCopier`."""
         lane = self._load if copies.is_load else self._save
-        lane.stream.wait_stream(torch.cuda.current_stream(self._device))
+        lane.first.wait_stream(torch.cuda.current_stream(self._device))
         if copies.is_load:
             # What is loaded may just be being saved, and a page that is loaded to may be the source of a save.
-            lane.stream.wait_stream(self._save.stream)
+            lane.first.wait_stream(self._save.last)
         start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(lane.stream):
-            start.record()
-            for group, (pages, slots) in enumerate(zip(copies.pages, copies.slots, strict=True)):
+        start.record(lane.first)
+        for group, (pages, slots) in enumerate(zip(copies.pages, copies.slots, strict=True)):
+            if len(pages):
                 self._copy_group(group, pages, slots, lane, is_load=copies.is_load)
-            end.record()
+        end.record(lane.last)
         if not copies.is_load:
             self._saving.append((end, copies.pages))
 
@@ -161,36 +161,70 @@ class GpuCopier:
     def close(self) -> None:
         """See `PageCopier`."""
         for lane in (self._save, self._load):
-            lane.stream.synchronize()
+            lane.last.synchronize()
         self._host.close()
 
     def _copy_group(self, group: int, pages: Int32, slots: Int32, lane: _Lane, *, is_load: bool) -> None:
         from nanoflow.kernels.triton_pages import copy_pages
 
-        memory, page_bytes = self._memory[group], self._memory[group].shape[1]
-        step = len(lane.staging) // page_bytes
+        page_bytes = self._host_memory[group].shape[1]
+        with torch.cuda.stream(lane.first):
+            on_device = to_device(pages, self._device)
+        step = lane.num_bytes // page_bytes
         for first in range(0, len(pages), step):
-            chunk = slots[first : first + step]
-            staging = lane.staging[: len(chunk) * page_bytes].view(len(chunk), page_bytes)
-            on_device = to_device(pages[first : first + step], self._device)
-            if not is_load:
-                copy_pages(self._parts[group], on_device, staging, is_load=False)
-            for begin, end in runs(chunk, self._host.piece_slots[group]):
-                host = memory[int(chunk[begin]) : int(chunk[begin]) + end - begin]
+            of_chunk = slice(first, first + step)
+            buffer = lane.next_buffer()
+            staging = buffer.memory[: len(pages[of_chunk]) * page_bytes].view(-1, page_bytes)
+            with torch.cuda.stream(lane.first):
+                buffer.is_free.wait()
                 if is_load:
-                    staging[begin:end].copy_(host, non_blocking=True)
+                    self._cross(group, slots[of_chunk], staging, is_load=True)
                 else:
-                    host.copy_(staging[begin:end], non_blocking=True)
+                    copy_pages(self._parts[group], on_device[of_chunk], staging, is_load=False)
+                buffer.is_filled.record()
+            with torch.cuda.stream(lane.last):
+                buffer.is_filled.wait()
+                if is_load:
+                    copy_pages(self._parts[group], on_device[of_chunk], staging, is_load=True)
+                else:
+                    self._cross(group, slots[of_chunk], staging, is_load=False)
+                buffer.is_free.record()
+        on_device.record_stream(lane.last)
+
+    def _cross(self, group: int, slots: Int32, staging: Tensor, *, is_load: bool) -> None:
+        """Copy between slots, int32 [N], and staging, uint8 [N, page bytes], over PCIe."""
+        for begin, end in runs(slots, self._host.piece_slots[group]):
+            host = self._host_memory[group][int(slots[begin]) : int(slots[begin]) + end - begin]
             if is_load:
-                copy_pages(self._parts[group], on_device, staging, is_load=True)
+                staging[begin:end].copy_(host, non_blocking=True)
+            else:
+                host.copy_(staging[begin:end], non_blocking=True)
+
+
+class _Buffer:
+    """Staging memory, uint8 [size], and when it has been filled and emptied again."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.memory: Tensor = torch.empty(size, dtype=torch.uint8, device=device)
+        self.is_filled, self.is_free = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
 
 class _Lane:
-    """A stream and its staging buffer, uint8 [size]."""
+    """The way of one direction: a piece goes to a staging buffer and then on, while the next one comes behind it.
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.staging: Tensor = torch.empty(size, dtype=torch.uint8, device=device)
+    Attributes:
+        first, last: The streams of these two steps.
+        num_bytes: Of a piece at most.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.first, self.last = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.num_bytes = num_bytes
+        self._buffers = itertools.cycle([_Buffer(num_bytes, device) for _ in range(2)])
+
+    def next_buffer(self) -> _Buffer:
+        """Where the next piece goes; it may still be in use."""
+        return next(self._buffers)
 
 
 def runs(slots: Int32, piece_slots: int) -> Iterator[tuple[int, int]]:

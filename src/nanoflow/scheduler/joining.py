@@ -79,8 +79,9 @@ class Joining:
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
-        # Their prefixes found no room on the device: they need not wait for it.
-        self._refused: set[int] = set()
+        # The request whose prefix found no room on the device: it waits for the end of a running one, and those behind
+        # it with it.
+        self._refused: int | None = None
 
     def admit(self, num_tokens_left: int) -> Newcomers | None:
         """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
@@ -95,11 +96,14 @@ class Joining:
             None if there is nobody to let in.
         """
         candidates = self._reuse.candidates(
-            self._waiting, max_requests=self._rows.num_free, max_tokens=num_tokens_left, not_loaded=self._refused
+            self._waiting,
+            max_requests=self._rows.num_free,
+            max_tokens=num_tokens_left,
+            not_loaded=() if self._will_be_room else (self._refused,),
         )
-        count = self._num_fitting(candidates) if candidates else 0
-        self._to_load = [each for each in candidates[:count] if each.num_loadable]
-        candidates = self._policies.queueing.ready(candidates[:count])
+        candidates = candidates[: self._num_fitting(candidates)] if candidates else []
+        self._to_load = [each for each in candidates if each.num_loadable]
+        candidates = self._policies.queueing.ready(self._before_refused(candidates))
         if not candidates:
             return None
         for candidate in candidates:
@@ -126,15 +130,30 @@ class Joining:
         the batch has its pages. Running requests can still compute all tokens that they have, and grow by a page.
         """
         num_growing = self.num_growing
-        self._refused = {
-            candidate.waiting.request.request_id
-            for candidate in self._to_load
-            if not self._reuse.start_load(candidate, num_spare=num_growing)
-        }
+        refused = (each for each in self._to_load if not self._reuse.start_load(each, num_spare=num_growing))
+        self._refused = next((each.waiting.request.request_id for each in refused), None)
         self._to_load = []
+        if self._refused is not None:
+            return
         num_spare = max(num_growing, max(pool.num_pages for pool in self._pages.pools) // 4)
         for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
             self._reuse.start_load(candidate, num_spare=num_spare)
+
+    @property
+    def _will_be_room(self) -> bool:
+        """Whether something runs or is being loaded, which will leave its pages to others."""
+        return self._rows.num_free < self._limits.max_num_seqs or self._is_loading
+
+    @property
+    def _is_loading(self) -> bool:
+        return any(pool.num_reserved for pool in self._pages.pools)
+
+    def _before_refused(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that come before the one whose prefix found no room, if it still wants it."""
+        for index, candidate in enumerate(candidates):
+            if candidate.num_loadable and candidate.waiting.request.request_id == self._refused:
+                return candidates[:index]
+        return candidates
 
     def _num_fitting(self, candidates: Sequence[Candidate]) -> int:
         """How many of the candidates, from the first, fit by the predicted peak of pages."""
@@ -146,7 +165,7 @@ class Joining:
             page_size=self._limits.page_size,
             max_batch_tokens=self._limits.max_batch_tokens,
             num_shared=np.array([self._pages.num_held(candidate.prefix) for candidate in candidates]),
-            is_all_there=not any(pool.num_reserved for pool in self._pages.pools),
+            is_all_there=not self._is_loading,
         )
 
     def _progress_of(self, candidates: Sequence[Candidate]) -> Progress:
