@@ -2,7 +2,8 @@
 
 A page of 16 tokens has 2 MiB: keys and values of 32 layers. `save` gathers pages and copies them to host memory, `load`
 brings them back; `in a row` copies to neighbouring slots, `scattered` to slots all over the memory. Each point runs for
-at least half a second. From the root of the repository, on a GPU:
+at least half a second. Rates are those of the device's time, from the first step of a copy to the last; beside them is
+the time that a caller waits who asks for one copy after the other. From the root of the repository, on a GPU:
 
     python -m benchmarks.kernels.page_copies --json benchmarks/results/kernels_page_copies.json
 """
@@ -71,17 +72,19 @@ def _measure(device: torch.device, raw: dict[str, float]) -> list[dict[str, Any]
             pages = rng.permutation(_NUM_PAGES)[:count].astype(np.int32)
             for name in ("save", "load"):
                 copies = PageCopies(number=0, is_load=name == "load", pages=(pages,), slots=(slots.astype(np.int32),))
-                rate = count * _PAGE_BYTES / _seconds(partial(_copy, copier, copies))
-                rows.append({"copy": name, "pages": count, "slots": placed, "bytes_per_s": rate})
+                called_s, copied_s = _seconds(partial(_copy, copier, copies))
+                rate = count * _PAGE_BYTES / copied_s
+                rows.append({"copy": name, "pages": count, "slots": placed, "bytes_per_s": rate, "call_s": called_s})
                 print(
-                    f"{name} {count:>5} pages {placed:>9}: {rate / 1e9:5.1f} GB/s, {rate / raw[name]:.3f} of one copy"
+                    f"{name} {count:>5} pages {placed:>9}: {rate / 1e9:5.1f} GB/s, {rate / raw[name]:.3f} of one copy,"
+                    f" {called_s * 1e3:.2f} ms a call"
                 )
     copier.close()
     return rows
 
 
-def _copy(copier: GpuCopier, copies: PageCopies) -> None:
-    copier.copy(copies)()
+def _copy(copier: GpuCopier, copies: PageCopies) -> float:
+    return copier.copy(copies)()
 
 
 def _raw_rate(device: torch.device, *, is_load: bool) -> float:
@@ -89,22 +92,25 @@ def _raw_rate(device: torch.device, *, is_load: bool) -> float:
     host = torch.empty(_RAW_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(_RAW_BYTES, dtype=torch.uint8, device=device)
 
-    def copy() -> None:
+    def copy() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
         (there if is_load else host).copy_(host if is_load else there, non_blocking=True)
-        torch.cuda.synchronize()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
-    return _RAW_BYTES / _seconds(copy)
+    return _RAW_BYTES / _seconds(copy)[1]
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Mean time of a call over at least `_WINDOW_S` seconds, after a few to warm up."""
+def _seconds(work: Callable[[], float]) -> tuple[float, float]:
+    """Mean time of a call over at least `_WINDOW_S` seconds, after a few to warm up, and mean of what it returns."""
     for _ in range(3):
         work()
-    count, start_s = 0, time.perf_counter()
+    found, start_s = [], time.perf_counter()
     while time.perf_counter() - start_s < _WINDOW_S:
-        work()
-        count += 1
-    return (time.perf_counter() - start_s) / count
+        found.append(work())
+    return (time.perf_counter() - start_s) / len(found), sum(found) / len(found)
 
 
 if __name__ == "__main__":
