@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_document(
             Path(args.json),
             "shared_prefix",
-            asked={name: getattr(args, name) for name in ("requests", "prefix", "suffix", "output", "repeats", "seed")},
+            asked={name: getattr(args, name) for name in ("requests", "prefix", "suffix", "output", "repeats")},
             engine=msgspec.to_builtins(portable_options(engine)),
             settings=settings,
             runs=runs,

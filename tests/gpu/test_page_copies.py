@@ -109,7 +109,7 @@ def test_batches_that_write_elsewhere_do_not_wait(memory: PinnedMemory) -> None:
     copier = GpuCopier(caches, memory, num_rows=_ROWS)
     copier.copy(_copies([[1], [1]], [[1], [1]], is_load=False))()
     end = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(copier._save.stream):
+    with torch.cuda.stream(copier._save.last):
         _sleep(_SLOW_CYCLES)
     copier.copy(_copies([[5], []], [[5], []], is_load=False))
     # Page 5 of the other group is another page.
@@ -119,14 +119,14 @@ def test_batches_that_write_elsewhere_do_not_wait(memory: PinnedMemory) -> None:
     caches[0].keys[6].fill_(1)
     end.record()
     end.synchronize()
-    assert not copier._save.stream.query()
+    assert not copier._save.last.query()
 
 
 def test_a_load_waits_for_a_save_of_the_same_slot(memory: PinnedMemory) -> None:
     caches = _caches()
     copier = GpuCopier(caches, memory, num_rows=_ROWS)
     expected = _bytes(caches, 0, 3)
-    with torch.cuda.stream(copier._save.stream):
+    with torch.cuda.stream(copier._save.first):
         _sleep(_SLOW_CYCLES)
     copier.copy(_copies([[3], []], [[9], []], is_load=False))
     copier.copy(_copies([[60], []], [[9], []], is_load=True))()

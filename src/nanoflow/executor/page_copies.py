@@ -132,11 +132,13 @@ class GpuCopier:
         if copies.is_load:
             # What is loaded may just be being saved, and a page that is loaded to may be the source of a save.
             lane.first.wait_stream(self._save.last)
+        with torch.cuda.stream(lane.first):
+            on_device = [to_device(pages, self._device) for pages in copies.pages]
         start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(lane.first)
-        for group, (pages, slots) in enumerate(zip(copies.pages, copies.slots, strict=True)):
-            if len(pages):
-                self._copy_group(group, pages, slots, lane, is_load=copies.is_load)
+        for group, (pages, slots) in enumerate(zip(on_device, copies.slots, strict=True)):
+            self._copy_group(group, pages, slots, lane, is_load=copies.is_load)
+            pages.record_stream(lane.last)
         end.record(lane.last)
         if not copies.is_load:
             self._saving.append((end, copies.pages))
@@ -164,12 +166,11 @@ class GpuCopier:
             lane.last.synchronize()
         self._host.close()
 
-    def _copy_group(self, group: int, pages: Int32, slots: Int32, lane: _Lane, *, is_load: bool) -> None:
+    def _copy_group(self, group: int, pages: Tensor, slots: Int32, lane: _Lane, *, is_load: bool) -> None:
+        """Copy between pages, int32 [N] on the device, and slots, int32 [N]."""
         from nanoflow.kernels.triton_pages import copy_pages
 
         page_bytes = self._host_memory[group].shape[1]
-        with torch.cuda.stream(lane.first):
-            on_device = to_device(pages, self._device)
         step = lane.num_bytes // page_bytes
         for first in range(0, len(pages), step):
             of_chunk = slice(first, first + step)
@@ -180,16 +181,15 @@ class GpuCopier:
                 if is_load:
                     self._cross(group, slots[of_chunk], staging, is_load=True)
                 else:
-                    copy_pages(self._parts[group], on_device[of_chunk], staging, is_load=False)
+                    copy_pages(self._parts[group], pages[of_chunk], staging, is_load=False)
                 buffer.is_filled.record()
             with torch.cuda.stream(lane.last):
                 buffer.is_filled.wait()
                 if is_load:
-                    copy_pages(self._parts[group], on_device[of_chunk], staging, is_load=True)
+                    copy_pages(self._parts[group], pages[of_chunk], staging, is_load=True)
                 else:
                     self._cross(group, slots[of_chunk], staging, is_load=False)
                 buffer.is_free.record()
-        on_device.record_stream(lane.last)
 
     def _cross(self, group: int, slots: Int32, staging: Tensor, *, is_load: bool) -> None:
         """Copy between slots, int32 [N], and staging, uint8 [N, page bytes], over PCIe."""
