@@ -137,6 +137,8 @@ class Life:
             request_id = self.rng.choice(list(self.requests))
             if scheduler.abort(request_id):
                 self.aborted.add(request_id)
+                # If its load was just refused, that of the next one may be too.
+                self.drive.num_fruitless = 0
         elif chance < 0.33 and self.requests:
             keys = split(self.rng.choice(list(self.requests.values())).page_keys)[1:]
             self.world.counts["prefetched pages"] += scheduler.prefetch(keys).num_prefetched_pages
@@ -147,7 +149,7 @@ class Life:
     def _step(self) -> None:
         self.drive.step()
         if self.drive.num_fruitless > 1:
-            raise RuntimeError("nothing moves")
+            raise RuntimeError(f"nothing moves; waiting: {[each.request for each in self.drive.scheduler._waiting]}")
         self.drive.scheduler.check_integrity()
         self.world.counts["steps"] += 1
         for request_id in [each for each in self.requests if self.drive.answers[each].finish or each in self.aborted]:

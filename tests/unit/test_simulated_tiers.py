@@ -247,6 +247,17 @@ def test_what_the_device_had_to_forget_is_loaded_from_host_memory() -> None:
     assert set(without.run.tiers) == {"device"} and small.run.tiers["host"].evictions > 0
 
 
+def test_a_load_that_finds_no_room_waits_until_a_running_request_leaves_it() -> None:
+    """To compute the prefix again would need the same pages.
+
+    Seven requests have all pages that they will ever need, 21 of 40. The second round's 19 fit beside them, but a load
+    leaves a page free for each that runs.
+    """
+    others = [talk(10 + place, (9, 3, 0.0), start_s=1.0) for place in range(7)]
+    found = hold([talk(0, (64, 2, 0.0), (8, 2, 0.985)), *flood(0.5), *others], cluster(below(host=400)))
+    assert found.metrics.by_round[1].prompt.num_cached == 64 and found.run.num_loads == 1
+
+
 def test_a_load_takes_its_time_on_the_link_and_slows_down_no_first_round() -> None:
     rounds = [talk(0, (64, 2, 0.0), (8, 2, 2.0)), *flood(0.5)]
     slow = LinkRates(link_bytes_per_s=1e6, memory_bytes_per_s=1e12)

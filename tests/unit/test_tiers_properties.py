@@ -189,6 +189,8 @@ def play(scenario: TierScenario, drive: TierDrive) -> tuple[list[Request], set[i
         for abort, request_id in scenario.base.aborts:
             if abort == step and drive.scheduler.abort(request_id):
                 aborted.add(request_id)
+                # If its load was just refused, that of the next one may be too.
+                drive.num_fruitless = 0
         if step in scenario.resets:
             drive.scheduler.reset_prefix_cache()
         for when, index in scenario.prefetches:

@@ -79,9 +79,10 @@ class Joining:
         self._rows, self._pages, self._waiting = rows, pages, waiting
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
-        # The request whose prefix found no room on the device: it waits for the end of a running one, and those behind
-        # it with it.
+        # The request whose prefix found no room on the device. It waits for the end of a running one, and those behind
+        # it with it; if nothing ran and nothing was loaded there will not be more room, and it is computed.
         self._refused: int | None = None
+        self._is_hopeless = False
 
     def admit(self, num_tokens_left: int) -> Newcomers | None:
         """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
@@ -99,7 +100,7 @@ class Joining:
             self._waiting,
             max_requests=self._rows.num_free,
             max_tokens=num_tokens_left,
-            not_loaded=() if self._will_be_room else (self._refused,),
+            not_loaded=(self._refused,) if self._is_hopeless else (),
         )
         candidates = candidates[: self._num_fitting(candidates)] if candidates else []
         self._to_load = [each for each in candidates if each.num_loadable]
@@ -132,17 +133,13 @@ class Joining:
         num_growing = self.num_growing
         refused = (each for each in self._to_load if not self._reuse.start_load(each, num_spare=num_growing))
         self._refused = next((each.waiting.request.request_id for each in refused), None)
+        self._is_hopeless = self._rows.num_free == self._limits.max_num_seqs and not self._is_loading
         self._to_load = []
         if self._refused is not None:
             return
         num_spare = max(num_growing, max(pool.num_pages for pool in self._pages.pools) // 4)
         for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
             self._reuse.start_load(candidate, num_spare=num_spare)
-
-    @property
-    def _will_be_room(self) -> bool:
-        """Whether something runs or is being loaded, which will leave its pages to others."""
-        return self._rows.num_free < self._limits.max_num_seqs or self._is_loading
 
     @property
     def _is_loading(self) -> bool:
