@@ -100,7 +100,7 @@ class Joining:
             self._waiting,
             max_requests=self._rows.num_free,
             max_tokens=num_tokens_left,
-            not_loaded=(self._refused,) if self._is_hopeless else (),
+            not_loaded=(self._refused,) if self._is_hopeless and self._refused is not None else (),
         )
         candidates = candidates[: self._num_fitting(candidates)] if candidates else []
         self._to_load = [each for each in candidates if each.num_loadable]
