@@ -184,6 +184,17 @@ def test_what_is_forgotten_on_its_way_does_not_arrive(forgets: str, when: str) -
     bench.tiers.check_integrity()
 
 
+@pytest.mark.parametrize(("has_disk", "is_slow", "losses"), [(False, False, 0), (True, False, 0), (True, True, 4)])
+def test_pages_that_leave_before_the_disk_has_them_are_counted(has_disk: bool, is_slow: bool, losses: int) -> None:
+    bench = Bench(num_slots=4, has_disk=has_disk)
+    bench.save(0, 1, 2, 3)
+    while not is_slow and bench.tiers.idle():
+        bench.files.advance(1.0)
+    bench.save(4, 5, 6, 7)
+    host = bench.tiers.counts["host"]
+    assert (host.evictions, host.losses) == (4, losses)
+
+
 def test_a_disk_that_does_not_answer_is_waited_for_no_longer_than_some_seconds() -> None:
     bench = Bench(num_slots=4, has_disk=True)
     for first in (0, 4):

@@ -20,6 +20,7 @@ class TierCounts:
             computes what it stores, so both are 0 there.
         load_seconds: Time that the copies of `loaded_bytes` took.
         evictions: Pages whose memory was needed for others, in all KV groups.
+        losses: Those of them that a slower tier was to have and did not have yet.
         capacity_bytes, used_bytes: Memory of this tier, and how much of it holds keys and values that can be used, or
             that running requests hold.
     """
@@ -30,6 +31,7 @@ class TierCounts:
     loaded_bytes: int = 0
     load_seconds: float = 0.0
     evictions: int = 0
+    losses: int = 0
     capacity_bytes: int = 0
     used_bytes: int = 0
 
@@ -45,7 +47,7 @@ class TierCounts:
 
 
 # Fields that only grow.
-COUNTERS = ("queries", "hits", "stored_bytes", "loaded_bytes", "load_seconds", "evictions")
+COUNTERS = ("queries", "hits", "stored_bytes", "loaded_bytes", "load_seconds", "evictions", "losses")
 
 
 def total(counts: Iterable[TierCounts]) -> TierCounts:

@@ -97,6 +97,7 @@ class LowerTiers:
             loaded_bytes=self._loaded_bytes,
             load_seconds=self._load_s,
             evictions=sum(pages.num_evicted for pages in self._host),
+            losses=sum(pages.num_lost for pages in self._host),
             capacity_bytes=sum(pages.num_slots * size for pages, size in sizes),
             used_bytes=sum(pages.num_used * size for pages, size in sizes),
         )

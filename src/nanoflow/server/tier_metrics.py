@@ -22,6 +22,7 @@ _COUNTERS = (
     ("loaded_bytes", "kv_tier_loaded_bytes", "Bytes copied from a tier to a faster one"),
     ("load_seconds", "kv_tier_load_seconds", "Seconds that these copies took"),
     ("evictions", "kv_tier_evictions", "Pages of a tier whose memory was needed for others"),
+    ("losses", "kv_tier_losses", "Those of them that the tier below did not have yet: the disk is too slow"),
 )
 _GAUGES = (
     ("used_bytes", "kv_tier_used_bytes", "Bytes of a tier in use, for cached pages or running requests"),
