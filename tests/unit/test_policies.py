@@ -26,6 +26,7 @@ from nanoflow.scheduler.policies import (
 from nanoflow.scheduler.progress import Progress
 from nanoflow.scheduler.reuse import Queueing, loads_for_all, without_loads
 from nanoflow.scheduler.rows import RowTable
+from nanoflow.scheduler.scheduler import Scheduler
 from nanoflow.scheduler.tiers import NOTHING, Below, NoTiers
 from nanoflow.scheduler.waiting import WaitingRequest
 from nanoflow.simulate.compare import Choice, best, choices, compare, table
@@ -95,6 +96,8 @@ def test_victims_are_the_newest_or_the_one_with_the_longest_rest_but_the_oldest_
 
 
 class Full(NoTiers):
+    is_on = True
+
     def find(self, keys: Any, num_cached: int) -> Below:
         return Below(num_pages=len(keys))
 
@@ -114,7 +117,12 @@ def test_others_overtake_those_that_are_loaded_or_nobody_does() -> None:
     assert Choice(queue="in order").policies.queueing.most_passed == 0
 
 
-def test_the_first_choice_is_what_an_engine_does() -> None:
+def test_more_are_let_in_where_those_who_are_sent_back_are_loaded_again() -> None:
+    without, with_tiers = Scheduler(limits=LIMITS), Scheduler(limits=LIMITS, make_tiers=lambda _: Full())
+    assert without._policies == Choice().policies and with_tiers._policies == Choice(admission="held").policies
+
+
+def test_the_first_choice_is_what_an_engine_without_tiers_does() -> None:
     found = list(choices())
     assert found[0] == Choice() and found[0].policies == Policies()
     assert len(set(found)) == len(found) == 32

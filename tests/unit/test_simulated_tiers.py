@@ -107,7 +107,7 @@ def cluster(memory: BelowDevice, policies: Policies | None = None, **changes: An
         limits=limits(**changes),
         iterations=Constant(),
         below=memory,
-        policies=policies or Policies(),
+        policies=policies,
         **{"num_replicas": 1, **asked},
     )
 
@@ -442,7 +442,7 @@ def test_invariants_hold_after_every_step(sizes: list[tuple[int, int]], host: in
         Constant(),
         times,
         below=below(host=host, disk=20 if host else 0),
-        policies=Policies(),
+        policies=None,
     )
     source = Independent(
         [Lengths(num_prompt_tokens=prompt, num_output_tokens=output) for prompt, output in sizes],

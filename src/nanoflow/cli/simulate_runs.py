@@ -116,7 +116,6 @@ class Simulation:
     def _cluster(self, num_replicas: int, policies: Policies | None, num_requests: int) -> Iterator[Cluster]:
         """The GPUs, and a bar that shows how far they are."""
 
-        from nanoflow.scheduler.policies import Policies
         from nanoflow.simulate.serving import Cluster
 
         config, setup = self.config, self.profile.setup
@@ -128,7 +127,7 @@ class Simulation:
                 num_replicas=num_replicas,
                 gpus_per_replica=setup.num_gpus,
                 static_power_w=setup.static_power_w or 0.0,
-                policies=policies or Policies(),
+                policies=policies,
                 below=BelowDevice.of(
                     self.profile,
                     self.model.graph,

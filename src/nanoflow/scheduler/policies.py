@@ -1,7 +1,7 @@
 """What the scheduler's rule leaves open, as functions that it is given: whom to expect how long, and whom to send back.
 
-`Policies()` is what an engine uses. The others are there to be compared with it, by `nanoflow simulate --policies` and
-after INFERMAX (https://arxiv.org/abs/2411.07447). None of them changes which tokens a request gets.
+`default_policies` is what an engine uses. The others are there to be compared with it, by `nanoflow simulate
+--policies` and after INFERMAX (https://arxiv.org/abs/2411.07447). None of them changes which tokens a request gets.
 """
 
 from __future__ import annotations
@@ -85,3 +85,12 @@ class Policies:
     expect: Expect = expect_learnt
     victim: Victim = newest
     queueing: Queueing = field(default_factory=Queueing)
+
+
+def default_policies(tiers: Tiers) -> Policies:
+    """What an engine does.
+
+    With tiers below the device a request that is sent back loses little, so more are let in: when others end they will
+    give back the pages of their prompts too. Without tiers it would have to be computed again.
+    """
+    return Policies(expect=expect_held if tiers.is_on else expect_learnt)

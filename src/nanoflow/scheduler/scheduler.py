@@ -29,7 +29,7 @@ from nanoflow.scheduler.key_events import Put, key_events
 from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
-from nanoflow.scheduler.policies import Policies
+from nanoflow.scheduler.policies import Policies, default_policies
 from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of
 from nanoflow.scheduler.reuse import PrefetchAnswer, PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable
@@ -52,7 +52,7 @@ class Scheduler:
         drafts: Guesses what requests will say next; nobody does if not given.
         put_key_event: Is told which pages can be found; nobody if not given.
         make_tiers: Makes what is below the device's pages (`tiers`); nothing is if not given.
-        policies: What its rule leaves open.
+        policies: What its rule leaves open; `default_policies` if not given.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Scheduler:
         make_tiers: Callable[[PagePools], Tiers] | None = None,
         policies: Policies | None = None,
     ) -> None:
-        self._limits, self._policies = limits, policies or Policies()
+        self._limits = limits
         self.drafts: Drafts = drafts or NoDrafts()
         self.pace = pace or Pace()
         self._rows = RowTable(limits)
@@ -80,6 +80,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._lengths = OutputLength()
         self.tiers: Tiers = make_tiers(self._pages) if make_tiers else NoTiers()
+        self._policies = policies or default_policies(self.tiers)
         self._reuse = PrefixReuse(self._pages, limits, events, self.tiers, self._policies.queueing)
         self._joining = Joining(
             limits,

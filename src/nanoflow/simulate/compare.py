@@ -90,7 +90,7 @@ class Choice:
 
 
 def choices() -> Iterator[Choice]:
-    """All of them; what an engine does is the first."""
+    """All of them; what an engine without lower tiers does is the first."""
     for admission, queue, returns, victim in itertools.product(ADMISSIONS, QUEUES, RETURNS, VICTIMS):
         yield Choice(admission=admission, returns=returns, victim=victim, queue=queue)
 

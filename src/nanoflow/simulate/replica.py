@@ -73,7 +73,7 @@ class SimulatedEngine:
     """One replica.
 
     Args:
-        limits, pace, policies: Of its scheduler.
+        limits, pace, policies: Of its scheduler; the policies of an engine if None.
         iterations: What a batch takes.
         times: Where it notes what happened, by request id.
         below: What is below its KV pages.
@@ -93,7 +93,7 @@ class SimulatedEngine:
         times: Times,
         *,
         below: BelowDevice,
-        policies: Policies,
+        policies: Policies | None,
         max_tokens: int | None = None,
     ) -> None:
         self.now_s = 0.0

@@ -119,7 +119,7 @@ class Cluster:
         iterations: What a batch takes.
         num_replicas, gpus_per_replica: How many there are.
         static_power_w: Of an idle GPU.
-        pace, policies: Of each scheduler.
+        pace, policies: Of each scheduler; the policies of an engine if not given.
         below: What is below the KV pages of each GPU.
         max_tokens: Most tokens that requests allow. None: as many as they get, and the scheduler knows that.
         on_progress: Is told how many requests have finished.
@@ -131,7 +131,7 @@ class Cluster:
     gpus_per_replica: int = 1
     static_power_w: float = 0.0
     pace: Pace = field(default_factory=Pace)
-    policies: Policies = field(default_factory=Policies)
+    policies: Policies | None = None
     below: BelowDevice = field(default_factory=BelowDevice)
     max_tokens: int | None = None
     on_progress: Callable[[int], None] = field(default=lambda _finished: None)
