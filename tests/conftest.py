@@ -6,11 +6,13 @@ restored. Property tests have no deadlines, because the machine may be busy.
 Of several workers each begins to import with other files, so that each rewrites the assertions of a part of them and
 finds what the others have rewritten of the rest.
 Slow tests come first, so that none of them is the last one that a single worker still has to do.
+The garbage collector does not look at what imports and collection make, as all of it stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from importlib import import_module
@@ -20,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+gc.disable()
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 if not torch.cuda.is_available():
@@ -47,3 +50,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
