@@ -15,6 +15,8 @@ import contextlib
 import gc
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -32,9 +34,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _interrupts() -> None:
-    """Ctrl-C interrupts a test, whatever the one before has left."""
+def _interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ctrl-C interrupts a test, whatever the one before has left; one that leaves it otherwise is named."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        warnings.warn(f"{request.node.nodeid} leaves Ctrl-C handled otherwise", stacklevel=1)
 
 
 def pytest_collection(session: pytest.Session) -> None:
