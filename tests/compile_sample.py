@@ -60,7 +60,8 @@ def main() -> None:
             "edit_stride": "i32",
         }
         # The code of adjustments does not depend on the dtype.
-        for adjusts in (False, True) if bits and RUNS_ALL_CASES else (True,) if bits else (False,) * RUNS_ALL_CASES:
+        wanted = ([False] if RUNS_ALL_CASES else []) + ([True] if bits else [])
+        for adjusts in wanted:
             constants = {**sizes(CHOICE), "GRID_BITS": bits, "ADJUSTS": adjusts, "ROOM": CHOICE.room}
             signature = {**logits, **tables, **results, "scratch": "*fp32"}
             reports[f"choose {dtype} {adjusts}"] = compiled(
