@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from nanoflow.engine.detokenize import WindowDetokenizer, make_detokenizer
 from nanoflow.engine.tokenizer import REPLACEMENT
-from tests.all_cases import num_examples
 from tests.unit.test_detokenize import CUTS, KINDS, METASPACE, SPACE, TOKEN_OF_BYTE, full_text, grouped, pieces
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback", "byte-level and more", "byte-fallback and more"])
 @given(prompt=st.text(f"ab é漢{REPLACEMENT}", max_size=8), text=st.text(f"ab é漢{REPLACEMENT}", max_size=8), cuts=CUTS)
-@settings(max_examples=num_examples(200), deadline=None)
+@settings(max_examples=200, deadline=None)
 @example(prompt=f"caf{REPLACEMENT}{REPLACEMENT}", text="b", cuts=[])
 def test_a_written_replacement_character_is_a_character(kind: str, prompt: str, text: str, cuts: list[int]) -> None:
     """It is shown once, at once, and never taken for a character that is not complete."""
@@ -34,7 +33,7 @@ def test_a_replacement_character_in_a_vocabulary_of_words_is_one() -> None:
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
 @given(data=st.binary(max_size=30), cuts=CUTS, num_prompt=st.integers(0, 12))
-@settings(max_examples=num_examples(200), deadline=None)
+@settings(max_examples=200, deadline=None)
 @example(data=b"\xc2\xa4\xc3", cuts=[], num_prompt=0)
 @example(data=b"\xe2\xf0A", cuts=[], num_prompt=2)
 def test_decoders_of_bytes_that_do_more_show_what_bytes_show(

@@ -19,7 +19,6 @@ from nanoflow.plan.liveness import ALIGNMENT, conflicts, place, shapes_of, works
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.carry import carry_plan
-from tests.all_cases import num_examples
 from tests.graphs import device_model, graphs, valid_plans, with_operations
 from tests.plans import resource_plan
 
@@ -40,7 +39,7 @@ def overlap(begins: dict[str, int], num_bytes: dict[str, int], one: str, other: 
     return begins[one] < begins[other] + num_bytes[other] and begins[other] < begins[one] + num_bytes[one]
 
 
-@settings(max_examples=num_examples(60), deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_a_plan_may_need_at_once_never_overlaps(data: st.DataObject) -> None:
     graph = data.draw(graphs())
@@ -88,7 +87,7 @@ def test_less_memory_is_taken_than_by_each_alone(num_tokens: int) -> None:
         assert any(overlap(begins, num_bytes, "logits", name) for name in OF_LAYER)
 
 
-@settings(max_examples=num_examples(20), deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), num_tokens=st.integers(1, 12), num_logits=st.integers(1, 5))
 def test_the_bytes_of_all_tensors_are_what_the_executor_allocates(
     data: st.DataObject, num_tokens: int, num_logits: int
