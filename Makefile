@@ -18,10 +18,11 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOL
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
+# pip would compile thirty times as many files of the packages as are imported; Python compiles those that are.
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@test -n "$(PYTHON)" || { echo "nanoflow needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Serve the embedded model and ask it through the official openai client

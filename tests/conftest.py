@@ -6,13 +6,17 @@ restored. Property tests have no deadlines, because the machine may be busy.
 Of several workers each begins to import with other files, so that each rewrites the assertions of a part of them and
 finds what the others have rewritten of the rest.
 Slow tests come first, so that none of them is the last one that a single worker still has to do.
+The garbage collector does not look at what imports and collection make, as all of it stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +24,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+gc.disable()
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 if not torch.cuda.is_available():
@@ -29,9 +34,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _interrupts() -> None:
-    """Ctrl-C interrupts a test, whatever the one before has left."""
+def _interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ctrl-C interrupts a test, whatever the one before has left; one that leaves it otherwise is named."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        warnings.warn(f"{request.node.nodeid} leaves Ctrl-C handled otherwise", stacklevel=1)
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -47,3 +55,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()

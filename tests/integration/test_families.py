@@ -1,10 +1,18 @@
-"""Every family gives the tokens and logits that transformers gives, whatever the budget, plan, pages and schedule."""
+"""Every family gives the tokens and logits that transformers gives, whatever the budget, plan, pages and schedule.
+
+What runs by default: every family, without async scheduling and a budget that takes all prompts at once, and with one
+of the small budgets, one of the cuts of a plan, and pages that are too few for one of the two ways to schedule. Where
+the output projection is the embedding, which no schedule knows, logits are compared, and tokens of a few. All
+combinations run with NANOFLOW_ALL_CASES=1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -15,15 +23,29 @@ from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.plan import PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan
+from tests.all_cases import RUNS_ALL_CASES, part
 from tests.driving import HuggingFace, expect_less, greedy, random_prompts, run_engine, run_model
 from tests.families import FAMILIES, make_model
 from tests.logits import prompt_logits
 
+V = TypeVar("V")
 MAX_TOKENS = 16
 MANY_PROMPTS = random_prompts(32, 131, longest=90)
 PROMPTS = MANY_PROMPTS[:16]
 # A small budget makes many iterations of a prompt: a few prompts show all that it does.
-BUDGETS = {7: PROMPTS[:5], 16: PROMPTS[:8], 64: PROMPTS, 2048: PROMPTS}
+NUM_PROMPTS = {7: 5, 16: 8}
+BUDGETS = (*NUM_PROMPTS, *((64, 2048) if RUNS_ALL_CASES else ()))
+MODELS = [f"{name}{tied}" for name in FAMILIES for tied in ("", " tied")]
+# Of an attention with biases, with windows, and of experts.
+SOME_TIED = part([*FAMILIES, "llama3 tied", "qwen2 tied", "gemma3 tied", "qwen3-moe tied"], of=MODELS)
+# Cuts of a plan's batch.
+CUTS = ((1,), (13, 40), (32,))
+
+
+def in_turn(variants: Sequence[V]) -> list[tuple[str, V]]:
+    """Each family with one of the variants, or all models with all of them."""
+    chosen = [(name, variants[place % len(variants)]) for place, name in enumerate(FAMILIES)]
+    return part(chosen, of=product(MODELS, variants))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +56,27 @@ class Case:
     expected: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=[f"{name}{tied}" for name in FAMILIES for tied in ("", " tied")])
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     name, _, tied = request.param.partition(" ")
     folder = make_model(name, tmp_path_factory.mktemp(name), seed=1, tied=bool(tied))
     yield Case(folder=folder, expected=HuggingFace(folder).generate(PROMPTS, MAX_TOKENS))
 
 
-def test_greedy_tokens_under_every_token_budget(case: Case) -> None:
+@pytest.mark.parametrize(("case", "max_batch_tokens"), in_turn(BUDGETS), indirect=["case"])
+def test_greedy_tokens_under_every_token_budget(case: Case, max_batch_tokens: int) -> None:
     assert len({tuple(tokens) for tokens in case.expected}) > 8, "the model must have something to say"
-    for max_batch_tokens, prompts in BUDGETS.items():
-        run = run_model(case.folder, prompts, greedy(MAX_TOKENS), max_batch_tokens=max_batch_tokens)
-        assert run.tokens == case.expected[: len(prompts)], f"token budget {max_batch_tokens}"
+    prompts = PROMPTS[: NUM_PROMPTS.get(max_batch_tokens)]
+    run = run_model(case.folder, prompts, greedy(MAX_TOKENS), max_batch_tokens=max_batch_tokens)
+    assert run.tokens == case.expected[: len(prompts)]
 
 
+@pytest.mark.parametrize("case", SOME_TIED, indirect=True)
 def test_greedy_tokens_without_async_scheduling(case: Case) -> None:
     assert run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), async_scheduling=False).tokens == case.expected
 
 
-@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize(("case", "is_async"), in_turn((True, False)), indirect=["case"])
 def test_greedy_tokens_under_preemption(case: Case, is_async: bool) -> None:
     """Requests that are expected to end early are let in and must then be sent back."""
     # Where every layer has a window a request never needs much, so fewer pages are too few.
@@ -77,20 +101,23 @@ def test_greedy_tokens_under_preemption(case: Case, is_async: bool) -> None:
     assert run.num_preemptions > 0
 
 
-@pytest.mark.parametrize("boundaries", [[1], [13, 40], [32]])
-def test_greedy_tokens_under_nano_batched_plans(case: Case, boundaries: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "cut"), in_turn(CUTS), indirect=["case"])
+def test_greedy_tokens_under_nano_batched_plans(case: Case, cut: tuple[int, ...], tmp_path: Path) -> None:
     graph = build_graph(load(case.folder), None)
     path = tmp_path / "plan.json"
-    path.write_bytes(nanobatch_plan(graph, 64, boundaries).to_json())
+    path.write_bytes(nanobatch_plan(graph, 64, cut).to_json())
     assert PipelinePlan.load(path).max_stage == 0
     run = run_model(case.folder, PROMPTS, greedy(MAX_TOKENS), max_batch_tokens=64, plan=str(path))
     assert run.tokens == case.expected
 
 
-def test_logits_are_those_of_transformers(case: Case) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_are_those_of_transformers(model: str, tmp_path: Path) -> None:
+    name, _, tied = model.partition(" ")
+    folder = make_model(name, tmp_path, seed=1, tied=bool(tied))
     prompt = random_prompts(1, 131, longest=1, seed=3)[0] + random_prompts(1, 131, longest=150, seed=5)[0]
-    expected = HuggingFace(case.folder).logits(prompt)
-    torch.testing.assert_close(prompt_logits(case.folder, prompt), expected, rtol=2e-4, atol=2e-4)
+    expected = HuggingFace(folder).logits(prompt)
+    torch.testing.assert_close(prompt_logits(folder, prompt), expected, rtol=2e-4, atol=2e-4)
 
 
 def test_longrope_beyond_the_trained_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -54,12 +54,6 @@ def server() -> Iterator[ServerProcess]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What commands that ran have said."""
-    return {}
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the commands of a block run: with what the repository and the reader have."""
@@ -111,7 +105,6 @@ def test_the_model_card_shows_what_the_model_wrote() -> None:
 def test_the_commands_of_a_block_end_as_the_page_says(
     block: Block,
     folder: Path,
-    results: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
@@ -119,7 +112,7 @@ def test_the_commands_of_a_block_end_as_the_page_says(
     for command in block.commands:
         rule: Rule = RULES[command]
         if isinstance(rule, Run):
-            results[command] = run(command, rule, monkeypatch, capsys)
+            run(command, rule, monkeypatch, capsys)
         elif isinstance(rule, Make):
             shown = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
             assert shown.returncode == 0 and shown.stdout, shown.stderr
@@ -133,8 +126,8 @@ def test_the_commands_of_a_block_end_as_the_page_says(
                 place_result(command, rule.result, folder)
 
 
-def run(command: str, rule: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command of ours in this process; its output."""
+def run(command: str, rule: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command of ours in this process, and compare what it says and writes with its rule."""
     build_parser().parse_args(shlex.split(command)[1:])
     monkeypatch.setattr(sys, "stdin", io.StringIO(rule.typed or ""))
     capsys.readouterr()
@@ -145,7 +138,8 @@ def run(command: str, rule: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert re.search(pattern, said.out, re.MULTILINE), f"{command}: no {pattern!r} in {said.out}"
     for name in rule.writes:
         assert Path(name).stat().st_size > 100, f"{command} did not write {name}"
-    return said.out
+    if rule.shows is not None:
+        assert said.out.splitlines() == block_that_begins(rule.shows).text.splitlines()
 
 
 def place_result(command: str, stored: str, folder: Path) -> None:
@@ -255,16 +249,6 @@ def test_what_asks_a_server(first_line: str, server: ServerProcess, capsys: pyte
     assert code != block.text
     exec(compile(code, at(block), "exec"), {})
     assert capsys.readouterr().out.strip()
-
-
-def test_what_the_search_of_the_quick_start_says(
-    folder: Path, results: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    block = block_that_begins("sequential best: 2,048 tokens, 1,024 requests: 27,462 tokens/s, predicted")
-    rule = RULES[QUICK_SEARCH]
-    assert isinstance(rule, Run)
-    said = results.get(QUICK_SEARCH) or run(QUICK_SEARCH, rule, monkeypatch, capsys)
-    assert said.splitlines() == block.text.splitlines()
 
 
 def test_the_picture_of_the_quick_start_is_that_of_its_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

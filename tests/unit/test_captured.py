@@ -22,6 +22,7 @@ from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
 from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from tests.all_cases import part
 from tests.graphs import batch_of, device_model, drawing, with_fresh_caches
 
 CPU = torch.device("cpu")
@@ -76,28 +77,34 @@ WINDOWS = build_graph(
 )
 
 
-@pytest.mark.parametrize(
-    ("requests", "num_decodes", "draws"),
+# Rows of a batch (cached and new tokens), decodes among them, and rows that draw.
+BATCHES: dict[str, tuple[list[tuple[int, int]], int, tuple[int, ...]]] = {
+    "decodes": ([(5, 1), (11, 1), (0, 1)], 3, (0, 1, 2)),
+    "mixed": ([(4, 1), (9, 1), (0, 7), (6, 3)], 2, (0, 1, 2, 3)),
+    "prefills": ([(0, 9), (3, 4)], 0, (0, 1)),
+    "drafts": ([(5, 1), (11, 3), (7, 2)], 1, (0, 1, 1, 1, 2, 2)),
+}
+MODELS: dict[str, tuple[OpGraph, tuple[int, ...]]] = {
+    "sequential": (GRAPH, ()),
+    "nano-batches": (GRAPH, (2, 16)),
+    "windows": (WINDOWS, ()),
+}
+# Mixed batches have a kernel of every kind; drafts have rows of several tokens among decodes.
+PADDED = part(
     [
-        ([(5, 1), (11, 1), (0, 1)], 3, (0, 1, 2)),
-        ([(4, 1), (9, 1), (0, 7), (6, 3)], 2, (0, 1, 2, 3)),
-        ([(0, 9), (3, 4)], 0, (0, 1)),
-        ([(5, 1), (11, 3), (7, 2)], 1, (0, 1, 1, 1, 2, 2)),
+        *(("sequential", batch) for batch in BATCHES),
+        ("nano-batches", "mixed"),
+        ("nano-batches", "drafts"),
+        ("windows", "mixed"),
+        ("windows", "drafts"),
     ],
-    ids=["decodes", "mixed", "prefills", "drafts"],
+    of=[(model, batch) for model in MODELS for batch in BATCHES],
 )
-@pytest.mark.parametrize(
-    ("graph", "boundaries"),
-    [(GRAPH, ()), (GRAPH, (2, 16)), (WINDOWS, ())],
-    ids=["sequential", "nano-batches", "windows"],
-)
-def test_a_padded_batch_gives_the_logits_of_the_exact_one(
-    requests: list[tuple[int, int]],
-    num_decodes: int,
-    draws: tuple[int, ...],
-    boundaries: tuple[int, ...],
-    graph: OpGraph,
-) -> None:
+
+
+@pytest.mark.parametrize(("model_name", "batch_name"), PADDED)
+def test_a_padded_batch_gives_the_logits_of_the_exact_one(model_name: str, batch_name: str) -> None:
+    (graph, boundaries), (requests, num_decodes, draws) = MODELS[model_name], BATCHES[batch_name]
     num_groups = len(graph.kv_groups)
     batch = batch_of(requests, num_decodes, graph.vocab_size, seed=3, num_groups=num_groups, num_rows=8)
     batch = drawing(batch, draws)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from nanoflow.engine.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer, make_detokenizer
 from nanoflow.engine.tokenizer import REPLACEMENT, Tokenizer
+from tests.all_cases import num_examples
 from tests.toy_tokenizers import EOS, byte_fallback_backend, byte_level_backend, toy_tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -169,7 +170,7 @@ def test_known_decoders_are_decoded_by_bytes() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 @given(prompt=PROMPTS, text=TEXTS, cuts=CUTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 def test_pieces_of_valid_text_are_whole_characters_and_add_up(
     kind: str, way: str, prompt: str, text: str, cuts: list[int]
 ) -> None:
@@ -186,7 +187,7 @@ def test_pieces_of_valid_text_are_whole_characters_and_add_up(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", LEVEL_KINDS)
 @given(data=st.data(), prompt=PROMPTS, cuts=CUTS, skip=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(200), deadline=None)
 def test_any_byte_level_tokens_add_up_to_the_full_decode(
     kind: str, way: str, data: st.DataObject, prompt: str, cuts: list[int], skip: bool
 ) -> None:
@@ -199,7 +200,7 @@ def test_any_byte_level_tokens_add_up_to_the_full_decode(
 
 @pytest.mark.parametrize("way", WAYS)
 @given(data=st.binary(max_size=40), cuts=CUTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 @example(data="👍".encode()[:1] * 9, cuts=[3, 5])
 def test_any_bytes_add_up_to_the_full_decode(way: str, data: bytes, cuts: list[int]) -> None:
     ids = [TOKEN_OF_BYTE[byte] for byte in data]
@@ -210,7 +211,7 @@ def test_any_bytes_add_up_to_the_full_decode(way: str, data: bytes, cuts: list[i
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data(), cuts=CUTS, skip=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(200), deadline=None)
 def test_how_tokens_are_grouped_makes_no_difference(
     kind: str, data: st.DataObject, cuts: list[int], skip: bool
 ) -> None:
@@ -222,7 +223,7 @@ def test_how_tokens_are_grouped_makes_no_difference(
 
 @pytest.mark.parametrize("kind", ["without strip", "byte-fallback, added tokens", "metaspace"])
 @given(data=st.data(), skip=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(200), deadline=None)
 def test_first_spaces_and_added_tokens_are_those_of_the_full_decode(kind: str, data: st.DataObject, skip: bool) -> None:
     tokenizer = KINDS[kind]
     ids, prompt = data.draw(_whole_ids(tokenizer)), data.draw(_whole_ids(tokenizer))[:3]
@@ -240,7 +241,7 @@ def test_a_text_that_begins_with_the_completion_drops_its_first_space(kind: str)
 
 
 @given(ids=st.lists(st.sampled_from(FALLBACK_ASCII + FALLBACK_HIGH_BYTES), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 def test_wrong_byte_tokens_spoil_no_other_token(ids: list[int]) -> None:
     shown = "".join(pieces(BYTE_FALLBACK, BYTE_FALLBACK.encode("hello"), ids))
     expected = "".join(BYTE_FALLBACK.token_text(token_id) for token_id in ids if token_id in FALLBACK_ASCII)
@@ -248,7 +249,7 @@ def test_wrong_byte_tokens_spoil_no_other_token(ids: list[int]) -> None:
 
 
 @given(ids=st.lists(st.sampled_from(FALLBACK_ASCII + FALLBACK_CONTINUATIONS), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 def test_wrong_byte_tokens_give_a_replacement_each(ids: list[int]) -> None:
     prompt = BYTE_FALLBACK.encode("hello")
     assert "".join(pieces(BYTE_FALLBACK, prompt, ids)) == full_text(BYTE_FALLBACK, prompt, ids)

@@ -14,8 +14,13 @@ from nanoflow.engine.garbage import heap_left_alone
 
 @pytest.fixture(autouse=True)
 def unfrozen() -> Iterator[None]:
+    """What is frozen while tests run is not, during each of these."""
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
     yield
     gc.unfreeze()
+    if is_frozen:
+        gc.freeze()
 
 
 def test_a_heap_is_left_alone_until_the_end() -> None:

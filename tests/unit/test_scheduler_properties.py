@@ -12,6 +12,7 @@ from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.kvcache.sizes import PoolSize, most_pages
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import SchedulerLimits
+from tests.all_cases import num_examples
 from tests.unit.fake_executor import Answer, Drive, answer_alone
 
 VOCAB_SIZE = 31
@@ -126,7 +127,11 @@ def play(scenario: Scenario, drive: Drive | None = None) -> tuple[Drive, set[int
     raise AssertionError("no end in sight")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=num_examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(scenarios())
 def test_every_request_gets_the_tokens_it_would_get_alone(scenario: Scenario) -> None:
     drive, aborted = play(scenario)

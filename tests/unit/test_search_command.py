@@ -18,6 +18,7 @@ from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.plan import Lane, PipelinePlan
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.table import Profile
+from nanoflow.search import search as search_module
 from nanoflow.search.books import BookSearch, FoundPlan, divided, search_book
 from nanoflow.search.carry import carry_plan
 from nanoflow.search.limits import Run
@@ -40,7 +41,12 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_one_batch_gives_one_plan(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_batch_gives_one_plan(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A short search, of one candidate: how good the plan is does not matter here.
+    monkeypatch.setattr(search_module, "_MAX_SHARED", 1)
+    monkeypatch.setattr(search_module, "_ALLOCATION_NODES", 400)
     path = tmp_path / "plan.json"
     command = ["search", str(profile), "-o", str(path), "--max-batch-tokens", "1024", "--decodes", "512"]
     assert main([*command, "--context", "1024"]) == 0

@@ -25,6 +25,7 @@ from nanoflow.scheduler.pace import Pace
 from nanoflow.simulate.iteration import IterationModel
 from nanoflow.simulate.serving import Cluster, SimulatedRun, least_replicas, limits_for, simulate
 from nanoflow.workload import Lengths, draw_arrivals
+from tests.all_cases import RUNS_ALL_CASES, part
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PROFILE = RESULTS / "profile_llama-3-8b_h200.json"
@@ -216,9 +217,14 @@ def test_gpus_that_share_a_model_share_its_weights() -> None:
 
 
 def test_measured_runs_of_one_h200_within_seven_percent() -> None:
-    """Constant workloads of Llama-3-8B; the traces are not part of the repository."""
-    rows = list(compare(Profile.load(PROFILE), sorted(RESULTS.glob("throughput_llama-3-8b_*.json")), traces=None))
-    assert len(rows) == 5
+    """Constant workloads of Llama-3-8B, by default those with most prompts and with most decodes.
+
+    The traces are not part of the repository.
+    """
+    stored = sorted(RESULTS.glob("throughput_llama-3-8b_[0-9]*.json"))
+    paths = part([path for path in stored if path.stem.endswith(("_2048-128", "_512-1024"))], of=stored)
+    rows = list(compare(Profile.load(PROFILE), paths, traces=None))
+    assert len(rows) == len(paths) == (5 if RUNS_ALL_CASES else 2)
     for row in rows:
         assert abs(row.error) < 0.07, row
         assert row.measured_j is not None and row.simulated_j is not None

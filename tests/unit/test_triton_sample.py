@@ -211,6 +211,6 @@ def test_programs_compile_for_hopper() -> None:
     """In bfloat16 little is spilled, outside the loops over a row; more would be inside."""
     (reports,) = compiled("tests.compile_sample")
     spills = {name: report["num_spills"] for name, report in reports.items() if "bf16" in name}
-    assert len(spills) == 4 and max(spills.values()) <= 64
+    assert len(spills) == (4 if RUNS_ALL_CASES else 3) and max(spills.values()) <= 64
     assert len(reports) - len(spills) == (3 if RUNS_ALL_CASES else 2)
     assert all("LDG.E.128" in report["loads"] for report in reports.values())
