@@ -116,11 +116,10 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
         },
     ),
-    # The last of 5 layers has a window as the first has; the trained length of the rotary embedding is short.
+    # Layers 0 and 2 have a window, 1 has none.
     "gpt-oss": Family(
         config_class="GptOssConfig",
         options={
-            "num_hidden_layers": 5,
             "head_dim": 24,
             "num_local_experts": 6,
             "num_experts_per_tok": 3,
