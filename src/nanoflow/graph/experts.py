@@ -129,6 +129,11 @@ class ExpertDims:
     clamped: ClampedSwiglu | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a product, and perhaps silu(gate) * up, without anything else."""
+        return not self.has_bias and self.clamped is None
+
+    @property
     def num_idle_weights(self) -> int:
         """Weights of one layer that a token does not pass."""
         of_expert = (self.in_features + self.has_bias) * self.out_features
