@@ -96,6 +96,7 @@ MEANT_BY = {
         "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
         "layer_types=[]",
     ),
+    "GptOssForCausalLM": ("original_max_position_embeddings=None", "swiglu_limit=7"),
     "Qwen3MoeForCausalLM": (
         "layer_types=['sliding_attention', 'sliding_attention', 'sliding_attention']",
         "layer_types=[]",

@@ -112,8 +112,7 @@ def _rope_options(fields: Fields, reading: Reading) -> Fields:
     """`rope_scaling` (transformers 4) or `rope_parameters` (5); the former if both exist, as in transformers."""
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     if reading.default_rope is not None and not fields.has("rope_parameters"):
-        parameters = Fields(values=reading.default_rope, origin=parameters.origin)
-        return scaling if scaling.values else parameters
+        parameters = scaling if scaling.values else Fields(values=reading.default_rope, origin=fields.origin)
     if scaling.values and parameters.values and scaling.values != parameters.values:
         logger.warning("%s: rope_scaling and rope_parameters differ, rope_scaling is used", fields.origin)
     options = scaling if scaling.values else parameters
