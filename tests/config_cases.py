@@ -95,6 +95,17 @@ BASES: Mapping[str, Mapping[str, Any]] = {
         **_SPARSE,
         "attention_bias": False,
     },
+    "GptOssForCausalLM": {
+        **_BASE,
+        "model_type": "gpt_oss",
+        "sliding_window": WINDOW,
+        "attention_bias": True,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "swiglu_alpha": 1.3,
+        "swiglu_limit": 1.5,
+        "pad_token_id": 0,
+    },
 }
 
 _ALTERNATING = ["full_attention", "sliding_attention"] * (NUM_LAYERS // 2)
@@ -218,6 +229,8 @@ _VALUES: Mapping[str, tuple[Any, ...]] = {
     "moe_intermediate_size": (24, 0),
     "shared_expert_intermediate_size": (24, 0),
     "qkv_bias": (True, False, 1),
+    "swiglu_alpha": (0.7, 0, "1.7"),
+    "swiglu_limit": (0.5, 7, -1.0),
     "logits_scaling": (8.0,),
     "logit_scale": (0.5,),
     "residual_multiplier": (0.5,),

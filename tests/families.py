@@ -116,6 +116,19 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
         },
     ),
+    # Layers 0 and 2 have a window, 1 has none.
+    "gpt-oss": Family(
+        config_class="GptOssConfig",
+        options={
+            "head_dim": 24,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": SLIDING_WINDOW,
+            "rope_parameters": {**_YARN_ROPE, "beta_fast": 8.0, "truncate": False},
+            "swiglu_limit": 1.5,
+            "pad_token_id": 0,
+        },
+    ),
     # The padding token must be in the vocabulary.
     "phi3": Family(config_class="Phi3Config", options={"pad_token_id": 0, "sliding_window": SLIDING_WINDOW}),
     "phi4-mini": Family(
@@ -179,7 +192,7 @@ def make_model(
                 noise = (1 - expert_spread) * noise[:1] + expert_spread * noise
             parameter.copy_(std * noise if parameter.dim() > 1 else 0.2 * noise)
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "sinks" in name:
                 parameter.add_(1.0)
     model.save_pretrained(folder)
     return folder

@@ -38,6 +38,23 @@ BOTH = (
     "{% else %}{% for part in message.content %}<{{ part.text }}>{% endfor %}{% endif %}{% endfor %}"
 )
 NO_THOUGHTS = "{% for message in messages %}[{{ message.role }}]{{ message.content.split('</think>')[-1] }}{% endfor %}"
+# Of the shape of gpt-oss: a system message of its own, the conversation's as the developer's, channels of an answer.
+HARMONY = (
+    "{%- macro channels() %}# Valid channels: analysis, commentary, final.{% endmacro %}"
+    "{%- if model_identity is not defined %}{% set model_identity = 'You are a large language model.' %}{% endif %}"
+    "<|start|>system<|message|>{{ model_identity }}\nCurrent date: {{ strftime_now('%Y-%m-%d') }}\n\n"
+    "Reasoning: {{ reasoning_effort if reasoning_effort is defined else 'medium' }}\n\n{{ channels() }}<|end|>"
+    "{%- if messages[0].role in ('developer', 'system') %}{% set rest = messages[1:] %}"
+    "<|start|>developer<|message|># Instructions\n\n{{ messages[0].content }}<|end|>"
+    "{%- else %}{% set rest = messages %}{% endif %}"
+    "{%- for message in rest %}"
+    "{%- if message.role == 'assistant' %}"
+    "{%- if '<|channel|>' in message.content %}{{ raise_exception('put no channels into a content') }}{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ message.content }}<|end|>"
+    "{%- elif message.role == 'user' %}<|start|>user<|message|>{{ message.content }}<|end|>"
+    "{%- endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 
 
 class InProcess:

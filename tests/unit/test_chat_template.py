@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -151,6 +152,27 @@ def test_variables_reach_the_template() -> None:
     assert text_of(source, ("user", "u"), kwargs={"enable_thinking": False}) == "[user]u<think></think>"
     nested = text_of("{{ messages[0].content }}{{ a.b[1] }}", ("user", "u"), kwargs={"a": {"b": [1, None, "x"]}})
     assert nested == "uNone"
+
+
+def test_a_template_of_the_harmony_format() -> None:
+    """Instructions are the developer's, an answer of before is in the channel of answers, the date is today's."""
+    date = datetime.now().strftime("%Y-%m-%d")
+    system = (
+        f"<|start|>system<|message|>I am a test.\nCurrent date: {date}\n\nReasoning: low\n\n"
+        "# Valid channels: analysis, commentary, final.<|end|>"
+    )
+    kwargs = {"reasoning_effort": "low", "model_identity": "I am a test."}
+    talk = (("user", "u"), ("assistant", "a"), ("user", "v"))
+    said = "<|start|>user<|message|>u<|end|><|start|>assistant<|channel|>final<|message|>a<|end|>"
+    said = f"{said}<|start|>user<|message|>v<|end|>"
+    assert text_of(templates.HARMONY, *talk, kwargs=kwargs) == system + said
+    instructions = "<|start|>developer<|message|># Instructions\n\ns<|end|>"
+    for role in ("system", "developer"):
+        given = text_of(templates.HARMONY, (role, "s"), *talk, kwargs=kwargs, add_generation_prompt=True)
+        assert given == f"{system}{instructions}{said}<|start|>assistant"
+    assert "Reasoning: medium" in text_of(templates.HARMONY, *talk)
+    with pytest.raises(ValueError, match="refuses the messages: put no channels into a content"):
+        text_of(templates.HARMONY, ("user", "u"), ("assistant", "<|channel|>final"), ("user", "v"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nanoflow.graph.experts import OrderDims, RouterDims
+from nanoflow.graph.experts import ExpertDims, OrderDims, RouterDims
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import (
     AttentionDims,
@@ -91,9 +91,9 @@ class Interpreter:
         gate, up = gate_up[:, : op.dims.width], gate_up[:, op.dims.width :]
         return (0.5 * gate * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up,)
 
-    def router(self, op: Operation, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def router(self, op: Operation, x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
         assert isinstance(op.dims, RouterDims)
-        exponents = (x @ weight.T).exp()
+        exponents = (x @ weight.T + sum(bias)).exp()
         weights, ids = (exponents / exponents.sum(1, keepdim=True)).sort(descending=True)
         weights, ids = (each[:, : op.dims.routing.num_per_token] for each in (weights, ids))
         return weights / weights.sum(1, keepdim=True) if op.dims.is_normalised else weights, ids
@@ -105,16 +105,26 @@ class Interpreter:
         ends = [sum(each <= expert for each in chosen) for expert in range(op.dims.routing.num_experts)]
         return torch.tensor(rows).view_as(ids), torch.tensor(ends).expand(NUM_TOKENS, -1)
 
-    def experts_in(self, op: Operation, x: Tensor, rows: Tensor, ends: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        of_rows = [
-            functional.silu(weight[expert].chunk(2)[0] @ x[token]) * (weight[expert].chunk(2)[1] @ x[token])
-            for token, expert in self._routed(rows, ends)
-        ]
+    def experts_in(
+        self, op: Operation, x: Tensor, rows: Tensor, ends: Tensor, weight: Tensor, *bias: Tensor
+    ) -> tuple[Tensor, ...]:
+        assert isinstance(op.dims, ExpertDims)
+        assert op.dims.has_bias is bool(bias)
+        of_rows = []
+        for token, expert in self._routed(rows, ends):
+            gate, up = (weight[expert] @ x[token] + sum(each[expert] for each in bias)).chunk(2)
+            if (clamped := op.dims.clamped) is None:
+                of_rows.append(functional.silu(gate) * up)
+            else:
+                gate, up = gate.clamp(max=clamped.limit), up.clamp(-clamped.limit, clamped.limit)
+                of_rows.append((up + 1) * gate / (1 + (-clamped.alpha * gate).exp()))
         return (torch.stack(of_rows).view(NUM_TOKENS, -1),)
 
-    def experts_out(self, op: Operation, act: Tensor, rows: Tensor, ends: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def experts_out(
+        self, op: Operation, act: Tensor, rows: Tensor, ends: Tensor, weight: Tensor, *bias: Tensor
+    ) -> tuple[Tensor, ...]:
         routed = zip(act.view(rows.numel(), -1), self._routed(rows, ends), strict=True)
-        out = torch.stack([weight[expert] @ row for row, (_, expert) in routed])
+        out = torch.stack([weight[expert] @ row + sum(each[expert] for each in bias) for row, (_, expert) in routed])
         return (out[rows.flatten().argsort()].view(NUM_TOKENS, -1),)
 
     def _routed(self, rows: Tensor, ends: Tensor) -> list[tuple[int, int]]:
@@ -149,7 +159,7 @@ class Interpreter:
         low, high, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
         return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
-    def prefill_attention(self, op: Operation, q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
+    def prefill_attention(self, op: Operation, q: Tensor, kv: Tensor, *sinks: Tensor) -> tuple[Tensor, ...]:
         dims = op.dims
         assert isinstance(dims, AttentionDims)
         k, v = (x.repeat_interleave(dims.num_heads // dims.num_kv_heads, dim=1) for x in kv)
@@ -157,7 +167,9 @@ class Interpreter:
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
         window = dims.window or NUM_TOKENS
         scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
-        return (torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1),)
+        exponents = scores.exp()
+        total = exponents.sum(-1, keepdim=True) + sum(each.exp()[:, None, None] for each in sinks)
+        return (torch.einsum("hqk,khd->qhd", exponents / total, v).flatten(1),)
 
 
 KERNELS: dict[OpKind, Callable[..., tuple[Tensor, ...]]] = {

@@ -298,7 +298,6 @@ def test_damaged_configs_are_one_line(name: str, fields: dict[str, Any], message
     ("method", "advice"),
     [
         ("bitsandbytes", "in transformers call dequantize() and save_pretrained()"),
-        ("mxfp4", "Mxfp4Config(dequantize=True)"),
         *((method, "use the original model, or one in these forms") for method in ("hqq", "aqlm", "quark", "torchao")),
     ],
 )

@@ -20,9 +20,17 @@ from nanoflow.engine.build import engine_limits, resolve_model
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.operation import OpKind
 from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import Weights, random_weights
+from nanoflow.models.weights import random_weights
 from nanoflow.plan.book import load_book
-from nanoflow.profiler.site import Site, equal_requests, gemms, over_layers, random_workspace, shortened
+from nanoflow.profiler.site import (
+    Site,
+    attention_weights,
+    equal_requests,
+    gemms,
+    over_layers,
+    random_workspace,
+    shortened,
+)
 from nanoflow.profiler.sustained import Work, sustained
 from nanoflow.workload import Lengths
 
@@ -85,11 +93,10 @@ def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
     num_keys = int(requests.context_len.sum())
     key_elements = min(kind.attention.kv_width for kind in site.graph.kinds)
     graph = shortened(site.graph, 2 * num_keys * key_elements * site.dtype.itemsize)
-    weights = Weights(shared={}, layers=({},) * graph.num_layers)
     workspace = random_workspace(
         site,
         graph,
-        weights,
+        attention_weights(site, graph),
         num_pages=len(requests.new_pages),
         num_tokens=requests.num_tokens,
         num_rows=requests.num_requests,

@@ -58,6 +58,8 @@ def _popularity(num_experts: int, num_per_token: int, skew: float) -> tuple[floa
 class RouterDims:
     """The product [tokens, in_features] x [E, in_features]^T, its softmax, and the K largest probabilities.
 
+    A softmax over the K largest products alone is the same as `is_normalised`: what the others would add cancels.
+
     Attributes:
         in_features: Width of a token's row.
         routing: E and K.
@@ -94,6 +96,19 @@ class OrderDims:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedSwiglu:
+    """The activation (up + 1) * gate * sigmoid(alpha * gate) of values that are clamped first (gpt-oss).
+
+    Attributes:
+        alpha: Factor on the gate in the sigmoid.
+        limit: Most of the gate, which has no least; most and, negated, least of up.
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertDims:
     """A grouped product: each row with the matrix [out_features, in_features] of its expert.
 
@@ -102,17 +117,27 @@ class ExpertDims:
         routing: E, K and the skew.
         is_gated: Whether it is the first product, which reads a token's row once for all of its experts and ends with
             the activation. The second one has a row of its own for each expert of a token.
+        has_bias: Whether each expert adds a bias of its own to the product: a second weight [E, out_features].
+        clamped: The activation of the first product; None for silu(gate) * up.
     """
 
     in_features: int
     out_features: int
     routing: Routing
     is_gated: bool
+    has_bias: bool = False
+    clamped: ClampedSwiglu | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product, and perhaps silu(gate) * up, without anything else."""
+        return not self.has_bias and self.clamped is None
 
     @property
     def num_idle_weights(self) -> int:
         """Weights of one layer that a token does not pass."""
-        return (self.routing.num_experts - self.routing.num_per_token) * self.in_features * self.out_features
+        of_expert = (self.in_features + self.has_bias) * self.out_features
+        return (self.routing.num_experts - self.routing.num_per_token) * of_expert
 
     def flops(self, num_tokens: int) -> int:
         """Of the product: a token passes K experts."""

@@ -24,14 +24,23 @@ class GraphError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPart:
-    """A tensor of the checkpoint: its name (with `{layer}` in it, if each layer has one) and its shape.
+    """A tensor of the checkpoint.
 
-    `other_source` is an alternative name for it.
+    Attributes:
+        source: Its name, with `{layer}` in it if each layer has one.
+        shape: As kernels take it.
+        other_source: An alternative name for it.
+        is_transposed: Whether checkpoints have each matrix of a stack [E, rows, columns] transposed, unless it is
+            packed.
+        is_interleaved: Whether checkpoints alternate the rows of two halves of each matrix, or bias, of a stack (gate
+            and up); kernels take the first half's, then the second's.
     """
 
     source: str
     shape: tuple[int, ...]
     other_source: str | None = None
+    is_transposed: bool = False
+    is_interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

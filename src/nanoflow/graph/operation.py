@@ -128,6 +128,8 @@ class AttentionDims:
         window: Sliding window (a token attends to itself and the `window - 1` before it); None without one.
         norm_eps: Epsilon of the RMSNorm on each query and key head (Qwen3); None without one.
         rotary_dim: How many first dimensions of a query or key head are rotated; None for all.
+        has_sinks: Whether each query head has a learned logit, its only weight, that is one more term of the softmax's
+            denominator and stands for no key (gpt-oss).
     """
 
     num_heads: int
@@ -137,6 +139,7 @@ class AttentionDims:
     window: int | None = None
     norm_eps: float | None = None
     rotary_dim: int | None = None
+    has_sinks: bool = False
 
     @property
     def q_width(self) -> int:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference, reference_experts
 from nanoflow.kernels.launch import Kernel, Launch
@@ -63,22 +64,23 @@ def row_blocks(num_rows: int) -> tuple[tuple[slice, int], ...]:
 
 def experts_in(launch: Launch) -> None:
     """As in `reference_experts.py`; the rows are sorted once, and each expert with rows takes products of its own."""
-    (x, rows, ends), (activation,), (weight,) = launch.reads, launch.writes, launch.weights
+    dims = launch.op.dims
+    assert isinstance(dims, ExpertDims)
+    (x, rows, ends), (activation,), (weight, *bias) = launch.reads, launch.writes, launch.weights
     out = activation.view(rows.numel(), -1)
     sorted_x = x.index_select(0, rows.flatten() // rows.shape[1])
     for expert, places in reference_experts.parts_of_experts(ends):
-        for part, product in _products(sorted_x[places], weight[expert], []):
-            gate, up = product.chunk(2, dim=-1)
+        for part, product in _products(sorted_x[places], weight[expert], [each[expert] for each in bias]):
             target = out[places] if part is None else out[places][part]
-            torch.mul(F.silu(gate, inplace=True), up, out=target)
+            reference_experts.activate(product, dims.clamped, target)
 
 
 def experts_out(launch: Launch) -> None:
     """As in `reference_experts.py`."""
-    (activation, rows, ends), (out,), (weight,) = launch.reads, launch.writes, launch.weights
+    (activation, rows, ends), (out,), (weight, *bias) = launch.reads, launch.writes, launch.weights
     by_expert, by_token, order = activation.view(rows.numel(), -1), out.view(rows.numel(), -1), rows.flatten()
     for expert, places in reference_experts.parts_of_experts(ends):
-        for part, product in _products(by_expert[places], weight[expert], []):
+        for part, product in _products(by_expert[places], weight[expert], [each[expert] for each in bias]):
             by_token.index_copy_(0, (order[places] if part is None else order[places][part]).long(), product)
 
 

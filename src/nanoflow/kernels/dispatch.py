@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
 from nanoflow.kernels import reference, reference_experts, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
@@ -68,7 +69,14 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     }
     if dtype.itemsize == 2 and triton_gemm.has_tma(device) and not any(size % _TMA_MULTIPLE for size in sizes):
         kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
-    return kernels
+    return for_experts(kernels, layer)
+
+
+def for_experts(kernels: Kernels, layer: tuple[Operation, ...]) -> Kernels:
+    """The kernels, of which those of routers and experts are the reference ones if the experts are not plain ones."""
+    if all(op.dims.is_plain for op in layer if isinstance(op.dims, ExpertDims)):
+        return kernels
+    return {**kernels, **{kind: REFERENCE_KERNELS[kind] for kind in _OF_PLAIN_EXPERTS}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +113,8 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
     )
 
 
+# Kinds whose kernels for a GPU know neither biases nor clamped activations.
+_OF_PLAIN_EXPERTS = (OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT)
 _READING_ON_HOST: frozenset[Kernel] = frozenset(
     (
         reference.decode_attention,

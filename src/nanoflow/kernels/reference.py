@@ -160,8 +160,30 @@ def decode_attention(launch: Launch) -> None:
             gathered[:, :, surely_seen:].masked_fill_(~visible[..., surely_seen:].transpose(-1, -2), 0.0)
         # The query heads that share a KV head stand as one more dimension: [B, K, H / K, D].
         grouped = q[index].view(len(rows), dims.num_kv_heads, -1, dims.head_dim)
+        if dims.has_sinks:
+            sinks = launch.weights[0].view(1, dims.num_kv_heads, -1, 1)
+            grouped, keys, values, visible = _with_sinks(grouped, keys, values, visible, sinks / dims.scale)
         result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=dims.scale)
-        out[index] = result.reshape(len(rows), -1)
+        out[index] = result[..., : dims.head_dim].reshape(len(rows), -1)
+
+
+def _with_sinks(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and visible keys of an attention without sinks that gives the same results.
+
+    Each sequence has one more key, which every query sees, with values of 0. One more dimension makes its score: there
+    queries hold the sinks, this key 1 and others 0.
+
+    Args:
+        q, keys, values: [B, heads, queries or keys, D].
+        visible: bool [..., keys].
+        sinks: Logits by the scale of the scores, of a shape that expands to that of q.
+    """
+    wide = torch.cat((q, sinks.to(q.dtype).expand(*q.shape[:-1], 1)), dim=-1)
+    keys, values = F.pad(keys, (0, 1, 0, 1)), F.pad(values, (0, 1, 0, 1))
+    keys[..., -1, -1] = 1.0
+    return wide, keys, values, F.pad(visible, (0, 1), value=True)
 
 
 def _groups(contexts: list[int], page_size: int, most_keys: int) -> Iterator[list[int]]:
@@ -224,21 +246,26 @@ def prefill_attention(launch: Launch) -> None:
         keys, values = (gathered[:, :, seen] for gathered in _gather(cache, tables))
         rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
         heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
-        result = _causal_attention(heads, keys, values, dims)
+        result = _causal_attention(heads, keys, values, dims, *launch.weights)
         out[rows] = result.transpose(1, 2).reshape(stop - start, -1)
 
 
-def _causal_attention(q: Tensor, keys: Tensor, values: Tensor, dims: AttentionDims) -> Tensor:
+def _causal_attention(
+    q: Tensor, keys: Tensor, values: Tensor, dims: AttentionDims, sinks: Tensor | None = None
+) -> Tensor:
     """Attention of queries [1, H, Q, D], which are at the last Q of the C positions of keys and values [1, K, C, D]."""
     num_queries, num_keys, window = q.shape[2], keys.shape[2], dims.window
-    if num_queries == num_keys and window is None:
+    if num_queries == num_keys and window is None and sinks is None:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=dims.scale, enable_gqa=True)
     query_places = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
     key_places = torch.arange(num_keys, device=q.device)
     visible = key_places <= query_places
     if window is not None:
         visible &= key_places > query_places - window
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=dims.scale, enable_gqa=True)
+    if sinks is not None:
+        q, keys, values, visible = _with_sinks(q, keys, values, visible, sinks.view(1, -1, 1, 1) / dims.scale)
+    result = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=dims.scale, enable_gqa=True)
+    return result[..., : dims.head_dim]
 
 
 # Without LINEAR_SWIGLU, which would gain nothing here; graphs are fused only for devices that gain from it.

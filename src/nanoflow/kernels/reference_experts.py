@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoflow.graph.experts import CombineDims, RouterDims
+from nanoflow.graph.experts import ClampedSwiglu, CombineDims, ExpertDims, RouterDims
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.launch import Kernel, Launch
 
 
 def router(launch: Launch) -> None:
-    """weights float32 [T, K], ids int32 [T, K]: the K largest of softmax(x [T, H] @ weight [E, H]^T)."""
+    """weights float32 [T, K], ids int32 [T, K]: the K largest of softmax(x [T, H] @ weight [E, H]^T (+ bias [E]))."""
     dims = launch.op.dims
     assert isinstance(dims, RouterDims)
-    (x,), (weights, ids), (weight,) = launch.reads, launch.writes, launch.weights
-    probabilities = torch.mm(x, weight.t()).float().softmax(-1)
+    (x,), (weights, ids), (weight, *bias) = launch.reads, launch.writes, launch.weights
+    probabilities = F.linear(x, weight, *bias).float().softmax(-1)
     largest, chosen = probabilities.topk(dims.routing.num_per_token, dim=-1)
     if dims.is_normalised:
         largest = largest / largest.sum(-1, keepdim=True)
@@ -49,22 +49,35 @@ def expert_order(launch: Launch) -> None:
 def experts_in(launch: Launch) -> None:
     """activation [T, K x I], seen as [T x K, I] in the experts' order: silu(gate) * up of x [T, H] of each row's token.
 
-    The weight is [E, 2 I, H]; each expert has gate rows, then up rows.
+    The weight is [E, 2 I, H], a bias [E, 2 I]; each expert has gate rows, then up rows.
     """
-    (x, rows, ends), (activation,), (weight,) = launch.reads, launch.writes, launch.weights
+    dims = launch.op.dims
+    assert isinstance(dims, ExpertDims)
+    (x, rows, ends), (activation,) = launch.reads, launch.writes
     per_token, out = rows.shape[1], activation.view(rows.numel(), -1)
     tokens = rows.flatten() // per_token
     for expert, places in parts_of_experts(ends):
-        gate, up = torch.mm(x[tokens[places]], weight[expert].t()).chunk(2, dim=-1)
-        torch.mul(F.silu(gate), up, out=out[places])
+        gate_up = F.linear(x[tokens[places]], *(weight[expert] for weight in launch.weights))
+        activate(gate_up, dims.clamped, out[places])
+
+
+def activate(gate_up: Tensor, clamped: ClampedSwiglu | None, out: Tensor) -> None:
+    """out [rows, I] = the activation of gate and up in gate_up [rows, 2 I], which it may overwrite."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if clamped is None:
+        torch.mul(F.silu(gate, inplace=True), up, out=out)
+        return
+    gate.clamp_(max=clamped.limit)
+    up.clamp_(-clamped.limit, clamped.limit)
+    torch.mul(up.add_(1.0), gate.mul_(torch.sigmoid(gate * clamped.alpha)), out=out)
 
 
 def experts_out(launch: Launch) -> None:
-    """out [T, K x H], seen as [T x K, H] in the tokens' order: activation of each row @ weight [E, H, I]^T."""
-    (activation, rows, ends), (out,), (weight,) = launch.reads, launch.writes, launch.weights
+    """out [T, K x H], seen as [T x K, H] in the tokens' order: activation of each row @ weight [E, H, I]^T (+ bias)."""
+    (activation, rows, ends), (out,) = launch.reads, launch.writes
     by_expert, by_token, places_of = activation.view(rows.numel(), -1), out.view(rows.numel(), -1), rows.flatten()
     for expert, places in parts_of_experts(ends):
-        by_token[places_of[places]] = torch.mm(by_expert[places], weight[expert].t())
+        by_token[places_of[places]] = F.linear(by_expert[places], *(weight[expert] for weight in launch.weights))
 
 
 def parts_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _attend(
@@ -90,6 +92,7 @@ def decode_program(
     keys: tl.tensor,
     values: tl.tensor,
     page_tables: tl.tensor,
+    sinks: tl.tensor | None,
     context_len: tl.tensor,
     table_stride: int,
     first_request: int,
@@ -105,7 +108,10 @@ def decode_program(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """One part of one request's context, for the query heads of one KV head; out is [B, H, parts, D]."""
+    """One part of one request's context, for the query heads of one KV head; out is [B, H, parts, D].
+
+    The sinks [H] are logits; each enters the softmax of the first part alone, and so the merged one once.
+    """
     kv_head, row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     context = tl.load(context_len + first_request + row)
     if context == 0:
@@ -126,6 +132,9 @@ def decode_program(
     place = tl.zeros([BLOCK_M], tl.int32) + context - 1
     acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + kv_head * GROUP + heads, mask=is_head, other=0.0) * _LOG2_E
+        peak, total = tl.where(split == 0, sink, peak), tl.where(split == 0, total + 1.0, total)
     if WINDOW is None:
         # Whole blocks need no mask.
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
@@ -203,6 +212,7 @@ def prefill_program(
     keys: tl.tensor,
     values: tl.tensor,
     page_tables: tl.tensor,
+    sinks: tl.tensor | None,
     query_start: tl.tensor,
     context_len: tl.tensor,
     table_stride: int,
@@ -246,6 +256,8 @@ def prefill_program(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
+    if sinks is not None:
+        peak, total = tl.full([BLOCK_M], 0.0, tl.float32) + tl.load(sinks + head) * _LOG2_E, total + 1.0
     if WINDOW is None:
         start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
         acc, total, peak = _attend(

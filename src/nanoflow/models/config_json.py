@@ -225,8 +225,8 @@ def _layer_windows(fields: Fields, reading: Reading, num_layers: int) -> tuple[i
         window = fields.positive_int("sliding_window")
     if fields.has("layer_types"):
         return tuple(window if slides else None for slides in _sliding_layers(fields, num_layers, window))
-    if fields.has("sliding_window_pattern"):
-        pattern = fields.positive_int("sliding_window_pattern")
+    if fields.has("sliding_window_pattern") or reading.window_pattern is not None:
+        pattern = fields.positive_int("sliding_window_pattern", reading.window_pattern)
         if window is None and pattern > 1:
             raise fields.error("sliding_window", "is missing, but sliding_window_pattern asks for windows")
         return tuple(window if (layer + 1) % pattern else None for layer in range(num_layers))

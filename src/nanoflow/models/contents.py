@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanoflow.graph.graph import OpGraph, Parameter
+from nanoflow.graph.graph import OpGraph, Parameter, ParameterPart
 from nanoflow.models.checkpoint import StoredTensor, printable, read_checkpoint
 from nanoflow.models.fields import ModelError, read_object
 from nanoflow.models.gguf_file import is_gguf
 from nanoflow.models.gguf_model import GgufModel, open_gguf
 from nanoflow.models.quantised import Quantisation, quantisation_of
-from nanoflow.models.stored import FLOATING, Blocks, Form, Plain, Shape, Stored, stored_part, tensor_names
+from nanoflow.models.stored import FLOATING, Blocks, Form, Mxfp4, Plain, Stacked, Stored, stored_part, tensor_names
 
 _NUM_NAMED = 3
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
@@ -73,16 +73,26 @@ class _Checkpoint:
     quantisation: Quantisation | None = None
     gguf: GgufModel | None = None
 
-    def form_of(self, name: str, shape: Shape) -> Form:
+    def form_of(self, name: str, part: ParameterPart) -> Form:
         """How a part is stored: as it lies there if that is plain, else as config.json says."""
         tensor = self.stored.get(name)
         if self.gguf is not None:
             return self.gguf.form_of(name, tensor)
-        if self.quantisation is None or not name.endswith(_WEIGHT) or len(shape) != 2:
+        if part.is_transposed or part.is_interleaved:
+            return self._form_of_stack(name, part)
+        if self.quantisation is None or not name.endswith(_WEIGHT) or len(part.shape) != 2:
             return Plain()
         if tensor is not None and tensor.dtype in FLOATING:
             return Plain()
-        return self.quantisation.form_of(name.removesuffix(_WEIGHT)) or Plain()
+        form = self.quantisation.form_of(name.removesuffix(_WEIGHT))
+        return Plain() if form is None or isinstance(form, Mxfp4) else form
+
+    def _form_of_stack(self, name: str, part: ParameterPart) -> Form:
+        """How the matrices or biases of all experts are stored that lie in one tensor in an order of their own."""
+        form = self.quantisation and self.quantisation.form_of(name)
+        if isinstance(form, Mxfp4) and part.is_transposed and name not in self.stored:
+            return replace(form, is_interleaved=part.is_interleaved)
+        return Stacked(is_transposed=part.is_transposed, is_interleaved=part.is_interleaved)
 
 
 def read_contents(graph: OpGraph, path: Path) -> Contents:
@@ -94,10 +104,12 @@ def read_contents(graph: OpGraph, path: Path) -> Contents:
     checkpoint = _open(path)
     stored = checkpoint.stored
     expected = dict(_expected(graph, stored))
-    forms = {name: checkpoint.form_of(name, shape) for name, shape in expected.items()}
-    needed = {name: tensor_names(name, forms[name], shape, stored) for name, shape in expected.items()}
+    forms = {name: checkpoint.form_of(name, part) for name, part in expected.items()}
+    needed = {name: tensor_names(name, forms[name], part.shape, stored) for name, part in expected.items()}
     _check_names(graph, checkpoint, needed)
-    parts = {name: stored_part(name, forms[name], shape, stored, by=checkpoint.by) for name, shape in expected.items()}
+    parts = {
+        name: stored_part(name, forms[name], part.shape, stored, by=checkpoint.by) for name, part in expected.items()
+    }
     return Contents(
         parts=parts,
         title=_title(checkpoint, parts),
@@ -106,8 +118,10 @@ def read_contents(graph: OpGraph, path: Path) -> Contents:
     )
 
 
-def parts_of(parameter: Parameter, stored: Container[str], *, layer: int | None = None) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of what a checkpoint has for a parameter, up to the form it is stored in.
+def parts_of(
+    parameter: Parameter, stored: Container[str], *, layer: int | None = None
+) -> Iterator[tuple[str, ParameterPart]]:
+    """What a checkpoint has for a parameter, by name, up to the form it is stored in.
 
     That is one tensor for the whole parameter if the checkpoint has it, else one for each part.
 
@@ -118,12 +132,12 @@ def parts_of(parameter: Parameter, stored: Container[str], *, layer: int | None 
     """
     whole = parameter.whole and parameter.whole.format(layer=layer)
     if whole is not None and whole in stored:
-        yield whole, parameter.shape
+        yield whole, ParameterPart(source=whole, shape=parameter.shape)
         return
     for part in parameter.parts:
         name, other = (source and source.format(layer=layer) for source in (part.source, part.other_source))
         assert name is not None
-        yield other if other is not None and name not in stored and other in stored else name, part.shape
+        yield other if other is not None and name not in stored and other in stored else name, part
 
 
 def _open(path: Path) -> _Checkpoint:
@@ -141,7 +155,7 @@ def _open(path: Path) -> _Checkpoint:
 def _title(checkpoint: _Checkpoint, parts: Mapping[str, Stored]) -> str | None:
     """What users call the form of the weights."""
     if checkpoint.gguf is None:
-        is_plain = all(isinstance(part.form, Plain) for part in parts.values())
+        is_plain = all(isinstance(part.form, Plain | Stacked) for part in parts.values())
         return None if checkpoint.quantisation is None or is_plain else checkpoint.quantisation.title
     sizes = Counter[str]()
     for part in parts.values():
@@ -150,8 +164,8 @@ def _title(checkpoint: _Checkpoint, parts: Mapping[str, Stored]) -> str | None:
     return f"GGUF {' and '.join(name for name, _ in sizes.most_common())}"
 
 
-def _expected(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of every part that the graph needs."""
+def _expected(graph: OpGraph, stored: Container[str]) -> Iterator[tuple[str, ParameterPart]]:
+    """Every part that the graph needs, by name."""
     for parameter in graph.parameters:
         yield from parts_of(parameter, stored)
     for layer, kind in enumerate(graph.layers):

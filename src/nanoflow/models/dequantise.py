@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanoflow.models.fields import ModelError
 from nanoflow.models.ggml import rows_of_blocks
-from nanoflow.models.stored import Awq, Blocks, Form, Gptq, Packed, Plain, Scaled, Stored
+from nanoflow.models.stored import MXFP4_GROUP, Awq, Blocks, Form, Gptq, Mxfp4, Packed, Plain, Scaled, Stacked, Stored
 
 # Numbers that are in memory as float32 at once, and a multiple of all words and blocks of rows.
 _CHUNK_NUMBERS = 2**20
@@ -23,16 +24,21 @@ _ROWS_MULTIPLE = 128
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 # compressed-tensors writes this for every column if columns are in order.
 _NO_GROUP = -1
+# The sixteen numbers of MXFP4 (E2M1: sign, two bits of exponent, one of mantissa), the powers of two of its scales
+# (E8M0), and the scale that is no number.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E8M0 = tuple(2.0 ** (exponent - 127) for exponent in range(255))
+_NO_SCALE = 255
 
 Tensors = Mapping[str, Tensor]
 
 
 def read_rows(part: Stored, tensors: Tensors) -> Iterator[tuple[int, Tensor]]:
-    """Rows of a part in order, in chunks of bounded size.
+    """Rows of a part in order, in chunks of bounded size. Of a stack of matrices these are the rows of all of them.
 
     Args:
         part: The part.
-        tensors: Its tensors as they are stored, which may be mapped from a file.
+        tensors: Its tensors as they are stored, which may be mapped from a file; of a stack, all or some matrices.
 
     Yields:
         The number of the first row, and the rows: float32, or the stored type if that is plain.
@@ -43,9 +49,14 @@ def read_rows(part: Stored, tensors: Tensors) -> Iterator[tuple[int, Tensor]]:
     if isinstance(part.form, Plain):
         yield 0, tensors["weight"]
         return
+    if isinstance(part.form, Stacked):
+        yield from _stacked(part.form, tensors["weight"])
+        return
     _check_groups(part, tensors)
     read = _READERS[type(part.form)]
     num_rows, width = part.shape[0], part.shape[1] if len(part.shape) > 1 else 1
+    if isinstance(part.form, Mxfp4):
+        num_rows, width = len(tensors["scales"]) * part.shape[1], part.shape[2]
     step = max(_CHUNK_NUMBERS // width // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
     for first in range(0, num_rows, step):
         yield first, read(part.form, tensors, part.shape, first, min(first + step, num_rows))
@@ -62,6 +73,31 @@ def _check_groups(part: Stored, tensors: Tensors) -> None:
             if bool(((groups < 0) | (groups >= num_groups)).any()):
                 where = f"{part.tensors[role].path}: {part.names[role]}"
                 raise ModelError(f"{where} names groups that are not there, of {num_groups}; download it again")
+    if isinstance(part.form, Mxfp4) and bool((tensors["scales"] == _NO_SCALE).any()):
+        where = f"{part.tensors['scales'].path}: {part.names['scales']}"
+        raise ModelError(f"{where} has a scale of {_NO_SCALE}, which is no number; download it again")
+
+
+def _stacked(form: Stacked, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The rows of each matrix of a stack, or the elements of its bias, in the stored type."""
+    for number, matrix in enumerate(weight):
+        rows = matrix.T if form.is_transposed else matrix
+        if form.is_interleaved:
+            rows = rows.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+        yield number * len(rows), rows
+
+
+def _mxfp4(form: Mxfp4, tensors: Tensors, shape: tuple[int, ...], first: int, last: int) -> Tensor:
+    """Of all rows of the stack, those from `first` to `last`; one byte gives two numbers."""
+    places = torch.arange(first, last)
+    if form.is_interleaved:
+        half = shape[1] // 2
+        within = places % shape[1]
+        places = places - within + 2 * (within % half) + within // half
+    pairs = torch.tensor([(_E2M1[byte % 16], _E2M1[byte // 16]) for byte in range(256)])
+    blocks, scales = (tensors[role].flatten(0, 1)[places].int() for role in ("blocks", "scales"))
+    numbers = F.embedding(blocks, pairs).view(*scales.shape, MXFP4_GROUP)
+    return numbers.mul_(torch.tensor(_E8M0)[scales][..., None]).flatten(1)[:, : shape[2]]
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
@@ -145,4 +181,5 @@ _READERS: dict[type[Form], _Reader] = {
     Gptq: _gptq,
     Packed: _packed,
     Blocks: _blocks,
+    Mxfp4: _mxfp4,
 }

@@ -101,7 +101,7 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind(
         what="a mixture of experts of another kind",
         has_kin=True,
-        types=("dbrx", "olmoe", "phimoe", "gpt_oss", "deepseek", "grok", "llama4"),
+        types=("dbrx", "olmoe", "phimoe", "deepseek", "grok", "llama4"),
         fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     ),
     _Kind(what="a model with latent attention", has_kin=True, types=("minicpm3",), fields=("kv_lora_rank",)),

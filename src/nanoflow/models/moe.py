@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nanoflow.graph.experts import CombineDims, ExpertDims, OrderDims, RouterDims, Routing, SharedGateDims
+from nanoflow.graph.experts import (
+    ClampedSwiglu,
+    CombineDims,
+    ExpertDims,
+    OrderDims,
+    RouterDims,
+    Routing,
+    SharedGateDims,
+)
 from nanoflow.graph.graph import Element, LayerKind, OpGraph, Parameter, ParameterPart, TensorSpec
 from nanoflow.graph.operation import Operation, OpKind, Resource
 from nanoflow.models import llama, parts
@@ -86,7 +94,7 @@ def build(
         config,
         [kinds[each] for each in layers],
         parameters=parts.shared_parameters(config),
-        more_tensors=_tensors(config, experts),
+        more_tensors=tensors(config, experts),
     )
 
 
@@ -109,22 +117,36 @@ def _sparse_block(config: ModelConfig, experts: ExpertsConfig, parameters: set[s
     """The feed-forward block of a sparse layer."""
     return (
         parts.norm("ffn_norm", config),
-        *_routed(config, experts),
+        *routed(config, experts, parameters),
         *(() if experts.shared_intermediate_size is None else _shared(config, experts, parameters)),
     )
 
 
-def _routed(config: ModelConfig, experts: ExpertsConfig) -> Iterator[Operation]:
-    """From `normed` to the experts' weighted sum, added to `hidden`."""
+def routed(
+    config: ModelConfig, experts: ExpertsConfig, parameters: set[str], clamped: ClampedSwiglu | None = None
+) -> Iterator[Operation]:
+    """From `normed` to the experts' weighted sum, added to `hidden`.
+
+    Args:
+        config: The model.
+        experts: Its experts.
+        parameters: Names of the layer's; router and products have biases if there are parameters of that name.
+        clamped: The activation; None for SwiGLU.
+    """
     routing, hidden, inner = _routing(experts), config.hidden_size, experts.intermediate_size
     order = ("expert_rows", "expert_ends")
+
+    def weights_of(name: str) -> tuple[str, ...]:
+        return parts.present((f"{name}.weight", f"{name}.bias"), parameters)
+
+    has_bias = "experts_in.bias" in parameters
     yield Operation(
         name="router",
         kind=OpKind.ROUTER,
         resource=Resource.MEMORY,
         reads=("normed",),
         writes=("expert_weights", "expert_ids"),
-        weights=("router.weight",),
+        weights=weights_of("router"),
         dims=RouterDims(in_features=hidden, routing=routing, is_normalised=experts.is_normalised),
     )
     yield Operation(
@@ -141,8 +163,15 @@ def _routed(config: ModelConfig, experts: ExpertsConfig) -> Iterator[Operation]:
         resource=Resource.COMPUTE,
         reads=("normed", *order),
         writes=("expert_activation",),
-        weights=("experts_in.weight",),
-        dims=ExpertDims(in_features=hidden, out_features=2 * inner, routing=routing, is_gated=True),
+        weights=weights_of("experts_in"),
+        dims=ExpertDims(
+            in_features=hidden,
+            out_features=2 * inner,
+            routing=routing,
+            is_gated=True,
+            has_bias=has_bias,
+            clamped=clamped,
+        ),
     )
     yield Operation(
         name="experts_out",
@@ -150,8 +179,8 @@ def _routed(config: ModelConfig, experts: ExpertsConfig) -> Iterator[Operation]:
         resource=Resource.COMPUTE,
         reads=("expert_activation", *order),
         writes=("expert_out",),
-        weights=("experts_out.weight",),
-        dims=ExpertDims(in_features=inner, out_features=hidden, routing=routing, is_gated=False),
+        weights=weights_of("experts_out"),
+        dims=ExpertDims(in_features=inner, out_features=hidden, routing=routing, is_gated=False, has_bias=has_bias),
     )
     yield Operation(
         name="combine",
@@ -221,7 +250,7 @@ def _shared_parameters(config: ModelConfig, experts: ExpertsConfig, block: str) 
     )
 
 
-def _tensors(config: ModelConfig, experts: ExpertsConfig) -> tuple[TensorSpec, ...]:
+def tensors(config: ModelConfig, experts: ExpertsConfig) -> tuple[TensorSpec, ...]:
     """Tensors of sparse layers. A token has K rows of `expert_activation`, sorted by expert over its token range.
 
     The ends of the experts' rows are in the first row of the token range in `expert_ends`; other rows are not used.

@@ -18,6 +18,8 @@ from nanoflow.models.model import ModelConfig
 # Names in checkpoints: the embedding, the output projection, and the prefix of a layer's tensors.
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = "model.layers.{layer}."
+# The parameter that attention with sinks takes: a logit of each query head.
+SINKS = "attn.sinks"
 
 
 def decoder(
@@ -161,6 +163,7 @@ def activation(kind: OpKind, width: int) -> Operation:
 
 def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> tuple[Operation, ...]:
     """Rotary embedding, cache write and attention; `variant` distinguishes it from that of other layer kinds."""
+    sinks = (SINKS,) if dims.has_sinks else ()
     return (
         Operation(
             name="rope_append",
@@ -169,7 +172,7 @@ def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> t
             reads=("qkv",),
             writes=("q", "kv"),
             weights=present(("q_norm.weight", "k_norm.weight"), parameters),
-            dims=replace(dims, window=None),
+            dims=replace(dims, window=None, has_sinks=False),
         ),
         Operation(
             name="decode_attention",
@@ -178,6 +181,7 @@ def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> t
             scope=Scope.DECODE,
             reads=("q", "kv"),
             writes=("attn",),
+            weights=sinks,
             dims=dims,
             variant=variant,
         ),
@@ -189,6 +193,7 @@ def attention(dims: AttentionDims, parameters: set[str], variant: str = "") -> t
             reads=("q", "kv"),
             reads_before=("kv",),
             writes=("attn",),
+            weights=sinks,
             dims=dims,
             variant=variant,
         ),

@@ -63,6 +63,22 @@ _QWEN_MOE = {
     "norm_topk_prob": False,
     "eos_token_id": 151643,
 }
+# The rotary embedding is that of the architecture's configuration class.
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": [200002, 199999, 200012],
+}
 _QWEN_2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "torch_dtype": "bfloat16",
@@ -287,6 +303,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 40960,
         "eos_token_id": 151645,
     },
+    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
     "gemma-3-270m": {**_GEMMA_3, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
     "gemma-3-1b": {**_GEMMA_3, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
     "deepseek-llm-67b": {

@@ -13,17 +13,16 @@ from typing import Any
 
 from nanoflow.models.fields import Fields, ModelError, is_there, read_object, shown
 from nanoflow.models.quantised_groups import compressed
-from nanoflow.models.stored import Awq, Form, FormOf, Gptq, Scaled
+from nanoflow.models.stored import Awq, Form, FormOf, Gptq, Mxfp4, Scaled
 
 _FIELD = "quantization_config"
 # Files of older tools, with the method if the file does not name one.
 _FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt"))
 _BLOCK = (128, 128)
-_SERVED = "FP8, AWQ, GPTQ, compressed-tensors, ModelOpt FP8 and GGUF are"
+_SERVED = "FP8, AWQ, GPTQ, compressed-tensors, ModelOpt FP8, MXFP4 of gpt-oss and GGUF are"
 # What can be done about methods that are not served; others have no special advice.
 _ADVICE = {
     "bitsandbytes": "in transformers call dequantize() and save_pretrained() and give that folder",
-    "mxfp4": "load it in transformers with Mxfp4Config(dequantize=True) and save_pretrained(), and give that folder",
     "mlx": "take the model that it was made from",
 }
 # Fields that do not change how stored numbers are read, by method.
@@ -43,6 +42,7 @@ _HARMLESS: Mapping[str, frozenset[str]] = {
             *("adapter", "hyb_act", "is_marlin_format", "offload_to_disk", "pack_impl", "failsafe", "gptaq"),
         )
     ),
+    "mxfp4": frozenset(("dequantize",)),
     "modelopt": frozenset(("producer", "config_groups", "kv_cache_quant_algo", "kv_cache_scheme", "quantization")),
 }
 _COMMON = frozenset(("quant_method", "modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules"))
@@ -200,6 +200,11 @@ def _modelopt(fields: Fields) -> tuple[str, FormOf]:
     return "ModelOpt FP8", _constantly(Scaled(dtype="F8_E4M3", block=blocks[algorithm]))
 
 
+def _mxfp4(fields: Fields) -> tuple[str, FormOf]:
+    _check_fields(fields, "mxfp4")
+    return "MXFP4", _constantly(Mxfp4())
+
+
 _METHODS: Mapping[str, Callable[[Fields], tuple[str, FormOf]]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
@@ -207,4 +212,5 @@ _METHODS: Mapping[str, Callable[[Fields], tuple[str, FormOf]]] = {
     "gptq": _gptq,
     "compressed-tensors": compressed,
     "modelopt": _modelopt,
+    "mxfp4": _mxfp4,
 }

@@ -27,6 +27,9 @@ class Reading:
             architecture.
         has_early_windows: Whether `max_window_layers` says that every other layer before it has a window; else those
             from it on have one.
+        window_pattern: Without `layer_types`, every so-many-th layer has no window and the others have one; None if
+            other fields say which.
+        default_rope: The rotary embedding of a file that describes none; None is a plain one.
     """
 
     model_type: str
@@ -36,6 +39,8 @@ class Reading:
     can_rotate_in_part: bool = False
     expert_counts: tuple[str, ...] = ()
     has_early_windows: bool = False
+    window_pattern: int | None = None
+    default_rope: Mapping[str, Any] | None = None
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that the architecture has, with defaults for absent ones; others are dropped."""
@@ -230,4 +235,41 @@ QWEN3_MOE = Reading(
     },
     nullable=_NULLABLE | {"sliding_window", "mlp_only_layers"},
     expert_counts=("num_local_experts", "num_experts"),
+)
+
+# What its experts' activation is does not depend on `hidden_act`.
+GPT_OSS = Reading(
+    model_type="gpt_oss",
+    fields={
+        **_COMMON,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": None,
+        "num_local_experts": 128,
+        "num_experts": None,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
+    nullable=_NULLABLE | {"sliding_window", "layer_types"},
+    expert_counts=("num_experts", "num_local_experts"),
+    window_pattern=2,
+    default_rope={
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
 )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from nanoflow.graph.graph import OpGraph
-from nanoflow.models import gemma3, llama, moe, readings
+from nanoflow.models import gemma3, gpt_oss, llama, moe, readings
 from nanoflow.models.fields import ModelError
 from nanoflow.models.kinship import not_known
 from nanoflow.models.model import ModelConfig
@@ -43,6 +43,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": Architecture(reading=readings.MIXTRAL, build=partial(moe.build, names=moe.MIXTRAL)),
     "Qwen2MoeForCausalLM": Architecture(reading=readings.QWEN2_MOE, build=moe.build),
     "Qwen3MoeForCausalLM": Architecture(reading=readings.QWEN3_MOE, build=partial(moe.build, has_qk_norm=True)),
+    "GptOssForCausalLM": Architecture(reading=readings.GPT_OSS, build=gpt_oss.build),
 }
 
 

@@ -28,7 +28,7 @@ def rope_of(fields: Fields, reading: Reading, head_dim: int) -> RopeConfig:
     Raises:
         ModelError: A field is invalid, or its value is not supported.
     """
-    options = _of_kind(fields, _GLOBAL) if _LOCAL_THETA in fields.values else _rope_options(fields)
+    options = _of_kind(fields, _GLOBAL) if _LOCAL_THETA in fields.values else _rope_options(fields, reading)
     return _rope_config(fields, options, reading, head_dim, fields.positive("rope_theta"))
 
 
@@ -108,9 +108,11 @@ def _rotary_dim(fields: Fields, options: Fields, reading: Reading, head_dim: int
     return rotary_dim
 
 
-def _rope_options(fields: Fields) -> Fields:
+def _rope_options(fields: Fields, reading: Reading) -> Fields:
     """`rope_scaling` (transformers 4) or `rope_parameters` (5); the former if both exist, as in transformers."""
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
+    if reading.default_rope is not None and not fields.has("rope_parameters"):
+        parameters = scaling if scaling.values else Fields(values=reading.default_rope, origin=fields.origin)
     if scaling.values and parameters.values and scaling.values != parameters.values:
         logger.warning("%s: rope_scaling and rope_parameters differ, rope_scaling is used", fields.origin)
     options = scaling if scaling.values else parameters

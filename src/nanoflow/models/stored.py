@@ -16,6 +16,8 @@ from nanoflow.models.fields import ModelError, shown
 FLOATING = ("F32", "F16", "BF16", "F64")
 _SCALES = ("F32", "F16", "BF16")
 _WORD_BITS = 32
+# Numbers of a row that share a scale in MXFP4.
+MXFP4_GROUP = 32
 
 Shape = tuple[int, ...]
 
@@ -44,6 +46,45 @@ class Plain:
     def needs(self, shape: Shape) -> Mapping[str, Need]:
         """The tensors of a part of this shape, by the last part of their names."""
         return {"weight": Need(shapes=(shape,), dtypes=FLOATING)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacked:
+    """The numbers themselves, of a stack of matrices [E, rows, columns] or of their biases [E, rows].
+
+    Attributes:
+        is_transposed: Whether each matrix is stored transposed.
+        is_interleaved: Whether the rows of a matrix's halves alternate.
+    """
+
+    is_transposed: bool
+    is_interleaved: bool
+
+    def needs(self, shape: Shape) -> Mapping[str, Need]:
+        """As `Plain.needs`."""
+        stored = (shape[0], *reversed(shape[1:])) if self.is_transposed else shape
+        return {"weight": Need(shapes=(stored,), dtypes=FLOATING)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mxfp4:
+    """4 bits a weight of a stack of matrices: floating-point numbers, of which 32 in a row share a power of two.
+
+    The first of two numbers is in the lower half of a byte (OCP Microscaling Formats, version 1.0, section 5).
+
+    Attributes:
+        is_interleaved: Whether the rows of a matrix's halves alternate.
+    """
+
+    is_interleaved: bool = False
+
+    def needs(self, shape: Shape) -> Mapping[str, Need]:
+        """As `Plain.needs`."""
+        groups = _ceil(shape[-1], MXFP4_GROUP)
+        return {
+            "blocks": Need(shapes=((*shape[:-1], groups, MXFP4_GROUP // 2),), dtypes=("U8",)),
+            "scales": Need(shapes=((*shape[:-1], groups),), dtypes=("U8",)),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +215,7 @@ class Blocks:
         return {"weight": Need(shapes=(shape,), dtypes=(self.dtype,))}
 
 
-Form = Plain | Scaled | Awq | Gptq | Packed | Blocks
+Form = Plain | Stacked | Mxfp4 | Scaled | Awq | Gptq | Packed | Blocks
 FormOf = Callable[[str], Form | None]
 
 
@@ -209,8 +250,10 @@ class Stored:
 
 def tensor_names(name: str, form: Form, shape: Shape, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
     """The names of the tensors of a part, by their last parts; an optional one is left out if it is absent."""
-    if isinstance(form, Plain | Blocks):
+    if isinstance(form, Plain | Stacked | Blocks):
         return {"weight": name}
+    if isinstance(form, Mxfp4):
+        return {role: f"{name}_{role}" for role in form.needs(shape)}
     module, dot, _ = name.rpartition(".")
     names: dict[str, str] = {}
     for role, need in form.needs(shape).items():

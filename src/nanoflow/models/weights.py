@@ -30,7 +30,7 @@ from nanoflow.graph.graph import OpGraph, Parameter
 from nanoflow.models.checkpoint import corrupt
 from nanoflow.models.contents import Contents, parts_of, read_contents
 from nanoflow.models.dequantise import read_rows
-from nanoflow.models.stored import Blocks, Plain, Stored
+from nanoflow.models.stored import Blocks, Mxfp4, Plain, Stacked, Stored
 
 _MAPPED_BYTES = 64 * 2**20
 _MAX_THREADS = 8
@@ -164,7 +164,7 @@ def _targets(graph: OpGraph, weights: Weights, contents: Contents) -> Iterator[t
 def _slices(
     parameter: Parameter, fused: Tensor, contents: Contents, layer: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    parts = dict(parts_of(parameter, contents.names, layer=layer))
+    parts = {name: part.shape for name, part in parts_of(parameter, contents.names, layer=layer)}
     # Parts are below each other; only a tensor that is stored whole has a dimension for stacked matrices.
     rows = fused.flatten(0, 1) if fused.dim() > len(next(iter(parts.values()))) else fused
     start = 0
@@ -175,7 +175,7 @@ def _slices(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """Rows of a part that is stored as plain numbers; None for all of a part in any form."""
+    """Rows of a part that is stored as plain numbers, or matrices of a stack; None for all of a part in any form."""
 
     part: Stored
     rows: slice | None = None
@@ -209,7 +209,7 @@ def _groups(parts: list[Stored]) -> Iterator[_Mapping]:
 def _pieces(part: Stored) -> _Mapping:
     """A part as a whole, or the fewest pieces that are small enough to be mapped."""
     num_rows = part.shape[0] if part.shape else 1
-    if part.num_bytes <= _MAPPED_BYTES or num_rows == 1 or not isinstance(part.form, Plain):
+    if part.num_bytes <= _MAPPED_BYTES or num_rows == 1 or not isinstance(part.form, Plain | Stacked | Mxfp4):
         return [_Piece(part=part)]
     step = max(num_rows * _MAPPED_BYTES // part.num_bytes, 1)
     return [_Piece(part=part, rows=slice(start, start + step)) for start in range(0, num_rows, step)]
@@ -249,29 +249,17 @@ def _copy_mapping(
     with ExitStack() as opened:
         for piece in mapping:
             part, target = piece.part, targets[piece.part.name]
-            if piece.rows is not None:
-                copy(target[piece.rows], _rows(part, piece.rows, files, opened))
-            else:
-                for first, rows in read_rows(part, _mapped(part, files, opened)):
-                    copy(target.narrow(0, first, len(rows)), rows)
+            target = target if piece.rows is None else target[piece.rows]
+            target = target.flatten(0, 1) if isinstance(part.form, Stacked | Mxfp4) else target
+            for first, rows in read_rows(part, _mapped(piece, files, opened)):
+                copy(target.narrow(0, first, len(rows)), rows)
             note_copied()
 
 
-def _rows(part: Stored, rows: slice, files: dict[Path, Any], opened: ExitStack) -> Tensor:
-    """Some rows of a part that is stored as plain numbers."""
-    path = part.main.path
-    try:
-        if path not in files:
-            files[path] = opened.enter_context(safe_open(path, framework="pt"))
-        found: Tensor = files[path].get_slice(part.names["weight"])[rows]
-        return found
-    except (SafetensorError, OSError, ValueError) as error:
-        raise corrupt(path, error) from None
-
-
-def _mapped(part: Stored, files: dict[Path, Any], opened: ExitStack) -> dict[str, Tensor]:
-    """The tensors of a part, mapped from its files, which stay open; of a GGUF file the bytes of rows."""
+def _mapped(piece: _Piece, files: dict[Path, Any], opened: ExitStack) -> dict[str, Tensor]:
+    """The tensors of a piece, mapped from its files, which stay open; of a GGUF file the bytes of rows."""
     found: dict[str, Tensor] = {}
+    part = piece.part
     for role, tensor in part.tensors.items():
         try:
             if isinstance(part.form, Blocks):
@@ -281,7 +269,8 @@ def _mapped(part: Stored, files: dict[Path, Any], opened: ExitStack) -> dict[str
                 continue
             if tensor.path not in files:
                 files[tensor.path] = opened.enter_context(safe_open(tensor.path, framework="pt"))
-            found[role] = files[tensor.path].get_tensor(part.names[role])
+            file, name = files[tensor.path], part.names[role]
+            found[role] = file.get_tensor(name) if piece.rows is None else file.get_slice(name)[piece.rows]
         except (SafetensorError, OSError, ValueError) as error:
             raise corrupt(tensor.path, error) from None
     return found

@@ -16,9 +16,17 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.sampler import Sampler
 from nanoflow.graph.operation import LinearDims, Operation, OpKind, Scope
 from nanoflow.kernels.dispatch import Kernels
-from nanoflow.models.weights import Weights, random_weights
+from nanoflow.models.weights import random_weights
 from nanoflow.profile.table import SAMPLING, Point
-from nanoflow.profiler.site import Site, equal_requests, holding, over_layers, random_workspace, shortened
+from nanoflow.profiler.site import (
+    Site,
+    attention_weights,
+    equal_requests,
+    holding,
+    over_layers,
+    random_workspace,
+    shortened,
+)
 from nanoflow.profiler.sustained import Span, Sustained, Work, sustained
 from nanoflow.profiler.work import Task, cache_bytes
 
@@ -106,7 +114,7 @@ def prepare_attention(site: Site, task: Task) -> Prepared:
     workspace = random_workspace(
         site,
         graph,
-        Weights(shared={}, layers=({},) * graph.num_layers),
+        attention_weights(site, graph),
         num_pages=len(batch.new_pages),
         num_tokens=batch.num_tokens,
         num_rows=1,

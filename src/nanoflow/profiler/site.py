@@ -7,7 +7,7 @@ through in turn. How long the work is repeated is `sustained.py`'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches, draw_keys
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.graph import Element, OpGraph
-from nanoflow.graph.operation import LinearDims, Operation
+from nanoflow.graph.graph import Element, LayerKind, OpGraph
+from nanoflow.graph.operation import AttentionDims, LinearDims, Operation
 from nanoflow.kernels.dispatch import kernels_for
-from nanoflow.models.weights import Weights
+from nanoflow.models.weights import Weights, random_weights
 from nanoflow.profiler.sustained import Work
 
 # Together several times larger than any cache.
@@ -50,6 +50,16 @@ def shortened(graph: OpGraph, layer_bytes: int) -> OpGraph:
 def holding(graph: OpGraph, key: str) -> OpGraph:
     """The graph with the layers alone that have the operation of this key."""
     return graph.with_layers([kind for kind in graph.layers if any(op.key == key for op in kind.operations)])
+
+
+def attention_weights(site: Site, graph: OpGraph) -> Weights:
+    """Random parameters of the layers' attentions alone: most have none, some have sinks."""
+
+    def bare(kind: LayerKind) -> LayerKind:
+        needed = {name for op in kind.operations if isinstance(op.dims, AttentionDims) for name in op.weights}
+        return replace(kind, parameters=tuple(each for each in kind.parameters if each.name in needed))
+
+    return random_weights(replace(graph.map_kinds(bare), parameters=()), site.dtype, site.device, seed=0)
 
 
 def random_workspace(

@@ -32,7 +32,10 @@ _HOPPER = 9
 
 
 def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
-    """Whether the kernel supports these heads on this device: Hopper, 16-bit dtypes, head size 64 or 128, no window."""
+    """Whether the kernel supports these heads on this device.
+
+    It does on Hopper, with 16-bit dtypes, head size 64 or 128, and neither window nor sinks.
+    """
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == _HOPPER
@@ -40,6 +43,7 @@ def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) ->
         and dims.head_dim in (PANEL, 2 * PANEL)
         and dims.num_heads // dims.num_kv_heads <= MAX_GROUP
         and dims.window is None
+        and not dims.has_sinks
     )
 
 
