@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
 from nanoflow.kernels import reference, reference_experts, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
@@ -49,11 +50,12 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
         return REFERENCE_KERNELS
-    from nanoflow.kernels import triton_attention, triton_gemm
+    from nanoflow.kernels import triton_attention, triton_experts, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
-    kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS}
+    kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
@@ -63,12 +65,20 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
 
         if all(attention.can_attend(device, dtype, dims) for dims in attentions):
             kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
-    sizes = {
-        size for op in layer if isinstance(op.dims, LinearDims) for size in (op.dims.in_features, op.dims.out_features)
-    }
-    if dtype.itemsize == 2 and triton_gemm.has_tma(device) and not any(size % _TMA_MULTIPLE for size in sizes):
-        kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
+    if dtype.itemsize == 2 and triton_gemm.has_tma(device):
+        if _suit_tma(layer, LinearDims):
+            kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
+        if _suit_tma(layer, ExpertDims):
+            kernels[OpKind.EXPERTS_IN] = triton_experts.experts_in
+            kernels[OpKind.EXPERTS_OUT] = triton_experts.experts_out
     return kernels
+
+
+def _suit_tma(layer: tuple[Operation, ...], dims: type[LinearDims | ExpertDims]) -> bool:
+    """Whether the sizes of all products of a kind are aligned."""
+    products = [op.dims for op in layer if isinstance(op.dims, dims)]
+    sizes = {size for product in products for size in (product.in_features, product.out_features)}
+    return not any(size % _TMA_MULTIPLE for size in sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
