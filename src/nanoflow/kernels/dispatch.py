@@ -20,6 +20,8 @@ from nanoflow.kernels.reference import REFERENCE_KERNELS
 Kernels = dict[OpKind, Kernel]
 # Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
 _TMA_MULTIPLE = 16
+# Elements to which rows alone must be.
+_ROW_MULTIPLE = 8
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
@@ -50,7 +52,7 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
         return REFERENCE_KERNELS
-    from nanoflow.kernels import triton_attention, triton_experts, triton_gemm
+    from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
 
@@ -66,19 +68,21 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         if all(attention.can_attend(device, dtype, dims) for dims in attentions):
             kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
     if dtype.itemsize == 2 and triton_gemm.has_tma(device):
-        if _suit_tma(layer, LinearDims):
+        products = [op.dims for op in layer if isinstance(op.dims, LinearDims)]
+        if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
             kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
-        if _suit_tma(layer, ExpertDims):
-            kernels[OpKind.EXPERTS_IN] = triton_experts.experts_in
-            kernels[OpKind.EXPERTS_OUT] = triton_experts.experts_out
+        kernels |= _grouped_products(layer)
     return kernels
 
 
-def _suit_tma(layer: tuple[Operation, ...], dims: type[LinearDims | ExpertDims]) -> bool:
-    """Whether the sizes of all products of a kind are aligned."""
-    products = [op.dims for op in layer if isinstance(op.dims, dims)]
-    sizes = {size for product in products for size in (product.in_features, product.out_features)}
-    return not any(size % _TMA_MULTIPLE for size in sizes)
+def _grouped_products(layer: tuple[Operation, ...]) -> Kernels:
+    """The products of experts in Triton, if the rows of all tensors are aligned."""
+    from nanoflow.kernels import triton_experts
+
+    # What one product reads is as wide as what the other writes.
+    if any(op.dims.in_features % _ROW_MULTIPLE for op in layer if isinstance(op.dims, ExpertDims)):
+        return {}
+    return {OpKind.EXPERTS_IN: triton_experts.experts_in, OpKind.EXPERTS_OUT: triton_experts.experts_out}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
