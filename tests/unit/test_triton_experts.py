@@ -1,5 +1,6 @@
 """Triton kernels of a mixture of experts against their reference twins, run by Triton's interpreter on the CPU."""
 
+# mypy: allow-untyped-decorators
 from __future__ import annotations
 
 import itertools
@@ -9,6 +10,11 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
+
+# isort: split
+import triton
+import triton.language as tl
+
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference_experts as reference
 from nanoflow.kernels import triton_experts as fast
@@ -66,6 +72,18 @@ def test_grouped_products(tiles: GemmTiles, num_tokens: int, num_programs: int, 
     launch = case.second()
     fast.run_experts_out(launch, tiles, num_programs)
     assert_linear(launch.writes[0], exact(launch))
+
+
+@triton.jit
+def _write_tile_ends(ends: tl.tensor, out: tl.tensor, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr) -> None:
+    tl.store(out + tl.arange(0, EXPERTS), fast._tile_ends(ends, 3, NUM_EXPERTS, EXPERTS, 16))
+
+
+def test_an_expert_has_as_many_tiles_as_it_has_rows_for() -> None:
+    """None without rows, and none beyond the last expert; three columns of tiles."""
+    out = torch.full((8,), -77, dtype=torch.int32)
+    _write_tile_ends[(1,)](torch.tensor([16, 16, 49, 49, 50], dtype=torch.int32), out, 5, 8)
+    assert out.tolist() == [3, 3, 12, 12, 15, 15, 15, 15]
 
 
 def test_a_range_of_larger_tensors() -> None:

@@ -64,8 +64,8 @@ def _choose(
     exact = tl.load(logits + rows * NUM_EXPERTS + experts, mask=is_inside, other=float("-inf")).to(tl.float32)
     exact = tl.exp(exact - tl.max(exact, 1)[:, None])
     exact /= tl.sum(exact, 1)[:, None]
-    # NaN comes after all numbers, then experts that were chosen before, then those that do not exist.
-    ranks = tl.where(is_expert, tl.where(exact == exact, exact, -1.0), -3.0)
+    # NaN comes after all numbers; experts that were chosen before, and those that do not exist, are never chosen.
+    ranks = tl.where(is_expert, tl.where(exact == exact, exact, -1.0), -2.0)
     chosen = tl.zeros([ROWS, CHOICES], tl.int32)
     largest = tl.zeros([ROWS, CHOICES], tl.float32)
     for choice in tl.static_range(PER_TOKEN):
