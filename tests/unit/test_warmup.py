@@ -79,6 +79,6 @@ def test_iterations_are_timed_in_a_row() -> None:
             return FakeFuture()
 
     worker = FakeWorker()
-    samples = time_iterations(worker, sequential_plan(GRAPH, 2048), LIMITS[0])  # type: ignore[arg-type]
+    samples = time_iterations(worker, sequential_plan(GRAPH, 2048), LIMITS[0], 50)  # type: ignore[arg-type]
     assert worker.num_launched == 6 * len(probes(LIMITS[0]))
     assert all(seconds > 0 for _, seconds in samples)

@@ -254,7 +254,9 @@ def _warm_up(
         return None, Pace()
     if setup.is_captured:
         logger.info("measuring iterations")
-    times = IterationTimes(time_iterations(worker, setup.book.fallback, limits) if setup.is_captured else ())
+    vocab_size = setup.graph.vocab_size
+    timed = time_iterations(worker, setup.book.fallback, limits, vocab_size) if setup.is_captured else ()
+    times = IterationTimes(timed)
     return times, Pace(max_itl_s=None if max_itl_ms is None else max_itl_ms / 1e3, iteration_time=times.estimate)
 
 

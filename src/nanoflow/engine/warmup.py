@@ -94,7 +94,9 @@ def probes(limits: SchedulerLimits) -> list[Probe]:
     ]
 
 
-def time_iterations(worker: Worker, plan: PipelinePlan, limits: SchedulerLimits) -> list[tuple[BatchShape, float]]:
+def time_iterations(
+    worker: Worker, plan: PipelinePlan, limits: SchedulerLimits, vocab_size: int
+) -> list[tuple[BatchShape, float]]:
     """Shape and seconds of a few batches, each run several times in a row as in serving.
 
     The first run takes longer, since the device is idle before it. So the time of one is the difference between several
@@ -102,7 +104,7 @@ def time_iterations(worker: Worker, plan: PipelinePlan, limits: SchedulerLimits)
     """
     samples = []
     for probe in probes(limits):
-        batch = probe_batch(probe, limits)
+        batch = probe_batch(probe, limits, vocab_size)
         _, once_s, several_s = (_seconds(worker, batch, plan, count) for count in (1, 1, _TIMED))
         if several_s > once_s:
             samples.append((batch.shape, (several_s - once_s) / (_TIMED - 1)))
@@ -117,8 +119,11 @@ def _seconds(worker: Worker, batch: DenseBatch, plan: PipelinePlan, count: int) 
     return time.monotonic() - start_s
 
 
-def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
-    """The batch of a probe. Its keys are on pages all over the cache; nothing is written to them."""
+def probe_batch(probe: Probe, limits: SchedulerLimits, vocab_size: int = 1) -> DenseBatch:
+    """The batch of a probe. Its keys are on pages all over the cache; nothing is written to them.
+
+    Tokens are random ones of the vocabulary, since equal tokens would all choose the same experts.
+    """
     lengths = np.array([1] * probe.num_decodes + list(probe.chunks), np.int32)
     context = np.maximum(lengths, [probe.decode_keys] * probe.num_decodes + [probe.chunk_keys] * len(probe.chunks))
     num_requests, num_tokens = len(lengths), int(lengths.sum())
@@ -132,7 +137,7 @@ def probe_batch(probe: Probe, limits: SchedulerLimits) -> DenseBatch:
         num_decodes=probe.num_decodes,
         query_start=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
         context_len=context.astype(np.int32),
-        token_ids=np.zeros(num_tokens, np.int32),
+        token_ids=rng.integers(0, vocab_size, num_tokens, dtype=np.int32),
         is_fed_back=np.zeros(num_tokens, np.bool_),
         positions=np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, context, strict=True)]).astype(np.int32),
         slots=np.full(len(tables) * num_tokens, -1, np.int64),

@@ -20,6 +20,8 @@ from nanoflow.kernels.reference import REFERENCE_KERNELS
 Kernels = dict[OpKind, Kernel]
 # Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
 _TMA_MULTIPLE = 16
+# Elements to which rows alone must be.
+_ROW_MULTIPLE = 8
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
@@ -52,9 +54,10 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         return REFERENCE_KERNELS
     from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
-    kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS}
+    kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
@@ -64,11 +67,11 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
 
         if all(attention.can_attend(device, dtype, dims) for dims in attentions):
             kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
-    sizes = {
-        size for op in layer if isinstance(op.dims, LinearDims) for size in (op.dims.in_features, op.dims.out_features)
-    }
-    if dtype.itemsize == 2 and triton_gemm.has_tma(device) and not any(size % _TMA_MULTIPLE for size in sizes):
-        kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
+    if dtype.itemsize == 2 and triton_gemm.has_tma(device):
+        products = [op.dims for op in layer if isinstance(op.dims, LinearDims)]
+        if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
+            kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
+        kernels |= _grouped_products(layer)
     return for_experts(kernels, layer)
 
 
@@ -77,6 +80,16 @@ def for_experts(kernels: Kernels, layer: tuple[Operation, ...]) -> Kernels:
     if all(op.dims.is_plain for op in layer if isinstance(op.dims, ExpertDims)):
         return kernels
     return {**kernels, **{kind: REFERENCE_KERNELS[kind] for kind in _OF_PLAIN_EXPERTS}}
+
+
+def _grouped_products(layer: tuple[Operation, ...]) -> Kernels:
+    """The products of experts in Triton, if the rows of all tensors are aligned."""
+    from nanoflow.kernels import triton_experts
+
+    # What one product reads is as wide as what the other writes.
+    if any(op.dims.in_features % _ROW_MULTIPLE for op in layer if isinstance(op.dims, ExpertDims)):
+        return {}
+    return {OpKind.EXPERTS_IN: triton_experts.experts_in, OpKind.EXPERTS_OUT: triton_experts.experts_out}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch
 
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import Kernels
+from nanoflow.kernels.expert_tiles import BESIDE, WHOLE_CARD, ExpertTiles
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel, Launch
@@ -31,7 +32,12 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
         kernels: Kernels for the whole device; those without a restricted form are taken over.
         num_sms: SMs of the lane.
     """
-    return {**kernels, **_products(PART_TILES, num_sms), **_attention(kernels, num_sms, is_beside=False)}
+    return {
+        **kernels,
+        **_products(PART_TILES, num_sms),
+        **_experts(kernels, WHOLE_CARD, num_sms),
+        **_attention(kernels, num_sms, is_beside=False),
+    }
 
 
 def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
@@ -44,7 +50,12 @@ def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
         kernels: Kernels for the whole device; those without a restricted form are taken over.
         num_sms: SMs that the two lanes share.
     """
-    return {**kernels, **_products(BESIDE_TILES, num_sms), **_attention(kernels, num_sms, is_beside=True)}
+    return {
+        **kernels,
+        **_products(BESIDE_TILES, num_sms),
+        **_experts(kernels, BESIDE, num_sms),
+        **_attention(kernels, num_sms, is_beside=True),
+    }
 
 
 def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
@@ -83,6 +94,20 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
         OpKind.LINEAR_ADD: product(triton_gemm.run_linear_add, triton_split_k.run_linear_add_split_k),
         OpKind.LINEAR_SWIGLU: linear_swiglu,
     }
+
+
+def _experts(kernels: Kernels, candidates: tuple[ExpertTiles, ...], num_sms: int) -> Kernels:
+    """Grouped products with a program an SM; nothing unless their kernels are those in Triton."""
+    from nanoflow.kernels import triton_experts
+
+    restricted: Kernels = {
+        OpKind.EXPERTS_IN: functools.partial(triton_experts.experts_in_on, candidates=candidates, num_programs=num_sms),
+        OpKind.EXPERTS_OUT: functools.partial(
+            triton_experts.experts_out_on, candidates=candidates, num_programs=num_sms
+        ),
+    }
+    whole = (triton_experts.experts_in, triton_experts.experts_out)
+    return {kind: kernel for kind, kernel in restricted.items() if kernels[kind] in whole}
 
 
 def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoflow.graph.graph import OpGraph, Parameter
+from nanoflow.graph.operation import OpKind
 from nanoflow.models.checkpoint import corrupt
 from nanoflow.models.contents import Contents, parts_of, read_contents
 from nanoflow.models.dequantise import read_rows
@@ -113,6 +114,9 @@ def check_weights(graph: OpGraph, folder: Path) -> Contents:
 def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
     """Draw weights that keep activations finite: normal with deviation 0.02 (matrices) and 0.002 (biases), norms 1.
 
+    In a mixture of experts the embedding has deviation 1, so that tokens choose experts about evenly: attention adds
+    what tokens have in common, and beside a small embedding most of them would choose the same experts.
+
     Args:
         graph: The model.
         dtype: Type of the parameters.
@@ -122,12 +126,15 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
     """
     generator = torch.Generator(device).manual_seed(seed)
     weights = _allocate(graph, dtype, device)
+    has_experts = any(op.kind is OpKind.ROUTER for op in graph.layer_operations)
+    embeddings = {name for op in graph.prologue for name in op.weights} if has_experts else set()
     for group in (weights.shared, *weights.layers):
         for name, tensor in group.items():
             if tensor.dim() == 1 and not name.endswith(".bias"):
                 tensor.fill_(1.0)
             else:
-                tensor.normal_(0.0, 0.002 if name.endswith(".bias") else 0.02, generator=generator)
+                deviation = 0.002 if name.endswith(".bias") else 1.0 if name in embeddings else 0.02
+                tensor.normal_(0.0, deviation, generator=generator)
     return weights
 
 

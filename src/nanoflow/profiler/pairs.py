@@ -16,8 +16,9 @@ import torch
 from nanoflow.device.detect import count_sms
 from nanoflow.executor.lanes import lane_kernels
 from nanoflow.executor.streams import LaneStream, beside_pair, partition_pair, plain_stream
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import Operation, OpKind
-from nanoflow.kernels.dispatch import Kernels, kernels_for
+from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
 from nanoflow.plan.mechanisms import KernelNeed, Measured, Mechanism, Opening, ShareOrigin
 from nanoflow.profile.table import PairPoint, Point
 from nanoflow.profiler.alone import Prepared, per_call, prepare_attention, prepare_row, rows_workspace
@@ -26,7 +27,7 @@ from nanoflow.profiler.sustained import SPANS, Span, Sustained, sustained
 from nanoflow.profiler.windows import balanced_counts, balanced_window, captured_on, run_window
 from nanoflow.profiler.work import ATTENTIONS, Task, decode_task, prefill_task
 
-_PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "experts_in", "experts_out")
 _FIRST_TOKENS = 1024
 # Products alone on a part of the device, where waves differ from size to size, and on all of it beside another, where
 # those of few tokens have too few tiles.
@@ -65,7 +66,8 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
     num_tokens = min(_FIRST_TOKENS, max_tokens)
     attentions = {op.kind: _attention(op, max_tokens) for op in site.graph.layer if op.kind in ATTENTIONS}
     second = attentions[OpKind.DECODE_ATTENTION]
-    firsts = [Task(operation=op.key, num_tokens=num_tokens) for op in site.graph.layer if op.name in _PRODUCTS]
+    products = [op for op in site.graph.layer if op.name in _PRODUCTS and _can_be_captured(site, op)]
+    firsts = [Task(operation=op.key, num_tokens=num_tokens) for op in products]
     firsts.append(attentions[OpKind.PREFILL_ATTENTION])
     return [
         PairTask(first=each, second=second, mechanism=mechanism, second_sms=second_sms)
@@ -75,6 +77,13 @@ def pair_tasks(site: Site, max_tokens: int, num_sms: int) -> list[PairTask]:
         for each in _sizes(first, max_tokens, mechanism)
         for second_sms in _second_sms(num_sms, mechanism)
     ]
+
+
+def _can_be_captured(site: Site, op: Operation) -> bool:
+    """Whether the work of a lane can be a CUDA graph; the reference kernels of experts cannot."""
+    if not isinstance(op.dims, ExpertDims):
+        return True
+    return are_capturable(kernels_for(site.device, site.dtype, site.graph.layer_operations), (op,))
 
 
 def _has_kernels(site: Site, first: Task, need: KernelNeed) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Scope
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING
@@ -25,6 +26,7 @@ class Sizes:
         max_tokens: The token budget; always measured itself, except with attentions.
         step: Products at each multiple of it up to 2,048 tokens, then at multiples of 512 to 4,096, of 1,024 to 8,192
             and of 2,048. All other operations take in proportion beyond their largest size.
+        expert_tokens: Products of experts also at these few, which do not touch every expert.
         row_tokens: Row-wise operations.
         head_rows: The product that makes logits, in rows.
         sampled_rows: Sampling.
@@ -36,6 +38,7 @@ class Sizes:
 
     max_tokens: int
     step: int = 128
+    expert_tokens: tuple[int, ...] = (1, 16, 64)
     row_tokens: tuple[int, ...] = (128, 512, 1024, 2048, 4096, 8192)
     head_rows: tuple[int, ...] = (1, 64, 128, *range(256, 2049, 256))
     sampled_rows: tuple[int, ...] = (1, 64, 256, 1024, 2048)
@@ -135,8 +138,9 @@ def _token_counts(op: Operation, sizes: Sizes) -> list[int]:
     fine = range(sizes.step, 2049, sizes.step)
     coarse = (*range(2560, 4097, 512), *range(5120, 8193, 1024), *range(10240, sizes.max_tokens + 1, 2048))
     found = _within((*fine, *coarse), sizes)
+    few = [count for count in sizes.expert_tokens if isinstance(op.dims, ExpertDims) and count < sizes.max_tokens]
     # The budget is the largest batch, so it is measured wherever it lies.
-    return sorted({*found, sizes.max_tokens})
+    return sorted({*few, *found, sizes.max_tokens})
 
 
 def _within(counts: tuple[int, ...], sizes: Sizes) -> list[int]:
