@@ -33,7 +33,7 @@ def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
     graph = build_graph(config, max(count, config.default_context_len))
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    model = DeviceModel(graph=graph, dtype=torch.float32, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
     batch = DenseBatch(
         iteration=1,
         rows=np.zeros(1, np.int32),

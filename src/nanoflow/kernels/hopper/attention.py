@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanoflow.graph.operation import KEY_BLOCK, AttentionDims
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims, KvType
 from nanoflow.kernels import triton_attention
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
 from nanoflow.kernels.hopper.merge import SCAN, run_merge
@@ -32,7 +32,7 @@ _HOPPER = 9
 
 
 def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
-    """Whether the kernel supports these heads on this device: Hopper, 16-bit dtypes, head size 64 or 128, no window."""
+    """Whether the kernel supports these heads on this device: Hopper, 16-bit types, head size 64 or 128, no window."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == _HOPPER
@@ -40,6 +40,7 @@ def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) ->
         and dims.head_dim in (PANEL, 2 * PANEL)
         and dims.num_heads // dims.num_kv_heads <= MAX_GROUP
         and dims.window is None
+        and dims.kv_type is KvType.MODEL
     )
 
 
