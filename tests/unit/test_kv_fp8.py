@@ -33,27 +33,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 
 
 @DTYPES
-def test_an_element_keeps_four_digits_whatever_the_size_of_its_vector(dtype: torch.dtype) -> None:
+def test_an_element_keeps_four_digits_and_the_largest_almost_all(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     sizes = torch.logspace(-3, 4 if dtype == torch.float16 else 30, 64)[:, None]
     vectors = (torch.randn(64, 128) * sizes).to(dtype)
-    numbers, factors = quantised(vectors)
-    assert (numbers.dtype, factors.dtype, factors.shape) == (FP8, SCALE, (64,))
-    assert ((factors.view(torch.int16) & 0x7F) == 0).all()  # powers of two
-    # The largest elements lie in the upper half of the range.
-    assert ((numbers.float().abs().amax(-1) > 208) & (numbers.float().abs().amax(-1) <= 448)).all()
-    back, exact = dequantised(numbers, factors, dtype), vectors.float()
-    assert torch.equal(back.float(), numbers.float() * factors.float()[:, None])  # nothing is rounded on the way back
-    least = 2.0**-10 * factors.float()[:, None]
-    assert ((back.float() - exact).abs() <= torch.maximum(exact.abs() / 16, least)).all()
+    numbers, scales = quantised(vectors)
+    assert (numbers.dtype, scales.dtype, scales.shape) == (FP8, SCALE, (64,))
+    assert (numbers.float().abs().amax(-1) == 448).all()
+    exact = vectors.float()
+    error = (dequantised(numbers, scales, torch.float32) - exact).abs()
+    assert (error <= torch.maximum(exact.abs() / 16, 2.0**-10 * scales.float()[:, None])).all()
+    assert (error.gather(1, exact.abs().argmax(-1, keepdim=True)) <= exact.abs().amax(-1, keepdim=True) / 120).all()
 
 
-def test_borders_of_a_factor() -> None:
-    """The factor grows just above 1.75 times a power of two, where the largest number would no longer fit."""
-    largest = torch.tensor([[448.0], [448.0001], [447.0], [224.0], [224.0001], [0.0], [1e-30], [3e38]])
-    numbers, factors = quantised(largest)
-    assert factors.tolist() == [1.0, 2.0, 1.0, 0.5, 1.0, 2.0**-24, 2.0**-24, 2.0**120]
-    assert numbers.float().flatten().tolist() == [448.0, 224.0, 448.0, 448.0, 224.0, 0.0, 0.0, 224.0]
+def test_borders_of_a_scale() -> None:
+    """A scale is rounded up, so that no number is beyond the largest; zeros stay zeros."""
+    largest = torch.tensor([[448.0], [449.0], [450.0], [0.0], [1e-30], [3e38]])
+    numbers, scales = quantised(largest)
+    assert scales.tolist()[:3] == [1.0, 1.0078125, 1.0078125] and scales[3] > 0
+    assert numbers.float().flatten().tolist() == [448.0, 448.0, 448.0, 0.0, 448.0, 448.0]
+    torch.testing.assert_close(dequantised(numbers, scales, torch.float32), largest, rtol=2.0**-7, atol=0.0)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
@@ -61,7 +60,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     vector = torch.ones(2, 8)
     vector[1, 3] = bad
     back = dequantised(*quantised(vector), torch.float32)
-    assert torch.equal(back[0], vector[0]) and not back[1].isfinite().any()
+    assert back[0].isfinite().all() and not back[1].isfinite().any()
 
 
 @FINE_DTYPES
@@ -95,7 +94,7 @@ def test_what_is_written(
             is_written = exact.isfinite()
             assert torch.equal(ours.isfinite(), is_written)
             size = exact.float().abs()
-            bound = size / 16 + size.amax(-1, keepdim=True) * 2.0**-18
+            bound = size / 15 + size.amax(-1, keepdim=True) * 2.0**-18
             assert ((ours - exact.float()).abs() <= bound)[is_written].all()
         assert mine.scales is not None
         for place, exact in enumerate(plain[1:]):
@@ -116,7 +115,7 @@ def test_attention_computes_with_the_numbers_that_are_stored(
     inputs = inputs_of(requests, len(requests) if scope is Scope.DECODE else 0, CPU, monkeypatch)
     dims = dataclasses.replace(dims_of((4, 2, 24), window), kv_type=KvType.FP8)
     full = cache_of(inputs, dims)
-    # Values of very different sizes; some are so small that their factor takes all digits of a weight in float16.
+    # Values of very different sizes; some are so small that their scale takes all digits of a weight in float16.
     sizes = torch.logspace(-6, 1, full.values.shape[0])[:, None, None, None]
     cache = in_8_bits(LayerCache(keys=full.keys.float(), values=full.values.float() * sizes))
     tokens = TokenRange(start=0, stop=inputs.num_tokens)
@@ -160,20 +159,20 @@ def _assert_found(case: Needle) -> None:
     assert case.error(out) < NEEDLE_BOUND
 
 
-@pytest.mark.parametrize("fault", ["factors of 1", "keys twice as large", "one value's factor", "sums in 8 bits"])
+@pytest.mark.parametrize("fault", ["scales of 1", "keys twice as large", "one value's scale", "sums in 8 bits"])
 def test_the_bound_finds_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above would say of a kernel or cache with a fault."""
     case = needle_case(Scope.DECODE, 8, 8229, torch.float32, CPU, monkeypatch)
     cache = case.launch.cache
     assert cache is not None and cache.scales is not None
     scales = cache.scales
-    if fault == "factors of 1":
+    if fault == "scales of 1":
         full = in_16_bits(cache, torch.float32)
         ones = torch.ones_like(scales)
         cache = LayerCache(keys=full.keys.to(FP8), values=(full.values * 1.0001).to(FP8), scales=ones)
     elif fault == "keys twice as large":
         scales[::2, ..., 0] *= 2
-    elif fault == "one value's factor":
+    elif fault == "one value's scale":
         page, offset = divmod(int(case.places[3]), 16)
         scales[case.launch.pages.decode_tables[3, page], :, offset, 1] *= 2
     else:

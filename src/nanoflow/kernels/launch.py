@@ -136,7 +136,7 @@ class LayerCache:
 
     Attributes:
         keys, values: [N, K, G, head size], in the type of activations, or float8_e4m3fn with scales.
-        scales: bfloat16 [N, K, G, 2], factors of each key and of each value (`kv_fp8.py`); None without.
+        scales: bfloat16 [N, K, G, 2], of each key and of each value (`kv_fp8.py`); None without.
         group: The layer's KV group: the place in `BatchInputs.pages` of the page tables that belong to these pages.
     """
 

@@ -200,9 +200,10 @@ def _gather(cache: LayerCache, page_tables: Tensor, dtype: torch.dtype) -> tuple
     keys, values, *rest = (part.flatten(0, 1).flatten(1).index_select(0, rows) for part in cache.parts)
     if not rest:
         return keys.view(shape), values.view(shape)
-    factors = rest[0].view(*shape[:3], 2)
-    return dequantised(keys.view(shape), factors[..., 0], dtype), dequantised(
-        values.view(shape), factors[..., 1], dtype
+    scales = rest[0].view(*shape[:3], 2)
+    return (
+        dequantised(keys.view(shape), scales[..., 0], dtype),
+        dequantised(values.view(shape), scales[..., 1], dtype),
     )
 
 

@@ -130,7 +130,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         parts,
         log_sums,
         q,
-        *(cache.keys, cache.values, _factor_words(cache)),
+        *(cache.keys, cache.values, _scale_words(cache)),
         launch.pages.decode_tables,
         inputs.decodes.context_len,
         launch.pages.decode_tables.stride(0),
@@ -184,7 +184,7 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
     prefill_program[(dims.num_heads, len(q) // tiles.block_m + num_requests)](
         out,
         q,
-        *(cache.keys, cache.values, _factor_words(cache)),
+        *(cache.keys, cache.values, _scale_words(cache)),
         launch.pages.prefill_tables,
         prefills.query_start,
         prefills.context_len,
@@ -206,8 +206,8 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
     )
 
 
-def _factor_words(cache: LayerCache) -> Tensor | None:
-    """The factors of a key and of its value as one int32, [N, K, G, 1]; None for a cache without."""
+def _scale_words(cache: LayerCache) -> Tensor | None:
+    """The scales of a key and of its value as one int32, [N, K, G, 1]; None for a cache without."""
     return None if cache.scales is None else cache.scales.view(torch.int32)
 
 

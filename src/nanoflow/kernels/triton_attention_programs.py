@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanoflow.kernels.triton_kv_fp8 import load_factors, widened
+from nanoflow.kernels.triton_kv_fp8 import load_scales, widened
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _attend(
     stop: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    factors: tl.tensor | None,
+    scales: tl.tensor | None,
     table: tl.tensor,
     kv_head: tl.tensor,
     log2_scale: float,
@@ -53,9 +53,9 @@ def _attend(
         cells = rows[:, None] * HEAD_DIM + dims
         key = _load_rows(keys + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
         scores = tl.dot(q, tl.trans(widened(key, q.dtype)), input_precision="ieee")
-        if factors is not None:
-            key_factors, value_factors = load_factors(factors + rows, exists, IS_MASKED)
-            scores *= key_factors[None, :]
+        if scales is not None:
+            key_scales, value_scales = load_scales(scales + rows, exists, IS_MASKED)
+            scores *= key_scales[None, :]
         if IS_MASKED:
             visible = (places[None, :] <= query_places[:, None]) & exists[None, :]
             if WINDOW is not None:
@@ -66,13 +66,13 @@ def _attend(
         decay = tl.exp2(peak - new_peak)
         value = _load_rows(values + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
         total = total * decay + tl.sum(weights, 1)
-        value = widened(value, q.dtype)
-        if factors is not None:
+        if scales is not None:
             if q.dtype == tl.float16:
-                value *= value_factors.to(tl.float16)[:, None]  # a small factor would take digits from the weights
+                # A small scale would take digits from weights in float16.
+                value = value.to(tl.float32) * value_scales[:, None]
             else:
-                weights *= value_factors[None, :]
-        acc = tl.dot(weights.to(q.dtype), value, acc * decay[:, None], input_precision="ieee")
+                weights *= value_scales[None, :]
+        acc = tl.dot(weights.to(q.dtype), widened(value, q.dtype), acc * decay[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
 
@@ -102,7 +102,7 @@ def decode_program(
     q: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    factors: tl.tensor | None,
+    scales: tl.tensor | None,
     page_tables: tl.tensor,
     context_len: tl.tensor,
     table_stride: int,
@@ -144,12 +144,12 @@ def decode_program(
         # Whole blocks need no mask.
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
         acc, total, peak = _attend(
-            acc, total, peak, queries, place, start, whole, keys, values, factors, table, kv_head, log2_scale,
+            acc, total, peak, queries, place, start, whole, keys, values, scales, table, kv_head, log2_scale,
             KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
         start = whole
     acc, total, peak = _attend(
-        acc, total, peak, queries, place, start, stop, keys, values, factors, table, kv_head, log2_scale,
+        acc, total, peak, queries, place, start, stop, keys, values, scales, table, kv_head, log2_scale,
         KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     parts = head_rows * num_splits + split
@@ -216,7 +216,7 @@ def prefill_program(
     q: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    factors: tl.tensor | None,
+    scales: tl.tensor | None,
     page_tables: tl.tensor,
     query_start: tl.tensor,
     context_len: tl.tensor,
@@ -264,14 +264,14 @@ def prefill_program(
     if WINDOW is None:
         start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
         acc, total, peak = _attend(
-            acc, total, peak, queries, tokens + offset, 0, start, keys, values, factors, table, kv_head, log2_scale,
+            acc, total, peak, queries, tokens + offset, 0, start, keys, values, scales, table, kv_head, log2_scale,
             KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
     else:
         # The first key that the first query sees: what stands before may not be a finite number.
         start = tl.maximum(token + offset - WINDOW + 1, 0)
     acc, total, peak = _attend(
-        acc, total, peak, queries, tokens + offset, start, stop, keys, values, factors, table, kv_head, log2_scale,
+        acc, total, peak, queries, tokens + offset, start, stop, keys, values, scales, table, kv_head, log2_scale,
         KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -103,7 +103,7 @@ def rope_append(launch: Launch) -> None:
     """Split qkv [T, (H + 2 K) D], normalise q and k heads if the model does, rotate them, write k and v to the cache.
 
     For a token whose slot is outside the cache (padding) only q is written. A cache in 8 bits gets the numbers and
-    factors of `kv_fp8.quantised`.
+    scales of `kv_fp8.quantised`.
     """
     dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
     assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
@@ -130,7 +130,7 @@ def _rope_append(
     q_out: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    factors: tl.tensor | None,
+    scales: tl.tensor | None,
     cos: tl.tensor,
     sin: tl.tensor,
     slots: tl.tensor,
@@ -179,11 +179,11 @@ def _rope_append(
     row = ((slot // PAGE_SIZE) * KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
     kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + low
     is_appended = is_inside & (heads >= HEADS) & (slot >= 0) & (slot < num_slots)
-    if factors is not None:
-        first, second, factor = quantised_heads(first, second, is_column)
-        cells = factors + row * 2 + tl.where(is_value, 1, 0)
+    if scales is not None:
+        first, second, scale = quantised_heads(first, second, is_column)
+        cells = scales + row * 2 + tl.where(is_value, 1, 0)
         is_head = (heads >= HEADS) & (heads < HEADS + 2 * KV_HEADS) & (slot >= 0) & (slot < num_slots)
-        tl.store(cells, factor.to(factors.dtype.element_ty), mask=is_head)
+        tl.store(cells, scale.to(scales.dtype.element_ty), mask=is_head)
     tl.store(kv_cells, first, mask=is_appended)
     tl.store(kv_cells + gap, second, mask=is_appended)
 

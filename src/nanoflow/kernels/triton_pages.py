@@ -1,6 +1,6 @@
 """Triton kernel that copies KV pages between the caches of all layers and one contiguous staging buffer.
 
-A page lies in several pieces for each layer: keys, values and, in 8 bits, their factors. A copy over PCIe wants few
+A page lies in several pieces for each layer: keys, values and, in 8 bits, their scales. A copy over PCIe wants few
 long pieces instead, so pages are gathered into the buffer before they leave the device, and scattered from it when they
 come back: one launch for all layers. `executor/page_copies.py` calls it.
 """
