@@ -37,8 +37,7 @@ LoadFormat = Literal["safetensors", "random"]
 DEFAULT_MAX_LOGPROBS = 20
 Goal = Literal["throughput", "balanced", "latency"]
 
-# `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all requests are done. Nobody watches tokens
-# arrive, so gaps between them do not matter. Their defaults differ from those of `EngineConfig` in this.
+# Other defaults of `LLM`, `nanoflow generate` and `nanoflow bench throughput`: nobody watches their tokens arrive.
 UNWATCHED_DEFAULTS: Mapping[str, Any] = {"goal": "throughput"}
 
 
@@ -46,7 +45,7 @@ def _read_length(text: str) -> int | None:
     return None if text in ("auto", "-1") else read_count(text)
 
 
-def _read_value_of(name: str) -> Callable[[str], str]:
+def read_value_of(name: str) -> Callable[[str], str]:
     """Reads an option whose values may have vLLM's names."""
     return lambda text: ENGINE.value_of(name, text.removeprefix("torch."))
 
@@ -69,7 +68,7 @@ class EngineConfig:
     dtype: DType = option(
         "auto",
         "Type of weights and activations; auto: the model's on GPU, float32 on CPU",
-        read=_read_value_of("dtype"),
+        read=read_value_of("dtype"),
     )
     device: str = option("auto", "auto, cpu or cuda")
     generation_config: str = option(
@@ -80,7 +79,7 @@ class EngineConfig:
     load_format: LoadFormat = option(
         "safetensors",
         "safetensors (or GGUF, if the model is such a file), or random: weights drawn at random, for benchmarks",
-        read=_read_value_of("load_format"),
+        read=read_value_of("load_format"),
     )
     seed: int = option(
         0,
@@ -97,7 +96,7 @@ class EngineConfig:
         "balanced",
         "What limits that are not given are chosen for: throughput (most tokens a second), latency (short gaps between "
         "tokens), or balanced (almost all of the throughput, gaps bounded)",
-        read=_read_value_of("goal"),
+        read=read_value_of("goal"),
     )
     max_itl_ms: float | None = option(
         None,
@@ -114,9 +113,8 @@ class EngineConfig:
     page_size: int = option(16, "Tokens a KV page")
     kv_cache_dtype: KvCacheDType = option(
         "auto",
-        "Type of keys and values in the KV cache; auto: that of the activations; fp8_e4m3, or fp8: 8 bits and a scale "
-        "for each key and value, about half the memory of bfloat16",
-        read=_read_value_of("kv_cache_dtype"),
+        "Type of keys and values in the KV cache; auto: that of activations; fp8_e4m3, or fp8: 8 bits, half the memory",
+        read=read_value_of("kv_cache_dtype"),
     )
     kv_cache_gib: float | None = option(
         None,
@@ -188,12 +186,8 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        for name, kind in {
-            "dtype": DType,
-            "kv_cache_dtype": KvCacheDType,
-            "goal": Goal,
-            "load_format": LoadFormat,
-        }.items():
+        choices = {"dtype": DType, "kv_cache_dtype": KvCacheDType, "goal": Goal, "load_format": LoadFormat}
+        for name, kind in choices.items():
             _require_choice(name, getattr(self, name), get_args(kind))
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")

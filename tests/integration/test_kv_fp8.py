@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 from nanoflow.engine.llm import LLM
 from nanoflow.graph.operation import KvType
 from nanoflow.kernels import reference
+from nanoflow.kernels.kv_fp8 import quantised
 from nanoflow.models.locate import locate_model
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
@@ -47,7 +47,7 @@ def open_llm(model: Path, **options: Any) -> LLM:
     return LLM(str(model), **{**OPTIONS, **options})
 
 
-def rounds(llm: LLM) -> list[list[Sequence[int]]]:
+def rounds(llm: LLM) -> list[list[list[int]]]:
     """Tokens of two rounds of conversations with common beginnings."""
     rng, told = random.Random(2), []
     beginning, *prompts = (
@@ -113,9 +113,6 @@ def twice(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantised` with scales that are wrong."""
     numbers, scales = quantised(vectors)
     return numbers, scales * 2
-
-
-quantised = reference.quantised
 
 
 @pytest.mark.parametrize("is_broken", [False, True], ids=["right", "wrong scales"])

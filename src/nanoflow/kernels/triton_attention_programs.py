@@ -141,7 +141,6 @@ def decode_program(
     acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
     if WINDOW is None:
-        # Whole blocks need no mask.
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
         acc, total, peak = _attend(
             acc, total, peak, queries, place, start, whole, keys, values, scales, table, kv_head, log2_scale,

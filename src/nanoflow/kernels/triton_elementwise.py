@@ -178,14 +178,12 @@ def _rope_append(
     kv_head = heads - tl.where(is_value, HEADS + KV_HEADS, HEADS)
     row = ((slot // PAGE_SIZE) * KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
     kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + low
-    is_appended = is_inside & (heads >= HEADS) & (slot >= 0) & (slot < num_slots)
+    is_appended = (heads >= HEADS) & (heads < HEADS + 2 * KV_HEADS) & (slot >= 0) & (slot < num_slots)
     if scales is not None:
         first, second, scale = quantised_heads(first, second, is_column)
-        cells = scales + row * 2 + tl.where(is_value, 1, 0)
-        is_head = (heads >= HEADS) & (heads < HEADS + 2 * KV_HEADS) & (slot >= 0) & (slot < num_slots)
-        tl.store(cells, scale.to(scales.dtype.element_ty), mask=is_head)
-    tl.store(kv_cells, first, mask=is_appended)
-    tl.store(kv_cells + gap, second, mask=is_appended)
+        tl.store(scales + row * 2 + is_value.to(tl.int64), scale.to(scales.dtype.element_ty), mask=is_appended)
+    tl.store(kv_cells, first, mask=is_appended & is_column)
+    tl.store(kv_cells + gap, second, mask=is_appended & is_column)
 
 
 @triton.jit
