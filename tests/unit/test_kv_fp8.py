@@ -15,6 +15,7 @@ from nanoflow.kernels.kv_fp8 import FP8, SCALE, dequantised, quantised
 from nanoflow.kernels.launch import Launch, LayerCache
 from nanoflow.kernels.triton_attention import Tiles
 from tests.attention_cases import cache_of, dims_of, inputs_of, launch_of
+from tests.compiling import compiled
 from tests.elementwise_cases import Cases, results_of
 from tests.kv_fp8_cases import NEEDLE_BOUND, Needle, in_8_bits, in_16_bits, needle_case, poison_8_bits
 
@@ -201,3 +202,10 @@ def _with_sums_in_8_bits(launch: Launch) -> torch.Tensor:
         some = slice(begin, begin + 32)
         total = (total + weights[:, some].to(FP8).float() @ values[some]).bfloat16().float()
     return (total / weights.sum(-1, keepdim=True)).repeat(1, 2)
+
+
+def test_on_hopper_products_are_of_16_bits_and_sum_in_32() -> None:
+    (reports,) = compiled("tests.compile_kv_fp8")
+    for name in ("decode", "prefill"):
+        assert reports[name]["products"] and all(".f32.bf16.bf16" in product for product in reports[name]["products"])
+    assert not any(report["num_spills"] for report in reports.values())
