@@ -326,13 +326,13 @@ def device_model(graph: OpGraph, num_pages: int | Sequence[int], seed: int = 0) 
     weights = random_weights(graph, torch.float32, cpu, seed)
     for tensor in (*weights.shared.values(), *(t for layer in weights.layers for t in layer.values())):
         tensor.normal_(std=0.5, generator=generator)
-    return DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    return DeviceModel(graph=graph, dtype=torch.float32, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
 
 
 def with_fresh_caches(model: DeviceModel) -> DeviceModel:
     """The same model on a copy of its caches."""
     caches = tuple(replace(cache, keys=cache.keys.clone(), values=cache.values.clone()) for cache in model.caches)
-    return DeviceModel(graph=model.graph, weights=model.weights, caches=caches, kernels=model.kernels)
+    return replace(model, caches=caches)
 
 
 @st.composite

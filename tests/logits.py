@@ -12,6 +12,7 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.operation import KvType
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
@@ -21,8 +22,8 @@ from tests.reference_executor import ReferenceExecutor
 _PAGE_SIZE = 16
 
 
-def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
-    """float32 [tokens, vocab] of a prompt in one chunk, by the reference executor.
+def prompt_logits(folder: Path, prompt: Sequence[int], kv_type: KvType = KvType.MODEL) -> torch.Tensor:
+    """float32 [tokens, vocab] of a prompt in one chunk, by the reference executor, with such a KV cache.
 
     Raises:
         ModelError: The folder cannot be served.
@@ -30,10 +31,10 @@ def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
     cpu, count = torch.device("cpu"), len(prompt)
     num_pages = -(-count // _PAGE_SIZE)
     config = load(folder)
-    graph = build_graph(config, max(count, config.default_context_len))
+    graph = build_graph(config, max(count, config.default_context_len)).with_kv_type(kv_type)
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    model = DeviceModel(graph=graph, dtype=torch.float32, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
     batch = DenseBatch(
         iteration=1,
         rows=np.zeros(1, np.int32),

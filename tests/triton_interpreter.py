@@ -29,6 +29,21 @@ def _repair_loop_bounds() -> None:
 _repair_loop_bounds()
 
 
+def _repair_rounding_to_8_bits() -> None:
+    """Triton 3.6 rounds float32 to e4m3 wrongly where rounding up reaches the next power of two; a GPU does not."""
+    convert, float32, e4m3 = interpreter._convert_float, interpreter.tl.float32, interpreter.tl.float8e4nv
+
+    def convert_and_repair(numbers: Any, from_dtype: Any, to_dtype: Any, rounding_mode: Any) -> Any:
+        if (from_dtype, to_dtype) != (float32, e4m3):
+            return convert(numbers, from_dtype, to_dtype, rounding_mode)
+        return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = convert_and_repair
+
+
+_repair_rounding_to_8_bits()
+
+
 def _patch_once() -> None:
     """Patch the language once per launch instead of at each call of a function, which takes most of the time."""
     patch, language = interpreter._patch_lang, interpreter.tl

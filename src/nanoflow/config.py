@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from nanoflow.access import AccessOptions as AccessOptions
 from nanoflow.bounds import ServerBounds as ServerBounds
@@ -32,12 +32,12 @@ from nanoflow.speculation import check_speculation, in_full
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDType = Literal["auto", "fp8_e4m3"]
 LoadFormat = Literal["safetensors", "random"]
 DEFAULT_MAX_LOGPROBS = 20
 Goal = Literal["throughput", "balanced", "latency"]
 
-# `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all requests are done. Nobody watches tokens
-# arrive, so gaps between them do not matter. Their defaults differ from those of `EngineConfig` in this.
+# Other defaults of `LLM`, `nanoflow generate` and `nanoflow bench throughput`: nobody watches their tokens arrive.
 UNWATCHED_DEFAULTS: Mapping[str, Any] = {"goal": "throughput"}
 
 
@@ -45,16 +45,9 @@ def _read_length(text: str) -> int | None:
     return None if text in ("auto", "-1") else read_count(text)
 
 
-def _read_dtype(text: str) -> str:
-    return ENGINE.value_of("dtype", text.removeprefix("torch."))
-
-
-def _read_load_format(text: str) -> str:
-    return ENGINE.value_of("load_format", text)
-
-
-def _read_goal(text: str) -> str:
-    return ENGINE.value_of("goal", text)
+def read_value_of(name: str) -> Callable[[str], str]:
+    """Reads an option whose values may have vLLM's names."""
+    return lambda text: ENGINE.value_of(name, text.removeprefix("torch."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +66,9 @@ class EngineConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
     dtype: DType = option(
-        "auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU", read=_read_dtype
+        "auto",
+        "Type of weights and activations; auto: the model's on GPU, float32 on CPU",
+        read=read_value_of("dtype"),
     )
     device: str = option("auto", "auto, cpu or cuda")
     generation_config: str = option(
@@ -84,7 +79,7 @@ class EngineConfig:
     load_format: LoadFormat = option(
         "safetensors",
         "safetensors (or GGUF, if the model is such a file), or random: weights drawn at random, for benchmarks",
-        read=_read_load_format,
+        read=read_value_of("load_format"),
     )
     seed: int = option(
         0,
@@ -101,7 +96,7 @@ class EngineConfig:
         "balanced",
         "What limits that are not given are chosen for: throughput (most tokens a second), latency (short gaps between "
         "tokens), or balanced (almost all of the throughput, gaps bounded)",
-        read=_read_goal,
+        read=read_value_of("goal"),
     )
     max_itl_ms: float | None = option(
         None,
@@ -116,6 +111,11 @@ class EngineConfig:
     )
     max_num_seqs: int | None = option(None, "Most requests running at once; chosen in the same way if not given")
     page_size: int = option(16, "Tokens a KV page")
+    kv_cache_dtype: KvCacheDType = option(
+        "auto",
+        "Type of keys and values in the KV cache; auto: that of activations; fp8_e4m3, or fp8: 8 bits, half the memory",
+        read=read_value_of("kv_cache_dtype"),
+    )
     kv_cache_gib: float | None = option(
         None,
         "Memory for KV pages in GiB; if not given, what the requests can use, and on a CPU at most 1 GiB, or what one "
@@ -186,9 +186,9 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        _require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _require_choice("goal", self.goal, ("throughput", "balanced", "latency"))
-        _require_choice("load_format", self.load_format, ("safetensors", "random"))
+        choices = {"dtype": DType, "kv_cache_dtype": KvCacheDType, "goal": Goal, "load_format": LoadFormat}
+        for name, kind in choices.items():
+            _require_choice(name, getattr(self, name), get_args(kind))
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
 

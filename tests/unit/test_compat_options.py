@@ -115,7 +115,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("enable_chunked_prefill", False, "always computed in chunks"),
     ("enable_lora", True, "merge the adapter"),
     ("num_lookahead_slots", 4, "`speculative`, as ngram:4"),
-    ("kv_cache_dtype", "fp8", "the type that `dtype` says"),
     ("hf_overrides", {"a": 1}, "config.json"),
     ("rope_scaling", {"rope_type": "yarn"}, "config.json"),
     ("download_dir", "/tmp", "HF_HOME"),

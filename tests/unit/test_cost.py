@@ -255,7 +255,7 @@ def test_a_request_keeps_no_more_than_the_windows_of_its_layers() -> None:
 def test_the_largest_batch_fills_the_memory() -> None:
     model, gpus, lengths = costed("llama-3-8b"), parse_gpus("a100-80"), lengths_of(512, 1024)
     batch = largest_batch(model, gpus, lengths)
-    kept = batch.num_decodes * 1024 * 2 * model.graph.kv_elements_per_token + model.weight_bytes
+    kept = batch.num_decodes * 1024 * model.graph.kv_bytes_per_token(2) + model.weight_bytes
     assert kept == pytest.approx(80e9)
     assert batch.num_tokens == pytest.approx(1.5 * batch.num_decodes)
     views = iteration_views(

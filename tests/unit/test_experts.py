@@ -304,6 +304,7 @@ def test_tensors_of_indices_have_four_bytes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = DeviceModel(
             graph=TINY,
+            dtype=dtype,
             weights=random_weights(TINY, dtype, CPU, seed=0),
             caches=allocate_caches(TINY, num_pages=4, page_size=4, dtype=dtype, device=CPU),
             kernels=cpu.CPU_KERNELS,

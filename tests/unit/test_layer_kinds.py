@@ -100,7 +100,7 @@ def test_two_names_of_one_kind_change_nothing(graph: OpGraph) -> None:
     twice = _by_two_names(graph)
     twice.validate()
     assert len(twice.kinds) == 2 and twice.layer == graph.layer and twice.ropes == graph.ropes
-    assert (twice.num_parameters, twice.kv_elements_per_token) == (graph.num_parameters, graph.kv_elements_per_token)
+    assert (twice.num_parameters, twice.kv_bytes_per_token(2)) == (graph.num_parameters, graph.kv_bytes_per_token(2))
     assert (twice.flops(SHAPE), twice.memory_bytes(SHAPE, 2)) == (graph.flops(SHAPE), graph.memory_bytes(SHAPE, 2))
     sizes = {"num_tokens": 512, "num_logits": 256, "dtype_bytes": 2}
     for plan, same in zip(_plans(graph), _plans(twice), strict=True):

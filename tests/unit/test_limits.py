@@ -194,7 +194,7 @@ def test_what_is_chosen_fits(preset: str, goal: Goal, gib: float, part_free: flo
     counted = a_row - graph.vocab_size * 2
     assert tensors + found.max_num_seqs * counted <= 0.06 * device.memory_bytes
     room = device.free_bytes - graph.num_parameters * 2 - 0.1 * device.memory_bytes
-    held = max(room, 0) / (graph.kv_elements_per_token * 2)
+    held = max(room, 0) / graph.kv_bytes_per_token(2)
     assert found.max_num_seqs <= max(held / min(max_model_len, 256), 8)
     assert found.max_num_seqs <= found.max_batch_tokens
 

@@ -177,7 +177,7 @@ def test_layers_with_a_window_leave_their_share_to_the_others(monkeypatch: pytes
     full, windowed = graph.kv_groups
     assert (full.window, windowed.window) == (None, 512)
     assert (len(full.layers), len(windowed.layers)) == (4, 22) and set(full.layers) == {5, 11, 17, 23}
-    assert full.elements_per_token + windowed.elements_per_token == graph.kv_elements_per_token
+    assert full.bytes_per_token(2) + windowed.bytes_per_token(2) == graph.kv_bytes_per_token(2)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda _: 2**40)
     monkeypatch.setattr(memory, "total_memory_bytes", lambda _: 2**40)
     somewhere = LocalDevice(name="cuda", is_gpu=True, memory_bytes=1, free_bytes=1, flops_per_s=1.0)

@@ -281,7 +281,7 @@ def test_size_of_llama_2_70b() -> None:
     graph = build_graph(model_config.parse(LLAMA_2_70B), None)
     assert graph.num_parameters == 68_976_648_192
     assert graph.name == "LlamaForCausalLM 69.0B"
-    assert graph.kv_elements_per_token * 2 == 327_680
+    assert graph.kv_bytes_per_token(2) == 327_680
 
 
 def test_unknown_architecture_is_one_line_that_lists_the_known() -> None:

@@ -202,7 +202,7 @@ def test_gpus_that_share_a_model_share_its_weights() -> None:
     profile = Profile.load(PROFILE)
     graph = IterationModel(profile).graph
     lengths = [Lengths(num_prompt_tokens=400, num_output_tokens=100)]
-    page_bytes = graph.kv_elements_per_token * 2 * profile.page_size
+    page_bytes = graph.kv_bytes_per_token(2) * profile.page_size
     for num_gpus in (1, 2):
         setup = replace(profile.setup, memory_bytes=20e9, num_gpus=num_gpus)
         limits = limits_for(

@@ -191,7 +191,7 @@ def bounds_of(graph: OpGraph, work: Work, batch: TypicalBatch, rates: Rates, dty
     )
     head_flops = sum(op.flops(one_token) for op in graph.epilogue if op.is_product)
     # Average over the layers.
-    key_bytes = graph.kv_elements_per_token * dtype_bytes / graph.num_layers
+    key_bytes = graph.kv_bytes_per_token(dtype_bytes) / graph.num_layers
     q_width = sum(kind.attention.q_width * count for kind, count in graph.kind_counts) / graph.num_layers
     return Bounds(
         serial_tokens_per_s=work.num_tokens / serial.time_s,

@@ -18,7 +18,7 @@ from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.build import engine_limits, resolve_model
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import KvType, OpKind
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.book import load_book
@@ -46,7 +46,7 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     model_config, _ = resolve_model(config)
-    graph = build_graph(model_config, config.max_model_len)
+    graph = build_graph(model_config, config.max_model_len).with_kv_type(KvType(config.kv_cache_dtype))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     stored = None if config.plan is None else load_book(Path(config.plan))
     limits = engine_limits(config, model_config, graph, dtype, device, stored)
@@ -91,8 +91,8 @@ def _measure_gemms(site: Site, batch: TypicalBatch) -> tuple[Cost, Cost]:
 def _measure_attention(site: Site, kind: OpKind, requests: DenseBatch) -> Cost:
     """Cost of one key of one layer in attention of this kind, measured on these requests."""
     num_keys = int(requests.context_len.sum())
-    key_elements = min(kind.attention.kv_width for kind in site.graph.kinds)
-    graph = shortened(site.graph, 2 * num_keys * key_elements * site.dtype.itemsize)
+    key_bytes = min(kind.attention.cached_bytes(site.dtype.itemsize) for kind in site.graph.kinds)
+    graph = shortened(site.graph, num_keys * key_bytes)
     workspace = random_workspace(
         site,
         graph,

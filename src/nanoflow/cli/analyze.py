@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import DEFAULT_MODEL, option
+from nanoflow.config import DEFAULT_MODEL, KvCacheDType, option, read_value_of
 from nanoflow.hardware import GPUS
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class AnalyzeConfig:
         "512/512", "Average lengths: prompt tokens/output tokens, or trace:FILE.csv for those of a trace"
     )
     max_batch_tokens: int | None = option(None, "Token budget; what memory allows if not given")
+    kv_cache_dtype: KvCacheDType = option(
+        "auto",
+        "Type of keys and values in the KV cache; auto: 16 bits; fp8_e4m3, or fp8: 8 bits and a scale for each",
+        read=read_value_of("kv_cache_dtype"),
+    )
     exchange: Literal["all-reduce", "all-gather"] = option(
         "all-reduce", "How several GPUs put the attention block together; both move the same bytes"
     )
@@ -79,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from nanoflow.cost.analysis import CostError, batch_shape, batch_within, largest_batch
     from nanoflow.cost.model import costed_model
     from nanoflow.cost.roofline import iteration_costs
+    from nanoflow.graph.operation import KvType
     from nanoflow.graph.shard import Exchange
     from nanoflow.hardware import parse_gpus
 
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     gpus, lengths = parse_gpus(config.gpu), _mean_lengths(config.workload)
     if not 0.0 <= config.expert_skew <= _MAX_SKEW:
         raise CostError(f"expert_skew must be a number from 0 to {_MAX_SKEW:g}, got {config.expert_skew}")
-    model = costed_model(_model_config(args.model), config.expert_skew)
+    model = costed_model(_model_config(args.model), config.expert_skew, KvType(config.kv_cache_dtype))
     batch = batch_within(model, gpus, lengths, config.max_batch_tokens)
     costs = iteration_costs(model, batch_shape(model, batch, lengths), gpus.num_gpus, Exchange(config.exchange))
     lines = [
@@ -137,8 +143,8 @@ def _head(
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"
     yield f"{'workload':<12}{lengths.prompt_tokens:.0f} prompt and {lengths.output_tokens:.0f} output tokens a request"
     groups = model.graph.kv_groups
-    if any(group.window for group in groups):
-        yield f"{'KV cache':<12}{', '.join(map(_kept_tokens, groups))}"
+    kept = f": {', '.join(map(_kept_tokens, groups))}" if any(group.window for group in groups) else ""
+    yield f"{'KV cache':<12}{model.graph.kv_bytes_per_token(model.dtype_bytes):,} bytes a token{kept}"
     yield f"{'batch':<12}{_batch(batch)}, context {lengths.mean_context:.0f}"
     if batch != largest:
         yield f"{'':<12}(memory would allow {_batch(largest)})"

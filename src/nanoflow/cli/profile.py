@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import ConfigError, option
+from nanoflow.config import ConfigError, KvCacheDType, option, read_value_of
 
 if TYPE_CHECKING:
     from nanoflow.profile.table import Profile
@@ -45,6 +45,11 @@ class ProfileConfig:
     )
     device: str = option("auto", "Where to measure: auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Type of weights and activations")
+    kv_cache_dtype: KvCacheDType = option(
+        "auto",
+        "Type of keys and values in the KV cache; auto: that of the activations; fp8_e4m3, or fp8: 8 bits",
+        read=read_value_of("kv_cache_dtype"),
+    )
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")
 
     def __post_init__(self) -> None:
@@ -77,6 +82,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
     import torch
 
     from nanoflow.device.detect import resolve_device, resolve_dtype, total_memory_bytes, use_device
+    from nanoflow.graph.operation import KvType
     from nanoflow.models.config_json import parse
     from nanoflow.profiler.profile import new_job, run_job, setup_line
     from nanoflow.profiler.work import Sizes
@@ -93,6 +99,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         raw,
         device=device,
         dtype=resolve_dtype(config.dtype, parse(raw).dtype, device),
+        kv_type=KvType(config.kv_cache_dtype),
         sizes=Sizes.small(budget) if is_small else Sizes(max_tokens=budget, max_cache_bytes=cache_bytes),
         path=path,
         is_quick=config.quick,
@@ -112,11 +119,13 @@ def _size_of(job: Job) -> str:
 
 
 def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
+    from nanoflow.graph.operation import KvType
     from nanoflow.hardware import parse_gpus
     from nanoflow.profile.estimate import estimated_profile
     from nanoflow.profile.table import write_profile
 
-    profile = estimated_profile(model, _config_of(model), parse_gpus(config.estimate or ""), config.max_batch_tokens)
+    gpus, kv_type = parse_gpus(config.estimate or ""), KvType(config.kv_cache_dtype)
+    profile = estimated_profile(model, _config_of(model), gpus, config.max_batch_tokens, kv_type)
     write_profile(profile, path)
     return profile
 

@@ -54,6 +54,14 @@ _OURS = (
     Same(name="generation_config"),
     Same(name="seed", note="None is 0"),
     Same(name="max_model_len", note="4k is 4,000 and 4K is 4,096; auto and -1 are the model's own"),
+    Same(
+        name="kv_cache_dtype",
+        values={"fp8": "fp8_e4m3"},
+        refused=dict.fromkeys(
+            ("fp8_e5m2", "fp8_inc", "fp8_ds_mla"), "the KV cache is fp8_e4m3, or of the type `dtype`"
+        ),
+        note="fp8 has a scale for each key and value, found when it is written",
+    ),
     Same(name="max_num_seqs", note="chosen for goal, model and device if not given"),
     Same(name="gpu_memory_utilization"),
     Same(name="max_logprobs"),
@@ -153,9 +161,8 @@ _MODEL = (
 )
 _CACHE = (
     Foreign(name="prefix_caching_hash_algo", takes=("sha256",), reason="pages are found by SHA-256"),
-    Foreign(name="kv_cache_dtype", takes=("auto",), reason="the KV cache has the type that `dtype` says"),
-    Foreign(name="kv_cache_dtype_skip_layers", takes=([],), reason="the KV cache has the type that `dtype` says"),
-    *switches("the KV cache is not scaled", "calculate_kv_scales"),
+    Foreign(name="kv_cache_dtype_skip_layers", takes=([],), reason="all layers have the type `kv_cache_dtype`"),
+    *switches("fp8 keys and values always have scales, found when they are written", "calculate_kv_scales"),
     Foreign(name="swap_space", takes=(0, 4), reason=f"{_NO_OFFLOAD}; the old default, 4, was for best_of only"),
     Foreign(name="cpu_offload_gb", takes=(0,), reason=_NO_OFFLOAD),
     Foreign(name="kv_offloading_size", takes=(0,), reason=_NO_OFFLOAD),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import KvType
 from nanoflow.models.config_json import ModelConfig
 from nanoflow.models.moe import with_skew
 from nanoflow.models.registry import build_graph
@@ -20,7 +21,7 @@ class CostedModel:
 
     Attributes:
         graph: Its operations.
-        dtype_bytes: Bytes of a weight, an activation, a key or a value.
+        dtype_bytes: Bytes of a weight or an activation; those of keys and values follow from the graph.
     """
 
     graph: OpGraph
@@ -43,20 +44,21 @@ class CostedModel:
 
     def kv_bytes(self, context: float) -> float:
         """Bytes of keys and values that a request of so many tokens keeps; under a window, only of those inside it."""
-        elements = 0.0
-        for group in self.graph.kv_groups:
-            elements += group.elements_per_token * (context if group.window is None else min(context, group.window))
-        return elements * self.dtype_bytes
+        return sum(
+            group.bytes_per_token(self.dtype_bytes) * (context if group.window is None else min(context, group.window))
+            for group in self.graph.kv_groups
+        )
 
 
-def costed_model(config: ModelConfig, expert_skew: float = 0.0) -> CostedModel:
+def costed_model(config: ModelConfig, expert_skew: float = 0.0, kv_type: KvType = KvType.MODEL) -> CostedModel:
     """The costs of a model.
 
     Args:
         config: The model.
         expert_skew: How unevenly its tokens choose experts (`Routing.skew`); without effect on a dense model.
+        kv_type: Type of keys and values in the cache.
 
     Raises:
         ModelError: The architecture is unknown.
     """
-    return CostedModel(graph=with_skew(build_graph(config, None), expert_skew))
+    return CostedModel(graph=with_skew(build_graph(config, None).with_kv_type(kv_type), expert_skew))

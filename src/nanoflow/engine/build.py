@@ -28,7 +28,7 @@ from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import KvType, OpKind
 from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
 from nanoflow.models.config_json import ModelConfig
 from nanoflow.models.config_json import load as load_model_config
@@ -54,7 +54,7 @@ class _Setup:
 
     Attributes:
         config: All options, as the user gave them.
-        device, dtype: Where the model runs, and the type of its weights, activations and KV cache.
+        device, dtype: Where the model runs, and the type of its weights and activations.
         model_config, folder: What config.json says, and the model's folder or GGUF file; None for a preset.
         sampling: How requests that do not say so are sampled.
         graph: The operations, fused where the device has kernels for it.
@@ -94,7 +94,7 @@ class _Setup:
     def page_bytes(self) -> tuple[int, ...]:
         """Bytes of a page of each KV group."""
         page_size = self.config.page_size
-        return tuple(group.elements_per_token * page_size * self.dtype.itemsize for group in self.graph.kv_groups)
+        return tuple(group.bytes_per_token(self.dtype.itemsize) * page_size for group in self.graph.kv_groups)
 
     @property
     def fingerprint(self) -> str:
@@ -158,7 +158,7 @@ def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
     model_config, folder = resolve_model(config)
     sampling = load_sampling_defaults(config.generation_config, folder)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
-    graph = build_graph(model_config, config.max_model_len)
+    graph = build_graph(model_config, config.max_model_len).with_kv_type(KvType(config.kv_cache_dtype))
     if folder is not None and config.load_format != "random":
         _tell_form(check_weights(graph, folder), graph, dtype, is_shown=show_progress)
     kernels = kernels_for(device, dtype, graph.layer_operations)
@@ -213,7 +213,8 @@ def _load(setup: _Setup, *, show_progress: bool) -> tuple[DeviceModel, Scheduler
         group_pools=pools,
         max_sessions=config.max_sessions,
     )
-    return DeviceModel(graph=graph, weights=weights, caches=caches, kernels=setup.kernels), limits
+    model = DeviceModel(graph=graph, dtype=dtype, weights=weights, caches=caches, kernels=setup.kernels)
+    return model, limits
 
 
 def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
@@ -276,6 +277,7 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
         max_num_seqs=limits.max_num_seqs,
         device=str(setup.device),
         dtype=setup.dtype_name,
+        kv_cache_dtype=config.kv_cache_dtype,
         plan=str(book),
         book=book,
         sampling=setup.sampling,

@@ -294,7 +294,7 @@ def _kv_tokens(config: EngineConfig, graph: OpGraph, device: LocalDevice, max_mo
     """About how many tokens the KV pages will hold."""
     if config.num_pages is not None:
         return config.num_pages * config.page_size
-    token_bytes = graph.kv_elements_per_token * dtype_bytes
+    token_bytes = graph.kv_bytes_per_token(dtype_bytes)
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30 // token_bytes)
     free = device.free_bytes - graph.num_parameters * dtype_bytes

@@ -55,7 +55,7 @@ def size_cache(
         config: Options about memory.
         limits: The engine's limits.
         model_config, graph: The model.
-        dtype: Type of keys and values.
+        dtype: Type of activations.
         device: The device, with the weights loaded.
         taken_bytes: Bytes that will be allocated later and must stay free on a GPU.
 
@@ -75,7 +75,7 @@ def size_cache(
         max_batch_tokens=limits.max_batch_tokens,
         page_size=config.page_size,
     )
-    groups = [(group.window, group.elements_per_token * dtype.itemsize * config.page_size) for group in graph.kv_groups]
+    groups = [(group.window, group.bytes_per_token(dtype.itemsize) * config.page_size) for group in graph.kv_groups]
     if config.num_pages is None:
         pools = demand.divide(_room_bytes(config, demand, groups, device, taken_bytes), groups)
     else:
@@ -105,10 +105,8 @@ def reserve_caches(
     try:
         return allocate_caches(graph, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
     except MemoryError:
-        elements = sum(
-            count * group.elements_per_token for count, group in zip(num_pages, graph.kv_groups, strict=True)
-        )
-        gib = elements * page_size * dtype.itemsize / _GIB
+        token_bytes = [group.bytes_per_token(dtype.itemsize) for group in graph.kv_groups]
+        gib = sum(count * size for count, size in zip(num_pages, token_bytes, strict=True)) * page_size / _GIB
         raise ConfigError(
             f"the system does not let this process reserve {gib:.2f} GiB for KV pages: lower kv_cache_gib"
         ) from None

@@ -147,6 +147,7 @@ class EngineFacts:
         num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
         max_batch_tokens, max_num_seqs: Limits of a batch.
         device, dtype: The device, and the type that it computes in.
+        kv_cache_dtype: Type of keys and values in the KV cache, as the option has it.
         plan: The pipeline plan or plan book in use, to be shown.
         book: The plans of the book; None for an engine without plans.
         sampling: Sampling parameters of requests that do not give them.
@@ -178,6 +179,7 @@ class EngineFacts:
     has_prefix_cache: bool = False
     group_pools: tuple[PoolSize, ...] = ()
     page_bytes: tuple[int, ...] = ()
+    kv_cache_dtype: str = "auto"
 
 
 class Ready(Message, frozen=True, kw_only=True):

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from nanoflow.graph.graph import Element, OpGraph
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import Operation, OpKind, Scope
+from nanoflow.graph.operation import KvType, Operation, OpKind, Scope
+from nanoflow.kernels.kv_fp8 import FP8, SCALE, quantised
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
 from nanoflow.models.weights import Weights
 from nanoflow.plan.liveness import bytes_of, place, shapes_of, size_of
 from nanoflow.plan.plan import PipelinePlan
+
+# Pages that random numbers in 8 bits are drawn for at once: the numbers take four times the memory of the pages.
+_DRAWN_PAGES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,20 +32,17 @@ class DeviceModel:
 
     Attributes:
         graph: The model as data.
+        dtype: Type of activations.
         weights: Its parameters on the device.
         caches: Keys and values of each layer, and its KV group.
         kernels: One for every kind of operation.
     """
 
     graph: OpGraph
+    dtype: torch.dtype
     weights: Weights
     caches: tuple[LayerCache, ...]
     kernels: dict[OpKind, Kernel]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights and activations."""
-        return self.caches[0].keys.dtype
 
     @property
     def num_kv_groups(self) -> int:
@@ -57,13 +58,14 @@ class DeviceModel:
 def allocate_caches(
     graph: OpGraph, *, num_pages: int | Sequence[int], page_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
-    """Keys and values [num_pages, KV heads, page_size, head size] of each layer, filled with zeros.
+    """Keys and values [num_pages, KV heads, page_size, head size] of each layer, in its type, filled with zeros.
 
     Args:
         graph: The model.
         num_pages: Of each KV group of the model; or a number for all layers, which then are one group.
         page_size: Tokens a page.
-        dtype, device: Of the tensors.
+        dtype: Type of activations.
+        device: Of the tensors.
 
     Zeroed, because attention multiplies what lies behind a context's end by 0, and 0 x NaN is NaN. On a CPU they take
     memory only where something has been written.
@@ -80,9 +82,17 @@ def allocate_caches(
                 group_of[layer] = number
     caches = []
     for kind, group in zip(graph.layers, group_of, strict=True):
-        shape = (num_pages[group], kind.attention.num_kv_heads, page_size, kind.attention.head_dim)
-        keys, values = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
-        caches.append(LayerCache(keys=keys, values=values, group=group))
+        slots = (num_pages[group], kind.attention.num_kv_heads, page_size)
+        is_fp8 = kind.attention.kv_type is KvType.FP8
+        shape, kv_dtype = (*slots, kind.attention.head_dim), FP8 if is_fp8 else dtype
+        caches.append(
+            LayerCache(
+                keys=_zeros(shape, kv_dtype, device),
+                values=_zeros(shape, kv_dtype, device),
+                scales=_zeros((*slots, 2), SCALE, device) if is_fp8 else None,
+                group=group,
+            )
+        )
     return tuple(caches)
 
 
@@ -97,8 +107,14 @@ def draw_keys(caches: Iterable[LayerCache], seed: int) -> None:
     """Fill caches with random numbers, for benchmarks on keys that nobody wrote: zeros take a GPU less power."""
     for cache in caches:
         generator = torch.Generator(cache.keys.device).manual_seed(seed)
-        for part in (cache.keys, cache.values):
-            part.normal_(generator=generator)
+        for column, part in enumerate((cache.keys, cache.values)):
+            if cache.scales is None:
+                part.normal_(generator=generator)
+                continue
+            for begin in range(0, len(part), _DRAWN_PAGES):
+                pages = slice(begin, begin + _DRAWN_PAGES)
+                drawn = torch.randn(part[pages].shape, generator=generator, device=part.device)
+                part[pages], cache.scales[pages, ..., column] = quantised(drawn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -217,8 +217,8 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
     can_attend = all(can_carry(model.device, model.dtype, attention) for attention in attentions)
     if OpKind.LINEAR_SWIGLU not in model.kernels or not can_attend:
         raise LaneError(
-            f"plan {plan.name!r}: decode attention runs inside products on Hopper GPUs, in bfloat16, with heads of 64 "
-            "or 128 and no window: run this model without the plan"
+            f"plan {plan.name!r}: decode attention runs inside products on Hopper GPUs, in bfloat16 (keys and values "
+            "too), with heads of 64 or 128 and no window: run this model without the plan"
         )
     products = next(step.lane for step in steps if isinstance(step.op.dims, LinearDims))
     share = next(lane.share for lane in plan.lanes if lane.name == products)

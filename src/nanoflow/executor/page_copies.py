@@ -1,7 +1,8 @@
 """Copies KV pages between the device's caches and host memory: the work of `kvcache/copies.py`.
 
-A slot of host memory has one page of a KV group: for each layer of the group its keys, then its values. On a GPU copies
-run on streams of their own, beside batches: pages are gathered in a staging buffer, so that few long pieces cross PCIe.
+A slot of host memory has one page of a KV group: for each layer of the group the parts of its cache, one after the
+other. On a GPU copies run on streams of their own, beside batches: pages are gathered in a staging buffer, so that few
+long pieces cross PCIe.
 What may be copied when is decided in `scheduler/lower_tiers.py`; here is only the order of the work on the device.
 """
 
@@ -70,23 +71,21 @@ class CpuCopier:
         self._host = memory
         self._groups = []
         for group, array in enumerate(memory.arrays):
-            layers = [cache for cache in caches if cache.group == group]
-            pages = [[part.view(len(part), -1) for part in (cache.keys, cache.values)] for cache in layers]
-            slots = torch.from_numpy(array).view(layers[0].keys.dtype)
-            self._groups.append((pages, slots.view(len(array), len(layers), 2, -1)))
+            parts = [_page_bytes(part) for cache in caches if cache.group == group for part in cache.parts]
+            slots = torch.split(torch.from_numpy(array), [part.shape[1] for part in parts], dim=1)
+            self._groups.append(tuple(zip(parts, slots, strict=True)))
 
     def copy(self, copies: PageCopies) -> Callable[[], float]:
         """See `PageCopier`."""
         start_s = time.perf_counter()
-        for (layers, memory), pages, slots in zip(self._groups, copies.pages, copies.slots, strict=True):
+        for parts, pages, slots in zip(self._groups, copies.pages, copies.slots, strict=True):
             if len(pages):
                 of_cache, of_memory = torch.from_numpy(pages).long(), torch.from_numpy(slots).long()
-                for layer, parts in enumerate(layers):
-                    for place, part in enumerate(parts):
-                        if copies.is_load:
-                            part[of_cache] = memory[of_memory, layer, place]
-                        else:
-                            memory[of_memory, layer, place] = part[of_cache]
+                for part, memory in parts:
+                    if copies.is_load:
+                        part[of_cache] = memory[of_memory]
+                    else:
+                        memory[of_memory] = part[of_cache]
         time_s = time.perf_counter() - start_s
         return lambda: time_s
 
@@ -112,12 +111,10 @@ class GpuCopier:
         self._num_rows = num_rows
         self._host = memory
         self._host_memory = [torch.from_numpy(array) for array in memory.arrays]
+        from nanoflow.kernels.triton_pages import PageParts
+
         self._parts = [
-            torch.tensor(
-                [part.data_ptr() for cache in caches if cache.group == group for part in (cache.keys, cache.values)],
-                dtype=torch.int64,
-                device=self._device,
-            )
+            PageParts.of([_page_bytes(part) for cache in caches if cache.group == group for part in cache.parts])
             for group in range(len(memory.arrays))
         ]
         size = max(STAGING_BYTES, *(array.shape[1] for array in memory.arrays))
@@ -199,6 +196,11 @@ class GpuCopier:
                 staging[begin:end].copy_(host, non_blocking=True)
             else:
                 host.copy_(staging[begin:end], non_blocking=True)
+
+
+def _page_bytes(part: Tensor) -> Tensor:
+    """A part of a cache as uint8 [pages, bytes of a page]."""
+    return part.view(len(part), -1).view(torch.uint8)
 
 
 class _Buffer:

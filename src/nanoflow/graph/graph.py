@@ -25,7 +25,7 @@ from nanoflow.graph.layers import (
     sections_of,
     union_of,
 )
-from nanoflow.graph.operation import BatchShape, Operation, OpKind, Scope
+from nanoflow.graph.operation import AttentionDims, BatchShape, KvType, Operation, OpKind, Scope
 
 __all__ = [
     "Element",
@@ -222,10 +222,17 @@ class OpGraph:
             lambda kind: sum(op.dims.num_idle_weights for op in kind.operations if isinstance(op.dims, ExpertDims))
         )
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of keys and values of one token over all layers."""
-        return self._over_layers(lambda kind: 2 * kind.attention.kv_width)
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of keys and values of one token over all layers; `dtype_bytes` are those of an activation."""
+        return self._over_layers(lambda kind: kind.attention.cached_bytes(dtype_bytes))
+
+    def with_kv_type(self, kv_type: KvType) -> OpGraph:
+        """The same model with keys and values of this type in the cache."""
+
+        def changed(op: Operation) -> Operation:
+            return replace(op, dims=replace(op.dims, kv_type=kv_type)) if isinstance(op.dims, AttentionDims) else op
+
+        return self.map_kinds(lambda kind: replace(kind, operations=tuple(map(changed, kind.operations))))
 
     def flops(self, shape: BatchShape) -> int:
         """Floating-point operations of one iteration."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanoflow.graph.operation import AttentionDims, Operation, OpKind
+from nanoflow.graph.operation import AttentionDims, KvType, Operation, OpKind
 
 # Longest pattern that is looked for. Layers that only repeat after more than that are listed one by one.
 _MAX_PATTERN = 64
@@ -134,28 +134,29 @@ class KvGroup:
         num_kv_heads, head_dim: Layout of the keys, and of the values, of one token.
         window: Sliding window of these layers (see `AttentionDims`); None without.
         layers: Their places in the model, ascending.
+        kv_type: Type of keys and values.
     """
 
     num_kv_heads: int
     head_dim: int
     window: int | None
     layers: tuple[int, ...]
+    kv_type: KvType = KvType.MODEL
 
-    @property
-    def elements_per_token(self) -> int:
-        """Elements of keys and values that one token keeps over the layers of the group."""
-        return 2 * self.num_kv_heads * self.head_dim * len(self.layers)
+    def bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes that one token keeps over the layers of the group; `dtype_bytes` are those of an activation."""
+        return 2 * self.num_kv_heads * self.kv_type.vector_bytes(self.head_dim, dtype_bytes) * len(self.layers)
 
 
 def kv_groups_of(layers: Sequence[LayerKind]) -> tuple[KvGroup, ...]:
     """The groups of these layers: those without a window first, then those with the largest windows."""
-    members: dict[tuple[int, int, int | None], list[int]] = {}
+    members: dict[tuple[int, int, int | None, KvType], list[int]] = {}
     for place, kind in enumerate(layers):
         dims = kind.attention
-        members.setdefault((dims.num_kv_heads, dims.head_dim, dims.window), []).append(place)
+        members.setdefault((dims.num_kv_heads, dims.head_dim, dims.window, dims.kv_type), []).append(place)
     groups = (
-        KvGroup(num_kv_heads=heads, head_dim=head_dim, window=window, layers=tuple(places))
-        for (heads, head_dim, window), places in members.items()
+        KvGroup(num_kv_heads=heads, head_dim=head_dim, window=window, layers=tuple(places), kv_type=kv_type)
+        for (heads, head_dim, window, kv_type), places in members.items()
     )
     return tuple(sorted(groups, key=lambda group: -math.inf if group.window is None else -group.window))
 

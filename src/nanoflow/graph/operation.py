@@ -116,6 +116,21 @@ class LinearDims:
     out_features: int
 
 
+class KvType(enum.StrEnum):
+    """The type of keys and values in the KV cache.
+
+    MODEL is that of the model's activations. FP8 is 8-bit floating point (e4m3) with a 16-bit scale for the key, and
+    one for the value, of each token and KV head.
+    """
+
+    MODEL = "auto"
+    FP8 = "fp8_e4m3"
+
+    def vector_bytes(self, head_dim: int, dtype_bytes: int) -> int:
+        """Bytes of one key, or one value, of a head of this size; `dtype_bytes` are those of an activation."""
+        return {KvType.MODEL: head_dim * dtype_bytes, KvType.FP8: head_dim + 2}[self]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionDims:
     """Grouped-query attention.
@@ -130,6 +145,7 @@ class AttentionDims:
         rotary_dim: How many first dimensions of a query or key head are rotated; None for all.
         has_sinks: Whether each query head has a learned logit, its only weight, that is one more term of the softmax's
             denominator and stands for no key (gpt-oss).
+        kv_type: Type of keys and values in the cache.
     """
 
     num_heads: int
@@ -140,6 +156,7 @@ class AttentionDims:
     norm_eps: float | None = None
     rotary_dim: int | None = None
     has_sinks: bool = False
+    kv_type: KvType = KvType.MODEL
 
     @property
     def q_width(self) -> int:
@@ -150,6 +167,10 @@ class AttentionDims:
     def kv_width(self) -> int:
         """Width of the keys (or of the values) of one token."""
         return self.num_kv_heads * self.head_dim
+
+    def cached_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of the keys and values of one token in the cache; `dtype_bytes` are those of an activation."""
+        return 2 * self.num_kv_heads * self.kv_type.vector_bytes(self.head_dim, dtype_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +229,10 @@ class Operation:
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
-        return _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
+        moved = _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
+        if isinstance(self.dims, AttentionDims):
+            moved += _cached_tokens(self, shape) * self.dims.cached_bytes(dtype_bytes)
+        return moved
 
     def network_bytes(self, shape: BatchShape, dtype_bytes: int) -> float:
         """Bytes that one GPU sends to others; 0 except for collectives."""
@@ -240,12 +264,17 @@ def _attention_flops(op: Operation, shape: BatchShape) -> int:
 
 
 def _attention_elements(op: Operation, shape: BatchShape) -> int:
+    """Queries read and written, and keys and values that are not in the cache yet."""
     assert isinstance(op.dims, AttentionDims)
-    tokens = shape.tokens_in(op.scope)
+    new = 2 * op.dims.kv_width if op.kind is OpKind.ROPE_APPEND else 0
+    return shape.tokens_in(op.scope) * (2 * op.dims.q_width + new)
+
+
+def _cached_tokens(op: Operation, shape: BatchShape) -> int:
+    """Tokens whose keys and values are written to the cache, or read from it."""
     if op.kind is OpKind.ROPE_APPEND:
-        return tokens * 2 * (op.dims.q_width + 2 * op.dims.kv_width)
-    kv_tokens = shape.decode_context if op.scope is Scope.DECODE else shape.prefill_kv_tokens
-    return 2 * kv_tokens * op.dims.kv_width + 2 * tokens * op.dims.q_width
+        return shape.tokens_in(op.scope)
+    return shape.decode_context if op.scope is Scope.DECODE else shape.prefill_kv_tokens
 
 
 def _norm_flops(op: Operation, shape: BatchShape) -> int:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nanoflow.graph.experts import ExpertDims
-from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
+from nanoflow.graph.operation import AttentionDims, KvType, LinearDims, Operation, OpKind
 from nanoflow.kernels import reference, reference_experts, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 
+logger = logging.getLogger(__name__)
+
 Kernels = dict[OpKind, Kernel]
 # Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
 _TMA_MULTIPLE = 16
 # Elements to which rows alone must be.
 _ROW_MULTIPLE = 8
+# First compute capability with instructions for 8-bit floating point (Ada).
+_FP8_CAPABILITY = (8, 9)
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
@@ -57,6 +63,7 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
+    _require_kv_type(attentions, torch.cuda.get_device_capability(device))
     kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
@@ -67,6 +74,8 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
 
         if all(attention.can_attend(device, dtype, dims) for dims in attentions):
             kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
+        elif all(attention.can_attend(device, dtype, replace(dims, kv_type=KvType.MODEL)) for dims in attentions):
+            _say_what_decodes()
     if dtype.itemsize == 2 and triton_gemm.has_tma(device):
         products = [op.dims for op in layer if isinstance(op.dims, LinearDims)]
         if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
@@ -90,6 +99,25 @@ def _grouped_products(layer: tuple[Operation, ...]) -> Kernels:
     if any(op.dims.in_features % _ROW_MULTIPLE for op in layer if isinstance(op.dims, ExpertDims)):
         return {}
     return {OpKind.EXPERTS_IN: triton_experts.experts_in, OpKind.EXPERTS_OUT: triton_experts.experts_out}
+
+
+def _require_kv_type(attentions: Sequence[AttentionDims], capability: tuple[int, int]) -> None:
+    """Refuse keys and values in 8 bits on a GPU without instructions for them."""
+    if capability < _FP8_CAPABILITY and any(dims.kv_type is KvType.FP8 for dims in attentions):
+        raise ValueError(
+            f"kv_cache_dtype fp8_e4m3 needs a GPU of compute capability {_said(_FP8_CAPABILITY)} or more, this one has "
+            f"{_said(capability)}: use auto"
+        )
+
+
+def _said(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+@functools.cache
+def _say_what_decodes() -> None:
+    """Once, as kernels are looked up several times."""
+    logger.info("keys and values in 8 bits: decode attention runs in Triton, its kernel in Gluon reads 16 bits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,14 +132,23 @@ _ROWS: dict[Scope, Callable[[BatchInputs], tuple[int, int]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """Keys and values of one layer, each [N, K, G, head size]: one page of one head is one contiguous run.
+    """Keys and values of one layer: one page of one head is one contiguous run.
 
-    `group` is the layer's KV group: the place in `BatchInputs.pages` of the page tables that belong to these pages.
+    Attributes:
+        keys, values: [N, K, G, head size], in the type of activations, or float8_e4m3fn with scales.
+        scales: bfloat16 [N, K, G, 2], of each key and of each value (`kv_fp8.py`); None without.
+        group: The layer's KV group: the place in `BatchInputs.pages` of the page tables that belong to these pages.
     """
 
     keys: Tensor
     values: Tensor
+    scales: Tensor | None = None
     group: int = 0
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors of which page p is `[p]`."""
+        return (self.keys, self.values) if self.scales is None else (self.keys, self.values, self.scales)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

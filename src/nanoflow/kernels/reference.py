@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
+from nanoflow.kernels.kv_fp8 import dequantised, quantised
 from nanoflow.kernels.launch import Kernel, Launch, LayerCache, embedding_scale
 from nanoflow.kernels.reference_experts import EXPERT_KERNELS
 
@@ -120,8 +121,12 @@ def rope_append(launch: Launch) -> None:
     q_out.copy_(_rotate(q, cos, sin).flatten(1))
     slots, page_size = launch.pages.slots[rows], cache.keys.shape[2]
     pages, offsets = slots // page_size, slots % page_size
-    cache.keys[pages, :, offsets] = _rotate(k, cos, sin).to(cache.keys.dtype)
-    cache.values[pages, :, offsets] = v
+    k = _rotate(k, cos, sin).to(qkv.dtype)
+    if cache.scales is None:
+        cache.keys[pages, :, offsets], cache.values[pages, :, offsets] = k, v
+    else:
+        cache.keys[pages, :, offsets], cache.scales[pages, :, offsets, 0] = quantised(k)
+        cache.values[pages, :, offsets], cache.scales[pages, :, offsets, 1] = quantised(v)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ def decode_attention(launch: Launch) -> None:
     for rows in _groups(contexts, page_size, _MAX_GATHERED_ELEMENTS // dims.kv_width):
         shortest, longest = (end(contexts[row] for row in rows) for end in (min, max))
         index = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else torch.tensor(rows)
-        keys, values = _gather(cache, tables[index, : -(-longest // page_size)])
+        keys, values = _gather(cache, tables[index, : -(-longest // page_size)], q.dtype)
         visible = _visible(lengths[index], keys.shape[2], window)
         # What lies behind a context, or before a window, is another request's, and may not be finite: zero times that
         # is not zero.
@@ -204,16 +209,24 @@ def _groups(contexts: list[int], page_size: int, most_keys: int) -> Iterator[lis
         yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
 
-def _gather(cache: LayerCache, page_tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, K, P * G, D] of page tables [B, P]; the unit of copying is one head of one page."""
+def _gather(cache: LayerCache, page_tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, P * G, D] of page tables [B, P] in the type of activations.
+
+    The unit of copying is one head of one page.
+    """
     batch, num_pages = page_tables.shape
     _, num_kv_heads, page_size, head_dim = cache.keys.shape
     heads = torch.arange(num_kv_heads, device=page_tables.device)[:, None]
     rows = (page_tables[:, None] * num_kv_heads + heads).flatten()
     shape = (batch, num_kv_heads, num_pages * page_size, head_dim)
-    keys = cache.keys.flatten(0, 1).flatten(1).index_select(0, rows).view(shape)
-    values = cache.values.flatten(0, 1).flatten(1).index_select(0, rows).view(shape)
-    return keys, values
+    keys, values, *rest = (part.flatten(0, 1).flatten(1).index_select(0, rows) for part in cache.parts)
+    if not rest:
+        return keys.view(shape), values.view(shape)
+    scales = rest[0].view(*shape[:3], 2)
+    return (
+        dequantised(keys.view(shape), scales[..., 0], dtype),
+        dequantised(values.view(shape), scales[..., 1], dtype),
+    )
 
 
 def _visible(context_len: Tensor, num_keys: int, window: int | None) -> Tensor:
@@ -243,7 +256,7 @@ def prefill_attention(launch: Launch) -> None:
         first_page, num_pages = first // page_size, -(-num_keys // page_size)
         tables = launch.pages.prefill_tables[request : request + 1, first_page:num_pages]
         seen = slice(first - first_page * page_size, num_keys - first_page * page_size)
-        keys, values = (gathered[:, :, seen] for gathered in _gather(cache, tables))
+        keys, values = (gathered[:, :, seen] for gathered in _gather(cache, tables, q.dtype))
         rows = slice(start - launch.tokens.start, stop - launch.tokens.start)
         heads = q[rows].view(1, stop - start, dims.num_heads, dims.head_dim).transpose(1, 2)
         result = _causal_attention(heads, keys, values, dims, *launch.weights)

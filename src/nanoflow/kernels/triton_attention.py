@@ -130,8 +130,7 @@ def run_decode(launch: Launch, tiles: Tiles, splits: int) -> None:
         parts,
         log_sums,
         q,
-        cache.keys,
-        cache.values,
+        *(cache.keys, cache.values, _scale_words(cache)),
         launch.pages.decode_tables,
         launch.weights[0] if dims.has_sinks else None,
         inputs.decodes.context_len,
@@ -186,8 +185,7 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
     prefill_program[(dims.num_heads, len(q) // tiles.block_m + num_requests)](
         out,
         q,
-        cache.keys,
-        cache.values,
+        *(cache.keys, cache.values, _scale_words(cache)),
         launch.pages.prefill_tables,
         launch.weights[0] if dims.has_sinks else None,
         prefills.query_start,
@@ -210,9 +208,14 @@ def run_prefill(launch: Launch, tiles: Tiles) -> None:
     )
 
 
+def _scale_words(cache: LayerCache) -> Tensor | None:
+    """The scales of a key and of its value as one int32, [N, K, G, 1]; None for a cache without."""
+    return None if cache.scales is None else cache.scales.view(torch.int32)
+
+
 def _check(q: Tensor, out: Tensor, cache: LayerCache) -> None:
     head_dim = cache.keys.shape[3]
     if not can_attend(head_dim):
         raise ValueError(f"head size {head_dim} is no multiple of 8 from 16 to 256; use the reference kernel")
-    if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):
+    if not all(tensor.is_contiguous() for tensor in (q, out, *cache.parts)):
         raise ValueError("attention takes contiguous queries, outputs, keys and values")

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nanoflow.kernels.triton_kv_fp8 import load_scales, widened
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -27,6 +29,7 @@ def _attend(
     stop: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    scales: tl.tensor | None,
     table: tl.tensor,
     kv_head: tl.tensor,
     log2_scale: float,
@@ -40,7 +43,8 @@ def _attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add keys start..stop-1 to running softmaxes in base 2: weighted sum of values, sum of weights, largest score.
 
-    Without IS_MASKED every query sees every key, and start..stop is a number of whole blocks.
+    Without IS_MASKED every query sees every key, and start..stop is a number of whole blocks. Keys and values in 8 bits
+    become numbers of the queries' type before the products, which sum in float32.
     """
     dims = tl.arange(0, BLOCK_D)[None, :]
     for block in range(start, stop, BLOCK_N):
@@ -50,7 +54,10 @@ def _attend(
         rows = (pages * KV_HEADS + kv_head) * PAGE_SIZE + places % PAGE_SIZE
         cells = rows[:, None] * HEAD_DIM + dims
         key = _load_rows(keys + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(widened(key, q.dtype)), input_precision="ieee")
+        if scales is not None:
+            key_scales, value_scales = load_scales(scales + rows, exists, IS_MASKED)
+            scores *= key_scales[None, :]
         if IS_MASKED:
             visible = (places[None, :] <= query_places[:, None]) & exists[None, :]
             if WINDOW is not None:
@@ -60,8 +67,14 @@ def _attend(
         weights = tl.exp2(scores * log2_scale - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
         value = _load_rows(values + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
-        acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
+        if scales is not None:
+            if q.dtype == tl.float16:
+                # A small scale would take digits from weights in float16.
+                value = value.to(tl.float32) * value_scales[:, None]
+            else:
+                weights *= value_scales[None, :]
+        acc = tl.dot(weights.to(q.dtype), widened(value, q.dtype), acc * decay[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
 
@@ -91,6 +104,7 @@ def decode_program(
     q: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    scales: tl.tensor | None,
     page_tables: tl.tensor,
     sinks: tl.tensor | None,
     context_len: tl.tensor,
@@ -136,15 +150,14 @@ def decode_program(
         sink = tl.load(sinks + kv_head * GROUP + heads, mask=is_head, other=0.0) * _LOG2_E
         peak, total = tl.where(split == 0, sink, peak), tl.where(split == 0, total + 1.0, total)
     if WINDOW is None:
-        # Whole blocks need no mask.
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
         acc, total, peak = _attend(
-            acc, total, peak, queries, place, start, whole, keys, values, table, kv_head, log2_scale,
+            acc, total, peak, queries, place, start, whole, keys, values, scales, table, kv_head, log2_scale,
             KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
         start = whole
     acc, total, peak = _attend(
-        acc, total, peak, queries, place, start, stop, keys, values, table, kv_head, log2_scale,
+        acc, total, peak, queries, place, start, stop, keys, values, scales, table, kv_head, log2_scale,
         KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     parts = head_rows * num_splits + split
@@ -211,6 +224,7 @@ def prefill_program(
     q: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    scales: tl.tensor | None,
     page_tables: tl.tensor,
     sinks: tl.tensor | None,
     query_start: tl.tensor,
@@ -261,14 +275,14 @@ def prefill_program(
     if WINDOW is None:
         start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
         acc, total, peak = _attend(
-            acc, total, peak, queries, tokens + offset, 0, start, keys, values, table, kv_head, log2_scale,
+            acc, total, peak, queries, tokens + offset, 0, start, keys, values, scales, table, kv_head, log2_scale,
             KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
     else:
         # The first key that the first query sees: what stands before may not be a finite number.
         start = tl.maximum(token + offset - WINDOW + 1, 0)
     acc, total, peak = _attend(
-        acc, total, peak, queries, tokens + offset, start, stop, keys, values, table, kv_head, log2_scale,
+        acc, total, peak, queries, tokens + offset, start, stop, keys, values, scales, table, kv_head, log2_scale,
         KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]

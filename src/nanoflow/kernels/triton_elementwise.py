@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanoflow.graph.operation import AttentionDims, NormDims, OpKind, RowDims
 from nanoflow.kernels.launch import Kernel, Launch, embedding_scale
+from nanoflow.kernels.triton_kv_fp8 import quantised_heads
 
 # For 2-byte elements: two 16-byte accesses in flight per thread and tensor, which hides latency at full occupancy.
 _ELEMENTS_PER_THREAD = 16
@@ -101,7 +102,8 @@ def _weighted(exact: tl.tensor, factors: tl.tensor) -> tl.tensor:
 def rope_append(launch: Launch) -> None:
     """Split qkv [T, (H + 2 K) D], normalise q and k heads if the model does, rotate them, write k and v to the cache.
 
-    For a token whose slot is outside the cache (padding) only q is written.
+    For a token whose slot is outside the cache (padding) only q is written. A cache in 8 bits gets the numbers and
+    scales of `kv_fp8.quantised`.
     """
     dims, cache, rotation = launch.op.dims, launch.cache, launch.rotation
     assert isinstance(dims, AttentionDims) and cache is not None and rotation is not None
@@ -114,7 +116,7 @@ def rope_append(launch: Launch) -> None:
     head_block = min(triton.next_power_of_2(num_heads), max(1, _BLOCK // (2 * half_block)))
     rows = slice(launch.tokens.start, launch.tokens.stop)
     _rope_append[(len(qkv), triton.cdiv(num_heads, head_block))](
-        *(qkv, q_out, cache.keys, cache.values),
+        *(qkv, q_out, cache.keys, cache.values, cache.scales),
         *(rotation.cos[rows], rotation.sin[rows], launch.pages.slots[rows], q_weight, k_weight),
         *(num_pages * page_size, dims.norm_eps or 0.0),
         *(dims.num_heads, dims.num_kv_heads, half, rotated, page_size, head_block, half_block),
@@ -128,6 +130,7 @@ def _rope_append(
     q_out: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    scales: tl.tensor | None,
     cos: tl.tensor,
     sin: tl.tensor,
     slots: tl.tensor,
@@ -175,9 +178,12 @@ def _rope_append(
     kv_head = heads - tl.where(is_value, HEADS + KV_HEADS, HEADS)
     row = ((slot // PAGE_SIZE) * KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
     kv_cells = tl.where(is_value, values, keys) + row * 2 * HALF + low
-    is_appended = is_inside & (heads >= HEADS) & (slot >= 0) & (slot < num_slots)
-    tl.store(kv_cells, first, mask=is_appended)
-    tl.store(kv_cells + gap, second, mask=is_appended)
+    is_appended = (heads >= HEADS) & (heads < HEADS + 2 * KV_HEADS) & (slot >= 0) & (slot < num_slots)
+    if scales is not None:
+        first, second, scale = quantised_heads(first, second, is_column)
+        tl.store(scales + row * 2 + is_value.to(tl.int64), scale.to(scales.dtype.element_ty), mask=is_appended)
+    tl.store(kv_cells, first, mask=is_appended & is_column)
+    tl.store(kv_cells + gap, second, mask=is_appended & is_column)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from nanoflow.graph.operation import (
     AttentionDims,
     BatchShape,
     CollectiveDims,
+    KvType,
     LinearDims,
     Operation,
     OpKind,
@@ -42,7 +43,13 @@ PAPER_MEMORY_CURVE: Mapping[float, float] = {0.1: 0.2, 0.2: 0.3, 0.4: 0.8, 0.8: 
 PAPER_NETWORK_CURVE: Mapping[float, float] = {0.1: 0.3, 0.2: 0.5, 0.8: 0.9, 0.9: 1.0}
 
 
-def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max_tokens: int = 8192) -> Profile:
+def estimated_profile(
+    model: str,
+    config: Mapping[str, Any],
+    gpus: GpuGroup,
+    max_tokens: int = 8192,
+    kv_type: KvType = KvType.MODEL,
+) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
 
     Args:
@@ -50,11 +57,12 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
         config: Its config.json.
         gpus: How many of which.
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
+        kv_type: Type of keys and values in the cache.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
     """
-    graph = build_graph(parse(config, origin=model), None)
+    graph = build_graph(parse(config, origin=model), None).with_kv_type(kv_type)
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
@@ -65,6 +73,7 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
     return Profile(
         model=model,
         config=dict(config),
+        kv_cache_dtype=kv_type,
         setup=Setup(
             gpu=spec.title,
             num_gpus=gpus.num_gpus,

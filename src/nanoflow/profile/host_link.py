@@ -62,7 +62,7 @@ def copies_of(profile: Profile, graph: OpGraph, *, host_gib: float) -> Copies:
     """What is copied with so much host memory below the KV cache; nothing if there is none."""
     if not host_gib:
         return NO_COPIES
-    token_bytes = sum(group.elements_per_token for group in graph.kv_groups) * _DTYPE_BYTES
+    token_bytes = graph.kv_bytes_per_token(_DTYPE_BYTES)
     return Copies(rates=link_rates(profile, graph), token_bytes=token_bytes)
 
 
@@ -76,7 +76,7 @@ def link_rates(profile: Profile, graph: OpGraph) -> LinkRates:
     spec = _spec_key(profile.setup.gpu)
     estimate = GPUS[spec].host_link_bytes_per_s.value if spec else _LINK_BYTES_PER_S
     rates = [
-        2 * op.dims.kv_width * _DTYPE_BYTES * point.num_tokens * point.context / point.time_s
+        op.dims.cached_bytes(_DTYPE_BYTES) * point.num_tokens * point.context / point.time_s
         for op in graph.layer_operations
         if op.kind is OpKind.DECODE_ATTENTION and isinstance(op.dims, AttentionDims)
         for point in profile.points

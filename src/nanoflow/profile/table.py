@@ -18,7 +18,7 @@ import msgspec
 
 from nanoflow.errors import brief_line
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import LinearDims
+from nanoflow.graph.operation import KvType, LinearDims
 from nanoflow.plan.mechanisms import Mechanism
 
 PROFILE_VERSION = 1
@@ -143,6 +143,7 @@ class Profile:
         is_fused: The graph is the one with SwiGLU in the product before it (`graph/fuse.py`).
         page_size: Tokens a page of the KV cache.
         dtype: Of weights and activations.
+        kv_cache_dtype: Type of keys and values in the KV cache.
         setup: Where.
         launch_gap_s: Time between an operation and the next one on the same lane, not in any point.
         iteration_gap_s: The same between two iterations.
@@ -156,6 +157,7 @@ class Profile:
     is_fused: bool = False
     page_size: int = 16
     dtype: str = "bfloat16"
+    kv_cache_dtype: KvType = KvType.MODEL
     setup: Setup
     launch_gap_s: float = 0.0
     iteration_gap_s: float = 0.0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nanoflow.graph.fuse import fuse_swiglu
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import KvType, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
@@ -116,6 +116,7 @@ def new_job(
     dtype: torch.dtype,
     sizes: Sizes,
     path: Path,
+    kv_type: KvType = KvType.MODEL,
     page_size: int = 16,
     is_quick: bool = False,
     is_fresh: bool = False,
@@ -127,6 +128,7 @@ def new_job(
         model: What the user called it.
         config: Its config.json.
         device, dtype: Where and in which type to measure.
+        kv_type: Type of keys and values in the cache.
         sizes: What to measure.
         path: The profile's file.
         page_size: Tokens a page.
@@ -137,7 +139,7 @@ def new_job(
     Raises:
         ProfileError: The file is no profile, or of another model, type or machine.
     """
-    graph = build_graph(parse(config), None)
+    graph = build_graph(parse(config), None).with_kv_type(kv_type)
     is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer_operations)
     site = Site(graph=fuse_swiglu(graph) if is_fused else graph, device=device, dtype=dtype, page_size=page_size)
     blank = Profile(
@@ -146,6 +148,7 @@ def new_job(
         is_fused=is_fused,
         page_size=page_size,
         dtype=str(dtype).removeprefix("torch."),
+        kv_cache_dtype=kv_type,
         setup=detect_setup(device),
         iteration_gap_s=ITERATION_GAP_S,
     )
@@ -233,7 +236,7 @@ def _written(profile: Profile, found: Sequence[Point | PairPoint], path: Path) -
 def _continued(path: Path, blank: Profile) -> Profile:
     """The profile in a file, if it can be continued as this one."""
     stored = Profile.load(path)
-    for name in ("config", "dtype", "page_size", "is_fused"):
+    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused"):
         there, here = getattr(stored, name), getattr(blank, name)
         if there != here:
             both = f"{stored.model}, not of {blank.model}" if name == "config" else f"{name} {there}, not {here}"

@@ -71,7 +71,7 @@ def random_workspace(
     """
     caches = allocate_caches(graph, num_pages=num_pages, page_size=site.page_size, dtype=site.dtype, device=site.device)
     kernels = kernels_for(site.device, site.dtype, graph.layer_operations)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=kernels)
+    model = DeviceModel(graph=graph, dtype=site.dtype, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
     for tensor in workspace.tensors.values():
         _ = tensor.normal_() if tensor.is_floating_point() else tensor.zero_()

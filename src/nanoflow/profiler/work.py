@@ -125,7 +125,7 @@ def cache_bytes(site: Site, task: Task) -> int:
     num_keys = task.num_requests * task.before + task.num_tokens
     dims = next(op.dims for op in site.graph.operations() if op.key == task.operation)
     assert isinstance(dims, AttentionDims)
-    return 2 * num_keys * dims.kv_width * site.dtype.itemsize
+    return num_keys * dims.cached_bytes(site.dtype.itemsize)
 
 
 def _token_counts(op: Operation, sizes: Sizes) -> list[int]:

@@ -157,7 +157,7 @@ class ServerMetrics(Collector):
                     "block_size": facts.page_size,
                     "num_gpu_blocks": facts.num_pages,
                     "kv_cache_size_tokens": facts.page_size * facts.num_pages,
-                    "cache_dtype": facts.dtype,
+                    "cache_dtype": facts.dtype if facts.kv_cache_dtype == "auto" else facts.kv_cache_dtype,
                     **{
                         f"num_gpu_blocks_window_{pool.window}": pool.num_pages
                         for pool in facts.group_pools

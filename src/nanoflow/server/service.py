@@ -79,7 +79,8 @@ class Service:
         admission = Admission(bounds=self.config, facts=self.engine.facts, ledger=self.ledger)
         object.__setattr__(self, "admission", admission)
         facts = self.engine.facts
-        parts = (self.model_name, facts.model_type, facts.dtype, facts.device, facts.plan, str(facts.max_model_len))
+        types = (facts.model_type, facts.dtype, facts.kv_cache_dtype, facts.device)
+        parts = (self.model_name, *types, facts.plan, str(facts.max_model_len))
         digest = blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
         object.__setattr__(self, "fingerprint", f"nanoflow-{nanoflow.__version__}-{digest}")
 

@@ -58,7 +58,7 @@ def graphs_of(profile: Profile) -> tuple[OpGraph, ...]:
     Raises:
         ProfileError: There is none.
     """
-    graph = build_graph(parse(profile.config, origin=profile.model), None)
+    graph = build_graph(parse(profile.config, origin=profile.model), None).with_kv_type(profile.kv_cache_dtype)
     graph = fuse_swiglu(graph) if profile.is_fused else graph
     measured = {point.operation for point in profile.points}
     found = {shard(graph, profile.setup.num_gpus, exchange): None for exchange in Exchange}

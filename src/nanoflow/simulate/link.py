@@ -63,7 +63,7 @@ class BelowDevice:
         disk = DiskRates(capacity_bytes=int(disk_gib * share), bytes_per_s=disk_gb_per_s * 1e9 / profile.setup.num_gpus)
         return BelowDevice(
             host_bytes=int(host_gib * share),
-            page_bytes=tuple(group.elements_per_token * _DTYPE_BYTES * page_size for group in graph.kv_groups),
+            page_bytes=tuple(group.bytes_per_token(_DTYPE_BYTES) * page_size for group in graph.kv_groups),
             page_size=page_size,
             rates=link_rates(profile, graph),
             disk=disk if disk_gib else None,

@@ -89,7 +89,7 @@ def limits_for(
     demand = Demand(
         max_num_seqs=max_num_seqs, max_model_len=longest, max_batch_tokens=max_batch_tokens, page_size=page_size
     )
-    groups = [(group.window, group.elements_per_token * _DTYPE_BYTES * page_size) for group in graph.kv_groups]
+    groups = [(group.window, group.bytes_per_token(_DTYPE_BYTES) * page_size) for group in graph.kv_groups]
     pools = demand.divide(min(int(usable - weights), demand.useful_bytes(groups)), groups)
     capacity = longest_sequence(pools, longest, page_size=page_size, max_batch_tokens=max_batch_tokens)
     if capacity < longest:

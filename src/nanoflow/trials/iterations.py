@@ -19,7 +19,7 @@ import torch
 
 from nanoflow.batch import DenseBatch, Int64, Joined, NewPages, SampledTokens
 from nanoflow.device.energy import energy_of
-from nanoflow.executor.buffers import DeviceModel, allocate_caches
+from nanoflow.executor.buffers import DeviceModel, allocate_caches, draw_keys
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import BatchShape
@@ -183,11 +183,10 @@ def _worker(
         caches[layout] = allocate_caches(
             few, num_pages=num_pages, page_size=profile.page_size, dtype=dtype, device=device
         )
-        for cache in caches[layout]:
-            cache.keys.normal_()
-            cache.values.normal_()
+        draw_keys(caches[layout], seed=0)
     model = DeviceModel(
         graph=graph,
+        dtype=dtype,
         weights=random_weights(graph, dtype, device, seed=0),
         caches=tuple(caches[layout][layer % len(caches[layout])] for layer, layout in enumerate(layouts)),
         kernels=kernels,

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanoflow.graph.operation import KEY_BLOCK, AttentionDims
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims, KvType
 from nanoflow.kernels import triton_attention
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS, PANEL, decode_program
 from nanoflow.kernels.hopper.merge import SCAN, run_merge
@@ -34,7 +34,8 @@ _HOPPER = 9
 def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
     """Whether the kernel supports these heads on this device.
 
-    It does on Hopper, with 16-bit dtypes, head size 64 or 128, and neither window nor sinks.
+    It does on Hopper, with 16-bit types of the model and of the cache, head size 64 or 128, and neither window nor
+    sinks.
     """
     return (
         device.type == "cuda"
@@ -44,6 +45,7 @@ def can_attend(device: torch.device, dtype: torch.dtype, dims: AttentionDims) ->
         and dims.num_heads // dims.num_kv_heads <= MAX_GROUP
         and dims.window is None
         and not dims.has_sinks
+        and dims.kv_type is KvType.MODEL
     )
 
 
