@@ -156,6 +156,9 @@ RULES: dict[str, Rule] = {
     "nanoflow bench rounds --url http://127.0.0.1:8000/v1 --workload 512/128": Parse(why="a server"),
     # docs/kv-tiers.md
     "nanoflow serve ./my-model --kv-host-gib 64 --kv-dir /var/cache/nanoflow --kv-disk-gib 200": Serve(),
+    # docs/memory.md
+    "nanoflow serve ./my-model --kv-cache-dtype fp8": Serve(),
+    "nanoflow analyze preset:llama-3-8b --kv-cache-dtype fp8": Run(says=("KV cache +66,560 bytes a token",)),
     # docs/kv-events.md
     "nanoflow serve ./my-model --kv-events-config "
     '\'{"enable_kv_cache_events": true, "replay_endpoint": "tcp://*:5558"}\'': Serve(),
