@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from nanoflow.access import AccessOptions as AccessOptions
 from nanoflow.bounds import ServerBounds as ServerBounds
@@ -33,8 +33,10 @@ from nanoflow.speculation import check_speculation, in_full
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "random"]
+Quantization = Literal["auto", "fp8", "none"]
 DEFAULT_MAX_LOGPROBS = 20
 Goal = Literal["throughput", "balanced", "latency"]
+_CHOICES = {"dtype": DType, "quantization": Quantization, "goal": Goal, "load_format": LoadFormat}
 
 # `LLM`, `nanoflow generate` and `nanoflow bench throughput` return when all requests are done. Nobody watches tokens
 # arrive, so gaps between them do not matter. Their defaults differ from those of `EngineConfig` in this.
@@ -45,16 +47,9 @@ def _read_length(text: str) -> int | None:
     return None if text in ("auto", "-1") else read_count(text)
 
 
-def _read_dtype(text: str) -> str:
-    return ENGINE.value_of("dtype", text.removeprefix("torch."))
-
-
-def _read_load_format(text: str) -> str:
-    return ENGINE.value_of("load_format", text)
-
-
-def _read_goal(text: str) -> str:
-    return ENGINE.value_of("goal", text)
+def _reading(name: str) -> Callable[[str], str]:
+    """Reads an option whose values may have other names in vLLM; types may be written as `torch.float16`."""
+    return lambda text: ENGINE.value_of(name, text.removeprefix("torch."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +68,13 @@ class EngineConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
     dtype: DType = option(
-        "auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU", read=_read_dtype
+        "auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU", read=_reading("dtype")
+    )
+    quantization: Quantization = option(
+        "auto",
+        "fp8: products of layers multiply 8-bit floating-point weights (e4m3), quantised at the start unless they are "
+        "stored so; auto: those that are stored so, on a GPU that can; none: no products do",
+        read=_reading("quantization"),
     )
     device: str = option("auto", "auto, cpu or cuda")
     generation_config: str = option(
@@ -84,7 +85,7 @@ class EngineConfig:
     load_format: LoadFormat = option(
         "safetensors",
         "safetensors (or GGUF, if the model is such a file), or random: weights drawn at random, for benchmarks",
-        read=_read_load_format,
+        read=_reading("load_format"),
     )
     seed: int = option(
         0,
@@ -101,7 +102,7 @@ class EngineConfig:
         "balanced",
         "What limits that are not given are chosen for: throughput (most tokens a second), latency (short gaps between "
         "tokens), or balanced (almost all of the throughput, gaps bounded)",
-        read=_read_goal,
+        read=_reading("goal"),
     )
     max_itl_ms: float | None = option(
         None,
@@ -186,9 +187,8 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        _require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _require_choice("goal", self.goal, ("throughput", "balanced", "latency"))
-        _require_choice("load_format", self.load_format, ("safetensors", "random"))
+        for name, choices in _CHOICES.items():
+            _require_choice(name, getattr(self, name), get_args(choices))
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
 

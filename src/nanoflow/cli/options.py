@@ -93,6 +93,7 @@ class OptionGroup(Generic[ConfigT]):
             how = _how_to_parse(hints[field.name], field.metadata.get("nargs"), field.metadata.get("read"))
             group.add_argument(
                 _flag(field.name),
+                *table_of(self.kind).flags_of(field.name),
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 help=_help(f"{text} (also {also})" if also else text, self.defaults.get(field.name, field.default)),

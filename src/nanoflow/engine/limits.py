@@ -297,7 +297,7 @@ def _kv_tokens(config: EngineConfig, graph: OpGraph, device: LocalDevice, max_mo
     token_bytes = graph.kv_elements_per_token * dtype_bytes
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30 // token_bytes)
-    free = device.free_bytes - graph.num_parameters * dtype_bytes
+    free = device.free_bytes - graph.parameter_bytes(dtype_bytes)
     room = cache_room_bytes(
         is_gpu=device.is_gpu,
         free_bytes=free,

@@ -21,6 +21,8 @@ from nanoflow.models.weights import Weights
 from nanoflow.plan.liveness import bytes_of, place, shapes_of, size_of
 from nanoflow.plan.plan import PipelinePlan
 
+_DTYPES = {Element.FP8: torch.float8_e4m3fn, Element.FLOAT32: torch.float32, Element.INT32: torch.int32}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceModel:
@@ -189,9 +191,8 @@ class Workspace:
 
 def _dtype_of(model: DeviceModel, name: str) -> torch.dtype:
     """The type of a tensor between operations."""
-    return {Element.MODEL: model.dtype, Element.FLOAT32: torch.float32, Element.INT32: torch.int32}[
-        model.graph.tensor(name).element
-    ]
+    element = model.graph.tensor(name).element
+    return model.dtype if element is Element.MODEL else _DTYPES[element]
 
 
 def _sharing(

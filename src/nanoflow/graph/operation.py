@@ -48,6 +48,12 @@ class OpKind(enum.StrEnum):
     PREFILL_ATTENTION = "prefill_attention"
     SWIGLU = "swiglu"
     GEGLU = "geglu"
+    RMS_NORM_FP8 = "rms_norm_fp8"
+    LINEAR_FP8 = "linear_fp8"
+    LINEAR_ADD_FP8 = "linear_add_fp8"
+    SWIGLU_FP8 = "swiglu_fp8"
+    GEGLU_FP8 = "geglu_fp8"
+    QUANTISE_FP8 = "quantise_fp8"
     ROUTER = "router"
     EXPERT_ORDER = "expert_order"
     EXPERTS_IN = "experts_in"
@@ -59,7 +65,9 @@ class OpKind(enum.StrEnum):
 
 
 # Activation of the gate times the up projection; the output has half as many columns as the input.
-GATED = (OpKind.SWIGLU, OpKind.GEGLU)
+GATED = (OpKind.SWIGLU, OpKind.GEGLU, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8)
+# Products of rows and weights in FP8.
+FP8_PRODUCTS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +213,8 @@ class Operation:
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
+        if self.kind in _FP8_BYTES:
+            return _FP8_BYTES[self.kind](self, shape, dtype_bytes)
         return _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
 
     def network_bytes(self, shape: BatchShape, dtype_bytes: int) -> float:
@@ -224,6 +234,23 @@ def _linear_elements(op: Operation, shape: BatchShape) -> int:
     # A fused addition also reads the residual; a fused SwiGLU writes half of the columns.
     moved = {OpKind.LINEAR: n, OpKind.LINEAR_ADD: 2 * n, OpKind.LINEAR_SWIGLU: n // 2}[op.kind]
     return k * n + tokens * (k + moved)
+
+
+def _fp8_linear_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    """Weights and rows have a byte an element, and 4 for the scale of a row; what is written has the model's type."""
+    assert isinstance(op.dims, LinearDims)
+    tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
+    moved = 2 * n if op.kind is OpKind.LINEAR_ADD_FP8 else n
+    return n * (k + 4) + tokens * (k + 4 + moved * dtype_bytes)
+
+
+def _fp8_rows_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    """Rows of the model's type become FP8; a norm may write them in both types."""
+    assert isinstance(op.dims, NormDims | RowDims)
+    width, kept = op.dims.width, len(op.writes) - 2
+    read = 2 * width if op.kind in GATED else width
+    weight = width if isinstance(op.dims, NormDims) else 0
+    return weight * dtype_bytes + shape.tokens_in(op.scope) * ((read + kept * width) * dtype_bytes + width + 4)
 
 
 def _attention_flops(op: Operation, shape: BatchShape) -> int:
@@ -302,6 +329,10 @@ _FLOPS: dict[type, _Cost] = {
     RowDims: _row_flops,
     CollectiveDims: _collective_flops,
     **dict.fromkeys(_ROUTED, _routed_flops),
+}
+_FP8_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
+    **dict.fromkeys(FP8_PRODUCTS, _fp8_linear_bytes),
+    **dict.fromkeys((OpKind.RMS_NORM_FP8, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8, OpKind.QUANTISE_FP8), _fp8_rows_bytes),
 }
 _ELEMENTS: dict[type, _Cost] = {
     LinearDims: _linear_elements,

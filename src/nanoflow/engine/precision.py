@@ -1,0 +1,62 @@
+"""Which products of a model multiply in FP8: what the user asks for, what is stored, and what the device can.
+
+Everything else has the type that `dtype` says. `graph/fp8.py` changes the graph, `models/placing.py` the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.graph.fp8 import fp8_candidates, with_fp8
+from nanoflow.graph.graph import Fp8, OpGraph
+from nanoflow.kernels.dispatch import multiplies_fp8
+from nanoflow.models.contents import Contents
+from nanoflow.models.fp8_stored import kept_as_stored
+
+
+def served_graph(
+    config: EngineConfig, graph: OpGraph, contents: Contents | None, dtype: torch.dtype, device: torch.device
+) -> tuple[OpGraph, str | None]:
+    """The graph that is served, and a line on its weights if there is something to say.
+
+    Args:
+        config: Options.
+        graph: The model, all in one type.
+        contents: Its checkpoint; None if weights are drawn at random.
+        dtype: Type of activations, and of all weights that are not in FP8.
+        device: Where it runs.
+
+    Raises:
+        ConfigError: FP8 is asked for, and neither model nor device have it.
+    """
+    stored = {} if contents is None else kept_as_stored(graph, contents)
+    can_multiply = multiplies_fp8(device, dtype)
+    weights: Mapping[str, Fp8] = {}
+    if config.quantization == "fp8":
+        if device.type == "cuda" and not can_multiply:
+            raise ConfigError(
+                f"quantization fp8 needs a GPU of compute capability 9.0 or later (Hopper) and a dtype of 16 bits, "
+                f"this is {_name(dtype)} on {torch.cuda.get_device_name(device)}: use quantization none"
+            )
+        weights = {name: stored.get(name, Fp8()) for name in fp8_candidates(graph)}
+        if not weights:
+            raise ConfigError(f"quantization fp8: {graph.name} has no products of sizes that suit it")
+    elif config.quantization == "auto" and can_multiply:
+        weights = stored
+    served = with_fp8(graph, weights)
+    num_bytes = served.parameter_bytes(dtype.itemsize)
+    said = _name(dtype) if not weights else f"FP8 and {_name(dtype)}"
+    if contents is None or contents.title is None:
+        line = None if not weights else f"weights are quantised to {said} (e4m3, a scale a row)"
+        return served, line and f"{line}: {num_bytes / 2**30:.2f} GiB"
+    why = "" if weights or not stored or config.quantization == "none" else f", as {device} has no products in FP8"
+    if weights and contents.has_activation_scales:
+        why = ", rows of activations by scales of their own (those in it are not used)"
+    return served, contents.described(f"{said}{why}", num_bytes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
