@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,32 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.fp8 import fp8_candidates, with_fp8
+from nanoflow.graph.graph import Fp8
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import load_weights
+from nanoflow.models.weights import Weights, load_weights
 from tests.reference_executor import ReferenceExecutor
 
 _PAGE_SIZE = 16
 
 
-def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
+def prompt_logits(
+    folder: Path,
+    prompt: Sequence[int],
+    *,
+    is_fp8: bool = False,
+    change: Callable[[Weights], object] = lambda weights: None,
+) -> torch.Tensor:
     """float32 [tokens, vocab] of a prompt in one chunk, by the reference executor.
+
+    Args:
+        folder: The model.
+        prompt: Its tokens.
+        is_fp8: Whether weights are quantised to FP8 while they are loaded, and products multiply these.
+        change: Changes the weights after they are loaded.
 
     Raises:
         ModelError: The folder cannot be served.
@@ -31,9 +46,12 @@ def prompt_logits(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
     num_pages = -(-count // _PAGE_SIZE)
     config = load(folder)
     graph = build_graph(config, max(count, config.default_context_len))
+    if is_fp8:
+        graph = with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
+    change(weights)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)
-    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    model = DeviceModel(graph=graph, weights=weights, caches=caches, kernels={**REFERENCE_KERNELS, **FP8_KERNELS})
     batch = DenseBatch(
         iteration=1,
         rows=np.zeros(1, np.int32),

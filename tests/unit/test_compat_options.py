@@ -110,7 +110,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("tensor_parallel_size", 2, "one GPU serves a model"),
     ("tensor_parallel_size", True, "one GPU"),
     ("trust_remote_code", True, "no Python of a model folder"),
-    ("quantization", "fp8", "none are quantized at the start"),
     ("prefix_caching_hash_algo", "xxhash", "pages are found by SHA-256"),
     ("enable_chunked_prefill", False, "always computed in chunks"),
     ("enable_lora", True, "merge the adapter"),

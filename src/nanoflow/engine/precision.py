@@ -52,10 +52,12 @@ def served_graph(
     if contents is None or contents.title is None:
         line = None if not weights else f"weights are quantised to {said} (e4m3, a scale a row)"
         return served, line and f"{line}: {num_bytes / 2**30:.2f} GiB"
-    why = "" if weights or not stored or config.quantization == "none" else f", as {device} has no products in FP8"
+    line = contents.described(said, num_bytes)
     if weights and contents.has_activation_scales:
-        why = ", rows of activations by scales of their own (those in it are not used)"
-    return served, contents.described(f"{said}{why}", num_bytes)
+        line = f"{line}; rows of activations get scales of their own, those in it are not used"
+    if stored and config.quantization == "auto" and not can_multiply:
+        line = f"{line}; products in FP8 need a GPU from Hopper on"
+    return served, line
 
 
 def _name(dtype: torch.dtype) -> str:
