@@ -61,9 +61,13 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         return {**REFERENCE_KERNELS, **FP8_KERNELS}
     from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_fp8 import FP8_PRODUCT_KERNELS
+    from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS}
+    if multiplies_fp8(device, dtype):
+        kernels |= {**FP8_ROW_KERNELS, **FP8_PRODUCT_KERNELS}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
