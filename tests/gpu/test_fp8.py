@@ -131,7 +131,7 @@ def _tokens(folder: Path, **options: object) -> list[list[int]]:
 
 
 def test_engines_agree_with_and_without_graphs_and_plans(tmp_path: Path) -> None:
-    """Of a model whose tokens rounding hardly changes: one pass after the other, recorded or not, and in nano-batches."""
+    """Of a model whose tokens rounding hardly changes: recorded or not, whole or in nano-batches."""
     folder = make_model("llama2", tmp_path, std=0.05, hidden_size=256, intermediate_size=512, dtype="bfloat16")
     exact, whole = _tokens(folder, quantization="none"), _tokens(folder, quantization="fp8")
     config = EngineConfig(model=str(folder))

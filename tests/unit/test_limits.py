@@ -15,7 +15,8 @@ from nanoflow.config import EngineConfig, Goal
 from nanoflow.engine import limits
 from nanoflow.engine.limits import EngineLimits, choose_limits, row_bytes
 from nanoflow.graph.graph import OpGraph
-from nanoflow.hardware import LocalDevice, rough_cpu_flops_per_s, rough_gpu_flops_per_s
+from nanoflow.device.rough_rates import rough_cpu_flops_per_s, rough_gpu_flops_per_s
+from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, PlanEntry, StoredBook

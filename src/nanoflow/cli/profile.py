@@ -45,6 +45,9 @@ class ProfileConfig:
     )
     device: str = option("auto", "Where to measure: auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Type of weights and activations")
+    quantization: Literal["none", "fp8"] = option(
+        "none", "fp8: the model as `--quantization fp8` serves it, with 8-bit weights and activations in products"
+    )
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         is_quick=config.quick,
         is_fresh=config.fresh,
         only=config.only,
+        is_fp8=config.quantization == "fp8",
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
     return run_job(job, path, show_progress=sys.stderr.isatty())
@@ -116,7 +120,8 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
     from nanoflow.profile.estimate import estimated_profile
     from nanoflow.profile.table import write_profile
 
-    profile = estimated_profile(model, _config_of(model), parse_gpus(config.estimate or ""), config.max_batch_tokens)
+    gpus, is_fp8 = parse_gpus(config.estimate or ""), config.quantization == "fp8"
+    profile = estimated_profile(model, _config_of(model), gpus, config.max_batch_tokens, is_fp8=is_fp8)
     write_profile(profile, path)
     return profile
 

@@ -21,7 +21,7 @@ from nanoflow.engine.limits import EngineLimits, choose_limits
 from nanoflow.engine.memory import require_room_for_weights, reserve_caches, said_pools, size_cache, wanted_model_len
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
-from nanoflow.engine.precision import served_graph
+from nanoflow.engine.precision import graph_of
 from nanoflow.engine.tier_memory import TierMemory, fingerprint_of, opened_tiers, staging_bytes
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
@@ -36,8 +36,7 @@ from nanoflow.models.config_json import load as load_model_config
 from nanoflow.models.generation import SamplingDefaults, load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
-from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import Weights, check_weights, load_weights, random_weights
+from nanoflow.models.weights import Weights, load_weights, random_weights
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
@@ -158,9 +157,7 @@ def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
     model_config, folder = resolve_model(config)
     sampling = load_sampling_defaults(config.generation_config, folder)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
-    graph = build_graph(model_config, config.max_model_len)
-    contents = None if folder is None or config.load_format == "random" else check_weights(graph, folder)
-    graph, form = served_graph(config, graph, contents, dtype, device)
+    graph, form = graph_of(config, model_config, folder, dtype, device)
     if form is not None:
         logger.info("%s", form)
         _tell(form, is_shown=show_progress)

@@ -6,6 +6,7 @@ Everything else has the type that `dtype` says. `graph/fp8.py` changes the graph
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -13,8 +14,34 @@ from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.graph.fp8 import fp8_candidates, with_fp8
 from nanoflow.graph.graph import Fp8, OpGraph
 from nanoflow.kernels.dispatch import multiplies_fp8
+from nanoflow.models.config_json import ModelConfig
 from nanoflow.models.contents import Contents
 from nanoflow.models.fp8_stored import kept_as_stored
+from nanoflow.models.registry import build_graph
+from nanoflow.models.weights import check_weights
+
+
+def graph_of(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    folder: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[OpGraph, str | None]:
+    """The graph that a model is served by, its products not yet fused, and a line on its weights: `served_graph`.
+
+    Args:
+        config: Options.
+        model_config: The model.
+        folder: Its folder or GGUF file, whose headers are checked; None for a preset.
+        dtype, device: As `served_graph` has them.
+
+    Raises:
+        ConfigError, ModelError: The model does not fit its checkpoint, or neither it nor the device has FP8.
+    """
+    graph = build_graph(model_config, config.max_model_len)
+    contents = None if folder is None or config.load_format == "random" else check_weights(graph, folder)
+    return served_graph(config, graph, contents, dtype, device)
 
 
 def served_graph(

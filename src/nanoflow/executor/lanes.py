@@ -215,8 +215,8 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
     model = workspace.model
     if any(op.kind in FP8_PRODUCTS for op in model.graph.layer):
         raise LaneError(
-            f"plan {plan.name!r}: decode attention runs inside products of 16 bits, these are in FP8: search a plan for "
-            "this model in FP8, or run it with quantization none"
+            f"plan {plan.name!r}: decode attention runs inside products of 16 bits, these are in FP8: run this model "
+            "without the plan, or with quantization none"
         )
     attentions = [kind.attention for kind in model.graph.kinds]
     can_attend = all(can_carry(model.device, model.dtype, attention) for attention in attentions)

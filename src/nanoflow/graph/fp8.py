@@ -73,6 +73,11 @@ def with_fp8(graph: OpGraph, weights: Mapping[str, Fp8]) -> OpGraph:
     return changed
 
 
+def in_fp8(graph: OpGraph) -> OpGraph:
+    """The graph with all products of layers in FP8 that can be, each weight with a scale for each row."""
+    return with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
+
+
 def _rows(name: str) -> str:
     """The tensor with the rows of another in FP8."""
     return f"{name}_fp8"

@@ -218,6 +218,13 @@ class OpGraph:
             lambda kind: sum(parameter.num_elements for parameter in kind.parameters)
         )
 
+    @property
+    def num_fp8_parameters(self) -> int:
+        """Elements of the parameters that are kept in FP8, all of which are in layers."""
+        return self._over_layers(
+            lambda kind: sum(each.num_elements for each in kind.parameters if each.fp8 is not None)
+        )
+
     def parameter_bytes(self, dtype_bytes: int) -> int:
         """Bytes of all parameters, if an element of the model's type has so many."""
         return sum(parameter.num_bytes(dtype_bytes) for parameter in self.parameters) + self._over_layers(

@@ -76,7 +76,7 @@ BESIDE_TILES = (
 )
 
 
-def _of_fp8(candidates: Sequence[GemmTiles], *, is_blocked: bool) -> tuple[GemmTiles, ...]:
+def _of_fp8(candidates: tuple[GemmTiles, ...], *, is_blocked: bool) -> tuple[GemmTiles, ...]:
     """Tilings for factors of one byte: steps of twice as many features, which take the same memory.
 
     Where weights have a scale for each block of 128 x 128, a tile has the rows of one block, and two sums take twice
@@ -94,7 +94,7 @@ def _of_fp8(candidates: Sequence[GemmTiles], *, is_blocked: bool) -> tuple[GemmT
 _BLOCK = 128
 # For products in FP8, with scales of rows or of blocks, by the candidates that they are made of. Not measured yet:
 # speeds are those of 16 bits.
-FP8_TILES = {
+FP8_TILES: dict[tuple[tuple[GemmTiles, ...], bool], tuple[GemmTiles, ...]] = {
     (candidates, is_blocked): _of_fp8(candidates, is_blocked=is_blocked)
     for candidates in (GEMM_TILES, PART_TILES, BESIDE_TILES)
     for is_blocked in (False, True)

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nanoflow.graph.experts import ExpertDims
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import (
+    FP8_PRODUCTS,
     AttentionDims,
     BatchShape,
     CollectiveDims,
@@ -42,7 +44,9 @@ PAPER_MEMORY_CURVE: Mapping[float, float] = {0.1: 0.2, 0.2: 0.3, 0.4: 0.8, 0.8: 
 PAPER_NETWORK_CURVE: Mapping[float, float] = {0.1: 0.3, 0.2: 0.5, 0.8: 0.9, 0.9: 1.0}
 
 
-def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max_tokens: int = 8192) -> Profile:
+def estimated_profile(
+    model: str, config: Mapping[str, Any], gpus: GpuGroup, max_tokens: int = 8192, *, is_fp8: bool = False
+) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
 
     Args:
@@ -50,11 +54,16 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
         config: Its config.json.
         gpus: How many of which.
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
+        is_fp8: Whether products of layers multiply FP8.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
+        HardwareError: The GPUs do not multiply FP8.
     """
     graph = build_graph(parse(config, origin=model), None)
+    if is_fp8:
+        gpus.require_fp8()
+        graph = in_fp8(graph)
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
@@ -65,6 +74,7 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
     return Profile(
         model=model,
         config=dict(config),
+        is_fp8=is_fp8,
         setup=Setup(
             gpu=spec.title,
             num_gpus=gpus.num_gpus,
@@ -135,7 +145,9 @@ def _shape(op: Operation, num_tokens: int, context: int) -> BatchShape:
 
 def _time_s(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
     rates, num_gpus = gpus.sustained_rates(), gpus.num_gpus
-    compute_s = op.flops(shape) / rates.compute_flops_per_s * num_gpus * _wave_loss(op, shape, gpus)
+    flops = op.flops(shape)
+    in_fp8 = flops if op.kind in FP8_PRODUCTS else 0
+    compute_s = rates.compute_s(flops, in_fp8) * num_gpus * _wave_loss(op, shape, gpus)
     memory_s = op.memory_bytes(shape, _DTYPE_BYTES) / rates.memory_bytes_per_s * num_gpus
     network_s = op.network_bytes(shape, _DTYPE_BYTES) / rates.network_bytes_per_s * num_gpus
     return max(compute_s, memory_s, network_s)
@@ -160,7 +172,7 @@ def _wave_loss(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
 
 def _energy_j(op: Operation, shape: BatchShape, gpus: GpuGroup, time_s: float) -> float | None:
     spec = gpus.spec
-    if spec.flop_j is None or spec.byte_j is None:
+    if spec.flop_j is None or spec.byte_j is None or op.kind in FP8_PRODUCTS:
         return None
     static_j = 0.0 if spec.static_power_w is None else spec.static_power_w.value * time_s
     moved = op.memory_bytes(shape, _DTYPE_BYTES)
