@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.config import EngineConfig, Goal
+from nanoflow.device.rough_rates import rough_cpu_flops_per_s, rough_gpu_flops_per_s
 from nanoflow.engine import limits
 from nanoflow.engine.limits import EngineLimits, choose_limits, row_bytes
 from nanoflow.graph.graph import OpGraph
-from nanoflow.device.rough_rates import rough_cpu_flops_per_s, rough_gpu_flops_per_s
 from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph

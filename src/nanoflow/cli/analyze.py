@@ -140,7 +140,8 @@ def _head(
 ) -> Iterator[str]:
     """Lines that say what is analyzed."""
     kept_as = "FP8 and 16 bits" if model.num_fp8_parameters else "16 bits"
-    yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, weights {model.weight_bytes / 1e9:.1f} GB in {kept_as}"
+    weights = f"weights {model.weight_bytes / 1e9:.1f} GB in {kept_as}"
+    yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, {weights}"
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"
     yield f"{'workload':<12}{lengths.prompt_tokens:.0f} prompt and {lengths.output_tokens:.0f} output tokens a request"
     groups = model.graph.kv_groups
