@@ -12,8 +12,7 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.fp8 import fp8_candidates, with_fp8
-from nanoflow.graph.graph import Fp8
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.models.config_json import load
@@ -47,7 +46,7 @@ def prompt_logits(
     config = load(folder)
     graph = build_graph(config, max(count, config.default_context_len))
     if is_fp8:
-        graph = with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
+        graph = in_fp8(graph)
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
     change(weights)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)

@@ -13,14 +13,14 @@ if not torch.cuda.is_available():
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
-from nanoflow.graph.fp8 import fp8_candidates, with_fp8
-from nanoflow.graph.graph import Fp8
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.kernels.restricted import kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
+from nanoflow.models.config_json import load
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.sequential import nanobatch_plan
@@ -134,11 +134,8 @@ def test_engines_agree_with_and_without_graphs_and_plans(tmp_path: Path) -> None
     """Of a model whose tokens rounding hardly changes: recorded or not, whole or in nano-batches."""
     folder = make_model("llama2", tmp_path, std=0.05, hidden_size=256, intermediate_size=512, dtype="bfloat16")
     exact, whole = _tokens(folder, quantization="none"), _tokens(folder, quantization="fp8")
-    config = EngineConfig(model=str(folder))
-    from nanoflow.engine.build import resolve_model
-
-    graph = build_graph(resolve_model(config)[0], None)
-    graph = with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
+    graph = build_graph(load(folder), None)
+    graph = in_fp8(graph)
     plan = tmp_path / "plan.json"
     plan.write_bytes(nanobatch_plan(graph, 256, [77, 150]).to_json())
     eager = _tokens(folder, quantization="fp8", cuda_graphs=False)
@@ -155,6 +152,6 @@ def test_engines_agree_with_and_without_graphs_and_plans(tmp_path: Path) -> None
 def test_llama_takes_about_half_of_the_memory() -> None:
     config = replace(preset_config("llama-3.2-1b"), num_layers=2)
     graph = build_graph(config, None)
-    quantised = with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
+    quantised = in_fp8(graph)
     of_layers = [sum(each.num_bytes(2) for each in one.kinds[0].parameters) for one in (graph, quantised)]
     assert of_layers[1] < 0.51 * of_layers[0]

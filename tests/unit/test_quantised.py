@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.engine import precision
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.precision import served_graph
 from nanoflow.graph.graph import Fp8, OpGraph
 from nanoflow.models import config_json as model_config
-from nanoflow.models import dequantise
+from nanoflow.models import dequantise, fp8
 from nanoflow.models import weights as weights_module
 from nanoflow.models.config_json import ModelError
 from nanoflow.models.contents import read_contents
@@ -222,6 +223,19 @@ def test_other_forms_may_be_quantised_to_fp8(tmp_path: Path) -> None:
     assert line is not None and line.startswith("weights are stored as AWQ int4 and served as FP8 and float32")
 
 
+@pytest.mark.parametrize("name", ["plain", "fp8-odd-block"])
+def test_pieces_and_chunks_are_quantised_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ = make_model("qwen2", tmp_path, **SIZES) if name == "plain" else _make(tmp_path, CASES[name], "qwen2")
+    graph, _ = _served(tmp_path, quantization="fp8")
+    whole = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False)
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 50_000)
+    monkeypatch.setattr(dequantise, "_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(fp8, "_CHUNK_NUMBERS", 3_000)
+    pieces = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False)
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        assert all(torch.equal(tensor.view(torch.uint8), other[each].view(torch.uint8)) for each, tensor in one.items())
+
+
 def test_a_layer_that_is_not_stored_in_fp8_keeps_all_of_its_name_as_they_are(tmp_path: Path) -> None:
     twin = _make(tmp_path, CASES["fp8-tensor"])
     tensors = load_file(tmp_path / "model.safetensors")
@@ -231,6 +245,19 @@ def test_a_layer_that_is_not_stored_in_fp8_keeps_all_of_its_name_as_they_are(tmp
     graph = build_graph(model_config.load(tmp_path), None)
     kept = kept_as_stored(graph, read_contents(graph, tmp_path))
     assert set(kept) == {"qkv_proj.weight", "o_proj.weight", "down_proj.weight"}
+
+
+def test_a_device_with_products_in_fp8_keeps_what_is_stored_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "multiplies_fp8", lambda device, dtype: True)
+    _make(tmp_path, CASES["compressed-fp8-channel"])
+    kept, line = _served(tmp_path)
+    assert kept == _served(tmp_path, quantization="fp8")[0]
+    assert line is not None and "served as FP8 and float32" in line
+    graph, line = _served(tmp_path, quantization="none")
+    assert graph == build_graph(model_config.load(tmp_path), None)
+    assert line is not None and "served as float32" in line
+    plain = make_model("llama2", tmp_path / "plain", **SIZES)
+    assert _served(plain) == (build_graph(model_config.load(plain), None), None)
 
 
 def test_without_a_gpu_fp8_is_asked_for(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
+from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES, GemmTiles
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
+from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 from tests.compiling import compiled
 from tests.elementwise_cases import Cases
@@ -71,6 +73,12 @@ def test_torch_multiplies_where_it_can() -> None:
     assert not fast.can_scale(product_case(4, (32, 64), torch.bfloat16, CPU, is_blocked=True))
     later = replace(launch, reads=(launch.reads[0][1:], launch.reads[1][1:]), writes=(launch.writes[0][1:],))
     assert not fast.can_scale(later)
+
+
+def test_lanes_with_a_part_of_the_device_have_products_of_their_own() -> None:
+    for kernels in (kernels_on(CPU_KERNELS, 60), kernels_beside(CPU_KERNELS, 60)):
+        for kind in (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8):
+            assert kernels[kind] is not CPU_KERNELS[kind]
 
 
 def test_tiles_have_one_block_of_rows_where_blocks_have_scales() -> None:

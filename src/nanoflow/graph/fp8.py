@@ -93,12 +93,8 @@ def _is_changed(op: Operation, weights: Mapping[str, Fp8]) -> bool:
 
 
 def _writer(kind: LayerKind, place: int, name: str) -> Operation | None:
-    """The operation that wrote every row of a tensor that the operation at `place` reads; None if several did."""
-    reader = kind.operations[place]
-    for op in reversed(kind.operations[:place]):
-        if name in op.writes:
-            return op if op.scope is reader.scope else None
-    return None
+    """The operation before `place` that wrote a tensor last; None if no operation of the layer did."""
+    return next((op for op in reversed(kind.operations[:place]) if name in op.writes), None)
 
 
 def _quantising(kind: LayerKind, weights: Mapping[str, Fp8]) -> dict[str, str | None]:
@@ -156,7 +152,7 @@ def _with_fp8(
 def _quantise(graph: OpGraph, name: str, product: Operation) -> Operation:
     """The operation that quantises the rows of a tensor for a product."""
     return Operation(
-        name=f"{name}_quantise",
+        name=f"{product.name}_quantise",
         kind=OpKind.QUANTISE_FP8,
         resource=Resource.MEMORY,
         scope=product.scope,
