@@ -67,8 +67,11 @@ def test_what_cannot_be_multiplied_is_said() -> None:
 
 
 def test_torch_multiplies_where_it_can() -> None:
-    launch = product_case(4, (32, 64), torch.bfloat16, CPU)
-    assert fast.can_scale(launch)
+    for has_bias in (False, True):
+        launch = product_case(4, (32, 64), torch.bfloat16, CPU, has_bias=has_bias)
+        assert fast.can_scale(launch)
+        fast.linear_fp8(launch)
+        assert_product(launch.writes[0], exact_product(launch), has_fast_sums=False)
     assert not fast.can_scale(product_case(4, (32, 64), torch.float16, CPU))
     assert not fast.can_scale(product_case(4, (32, 64), torch.bfloat16, CPU, is_blocked=True))
     later = replace(launch, reads=(launch.reads[0][1:], launch.reads[1][1:]), writes=(launch.writes[0][1:],))

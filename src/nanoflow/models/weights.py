@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nanoflow.graph.graph import OpGraph, Parameter
 from nanoflow.models.checkpoint import corrupt
 from nanoflow.models.contents import Contents, read_contents
-from nanoflow.models.fp8 import quantise_rows
+from nanoflow.models.fp8 import quantised_chunks
 from nanoflow.models.placing import Copy, Target, allocate, groups_of, targets_of
 from nanoflow.models.placing import Weights as Weights
 from nanoflow.models.stored import Blocks, Plain, Stored
@@ -109,6 +109,9 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
     for parameters, group in groups_of(graph, weights):
         for parameter in parameters:
             _draw(parameter, group, dtype, generator)
+    if device.type == "cuda" and graph.num_fp8_parameters:
+        # What they were drawn into is free, but the driver counts it as used until it is returned.
+        torch.cuda.empty_cache()
     return weights
 
 
@@ -122,9 +125,9 @@ def _draw(parameter: Parameter, group: dict[str, Tensor], dtype: torch.dtype, ge
     drawn = tensor if parameter.fp8 is None else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
     drawn.normal_(0.0, 0.002 if is_bias else 0.02, generator=generator)
     if parameter.fp8 is not None:
-        numbers, scales = quantise_rows(drawn)
-        tensor.copy_(numbers)
-        group[parameter.scales_name].copy_(scales[..., 0])
+        for first, numbers, scales in quantised_chunks(drawn):
+            tensor[first : first + len(numbers)] = numbers
+            group[parameter.scales_name][first : first + len(numbers)] = scales
 
 
 def _add_offsets(graph: OpGraph, weights: Weights) -> None:
