@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,33 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.operation import KvType
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.models.config_json import load
 from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import load_weights
+from nanoflow.models.weights import Weights, load_weights
 from tests.reference_executor import ReferenceExecutor
 
 _PAGE_SIZE = 16
 
 
-def prompt_logits(folder: Path, prompt: Sequence[int], kv_type: KvType = KvType.MODEL) -> torch.Tensor:
+def prompt_logits(
+    folder: Path,
+    prompt: Sequence[int],
+    kv_type: KvType = KvType.MODEL,
+    *,
+    is_fp8: bool = False,
+    change: Callable[[Weights], object] = lambda weights: None,
+) -> torch.Tensor:
     """float32 [tokens, vocab] of a prompt in one chunk, by the reference executor, with such a KV cache.
+
+    Args:
+        folder: The model.
+        prompt: Its tokens.
+        is_fp8: Whether weights are quantised to FP8 while they are loaded, and products multiply these.
+        change: Changes the weights after they are loaded.
 
     Raises:
         ModelError: The folder cannot be served.
@@ -32,9 +47,13 @@ def prompt_logits(folder: Path, prompt: Sequence[int], kv_type: KvType = KvType.
     num_pages = -(-count // _PAGE_SIZE)
     config = load(folder)
     graph = build_graph(config, max(count, config.default_context_len)).with_kv_type(kv_type)
+    if is_fp8:
+        graph = in_fp8(graph)
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
+    change(weights)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)
-    model = DeviceModel(graph=graph, dtype=torch.float32, weights=weights, caches=caches, kernels=REFERENCE_KERNELS)
+    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS}
+    model = DeviceModel(graph=graph, dtype=torch.float32, weights=weights, caches=caches, kernels=kernels)
     batch = DenseBatch(
         iteration=1,
         rows=np.zeros(1, np.int32),

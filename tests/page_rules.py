@@ -83,6 +83,7 @@ RULES: dict[str, Rule] = {
     'nanoflow generate "Once upon a time" --model model.gguf': Parse(why="a GGUF file"),
     'nanoflow generate "def "': Run(instead=f'nanoflow generate "def " {_CPU} --max-tokens 16', says=(r"\S",)),
     "nanoflow serve Qwen/Qwen2.5-0.5B-Instruct": Serve(),
+    "nanoflow serve Qwen/Qwen2.5-0.5B-Instruct --quantization fp8": Serve(),
     "nanoflow chat --model Qwen/Qwen2.5-0.5B-Instruct": Run(
         instead=f'nanoflow chat --model default {_CPU} --max-tokens 4 --chat-template "{_TEMPLATE}"', typed="def \n"
     ),

@@ -1,25 +1,19 @@
 """Every option, declared once: a dataclass field is the Python argument, the command-line flag and its documentation.
 
-`option(default, help)` of `option.py` declares one. `cli/options.py` turns these classes into flags. `from_kwargs`
-reads keyword arguments, also by vLLM's names (`compat/`), and refuses unknown ones.
+`option(default, help)` of `option.py` declares one. `cli/options.py` turns these classes into flags, and
+`option_names.py` reads them from keyword arguments.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from nanoflow.access import AccessOptions as AccessOptions
 from nanoflow.bounds import ServerBounds as ServerBounds
 from nanoflow.compat.engine_options import ENGINE
-from nanoflow.compat.entries import EMPTY, Alias, Foreign, Table
-from nanoflow.compat.sampling_options import SAMPLING
-from nanoflow.compat.server_options import SERVER
-from nanoflow.compat.unknown import unknown_option as unknown_option
 from nanoflow.kv_events import check_kv_events
 from nanoflow.kv_events import in_full as kv_events_in_full
 from nanoflow.kv_tiers import check_sessions, check_tiers
@@ -27,15 +21,22 @@ from nanoflow.option import ConfigError as ConfigError
 from nanoflow.option import option as option
 from nanoflow.option import read_count as read_count
 from nanoflow.option import require_positive
-from nanoflow.request import SamplingParams
 from nanoflow.speculation import check_speculation, in_full
 
 DEFAULT_MODEL = "default"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 KvCacheDType = Literal["auto", "fp8_e4m3"]
 LoadFormat = Literal["safetensors", "random"]
+Quantization = Literal["auto", "fp8", "none"]
 DEFAULT_MAX_LOGPROBS = 20
 Goal = Literal["throughput", "balanced", "latency"]
+_CHOICES = {
+    "dtype": DType,
+    "kv_cache_dtype": KvCacheDType,
+    "quantization": Quantization,
+    "goal": Goal,
+    "load_format": LoadFormat,
+}
 
 # Other defaults of `LLM`, `nanoflow generate` and `nanoflow bench throughput`: nobody watches their tokens arrive.
 UNWATCHED_DEFAULTS: Mapping[str, Any] = {"goal": "throughput"}
@@ -46,7 +47,7 @@ def _read_length(text: str) -> int | None:
 
 
 def read_value_of(name: str) -> Callable[[str], str]:
-    """Reads an option whose values may have vLLM's names."""
+    """Reads an option whose values may have other names in vLLM; types may be written as `torch.float16`."""
     return lambda text: ENGINE.value_of(name, text.removeprefix("torch."))
 
 
@@ -66,9 +67,13 @@ class EngineConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
     dtype: DType = option(
+        "auto", "Type of weights and activations; auto: the model's on GPU, float32 on CPU", read=read_value_of("dtype")
+    )
+    quantization: Quantization = option(
         "auto",
-        "Type of weights and activations; auto: the model's on GPU, float32 on CPU",
-        read=read_value_of("dtype"),
+        "fp8: products of layers multiply 8-bit floating-point weights (e4m3), quantised at the start unless they are "
+        "stored so; auto: those that are stored so, on a GPU that can; none: no products do",
+        read=read_value_of("quantization"),
     )
     device: str = option("auto", "auto, cpu or cuda")
     generation_config: str = option(
@@ -186,9 +191,8 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        choices = {"dtype": DType, "kv_cache_dtype": KvCacheDType, "goal": Goal, "load_format": LoadFormat}
-        for name, kind in choices.items():
-            _require_choice(name, getattr(self, name), get_args(kind))
+        for name, choices in _CHOICES.items():
+            _require_choice(name, getattr(self, name), get_args(choices))
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
 
@@ -260,89 +264,6 @@ class ServerConfig(AccessOptions):
         """Names of the model in the API; answers use the first."""
         names = self.served_model_name
         return (names,) if isinstance(names, str) else tuple(names or (DEFAULT_MODEL,))
-
-
-ConfigT = TypeVar("ConfigT")
-
-
-def from_kwargs(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a config from keyword arguments, by nanoflow's or vLLM's names.
-
-    None means the default unless None is a value of its own.
-
-    Raises:
-        ConfigError: An unknown name, an unreadable value, an option of vLLM that nanoflow lacks, or two names of one
-            option with different values.
-    """
-    return kind(**by_own_names(kind, values))
-
-
-def by_own_names(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments by nanoflow's own names, with their values converted.
-
-    An option of vLLM that nanoflow lacks is dropped if its value asks for what nanoflow does anyway.
-
-    Raises:
-        ConfigError: As `from_kwargs`.
-    """
-    names = names_of(kind)
-    found: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
-    for name, value in values.items():
-        if name not in names:
-            _pass_over(kind, name, values)
-            continue
-        field, alias = names[name]
-        if value is None and field.name == "model":
-            raise ConfigError("model must be a folder or a name, got None")
-        if value is None and (alias is not None or field.default is not None):
-            continue
-        read = _read(field, alias, name, value)
-        if field.name in found and found[field.name] != read:
-            other = given_as[field.name]
-            raise ConfigError(
-                f"{other} ({values[other]}) and {name} ({value}) are two names of one option: give one of them"
-            )
-        found[field.name], given_as[field.name] = read, name
-    return found
-
-
-def names_of(kind: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Alias | None]]:
-    """Every name of every option, own names first: its field, and its alias (None for the own name)."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    own: dict[str, tuple[dataclasses.Field[Any], Alias | None]] = {
-        name: (field, None) for name, field in fields.items()
-    }
-    other = {alias.name: (fields[alias.to], alias) for alias in table_of(kind).aliases if alias.name not in own}
-    return {**own, **other}
-
-
-def table_of(kind: type[Any]) -> Table:
-    """vLLM's options that correspond to a config class; an empty table if there are none."""
-    return {EngineConfig: ENGINE, ServerConfig: SERVER, SamplingParams: SAMPLING}.get(kind, EMPTY)
-
-
-def _pass_over(kind: type[Any], name: str, values: Mapping[str, Any]) -> None:
-    """Refuse an option that nanoflow lacks, unless its value asks for what nanoflow does anyway."""
-    entry = table_of(kind).entries.get(name)
-    if not isinstance(entry, Foreign):
-        raise ConfigError(unknown_option(name, list(names_of(kind))))
-    if not entry.changes_nothing(values[name], values):
-        raise ConfigError(entry.refusal(values[name]))
-
-
-def _read(field: dataclasses.Field[Any], alias: Alias | None, name: str, value: Any) -> Any:
-    """A value converted to the type that the config stores."""
-    read = field.metadata.get("read")
-    try:
-        if alias is not None and alias.convert is not None:
-            value = alias.convert(value)
-            read = read if isinstance(value, str) else None
-        if read is None or value is None:
-            return value
-        return read(json.dumps(value) if isinstance(value, Mapping) else str(value))
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

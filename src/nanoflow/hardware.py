@@ -1,6 +1,7 @@
 """GPUs as data: the rates of each, with the source of every number, and how users write them (`NAME` or `NAMExN`).
 
-Rates are those of dense 16-bit products. `cost/` computes what a model costs on them.
+Rates are those of dense 16-bit products; in FP8 a GPU that can is faster by a factor. `cost/` computes what a model
+costs on them.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _DATASHEET = "datasheet"
 _PAPER = "NanoFlow paper, table 1"
@@ -30,11 +31,19 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRates:
-    """Rates of one or several GPUs: FLOP/s, bytes/s of memory, bytes/s sent to other GPUs (one direction)."""
+    """Rates of one or several GPUs: FLOP/s, bytes/s of memory, bytes/s sent to other GPUs (one direction).
+
+    `fp8_speedup` is by how much products in FP8 are faster.
+    """
 
     compute_flops_per_s: float
     memory_bytes_per_s: float
     network_bytes_per_s: float
+    fp8_speedup: float = 1.0
+
+    def compute_s(self, flops: float, fp8_flops: float = 0.0) -> float:
+        """Time of so many FLOPs, some of which are in FP8."""
+        return (flops - fp8_flops + fp8_flops / self.fp8_speedup) / self.compute_flops_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +61,10 @@ class GpuSpec:
         sustained_compute_flops_per_s, sustained_memory_bytes_per_s: What GEMMs and copies reach once power and clocks
             have settled; None if not measured.
         static_power_w: Power drawn whatever runs; None if not measured, and then `flop_j` and `byte_j` include it.
-        flop_j, byte_j: Energy of one FLOP of a product, and of one byte from or to device memory; None if unknown.
+        flop_j, byte_j: Energy of one FLOP of a product in 16 bits, and of one byte from or to device memory; None if
+            unknown.
+        fp8_speedup: Peak rate of products in FP8 over that in 16 bits; None if it has none. No sustained rate of them
+            was measured: the same factor is assumed.
     """
 
     title: str
@@ -68,6 +80,7 @@ class GpuSpec:
     static_power_w: Figure | None = None
     flop_j: Figure | None = None
     byte_j: Figure | None = None
+    fp8_speedup: Figure | None = None
 
     @property
     def has_sustained(self) -> bool:
@@ -104,7 +117,13 @@ class GpuGroup:
             compute_flops_per_s=compute.value * self.num_gpus,
             memory_bytes_per_s=memory.value * self.num_gpus,
             network_bytes_per_s=self.spec.network_bytes_per_s.value * self.num_gpus,
+            fp8_speedup=1.0 if self.spec.fp8_speedup is None else self.spec.fp8_speedup.value,
         )
+
+    def require_fp8(self) -> None:
+        """Raise HardwareError unless the GPUs multiply in FP8."""
+        if self.spec.fp8_speedup is None:
+            raise HardwareError(f"{self.spec.title} has no products in FP8: use quantization none, or another GPU")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +180,10 @@ _HOST_3, _HOST_4, _HOST_5, _HOST_C2C = (
     Figure(value=rate, source=f"estimate of copies from and to pinned memory over {link}")
     for rate, link in ((11e9, "PCIe 3 x16"), (22e9, "PCIe 4 x16"), (50e9, "PCIe 5 x16"), (300e9, "NVLink-C2C"))
 )
+_BRIDGE = (300.0, "an NVLink bridge between two")
 _NVLINK_3, _NVLINK_4, _NVLINK_5 = (300.0, "NVLink 3"), (450.0, "NVLink 4"), (900.0, "NVLink 5")
 
-GPUS: Mapping[str, GpuSpec] = {
+_GPUS: Mapping[str, GpuSpec] = {
     "a100-80": GpuSpec(
         title="NVIDIA A100 80 GB SXM",
         memory_bytes=Figure(value=80e9, source=_DATASHEET),
@@ -241,14 +261,7 @@ GPUS: Mapping[str, GpuSpec] = {
         "NVIDIA H100 80 GB PCIe", gb=80, tflops=756, gb_per_s=2000, link=_PCIE_5, host=_HOST_5, watts=350, sms=114
     ),
     "h100-nvl": _card(
-        "NVIDIA H100 NVL",
-        gb=94,
-        tflops=835,
-        gb_per_s=3900,
-        link=(300.0, "an NVLink bridge between two"),
-        host=_HOST_5,
-        watts=400,
-        sms=132,
+        "NVIDIA H100 NVL", gb=94, tflops=835, gb_per_s=3900, link=_BRIDGE, host=_HOST_5, watts=400, sms=132
     ),
     "h20": _card("NVIDIA H20", gb=96, tflops=148, gb_per_s=4000, link=_NVLINK_4, host=_HOST_5, watts=400, sms=78),
     "gb200": _card(
@@ -274,6 +287,11 @@ GPUS: Mapping[str, GpuSpec] = {
     "rtx5090": _card(
         "NVIDIA GeForce RTX 5090", gb=32, tflops=209.5, gb_per_s=1792, link=_PCIE_5, host=_HOST_5, watts=575, sms=170
     ),
+}
+_WITHOUT_FP8 = ("a100-80", "a100-40", "a100-pcie-40", "a100-pcie-80", "a10", "t4", "rtx3090")
+_FP8_SPEEDUP = Figure(value=2.0, source=f"{_DATASHEET}: peak rate in FP8 over that in 16 bits")
+GPUS: Mapping[str, GpuSpec] = {
+    name: spec if name in _WITHOUT_FP8 else replace(spec, fp8_speedup=_FP8_SPEEDUP) for name, spec in _GPUS.items()
 }
 
 
@@ -325,25 +343,3 @@ def _nearest(name: str) -> tuple[str, float]:
     likeness = {known: difflib.SequenceMatcher(None, _plain(name), _plain(known)).ratio() for known in GPUS}
     best = max(likeness, key=lambda known: likeness[known])
     return best, likeness[best]
-
-
-# From this compute capability on, the GPU of this file that unknown GPUs are compared with.
-_LIKE: Mapping[tuple[int, int], str] = {(8, 0): "a100-80", (8, 9): "ada6000", (9, 0): "h200", (10, 0): "b200"}
-# Sustained rate of GEMMs / peak rate, as measured on an H200; used where none was measured.
-_SUSTAINED_SHARE = 0.68
-# FLOP/s of a core with 256-bit vectors when all cores work and share memory: an order of magnitude, not a measurement.
-_CORE_FLOPS_PER_S = 30e9
-
-
-def rough_gpu_flops_per_s(capability: tuple[int, int], num_sms: int) -> float:
-    """Rough sustained rate of products on a GPU: its SMs times the rate of an SM of the most similar known GPU."""
-    likes = [name for least, name in sorted(_LIKE.items()) if least <= capability] or ["ada6000"]
-    spec = GPUS[likes[-1]]
-    sustained = spec.sustained_compute_flops_per_s
-    reached = spec.compute_flops_per_s.value * _SUSTAINED_SHARE if sustained is None else sustained.value
-    return reached / spec.num_sms.value * num_sms
-
-
-def rough_cpu_flops_per_s(num_cores: int) -> float:
-    """Rough sustained rate of products on this many CPU cores."""
-    return num_cores * _CORE_FLOPS_PER_S

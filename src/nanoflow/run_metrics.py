@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.config import ConfigError, unknown_option
+from nanoflow.compat.unknown import unknown_option
+from nanoflow.config import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

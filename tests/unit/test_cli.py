@@ -23,9 +23,10 @@ import nanoflow
 from nanoflow.bench.machine import _parse_gpu
 from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.cli import chat, main, options, session
-from nanoflow.config import EngineConfig, ServerConfig, names_of, option
+from nanoflow.config import EngineConfig, ServerConfig, option
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.models.generation import NO_DEFAULTS, SamplingDefaults
+from nanoflow.option_names import names_of
 from nanoflow.outputs import CompletionOutput, FinishReason, RequestOutput
 from nanoflow.request import SamplingParams
 

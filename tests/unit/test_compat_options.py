@@ -14,7 +14,9 @@ from nanoflow.compat.entries import Alias, Foreign, Same, Table, read_text
 from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.compat.server_options import SERVER
 from nanoflow.compat.speculative_config import SPECULATIVE
-from nanoflow.config import ConfigError, EngineConfig, ServerConfig, from_kwargs, names_of, unknown_option
+from nanoflow.compat.unknown import unknown_option
+from nanoflow.config import ConfigError, EngineConfig, ServerConfig
+from nanoflow.option_names import from_kwargs, names_of
 from nanoflow.request import KINDS
 from tests.vllm_defaults import ENGINE_DEFAULTS, SERVER_DEFAULTS
 
@@ -110,7 +112,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("tensor_parallel_size", 2, "one GPU serves a model"),
     ("tensor_parallel_size", True, "one GPU"),
     ("trust_remote_code", True, "no Python of a model folder"),
-    ("quantization", "fp8", "none are quantized at the start"),
     ("prefix_caching_hash_algo", "xxhash", "pages are found by SHA-256"),
     ("enable_chunked_prefill", False, "always computed in chunks"),
     ("enable_lora", True, "merge the adapter"),

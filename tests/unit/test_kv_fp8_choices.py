@@ -9,7 +9,7 @@ import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.cli.main import main
-from nanoflow.config import ConfigError, EngineConfig, from_kwargs
+from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.cost.model import costed_model
 from nanoflow.engine.tier_memory import fingerprint_of
 from nanoflow.executor.buffers import allocate_caches, draw_keys
@@ -20,6 +20,7 @@ from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import attention, can_carry
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
+from nanoflow.option_names import from_kwargs
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import CostTable, Profile
 from nanoflow.simulate.iteration import graphs_of

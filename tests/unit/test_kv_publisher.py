@@ -19,11 +19,12 @@ from zmq.constants import DEALER, RCVTIMEO, REQ, SUB, SUBSCRIBE
 from zmq.error import Again
 from zmq.sugar.context import Context
 
-from nanoflow.config import ConfigError, EngineConfig, from_kwargs
+from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.kv_event_wire import KvEventEncoder
 from nanoflow.engine.kv_publisher import KvPublisher, NoPublisher, publishing
 from nanoflow.kv_events import KvEventsConfig, in_full, read_kv_events
 from nanoflow.kvcache.events import DISK, HOST, AllCleared, KeyEvent, PagesRemoved, PagesStored
+from nanoflow.option_names import from_kwargs
 
 KEYS = tuple(bytes([number]) * 24 + number.to_bytes(8, "big") for number in range(1, 9))
 END = (2**64 - 1).to_bytes(8, "big")

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.config import EngineConfig, Goal
+from nanoflow.device.rough_rates import rough_cpu_flops_per_s, rough_gpu_flops_per_s
 from nanoflow.engine import limits
 from nanoflow.engine.limits import EngineLimits, choose_limits, row_bytes
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.graph import OpGraph
-from nanoflow.hardware import LocalDevice, rough_cpu_flops_per_s, rough_gpu_flops_per_s
+from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, PlanEntry, StoredBook
@@ -104,6 +106,14 @@ def test_what_is_chosen(preset: str, device: LocalDevice, goal: Goal, expected: 
     found = chosen(preset, device, goal)
     assert numbers(found) == expected and found.goal == goal
     assert (found.max_batch_tokens_origin, found.max_num_seqs_origin, found.max_itl_ms_origin) == ("chosen",) * 3
+
+
+def test_a_model_in_fp8_takes_more_tokens_in_the_same_time_and_leaves_more_pages() -> None:
+    graph = in_fp8(graph_of("llama-3-8b"))
+    options = {"max_model_len": 8192, "dtype_bytes": 2}
+    large, small = (choose_limits(EngineConfig(goal="throughput"), graph, card, **options) for card in (H200, CARD_24))
+    assert large.max_batch_tokens > 1.5 * chosen("llama-3-8b", H200, "throughput").max_batch_tokens
+    assert small.max_num_seqs > 1.5 * chosen("llama-3-8b", CARD_24, "throughput").max_num_seqs
 
 
 def test_long_contexts_and_large_vocabularies_have_room() -> None:

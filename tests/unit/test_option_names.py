@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nanoflow.cli import main, options
-from nanoflow.config import ConfigError, EngineConfig, ServerConfig, from_kwargs, names_of, read_count
+from nanoflow.config import ConfigError, EngineConfig, ServerConfig, read_count
+from nanoflow.option_names import from_kwargs, names_of
 
 
 def run_cli(*argv: str) -> int:

@@ -14,13 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanoflow.config import EngineConfig
+from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.engine import precision
 from nanoflow.engine.build import build_engine
+from nanoflow.engine.precision import served_graph
+from nanoflow.graph.graph import Fp8, OpGraph
 from nanoflow.models import config_json as model_config
-from nanoflow.models import dequantise
+from nanoflow.models import dequantise, fp8
 from nanoflow.models import weights as weights_module
 from nanoflow.models.config_json import ModelError
 from nanoflow.models.contents import read_contents
+from nanoflow.models.fp8 import dequantised, quantise_rows
+from nanoflow.models.fp8_stored import kept_as_stored
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights
 from tests.driving import HuggingFace
@@ -169,8 +174,110 @@ def test_the_start_says_what_is_stored_and_what_is_served(
         build_engine(config, show_progress=True).close()
     said = "weights are stored as compressed-tensors FP8 and served as bfloat16: 0.00 GiB"
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    assert f"{said}; scales of keys and values in it are not used" in lines
+    assert f"{said}; scales of keys and values in it are not used; products in FP8 need a GPU from Hopper on" in lines
     assert said in capsys.readouterr().err
+
+
+def _served(folder: Path, **options: Any) -> tuple[OpGraph, str | None]:
+    graph = build_graph(model_config.load(folder), None)
+    config = EngineConfig(model=str(folder), device="cpu", **options)
+    return served_graph(config, graph, read_contents(graph, folder), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "fp8" in name or "fbgemm" in name or "modelopt" in name])
+def test_what_is_stored_in_fp8_is_multiplied_as_it_is(name: str, tmp_path: Path) -> None:
+    twin = _load(_make(tmp_path, CASES[name], "qwen2"))
+    graph, line = _served(tmp_path, quantization="fp8")
+    weights = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False)
+    for kind, group, exact in zip(graph.layers, weights.layers, twin.layers, strict=True):
+        for parameter in kind.parameters:
+            numbers = group[parameter.name]
+            if parameter.fp8 is not None:
+                assert numbers.dtype == torch.float8_e4m3fn
+                numbers = dequantised(numbers, group[parameter.scales_name], parameter.fp8.block)
+            # Blocks of another size, or that do not end with q, k and v, are read and quantised anew.
+            is_kept = parameter.fp8 is None or name != "fp8-odd-block"
+            if "block" in name and parameter.name == "qkv_proj.weight":
+                assert parameter.fp8 == Fp8()
+                is_kept = False
+            elif name in ("fp8-block", "compressed-fp8-block") and "proj.weight" in parameter.name:
+                assert parameter.fp8 == Fp8(block=(128, 128))
+            torch.testing.assert_close(
+                numbers, exact[parameter.name], rtol=1e-6 if is_kept else 0.07, atol=1e-2 * (not is_kept)
+            )
+    assert line is not None and line.startswith(
+        f"weights are stored as {CASES[name].title} and served as FP8 and float32"
+    )
+    assert ("those in it are not used" in line) == any(
+        "input_scale" in more or "activation_scale" in more for more in CASES[name].more
+    )
+
+
+def test_other_forms_may_be_quantised_to_fp8(tmp_path: Path) -> None:
+    twin = _load(_make(tmp_path, CASES["awq-32"]))
+    graph, line = _served(tmp_path, quantization="fp8")
+    weights = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False)
+    numbers, scales = quantise_rows(twin.layers[1]["gate_up_proj.weight"])
+    assert torch.equal(weights.layers[1]["gate_up_proj.weight"].view(torch.uint8), numbers.view(torch.uint8))
+    assert torch.equal(weights.layers[1]["gate_up_proj.weight_scales"], scales[:, 0])
+    assert line is not None and line.startswith("weights are stored as AWQ int4 and served as FP8 and float32")
+
+
+@pytest.mark.parametrize("name", ["plain", "fp8-odd-block"])
+def test_pieces_and_chunks_are_quantised_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ = make_model("qwen2", tmp_path, **SIZES) if name == "plain" else _make(tmp_path, CASES[name], "qwen2")
+    graph, _ = _served(tmp_path, quantization="fp8")
+    whole = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False)
+    monkeypatch.setattr(weights_module, "_MAPPED_BYTES", 50_000)
+    monkeypatch.setattr(dequantise, "_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(fp8, "_CHUNK_NUMBERS", 3_000)
+    pieces = load_weights(graph, tmp_path, torch.float32, CPU, show_progress=False)
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        assert all(torch.equal(tensor.view(torch.uint8), other[each].view(torch.uint8)) for each, tensor in one.items())
+
+
+def test_a_layer_that_is_not_stored_in_fp8_keeps_all_of_its_name_as_they_are(tmp_path: Path) -> None:
+    twin = _make(tmp_path, CASES["fp8-tensor"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{GATE}.weight"] = load_file(twin / "model.safetensors")[f"{GATE}.weight"]
+    del tensors[f"{GATE}.weight_scale"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    graph = build_graph(model_config.load(tmp_path), None)
+    kept = kept_as_stored(graph, read_contents(graph, tmp_path))
+    assert set(kept) == {"qkv_proj.weight", "o_proj.weight", "down_proj.weight"}
+
+
+def test_a_device_with_products_in_fp8_keeps_what_is_stored_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "multiplies_fp8", lambda device, dtype: True)
+    _make(tmp_path, CASES["compressed-fp8-channel"])
+    kept, line = _served(tmp_path)
+    assert kept == _served(tmp_path, quantization="fp8")[0]
+    assert line is not None and "served as FP8 and float32" in line
+    graph, line = _served(tmp_path, quantization="none")
+    assert graph == build_graph(model_config.load(tmp_path), None)
+    assert line is not None and "served as float32" in line
+    plain = make_model("llama2", tmp_path / "plain", **SIZES)
+    assert _served(plain) == (build_graph(model_config.load(plain), None), None)
+
+
+def test_without_a_gpu_fp8_is_asked_for(tmp_path: Path) -> None:
+    _make(tmp_path, CASES["fp8-tensor"])
+    for quantization in ("auto", "none"):
+        graph, line = _served(tmp_path, quantization=quantization)
+        assert not any(parameter.fp8 for kind in graph.kinds for parameter in kind.parameters)
+        assert line is not None and line.endswith("Hopper on") == (quantization == "auto")
+    plain = make_model("llama2", tmp_path / "plain", **SIZES)
+    assert _served(plain) == (build_graph(model_config.load(plain), None), None)
+    graph, line = _served(plain, quantization="fp8")
+    assert (
+        line
+        == f"weights are quantised to FP8 and float32 (e4m3, a scale a row): {graph.parameter_bytes(4) / 2**30:.2f} GiB"
+    )
+    odd = make_model(
+        "llama2", tmp_path / "odd", hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=3
+    )
+    with pytest.raises(ConfigError, match="no products of sizes that suit it"):
+        _served(odd, quantization="fp8")
 
 
 def _status_kib(name: str) -> int:

@@ -17,9 +17,9 @@ from nanoflow.bench.bound import Bounds, Cost, Rates, TypicalBatch, bounds_of, t
 from nanoflow.config import EngineConfig
 from nanoflow.device.detect import resolve_device, resolve_dtype
 from nanoflow.engine.build import engine_limits, resolve_model
+from nanoflow.engine.precision import graph_of
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import KvType, OpKind
-from nanoflow.models.registry import build_graph
+from nanoflow.graph.operation import OpKind
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.book import load_book
 from nanoflow.profiler.site import (
@@ -45,9 +45,9 @@ def measure_bounds(config: EngineConfig, lengths: Sequence[Lengths]) -> Bounds:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
-    model_config, _ = resolve_model(config)
-    graph = build_graph(model_config, config.max_model_len).with_kv_type(KvType(config.kv_cache_dtype))
+    model_config, folder = resolve_model(config)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    graph, _ = graph_of(config, model_config, folder, dtype, device)
     stored = None if config.plan is None else load_book(Path(config.plan))
     limits = engine_limits(config, model_config, graph, dtype, device, stored)
     batch = typical_batch(lengths, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs)

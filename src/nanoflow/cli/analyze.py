@@ -31,9 +31,9 @@ Say what a model costs on GPUs that you need not have: FLOPs, bytes and joules o
 every operation of one iteration, the time each resource would take for it, what
 bounds the workload, and the throughput that nothing can exceed. MODEL is a folder
 with a config.json, preset:NAME for a published architecture, or 'default'. Numbers
-are 16-bit, all GPUs share the model by tensor parallelism, and the batch is the
-largest that fits unless --max-batch-tokens says less. docs/cost-model.md has the
-formulas."""
+are 16-bit unless --quantization says fp8, all GPUs share the model by tensor
+parallelism, and the batch is the largest that fits unless --max-batch-tokens says
+less. docs/cost-model.md has the formulas."""
 
 _EXAMPLES = """\
   nanoflow analyze preset:llama-2-70b --gpu a100-80x8 --workload 512/1024
@@ -54,6 +54,9 @@ class AnalyzeConfig:
         "auto",
         "Type of keys and values in the KV cache; auto: 16 bits; fp8_e4m3, or fp8: 8 bits and a scale for each",
         read=read_value_of("kv_cache_dtype"),
+    )
+    quantization: Literal["none", "fp8"] = option(
+        "none", "fp8: products of layers have 8-bit weights and activations, and the GPU's rate for these"
     )
     exchange: Literal["all-reduce", "all-gather"] = option(
         "all-reduce", "How several GPUs put the attention block together; both move the same bytes"
@@ -92,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     gpus, lengths = parse_gpus(config.gpu), _mean_lengths(config.workload)
     if not 0.0 <= config.expert_skew <= _MAX_SKEW:
         raise CostError(f"expert_skew must be a number from 0 to {_MAX_SKEW:g}, got {config.expert_skew}")
-    model = costed_model(_model_config(args.model), config.expert_skew, KvType(config.kv_cache_dtype))
+    is_fp8 = config.quantization == "fp8"
+    if is_fp8:
+        gpus.require_fp8()
+    model = costed_model(_model_config(args.model), config.expert_skew, KvType(config.kv_cache_dtype), is_fp8=is_fp8)
     batch = batch_within(model, gpus, lengths, config.max_batch_tokens)
     costs = iteration_costs(model, batch_shape(model, batch, lengths), gpus.num_gpus, Exchange(config.exchange))
     lines = [
@@ -139,7 +145,9 @@ def _head(
     model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, batch: BatchSize, largest: BatchSize
 ) -> Iterator[str]:
     """Lines that say what is analyzed."""
-    yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, weights {model.weight_bytes / 1e9:.1f} GB in 16 bits"
+    kept_as = "FP8 and 16 bits" if model.num_fp8_parameters else "16 bits"
+    weights = f"weights {model.weight_bytes / 1e9:.1f} GB in {kept_as}"
+    yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, {weights}"
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"
     yield f"{'workload':<12}{lengths.prompt_tokens:.0f} prompt and {lengths.output_tokens:.0f} output tokens a request"
     groups = model.graph.kv_groups
@@ -220,14 +228,15 @@ def _conclusions(
     if gpus.spec.has_sustained:
         kinds["at sustained rates"] = gpus.sustained_rates()
     for title, rates in kinds.items():
-        yield f"{title}: {_rates(rates, gpus)}"
+        yield f"{title}: {_rates(rates, gpus, is_fp8=model.num_fp8_parameters > 0)}"
         yield from _bounds(model, gpus, lengths, batch, costs, rates)
     yield from _sources(gpus)
 
 
-def _rates(rates: ResourceRates, gpus: GpuGroup) -> str:
+def _rates(rates: ResourceRates, gpus: GpuGroup, *, is_fp8: bool) -> str:
     network = f", {rates.network_bytes_per_s / 1e9:,.0f} GB/s of network" if gpus.num_gpus > 1 else ""
-    return f"{rates.compute_flops_per_s / 1e12:,.0f} TFLOP/s, {rates.memory_bytes_per_s / 1e12:.2f} TB/s{network}"
+    fp8 = f" ({rates.fp8_speedup:g} times as many in FP8)" if is_fp8 else ""
+    return f"{rates.compute_flops_per_s / 1e12:,.0f} TFLOP/s{fp8}, {rates.memory_bytes_per_s / 1e12:.2f} TB/s{network}"
 
 
 def _bounds(

@@ -19,7 +19,8 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origi
 
 from nanoflow.cli.foreign_flags import add_foreign_flags, with_dashes
 from nanoflow.compat.entries import Alias, Table
-from nanoflow.config import by_own_names, from_kwargs, names_of, table_of, unknown_option
+from nanoflow.compat.unknown import unknown_option
+from nanoflow.option_names import by_own_names, from_kwargs, names_of, table_of
 
 ConfigT = TypeVar("ConfigT")
 Subcommands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
@@ -93,6 +94,7 @@ class OptionGroup(Generic[ConfigT]):
             how = _how_to_parse(hints[field.name], field.metadata.get("nargs"), field.metadata.get("read"))
             group.add_argument(
                 _flag(field.name),
+                *table_of(self.kind).flags_of(field.name),
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 help=_help(f"{text} (also {also})" if also else text, self.defaults.get(field.name, field.default)),

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
-from nanoflow.config import option, unknown_option
+from nanoflow.compat.unknown import unknown_option
+from nanoflow.config import option
 
 if TYPE_CHECKING:
     from nanoflow.graph.graph import OpGraph
@@ -266,6 +267,7 @@ def _profiled_graph(plan: PipelinePlan, profile: Profile) -> OpGraph:
 
 def _graph(plan: PipelinePlan, model: str | None) -> OpGraph | None:
     """The model's graph in the form that the plan was made for."""
+    from nanoflow.graph.fp8 import in_fp8
     from nanoflow.graph.fuse import fuse_swiglu
     from nanoflow.models import config_json as models
     from nanoflow.models.locate import locate_model
@@ -276,9 +278,9 @@ def _graph(plan: PipelinePlan, model: str | None) -> OpGraph | None:
         return None
     preset = preset_name(model)
     graph = build_graph(models.load(locate_model(model)) if preset is None else preset_config(preset), None)
-    fused = fuse_swiglu(graph)
-    is_fused = {op.name for op in fused.layer} == {nano.operation for nano in plan.nano_operations}
-    return fused if is_fused else graph
+    planned = {nano.operation for nano in plan.nano_operations}
+    forms = (fuse_swiglu(graph), in_fp8(graph), fuse_swiglu(in_fp8(graph)))
+    return next((form for form in forms if {op.name for op in form.layer} == planned), graph)
 
 
 def _predicted(

@@ -50,6 +50,9 @@ class ProfileConfig:
         "Type of keys and values in the KV cache; auto: that of the activations; fp8_e4m3, or fp8: 8 bits",
         read=read_value_of("kv_cache_dtype"),
     )
+    quantization: Literal["none", "fp8"] = option(
+        "none", "fp8: the model as `--quantization fp8` serves it, with 8-bit weights and activations in products"
+    )
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")
 
     def __post_init__(self) -> None:
@@ -105,6 +108,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         is_quick=config.quick,
         is_fresh=config.fresh,
         only=config.only,
+        is_fp8=config.quantization == "fp8",
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
     return run_job(job, path, show_progress=sys.stderr.isatty())
@@ -125,7 +129,8 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
     from nanoflow.profile.table import write_profile
 
     gpus, kv_type = parse_gpus(config.estimate or ""), KvType(config.kv_cache_dtype)
-    profile = estimated_profile(model, _config_of(model), gpus, config.max_batch_tokens, kv_type)
+    is_fp8 = config.quantization == "fp8"
+    profile = estimated_profile(model, _config_of(model), gpus, config.max_batch_tokens, kv_type, is_fp8=is_fp8)
     write_profile(profile, path)
     return profile
 

@@ -51,6 +51,14 @@ _OURS = (
             ),
         },
     ),
+    Same(
+        name="quantization",
+        values=dict.fromkeys(
+            ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf", "fbgemm_fp8"), "auto"
+        ),
+        note="the checkpoint says how weights are stored; fp8 quantises others at the start",
+        flags=("-q",),
+    ),
     Same(name="generation_config"),
     Same(name="seed", note="None is 0"),
     Same(name="max_model_len", note="4k is 4,000 and 4K is 4,096; auto and -1 are the model's own"),
@@ -110,13 +118,6 @@ _MODEL = (
     Foreign(name="rope_theta", reason=f"{_CONFIG_JSON} (rope_theta)"),
     Foreign(name="config_format", takes=("auto", "hf"), reason=_CONFIG_JSON),
     Foreign(name="model_impl", takes=("auto",), reason="there is one implementation of each architecture, ours"),
-    Foreign(
-        name="quantization",
-        flags=("-q",),
-        takes=("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf"),
-        reason="the checkpoint says how weights are stored, and none are quantized at the start; all are served in the "
-        "type that `dtype` says",
-    ),
     *options("the checkpoint says how weights are stored", "quantization_config", "quantization_param_path"),
     *switches("the checkpoint says how weights are stored", "allow_deprecated_quantization"),
     Foreign(name="override_attention_dtype", reason="attention computes in the type that `dtype` says"),

@@ -23,12 +23,14 @@ class Same:
         values: vLLM's names of values, with ours, as `{"half": "float16"}`.
         refused: Values of vLLM that are not supported, each with the reason.
         note: The difference, if there is one.
+        flags: Further spellings on the command line, as `-q`.
     """
 
     name: str
     values: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,11 @@ class Table:
     def foreign(self) -> tuple[Foreign, ...]:
         """The entries that nanoflow lacks."""
         return tuple(entry for entry in self.entries.values() if isinstance(entry, Foreign))
+
+    def flags_of(self, name: str) -> tuple[str, ...]:
+        """Further spellings on the command line of one of our options, as `-q`."""
+        entry = self.entries.get(name)
+        return entry.flags if isinstance(entry, Same) else ()
 
     def value_of(self, name: str, value: str) -> str:
         """Our name of an option's value.

@@ -134,10 +134,10 @@ def iteration_views(
     # 1. Weights, keys and values pass once; at the largest batch that is all of the memory.
     read_bytes = model.weight_bytes + batch.num_decodes * model.kv_bytes(lengths.mean_context)
     # 2. Each token passes each active parameter once.
-    flops = 2 * batch.num_tokens * model.num_active_parameters
+    flops = 2 * batch.num_tokens
     from_operations = resource_times(whole, gpus, rates)
     return ResourceTimes(
-        compute_s=flops / rates.compute_flops_per_s,
+        compute_s=rates.compute_s(flops * model.num_active_parameters, flops * model.num_fp8_parameters),
         memory_s=read_bytes / rates.memory_bytes_per_s,
         network_s=from_operations.network_s,
         power_s=from_operations.power_s,
@@ -151,7 +151,7 @@ def memory_to_compute(views: ResourceTimes) -> float:
 
 def optimal_throughput(model: CostedModel, gpus: GpuGroup, rates: ResourceRates) -> float:
     """Tokens/s of one GPU if the products ran without pause (equation 5)."""
-    return rates.compute_flops_per_s / (2 * model.num_active_parameters) / gpus.num_gpus
+    return 1 / rates.compute_s(2 * model.num_active_parameters, 2 * model.num_fp8_parameters) / gpus.num_gpus
 
 
 def serial_bound(

@@ -1,4 +1,4 @@
-"""A model as far as costs go: its graph, in 16-bit numbers, and how evenly its experts are chosen.
+"""A model as far as costs go: its graph, in 16-bit numbers or FP8, and how evenly its experts are chosen.
 
 What an operation costs is in `graph/operation.py`, and in `graph/experts.py` for experts: a token passes few of them,
 and a batch reads the weights of all that its tokens pass.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import KvType
 from nanoflow.models.config_json import ModelConfig
@@ -17,7 +18,7 @@ from nanoflow.models.registry import build_graph
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostedModel:
-    """A model in 16-bit numbers.
+    """A model in 16-bit numbers, except for the weights that its graph has in FP8.
 
     Attributes:
         graph: Its operations.
@@ -40,7 +41,12 @@ class CostedModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights in memory."""
-        return self.num_parameters * self.dtype_bytes
+        return self.graph.parameter_bytes(self.dtype_bytes)
+
+    @property
+    def num_fp8_parameters(self) -> int:
+        """Parameters in FP8; a token passes all of them."""
+        return self.graph.num_fp8_parameters
 
     def kv_bytes(self, context: float) -> float:
         """Bytes of keys and values that a request of so many tokens keeps; under a window, only of those inside it."""
@@ -50,15 +56,19 @@ class CostedModel:
         )
 
 
-def costed_model(config: ModelConfig, expert_skew: float = 0.0, kv_type: KvType = KvType.MODEL) -> CostedModel:
+def costed_model(
+    config: ModelConfig, expert_skew: float = 0.0, kv_type: KvType = KvType.MODEL, *, is_fp8: bool = False
+) -> CostedModel:
     """The costs of a model.
 
     Args:
         config: The model.
         expert_skew: How unevenly its tokens choose experts (`Routing.skew`); without effect on a dense model.
         kv_type: Type of keys and values in the cache.
+        is_fp8: Whether products of layers multiply FP8.
 
     Raises:
         ModelError: The architecture is unknown.
     """
-    return CostedModel(graph=with_skew(build_graph(config, None).with_kv_type(kv_type), expert_skew))
+    graph = with_skew(build_graph(config, None).with_kv_type(kv_type), expert_skew)
+    return CostedModel(graph=in_fp8(graph) if is_fp8 else graph)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanoflow.cost.model import CostedModel
-from nanoflow.graph.operation import BatchShape, LinearDims, Operation
+from nanoflow.graph.operation import FP8_PRODUCTS, BatchShape, LinearDims, Operation
 from nanoflow.graph.shard import Exchange, ends_block, reads_attention, width_of
 from nanoflow.hardware import GpuGroup, ResourceRates
 
@@ -27,12 +27,16 @@ class Bound(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationCost:
-    """The cost of an operation or a collective in one iteration: sum over all layers and GPUs."""
+    """The cost of an operation or a collective in one iteration: sum over all layers and GPUs.
+
+    `fp8_flops` are those of `flops` that are in FP8.
+    """
 
     name: str
     flops: float
     memory_bytes: float
     network_bytes: float = 0.0
+    fp8_flops: float = 0.0
 
     def per_gpu(self, num_gpus: int) -> OperationCost:
         """One GPU's even share. Inputs that every GPU reads are counted once, as in the paper."""
@@ -41,6 +45,7 @@ class OperationCost:
             flops=self.flops / num_gpus,
             memory_bytes=self.memory_bytes / num_gpus,
             network_bytes=self.network_bytes / num_gpus,
+            fp8_flops=self.fp8_flops / num_gpus,
         )
 
 
@@ -101,6 +106,7 @@ def total(costs: Iterable[OperationCost], name: str = "total") -> OperationCost:
         flops=sum(cost.flops for cost in costs),
         memory_bytes=sum(cost.memory_bytes for cost in costs),
         network_bytes=sum(cost.network_bytes for cost in costs),
+        fp8_flops=sum(cost.fp8_flops for cost in costs),
     )
 
 
@@ -114,7 +120,7 @@ def resource_times(cost: OperationCost, gpus: GpuGroup, rates: ResourceRates) ->
     """
     energy_j = dynamic_energy_j(cost, gpus)
     return ResourceTimes(
-        compute_s=cost.flops / rates.compute_flops_per_s,
+        compute_s=rates.compute_s(cost.flops, cost.fp8_flops),
         memory_s=cost.memory_bytes / rates.memory_bytes_per_s,
         network_s=cost.network_bytes / rates.network_bytes_per_s,
         power_s=None if energy_j is None else energy_j / _dynamic_power_w(gpus),
@@ -122,8 +128,11 @@ def resource_times(cost: OperationCost, gpus: GpuGroup, rates: ResourceRates) ->
 
 
 def dynamic_energy_j(cost: OperationCost, gpus: GpuGroup) -> float | None:
-    """Energy beyond static power; None if unknown for this GPU. The energy of links is unknown and left out."""
-    if gpus.spec.flop_j is None or gpus.spec.byte_j is None:
+    """Energy beyond static power; None if unknown for this GPU, or with products in FP8.
+
+    The energy of links is unknown and left out.
+    """
+    if gpus.spec.flop_j is None or gpus.spec.byte_j is None or cost.fp8_flops:
         return None
     return cost.flops * gpus.spec.flop_j.value + cost.memory_bytes * gpus.spec.byte_j.value
 
@@ -144,10 +153,12 @@ def _static_power_w(gpus: GpuGroup) -> float:
 
 
 def _cost(model: CostedModel, op: Operation, shape: BatchShape, count: int) -> OperationCost:
+    flops = count * op.flops(shape)
     return OperationCost(
         name=op.name,
-        flops=count * op.flops(shape),
+        flops=flops,
         memory_bytes=count * op.memory_bytes(shape, model.dtype_bytes),
+        fp8_flops=flops if op.kind in FP8_PRODUCTS else 0.0,
     )
 
 

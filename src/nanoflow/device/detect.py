@@ -6,7 +6,8 @@ import torch
 
 from nanoflow.config import ConfigError
 from nanoflow.device.host_memory import free_host_bytes, total_host_bytes
-from nanoflow.hardware import LocalDevice, rough_cpu_flops_per_s, rough_gpu_flops_per_s
+from nanoflow.device.rough_rates import rough_cpu_flops_per_s, rough_gpu_flops_per_s
+from nanoflow.hardware import LocalDevice
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -21,6 +21,7 @@ from nanoflow.engine.limits import EngineLimits, choose_limits
 from nanoflow.engine.memory import require_room_for_weights, reserve_caches, said_pools, size_cache, wanted_model_len
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
+from nanoflow.engine.precision import graph_of
 from nanoflow.engine.tier_memory import TierMemory, fingerprint_of, opened_tiers, staging_bytes
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
@@ -28,16 +29,14 @@ from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.executor.worker import Worker
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import KvType, OpKind
+from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.dispatch import Kernels, are_capturable, kernels_for
 from nanoflow.models.config_json import ModelConfig
 from nanoflow.models.config_json import load as load_model_config
-from nanoflow.models.contents import Contents
 from nanoflow.models.generation import SamplingDefaults, load_sampling_defaults, named_file
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import preset_config, preset_name
-from nanoflow.models.registry import build_graph
-from nanoflow.models.weights import Weights, check_weights, load_weights, random_weights
+from nanoflow.models.weights import Weights, load_weights, random_weights
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
@@ -158,9 +157,10 @@ def _set_up(config: EngineConfig, *, show_progress: bool) -> _Setup:
     model_config, folder = resolve_model(config)
     sampling = load_sampling_defaults(config.generation_config, folder)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
-    graph = build_graph(model_config, config.max_model_len).with_kv_type(KvType(config.kv_cache_dtype))
-    if folder is not None and config.load_format != "random":
-        _tell_form(check_weights(graph, folder), graph, dtype, is_shown=show_progress)
+    graph, form = graph_of(config, model_config, folder, dtype, device)
+    if form is not None:
+        logger.info("%s", form)
+        _tell(form, is_shown=show_progress)
     kernels = kernels_for(device, dtype, graph.layer_operations)
     if OpKind.LINEAR_SWIGLU in kernels:
         graph = fuse_swiglu(graph)
@@ -221,7 +221,7 @@ def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
     """The weights, read from the model's folder or drawn at random."""
     graph, dtype, device, folder = setup.graph, setup.dtype, setup.device, setup.folder
     require_room_for_weights(graph, dtype, device)
-    size = f"{graph.num_parameters * dtype.itemsize / 2**30:.2f} GiB as {setup.dtype_name}"
+    size = f"{graph.parameter_bytes(dtype.itemsize) / 2**30:.2f} GiB as {setup.dtype_name}"
     logger.info("%s weights: %s", "drawing random" if setup.is_random else f"reading, from {folder},", size)
     if folder is None or setup.is_random:
         return random_weights(graph, dtype, device, setup.config.seed)
@@ -287,14 +287,6 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
         load_s=load_s,
         warm_up_s=warm_up_s,
     )
-
-
-def _tell_form(contents: Contents, graph: OpGraph, dtype: torch.dtype, *, is_shown: bool) -> None:
-    """Say in which form weights are stored, if they are served in another; in the log, and as `_tell`."""
-    line = contents.described(str(dtype).removeprefix("torch."), graph.num_parameters * dtype.itemsize)
-    if line is not None:
-        logger.info("%s", line)
-        _tell(line, is_shown=is_shown)
 
 
 def _tell(line: str, *, is_shown: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanoflow.compat.calls import CALLS, METHODS, pass_over
-from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig, from_kwargs
+from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig
 from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.garbage import heap_left_alone
@@ -29,6 +29,7 @@ from nanoflow.engine.prompt_forms import inputs_of, params_of_each
 from nanoflow.engine.prompts import PromptInput, read_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
+from nanoflow.option_names import from_kwargs
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import Request, RequestError, SamplingParams
 

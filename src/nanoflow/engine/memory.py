@@ -31,7 +31,7 @@ def require_room_for_weights(graph: OpGraph, dtype: torch.dtype, device: torch.d
     Raises:
         ConfigError: They do not fit; the message has the numbers.
     """
-    needed, free = graph.num_parameters * dtype.itemsize, free_memory_bytes(device)
+    needed, free = graph.parameter_bytes(dtype.itemsize), free_memory_bytes(device)
     if needed > free:
         raise ConfigError(
             f"the weights of {graph.name} take {needed / _GIB:.1f} GiB in {_name(dtype)}, "

@@ -143,12 +143,14 @@ def fingerprint_of(folder: Path | None, config: EngineConfig, *, name: str, devi
     Args:
         folder: Of the model, or its GGUF file; None if its weights are drawn at random.
         config: Options.
-        name: Of the model's architecture.
+        name: Of the model's architecture; it says whether products are in FP8.
         device, dtype: Kind of device, and type of activations.
     """
     parts = [f"layout {_LAYOUT}", name, device, dtype, f"page {config.page_size}", f"length {config.max_model_len}"]
     if config.kv_cache_dtype != "auto":
         parts.append(f"keys and values {config.kv_cache_dtype}")
+    if config.quantization != "auto":
+        parts.append(f"quantization {config.quantization}")
     if folder is None or config.load_format == "random":
         parts.append(f"random weights of {config.model}, seed {config.seed}")
     if folder is not None:

@@ -24,6 +24,7 @@ from nanoflow.plan.plan import PipelinePlan
 
 # Pages that random numbers in 8 bits are drawn for at once: the numbers take four times the memory of the pages.
 _DRAWN_PAGES = 4096
+_DTYPES = {Element.FP8: torch.float8_e4m3fn, Element.FLOAT32: torch.float32, Element.INT32: torch.int32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,9 +206,8 @@ class Workspace:
 
 def _dtype_of(model: DeviceModel, name: str) -> torch.dtype:
     """The type of a tensor between operations."""
-    return {Element.MODEL: model.dtype, Element.FLOAT32: torch.float32, Element.INT32: torch.int32}[
-        model.graph.tensor(name).element
-    ]
+    element = model.graph.tensor(name).element
+    return model.dtype if element is Element.MODEL else _DTYPES[element]
 
 
 def _sharing(

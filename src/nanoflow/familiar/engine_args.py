@@ -11,7 +11,8 @@ from typing import Any
 from nanoflow.cli.foreign_flags import add_foreign_flags
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.compat.engine_options import ENGINE
-from nanoflow.config import DEFAULT_MODEL, EngineConfig, from_kwargs, names_of
+from nanoflow.config import DEFAULT_MODEL, EngineConfig
+from nanoflow.option_names import from_kwargs, names_of
 
 _GROUP = OptionGroup(kind=EngineConfig, title="model and engine")
 

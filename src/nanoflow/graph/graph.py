@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.layers import (
+    Fp8,
     GraphError,
     KvGroup,
     LayerKind,
@@ -29,6 +30,7 @@ from nanoflow.graph.operation import AttentionDims, BatchShape, KvType, Operatio
 
 __all__ = [
     "Element",
+    "Fp8",
     "GraphError",
     "LayerKind",
     "OpGraph",
@@ -41,9 +43,10 @@ __all__ = [
 
 
 class Element(enum.StrEnum):
-    """The type of a tensor's elements: the model's, or one of 4 bytes."""
+    """The type of a tensor's elements: the model's, one of 4 bytes, or FP8 (e4m3) of one byte."""
 
     MODEL = "model"
+    FP8 = "fp8"
     FLOAT32 = "float32"
     INT32 = "int32"
 
@@ -71,7 +74,7 @@ class TensorSpec:
 
     def row_bytes(self, dtype_bytes: int) -> int:
         """Bytes of a row, if an element of the model's type has so many."""
-        return self.width * (dtype_bytes if self.element is Element.MODEL else 4)
+        return self.width * {Element.MODEL: dtype_bytes, Element.FP8: 1}.get(self.element, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +219,19 @@ class OpGraph:
         )
 
     @property
+    def num_fp8_parameters(self) -> int:
+        """Elements of the parameters that are kept in FP8, all of which are in layers."""
+        return self._over_layers(
+            lambda kind: sum(each.num_elements for each in kind.parameters if each.fp8 is not None)
+        )
+
+    def parameter_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of all parameters, if an element of the model's type has so many."""
+        return sum(parameter.num_bytes(dtype_bytes) for parameter in self.parameters) + self._over_layers(
+            lambda kind: sum(parameter.num_bytes(dtype_bytes) for parameter in kind.parameters)
+        )
+
+    @property
     def num_active_parameters(self) -> int:
         """Elements of the parameters that one token passes: all but those of the experts that it does not choose."""
         return self.num_parameters - self._over_layers(
@@ -264,7 +280,9 @@ class OpGraph:
     def _check_kind(self, kind: LayerKind) -> None:
         """Check the graph as if all of its layers had this kind."""
         _require_unique("parameter", [parameter.name for parameter in (*self.parameters, *kind.parameters)])
-        shared, of_layer = ({each.name for each in group} for group in (self.parameters, kind.parameters))
+        shared, of_layer = (
+            {name for each in group for name in each.tensor_names} for group in (self.parameters, kind.parameters)
+        )
         known = {spec.name for spec in self.tensors}
         written = set(self.inputs)
         parts = (("prologue", self.prologue), (kind.name, kind.operations), ("epilogue", self.epilogue))

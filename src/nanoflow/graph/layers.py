@@ -17,6 +17,9 @@ from nanoflow.graph.operation import AttentionDims, KvType, Operation, OpKind
 # Longest pattern that is looked for. Layers that only repeat after more than that are listed one by one.
 _MAX_PATTERN = 64
 
+# Rows and columns of a weight in FP8 that may share a scale.
+FP8_BLOCK = (128, 128)
+
 
 class GraphError(ValueError):
     """A graph contradicts itself; the message names the operation or tensor."""
@@ -44,6 +47,25 @@ class ParameterPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8:
+    """How a parameter is kept in 8 bits: e4m3 numbers, and scales in float32 that they are multiplied by.
+
+    Attributes:
+        block: Rows and columns that share a scale, which are those of `FP8_BLOCK`; None if each row (output channel)
+            has a scale of its own.
+    """
+
+    block: tuple[int, int] | None = None
+
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a matrix, or of equal matrices in front of which there is a dimension more."""
+        *outer, rows, columns = shape
+        if self.block is None:
+            return (*outer, rows)
+        return (*outer, -(-rows // self.block[0]), -(-columns // self.block[1]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """A parameter as kernels take it: tensors of the checkpoint, concatenated along dimension 0.
 
@@ -56,6 +78,8 @@ class Parameter:
             front (one for each expert); None for one matrix.
         whole: Name of a tensor of the checkpoint that has the whole parameter, and that some checkpoints have in place
             of the parts; None if there is none.
+        fp8: How it is kept in 8 bits; None if it has the model's type. Its scales are a tensor of their own, which
+            operations name beside it (`scales_name`).
     """
 
     name: str
@@ -64,6 +88,23 @@ class Parameter:
     is_float32: bool = False
     num_stacked: int | None = None
     whole: str | None = None
+    fp8: Fp8 | None = None
+
+    @property
+    def scales_name(self) -> str:
+        """The name of its scales, if it is kept in 8 bits."""
+        return f"{self.name}_scales"
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The tensors that it consists of on a device: itself and its scales."""
+        return (self.name,) if self.fp8 is None else (self.name, self.scales_name)
+
+    def num_bytes(self, dtype_bytes: int) -> int:
+        """Bytes on a device, scales included, if an element of the model's type has so many."""
+        if self.fp8 is not None:
+            return self.num_elements + 4 * math.prod(self.fp8.scales_shape(self.shape))
+        return self.num_elements * (4 if self.is_float32 else dtype_bytes)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanoflow.graph.attention import AttentionDims as AttentionDims
+from nanoflow.graph.attention import KvType as KvType
 from nanoflow.graph.experts import CombineDims, ExpertDims, OrderDims, RoutedDims, RouterDims, SharedGateDims
 
 # Number of keys in a block, for kernels that divide decode attention into blocks of keys.
@@ -48,6 +50,12 @@ class OpKind(enum.StrEnum):
     PREFILL_ATTENTION = "prefill_attention"
     SWIGLU = "swiglu"
     GEGLU = "geglu"
+    RMS_NORM_FP8 = "rms_norm_fp8"
+    LINEAR_FP8 = "linear_fp8"
+    LINEAR_ADD_FP8 = "linear_add_fp8"
+    SWIGLU_FP8 = "swiglu_fp8"
+    GEGLU_FP8 = "geglu_fp8"
+    QUANTISE_FP8 = "quantise_fp8"
     ROUTER = "router"
     EXPERT_ORDER = "expert_order"
     EXPERTS_IN = "experts_in"
@@ -59,7 +67,9 @@ class OpKind(enum.StrEnum):
 
 
 # Activation of the gate times the up projection; the output has half as many columns as the input.
-GATED = (OpKind.SWIGLU, OpKind.GEGLU)
+GATED = (OpKind.SWIGLU, OpKind.GEGLU, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8)
+# Products of rows and weights in FP8.
+FP8_PRODUCTS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,63 +124,6 @@ class LinearDims:
 
     in_features: int
     out_features: int
-
-
-class KvType(enum.StrEnum):
-    """The type of keys and values in the KV cache.
-
-    MODEL is that of the model's activations. FP8 is 8-bit floating point (e4m3) with a 16-bit scale for the key, and
-    one for the value, of each token and KV head.
-    """
-
-    MODEL = "auto"
-    FP8 = "fp8_e4m3"
-
-    def vector_bytes(self, head_dim: int, dtype_bytes: int) -> int:
-        """Bytes of one key, or one value, of a head of this size; `dtype_bytes` are those of an activation."""
-        return {KvType.MODEL: head_dim * dtype_bytes, KvType.FP8: head_dim + 2}[self]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionDims:
-    """Grouped-query attention.
-
-    Attributes:
-        num_heads: Query heads H.
-        num_kv_heads: Key and value heads; H is a multiple of it.
-        head_dim: Size D of a head.
-        scale: Factor on the scores, usually 1 / sqrt(D).
-        window: Sliding window (a token attends to itself and the `window - 1` before it); None without one.
-        norm_eps: Epsilon of the RMSNorm on each query and key head (Qwen3); None without one.
-        rotary_dim: How many first dimensions of a query or key head are rotated; None for all.
-        has_sinks: Whether each query head has a learned logit, its only weight, that is one more term of the softmax's
-            denominator and stands for no key (gpt-oss).
-        kv_type: Type of keys and values in the cache.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None = None
-    norm_eps: float | None = None
-    rotary_dim: int | None = None
-    has_sinks: bool = False
-    kv_type: KvType = KvType.MODEL
-
-    @property
-    def q_width(self) -> int:
-        """Width of the queries of one token."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Width of the keys (or of the values) of one token."""
-        return self.num_kv_heads * self.head_dim
-
-    def cached_bytes(self, dtype_bytes: int) -> int:
-        """Bytes of the keys and values of one token in the cache; `dtype_bytes` are those of an activation."""
-        return 2 * self.num_kv_heads * self.kv_type.vector_bytes(self.head_dim, dtype_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +182,8 @@ class Operation:
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
+        if self.kind in _FP8_BYTES:
+            return _FP8_BYTES[self.kind](self, shape, dtype_bytes)
         moved = _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
         if isinstance(self.dims, AttentionDims):
             moved += _cached_tokens(self, shape) * self.dims.cached_bytes(dtype_bytes)
@@ -251,6 +206,23 @@ def _linear_elements(op: Operation, shape: BatchShape) -> int:
     # A fused addition also reads the residual; a fused SwiGLU writes half of the columns.
     moved = {OpKind.LINEAR: n, OpKind.LINEAR_ADD: 2 * n, OpKind.LINEAR_SWIGLU: n // 2}[op.kind]
     return k * n + tokens * (k + moved)
+
+
+def _fp8_linear_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    """Weights and rows have a byte an element, and 4 for the scale of a row; what is written has the model's type."""
+    assert isinstance(op.dims, LinearDims)
+    tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
+    moved = 2 * n if op.kind is OpKind.LINEAR_ADD_FP8 else n
+    return n * (k + 4) + tokens * (k + 4 + moved * dtype_bytes)
+
+
+def _fp8_rows_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    """Rows of the model's type become FP8; a norm may write them in both types."""
+    assert isinstance(op.dims, NormDims | RowDims)
+    width, kept = op.dims.width, len(op.writes) - 2
+    read = 2 * width if op.kind in GATED else width
+    weight = width if isinstance(op.dims, NormDims) else 0
+    return weight * dtype_bytes + shape.tokens_in(op.scope) * ((read + kept * width) * dtype_bytes + width + 4)
 
 
 def _attention_flops(op: Operation, shape: BatchShape) -> int:
@@ -334,6 +306,10 @@ _FLOPS: dict[type, _Cost] = {
     RowDims: _row_flops,
     CollectiveDims: _collective_flops,
     **dict.fromkeys(_ROUTED, _routed_flops),
+}
+_FP8_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
+    **dict.fromkeys(FP8_PRODUCTS, _fp8_linear_bytes),
+    **dict.fromkeys((OpKind.RMS_NORM_FP8, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8, OpKind.QUANTISE_FP8), _fp8_rows_bytes),
 }
 _ELEMENTS: dict[type, _Cost] = {
     LinearDims: _linear_elements,

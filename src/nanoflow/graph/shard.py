@@ -64,20 +64,27 @@ def _part_of(kind: LayerKind, num_gpus: int, exchange: Exchange) -> LayerKind:
 
 
 def reads_attention(kind: LayerKind, op: Operation) -> bool:
-    """True for the product at the end of the attention block."""
+    """True for the product at the end of the attention block, and for what quantises its input."""
     written = {
         name
         for other in kind.operations
         if isinstance(other.dims, AttentionDims) and other.kind is not OpKind.ROPE_APPEND
         for name in other.writes
     }
-    return not written.isdisjoint(op.reads)
+    quantised = {
+        name
+        for other in kind.operations
+        if other.kind is OpKind.QUANTISE_FP8 and not written.isdisjoint(other.reads)
+        for name in other.writes
+    }
+    return not (written | quantised).isdisjoint(op.reads)
 
 
 def ends_block(kind: LayerKind, op: Operation) -> bool:
     """True for the last operation of a block, after which the partial sums of GPUs are combined."""
     closing = [other.name for other in kind.operations if other.kind is OpKind.COMBINE or _reads_columns(kind, other)]
-    return reads_attention(kind, op) or op.name in closing[-1:]
+    ends_attention = reads_attention(kind, op) and op.kind is not OpKind.QUANTISE_FP8
+    return ends_attention or op.name in closing[-1:]
 
 
 def width_of(op: Operation) -> int:
@@ -90,8 +97,18 @@ def width_of(op: Operation) -> int:
 
 def _reads_columns(kind: LayerKind, op: Operation) -> bool:
     """True for a product whose inputs are columns that are split over GPUs."""
+    return isinstance(op.dims, LinearDims) and not _split_columns(kind).isdisjoint(op.reads)
+
+
+def _reads_columns_or_heads(kind: LayerKind, op: Operation) -> bool:
+    return reads_attention(kind, op) or not _split_columns(kind).isdisjoint(op.reads)
+
+
+def _split_columns(kind: LayerKind) -> set[str]:
+    """Tensors of activations, whose columns are split over GPUs, also after they have been quantised."""
     written = {name for other in kind.operations if other.kind in _ACTIVATIONS for name in other.writes}
-    return isinstance(op.dims, LinearDims) and not written.isdisjoint(op.reads)
+    quantising = [other for other in kind.operations if other.kind is OpKind.QUANTISE_FP8]
+    return written | {name for other in quantising if not written.isdisjoint(other.reads) for name in other.writes}
 
 
 def _parts(kind: LayerKind, op: Operation, num_gpus: int, exchange: Exchange) -> Iterator[Operation]:
@@ -122,7 +139,8 @@ def _part(kind: LayerKind, op: Operation, num_gpus: int) -> Operation:
         return replace(op, dims=replace(dims, in_features=_share(op, dims.in_features, num_gpus)))
     if isinstance(dims, AttentionDims):
         return replace(op, dims=_fewer_heads(dims, num_gpus))
-    if isinstance(dims, SharedGateDims) or (isinstance(dims, RowDims) and op.kind in GATED):
+    is_narrow = op.kind in GATED or (op.kind is OpKind.QUANTISE_FP8 and _reads_columns_or_heads(kind, op))
+    if isinstance(dims, SharedGateDims) or (isinstance(dims, RowDims) and is_narrow):
         return replace(op, dims=replace(dims, width=_share(op, dims.width, num_gpus)))
     return op
 

@@ -18,6 +18,7 @@ from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,15 @@ def kernels_for(device: torch.device, dtype: torch.dtype, layer: tuple[Operation
     return kernels
 
 
+def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has fast products in FP8 for activations of this type; other devices emulate them slowly."""
+    if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("triton") is None:
+        return False
+    from nanoflow.kernels import triton_gemm
+
+    return triton_gemm.has_tma(device)
+
+
 def are_capturable(kernels: Kernels, layer: tuple[Operation, ...]) -> bool:
     """Whether a CUDA graph can capture the kernels of these operations: none of them reads lengths on the host."""
     return not _READING_ON_HOST & {kernels[op.kind] for op in layer}
@@ -57,14 +67,18 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
-        return REFERENCE_KERNELS
+        return {**REFERENCE_KERNELS, **FP8_KERNELS}
     from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
+    from nanoflow.kernels.triton_fp8 import FP8_PRODUCT_KERNELS
+    from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     _require_kv_type(attentions, torch.cuda.get_device_capability(device))
-    kernels = {**REFERENCE_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
+    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
+    if multiplies_fp8(device, dtype):
+        kernels |= {**FP8_ROW_KERNELS, **FP8_PRODUCT_KERNELS}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-_ITEM_BYTES = 2
+_OUT_BYTES = 2
 # Bytes for barriers of the stages, and for converting a bias between two layouts.
 _SCRATCH_BYTES = 1024
 
@@ -27,6 +27,7 @@ class GemmTiles:
         is_flat: Loads of the next tile begin before the present one is written.
         max_registers: Most registers of a thread, to leave some on the SM; None leaves it to the compiler.
         relative_speed: Multiply-adds per second while all programs are busy, relative to the fastest tiling.
+        item_bytes: Size of an element of both factors.
     """
 
     block_m: int
@@ -39,6 +40,7 @@ class GemmTiles:
     is_flat: bool = True
     max_registers: int | None = None
     relative_speed: float = 1.0
+    item_bytes: int = 2
 
     def num_tiles(self, num_rows: int, num_columns: int) -> int:
         """Number of tiles of a product [num_rows, num_columns]."""
@@ -48,7 +50,7 @@ class GemmTiles:
         """Shared memory of a program: both factors of every step in flight, and the columns written at once."""
         in_flight = self.num_stages * (self.block_m + self.block_n) * self.block_k
         written = self.block_m * self.store_n // (2 if is_gated else 1)
-        return (in_flight + written) * _ITEM_BYTES + _SCRATCH_BYTES
+        return in_flight * self.item_bytes + written * _OUT_BYTES + _SCRATCH_BYTES
 
 
 # Fastest first. Speeds are of one H200 at its power limit, the last two's on 100 of its 132 SMs.
@@ -72,6 +74,31 @@ BESIDE_TILES = (
     GemmTiles(block_m=64, block_n=128, store_n=64, num_warps=4, num_stages=6, relative_speed=0.8),
     GEMM_TILES[-1],
 )
+
+
+def _of_fp8(candidates: tuple[GemmTiles, ...], *, is_blocked: bool) -> tuple[GemmTiles, ...]:
+    """Tilings for factors of one byte: steps of twice as many features, which take the same memory.
+
+    Where weights have a scale for each block of 128 x 128, a tile has the rows of one block, and two sums take twice
+    the registers. Tiles that would not have enough registers are left out.
+    """
+    fitting = [
+        tiles
+        for tiles in candidates
+        if ((tiles.block_n == _BLOCK and tiles.block_m <= _BLOCK) or not is_blocked)
+        and (tiles.block_n <= _BLOCK or tiles.max_registers is None)
+    ]
+    return tuple(replace(tiles, block_k=_BLOCK, item_bytes=1) for tiles in fitting)
+
+
+_BLOCK = 128
+# For products in FP8, with scales of rows or of blocks, by the candidates that they are made of. Not measured yet:
+# speeds are those of 16 bits.
+FP8_TILES: dict[tuple[tuple[GemmTiles, ...], bool], tuple[GemmTiles, ...]] = {
+    (candidates, is_blocked): _of_fp8(candidates, is_blocked=is_blocked)
+    for candidates in (GEMM_TILES, PART_TILES, BESIDE_TILES)
+    for is_blocked in (False, True)
+}
 
 
 def choose_gemm_tiles(

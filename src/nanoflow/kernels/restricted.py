@@ -25,8 +25,9 @@ from nanoflow.kernels.launch import Kernel, Launch
 def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
     """Kernels for a lane that has SMs of its own.
 
-    Products need 16-bit types and a card with a tensor memory accelerator (TMA). They share a workspace, which the
-    first of them allocates, so two of them must not run at the same time: every lane needs a mapping of its own.
+    Products need 16-bit types or FP8, and a card with a tensor memory accelerator (TMA). Those of 16 bits share a
+    workspace, which the first of them allocates, so two of them must not run at the same time: every lane needs a
+    mapping of its own.
 
     Args:
         kernels: Kernels for the whole device; those without a restricted form are taken over.
@@ -60,7 +61,7 @@ def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
 
 def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
     """Products with tile sizes from these candidates, and a workspace of their own."""
-    from nanoflow.kernels import triton_gemm, triton_split_k
+    from nanoflow.kernels import triton_fp8, triton_gemm, triton_split_k
     from nanoflow.kernels.triton_attention import card_of
     from nanoflow.kernels.triton_split_k import SplitWorkspace, choose_split_cut, make_workspace
 
@@ -89,7 +90,12 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
         tiles = choose_gemm_tiles(candidates, *shape, num_sms, limit_bytes)
         triton_gemm.run_linear_swiglu(launch, tiles, num_sms)
 
+    def fp8_product(run: Callable[..., None]) -> Kernel:
+        return lambda launch: run(launch, *triton_fp8.choose_cut(launch, candidates, num_sms))
+
     return {
+        OpKind.LINEAR_FP8: fp8_product(triton_fp8.run_linear_fp8),
+        OpKind.LINEAR_ADD_FP8: fp8_product(triton_fp8.run_linear_add_fp8),
         OpKind.LINEAR: product(triton_gemm.run_linear, triton_split_k.run_linear_split_k),
         OpKind.LINEAR_ADD: product(triton_gemm.run_linear_add, triton_split_k.run_linear_add_split_k),
         OpKind.LINEAR_SWIGLU: linear_swiglu,

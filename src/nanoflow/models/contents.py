@@ -25,9 +25,10 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 _WEIGHT = ".weight"
 # Scales of activations, and of keys and values: they serve computation in 8 bits.
 _KV_SCALE = re.compile(r".*\.(?:k_scale|v_scale|kv_scale|k_zero_point|v_zero_point)")
+_ACTIVATION_SCALE = re.compile(r".*\.(?:input_scale|input_scale_ub|input_zero_point|activation_scale)")
 _UNUSED = re.compile(
-    r".*\.(?:input_scale|input_scale_ub|input_zero_point|activation_scale|output_scale|output_zero_point|q_scale"
-    r"|prob_output_scale)|" + _KV_SCALE.pattern
+    r".*\.(?:output_scale|output_zero_point|q_scale|prob_output_scale)"
+    f"|{_ACTIVATION_SCALE.pattern}|{_KV_SCALE.pattern}"
 )
 
 
@@ -39,20 +40,22 @@ class Contents:
         parts: By the names that the graph has for them (`parts_of`).
         title: In which form weights are stored, if not as plain numbers in safetensors; else None.
         has_kv_scales: Whether there are scales for keys and values, which are not used.
+        has_activation_scales: Whether there are scales for the inputs of products, which are not used.
         names: All tensors of the checkpoint.
     """
 
     parts: Mapping[str, Stored]
     title: str | None
     has_kv_scales: bool
+    has_activation_scales: bool
     names: frozenset[str]
 
-    def described(self, dtype: str, num_bytes: int) -> str | None:
-        """One line on what is stored and what is served; None if there is nothing to say."""
+    def described(self, served: str, num_bytes: int) -> str | None:
+        """One line on what is stored and what is served (as which type); None if there is nothing to say."""
         if self.title is None:
             return None
         unused = "; scales of keys and values in it are not used" if self.has_kv_scales else ""
-        return f"weights are stored as {self.title} and served as {dtype}: {num_bytes / 2**30:.2f} GiB{unused}"
+        return f"weights are stored as {self.title} and served as {served}: {num_bytes / 2**30:.2f} GiB{unused}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ def read_contents(graph: OpGraph, path: Path) -> Contents:
         parts=parts,
         title=_title(checkpoint, parts),
         has_kv_scales=checkpoint.quantisation is not None and any(map(_KV_SCALE.fullmatch, stored)),
+        has_activation_scales=checkpoint.quantisation is not None and any(map(_ACTIVATION_SCALE.fullmatch, stored)),
         names=frozenset(stored),
     )
 

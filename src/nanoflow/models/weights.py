@@ -1,8 +1,8 @@
 """Loads a graph's parameters from safetensors or GGUF files, or draws them at random.
 
 Names and shapes of the whole checkpoint are checked from the files' headers before memory is allocated
-(`contents.py`). Then each part is copied from the memory-mapped file into its slice of its parameter, to a GPU by
-several threads at once; quantised ones become numbers on the way, a few rows at a time (`dequantise.py`). Pages that
+(`contents.py`). Then each part is copied from the memory-mapped file into its slice of its parameter (`placing.py`), to
+a GPU by several threads at once; quantised ones become numbers on the way, a few rows at a time. Pages that
 were read count as the process's memory while the file is mapped. So a file is mapped again after every `_MAPPED_BYTES`,
 larger tensors of plain numbers are copied in pieces of some rows, and peak memory is the model plus, for each thread,
 that much, the largest row (of stacked experts: one expert) or the largest quantised tensor.
@@ -29,30 +29,14 @@ from tqdm import tqdm
 from nanoflow.graph.graph import OpGraph, Parameter
 from nanoflow.graph.operation import OpKind
 from nanoflow.models.checkpoint import corrupt
-from nanoflow.models.contents import Contents, parts_of, read_contents
-from nanoflow.models.dequantise import read_rows
+from nanoflow.models.contents import Contents, read_contents
+from nanoflow.models.fp8 import quantised_chunks
+from nanoflow.models.placing import Copy, Target, allocate, groups_of, targets_of
+from nanoflow.models.placing import Weights as Weights
 from nanoflow.models.stored import Blocks, Mxfp4, Plain, Stacked, Stored
 
 _MAPPED_BYTES = 64 * 2**20
 _MAX_THREADS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """Parameters of a model, by `Parameter.name`.
-
-    Attributes:
-        shared: Parameters outside the layers.
-        layers: Parameters of each layer.
-    """
-
-    shared: dict[str, Tensor]
-    layers: tuple[dict[str, Tensor], ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the parameters in bytes."""
-        return sum(tensor.nbytes for group in (self.shared, *self.layers) for tensor in group.values())
 
 
 class Copier(Protocol):
@@ -79,7 +63,7 @@ def load_weights(
     Args:
         graph: The model.
         folder: Folder of the files, or the GGUF file.
-        dtype: Type to convert to while copying.
+        dtype: Type to convert to while copying; parameters in FP8 are quantised instead, unless they are stored so.
         device: Device of the parameters.
         show_progress: Show a progress bar.
         make_copier: Makes what copies to a GPU in each of several threads; without it, one thread copies.
@@ -88,8 +72,8 @@ def load_weights(
         ModelError: A file is missing or corrupt, or tensors are missing, unknown, or of another shape or type.
     """
     contents = check_weights(graph, folder)
-    weights = _allocate(graph, dtype, device)
-    targets = dict(_targets(graph, weights, contents))
+    weights = allocate(graph, dtype, device)
+    targets = dict(targets_of(graph, weights, contents))
     mappings = list(_mappings(contents.parts))
     total = sum(map(len, mappings))
     with tqdm(total=total, desc="Loading weights", unit="tensor", disable=not show_progress) as progress:
@@ -125,59 +109,40 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
         seed: Seed of the generator.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    weights = _allocate(graph, dtype, device)
+    weights = allocate(graph, dtype, device)
     has_experts = any(op.kind is OpKind.ROUTER for op in graph.layer_operations)
     embeddings = {name for op in graph.prologue for name in op.weights} if has_experts else set()
-    for group in (weights.shared, *weights.layers):
-        for name, tensor in group.items():
-            if tensor.dim() == 1 and not name.endswith(".bias"):
-                tensor.fill_(1.0)
-            else:
-                deviation = 0.002 if name.endswith(".bias") else 1.0 if name in embeddings else 0.02
-                tensor.normal_(0.0, deviation, generator=generator)
+    for parameters, group in groups_of(graph, weights):
+        for parameter in parameters:
+            deviation = 0.002 if parameter.name.endswith(".bias") else 1.0 if parameter.name in embeddings else 0.02
+            _draw(parameter, group, dtype, deviation, generator)
+    if device.type == "cuda" and graph.num_fp8_parameters:
+        # What they were drawn into is free, but the driver counts it as used until it is returned.
+        torch.cuda.empty_cache()
     return weights
 
 
-def _allocate(graph: OpGraph, dtype: torch.dtype, device: torch.device) -> Weights:
-    def group(parameters: tuple[Parameter, ...]) -> dict[str, Tensor]:
-        return {
-            each.name: torch.empty(each.shape, dtype=torch.float32 if each.is_float32 else dtype, device=device)
-            for each in parameters
-        }
-
-    return Weights(shared=group(graph.parameters), layers=tuple(group(kind.parameters) for kind in graph.layers))
+def _draw(
+    parameter: Parameter, group: dict[str, Tensor], dtype: torch.dtype, deviation: float, generator: torch.Generator
+) -> None:
+    """Fill a parameter; one in FP8 gets the numbers that it would have without, quantised."""
+    name, tensor = parameter.name, group[parameter.name]
+    if tensor.dim() == 1 and not name.endswith(".bias"):
+        tensor.fill_(1.0)
+        return
+    drawn = tensor if parameter.fp8 is None else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    drawn.normal_(0.0, deviation, generator=generator)
+    if parameter.fp8 is not None:
+        for first, numbers, scales in quantised_chunks(drawn):
+            tensor[first : first + len(numbers)] = numbers
+            group[parameter.scales_name][first : first + len(numbers)] = scales
 
 
 def _add_offsets(graph: OpGraph, weights: Weights) -> None:
-    groups = (
-        (graph.parameters, weights.shared),
-        *zip((kind.parameters for kind in graph.layers), weights.layers, strict=True),
-    )
-    for parameters, tensors in groups:
+    for parameters, tensors in groups_of(graph, weights):
         for parameter in parameters:
             if parameter.offset:
                 tensors[parameter.name].add_(parameter.offset)
-
-
-def _targets(graph: OpGraph, weights: Weights, contents: Contents) -> Iterator[tuple[str, Tensor]]:
-    """Name of every part, and the slice of the parameter that it is copied to."""
-    for parameter in graph.parameters:
-        yield from _slices(parameter, weights.shared[parameter.name], contents)
-    for layer, (kind, group) in enumerate(zip(graph.layers, weights.layers, strict=True)):
-        for parameter in kind.parameters:
-            yield from _slices(parameter, group[parameter.name], contents, layer)
-
-
-def _slices(
-    parameter: Parameter, fused: Tensor, contents: Contents, layer: int | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    parts = {name: part.shape for name, part in parts_of(parameter, contents.names, layer=layer)}
-    # Parts are below each other; only a tensor that is stored whole has a dimension for stacked matrices.
-    rows = fused.flatten(0, 1) if fused.dim() > len(next(iter(parts.values()))) else fused
-    start = 0
-    for name, shape in parts.items():
-        yield name, rows.narrow(0, start, shape[0])
-        start += shape[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +188,7 @@ def _pieces(part: Stored) -> _Mapping:
 
 
 def _copy_by_threads(
-    mappings: list[_Mapping], targets: Mapping[str, Tensor], make_copier: Callable[[], Copier], progress: tqdm[None]
+    mappings: list[_Mapping], targets: Mapping[str, Target], make_copier: Callable[[], Copier], progress: tqdm[None]
 ) -> None:
     """Copy by several threads; the first error of one is raised."""
     copiers: list[Copier] = []
@@ -247,8 +212,8 @@ def _copy_by_threads(
 
 def _copy_mapping(
     mapping: _Mapping,
-    targets: Mapping[str, Tensor],
-    copy: Callable[[Tensor, Tensor], object],
+    targets: Mapping[str, Target],
+    copy: Copy,
     note_copied: Callable[[], object] = lambda: None,
 ) -> None:
     """Copy some parts: `copy(target, source)`; ModelError if a file is corrupt."""
@@ -256,10 +221,13 @@ def _copy_mapping(
     with ExitStack() as opened:
         for piece in mapping:
             part, target = piece.part, targets[piece.part.name]
-            target = target if piece.rows is None else target[piece.rows]
-            target = target.flatten(0, 1) if isinstance(part.form, Stacked | Mxfp4) else target
-            for first, rows in read_rows(part, _mapped(piece, files, opened)):
-                copy(target.narrow(0, first, len(rows)), rows)
+            tensors = _mapped(piece, files, opened)
+            if isinstance(part.form, Stacked | Mxfp4):
+                target.matrices(piece.rows).put_part(part, tensors, copy)
+            elif piece.rows is None:
+                target.put_part(part, tensors, copy)
+            else:
+                target.put(piece.rows.start, tensors["weight"], copy)
             note_copied()
 
 

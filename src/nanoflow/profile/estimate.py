@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nanoflow.graph.experts import ExpertDims
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import (
+    FP8_PRODUCTS,
     AttentionDims,
     BatchShape,
     CollectiveDims,
@@ -49,6 +51,8 @@ def estimated_profile(
     gpus: GpuGroup,
     max_tokens: int = 8192,
     kv_type: KvType = KvType.MODEL,
+    *,
+    is_fp8: bool = False,
 ) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
 
@@ -58,11 +62,16 @@ def estimated_profile(
         gpus: How many of which.
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
         kv_type: Type of keys and values in the cache.
+        is_fp8: Whether products of layers multiply FP8.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
+        HardwareError: The GPUs do not multiply FP8.
     """
     graph = build_graph(parse(config, origin=model), None).with_kv_type(kv_type)
+    if is_fp8:
+        gpus.require_fp8()
+        graph = in_fp8(graph)
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
@@ -74,6 +83,7 @@ def estimated_profile(
         model=model,
         config=dict(config),
         kv_cache_dtype=kv_type,
+        is_fp8=is_fp8,
         setup=Setup(
             gpu=spec.title,
             num_gpus=gpus.num_gpus,
@@ -144,7 +154,9 @@ def _shape(op: Operation, num_tokens: int, context: int) -> BatchShape:
 
 def _time_s(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
     rates, num_gpus = gpus.sustained_rates(), gpus.num_gpus
-    compute_s = op.flops(shape) / rates.compute_flops_per_s * num_gpus * _wave_loss(op, shape, gpus)
+    flops = op.flops(shape)
+    in_fp8 = flops if op.kind in FP8_PRODUCTS else 0
+    compute_s = rates.compute_s(flops, in_fp8) * num_gpus * _wave_loss(op, shape, gpus)
     memory_s = op.memory_bytes(shape, _DTYPE_BYTES) / rates.memory_bytes_per_s * num_gpus
     network_s = op.network_bytes(shape, _DTYPE_BYTES) / rates.network_bytes_per_s * num_gpus
     return max(compute_s, memory_s, network_s)
@@ -169,7 +181,7 @@ def _wave_loss(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
 
 def _energy_j(op: Operation, shape: BatchShape, gpus: GpuGroup, time_s: float) -> float | None:
     spec = gpus.spec
-    if spec.flop_j is None or spec.byte_j is None:
+    if spec.flop_j is None or spec.byte_j is None or op.kind in FP8_PRODUCTS:
         return None
     static_j = 0.0 if spec.static_power_w is None else spec.static_power_w.value * time_s
     moved = op.memory_bytes(shape, _DTYPE_BYTES)

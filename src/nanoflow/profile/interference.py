@@ -41,6 +41,7 @@ _ROW_WISE = frozenset(
     (
         *(OpKind.RMS_NORM, OpKind.RMS_NORM_ADD, OpKind.ROPE_APPEND, *GATED, OpKind.EMBED, OpKind.GATHER_ROWS),
         *(OpKind.ROUTER, OpKind.EXPERT_ORDER, OpKind.COMBINE, OpKind.SHARED_GATE),
+        *(OpKind.RMS_NORM_FP8, OpKind.QUANTISE_FP8),
     )
 )
 

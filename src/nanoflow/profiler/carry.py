@@ -20,7 +20,7 @@ from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.carry import Carrier, shares_by_rounds
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import KEY_BLOCK, LinearDims, Operation, OpKind
+from nanoflow.graph.operation import FP8_PRODUCTS, KEY_BLOCK, LinearDims, Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry, share_of
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch
@@ -78,6 +78,7 @@ def carry_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[CarryTask]:
     """Nothing where products do not carry; no product that is filled by more keys than `sizes` has memory for."""
     attention = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
     has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer_operations)
+    has_products &= not any(op.kind in FP8_PRODUCTS for op in site.graph.layer)
     attentions = [kind.attention for kind in site.graph.kinds]
     if not has_products or not all(can_carry(site.device, site.dtype, dims) for dims in attentions):
         return []

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import KvType, OpKind
 from nanoflow.kernels.dispatch import kernels_for
@@ -121,6 +122,7 @@ def new_job(
     is_quick: bool = False,
     is_fresh: bool = False,
     only: str | None = None,
+    is_fp8: bool = False,
 ) -> Job:
     """A profile to be begun, or to be continued if its file is there and `is_fresh` is not asked for.
 
@@ -135,17 +137,20 @@ def new_job(
         is_quick: Look at each point half as long.
         is_fresh: Begin anew whatever there is.
         only: As `Job` has it.
+        is_fp8: Whether products of layers multiply FP8.
 
     Raises:
         ProfileError: The file is no profile, or of another model, type or machine.
     """
     graph = build_graph(parse(config), None).with_kv_type(kv_type)
+    graph = in_fp8(graph) if is_fp8 else graph
     is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer_operations)
     site = Site(graph=fuse_swiglu(graph) if is_fused else graph, device=device, dtype=dtype, page_size=page_size)
     blank = Profile(
         model=model,
         config=json.loads(json.dumps(dict(config))),
         is_fused=is_fused,
+        is_fp8=is_fp8,
         page_size=page_size,
         dtype=str(dtype).removeprefix("torch."),
         kv_cache_dtype=kv_type,
@@ -236,7 +241,7 @@ def _written(profile: Profile, found: Sequence[Point | PairPoint], path: Path) -
 def _continued(path: Path, blank: Profile) -> Profile:
     """The profile in a file, if it can be continued as this one."""
     stored = Profile.load(path)
-    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused"):
+    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused", "is_fp8"):
         there, here = getattr(stored, name), getattr(blank, name)
         if there != here:
             both = f"{stored.model}, not of {blank.model}" if name == "config" else f"{name} {there}, not {here}"

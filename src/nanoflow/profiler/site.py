@@ -74,7 +74,10 @@ def random_workspace(
     model = DeviceModel(graph=graph, dtype=site.dtype, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
     for tensor in workspace.tensors.values():
-        _ = tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, device=site.device))
+        else:
+            tensor.zero_()
     draw_keys(caches, seed=0)
     return workspace
 

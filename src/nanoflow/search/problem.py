@@ -17,7 +17,8 @@ from nanoflow.profile.interference import lane_of
 from nanoflow.profile.operation_cost import operation_cost
 from nanoflow.profile.table import NO_COST, Cost, CostTable
 
-_LEADING = frozenset({OpKind.RMS_NORM, OpKind.GATHER_ROWS})
+# These run with the product after them.
+_LEADING = frozenset({OpKind.RMS_NORM, OpKind.RMS_NORM_FP8, OpKind.QUANTISE_FP8, OpKind.GATHER_ROWS})
 # Where each operation is cut: task name to boundaries.
 Splits = Mapping[str, Sequence[int]]
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
@@ -59,6 +60,7 @@ def graphs_of(profile: Profile) -> tuple[OpGraph, ...]:
         ProfileError: There is none.
     """
     graph = build_graph(parse(profile.config, origin=profile.model), None).with_kv_type(profile.kv_cache_dtype)
+    graph = in_fp8(graph) if profile.is_fp8 else graph
     graph = fuse_swiglu(graph) if profile.is_fused else graph
     measured = {point.operation for point in profile.points}
     found = {shard(graph, profile.setup.num_gpus, exchange): None for exchange in Exchange}

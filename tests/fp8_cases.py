@@ -1,0 +1,97 @@
+"""Launches of operations in FP8 on random inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nanoflow.graph.layers import FP8_BLOCK, Fp8
+from nanoflow.graph.operation import NormDims, OpKind, RowDims
+from nanoflow.kernels import reference_fp8
+from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.models.fp8 import E4M3, quantise_rows
+from tests.elementwise_cases import Cases
+from tests.gemm_cases import linear_case
+
+
+def row_case(cases: Cases, kind: OpKind, width: int, *, is_kept: bool = False) -> Launch:
+    """An operation that quantises the rows it writes, which have `width` elements; `is_kept` keeps them as well."""
+    launch = {
+        OpKind.RMS_NORM_FP8: cases.rms_norm,
+        OpKind.SWIGLU_FP8: cases.swiglu,
+        OpKind.GEGLU_FP8: cases.geglu,
+        OpKind.QUANTISE_FP8: cases.swiglu,
+    }[kind](width)
+    (rows,) = launch.writes
+    dims = launch.op.dims if isinstance(launch.op.dims, NormDims) else RowDims(width=width)
+    reads = (launch.reads[0][:, :width].contiguous(),) if kind is OpKind.QUANTISE_FP8 else launch.reads
+    writes = (rows.new_empty(rows.shape, dtype=E4M3), rows.new_full((len(rows), 1), torch.nan, dtype=torch.float32))
+    return replace(
+        launch,
+        op=replace(launch.op, kind=kind, dims=dims),
+        reads=reads,
+        writes=(*writes, rows) if is_kept else writes,
+    )
+
+
+def assert_rows(fast: Kernel, slow: Kernel, launch: Launch, *, moved: float) -> None:
+    """Both kernels write the same scales, and the same numbers but for a part of them, which may be the next ones.
+
+    Args:
+        fast, slow: The kernels.
+        launch: Their argument.
+        moved: The part.
+    """
+    numbers, scales, *kept = launch.writes
+    fast(launch)
+    ours = [tensor.clone() for tensor in (numbers, scales, *kept)]
+    slow(launch)
+    torch.testing.assert_close(ours[1], scales, rtol=4e-3, atol=0.0)
+    is_moved = ours[0].view(torch.uint8) != numbers.view(torch.uint8)
+    assert is_moved.float().mean() <= moved
+    for one, other in zip(ours[2:], kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def product_case(
+    num_tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_blocked: bool = False,
+    has_bias: bool = False,
+) -> Launch:
+    """A product with a weight [N, K] = `shape`, whose scales differ widely; outputs are about 1, and NaN before."""
+    launch = linear_case(num_tokens, shape, dtype, device, has_bias=has_bias)
+    x, x_scales = quantise_rows(launch.reads[0])
+    weight, row_scales = quantise_rows(launch.weights[0])
+    scales = row_scales[:, 0].contiguous()
+    if is_blocked:
+        drawn = torch.rand(Fp8(block=FP8_BLOCK).scales_shape(shape), device=device)
+        scales = drawn * float(scales.mean())
+    return replace(launch, reads=(x, x_scales), weights=(weight, scales, *launch.weights[1:]))
+
+
+def added_to(launch: Launch) -> Launch:
+    """The product added to random rows."""
+    hidden = torch.randn_like(launch.writes[0])
+    return replace(launch, reads=(*launch.reads, hidden), writes=(hidden,))
+
+
+def exact_product(launch: Launch) -> Tensor:
+    """By the reference kernel, in float32, rounded once."""
+    exact = launch.writes[0].float()
+    kernel = reference_fp8.linear_add_fp8 if len(launch.reads) > 2 else reference_fp8.linear_fp8
+    kernel(replace(launch, reads=(*launch.reads[:2], exact), writes=(exact,)))
+    return exact
+
+
+def assert_product(out: Tensor, exact: Tensor, *, has_fast_sums: bool) -> None:
+    """Equal up to rounding; tensor cores that sum fast keep about 13 bits of what they add."""
+    step = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out.float(), exact, rtol=step, atol=2e-2 if has_fast_sums else 2e-3)
+    error = (out.float() - exact).norm() / exact.norm()
+    assert error < (3e-3 if has_fast_sums else 0.0) + step / 2
