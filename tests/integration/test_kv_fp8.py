@@ -15,8 +15,11 @@ from nanoflow.engine.llm import LLM
 from nanoflow.graph.operation import KvType
 from nanoflow.kernels import reference
 from nanoflow.kernels.kv_fp8 import quantised
+from nanoflow.models.config_json import load
 from nanoflow.models.locate import locate_model
+from nanoflow.models.registry import build_graph
 from nanoflow.outputs import RequestOutput
+from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.request import SamplingParams
 from nanoflow.scheduler.load_gain import LoadGain
 from tests.driving import expect_less, random_prompts
@@ -47,11 +50,11 @@ def open_llm(model: Path, **options: Any) -> LLM:
     return LLM(str(model), **{**OPTIONS, **options})
 
 
-def rounds(llm: LLM) -> list[list[list[int]]]:
+def rounds(llm: LLM, vocab_size: int = VOCAB_SIZE) -> list[list[list[int]]]:
     """Tokens of two rounds of conversations with common beginnings."""
     rng, told = random.Random(2), []
     beginning, *prompts = (
-        [rng.randrange(4, VOCAB_SIZE) for _ in range(length)] for length in (40, *range(70, 130, 12))
+        [rng.randrange(4, vocab_size) for _ in range(length)] for length in (40, *range(70, 130, 12))
     )
     prompts = [[*beginning[: 40 * (place % 2)], *prompt] for place, prompt in enumerate(prompts)]
     for _ in range(2):
@@ -64,6 +67,16 @@ def rounds(llm: LLM) -> list[list[list[int]]]:
     return told
 
 
+# Of 10 completions. Where batches are cut otherwise sums differ in their last digits, which may round an element in 8
+# bits to its other neighbour, a sixteenth away.
+MOST = 8
+
+
+def num_equal(one: list[list[list[int]]], other: list[list[list[int]]]) -> int:
+    """Completions that are the same."""
+    return sum(a == b for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
+
+
 def test_tokens_do_not_depend_on_preemption_prefix_cache_and_tiers(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,14 +85,30 @@ def test_tokens_do_not_depend_on_preemption_prefix_cache_and_tiers(
         expected = rounds(llm)
         assert llm._engine.stats().num_preemptions == 0
     with closing(open_llm(model, num_pages=400, kv_cache_dtype="auto")) as llm:
-        assert rounds(llm) != expected, "the type must make a difference in this test"
+        assert num_equal(rounds(llm), expected) < 6, "the type must make a difference in this test"
     for tiers in ({}, {"kv_host_gib": 0.02}, {"kv_host_gib": 0.0004, "kv_dir": str(tmp_path)}):
         with closing(open_llm(model, **tiers)) as llm:
             expect_less(llm._engine, 4)
-            assert rounds(llm) == expected, tiers
+            assert num_equal(rounds(llm), expected) >= MOST, tiers
             stats = llm._engine.stats()
             assert stats.num_preemptions > 0 and llm._engine.facts.kv_cache_dtype == "fp8_e4m3"
             assert not tiers or stats.tiers["host"].loaded_bytes > 0
+
+
+def test_tokens_do_not_depend_on_budget_plan_drafts_and_windows(model: Path, tmp_path: Path) -> None:
+    with closing(open_llm(model, num_pages=400)) as llm:
+        expected = rounds(llm)
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(nanobatch_plan(build_graph(load(model), None), 96, [13, 40]).to_json())
+    for way in ({"max_batch_tokens": 17}, {"plan": str(plan)}, {"speculative": "ngram:3:3:1"}):
+        with closing(open_llm(model, num_pages=400, **way)) as llm:
+            assert num_equal(rounds(llm), expected) >= MOST, way
+    windowed = make_model("gemma3", tmp_path, seed=1)
+    found = []
+    for options in ({"num_pages": 400, "max_batch_tokens": 512}, {}):
+        with closing(open_llm(windowed, **options)) as llm:
+            found.append(rounds(llm, vocab_size=100))
+    assert num_equal(*found) >= MOST
 
 
 def test_pages_on_disk_are_of_one_type(model: Path, tmp_path: Path) -> None:
