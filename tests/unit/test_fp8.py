@@ -229,7 +229,7 @@ def test_pages_of_a_model_in_fp8_are_not_those_of_the_model_without(tmp_path: Pa
     assert len(set(prints)) == 3
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_plan_of_a_graph_in_fp8_gives_what_its_own_order_gives(data: st.DataObject) -> None:
     plain = data.draw(graphs())
