@@ -48,7 +48,7 @@ def assert_rows(fast: Kernel, slow: Kernel, launch: Launch, *, moved: float) -> 
     fast(launch)
     ours = [tensor.clone() for tensor in (numbers, scales, *kept)]
     slow(launch)
-    torch.testing.assert_close(ours[1], scales, rtol=4e-3, atol=0.0)
+    torch.testing.assert_close(ours[1], scales, rtol=8e-3, atol=0.0)
     is_moved = ours[0].view(torch.uint8) != numbers.view(torch.uint8)
     assert is_moved.float().mean() <= moved
     for one, other in zip(ours[2:], kept, strict=True):
@@ -92,6 +92,6 @@ def exact_product(launch: Launch) -> Tensor:
 def assert_product(out: Tensor, exact: Tensor, *, has_fast_sums: bool) -> None:
     """Equal up to rounding; tensor cores that sum fast keep about 13 bits of what they add."""
     step = torch.finfo(out.dtype).eps
-    torch.testing.assert_close(out.float(), exact, rtol=step, atol=2e-2 if has_fast_sums else 2e-3)
+    torch.testing.assert_close(out.float(), exact, rtol=step, atol=5e-2 if has_fast_sums else 2e-3)
     error = (out.float() - exact).norm() / exact.norm()
-    assert error < (3e-3 if has_fast_sums else 0.0) + step / 2
+    assert error < (1e-2 if has_fast_sums else 0.0) + step / 2

@@ -17,6 +17,7 @@ from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES
+from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.kernels.restricted import kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
@@ -113,7 +114,7 @@ def test_a_captured_graph_serves_other_numbers() -> None:
 
 
 def test_products_on_a_part_of_the_card() -> None:
-    kernels = kernels_on({**FP8_KERNELS}, 60)
+    kernels = kernels_on({**REFERENCE_KERNELS, **FP8_KERNELS}, 60)
     for is_blocked in (False, True):
         launch = product_case(512, (6144, 4096), torch.bfloat16, GPU, is_blocked=is_blocked)
         expected = exact_product(launch)

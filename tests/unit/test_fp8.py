@@ -34,15 +34,19 @@ from nanoflow.hardware import HardwareError, parse_gpus
 from nanoflow.kernels import reference_fp8
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
+from nanoflow.models.config_json import load
 from nanoflow.models.fp8 import LARGEST, dequantised, quantise_rows
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, random_weights
+from nanoflow.plan.plan import PlanError
+from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import Profile
 from nanoflow.simulate.iteration import graphs_of
 from tests.agreement import PYTHON_TEXT, Agreement, agreement
+from tests.driving import greedy, random_prompts, run_model
 from tests.families import make_model
 from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
 from tests.logits import prompt_logits
@@ -225,7 +229,7 @@ def test_pages_of_a_model_in_fp8_are_not_those_of_the_model_without(tmp_path: Pa
     assert len(set(prints)) == 3
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_plan_of_a_graph_in_fp8_gives_what_its_own_order_gives(data: st.DataObject) -> None:
     plain = data.draw(graphs())
@@ -300,6 +304,23 @@ def test_tiny_models_say_nearly_the_same(family: str, most: float, tmp_path: Pat
     folder = make_model(family, tmp_path, std=0.1, **{**sizes, "num_hidden_layers": 2})
     found = _after(folder, PROMPT)
     assert 0.0 < found.divergence < most and found.same_top > 0.75
+
+
+def test_an_engine_in_fp8_runs_plans_in_nano_batches(tmp_path: Path) -> None:
+    """Its tokens are those of its sequential run, but for ties that the order of sums decides."""
+    folder = make_model("llama2", tmp_path, std=0.05)
+    plan = tmp_path / "plan.json"
+    graph = build_graph(load(folder), None)
+    plan.write_bytes(nanobatch_plan(in_fp8(graph), 64, [20, 40]).to_json())
+    prompts, params = random_prompts(5, 131, longest=40), greedy(5)
+    options: dict[str, Any] = {"device": "cpu", "quantization": "fp8", "max_batch_tokens": 64, "max_num_seqs": 8}
+    whole = run_model(folder, prompts, params, **options).tokens
+    cut = run_model(folder, prompts, params, plan=str(plan), **options).tokens
+    pairs = [pair for both in zip(whole, cut, strict=True) for pair in zip(*both, strict=True)]
+    assert sum(one == other for one, other in pairs) >= 0.9 * len(pairs)
+    plan.write_bytes(nanobatch_plan(graph, 64, [20]).to_json())
+    with pytest.raises(PlanError, match="o_proj_quantise"):
+        run_model(folder, prompts, params, plan=str(plan), **options)
 
 
 def _embedded() -> tuple[Path, list[int]]:

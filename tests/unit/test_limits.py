@@ -110,8 +110,10 @@ def test_what_is_chosen(preset: str, device: LocalDevice, goal: Goal, expected: 
 
 def test_a_model_in_fp8_takes_more_tokens_in_the_same_time_and_leaves_more_pages() -> None:
     graph = in_fp8(graph_of("llama-3-8b"))
-    options = {"max_model_len": 8192, "dtype_bytes": 2}
-    large, small = (choose_limits(EngineConfig(goal="throughput"), graph, card, **options) for card in (H200, CARD_24))
+    large, small = (
+        choose_limits(EngineConfig(goal="throughput"), graph, card, max_model_len=8192, dtype_bytes=2)
+        for card in (H200, CARD_24)
+    )
     assert large.max_batch_tokens > 1.5 * chosen("llama-3-8b", H200, "throughput").max_batch_tokens
     assert small.max_num_seqs > 1.5 * chosen("llama-3-8b", CARD_24, "throughput").max_num_seqs
 

@@ -18,6 +18,7 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.graph import Element, LayerKind, OpGraph
 from nanoflow.graph.operation import AttentionDims, LinearDims, Operation
 from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.models.fp8 import E4M3
 from nanoflow.models.weights import Weights, random_weights
 from nanoflow.profiler.sustained import Work
 
@@ -74,10 +75,11 @@ def random_workspace(
     model = DeviceModel(graph=graph, dtype=site.dtype, weights=weights, caches=caches, kernels=kernels)
     workspace = Workspace.allocate(model, num_tokens=num_tokens, num_logits=num_rows)
     for tensor in workspace.tensors.values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, device=site.device))
+        if tensor.dtype == E4M3:
+            # torch draws no numbers of this type.
+            tensor.copy_(torch.randn(tensor.shape, dtype=site.dtype, device=site.device))
         else:
-            tensor.zero_()
+            _ = tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
     draw_keys(caches, seed=0)
     return workspace
 
