@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nanoflow.cli.expert_skew import HELP as EXPERT_SKEW_HELP
+from nanoflow.cli.expert_skew import check_expert_skew
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import ConfigError, option
 
@@ -46,10 +48,12 @@ class ProfileConfig:
     device: str = option("auto", "Where to measure: auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Type of weights and activations")
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")
+    expert_skew: float = option(0.0, EXPERT_SKEW_HELP)
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens must be positive, got {self.max_batch_tokens}")
+        check_expert_skew(self.expert_skew)
 
 
 _OPTIONS = OptionGroup(kind=ProfileConfig, title="what to measure")
@@ -98,6 +102,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         is_quick=config.quick,
         is_fresh=config.fresh,
         only=config.only,
+        expert_skew=config.expert_skew,
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
     return run_job(job, path, show_progress=sys.stderr.isatty())
@@ -116,7 +121,8 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
     from nanoflow.profile.estimate import estimated_profile
     from nanoflow.profile.table import write_profile
 
-    profile = estimated_profile(model, _config_of(model), parse_gpus(config.estimate or ""), config.max_batch_tokens)
+    gpus = parse_gpus(config.estimate or "")
+    profile = estimated_profile(model, _config_of(model), gpus, config.max_batch_tokens, config.expert_skew)
     write_profile(profile, path)
     return profile
 

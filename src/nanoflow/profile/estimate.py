@@ -26,6 +26,7 @@ from nanoflow.graph.operation import (
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import GpuGroup
 from nanoflow.models.config_json import parse
+from nanoflow.models.moe import with_skew
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING, PairPoint, Point, Profile, Setup
@@ -42,7 +43,9 @@ PAPER_MEMORY_CURVE: Mapping[float, float] = {0.1: 0.2, 0.2: 0.3, 0.4: 0.8, 0.8: 
 PAPER_NETWORK_CURVE: Mapping[float, float] = {0.1: 0.3, 0.2: 0.5, 0.8: 0.9, 0.9: 1.0}
 
 
-def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max_tokens: int = 8192) -> Profile:
+def estimated_profile(
+    model: str, config: Mapping[str, Any], gpus: GpuGroup, max_tokens: int = 8192, expert_skew: float = 0.0
+) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
 
     Args:
@@ -50,11 +53,12 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
         config: Its config.json.
         gpus: How many of which.
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
+        expert_skew: How unevenly tokens choose experts.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
     """
-    graph = build_graph(parse(config, origin=model), None)
+    graph = with_skew(build_graph(parse(config, origin=model), None), expert_skew)
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
@@ -65,6 +69,7 @@ def estimated_profile(model: str, config: Mapping[str, Any], gpus: GpuGroup, max
     return Profile(
         model=model,
         config=dict(config),
+        expert_skew=expert_skew,
         setup=Setup(
             gpu=spec.title,
             num_gpus=gpus.num_gpus,

@@ -141,6 +141,7 @@ class Profile:
         model: What the user called it: a folder or `preset:NAME`.
         config: The model's config.json, so that its graph can be built anywhere.
         is_fused: The graph is the one with SwiGLU in the product before it (`graph/fuse.py`).
+        expert_skew: How unevenly tokens chose experts (`graph.experts.Routing.skew`).
         page_size: Tokens a page of the KV cache.
         dtype: Of weights and activations.
         setup: Where.
@@ -154,6 +155,7 @@ class Profile:
     model: str
     config: dict[str, Any]
     is_fused: bool = False
+    expert_skew: float = 0.0
     page_size: int = 16
     dtype: str = "bfloat16"
     setup: Setup

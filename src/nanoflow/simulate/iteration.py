@@ -16,6 +16,7 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.models.config_json import parse
+from nanoflow.models.moe import with_skew
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
@@ -58,7 +59,7 @@ def graphs_of(profile: Profile) -> tuple[OpGraph, ...]:
     Raises:
         ProfileError: There is none.
     """
-    graph = build_graph(parse(profile.config, origin=profile.model), None)
+    graph = with_skew(build_graph(parse(profile.config, origin=profile.model), None), profile.expert_skew)
     graph = fuse_swiglu(graph) if profile.is_fused else graph
     measured = {point.operation for point in profile.points}
     found = {shard(graph, profile.setup.num_gpus, exchange): None for exchange in Exchange}
