@@ -79,11 +79,34 @@ def _write_tile_ends(ends: tl.tensor, out: tl.tensor, NUM_EXPERTS: tl.constexpr,
     tl.store(out + tl.arange(0, EXPERTS), fast._tile_ends(ends, 3, NUM_EXPERTS, EXPERTS, 16))
 
 
+@triton.jit
+def _write_found(ends: tl.tensor, out: tl.tensor, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr) -> None:
+    tile = tl.program_id(0)
+    tile_ends = fast._tile_ends(ends, 3, NUM_EXPERTS, EXPERTS, 16)
+    expert, first, stop, column = fast._found(tile, 15, tile_ends, ends, 3, 16, 32, 2)
+    tl.store(out + 4 * tile, expert)
+    tl.store(out + 4 * tile + 1, first)
+    tl.store(out + 4 * tile + 2, stop)
+    tl.store(out + 4 * tile + 3, column)
+
+
 def test_an_expert_has_as_many_tiles_as_it_has_rows_for() -> None:
     """None without rows, and none beyond the last expert; three columns of tiles."""
+    ends = torch.tensor([16, 16, 49, 49, 50], dtype=torch.int32)
     out = torch.full((8,), -77, dtype=torch.int32)
-    _write_tile_ends[(1,)](torch.tensor([16, 16, 49, 49, 50], dtype=torch.int32), out, 5, 8)
+    _write_tile_ends[(1,)](ends, out, 5, 8)
     assert out.tolist() == [3, 3, 12, 12, 15, 15, 15, 15]
+    found = torch.full((20, 4), -77, dtype=torch.int32)
+    _write_found[(20,)](ends, found, 5, 8)
+    whole = {0: (0, 16), 2: (16, 49), 4: (49, 50)}
+    wanted = {
+        (expert, row, stop, column)
+        for expert, (start, stop) in whole.items()
+        for row in range(start, stop, 16)
+        for column in (0, 32, 64)
+    }
+    assert {tuple(tile) for tile in found[:15].tolist()} == wanted
+    assert all(torch.equal(tile, found[14]) for tile in found[15:]), "behind the last one"
 
 
 def test_a_range_of_larger_tensors() -> None:
