@@ -16,18 +16,36 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.models.config_json import parse
+from nanoflow.models.moe import with_skew
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.plan import PipelinePlan
+from nanoflow.profile.table import Profile, ProfileError, write_profile
 from nanoflow.profiler import pairs
 from nanoflow.profiler.pairs import pair_tasks
-from nanoflow.profiler.site import Site, equal_requests
+from nanoflow.profiler.profile import Job, new_job
+from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace
 from nanoflow.profiler.work import Sizes, tasks
+from nanoflow.simulate.iteration import graphs_of
 
 CPU = torch.device("cpu")
 QWEN3 = build_graph(preset_config("qwen3-30b-a3b"), None)
+SMALL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+}
 ON_GPU = Site(graph=QWEN3, device=torch.device("cuda", 0), dtype=torch.bfloat16, page_size=16)
 
 
@@ -72,23 +90,62 @@ def test_a_search_on_estimates(
     assert ("x of sequential" in capsys.readouterr().out) is can_win
 
 
+@pytest.mark.parametrize("skew", [0.0, 2.0])
+def test_experts_are_measured_with_the_rows_that_a_skew_gives_them(skew: float) -> None:
+    """With a skew of 2 expert 0 is chosen by nearly all tokens, 60 % and more of the rows go to a quarter of them."""
+    graph = with_skew(build_graph(parse(SMALL), None), skew)
+    site = Site(graph=graph, device=CPU, dtype=torch.float32, page_size=16)
+    weights = random_weights(graph, torch.float32, CPU, seed=0)
+    workspace = random_workspace(site, graph, weights, num_pages=16, num_tokens=256, num_rows=1)
+    over_layers(workspace, lambda op: op.kind is OpKind.EXPERTS_IN, equal_requests(1, 0, 256, 16))
+    ends = workspace.tensors["expert_ends"][0].tolist()
+    assert ends[-1] == 1024 and ends == sorted(ends)
+    assert (ends[0] > 200 and ends[3] > 600) is (skew > 0.0)
+
+
+def test_a_profile_says_how_evenly_experts_were_chosen(tmp_path: Path) -> None:
+    """Few tokens read fewer experts if they choose unevenly; a profile is not continued with another skew."""
+    profiles = {}
+    for skew in ("0", "1.5"):
+        path = tmp_path / f"{skew}.json"
+        command = ["profile", "preset:qwen3-30b-a3b", "-o", str(path), "--estimate", "h200", "--expert-skew", skew]
+        assert main([*command, "--max-batch-tokens", "128"]) == 0
+        profiles[skew] = Profile.load(path)
+        assert profiles[skew].expert_skew == float(skew)
+    times = {
+        skew: {point.operation: point.time_s for point in profile.points if point.num_tokens == 64}
+        for skew, profile in profiles.items()
+    }
+    assert times["1.5"]["experts_in"] < 0.8 * times["0"]["experts_in"]
+    assert times["1.5"]["o_proj"] == times["0"]["o_proj"]
+    (graph,) = graphs_of(profiles["1.5"])
+    assert graph == with_skew(QWEN3, 1.5)
+
+
+def test_a_profile_with_another_skew_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+
+    def job(skew: float) -> Job:
+        return new_job(
+            "small",
+            SMALL,
+            device=CPU,
+            dtype=torch.float32,
+            sizes=Sizes.small(16),
+            path=path,
+            only="alone",
+            expert_skew=skew,
+        )
+
+    write_profile(job(1.0).profile, path)
+    assert job(1.0).profile.expert_skew == 1.0
+    with pytest.raises(ProfileError, match=r"expert_skew 1\.0, not 0\.0"):
+        job(0.0)
+
+
 def test_random_routers_choose_evenly() -> None:
     """The busiest expert has less than twice the rows of the average one, in every layer."""
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "moe_intermediate_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "max_position_embeddings": 256,
-        "eos_token_id": 1,
-    }
-    graph = build_graph(parse(config), None)
+    graph = build_graph(parse(SMALL), None)
     loads: list[torch.Tensor] = []
 
     def order(launch: Launch) -> None:

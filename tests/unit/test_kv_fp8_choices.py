@@ -114,7 +114,7 @@ def test_a_profile_knows_its_type() -> None:
     """What is simulated or searched from it has pages of that type, and attention that reads fewer bytes."""
     gpus = parse_gpus("h200")
     plain, small = (
-        estimated_profile("preset:llama-3-8b", PRESETS["llama-3-8b"], gpus, 256, kv_type) for kv_type in KvType
+        estimated_profile("preset:llama-3-8b", PRESETS["llama-3-8b"], gpus, 256, kv_type=kv_type) for kv_type in KvType
     )
     read = Profile.from_json(small.to_json())
     assert read.kv_cache_dtype is KvType.FP8 and plain.kv_cache_dtype is KvType.MODEL

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from nanoflow.cli.expert_skew import HELP as EXPERT_SKEW_HELP
+from nanoflow.cli.expert_skew import check_expert_skew
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import DEFAULT_MODEL, KvCacheDType, option, read_value_of
 from nanoflow.hardware import GPUS
@@ -61,15 +63,13 @@ class AnalyzeConfig:
     exchange: Literal["all-reduce", "all-gather"] = option(
         "all-reduce", "How several GPUs put the attention block together; both move the same bytes"
     )
-    expert_skew: float = option(
-        0.0,
-        "How unevenly tokens choose experts: expert i is as popular as 1/(i+1)^SKEW; 0 is balanced, 1 is very uneven",
-    )
+    expert_skew: float = option(0.0, EXPERT_SKEW_HELP)
+
+    def __post_init__(self) -> None:
+        check_expert_skew(self.expert_skew)
 
 
 _OPTIONS = OptionGroup(kind=AnalyzeConfig, title="GPUs and workload")
-# Beyond this all tokens choose the same experts.
-_MAX_SKEW = 10.0
 _COLUMNS = f"{'operation':<28}{'GFLOP':>11}{'mem GB':>9}{'net GB':>9}"
 
 
@@ -84,7 +84,7 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
-    from nanoflow.cost.analysis import CostError, batch_shape, batch_within, largest_batch
+    from nanoflow.cost.analysis import batch_shape, batch_within, largest_batch
     from nanoflow.cost.model import costed_model
     from nanoflow.cost.roofline import iteration_costs
     from nanoflow.graph.operation import KvType
@@ -93,8 +93,6 @@ def run(args: argparse.Namespace) -> int:
 
     config = _OPTIONS.read(args)
     gpus, lengths = parse_gpus(config.gpu), _mean_lengths(config.workload)
-    if not 0.0 <= config.expert_skew <= _MAX_SKEW:
-        raise CostError(f"expert_skew must be a number from 0 to {_MAX_SKEW:g}, got {config.expert_skew}")
     is_fp8 = config.quantization == "fp8"
     if is_fp8:
         gpus.require_fp8()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nanoflow.cli.expert_skew import HELP as EXPERT_SKEW_HELP
+from nanoflow.cli.expert_skew import check_expert_skew
 from nanoflow.cli.options import CommandParser, OptionGroup, Subcommands, add_command
 from nanoflow.config import ConfigError, KvCacheDType, option, read_value_of
 
@@ -54,10 +56,12 @@ class ProfileConfig:
         "none", "fp8: the model as `--quantization fp8` serves it, with 8-bit weights and activations in products"
     )
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")
+    expert_skew: float = option(0.0, EXPERT_SKEW_HELP)
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens must be positive, got {self.max_batch_tokens}")
+        check_expert_skew(self.expert_skew)
 
 
 _OPTIONS = OptionGroup(kind=ProfileConfig, title="what to measure")
@@ -109,6 +113,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         is_fresh=config.fresh,
         only=config.only,
         is_fp8=config.quantization == "fp8",
+        expert_skew=config.expert_skew,
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
     return run_job(job, path, show_progress=sys.stderr.isatty())
@@ -128,9 +133,16 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
     from nanoflow.profile.estimate import estimated_profile
     from nanoflow.profile.table import write_profile
 
-    gpus, kv_type = parse_gpus(config.estimate or ""), KvType(config.kv_cache_dtype)
-    is_fp8 = config.quantization == "fp8"
-    profile = estimated_profile(model, _config_of(model), gpus, config.max_batch_tokens, kv_type, is_fp8=is_fp8)
+    gpus = parse_gpus(config.estimate or "")
+    profile = estimated_profile(
+        model,
+        _config_of(model),
+        gpus,
+        config.max_batch_tokens,
+        kv_type=KvType(config.kv_cache_dtype),
+        expert_skew=config.expert_skew,
+        is_fp8=config.quantization == "fp8",
+    )
     write_profile(profile, path)
     return profile
 

@@ -140,8 +140,9 @@ def _experts_in(
     tiles_n = tl.cdiv(num_columns, BLOCK_N)
     tile_ends = _tile_ends(ends, tiles_n, NUM_EXPERTS, EXPERTS, BLOCK_M)
     features = tl.arange(0, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tl.max(tile_ends), tl.num_programs(0), flatten=IS_FLAT):
-        expert, first, stop, column = _found(tile, tile_ends, ends, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+    num_tiles = tl.max(tile_ends)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_FLAT):
+        expert, first, stop, column = _found(tile, num_tiles, tile_ends, ends, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
         places = first + tl.arange(0, BLOCK_M)
         is_own = places < stop
         token = tl.load(rows + places, mask=is_own, other=0) // rows_per_token
@@ -179,8 +180,9 @@ def _experts_out(
     """Weight is [E x H, I]. Columns of a tile that are the next expert's are not written."""
     tiles_n = tl.cdiv(num_columns, BLOCK_N)
     tile_ends = _tile_ends(ends, tiles_n, NUM_EXPERTS, EXPERTS, BLOCK_M)
-    for tile in tl.range(tl.program_id(0), tl.max(tile_ends), tl.num_programs(0), flatten=IS_FLAT):
-        expert, first, stop, column = _found(tile, tile_ends, ends, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+    num_tiles = tl.max(tile_ends)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_FLAT):
+        expert, first, stop, column = _found(tile, num_tiles, tile_ends, ends, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for feature in range(0, num_features, BLOCK_K):
             factors = weight.load([expert * num_columns + column, feature])
@@ -205,6 +207,7 @@ def _tile_ends(
 @triton.jit
 def _found(
     tile: tl.tensor,
+    num_tiles: tl.tensor,
     tile_ends: tl.tensor,
     ends: tl.tensor,
     tiles_n: tl.tensor,
@@ -212,7 +215,11 @@ def _found(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The expert of a tile, its first row, the end of the expert's rows, and its first column."""
+    """The expert of a tile, its first row, the end of the expert's rows, and its first column.
+
+    Loads for later steps are begun in advance, also behind the last tile; then this is the last tile again.
+    """
+    tile = tl.minimum(tile, num_tiles - 1)
     is_before = tile_ends <= tile
     expert = tl.sum(is_before.to(tl.int32))
     num_before = tl.max(tl.where(is_before, tile_ends, 0))

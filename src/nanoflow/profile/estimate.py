@@ -29,6 +29,7 @@ from nanoflow.graph.operation import (
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import GpuGroup
 from nanoflow.models.config_json import parse
+from nanoflow.models.moe import with_skew
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING, PairPoint, Point, Profile, Setup
@@ -50,8 +51,9 @@ def estimated_profile(
     config: Mapping[str, Any],
     gpus: GpuGroup,
     max_tokens: int = 8192,
-    kv_type: KvType = KvType.MODEL,
     *,
+    kv_type: KvType = KvType.MODEL,
+    expert_skew: float = 0.0,
     is_fp8: bool = False,
 ) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
@@ -62,13 +64,14 @@ def estimated_profile(
         gpus: How many of which.
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
         kv_type: Type of keys and values in the cache.
+        expert_skew: How unevenly tokens choose experts.
         is_fp8: Whether products of layers multiply FP8.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
         HardwareError: The GPUs do not multiply FP8.
     """
-    graph = build_graph(parse(config, origin=model), None).with_kv_type(kv_type)
+    graph = with_skew(build_graph(parse(config, origin=model), None).with_kv_type(kv_type), expert_skew)
     if is_fp8:
         gpus.require_fp8()
         graph = in_fp8(graph)
@@ -84,6 +87,7 @@ def estimated_profile(
         config=dict(config),
         kv_cache_dtype=kv_type,
         is_fp8=is_fp8,
+        expert_skew=expert_skew,
         setup=Setup(
             gpu=spec.title,
             num_gpus=gpus.num_gpus,

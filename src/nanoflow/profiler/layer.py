@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.models.weights import random_weights
-from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace, shortened
+from nanoflow.profiler.site import Site, equal_requests, over_layers, random_workspace, shortened, writes_indices
 from nanoflow.profiler.sustained import Span, sustained
 
 
@@ -19,4 +21,13 @@ def measure_layer(site: Site, num_tokens: int, num_requests: int, span: Span | N
     workspace = random_workspace(
         site, graph, weights, num_pages=len(batch.new_pages), num_tokens=num_tokens, num_rows=1
     )
-    return sustained(over_layers(workspace, lambda _op: True, batch), site.device, span).time_s / graph.num_layers
+    work = over_layers(workspace, lambda op: is_measured(graph, op), batch)
+    return sustained(work, site.device, span).time_s / graph.num_layers
+
+
+def is_measured(graph: OpGraph, op: Operation) -> bool:
+    """Whether an operation is part of the layer that is measured.
+
+    Decode attention is not, as there are no decodes; nor is what chooses experts, as they are those of the profile.
+    """
+    return op.kind is not OpKind.DECODE_ATTENTION and not writes_indices(graph, op)

@@ -20,13 +20,14 @@ from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import KvType, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config_json import parse
+from nanoflow.models.moe import with_skew
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism, ShareOrigin
 from nanoflow.profile.table import PairPoint, Point, Profile, ProfileError, Setup, merged, write_profile
 from nanoflow.profiler.alone import measure_alone
 from nanoflow.profiler.carry import CarryTask, carry_tasks, measure_carry
 from nanoflow.profiler.host_link import host_link_bytes_per_s
-from nanoflow.profiler.layer import measure_layer
+from nanoflow.profiler.layer import is_measured, measure_layer
 from nanoflow.profiler.pairs import PairTask, PartTask, measure_pairs, measure_parts, pair_tasks, part_tasks
 from nanoflow.profiler.setup import check_same_software, detect_setup, static_power_w
 from nanoflow.profiler.site import Site
@@ -123,6 +124,7 @@ def new_job(
     is_fresh: bool = False,
     only: str | None = None,
     is_fp8: bool = False,
+    expert_skew: float = 0.0,
 ) -> Job:
     """A profile to be begun, or to be continued if its file is there and `is_fresh` is not asked for.
 
@@ -138,11 +140,12 @@ def new_job(
         is_fresh: Begin anew whatever there is.
         only: As `Job` has it.
         is_fp8: Whether products of layers multiply FP8.
+        expert_skew: How unevenly tokens choose experts.
 
     Raises:
         ProfileError: The file is no profile, or of another model, type or machine.
     """
-    graph = build_graph(parse(config), None).with_kv_type(kv_type)
+    graph = with_skew(build_graph(parse(config), None).with_kv_type(kv_type), expert_skew)
     graph = in_fp8(graph) if is_fp8 else graph
     is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer_operations)
     site = Site(graph=fuse_swiglu(graph) if is_fused else graph, device=device, dtype=dtype, page_size=page_size)
@@ -151,6 +154,7 @@ def new_job(
         config=json.loads(json.dumps(dict(config))),
         is_fused=is_fused,
         is_fp8=is_fp8,
+        expert_skew=expert_skew,
         page_size=page_size,
         dtype=str(dtype).removeprefix("torch."),
         kv_cache_dtype=kv_type,
@@ -196,7 +200,7 @@ def launch_gap_s(job: Job, profile: Profile) -> float | None:
         for point in sorted(profile.points, key=lambda point: -point.context)
         if point.is_on_whole_device and point.num_tokens == num_tokens
     }
-    keys = [op.key for kind in graph.layers for op in kind.operations if op.kind is not OpKind.DECODE_ATTENTION]
+    keys = [op.key for kind in graph.layers for op in kind.operations if is_measured(graph, op)]
     if not of_size.keys() >= set(keys):
         return None
     layer_s = measure_layer(job.site, num_tokens, num_chunks(num_tokens, chunk), job.span)
@@ -241,7 +245,7 @@ def _written(profile: Profile, found: Sequence[Point | PairPoint], path: Path) -
 def _continued(path: Path, blank: Profile) -> Profile:
     """The profile in a file, if it can be continued as this one."""
     stored = Profile.load(path)
-    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused", "is_fp8"):
+    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused", "is_fp8", "expert_skew"):
         there, here = getattr(stored, name), getattr(blank, name)
         if there != here:
             both = f"{stored.model}, not of {blank.model}" if name == "config" else f"{name} {there}, not {here}"

@@ -15,9 +15,11 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, Workspace, allocate_caches, draw_keys
 from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.graph import Element, LayerKind, OpGraph
-from nanoflow.graph.operation import AttentionDims, LinearDims, Operation
+from nanoflow.graph.operation import AttentionDims, LinearDims, Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.kernels.launch import BatchInputs
 from nanoflow.models.fp8 import E4M3
 from nanoflow.models.weights import Weights, random_weights
 from nanoflow.profiler.sustained import Work
@@ -87,17 +89,15 @@ def random_workspace(
 def over_layers(workspace: Workspace, wanted: Callable[[Operation], bool], batch: DenseBatch) -> Work:
     """The operations that are wanted of every layer on a batch, as a function.
 
-    Indices that they read are written before, once, by a layer's own operations: random ones would be out of range.
+    Indices that they read are written before, once: random ones would be out of range.
     """
     model = workspace.model
     of_layers = [tuple(filter(wanted, kind.operations)) for kind in model.graph.layers]
     inputs = InputBuilder(model.graph.ropes, num_rows=batch.num_requests, device=model.device).build(batch)
-    indices = {spec.name for spec in model.graph.tensors if spec.element is Element.INT32}
+    indices = _indices(model.graph)
     for layer, operations in enumerate(of_layers):
         if any(indices & {*op.reads} for op in operations):
-            workspace.run_whole(
-                [op for op in model.graph.layers[layer].operations if indices & {*op.writes}], inputs, layer
-            )
+            _write_indices(workspace, inputs, layer)
             break
 
     def work() -> None:
@@ -105,6 +105,29 @@ def over_layers(workspace: Workspace, wanted: Callable[[Operation], bool], batch
             workspace.run_whole(operations, inputs, layer)
 
     return work
+
+
+def writes_indices(graph: OpGraph, op: Operation) -> bool:
+    """Whether an operation chooses rows for others: a router, and the order of rows by expert."""
+    return bool(_indices(graph) & {*op.writes})
+
+
+def _indices(graph: OpGraph) -> set[str]:
+    return {spec.name for spec in graph.tensors if spec.element is Element.INT32}
+
+
+def _write_indices(workspace: Workspace, inputs: BatchInputs, layer: int) -> None:
+    """By the layer's own operations; a graph with a skew has experts drawn by their popularity instead."""
+    graph = workspace.model.graph
+    operations = graph.layers[layer].operations
+    routing = next((op.dims.routing for op in operations if isinstance(op.dims, ExpertDims)), None)
+    for op in operations:
+        if writes_indices(graph, op):
+            workspace.run_whole([op], inputs, layer)
+        if op.kind is OpKind.ROUTER and routing is not None and routing.skew:
+            ids = workspace.tensors[op.writes[1]]
+            popularity = torch.tensor(routing.popularity, device=ids.device).expand(len(ids), -1)
+            ids.copy_(torch.multinomial(popularity, routing.num_per_token))
 
 
 def equal_requests(num_requests: int, before: int, now: int, page_size: int, *, is_decode: bool = False) -> DenseBatch:

@@ -17,6 +17,7 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.models.config_json import parse
+from nanoflow.models.moe import with_skew
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan
@@ -60,6 +61,7 @@ def graphs_of(profile: Profile) -> tuple[OpGraph, ...]:
         ProfileError: There is none.
     """
     graph = build_graph(parse(profile.config, origin=profile.model), None).with_kv_type(profile.kv_cache_dtype)
+    graph = with_skew(graph, profile.expert_skew)
     graph = in_fp8(graph) if profile.is_fp8 else graph
     graph = fuse_swiglu(graph) if profile.is_fused else graph
     measured = {point.operation for point in profile.points}
