@@ -16,8 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
-from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import cpu, dispatch, reference_experts
+from nanoflow.executor.inputs import InputBuilder
+from nanoflow.graph.experts import ClampedSwiglu, ExpertDims, Routing
+from nanoflow.graph.graph import RopeSpec
+from nanoflow.graph.nanobatch import TokenRange
+from nanoflow.graph.operation import Operation, OpKind, Resource
+from nanoflow.kernels import cpu, dispatch, reference, reference_experts
+from nanoflow.kernels.launch import Launch
 from nanoflow.models import config_json as model_config
 from nanoflow.models import dequantise
 from nanoflow.models import weights as weights_module
@@ -26,7 +31,7 @@ from nanoflow.models.contents import read_contents
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights
-from nanoflow.profiler.site import Site, attention_weights
+from nanoflow.profiler.site import Site, attention_weights, equal_requests
 from tests.driving import HuggingFace
 from tests.families import make_model
 from tests.logits import prompt_logits
@@ -235,6 +240,52 @@ def test_damaged_configs_are_one_line(fields: dict[str, Any], message: str, pack
     with pytest.raises(ModelError, match=message):
         model_config.load(packed)
         _load(packed)
+
+
+@pytest.mark.parametrize("kernels", [cpu.CPU_KERNELS, reference.REFERENCE_KERNELS], ids=["cpu", "reference"])
+def test_experts_by_their_formula(kernels: dispatch.Kernels) -> None:
+    """One product a row in float64; expert 0 has 300 rows, which a CPU divides, and expert 2 none."""
+    count, width, inner, limit = 300, 16, 8, 0.7
+    routing = Routing(num_experts=4, num_per_token=2)
+    sizes: dict[str, Any] = {"routing": routing, "has_bias": True}
+    clamped = ClampedSwiglu(alpha=1.702, limit=limit)
+    into = ExpertDims(in_features=width, out_features=2 * inner, is_gated=True, clamped=clamped, **sizes)
+    out = ExpertDims(in_features=inner, out_features=width, is_gated=False, **sizes)
+    chosen = torch.tensor([[0, 1 if token % 3 else 3] for token in range(count)], dtype=torch.int32)
+    flat = chosen.flatten()
+    rows = flat.sort(stable=True).indices.int().view(count, 2)
+    ends = torch.tensor([int((flat <= expert).sum()) for expert in range(4)], dtype=torch.int32).expand(count, 4)
+    generator = torch.Generator().manual_seed(0)
+    x, first, first_bias, second, second_bias = (
+        torch.randn(shape, generator=generator)
+        for shape in ((count, width), (4, 2 * inner, width), (4, 2 * inner), (4, width, inner), (4, width))
+    )
+    activation, result = (torch.full((count, 2 * size), torch.nan) for size in (inner, width))
+    _run(kernels, OpKind.EXPERTS_IN, into, (x, rows, ends), activation, (first, first_bias))
+    _run(kernels, OpKind.EXPERTS_OUT, out, (activation, rows, ends), result, (second, second_bias))
+    for row, expert in enumerate(flat.tolist()):
+        gate, up = (first[expert].double() @ x[row // 2].double() + first_bias[expert]).chunk(2)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        middle = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+        expected = second[expert].double() @ middle + second_bias[expert]
+        torch.testing.assert_close(result.view(2 * count, width)[row].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def _run(
+    kernels: dispatch.Kernels,
+    kind: OpKind,
+    dims: ExpertDims,
+    reads: tuple[torch.Tensor, ...],
+    written: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+) -> None:
+    op = Operation(name="experts", kind=kind, resource=Resource.COMPUTE, reads=("x",), writes=("y",), dims=dims)
+    inputs = InputBuilder((RopeSpec(inv_freq=(1.0,)),), num_rows=1, device=CPU).build(equal_requests(1, 0, 1, 4))
+    tokens = TokenRange(start=0, stop=len(written))
+    launch = Launch(
+        op=op, layer=0, tokens=tokens, reads=reads, writes=(written,), weights=weights, inputs=inputs, cache=None
+    )
+    kernels[kind](launch)
 
 
 def test_kernels_for_plain_experts_are_not_given_to_others() -> None:
