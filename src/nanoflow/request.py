@@ -31,6 +31,7 @@ from nanoflow.parameters import (
     Whole,
     did_you_mean,
 )
+from nanoflow.structured import Shape, Structured
 
 __all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
 
@@ -97,6 +98,9 @@ class SamplingParams:
         output_kind: What `AsyncLLM` and `LLMEngine` yield at each step. `LLM` and `AsyncEngine` ignore it.
         truncate_prompt_tokens: Use only this many last tokens of the prompt; -1 uses as many as the context has room
             for beside `max_tokens`.
+        structured_outputs: The shape that the completion must have: a mapping with one of `json` (a schema), `regex`,
+            `choice` (a list of texts), `grammar` (in Lark's format) and `json_object` (true). It ends where the shape
+            is complete.
 
     Raises:
         RequestError: A value is of the wrong kind or out of its range; the message names the field, the valid values
@@ -131,6 +135,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = _parameter(False, Flag())
     output_kind: RequestOutputKind = _parameter(RequestOutputKind.CUMULATIVE, OneOf(members=RequestOutputKind))
     truncate_prompt_tokens: int | None = _parameter(None, _NUM_KEPT)
+    structured_outputs: Structured | None = _parameter(None, Shape())
 
     if not TYPE_CHECKING:
 
@@ -198,6 +203,8 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True", param="stop")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise RequestError("structured outputs end with an end of sequence: not with ignore_eos", param="ignore_eos")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError(
                 "allowed_token_ids must not be empty: no token could be chosen", param="allowed_token_ids"
@@ -275,3 +282,8 @@ class Request:
     arrival_s: float = field(default=0.0)
     page_keys: bytes = b""
     session: str | None = None
+
+    @property
+    def structured(self) -> Structured | None:
+        """The shape that the completion must have; None for any."""
+        return self.params.structured_outputs

@@ -65,11 +65,12 @@ class SamplingState:
             seen=self._seen.table,
             edit_ids=_zeros((num_rows, _NUM_EDITS), np.int32, device),
             edit_values=_zeros((num_rows, _NUM_EDITS), np.float32, device),
+            masks=_zeros((1, -(-vocab_size // 32)), np.int32, device),
         )
 
     @property
     def tables(self) -> SampleTables:
-        """The current tables; a join may replace them."""
+        """The current tables, without masks; a join may replace them."""
         return self._tables
 
     def numbers(self, rows: Int32, positions: Int32) -> NDArray[np.void]:
