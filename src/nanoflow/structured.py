@@ -99,20 +99,6 @@ def _read_json_schema(name: str, value: object) -> Structured:
     return _read_schema(f"{name}.schema", value.get("schema", {}))
 
 
-def read_one_of(given: Mapping[str, object]) -> Structured | None:
-    """The one shape that fields of a body, or arguments, ask for; those that are None ask for nothing.
-
-    Raises:
-        RequestError: One is invalid, or several ask for a shape.
-    """
-    asked = {name: SPELLINGS[name](name, value) for name, value in given.items() if value is not None}
-    shapes = {name: shape for name, shape in asked.items() if shape is not None}
-    if len(shapes) > 1:
-        first, second, *_ = shapes
-        raise RequestError(f"{first} and {second} both say what shape the answer has: give one", param=second)
-    return next(iter(shapes.values()), None)
-
-
 def _read_schema(name: str, value: object) -> Structured:
     if isinstance(value, str):
         text = _checked(name, value)
@@ -200,24 +186,48 @@ def structured_outputs_params(**given: Any) -> Structured | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The kind of the parameter `structured_outputs` (see `parameters.Kind`)."""
+    """The kind of a parameter that asks for a shape (see `parameters.Kind`); how it is read follows from its name.
+
+    Attributes:
+        spelling: One of `SPELLINGS`, whose values the schema describes.
+    """
+
+    spelling: str = "structured_outputs"
 
     def read(self, name: str, value: object) -> Structured | None:
         """See `Kind`."""
-        return SPELLINGS[name](name, value)
+        return SPELLINGS[self.spelling](name, value)
 
     @property
     def schema(self) -> dict[str, Any]:
         """See `Kind`."""
-        text = {"type": "string", "minLength": 1, "maxLength": MAX_GRAMMAR_CHARS}
-        return {
-            "type": "object",
-            "properties": {
-                "json": {"anyOf": [{"type": "object"}, text]},
-                "regex": text,
-                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                "grammar": text,
-                "json_object": {"type": "boolean"},
-            },
-            "additionalProperties": False,
-        }
+        if self.spelling == "structured_outputs":
+            return {"type": "object", "properties": _SCHEMAS, "additionalProperties": False}
+        if self.spelling == "response_format":
+            return {
+                "type": "object",
+                "properties": {
+                    "type": {"enum": ["text", "json_object", "json_schema"]},
+                    "json_schema": {
+                        "type": "object",
+                        "properties": {
+                            "name": {"type": "string"},
+                            "description": {"type": "string"},
+                            "schema": {"type": "object"},
+                            "strict": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+                        },
+                    },
+                },
+                "required": ["type"],
+            }
+        return _SCHEMAS[self.spelling.removeprefix("guided_")]
+
+
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_GRAMMAR_CHARS}
+_SCHEMAS: dict[str, dict[str, Any]] = {
+    "json": {"anyOf": [{"type": "object"}, _TEXT]},
+    "regex": _TEXT,
+    "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    "grammar": _TEXT,
+    "json_object": {"type": "boolean"},
+}

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from llguidance import LLTokenizer
 
 from nanoflow.config import EngineConfig
 from nanoflow.device.detect import local_device, resolve_device, resolve_dtype, use_device
@@ -24,13 +23,12 @@ from nanoflow.engine.memory import require_room_for_weights, reserve_caches, sai
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
 from nanoflow.engine.tier_memory import TierMemory, fingerprint_of, opened_tiers, staging_bytes
-from nanoflow.engine.tokenizer import load_tokenizer
+from nanoflow.engine.vocabulary import vocabulary_of
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
 from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.executor.worker import Worker
-from nanoflow.grammars.compiled import Grammars, vocabulary
-from nanoflow.grammars.text import GrammarError
+from nanoflow.grammars.compiled import Grammars
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
@@ -133,7 +131,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         setup = _set_up(config, show_progress=show_progress)
         with opened_tiers(config, setup.page_bytes, device=setup.device, fingerprint=setup.fingerprint) as memory:
             # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
-            grammars = Grammars(partial(_vocabulary, setup))
+            grammars = Grammars(
+                partial(vocabulary_of, config, setup.model_config.eos_token_ids, setup.graph.vocab_size)
+            )
             model, limits = _load(setup, show_progress=show_progress)
             worker = _worker(setup, model, limits, memory, grammars)
             load_s = time.monotonic() - start_s
@@ -250,16 +250,6 @@ def _worker(
         copier=None if memory is None else memory.copier(model.caches, num_rows=limits.max_num_seqs),
         grammars=grammars,
     )
-
-
-def _vocabulary(setup: _Setup) -> LLTokenizer:
-    """The bytes of the model's tokens, for grammars."""
-    tokenizer = load_tokenizer(setup.config)
-    if tokenizer is None:
-        raise GrammarError("this model has no tokenizer")
-    eos_token_ids = (*setup.model_config.eos_token_ids, *tokenizer.eos_token_ids)
-    size = setup.graph.vocab_size
-    return vocabulary(tokenizer.as_json(), vocab_size=size, eos_token_ids=tuple(dict.fromkeys(eos_token_ids)))
 
 
 def _warm_up(

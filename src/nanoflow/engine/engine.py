@@ -30,7 +30,6 @@ from nanoflow.scheduler.scheduler import Scheduler
 from nanoflow.scheduler.sessions import Session
 from nanoflow.scheduler.tiers import counts_of_all
 
-
 # How long the loop sleeps at most when it has nothing to do but to wait for a grammar.
 _WAIT_S = 0.05
 

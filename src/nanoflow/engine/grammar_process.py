@@ -1,7 +1,7 @@
 """The process in which a grammar is compiled for the first time, since a hostile one may take forever or end it.
 
 `engine/grammar_checks.py` runs it as a script. A job is a line of JSON with `kind` and `text`; so is its answer, with
-an `error` if the grammar cannot be used. The operating system kills the process when a job takes too long.
+`text` or `error`. The operating system kills the process when a job takes too long.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 import signal
 import sys
 import threading
-from typing import Any
+from dataclasses import replace
 
 from llguidance import LLMatcher, LLTokenizer
 
 from nanoflow.engine.template_process import limit_memory
-from nanoflow.grammars.text import GrammarError, grammar_of, limits, said
+from nanoflow.grammars.text import GrammarError, grammar_of, in_lark, limits, said
 from nanoflow.structured import Structured
 
 # A recursion that fits into this stack fits into those of the engine, which are at least twice as large.
@@ -27,9 +27,16 @@ def answer(line: bytes) -> dict[str, str]:
 
     Args:
         line: A `Structured` as JSON.
+
+    Returns:
+        The `text` to use, which is the given one except for a grammar in another format than Lark's; or an `error`.
     """
+    structured = Structured(**json.loads(line))
     try:
-        return {"error": error} if (error := _fault(Structured(**json.loads(line)))) else {}
+        if structured.kind == "grammar":
+            structured = replace(structured, text=in_lark(structured.text))
+        error = _fault(structured)
+        return {"text": structured.text} if error is None else {"error": error}
     except GrammarError as error:
         return {"error": str(error)}
     except MemoryError:
@@ -38,9 +45,9 @@ def answer(line: bytes) -> dict[str, str]:
 
 def _fault(structured: Structured) -> str | None:
     grammar = grammar_of(structured)
-    error = LLMatcher.validate_grammar(grammar, limits=limits())
-    if error and not LLMatcher.is_validate_warning(error):
-        return said(error)
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
+    if is_wrong:
+        return said(messages[0])
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits())
     matcher.compute_bitmask()
     if not matcher.is_error():
@@ -63,7 +70,7 @@ def main() -> None:
 def _work(timeout_s: float) -> None:
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        reply: dict[str, Any] = answer(line)
+        reply = answer(line)
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()

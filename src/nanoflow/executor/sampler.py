@@ -120,7 +120,11 @@ class Sampler:
             logprob_places=list(zip(places.tolist(), num_top.tolist(), strict=True)),
             logprobs=logprobs,
             errors=masks.errors
-            | {place: self._errors[row] for place, row in enumerate(rows.tolist() if self._errors else ()) if row in self._errors},
+            | {
+                place: self._errors[row]
+                for place, row in enumerate(rows.tolist() if self._errors else ())
+                if row in self._errors
+            },
         )
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:

@@ -81,9 +81,7 @@ class Worker:
             self._forward = CapturedForward(
                 self._executor, self._inputs, buckets, plans, pages_per_request=captured_pages, device=device
             )
-        self._sampler = Sampler(
-            num_rows=num_rows, vocab_size=graph.vocab_size, device=device, grammars=grammars
-        )
+        self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device, grammars=grammars)
         self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
         self._copier: PageCopier = copier or NoCopier()

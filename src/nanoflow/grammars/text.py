@@ -38,7 +38,19 @@ def grammar_of(structured: Structured) -> str:
     """
     try:
         return _MAKERS[structured.kind](structured.text)
-    # The converter of GBNF raises whatever its parser meets.
+    except ValueError as error:
+        raise GrammarError(said(str(error))) from None
+
+
+def in_lark(text: str) -> str:
+    """A grammar in Lark's format, from one in that format or in GBNF, the format of llama.cpp.
+
+    Raises:
+        GrammarError: It is neither.
+    """
+    try:
+        return str(any_to_lark(text))
+    # Its parser of GBNF is not made for texts of all kinds.
     except Exception as error:
         raise GrammarError(said(str(error))) from None
 
@@ -64,13 +76,9 @@ def _choice(text: str) -> str:
     return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}\n")
 
 
-def _grammar(text: str) -> str:
-    return LLMatcher.grammar_from_lark(any_to_lark(text))
-
-
 _MAKERS: Mapping[GrammarKind, Callable[[str], str]] = {
     "json": _json,
     "regex": LLMatcher.grammar_from_regex,
     "choice": _choice,
-    "grammar": _grammar,
+    "grammar": LLMatcher.grammar_from_lark,
 }
