@@ -248,7 +248,7 @@ def _left_behind(url: str, pid: int, course: Course, args: argparse.Namespace) -
         if is_gauge and not line.startswith("#") and float(value) != 0:
             problems.append(f"{name} is {value}")
     first, last = course.samples[0][1], processes_of([pid])
-    for role in sorted({state.role for state in last} - {"template"}):
+    for role in sorted({state.role for state in last} - {"template", "grammar"}):
         for what, slack in (("num_files", 12), ("num_threads", 40)):
             before, after = (sum(getattr(s, what) for s in states if s.role == role) for states in (first, last))
             # Pools of threads and of template processes, with their pipes, are filled when needed and stay.
