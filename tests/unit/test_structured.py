@@ -63,7 +63,12 @@ def test_keyword_arguments() -> None:
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, ANY_OBJECT),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
+                }
+            },
             AS_JSON,
         ),
         ({"structured_outputs": {"json": SCHEMA}, "guided_regex": None}, AS_JSON),

@@ -1,0 +1,117 @@
+"""Compiled grammars: made aside, kept, and waited for by their own requests alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from llguidance import LLTokenizer
+
+from nanoflow.grammars.compiled import Grammars, vocabulary
+from nanoflow.grammars.text import GrammarError, said
+from nanoflow.request import Request, SamplingParams
+from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
+from nanoflow.structured import Structured
+
+
+def regex(text: str) -> Structured:
+    return Structured(kind="regex", text=text)
+
+
+class Gate:
+    """Bytes as a vocabulary, once it is opened."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.num_loads = 0
+
+    def load(self) -> LLTokenizer:
+        self.num_loads += 1
+        assert self.opened.wait(30)
+        return LLTokenizer("byte")
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate()
+    yield made
+    made.opened.set()
+
+
+def until(is_there: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 30
+    while not is_there():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def test_a_grammar_is_ready_once_it_is_compiled(gate: Gate) -> None:
+    grammars = Grammars(gate.load)
+    assert grammars.is_ready(None) and not grammars.is_ready(regex("a"))
+    grammars.wait(0.01)
+    assert not grammars.is_ready(regex("a"))
+    gate.opened.set()
+    until(lambda: grammars.is_ready(regex("a")))
+    one, other = grammars.matcher(regex("a")), grammars.matcher(regex("a"))
+    assert one.consume_token(ord("a")) and one.is_stopped() and not other.is_stopped()
+    assert gate.num_loads == 1
+    grammars.wait(30)  # for nothing
+    grammars.close()
+
+
+def test_one_that_fails_is_ready_too(gate: Gate) -> None:
+    gate.opened.set()
+    grammars = Grammars(gate.load)
+    until(lambda: grammars.is_ready(regex("(a")))
+    with pytest.raises(GrammarError, match="invalid regex") as caught:
+        grammars.matcher(regex("(a"))
+    assert "\n" not in str(caught.value)
+    grammars.close()
+
+
+def test_those_used_last_are_kept(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate.opened.set()
+    grammars, made = Grammars(gate.load, num_kept=2), list[str]()
+    compile_one = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda one: (made.append(one.text), compile_one(one))[1])
+    for text in ("a", "b", "a", "c", "a", "b"):
+        grammars.matcher(regex(text))
+    assert made == ["a", "b", "c", "b"]
+    grammars.close()
+
+
+def test_few_are_compiled_at_once(gate: Gate) -> None:
+    """A long queue does not fill the threads, and a matcher that is needed now is waited for."""
+    grammars = Grammars(gate.load)
+    for number in range(50):
+        assert not grammars.is_ready(regex(f"a{number}"))
+    assert len(grammars._futures) == 4
+    threading.Timer(0.05, gate.opened.set).start()
+    assert not grammars.matcher(regex("a49")).is_error()
+    grammars.close()
+
+
+def test_a_tokenizer_without_bytes_is_an_error() -> None:
+    with pytest.raises(GrammarError, match="structured output is not possible with this tokenizer: "):
+        vocabulary("{}", vocab_size=5, eos_token_ids=(0,))
+
+
+def test_messages_are_a_line() -> None:
+    assert said("") == "it has no meaning"
+    assert said("\n at 1: \n  x\nerror: it is open\n") == "at 1: it is open"
+    assert said("lexer error: too much\n<non-verbose/>") == "lexer error: too much"
+    assert len(said("x" * 999)) == 200
+
+
+def test_requests_that_are_not_ready_are_passed_and_keep_their_place() -> None:
+    ready = {1, 2}
+    queue = WaitingQueue(lambda request: request.request_id in ready)
+    for number in (0, 1, 2):
+        request = Request(request_id=number, prompt_token_ids=[1], params=SamplingParams(), seed=0, max_tokens=1)
+        queue.push_back(WaitingRequest(request=request, token_ids=np.ones(1, np.int32)))
+    assert [one.request.request_id for one in queue] == [1, 2] and len(queue) == 3 and 0 in queue
+    ready.add(0)
+    assert [one.request.request_id for one in queue] == [0, 1, 2]
