@@ -25,7 +25,7 @@ from nanoflow.device.transfer import Readback, to_device
 from nanoflow.grammars.compiled import Grammars
 from nanoflow.grammars.text import GrammarError, said
 
-_MAX_THREADS = 8
+_MAX_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Constraints:
     def _executor(self) -> LLExecutor:
         """Threads that compute masks, made when the first is needed."""
         if self._threads is None:
-            self._threads = LLExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
+            self._threads = LLExecutor(min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1)))
         return self._threads
 
     def _begun(self, matcher: LLMatcher, request: Joined) -> LLMatcher:
