@@ -203,7 +203,9 @@ def judged(schemas: Sequence[Schema], outputs: Sequence[RequestOutput]) -> dict[
 def problem_of(text: str, schema: Schema) -> str | None:
     """Why a text is no JSON of a schema; None if it is."""
     try:
-        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+        validator = jsonschema.Draft202012Validator(
+            schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+        )
         validator.validate(json.loads(text))
     except (ValueError, jsonschema.ValidationError) as error:
         return f"{text!r}: {str(error).splitlines()[0]}"

@@ -14,6 +14,7 @@ from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt
 from nanoflow.request import RequestError
+from nanoflow.structured import Structured
 
 FACTS = EngineFacts(
     model_type="toy",
@@ -51,7 +52,7 @@ TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stop": None, "stop_token_ids": None}, {}),
     ({"logits_processors": None}, {}),
     ({"guided_decoding": None, "structured_outputs": None}, {}),
-    ({"guided_decoding": {"regex": "a"}}, {"structured_outputs": {"regex": "a"}}),
+    ({"guided_decoding": {"regex": "a"}}, {"structured_outputs": Structured(kind="regex", text="a")}),
     ({"spaces_between_special_tokens": True}, {}),
     ({"extra_args": None}, {}),
     ({"extra_args": {}}, {}),

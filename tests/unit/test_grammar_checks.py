@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from nanoflow.config import EngineConfig
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.grammar_checks import GrammarChecks
+from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.request import RequestError, SamplingParams
 
 # Longer than any of these takes but those that must be stopped, on a machine that is busy with other things.
@@ -20,7 +22,7 @@ PATIENT_S = 60.0
 
 @pytest.fixture(scope="module")
 def checks() -> Iterator[GrammarChecks]:
-    made = GrammarChecks(PATIENT_S)
+    made = GrammarChecks(Tokenizer.load(EngineConfig()), timeout_s=PATIENT_S)
     yield made
     made.close()
 
@@ -52,6 +54,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "choice of thousands": {"choice": [f"v{i}" for i in range(8000)]},
     "repetitions": {"regex": "(.*a.{20}){20}"},
     "Lark": {"grammar": 'start: "a" INT\nINT: /[0-9]+/'},
+    "special tokens": {"grammar": 'start: <|user|> "a" <[3]> <[2047]>'},
 }
 
 
@@ -81,6 +84,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "look-around": ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
     "nothing": ({"regex": r"a[^\s\S]"}, "the regex cannot be used: no text satisfies it"),
     "no grammar": ({"grammar": "start: ("}, "the grammar cannot be used: "),
+    "no special token": (
+        {"grammar": "start: <|usr|>"},
+        'the grammar cannot be used: at 1(8): unknown special token: "<|usr|>"',
+    ),
+    "no token": (
+        {"grammar": "start: <[2048]>"},
+        "the grammar cannot be used: at 1(8): Token range end too large: 2048",
+    ),
     "no rule": ({"grammar": 'start: "a" b'}, "the grammar cannot be used: "),
 }
 
@@ -112,7 +123,7 @@ def test_what_takes_forever_is_stopped_and_others_do_not_wait() -> None:
             await slow
         return took_s
 
-    checks = GrammarChecks(2.5)
+    checks = GrammarChecks(timeout_s=2.5)
     try:
         assert asyncio.run(both(checks)) < 2.5
     finally:

@@ -78,7 +78,7 @@ class AsyncEngine:
         self.facts = facts
         self._link, self._child = link, child
         self._tokenizer = tokenizer
-        self._processor, self._checks = processor, GrammarChecks()
+        self._processor, self._checks = processor, GrammarChecks(tokenizer)
         self._pacer = Pacer(interval_s)
         self._streams: dict[str, Stream] = {}
         self._prefetching = Prefetching(link.send, facts)

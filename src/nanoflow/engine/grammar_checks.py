@@ -13,8 +13,10 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from nanoflow.engine.job_processes import JobCrashError, JobLimitError, JobProcesses
+from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.structured import Structured
 
@@ -31,10 +33,12 @@ class GrammarChecks:
     """Checks grammars, and remembers the results. Methods may be called from several threads.
 
     Args:
+        tokenizer: Has the special tokens that a grammar may name; None if there are none.
         timeout_s: Longest time that compiling a grammar may take.
     """
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, tokenizer: Tokenizer | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._tokenizer = tokenizer
         self._processes = JobProcesses(_SCRIPT, (_MEMORY_MIB,), timeout_s=timeout_s, max_processes=MAX_PROCESSES)
         self._pool = ThreadPoolExecutor(MAX_PROCESSES, "nanoflow-grammar-check")
         self._lock = threading.Lock()
@@ -82,9 +86,15 @@ class GrammarChecks:
                     self._results.popitem(last=False)
         return result
 
+    def _job(self, structured: Structured) -> dict[str, Any]:
+        job = dataclasses.asdict(structured)
+        if structured.kind == "grammar" and self._tokenizer is not None:
+            job |= {"special": dict(self._tokenizer.special_names), "vocab_size": self._tokenizer.vocab_size}
+        return job
+
     def _check(self, structured: Structured) -> Structured | str:
         try:
-            reply = self._processes.ask(json.dumps(dataclasses.asdict(structured)).encode())
+            reply = self._processes.ask(json.dumps(self._job(structured)).encode())
         except JobCrashError:
             return "it is nested too deeply, or takes too much memory"
         except JobLimitError as error:

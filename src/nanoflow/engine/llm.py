@@ -65,7 +65,7 @@ class LLM:
         except BaseException:
             self._engine.close()
             raise
-        self._metrics, self._checks = LLMMetrics(config.model), GrammarChecks()
+        self._metrics, self._checks = LLMMetrics(config.model), GrammarChecks(self._tokenizer)
         self._of_transformers: Any = None
         self._num_requests = 0
         self._is_closed = False
