@@ -16,6 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def compile_seconds(schemas: Sequence[Schema], model: str = "default") -> dict[s
         grammars.matcher(structured_of({"const": 0}))
         for schema in schemas:
             params = params_of(schema)
-            seconds["check"].append(_timed(lambda params=params: checks.checked(params)))
-            seconds["compile"].append(_timed(lambda schema=schema: grammars.matcher(structured_of(schema))))
+            seconds["check"].append(_timed(partial(checks.checked, params)))
+            seconds["compile"].append(_timed(partial(grammars.matcher, structured_of(schema))))
     finally:
         checks.close()
         grammars.close()

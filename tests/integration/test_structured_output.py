@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from benchmarks.robustness import schemas
 
-from nanoflow import LLM, RequestError, RequestOutput, SamplingParams
+from nanoflow import LLM, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanoflow.outputs import FinishReason
 from tests.driving import expect_less
 
@@ -52,7 +52,9 @@ def test_other_requests_are_not_affected(llm: LLM) -> None:
         [PROMPT] * 6,
         [
             SamplingParams(
-                max_tokens=30, seed=seed // 2, structured_outputs={"regex": "[a-z ]{9,}"} if seed % 2 else None
+                max_tokens=30,
+                seed=seed // 2,
+                structured_outputs=StructuredOutputsParams(regex="[a-z ]{9,}") if seed % 2 else None,
             )
             for seed in range(6)
         ],
@@ -111,7 +113,9 @@ def test_what_leaves_no_token_fails_alone(llm: LLM) -> None:
     outputs = llm.generate(
         [PROMPT] * 2,
         [
-            SamplingParams(structured_outputs=shape, seed=0, allowed_token_ids=[5] if is_bad else None)
+            SamplingParams(
+                structured_outputs=StructuredOutputsParams(**shape), seed=0, allowed_token_ids=[5] if is_bad else None
+            )
             for is_bad in (True, False)
         ],
     )

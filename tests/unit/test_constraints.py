@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ class Tenant:
         return fitting | ({EOS, OTHER_EOS} if text in whole else set())
 
 
-def joined(row: int, structured: object, generated: Sequence[int] = ()) -> Joined:
+def joined(row: int, structured: Any, generated: Sequence[int] = ()) -> Joined:
     return Joined(
         row=row,
         params=SamplingParams(structured_outputs=structured),

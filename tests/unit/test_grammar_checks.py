@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nanoflow import StructuredOutputsParams
 from nanoflow.config import EngineConfig
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.grammar_checks import GrammarChecks
@@ -28,7 +29,7 @@ def checks() -> Iterator[GrammarChecks]:
 
 
 def asked(**given: Any) -> SamplingParams:
-    return SamplingParams(structured_outputs=given)
+    return SamplingParams(structured_outputs=StructuredOutputsParams(**given))
 
 
 def nested(depth: int) -> str:

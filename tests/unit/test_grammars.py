@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from nanoflow.grammars.compiled import Grammars, vocabulary
 from nanoflow.grammars.text import GrammarError, said
@@ -76,7 +76,12 @@ def test_those_used_last_are_kept(gate: Gate, monkeypatch: pytest.MonkeyPatch) -
     gate.opened.set()
     grammars, made = Grammars(gate.load, num_kept=2), list[str]()
     compile_one = grammars._compile
-    monkeypatch.setattr(grammars, "_compile", lambda one: (made.append(one.text), compile_one(one))[1])
+
+    def compile_and_note(structured: Structured) -> LLMatcher:
+        made.append(structured.text)
+        return compile_one(structured)
+
+    monkeypatch.setattr(grammars, "_compile", compile_and_note)
     for text in ("a", "b", "a", "c", "a", "b"):
         grammars.matcher(regex(text))
     assert made == ["a", "b", "c", "b"]

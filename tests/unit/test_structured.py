@@ -45,7 +45,8 @@ class Theirs:
 )
 def test_python(given: Any, expected: Structured | None) -> None:
     assert SamplingParams(structured_outputs=given).structured_outputs == expected
-    assert SamplingParams(guided_decoding=given).structured_outputs == expected
+    older: Any = {"guided_decoding": given}
+    assert SamplingParams(**older).structured_outputs == expected
     params = SamplingParams()
     params.structured_outputs = given
     assert params.snapshot().structured_outputs == expected
@@ -140,4 +141,4 @@ def test_what_is_no_shape_over_http_is_refused(given: dict[str, Any], message: s
 
 def test_an_end_of_sequence_is_needed() -> None:
     with pytest.raises(RequestError, match="not with ignore_eos"):
-        SamplingParams(structured_outputs={"regex": "a"}, ignore_eos=True)
+        SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), ignore_eos=True)
