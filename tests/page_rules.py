@@ -160,9 +160,6 @@ RULES: dict[str, Rule] = {
         instead=f"""nanoflow generate "The answer is " --structured-outputs '{{"choice": ["yes", "no"]}}' {_CPU}""",
         says=(r"^(yes|no)$",),
     ),
-    "python -m benchmarks.engine.structured --model preset:llama-3-8b --rows 64": Parse(why="a GPU"),
-    "python -m benchmarks.robustness.schemas": Parse(why="a minute"),
-    "python -m benchmarks.robustness.schemas --schemas 1000 --seed 7 --json schemas.json": Parse(why="minutes"),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
