@@ -31,7 +31,7 @@ from nanoflow.parameters import (
     Whole,
     did_you_mean,
 )
-from nanoflow.structured import Shape, Structured
+from nanoflow.structured import Structured, StructuredKind
 
 __all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
 
@@ -135,7 +135,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = _parameter(False, Flag())
     output_kind: RequestOutputKind = _parameter(RequestOutputKind.CUMULATIVE, OneOf(members=RequestOutputKind))
     truncate_prompt_tokens: int | None = _parameter(None, _NUM_KEPT)
-    structured_outputs: Structured | None = field(default=None, metadata={"kind": Shape(), "read": read_text})
+    structured_outputs: Structured | None = field(default=None, metadata={"kind": StructuredKind(), "read": read_text})
 
     if not TYPE_CHECKING:
 

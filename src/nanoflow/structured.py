@@ -185,7 +185,7 @@ def structured_outputs_params(**given: Any) -> Structured | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class StructuredKind:
     """The kind of a parameter that asks for a shape (see `parameters.Kind`); how it is read follows from its name.
 
     Attributes:

@@ -72,6 +72,16 @@ def test_one_that_fails_is_ready_too(gate: Gate) -> None:
     grammars.close()
 
 
+def test_a_vocabulary_that_cannot_be_loaded_is_an_error_of_these_requests() -> None:
+    def fail() -> LLTokenizer:
+        raise OSError("no such\nfile")
+
+    grammars = Grammars(fail)
+    with pytest.raises(GrammarError, match="no such file|no such"):
+        grammars.matcher(regex("a"))
+    grammars.close()
+
+
 def test_those_used_last_are_kept(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     gate.opened.set()
     grammars, made = Grammars(gate.load, num_kept=2), list[str]()

@@ -271,7 +271,7 @@ _FEATURES = (
     *options(_NO_LORA, "lora_extra_vocab_size", takes=(256,)),
     *options(_NO_LORA, "max_prompt_adapter_token", takes=(0,)),
     *options(_NO_LORA, "max_cpu_loras", "lora_target_modules", "default_mm_loras", "long_lora_scaling_factors"),
-    Foreign(name="structured_outputs_config", takes=({},), reason=_ONE_GUIDE),
+    *options(_ONE_GUIDE, "structured_outputs_config", takes=({}, {"backend": "auto"}, {"backend": "guidance"})),
     *options(_ONE_GUIDE, "guided_decoding_backend", takes=("auto", "guidance")),
     *switches(_ONE_GUIDE, "guided_decoding_disable_fallback", "guided_decoding_disable_any_whitespace"),
     *switches(_ONE_GUIDE, "guided_decoding_disable_additional_properties"),

@@ -21,7 +21,9 @@ def vocabulary_of(config: EngineConfig, eos_token_ids: Sequence[int], vocab_size
     tokenizer = load_tokenizer(config)
     if tokenizer is None:
         raise GrammarError("this model has no tokenizer")
+    tokenizer_json = tokenizer.as_json()
+    tokenizer.close()
     # A model may name tokens that its tokenizer does not have; no grammar ends with these.
     known = (token_id for token_id in (*eos_token_ids, *tokenizer.eos_token_ids) if token_id < tokenizer.vocab_size)
     ends = tuple(dict.fromkeys(known))
-    return vocabulary(tokenizer.as_json(), vocab_size=vocab_size, eos_token_ids=ends)
+    return vocabulary(tokenizer_json, vocab_size=vocab_size, eos_token_ids=ends)

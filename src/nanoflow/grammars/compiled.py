@@ -99,7 +99,14 @@ class Grammars:
             return future
 
     def _compile(self, structured: Structured) -> LLMatcher:
-        matcher = LLMatcher(self._vocabulary.result(), grammar_of(structured), log_level=0, limits=limits())
+        try:
+            matcher = LLMatcher(self._vocabulary.result(), grammar_of(structured), log_level=0, limits=limits())
+        except GrammarError:
+            raise
+        # Whatever kept the vocabulary from being loaded concerns requests with a grammar alone.
+        except Exception as error:
+            logger.exception("the vocabulary of grammars cannot be loaded")
+            raise GrammarError(one_line(error)) from None
         if matcher.is_error():
             raise GrammarError(said(matcher.get_error()))
         return matcher

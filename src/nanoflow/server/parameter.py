@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from nanoflow.parameters import Kind
 from nanoflow.request import KINDS
-from nanoflow.structured import Shape
+from nanoflow.structured import StructuredKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Parameter:
         return Parameter(name, dataclasses.replace(kind, **bounds) if bounds else kind)
 
     @staticmethod
-    def of_shape(name: str) -> Parameter:
+    def of_structured(name: str) -> Parameter:
         """The field `name`, which asks for a shape of the answer; see `structured.SPELLINGS`."""
-        return Parameter(name, Shape(spelling=name))
+        return Parameter(name, StructuredKind(spelling=name))
 
     def read(self, value: Any) -> Any:
         """The value, checked and converted."""

@@ -107,22 +107,22 @@ class SamplingFields(PromptFields, RequestBody):
     prompt_logprobs: Annotated[int | None, Parameter.of("prompt_logprobs")] = None
     skip_special_tokens: Annotated[bool | None, Parameter.of("skip_special_tokens")] = None
     include_stop_str_in_output: Annotated[bool | None, Parameter.of("include_stop_str_in_output")] = None
-    response_format: Annotated[Structured | None, Parameter.of_shape("response_format")] = Field(
+    response_format: Annotated[Structured | None, Parameter.of_structured("response_format")] = Field(
         None, description="The shape of the answer, as OpenAI has it"
     )
-    structured_outputs: Annotated[Structured | None, Parameter.of_shape("structured_outputs")] = Field(
+    structured_outputs: Annotated[Structured | None, Parameter.of_structured("structured_outputs")] = Field(
         None, description="The shape of the answer: one of json, regex, choice, grammar and json_object"
     )
-    guided_json: Annotated[Structured | None, Parameter.of_shape("guided_json")] = Field(
+    guided_json: Annotated[Structured | None, Parameter.of_structured("guided_json")] = Field(
         None, description="As json in structured_outputs"
     )
-    guided_regex: Annotated[Structured | None, Parameter.of_shape("guided_regex")] = Field(
+    guided_regex: Annotated[Structured | None, Parameter.of_structured("guided_regex")] = Field(
         None, description="As regex in structured_outputs"
     )
-    guided_choice: Annotated[Structured | None, Parameter.of_shape("guided_choice")] = Field(
+    guided_choice: Annotated[Structured | None, Parameter.of_structured("guided_choice")] = Field(
         None, description="As choice in structured_outputs"
     )
-    guided_grammar: Annotated[Structured | None, Parameter.of_shape("guided_grammar")] = Field(
+    guided_grammar: Annotated[Structured | None, Parameter.of_structured("guided_grammar")] = Field(
         None, description="As grammar in structured_outputs"
     )
     cache_salt: Text | None = Field(
