@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from benchmarks.robustness import schemas
+from llguidance import LLMatcher
 
 from nanoflow import LLM, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
+from nanoflow.grammars.compiled import Grammars
 from nanoflow.outputs import FinishReason
+from nanoflow.structured import Structured
 from tests.driving import expect_less
 
 PROMPT = "A record as JSON: "
@@ -29,6 +34,10 @@ NUMBERS = (*range(0, 32, 4), *range(40, 52))
 def llm() -> Iterator[LLM]:
     with LLM(max_num_seqs=24, max_model_len=512) as made:
         yield made
+
+
+def held(regex: str) -> SamplingParams:
+    return SamplingParams(max_tokens=20, seed=0, structured_outputs=StructuredOutputsParams(regex=regex))
 
 
 def completed(llm: LLM, *structured: Any, prompt: str = PROMPT, **params: Any) -> list[RequestOutput]:
@@ -132,6 +141,38 @@ def test_a_grammar_that_grows_without_end_fails_alone(llm: LLM) -> None:
 def test_a_bad_one_is_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 1: the regex cannot be used"):
         completed(llm, {"choice": ["red"]}, {"regex": "(a"})
+
+
+def test_nobody_waits_for_a_grammar_but_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request comes first and its grammar takes long; others come and go meanwhile, also with grammars."""
+    is_open = threading.Event()
+    compile_one = Grammars._compile
+
+    def compile_slowly(grammars: Grammars, structured: Structured) -> LLMatcher:
+        if structured.text == "slow":
+            assert is_open.wait(60)
+        return compile_one(grammars, structured)
+
+    monkeypatch.setattr(Grammars, "_compile", compile_slowly)
+    with LLM(max_num_seqs=4, max_model_len=128) as llm:
+        slow, dropped = (llm.add(name, PROMPT, held("slow")) for name in ("slow", "dropped"))
+        others = [
+            llm.add(f"other {i}", PROMPT, params) for i, params in enumerate((SamplingParams(max_tokens=8), held("ab")))
+        ]
+        while not all(other.finished for other in others):
+            llm.step()
+        llm.abort("dropped")
+        start_s, num_steps = time.monotonic(), 0
+        while time.monotonic() < start_s + 0.3:
+            assert llm.step() == []
+            num_steps += 1
+        assert num_steps < 30, "it sleeps while there is nothing to do"
+        assert others[1].outputs[0].text == "ab" and not slow.finished and dropped.finished
+        is_open.set()
+        while not slow.finished:
+            llm.step()
+        assert slow.outputs[0].text == "slow"
+        llm._engine.check_integrity()
 
 
 def test_preempted_requests_go_on_where_they_were() -> None:

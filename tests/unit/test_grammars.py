@@ -77,7 +77,7 @@ def test_a_vocabulary_that_cannot_be_loaded_is_an_error_of_these_requests() -> N
         raise OSError("no such\nfile")
 
     grammars = Grammars(fail)
-    with pytest.raises(GrammarError, match="^no such$"):
+    with pytest.raises(GrammarError, match=r"^no such$"):
         grammars.matcher(regex("a"))
     grammars.close()
 

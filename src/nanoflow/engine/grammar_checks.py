@@ -112,7 +112,7 @@ def _shape_of(params: SamplingParams) -> Structured | None:
 def _with(params: SamplingParams, result: Structured | str) -> SamplingParams:
     if isinstance(result, str):
         raise RequestError(f"the {_kind_of(params)} cannot be used: {result}", param=_NAME)
-    return dataclasses.replace(params, structured_outputs=result)
+    return params if result == params.structured_outputs else dataclasses.replace(params, structured_outputs=result)
 
 
 def _kind_of(params: SamplingParams) -> str:
