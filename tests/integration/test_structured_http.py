@@ -13,6 +13,7 @@ import pytest
 
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.engine.grammar_checks import GrammarChecks
 from nanoflow.server.app import create_app
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
@@ -101,7 +102,9 @@ def test_refusals(served: Served, shape: dict[str, Any], message: str, param: st
     assert answer.status_code == 400 and message in error["message"] and error["param"] == param
 
 
-def test_a_hostile_schema_stalls_nobody(served: Served) -> None:
+def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.engine, "_checks", GrammarChecks(timeout_s=1.5))
+
     async def both() -> tuple[httpx.Response, httpx.Response]:
         hostile = asyncio.create_task(
             served.post({**TEXT, "guided_json": {"type": "integer", "multipleOf": 1_000_003}})
@@ -112,5 +115,6 @@ def test_a_hostile_schema_stalls_nobody(served: Served) -> None:
         return await hostile, free
 
     hostile, free = served.loop.run_until_complete(both())
-    assert hostile.status_code == 400 and "takes longer than 3 s" in hostile.text
+    served.engine._checks.close()
+    assert hostile.status_code == 400 and "takes longer than 1.5 s" in hostile.text
     assert free.json()["usage"]["completion_tokens"] == 8

@@ -188,10 +188,10 @@ def test_preempted_requests_go_on_where_they_were() -> None:
 
 
 def test_with_speculation_they_have_no_drafts(llm: LLM) -> None:
-    shape = {"regex": "(ab){30}"}
+    shape = {"regex": "(ab){12}"}
     with LLM(speculative="ngram:4", max_num_seqs=4, max_model_len=256) as guessing:
-        outputs = completed(guessing, shape, None, temperature=0.0, max_tokens=80)
-    assert outputs[0].outputs[0].text == "ab" * 30
+        outputs = completed(guessing, shape, None, temperature=0.0, max_tokens=30)
+    assert outputs[0].outputs[0].text == "ab" * 12
     assert (
-        outputs[1].outputs[0].token_ids == completed(llm, None, temperature=0.0, max_tokens=80)[0].outputs[0].token_ids
+        outputs[1].outputs[0].token_ids == completed(llm, None, temperature=0.0, max_tokens=30)[0].outputs[0].token_ids
     )
