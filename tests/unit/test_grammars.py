@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from nanoflow.grammars.compiled import Grammars, vocabulary
-from nanoflow.grammars.text import GrammarError, said
+from nanoflow.grammars.text import GrammarError, grammar_of, limits, said
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
 from nanoflow.structured import Structured
+from tests.toy_tokenizers import byte_fallback_backend, byte_level_backend, metaspace_backend, toy_tokenizer
 
 
 def regex(text: str) -> Structured:
@@ -109,9 +113,28 @@ def test_few_are_compiled_at_once(gate: Gate) -> None:
     grammars.close()
 
 
+@pytest.mark.parametrize("make", [byte_level_backend, byte_fallback_backend])
+def test_both_kinds_of_tokenizers_spell_what_is_wanted(make: Callable[[], Any]) -> None:
+    """Whatever the tokens are, also parts of characters, and spaces at the beginning of words."""
+    tokenizer, texts = toy_tokenizer(make()), (" a b", "gr\u00fcn", "\U0001f600")
+    size = tokenizer.vocab_size + 3
+    made = vocabulary(tokenizer.as_json(), vocab_size=size, eos_token_ids=(0,))
+    start = LLMatcher(made, grammar_of(Structured(kind="choice", text=json.dumps(texts))), limits=limits())
+    rng, spelled = random.Random(0), set[str]()
+    for _ in range(20):
+        matcher, token_ids = start.deep_copy(), list[int]()
+        while not matcher.is_stopped():
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            token_ids.append(rng.choice(np.flatnonzero(bits).tolist()))
+            assert matcher.consume_token(token_ids[-1])
+        spelled.add(b"".join(map(tokenizer.bytes_of, token_ids)).decode())
+    assert spelled == set(texts)
+
+
 def test_a_tokenizer_without_bytes_is_an_error() -> None:
-    with pytest.raises(GrammarError, match="structured output is not possible with this tokenizer: "):
-        vocabulary("{}", vocab_size=5, eos_token_ids=(0,))
+    for backend in ("{}", toy_tokenizer(metaspace_backend()).as_json()):
+        with pytest.raises(GrammarError, match="structured output is not possible with this tokenizer: "):
+            vocabulary(backend, vocab_size=5, eos_token_ids=(0,))
 
 
 def test_messages_are_a_line() -> None:
