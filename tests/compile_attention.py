@@ -41,7 +41,7 @@ def main() -> None:
     reports = {}
     for has_sinks in (False, True):
         sinks = {"sinks": "*fp32"} if has_sinks else {}
-        absent: dict[str, Any] = {} if has_sinks else {"sinks": None}
+        absent: dict[str, Any] = {"scales": None} if has_sinks else {"scales": None, "sinks": None}
         name = "with sinks" if has_sinks else "without"
         tiles = DECODE_TILES[0]
         reports[f"decode {name}"] = compiled(

@@ -57,6 +57,7 @@ def main() -> None:
             "seen": "*i16",
             "edit_ids": "*i32",
             "edit_values": "*fp32",
+            "masks": "*i32",
             "edit_stride": "i32",
         }
         # The code of adjustments does not depend on the dtype.

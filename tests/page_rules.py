@@ -163,6 +163,11 @@ RULES: dict[str, Rule] = {
     # docs/kv-events.md
     "nanoflow serve ./my-model --kv-events-config "
     '\'{"enable_kv_cache_events": true, "replay_endpoint": "tcp://*:5558"}\'': Serve(),
+    # docs/structured-output.md
+    """nanoflow generate "The answer is " --structured-outputs '{"choice": ["yes", "no"]}'""": Run(
+        instead=f"""nanoflow generate "The answer is " --structured-outputs '{{"choice": ["yes", "no"]}}' {_CPU}""",
+        says=(r"^(yes|no)$",),
+    ),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
@@ -173,6 +178,7 @@ SHOWN: dict[str, str] = {
     "nanoflow: weights are stored as AWQ int4 and served as bfloat16: 14.96 GiB": "tests/unit/test_quantised.py",
     "from nanoflow import LLM, SamplingParams": "run",
     "from nanoflow import LLM": "run",
+    "from nanoflow import LLM, SamplingParams, StructuredOutputsParams": "run",
     "from openai import OpenAI": "run against the server",
     "# The second time, all full pages of the prompt are found.": "run",
     "# A turn of a conversation, then advice that the next one will come.": "run against the server",

@@ -19,7 +19,7 @@ FILTERS: dict[str, list[Any]] = {
 
 
 def numbers(num_rows: int, first_position: int = 5, **columns: Any) -> Tensor:
-    """`NUMBERS` of rows in reverse order of the table, int32 [S, 16]; by default a draw at temperature 0.8."""
+    """`NUMBERS` of rows in reverse order of the table, int32 [S, 18]; by default a draw at temperature 0.8."""
     table = np.zeros(num_rows, NUMBERS)
     table["row"] = np.arange(num_rows)[::-1]
     table["position"] = first_position + np.arange(num_rows)
@@ -49,7 +49,11 @@ def tables(num_rows: int, vocab_size: int, *, seed: int = 0, num_edits: int = 12
     ids = torch.stack([torch.randperm(vocab_size, generator=generator)[:width].sort()[0] for _ in range(num_rows)])
     values = 4 * torch.randn(ids.shape, generator=generator)
     values[torch.rand(ids.shape, generator=generator) < 0.3] = -torch.inf
-    return SampleTables(seen=seen.to(torch.int16), edit_ids=ids.int(), edit_values=values)
+    # A quarter of all tokens are allowed by a mask, among them token 0 as everywhere.
+    words = torch.randint(-(2**31), 2**31, (2, num_rows, -(-vocab_size // 32)), generator=generator).to(torch.int32)
+    return SampleTables(
+        seen=seen.to(torch.int16), edit_ids=ids.int(), edit_values=values, masks=(words[0] & words[1]) | 1
+    )
 
 
 def adjusted_columns(num_rows: int, num_edits: int = 12) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def adjusted_columns(num_rows: int, num_edits: int = 12) -> dict[str, Any]:
         "num_edits": np.where(rows % 3 == 0, num_edits, 0),
         "num_biases": np.where(rows % 6 == 0, 5, 0),
         "first_free_stop": np.where(rows % 5 < 3, 1000, 0),
+        "mask": np.where(rows % 7 < 3, 1 + rows, 0),
     }
 
 
@@ -73,6 +78,7 @@ def to(tables_: SampleTables, device: torch.device) -> SampleTables:
         seen=tables_.seen.to(device, copy=True),
         edit_ids=tables_.edit_ids.to(device),
         edit_values=tables_.edit_values.to(device),
+        masks=tables_.masks.to(device),
     )
 
 

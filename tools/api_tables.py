@@ -67,6 +67,8 @@ def _harmless(values: tuple[Any, ...] | None) -> str:
 
 def _values(schema: Mapping[str, Any]) -> str:
     """A JSON schema in words, as far as those of parameters go."""
+    if schema.get("additionalProperties") is False:
+        return f"an object with one of {', '.join(schema['properties'])}"
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))
     if "anyOf" in schema:

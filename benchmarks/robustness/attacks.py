@@ -105,6 +105,8 @@ def _ids(count: int) -> list[int]:
 
 
 _OPEN = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+# Each rule is twice the next one.
+_GROWING = "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(20)) + 'A20: "x"\n'
 _GET = b"GET %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
 # Functions that prepare an attack, by name; only the attack that runs is prepared.
@@ -125,6 +127,10 @@ ATTACKS: Mapping[str, Callable[[], Attack]] = {
     "bad words": lambda: again_and_again(_completion(bad_words=[_text(10_000)] * 128)),
     "biases": lambda: again_and_again(_completion(logit_bias={str(i): 1 for i in range(200_000)})),
     "allowed tokens": lambda: again_and_again(_completion(allowed_token_ids=_ids(500_000), n=128)),
+    "schemas that take forever": lambda: again_and_again(
+        _completion(guided_json={"type": "integer", "multipleOf": 1_000_003})
+    ),
+    "grammars that grow": lambda: again_and_again(_completion(guided_grammar=_GROWING, n=16, max_tokens=64)),
     "deep lists": lambda: again_and_again(post("/v1/completions", b"[" * 1_000_000)),
     "many lists": lambda: again_and_again(_completion(chat_template_kwargs=[[]] * 58_000)),
     "many names": lambda: again_and_again(_completion(metadata={str(i): i for i in range(100_000)})),

@@ -191,6 +191,14 @@ def _sampling(rng: random.Random) -> tuple[str, bytes]:
     return _completion(rng, **fields, logit_bias={str(rng.randrange(100)): rng.uniform(-5, 5)}, temperature=1.0)
 
 
+def _shaped(rng: random.Random) -> tuple[str, bytes]:
+    """A completion with a shape that is new now and then."""
+    number = rng.randrange(200)
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "integer"}}, "additionalProperties": False}
+    shapes = ({"guided_json": schema}, {"guided_choice": ["a", f"b{number}"]}, {"guided_regex": f"[a-z]{{{number}}}"})
+    return _completion(rng, **rng.choice(shapes))
+
+
 def _conversation(rng: random.Random) -> tuple[str, bytes]:
     turns = [
         {"role": ("user", "assistant")[place % 2], "content": _text(rng, rng.randint(1, 30))} for place in range(3)
@@ -212,6 +220,7 @@ _KINDS: Mapping[str, Any] = {
     "stops": lambda rng: _completion(rng, stop=[_text(rng, 1) for _ in range(rng.randint(1, 4))], stream=True),
     "logprobs": lambda rng: _completion(rng, logprobs=rng.randint(0, 5), echo=rng.random() < 0.5),
     "sampling": _sampling,
+    "shape": _shaped,
     "chat": _conversation,
     "tokenize": _tokens,
     "wrong": lambda rng: (rng.choice(("/v1/completions", "/v1/chat/completions", "/v1/nowhere")), rng.choice(_WRONG)),
@@ -248,7 +257,7 @@ def _left_behind(url: str, pid: int, course: Course, args: argparse.Namespace) -
         if is_gauge and not line.startswith("#") and float(value) != 0:
             problems.append(f"{name} is {value}")
     first, last = course.samples[0][1], processes_of([pid])
-    for role in sorted({state.role for state in last} - {"template"}):
+    for role in sorted({state.role for state in last} - {"template", "grammar"}):
         for what, slack in (("num_files", 12), ("num_threads", 40)):
             before, after = (sum(getattr(s, what) for s in states if s.role == role) for states in (first, last))
             # Pools of threads and of template processes, with their pipes, are filled when needed and stay.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nanoflow.familiar.prompts import TextPrompt, TokensPrompt
     from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
     from nanoflow.request import RequestError, RequestOutputKind, SamplingParams
+    from nanoflow.structured import structured_outputs_params as GuidedDecodingParams
+    from nanoflow.structured import structured_outputs_params as StructuredOutputsParams
 
 install()
 
@@ -36,6 +38,7 @@ __all__ = [
     "EngineArgs",
     "EngineConfig",
     "FinishReason",
+    "GuidedDecodingParams",
     "LLMEngine",
     "Logprob",
     "RequestError",
@@ -43,6 +46,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "ServerConfig",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nanoflow.compat.entries import Foreign
+from nanoflow.compat.entries import Alias, Foreign, read_text
 from nanoflow.compat.sampling_options import SAMPLING
 from nanoflow.parameters import (
     INT32_MAX,
@@ -31,6 +31,7 @@ from nanoflow.parameters import (
     Whole,
     did_you_mean,
 )
+from nanoflow.structured import Structured, StructuredKind
 
 __all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
 
@@ -97,6 +98,9 @@ class SamplingParams:
         output_kind: What `AsyncLLM` and `LLMEngine` yield at each step. `LLM` and `AsyncEngine` ignore it.
         truncate_prompt_tokens: Use only this many last tokens of the prompt; -1 uses as many as the context has room
             for beside `max_tokens`.
+        structured_outputs: The shape that the completion must have: a mapping with one of `json` (a schema), `regex`,
+            `choice` (a list of texts), `grammar` (in Lark's format) and `json_object` (true). It ends where the shape
+            is complete.
 
     Raises:
         RequestError: A value is of the wrong kind or out of its range; the message names the field, the valid values
@@ -131,6 +135,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = _parameter(False, Flag())
     output_kind: RequestOutputKind = _parameter(RequestOutputKind.CUMULATIVE, OneOf(members=RequestOutputKind))
     truncate_prompt_tokens: int | None = _parameter(None, _NUM_KEPT)
+    structured_outputs: Structured | None = field(default=None, metadata={"kind": StructuredKind(), "read": read_text})
 
     if not TYPE_CHECKING:
 
@@ -198,6 +203,10 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True", param="stop")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise RequestError(
+                "structured outputs end with an end of sequence: not with ignore_eos", param="ignore_eos"
+            )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError(
                 "allowed_token_ids must not be empty: no token could be chosen", param="allowed_token_ids"
@@ -230,6 +239,10 @@ def _by_name(positional: Sequence[Any], given: Mapping[str, Any]) -> dict[str, A
             named[name] = value
             continue
         entry = SAMPLING.entries.get(name)
+        if isinstance(entry, Alias):
+            if value is not None:
+                named[entry.to] = value
+            continue
         if not isinstance(entry, Foreign):
             raise TypeError(f"SamplingParams has no parameter {name!r}{_hint(name)}")
         if not entry.changes_nothing(value, {**_DEFAULTS, **named, **given}):
@@ -275,3 +288,8 @@ class Request:
     arrival_s: float = field(default=0.0)
     page_keys: bytes = b""
     session: str | None = None
+
+    @property
+    def structured(self) -> Structured | None:
+        """The shape that the completion must have; None for any."""
+        return self.params.structured_outputs

@@ -71,7 +71,7 @@ def test_forms_of_prompts(llm: LLM) -> None:
     [
         ("a", {"lora_request": object()}, "lora_request=.*merge the adapter"),
         ("a", {"priority": [1]}, r"priority=\[1\] is not possible"),
-        ("a", {"guided_options_request": {}}, "there are no structured outputs"),
+        ("a", {"guided_options_request": {}}, "give `structured_outputs` of SamplingParams"),
         ("a", {"tokenization_kwargs": {"truncate_prompt_tokens": 3}}, "is a parameter of SamplingParams"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, "models take text alone"),
         ({"prompt_embeds": [1.0]}, {}, "prompts are text or token ids"),

@@ -33,11 +33,10 @@ WORK = [
     "from nanoflow.utils import random_uuid, FlexibleArgumentParser",
     "from nanoflow.utils.argparse_utils import FlexibleArgumentParser",
     "import nanoflow.sampling_params",
+    "from nanoflow.sampling_params import GuidedDecodingParams, StructuredOutputsParams",
 ]
 DO_NOT = [
     ("from nanoflow import PoolingParams", "nanoflow has no PoolingParams: models generate text"),
-    ("from nanoflow.sampling_params import GuidedDecodingParams", "there are no structured outputs"),
-    ("from nanoflow.sampling_params import StructuredOutputsParams", "there are no structured outputs"),
     ("from nanoflow.sampling_params import BeamSearchParams", "there is no beam search"),
     ("from nanoflow.lora.request import LoRARequest", "there are no LoRA adapters: merge"),
     ("from nanoflow.multimodal.utils import fetch_image", "there is no nanoflow.multimodal: models take text"),

@@ -14,6 +14,7 @@ from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompts import Prompt
 from nanoflow.request import RequestError
+from nanoflow.structured import Structured
 
 FACTS = EngineFacts(
     model_type="toy",
@@ -51,6 +52,7 @@ TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stop": None, "stop_token_ids": None}, {}),
     ({"logits_processors": None}, {}),
     ({"guided_decoding": None, "structured_outputs": None}, {}),
+    ({"guided_decoding": {"regex": "a"}}, {"structured_outputs": Structured(kind="regex", text="a")}),
     ({"spaces_between_special_tokens": True}, {}),
     ({"extra_args": None}, {}),
     ({"extra_args": {}}, {}),
@@ -68,8 +70,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 2, "best_of": 1}, "best_of=1 is not possible"),
     ({"use_beam_search": True}, "use_beam_search=True is not possible: there is no beam search"),
     ({"length_penalty": 0.5}, "length_penalty=0.5 is not possible"),
-    ({"guided_decoding": ["a"]}, "there are no structured outputs"),
-    ({"structured_outputs": {"json": "{}"}}, "there are no structured outputs"),
+    ({"guided_decoding": ["a"]}, "structured_outputs must be an object with one of json, regex, "),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs: 'structural_tag' is not supported"),
     ({"logits_processors": [print]}, "there is logit_bias"),
     ({"extra_args": {"a": 1}}, "extra_args="),
     ({"flat_logprobs": True}, "flat_logprobs=True"),

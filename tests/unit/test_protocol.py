@@ -118,7 +118,7 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
     "fields",
     [
         {"tools": [{}]},
-        {"response_format": {"type": "json_object"}},
+        {"structural_tag": {"type": "structural_tag"}},
         {"best_of": 2},
         {"suffix": "end"},
         {"functions": [{}]},

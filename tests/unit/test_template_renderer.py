@@ -102,7 +102,7 @@ def test_a_loop_is_stopped_and_others_go_on_meanwhile() -> None:
 def test_a_process_that_ends_is_replaced(renderer: TemplateRenderer) -> None:
     """Whatever ends it: the system for want of memory, or a crash."""
     renderer.render(job("warm"))
-    for process in list(renderer._all):
+    for process in list(renderer._processes._all):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert renderer.render(job("{{ messages[0].content }}")) == "hi"
@@ -111,7 +111,7 @@ def test_a_process_that_ends_is_replaced(renderer: TemplateRenderer) -> None:
 def test_a_process_that_ends_at_work_is_told(renderer: TemplateRenderer) -> None:
     own = patient()
     own.render(job("warm"))
-    (process,) = own._all
+    (process,) = own._processes._all
     threading.Timer(0.2, process.send_signal, (signal.SIGSEGV,)).start()
     with pytest.raises(ChatTemplateLimitError, match=r"ended the process that it ran in \(SIGSEGV\)"):
         own.render(job(LOOP))
@@ -122,13 +122,13 @@ def test_closing_ends_what_is_at_work() -> None:
     own = patient()
     with ThreadPoolExecutor(1) as pool:
         looping = pool.submit(own.render, job(LOOP))
-        wait_until(lambda: bool(own._all))
+        wait_until(lambda: bool(own._processes._all))
         own.close()
         with pytest.raises(EngineDeadError, match="closed"):
             looping.result(timeout=5)
     with pytest.raises(EngineDeadError, match="closed"):
         own.render(job("x"))
-    assert all(process.poll() is not None for process in own._all)
+    assert all(process.poll() is not None for process in own._processes._all)
 
 
 def test_quick_templates_share_one_process() -> None:
@@ -137,7 +137,7 @@ def test_quick_templates_share_one_process() -> None:
     own.render(job("warm"))
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: own.render(job("{{ messages[0].content }}")), range(12)))
-    assert len(own._all) < 3
+    assert len(own._processes._all) < 3
     own.close()
 
 
@@ -145,7 +145,7 @@ def test_many_at_once_share_a_few_processes(renderer: TemplateRenderer) -> None:
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(lambda i: renderer.render(job("{{ messages[0].content }}", str(i))), range(64)))
     assert texts == [str(i) for i in range(64)]
-    assert len(renderer._all) <= MAX_PROCESSES
+    assert len(renderer._processes._all) <= MAX_PROCESSES
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 5.0) -> None:

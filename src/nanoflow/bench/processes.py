@@ -18,6 +18,7 @@ _ROLES: Mapping[str, str] = {
     "nanoflow.engine.process": "engine",
     "nanoflow.server.front_end": "front end",
     "template_process": "template",
+    "grammar_process": "grammar",
 }
 
 
@@ -27,7 +28,7 @@ class ProcessState:
 
     Attributes:
         pid: Process id.
-        role: "engine", "front end" or "template", else "main".
+        role: "engine", "front end", "template" or "grammar", else "main".
         rss_bytes, peak_rss_bytes: Resident memory, now and at its peak.
         peak_virtual_bytes: Peak of the address space. Reserved memory is not used, but counts against a limit.
         num_threads, num_files: Present numbers of threads and open files.

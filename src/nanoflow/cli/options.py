@@ -21,11 +21,12 @@ from nanoflow.cli.foreign_flags import add_foreign_flags, with_dashes
 from nanoflow.compat.entries import Alias, Table
 from nanoflow.compat.unknown import unknown_option
 from nanoflow.option_names import by_own_names, from_kwargs, names_of, table_of
+from nanoflow.structured import Structured
 
 ConfigT = TypeVar("ConfigT")
 Subcommands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
 
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", Structured: "JSON"}
 
 
 class CommandParser(argparse.ArgumentParser):

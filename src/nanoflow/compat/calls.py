@@ -20,7 +20,7 @@ _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
 _OF_REQUESTS = (
     Foreign(name="lora_request", reason=_NO_LORA),
     Foreign(name="prompt_adapter_request", reason="there are no prompt adapters"),
-    Foreign(name="guided_options_request", reason="there are no structured outputs"),
+    Foreign(name="guided_options_request", reason="give `structured_outputs` of SamplingParams"),
     Foreign(name="priority", takes=(0, [0]), reason=_FCFS),
     Foreign(
         name="tokenization_kwargs",

@@ -17,7 +17,7 @@ _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft
 _NO_SPECULATION = "speculative decoding is by prompt look-up alone: `speculative`, as ngram:4"
 _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
 _NO_EXPERTS = "one GPU holds all experts, with one implementation, and does not tell which ones a token passes"
-_NO_GUIDES = "there are no structured outputs"
+_ONE_GUIDE = "there is one backend of structured outputs, llguidance"
 _NO_REASONING = "reasoning is not separated from the rest of an answer"
 _NO_TRANSFER = "KV caches are not moved between engines"
 _NO_OFFLOAD = "weights and KV cache stay on the device; preempted requests are computed again"
@@ -279,10 +279,10 @@ _FEATURES = (
     *options(_NO_LORA, "lora_extra_vocab_size", takes=(256,)),
     *options(_NO_LORA, "max_prompt_adapter_token", takes=(0,)),
     *options(_NO_LORA, "max_cpu_loras", "lora_target_modules", "default_mm_loras", "long_lora_scaling_factors"),
-    Foreign(name="structured_outputs_config", takes=({},), reason=_NO_GUIDES),
-    *options(_NO_GUIDES, "guided_decoding_backend", takes=("auto",)),
-    *switches(_NO_GUIDES, "guided_decoding_disable_fallback", "guided_decoding_disable_any_whitespace"),
-    *switches(_NO_GUIDES, "guided_decoding_disable_additional_properties"),
+    *options(_ONE_GUIDE, "structured_outputs_config", takes=({}, {"backend": "auto"}, {"backend": "guidance"})),
+    *options(_ONE_GUIDE, "guided_decoding_backend", takes=("auto", "guidance")),
+    *switches(_ONE_GUIDE, "guided_decoding_disable_fallback", "guided_decoding_disable_any_whitespace"),
+    *switches(_ONE_GUIDE, "guided_decoding_disable_additional_properties"),
     Foreign(name="reasoning_parser", takes=("",), reason=_NO_REASONING),
     Foreign(name="reasoning_parser_plugin", takes=("",), reason=_NO_REASONING),
     Foreign(name="reasoning_config", takes=({},), reason=_NO_REASONING),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _NO_POOLING = "models generate text; there are no embeddings, scores or classes"
-_NO_GUIDES = "there are no structured outputs"
 _NO_BEAMS = "there is no beam search; n completions are sampled by SamplingParams(n=...)"
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
 _NO_MULTIMODAL = "models take text alone"
@@ -24,6 +23,8 @@ NAMES: Mapping[str, str] = {
     "SamplingParams": "nanoflow.request",
     "RequestError": "nanoflow.request",
     "RequestOutputKind": "nanoflow.request",
+    "StructuredOutputsParams": "nanoflow.structured:structured_outputs_params",
+    "GuidedDecodingParams": "nanoflow.structured:structured_outputs_params",
     "EngineConfig": "nanoflow.config",
     "ServerConfig": "nanoflow.config",
     "RequestOutput": "nanoflow.outputs",
@@ -45,7 +46,6 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("EmbeddingOutput", "EmbeddingRequestOutput", "PoolerConfig"), _NO_POOLING),
     **dict.fromkeys(("ClassificationOutput", "ClassificationRequestOutput"), _NO_POOLING),
     **dict.fromkeys(("ScoringOutput", "ScoringRequestOutput"), _NO_POOLING),
-    **dict.fromkeys(("GuidedDecodingParams", "StructuredOutputsParams"), _NO_GUIDES),
     **dict.fromkeys(("BeamSearchParams", "BeamSearchOutput"), _NO_BEAMS),
     "RepetitionDetectionParams": "a completion ends by stop, stop_token_ids or max_tokens",
     "LoRARequest": _NO_LORA,
@@ -72,7 +72,10 @@ _RANDOM = {"random_uuid": "nanoflow.familiar.prompts"}
 _PARSER = {"FlexibleArgumentParser": "nanoflow.cli.options:CommandParser"}
 
 MODULES: Mapping[str, Mapping[str, str]] = {
-    "nanoflow.sampling_params": {name: NAMES[name] for name in ("SamplingParams", "RequestOutputKind")},
+    "nanoflow.sampling_params": {
+        name: NAMES[name]
+        for name in ("SamplingParams", "RequestOutputKind", "StructuredOutputsParams", "GuidedDecodingParams")
+    },
     "nanoflow.inputs": _PROMPTS,
     "nanoflow.inputs.data": _PROMPTS,
     "nanoflow.logprobs": {"Logprob": NAMES["Logprob"]},

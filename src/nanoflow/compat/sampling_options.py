@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from nanoflow.compat.entries import Foreign, Same, Table, options, switches
+from nanoflow.compat.entries import Alias, Foreign, Same, Table, options, switches
 
 _NO_BEAMS = "there is no beam search"
-_NO_GUIDES = "there are no structured outputs"
 
 _OURS = (
     Same(name="n", note="128 at most"),
@@ -32,14 +31,14 @@ _OURS = (
     Same(name="logit_bias"),
     Same(name="allowed_token_ids"),
     Same(name="truncate_prompt_tokens", note="the last tokens are kept"),
+    Same(name="structured_outputs", note="`json`, `regex`, `choice`, `grammar` (Lark or GBNF) and `json_object`"),
+    Alias(name="guided_decoding", to="structured_outputs", note="as older versions call it"),
 )
 _FOREIGN = (
     Foreign(name="best_of", same_as="n", reason="all n completions are returned: give n"),
     *switches(_NO_BEAMS, "use_beam_search", "early_stopping"),
     Foreign(name="length_penalty", takes=(1,), reason=_NO_BEAMS),
     Foreign(name="beam_width", reason=_NO_BEAMS),
-    Foreign(name="guided_decoding", reason=_NO_GUIDES),
-    Foreign(name="structured_outputs", reason=_NO_GUIDES),
     Foreign(name="logits_processors", takes=([],), reason="no code of users runs in the engine; there is logit_bias"),
     *switches(
         "tokens are put together as the tokenizer's decoder does", "spaces_between_special_tokens", takes=(True,)

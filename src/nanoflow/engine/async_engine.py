@@ -17,6 +17,7 @@ from contextlib import suppress
 from nanoflow.config import EngineConfig
 from nanoflow.engine.child import DISK_GRACE_S, ENGINE_MODULE, GRACE_S, EngineChild
 from nanoflow.engine.errors import EngineDeadError, EngineError
+from nanoflow.engine.grammar_checks import GrammarChecks
 from nanoflow.engine.link import EngineLink
 from nanoflow.engine.living import said_ends
 from nanoflow.engine.messages import (
@@ -40,7 +41,7 @@ from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.pacing import Pacer, Stream
 from nanoflow.engine.prefetching import Prefetching
 from nanoflow.engine.prompts import PromptInput, sendable
-from nanoflow.engine.reading import read_prompt_aside
+from nanoflow.engine.reading import read_prompt_aside, read_request_aside
 from nanoflow.engine.starting import DRAIN_S, ready
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.wire import WireError
@@ -75,16 +76,14 @@ class AsyncEngine:
         child: EngineChild | None = None,
     ) -> None:
         self.facts = facts
-        self._link = link
-        self._child = child
+        self._link, self._child = link, child
         self._tokenizer = tokenizer
-        self._processor = processor
+        self._processor, self._checks = processor, GrammarChecks(tokenizer)
         self._pacer = Pacer(interval_s)
         self._streams: dict[str, Stream] = {}
         self._prefetching = Prefetching(link.send, facts)
         self._numbers = itertools.count()
-        self._stats = EngineStats(num_pages=facts.num_pages)
-        self._heard_s = time.monotonic()
+        self._stats, self._heard_s = EngineStats(num_pages=facts.num_pages), time.monotonic()
         self._death: str | None = None
         self._dead = asyncio.Event()
         self._watch = None if child is None else asyncio.create_task(self._await_end(child), name="engine watch")
@@ -215,7 +214,7 @@ class AsyncEngine:
             EngineDeadError: The engine has died or was closed.
         """
         self._check_alive()
-        checked = await read_prompt_aside(prompt, self._tokenizer)
+        checked, params = await read_request_aside(prompt, params, self._tokenizer, self._checks)
         self._check_alive()
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
         output, requests = self._processor.add(name, checked, params)
@@ -277,6 +276,7 @@ class AsyncEngine:
             reason: Message of the EngineDeadError that running requests raise.
         """
         self._die(reason)
+        self._checks.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
         if self._watch is not None:

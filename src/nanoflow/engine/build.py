@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.own_book import book_facts, plan_book, warn_of_another
 from nanoflow.engine.precision import graph_of
 from nanoflow.engine.tier_memory import TierMemory, fingerprint_of, opened_tiers, staging_bytes
+from nanoflow.engine.vocabulary import vocabulary_of
 from nanoflow.engine.warmup import compile_and_record, time_iterations
 from nanoflow.executor.buffers import DeviceModel, draw_keys
 from nanoflow.executor.sampler import sampling_bytes
 from nanoflow.executor.worker import Worker
+from nanoflow.grammars.compiled import Grammars
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.operation import OpKind
@@ -127,8 +130,11 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
         setup = _set_up(config, show_progress=show_progress)
         with opened_tiers(config, setup.page_bytes, device=setup.device, fingerprint=setup.fingerprint) as memory:
             # 2. Load the weights, allocate KV pages in the memory that is left, and make the worker that runs batches.
+            grammars = Grammars(
+                partial(vocabulary_of, config, setup.model_config.eos_token_ids, setup.graph.vocab_size)
+            )
             model, limits = _load(setup, show_progress=show_progress)
-            worker = _worker(setup, model, limits, memory)
+            worker = _worker(setup, model, limits, memory, grammars)
             load_s = time.monotonic() - start_s
             # 3. Compile kernels and capture graphs, so that no request waits for that.
             times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
@@ -141,12 +147,14 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
             drafts=drafts,
             put_key_event=publisher.put,
             make_tiers=None if memory is None else memory.tiers,
+            is_ready=lambda request: grammars.is_ready(request.structured),
         ),
         worker=worker,
         book=setup.book,
         is_async=config.async_scheduling,
         times=times,
         publisher=publisher,
+        grammars=grammars,
     )
 
 
@@ -229,7 +237,9 @@ def _weights(setup: _Setup, *, show_progress: bool) -> Weights:
     return load_weights(graph, folder, dtype, device, show_progress=show_progress, make_copier=make_copier)
 
 
-def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits, memory: TierMemory | None) -> Worker:
+def _worker(
+    setup: _Setup, model: DeviceModel, limits: SchedulerLimits, memory: TierMemory | None, grammars: Grammars
+) -> Worker:
     """The worker that runs batches on the device."""
     return Worker(
         model,
@@ -239,6 +249,7 @@ def _worker(setup: _Setup, model: DeviceModel, limits: SchedulerLimits, memory: 
         max_logits=setup.num_logits,
         captured_pages=-(-limits.max_model_len // limits.page_size) if setup.is_captured else None,
         copier=None if memory is None else memory.copier(model.caches, num_rows=limits.max_num_seqs),
+        grammars=grammars,
     )
 
 

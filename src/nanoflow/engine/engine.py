@@ -19,6 +19,7 @@ from nanoflow.engine.kv_publisher import NoPublisher, Publisher
 from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
 from nanoflow.engine.messages import EngineFacts, EngineStats, Prefetch, PrefetchCounts, Prefetched, StepOutput
 from nanoflow.executor.worker import Worker
+from nanoflow.grammars.compiled import Grammars
 from nanoflow.graph.operation import BatchShape
 from nanoflow.kvcache.keys import KEY_BYTES
 from nanoflow.plan.book import PlanBook
@@ -28,6 +29,9 @@ from nanoflow.scheduler.results import Committed
 from nanoflow.scheduler.scheduler import Scheduler
 from nanoflow.scheduler.sessions import Session
 from nanoflow.scheduler.tiers import counts_of_all
+
+# How long the loop sleeps at most when it has nothing to do but to wait for a grammar.
+_WAIT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class Engine:
         scheduler, worker, book: The parts of the loop; the worker was made with all plans of the book.
         is_async: Form the next batch while the current one runs.
         publisher: Publishes KV events; it is closed with the engine.
+        grammars: The worker's, for which the scheduler waits; None if no request has a grammar.
         times: Estimates iteration times from those measured, for the scheduler; None if it bounds no iteration.
     """
 
@@ -62,6 +67,7 @@ class Engine:
         is_async: bool,
         times: IterationTimes | None = None,
         publisher: Publisher | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.facts = facts
         self._scheduler = scheduler
@@ -74,6 +80,7 @@ class Engine:
         self._times = times
         self._last_end_s = 0.0
         self._publisher = publisher or NoPublisher()
+        self._grammars = grammars
         self._copying = Copying(scheduler.tiers, worker)
 
     def use_book(self, book: PlanBook) -> None:
@@ -90,6 +97,9 @@ class Engine:
     def add(self, request: Request, num_computed: int = 0) -> None:
         """Take a request. `num_computed` tokens of its prompt count as computed already; see `Scheduler.add`."""
         self._scheduler.add(request, num_computed)
+        if self._grammars is not None:
+            # Begins to compile its grammar.
+            self._grammars.is_ready(request.structured)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Drop requests and free their pages at once; unknown ids are ignored."""
@@ -115,6 +125,8 @@ class Engine:
             )
         elif not self._in_flight:
             self._copying.wait()
+            if self._grammars is not None:
+                self._grammars.wait(_WAIT_S)
         if batch is None or len(self._in_flight) > self._max_in_flight:
             return self._commit_oldest()
         return self._output()
@@ -157,6 +169,8 @@ class Engine:
         self._copying.close()
         self._worker.close()
         self._publisher.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _commit_oldest(self) -> StepOutput:
         if not self._in_flight:

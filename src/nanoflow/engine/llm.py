@@ -21,6 +21,7 @@ from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig
 from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.garbage import heap_left_alone
+from nanoflow.engine.grammar_checks import GrammarChecks
 from nanoflow.engine.llm_metrics import LLMMetrics, Metric
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
@@ -65,7 +66,7 @@ class LLM:
         except BaseException:
             self._engine.close()
             raise
-        self._metrics = LLMMetrics(config.model)
+        self._metrics, self._checks = LLMMetrics(config.model), GrammarChecks(self._tokenizer)
         self._of_transformers: Any = None
         self._num_requests = 0
         self._is_closed = False
@@ -217,7 +218,8 @@ class LLM:
             RequestError, EngineDeadError: As `generate`.
         """
         self._check_open()
-        output, requests = self._processor.add(request_id, read_prompt(prompt, self._tokenizer), params)
+        checked = self._checks.checked(params)
+        output, requests = self._processor.add(request_id, read_prompt(prompt, self._tokenizer), checked)
         self._add_to_engine(requests)
         return output
 
@@ -241,6 +243,7 @@ class LLM:
         """Free the model; it cannot be used afterwards."""
         if not self._is_closed:
             self._is_closed = True
+            self._checks.close()
             if self._tokenizer is not None:
                 self._tokenizer.close()
             self._engine.close()
@@ -257,7 +260,8 @@ class LLM:
         for place, (prompt, params) in enumerate(zip(inputs, all_params, strict=True)):
             raise_if_interrupted()
             with _naming_place(place, len(inputs)):
-                output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), params)
+                checked = self._checks.checked(params)
+                output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), checked)
             outputs.append(output)
             all_requests.append(requests)
         for place, requests in enumerate(all_requests):

@@ -104,8 +104,8 @@ class OutputProcessor:
         params = params.snapshot() if self._has_text else dataclasses.replace(params, detokenize=False)
         if request_id in self._living:
             raise RequestError(f"a request with id {request_id!r} is already there")
-        if params.detokenize and self._tokenizer is None:
-            raise RequestError("this model has no tokenizer: set detokenize=False")
+        if self._tokenizer is None and (params.detokenize or params.structured_outputs is not None):
+            raise RequestError("this model has no tokenizer: set detokenize=False, and ask for no structured outputs")
         arrival_s = self._clock()
         prompt = truncated(prompt, params, self._facts)
         requests = make_requests(

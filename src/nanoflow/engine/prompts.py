@@ -160,6 +160,10 @@ def make_requests(
         session=prompt.session_id,
     )
     _check(first, facts)
+    if first.structured is not None and not eos_token_ids:
+        raise RequestError(
+            "this model has no end of sequence, with which structured outputs end", param="structured_outputs"
+        )
     if max_tokens > room:
         raise RequestError(
             f"This model's maximum context length is {facts.max_model_len} tokens; the prompt has {num_prompt} tokens "
@@ -179,7 +183,8 @@ def make_requests(
 def sendable(requests: list[Request]) -> Iterator[list[Request]]:
     """Split the requests of one prompt into messages that take some milliseconds each to send."""
     first = requests[0]
-    num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + 64
+    num_chars = len(first.structured.text) if first.structured else 0
+    num_numbers = len(first.prompt_token_ids) + len(first.params.allowed_token_ids or ()) + num_chars // 2 + 64
     count = max(_NUMBERS_A_MESSAGE // num_numbers, 1)
     return (requests[start : start + count] for start in range(0, len(requests), count))
 

@@ -192,6 +192,10 @@ class Tokenizer:
                 return data
         return self.token_text(token_id).encode()
 
+    def as_json(self) -> str:
+        """The content of tokenizer.json."""
+        return str(self._backend.to_str())
+
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
         """Tokens as the vocabulary has them, where a space may be written "Ġ" or "▁"; unknown ids give no text."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]

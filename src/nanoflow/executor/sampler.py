@@ -8,7 +8,7 @@ another launch, for the rows that asked. Nothing here waits for the device: the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from nanoflow.batch import DenseBatch, Joined
 from nanoflow.device.transfer import to_device
+from nanoflow.executor.constraints import Constraints
 from nanoflow.executor.sampling_state import SamplingState, table_bytes
+from nanoflow.grammars.compiled import Grammars
 from nanoflow.kernels.dispatch import sample_kernels_for
+from nanoflow.kernels.sample import SampleTables
 
 
 def sampling_bytes(num_rows: int, vocab_size: int, device: torch.device, num_logits: int | None = None) -> int:
@@ -53,12 +56,21 @@ class Drawn:
 
 
 class Sampler:
-    """Sampling state of every row; draws tokens."""
+    """Sampling state of every row; draws tokens.
 
-    def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    Args:
+        num_rows, vocab_size: Rows of the state table; tokens of the model's vocabulary.
+        device: Of the logits.
+        grammars: Compiles grammars of requests; None if no request has one.
+    """
+
+    def __init__(
+        self, *, num_rows: int, vocab_size: int, device: torch.device, grammars: Grammars | None = None
+    ) -> None:
         self._device, self._vocab_size = device, vocab_size
         self._kernels = sample_kernels_for(device)
         self._state = SamplingState(num_rows=num_rows, vocab_size=vocab_size, device=device)
+        self._constraints = Constraints(num_rows=num_rows, vocab_size=vocab_size, device=device, grammars=grammars)
         self._wants_logprobs = np.zeros(num_rows, np.bool_)
         self._num_logprobs = np.zeros(num_rows, np.int64)
         # Message by row for requests that failed when they joined, until the row is assigned again.
@@ -77,7 +89,7 @@ class Sampler:
         """Assign rows to requests."""
         for request in joined:
             self._errors.pop(request.row, None)
-        self._errors |= self._state.join(joined)
+        self._errors |= self._state.join(joined) | self._constraints.join(joined)
         for request in joined:
             self._wants_logprobs[request.row] = request.params.logprobs is not None
             self._num_logprobs[request.row] = request.params.logprobs or 0
@@ -89,8 +101,13 @@ class Sampler:
         """
         rows = batch.rows[batch.sampled]
         self._state.restrict(rows)
-        token_ids, best = self._choose(logits, self._state.numbers(rows, batch.drawn_positions))
+        numbers, masks = self._state.numbers(rows, batch.drawn_positions), self._constraints.masks(rows)
+        numbers["mask"] = masks.numbers
+        # A grammar that can only end goes before `min_tokens`.
+        numbers["first_free_stop"][masks.must_end] = 0
+        token_ids, best = self._choose(logits, numbers, replace(self._state.tables, masks=masks.words))
         self._state.note(rows, token_ids)
+        self._constraints.note(rows, token_ids)
         places = np.flatnonzero(self._wants_logprobs[rows])
         num_top = self._num_logprobs[rows[places]]
         logprobs: tuple[Tensor, ...] = ()
@@ -102,9 +119,12 @@ class Sampler:
             best=best,
             logprob_places=list(zip(places.tolist(), num_top.tolist(), strict=True)),
             logprobs=logprobs,
-            errors={place: self._errors[row] for place, row in enumerate(rows.tolist()) if row in self._errors}
-            if self._errors
-            else {},
+            errors=masks.errors
+            | {
+                place: self._errors[row]
+                for place, row in enumerate(rows.tolist() if self._errors else ())
+                if row in self._errors
+            },
         )
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
@@ -112,22 +132,22 @@ class Sampler:
         places = torch.arange(len(logits), device=self._device)
         return self._kernels.top_logprobs(logits, places, token_ids, num_top)
 
-    def _choose(self, logits: Tensor, numbers: NDArray[np.void]) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, numbers: NDArray[np.void], tables: SampleTables) -> tuple[Tensor, Tensor]:
         """Chosen token and largest adjusted logit of each row, both [S]."""
         adjusts = _adjusts(numbers)
         if not adjusts and not numbers["scale"].any():
             return self._kernels.largest(logits)
         uploaded = _uploaded(numbers, self._device)
-        return self._kernels.choose(logits, uploaded, self._state.tables, adjusts=adjusts)
+        return self._kernels.choose(logits, uploaded, tables, adjusts=adjusts)
 
 
 def _uploaded(numbers: NDArray[np.void], device: torch.device) -> Tensor:
-    """`NUMBERS` [S], at least one, as int32 [S, 16] on the device."""
+    """`NUMBERS` [S], at least one, as int32 [S, 18] on the device."""
     return to_device(numbers.view(np.int32).reshape(len(numbers), -1), device)
 
 
 def _adjusts(numbers: NDArray[np.void]) -> bool:
     """Whether any row changes its logits before the draw."""
-    if numbers["has_penalties"].any() or numbers["is_restricted"].any() or numbers["num_biases"].any():
+    if any(numbers[name].any() for name in ("has_penalties", "is_restricted", "num_biases", "mask")):
         return True
     return bool(((numbers["num_edits"] > 0) & (numbers["position"] < numbers["first_free_stop"])).any())

@@ -30,8 +30,12 @@ _NUM_EDITS = 512
 
 
 def table_bytes(num_rows: int, vocab_size: int) -> int:
-    """Bytes of the tables on the device: 2 for each row and token of the vocabulary, 8 for each edit, and bad words."""
-    return num_rows * (2 * vocab_size + 8 * _NUM_EDITS) + bad_word_bytes(num_rows)
+    """Bytes on the device of the tables, and of the masks of two iterations.
+
+    These are 2 bytes and 2 bits for each row and token of the vocabulary, 8 bytes for each edit, and bad words.
+    """
+    mask_bytes = 4 * -(-vocab_size // 32)
+    return num_rows * (2 * vocab_size + 2 * mask_bytes + 8 * _NUM_EDITS) + bad_word_bytes(num_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +69,12 @@ class SamplingState:
             seen=self._seen.table,
             edit_ids=_zeros((num_rows, _NUM_EDITS), np.int32, device),
             edit_values=_zeros((num_rows, _NUM_EDITS), np.float32, device),
+            masks=_zeros((1, -(-vocab_size // 32)), np.int32, device),
         )
 
     @property
     def tables(self) -> SampleTables:
-        """The current tables; a join may replace them."""
+        """The current tables, without masks; a join may replace them."""
         return self._tables
 
     def numbers(self, rows: Int32, positions: Int32) -> NDArray[np.void]:

@@ -27,6 +27,7 @@ from nanoflow.executor.page_copies import NoCopier, PageCopier
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Sampler
+from nanoflow.grammars.compiled import Grammars
 from nanoflow.kernels.compiling import compiling
 from nanoflow.kernels.launch import BatchInputs
 from nanoflow.kvcache.copies import PageCopies
@@ -48,6 +49,7 @@ class Worker:
         max_logits: Maximum number of rows with logits at once; `num_rows` if not given.
         captured_pages: Pages of the longest sequence if forward passes are CUDA graphs; None if they are not.
         copier: Copies KV pages to host memory and back; not needed without host memory.
+        grammars: Compiles grammars of requests; not needed if none has one.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Worker:
         max_logits: int | None = None,
         captured_pages: int | None = None,
         copier: PageCopier | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         graph, device = model.graph, model.device
         self._device = device
@@ -78,7 +81,7 @@ class Worker:
             self._forward = CapturedForward(
                 self._executor, self._inputs, buckets, plans, pages_per_request=captured_pages, device=device
             )
-        self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device)
+        self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device, grammars=grammars)
         self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
         self._copier: PageCopier = copier or NoCopier()

@@ -34,6 +34,8 @@ NUMBERS = np.dtype(
         ("num_biases", np.int32),  # how many of these are biases
         ("has_penalties", np.int32),
         ("is_restricted", np.int32),  # whether some tokens are forbidden
+        ("mask", np.int32),  # 1 + its row in the masks; 0 if it has none
+        ("unused", np.int32),  # a multiple of 8 bytes
     ]
 )
 # Bits in the table of seen tokens: whether the prompt has the token, and the largest count of generated ones. A
@@ -55,11 +57,14 @@ class SampleTables:
         edit_ids: int32 [R, E], ids of tokens with a bias and of stop tokens, ascending; `NUMBERS` says how many are
             valid.
         edit_values: float32 [R, E], added to the logit; -infinity for a stop token.
+        masks: int32 [M, ceil(V / 32)], one for each draw that has one: bit i % 32 of word i // 32 says whether token i
+            may be chosen.
     """
 
     seen: Tensor
     edit_ids: Tensor
     edit_values: Tensor
+    masks: Tensor
 
 
 def workspace_bytes(num_rows: int, vocab_size: int) -> int:
@@ -98,7 +103,7 @@ def choose(logits: Tensor, numbers: Tensor, tables: SampleTables, *, adjusts: bo
 
     Args:
         logits: [S, V], from the model.
-        numbers: int32 [S, 16], the bytes of `NUMBERS` of each row; no two rows have the same row of the tables.
+        numbers: int32 [S, 18], the bytes of `NUMBERS` of each row; no two rows have the same row of the tables.
         tables: The tables that `numbers` refer to; `seen` is updated.
         adjusts: Whether a row may have penalties, forbidden tokens, or edits that apply.
 
@@ -137,7 +142,7 @@ def _choose(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> tuple[
 
 
 def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tensor:
-    """Float32 logits with biases, then penalties; -infinity for forbidden tokens."""
+    """Float32 logits with biases, then penalties; -infinity for tokens that are forbidden or that a mask leaves out."""
     logits = raw.to(torch.float32, copy=True)
     is_held = host["position"] < host["first_free_stop"]
     for place in np.flatnonzero(host["num_edits"] * (is_held | (host["num_biases"] > 0))).tolist():
@@ -155,7 +160,17 @@ def _adjusted(raw: Tensor, host: NDArray[np.void], tables: SampleTables) -> Tens
         is_in_prompt = (record & IN_PROMPT) > 0
         apply_penalties(penalised, record & MAX_COUNT, is_in_prompt, *(factor[places] for factor in factors))
         logits[places] = penalised.masked_fill_(record < 0, -torch.inf)
+    masked = torch.from_numpy(np.flatnonzero(host["mask"])).to(raw.device)
+    if len(masked):
+        words = tables.masks[torch.from_numpy(host["mask"].astype(np.int64)).to(raw.device)[masked] - 1]
+        logits[masked] = logits[masked].masked_fill_(~_bits(words, logits.shape[1]), -torch.inf)
     return logits
+
+
+def _bits(words: Tensor, count: int) -> Tensor:
+    """The first bits of each row, bool [M, count] from int32 [M, W]."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :count] > 0
 
 
 _PENALTIES = ("repetition", "presence", "frequency")

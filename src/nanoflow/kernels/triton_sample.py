@@ -77,6 +77,7 @@ def choose(
             tables.seen,
             tables.edit_ids,
             tables.edit_values,
+            tables.masks,
             tables.edit_ids.shape[1],
             token_ids,
             best,

@@ -22,6 +22,7 @@ from nanoflow.kernels.triton_sample_rows import (
     HAS_PENALTIES,
     IS_RESTRICTED,
     LOG_MIN_P,
+    MASK,
     MAX_COUNT,
     NUM_BIASES,
     NUM_EDITS,
@@ -78,6 +79,7 @@ def choose_program(
     seen: tl.tensor,
     edit_ids: tl.tensor,
     edit_values: tl.tensor,
+    masks: tl.tensor,
     edit_stride: int,
     token_ids: tl.tensor,
     best: tl.tensor,
@@ -93,8 +95,8 @@ def choose_program(
     """Largest adjusted logit and chosen token of each row: best [S] and token_ids [S] of logits [S, V].
 
     numbers, floats and seeds are three views of `sample.NUMBERS` [S]; seen [R, V] and edits [R, edit_stride] are the
-    tables. scratch [S, ROOM] is for logits that a search lists. GRID_BITS low bits are zero in a float32 converted from
-    the logits' dtype.
+    tables, and masks [M, ceil(V / 32)] are of this launch. scratch [S, ROOM] is for logits that a search lists.
+    GRID_BITS low bits are zero in a float32 converted from the logits' dtype.
     """
     # Blocks of a row that are read ahead, plus one: with few rows a pass is bound by memory latency. Without read-ahead
     # if logits are adjusted: Triton 3.6 mixes up blocks if the loop that reads them contains a loop over edits.
@@ -107,6 +109,7 @@ def choose_program(
     is_held = tl.load(numbers + POSITION) < tl.load(numbers + FIRST_FREE_STOP)
     num_edits = tl.where(is_held | (tl.load(numbers + NUM_BIASES) > 0), tl.load(numbers + NUM_EDITS), 0)
     has_penalties = tl.load(numbers + HAS_PENALTIES) > 0
+    mask = tl.load(numbers + MASK).to(tl.int64)
     row = (
         logits + place * VOCAB,
         seen,
@@ -118,6 +121,8 @@ def choose_program(
         (tl.load(floats + REPETITION), tl.load(floats + PRESENCE), tl.load(floats + FREQUENCY)),
         ADJUSTS,
         scratch + place * ROOM,
+        masks + (mask - 1) * tl.cdiv(VOCAB, 32),
+        mask > 0,
     )
     scale, top_k, log_min_p = tl.load(floats + SCALE), tl.load(numbers + TOP_K), tl.load(floats + LOG_MIN_P)
     has_top_p, has_min_p = tl.load(floats + TOP_P) < 1, log_min_p > float("-inf")

@@ -14,7 +14,7 @@ import triton.language as tl
 ROW, POSITION, SEED, SCALE, TOP_K, TOP_P, LOG_MIN_P = (tl.constexpr(place) for place in (0, 1, 2, 4, 5, 6, 7))
 REPETITION, PRESENCE, FREQUENCY, FIRST_FREE_STOP = (tl.constexpr(place) for place in (8, 9, 10, 11))
 NUM_EDITS, NUM_BIASES, HAS_PENALTIES = (tl.constexpr(place) for place in (12, 13, 14))
-IS_RESTRICTED, NUM_FIELDS = (tl.constexpr(place) for place in (15, 16))
+IS_RESTRICTED, MASK, NUM_FIELDS = (tl.constexpr(place) for place in (15, 16, 18))
 # Largest count in the table of seen tokens. The next bit says that the prompt has the token, the sign that it is
 # forbidden.
 MAX_COUNT, IS_SEEN = (tl.constexpr(bits) for bits in ((1 << 14) - 1, (1 << 15) - 1))
@@ -49,8 +49,8 @@ def first_column(
 def adjusted(
     row: tl.tuple, first: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr
 ) -> tl.tensor:
-    """`read`, with biases, then penalties applied, and -infinity for forbidden tokens."""
-    logits, seen, edit_ids, edit_values, num_edits, is_held, looks_at_seen, penalties, ADJUSTS, _ = row
+    """`read`, with biases, then penalties applied, and -infinity for tokens that are forbidden or not in the mask."""
+    logits, seen, edit_ids, edit_values, num_edits, is_held, looks_at_seen, penalties, ADJUSTS, _, mask, has_mask = row
     exact = read(logits, first, VOCAB, BLOCK, INNER)
     if ADJUSTS:
         columns = columns_of(first, BLOCK, INNER)
@@ -59,6 +59,11 @@ def adjusted(
         if looks_at_seen:
             record = tl.load(seen + columns, mask=columns < VOCAB, other=0)
             exact = _penalised(exact, record.to(tl.int32), penalties)
+        if has_mask:
+            # A group of logits lies within a word.
+            groups = first + tl.arange(0, BLOCK // INNER) * INNER
+            words = tl.load(mask + groups // 32, mask=groups < VOCAB, other=0)[:, None]
+            exact = tl.where(((words >> (columns % 32)) & 1) > 0, exact, float("-inf"))
     return exact
 
 

@@ -45,7 +45,7 @@ class DraftCounts:
         num_draft_tokens: Their tokens.
         num_accepted_tokens: How many of these were accepted.
         num_undrafted_requests: Requests that cannot have drafts, because their choice of a token depends on tokens of
-            the same iteration (penalties, bad words).
+            the same iteration (penalties, bad words, structured output).
     """
 
     num_drafts: int = 0
@@ -116,7 +116,7 @@ class NoDrafts:
 
 def may_draft(request: Request) -> bool:
     """Whether each token's distribution depends only on logits and position, not on tokens of the same iteration."""
-    return not request.params.has_penalties and not request.bad_word_ids
+    return not request.params.has_penalties and not request.bad_word_ids and request.structured is None
 
 
 class Drafter:

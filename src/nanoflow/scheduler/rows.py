@@ -109,7 +109,8 @@ class RowTable:
         self.num_prompt[rows] = num_prompt
         self.num_sent[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
         self.num_computed[rows] = num_computed
-        self.min_total[rows] = num_prompt + min_tokens
+        # A grammar may end before `min_tokens`; until it must, the sampler draws no end of sequence before them.
+        self.min_total[rows] = num_prompt + np.where([r.structured is None for r in requests], min_tokens, 0)
         self.max_total[rows] = np.minimum(num_prompt + max_tokens, self._limits.max_model_len)
         self.is_exact[rows] = [request.params.ignore_eos for request in requests]
         self.is_scored[rows] = [request.params.prompt_logprobs is not None for request in requests]

@@ -53,6 +53,7 @@ class Scheduler:
         put_key_event: Is told which pages can be found; nobody if not given.
         make_tiers: Makes what is below the device's pages (`tiers`); nothing is if not given.
         policies: What its rule leaves open; `default_policies` if not given.
+        is_ready: Whether a waiting request may run yet; all may if not given.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class Scheduler:
         put_key_event: Put | None = None,
         make_tiers: Callable[[PagePools], Tiers] | None = None,
         policies: Policies | None = None,
+        is_ready: Callable[[Request], bool] = lambda request: True,
     ) -> None:
-        self._limits = limits
+        self._limits, self.pace = limits, pace or Pace()
         self.drafts: Drafts = drafts or NoDrafts()
-        self.pace = pace or Pace()
         self._rows = RowTable(limits)
         events = key_events(put_key_event, self._rows, limits.page_size)
         self._pages = PagePools(
@@ -77,7 +78,7 @@ class Scheduler:
             page_size=limits.page_size,
             watch=events,
         )
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(is_ready)
         self._lengths = OutputLength()
         self.tiers: Tiers = make_tiers(self._pages) if make_tiers else NoTiers()
         self._policies = policies or default_policies(self.tiers)
@@ -169,9 +170,8 @@ class Scheduler:
         """Form the next batch.
 
         Returns:
-            None if nothing can be computed now: there is no request, or everything to do hangs on a batch that has not
-            been committed, or on pages that are being loaded. If all are committed, nothing is being loaded and
-            `has_unfinished`, there is always a batch.
+            None if nothing can be computed now: there is no request, or all hangs on a batch that has not been
+            committed, on pages that are being loaded, or on what makes requests ready. Otherwise there is a batch.
         """
         if self.drafts.awaits_commit(self._rows, self.pace.iteration_time):
             return None

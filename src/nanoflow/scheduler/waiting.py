@@ -6,7 +6,7 @@ A preempted request comes back to the front. The queue does not know what admits
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nanoflow.batch import Int32
@@ -38,9 +38,14 @@ class WaitingRequest:
 
 
 class WaitingQueue:
-    """Requests in the order in which they will be admitted; any of them can be removed in constant time."""
+    """Requests in the order in which they will be admitted; any of them can be removed in constant time.
 
-    def __init__(self) -> None:
+    Args:
+        is_ready: Whether a request may run yet. One that may not keeps its place, and others pass it.
+    """
+
+    def __init__(self, is_ready: Callable[[Request], bool] = lambda request: True) -> None:
+        self._is_ready = is_ready
         self._by_id: OrderedDict[int, WaitingRequest] = OrderedDict()
 
     def __len__(self) -> int:
@@ -63,5 +68,5 @@ class WaitingQueue:
         return self._by_id.pop(request_id, None) is not None
 
     def __iter__(self) -> Iterator[WaitingRequest]:
-        """From the first on; the queue may not change meanwhile."""
-        return iter(self._by_id.values())
+        """Those that may run, from the first on; the queue may not change meanwhile."""
+        return (each for each in self._by_id.values() if self._is_ready(each.request))

@@ -63,14 +63,9 @@ _TOOLS: ForeignFields = {
     "function_call": Foreign(("none", "auto"), "calls of functions"),
 }
 _SHAPES: ForeignFields = {
-    "response_format": Foreign(({"type": "text"},), "the shape of the text"),
-    "structured_outputs": Foreign(({},), "the shape of the text"),
-    **{
-        name: Foreign((), "the shape of the text")
-        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag")
-    },
-    "guided_decoding_backend": Foreign(None, "there is no guided decoding to choose a backend for"),
-    "guided_whitespace_pattern": Foreign((), "the shape of the text"),
+    "structural_tag": Foreign((), "the shape of parts of the text"),
+    "guided_decoding_backend": Foreign(None, "there is one backend, llguidance"),
+    "guided_whitespace_pattern": Foreign((), "white space between the tokens of JSON"),
     "modalities": Foreign(([], ["text"]), "other answers than text"),
     "audio": Foreign((), "other answers than text"),
     "verbosity": Foreign(("medium",), "length of the answer"),

@@ -11,6 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from nanoflow.parameters import Kind
 from nanoflow.request import KINDS
+from nanoflow.structured import StructuredKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class Parameter:
         """The field `name`, checked as the parameter of that name or as `like`, optionally with other bounds."""
         kind: Any = KINDS[like or name]
         return Parameter(name, dataclasses.replace(kind, **bounds) if bounds else kind)
+
+    @staticmethod
+    def of_structured(name: str) -> Parameter:
+        """The field `name`, which asks for a shape of the answer; see `structured.SPELLINGS`."""
+        return Parameter(name, StructuredKind(spelling=name))
 
     def read(self, value: Any) -> Any:
         """The value, checked and converted."""

@@ -34,8 +34,10 @@ from nanoflow.server.foreign import (
 )
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.prompt_fields import PromptFields
+from nanoflow.structured import SPELLINGS, Structured
 
 MAX_SESSION_ID_CHARS = 256
+_SHAPE = "structured_outputs"
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(read_ids)]
 # `call_bounds.py` bounds their number before this is checked.
@@ -105,6 +107,24 @@ class SamplingFields(PromptFields, RequestBody):
     prompt_logprobs: Annotated[int | None, Parameter.of("prompt_logprobs")] = None
     skip_special_tokens: Annotated[bool | None, Parameter.of("skip_special_tokens")] = None
     include_stop_str_in_output: Annotated[bool | None, Parameter.of("include_stop_str_in_output")] = None
+    response_format: Annotated[Structured | None, Parameter.of_structured("response_format")] = Field(
+        None, description="The shape of the answer, as OpenAI has it"
+    )
+    structured_outputs: Annotated[Structured | None, Parameter.of_structured("structured_outputs")] = Field(
+        None, description="The shape of the answer: one of json, regex, choice, grammar and json_object"
+    )
+    guided_json: Annotated[Structured | None, Parameter.of_structured("guided_json")] = Field(
+        None, description="As json in structured_outputs"
+    )
+    guided_regex: Annotated[Structured | None, Parameter.of_structured("guided_regex")] = Field(
+        None, description="As regex in structured_outputs"
+    )
+    guided_choice: Annotated[Structured | None, Parameter.of_structured("guided_choice")] = Field(
+        None, description="As choice in structured_outputs"
+    )
+    guided_grammar: Annotated[Structured | None, Parameter.of_structured("guided_grammar")] = Field(
+        None, description="As grammar in structured_outputs"
+    )
     cache_salt: Text | None = Field(
         None, min_length=1, description="Cached pages are shared only between requests that have the same one, or none"
     )
@@ -117,7 +137,12 @@ class SamplingFields(PromptFields, RequestBody):
     @property
     def field_names(self) -> Mapping[str, str]:
         """Field that a parameter of the engine came in, where it has another name."""
-        return {}
+        return dict(zip((_SHAPE,), self._shapes, strict=False))
+
+    @property
+    def _shapes(self) -> Mapping[str, Structured]:
+        """The shapes that are asked for, by field; at most one."""
+        return {name: shape for name in SPELLINGS if (shape := getattr(self, name)) is not None}
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -132,6 +157,13 @@ class SamplingFields(PromptFields, RequestBody):
             and self.stream_options is not None
             and bool(self.stream_options.continuous_usage_stats)
         )
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> SamplingFields:
+        if len(self._shapes) > 1:
+            first, second, *_ = self._shapes
+            raise RequestError(f"{first} and {second} both say what shape the answer has: give one", param=second)
+        return self
 
     @model_validator(mode="after")
     def _check_stream(self) -> SamplingFields:
@@ -150,6 +182,7 @@ class SamplingFields(PromptFields, RequestBody):
         # Fields about the prompt's tokens are applied by the server itself.
         common = (SamplingFields.model_fields.keys() & KINDS.keys()) - PromptFields.model_fields.keys()
         given = {name: value for name in common if (value := getattr(self, name)) is not None}
+        given |= dict(zip((_SHAPE,), self._shapes.values(), strict=False))
         return defaults.params({**given, **more})
 
 
@@ -220,7 +253,7 @@ class ChatCompletionRequest(SamplingFields, Conversation):
     def field_names(self) -> Mapping[str, str]:
         """Field that a parameter of the engine came in, where it has another name."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        return {**super().field_names, "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
 
     @property
     def echoed(self) -> str:

@@ -1,0 +1,120 @@
+"""What structured output costs all rows: the time of an iteration with none, half and all rows held to a shape.
+
+One engine is loaded once. A run has `--rows` requests of the same length, which decode together. In runs with a shape
+half of the rows have it, then all. A tokenizer of the model's size is made, so that masks are as wide as in use. From
+the root of the repository:
+
+    python -m benchmarks.engine.structured --model preset:llama-3-8b --rows 64 --json structured_llama-3-8b.json
+
+Times are medians of `--repeats` runs, in milliseconds an iteration, of decodes alone: the time of a run with
+`--output-len` tokens less that of one with half of them, so that prompts and compilation do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.document import write_document
+from benchmarks.common.vocabulary import write_vocabulary
+from nanoflow.bench.provenance import require_clean
+from nanoflow.cli.options import CommandParser
+from nanoflow.config import EngineConfig
+from nanoflow.engine.build import resolve_model
+from nanoflow.engine.llm import LLM
+from nanoflow.request import SamplingParams
+
+# Each goes on for longer than any run. A string of JSON, any JSON, and repetitions that are counted.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "string": {"json": {"type": "string", "minLength": 100_000}},
+    "list": {
+        "json": {
+            "type": "array",
+            "minItems": 100_000,
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "size": {"type": "integer"}, "kind": {"enum": ["a", "b"]}},
+                "required": ["name", "size", "kind"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "counted": {"regex": "[a-z ]{5000,}"},
+}
+_PROMPT_TOKENS = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write the record."""
+    args = parse_args(argv)
+    require_clean(args.json, allows_dirty=args.allow_dirty)
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder), resolve_model(EngineConfig(model=args.model))[0].vocab_size)
+        with LLM(
+            args.model, tokenizer=folder, max_num_seqs=args.rows, max_model_len=_PROMPT_TOKENS + args.output_len
+        ) as llm:
+            found = measured(llm, args)
+            device = llm.facts.device
+    print(json.dumps(found, indent=1))
+    if args.json is not None:
+        options = {"model": args.model, "rows": args.rows, "output_len": args.output_len, "repeats": args.repeats}
+        write_document(args.json, "structured", options=options, device=device, iteration_ms=found)
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = CommandParser(prog="python -m benchmarks.engine.structured", description=__doc__)
+    parser.add_argument("--model", default="preset:llama-3-8b", help="model (default: preset:llama-3-8b)")
+    parser.add_argument("--rows", type=int, default=64, help="requests at once (default: 64)")
+    parser.add_argument("--output-len", type=int, default=256, help="tokens of a completion (default: 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--json", type=Path, help="file to write the record to")
+    parser.add_argument("--allow-dirty", action="store_true", help="also write a record of sources that no commit has")
+    return parser.parse_args(argv)
+
+
+def measured(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds an iteration, by shape and number of rows with it."""
+    runs: dict[str, Any] = {"none": _iteration_ms(llm, args, None, 0)}
+    for name, shape in SHAPES.items():
+        runs[name] = {str(count): _iteration_ms(llm, args, shape, count) for count in (1, args.rows // 2, args.rows)}
+    return runs
+
+
+def _iteration_ms(llm: LLM, args: argparse.Namespace, shape: Mapping[str, Any] | None, count: int) -> dict[str, float]:
+    times = []
+    for _ in range(args.repeats):
+        whole, half = (
+            _run_s(llm, args.rows, length, shape, count) for length in (args.output_len, args.output_len // 2)
+        )
+        times.append(1e3 * (whole - half) / (args.output_len - args.output_len // 2))
+    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
+
+
+def _run_s(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, count: int) -> float:
+    """Seconds of a run in which the first `count` rows have the shape."""
+    free = SamplingParams(max_tokens=length, ignore_eos=True)
+    # An end of sequence may be a word of the made vocabulary as well.
+    never = dict.fromkeys(llm.facts.eos_token_ids, -100.0)
+    held = SamplingParams(max_tokens=length, structured_outputs=shape, logit_bias=never)  # type: ignore[arg-type]
+    params = [held if row < count else free for row in range(rows)]
+    prompts = [[(row * 7 + place) % 250 for place in range(_PROMPT_TOKENS)] for row in range(rows)]
+    start_s = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    took_s = time.perf_counter() - start_s
+    for output in outputs:
+        if len(output.outputs[0].token_ids) != length:
+            raise RuntimeError(f"a run has ended early: {output.error or output.outputs[0].text[-80:]!r}")
+    return took_s
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Grammars that are compiled for a model's vocabulary: aside from the engine's loop, and kept for later requests.
+
+The engine asks whether a request's grammar is ready before the request may run, which starts its compilation; then the
+executor takes a matcher of it. `text.py` says what a grammar is. Front ends have refused grammars that take too long
+(`engine/grammar_checks.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from llguidance import LLMatcher, LLTokenizer
+
+from nanoflow.errors import one_line
+from nanoflow.grammars.text import GrammarError, grammar_of, limits, said
+from nanoflow.structured import Structured
+
+logger = logging.getLogger(__name__)
+
+_NUM_KEPT = 256
+_NUM_THREADS = 2
+
+
+def vocabulary(tokenizer_json: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """The bytes of a model's tokens.
+
+    Args:
+        tokenizer_json: The content of tokenizer.json.
+        vocab_size: Width of the model's logits.
+        eos_token_ids: Tokens that may be chosen where a grammar may end.
+
+    Raises:
+        GrammarError: The tokenizer is of a kind whose tokens have no bytes of their own.
+    """
+    try:
+        return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except Exception as error:
+        raise GrammarError(f"structured output is not possible with this tokenizer: {one_line(error)}") from None
+
+
+class Grammars:
+    """Compiled grammars. Methods may be called from several threads.
+
+    Args:
+        load: Makes the vocabulary; it is called once, in a thread, and what it raises concerns requests with a grammar.
+        num_kept: Grammars that are kept, those used last.
+    """
+
+    def __init__(self, load: Callable[[], LLTokenizer], *, num_kept: int = _NUM_KEPT) -> None:
+        self._num_kept = num_kept
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, "nanoflow-grammar")
+        self._vocabulary = self._pool.submit(load)
+        self._lock = threading.Lock()
+        self._futures: OrderedDict[Structured, Future[LLMatcher]] = OrderedDict()
+
+    def is_ready(self, structured: Structured | None) -> bool:
+        """Whether a request with this grammar may run; if not, it is being compiled, or will be when asked again."""
+        if structured is None:
+            return True
+        future = self._find(structured)
+        return future is not None and future.done()
+
+    def matcher(self, structured: Structured) -> LLMatcher:
+        """A matcher at the grammar's beginning. It is compiled if it is not there.
+
+        Raises:
+            GrammarError: It cannot be compiled.
+        """
+        while (future := self._find(structured)) is None:
+            self.wait(1.0)
+        return future.result().deep_copy()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a grammar that is being compiled is ready; not at all if there is none."""
+        with self._lock:
+            pending = [future for future in self._futures.values() if not future.done()]
+        if pending:
+            wait(pending, timeout_s, FIRST_COMPLETED)
+
+    def close(self) -> None:
+        """Stop compiling."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _find(self, structured: Structured) -> Future[LLMatcher] | None:
+        """The grammar, which may still be compiled; None if enough others are."""
+        with self._lock:
+            future = self._futures.get(structured)
+            if future is None:
+                if sum(not each.done() for each in self._futures.values()) >= 2 * _NUM_THREADS:
+                    return None
+                future = self._futures[structured] = self._pool.submit(self._compile, structured)
+            self._futures.move_to_end(structured)
+            while len(self._futures) > self._num_kept and next(iter(self._futures.values())).done():
+                self._futures.popitem(last=False)
+            return future
+
+    def _compile(self, structured: Structured) -> LLMatcher:
+        try:
+            matcher = LLMatcher(self._vocabulary.result(), grammar_of(structured), log_level=0, limits=limits())
+        except GrammarError:
+            raise
+        # Whatever kept the vocabulary from being loaded concerns requests with a grammar alone.
+        except Exception as error:
+            logger.exception("the vocabulary of grammars cannot be loaded")
+            raise GrammarError(one_line(error)) from None
+        if matcher.is_error():
+            raise GrammarError(said(matcher.get_error()))
+        return matcher

@@ -1,0 +1,120 @@
+"""Structured output over HTTP: every spelling, refusals as 400, and a hostile schema that stalls nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from nanoflow.config import EngineConfig, ServerConfig
+from nanoflow.engine.async_engine import AsyncEngine
+from nanoflow.engine.grammar_checks import GrammarChecks
+from nanoflow.server.app import create_app
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+IS_RECORD = re.compile(r'\{\s*"a"\s*:\s*(true|false)\s*\}')
+
+
+class Served:
+    """An engine behind the application, in an event loop of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.engine = self.loop.run_until_complete(AsyncEngine.start(EngineConfig(max_num_seqs=8, max_model_len=512)))
+        transport = httpx.ASGITransport(create_app(self.engine, ServerConfig()))
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+
+    async def post(self, body: dict[str, Any]) -> httpx.Response:
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        return await self.http.post(path, json={"max_tokens": 120, "seed": 0, **body})
+
+    def ask(self, **body: Any) -> httpx.Response:
+        return self.loop.run_until_complete(self.post(body))
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.engine.close())
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.close()
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "A record, please."}]}
+TEXT: dict[str, Any] = {"prompt": "A record: "}
+
+
+@pytest.mark.parametrize("prompt", [CHAT, TEXT], ids=["chat", "text"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"guided_json": json.dumps(SCHEMA)},
+        {"guided_regex": r'\{"a": (true|false)\}'},
+        {"guided_choice": ['{"a": true}', '{"a": false}']},
+        {"guided_grammar": 'root ::= "{" "\\"a\\": " ("true" | "false") "}"'},
+    ],
+    ids=lambda shape: next(iter(shape)),
+)
+def test_every_spelling(served: Served, prompt: dict[str, Any], shape: dict[str, Any]) -> None:
+    (choice,) = served.ask(**prompt, **shape).json()["choices"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    assert IS_RECORD.fullmatch(text) and choice["finish_reason"] == "stop"
+
+
+def test_a_stream(served: Served) -> None:
+    answer = served.ask(**CHAT, guided_json=SCHEMA, stream=True, n=2)
+    texts = ["", ""]
+    for line in answer.text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert all(IS_RECORD.fullmatch(text) for text in texts)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "message", "param"),
+    [
+        ({"guided_regex": "(a"}, "the regex cannot be used: at 1(8): invalid regex", "guided_regex"),
+        ({"guided_json": {"$ref": "#"}}, "the schema cannot be used: no text satisfies it", "guided_json"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"if": {}}}}},
+            'the schema cannot be used: Unimplemented keys: ["if"]',
+            "response_format",
+        ),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "both say what shape the answer has", "guided_choice"),
+        ({"guided_regex": "a", "ignore_eos": True}, "not with ignore_eos", "ignore_eos"),
+    ],
+)
+def test_refusals(served: Served, shape: dict[str, Any], message: str, param: str, is_stream: bool) -> None:
+    answer = served.ask(**CHAT, **shape, stream=is_stream)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and message in error["message"] and error["param"] == param
+
+
+def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.engine, "_checks", GrammarChecks(timeout_s=1.5))
+
+    async def both() -> tuple[httpx.Response, httpx.Response]:
+        hostile = asyncio.create_task(
+            served.post({**TEXT, "guided_json": {"type": "integer", "multipleOf": 1_000_003}})
+        )
+        await asyncio.sleep(0.1)
+        free = await served.post({**TEXT, "max_tokens": 8})
+        assert not hostile.done()
+        return await hostile, free
+
+    hostile, free = served.loop.run_until_complete(both())
+    served.engine._checks.close()
+    assert hostile.status_code == 400 and "takes longer than 1.5 s" in hostile.text
+    assert free.json()["usage"]["completion_tokens"] == 8
