@@ -59,7 +59,7 @@ class _Group:
 
 def order_requests(
     lengths: Sequence[Lengths],
-    prefixes: Sequence[Sequence[Any]],
+    prefixes: Sequence[Any],
     cost: RequestCost,
     *,
     min_shared: int = MIN_SHARED,
@@ -97,12 +97,10 @@ def order_requests(
     return order
 
 
-def _groups(
-    lengths: Sequence[Lengths], prefixes: Sequence[Sequence[Any]], cost: RequestCost, min_shared: int
-) -> list[_Group]:
+def _groups(lengths: Sequence[Lengths], prefixes: Sequence[Any], cost: RequestCost, min_shared: int) -> list[_Group]:
     """Requests whose neighbour in the order of prefixes begins alike, each group by density."""
     groups = list[_Group]()
-    last: Sequence[Any] = ()
+    last: Any = ()
     for place in sorted(range(len(prefixes)), key=lambda place: prefixes[place]):
         prefix, length = prefixes[place], lengths[place]
         if not groups or len(prefix) < min_shared or prefix[:min_shared] != last[:min_shared]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nanoflow.batch_files import look_ahead
 from nanoflow.batch_files.answers import Answers, Identity
-from nanoflow.batch_files.lines import AnswerLine
+from nanoflow.batch_files.lines import OK, AnswerLine
 from nanoflow.batch_files.options import BatchConfig
 from nanoflow.batch_files.order import RequestCost
-from nanoflow.batch_files.requests import OK, Counts, Requests, UnavailableError, error_of
+from nanoflow.batch_files.requests import Counts, Requests, UnavailableError, error_of
 from nanoflow.batch_files.source import Line, Scan, read_lines, scan
 from nanoflow.cli.batch_progress import Progress
 from nanoflow.config import EngineConfig, ServerConfig

@@ -9,23 +9,24 @@ import asyncio
 from collections.abc import Mapping
 
 import msgspec
-from starlette.types import ASGIApp, Message
+from starlette.types import Message
 
 from nanoflow.batch_files.lines import Answer
+from nanoflow.server.app import Application
 from nanoflow.server.door import REQUEST_ID, request_id_of
 
 _HOST = b"localhost"
 
 
 class InsideCalls:
-    """Makes calls to an application.
+    """Makes calls to an application, behind the checks of `door.py`: who may make them was decided elsewhere.
 
     Args:
-        app: An ASGI application.
+        app: The application.
         headers: Headers of every call, such as those of who has sent a batch.
     """
 
-    def __init__(self, app: ASGIApp, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, app: Application, headers: Mapping[str, str] | None = None) -> None:
         self._app = app
         self._headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
@@ -55,12 +56,13 @@ class InsideCalls:
             "query_string": b"",
             "root_path": "",
             "headers": headers,
+            "app": self._app,
             "client": None,
             "server": None,
         }
         reply = _Reply(body)
         try:
-            await self._app(scope, reply.receive, reply.send)
+            await self._app.inside(scope, reply.receive, reply.send)
         except Exception:
             # The application logs a failure of its own, answers with 500 and raises it again, for the HTTP server.
             if not reply.pieces:
