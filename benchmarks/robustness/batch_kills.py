@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -68,7 +67,7 @@ class Memory:
 
     Attributes:
         num_lines, input_bytes: The file.
-        rss_before_mib, rss_peak_mib: Largest resident memory before it began, and at its end.
+        rss_before_mib, rss_peak_mib: Resident memory when it began, and the largest until its end.
         wall_s: Seconds.
     """
 
@@ -177,6 +176,7 @@ def watch_memory(folder: Path, num_lines: int) -> Memory:
     if not child:
         status = 1
         try:
+            _forget_peak()
             before = _peak_mib()
             answer_all(source, output)
             os.write(writing, f"{before} {_peak_mib()}".encode())
@@ -196,9 +196,15 @@ def watch_memory(folder: Path, num_lines: int) -> Memory:
     )
 
 
+def _forget_peak() -> None:
+    """Begin to measure anew: a child inherits the largest memory of its parent."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_mib() -> float:
-    """Largest resident memory of this process so far; that of its parent before the fork counts too."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    """Largest resident memory of this process since then."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / _MIB
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     random.seed(arguments.seed)
     memory = None
     with TemporaryDirectory(dir=arguments.folder) as folder:
-        if arguments.long_lines:  # first, while this process, whose memory a child inherits, is small
+        if arguments.long_lines:
             memory = watch_memory(Path(folder), arguments.long_lines)
             print(memory, flush=True)
         kills = kill_repeatedly(Path(folder), arguments.lines, arguments.kills)
