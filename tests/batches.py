@@ -21,7 +21,7 @@ from tests.fake_async_engine import FakeAsyncEngine
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
-def completion(custom_id: str, prompt: str = "abc", url: str = COMPLETIONS, **fields: Any) -> bytes:
+def completion(custom_id: str, prompt: str | list[int] = "abc", url: str = COMPLETIONS, **fields: Any) -> bytes:
     """A line of a batch."""
     body = {"prompt": prompt, "max_tokens": 2, **fields}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).encode()

@@ -163,7 +163,7 @@ def test_nobody_sees_the_files_of_another_key(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     async def go() -> None:
-        options = {"max_file_bytes": 20_000, "max_open_batches": 1, "batch_dir_gib": 2e-5}
+        options: dict[str, Any] = {"max_file_bytes": 20_000, "max_open_batches": 1, "batch_dir_gib": 2e-5}
         async with server(FakeAsyncEngine(step_s=0.05), tmp_path, **options) as client_of:
             client = client_of("none")
             with pytest.raises(openai.BadRequestError, match="purpose must be 'batch'"):
