@@ -22,14 +22,15 @@ from pathlib import Path
 from benchmarks.common.document import write_document
 from nanoflow.batch_files.order import RequestCost, order_requests
 from nanoflow.cli.options import CommandParser
+from nanoflow.cli.simulate_runs import model_of
 from nanoflow.cost.model import costed_model
 from nanoflow.cost.requests import request_cost
 from nanoflow.hardware import parse_gpus
 from nanoflow.models.config_json import parse
 from nanoflow.models.presets import PRESETS
+from nanoflow.plan.book import load_book
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import Profile
-from nanoflow.simulate.iteration import IterationModel
 from nanoflow.simulate.serving import Cluster, SimulatedRun, limits_for, simulate
 from nanoflow.workload import Lengths, draw_lengths
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, help="a measured profile")
     parser.add_argument("--model", default="llama-3-70b", help="preset to estimate a profile for (llama-3-70b)")
     parser.add_argument("--estimate", default="h200x4", metavar="GPUS", help="on these GPUs (h200x4)")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="plan book; every batch is sequential if not given")
     parser.add_argument(
         "--mixes",
         nargs="+",
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     args = parser.parse_args(argv)
     profile = Profile.load(args.profile) if args.profile else _estimated(args.model, args.estimate)
-    model = IterationModel(profile)
+    book = None if args.plan is None else load_book(args.plan)
+    model = model_of(profile, book, args.max_batch_tokens)
     gpus = parse_gpus(f"{profile.setup.gpu}x{profile.setup.num_gpus}")
     cost = request_cost(costed_model(parse(profile.config, origin=profile.model)), gpus.sustained_rates())
     rows = list[Row]()
@@ -97,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gpu=profile.setup.gpu,
             num_gpus=profile.setup.num_gpus,
             is_measured=args.profile is not None,
+            plan=None if args.plan is None else args.plan.name,
             max_batch_tokens=args.max_batch_tokens,
             max_num_seqs=args.max_num_seqs,
             rows=[dataclasses.asdict(row) for row in rows],
