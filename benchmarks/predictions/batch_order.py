@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="IN/OUT:REQUESTS,IN/OUT:REQUESTS",
         help="kinds of requests, and how many (8000/100:300,200/1000:2400)",
     )
+    parser.add_argument("--arrivals", nargs="+", default=ARRIVALS, choices=ARRIVALS, help="orders of arrival (all)")
     parser.add_argument("--look-ahead", type=int, default=10_000, help="lines among which the order is chosen (10000)")
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="token budget (2048)")
     parser.add_argument("--max-num-seqs", type=int, default=1024, help="requests that run at once (1024)")
@@ -73,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile = Profile.load(args.profile) if args.profile else _estimated(args.model, args.estimate)
     book = None if args.plan is None else load_book(args.plan)
     model = model_of(profile, book, args.max_batch_tokens)
-    gpus = parse_gpus(f"{profile.setup.gpu}x{profile.setup.num_gpus}")
+    gpus = parse_gpus(f"{profile.setup.gpu}x{profile.setup.num_gpus}" if args.profile else args.estimate)
     cost = request_cost(costed_model(parse(profile.config, origin=profile.model)), gpus.sustained_rates())
     rows = list[Row]()
     print(f"{profile.model} on {profile.setup.num_gpus} x {profile.setup.gpu}")
     for mix in args.mixes:
-        for arrival in ARRIVALS:
+        for arrival in args.arrivals:
             lengths = arrived(mix, arrival, args.seed)
             limits = limits_for(
                 profile,

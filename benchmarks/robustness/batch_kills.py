@@ -45,7 +45,9 @@ class Kills:
 
     Attributes:
         num_lines: Lines of the input; every hundredth is no request.
-        num_kills, num_torn: Kills, and how many of them were followed by a cut through the last line.
+        num_kills: Kills.
+        num_amid: How many of them came before all lines were answered.
+        num_torn: How many of them were followed by a cut through the last line.
         num_answers: Lines of the output.
         num_missing, num_twice, num_wrong: Lines without an answer, with two, and with that of another line.
         wall_s: Seconds.
@@ -53,6 +55,7 @@ class Kills:
 
     num_lines: int
     num_kills: int
+    num_amid: int
     num_torn: int
     num_answers: int
     num_missing: int
@@ -108,17 +111,18 @@ def kill_repeatedly(folder: Path, num_lines: int, num_kills: int) -> Kills:
     """Kill, let a last process finish, and check."""
     source, output = folder / "in.jsonl", folder / "out.jsonl"
     write_input(source, num_lines)
-    begin_s, num_torn = time.monotonic(), 0
+    begin_s, num_amid, num_torn = time.monotonic(), 0, 0
     whole_s = _in_child(source, folder / "first.jsonl", None)
     for _ in range(num_kills):
-        # Mean progress of a life is a small part of the file, so that most kills find work under way.
         _in_child(source, output, random.uniform(0.0, 0.5 * whole_s))
+        num_answered = output.read_bytes().count(b"\n") if output.exists() else 0
+        num_amid += num_answered < num_lines
         if output.exists() and random.random() < 0.3 and (size := output.stat().st_size):
             os.truncate(output, size - random.randint(1, min(size, 60)))
             num_torn += 1
-        if output.exists() and random.random() < 0.15:
-            # Much is lost, as after a failure of the machine before the disk had it: the run goes on for long.
-            os.truncate(output, output.stat().st_size // 2)
+        if num_answered == num_lines:
+            # Begin anew with a part, so that the next kills find work under way.
+            os.truncate(output, int(output.stat().st_size * random.uniform(0.0, 0.9)))
     _in_child(source, output, None)
     lines = output.read_bytes().splitlines()
     answers = [json.loads(line) for line in lines]
@@ -126,6 +130,7 @@ def kill_repeatedly(folder: Path, num_lines: int, num_kills: int) -> Kills:
     return Kills(
         num_lines=num_lines,
         num_kills=num_kills,
+        num_amid=num_amid,
         num_torn=num_torn,
         num_answers=len(answers),
         num_missing=num_lines - len(numbers),
