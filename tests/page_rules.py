@@ -168,6 +168,14 @@ RULES: dict[str, Rule] = {
         instead=f"""nanoflow generate "The answer is " --structured-outputs '{{"choice": ["yes", "no"]}}' {_CPU}""",
         says=(r"^(yes|no)$",),
     ),
+    # docs/batches.md
+    "nanoflow batch requests.jsonl -o answers.jsonl": Run(
+        instead=f"nanoflow batch requests.jsonl -o answers.jsonl --max-num-seqs 4 {_CPU}", writes=("answers.jsonl",)
+    ),
+    "nanoflow batch requests.jsonl -o answers.jsonl --model Qwen/Qwen3-0.6B --served-model-name gpt-4o-mini": Parse(
+        why="a download"
+    ),
+    "nanoflow serve ./my-model --batch-dir /var/lib/nanoflow/batches": Serve(),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
@@ -180,6 +188,13 @@ SHOWN: dict[str, str] = {
     "from nanoflow import LLM": "run",
     "from nanoflow import LLM, SamplingParams, StructuredOutputsParams": "run",
     "from openai import OpenAI": "run against the server",
+    '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "def ", "max_tokens": 16}}': (
+        "the requests.jsonl of test_pages.py"
+    ),
+    '{"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200, "request_id": "req-5c...",': (
+        "test_batch_command.py"
+    ),
+    "# A server with --batch-dir.": "test_batches_api.py",
     "# The second time, all full pages of the prompt are found.": "run",
     "# A turn of a conversation, then advice that the next one will come.": "run against the server",
     "src/nanoflow/": "the tree, written and checked by tools/docs.py",

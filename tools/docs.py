@@ -1,10 +1,10 @@
 """Fill in the generated parts of README.md and of pages in docs/.
 
 README.md has results (from JSON), docs/architecture.md the file tree (from module docstrings), docs/log/index.md a line
-for each entry of the log, docs/api.md tables of fields, docs/bounds.md its options, docs/rounds.md tables of records,
-docs/switching-from-vllm.md the lists of `nanoflow/compat/`. Run it after adding a file, a result, an entry, a field or
-an option: `python tools/docs.py`. With `--check` it changes nothing and fails if a page is out of date; a test does
-that.
+for each entry of the log, docs/api.md tables of fields, docs/bounds.md and docs/batches.md options, docs/rounds.md
+tables of records, docs/switching-from-vllm.md the lists of `nanoflow/compat/`. Run it after adding a file, a result, an
+entry, a field or an option: `python tools/docs.py`. With `--check` it changes nothing and fails if a page is out of
+date; a test does that.
 
 docs/benchmarks.md is written by `tools/benchmarks_page.py`.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import switching_tables as switching
 from api_tables import body_fields, foreign_fields, sampling_parameters
-from bounds_table import bounds_table
+from bounds_table import batches_table, bounds_table
 from log_index import log_index
 from records import readme_rows
 from rounds_tables import rounds_results
@@ -79,6 +79,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/architecture.md": {"tree": file_tree},
     "docs/log/index.md": {"entries": log_index},
     "docs/bounds.md": {"bounds": bounds_table},
+    "docs/batches.md": {"batches": batches_table},
     "docs/rounds.md": {"results": rounds_results},
     "docs/api.md": {"parameters": sampling_parameters, "fields": body_fields, "foreign": foreign_fields},
     "docs/switching-from-vllm.md": {

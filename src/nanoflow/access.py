@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from nanoflow.bounds import ServerBounds
+from nanoflow.batch_options import BatchServerOptions
 from nanoflow.option import ConfigError, option
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 1, 1024
@@ -32,7 +32,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AccessOptions(ServerBounds):
+class AccessOptions(BatchServerOptions):
     """Who may use the HTTP server."""
 
     api_key: str | Sequence[str] = _secret(

@@ -199,7 +199,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig(AccessOptions):
-    """How the HTTP server listens. Its base classes are in `access.py` (who may use it) and `bounds.py` (limits)."""
+    """How the HTTP server listens. Its base classes are in `access.py`, `batch_options.py` and `bounds.py`."""
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")

@@ -61,6 +61,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my-model").symlink_to(locate_model("default"))
     rows = ["TIMESTAMP,ContextTokens,GeneratedTokens", *(f"{place},{100 + place},20" for place in range(50))]
     (tmp_path / "lengths.csv").write_text("\n".join(rows) + "\n")
+    body = {"prompt": "def ", "max_tokens": 4}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     return tmp_path

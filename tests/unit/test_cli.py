@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pytest
 
 import nanoflow
+from nanoflow.batch_files.options import BatchConfig
 from nanoflow.bench.machine import _parse_gpu
 from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.cli import chat, main, options, session
@@ -121,7 +122,7 @@ def test_bad_values_leave_with_2(argv: tuple[str, ...]) -> None:
     assert leave.value.code == 2
 
 
-@pytest.mark.parametrize("kind", [EngineConfig, ServerConfig, SamplingParams, BenchConfig, LoadConfig])
+@pytest.mark.parametrize("kind", [EngineConfig, ServerConfig, SamplingParams, BenchConfig, LoadConfig, BatchConfig])
 def test_every_option_has_a_help_text(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
     skip = frozenset({"logit_bias"})  # A mapping has no flag.
     parser = options.CommandParser(prog="all")
@@ -135,7 +136,7 @@ def test_every_option_has_a_help_text(kind: type[Any], capsys: pytest.CaptureFix
 # --- main ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["bench", "serve", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["batch", "--help"], ["bench", "serve", "--help"]])
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     program = (
         "import sys; from nanoflow.cli.main import main\n"

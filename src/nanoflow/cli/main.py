@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import nanoflow
 from nanoflow.access import several
-from nanoflow.cli import analyze, bench, chat, env, generate, plan, profile, search, serve, simulate
+from nanoflow.cli import analyze, batch, bench, chat, env, generate, plan, profile, search, serve, simulate
 from nanoflow.cli.options import CommandParser
 from nanoflow.cli.secrets import hide_arguments
 
@@ -27,6 +27,7 @@ examples:
   nanoflow generate "def fibonacci(n):"   complete with the small embedded model
   nanoflow serve Qwen/Qwen3-0.6B          OpenAI-compatible server on port 8000
   nanoflow chat --url http://127.0.0.1:8000/v1
+  nanoflow batch requests.jsonl -o answers.jsonl
   nanoflow bench throughput --workload 512/512
   nanoflow analyze preset:llama-2-70b --gpu a100-80x8 --workload 512/1024
   nanoflow profile preset:llama-2-70b --estimate a100-80x8 -o profile.json
@@ -46,7 +47,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="nanoflow", usage="nanoflow COMMAND [options]", description=_TEACH, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"nanoflow {nanoflow.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="nanoflow", required=True)
-    for command in (generate, chat, serve, bench, analyze, profile, search, simulate, plan, env):
+    for command in (generate, chat, serve, batch, bench, analyze, profile, search, simulate, plan, env):
         command.add_parser(commands)
     return parser
 

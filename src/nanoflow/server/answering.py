@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +14,8 @@ from fastapi import FastAPI
 
 from nanoflow.config import ServerConfig
 from nanoflow.engine.garbage import freeze_heap
-from nanoflow.server.app import create_app
+from nanoflow.server.app import Application, create_app
+from nanoflow.server.batch_worker import BatchWorker
 from nanoflow.server.connections import Connections
 from nanoflow.server.counters import Counters
 from nanoflow.server.gate import Gate
@@ -23,6 +24,8 @@ from nanoflow.server.listen import BACKLOG
 from nanoflow.server.stats_log import log_stats
 from nanoflow.server.tls import uvicorn_arguments
 from nanoflow.server.wire import on_the_wire
+
+Work = Coroutine[Any, Any, None]
 
 _NEVER_S = 10**6
 STREAM_END_TIMEOUT_S = 5  # for clients that do not read the end of their stream
@@ -36,7 +39,7 @@ async def answer(
     *,
     gate: Gate,
     counters: Counters,
-    logs_stats: bool,
+    is_main: bool,
     on_ready: Callable[[], None],
 ) -> None:
     """Serve an engine until `stop` is set, then end running requests and close the engine.
@@ -48,13 +51,13 @@ async def answer(
         stop: Tells to stop.
         gate: Who is let in.
         counters: Counters of this process.
-        logs_stats: Log statistics of all processes; for one of them.
+        is_main: For one of all processes: log the statistics of all, and run batches.
         on_ready: Called once requests are answered.
     """
     freeze_heap()
     app, connections = create_app(engine, config, counters, gate), Connections(config)
     server = _Server(_uvicorn_config(app, config, connections), on_ready)
-    logging_stats = asyncio.create_task(log_stats(engine, app.state.metrics)) if logs_stats else None
+    beside = [asyncio.create_task(work) for work in _beside(app, engine, config, gate)] if is_main else []
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     watching = asyncio.create_task(connections.watch(), name="connection watch")
     stopped = asyncio.create_task(stop.wait())
@@ -63,11 +66,28 @@ async def answer(
     finally:
         stopped.cancel()
         watching.cancel()
-        if logging_stats is not None:
-            logging_stats.cancel()
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         server.should_exit = True
         await engine.close()  # ends running requests, so that uvicorn does not wait for them
     await serving
+
+
+def _beside(app: Application, engine: LastingEngine, config: ServerConfig, gate: Gate) -> Iterator[Work]:
+    """What the main process does beside answering."""
+    if config.log_stats:
+        yield log_stats(engine, app.state.metrics)
+    if app.state.batch_store is not None:
+        worker = BatchWorker(
+            app=app,
+            engine=engine,
+            store=app.state.batch_store,
+            gate=gate,
+            num_at_once=config.batch_requests_at_once or max(engine.facts.max_num_seqs // 2, 1),
+            max_lines=config.max_batch_lines,
+        )
+        yield worker.run()
 
 
 def _uvicorn_config(app: FastAPI, config: ServerConfig, connections: Connections) -> uvicorn.Config:

@@ -12,6 +12,8 @@ import nanoflow
 from nanoflow.config import ServerConfig
 from nanoflow.server.admission import Ledger
 from nanoflow.server.backend import ServingEngine
+from nanoflow.server.batch_store import BatchStore
+from nanoflow.server.batches import batches_off_router, batches_router
 from nanoflow.server.bodies import add_body_reader
 from nanoflow.server.body_bounds import BodyBoundsMiddleware
 from nanoflow.server.chat import chat_router
@@ -20,6 +22,7 @@ from nanoflow.server.counters import Counters
 from nanoflow.server.docs_page import docs_router
 from nanoflow.server.door import door
 from nanoflow.server.errors import install_error_handlers
+from nanoflow.server.files import FORM_BYTES, PATH, files_router
 from nanoflow.server.gate import Gate, GateMiddleware
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.prefetch import prefetch_router
@@ -31,7 +34,7 @@ from nanoflow.server.turnstile import TurnstileMiddleware
 
 def create_app(
     engine: ServingEngine, server_config: ServerConfig, counters: Counters | None = None, gate: Gate | None = None
-) -> FastAPI:
+) -> Application:
     """Build the application and let its metrics observe the engine.
 
     Args:
@@ -40,12 +43,13 @@ def create_app(
         counters: Counters of this process, with access to those of other front ends; None for a single process.
         gate: Who is let in; everybody if not given.
     """
+    store = None if server_config.batch_dir is None else BatchStore.open(server_config.batch_dir)
     service = Service(engine=engine, config=server_config, ledger=Ledger(counters))
     metrics = ServerMetrics(
         engine, prefix=server_config.metrics_prefix, model_name=service.model_name, counters=counters
     )
     engine.observer = metrics
-    app = _Application(
+    app = Application(
         title="nanoflow",
         summary="An OpenAI-compatible server",
         version=nanoflow.__version__,
@@ -53,10 +57,11 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.server_config, app.state.metrics = server_config, metrics
+    app.state.server_config, app.state.metrics, app.state.batch_store = server_config, metrics, store
     install_error_handlers(app)
     add_body_reader(app, service.call_bounds)
-    app.add_middleware(BodyBoundsMiddleware, bounds=server_config)
+    uploads = {} if store is None else {PATH: server_config.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyBoundsMiddleware, bounds=server_config, uploads=uploads)
     app.add_middleware(TurnstileMiddleware)
     app.add_middleware(GateMiddleware, gate=gate or Gate())
     routers = (completions_router, chat_router, models_router, tokens_router)
@@ -66,14 +71,30 @@ def create_app(
         [
             *(router(service) for router in routers),
             *(router(service, metrics) for router in observing),
+            *(
+                [batches_off_router()]
+                if store is None
+                else [batches_router(service, store), files_router(service, store)]
+            ),
             docs_router(app, service),
         ],
     )
     return app
 
 
-class _Application(FastAPI):
+class Application(FastAPI):
     """FastAPI with the checks of `door.py` before everything, including its own pages and error answers."""
 
+    _inside: ASGIApp
+
+    @property
+    def inside(self) -> ASGIApp:
+        """The application behind the checks, for calls of the server itself (`inside.py`)."""
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        return self._inside
+
     def build_middleware_stack(self) -> ASGIApp:
-        return door(super().build_middleware_stack(), self.state.server_config)
+        """The whole application; it is built once."""
+        self._inside = super().build_middleware_stack()
+        return door(self._inside, self.state.server_config)

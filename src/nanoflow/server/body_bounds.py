@@ -6,6 +6,8 @@ arrives. `json_shape.py` and `call_bounds.py` check the content.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanoflow.bounds import ServerBounds
@@ -19,11 +21,13 @@ class BodyBoundsMiddleware:
     Args:
         app: The application to call; it receives the body in one piece.
         bounds: Bounds of one body, and of all bodies that are held.
+        uploads: Paths whose bodies go to the disk while they arrive, and how long each may be.
     """
 
-    def __init__(self, app: ASGIApp, bounds: ServerBounds) -> None:
+    def __init__(self, app: ASGIApp, bounds: ServerBounds, uploads: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._bounds = bounds
+        self._uploads = uploads or {}
         self._num_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,6 +35,10 @@ class BodyBoundsMiddleware:
         stated = _stated_length(scope) if scope["type"] == "http" else 0
         if stated == 0:
             await self._app(scope, receive, send)
+            return
+        most = self._uploads.get(scope["path"])
+        if most is not None:
+            await self._pass_on(scope, receive, send, stated or 0, most)
             return
         body = _Body(self, stated or 0)
         try:
@@ -47,10 +55,27 @@ class BodyBoundsMiddleware:
         finally:
             self._num_held -= body.num_held
 
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, stated: int, most: int) -> None:
+        """Serve a request whose body is not held here, but counted."""
+        num_read = 0
+
+        async def counted() -> Message:
+            nonlocal num_read
+            message = await receive()
+            num_read += len(message.get("body", b""))
+            if num_read > most:
+                raise _too_long(most)
+            return message
+
+        if stated > most:
+            await _too_long(most).response()(scope, receive, send)
+        else:
+            await self._app(scope, counted, send)
+
     def check(self, num_bytes: int) -> None:
         """Refuse a body that is too long (413)."""
         if num_bytes > self._bounds.max_body_bytes:
-            raise ApiError(413, f"the body may have at most {self._bounds.max_body_bytes} bytes")
+            raise _too_long(self._bounds.max_body_bytes)
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes as held; refuse them if there would be too many (503)."""
@@ -100,6 +125,10 @@ class _Body:
             return first.pop() if first else await receive()
 
         return replayed
+
+
+def _too_long(most: int) -> ApiError:
+    return ApiError(413, f"the body may have at most {most} bytes")
 
 
 def _stated_length(scope: Scope) -> int | None:

@@ -152,7 +152,7 @@ async def _serve(setup: Setup) -> None:
                     front_end.stop,
                     gate=front_end.gate,
                     counters=counters,
-                    logs_stats=False,
+                    is_main=False,
                     on_ready=_say_ready,
                 )
     finally:

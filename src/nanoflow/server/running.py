@@ -177,7 +177,7 @@ async def _answer(server: _Server, engine: LastingEngine) -> None:
             stop,
             gate=server.gate,
             counters=server.counters,
-            logs_stats=server.config.log_stats,
+            is_main=True,
             on_ready=is_ready.set,
         )
     )
