@@ -160,6 +160,18 @@ CASES: dict[str, tuple[str, str, Found]] = {
         f" to=functions.get_weather<|channel|>commentary json<|message|>{_P}<|call|>{_TO}add<|message|>{_S}<|call|>",
         Found("", "", (PARIS, SUM)),
     ),
+    "mistral undeclared": ("mistral", "a [TOOL_CALLS]rm{} b", Found("a [TOOL_CALLS]rm{} b")),
+    "deepseek undeclared": ("deepseek_v31", f"a {_DS}rm<｜tool▁sep｜>{{}}", Found(f"a {_DS}rm<｜tool▁sep｜>{{}}")),
+    "harmony undeclared": (
+        "openai",
+        "<|channel|>commentary to=functions.rm<|message|>{}<|call|>",
+        Found("<|channel|>commentary to=functions.rm<|message|>{}"),
+    ),
+    "harmony white space before the arguments": (
+        "openai",
+        f"<|channel|>commentary to=functions.add<|message|>\n {_S}<|call|>",
+        Found("", "", (SUM,)),
+    ),
     "harmony final": (
         "openai",
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"

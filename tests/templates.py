@@ -39,6 +39,29 @@ BOTH = (
 )
 NO_THOUGHTS = "{% for message in messages %}[{{ message.role }}]{{ message.content.split('</think>')[-1] }}{% endfor %}"
 
+# Tools, calls and reasoning as in Qwen 3; arguments are objects.
+CALLING = (
+    "{% if tools %}[tools]{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}"
+    "{% for message in messages %}[{{ message.role }}]{% if message.reasoning_content %}"
+    "<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}{% endfor %}{% if reasoning_effort %}[{{ reasoning_effort }}]{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}{% if opens %}<think>{% endif %}{% endif %}"
+)
+# Arguments are text, content beside calls is left out, and a message of a tool has to follow a call, as in DeepSeek.
+CALLING_TEXT = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% set seen = namespace(calls=false) %}"
+    "{% for message in messages %}"
+    "{% if message.tool_calls %}{% set seen.calls = true %}{% for call in message.tool_calls %}"
+    "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + call.function.name }}"
+    "{{ '<｜tool▁sep｜>' + call.function.arguments }}"
+    "{% endfor %}{% else %}"
+    "{% if message.role == 'tool' and not seen.calls %}{{ raise_exception('no call before') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
+)
+
 
 class InProcess:
     """Renders in this process, and counts."""

@@ -13,7 +13,9 @@ from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import CallStarted, ContentDelta, Event
 from nanoflow.chat_formats.formats import CALLS, ChatFormat
 from nanoflow.chat_formats.json_scan import JsonScan
+from nanoflow.chat_formats.markers import Markers
 from nanoflow.chat_formats.parser import ChatParser
+from nanoflow.config import ConfigError, ServerConfig, from_kwargs
 from tests.chat_texts import CASES, FORMATS, NAMES, PIECES, SUM, THINKS_HERMES, Found, found
 
 # Text that JSON escapes, or that looks like its structure.
@@ -197,8 +199,26 @@ def test_a_format_is_found_from_the_words_of_a_template(words: str, calls: str |
     assert named.is_plain == (calls is None and reasoning is None)
 
 
+@pytest.mark.parametrize("name", ["tool_call_parser", "reasoning_parser"])
+def test_a_format_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be one of auto, none, .*, got 'pythonic'"):
+        from_kwargs(ServerConfig, {name: "pythonic"})
+
+
 def test_either_name_chooses_the_channels_of_harmony() -> None:
     both = choose_format("<|channel|><|message|>")
     assert both == FORMATS["openai"] == choose_format("", "openai", "openai_gptoss")
     assert choose_format("", "none", "openai_gptoss").channels == both.channels
     assert choose_format("<|channel|><|message|>", "none").calls is None
+
+
+def test_a_mark_that_begins_another_is_told_from_it() -> None:
+    """Also in the middle of it, and where a shorter mark stands inside a longer one."""
+    found_by = Markers(["ab", "abcd", "bc"])
+    assert found_by.find("xab", is_end=False) == (1, None)
+    assert found_by.find("xab", is_end=True) == (1, "ab")
+    assert found_by.find("xabc", is_end=False) == (1, None)
+    assert found_by.find("xabce", is_end=False) == (1, "ab")
+    assert found_by.find("xabcd", is_end=False) == (1, "abcd")
+    assert found_by.find("xbcx", is_end=False) == (1, "bc")
+    assert Markers([]).find("abc", is_end=False) == (3, None)

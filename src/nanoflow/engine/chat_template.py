@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Protocol
 
+from nanoflow.chat_formats.tools import read_tools
 from nanoflow.engine.conversation import Conversation, joined_text, read_messages, text_part
 from nanoflow.engine.template_renderer import ChatTemplateError, ChatTemplateLimitError
 from nanoflow.request import RequestError
@@ -20,7 +22,7 @@ from nanoflow.request import RequestError
 # Variables that the engine sets, or that would change what `render` returns; callers may not give them.
 RESERVED = frozenset(
     (
-        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
+        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tools"),
         *("continue_final_message", "tokenize", "tokenizer_kwargs", "return_dict", "return_tensors"),
         *("return_assistant_tokens_mask", "padding", "truncation", "max_length", "sanitize_control_tokens"),
     )
@@ -31,6 +33,12 @@ SYNONYMS = {"developer": "system"}
 # Size of the caches of a template: by role, and by the sequence of roles of a conversation.
 _MAX_KEPT = 1024
 _KWARGS = "chat_template_kwargs"
+# A made-up call. Mistral's templates refuse ids of another length.
+_CALL_ID, _FUNCTION = "call00001", "nanoflow_function"
+
+
+# Role of each message, and whether it has calls of tools.
+Shape = tuple[tuple[str, bool], ...]
 
 
 class Renderer(Protocol):
@@ -54,7 +62,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._renderer = renderer
         self._known_roles: dict[str, bool] = {}
-        self._shapes_shown: set[tuple[str, ...]] = set()
+        self._shapes_shown: set[Shape] = set()
 
     def render(
         self,
@@ -63,6 +71,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> str:
         """Text of a conversation.
 
@@ -71,12 +81,16 @@ class ChatTemplate:
             add_generation_prompt: End with what opens the assistant's answer.
             continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
             kwargs: Further variables of the template.
+            tools: Functions that the model may call; see `read_tools`.
+            reasoning_effort: How long the model shall think, in the template's words.
 
         Raises:
             RequestError: A message or an argument is invalid, or the template refuses the messages, does not know a
-                role or leaves a message out; the error says which.
+                role, tools or reasoning efforts, or leaves a message out; the error says which.
         """
         own = read_kwargs(kwargs, self._special_tokens)
+        own |= self._known("tools", list(map(dict, read_tools(tools))) if tools else None)
+        own |= self._known("reasoning_effort", reasoning_effort)
         if continue_final_message and add_generation_prompt:
             raise RequestError(
                 "add_generation_prompt and continue_final_message exclude each other", param="add_generation_prompt"
@@ -85,7 +99,7 @@ class ChatTemplate:
         try:
             turns = [self._adapted(message) for message in read_messages(messages, takes=self._mentions)]
             text = self._run(turns, {**own, **options})
-            self._check_all_shown(tuple(turn["role"] for turn in turns), own)
+            self._check_all_shown(tuple((turn["role"], bool(turn.get("tool_calls"))) for turn in turns), own)
         except ChatTemplateLimitError as error:
             raise RequestError(f"the chat template was stopped: {error}") from None
         except ChatTemplateError as error:
@@ -107,6 +121,21 @@ class ChatTemplate:
         return text is not None and all(
             word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words
         )
+
+    @cached_property
+    def takes_objects(self) -> bool:
+        """True if the arguments of calls are to be objects, which the template writes as JSON; otherwise text."""
+        made_up = self._made_up((("user", False), ("assistant", True)), {_word(0): _word(1)})
+        text = self._try(made_up) or ""
+        return re.search(rf'"{re.escape(_word(0))}"\s*:\s*"{re.escape(_word(1))}"', text) is not None
+
+    def _known(self, name: str, value: Any) -> dict[str, Any]:
+        """A variable that only some templates have; empty if it is not given."""
+        if value is None:
+            return {}
+        if not self._mentions(name):
+            raise RequestError(f"the chat template of this model does not know {name}", param=name)
+        return {name: value}
 
     def _mentions(self, field: str) -> bool:
         """True if the template may look at a field of messages or parts."""
@@ -132,7 +161,20 @@ class ChatTemplate:
             if role not in SYNONYMS:
                 raise RequestError(f"the chat template does not know the role {role!r}")
             role = SYNONYMS[role]
-        return {**message, "role": role, "content": self._adapted_content(content)}
+        adapted = {**message, "role": role, "content": self._adapted_content(content)}
+        if message.get("tool_calls"):
+            adapted["tool_calls"] = [self._adapted_call(call) for call in message["tool_calls"]]
+        return adapted
+
+    def _adapted_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """A call with arguments as the template takes them. What a model wrote in place of an object stays text."""
+        function = call["function"]
+        if self.takes_objects:
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(function["arguments"])
+                if isinstance(arguments, dict):
+                    function = {**function, "arguments": arguments}
+        return {**call, "function": function}
 
     def _adapted_content(self, content: Any) -> Any:
         if isinstance(content, str):
@@ -143,32 +185,43 @@ class ChatTemplate:
         """True if messages of this role are shown at some place: first, after the user or after the assistant."""
         known = self._known_roles.get(role)
         if known is None:
-            layouts = ((role, "user"), ("user", role), ("user", "assistant", role))
-            known = any(self._shows(layout, layout.index(role)) for layout in layouts)
+            user, own = ("user", False), (role, False)
+            layouts: tuple[Shape, ...] = ((own, user), (user, own), (user, ("assistant", role == "tool"), own))
+            known = any(self._shows(layout, layout.index(own)) for layout in layouts)
             if len(self._known_roles) < _MAX_KEPT:
                 self._known_roles[role] = known
         return known
 
-    def _shows(self, roles: Sequence[str], place: int) -> bool:
-        return _word(place) in (self._try(self._made_up(roles)) or "")
+    def _shows(self, shape: Shape, place: int) -> bool:
+        return _word(place) in (self._try(self._made_up(shape)) or "")
 
-    def _made_up(self, roles: Sequence[str]) -> list[dict[str, Any]]:
-        return [{"role": role, "content": self._adapted_content(_word(i))} for i, role in enumerate(roles)]
+    def _made_up(self, shape: Shape, arguments: Any = None) -> list[dict[str, Any]]:
+        """Messages of made-up words; a tool's messages answer the call before them."""
+        if arguments is None and any(has_calls for _, has_calls in shape):
+            arguments = {} if self.takes_objects else "{}"
+        return [
+            {"role": role, "content": self._adapted_content(_word(i))}
+            | ({"tool_calls": [_made_up_call(arguments)]} if has_calls else {})
+            | ({"tool_call_id": _CALL_ID, "name": _FUNCTION} if role == "tool" else {})
+            for i, (role, has_calls) in enumerate(shape)
+        ]
 
-    def _check_all_shown(self, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> None:
+    def _check_all_shown(self, shape: Shape, kwargs: Mapping[str, Any]) -> None:
         """Refuse a conversation of which the template would silently leave out a message."""
-        if roles not in self._shapes_shown:
-            place = self._first_dropped(roles, kwargs)
+        if shape not in self._shapes_shown:
+            place = self._first_dropped(shape, kwargs)
             if place is not None:
-                raise ChatTemplateError(f"it would leave out messages[{place}], of role {roles[place]!r}")
+                raise ChatTemplateError(f"it would leave out messages[{place}], of role {shape[place][0]!r}")
             if len(self._shapes_shown) < _MAX_KEPT:
-                self._shapes_shown.add(roles)
+                self._shapes_shown.add(shape)
 
-    def _first_dropped(self, roles: Sequence[str], kwargs: Mapping[str, Any]) -> int | None:
-        text = self._try(self._made_up(roles), kwargs)
-        hidden = [] if text is None else [place for place in range(len(roles)) if _word(place) not in text]
+    def _first_dropped(self, shape: Shape, kwargs: Mapping[str, Any]) -> int | None:
+        text = self._try(self._made_up(shape), kwargs)
+        # Many templates show no text beside calls.
+        texts = [place for place, (_, has_calls) in enumerate(shape) if not has_calls]
+        hidden = [] if text is None else [place for place in texts if _word(place) not in text]
         # A template that shows no message at all does not use messages.
-        return hidden[0] if 0 < len(hidden) < len(roles) else None
+        return hidden[0] if 0 < len(hidden) < len(texts) else None
 
 
 def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,3 +248,7 @@ def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, A
 def _word(place: int) -> str:
     """A word that no template has."""
     return f"nanoflow-message-{place}."
+
+
+def _made_up_call(arguments: Any) -> dict[str, Any]:
+    return {"id": _CALL_ID, "type": "function", "function": {"name": _FUNCTION, "arguments": arguments}}

@@ -59,8 +59,8 @@ _TOOLS: ForeignFields = {
     "tools": Foreign(([],), "calls of functions"),
     "tool_choice": Foreign(("none", "auto"), "calls of functions"),
     "parallel_tool_calls": Foreign(None, "there are no calls of functions to make side by side"),
-    "functions": Foreign(([],), "calls of functions"),
-    "function_call": Foreign(("none", "auto"), "calls of functions"),
+    "functions": Foreign(([],), "calls of functions; tools has them"),
+    "function_call": Foreign(("none", "auto"), "calls of functions; tool_choice has it"),
 }
 _SHAPES: ForeignFields = {
     "response_format": Foreign(({"type": "text"},), "the shape of the text"),
@@ -134,8 +134,7 @@ OF_STREAMS: ForeignFields = {
 """Fields of `stream_options`."""
 
 OF_MESSAGES: ForeignFields = {
-    "tool_calls": Foreign(([],), "calls of functions"),
-    "function_call": Foreign((), "calls of functions"),
+    "function_call": Foreign((), "calls of functions; tool_calls has them"),
     "refusal": Foreign(("",), "refusals"),
     "annotations": Foreign(([],), "notes on the text"),
     "audio": Foreign((), "input that is no text"),
