@@ -282,7 +282,7 @@ def test_other_tools_are_refused(http: httpx.Client, fields: dict[str, Any], par
         (
             ANY_ROLE,
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
-            "shows no calls",
+            "does not show calls of tools",
         ),
     ],
 )

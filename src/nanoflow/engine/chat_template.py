@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -35,10 +36,30 @@ _MAX_KEPT = 1024
 _KWARGS = "chat_template_kwargs"
 # A made-up call. Mistral's templates refuse ids of another length.
 _CALL_ID, _FUNCTION = "call00001", "nanoflow_function"
+_TOOL = {
+    "type": "function",
+    "function": {"name": _FUNCTION, "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 # Role of each message, and whether it has calls of tools.
 Shape = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template takes messages with calls.
+
+    Attributes:
+        has_objects: Arguments are objects, of which the template makes text; otherwise JSON as text.
+        no_text: The content of a message that has none. If it is None, the template shows no text beside calls.
+    """
+
+    has_objects: bool
+    no_text: str | None
+
+
+_CALL_FORMS = tuple(CallForm(has_objects, no_text) for no_text in ("", None) for has_objects in (True, False))
 
 
 class Renderer(Protocol):
@@ -123,11 +144,16 @@ class ChatTemplate:
         )
 
     @cached_property
-    def takes_objects(self) -> bool:
-        """True if the arguments of calls are to be objects, which the template writes as JSON; otherwise text."""
-        made_up = self._made_up((("user", False), ("assistant", True)), {_word(0): _word(1)})
-        text = self._try(made_up) or ""
-        return re.search(rf'"{re.escape(_word(0))}"\s*:\s*"{re.escape(_word(1))}"', text) is not None
+    def call_form(self) -> CallForm | None:
+        """How a message with calls has to be given so that they are shown; None if the template shows no calls."""
+        return next((form for form in _CALL_FORMS if self._shows_call(form)), None)
+
+    def _shows_call(self, form: CallForm) -> bool:
+        arguments: Any = {_word(0): _word(1)} if form.has_objects else json.dumps({_word(0): _word(1)})
+        message = {"role": "assistant", "content": form.no_text, "tool_calls": [_made_up_call(arguments)]}
+        text = self._try([*self._made_up((("user", False),)), message]) or ""
+        # In single quotes: the template prints an object as Python does.
+        return all(word in text for word in (_FUNCTION, _word(0), _word(1))) and f"'{_word(0)}'" not in text
 
     def _known(self, name: str, value: Any) -> dict[str, Any]:
         """A variable that only some templates have; empty if it is not given."""
@@ -146,13 +172,18 @@ class ChatTemplate:
         return self._renderer.render(job)
 
     def _try(self, turns: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:
-        """The text of made-up messages in lower case; None if the template refuses them."""
-        try:
-            return self._run(turns, {**(kwargs or {}), "add_generation_prompt": False}).lower()
-        except ChatTemplateLimitError:
-            raise
-        except ChatTemplateError:
-            return None
+        """The text of made-up messages in lower case; None if the template refuses them.
+
+        A template for conversations with tools may need some: it gets a made-up one if it refuses messages without.
+        """
+        for more in ({}, *([{"tools": [_TOOL]}] if not kwargs and self._mentions("tools") else [])):
+            try:
+                return self._run(turns, {**(kwargs or {}), **more, "add_generation_prompt": False}).lower()
+            except ChatTemplateLimitError:
+                raise
+            except ChatTemplateError:
+                continue
+        return None
 
     def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message as the template takes it."""
@@ -162,19 +193,15 @@ class ChatTemplate:
                 raise RequestError(f"the chat template does not know the role {role!r}")
             role = SYNONYMS[role]
         adapted = {**message, "role": role, "content": self._adapted_content(content)}
-        if message.get("tool_calls"):
-            adapted["tool_calls"] = [self._adapted_call(call) for call in message["tool_calls"]]
+        calls, form = message.get("tool_calls"), self.call_form if message.get("tool_calls") else None
+        if not calls:
+            return adapted
+        if form is None:
+            raise RequestError("the chat template of this model does not show calls of tools, which the messages have")
+        if form.no_text is None or not content:
+            adapted["content"] = form.no_text
+        adapted["tool_calls"] = [_adapted_call(call, form) for call in calls]
         return adapted
-
-    def _adapted_call(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A call with arguments as the template takes them. What a model wrote in place of an object stays text."""
-        function = call["function"]
-        if self.takes_objects:
-            with suppress(ValueError, RecursionError):
-                arguments = json.loads(function["arguments"])
-                if isinstance(arguments, dict):
-                    function = {**function, "arguments": arguments}
-        return {**call, "function": function}
 
     def _adapted_content(self, content: Any) -> Any:
         if isinstance(content, str):
@@ -195,16 +222,18 @@ class ChatTemplate:
     def _shows(self, shape: Shape, place: int) -> bool:
         return _word(place) in (self._try(self._made_up(shape)) or "")
 
-    def _made_up(self, shape: Shape, arguments: Any = None) -> list[dict[str, Any]]:
+    def _made_up(self, shape: Shape) -> list[dict[str, Any]]:
         """Messages of made-up words; a tool's messages answer the call before them."""
-        if arguments is None and any(has_calls for _, has_calls in shape):
-            arguments = {} if self.takes_objects else "{}"
-        return [
-            {"role": role, "content": self._adapted_content(_word(i))}
-            | ({"tool_calls": [_made_up_call(arguments)]} if has_calls else {})
-            | ({"tool_call_id": _CALL_ID, "name": _FUNCTION} if role == "tool" else {})
-            for i, (role, has_calls) in enumerate(shape)
-        ]
+        messages: list[dict[str, Any]] = []
+        for place, (role, has_calls) in enumerate(shape):
+            message = {"role": role, "content": self._adapted_content(_word(place))}
+            form = self.call_form if has_calls else None
+            if form is not None:
+                message |= {"tool_calls": [_made_up_call({} if form.has_objects else "{}")], "content": form.no_text}
+            if role == "tool":
+                message |= {"tool_call_id": _CALL_ID, "name": _FUNCTION}
+            messages.append(message)
+        return messages
 
     def _check_all_shown(self, shape: Shape, kwargs: Mapping[str, Any]) -> None:
         """Refuse a conversation of which the template would silently leave out a message."""
@@ -252,3 +281,14 @@ def _word(place: int) -> str:
 
 def _made_up_call(arguments: Any) -> dict[str, Any]:
     return {"id": _CALL_ID, "type": "function", "function": {"name": _FUNCTION, "arguments": arguments}}
+
+
+def _adapted_call(call: dict[str, Any], form: CallForm) -> dict[str, Any]:
+    """A call with arguments as the template takes them. What a model wrote in place of an object stays text."""
+    function = call["function"]
+    if form.has_objects:
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(function["arguments"])
+            if isinstance(arguments, dict):
+                function = {**function, "arguments": arguments}
+    return {**call, "function": function}

@@ -65,8 +65,6 @@ def _read_message(place: int, message: Any, takes: Callable[[str], bool]) -> dic
     given = {name: value for name, value in message.items() if value is not None}
     calls = read_tool_calls(f"messages[{place}].tool_calls", given.pop("tool_calls", ()), role)
     if calls:
-        if not takes("tool_calls"):
-            raise RequestError(f"messages[{place}].tool_calls: the chat template of this model shows no calls")
         given["tool_calls"] = calls
     return {**given, "content": content}
 
