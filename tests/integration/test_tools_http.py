@@ -98,7 +98,7 @@ def plain(choice: Any) -> Any:
 
 def test_two_calls_at_once_reach_the_client(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     engine.texts.append(TWO_CALLS)
-    answer = client.chat.completions.create(model="toy", messages=[USER], tools=TOOLS)  # type: ignore[list-item, arg-type]
+    answer = client.chat.completions.create(model="toy", messages=[USER], tools=TOOLS)
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "One moment."
     assert choice.message.reasoning_content == choice.message.reasoning == "Let me look."
@@ -110,7 +110,7 @@ def test_two_calls_at_once_reach_the_client(client: openai.OpenAI, engine: Scrip
 
 def test_a_stream_of_the_client_has_the_same(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     engine.texts.append(TWO_CALLS)
-    with client.chat.completions.stream(model="toy", messages=[USER], tools=TOOLS) as stream:  # type: ignore[list-item, arg-type]
+    with client.chat.completions.stream(model="toy", messages=[USER], tools=TOOLS) as stream:
         answer = stream.get_final_completion()
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "One moment."
@@ -121,13 +121,13 @@ def test_a_stream_of_the_client_has_the_same(client: openai.OpenAI, engine: Scri
 def test_results_of_tools_come_back_in_the_next_turn(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     engine.texts += [TWO_CALLS, "<think>ok</think>It rains."]
     messages: list[Any] = [USER]
-    first = client.chat.completions.create(model="toy", messages=messages, tools=TOOLS).choices[0].message  # type: ignore[arg-type]
+    first = client.chat.completions.create(model="toy", messages=messages, tools=TOOLS).choices[0].message
     messages.append(first)
     messages += [
         {"role": "tool", "tool_call_id": call.id, "content": f"result {place}"}
         for place, call in enumerate(first.tool_calls)
     ]
-    second = client.chat.completions.create(model="toy", messages=messages, tools=TOOLS).choices[0]  # type: ignore[arg-type]
+    second = client.chat.completions.create(model="toy", messages=messages, tools=TOOLS).choices[0]
     assert second.finish_reason == "stop" and second.message.content == "It rains."
     assert engine.prompts[-1].endswith(
         "[user]weather?[assistant]<think>Let me look.</think>One moment."

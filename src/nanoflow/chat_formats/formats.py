@@ -66,6 +66,22 @@ class IdStyle(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """How a model that makes no mistakes writes its calls; a grammar holds it to this (`grammar.py`).
+
+    Attributes:
+        call: One call, with {name} and {arguments}.
+        begin, end: Around all calls.
+        between: Between two calls; None if a message has one call.
+    """
+
+    call: str
+    begin: str = ""
+    between: str | None = None
+    end: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallSyntax:
     """How calls are written.
 
@@ -77,9 +93,11 @@ class CallSyntax:
         call_object: Shape of a call that is an object, or a list of objects; None if there are none.
         head: Shape of a call with a head; None if there are none.
         ids: How ids of its calls look.
+        writings: How calls are written without mistakes; one of these.
     """
 
     openers: tuple[str, ...]
+    writings: tuple[Writing, ...]
     closers: tuple[str, ...] = ()
     is_bare: bool = False
     separator: str | None = None
@@ -131,6 +149,23 @@ _NAME = r"(?P<name>[A-Za-z0-9_.-]+)"
 _DEEPSEEK_OPENERS = ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<｜tool▁call▁begin｜>")
 _DEEPSEEK_CLOSERS = ("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_BEGIN = "(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>"
+
+
+def _object(arguments: str) -> str:
+    """A call object whose arguments have this name."""
+    return '{"name": "{name}", "' + arguments + '": {arguments}}'
+
+
+def _deepseek(call: str) -> Writing:
+    """Calls in DeepSeek's brackets."""
+    return Writing(
+        begin="<｜tool▁calls▁begin｜>",
+        call=f"<｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜>",
+        between="",
+        end="<｜tool▁calls▁end｜>",
+    )
+
+
 _HARMONY_HEAD = re.compile(
     # Who speaks, then to whom: before the channel, or behind it. The word behind both is the type of the content.
     r"(?:<\|start\|>\s*\w+)?(?:(?=.*\bto=(?:functions\.)?(?P<name>[^\s<]+)))?"
@@ -142,7 +177,12 @@ _HARMONY_CLOSERS = ("<|end|>", "<|call|>", "<|return|>")
 _HARMONY_OPENERS = ("<|start|>", "<|channel|>")
 
 HARMONY = ChatFormat(
-    calls=CallSyntax(openers=_HARMONY_OPENERS, closers=_HARMONY_CLOSERS),
+    calls=CallSyntax(
+        openers=_HARMONY_OPENERS,
+        closers=_HARMONY_CLOSERS,
+        # The token that ends a call ends the message too.
+        writings=(Writing(call="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}"),),
+    ),
     channels=Channels(
         openers=_HARMONY_OPENERS,
         head=CallHead(end="<|message|>", pattern=_HARMONY_HEAD),
@@ -154,8 +194,19 @@ HARMONY = ChatFormat(
 """gpt-oss: sections with channels. Reasoning and calls are parts of one format, which either name chooses."""
 
 CALLS: Mapping[str, CallSyntax] = {
-    "hermes": CallSyntax(openers=("<tool_call>",), closers=("</tool_call>",), call_object=CallObject()),
-    "llama3_json": CallSyntax(openers=("<|python_tag|>",), is_bare=True, separator=";", call_object=CallObject()),
+    "hermes": CallSyntax(
+        openers=("<tool_call>",),
+        closers=("</tool_call>",),
+        call_object=CallObject(),
+        writings=(Writing(call=f"<tool_call>\n{_object('arguments')}\n</tool_call>", between="\n"),),
+    ),
+    "llama3_json": CallSyntax(
+        openers=("<|python_tag|>",),
+        is_bare=True,
+        separator=";",
+        call_object=CallObject(),
+        writings=(Writing(call=_object("parameters"), between="; "),),
+    ),
     "mistral": CallSyntax(
         openers=("[TOOL_CALLS]",),
         call_object=CallObject(),
@@ -165,6 +216,10 @@ CALLS: Mapping[str, CallSyntax] = {
             pattern=re.compile(rf"\[TOOL_CALLS\]\s*{_NAME}\s*(?:\[CALL_ID\][^\[\]]*)?(?:\[ARGS\])?\s*"),
         ),
         ids=IdStyle.NINE,
+        writings=(
+            Writing(begin="[TOOL_CALLS][", call=_object("arguments"), between=", ", end="]"),
+            Writing(call="[TOOL_CALLS]{name}[ARGS]{arguments}", between=""),
+        ),
     ),
     "deepseek_v3": CallSyntax(
         openers=_DEEPSEEK_OPENERS,
@@ -174,6 +229,7 @@ CALLS: Mapping[str, CallSyntax] = {
             is_part_of_arguments=True,
             pattern=re.compile(rf"{_DEEPSEEK_BEGIN}\s*function\s*<｜tool▁sep｜>\s*{_NAME}\s*```json\s*"),
         ),
+        writings=(_deepseek("function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```"),),
     ),
     "deepseek_v31": CallSyntax(
         openers=_DEEPSEEK_OPENERS,
@@ -183,6 +239,7 @@ CALLS: Mapping[str, CallSyntax] = {
             is_part_of_arguments=True,
             pattern=re.compile(rf"{_DEEPSEEK_BEGIN}\s*{_NAME}\s*<｜tool▁sep｜>\s*"),
         ),
+        writings=(_deepseek("{name}<｜tool▁sep｜>{arguments}"),),
     ),
 }
 """Formats of calls by name, beside "openai"."""
