@@ -62,6 +62,21 @@ CALLING_TEXT = (
     "[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
 )
 
+# Calls are shown only where there is no text, as in DeepSeek R1.
+CALLING_WITHOUT_TEXT = (
+    "{% for message in messages %}{% if message.content is none %}{% for call in message.tool_calls %}"
+    "{{ '<' + call.function.name + call.function.arguments + '>' }}{% endfor %}"
+    "{% else %}[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
+)
+# Text and reasoning may not stand beside one call, as in gpt-oss.
+CALLING_WITH_ONE_TEXT = (
+    "{% for message in messages %}{% if message.tool_calls and message.content and message.thinking %}"
+    "{{ raise_exception('not both') }}{% endif %}"
+    "[{{ message.role }}]{{ message.thinking }}|{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<{{ call.function.name }}{{ call.function.arguments | tojson }}>"
+    "{% endfor %}{% endfor %}"
+)
+
 
 class InProcess:
     """Renders in this process, and counts."""

@@ -17,11 +17,15 @@ class Markers:
         markers: Non-empty strings; of two that begin at one place the longer one counts.
     """
 
-    __slots__ = ("_beginnings", "_longest", "_pattern")
+    __slots__ = ("_beginnings", "_firsts", "_longest", "_pattern")
 
     def __init__(self, markers: Sequence[str]) -> None:
         by_length = sorted(markers, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, by_length))) if by_length else None
+        # Most text has none of these characters, and then nothing else has to be looked for.
+        self._firsts = (
+            re.compile(f"[{''.join(map(re.escape, {marker[0] for marker in markers}))}]") if by_length else None
+        )
         self._beginnings = frozenset(marker[:end] for marker in markers for end in range(1, len(marker)))
         self._longest = len(by_length[0]) if by_length else 0
 
@@ -36,7 +40,9 @@ class Markers:
             How many characters stand before it for sure, and the marker; None if there is none, or it is not decided
             yet whether there is.
         """
-        match = None if self._pattern is None else self._pattern.search(text)
+        if self._pattern is None or self._firsts is None or self._firsts.search(text) is None:
+            return len(text), None
+        match = self._pattern.search(text)
         begun = len(text) if is_end else self._first_beginning(text)
         if match is None or begun <= match.start():
             return begun, None

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from nanoflow.chat_formats.tools import read_tools
 from nanoflow.engine.conversation import Conversation, joined_text, read_messages, text_part
+from nanoflow.engine.template_environment import THOUGHTS
 from nanoflow.engine.template_renderer import ChatTemplateError, ChatTemplateLimitError
 from nanoflow.request import RequestError
 
@@ -148,6 +149,12 @@ class ChatTemplate:
         """How a message with calls has to be given so that they are shown; None if the template shows no calls."""
         return next((form for form in _CALL_FORMS if self._shows_call(form)), None)
 
+    @cached_property
+    def _takes_thought_beside_text(self) -> bool:
+        """True if a message with calls may have both text and reasoning, as gpt-oss's may not."""
+        (user, message) = self._made_up((("user", False), ("assistant", True)))
+        return self._try([user, {**message, "content": _word(2), "reasoning_content": _word(3)}]) is not None
+
     def _shows_call(self, form: CallForm) -> bool:
         arguments: Any = {_word(0): _word(1)} if form.has_objects else json.dumps({_word(0): _word(1)})
         message = {"role": "assistant", "content": form.no_text, "tool_calls": [_made_up_call(arguments)]}
@@ -160,7 +167,9 @@ class ChatTemplate:
         if value is None:
             return {}
         if not self._mentions(name):
-            raise RequestError(f"the chat template of this model does not know {name}", param=name)
+            raise RequestError(
+                f"the chat template of this model does not know {name} (--chat-template gives another)", param=name
+            )
         return {name: value}
 
     def _mentions(self, field: str) -> bool:
@@ -198,7 +207,9 @@ class ChatTemplate:
             return adapted
         if form is None:
             raise RequestError("the chat template of this model does not show calls of tools, which the messages have")
-        if form.no_text is None or not content:
+        if form.no_text is not None and content and not self._takes_thought_beside_text:
+            adapted = _joined_thought(adapted, joined_text(content))
+        if form.no_text is None or not adapted["content"]:
             adapted["content"] = form.no_text
         adapted["tool_calls"] = [_adapted_call(call, form) for call in calls]
         return adapted
@@ -292,3 +303,12 @@ def _adapted_call(call: dict[str, Any], form: CallForm) -> dict[str, Any]:
             if isinstance(arguments, dict):
                 function = {**function, "arguments": arguments}
     return {**call, "function": function}
+
+
+def _joined_thought(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """A message with its text behind its reasoning, as a part of it; unchanged if there is no reasoning."""
+    thought = next((message[name] for name in THOUGHTS if message.get(name)), None)
+    if thought is None:
+        return message
+    others = {name: value for name, value in message.items() if name not in THOUGHTS}
+    return {**others, "reasoning_content": f"{thought}\n{text}", "content": ""}
