@@ -134,6 +134,8 @@ RULES: dict[str, Rule] = {
         "--max-tokens 64 --policies",
         says=(r"\* predicted +swap",),
     ),
+    # docs/tools.md
+    "nanoflow serve Qwen/Qwen3-8B": Serve(),
     # docs/limits.md
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
@@ -167,6 +169,7 @@ SHOWN: dict[str, str] = {
     "from nanoflow import LLM": "run",
     "from openai import OpenAI": "run against the server",
     "# The second time, all full pages of the prompt are found.": "run",
+    "# A turn with a call, and a turn with its result.": "tests/integration/test_tools_http.py runs it",
     "# A turn of a conversation, then advice that the next one will come.": "run against the server",
     "src/nanoflow/": "the tree, written and checked by tools/docs.py",
     "# models/readings.py: the fields that exist in its config.json, what an absent one means, and which may be "

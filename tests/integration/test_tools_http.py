@@ -12,6 +12,7 @@ import pytest
 
 from nanoflow.config import ServerConfig
 from tests.fake_server import error_of, served
+from tests.pages import blocks
 from tests.scripted_engine import ScriptedEngine
 from tests.templates import ANY_ROLE, CALLING, CALLING_TEXT
 from tests.toy_tokenizers import EOS, toy_tokenizer
@@ -319,3 +320,14 @@ def test_a_template_gets_arguments_as_it_takes_them() -> None:
         ask(http, engine, "It is 3.", messages=messages)
         assert engine.prompts[-1].endswith(f"add<｜tool▁sep｜>{SUM}[tool]3")
     engine.tokenizer.close()
+
+
+def test_the_example_of_the_page(
+    http: httpx.Client, engine: ScriptedEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = (block for block in blocks() if block.first_line == "# A turn with a call, and a turn with its result.")
+    engine.texts += [f'<tool_call>{{"name": "get_weather", "arguments": {PARIS}}}</tool_call>', "It rains."]
+    root_url = str(http.base_url).rstrip("/")
+    exec(compile(block.text.replace("http://127.0.0.1:8000", root_url), block.page, "exec"), {})
+    assert capsys.readouterr().out == "It rains.\n"
+    assert "[tool]It rains in Paris é🌧.[assistant]" in engine.prompts[-1]

@@ -11,20 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
-from nanoflow.chat_formats.call_ids import new_call_id
 from nanoflow.chat_formats.call_object import ObjectReader, Verdict
-from nanoflow.chat_formats.events import (
-    ArgumentsDelta,
-    CallEnded,
-    CallStarted,
-    ContentDelta,
-    Event,
-    ReasoningDelta,
-)
+from nanoflow.chat_formats.calls import Calls, new_call_id
+from nanoflow.chat_formats.events import ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import CallSyntax, ChatFormat, IdStyle
-from nanoflow.chat_formats.json_scan import JsonScan
 from nanoflow.chat_formats.markers import could_become, markers
 from nanoflow.chat_formats.sections import SectionText
 
@@ -33,16 +24,6 @@ _MAX_HEAD_CHARS = 512
 # What may stand between a call object and its closer: a bracket too many is a common mistake of small models.
 _SPACE = " \t\r\n"
 _FILLING = " \t\r\n}]"
-
-
-@dataclass(slots=True)
-class _Call:
-    """The call whose arguments are being read. `reader` is set if it is an object."""
-
-    index: int | None  # None if its events are not passed on
-    reader: ObjectReader | None
-    scan: JsonScan = field(default_factory=JsonScan)
-    is_empty: bool = True
 
 
 class ChatParser:
@@ -70,12 +51,11 @@ class ChatParser:
         self._names = frozenset(names)
         self._calls: CallSyntax | None = form.calls if self._names else None
         self._channels, self._tags = form.channels, form.reasoning
-        self._max_calls, self._new_id = max_calls, new_id
+        ids = IdStyle.OPENAI if form.calls is None else form.calls.ids
+        self._found_calls = Calls(ids=ids, new_id=new_id, most=max_calls)
         self._buffer, self._is_end = "", False
         self._events: list[Event] = []
         self._content, self._reasoning = SectionText(ContentDelta), SectionText(ReasoningDelta, is_apart=True)
-        self._num_calls = 0
-        self._call: _Call | None = None
         self._reader: ObjectReader | None = None
         self._opener = ""
         self._is_in_list = False
@@ -102,8 +82,7 @@ class ChatParser:
         """The text has ended; returns the rest. A call that is not whole ends with `is_whole` false."""
         self._is_end = True
         events = self._run()
-        if self._call is not None:
-            self._end_call(is_whole=False)
+        self._events += self._found_calls.end(is_whole=False)
         is_reasoning = self._state == self._read_reasoning
         return [*events, *self._take(), *(self._reasoning if is_reasoning else self._content).end()]
 
@@ -252,27 +231,27 @@ class ChatParser:
         self._start_call(reader.name, reader)
         if verdict is Verdict.STREAMS:
             return self._goto(self._read_arguments, reader.place)
-        self._add_arguments("{}" if reader.arguments is None else reader.arguments)
-        self._end_call(is_whole=True)
+        self._events += self._found_calls.add("{}" if reader.arguments is None else reader.arguments)
+        self._events += self._found_calls.end(is_whole=True)
         return self._goto(self._read_tail, reader.place)
 
     # -- the arguments, and what follows them -----------------------------------------------------------------------
 
     def _read_arguments(self) -> bool:
-        call = self._call
+        call = self._found_calls.current
         assert call is not None
         if call.is_empty:
             self._buffer = self._buffer.lstrip(_SPACE)
         end = call.scan.advance(self._buffer, 0)
-        self._add_arguments(self._buffer[:end])
+        self._events += self._found_calls.add(self._buffer[:end])
         if call.scan.is_broken:
             return self._goto(self._read_mistake, end)
         if not call.scan.is_done:
             return self._goto(self._read_arguments, end) and False
-        if call.reader is None:
-            self._end_call(is_whole=True)
+        if self._reader is None:
+            self._events += self._found_calls.end(is_whole=True)
             return self._goto(self._read_tail, end)
-        call.reader.resume(0)
+        self._reader.resume(0)
         return self._goto(self._read_rest, end)
 
     def _read_rest(self) -> bool:
@@ -282,16 +261,16 @@ class ChatParser:
         verdict = reader.read(self._buffer)
         if verdict is Verdict.OPEN and self._waits():
             return False
-        self._end_call(is_whole=True)
+        self._events += self._found_calls.end(is_whole=True)
         return self._goto(self._read_tail, reader.place if verdict is Verdict.ENDED else 0)
 
     def _read_mistake(self) -> bool:
         """In arguments that are no JSON: up to the next mark of a call."""
         num_sure, mark = self._in_mistake.find(self._buffer, is_end=self._is_end)
-        self._add_arguments(self._buffer[:num_sure])
+        self._events += self._found_calls.add(self._buffer[:num_sure])
         if mark is None:
             return self._goto(self._read_mistake, num_sure) and False
-        self._end_call(is_whole=False)
+        self._events += self._found_calls.end(is_whole=False)
         return self._goto(self._read_tail, num_sure)
 
     def _read_tail(self) -> bool:
@@ -317,31 +296,11 @@ class ChatParser:
         self._is_in_list = False
         return self._goto(self._read_content)
 
-    # -- events of calls --------------------------------------------------------------------------------------------
-
     def _start_call(self, name: str, reader: ObjectReader | None) -> None:
-        assert self._calls is not None
-        is_shown = self._max_calls is None or self._num_calls < self._max_calls
-        self._call = _Call(index=self._num_calls if is_shown else None, reader=reader)
+        """A call begins, which is an object if there is a reader."""
         self._reader = reader
         self._content.part()
-        if is_shown:
-            call_id = self._new_id(self._calls.ids)
-            self._events.append(CallStarted(self._num_calls, call_id, name))
-            self._num_calls += 1
-
-    def _add_arguments(self, text: str) -> None:
-        call = self._call
-        assert call is not None
-        if text:
-            call.is_empty = False
-            if call.index is not None:
-                self._events.append(ArgumentsDelta(call.index, text))
-
-    def _end_call(self, *, is_whole: bool) -> None:
-        call, self._call = self._call, None
-        if call is not None and call.index is not None:
-            self._events.append(CallEnded(call.index, is_whole))
+        self._events += self._found_calls.start(name)
 
 
 def _skip(text: str, place: int, chars: str = _SPACE) -> int:

@@ -81,7 +81,7 @@ _TEMPLATE: ForeignFields = {
     "documents": Foreign(([],), "documents for the template"),
     "reasoning_effort": Foreign((), "reasoning"),
     "include_reasoning": Foreign((True,), "reasoning"),
-    "thinking_token_budget": Foreign((-1,), "reasoning"),
+    "thinking_token_budget": Foreign((-1,), "a bound of reasoning alone"),
     "mm_processor_kwargs": Foreign(({},), "input that is no text"),
     "media_io_kwargs": Foreign(({},), "input that is no text"),
     "prompt_embeds": Foreign((), "input that is no text"),
