@@ -53,6 +53,8 @@ class ByteTokenizer:
         add_special_tokens: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> list[int]:
         if messages[-1]["content"] == "refuse me":
             raise RequestError("the chat template refuses the messages: no")

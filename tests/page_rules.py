@@ -139,6 +139,8 @@ RULES: dict[str, Rule] = {
         "--max-tokens 64 --policies",
         says=(r"\* predicted +swap",),
     ),
+    # docs/tools.md
+    "nanoflow serve Qwen/Qwen3-8B": Serve(),
     # docs/limits.md
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
@@ -196,6 +198,7 @@ SHOWN: dict[str, str] = {
     ),
     "# A server with --batch-dir.": "test_batches_api.py",
     "# The second time, all full pages of the prompt are found.": "run",
+    "# A turn with a call, and a turn with its result.": "tests/integration/test_tools_http.py runs it",
     "# A turn of a conversation, then advice that the next one will come.": "run against the server",
     "src/nanoflow/": "the tree, written and checked by tools/docs.py",
     "# models/readings.py: the fields that exist in its config.json, what an absent one means, and which may be "

@@ -56,6 +56,44 @@ HARMONY = (
     "{%- if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
+# Tools, calls and reasoning as in Qwen 3; arguments are objects.
+CALLING = (
+    "{% if tools %}[tools]{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}"
+    "{% for message in messages %}[{{ message.role }}]{% if message.reasoning_content %}"
+    "<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}{% endfor %}{% if reasoning_effort %}[{{ reasoning_effort }}]{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}{% if opens %}<think>{% endif %}{% endif %}"
+)
+# Arguments are text, content beside calls is left out, and a message of a tool has to follow a call, as in DeepSeek.
+CALLING_TEXT = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% set seen = namespace(calls=false) %}"
+    "{% for message in messages %}"
+    "{% if message.tool_calls %}{% set seen.calls = true %}{% for call in message.tool_calls %}"
+    "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + call.function.name }}"
+    "{{ '<｜tool▁sep｜>' + call.function.arguments }}"
+    "{% endfor %}{% else %}"
+    "{% if message.role == 'tool' and not seen.calls %}{{ raise_exception('no call before') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
+)
+
+# Calls are shown only where there is no text, as in DeepSeek R1.
+CALLING_WITHOUT_TEXT = (
+    "{% for message in messages %}{% if message.content is none %}{% for call in message.tool_calls %}"
+    "{{ '<' + call.function.name + call.function.arguments + '>' }}{% endfor %}"
+    "{% else %}[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
+)
+# Text and reasoning may not stand beside one call, as in gpt-oss.
+CALLING_WITH_ONE_TEXT = (
+    "{% for message in messages %}{% if message.tool_calls and message.content and message.thinking %}"
+    "{{ raise_exception('not both') }}{% endif %}"
+    "[{{ message.role }}]{{ message.thinking }}|{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<{{ call.function.name }}{{ call.function.arguments | tojson }}>"
+    "{% endfor %}{% endfor %}"
+)
+
 
 class InProcess:
     """Renders in this process, and counts."""

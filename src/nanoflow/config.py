@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from nanoflow.access import AccessOptions as AccessOptions
 from nanoflow.bounds import ServerBounds as ServerBounds
+from nanoflow.chat_options import ChatOptions
 from nanoflow.compat.engine_options import ENGINE
 from nanoflow.kv_events import check_kv_events
 from nanoflow.kv_events import in_full as kv_events_in_full
@@ -198,8 +198,8 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig(AccessOptions):
-    """How the HTTP server listens. Its base classes are in `access.py`, `batch_options.py` and `bounds.py`."""
+class ServerConfig(ChatOptions):
+    """How the HTTP server listens. Base classes: `chat_options.py`, `access.py`, `batch_options.py` and `bounds.py`."""
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")
@@ -242,8 +242,7 @@ class ServerConfig(AccessOptions):
     )
 
     def __post_init__(self) -> None:
-        self.check_bounds()
-        self.check_access()
+        self.check_inherited()
         if not all(self.model_names) or len(set(self.model_names)) < len(self.model_names):
             raise ConfigError(f"served_model_name must be different names, got {list(self.model_names)}")
         if not 0 <= self.port <= 65535:

@@ -184,10 +184,19 @@ def test_chat_takes_what_changes_nothing(llm: LLM) -> None:
         conversation, GREEDY, False, tools=None, chat_template_content_format="auto", lora_request=None
     )
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
-    refused: list[tuple[str, Any]] = [("tools", [{"type": "function"}]), ("chat_template_content_format", "openai")]
-    for name, value in refused:
-        with pytest.raises(RequestError, match=f"{name}=.* is not possible"):
-            llm.chat(conversation, GREEDY, False, **{name: value})
+    with pytest.raises(RequestError, match=r"chat_template_content_format=.* is not possible"):
+        llm.chat(conversation, GREEDY, False, chat_template_content_format="openai")
+
+
+def test_chat_takes_tools(llm: LLM) -> None:
+    conversation: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    (output,) = llm.chat(conversation, GREEDY, False, tools=tools, chat_template="{{ tools[0].function.name }}")
+    assert output.prompt_token_ids == llm.tokenizer.encode("add", add_special_tokens=False)
+    with pytest.raises(RequestError, match="does not know tools"):
+        llm.chat(conversation, GREEDY, False, tools=tools)
+    with pytest.raises(RequestError, match=r"tools\[0\]\.function must be an object"):
+        llm.chat(conversation, GREEDY, False, tools=[{"type": "function"}])
 
 
 def test_without_a_tokenizer_prompts_and_completions_are_ids(model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -239,3 +240,82 @@ def test_the_default_of_named_templates_is_used() -> None:
     assert choose_template({"tool_use": "T"}, None) is None
     assert choose_template("one", None) == "one"
     assert choose_template(None, None) is None
+
+
+# Tools and calls
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def called(arguments: Any = '{"a":  1}', **fields: Any) -> list[dict[str, Any]]:
+    """A user asks, and the assistant calls."""
+    call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return [*turns(("user", "u")), {"role": "assistant", "content": None, "tool_calls": [call], **fields}]
+
+
+@pytest.mark.parametrize(
+    "source, shown",
+    [
+        (templates.CALLING, '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'),
+        (templates.CALLING_TEXT, '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a":  1}'),
+        (templates.CALLING_WITHOUT_TEXT, '<add{"a":  1}>'),
+        (templates.CALLING_WITH_ONE_TEXT, '<add{"a": 1}>'),
+        ("{% for tool in tools %}{% endfor %}" + templates.CALLING, '"arguments": {"a": 1}}</tool_call>'),
+    ],
+)
+def test_calls_are_given_as_the_template_shows_them(source: str, shown: str) -> None:
+    text = template(source).render([*called(), {"role": "tool", "content": "3"}], tools=_if_known(source))
+    assert shown in text and "3" in text
+    assert shown.replace('{"a":  1}', '{"a": 1}') in template(source).render(called({"a": 1}), tools=_if_known(source))
+
+
+def _if_known(source: str) -> Any:
+    return [TOOL] if "tools" in source else None
+
+
+def test_what_a_model_wrote_in_place_of_arguments_stays_text() -> None:
+    for wrong in ('{"a": oops', "[1]"):
+        assert f'"arguments": {json.dumps(wrong)}' in template(templates.CALLING).render(called(wrong))
+        assert f"<｜tool▁sep｜>{wrong}" in template(templates.CALLING_TEXT).render(called(wrong))
+
+
+def test_text_and_reasoning_beside_a_call_are_joined_where_the_template_takes_one() -> None:
+    fields = {"content": "I look.", "reasoning": "hm"}
+    assert "hm\nI look.|<add" in template(templates.CALLING_WITH_ONE_TEXT).render(called(**fields))
+    assert "<think>hm</think>I look.<tool_call>" in template(templates.CALLING).render(called(**fields))
+    assert "|I look.<add" in template(templates.CALLING_WITH_ONE_TEXT).render(called(content="I look."))
+
+
+def test_calls_are_refused_where_the_template_shows_none() -> None:
+    for source in (templates.ANY_ROLE, templates.ANY_ROLE + "{# tool_calls #}"):
+        with pytest.raises(RequestError, match="does not show calls of tools"):
+            template(source).render(called())
+    no_calls = [{**turns(("user", "u"))[0], "tool_calls": []}]
+    assert template(templates.ANY_ROLE).render(no_calls) == "[user]u[assistant]"
+
+
+@pytest.mark.parametrize(
+    "calls, message",
+    [
+        ("f", "must be a list"),
+        ([1], r"tool_calls\[0\] must be a call of type 'function'"),
+        ([{"type": "web", "function": {"name": "f"}}], "must be a call of type 'function'"),
+        ([{"function": {"name": ""}}], "function.name must be a text"),
+        ([{"function": {"name": "f"}, "id": 1}], "id must be a text"),
+        ([{"function": {"name": "f", "arguments": 1}}], "must be JSON as text, got int"),
+        ([{"function": {"name": "f", "arguments": {"a": float("nan")}}}], "must be JSON"),
+    ],
+)
+def test_calls_that_are_none_are_refused(calls: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        template(templates.CALLING).render([{"role": "assistant", "content": "a", "tool_calls": calls}])
+
+
+def test_tools_reach_a_template_that_knows_them() -> None:
+    text = template(templates.CALLING).render(turns(("user", "u")), tools=[TOOL], reasoning_effort="high")
+    assert text == f"[tools]{json.dumps(TOOL)}[user]u[high][assistant]"
+    with pytest.raises(RequestError, match="does not know tools") as caught:
+        template(templates.ANY_ROLE).render(turns(("user", "u")), tools=[TOOL])
+    assert caught.value.param == "tools"
+    with pytest.raises(RequestError, match="the engine sets it"):
+        template(templates.CALLING).render(turns(("user", "u")), kwargs={"tools": [TOOL]})

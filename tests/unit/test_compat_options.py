@@ -205,6 +205,7 @@ def test_keys_of_the_speculative_config_are_refused_if_they_ask_for_more(key: An
 OTHERWISE = {
     *("h11_max_incomplete_event_size", "h11_max_header_count"),
     "disable_uvicorn_access_log",
+    "exclude_tools_when_tool_choice_none",
 }
 
 

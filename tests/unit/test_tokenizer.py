@@ -318,6 +318,15 @@ def test_the_default_of_a_list_of_templates_is_used(tmp_path: Path) -> None:
     assert template_of(tmp_path, asked="own" + TEMPLATE) == "own"
 
 
+def test_with_tools_the_template_for_them_is_used(tmp_path: Path) -> None:
+    named = [{"name": name, "template": name + TEMPLATE} for name in ("tool_use", "default")]
+    with_templates(tmp_path, chat_template=named)
+    for asked, expected in ((None, "tool_use"), ("default", "default")):
+        templates = Tokenizer.load(EngineConfig(model=str(tmp_path), chat_template=asked)).chat_templates
+        assert templates.get(has_tools=True).text == expected + TEMPLATE
+        assert templates.get().text == templates.get("default", has_tools=True).text == "default" + TEMPLATE
+
+
 def test_templates_of_a_folder_are_named_by_their_files(tmp_path: Path) -> None:
     with_templates(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("first" + TEMPLATE)

@@ -30,14 +30,13 @@ _OF_REQUESTS = (
     Foreign(name="mm_processor_kwargs", takes=({},), reason=_NO_MULTIMODAL),
     Foreign(name="trace_headers", takes=({},), reason="there is no tracing"),
     Foreign(name="data_parallel_rank", takes=(0,), reason="there is one engine"),
-    Foreign(name="reasoning_ended", reason="reasoning is not separated from the rest of an answer"),
+    Foreign(name="reasoning_ended", reason="the whole text is returned, with its reasoning"),
     Foreign(
         name="prompt_text", reason="a prompt of token ids may bring its text: {'prompt': ..., 'prompt_token_ids': ...}"
     ),
     Foreign(name="arrival_time", reason="a request arrives when it is given to the engine"),
 )
 _OF_CHATS = (
-    Foreign(name="tools", takes=([],), reason="templates get no tools, and answers are text"),
     Foreign(
         name="chat_template_content_format",
         takes=("auto",),

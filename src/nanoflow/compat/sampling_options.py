@@ -50,7 +50,7 @@ _FOREIGN = (
     Foreign(name="stream_interval", takes=(1,), reason="tokens that wait are sent together: --stream-interval-ms"),
     *switches("parameters are copied when a request is made", "skip_clone"),
     *switches("a cached prefix changes no answer", "skip_reading_prefix_cache", takes=(True, False)),
-    Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is not told from the rest of an answer"),
+    Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is bounded by max_tokens alone"),
     Foreign(name="repetition_detection", reason="a completion ends by stop, stop_token_ids or max_tokens"),
     Foreign(name="extra_args", takes=({},), reason="there are no parameters of extensions"),
     Foreign(name="routed_experts_prompt_start", takes=(0,), reason="which experts a token passes is not told"),

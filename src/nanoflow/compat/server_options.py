@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from nanoflow.compat.entries import Alias, Foreign, Same, Table, negated, options, switches
 
-_NO_TOOLS = "there is no function calling: templates get no tools, and answers are text"
 _PROXY = "put a proxy (nginx, Caddy) before the server"
 _LOGS = "the log has one format; `--log-level` says how much"
 _ONE_SERVER = "one server has one engine; front ends share a port (--api-servers)"
@@ -24,6 +23,8 @@ _OURS = (
     Same(name="return_tokens_as_token_ids"),
     Same(name="enable_tokenizer_info_endpoint"),
     Same(name="trust_request_chat_template"),
+    Same(name="tool_call_parser", note="found in the chat template if not given"),
+    Same(name="reasoning_parser", note="found in the chat template if not given"),
     Alias(name="api_server_count", to="api_servers", flags=("-asc",)),
     Alias(name="uvicorn_log_level", to="log_level"),
     Alias(name="disable_log_stats", to="log_stats", convert=negated, note="turns it off"),
@@ -51,8 +52,12 @@ _NETWORK = (
     Foreign(name="config", reason="options are given on the command line; a shell script keeps them"),
 )
 _ANSWERS = (
-    *switches(_NO_TOOLS, "enable_auto_tool_choice", "exclude_tools_when_tool_choice_none"),
-    *options(_NO_TOOLS, "tool_call_parser", "tool_parser_plugin", "tool_server", takes=("",)),
+    *switches("calls are read where a request has tools", "enable_auto_tool_choice", takes=(True, False)),
+    *switches(
+        "the model is shown no tools where tool_choice is none", "exclude_tools_when_tool_choice_none", takes=(True,)
+    ),
+    *options("formats of calls are those of --tool-call-parser", "tool_parser_plugin", takes=("",)),
+    *options("tools are called by clients", "tool_server", takes=("",)),
     Foreign(name="response_role", takes=("assistant",), reason="the role of an answer is assistant"),
     Foreign(
         name="chat_template_content_format",

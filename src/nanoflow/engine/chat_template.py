@@ -10,17 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from nanoflow.chat_formats.tools import read_tools
 from nanoflow.engine.conversation import Conversation, joined_text, read_messages, text_part
+from nanoflow.engine.template_environment import THOUGHTS
 from nanoflow.engine.template_renderer import ChatTemplateError, ChatTemplateLimitError
 from nanoflow.request import RequestError
 
 # Variables that the engine sets, or that would change what `render` returns; callers may not give them.
 RESERVED = frozenset(
     (
-        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
+        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tools"),
         *("continue_final_message", "tokenize", "tokenizer_kwargs", "return_dict", "return_tensors"),
         *("return_assistant_tokens_mask", "padding", "truncation", "max_length", "sanitize_control_tokens"),
     )
@@ -31,6 +35,32 @@ SYNONYMS = {"developer": "system"}
 # Size of the caches of a template: by role, and by the sequence of roles of a conversation.
 _MAX_KEPT = 1024
 _KWARGS = "chat_template_kwargs"
+# A made-up call. Mistral's templates refuse ids of another length.
+_CALL_ID, _FUNCTION = "call00001", "nanoflow_function"
+_TOOL = {
+    "type": "function",
+    "function": {"name": _FUNCTION, "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+# Role of each message, and whether it has calls of tools.
+Shape = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template takes messages with calls.
+
+    Attributes:
+        has_objects: Arguments are objects, of which the template makes text; otherwise JSON as text.
+        no_text: The content of a message that has none. If it is None, the template shows no text beside calls.
+    """
+
+    has_objects: bool
+    no_text: str | None
+
+
+_CALL_FORMS = tuple(CallForm(has_objects, no_text) for no_text in ("", None) for has_objects in (True, False))
 
 
 class Renderer(Protocol):
@@ -54,7 +84,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._renderer = renderer
         self._known_roles: dict[str, bool] = {}
-        self._shapes_shown: set[tuple[str, ...]] = set()
+        self._shapes_shown: set[Shape] = set()
 
     def render(
         self,
@@ -63,6 +93,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> str:
         """Text of a conversation.
 
@@ -71,12 +103,16 @@ class ChatTemplate:
             add_generation_prompt: End with what opens the assistant's answer.
             continue_final_message: Leave the last message open, to be continued; not with `add_generation_prompt`.
             kwargs: Further variables of the template.
+            tools: Functions that the model may call; see `read_tools`.
+            reasoning_effort: How long the model shall think, in the template's words.
 
         Raises:
             RequestError: A message or an argument is invalid, or the template refuses the messages, does not know a
-                role or leaves a message out; the error says which.
+                role, tools or reasoning efforts, or leaves a message out; the error says which.
         """
         own = read_kwargs(kwargs, self._special_tokens)
+        own |= self._known("tools", list(map(dict, read_tools(tools))) if tools else None)
+        own |= self._known("reasoning_effort", reasoning_effort)
         if continue_final_message and add_generation_prompt:
             raise RequestError(
                 "add_generation_prompt and continue_final_message exclude each other", param="add_generation_prompt"
@@ -85,7 +121,7 @@ class ChatTemplate:
         try:
             turns = [self._adapted(message) for message in read_messages(messages, takes=self._mentions)]
             text = self._run(turns, {**own, **options})
-            self._check_all_shown(tuple(turn["role"] for turn in turns), own)
+            self._check_all_shown(tuple((turn["role"], bool(turn.get("tool_calls"))) for turn in turns), own)
         except ChatTemplateLimitError as error:
             raise RequestError(f"the chat template was stopped: {error}") from None
         except ChatTemplateError as error:
@@ -108,6 +144,34 @@ class ChatTemplate:
             word in text and f"'{word}'" not in text and f'"{word}"' not in text for word in words
         )
 
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How a message with calls has to be given so that they are shown; None if the template shows no calls."""
+        return next((form for form in _CALL_FORMS if self._shows_call(form)), None)
+
+    @cached_property
+    def _takes_thought_beside_text(self) -> bool:
+        """True if a message with calls may have both text and reasoning, as gpt-oss's may not."""
+        (user, message) = self._made_up((("user", False), ("assistant", True)))
+        return self._try([user, {**message, "content": _word(2), "reasoning_content": _word(3)}]) is not None
+
+    def _shows_call(self, form: CallForm) -> bool:
+        arguments: Any = {_word(0): _word(1)} if form.has_objects else json.dumps({_word(0): _word(1)})
+        message = {"role": "assistant", "content": form.no_text, "tool_calls": [_made_up_call(arguments)]}
+        text = self._try([*self._made_up((("user", False),)), message]) or ""
+        # In single quotes: the template prints an object as Python does.
+        return all(word in text for word in (_FUNCTION, _word(0), _word(1))) and f"'{_word(0)}'" not in text
+
+    def _known(self, name: str, value: Any) -> dict[str, Any]:
+        """A variable that only some templates have; empty if it is not given."""
+        if value is None:
+            return {}
+        if not self._mentions(name):
+            raise RequestError(
+                f"the chat template of this model does not know {name} (--chat-template gives another)", param=name
+            )
+        return {name: value}
+
     def _mentions(self, field: str) -> bool:
         """True if the template may look at a field of messages or parts."""
         return re.search(rf"\b{re.escape(field)}\b", self.text) is not None
@@ -117,13 +181,18 @@ class ChatTemplate:
         return self._renderer.render(job)
 
     def _try(self, turns: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:
-        """The text of made-up messages in lower case; None if the template refuses them."""
-        try:
-            return self._run(turns, {**(kwargs or {}), "add_generation_prompt": False}).lower()
-        except ChatTemplateLimitError:
-            raise
-        except ChatTemplateError:
-            return None
+        """The text of made-up messages in lower case; None if the template refuses them.
+
+        A template for conversations with tools may need some: it gets a made-up one if it refuses messages without.
+        """
+        for more in ({}, *([{"tools": [_TOOL]}] if not kwargs and self._mentions("tools") else [])):
+            try:
+                return self._run(turns, {**(kwargs or {}), **more, "add_generation_prompt": False}).lower()
+            except ChatTemplateLimitError:
+                raise
+            except ChatTemplateError:
+                continue
+        return None
 
     def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message as the template takes it."""
@@ -132,7 +201,18 @@ class ChatTemplate:
             if role not in SYNONYMS:
                 raise RequestError(f"the chat template does not know the role {role!r}")
             role = SYNONYMS[role]
-        return {**message, "role": role, "content": self._adapted_content(content)}
+        adapted = {**message, "role": role, "content": self._adapted_content(content)}
+        calls, form = message.get("tool_calls"), self.call_form if message.get("tool_calls") else None
+        if not calls:
+            return adapted
+        if form is None:
+            raise RequestError("the chat template of this model does not show calls of tools, which the messages have")
+        if form.no_text is not None and content and not self._takes_thought_beside_text:
+            adapted = _joined_thought(adapted, joined_text(content))
+        if form.no_text is None or not adapted["content"]:
+            adapted["content"] = form.no_text
+        adapted["tool_calls"] = [_adapted_call(call, form) for call in calls]
+        return adapted
 
     def _adapted_content(self, content: Any) -> Any:
         if isinstance(content, str):
@@ -143,32 +223,45 @@ class ChatTemplate:
         """True if messages of this role are shown at some place: first, after the user or after the assistant."""
         known = self._known_roles.get(role)
         if known is None:
-            layouts = ((role, "user"), ("user", role), ("user", "assistant", role))
-            known = any(self._shows(layout, layout.index(role)) for layout in layouts)
+            user, own = ("user", False), (role, False)
+            layouts: tuple[Shape, ...] = ((own, user), (user, own), (user, ("assistant", role == "tool"), own))
+            known = any(self._shows(layout, layout.index(own)) for layout in layouts)
             if len(self._known_roles) < _MAX_KEPT:
                 self._known_roles[role] = known
         return known
 
-    def _shows(self, roles: Sequence[str], place: int) -> bool:
-        return _word(place) in (self._try(self._made_up(roles)) or "")
+    def _shows(self, shape: Shape, place: int) -> bool:
+        return _word(place) in (self._try(self._made_up(shape)) or "")
 
-    def _made_up(self, roles: Sequence[str]) -> list[dict[str, Any]]:
-        return [{"role": role, "content": self._adapted_content(_word(i))} for i, role in enumerate(roles)]
+    def _made_up(self, shape: Shape) -> list[dict[str, Any]]:
+        """Messages of made-up words; a tool's messages answer the call before them."""
+        messages: list[dict[str, Any]] = []
+        for place, (role, has_calls) in enumerate(shape):
+            message = {"role": role, "content": self._adapted_content(_word(place))}
+            form = self.call_form if has_calls else None
+            if form is not None:
+                message |= {"tool_calls": [_made_up_call({} if form.has_objects else "{}")], "content": form.no_text}
+            if role == "tool":
+                message |= {"tool_call_id": _CALL_ID, "name": _FUNCTION}
+            messages.append(message)
+        return messages
 
-    def _check_all_shown(self, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> None:
+    def _check_all_shown(self, shape: Shape, kwargs: Mapping[str, Any]) -> None:
         """Refuse a conversation of which the template would silently leave out a message."""
-        if roles not in self._shapes_shown:
-            place = self._first_dropped(roles, kwargs)
+        if shape not in self._shapes_shown:
+            place = self._first_dropped(shape, kwargs)
             if place is not None:
-                raise ChatTemplateError(f"it would leave out messages[{place}], of role {roles[place]!r}")
+                raise ChatTemplateError(f"it would leave out messages[{place}], of role {shape[place][0]!r}")
             if len(self._shapes_shown) < _MAX_KEPT:
-                self._shapes_shown.add(roles)
+                self._shapes_shown.add(shape)
 
-    def _first_dropped(self, roles: Sequence[str], kwargs: Mapping[str, Any]) -> int | None:
-        text = self._try(self._made_up(roles), kwargs)
-        hidden = [] if text is None else [place for place in range(len(roles)) if _word(place) not in text]
+    def _first_dropped(self, shape: Shape, kwargs: Mapping[str, Any]) -> int | None:
+        text = self._try(self._made_up(shape), kwargs)
+        # Many templates show no text beside calls.
+        texts = [place for place, (_, has_calls) in enumerate(shape) if not has_calls]
+        hidden = [] if text is None else [place for place in texts if _word(place) not in text]
         # A template that shows no message at all does not use messages.
-        return hidden[0] if 0 < len(hidden) < len(roles) else None
+        return hidden[0] if 0 < len(hidden) < len(texts) else None
 
 
 def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,3 +288,27 @@ def read_kwargs(kwargs: Mapping[str, Any] | None, special_tokens: Mapping[str, A
 def _word(place: int) -> str:
     """A word that no template has."""
     return f"nanoflow-message-{place}."
+
+
+def _made_up_call(arguments: Any) -> dict[str, Any]:
+    return {"id": _CALL_ID, "type": "function", "function": {"name": _FUNCTION, "arguments": arguments}}
+
+
+def _adapted_call(call: dict[str, Any], form: CallForm) -> dict[str, Any]:
+    """A call with arguments as the template takes them. What a model wrote in place of an object stays text."""
+    function = call["function"]
+    if form.has_objects:
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(function["arguments"])
+            if isinstance(arguments, dict):
+                function = {**function, "arguments": arguments}
+    return {**call, "function": function}
+
+
+def _joined_thought(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """A message with its text behind its reasoning, as a part of it; unchanged if there is no reasoning."""
+    thought = next((message[name] for name in THOUGHTS if message.get(name)), None)
+    if thought is None:
+        return message
+    others = {name: value for name, value in message.items() if name not in THOUGHTS}
+    return {**others, "reasoning_content": f"{thought}\n{text}", "content": ""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ Content = str | Sequence[Mapping[str, Any]]
 Conversation = Sequence[ChatMessage]
 
 MAX_ROLE_CHARS = 64
-MESSAGE_FIELDS = ("role", "content", "name", "tool_call_id", "reasoning", "reasoning_content")
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content")
 _PART_FIELDS = ("type", "text")
 # Joins the texts of a message's parts for templates that take only one text.
 PART_BORDER = "\n"
@@ -61,7 +62,53 @@ def _read_message(place: int, message: Any, takes: Callable[[str], bool]) -> dic
         content = ""
     if not isinstance(content, str):
         content = _read_parts(f"messages[{place}].content", content, takes)
-    return {**{name: value for name, value in message.items() if value is not None}, "content": content}
+    given = {name: value for name, value in message.items() if value is not None}
+    calls = read_tool_calls(f"messages[{place}].tool_calls", given.pop("tool_calls", ()), role)
+    if calls:
+        given["tool_calls"] = calls
+    return {**given, "content": content}
+
+
+def read_tool_calls(name: str, calls: Any, role: str) -> list[dict[str, Any]]:
+    """Check the calls of an earlier message, as an answer has them.
+
+    Args:
+        name: Of the field, for errors.
+        calls: Each {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}; the arguments are JSON
+            as text, or an object.
+        role: Who has made them: the assistant.
+
+    Returns:
+        The calls, with arguments as text. A list without calls is empty.
+
+    Raises:
+        RequestError: A call is something else.
+    """
+    if calls and role != "assistant":
+        raise RequestError(f"{name}: only messages of the assistant have calls, not those of role {shown(role)}")
+    if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
+        raise RequestError(f"{name} must be a list, got {type(calls).__name__}")
+    return [_read_call(f"{name}[{place}]", call) for place, call in enumerate(calls)]
+
+
+def _read_call(name: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+        raise RequestError(f"{name} must be a call of type 'function' with a function")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RequestError(f"{name}.function.name must be a text, got {shown(function.get('name'))}")
+    if not isinstance(call.get("id", ""), str):
+        raise RequestError(f"{name}.id must be a text, got {shown(call['id'])}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, Mapping):
+        try:
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"{name}.function.arguments must be JSON: {error}") from None
+    if arguments is not None and not isinstance(arguments, str):
+        raise RequestError(f"{name}.function.arguments must be JSON as text, got {type(arguments).__name__}")
+    own = {"type": "function", "function": {**function, "arguments": arguments or "{}"}}
+    return {**call, **own}
 
 
 def _read_parts(name: str, content: Any, takes: Callable[[str], bool]) -> list[dict[str, Any]]:

@@ -175,6 +175,7 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, by the model's chat template.
@@ -187,7 +188,7 @@ class LLM:
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
             chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
-            use_tqdm: Show a progress bar, where standard error is a terminal.
+            tools: Functions that the model may call, as OpenAI describes them. Its calls are in the text.
             **others: What vLLM takes beside them, at values that change nothing.
 
         Raises:
@@ -207,6 +208,7 @@ class LLM:
                     continue_final_message=continue_final_message,
                     chat_template=chat_template,
                     chat_template_kwargs=chat_template_kwargs,
+                    tools=tools,
                 )
             prompts.append(token_ids)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)

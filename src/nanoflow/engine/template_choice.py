@@ -14,6 +14,7 @@ from nanoflow.errors import one_line
 from nanoflow.request import RequestError
 
 DEFAULT_NAME = "default"
+TOOLS_NAME = "tool_use"
 
 
 class TemplateFileError(ValueError):
@@ -40,15 +41,21 @@ class ChatTemplates:
         }
         usual = choose_template(self._own, given)
         self.usual = None if usual is None else self._new(usual)
+        named = self._own.get(TOOLS_NAME) if isinstance(self._own, Mapping) and given is None else None
+        self._of_tools = None if named is None else self._new(named)
 
-    def get(self, given: str | None = None) -> ChatTemplate:
+    def get(self, given: str | None = None, *, has_tools: bool = False) -> ChatTemplate:
         """The default template, or the given one: Jinja, or the name of one of the tokenizer's own.
+
+        With tools it is the one named "tool_use", where the tokenizer has that and no other was given.
 
         Raises:
             RequestError: There is no template.
         """
         if given is not None:
             return self._new(choose_template(self._own, given) or given)
+        if has_tools and self._of_tools is not None:
+            return self._of_tools
         if self.usual is None:
             names = ", ".join(map(repr, self._own)) if isinstance(self._own, Mapping) else ""
             problem = f"no chat template named {DEFAULT_NAME!r}, but {names}" if names else "no chat template"

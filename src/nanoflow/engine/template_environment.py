@@ -22,7 +22,7 @@ from jinja2.utils import Namespace
 
 _OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
 # Names of the field with a model's reasoning. Templates read different ones, so the first one present fills all.
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def render(
@@ -84,7 +84,7 @@ def _up_to_open_end(text: str, last: str) -> str:
 
 
 def _with_all_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
-    thought = next((message[name] for name in _THOUGHTS if message.get(name) is not None), None)
+    thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
     if thought is None:
         return dict(message)
     return {"thinking": thought, **message, "reasoning_content": thought}

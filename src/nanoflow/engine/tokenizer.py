@@ -230,6 +230,8 @@ class Tokenizer:
         add_special_tokens: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
         check_text: Callable[[str], None] | None = None,
     ) -> list[int]:
         """Token ids of a conversation.
@@ -241,17 +243,20 @@ class Tokenizer:
             add_special_tokens: Add the special tokens of a plain text, although templates write their own.
             chat_template: Jinja text, or the name of one of the tokenizer's own templates, instead of the default.
             chat_template_kwargs: Further variables of the template, such as `enable_thinking`; JSON values.
+            tools, reasoning_effort: As for `ChatTemplate.render`.
             check_text: Called with the rendered text before it is encoded; may raise.
 
         Raises:
             RequestError: There is no chat template, or it refuses the messages; the message says why.
             EngineDeadError: The tokenizer was closed.
         """
-        text = self.chat_templates.get(chat_template).render(
+        text = self.chat_templates.get(chat_template, has_tools=bool(tools)).render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             kwargs=chat_template_kwargs,
+            tools=tools,
+            reasoning_effort=reasoning_effort,
         )
         if check_text is not None:
             check_text(text)
@@ -312,9 +317,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     Raises:
         ModelError, TokenizerError: It cannot be loaded.
     """
-    if config.skip_tokenizer_init:
-        return None
-    if config.tokenizer is None and preset_name(config.model) is not None:
+    if config.skip_tokenizer_init or (config.tokenizer is None and preset_name(config.model) is not None):
         return None
     if preset_name(config.model) is None:
         # If the model cannot be served, that error comes before any error of its tokenizer.

@@ -47,6 +47,8 @@ class ServingTokenizer(Protocol):
         add_special_tokens: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> list[int]:
         """Token ids of a conversation; RequestError if there is no template or it refuses the messages."""
 

@@ -15,6 +15,7 @@ from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
 from nanoflow.server.protocol import ChatCompletionRequest
+from nanoflow.server.reading import Found, MessageReader, Reading, after_prompt, found_in, params_for, reading_of
 from nanoflow.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -22,7 +23,6 @@ from nanoflow.server.responses import (
     ChatCompletionResponse,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     Usage,
 )
 from nanoflow.server.service import Service
@@ -39,10 +39,13 @@ def chat_router(service: Service) -> APIRouter:
         """Answer a conversation; with `stream`, as server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
+        reading = reading_of(service, body, params)
         deadline_s = service.deadline_s()
         service.admission.check(params.n)
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
         prompt = service.truncated(await while_connected(request.receive, encode, deadline_s), body)
+        if reading is not None:
+            reading, params = after_prompt(reading, service, body, prompt), params_for(reading, params)
         call = Call(
             engine=service.engine,
             prompts=[prompt],
@@ -53,7 +56,7 @@ def chat_router(service: Service) -> APIRouter:
             call_id=new_id("chatcmpl"),
             field_names=body.field_names,
         )
-        chat = _Chat(service=service, body=body, call=call)
+        chat = _Chat(service=service, body=body, call=call, reading=reading)
         if body.stream:
             return await open_stream(request.receive, chat.events(), deadline_s)
         return await while_connected(request.receive, answer_of(chat.answer()), deadline_s)
@@ -63,9 +66,16 @@ def chat_router(service: Service) -> APIRouter:
 
 @dataclass(slots=True, kw_only=True)
 class _ShownChoice:
-    """How much of one choice was sent, and the template of its events that have only text, once there is one."""
+    """How much of one choice was sent.
+
+    Attributes:
+        cursor: Position in its completion.
+        reader: Finds calls and reasoning in its text; None if all of it is content.
+        template: The template of its events that have only text, once there is one.
+    """
 
     cursor: Cursor = field(default_factory=Cursor)
+    reader: MessageReader | None
     template: EventTemplate | None = None
 
 
@@ -76,6 +86,7 @@ class _Chat:
     service: Service
     body: ChatCompletionRequest
     call: Call
+    reading: Reading | None
 
     async def answer(self) -> ChatCompletionResponse:
         """Generate all completions, then answer."""
@@ -118,19 +129,25 @@ class _Chat:
         index = completion.index
         state = shown.get(index)
         if state is None:
-            state = shown[index] = _ShownChoice()
+            state = shown[index] = _ShownChoice(reader=self._new_reader())
         delta = state.cursor.advance(completion)
         if delta is None:
             return b""
         usage = count_usage([output]) if self.body.has_continuous_usage else None
         opening = self._opening(index, output, is_first=len(shown) == 1) if delta.is_first else b""
+        found = found_in(delta, state.reader)
         if delta.is_plain and usage is None and not self.body.return_token_ids:
-            if state.template is None:
-                state.template = EventTemplate(
-                    lambda text: self._chunk([self._chunk_choice(index, delta.with_text(text))], None)
-                )
-            return opening + state.template.fill(delta.text)
-        chunk = await made(lambda: event(self._chunk([self._chunk_choice(index, delta)], usage)), delta.num_entries)
+            if found.is_empty and state.reader is not None:
+                return opening
+            if found.is_content:
+                if state.template is None:
+                    state.template = EventTemplate(
+                        lambda text: self._chunk([self._chunk_choice(index, delta, Found(content=text))], None)
+                    )
+                return opening + state.template.fill(found.content)
+        chunk = await made(
+            lambda: event(self._chunk([self._chunk_choice(index, delta, found)], usage)), delta.num_entries
+        )
         return opening + chunk
 
     def _opening(self, index: int, output: RequestOutput, *, is_first: bool) -> bytes:
@@ -144,18 +161,26 @@ class _Chat:
         return event(chunk) + event(self._chunk([_opening_choice(index, {"content": self.body.echoed})], usage))
 
     def _choices(self, output: RequestOutput) -> list[ChatChoice]:
-        return [
-            {
-                "index": completion.index,
-                "message": _message(self.body.echoed + delta.text),
-                "logprobs": self._logprobs(delta),
-                "finish_reason": delta.finish_reason,
-                "stop_reason": delta.stop_reason,
-                "token_ids": delta.token_ids if self.body.return_token_ids else None,
-            }
-            for completion in output.outputs
-            if (delta := Cursor().advance(completion)) is not None
-        ]
+        choices: list[ChatChoice] = []
+        for completion in output.outputs:
+            delta = Cursor().advance(completion)
+            if delta is None:
+                continue
+            found = found_in(delta, self._new_reader())
+            choices.append(
+                {
+                    "index": completion.index,
+                    "message": found.message(self.body.echoed),
+                    "logprobs": self._logprobs(delta),
+                    "finish_reason": found.finish_reason,
+                    "stop_reason": delta.stop_reason,
+                    "token_ids": delta.token_ids if self.body.return_token_ids else None,
+                }
+            )
+        return choices
+
+    def _new_reader(self) -> MessageReader | None:
+        return None if self.reading is None else self.reading.begin()
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
         chunk: ChatCompletionChunk = {
@@ -170,12 +195,12 @@ class _Chat:
             chunk["usage"] = usage
         return chunk
 
-    def _chunk_choice(self, index: int, delta: Delta) -> ChatChunkChoice:
+    def _chunk_choice(self, index: int, delta: Delta, found: Found) -> ChatChunkChoice:
         choice: ChatChunkChoice = {
             "index": index,
-            "delta": {"content": delta.text},
+            "delta": found.delta,
             "logprobs": self._logprobs(delta),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": found.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         if self.body.return_token_ids:
@@ -192,17 +217,6 @@ class _Chat:
             num_top=self.service.engine.facts.vocab_size if num_top == -1 else num_top,
             texts=self.service.texts(self.body),
         )
-
-
-def _message(text: str) -> ChatMessage:
-    return {
-        "role": "assistant",
-        "content": text,
-        "refusal": None,
-        "reasoning": None,
-        "reasoning_content": None,
-        "tool_calls": None,
-    }
 
 
 def _opening_choice(index: int, delta: ChatDelta) -> ChatChunkChoice:

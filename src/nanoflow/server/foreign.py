@@ -59,8 +59,8 @@ _TOOLS: ForeignFields = {
     "tools": Foreign(([],), "calls of functions"),
     "tool_choice": Foreign(("none", "auto"), "calls of functions"),
     "parallel_tool_calls": Foreign(None, "there are no calls of functions to make side by side"),
-    "functions": Foreign(([],), "calls of functions"),
-    "function_call": Foreign(("none", "auto"), "calls of functions"),
+    "functions": Foreign(([],), "calls of functions; tools has them"),
+    "function_call": Foreign(("none", "auto"), "calls of functions; tool_choice has it"),
 }
 _SHAPES: ForeignFields = {
     "structural_tag": Foreign((), "the shape of parts of the text"),
@@ -76,7 +76,7 @@ _TEMPLATE: ForeignFields = {
     "documents": Foreign(([],), "documents for the template"),
     "reasoning_effort": Foreign((), "reasoning"),
     "include_reasoning": Foreign((True,), "reasoning"),
-    "thinking_token_budget": Foreign((-1,), "reasoning"),
+    "thinking_token_budget": Foreign((-1,), "a bound of reasoning alone"),
     "mm_processor_kwargs": Foreign(({},), "input that is no text"),
     "media_io_kwargs": Foreign(({},), "input that is no text"),
     "prompt_embeds": Foreign((), "input that is no text"),
@@ -129,8 +129,7 @@ OF_STREAMS: ForeignFields = {
 """Fields of `stream_options`."""
 
 OF_MESSAGES: ForeignFields = {
-    "tool_calls": Foreign(([],), "calls of functions"),
-    "function_call": Foreign((), "calls of functions"),
+    "function_call": Foreign((), "calls of functions; tool_calls has them"),
     "refusal": Foreign(("",), "refusals"),
     "annotations": Foreign(([],), "notes on the text"),
     "audio": Foreign((), "input that is no text"),

@@ -237,6 +237,8 @@ class ChatCompletionRequest(SamplingFields, Conversation):
     max_completion_tokens: Annotated[int | None, Parameter.of("max_completion_tokens", "max_tokens")] = Field(
         None, description="Goes before max_tokens"
     )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call; true if not given")
+    include_reasoning: bool | None = Field(None, description="False leaves reasoning out of the answer")
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Parameter.of("top_logprobs", "logprobs")] = Field(
         None, description="Needs logprobs=true"

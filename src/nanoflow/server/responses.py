@@ -114,15 +114,30 @@ class ChatLogprobs(TypedDict):
     content: list[ChatLogprob]
 
 
+class CalledFunction(TypedDict):
+    """Which function is called, with arguments as the model wrote them: JSON, unless it made a mistake."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call that the client shall make; the message with its result has `tool_call_id` from here."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(TypedDict):
-    """The assistant's message; other fields are null, for clients that read them."""
+    """The assistant's message; what it does not have is null. The content is null only beside calls or reasoning."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
-    reasoning: None
-    reasoning_content: None
-    tool_calls: None
+    reasoning: str | None
+    reasoning_content: str | None
+    tool_calls: list[ToolCall] | None
 
 
 class ChatChoice(TypedDict):
@@ -150,11 +165,30 @@ class ChatCompletionResponse(TypedDict):
     prompt_logprobs: PromptLogprobs | None
 
 
+class CalledFunctionDelta(TypedDict):
+    """What is new in a call; the name comes once."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """What is new in a call; id and type come once."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
+
+
 class ChatDelta(TypedDict, total=False):
-    """What is new in a message; the role comes once."""
+    """What is new in a message; the role comes once. `reasoning` is vLLM's newer name of `reasoning_content`."""
 
     role: Literal["assistant"]
     content: str
+    reasoning: str
+    reasoning_content: str
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(TypedDict):

@@ -1,0 +1,104 @@
+"""Grammars of required calls: what they are as text, what they let through, and that the parser reads that."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nanoflow.chat_formats.choice import choose_format
+from nanoflow.chat_formats.grammar import grammar_of
+from nanoflow.chat_formats.parser import ChatParser
+from nanoflow.chat_formats.tools import Calling, ToolChoice
+from tests.chat_texts import FORMATS, Found, found
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+ADD = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+STOP = {"type": "function", "function": {"name": "stop"}}
+REQUIRED = ToolChoice(Calling.REQUIRED)
+ONE, TWO = ("add", '{"a": 1}', True), ("stop", "{}", True)
+
+TEXTS = {
+    "hermes": '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>',
+    "llama3_json": '{"name": "add", "parameters": {"a": 1}}; {"name": "stop", "parameters": {}}',
+    "mistral": '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "stop", "arguments": {}}]',
+    "deepseek_v3": "</think>\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
+    '{"a": 1}\n```<｜tool▁call▁end｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>stop\n```json\n{}\n```'
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+    "<｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "openai": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}',
+}
+
+
+def lets_through(grammar: str | None, text: str) -> bool:
+    """True if the grammar takes the whole text and may end there."""
+    llguidance = pytest.importorskip("llguidance")
+    assert grammar is not None
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    data = list(text.encode())
+    return bool(matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_grammar_lets_through_what_the_parser_reads(form: str) -> None:
+    grammar, text = grammar_of(FORMATS[form], [ADD, STOP], REQUIRED), TEXTS[form]
+    assert lets_through(grammar, text)
+    parser = ChatParser(FORMATS[form], names=("add", "stop"))
+    calls = (ONE,) if form == "openai" else (ONE, TWO)
+    assert found([*parser.push(text), *parser.finish()]) == Found("", "hm" if form == "openai" else "", calls)
+    for wrong in ("", "no", text.replace("1", '"1"'), text.replace("add", "rm")):
+        assert not lets_through(grammar, wrong), wrong
+
+
+def test_one_call_and_a_named_function() -> None:
+    form, text = FORMATS["hermes"], TEXTS["hermes"]
+    first = text[: text.index("</tool_call>") + len("</tool_call>")]
+    one = grammar_of(form, [ADD, STOP], REQUIRED, is_parallel=False)
+    assert lets_through(one, first) and not lets_through(one, text)
+    named = grammar_of(form, [ADD, STOP], ToolChoice(Calling.REQUIRED, "add"))
+    assert lets_through(named, first) and not lets_through(named, text)
+
+
+@pytest.mark.parametrize(
+    "is_reasoning, before, is_let_through",
+    [
+        (None, "", True),
+        (None, "<think>hm <b></think>\n\n", True),
+        (None, "hm</think>", False),
+        (True, "hm</think>\n\n", True),
+        (True, "", False),
+        (False, "", True),
+        (False, "<think>hm</think>", False),
+    ],
+)
+def test_reasoning_may_come_before_a_call(is_reasoning: bool | None, before: str, is_let_through: bool) -> None:
+    grammar = grammar_of(FORMATS["hermes"], [ADD, STOP], REQUIRED, is_reasoning=is_reasoning)
+    assert lets_through(grammar, before + TEXTS["hermes"]) == is_let_through
+
+
+def test_special_tokens_are_written_by_their_ids() -> None:
+    special = {"[TOOL_CALLS]": 5, "[ARGS]": 32, "<s>": 1}
+    grammar = grammar_of(FORMATS["mistral"], [STOP], REQUIRED, special=special)
+    assert grammar is not None
+    lines = grammar.splitlines()
+    assert 'message_0: <[5]> "[" call_0 (", " call_0)* "]"' in lines
+    assert 'call_1: <[5]> "stop" <[32]> arguments_0 ""' in lines
+    assert "<[1]>" not in grammar and "TOOL_CALLS" not in grammar
+
+
+def test_what_needs_no_grammar_has_none() -> None:
+    for choice in (ToolChoice(), ToolChoice(Calling.NONE)):
+        assert grammar_of(FORMATS["hermes"], [ADD], choice) is None
+    assert grammar_of(choose_format("plain"), [ADD], REQUIRED) is None
+
+
+def test_a_schema_keeps_its_words() -> None:
+    grammar = grammar_of(FORMATS["hermes"], [ADD], REQUIRED)
+    assert grammar is not None
+    (line,) = (line for line in grammar.splitlines() if line.startswith("arguments_0: %json "))
+    assert {**json.loads(line.partition("%json ")[2]), "x-guidance": None} == {**SCHEMA, "x-guidance": None}
