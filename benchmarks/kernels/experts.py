@@ -138,7 +138,7 @@ def measure_roof() -> Roof:
 
 def measure_model(name: str, args: argparse.Namespace, roof: Roof) -> Iterator[Point]:
     """All points of a model."""
-    model, device = MODELS[name], torch.device("cuda")
+    model, device = MODELS[name], torch.device("cuda", torch.cuda.current_device())
     num_programs = card_of(device).num_sms
     weights = model.weights(device)
     if args.sweep:
