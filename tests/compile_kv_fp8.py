@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from nanoflow.kernels import triton_attention_programs as programs
 from nanoflow.kernels.triton_attention import DECODE_TILES, PREFILL_TILES, Tiles
 from nanoflow.kernels.triton_elementwise import _rope_append
+from tests.all_cases import RUNS_ALL_CASES
 from tests.machine_code import read_machine_code
 
 HEADS = {"KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_D": 128, "PAGE_SIZE": 16, "WINDOW": None}
@@ -54,18 +55,20 @@ def of_attention(kernel: Any, types: dict[str, str], tiles: Tiles, constants: di
 
 
 def main() -> None:
-    """Print a report of each program."""
-    decode = of_attention(
-        programs.decode_program,
-        {"log_sums": "*fp32", "first_request": "i32"},
-        DECODE_TILES[0],
-        {"GROUP": 4, "IS_SPLIT": True, "MIN_SPLIT": 256},
-    )
-    ranges = dict.fromkeys(("num_requests", "first_token", "stop_token"), "i32")
-    prefill = of_attention(
-        programs.prefill_program, {"query_start": "*i32", **ranges}, PREFILL_TILES[0], {"NUM_HEADS": 32}
-    )
-    append = compiled(
+    """Print a report of each program; of decode attention alone unless all cases are asked for."""
+    constants = {"GROUP": 4, "IS_SPLIT": True, "MIN_SPLIT": 256}
+    types = {"log_sums": "*fp32", "first_request": "i32"}
+    reports = {"decode": of_attention(programs.decode_program, types, DECODE_TILES[0], constants)}
+    if RUNS_ALL_CASES:
+        types = {"query_start": "*i32", **dict.fromkeys(("num_requests", "first_token", "stop_token"), "i32")}
+        reports["prefill"] = of_attention(programs.prefill_program, types, PREFILL_TILES[0], {"NUM_HEADS": 32})
+        reports["append"] = of_append()
+    print(json.dumps(reports))
+
+
+def of_append() -> dict[str, Any]:
+    """A report of the program that writes keys and values."""
+    return compiled(
         _rope_append,
         {
             "qkv": "*bf16",
@@ -91,7 +94,6 @@ def main() -> None:
         },
         num_warps=4,
     )
-    print(json.dumps({"decode": decode, "prefill": prefill, "append": append}))
 
 
 if __name__ == "__main__":

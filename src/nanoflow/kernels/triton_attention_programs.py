@@ -67,14 +67,15 @@ def _attend(
         weights = tl.exp2(scores * log2_scale - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
         value = _load_rows(values + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
-        total = total * decay + tl.sum(weights, 1)
+        scaled = weights
         if scales is not None:
             if q.dtype == tl.float16:
                 # A small scale would take digits from weights in float16.
                 value = value.to(tl.float32) * value_scales[:, None]
             else:
-                weights *= value_scales[None, :]
-        acc = tl.dot(weights.to(q.dtype), widened(value, q.dtype), acc * decay[:, None], input_precision="ieee")
+                scaled = weights * value_scales[None, :]
+        acc = tl.dot(scaled.to(q.dtype), widened(value, q.dtype), acc * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(weights, 1)
         peak = new_peak
     return acc, total, peak
 
