@@ -79,6 +79,12 @@ CALLING_TEXT = (
     "[{{ message.role }}]{{ message.content }}{% endif %}{% endfor %}"
 )
 
+# Prints arguments as they are, so that an object would look as in Python.
+CALLING_PRINTED = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<{{ call.function.name }}{{ call.function.arguments }}>{% endfor %}"
+    "{% endfor %}"
+)
 # Calls are shown only where there is no text, as in DeepSeek R1.
 CALLING_WITHOUT_TEXT = (
     "{% for message in messages %}{% if message.content is none %}{% for call in message.tool_calls %}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanoflow.access import AccessOptions
-from nanoflow.chat_formats.choice import AUTO, CALL_NAMES, NONE, REASONING_NAMES
+from nanoflow.chat_formats.names import AUTO, CALL_NAMES, NONE, REASONING_NAMES
 from nanoflow.option import ConfigError, option
 
 

@@ -107,6 +107,8 @@ def test_two_calls_at_once_reach_the_client(client: openai.OpenAI, engine: Scrip
     assert [(call.function.name, call.function.arguments) for call in calls] == [("get_weather", PARIS), ("add", SUM)]
     assert len({call.id for call in calls}) == 2 and all(call.id.startswith("call_") for call in calls)
     assert f"[tools]{json.dumps(WEATHER)}{json.dumps(ADD)}" in engine.prompts[-1]
+    # Marks of calls may be special tokens, so the engine is asked for these.
+    assert engine.seen_params[-1].skip_special_tokens is False
 
 
 def test_a_stream_of_the_client_has_the_same(client: openai.OpenAI, engine: ScriptedEngine) -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import CallStarted, ContentDelta, Event
-from nanoflow.chat_formats.formats import CALLS, ChatFormat
+from nanoflow.chat_formats.formats import CALLS, REASONING, ChatFormat
 from nanoflow.chat_formats.json_scan import JsonScan
 from nanoflow.chat_formats.markers import Markers
+from nanoflow.chat_formats.names import CALL_NAMES, REASONING_NAMES
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.config import ConfigError, ServerConfig, from_kwargs
 from tests.chat_texts import CASES, FORMATS, NAMES, PIECES, SUM, THINKS_HERMES, Found, found
@@ -203,6 +204,10 @@ def test_a_format_is_found_from_the_words_of_a_template(words: str, calls: str |
 def test_a_format_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be one of auto, none, .*, got 'pythonic'"):
         from_kwargs(ServerConfig, {name: "pythonic"})
+
+
+def test_every_name_means_a_format() -> None:
+    assert {*CALL_NAMES.values()} == {*CALLS, "openai"} and {*REASONING_NAMES.values()} == {*REASONING, "openai_gptoss"}
 
 
 def test_either_name_chooses_the_channels_of_harmony() -> None:

@@ -258,6 +258,7 @@ def called(arguments: Any = '{"a":  1}', **fields: Any) -> list[dict[str, Any]]:
     [
         (templates.CALLING, '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'),
         (templates.CALLING_TEXT, '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a":  1}'),
+        (templates.CALLING_PRINTED, '<add{"a":  1}>'),
         (templates.CALLING_WITHOUT_TEXT, '<add{"a":  1}>'),
         (templates.CALLING_WITH_ONE_TEXT, '<add{"a": 1}>'),
         ("{% for tool in tools %}{% endfor %}" + templates.CALLING, '"arguments": {"a": 1}}</tool_call>'),

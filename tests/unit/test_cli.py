@@ -524,9 +524,14 @@ class ChatServer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         ChatServer.bodies.append(body)
         self._start(400 if body["messages"][-1]["content"] == "bad" else 200)
-        for piece in ("Hel", "lo"):
-            self.wfile.write(b"data: %s\n\n" % json.dumps({"choices": [{"delta": {"content": piece}}]}).encode())
+        thoughts = [{"reasoning_content": piece} for piece in ("h", "m")] if self._is_thoughtful(body) else []
+        for delta in (*thoughts, {"content": ""}, {"content": "Hel"}, {"content": "lo"}):
+            self.wfile.write(b"data: %s\n\n" % json.dumps({"choices": [{"delta": delta}]}).encode())
         self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    @staticmethod
+    def _is_thoughtful(body: dict[str, Any]) -> bool:
+        return bool(body["messages"][-1]["content"] == "think")
 
     def _start(self, status: int) -> None:
         self.send_response(status)
@@ -556,6 +561,15 @@ def test_chat_with_a_server(
     assert [message["content"] for message in ChatServer.bodies[-1]["messages"]] == ["hi", "Hello", "yo"]
     sent = {name: value for name, value in ChatServer.bodies[0].items() if name != "messages"}
     assert sent == {"model": "served", "temperature": 0.5, "stream": True}
+
+
+def test_reasoning_is_printed_and_no_part_of_the_conversation(
+    chat_server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("think\nyo\n"))
+    assert run_cli("chat", "--url", chat_server) == 0
+    assert capsys.readouterr().out == "hm\n\nHello\nHello\n"
+    assert [message["content"] for message in ChatServer.bodies[-1]["messages"]] == ["think", "Hello", "yo"]
 
 
 @pytest.mark.parametrize("end", ["", "/"])

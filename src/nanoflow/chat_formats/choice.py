@@ -1,36 +1,16 @@
 """Which format a model writes: named by the user, or found from the words of its chat template.
 
 A template shows the model how its own earlier calls and thoughts look, so it has the words that the model will write.
-`formats.py` has the formats.
+`formats.py` has the formats, `names.py` their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from nanoflow.chat_formats.formats import CALLS, HARMONY, REASONING, ChatFormat
-
-AUTO, NONE = "auto", "none"
-
-CALL_NAMES: Mapping[str, str] = {
-    **{name: name for name in CALLS},
-    "openai": "openai",
-    "llama4_json": "llama3_json",
-    "qwen2": "hermes",
-    "qwen25": "hermes",
-    "qwen3": "hermes",
-}
-"""Values of --tool-call-parser, with the name of the format that each means."""
-
-REASONING_NAMES: Mapping[str, str] = {
-    **{name: name for name in REASONING},
-    "openai_gptoss": "openai_gptoss",
-    "deepseek_v31": "deepseek_v3",
-    "holo2": "qwen3",
-}
-"""Values of --reasoning-parser, with the name of the format that each means."""
+from nanoflow.chat_formats.names import AUTO, CALL_NAMES, NONE, REASONING_NAMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,10 @@ _SAMPLING = OptionGroup(
 )
 
 
+class Thought(str):
+    """A piece of the model's reasoning: printed, and no part of the conversation."""
+
+
 def add_parser(commands: Subcommands[CommandParser]) -> None:
     """Add `nanoflow chat`."""
     parser = add_command(commands, "chat", "talk to a model, here or on a server", _TEACH, _EXAMPLES)
@@ -126,7 +130,8 @@ def _take_turn(reply: Reply, messages: list[Message], line: str) -> list[Message
         with closing(reply(asked)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
-                answer += piece
+                if not isinstance(piece, Thought):
+                    answer += piece
     except KeyboardInterrupt:
         pass  # The part that was printed stays in the conversation.
     except (ValueError, OSError, EngineError) as error:
@@ -221,7 +226,7 @@ def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Genera
             if response.is_error:
                 response.read()
                 raise ConnectionError(_refusal(response))
-            is_whole = False
+            is_whole = thinks = False
             for line in response.iter_lines():
                 if not line.startswith("data:"):
                     continue
@@ -229,7 +234,11 @@ def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Genera
                 if data == "[DONE]":
                     is_whole = True
                 else:
-                    yield _text_of(json.loads(data))
+                    piece = _text_of(json.loads(data))
+                    if thinks and piece and not isinstance(piece, Thought):
+                        yield Thought("\n\n")
+                    thinks = isinstance(piece, Thought) or (thinks and not piece)
+                    yield piece
             if not is_whole:
                 raise ConnectionError("the server's answer broke off before its end")
     except httpx.HTTPError as error:
@@ -239,4 +248,6 @@ def _stream_from_server(client: httpx.Client, body: Mapping[str, Any]) -> Genera
 def _text_of(event: Mapping[str, Any]) -> str:
     if "error" in event:
         raise ConnectionError(str(event["error"]))
-    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    deltas = [choice["delta"] for choice in event["choices"]]
+    thought = "".join(delta.get("reasoning_content") or delta.get("reasoning") or "" for delta in deltas)
+    return Thought(thought) if thought else "".join(delta.get("content") or "" for delta in deltas)

@@ -1,0 +1,35 @@
+"""Names of formats, as the options --tool-call-parser and --reasoning-parser take them. `choice.py` finds the formats.
+
+Nothing heavy is imported here: `--help` shows these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+AUTO, NONE = "auto", "none"
+
+CALL_NAMES: Mapping[str, str] = {
+    "hermes": "hermes",
+    "llama3_json": "llama3_json",
+    "mistral": "mistral",
+    "deepseek_v3": "deepseek_v3",
+    "deepseek_v31": "deepseek_v31",
+    "openai": "openai",
+    "llama4_json": "llama3_json",
+    "qwen2": "hermes",
+    "qwen25": "hermes",
+    "qwen3": "hermes",
+}
+"""Names of formats of calls, with the name of the format that each means."""
+
+REASONING_NAMES: Mapping[str, str] = {
+    "qwen3": "qwen3",
+    "deepseek_r1": "deepseek_r1",
+    "deepseek_v3": "deepseek_v3",
+    "mistral": "mistral",
+    "openai_gptoss": "openai_gptoss",
+    "deepseek_v31": "deepseek_v3",
+    "holo2": "qwen3",
+}
+"""Names of formats of reasoning, with the name of the format that each means."""
