@@ -16,7 +16,8 @@ from nanoflow.chat_formats.json_scan import JsonScan
 from nanoflow.chat_formats.markers import Markers
 from nanoflow.chat_formats.names import CALL_NAMES, REASONING_NAMES
 from nanoflow.chat_formats.parser import ChatParser
-from nanoflow.config import ConfigError, ServerConfig, from_kwargs
+from nanoflow.config import ConfigError, ServerConfig
+from nanoflow.option_names import from_kwargs
 from tests.chat_texts import CASES, FORMATS, NAMES, PIECES, SUM, THINKS_HERMES, Found, found
 
 # Text that JSON escapes, or that looks like its structure.

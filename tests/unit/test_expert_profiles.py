@@ -154,6 +154,7 @@ def test_random_routers_choose_evenly() -> None:
 
     model = DeviceModel(
         graph=graph,
+        dtype=torch.float32,
         weights=random_weights(graph, torch.float32, CPU, seed=0),
         caches=allocate_caches(graph, num_pages=16, page_size=16, dtype=torch.float32, device=CPU),
         kernels={**REFERENCE_KERNELS, OpKind.EXPERT_ORDER: order},
