@@ -289,7 +289,9 @@ def _run(
 
 
 def test_kernels_for_plain_experts_are_not_given_to_others() -> None:
-    fast = dict.fromkeys((OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT, OpKind.COMBINE), cpu.linear)
+    fast: dispatch.Kernels = dict.fromkeys(
+        (OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT, OpKind.COMBINE), cpu.linear
+    )
     mixtral, gpt_oss = (build_graph(preset_config(name), None).layer for name in ("mixtral-8x7b", "gpt-oss-20b"))
     assert dispatch.for_experts(fast, mixtral) == fast
     assert dispatch.for_experts(fast, gpt_oss) == {
