@@ -15,6 +15,7 @@ from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.grammar_checks import GrammarChecks
 from nanoflow.server.app import create_app
+from tests.templates import CALLING
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 IS_RECORD = re.compile(r'\{\s*"a"\s*:\s*(true|false)\s*\}')
@@ -26,7 +27,7 @@ class Served:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.engine = self.loop.run_until_complete(AsyncEngine.start(EngineConfig(max_num_seqs=8, max_model_len=512)))
-        transport = httpx.ASGITransport(create_app(self.engine, ServerConfig()))
+        transport = httpx.ASGITransport(create_app(self.engine, ServerConfig(trust_request_chat_template=True)))
         self.http = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     async def post(self, body: dict[str, Any]) -> httpx.Response:
@@ -118,3 +119,46 @@ def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.Monk
     served.engine._checks.close()
     assert hostile.status_code == 400 and "takes longer than 1.5 s" in hostile.text
     assert free.json()["usage"]["completion_tokens"] == 8
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"enum": [1, 2, 3]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+OTHER = {"type": "function", "function": {"name": "other"}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_required_call_is_held_to_its_schema(served: Served, choice: Any, is_stream: bool) -> None:
+    tools = [WEATHER, OTHER] if isinstance(choice, dict) else [WEATHER]
+    fields = {**CHAT, "chat_template": CALLING, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+    quiet = {"chat_template_kwargs": {"enable_thinking": False}}
+    answer = served.ask(**fields, **quiet, max_tokens=300, stream=is_stream)
+    assert answer.status_code == 200, answer.text
+    if is_stream:
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        deltas = [part["delta"] for chunk in chunks for part in chunk["choices"]]
+        calls = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]
+        name, arguments = calls[0]["name"], "".join(call["arguments"] for call in calls)
+    else:
+        (made,) = answer.json()["choices"]
+        assert made["finish_reason"] == "tool_calls"
+        (call,) = made["message"]["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+    said = json.loads(arguments)
+    assert name == "weather" and said["city"] in ("Paris", "Rome") and said["days"] in (1, 2, 3) and len(said) == 2
+
+
+def test_a_required_call_has_no_other_shape(served: Served) -> None:
+    fields = {**CHAT, "chat_template": CALLING, "tools": [WEATHER], "tool_choice": "required"}
+    answer = served.ask(**fields, response_format={"type": "json_object"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"

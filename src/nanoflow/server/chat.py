@@ -45,7 +45,8 @@ def chat_router(service: Service) -> APIRouter:
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
         prompt = service.truncated(await while_connected(request.receive, encode, deadline_s), body)
         if reading is not None:
-            reading, params = after_prompt(reading, service, body, prompt), params_for(reading, params)
+            reading = after_prompt(reading, service, body, prompt)
+            params = params_for(reading, service, body, params)
         call = Call(
             engine=service.engine,
             prompts=[prompt],

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import ChatFormat
+from nanoflow.chat_formats.grammar import grammar_of
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, tool_names
 from nanoflow.engine.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from nanoflow.server.generation import Delta
 from nanoflow.server.protocol import ChatCompletionRequest
 from nanoflow.server.responses import ChatDelta, ChatMessage, ToolCall, ToolCallDelta
 from nanoflow.server.service import Service
+from nanoflow.structured import Structured
 
 # As many of the prompt's last tokens show whether its template has opened a section of reasoning.
 _NUM_LAST_TOKENS = 32
@@ -138,7 +140,7 @@ class MessageReader:
             if self._is_last_whole or (self._num_calls and not isinstance(delta.stop_reason, str)):
                 found.finish_reason = CALLS_REASON
             elif self._reading.is_required:
-                message = "tool_choice requires a call, but the model has written none, and nothing makes it write one"
+                message = "tool_choice requires a call, but the model has written none"
                 raise ApiError(500, message, param="tool_choice", code="tool_call_missing")
         return found
 
@@ -225,9 +227,28 @@ def after_prompt(reading: Reading, service: Service, body: ChatCompletionRequest
     return dataclasses.replace(reading, is_reasoning=is_reasoning)
 
 
-def params_for(reading: Reading, params: SamplingParams) -> SamplingParams:
-    """Parameters of the engine, so that the text has the special tokens that mark calls and reasoning.
+def params_for(
+    reading: Reading, service: Service, body: ChatCompletionRequest, params: SamplingParams
+) -> SamplingParams:
+    """Parameters of the engine: the text has the special tokens that mark calls and reasoning.
 
-    This is the place where a grammar (`chat_formats/grammar.py`) will hold the model to a required call.
+    A grammar holds the model to a required call, and its arguments to their schema.
+
+    Raises:
+        ApiError: The call also asks for another shape of the text (400).
     """
-    return dataclasses.replace(params, skip_special_tokens=False)
+    params, tokenizer = dataclasses.replace(params, skip_special_tokens=False), service.tokenizer
+    grammar = grammar_of(
+        reading.form,
+        body.callable_tools,
+        body.choice,
+        special=tokenizer.special_names if isinstance(tokenizer, Tokenizer) else {},
+        is_reasoning=reading.is_reasoning,
+        is_parallel=body.parallel_tool_calls is not False,
+    )
+    if grammar is None:
+        return params
+    if params.structured_outputs is not None:
+        message = "tool_choice asks for a call, which is no text of another shape: leave one of them out"
+        raise ApiError(400, message, param="tool_choice")
+    return dataclasses.replace(params, structured_outputs=Structured(kind="grammar", text=grammar))
