@@ -41,13 +41,18 @@ def read(path: Path | bytes) -> list[Any]:
 
 @asynccontextmanager
 async def server(
-    engine: FakeAsyncEngine, folder: Path | None, *, keys: Sequence[str] = (), **options: Any
+    engine: FakeAsyncEngine,
+    folder: Path | None,
+    *,
+    keys: Sequence[str] = (),
+    gate: Gate | None = None,
+    **options: Any,
 ) -> AsyncIterator[Callable[[str], AsyncOpenAI]]:
     """A server with a worker; yields a function from an API key to a client of it."""
     config = ServerConfig(
         served_model_name="toy", batch_dir=None if folder is None else str(folder), api_key=tuple(keys), **options
     )
-    gate = Gate()
+    gate = gate or Gate()
     app = create_app(engine, config, gate=gate)
     worker = None
     if folder is not None:

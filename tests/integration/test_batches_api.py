@@ -5,19 +5,37 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from nanoflow.server.batch_store import Batch, BatchStore
+from nanoflow.server.gate import Gate, restarting
 from tests.batches import CHAT, completion, ended, read, server
 from tests.fake_async_engine import FakeAsyncEngine
 
 
 async def _upload(client: openai.AsyncOpenAI, lines: list[bytes]) -> Any:
     return await client.files.create(file=("in.jsonl", b"\n".join(lines)), purpose="batch")
+
+
+async def _upload_without_a_length(client: openai.AsyncOpenAI, num_bytes: int) -> httpx.Response:
+    """A body whose length the server learns as it comes."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        for _ in range(num_bytes // 1000):
+            yield b"a" * 1000
+        yield b"\r\n--b--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    answer: httpx.Response = await client._client.post("http://localhost/v1/files", content=pieces(), headers=headers)
+    return answer
 
 
 def test_a_batch_from_the_upload_to_its_files(tmp_path: Path) -> None:
@@ -76,6 +94,33 @@ def test_a_batch_goes_on_after_the_server_and_answers_each_line_once(tmp_path: P
             answers = read((await client_of("none").files.content(batch.output_file_id)).content)
         assert Counter(answer["custom_id"] for answer in answers) == Counter(map(str, range(40)))
         assert len(engine.seen_params) <= 40 - before and not list((tmp_path / "work").iterdir())
+
+    asyncio.run(go())
+
+
+def test_a_batch_waits_while_the_engine_is_started_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        engine, gate = FakeAsyncEngine(step_s=0.02), Gate()
+        async with server(engine, tmp_path, gate=gate) as client_of:
+            client = client_of("none")
+            file = await _upload(client, [completion(str(number)) for number in range(20)])
+            batch = await client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            )
+            work = BatchStore(tmp_path).work_of(batch.id)
+            while not work.exists() or not read(work):
+                await asyncio.sleep(0.01)
+            gate.close(restarting(1.0))
+            while engine.num_running:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # answers of requests that had just ended are written
+            num_asked = len(engine.seen_params)
+            await asyncio.sleep(0.3)
+            assert len(engine.seen_params) == num_asked < 20
+            assert (await client.batches.retrieve(batch.id)).status == "in_progress"
+            gate.open()
+            batch = await ended(client, batch.id)
+            assert (batch.status, batch.request_counts.completed) == ("completed", 20)
 
     asyncio.run(go())
 
@@ -174,6 +219,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
                 await client.files.create(file=("a", b"a" * 20_001), purpose="batch")
             with pytest.raises(openai.APIStatusError, match="at most 85536 bytes"):
                 await client.files.create(file=("a", b"a" * 90_000), purpose="batch")
+            answer = await _upload_without_a_length(client, 90_000)
+            assert answer.status_code == 413 and "at most 85536 bytes" in answer.text
+            answer = await _upload_without_a_length(client, 1000)
+            assert answer.status_code == 200 and answer.json()["bytes"] == 1000
+            await client.files.delete(answer.json()["id"])
             assert not list((tmp_path / "files").iterdir())
             many = await _upload(client, [completion(str(number)) for number in range(51)])
             with pytest.raises(openai.BadRequestError, match="endpoint must be"):
