@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,13 @@ def expect_less(engine: Engine, part: int) -> None:
     It then admits too many requests and has to preempt.
     """
     lengths = engine._scheduler._lengths
-    counted = lengths.counted_remaining
+    counted, held = lengths.counted_remaining, lengths.held_remaining
 
-    def less(progress: Progress) -> Int64:
-        return np.maximum(counted(progress) // part, 1)
+    def less(remaining: Callable[[Progress], Int64], progress: Progress) -> Int64:
+        return np.maximum(remaining(progress) // part, 1)
 
-    lengths.counted_remaining = less  # type: ignore[method-assign]
+    lengths.counted_remaining = partial(less, counted)  # type: ignore[method-assign]
+    lengths.held_remaining = partial(less, held)  # type: ignore[method-assign]
 
 
 def run_engine(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int = 0) -> Run:

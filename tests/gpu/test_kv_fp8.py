@@ -162,8 +162,7 @@ def test_tokens_do_not_depend_on_preemption_prefix_cache_and_tiers(
         finally:
             engine.close()
         runs[name] = first.tokens
-        assert first.num_preemptions > 0 or name != "tight"
-        assert first.num_preemptions == 0 or "num_pages" in more
+        assert (first.num_preemptions > 0) == ("num_pages" in more)
         assert sum(a == b for a, b in zip(first.tokens, second.tokens, strict=True)) >= 14
     for name, tokens in runs.items():
         same = sum(a == b for a, b in zip(tokens, runs["plain"], strict=True))
