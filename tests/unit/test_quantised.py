@@ -269,10 +269,8 @@ def test_without_a_gpu_fp8_is_asked_for(tmp_path: Path) -> None:
     plain = make_model("llama2", tmp_path / "plain", **SIZES)
     assert _served(plain) == (build_graph(model_config.load(plain), None), None)
     graph, line = _served(plain, quantization="fp8")
-    assert (
-        line
-        == f"weights are quantised to FP8 and float32 (e4m3, a scale a row): {graph.parameter_bytes(4) / 2**30:.2f} GiB"
-    )
+    assert line is not None and line.startswith("weights are quantised to FP8 (a scale for each row) where they can be")
+    assert line.endswith(f"else float32: {graph.parameter_bytes(4) / 2**30:.2f} GiB")
     odd = make_model(
         "llama2", tmp_path / "odd", hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=3
     )

@@ -66,7 +66,7 @@ def served_graph(
     if config.quantization == "fp8":
         if device.type == "cuda" and not can_multiply:
             raise ConfigError(
-                f"quantization fp8 needs a GPU of compute capability 9.0 or later (Hopper) and a dtype of 16 bits, "
+                "quantization fp8 needs a GPU of compute capability 9.0 or later (Hopper) and a dtype of 16 bits, "
                 f"this is {_name(dtype)} on {torch.cuda.get_device_name(device)}: use quantization none"
             )
         weights = {name: stored.get(name, Fp8()) for name in fp8_candidates(graph)}
@@ -76,11 +76,15 @@ def served_graph(
         weights = stored
     served = with_fp8(graph, weights)
     num_bytes = served.parameter_bytes(dtype.itemsize)
-    said = _name(dtype) if not weights else f"FP8 and {_name(dtype)}"
     if contents is None or contents.title is None:
-        line = None if not weights else f"weights are quantised to {said} (e4m3, a scale a row)"
-        return served, line and f"{line}: {num_bytes / 2**30:.2f} GiB"
-    line = contents.described(said, num_bytes)
+        if not weights:
+            return served, None
+        size = f"{num_bytes / 2**30:.2f} GiB"
+        return (
+            served,
+            f"weights are quantised to FP8 (a scale for each row) where they can be, else {_name(dtype)}: {size}",
+        )
+    line = contents.described(f"FP8 and {_name(dtype)}" if weights else _name(dtype), num_bytes)
     if weights and contents.has_activation_scales:
         line = f"{line}; rows of activations get scales of their own, those in it are not used"
     if stored and config.quantization == "auto" and not can_multiply:
