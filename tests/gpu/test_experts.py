@@ -124,7 +124,11 @@ def test_a_token_that_is_not_finite_has_experts() -> None:
 def test_combine_and_shared_gate(dtype: torch.dtype, size: str, num_tokens: int) -> None:
     case = _case(size, "balanced", num_tokens, dtype)
     assert_twins(rows_fast.combine, reference.combine, case.combine())
-    assert_twins(rows_fast.shared_gate, reference.shared_gate, case.shared_gate())
+    launch = case.shared_gate()
+    (ours,), (expected,) = (results_of(kernel, launch) for kernel in (rows_fast.shared_gate, reference.shared_gate))
+    # cuBLAS may sum in another order, and a gate that is rounded to the other side moves its whole row by a step.
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, expected, rtol=3 * step, atol=3 * step)
 
 
 @pytest.mark.parametrize("size", list(SIZES))
