@@ -19,6 +19,26 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _begin(
+    sinks: tl.tensor | None,
+    heads: tl.tensor,
+    has_sink: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The state of `_attend` before any key, with the sinks of those heads that have one now.
+
+    A sink, of `sinks` [H], is a logit that stands for no key. Of several parts of a context the first alone has it.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total, peak = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -1e30, tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + heads, mask=has_sink, other=0.0) * _LOG2_E
+        total, peak = tl.where(has_sink, 1.0, total), tl.where(has_sink, sink, peak)
+    return acc, total, peak
+
+
+@triton.jit
 def _attend(
     acc: tl.tensor,
     total: tl.tensor,
@@ -123,10 +143,7 @@ def decode_program(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """One part of one request's context, for the query heads of one KV head; out is [B, H, parts, D].
-
-    The sinks [H] are logits; each enters the softmax of the first part alone, and so the merged one once.
-    """
+    """One part of one request's context, for the query heads of one KV head; out is [B, H, parts, D]."""
     kv_head, row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     context = tl.load(context_len + first_request + row)
     if context == 0:
@@ -145,11 +162,7 @@ def decode_program(
     queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_cell, other=0.0)
     table = page_tables + (first_request + row).to(tl.int64) * table_stride
     place = tl.zeros([BLOCK_M], tl.int32) + context - 1
-    acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -1e30, tl.float32)
-    if sinks is not None:
-        sink = tl.load(sinks + kv_head * GROUP + heads, mask=is_head, other=0.0) * _LOG2_E
-        peak, total = tl.where(split == 0, sink, peak), tl.where(split == 0, total + 1.0, total)
+    acc, total, peak = _begin(sinks, kv_head * GROUP + heads, is_head & (split == 0), BLOCK_M, BLOCK_D)
     if WINDOW is None:
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
         acc, total, peak = _attend(
@@ -268,11 +281,7 @@ def prefill_program(
     stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
     table = page_tables + request.to(tl.int64) * table_stride
     kv_head = head // (NUM_HEADS // KV_HEADS)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -1e30, tl.float32)
-    if sinks is not None:
-        peak, total = tl.full([BLOCK_M], 0.0, tl.float32) + tl.load(sinks + head) * _LOG2_E, total + 1.0
+    acc, total, peak = _begin(sinks, tl.full([BLOCK_M], 0, tl.int32) + head, tokens < end, BLOCK_M, BLOCK_D)
     if WINDOW is None:
         start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
         acc, total, peak = _attend(

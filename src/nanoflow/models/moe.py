@@ -47,6 +47,8 @@ MIXTRAL = StoredNames(block="block_sparse_moe.", gate="w1", up="w3", down="w2")
 QWEN = StoredNames(block="mlp.", gate="gate_proj", up="up_proj", down="down_proj")
 # transformers 5 holds the experts of a layer as one tensor each in a block of this name, and some checkpoints do too.
 _STACKED = "mlp."
+# Tensors that say which row is at each place, and where each expert's rows end.
+_ORDER = ("expert_rows", "expert_ends")
 
 
 def build(
@@ -133,20 +135,14 @@ def routed(
         parameters: Names of the layer's; router and products have biases if there are parameters of that name.
         clamped: The activation; None for SwiGLU.
     """
-    routing, hidden, inner = _routing(experts), config.hidden_size, experts.intermediate_size
-    order = ("expert_rows", "expert_ends")
-
-    def weights_of(name: str) -> tuple[str, ...]:
-        return parts.present((f"{name}.weight", f"{name}.bias"), parameters)
-
-    has_bias = "experts_in.bias" in parameters
+    routing, hidden = _routing(experts), config.hidden_size
     yield Operation(
         name="router",
         kind=OpKind.ROUTER,
         resource=Resource.MEMORY,
         reads=("normed",),
         writes=("expert_weights", "expert_ids"),
-        weights=weights_of("router"),
+        weights=parts.present(("router.weight", "router.bias"), parameters),
         dims=RouterDims(in_features=hidden, routing=routing, is_normalised=experts.is_normalised),
     )
     yield Operation(
@@ -154,16 +150,33 @@ def routed(
         kind=OpKind.EXPERT_ORDER,
         resource=Resource.MEMORY,
         reads=("expert_ids",),
-        writes=order,
+        writes=_ORDER,
         dims=OrderDims(routing=routing),
     )
+    yield from _products(config, experts, parameters, clamped)
+    yield Operation(
+        name="combine",
+        kind=OpKind.COMBINE,
+        resource=Resource.MEMORY,
+        reads=("expert_out", "expert_weights", "hidden"),
+        writes=("hidden",),
+        dims=CombineDims(width=hidden, routing=routing),
+    )
+
+
+def _products(
+    config: ModelConfig, experts: ExpertsConfig, parameters: set[str], clamped: ClampedSwiglu | None
+) -> Iterator[Operation]:
+    """The grouped products over all experts; the arguments are those of `routed`."""
+    routing, hidden, inner = _routing(experts), config.hidden_size, experts.intermediate_size
+    has_bias = "experts_in.bias" in parameters
     yield Operation(
         name="experts_in",
         kind=OpKind.EXPERTS_IN,
         resource=Resource.COMPUTE,
-        reads=("normed", *order),
+        reads=("normed", *_ORDER),
         writes=("expert_activation",),
-        weights=weights_of("experts_in"),
+        weights=parts.present(("experts_in.weight", "experts_in.bias"), parameters),
         dims=ExpertDims(
             in_features=hidden,
             out_features=2 * inner,
@@ -177,18 +190,10 @@ def routed(
         name="experts_out",
         kind=OpKind.EXPERTS_OUT,
         resource=Resource.COMPUTE,
-        reads=("expert_activation", *order),
+        reads=("expert_activation", *_ORDER),
         writes=("expert_out",),
-        weights=weights_of("experts_out"),
+        weights=parts.present(("experts_out.weight", "experts_out.bias"), parameters),
         dims=ExpertDims(in_features=inner, out_features=hidden, routing=routing, is_gated=False, has_bias=has_bias),
-    )
-    yield Operation(
-        name="combine",
-        kind=OpKind.COMBINE,
-        resource=Resource.MEMORY,
-        reads=("expert_out", "expert_weights", "hidden"),
-        writes=("hidden",),
-        dims=CombineDims(width=hidden, routing=routing),
     )
 
 
