@@ -7,9 +7,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 DOCS_VENV ?= .venv-docs
-# Without an NVIDIA driver the CPU build of torch is installed, and tests run on all cores; with one they share a GPU.
+# Without an NVIDIA driver the CPU build of torch is installed, and tests run on all cores, with one worker more, since
+# some wait for processes; with a driver they share a GPU.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
-WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo auto)
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 # Threads that wait for each other take longer than one. Bytecode is kept even if the environment says not to, as tests
 # start hundreds of processes. Plugins are named, because pytest rewrites every file of those that it finds by itself.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest \
