@@ -302,7 +302,7 @@ def test_what_is_known_of_a_request_before_it_runs(
 def test_a_process_that_is_killed_answers_every_line_once(tmp_path: Path) -> None:
     found = batch_kills.kill_repeatedly(tmp_path, num_lines=1500, num_kills=12)
     assert (found.num_answers, found.num_missing, found.num_twice, found.num_wrong) == (1500, 0, 0, 0)
-    assert found.num_amid >= 6
+    assert found.num_amid >= 1, "no kill came before the last answer"
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
