@@ -80,9 +80,9 @@ class Joining:
         self._reuse, self._lengths = reuse, lengths
         self._to_load: list[Candidate] = []
         # The request whose prefix found no room on the device. It waits for the end of a running one, and those behind
-        # it with it; if nothing ran and nothing was loaded there will not be more room, and it is computed.
+        # it with it. If nothing ran and nothing was loaded there will not be more room, and it is computed.
         self._refused: int | None = None
-        self._is_hopeless = False
+        self._computed: tuple[int, ...] = ()
 
     def admit(self, num_tokens_left: int) -> Newcomers | None:
         """Give rows to as many, first come first served, as tokens, rows and the predicted peak of pages allow.
@@ -100,7 +100,7 @@ class Joining:
             self._waiting,
             max_requests=self._rows.num_free,
             max_tokens=num_tokens_left,
-            not_loaded=(self._refused,) if self._is_hopeless and self._refused is not None else (),
+            not_loaded=self._computed,
         )
         candidates = candidates[: self._num_fitting(candidates)] if candidates else []
         self._to_load = [each for each in candidates if each.num_loadable]
@@ -133,9 +133,10 @@ class Joining:
         num_growing = self.num_growing
         refused = (each for each in self._to_load if not self._reuse.start_load(each, num_spare=num_growing))
         self._refused = next((each.waiting.request.request_id for each in refused), None)
-        self._is_hopeless = self._rows.num_free == self._limits.max_num_seqs and not self._is_loading
-        self._to_load = []
+        self._to_load, self._computed = [], ()
         if self._refused is not None:
+            if not self._rows.num_running and not self._is_loading:
+                self._computed = (self._refused,)
             return
         num_spare = max(num_growing, max(pool.num_pages for pool in self._pages.pools) // 4)
         for candidate in self._reuse.next_to_load(self._waiting, _MOST_AHEAD):
