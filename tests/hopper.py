@@ -28,6 +28,7 @@ from nanoflow.kernels.hopper import (
     carry_attention,
     carry_product,
     carry_programs,
+    loads,
     rings,
     walk,
 )
@@ -35,7 +36,16 @@ from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
 from nanoflow.kernels.launch import Launch
 from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values, unloaded
 
-MODULES = (rings, walk, attention_programs, attention_fp8_programs, carry_attention, carry_product, carry_programs)
+MODULES = (
+    rings,
+    walk,
+    loads,
+    attention_programs,
+    attention_fp8_programs,
+    carry_attention,
+    carry_product,
+    carry_programs,
+)
 
 
 @dataclass
@@ -149,7 +159,8 @@ class Machine:
         return function
 
     def _language(self) -> types.SimpleNamespace:
-        layouts = "Blocked Slice NVMMADistributed NVMMAShared DistributedLinear DotOperand SwizzledShared".split()
+        layouts = ["Blocked", "Slice", "DistributedLinear", "DotOperand", "NVMMADistributed"]
+        layouts += ["NVMMAShared", "SwizzledShared"]
         return types.SimpleNamespace(
             **{f"{name}Layout": lambda *_, **__: None for name in layouts},
             float8e4nv=torch.float8_e4m3fn,

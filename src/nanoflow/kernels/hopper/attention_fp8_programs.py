@@ -29,19 +29,17 @@ from triton.language.core import _aggregate as aggregate
 
 from nanoflow.kernels.hopper.attention_programs import (
     MAX_GROUP,
-    PAGE_TOKENS,
     PANEL,
     Results,
     Sums,
-    fill_ring,
     no_sums,
-    run_of_program,
     with_sink,
     write_dims,
     write_log_sums,
 )
+from nanoflow.kernels.hopper.loads import PAGE_TOKENS, fill_ring
 from nanoflow.kernels.hopper.rings import make_ring
-from nanoflow.kernels.hopper.walk import Rows
+from nanoflow.kernels.hopper.walk import Rows, run_of_program
 
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
 _PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)

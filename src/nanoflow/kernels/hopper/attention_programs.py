@@ -18,19 +18,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
 
+from nanoflow.kernels.hopper.loads import PAGE_TOKENS as PAGE_TOKENS
+from nanoflow.kernels.hopper.loads import fill_ring
 from nanoflow.kernels.hopper.rings import make_ring
-from nanoflow.kernels.hopper.walk import Rows
+from nanoflow.kernels.hopper.walk import Rows, run_of_program
 
-# Most query heads of a KV head; tokens of a page; dimensions of a row in shared memory, which TMA swizzles.
-MAX_GROUP, PAGE_TOKENS, PANEL = 8, 16, 64
+# Most query heads of a KV head; dimensions of a row in shared memory, which TMA swizzles.
+MAX_GROUP, PANEL = 8, 64
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
-_PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
 _PANEL: gl.constexpr = gl.constexpr(PANEL)
 _LOG2_E: gl.constexpr = gl.constexpr(math.log2(math.e))
 
@@ -186,58 +186,6 @@ def _part_of(results, has_begin):
     if has_begin:
         place += 1
     return place
-
-
-@gluon.jit
-def run_of_program(rows, SCAN: gl.constexpr, WARPS: gl.constexpr):
-    """The first block of this program's run, and its number of blocks; all programs' runs are equal but the last."""
-    base = rows.base()
-    num_blocks = rows.num_blocks(base)
-    per_program = gl.cdiv(num_blocks, gl.num_programs(0))
-    begin = gl.minimum(gl.program_id(0) * per_program, num_blocks)
-    return rows.find(begin, base, SCAN, WARPS), gl.minimum(begin + per_program, num_blocks) - begin
-
-
-@gluon.jit
-def _pages_of(page_tables, table_stride, rows, cursor):
-    """The pages of a block of keys; for those beyond the context the last page."""
-    last = gl.maximum(cursor.context - 1, 0) // _PAGE
-    table, at = page_tables + (rows.first_row + cursor.row) * table_stride, cursor.block * (rows.BLOCK // _PAGE)
-    page0, page1 = gl.load(table + gl.minimum(at, last)), gl.load(table + gl.minimum(at + 1, last))
-    page2, page3 = gl.load(table + gl.minimum(at + 2, last)), gl.load(table + gl.minimum(at + 3, last))
-    return (page0, page1, page2, page3)
-
-
-@gluon.jit
-def fill_ring(
-    keys, values, scales, memory, ring, page_tables, table_stride, rows, cursor, num_steps,
-    PANELS: gl.constexpr, WIDTH: gl.constexpr, SLOT_BYTES: gl.constexpr,
-):  # fmt: skip
-    """Load the blocks of a run into the ring, in PANELS panels of WIDTH dimensions.
-
-    `scales`, of keys and values in 8 bits, are words [N x K, G] and go to `memory.scales`; else they are None. Every
-    slot gets SLOT_BYTES bytes, as a page beyond the context is replaced by the last one.
-    """
-    PAGES: gl.constexpr = rows.BLOCK // _PAGE
-    # Page numbers are read a step ahead, which hides their latency.
-    pages = _pages_of(page_tables, table_stride, rows, cursor)
-    for step in range(num_steps):
-        slot = step % ring.STAGES
-        following = cursor.next(rows)
-        next_pages = _pages_of(page_tables, table_stride, rows, following)
-        bar = ring.expect(step, SLOT_BYTES)
-        for i in gl.static_range(PAGES):
-            head = pages[i] * rows.KV_HEADS + cursor.head
-            for panel in gl.static_range(PANELS):
-                tile = memory.keys.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
-                tma.async_copy_global_to_shared(keys, [head * _PAGE, panel * WIDTH], bar, tile)
-            for panel in gl.static_range(PANELS):
-                tile = memory.values.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
-                tma.async_copy_global_to_shared(values, [head * _PAGE, panel * WIDTH], bar, tile)
-            if scales is not None:
-                words = memory.scales.index(slot * PAGES + i).slice(0, 1)
-                tma.async_copy_global_to_shared(scales, [head, 0], bar, words)
-        cursor, pages = following, next_pages
 
 
 @gluon.jit
