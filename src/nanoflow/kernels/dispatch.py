@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +17,6 @@ from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
-
-logger = logging.getLogger(__name__)
 
 Kernels = dict[OpKind, Kernel]
 # Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
@@ -86,10 +82,9 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     if has_gluon():
         from nanoflow.kernels.hopper import attention
 
-        if all(attention.can_attend(device, dtype, dims) for dims in attentions):
+        # It leaves layers with a window to the kernel in Triton.
+        if all(attention.can_attend(device, dtype, replace(dims, window=None)) for dims in attentions):
             kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
-        elif all(attention.can_attend(device, dtype, replace(dims, kv_type=KvType.MODEL)) for dims in attentions):
-            _say_what_decodes()
     if dtype.itemsize == 2 and triton_gemm.has_tma(device):
         products = [op.dims for op in layer if isinstance(op.dims, LinearDims)]
         if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
@@ -126,12 +121,6 @@ def _require_kv_type(attentions: Sequence[AttentionDims], capability: tuple[int,
 
 def _said(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-@functools.cache
-def _say_what_decodes() -> None:
-    """Once, as kernels are looked up several times."""
-    logger.info("keys and values in 8 bits: decode attention runs in Triton, its kernel in Gluon reads 16 bits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

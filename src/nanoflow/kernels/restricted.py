@@ -124,7 +124,7 @@ def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKin
 
     if kernels[OpKind.DECODE_ATTENTION] is not attention.decode_attention:
         return {}
-    programs_per_sm = attention.PROGRAMS_BESIDE if is_beside else attention.PROGRAMS_PER_SM
+    programs_per_sm = attention.PROGRAMS_BESIDE if is_beside else None
     return {
         OpKind.DECODE_ATTENTION: functools.partial(
             attention.decode_attention_on, num_sms=num_sms, programs_per_sm=programs_per_sm
