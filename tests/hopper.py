@@ -32,7 +32,7 @@ from nanoflow.kernels.hopper import (
 )
 from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
 from nanoflow.kernels.launch import Launch
-from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values
+from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values, unwritten
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Machine:
             items = tuple(Barrier(self.changed) for _ in range(shape[0]))
             self.barriers += items
             return Barriers(items)
-        return Shared(torch.full(tuple(shape), torch.inf, dtype=dtype))
+        return Shared(unwritten(shape, dtype))
 
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = barrier.missing = count
@@ -84,7 +84,7 @@ class Machine:
         tile.cells[: there.shape[0], : there.shape[1]] = there
         with self.changed:
             assert barrier.num_bytes > 0, "bytes that nobody expects"
-        barrier.add(0, -2 * tile.cells.numel())
+        barrier.add(0, -tile.cells.numel() * tile.cells.element_size())
 
     def multiply(self, left: Shared, right: Shared, acc: Any, *, use_acc: bool = True, is_async: bool) -> Pending:
         assert is_async
@@ -147,6 +147,7 @@ class Machine:
         layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DistributedLinear")
         return types.SimpleNamespace(
             **{f"{name}Layout": lambda *_, **__: None for name in layouts},
+            float8e4nv=torch.float8_e4m3fn,
             float32=torch.float32,
             int32=torch.int32,
             int64=torch.int64,

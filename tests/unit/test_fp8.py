@@ -28,6 +28,7 @@ from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.streams import LaneError
 from nanoflow.graph.fp8 import fp8_candidates, in_fp8, with_fp8
 from nanoflow.graph.graph import Element, Fp8, OpGraph
+from nanoflow.graph.layers import FP8_BLOCK
 from nanoflow.graph.operation import BatchShape, OpKind, RowDims
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import HardwareError, parse_gpus
@@ -44,6 +45,10 @@ from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import Profile
+from nanoflow.profiler import carry
+from nanoflow.profiler.carry import carry_tasks
+from nanoflow.profiler.site import Site
+from nanoflow.profiler.work import Sizes
 from nanoflow.simulate.iteration import graphs_of
 from tests.agreement import PYTHON_TEXT, Agreement, agreement
 from tests.driving import greedy, random_prompts, run_model
@@ -214,11 +219,24 @@ def test_a_profile_of_a_model_in_fp8_has_every_operation_of_its_graph() -> None:
     assert times[1]["down_proj"] < 0.6 * times[0]["down_proj"] and times[1]["lm_head"] == times[0]["lm_head"]
 
 
-def test_attention_inside_products_is_for_16_bits() -> None:
-    workspace: Any = SimpleNamespace(model=SimpleNamespace(graph=in_fp8(_preset("llama-3-8b"))))
+def test_attention_inside_products_is_not_for_scales_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _preset("llama-3-8b")
+    kept = dict.fromkeys(fp8_candidates(plain), Fp8())
+    in_blocks = with_fp8(plain, {**kept, "down_proj.weight": Fp8(block=FP8_BLOCK)})
     plan: Any = SimpleNamespace(name="carried")
-    with pytest.raises(LaneError, match=r"plan 'carried': .* these are in FP8"):
+    workspace: Any = SimpleNamespace(model=SimpleNamespace(graph=in_blocks))
+    with pytest.raises(LaneError, match=r"plan 'carried': .* those of down_proj have one for each block"):
         _carrier(workspace, plan, ())
+    site = Site(graph=in_blocks, device=torch.device("cuda", 0), dtype=torch.bfloat16, page_size=16)
+    monkeypatch.setattr(carry, "can_carry", lambda *_: True)
+    monkeypatch.setattr(carry, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
+    assert carry_tasks(site, Sizes(max_tokens=1024), 132) == []
+    found = carry_tasks(replace(site, graph=in_fp8(plain)), Sizes(max_tokens=1024), 132)
+    assert {task.products for task in found} == {"products", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    # Half as many k-steps as in 16 bits carry half as many keys.
+    theirs = carry_tasks(replace(site, graph=plain), Sizes(max_tokens=1024), 132)
+    for ours, other in ((ours, other) for ours, other in zip(found, theirs, strict=True) if ours.steps != 3):
+        assert ours.attention.num_tokens in (other.attention.num_tokens // 2, other.attention.num_tokens // 2 + 1)
 
 
 def test_pages_of_a_model_in_fp8_are_not_those_of_the_model_without(tmp_path: Path) -> None:

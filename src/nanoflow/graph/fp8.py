@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from nanoflow.graph.graph import Element, Fp8, LayerKind, OpGraph, TensorSpec
-from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource, RowDims
+from nanoflow.graph.operation import FP8_PRODUCTS, LinearDims, Operation, OpKind, Resource, RowDims
 
 # Features in and out of a product must be multiples of this: rows of 16 bytes suit every kernel.
 MULTIPLE = 16
@@ -76,6 +76,22 @@ def with_fp8(graph: OpGraph, weights: Mapping[str, Fp8]) -> OpGraph:
 def in_fp8(graph: OpGraph) -> OpGraph:
     """The graph with all products of layers in FP8 that can be, each weight with a scale for each row."""
     return with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
+
+
+def products_in_blocks(graph: OpGraph) -> tuple[str, ...]:
+    """Names of the products in FP8 whose weights have a scale for each block of rows and columns."""
+    found = (
+        op.name for kind in graph.kinds for op in kind.operations if op.kind in FP8_PRODUCTS and is_in_blocks(kind, op)
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def is_in_blocks(kind: LayerKind, product: Operation) -> bool:
+    """Whether the weight of a product has a scale for each block of rows and columns."""
+    return any(
+        each.name == product.weights[0] and each.fp8 is not None and each.fp8.block is not None
+        for each in kind.parameters
+    )
 
 
 def _rows(name: str) -> str:
