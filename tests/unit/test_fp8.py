@@ -27,12 +27,13 @@ from nanoflow.executor.lanes import _carrier
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.streams import LaneError
 from nanoflow.graph.fp8 import fp8_candidates, in_fp8, with_fp8
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import Element, Fp8, OpGraph
 from nanoflow.graph.layers import FP8_BLOCK
 from nanoflow.graph.operation import BatchShape, OpKind, RowDims
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import HardwareError, parse_gpus
-from nanoflow.kernels import reference_fp8
+from nanoflow.kernels import reference, reference_fp8
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.models.config_json import load
@@ -58,7 +59,7 @@ from tests.logits import prompt_logits
 from tests.reference_executor import ReferenceExecutor
 
 CPU = torch.device("cpu")
-KERNELS = {**REFERENCE_KERNELS, **FP8_KERNELS}
+KERNELS = {**REFERENCE_KERNELS, OpKind.LINEAR_SWIGLU: reference.linear_swiglu, **FP8_KERNELS}
 PROMPT = [number * 37 % 131 for number in range(60)]
 
 
@@ -256,12 +257,14 @@ def test_any_plan_of_a_graph_in_fp8_gives_what_its_own_order_gives(data: st.Data
     )
     chosen = data.draw(st.sets(st.sampled_from(names), min_size=1))
     graph = with_fp8(plain, dict.fromkeys(chosen, Fp8()))
+    fused = fuse_swiglu(graph) if data.draw(st.booleans()) else graph
     batch = data.draw(batches(12, graph.vocab_size))
-    plan = data.draw(valid_plans(graph, 12))
+    plan = data.draw(valid_plans(fused, 12))
     model = _quantised(device_model(plain, int(batch.new_pages.pages.max()) + 1), graph)
     inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=CPU).build(batch)
     expected = ReferenceExecutor(with_fresh_caches(model)).forward(inputs)
-    executor = PipelinedExecutor(with_fresh_caches(model), (plan,), max_batch_tokens=12, max_logits=batch.num_requests)
+    model = replace(with_fresh_caches(model), graph=fused)
+    executor = PipelinedExecutor(model, (plan,), max_batch_tokens=12, max_logits=batch.num_requests)
     executor.forward(inputs, plan)
     # Sums of other numbers of rows differ in their last digit, which may round a number in FP8 to another one.
     torch.testing.assert_close(executor.logits(inputs), expected, rtol=0.02, atol=0.02 * float(expected.std()) + 1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import FP8_PRODUCTS, OpKind
 from nanoflow.kernels import triton_fp8 as fast
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES, GemmTiles
@@ -17,7 +17,8 @@ from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 from tests.compiling import compiled
 from tests.elementwise_cases import Cases
-from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, product_case, row_case
+from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, gated, product_case, row_case
+from tests.gemm_cases import assert_linear_swiglu
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -56,10 +57,26 @@ def test_products(num_tokens: int, shape: tuple[int, int], is_blocked: bool, is_
     assert_product(launch.writes[0], expected, has_fast_sums=False)
 
 
+@pytest.mark.parametrize(("num_tokens", "shape"), [(37, (272, 208)), (1, (144, 272))])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int], is_split: bool) -> None:
+    """In one kernel, and in two, as for few tokens."""
+    launch = gated(product_case(num_tokens, shape, DTYPE, CPU))
+    expected = torch.empty_like(launch.writes[0])
+    FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
+    if is_split:
+        fast.linear_fp8_then_swiglu(launch)
+    else:
+        fast.run_linear_swiglu_fp8(launch, ROWS, 3)
+    assert_linear_swiglu(launch.writes[0], expected)
+
+
 def test_what_cannot_be_multiplied_is_said() -> None:
     launch = product_case(3, (144, 256), DTYPE, CPU, is_blocked=True)
     with pytest.raises(ValueError, match="do not fit blocks"):
         fast.run_linear_fp8(launch, ROWS, 1)
+    with pytest.raises(ValueError, match=r"scales \[2, 2\] of blocks of a weight"):
+        fast.run_linear_swiglu_fp8(gated(launch), BLOCKS, 1)
     with pytest.raises(ValueError, match="products in FP8 take float8_e4m3fn"):
         fast.run_linear_fp8(replace(launch, reads=(launch.reads[0].half(), launch.reads[1])), BLOCKS, 1)
     with pytest.raises(ValueError, match="rows every 136 bytes"):
@@ -80,7 +97,7 @@ def test_torch_multiplies_where_it_can() -> None:
 
 def test_lanes_with_a_part_of_the_device_have_products_of_their_own() -> None:
     for kernels in (kernels_on(CPU_KERNELS, 60), kernels_beside(CPU_KERNELS, 60)):
-        for kind in (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8):
+        for kind in FP8_PRODUCTS:
             assert kernels[kind] is not CPU_KERNELS[kind]
 
 

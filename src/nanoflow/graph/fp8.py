@@ -21,6 +21,8 @@ from nanoflow.graph.operation import FP8_PRODUCTS, LinearDims, Operation, OpKind
 MULTIPLE = 16
 
 _PRODUCTS = {OpKind.LINEAR: OpKind.LINEAR_FP8, OpKind.LINEAR_ADD: OpKind.LINEAR_ADD_FP8}
+# Of tensors with the rows of others in FP8.
+_SUFFIX = "_fp8"
 # Operations that can quantise what they write.
 _WRITERS = {
     OpKind.RMS_NORM: OpKind.RMS_NORM_FP8,
@@ -94,9 +96,19 @@ def is_in_blocks(kind: LayerKind, product: Operation) -> bool:
     )
 
 
+def quantise_name(product: Operation) -> str:
+    """The name of the operation that quantises the rows of a product, where no other operation does."""
+    return f"{product.name}_quantise"
+
+
+def unquantised(name: str) -> str:
+    """The tensor of which another has the rows in FP8."""
+    return name.removesuffix(_SUFFIX)
+
+
 def _rows(name: str) -> str:
     """The tensor with the rows of another in FP8."""
-    return f"{name}_fp8"
+    return f"{name}{_SUFFIX}"
 
 
 def _scales(name: str) -> str:
@@ -168,7 +180,7 @@ def _with_fp8(
 def _quantise(graph: OpGraph, name: str, product: Operation) -> Operation:
     """The operation that quantises the rows of a tensor for a product."""
     return Operation(
-        name=f"{product.name}_quantise",
+        name=quantise_name(product),
         kind=OpKind.QUANTISE_FP8,
         resource=Resource.MEMORY,
         scope=product.scope,

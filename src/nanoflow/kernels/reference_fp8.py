@@ -100,4 +100,5 @@ FP8_KERNELS: dict[OpKind, Kernel] = {
     OpKind.QUANTISE_FP8: quantise_fp8,
     OpKind.LINEAR_FP8: linear_fp8,
     OpKind.LINEAR_ADD_FP8: linear_add_fp8,
+    OpKind.LINEAR_SWIGLU_FP8: linear_swiglu_fp8,
 }

@@ -96,6 +96,7 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
     return {
         OpKind.LINEAR_FP8: fp8_product(triton_fp8.run_linear_fp8),
         OpKind.LINEAR_ADD_FP8: fp8_product(triton_fp8.run_linear_add_fp8),
+        OpKind.LINEAR_SWIGLU_FP8: fp8_product(triton_fp8.run_linear_swiglu_fp8),
         OpKind.LINEAR: product(triton_gemm.run_linear, triton_split_k.run_linear_split_k),
         OpKind.LINEAR_ADD: product(triton_gemm.run_linear_add, triton_split_k.run_linear_add_split_k),
         OpKind.LINEAR_SWIGLU: linear_swiglu,
