@@ -88,6 +88,13 @@ def gated(launch: Launch) -> Launch:
     return replace(launch, op=op, writes=(launch.writes[0][:, :half].contiguous(),))
 
 
+def assert_gated(out: Tensor, expected: Tensor) -> None:
+    """SwiGLU of products that tensor cores have summed fast: of numbers about 1, two errors of `assert_product`."""
+    torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(out.dtype).eps, atol=0.15)
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 2e-2
+
+
 def carried_case(kind: str, num_tokens: int, shape: tuple[int, int], device: torch.device) -> tuple[Launch, Tensor]:
     """`attention_cases.carrier_case` in FP8: a product, and its result in float32 (SwiGLU's in bfloat16)."""
     launch = product_case(num_tokens, shape, torch.bfloat16, device, has_bias=kind == "bias")

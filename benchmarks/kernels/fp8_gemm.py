@@ -1,8 +1,9 @@
 """Products of a Llama-3-8B layer in FP8 on this GPU, beside the same products in bfloat16.
 
 qkv_proj and gate_up_proj are products alone. o_proj and down_proj are added to the residual stream, as the model does;
-torch's product in FP8 cannot add, so an addition follows it. gate_up+swiglu is one kernel in bfloat16, and in FP8 a
-product and a SwiGLU that quantises. What quantises the rows of the other products is not in their times.
+torch's product in FP8 cannot add, so an addition follows it. gate_up+swiglu is one kernel in bfloat16; in FP8 it is a
+product and a SwiGLU that quantises, or a product that ends in SwiGLU and what quantises its rows. What quantises the
+rows of the other products is not in their times.
 
 A point is a CUDA graph that runs in turn on copies of weights and activations which together are several times larger
 than the L2 cache. It is replayed for half a second at least, after a warm-up. Energy is from the card's counter.
@@ -106,6 +107,8 @@ def candidates_of(operation: str, *, has_blocks: bool) -> tuple[Candidate, ...]:
             Candidate(
                 name="FP8, two kernels", prepare=in_fp8, kernel=fp8_then_swiglu, checked=fp8_then_swiglu_in_both_types
             ),
+            Candidate(name="FP8, SwiGLU inside, rows", prepare=in_fp8, kernel=fp8_swiglu_then_rows),
+            Candidate(name="FP8, SwiGLU inside alone", prepare=in_fp8, kernel=fp8_swiglu),
         )
     is_added = operation in ADDED
     plain = Candidate(
@@ -164,6 +167,19 @@ def fp8_then_swiglu(launch: Launch) -> None:
 def fp8_then_swiglu_in_both_types(launch: Launch) -> None:
     """The same, with rows in bfloat16 as well."""
     _fp8_then_swiglu(launch, launch.writes)
+
+
+def fp8_swiglu(launch: Launch) -> None:
+    """The product that ends in SwiGLU, with rows in bfloat16."""
+    triton_fp8.run_linear_swiglu_fp8(launch, *triton_fp8.choose_cut(launch))
+
+
+def fp8_swiglu_then_rows(launch: Launch) -> None:
+    """The same, then its rows in FP8."""
+    fp8_swiglu(launch)
+    (out,) = launch.writes
+    numbers, scales = out.new_empty(out.shape, dtype=E4M3), out.new_empty((len(out), 1), dtype=torch.float32)
+    triton_fp8_rows.quantise_fp8(replace(launch, reads=(out,), writes=(numbers, scales), weights=()))
 
 
 def _fp8_then_swiglu(launch: Launch, kept: tuple[Tensor, ...]) -> None:

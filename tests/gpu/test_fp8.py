@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.graph.fp8 import in_fp8
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES
@@ -27,7 +28,16 @@ from nanoflow.plan.sequential import nanobatch_plan
 from tests.driving import greedy, random_prompts, run_engine
 from tests.elementwise_cases import Cases
 from tests.families import make_model
-from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, product_case, row_case
+from tests.fp8_cases import (
+    added_to,
+    assert_gated,
+    assert_product,
+    assert_rows,
+    exact_product,
+    gated,
+    product_case,
+    row_case,
+)
 
 GPU = torch.device("cuda")
 if torch.cuda.get_device_capability()[0] < 9:
@@ -63,6 +73,19 @@ def test_products_with_scales_of_rows(operation: str, num_tokens: int) -> None:
     expected = exact_product(added)
     fast.linear_add_fp8(added)
     assert_product(added.writes[0], expected, has_fast_sums=True)
+
+
+@NUM_TOKENS
+def test_swiglu_in_the_product(num_tokens: int) -> None:
+    """As few tokens and many run it, and in one kernel for few as well."""
+    launch = gated(product_case(num_tokens, SHAPES["gate_up_proj"], torch.bfloat16, GPU))
+    expected = torch.empty_like(launch.writes[0])
+    FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
+    fast.linear_swiglu_fp8(launch)
+    assert_gated(launch.writes[0], expected)
+    launch.writes[0].fill_(torch.nan)
+    fast.run_linear_swiglu_fp8(launch, *fast.choose_cut(launch))
+    assert_gated(launch.writes[0], expected)
 
 
 @pytest.mark.parametrize("operation", list(SHAPES))
@@ -137,8 +160,7 @@ def test_engines_agree_with_and_without_graphs_and_plans(tmp_path: Path) -> None
     """
     folder = make_model("llama2", tmp_path, std=0.02, hidden_size=256, intermediate_size=512, dtype="bfloat16")
     exact, whole = _tokens(folder, quantization="none"), _tokens(folder, quantization="fp8")
-    graph = build_graph(load(folder), None)
-    graph = in_fp8(graph)
+    graph = fuse_swiglu(in_fp8(build_graph(load(folder), None)))
     plan = tmp_path / "plan.json"
     plan.write_bytes(nanobatch_plan(graph, 256, [77, 150]).to_json())
     eager = _tokens(folder, quantization="fp8", cuda_graphs=False)
