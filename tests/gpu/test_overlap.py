@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +86,8 @@ def test_attention_inside_products_differs_only_where_tokens_nearly_tie(
     In FP8 other sums round some numbers to their neighbours, so there are fewer tokens that could differ.
     """
     is_fp8 = quantization == "fp8"
-    sizes = {"hidden_size": 256, "intermediate_size": 512} if is_fp8 else {}
-    folder = make_model(
-        "llama3", tmp_path, seed=1, dtype="bfloat16", std=0.05 if is_fp8 else 0.12, head_dim=64, **sizes
-    )
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "std": 0.05} if is_fp8 else {"std": 0.12}
+    folder = make_model("llama3", tmp_path, seed=1, dtype="bfloat16", head_dim=64, **sizes)
     graph = build_graph(load(folder), None)
     if not can_carry(torch.device("cuda"), torch.bfloat16, graph.kinds[0].attention):
         pytest.skip("products of this GPU carry nothing")

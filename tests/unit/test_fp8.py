@@ -25,6 +25,7 @@ from nanoflow.executor.buffers import DeviceModel
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.lanes import _carrier
 from nanoflow.executor.pipelined import PipelinedExecutor
+from nanoflow.executor.steps import bind
 from nanoflow.executor.streams import LaneError
 from nanoflow.graph.fp8 import fp8_candidates, in_fp8, with_fp8
 from nanoflow.graph.fuse import fuse_swiglu
@@ -42,14 +43,17 @@ from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, random_weights
+from nanoflow.plan.carry import carriers
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.profile.estimate import estimated_profile
-from nanoflow.profile.table import Profile
+from nanoflow.profile.table import PairPoint, Profile
 from nanoflow.profiler import carry
 from nanoflow.profiler.carry import carry_tasks
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.work import Sizes
+from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import graphs_of
 from tests.agreement import PYTHON_TEXT, Agreement, agreement
 from tests.driving import greedy, random_prompts, run_model
@@ -238,6 +242,28 @@ def test_attention_inside_products_is_not_for_scales_of_blocks(monkeypatch: pyte
     theirs = carry_tasks(replace(site, graph=plain), Sizes(max_tokens=1024), 132)
     for ours, other in ((ours, other) for ours, other in zip(found, theirs, strict=True) if ours.steps != 3):
         assert ours.attention.num_tokens in (other.attention.num_tokens // 2, other.attention.num_tokens // 2 + 1)
+
+
+def test_a_search_leaves_attention_to_products_in_fp8() -> None:
+    made = estimated_profile("toy", PRESETS["llama-3-8b"], parse_gpus("h200"), 2048, is_fp8=True)
+    pair = PairPoint(
+        first="products",
+        second="decode_attention",
+        first_tokens=1024,
+        second_tokens=300,
+        second_context=1280.0,
+        mechanism=Mechanism.INSIDE,
+        share=2 / 3,
+        first_performance=0.7,
+        second_performance=0.6,
+    )
+    shape = BatchShape(num_tokens=2048, num_decode_tokens=680, decode_context=680 * 1280, num_sampled=680)
+    found = Search(replace(made, pairs=(pair,)), shape).run().plan
+    assert found.carry_lanes
+    graph = graphs_of(made)[0]
+    steps = bind(found, graph)
+    carried = {steps[at].op.kind for at, _ in carriers(found, graph, graph.layers)}
+    assert carried == {OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8}
 
 
 def test_pages_of_a_model_in_fp8_are_not_those_of_the_model_without(tmp_path: Path) -> None:
