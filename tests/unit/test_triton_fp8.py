@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,11 +12,15 @@ import torch
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from nanoflow.graph.operation import FP8_PRODUCTS, OpKind
 from nanoflow.kernels import triton_fp8 as fast
+from nanoflow.kernels import triton_fp8_split as split
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES, GemmTiles
+from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
-from nanoflow.kernels.restricted import kernels_beside, kernels_on
+from nanoflow.kernels.restricted import kernels_beside, kernels_on, kernels_on_stream
+from nanoflow.kernels.triton_attention import Card
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
+from nanoflow.kernels.triton_split_k import make_workspace
 from tests.compiling import compiled
 from tests.elementwise_cases import Cases
 from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, gated, product_case, row_case
@@ -69,6 +75,48 @@ def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int], is_split
     else:
         fast.run_linear_swiglu_fp8(launch, ROWS, 3)
     assert_linear_swiglu(launch.writes[0], expected)
+
+
+@pytest.mark.parametrize(("num_programs", "num_splits"), [(5, 2), (40, 2), (40, 3)])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_products_whose_last_round_is_split(num_programs: int, num_splits: int, is_added: bool) -> None:
+    """12 tiles of 4 steps."""
+    launch = product_case(37, (112, 208), DTYPE, CPU, has_bias=not is_added)
+    launch = added_to(launch) if is_added else launch
+    expected = exact_product(launch)
+    workspace = make_workspace((ROWS,), num_programs, CPU)
+    workspace.sums.fill_(torch.nan)
+    split.run_split_fp8(launch, ROWS, num_programs, workspace, num_splits, is_added=is_added)
+    assert_product(launch.writes[0], expected, has_fast_sums=False)
+    assert not workspace.flags.any()
+    in_blocks = product_case(37, (112, 208), DTYPE, CPU, is_blocked=True)
+    with pytest.raises(ValueError, match=r"scales \[1, 2\] of blocks of a weight"):
+        split.run_split_fp8(in_blocks, ROWS, num_programs, workspace, num_splits, is_added=False)
+
+
+def test_few_tokens_are_split_on_a_whole_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down of Llama-3-8B has 32 tiles of 64 tokens for 132 SMs; of 256 tokens all have some."""
+    monkeypatch.setattr(split, "card_of", lambda _: Card(num_sms=132, shared_memory_bytes=227 << 10))
+
+    def splits(num_tokens: int, *shape: int) -> int:
+        tensors = {"reads": (torch.empty(num_tokens, 1),), "weights": (torch.empty(shape, device="meta"),)}
+        return split.choose_split(cast(Launch, SimpleNamespace(**tensors)), GEMM_TILES, 132)[1]
+
+    assert splits(64, 4096, 14336) == 4 and splits(256, 4096, 14336) == 1 and splits(64, 28672, 4096) == 1
+    ran: list[int] = []
+    monkeypatch.setattr(split, "run_split_fp8", lambda *cut, is_added: ran.append(cut[-1]))
+    monkeypatch.setattr(fast, "run_linear_add_fp8", lambda *_: ran.append(1))
+    kernels = split.products()
+    for num_tokens in (64, 129):
+        kernels[OpKind.LINEAR_ADD_FP8](added_to(product_case(num_tokens, (128, 14336), DTYPE, CPU)))
+    assert ran[0] > 1 and ran[1:] == [1]
+
+
+def test_a_stream_of_its_own_has_products_of_its_own() -> None:
+    """They share memory for partial sums; reference kernels share nothing."""
+    kernels = {**CPU_KERNELS, **split.products()}
+    assert kernels_on_stream(kernels)[OpKind.LINEAR_ADD_FP8] is not kernels[OpKind.LINEAR_ADD_FP8]
+    assert kernels_on_stream(CPU_KERNELS) is CPU_KERNELS
 
 
 def test_what_cannot_be_multiplied_is_said() -> None:

@@ -32,7 +32,7 @@ from nanoflow.graph.fp8 import products_in_blocks
 from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of
-from nanoflow.kernels.restricted import kernels_beside, kernels_on
+from nanoflow.kernels.restricted import kernels_beside, kernels_on, kernels_on_stream
 from nanoflow.plan.carry import carriers
 from nanoflow.plan.mechanisms import KernelNeed, Opening
 from nanoflow.plan.plan import Lane, PipelinePlan
@@ -162,7 +162,7 @@ class GpuLanes:
         """Open the stream of a lane; a lane with the mechanism `whole` runs on the current stream."""
         is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
         openers: dict[Opening, Callable[[], tuple[LaneStream, Kernels]]] = {
-            Opening.OWN_STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
+            Opening.OWN_STREAM: lambda: (plain_stream(self._device), kernels_on_stream(self._whole.model.kernels)),
             Opening.OWN_SMS: lambda: partitions.side(lane.share, is_first=is_first),
             Opening.SHARED_SMS: lambda: partitions.beside(is_first=is_first),
         }

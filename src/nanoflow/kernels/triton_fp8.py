@@ -24,12 +24,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow.graph.layers import FP8_BLOCK
-from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_elementwise
 from nanoflow.kernels.gemm_tiles import FP8_TILES, GEMM_TILES, GemmTiles, choose_gemm_tiles, with_addend
-from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_attention import card_of
-from nanoflow.kernels.triton_gemm import MIN_FUSED_TOKENS, _activated, _place, _write
+from nanoflow.kernels.triton_gemm import MIN_FUSED_TOKENS, _activated, _place, _scaled, _write
 
 _ALIGNMENT_BYTES = 16
 
@@ -209,10 +208,11 @@ def _linear_fp8(
                 acc += tl.dot(x.load([row, feature]), weight.load([column, feature]).T) * scale
             else:
                 acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
-        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-        acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
-        if not IS_BLOCKED:
-            acc *= tl.load(scales + columns, mask=columns < num_columns, other=0.0)[None, :]
+        if IS_BLOCKED:
+            rows = row + tl.arange(0, BLOCK_M)
+            acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        else:
+            acc = _scaled(acc, x_scales, scales, row, column, num_rows, num_columns, BLOCK_M, BLOCK_N)
         _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
 
 
@@ -250,10 +250,3 @@ def _linear_swiglu_fp8(
         acc *= tl.load(of_columns, mask=columns < num_columns, other=0.0)[None, :]
         activated = _activated(acc, out.dtype, BLOCK_M, BLOCK_N)
         _write(out, None, row, column, num_columns, activated, BLOCK_M, BLOCK_N, STORE_N, False)
-
-
-FP8_PRODUCT_KERNELS: dict[OpKind, Kernel] = {
-    OpKind.LINEAR_FP8: linear_fp8,
-    OpKind.LINEAR_ADD_FP8: linear_add_fp8,
-    OpKind.LINEAR_SWIGLU_FP8: linear_swiglu_fp8,
-}
