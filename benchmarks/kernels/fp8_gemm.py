@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +29,14 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.device.energy import energy_of
 from nanoflow.graph.layers import FP8_BLOCK, Fp8
 from nanoflow.kernels import reference, triton_fp8, triton_fp8_rows, triton_gemm
+from nanoflow.kernels.gemm_tiles import GEMM_TILES
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.triton_attention import card_of
+from nanoflow.kernels.triton_fp8_split import choose_split, run_split_fp8
+from nanoflow.kernels.triton_split_k import make_workspace
 from nanoflow.models.fp8 import E4M3, quantise_rows
 
+DEVICE = torch.device("cuda", 0)
 TOKENS = (64, 256, 1024, 2048, 4096)
 ADDED = ("o_proj", "down_proj")
 FUSED = "gate_up+swiglu"
@@ -119,11 +125,22 @@ def candidates_of(operation: str, *, has_blocks: bool) -> tuple[Candidate, ...]:
     def ours(launch: Launch) -> None:
         run(launch, *triton_fp8.choose_cut(launch))
 
+    workspace = functools.cache(lambda: make_workspace(GEMM_TILES, card_of(DEVICE).num_sms, DEVICE))
+
+    def split(launch: Launch) -> None:
+        num_programs = card_of(launch.reads[0].device).num_sms
+        tiles, num_splits = choose_split(launch, GEMM_TILES, num_programs)
+        if num_splits == 1:
+            run(launch, tiles, num_programs)
+        else:
+            run_split_fp8(launch, tiles, num_programs, workspace(), num_splits, is_added=is_added)
+
     torchs = scaled_then_add if is_added else triton_fp8.run_scaled_mm
     found = (
         plain,
         Candidate(name="FP8, torch and add" if is_added else "FP8, torch", prepare=in_fp8, kernel=torchs),
         Candidate(name="FP8, ours", prepare=in_fp8, kernel=ours),
+        Candidate(name="FP8, ours, split if better", prepare=in_fp8, kernel=split),
     )
     blocks = Candidate(name="FP8 in blocks, ours", prepare=in_blocks, kernel=ours)
     return (*found, blocks) if has_blocks else found
