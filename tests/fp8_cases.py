@@ -81,6 +81,35 @@ def added_to(launch: Launch) -> Launch:
     return replace(launch, reads=(*launch.reads, hidden), writes=(hidden,))
 
 
+def gated(launch: Launch) -> Launch:
+    """The product [T, 2 I] with SwiGLU of its halves as the output."""
+    half = launch.writes[0].shape[1] // 2
+    op = replace(launch.op, kind=OpKind.LINEAR_SWIGLU_FP8)
+    return replace(launch, op=op, writes=(launch.writes[0][:, :half].contiguous(),))
+
+
+def assert_gated(out: Tensor, expected: Tensor) -> None:
+    """SwiGLU of products that tensor cores have summed fast: of numbers about 1, two errors of `assert_product`."""
+    torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(out.dtype).eps, atol=0.15)
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 2e-2
+
+
+def carried_case(kind: str, num_tokens: int, shape: tuple[int, int], device: torch.device) -> tuple[Launch, Tensor]:
+    """`attention_cases.carrier_case` in FP8: a product, and its result in float32 (SwiGLU's in bfloat16)."""
+    launch = product_case(num_tokens, shape, torch.bfloat16, device, has_bias=kind == "bias")
+    if kind == "add":
+        launch = replace(added_to(launch), op=replace(launch.op, kind=OpKind.LINEAR_ADD_FP8))
+    elif kind == "swiglu":
+        launch = gated(launch)
+        expected = torch.empty_like(launch.writes[0])
+        reference_fp8.linear_swiglu_fp8(replace(launch, writes=(expected,)))
+        return launch, expected
+    else:
+        launch = replace(launch, op=replace(launch.op, kind=OpKind.LINEAR_FP8))
+    return launch, exact_product(launch)
+
+
 def exact_product(launch: Launch) -> Tensor:
     """By the reference kernel, in float32, rounded once."""
     exact = launch.writes[0].float()

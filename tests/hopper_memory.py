@@ -85,7 +85,7 @@ def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Shared:
-    """Memory of a program, or a part of it; infinite before it is written."""
+    """Memory of a program, or a part of it; infinite before it is written, or NaN in FP8, which has no infinity."""
 
     cells: Tensor
 
@@ -154,8 +154,10 @@ class Pending:
 
     def finish(self) -> None:
         for before, now in zip(self.factors, (self.left.cells, self.right.cells), strict=True):
-            assert not before.isinf().any(), "a factor was never loaded"
-            assert torch.equal(before.view(torch.int16), now.view(torch.int16)), "a factor was overwritten"
+            is_missing = before.float().isnan() if before.element_size() == 1 else before.isinf()
+            assert not is_missing.any(), "a factor was never loaded"
+            bits = torch.uint8 if before.element_size() == 1 else torch.int16
+            assert torch.equal(before.view(bits), now.view(bits)), "a factor was overwritten"
         acc: Any = self.acc.value if isinstance(self.acc, Pending) else self.acc
         product = self.factors[0].float() @ self.factors[1].float()
         self.value = acc + product if self.has_acc else product

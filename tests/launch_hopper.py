@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,9 @@ from nanoflow.kernels.hopper.attention_programs import decode_program
 from nanoflow.kernels.hopper.carry import HopperCarrier
 from nanoflow.kernels.hopper.carry_programs import carry_program
 from nanoflow.kernels.hopper.merge import merge_program
-from nanoflow.kernels.launch import Launch
+from nanoflow.kernels.launch import SHARES, Launch
 from tests.attention_cases import carrier_case, decode_case
+from tests.fp8_cases import carried_case
 from tests.kv_fp8_cases import on_8_bits
 
 CPU = torch.device("cpu")
@@ -48,10 +50,14 @@ def launch(num_tokens: int, num_rows: int, first: int, products: dict[int, int])
     attention.run_decode(decodes(num_rows, first), 4)
     attention.run_decode(on_8_bits(decodes(num_rows, first)), 4)
     carrier = HopperCarrier(num_sms=4, steps=2)
-    taken = carrier.take(decodes(num_rows, first), 3)
+    taken = carrier.take(decodes(num_rows, first), 4)
     for num_columns, until in products.items():
         product, _ = carrier_case("linear", num_tokens, (num_columns, 128), CPU)
         carrier.run(product, taken, until)
+    # In FP8, from a row on whose scale is not aligned.
+    whole, _ = carried_case("linear", num_tokens + 1, (128, 128), CPU)
+    later = tuple(each[num_rows % 2 :][:num_tokens] for each in whole.reads)
+    carrier.run(replace(whole, reads=later, writes=(whole.writes[0][:num_tokens],)), taken, SHARES - 1)
     carrier.finish(taken)
     programs = {"carry": carry_program, "decode": decode_program, "decode of 8 bits": decode_fp8_program}
     programs["merge"] = merge_program

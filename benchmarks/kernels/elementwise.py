@@ -28,6 +28,8 @@ from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Dims, NormDims, Operation, OpKind, Resource, RowDims
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch, LayerCache
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.reference_fp8 import FP8_KERNELS
+from nanoflow.models.fp8 import E4M3
 
 WIDTH, INNER, VOCAB_SIZE, PAGE_SIZE = 4096, 14336, 128256, 16
 ATTENTION = AttentionDims(num_heads=32, num_kv_heads=8, head_dim=128, scale=0.1, window=None)
@@ -100,10 +102,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_kernels(is_reference: bool) -> dict[OpKind, Kernel]:
     """The Triton kernels, or their reference implementations."""
     if is_reference:
-        return REFERENCE_KERNELS
+        return {**REFERENCE_KERNELS, **FP8_KERNELS}
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
-    return ELEMENTWISE_KERNELS
+    return {**ELEMENTWISE_KERNELS, **FP8_ROW_KERNELS}
 
 
 def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
@@ -125,7 +128,7 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
             layer=0,
             tokens=TokenRange(start=0, stop=num_tokens),
             reads=tuple(rows(num_tokens, width) for width in read),
-            writes=tuple(rows(num_tokens, width) for width in written),
+            writes=tuple(rows(num_tokens, width) for width in written) or rows_fp8(num_tokens, dims),
             weights=weights,
             inputs=inputs,
             cache=new_cache(num_tokens) if kind is OpKind.ROPE_APPEND else None,
@@ -133,9 +136,8 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
         )
         return lambda: kernels[kind](launch)
 
-    def norm() -> Issue:
-        dims = NormDims(width=WIDTH, eps=1e-5)
-        return kernel(OpKind.RMS_NORM, dims, (WIDTH,), (WIDTH,), rows(WIDTH))
+    def norm(kind: OpKind, *written: int) -> Issue:
+        return kernel(kind, NormDims(width=WIDTH, eps=1e-5), (WIDTH,), written, rows(WIDTH))
 
     def rope(dims: AttentionDims) -> Issue:
         weights = (rows(dims.head_dim), rows(dims.head_dim)) if dims.norm_eps else ()
@@ -143,10 +145,15 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
 
     row_bytes = num_tokens * WIDTH * DTYPE_BYTES
     rope_bytes = num_tokens * (2 * QKV_WIDTH * DTYPE_BYTES + 4 * ATTENTION.head_dim + 8)
+
+    def fp8_bytes(num_read: int, width: int) -> int:
+        return num_tokens * (width * (num_read * DTYPE_BYTES + 1) + 4)
+
     row_dims, inner_dims = RowDims(width=WIDTH), RowDims(width=INNER)
     sizes: list[tuple[str, int, Callable[[], Issue]]] = [
         ("copy", 8 * row_bytes, copy),
-        ("rms_norm", 2 * row_bytes, norm),
+        ("rms_norm", 2 * row_bytes, lambda: norm(OpKind.RMS_NORM, WIDTH)),
+        ("rms_norm_fp8", fp8_bytes(1, WIDTH), lambda: norm(OpKind.RMS_NORM_FP8)),
         ("rope_append", rope_bytes, lambda: rope(ATTENTION)),
         ("rope_append + qk norm", rope_bytes, lambda: rope(QK_NORM)),
         (
@@ -154,6 +161,9 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
             3 * num_tokens * INNER * DTYPE_BYTES,
             lambda: kernel(OpKind.SWIGLU, inner_dims, (2 * INNER,), (INNER,)),
         ),
+        ("swiglu_fp8", fp8_bytes(2, INNER), lambda: kernel(OpKind.SWIGLU_FP8, inner_dims, (2 * INNER,), ())),
+        ("quantise_fp8", fp8_bytes(1, WIDTH), lambda: kernel(OpKind.QUANTISE_FP8, row_dims, (WIDTH,), ())),
+        ("quantise_fp8, inner", fp8_bytes(1, INNER), lambda: kernel(OpKind.QUANTISE_FP8, inner_dims, (INNER,), ())),
         ("embed", 2 * row_bytes, lambda: kernel(OpKind.EMBED, row_dims, (), (WIDTH,), table)),
         ("gather_rows", 2 * row_bytes, lambda: kernel(OpKind.GATHER_ROWS, row_dims, (WIDTH,), (WIDTH,))),
     ]
@@ -163,6 +173,13 @@ def make_cases(kernels: dict[OpKind, Kernel], num_tokens: int) -> list[Case]:
 def rows(*shape: int) -> Tensor:
     """Random rows: a GPU takes more power for random numbers than for zeros."""
     return torch.randn(shape, dtype=DTYPE, device="cuda")
+
+
+def rows_fp8(num_tokens: int, dims: Dims) -> tuple[Tensor, Tensor]:
+    """Rows in FP8, and a scale for each; they are written, not read."""
+    assert isinstance(dims, NormDims | RowDims)
+    numbers = torch.zeros((num_tokens, dims.width), dtype=torch.uint8, device="cuda").view(E4M3)
+    return numbers, torch.ones((num_tokens, 1), dtype=torch.float32, device="cuda")
 
 
 def new_cache(num_tokens: int) -> LayerCache:

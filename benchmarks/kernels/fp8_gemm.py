@@ -1,8 +1,9 @@
 """Products of a Llama-3-8B layer in FP8 on this GPU, beside the same products in bfloat16.
 
 qkv_proj and gate_up_proj are products alone. o_proj and down_proj are added to the residual stream, as the model does;
-torch's product in FP8 cannot add, so an addition follows it. gate_up+swiglu is one kernel in bfloat16, and in FP8 a
-product and a SwiGLU that quantises. What quantises the rows of the other products is not in their times.
+torch's product in FP8 cannot add, so an addition follows it. gate_up+swiglu is one kernel in bfloat16; in FP8 it is a
+product and a SwiGLU that quantises, or a product that ends in SwiGLU and what quantises its rows. What quantises the
+rows of the other products is not in their times.
 
 A point is a CUDA graph that runs in turn on copies of weights and activations which together are several times larger
 than the L2 cache. It is replayed for half a second at least, after a warm-up. Energy is from the card's counter.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +29,14 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.device.energy import energy_of
 from nanoflow.graph.layers import FP8_BLOCK, Fp8
 from nanoflow.kernels import reference, triton_fp8, triton_fp8_rows, triton_gemm
+from nanoflow.kernels.gemm_tiles import GEMM_TILES
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.triton_attention import card_of
+from nanoflow.kernels.triton_fp8_split import choose_split, run_split_fp8
+from nanoflow.kernels.triton_split_k import make_workspace
 from nanoflow.models.fp8 import E4M3, quantise_rows
 
+DEVICE = torch.device("cuda", 0)
 TOKENS = (64, 256, 1024, 2048, 4096)
 ADDED = ("o_proj", "down_proj")
 FUSED = "gate_up+swiglu"
@@ -106,6 +113,8 @@ def candidates_of(operation: str, *, has_blocks: bool) -> tuple[Candidate, ...]:
             Candidate(
                 name="FP8, two kernels", prepare=in_fp8, kernel=fp8_then_swiglu, checked=fp8_then_swiglu_in_both_types
             ),
+            Candidate(name="FP8, SwiGLU inside, rows", prepare=in_fp8, kernel=fp8_swiglu_then_rows),
+            Candidate(name="FP8, SwiGLU inside alone", prepare=in_fp8, kernel=fp8_swiglu),
         )
     is_added = operation in ADDED
     plain = Candidate(
@@ -116,11 +125,22 @@ def candidates_of(operation: str, *, has_blocks: bool) -> tuple[Candidate, ...]:
     def ours(launch: Launch) -> None:
         run(launch, *triton_fp8.choose_cut(launch))
 
+    workspace = functools.cache(lambda: make_workspace(GEMM_TILES, card_of(DEVICE).num_sms, DEVICE))
+
+    def split(launch: Launch) -> None:
+        num_programs = card_of(launch.reads[0].device).num_sms
+        tiles, num_splits = choose_split(launch, GEMM_TILES, num_programs)
+        if num_splits == 1:
+            run(launch, tiles, num_programs)
+        else:
+            run_split_fp8(launch, tiles, num_programs, workspace(), num_splits, is_added=is_added)
+
     torchs = scaled_then_add if is_added else triton_fp8.run_scaled_mm
     found = (
         plain,
         Candidate(name="FP8, torch and add" if is_added else "FP8, torch", prepare=in_fp8, kernel=torchs),
         Candidate(name="FP8, ours", prepare=in_fp8, kernel=ours),
+        Candidate(name="FP8, ours, split if better", prepare=in_fp8, kernel=split),
     )
     blocks = Candidate(name="FP8 in blocks, ours", prepare=in_blocks, kernel=ours)
     return (*found, blocks) if has_blocks else found
@@ -164,6 +184,19 @@ def fp8_then_swiglu(launch: Launch) -> None:
 def fp8_then_swiglu_in_both_types(launch: Launch) -> None:
     """The same, with rows in bfloat16 as well."""
     _fp8_then_swiglu(launch, launch.writes)
+
+
+def fp8_swiglu(launch: Launch) -> None:
+    """The product that ends in SwiGLU, with rows in bfloat16."""
+    triton_fp8.run_linear_swiglu_fp8(launch, *triton_fp8.choose_cut(launch))
+
+
+def fp8_swiglu_then_rows(launch: Launch) -> None:
+    """The same, then its rows in FP8."""
+    fp8_swiglu(launch)
+    (out,) = launch.writes
+    numbers, scales = out.new_empty(out.shape, dtype=E4M3), out.new_empty((len(out), 1), dtype=torch.float32)
+    triton_fp8_rows.quantise_fp8(replace(launch, reads=(out,), writes=(numbers, scales), weights=()))
 
 
 def _fp8_then_swiglu(launch: Launch, kept: tuple[Tensor, ...]) -> None:

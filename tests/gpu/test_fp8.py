@@ -14,8 +14,10 @@ if not torch.cuda.is_available():
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.graph.fp8 import in_fp8
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
+from nanoflow.kernels import triton_fp8_split
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
@@ -27,7 +29,16 @@ from nanoflow.plan.sequential import nanobatch_plan
 from tests.driving import greedy, random_prompts, run_engine
 from tests.elementwise_cases import Cases
 from tests.families import make_model
-from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, product_case, row_case
+from tests.fp8_cases import (
+    added_to,
+    assert_gated,
+    assert_product,
+    assert_rows,
+    exact_product,
+    gated,
+    product_case,
+    row_case,
+)
 
 GPU = torch.device("cuda")
 if torch.cuda.get_device_capability()[0] < 9:
@@ -65,6 +76,19 @@ def test_products_with_scales_of_rows(operation: str, num_tokens: int) -> None:
     assert_product(added.writes[0], expected, has_fast_sums=True)
 
 
+@NUM_TOKENS
+def test_swiglu_in_the_product(num_tokens: int) -> None:
+    """As few tokens and many run it, and in one kernel for few as well."""
+    launch = gated(product_case(num_tokens, SHAPES["gate_up_proj"], torch.bfloat16, GPU))
+    expected = torch.empty_like(launch.writes[0])
+    FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
+    fast.linear_swiglu_fp8(launch)
+    assert_gated(launch.writes[0], expected)
+    launch.writes[0].fill_(torch.nan)
+    fast.run_linear_swiglu_fp8(launch, *fast.choose_cut(launch))
+    assert_gated(launch.writes[0], expected)
+
+
 @pytest.mark.parametrize("operation", list(SHAPES))
 @NUM_TOKENS
 def test_products_with_scales_of_blocks(operation: str, num_tokens: int) -> None:
@@ -92,30 +116,48 @@ def test_any_tiles_and_number_of_programs(num_programs: int, candidates: tuple[o
         assert_product(launch.writes[0], expected, has_fast_sums=True)
 
 
+@pytest.mark.parametrize("operation", ["o_proj", "down_proj"])
+@pytest.mark.parametrize("num_tokens", [1, 64, 128])
+def test_few_tokens_are_split(operation: str, num_tokens: int) -> None:
+    """Twice, as the flags of the first launch have to be 0 again."""
+    kernels = triton_fp8_split.products()
+    for _ in range(2):
+        added = added_to(product_case(num_tokens, SHAPES[operation], torch.bfloat16, GPU))
+        expected = exact_product(added)
+        kernels[OpKind.LINEAR_ADD_FP8](added)
+        assert_product(added.writes[0], expected, has_fast_sums=True)
+
+
 def test_a_captured_graph_serves_other_numbers() -> None:
     launch = product_case(300, (6144, 4096), torch.bfloat16, GPU)
     added = added_to(product_case(300, (4096, 4096), torch.bfloat16, GPU))
     hidden = added.writes[0].clone()
+    few = added_to(product_case(64, (4096, 14336), torch.bfloat16, GPU))
+    few_before, kernels = few.writes[0].clone(), triton_fp8_split.products()
     fast.linear_fp8(launch)
     fast.linear_add_fp8(added)
+    kernels[OpKind.LINEAR_ADD_FP8](few)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         fast.linear_fp8(launch)
         fast.linear_add_fp8(added)
+        kernels[OpKind.LINEAR_ADD_FP8](few)
+    few.writes[0].copy_(few_before)
     launch.writes[0].fill_(torch.nan)
     launch.reads[1].mul_(2.0)
     added.writes[0].copy_(hidden)
-    expected, expected_sum = exact_product(launch), exact_product(added)
+    expected, expected_sum, expected_few = exact_product(launch), exact_product(added), exact_product(few)
     graph.replay()
     assert_product(launch.writes[0], expected, has_fast_sums=True)
     assert_product(added.writes[0], expected_sum, has_fast_sums=True)
+    assert_product(few.writes[0], expected_few, has_fast_sums=True)
 
 
 def test_products_on_a_part_of_the_card() -> None:
     kernels = kernels_on({**REFERENCE_KERNELS, **FP8_KERNELS}, 60)
-    for is_blocked in (False, True):
-        launch = product_case(512, (6144, 4096), torch.bfloat16, GPU, is_blocked=is_blocked)
+    for is_blocked, num_tokens in ((False, 512), (False, 64), (True, 512)):
+        launch = product_case(num_tokens, (6144, 4096), torch.bfloat16, GPU, is_blocked=is_blocked)
         expected = exact_product(launch)
         kernels[OpKind.LINEAR_FP8](launch)
         assert_product(launch.writes[0], expected, has_fast_sums=True)
@@ -137,8 +179,7 @@ def test_engines_agree_with_and_without_graphs_and_plans(tmp_path: Path) -> None
     """
     folder = make_model("llama2", tmp_path, std=0.02, hidden_size=256, intermediate_size=512, dtype="bfloat16")
     exact, whole = _tokens(folder, quantization="none"), _tokens(folder, quantization="fp8")
-    graph = build_graph(load(folder), None)
-    graph = in_fp8(graph)
+    graph = fuse_swiglu(in_fp8(build_graph(load(folder), None)))
     plan = tmp_path / "plan.json"
     plan.write_bytes(nanobatch_plan(graph, 256, [77, 150]).to_json())
     eager = _tokens(folder, quantization="fp8", cuda_graphs=False)

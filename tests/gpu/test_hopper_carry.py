@@ -16,6 +16,7 @@ from nanoflow.kernels.hopper import can_carry
 from nanoflow.kernels.hopper.carry import HopperCarrier
 from nanoflow.kernels.launch import SHARES, HostLengths
 from tests.attention_cases import assert_decoded, carrier_case, decode_case, dims_of, with_contexts
+from tests.fp8_cases import assert_gated, assert_product, carried_case
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
@@ -50,6 +51,25 @@ def test_products_and_attention(kind: str, num_tokens: int, steps: int, monkeypa
         (assert_linear_swiglu if kind == "swiglu" else assert_linear)(launch.writes[0], expected)
         if kind == "add":
             assert_surroundings_untouched(launch.writes[0])
+    carrier.finish(taken)
+    assert_decoded(carried)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 300, 1000])
+@pytest.mark.parametrize("kind", ["linear", "bias", "add", "swiglu"])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_products_in_fp8_and_attention(kind: str, num_tokens: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above. The sums of each kind are those of the product alone in FP8, up to the error of fast sums."""
+    carried = decode_case(skewed(61), (32, 8, 128), GPU, monkeypatch)
+    carrier = HopperCarrier(num_sms=NUM_SMS, steps=steps)
+    taken = carrier.take(carried, 3)
+    for until in (100, 200):
+        launch, expected = carried_case(kind, num_tokens, (2 * 1904, 1040), GPU)
+        carrier.run(launch, taken, until)
+        if kind == "swiglu":
+            assert_gated(launch.writes[0], expected)
+        else:
+            assert_product(launch.writes[0], expected, has_fast_sums=True)
     carrier.finish(taken)
     assert_decoded(carried)
 

@@ -15,6 +15,7 @@ from nanoflow.executor.carry import CarryLanes, parts_of
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.executor.steps import bind
+from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
 from nanoflow.graph.nanobatch import TokenRange
@@ -71,8 +72,9 @@ class ReferenceCarrier:
     shares: list[int] = field(default_factory=list)
     alone: int = 0
 
-    def rounds(self, dims: LinearDims, num_tokens: int) -> int:
-        return num_tokens * dims.in_features * dims.out_features
+    def rounds(self, op: Operation, num_tokens: int) -> int:
+        assert isinstance(op.dims, LinearDims)
+        return num_tokens * op.dims.in_features * op.dims.out_features
 
     def take(self, attention: Launch, max_runs: int) -> Note:
         return Note(attention, torch.full_like(attention.writes[0], torch.nan), max_runs)
@@ -125,7 +127,7 @@ class NotingCarrier:
     def __init__(self) -> None:
         self.finished: list[object] = []
 
-    def rounds(self, dims: LinearDims, num_tokens: int) -> int:
+    def rounds(self, op: Operation, num_tokens: int) -> int:
         return 1
 
     def take(self, attention: Launch, max_runs: int) -> Launch:
@@ -346,10 +348,15 @@ def test_products_that_carry_little_pay_for_the_kernel_that_could() -> None:
 
 @pytest.mark.parametrize("carrying", [(), *itertools.islice(carrying_runs(LLAMA), 1, None)], ids=", ".join)
 def test_only_products_that_are_to_carry_do(carrying: tuple[str, ...]) -> None:
-    plan = carry_plan(LLAMA, 2048, 1024, 0.8, carrying)
-    plan.validate(LLAMA)
-    steps = bind(plan, LLAMA)
-    found = [(steps[at], steps[attention]) for at, attention in carriers(plan, LLAMA, LLAMA.layers)]
+    for graph in (LLAMA, fuse_swiglu(in_fp8(build_graph(preset_config("llama-3-8b"), None)))):
+        _check_who_carries(graph, carrying)
+
+
+def _check_who_carries(graph: OpGraph, carrying: tuple[str, ...]) -> None:
+    plan = carry_plan(graph, 2048, 1024, 0.8, carrying)
+    plan.validate(graph)
+    steps = bind(plan, graph)
+    found = [(steps[at], steps[attention]) for at, attention in carriers(plan, graph, graph.layers)]
     assert {step.op.name for step, _ in found} == set(carrying or {"o_proj", "gate_up_proj", "down_proj", "qkv_proj"})
     assert all(step.tokens != attention.tokens for step, attention in found)
 

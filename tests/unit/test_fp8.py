@@ -25,13 +25,16 @@ from nanoflow.executor.buffers import DeviceModel
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.lanes import _carrier
 from nanoflow.executor.pipelined import PipelinedExecutor
+from nanoflow.executor.steps import bind
 from nanoflow.executor.streams import LaneError
 from nanoflow.graph.fp8 import fp8_candidates, in_fp8, with_fp8
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import Element, Fp8, OpGraph
+from nanoflow.graph.layers import FP8_BLOCK
 from nanoflow.graph.operation import BatchShape, OpKind, RowDims
 from nanoflow.graph.shard import Exchange, shard
 from nanoflow.hardware import HardwareError, parse_gpus
-from nanoflow.kernels import reference_fp8
+from nanoflow.kernels import reference, reference_fp8
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.models.config_json import load
@@ -40,10 +43,17 @@ from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, random_weights
+from nanoflow.plan.carry import carriers
+from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.profile.estimate import estimated_profile
-from nanoflow.profile.table import Profile
+from nanoflow.profile.table import PairPoint, Profile
+from nanoflow.profiler import carry
+from nanoflow.profiler.carry import carry_tasks
+from nanoflow.profiler.site import Site
+from nanoflow.profiler.work import Sizes
+from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import graphs_of
 from tests.agreement import PYTHON_TEXT, Agreement, agreement
 from tests.driving import greedy, random_prompts, run_model
@@ -53,7 +63,7 @@ from tests.logits import prompt_logits
 from tests.reference_executor import ReferenceExecutor
 
 CPU = torch.device("cpu")
-KERNELS = {**REFERENCE_KERNELS, **FP8_KERNELS}
+KERNELS = {**REFERENCE_KERNELS, OpKind.LINEAR_SWIGLU: reference.linear_swiglu, **FP8_KERNELS}
 PROMPT = [number * 37 % 131 for number in range(60)]
 
 
@@ -214,11 +224,46 @@ def test_a_profile_of_a_model_in_fp8_has_every_operation_of_its_graph() -> None:
     assert times[1]["down_proj"] < 0.6 * times[0]["down_proj"] and times[1]["lm_head"] == times[0]["lm_head"]
 
 
-def test_attention_inside_products_is_for_16_bits() -> None:
-    workspace: Any = SimpleNamespace(model=SimpleNamespace(graph=in_fp8(_preset("llama-3-8b"))))
+def test_attention_inside_products_is_not_for_scales_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _preset("llama-3-8b")
+    kept = dict.fromkeys(fp8_candidates(plain), Fp8())
+    in_blocks = with_fp8(plain, {**kept, "down_proj.weight": Fp8(block=FP8_BLOCK)})
     plan: Any = SimpleNamespace(name="carried")
-    with pytest.raises(LaneError, match=r"plan 'carried': .* these are in FP8"):
+    workspace: Any = SimpleNamespace(model=SimpleNamespace(graph=in_blocks))
+    with pytest.raises(LaneError, match=r"plan 'carried': .* those of down_proj have one for each block"):
         _carrier(workspace, plan, ())
+    site = Site(graph=in_blocks, device=torch.device("cuda", 0), dtype=torch.bfloat16, page_size=16)
+    monkeypatch.setattr(carry, "can_carry", lambda *_: True)
+    monkeypatch.setattr(carry, "kernels_for", lambda *_: {OpKind.LINEAR_SWIGLU})
+    assert carry_tasks(site, Sizes(max_tokens=1024), 132) == []
+    found = carry_tasks(replace(site, graph=in_fp8(plain)), Sizes(max_tokens=1024), 132)
+    assert {task.products for task in found} == {"products", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    # Half as many k-steps as in 16 bits carry half as many keys.
+    theirs = carry_tasks(replace(site, graph=plain), Sizes(max_tokens=1024), 132)
+    for ours, other in ((ours, other) for ours, other in zip(found, theirs, strict=True) if ours.steps != 3):
+        assert ours.attention.num_tokens in (other.attention.num_tokens // 2, other.attention.num_tokens // 2 + 1)
+
+
+def test_a_search_leaves_attention_to_products_in_fp8() -> None:
+    made = estimated_profile("toy", PRESETS["llama-3-8b"], parse_gpus("h200"), 2048, is_fp8=True)
+    pair = PairPoint(
+        first="products",
+        second="decode_attention",
+        first_tokens=1024,
+        second_tokens=300,
+        second_context=1280.0,
+        mechanism=Mechanism.INSIDE,
+        share=2 / 3,
+        first_performance=0.7,
+        second_performance=0.6,
+    )
+    shape = BatchShape(num_tokens=2048, num_decode_tokens=680, decode_context=680 * 1280, num_sampled=680)
+    found = Search(replace(made, pairs=(pair,)), shape).run().plan
+    assert found.carry_lanes
+    graph = graphs_of(made)[0]
+    steps = bind(found, graph)
+    carried = {steps[at].op.kind for at, _ in carriers(found, graph, graph.layers)}
+    assert carried == {OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8}
 
 
 def test_pages_of_a_model_in_fp8_are_not_those_of_the_model_without(tmp_path: Path) -> None:
@@ -238,12 +283,14 @@ def test_any_plan_of_a_graph_in_fp8_gives_what_its_own_order_gives(data: st.Data
     )
     chosen = data.draw(st.sets(st.sampled_from(names), min_size=1))
     graph = with_fp8(plain, dict.fromkeys(chosen, Fp8()))
+    fused = fuse_swiglu(graph) if data.draw(st.booleans()) else graph
     batch = data.draw(batches(12, graph.vocab_size))
-    plan = data.draw(valid_plans(graph, 12))
+    plan = data.draw(valid_plans(fused, 12))
     model = _quantised(device_model(plain, int(batch.new_pages.pages.max()) + 1), graph)
     inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=CPU).build(batch)
     expected = ReferenceExecutor(with_fresh_caches(model)).forward(inputs)
-    executor = PipelinedExecutor(with_fresh_caches(model), (plan,), max_batch_tokens=12, max_logits=batch.num_requests)
+    model = replace(with_fresh_caches(model), graph=fused)
+    executor = PipelinedExecutor(model, (plan,), max_batch_tokens=12, max_logits=batch.num_requests)
     executor.forward(inputs, plan)
     # Sums of other numbers of rows differ in their last digit, which may round a number in FP8 to another one.
     torch.testing.assert_close(executor.logits(inputs), expected, rtol=0.02, atol=0.02 * float(expected.std()) + 1e-4)

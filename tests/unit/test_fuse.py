@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.pipelined import PipelinedExecutor
+from nanoflow.graph.fp8 import in_fp8, with_fp8
 from nanoflow.graph.fuse import fuse_swiglu
-from nanoflow.graph.graph import OpGraph, TensorSpec
-from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind
+from nanoflow.graph.graph import Fp8, OpGraph, TensorSpec
+from nanoflow.graph.layers import FP8_BLOCK
+from nanoflow.graph.operation import BatchShape, LinearDims, Operation, OpKind, RowDims
+from nanoflow.graph.shard import shard
 from nanoflow.kernels import reference
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -64,6 +67,36 @@ def test_gate_up_and_swiglu_of_llama_become_one_operation() -> None:
     assert gate_up.dims == LinearDims(in_features=4096, out_features=2 * 14336)
     assert {spec.name for spec in plain.tensors} - {spec.name for spec in fused.tensors} == {"gate_up"}
     assert fuse_swiglu(fused) == fused
+
+
+def test_in_fp8_rows_are_quantised_by_an_operation_of_their_own() -> None:
+    plain = in_fp8(_llama())
+    fused = fuse_swiglu(plain)
+    names = {op.name: op for op in fused.layer}
+    assert "activation" not in names and len(fused.layer) == len(plain.layer)
+    gate_up, quantise, down = (names[name] for name in ("gate_up_proj", "down_proj_quantise", "down_proj"))
+    assert (gate_up.kind, quantise.kind) == (OpKind.LINEAR_SWIGLU_FP8, OpKind.QUANTISE_FP8)
+    assert gate_up.reads == ("normed_fp8", "normed_scale") and gate_up.writes == quantise.reads == ("activation",)
+    assert quantise.writes == down.reads[:2] == ("activation_fp8", "activation_scale")
+    assert fused.tensor("activation") == _llama().tensor("activation")
+    assert {spec.name for spec in plain.tensors} - {spec.name for spec in fused.tensors} == {"gate_up"}
+    assert fuse_swiglu(fused) == fused
+    shape = BatchShape(num_tokens=2048, num_sampled=1)
+    # [T, 2 I] written and read, but [T, I] too, in 16 bits.
+    saved = plain.memory_bytes(shape, 2) - fused.memory_bytes(shape, 2)
+    assert saved == 32 * 2048 * 2 * 14336 * 2
+    # A GPU's part of it: what is quantised are its columns.
+    part = {op.name: op.dims for op in shard(fused, 2).layer}
+    assert part["down_proj_quantise"] == RowDims(width=7168)
+    assert part["gate_up_proj"] == LinearDims(in_features=4096, out_features=14336)
+
+
+def test_a_weight_with_scales_of_blocks_is_not_fused() -> None:
+    kept = {"gate_up_proj.weight": Fp8(block=FP8_BLOCK), "down_proj.weight": Fp8()}
+    graph = with_fp8(_llama(), kept)
+    assert fuse_swiglu(graph) == graph
+    rows = with_fp8(_llama(), {**kept, "gate_up_proj.weight": Fp8()})
+    assert "down_proj_quantise" in {op.name for op in fuse_swiglu(rows).layer}
 
 
 def test_fusing_saves_the_traffic_between_the_two() -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import FP8_PRODUCTS, OpKind
 from nanoflow.kernels import triton_fp8 as fast
+from nanoflow.kernels import triton_fp8_split as split
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, FP8_TILES, GEMM_TILES, PART_TILES, GemmTiles
+from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
-from nanoflow.kernels.restricted import kernels_beside, kernels_on
+from nanoflow.kernels.restricted import kernels_beside, kernels_on, kernels_on_stream
+from nanoflow.kernels.triton_attention import Card
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
+from nanoflow.kernels.triton_split_k import make_workspace
 from tests.compiling import compiled
 from tests.elementwise_cases import Cases
-from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, product_case, row_case
+from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, gated, product_case, row_case
+from tests.gemm_cases import assert_linear_swiglu
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -56,10 +63,68 @@ def test_products(num_tokens: int, shape: tuple[int, int], is_blocked: bool, is_
     assert_product(launch.writes[0], expected, has_fast_sums=False)
 
 
+@pytest.mark.parametrize(("num_tokens", "shape"), [(37, (272, 208)), (1, (144, 272))])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int], is_split: bool) -> None:
+    """In one kernel, and in two, as for few tokens."""
+    launch = gated(product_case(num_tokens, shape, DTYPE, CPU))
+    expected = torch.empty_like(launch.writes[0])
+    FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
+    if is_split:
+        fast.linear_fp8_then_swiglu(launch)
+    else:
+        fast.run_linear_swiglu_fp8(launch, ROWS, 3)
+    assert_linear_swiglu(launch.writes[0], expected)
+
+
+@pytest.mark.parametrize(("num_programs", "num_splits"), [(5, 2), (40, 2), (40, 3)])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_products_whose_last_round_is_split(num_programs: int, num_splits: int, is_added: bool) -> None:
+    """12 tiles of 4 steps."""
+    launch = product_case(37, (112, 208), DTYPE, CPU, has_bias=not is_added)
+    launch = added_to(launch) if is_added else launch
+    expected = exact_product(launch)
+    workspace = make_workspace((ROWS,), num_programs, CPU)
+    workspace.sums.fill_(torch.nan)
+    split.run_split_fp8(launch, ROWS, num_programs, workspace, num_splits, is_added=is_added)
+    assert_product(launch.writes[0], expected, has_fast_sums=False)
+    assert not workspace.flags.any()
+    in_blocks = product_case(37, (112, 208), DTYPE, CPU, is_blocked=True)
+    with pytest.raises(ValueError, match=r"scales \[1, 2\] of blocks of a weight"):
+        split.run_split_fp8(in_blocks, ROWS, num_programs, workspace, num_splits, is_added=False)
+
+
+def test_few_tokens_are_split_on_a_whole_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down of Llama-3-8B has 32 tiles of 64 tokens for 132 SMs; of 256 tokens all have some."""
+    monkeypatch.setattr(split, "card_of", lambda _: Card(num_sms=132, shared_memory_bytes=227 << 10))
+
+    def splits(num_tokens: int, *shape: int) -> int:
+        tensors = {"reads": (torch.empty(num_tokens, 1),), "weights": (torch.empty(shape, device="meta"),)}
+        return split.choose_split(cast(Launch, SimpleNamespace(**tensors)), GEMM_TILES, 132)[1]
+
+    assert splits(64, 4096, 14336) == 4 and splits(256, 4096, 14336) == 1 and splits(64, 28672, 4096) == 1
+    ran: list[int] = []
+    monkeypatch.setattr(split, "run_split_fp8", lambda *cut, is_added: ran.append(cut[-1]))
+    monkeypatch.setattr(fast, "run_linear_add_fp8", lambda *_: ran.append(1))
+    kernels = split.products()
+    for num_tokens in (64, 129):
+        kernels[OpKind.LINEAR_ADD_FP8](added_to(product_case(num_tokens, (128, 14336), DTYPE, CPU)))
+    assert ran[0] > 1 and ran[1:] == [1]
+
+
+def test_a_stream_of_its_own_has_products_of_its_own() -> None:
+    """They share memory for partial sums; reference kernels share nothing."""
+    kernels = {**CPU_KERNELS, **split.products()}
+    assert kernels_on_stream(kernels)[OpKind.LINEAR_ADD_FP8] is not kernels[OpKind.LINEAR_ADD_FP8]
+    assert kernels_on_stream(CPU_KERNELS) is CPU_KERNELS
+
+
 def test_what_cannot_be_multiplied_is_said() -> None:
     launch = product_case(3, (144, 256), DTYPE, CPU, is_blocked=True)
     with pytest.raises(ValueError, match="do not fit blocks"):
         fast.run_linear_fp8(launch, ROWS, 1)
+    with pytest.raises(ValueError, match=r"scales \[2, 2\] of blocks of a weight"):
+        fast.run_linear_swiglu_fp8(gated(launch), BLOCKS, 1)
     with pytest.raises(ValueError, match="products in FP8 take float8_e4m3fn"):
         fast.run_linear_fp8(replace(launch, reads=(launch.reads[0].half(), launch.reads[1])), BLOCKS, 1)
     with pytest.raises(ValueError, match="rows every 136 bytes"):
@@ -80,7 +145,7 @@ def test_torch_multiplies_where_it_can() -> None:
 
 def test_lanes_with_a_part_of_the_device_have_products_of_their_own() -> None:
     for kernels in (kernels_on(CPU_KERNELS, 60), kernels_beside(CPU_KERNELS, 60)):
-        for kind in (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8):
+        for kind in FP8_PRODUCTS:
             assert kernels[kind] is not CPU_KERNELS[kind]
 
 

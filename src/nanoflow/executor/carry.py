@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.steps import Step
-from nanoflow.graph.operation import LinearDims, OpKind
+from nanoflow.graph.operation import Operation, OpKind
 from nanoflow.kernels.launch import SHARES, Kernel, Launch
 from nanoflow.plan.carry import PRODUCTS
 
@@ -26,7 +26,7 @@ from nanoflow.plan.carry import PRODUCTS
 class Carrier(Protocol):
     """Products with decode attention inside, on one device."""
 
-    def rounds(self, dims: LinearDims, num_tokens: int) -> int:
+    def rounds(self, op: Operation, num_tokens: int) -> int:
         """How long a product takes, in what shares of attention are in proportion to."""
 
     def take(self, attention: Launch, max_runs: int) -> Any:
@@ -132,6 +132,4 @@ def shares_by_rounds(rounds: Sequence[int]) -> list[int]:
 
 
 def _rounds(step: Step, carrier: Carrier) -> int:
-    dims = step.op.dims
-    assert isinstance(dims, LinearDims)
-    return carrier.rounds(dims, step.tokens.num_tokens)
+    return carrier.rounds(step.op, step.tokens.num_tokens)

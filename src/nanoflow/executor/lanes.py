@@ -28,10 +28,11 @@ from nanoflow.executor.streams import (
     partition_pair,
     plain_stream,
 )
-from nanoflow.graph.operation import FP8_PRODUCTS, LinearDims, OpKind
+from nanoflow.graph.fp8 import products_in_blocks
+from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.hopper import can_carry, steps_of
-from nanoflow.kernels.restricted import kernels_beside, kernels_on
+from nanoflow.kernels.restricted import kernels_beside, kernels_on, kernels_on_stream
 from nanoflow.plan.carry import carriers
 from nanoflow.plan.mechanisms import KernelNeed, Opening
 from nanoflow.plan.plan import Lane, PipelinePlan
@@ -161,7 +162,7 @@ class GpuLanes:
         """Open the stream of a lane; a lane with the mechanism `whole` runs on the current stream."""
         is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
         openers: dict[Opening, Callable[[], tuple[LaneStream, Kernels]]] = {
-            Opening.OWN_STREAM: lambda: (plain_stream(self._device), self._whole.model.kernels),
+            Opening.OWN_STREAM: lambda: (plain_stream(self._device), kernels_on_stream(self._whole.model.kernels)),
             Opening.OWN_SMS: lambda: partitions.side(lane.share, is_first=is_first),
             Opening.SHARED_SMS: lambda: partitions.beside(is_first=is_first),
         }
@@ -213,10 +214,11 @@ def _carrier(workspace: Workspace, plan: PipelinePlan, steps: tuple[Step, ...]) 
         LaneError: There are no such kernels for this device or model.
     """
     model = workspace.model
-    if any(op.kind in FP8_PRODUCTS for op in model.graph.layer):
+    if blocked := products_in_blocks(model.graph):
         raise LaneError(
-            f"plan {plan.name!r}: decode attention runs inside products of 16 bits, these are in FP8: run this model "
-            "without the plan, or with quantization none"
+            f"plan {plan.name!r}: decode attention runs inside products in FP8 if weights have a scale for each row; "
+            f"those of {', '.join(blocked)} have one for each block: run this model without the plan, or with "
+            "quantization none"
         )
     attentions = [kind.attention for kind in model.graph.kinds]
     can_attend = all(can_carry(model.device, model.dtype, attention) for attention in attentions)

@@ -15,12 +15,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from nanoflow.graph.graph import Element, Fp8, LayerKind, OpGraph, TensorSpec
-from nanoflow.graph.operation import LinearDims, Operation, OpKind, Resource, RowDims
+from nanoflow.graph.operation import FP8_PRODUCTS, LinearDims, Operation, OpKind, Resource, RowDims
 
 # Features in and out of a product must be multiples of this: rows of 16 bytes suit every kernel.
 MULTIPLE = 16
 
 _PRODUCTS = {OpKind.LINEAR: OpKind.LINEAR_FP8, OpKind.LINEAR_ADD: OpKind.LINEAR_ADD_FP8}
+# Of tensors with the rows of others in FP8.
+_SUFFIX = "_fp8"
 # Operations that can quantise what they write.
 _WRITERS = {
     OpKind.RMS_NORM: OpKind.RMS_NORM_FP8,
@@ -78,9 +80,35 @@ def in_fp8(graph: OpGraph) -> OpGraph:
     return with_fp8(graph, dict.fromkeys(fp8_candidates(graph), Fp8()))
 
 
+def products_in_blocks(graph: OpGraph) -> tuple[str, ...]:
+    """Names of the products in FP8 whose weights have a scale for each block of rows and columns."""
+    found = (
+        op.name for kind in graph.kinds for op in kind.operations if op.kind in FP8_PRODUCTS and is_in_blocks(kind, op)
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def is_in_blocks(kind: LayerKind, product: Operation) -> bool:
+    """Whether the weight of a product has a scale for each block of rows and columns."""
+    return any(
+        each.name == product.weights[0] and each.fp8 is not None and each.fp8.block is not None
+        for each in kind.parameters
+    )
+
+
+def quantise_name(product: Operation) -> str:
+    """The name of the operation that quantises the rows of a product, where no other operation does."""
+    return f"{product.name}_quantise"
+
+
+def unquantised(name: str) -> str:
+    """The tensor of which another has the rows in FP8."""
+    return name.removesuffix(_SUFFIX)
+
+
 def _rows(name: str) -> str:
     """The tensor with the rows of another in FP8."""
-    return f"{name}_fp8"
+    return f"{name}{_SUFFIX}"
 
 
 def _scales(name: str) -> str:
@@ -152,7 +180,7 @@ def _with_fp8(
 def _quantise(graph: OpGraph, name: str, product: Operation) -> Operation:
     """The operation that quantises the rows of a tensor for a product."""
     return Operation(
-        name=f"{product.name}_quantise",
+        name=quantise_name(product),
         kind=OpKind.QUANTISE_FP8,
         resource=Resource.MEMORY,
         scope=product.scope,

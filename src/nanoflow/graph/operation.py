@@ -53,6 +53,7 @@ class OpKind(enum.StrEnum):
     RMS_NORM_FP8 = "rms_norm_fp8"
     LINEAR_FP8 = "linear_fp8"
     LINEAR_ADD_FP8 = "linear_add_fp8"
+    LINEAR_SWIGLU_FP8 = "linear_swiglu_fp8"
     SWIGLU_FP8 = "swiglu_fp8"
     GEGLU_FP8 = "geglu_fp8"
     QUANTISE_FP8 = "quantise_fp8"
@@ -69,7 +70,7 @@ class OpKind(enum.StrEnum):
 # Activation of the gate times the up projection; the output has half as many columns as the input.
 GATED = (OpKind.SWIGLU, OpKind.GEGLU, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8)
 # Products of rows and weights in FP8.
-FP8_PRODUCTS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8)
+FP8_PRODUCTS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +213,7 @@ def _fp8_linear_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int
     """Weights and rows have a byte an element, and 4 for the scale of a row; what is written has the model's type."""
     assert isinstance(op.dims, LinearDims)
     tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
-    moved = 2 * n if op.kind is OpKind.LINEAR_ADD_FP8 else n
+    moved = {OpKind.LINEAR_FP8: n, OpKind.LINEAR_ADD_FP8: 2 * n, OpKind.LINEAR_SWIGLU_FP8: n // 2}[op.kind]
     return n * (k + 4) + tokens * (k + 4 + moved * dtype_bytes)
 
 

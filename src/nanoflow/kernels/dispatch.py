@@ -64,17 +64,16 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
         return {**REFERENCE_KERNELS, **FP8_KERNELS}
-    from nanoflow.kernels import triton_attention, triton_gemm
+    from nanoflow.kernels import triton_attention, triton_fp8_split, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
-    from nanoflow.kernels.triton_fp8 import FP8_PRODUCT_KERNELS
     from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     _require_kv_type(attentions, torch.cuda.get_device_capability(device))
     kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     if multiplies_fp8(device, dtype):
-        kernels |= {**FP8_ROW_KERNELS, **FP8_PRODUCT_KERNELS}
+        kernels |= {**FP8_ROW_KERNELS, **triton_fp8_split.products()}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention

@@ -57,6 +57,13 @@ def linear_add_fp8(launch: Launch) -> None:
     hidden.copy_(hidden.float() + _product(launch))
 
 
+def linear_swiglu_fp8(launch: Launch) -> None:
+    """out [T, I] = silu(gate) * up of the product [T, 2 I] of `linear_fp8`, rounded in between, in the model's type."""
+    (out,) = launch.writes
+    gate_up = _product(launch).to(out.dtype)
+    reference.swiglu(replace(launch, reads=(gate_up,), weights=()))
+
+
 def _product(launch: Launch) -> Tensor:
     x, x_scales, *_ = launch.reads
     weight, scales, *bias = launch.weights
@@ -93,4 +100,5 @@ FP8_KERNELS: dict[OpKind, Kernel] = {
     OpKind.QUANTISE_FP8: quantise_fp8,
     OpKind.LINEAR_FP8: linear_fp8,
     OpKind.LINEAR_ADD_FP8: linear_add_fp8,
+    OpKind.LINEAR_SWIGLU_FP8: linear_swiglu_fp8,
 }

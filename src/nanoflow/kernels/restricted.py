@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from nanoflow.graph.operation import OpKind
+from nanoflow.kernels import reference_fp8
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.expert_tiles import BESIDE, WHOLE_CARD, ExpertTiles
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
@@ -25,9 +26,8 @@ from nanoflow.kernels.launch import Kernel, Launch
 def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
     """Kernels for a lane that has SMs of its own.
 
-    Products need 16-bit types or FP8, and a card with a tensor memory accelerator (TMA). Those of 16 bits share a
-    workspace, which the first of them allocates, so two of them must not run at the same time: every lane needs a
-    mapping of its own.
+    Products need 16-bit types or FP8, and a card with a tensor memory accelerator (TMA). They share a workspace, which
+    the first of them allocates, so two of them must not run at the same time: every lane needs a mapping of its own.
 
     Args:
         kernels: Kernels for the whole device; those without a restricted form are taken over.
@@ -39,6 +39,19 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
         **_experts(kernels, WHOLE_CARD, num_sms),
         **_attention(kernels, num_sms, is_beside=False),
     }
+
+
+def kernels_on_stream(kernels: Kernels) -> Kernels:
+    """Kernels for a lane that is a stream on the whole card: products have a workspace of their own, as above.
+
+    Args:
+        kernels: Kernels for the whole device.
+    """
+    if kernels.get(OpKind.LINEAR_ADD_FP8) in (None, reference_fp8.linear_add_fp8):
+        return kernels
+    from nanoflow.kernels import triton_fp8_split
+
+    return {**kernels, **triton_fp8_split.products()}
 
 
 def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
@@ -61,7 +74,7 @@ def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
 
 def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
     """Products with tile sizes from these candidates, and a workspace of their own."""
-    from nanoflow.kernels import triton_fp8, triton_gemm, triton_split_k
+    from nanoflow.kernels import triton_fp8_split, triton_gemm, triton_split_k
     from nanoflow.kernels.triton_attention import card_of
     from nanoflow.kernels.triton_split_k import SplitWorkspace, choose_split_cut, make_workspace
 
@@ -90,12 +103,8 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
         tiles = choose_gemm_tiles(candidates, *shape, num_sms, limit_bytes)
         triton_gemm.run_linear_swiglu(launch, tiles, num_sms)
 
-    def fp8_product(run: Callable[..., None]) -> Kernel:
-        return lambda launch: run(launch, *triton_fp8.choose_cut(launch, candidates, num_sms))
-
     return {
-        OpKind.LINEAR_FP8: fp8_product(triton_fp8.run_linear_fp8),
-        OpKind.LINEAR_ADD_FP8: fp8_product(triton_fp8.run_linear_add_fp8),
+        **triton_fp8_split.products_on(candidates, num_sms, workspace_on),
         OpKind.LINEAR: product(triton_gemm.run_linear, triton_split_k.run_linear_split_k),
         OpKind.LINEAR_ADD: product(triton_gemm.run_linear_add, triton_split_k.run_linear_add_split_k),
         OpKind.LINEAR_SWIGLU: linear_swiglu,

@@ -2,17 +2,20 @@
 
 On the whole card rows and weights that have a scale each are multiplied by `torch._scaled_mm`, where it can: it takes
 bfloat16 results and adds nothing. Everything else is a persistent Triton kernel, as in `triton_gemm.py`: products that
-add to the residual stream, weights with a scale for each block of 128 x 128, and products on a part of the card.
+add to the residual stream or end in SwiGLU, weights with a scale for each block of 128 x 128, and products on a part of
+the card.
 
 Sums are in float32. With scales of rows the tensor cores keep fewer bits of a sum in between (fast accumulation, in
 both kernels), and scales are multiplied once, at the end. With scales of blocks each step of 128 features is a sum of
 its own, which is scaled and added to one in full float32. The references are in `reference_fp8.py`.
 
-Shape legend: T tokens, K features in, N features out.
+Shape legend: T tokens, K features in, N features out, I width of an activation (the weight has 2 I rows).
 """
 
 # mypy: allow-untyped-decorators
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -21,11 +24,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow.graph.layers import FP8_BLOCK
-from nanoflow.graph.operation import OpKind
+from nanoflow.kernels import triton_elementwise
 from nanoflow.kernels.gemm_tiles import FP8_TILES, GEMM_TILES, GemmTiles, choose_gemm_tiles, with_addend
-from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_attention import card_of
-from nanoflow.kernels.triton_gemm import _place, _write
+from nanoflow.kernels.triton_gemm import MIN_FUSED_TOKENS, _activated, _place, _scaled, _write
 
 _ALIGNMENT_BYTES = 16
 
@@ -49,6 +52,26 @@ def linear_add_fp8(launch: Launch) -> None:
         ValueError: As `linear_fp8`.
     """
     run_linear_add_fp8(launch, *choose_cut(launch))
+
+
+def linear_swiglu_fp8(launch: Launch) -> None:
+    """out [T, I] = silu(gate) * up of the product [T, 2 I] of `linear_fp8`, rounded in between, in the model's type.
+
+    Raises:
+        ValueError: As `linear_fp8`, or the weight has scales of blocks.
+    """
+    if len(launch.reads[0]) < MIN_FUSED_TOKENS:
+        linear_fp8_then_swiglu(launch)
+    else:
+        run_linear_swiglu_fp8(launch, *choose_cut(launch))
+
+
+def linear_fp8_then_swiglu(launch: Launch) -> None:
+    """`linear_swiglu_fp8` as two kernels."""
+    x, _ = launch.reads
+    gate_up = torch.empty((len(x), len(launch.weights[0])), dtype=launch.writes[0].dtype, device=x.device)
+    linear_fp8(replace(launch, writes=(gate_up,)))
+    triton_elementwise.swiglu(replace(launch, reads=(gate_up,), weights=()))
 
 
 def can_scale(launch: Launch) -> bool:
@@ -81,6 +104,28 @@ def run_linear_fp8(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
 def run_linear_add_fp8(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
     """`linear_add_fp8` in Triton, with given tiles and number of programs."""
     _run(launch, with_addend(tiles), num_programs, is_added=True)
+
+
+def run_linear_swiglu_fp8(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
+    """`linear_swiglu_fp8` in one kernel in Triton, with given tiles and number of programs."""
+    (x, x_scales), (out,), (weight, scales) = launch.reads, launch.writes, launch.weights
+    check_operands(x, weight, out)
+    if scales.dim() > 1:
+        raise ValueError(f"scales {list(scales.shape)} of blocks of a weight; this kernel takes one for each row")
+    # One TMA box loads the same rows of gate and up, which are then adjacent in shared memory.
+    parts = weight.view(2, -1, weight.shape[1])
+    _linear_swiglu_fp8[(num_programs,)](
+        TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
+        TensorDescriptor.from_tensor(parts, [2, tiles.block_n // 2, tiles.block_k]),
+        *(x_scales, scales),
+        TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n // 2]),
+        *(*out.shape, x.shape[1]),
+        *(tiles.block_m, tiles.block_n // 2, tiles.block_k, tiles.group_m, tiles.store_n // 2),
+        tiles.is_flat,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        maxnreg=tiles.max_registers,
+    )
 
 
 def choose_cut(
@@ -163,14 +208,45 @@ def _linear_fp8(
                 acc += tl.dot(x.load([row, feature]), weight.load([column, feature]).T) * scale
             else:
                 acc = tl.dot(x.load([row, feature]), weight.load([column, feature]).T, acc)
-        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-        acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
-        if not IS_BLOCKED:
-            acc *= tl.load(scales + columns, mask=columns < num_columns, other=0.0)[None, :]
+        if IS_BLOCKED:
+            rows = row + tl.arange(0, BLOCK_M)
+            acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        else:
+            acc = _scaled(acc, x_scales, scales, row, column, num_rows, num_columns, BLOCK_M, BLOCK_N)
         _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
 
 
-FP8_PRODUCT_KERNELS: dict[OpKind, Kernel] = {
-    OpKind.LINEAR_FP8: linear_fp8,
-    OpKind.LINEAR_ADD_FP8: linear_add_fp8,
-}
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["x_scales"])
+def _linear_swiglu_fp8(
+    x: tl.tensor_descriptor,
+    weight: tl.tensor_descriptor,
+    x_scales: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor_descriptor,
+    num_rows: int,
+    num_columns: int,
+    num_features: int,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STORE_N: tl.constexpr,
+    IS_FLAT: tl.constexpr,
+) -> None:
+    """BLOCK_N counts columns of the output; weight is [2, I, K], whose gate and up rows are factors of one product."""
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=IS_FLAT):
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        for feature in range(0, num_features, BLOCK_K):
+            factors = weight.load([0, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
+            acc = tl.dot(x.load([row, feature]), factors.T, acc)
+        rows, places = row + tl.arange(0, BLOCK_M), tl.arange(0, 2 * BLOCK_N)
+        acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        # Scales of up rows come after those of all gates.
+        columns = column + places % BLOCK_N
+        of_columns = scales + places // BLOCK_N * num_columns + columns
+        acc *= tl.load(of_columns, mask=columns < num_columns, other=0.0)[None, :]
+        activated = _activated(acc, out.dtype, BLOCK_M, BLOCK_N)
+        _write(out, None, row, column, num_columns, activated, BLOCK_M, BLOCK_N, STORE_N, False)

@@ -9,6 +9,7 @@ attention beside the product needs. A program waits only for programs with small
 there is no deadlock, and the order of every sum is fixed.
 
 The references are `reference.linear` and `reference.linear_add`; the latter adds in float32 and rounds once here.
+Products in FP8 (`triton_fp8.py`) multiply the whole sum by its scales.
 
 Shape legend: T tokens, K features in, N features out, P programs, C elements of the largest tile.
 """
@@ -27,9 +28,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow.kernels.gemm_tiles import GemmTiles, with_addend
 from nanoflow.kernels.launch import Launch
-from nanoflow.kernels.triton_gemm import _place, _write, check_operands
+from nanoflow.kernels.triton_gemm import _ITEM_BYTES, _place, _scaled, _write, check_operands
 
-# Splitting costs its programs about as much time as this many features of a tile (one H200, 100 SMs: 320 to 750).
+# Splitting costs its programs about as much time as this many features of 16 bits (one H200, 100 SMs: 320 to 750).
 _MOVED_SUM_FEATURES = 480
 
 
@@ -45,6 +46,26 @@ class SplitWorkspace:
 
     sums: Tensor
     flags: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What a product reads and writes.
+
+    Attributes:
+        x: [T, K].
+        weight: [N, K].
+        out: [T, N].
+        bias: [N] or None.
+        x_scales, scales: float32 [T, 1] and [N], of rows of x and of the weight in FP8; None for 16 bits.
+    """
+
+    x: Tensor
+    weight: Tensor
+    out: Tensor
+    bias: Tensor | None = None
+    x_scales: Tensor | None = None
+    scales: Tensor | None = None
 
 
 def make_workspace(candidates: Sequence[GemmTiles], num_programs: int, device: torch.device) -> SplitWorkspace:
@@ -78,7 +99,7 @@ def choose_split_cut(
 
     def longest_time(tiles: GemmTiles, num_splits: int) -> float:
         rounds, rest = divmod(tiles.num_tiles(*shape[:2]), num_programs)
-        features = rounds * shape[2] + (shape[2] / num_splits if rest else 0)
+        features = (rounds * shape[2] + (shape[2] / num_splits if rest else 0)) * tiles.item_bytes / _ITEM_BYTES
         features += _MOVED_SUM_FEATURES * num_splits if num_splits > 1 else 0
         return features * tiles.block_m * tiles.block_n / tiles.relative_speed
 
@@ -125,6 +146,19 @@ def _run(
 ) -> None:
     x, (out,), (weight, *biases) = launch.reads[0], launch.writes, launch.weights
     check_operands(x, weight, out)
+    factors = Factors(x=x, weight=weight, out=out, bias=biases[0] if biases else None)
+    run_split(factors, tiles, num_programs, workspace, num_splits, is_added=is_added)
+
+
+def run_split(
+    factors: Factors, tiles: GemmTiles, num_programs: int, workspace: SplitWorkspace, num_splits: int, *, is_added: bool
+) -> None:
+    """A product of tensors that suit TMA, added to the output if `is_added`; then writes are in smaller parts.
+
+    Raises:
+        ValueError: As `run_linear_split_k`.
+    """
+    x, weight, out = factors.x, factors.weight, factors.out
     slots, cells = workspace.sums.shape
     if slots < num_programs or cells < tiles.block_m * tiles.block_n:
         raise ValueError(
@@ -137,7 +171,7 @@ def _run(
     _linear_split_k[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k]),
-        biases[0] if biases else None,
+        *(factors.bias, factors.x_scales, factors.scales),
         TensorDescriptor.from_tensor(out, [tiles.block_m, tiles.store_n]),
         *(workspace.sums, workspace.flags),
         *(*out.shape, x.shape[1], num_splits),
@@ -149,11 +183,13 @@ def _run(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits"], do_not_specialize_on_alignment=["x_scales"])
 def _linear_split_k(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
     bias: tl.tensor | None,
+    x_scales: tl.tensor | None,
+    scales: tl.tensor | None,
     out: tl.tensor_descriptor,
     sums: tl.tensor,
     flags: tl.tensor,
@@ -206,6 +242,8 @@ def _linear_split_k(
                         while tl.atomic_cas(flags + other, NUM_THREADS, 0, sem="acquire", scope="gpu") != NUM_THREADS:
                             pass
                         acc += _taken(sums + other * (BLOCK_M * BLOCK_N), BLOCK_M, BLOCK_N)
+                if scales is not None:
+                    acc = _scaled(acc, x_scales, scales, row, column, num_rows, num_columns, BLOCK_M, BLOCK_N)
                 _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 

@@ -20,7 +20,8 @@ from nanoflow.device.detect import count_sms
 from nanoflow.executor.buffers import Workspace
 from nanoflow.executor.carry import Carrier, shares_by_rounds
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.operation import FP8_PRODUCTS, KEY_BLOCK, LinearDims, Operation, OpKind
+from nanoflow.graph.fp8 import products_in_blocks
+from nanoflow.graph.operation import KEY_BLOCK, Operation, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import can_carry, share_of
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch
@@ -78,7 +79,7 @@ def carry_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[CarryTask]:
     """Nothing where products do not carry; no product that is filled by more keys than `sizes` has memory for."""
     attention = next(op for op in site.graph.layer if op.kind is OpKind.DECODE_ATTENTION)
     has_products = OpKind.LINEAR_SWIGLU in kernels_for(site.device, site.dtype, site.graph.layer_operations)
-    has_products &= not any(op.kind in FP8_PRODUCTS for op in site.graph.layer)
+    has_products &= not products_in_blocks(site.graph)
     attentions = [kind.attention for kind in site.graph.kinds]
     if not has_products or not all(can_carry(site.device, site.dtype, dims) for dims in attentions):
         return []
@@ -90,7 +91,7 @@ def carry_tasks(site: Site, sizes: Sizes, num_sms: int) -> list[CarryTask]:
     def task(name: str, num_tokens: int, steps: int, *, is_empty: bool) -> CarryTask:
         carrier = HopperCarrier(num_sms=num_sms, steps=steps)
         ops = [op for op in products if name in (PRODUCTS, op.name)]
-        rounds = sum(carrier.rounds(op.dims, num_tokens) for op in ops if isinstance(op.dims, LinearDims))
+        rounds = sum(carrier.rounds(op, num_tokens) for op in ops)
         num_requests = max(rounds * _WARPGROUPS * num_sms // blocks_each, 1)
         keys = decode_task(attention, num_requests, _CONTEXT)
         return CarryTask(num_tokens=num_tokens, steps=steps, attention=keys, products=name, is_empty=is_empty)
@@ -179,7 +180,7 @@ def _carrying(
     is_empty: bool,
 ) -> Work:
     """Attention, carried by some products of a layer, so many times; layers of both in turn."""
-    rounds = [carrier.rounds(op.dims, batch.num_tokens) for op in ops if isinstance(op.dims, LinearDims)]
+    rounds = [carrier.rounds(op, batch.num_tokens) for op in ops]
     shares = [0] * len(ops) if is_empty else shares_by_rounds(rounds)
     taken: list[Any] = []
 

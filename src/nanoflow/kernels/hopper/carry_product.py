@@ -1,5 +1,8 @@
 """The product in the program of `carry_programs.py`, in Gluon for Hopper: tiles, k-steps, and writing of results.
 
+Factors have 16 bits or, with a scale for each of their rows, 8 (FP8, e4m3). A k-step is 128 bytes of each row, so it
+has twice as many features in FP8. It takes the same shared memory, and the tensor cores as long.
+
 Shape legend: M rows of the product, N columns, F features.
 
 Gluon checks fields of an aggregate against their annotations, so these must be classes, not strings.
@@ -12,15 +15,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 from triton.language.core import _aggregate as aggregate
 
-from nanoflow.kernels.hopper.attention_programs import PANEL
 from nanoflow.kernels.hopper.carry_attention import PARTS
 from nanoflow.kernels.hopper.rings import Ring
 
 # Rows of a tile for each warpgroup; rows of tiles in a group, which is gone through column by column.
 ROWS, GROUP_M = 64, 16
+# Bytes of a row in a k-step, which TMA swizzles.
+STEP_BYTES = 128
 # What is written: the product, the sum of the product and the old values, or SwiGLU of its two halves.
 PLAIN, ADD, SWIGLU = 0, 1, 2
-_PANEL: gl.constexpr = gl.constexpr(PANEL)
+_STEP_BYTES: gl.constexpr = gl.constexpr(STEP_BYTES)
 _ROWS: gl.constexpr = gl.constexpr(ROWS)
 _PARTS: gl.constexpr = gl.constexpr(PARTS)
 _GROUP_M: gl.constexpr = gl.constexpr(GROUP_M)
@@ -35,19 +39,24 @@ class Product:
     Attributes:
         out: [M, N].
         bias: [N] or None.
+        x_scales: float32 [M], factors of rows of x; None for factors of 16 bits.
+        scales: float32, a factor for each row of the weight; None for factors of 16 bits.
         num_rows, num_columns: M and N.
         down, across: Number of tiles [2 ROWS, BLOCK_N] in each direction.
         num_steps: K-steps of a tile.
         program, num_programs: Tile i belongs to program i modulo their number.
-        x: [STAGES, 2 ROWS, PANEL] in shared memory, rows for each k-step.
-        weight: [STAGES, BLOCK_N, PANEL] in shared memory.
+        x: [STAGES, 2 ROWS, features of a k-step] in shared memory, rows for each k-step.
+        weight: [STAGES, BLOCK_N, features of a k-step] in shared memory.
         ring: The ring of these slots.
         BLOCK_N: Columns of a tile.
         KIND: PLAIN, ADD or SWIGLU.
+        ITEM_BYTES: Size of an element of both factors.
     """
 
     out: gl.tensor
     bias: gl.tensor | gl.constexpr
+    x_scales: gl.tensor | gl.constexpr
+    scales: gl.tensor | gl.constexpr
     num_rows: gl.tensor
     num_columns: gl.tensor
     down: gl.tensor
@@ -60,19 +69,22 @@ class Product:
     ring: Ring
     BLOCK_N: gl.constexpr
     KIND: gl.constexpr
+    ITEM_BYTES: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, out, bias, num_rows, num_columns, down, across, num_steps, program, num_programs, x, weight, ring,
-        BLOCK_N, KIND,
+        self, out, bias, x_scales, scales, num_rows, num_columns, down, across, num_steps, program, num_programs, x,
+        weight, ring, BLOCK_N, KIND, ITEM_BYTES,
     ):  # fmt: skip
         self.out, self.num_rows, self.num_columns = out, num_rows, num_columns
         self.bias = gl.constexpr(None) if bias is None else bias
+        self.x_scales = gl.constexpr(None) if x_scales is None else x_scales
+        self.scales = gl.constexpr(None) if scales is None else scales
         # Triton makes an argument of 1 a constant.
         self.down, self.across = down, gl.constexpr(across) if isinstance(across, int) else across
         self.num_steps, self.program, self.num_programs = num_steps, program, num_programs
         self.x, self.weight, self.ring = x, weight, ring
-        self.BLOCK_N, self.KIND = gl.constexpr(BLOCK_N), gl.constexpr(KIND)
+        self.BLOCK_N, self.KIND, self.ITEM_BYTES = gl.constexpr(BLOCK_N), gl.constexpr(KIND), gl.constexpr(ITEM_BYTES)
 
     @gluon.jit
     def place_of(self, tile):
@@ -91,11 +103,30 @@ class Product:
         return warpgroup_mma(rows, self.weight.index(slot).permute((1, 0)), acc, is_async=True)
 
     @gluon.jit
-    def write_tile(self, acc, tile, PART: gl.constexpr):
-        """Write this warpgroup's rows [ROWS, BLOCK_N] in halves; a thread has both columns of a pair."""
+    def scaled(self, acc, row, tile_n, gemm: gl.constexpr):
+        """Sums of FP8 [ROWS, BLOCK_N] times the scales of their rows of x and of the weight; `gemm` is their layout."""
+        HALF: gl.constexpr = self.BLOCK_N // 2
+        rows = row + gl.arange(0, _ROWS, gl.SliceLayout(1, gemm))
+        acc *= gl.load(self.x_scales + rows, mask=rows < self.num_rows, other=0.0)[:, None]
+        places = gl.arange(0, self.BLOCK_N, gl.SliceLayout(0, gemm))
+        columns = tile_n * self.BLOCK_N + places
+        if self.KIND == _SWIGLU:
+            columns = tile_n * HALF + places % HALF
+        # In the weight, the rows of up factors come after those of all gates.
+        first = (places // HALF) * self.num_columns if self.KIND == _SWIGLU else 0
+        return acc * gl.load(self.scales + first + columns, mask=columns < self.num_columns, other=0.0)[None, :]
+
+    @gluon.jit
+    def write_tile(self, acc, tile, PART: gl.constexpr, gemm: gl.constexpr):
+        """Write this warpgroup's rows [ROWS, BLOCK_N] in halves; a thread has both columns of a pair.
+
+        `gemm` is the layout of `acc`.
+        """
         HALF: gl.constexpr = self.BLOCK_N // 2
         tile_m, tile_n = self.place_of(tile)
         row = tile_m * (_PARTS * _ROWS) + PART * _ROWS
+        if self.ITEM_BYTES == 1:
+            acc = self.scaled(acc, row, tile_n, gemm)
         left, right = acc.reshape([_ROWS, 2, HALF]).permute((0, 2, 1)).split()
         if self.KIND == _SWIGLU:
             dtype: gl.constexpr = self.out.dtype.element_ty
@@ -111,11 +142,12 @@ class Product:
 
 
 @gluon.jit
-def make_tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr):
+def make_tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, ITEM_BYTES: gl.constexpr):
     """Shared memory for STAGES k-steps: rows of x, and rows of the weight."""
-    tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    x = gl.allocate_shared_memory(dtype, [STAGES, _PARTS * _ROWS, _PANEL], tile)
-    return x, gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, _PANEL], tile)
+    FEATURES: gl.constexpr = _STEP_BYTES // ITEM_BYTES
+    tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * ITEM_BYTES, rank=2)
+    x = gl.allocate_shared_memory(dtype, [STAGES, _PARTS * _ROWS, FEATURES], tile)
+    return x, gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, FEATURES], tile)
 
 
 @gluon.jit
@@ -127,7 +159,8 @@ def load_tiles(x, weight, product, second_rows):
     """
     HALF: gl.constexpr = product.BLOCK_N // 2
     STRIDE: gl.constexpr = HALF if product.KIND == _SWIGLU else product.BLOCK_N
-    BYTES: gl.constexpr = (_PARTS * _ROWS + product.BLOCK_N) * _PANEL * 2
+    BYTES: gl.constexpr = (_PARTS * _ROWS + product.BLOCK_N) * _STEP_BYTES
+    FEATURES: gl.constexpr = _STEP_BYTES // product.ITEM_BYTES
     count = product.program * 0
     for tile in range(product.program, product.down * product.across, product.num_programs):
         tile_m, tile_n = product.place_of(tile)
@@ -135,11 +168,11 @@ def load_tiles(x, weight, product, second_rows):
         for step in range(product.num_steps):
             slot = count % product.ring.STAGES
             bar = product.ring.expect(count, BYTES)
-            tma.async_copy_global_to_shared(x, [row, step * _PANEL], bar, product.x.index(slot))
+            tma.async_copy_global_to_shared(x, [row, step * FEATURES], bar, product.x.index(slot))
             rows = product.weight.index(slot)
             left, right = rows.slice(0, HALF), rows.slice(HALF, HALF)
-            tma.async_copy_global_to_shared(weight, [column, step * _PANEL], bar, left)
-            tma.async_copy_global_to_shared(weight, [column + second_rows, step * _PANEL], bar, right)
+            tma.async_copy_global_to_shared(weight, [column, step * FEATURES], bar, left)
+            tma.async_copy_global_to_shared(weight, [column + second_rows, step * FEATURES], bar, right)
             count += 1
 
 

@@ -57,6 +57,7 @@ class Cut:
         kv_heads: K.
         head_dim: D.
         kind: PLAIN, ADD or SWIGLU.
+        item_bytes: Size of an element of x and weight: 2, or 1 (FP8 with scales).
         scan: Rows of the batch that are searched in one step.
         worker_registers: Registers of a thread of the second warpgroup.
     """
@@ -69,6 +70,7 @@ class Cut:
     kv_heads: int
     head_dim: int
     kind: int
+    item_bytes: int
     scan: int
     worker_registers: int
 
@@ -77,7 +79,7 @@ class Cut:
 def _compute(attention, product, PART: gl.constexpr, STEPS: gl.constexpr):
     """Rounds of `STEPS` k-steps and one block; then k-steps alone if no blocks are left, or blocks if no tiles are."""
     gemm: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, product.BLOCK_N, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, product.BLOCK_N, 32 // product.ITEM_BYTES]
     )
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _GROUP, 16])
     sums, cursor = no_sums(0.0, _BLOCK, mma), attention.begin
@@ -99,7 +101,7 @@ def _compute(attention, product, PART: gl.constexpr, STEPS: gl.constexpr):
             count += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         product.ring.release(count + product.ring.STAGES - 1)
-        product.write_tile(acc, tile, PART)
+        product.write_tile(acc, tile, PART, gemm)
     # 3. The remaining blocks.
     for _ in range(done, attention.num_blocks):
         sums, cursor = attention.do_block(sums, cursor, done, mma)
@@ -145,17 +147,18 @@ def _round(
         "num_tokens", "tiles_m", "num_steps", "second_rows", "run", "share_begin", "share_until", "extra",
         "table_stride", "first_row", "num_rows",
     ],
-    do_not_specialize_on_alignment=["page_tables", "context_len", "key_blocks", "begins", "bias"],
+    do_not_specialize_on_alignment=["page_tables", "context_len", "key_blocks", "begins", "bias", "x_scales"],
 )  # fmt: skip
 def carry_program(
-    x, weight, bias, out, num_tokens, num_columns, tiles_m, tiles_n, num_steps, second_rows,
+    x, weight, bias, x_scales, scales, out, num_tokens, num_columns, tiles_m, tiles_n, num_steps, second_rows,
     q, keys, values, attended, parts, log_sums, begins, page_tables, context_len, key_blocks, table_stride, first_row,
     num_rows, log2_scale, run, share_begin, share_until, extra, CUT: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] of x [M, F] and weight, and a share of the attention of q [B, K x GROUP, D] into attended and parts.
 
-    Tile [2 ROWS, BLOCK_N] number i belongs to program i modulo their number; F is at most num_steps x PANEL. Numbers
-    that change between launches are separate arguments: in a tuple Triton would make a 1 a constant, and compile again.
+    Tile [2 ROWS, BLOCK_N] number i belongs to program i modulo their number; num_steps k-steps have all F features.
+    Numbers that change between launches are separate arguments: in a tuple Triton would make a 1 a constant, and
+    compile again.
     """
     PANELS: gl.constexpr = CUT.head_dim // _PANEL
     STEPS: gl.constexpr = CUT.steps
@@ -174,7 +177,8 @@ def carry_program(
     results0 = Results(attended, parts, log_sums, slot, CUT.group)
     results1 = Results(attended, parts, log_sums, slot + 1, CUT.group)
     # 2. Rings and their barriers.
-    x_tiles, weight_tiles = make_tiles(dtype, CUT.stages, CUT.block_n)
+    factor: gl.constexpr = gl.float8e4nv if CUT.item_bytes == 1 else dtype
+    x_tiles, weight_tiles = make_tiles(factor, CUT.stages, CUT.block_n, CUT.item_bytes)
     memory0, memory1 = make_memories(dtype, CUT.kv_stages, PANELS, _BLOCK)
     ring = make_ring(CUT.stages)
     key_ring0, key_ring1 = make_two_rings(CUT.kv_stages)
@@ -187,8 +191,8 @@ def carry_program(
     attention0 = Attention(memory0, key_ring0, value_ring0, rows, log2_scale, cursor0, num_blocks0, results0, PANELS)
     attention1 = Attention(memory1, key_ring1, value_ring1, rows, log2_scale, cursor1, num_blocks1, results1, PANELS)
     product = Product(
-        out, bias, num_tokens, num_columns, tiles_m, tiles_n, num_steps, program, num_programs, x_tiles, weight_tiles,
-        ring, CUT.block_n, CUT.kind,
+        out, bias, x_scales, scales, num_tokens, num_columns, tiles_m, tiles_n, num_steps, program, num_programs,
+        x_tiles, weight_tiles, ring, CUT.block_n, CUT.kind, CUT.item_bytes,
     )  # fmt: skip
     gl.warp_specialize(
         [
