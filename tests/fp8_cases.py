@@ -10,6 +10,7 @@ from torch import Tensor
 from nanoflow.graph.layers import FP8_BLOCK, Fp8
 from nanoflow.graph.operation import NormDims, OpKind, RowDims
 from nanoflow.kernels import reference_fp8
+from nanoflow.kernels.reference_experts_fp8 import EXPERT_FP8_KERNELS
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.models.fp8 import E4M3, quantise_rows
 from tests.elementwise_cases import Cases
@@ -73,6 +74,33 @@ def product_case(
         drawn = torch.rand(Fp8(block=FP8_BLOCK).scales_shape(shape), device=device)
         scales = drawn * float(scales.mean())
     return replace(launch, reads=(x, x_scales), weights=(weight, scales, *launch.weights[1:]))
+
+
+def experts_case(launch: Launch, *, is_blocked: bool = False) -> Launch:
+    """A grouped product of 16-bit numbers (`expert_cases.py`) in FP8; scales of blocks are drawn, and differ widely."""
+    x, *order = launch.reads
+    (weight,) = launch.weights
+    is_first = launch.op.kind is OpKind.EXPERTS_IN
+    numbers, x_scales = quantise_rows(x if is_first else x.view(order[0].numel(), -1))
+    quantised, row_scales = quantise_rows(weight)
+    scales = row_scales[..., 0].contiguous()
+    if is_blocked:
+        drawn = torch.rand(Fp8(block=FP8_BLOCK).scales_shape(tuple(weight.shape)), device=weight.device)
+        scales = (drawn + 0.1) * float(scales.mean())
+    kind = OpKind.EXPERTS_IN_FP8 if is_first else OpKind.EXPERTS_OUT_FP8
+    return replace(
+        launch,
+        op=replace(launch.op, kind=kind),
+        reads=(numbers.view_as(x), x_scales if is_first else x_scales.view_as(order[0]), *order),
+        weights=(quantised, scales),
+    )
+
+
+def exact_experts(launch: Launch) -> Tensor:
+    """A grouped product in FP8 by its reference kernel."""
+    out = torch.empty_like(launch.writes[0])
+    EXPERT_FP8_KERNELS[launch.op.kind](replace(launch, writes=(out,)))
+    return out
 
 
 def added_to(launch: Launch) -> Launch:

@@ -25,7 +25,7 @@ from nanoflow.graph.operation import (
 )
 
 # Operations whose output columns are split over GPUs.
-_ACTIVATIONS = (*GATED, OpKind.LINEAR_SWIGLU)
+_ACTIVATIONS = (*GATED, OpKind.LINEAR_SWIGLU, OpKind.EXPERTS_IN, OpKind.EXPERTS_IN_FP8)
 
 
 class Exchange(enum.StrEnum):
