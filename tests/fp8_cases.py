@@ -10,8 +10,8 @@ from torch import Tensor
 from nanoflow.graph.layers import FP8_BLOCK, Fp8
 from nanoflow.graph.operation import NormDims, OpKind, RowDims
 from nanoflow.kernels import reference_fp8
-from nanoflow.kernels.reference_experts_fp8 import EXPERT_FP8_KERNELS
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.reference_experts_fp8 import EXPERT_FP8_KERNELS
 from nanoflow.models.fp8 import E4M3, quantise_rows
 from tests.elementwise_cases import Cases
 from tests.gemm_cases import linear_case

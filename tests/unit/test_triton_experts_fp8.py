@@ -51,7 +51,7 @@ def _run(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
     (assert_linear_swiglu if is_first else assert_linear)(launch.writes[0], exact_experts(launch))
 
 
-# E, K, H and I. Tiles that end within an expert's rows and columns and within a step of features; several for an expert.
+# E, K, H and I. Tiles end within an expert's rows and columns and within a step of features; some experts take several.
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize(
     ("sizes", "routing", "num_tokens", "num_programs"),

@@ -81,8 +81,8 @@ def served_graph(
         if not weights:
             return served, None
         size = f"{num_bytes / 2**30:.2f} GiB"
-        line = f"weights are quantised to FP8 (a scale for each row) where they can be, else {_name(dtype)}: {size}"
-        return served, f"{line}{_left_out(served, dtype)}"
+        done = f"weights are quantised to FP8 (a scale for each row) where they can be, else {_name(dtype)}: {size}"
+        return served, f"{done}{_left_out(served, dtype)}"
     line = contents.described(f"FP8 and {_name(dtype)}" if weights else _name(dtype), num_bytes)
     if weights and contents.has_activation_scales:
         line = f"{line}; rows of activations get scales of their own, those in it are not used"

@@ -53,21 +53,18 @@ BESIDE = (
 ANYWHERE = _both(inf, GemmTiles(block_m=64, block_n=128, store_n=64, num_warps=4, num_stages=3))
 
 
-def _of_fp8(candidates: Sequence[ExpertTiles], *, is_blocked: bool) -> tuple[ExpertTiles, ...]:
-    """The same for factors of one byte; none has to be left out, as wide ones are cut to the rows of a block."""
-    found = []
-    for each in candidates:
-        first, second = (for_fp8(tiles, is_blocked=is_blocked) for tiles in (each.first, each.second))
-        found.append(ExpertTiles(max_rows=each.max_rows, first=first, second=second))
-    return tuple(found)
+def _of_fp8(tiles: ExpertTiles, *, is_blocked: bool) -> ExpertTiles:
+    """The same for factors of one byte."""
+    first, second = (for_fp8(each, is_blocked=is_blocked) for each in (tiles.first, tiles.second))
+    return ExpertTiles(max_rows=tiles.max_rows, first=first, second=second)
 
 
 # For products in FP8, with scales of rows or of blocks: tilings by the candidates that they are made of, and what suits
 # any card. Not measured yet.
 FP8_EXPERT_TILES: dict[tuple[tuple[ExpertTiles, ...], bool], tuple[tuple[ExpertTiles, ...], ExpertTiles]] = {
     (candidates, is_blocked): (
-        _of_fp8(candidates, is_blocked=is_blocked),
-        *_of_fp8((ANYWHERE,), is_blocked=is_blocked),
+        tuple(_of_fp8(each, is_blocked=is_blocked) for each in candidates),
+        _of_fp8(ANYWHERE, is_blocked=is_blocked),
     )
     for candidates in (WHOLE_CARD, BESIDE)
     for is_blocked in (False, True)
