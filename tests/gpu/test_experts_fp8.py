@@ -34,7 +34,7 @@ from tests.elementwise_cases import results_of
 from tests.expert_cases import ROUTINGS, ExpertCase
 from tests.families import make_model
 from tests.fp8_cases import assert_experts, assert_rows, experts_case
-from tests.plans import ping_pong_plan
+from tests.plans import experts_beside_plan, ping_pong_plan
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.gpu
@@ -175,11 +175,15 @@ def test_engines_agree_with_and_without_graphs_and_lanes(family: str, tmp_path: 
 
     whole = tokens("cuda")
     runs = {"on a CPU": tokens("cpu"), "without graphs": tokens("cuda", cuda_graphs=False)}
-    for mechanism in (Mechanism.STREAM, Mechanism.PARTITION):
-        path = tmp_path / f"{mechanism}.json"
-        share = {} if mechanism is Mechanism.STREAM else {"share": 84 / 132}
-        path.write_bytes(ping_pong_plan(graph, 256, 128, mechanism, **share).to_json())
-        runs[mechanism] = tokens("cuda", plan=str(path))
+    plans = (
+        ping_pong_plan(graph, 256, 128, Mechanism.STREAM),
+        ping_pong_plan(graph, 256, 128, Mechanism.PARTITION, share=84 / 132),
+        experts_beside_plan(graph, 256, 128, share=84 / 132),
+    )
+    for plan in plans:
+        path = tmp_path / "plan.json"
+        path.write_bytes(plan.to_json())
+        runs[plan.name] = tokens("cuda", plan=str(path))
     alike = {name: _part_alike(whole, other) for name, other in runs.items()}
     assert min(alike.values()) > 0.7, alike
 
