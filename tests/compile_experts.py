@@ -52,6 +52,7 @@ def compiled(
         "registers": code.registers,
         "num_spills": sum(map(names.count, ("STL", "LDL"))),
         "num_warpgroup_products": names.count("HGMMA"),
+        "num_fp8_products": names.count("QGMMA"),
     }
 
 

@@ -45,8 +45,13 @@ class CostedModel:
 
     @property
     def num_fp8_parameters(self) -> int:
-        """Parameters in FP8; a token passes all of them."""
+        """Parameters in FP8."""
         return self.graph.num_fp8_parameters
+
+    @property
+    def num_active_fp8_parameters(self) -> int:
+        """Those of them that one token passes."""
+        return self.graph.num_active_fp8_parameters
 
     def kv_bytes(self, context: float) -> float:
         """Bytes of keys and values that a request of so many tokens keeps; under a window, only of those inside it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nanoflow.config import ConfigError, EngineConfig
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.fp8 import fp8_candidates, with_fp8
 from nanoflow.graph.graph import Fp8, OpGraph
 from nanoflow.graph.operation import KvType
@@ -80,16 +81,20 @@ def served_graph(
         if not weights:
             return served, None
         size = f"{num_bytes / 2**30:.2f} GiB"
-        return (
-            served,
-            f"weights are quantised to FP8 (a scale for each row) where they can be, else {_name(dtype)}: {size}",
-        )
+        done = f"weights are quantised to FP8 (a scale for each row) where they can be, else {_name(dtype)}: {size}"
+        return served, f"{done}{_left_out(served, dtype)}"
     line = contents.described(f"FP8 and {_name(dtype)}" if weights else _name(dtype), num_bytes)
     if weights and contents.has_activation_scales:
         line = f"{line}; rows of activations get scales of their own, those in it are not used"
     if stored and config.quantization == "auto" and not can_multiply:
         line = f"{line}; products in FP8 need a GPU from Hopper on"
-    return served, line
+    return served, f"{line}{_left_out(served, dtype)}" if weights else line
+
+
+def _left_out(graph: OpGraph, dtype: torch.dtype) -> str:
+    """What is said of experts that no kernel multiplies in FP8; empty if there are none."""
+    has_biases = any(isinstance(op.dims, ExpertDims) and not op.dims.is_plain for op in graph.layer_operations)
+    return f"; experts with biases stay in {_name(dtype)}" if has_biases else ""
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import AttentionDims, KvType, LinearDims, Operation, OpKind
-from nanoflow.kernels import reference, reference_experts, sample
+from nanoflow.kernels import reference, reference_experts, reference_experts_fp8, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
@@ -66,6 +66,7 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         return {**REFERENCE_KERNELS, **FP8_KERNELS}
     from nanoflow.kernels import triton_attention, triton_fp8_split, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_experts_fp8 import EXPERT_FP8_PRODUCT_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
     from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
@@ -73,7 +74,7 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     _require_kv_type(attentions, torch.cuda.get_device_capability(device))
     kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     if multiplies_fp8(device, dtype):
-        kernels |= {**FP8_ROW_KERNELS, **triton_fp8_split.products()}
+        kernels |= {**FP8_ROW_KERNELS, **triton_fp8_split.products(), **EXPERT_FP8_PRODUCT_KERNELS}
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
@@ -164,6 +165,7 @@ _READING_ON_HOST: frozenset[Kernel] = frozenset(
         reference.prefill_attention,
         reference_experts.experts_in,
         reference_experts.experts_out,
+        *reference_experts_fp8.EXPERT_FP8_KERNELS.values(),
     )
 )
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {

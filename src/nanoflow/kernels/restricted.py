@@ -113,16 +113,20 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
 
 def _experts(kernels: Kernels, candidates: tuple[ExpertTiles, ...], num_sms: int) -> Kernels:
     """Grouped products with a program an SM; nothing unless their kernels are those in Triton."""
-    from nanoflow.kernels import triton_experts
+    from nanoflow.kernels import triton_experts, triton_experts_fp8
 
-    restricted: Kernels = {
-        OpKind.EXPERTS_IN: functools.partial(triton_experts.experts_in_on, candidates=candidates, num_programs=num_sms),
-        OpKind.EXPERTS_OUT: functools.partial(
-            triton_experts.experts_out_on, candidates=candidates, num_programs=num_sms
-        ),
+    # By kernel of the whole card.
+    restricted: dict[Kernel, Callable[..., None]] = {
+        triton_experts.experts_in: triton_experts.experts_in_on,
+        triton_experts.experts_out: triton_experts.experts_out_on,
+        triton_experts_fp8.experts_in_fp8: triton_experts_fp8.experts_in_fp8_on,
+        triton_experts_fp8.experts_out_fp8: triton_experts_fp8.experts_out_fp8_on,
     }
-    whole = (triton_experts.experts_in, triton_experts.experts_out)
-    return {kind: kernel for kind, kernel in restricted.items() if kernels[kind] in whole}
+    return {
+        kind: functools.partial(restricted[kernel], candidates=candidates, num_programs=num_sms)
+        for kind, kernel in kernels.items()
+        if kernel in restricted
+    }
 
 
 def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:

@@ -87,9 +87,11 @@ class Target:
         if self.scales is None:
             copy(into, rows)
             return
-        for place, numbers, scales in quantised_chunks(rows):
+        # Of a stack of matrices the rows of all of them, below each other.
+        into, of_rows = into.flatten(0, -2), self.scales.narrow(0, first, len(rows)).flatten()
+        for place, numbers, scales in quantised_chunks(rows.flatten(0, -2)):
             copy(into.narrow(0, place, len(numbers)), numbers)
-            copy(self.scales.narrow(0, first + place, len(scales)), scales)
+            copy(of_rows.narrow(0, place, len(scales)), scales)
 
     def put_part(self, part: Stored, tensors: Mapping[str, Tensor], copy: Copy) -> None:
         """Copy a whole part: as it is stored if it is kept so, else its numbers."""

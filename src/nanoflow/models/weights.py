@@ -125,17 +125,25 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
 def _draw(
     parameter: Parameter, group: dict[str, Tensor], dtype: torch.dtype, deviation: float, generator: torch.Generator
 ) -> None:
-    """Fill a parameter; one in FP8 gets the numbers that it would have without, quantised."""
+    """Fill a parameter; one in FP8 gets the numbers that it would have without, quantised.
+
+    Of a stack each matrix is drawn by itself, since experts take memory for no second copy of all of them.
+    """
     name, tensor = parameter.name, group[parameter.name]
     if tensor.dim() == 1 and not name.endswith(".bias"):
         tensor.fill_(1.0)
         return
-    drawn = tensor if parameter.fp8 is None else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    drawn.normal_(0.0, deviation, generator=generator)
-    if parameter.fp8 is not None:
-        for first, numbers, scales in quantised_chunks(drawn):
-            tensor[first : first + len(numbers)] = numbers
-            group[parameter.scales_name][first : first + len(numbers)] = scales
+    is_stack = parameter.num_stacked is not None
+    of_rows = None if parameter.fp8 is None else group[parameter.scales_name]
+    for place in range(parameter.num_stacked or 1):
+        matrix = tensor[place] if is_stack else tensor
+        drawn = matrix if of_rows is None else torch.empty(matrix.shape, dtype=dtype, device=tensor.device)
+        drawn.normal_(0.0, deviation, generator=generator)
+        if of_rows is not None:
+            own = of_rows[place] if is_stack else of_rows
+            for first, numbers, scales in quantised_chunks(drawn):
+                matrix[first : first + len(numbers)] = numbers
+                own[first : first + len(numbers)] = scales
 
 
 def _add_offsets(graph: OpGraph, weights: Weights) -> None:
