@@ -95,14 +95,7 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
             kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
         kernels |= _grouped_products(layer)
-    return for_experts(kernels, layer)
-
-
-def for_experts(kernels: Kernels, layer: tuple[Operation, ...]) -> Kernels:
-    """The kernels, of which those of routers and experts are the reference ones if the experts are not plain ones."""
-    if all(op.dims.is_plain for op in layer if isinstance(op.dims, ExpertDims)):
-        return kernels
-    return {**kernels, **{kind: REFERENCE_KERNELS[kind] for kind in _OF_PLAIN_EXPERTS}}
+    return kernels
 
 
 def _grouped_products(layer: tuple[Operation, ...]) -> Kernels:
@@ -168,8 +161,6 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
     )
 
 
-# Kinds whose kernels for a GPU know neither biases nor clamped activations.
-_OF_PLAIN_EXPERTS = (OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT)
 _READING_ON_HOST: frozenset[Kernel] = frozenset(
     (
         reference.decode_attention,
