@@ -143,9 +143,13 @@ class ExpertDims:
         """Of the product: a token passes K experts."""
         return 2 * num_tokens * self.routing.num_per_token * self.in_features * self.out_features
 
+    def touched_weights(self, num_tokens: int) -> int:
+        """Weights of the experts that are expected to be touched."""
+        return round(self.routing.num_touched(num_tokens) * self.in_features * self.out_features)
+
     def elements(self, num_tokens: int) -> int:
         """Weights of the experts that are expected to be touched, and rows."""
-        weights = round(self.routing.num_touched(num_tokens) * self.in_features * self.out_features)
+        weights = self.touched_weights(num_tokens)
         num_rows = num_tokens * self.routing.num_per_token
         if self.is_gated:
             return weights + num_tokens * self.in_features + num_rows * (self.out_features // 2)

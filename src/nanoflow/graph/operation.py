@@ -60,6 +60,8 @@ class OpKind(enum.StrEnum):
     EXPERT_ORDER = "expert_order"
     EXPERTS_IN = "experts_in"
     EXPERTS_OUT = "experts_out"
+    EXPERTS_IN_MXFP4 = "experts_in_mxfp4"
+    EXPERTS_OUT_MXFP4 = "experts_out_mxfp4"
     COMBINE = "combine"
     SHARED_GATE = "shared_gate"
     ALL_REDUCE = "all_reduce"
@@ -70,6 +72,8 @@ class OpKind(enum.StrEnum):
 GATED = (OpKind.SWIGLU, OpKind.GEGLU, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8)
 # Products of rows and weights in FP8.
 FP8_PRODUCTS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8)
+# Products of rows in 16 bits and weights in MXFP4.
+MXFP4_PRODUCTS = (OpKind.EXPERTS_IN_MXFP4, OpKind.EXPERTS_OUT_MXFP4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +186,8 @@ class Operation:
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
-        if self.kind in _FP8_BYTES:
-            return _FP8_BYTES[self.kind](self, shape, dtype_bytes)
+        if self.kind in _OWN_BYTES:
+            return _OWN_BYTES[self.kind](self, shape, dtype_bytes)
         moved = _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
         if isinstance(self.dims, AttentionDims):
             moved += _cached_tokens(self, shape) * self.dims.cached_bytes(dtype_bytes)
@@ -214,6 +218,14 @@ def _fp8_linear_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int
     tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
     moved = 2 * n if op.kind is OpKind.LINEAR_ADD_FP8 else n
     return n * (k + 4) + tokens * (k + 4 + moved * dtype_bytes)
+
+
+def _mxfp4_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    """As in 16 bits, but that a weight has 4 bits and 32 of them share a scale of a byte."""
+    assert isinstance(op.dims, ExpertDims)
+    tokens = shape.tokens_in(op.scope)
+    weights = op.dims.touched_weights(tokens)
+    return weights * 17 // 32 + (op.dims.elements(tokens) - weights) * dtype_bytes
 
 
 def _fp8_rows_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
@@ -307,7 +319,9 @@ _FLOPS: dict[type, _Cost] = {
     CollectiveDims: _collective_flops,
     **dict.fromkeys(_ROUTED, _routed_flops),
 }
-_FP8_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
+# Of operations that do not move elements of the model's type alone.
+_OWN_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
+    **dict.fromkeys(MXFP4_PRODUCTS, _mxfp4_bytes),
     **dict.fromkeys(FP8_PRODUCTS, _fp8_linear_bytes),
     **dict.fromkeys((OpKind.RMS_NORM_FP8, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8, OpKind.QUANTISE_FP8), _fp8_rows_bytes),
 }

@@ -19,6 +19,7 @@ from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
+from nanoflow.kernels.reference_mxfp4 import MXFP4_KERNELS
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
     return triton_gemm.has_tma(device)
 
 
+def unpacks_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has fast products of weights in MXFP4 for activations of this type."""
+    return dtype == torch.bfloat16 and multiplies_fp8(device, dtype)
+
+
 def are_capturable(kernels: Kernels, layer: tuple[Operation, ...]) -> bool:
     """Whether a CUDA graph can capture the kernels of these operations: none of them reads lengths on the host."""
     return not _READING_ON_HOST & {kernels[op.kind] for op in layer}
@@ -67,18 +73,21 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
-        return {**REFERENCE_KERNELS, **FP8_KERNELS}
+        return {**REFERENCE_KERNELS, **FP8_KERNELS, **MXFP4_KERNELS}
     from nanoflow.kernels import triton_attention, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_experts_mxfp4 import TRITON_MXFP4_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
     from nanoflow.kernels.triton_fp8 import FP8_PRODUCT_KERNELS
     from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     _require_kv_type(attentions, torch.cuda.get_device_capability(device))
-    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
+    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **MXFP4_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     if multiplies_fp8(device, dtype):
         kernels |= {**FP8_ROW_KERNELS, **FP8_PRODUCT_KERNELS}
+    if unpacks_mxfp4(device, dtype):
+        kernels |= TRITON_MXFP4_KERNELS
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
@@ -167,6 +176,7 @@ _READING_ON_HOST: frozenset[Kernel] = frozenset(
         reference.prefill_attention,
         reference_experts.experts_in,
         reference_experts.experts_out,
+        *MXFP4_KERNELS.values(),
     )
 )
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {

@@ -5,7 +5,8 @@ finds its tiles from where the experts' rows end, which it reads on the device. 
 routing, a CUDA graph serves any routing of its number of tokens, and weights of an expert without rows are not read.
 Weights are loaded by TMA; an expert's rows begin anywhere, so rows of a tile that are another expert's are computed
 from whatever is there, and not written. Row-wise operations of experts are in `triton_experts_rows.py`, sizes of tiles
-in `expert_tiles.py`, biases and activations in `triton_expert_sums.py`. The references are the functions of these names in `reference_experts.py`, with the same rounding.
+in `expert_tiles.py`, biases and activations in `triton_expert_sums.py`. The references are the functions of these names
+in `reference_experts.py`, with the same rounding.
 
 Shape legend: T tokens, E experts, K experts of a token, H width of the model, I width of an expert; T x K rows, sorted
 by expert.
@@ -39,7 +40,9 @@ def experts_in(launch: Launch) -> None:
 
 
 def experts_out(launch: Launch) -> None:
-    """out [T, K x H], seen as [T x K, H] in the tokens' order: activation of each row @ weight [E, H, I]^T (+ bias [E, H]).
+    """out [T, K x H], seen as [T x K, H] in the tokens' order: activation of each row @ weight [E, H, I]^T.
+
+    A bias is [E, H].
 
     Raises:
         ValueError: See `run_experts_out`.
@@ -258,7 +261,7 @@ def _write_activated(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
 ) -> None:
-    """Write the activation, as `_write_rows` does. Biases of the expert's gates begin at `of_expert`, then those of up."""
+    """Write the activation, as `_write_rows` does. Biases of the expert's gates begin at `of_expert`, then up's."""
     if WIDTH > STORE_N:
         HALF: tl.constexpr = WIDTH // 2
         gate, other_gate = _halves(gate, BLOCK_M, HALF)
