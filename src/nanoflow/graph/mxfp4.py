@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 
 from nanoflow.graph.experts import ExpertDims
-from nanoflow.graph.graph import LayerKind, OpGraph, PackedMxfp4
+from nanoflow.graph.graph import GraphError, LayerKind, OpGraph, PackedMxfp4
 from nanoflow.graph.layers import MXFP4_GROUP
 from nanoflow.graph.operation import Operation, OpKind
 
@@ -35,8 +35,15 @@ def with_mxfp4(graph: OpGraph, names: Container[str]) -> OpGraph:
 
 
 def in_mxfp4(graph: OpGraph) -> OpGraph:
-    """The graph with all experts in MXFP4 that can be."""
-    return with_mxfp4(graph, mxfp4_candidates(graph))
+    """The graph with all experts in MXFP4.
+
+    Raises:
+        GraphError: It has none of sizes that suit it.
+    """
+    names = mxfp4_candidates(graph)
+    if not names:
+        raise GraphError(f"quantization mxfp4: {graph.name} has no experts of sizes that suit it")
+    return with_mxfp4(graph, names)
 
 
 def _suits(op: Operation) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.mxfp4 import in_mxfp4
 from nanoflow.graph.operation import (
     FP8_PRODUCTS,
     AttentionDims,
@@ -55,6 +56,7 @@ def estimated_profile(
     kv_type: KvType = KvType.MODEL,
     expert_skew: float = 0.0,
     is_fp8: bool = False,
+    is_mxfp4: bool = False,
 ) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
 
@@ -66,6 +68,7 @@ def estimated_profile(
         kv_type: Type of keys and values in the cache.
         expert_skew: How unevenly tokens choose experts.
         is_fp8: Whether products of layers multiply FP8.
+        is_mxfp4: Whether weights of experts are in MXFP4.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
@@ -75,6 +78,7 @@ def estimated_profile(
     if is_fp8:
         gpus.require_fp8()
         graph = in_fp8(graph)
+    graph = in_mxfp4(graph) if is_mxfp4 else graph
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
@@ -87,6 +91,7 @@ def estimated_profile(
         config=dict(config),
         kv_cache_dtype=kv_type,
         is_fp8=is_fp8,
+        is_mxfp4=is_mxfp4,
         expert_skew=expert_skew,
         setup=Setup(
             gpu=spec.title,
