@@ -67,17 +67,16 @@ def estimated_profile(
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
         kv_type: Type of keys and values in the cache.
         expert_skew: How unevenly tokens choose experts.
-        is_fp8: Whether products of layers multiply FP8.
-        is_mxfp4: Whether weights of experts are in MXFP4.
+        is_fp8, is_mxfp4: Whether products of layers multiply FP8, and whether weights of experts are in MXFP4.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
         HardwareError: The GPUs do not multiply FP8.
     """
-    graph = with_skew(build_graph(parse(config, origin=model), None).with_kv_type(kv_type), expert_skew)
     if is_fp8:
         gpus.require_fp8()
-        graph = in_fp8(graph)
+    graph = with_skew(build_graph(parse(config, origin=model), None).with_kv_type(kv_type), expert_skew)
+    graph = in_fp8(graph) if is_fp8 else graph
     graph = in_mxfp4(graph) if is_mxfp4 else graph
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
