@@ -70,10 +70,10 @@ class Roof:
     fp8_flops_per_s: float
     bytes_per_s: float
 
-    def least_s(self, work: Work) -> float:
-        """No kernel is faster."""
-        flops_per_s = self.flops_per_s if work.form is Form.PLAIN else self.fp8_flops_per_s
-        return max(work.flops / flops_per_s, work.num_bytes / self.bytes_per_s)
+    def least_s(self, flops: float, num_bytes: float, form: Form = Form.PLAIN) -> float:
+        """No kernel with products in this form is faster."""
+        flops_per_s = self.flops_per_s if form is Form.PLAIN else self.fp8_flops_per_s
+        return max(flops / flops_per_s, num_bytes / self.bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +232,7 @@ def measured(
                 time_us=time_s * 1e6,
                 tflop_per_s=work.flops / time_s / 1e12,
                 gb_per_s=work.num_bytes / time_s / 1e9,
-                of_roof=roof.least_s(work) / time_s,
+                of_roof=roof.least_s(work.flops, work.num_bytes, work.form) / time_s,
             )
         # Any error of a compiler or a driver is shown in the row.
         except Exception as error:

@@ -54,7 +54,11 @@ _OURS = (
     Same(
         name="quantization",
         values=dict.fromkeys(
-            ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf", "fbgemm_fp8"), "auto"
+            (
+                *("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf", "fbgemm_fp8"),
+                "mxfp4",
+            ),
+            "auto",
         ),
         note="the checkpoint says how weights are stored; fp8 quantises others at the start",
         flags=("-q",),

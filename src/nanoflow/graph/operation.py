@@ -63,6 +63,8 @@ class OpKind(enum.StrEnum):
     EXPERTS_OUT = "experts_out"
     EXPERTS_IN_FP8 = "experts_in_fp8"
     EXPERTS_OUT_FP8 = "experts_out_fp8"
+    EXPERTS_IN_MXFP4 = "experts_in_mxfp4"
+    EXPERTS_OUT_MXFP4 = "experts_out_mxfp4"
     COMBINE = "combine"
     SHARED_GATE = "shared_gate"
     ALL_REDUCE = "all_reduce"
@@ -74,6 +76,8 @@ GATED = (OpKind.SWIGLU, OpKind.GEGLU, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8)
 # Products of rows and weights in FP8: those of all tokens, and those of experts too.
 FP8_LINEARS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8)
 FP8_PRODUCTS = (*FP8_LINEARS, OpKind.EXPERTS_IN_FP8, OpKind.EXPERTS_OUT_FP8)
+# Products of rows in 16 bits and weights in MXFP4.
+MXFP4_PRODUCTS = (OpKind.EXPERTS_IN_MXFP4, OpKind.EXPERTS_OUT_MXFP4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +197,8 @@ class Operation:
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
-        if self.kind in _FP8_BYTES:
-            return _FP8_BYTES[self.kind](self, shape, dtype_bytes)
+        if self.kind in _OWN_BYTES:
+            return _OWN_BYTES[self.kind](self, shape, dtype_bytes)
         moved = _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
         if isinstance(self.dims, AttentionDims):
             moved += _cached_tokens(self, shape) * self.dims.cached_bytes(dtype_bytes)
@@ -228,13 +232,13 @@ def _fp8_linear_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int
 
 
 def _fp8_expert_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
-    """As `_fp8_linear_bytes`, of the experts that are expected to be touched."""
     assert isinstance(op.dims, ExpertDims)
-    tokens, k, n = shape.tokens_in(op.scope), op.dims.in_features, op.dims.out_features
-    num_rows = tokens * op.dims.routing.num_per_token
-    num_read, moved = (tokens, n // 2) if op.dims.is_gated else (num_rows, n)
-    weights = round(op.dims.routing.num_touched(tokens) * n * (k + 4))
-    return weights + num_read * (k + 4) + num_rows * moved * dtype_bytes
+    return op.dims.fp8_bytes(shape.tokens_in(op.scope), dtype_bytes)
+
+
+def _mxfp4_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    assert isinstance(op.dims, ExpertDims)
+    return op.dims.mxfp4_bytes(shape.tokens_in(op.scope), dtype_bytes)
 
 
 def _fp8_rows_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
@@ -330,8 +334,10 @@ _FLOPS: dict[type, _Cost] = {
     CollectiveDims: _collective_flops,
     **dict.fromkeys(_ROUTED, _routed_flops),
 }
-_FP8_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
-    **dict.fromkeys((OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8), _fp8_linear_bytes),
+# Of operations that do not move elements of the model's type alone.
+_OWN_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
+    **dict.fromkeys(MXFP4_PRODUCTS, _mxfp4_bytes),
+    **dict.fromkeys(FP8_LINEARS, _fp8_linear_bytes),
     **dict.fromkeys((OpKind.EXPERTS_IN_FP8, OpKind.EXPERTS_OUT_FP8), _fp8_expert_bytes),
     **dict.fromkeys((OpKind.RMS_NORM_FP8, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8, OpKind.QUANTISE_FP8), _fp8_rows_bytes),
 }

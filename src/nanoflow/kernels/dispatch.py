@@ -17,6 +17,7 @@ from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
+from nanoflow.kernels.reference_mxfp4 import MXFP4_KERNELS
 
 Kernels = dict[OpKind, Kernel]
 # Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
@@ -52,6 +53,11 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
     return triton_gemm.has_tma(device)
 
 
+def unpacks_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has fast products of weights in MXFP4 for activations of this type."""
+    return dtype == torch.bfloat16 and multiplies_fp8(device, dtype)
+
+
 def are_capturable(kernels: Kernels, layer: tuple[Operation, ...]) -> bool:
     """Whether a CUDA graph can capture the kernels of these operations: none of them reads lengths on the host."""
     return not _READING_ON_HOST & {kernels[op.kind] for op in layer}
@@ -63,18 +69,21 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
-        return {**REFERENCE_KERNELS, **FP8_KERNELS}
+        return {**REFERENCE_KERNELS, **FP8_KERNELS, **MXFP4_KERNELS}
     from nanoflow.kernels import triton_attention, triton_fp8_split, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
     from nanoflow.kernels.triton_experts_fp8 import EXPERT_FP8_PRODUCT_KERNELS
+    from nanoflow.kernels.triton_experts_mxfp4 import TRITON_MXFP4_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
     from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     _require_kv_type(attentions, torch.cuda.get_device_capability(device))
-    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
+    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **MXFP4_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     if multiplies_fp8(device, dtype):
         kernels |= {**FP8_ROW_KERNELS, **triton_fp8_split.products(), **EXPERT_FP8_PRODUCT_KERNELS}
+    if unpacks_mxfp4(device, dtype):
+        kernels |= TRITON_MXFP4_KERNELS
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
@@ -90,14 +99,7 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
         if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
             kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
         kernels |= _grouped_products(layer)
-    return for_experts(kernels, layer)
-
-
-def for_experts(kernels: Kernels, layer: tuple[Operation, ...]) -> Kernels:
-    """The kernels, of which those of routers and experts are the reference ones if the experts are not plain ones."""
-    if all(op.dims.is_plain for op in layer if isinstance(op.dims, ExpertDims)):
-        return kernels
-    return {**kernels, **{kind: REFERENCE_KERNELS[kind] for kind in _OF_PLAIN_EXPERTS}}
+    return kernels
 
 
 def _grouped_products(layer: tuple[Operation, ...]) -> Kernels:
@@ -157,8 +159,6 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
     )
 
 
-# Kinds whose kernels for a GPU know neither biases nor clamped activations.
-_OF_PLAIN_EXPERTS = (OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT)
 _READING_ON_HOST: frozenset[Kernel] = frozenset(
     (
         reference.decode_attention,
@@ -166,6 +166,7 @@ _READING_ON_HOST: frozenset[Kernel] = frozenset(
         reference_experts.experts_in,
         reference_experts.experts_out,
         *reference_experts_fp8.EXPERT_FP8_KERNELS.values(),
+        *MXFP4_KERNELS.values(),
     )
 )
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {

@@ -37,6 +37,7 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
         **kernels,
         **_products(PART_TILES, num_sms),
         **_experts(kernels, WHOLE_CARD, num_sms),
+        **_mxfp4_experts(kernels, num_sms, is_alone=True),
         **_attention(kernels, num_sms, is_beside=False),
     }
 
@@ -68,6 +69,7 @@ def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
         **kernels,
         **_products(BESIDE_TILES, num_sms),
         **_experts(kernels, BESIDE, num_sms),
+        **_mxfp4_experts(kernels, num_sms, is_alone=False),
         **_attention(kernels, num_sms, is_beside=True),
     }
 
@@ -127,6 +129,18 @@ def _experts(kernels: Kernels, candidates: tuple[ExpertTiles, ...], num_sms: int
         for kind, kernel in kernels.items()
         if kernel in restricted
     }
+
+
+def _mxfp4_experts(kernels: Kernels, num_sms: int, *, is_alone: bool) -> Kernels:
+    """As `_experts`, of weights in MXFP4; several programs share a multiprocessor if nothing else runs on it."""
+    from nanoflow.kernels import triton_experts_mxfp4 as packed
+
+    restricted: Kernels = {
+        OpKind.EXPERTS_IN_MXFP4: functools.partial(packed.experts_in_on, num_sms=num_sms, is_alone=is_alone),
+        OpKind.EXPERTS_OUT_MXFP4: functools.partial(packed.experts_out_on, num_sms=num_sms, is_alone=is_alone),
+    }
+    whole = packed.TRITON_MXFP4_KERNELS
+    return {kind: kernel for kind, kernel in restricted.items() if kernels.get(kind) is whole[kind]}
 
 
 def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:
