@@ -214,8 +214,8 @@ def _activated(acc: tl.tensor, dtype: tl.constexpr, BLOCK_M: tl.constexpr, HALF:
 @triton.jit
 def _scaled(
     acc: tl.tensor,
-    x_scales: tl.tensor,
-    scales: tl.tensor,
+    x_scales: tl.tensor | None,
+    scales: tl.tensor | None,
     row: tl.tensor,
     column: tl.tensor,
     num_rows: int,
@@ -223,10 +223,12 @@ def _scaled(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """Sums of FP8 times the scale of each row of x, and of each row of the weight."""
-    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
-    return acc * tl.load(scales + columns, mask=columns < num_columns, other=0.0)[None, :]
+    """Sums of FP8 times the scale of each row of x, and of each row of the weight; others have no scales."""
+    if scales is not None:
+        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+        acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        acc *= tl.load(scales + columns, mask=columns < num_columns, other=0.0)[None, :]
+    return acc
 
 
 @triton.jit
