@@ -64,16 +64,11 @@ def test_products(num_tokens: int, shape: tuple[int, int], is_blocked: bool, is_
 
 
 @pytest.mark.parametrize(("num_tokens", "shape"), [(37, (272, 208)), (1, (144, 272))])
-@pytest.mark.parametrize("is_split", [False, True])
-def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int], is_split: bool) -> None:
-    """In one kernel, and in two, as for few tokens."""
+def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int]) -> None:
     launch = gated(product_case(num_tokens, shape, DTYPE, CPU))
     expected = torch.empty_like(launch.writes[0])
     FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
-    if is_split:
-        fast.linear_fp8_then_swiglu(launch)
-    else:
-        fast.run_linear_swiglu_fp8(launch, ROWS, 3)
+    fast.run_linear_swiglu_fp8(launch, ROWS, 3)
     assert_linear_swiglu(launch.writes[0], expected)
 
 

@@ -28,7 +28,7 @@ from nanoflow.kernels.triton_attention import card_of
 _ALIGNMENT_BYTES = 16
 _ITEM_BYTES = 2
 # With fewer tokens most memory traffic is the weight. Fusing saves little, and cuBLAS reads the weight faster.
-MIN_FUSED_TOKENS = 64
+_MIN_FUSED_TOKENS = 64
 
 
 def has_tma(device: torch.device) -> bool:
@@ -79,7 +79,7 @@ def linear_swiglu(launch: Launch) -> None:
         ValueError: The tensors do not suit TMA (see `run_linear_swiglu`), and there are enough tokens for the fused
             kernel.
     """
-    if len(launch.reads[0]) < MIN_FUSED_TOKENS:
+    if len(launch.reads[0]) < _MIN_FUSED_TOKENS:
         linear_then_swiglu(launch)
     else:
         run_linear_swiglu(launch, *choose_cut(launch))
