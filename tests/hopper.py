@@ -32,7 +32,7 @@ from nanoflow.kernels.hopper import (
 )
 from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
 from nanoflow.kernels.launch import Launch
-from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values, unwritten
+from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values, unloaded
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Machine:
             items = tuple(Barrier(self.changed) for _ in range(shape[0]))
             self.barriers += items
             return Barriers(items)
-        return Shared(unwritten(shape, dtype))
+        return Shared(unloaded(tuple(shape), dtype))
 
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = barrier.missing = count
@@ -84,7 +84,7 @@ class Machine:
         tile.cells[: there.shape[0], : there.shape[1]] = there
         with self.changed:
             assert barrier.num_bytes > 0, "bytes that nobody expects"
-        barrier.add(0, -tile.cells.numel() * tile.cells.element_size())
+        barrier.add(0, -tile.cells.nbytes)
 
     def multiply(self, left: Shared, right: Shared, acc: Any, *, use_acc: bool = True, is_async: bool) -> Pending:
         assert is_async

@@ -73,9 +73,16 @@ class Barrier:
                 raise Stuck
 
 
+def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What memory holds before it is written: infinity, in FP8 NaN, or the largest of whole numbers."""
+    if dtype.is_floating_point:
+        return torch.full(shape, torch.nan if dtype.itemsize == 1 else torch.inf).to(dtype)
+    return torch.full(shape, torch.iinfo(dtype).max, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Shared:
-    """Memory of a program, or a part of it; infinite before it is written, or NaN in FP8, which has no infinity."""
+    """Memory of a program, or a part of it; infinite before it is written."""
 
     cells: Tensor
 
@@ -125,11 +132,6 @@ class Pointer:
     @property
     def dtype(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(element_ty=self.memory.dtype)
-
-
-def unwritten(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Cells before they are written, see `Shared`."""
-    return torch.full(tuple(shape), torch.nan if dtype.itemsize == 1 else torch.inf).to(dtype)
 
 
 class Pending:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
-from nanoflow.graph.operation import FP8_PRODUCTS, OpKind
+from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
 from nanoflow.kernels import triton_fp8_split as split
 from nanoflow.kernels.cpu import CPU_KERNELS
@@ -140,7 +140,7 @@ def test_torch_multiplies_where_it_can() -> None:
 
 def test_lanes_with_a_part_of_the_device_have_products_of_their_own() -> None:
     for kernels in (kernels_on(CPU_KERNELS, 60), kernels_beside(CPU_KERNELS, 60)):
-        for kind in FP8_PRODUCTS:
+        for kind in (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8):
             assert kernels[kind] is not CPU_KERNELS[kind]
 
 

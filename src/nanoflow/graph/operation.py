@@ -309,7 +309,7 @@ _FLOPS: dict[type, _Cost] = {
     **dict.fromkeys(_ROUTED, _routed_flops),
 }
 _FP8_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
-    **dict.fromkeys(FP8_PRODUCTS, _fp8_linear_bytes),
+    **dict.fromkeys((OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8), _fp8_linear_bytes),
     **dict.fromkeys((OpKind.RMS_NORM_FP8, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8, OpKind.QUANTISE_FP8), _fp8_rows_bytes),
 }
 _ELEMENTS: dict[type, _Cost] = {
