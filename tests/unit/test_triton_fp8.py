@@ -21,6 +21,7 @@ from nanoflow.kernels.restricted import kernels_beside, kernels_on, kernels_on_s
 from nanoflow.kernels.triton_attention import Card
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 from nanoflow.kernels.triton_split_k import make_workspace
+from tests.all_cases import RUNS_ALL_CASES
 from tests.compiling import compiled
 from tests.elementwise_cases import Cases
 from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, gated, product_case, row_case
@@ -72,7 +73,7 @@ def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int]) -> None:
     assert_linear_swiglu(launch.writes[0], expected)
 
 
-@pytest.mark.parametrize(("num_programs", "num_splits"), [(5, 2), (40, 2), (40, 3)])
+@pytest.mark.parametrize(("num_programs", "num_splits"), [(5, 2), (40, 3)])
 @pytest.mark.parametrize("is_added", [False, True])
 def test_products_whose_last_round_is_split(num_programs: int, num_splits: int, is_added: bool) -> None:
     """12 tiles of 4 steps."""
@@ -156,5 +157,6 @@ def test_tiles_have_one_block_of_rows_where_blocks_have_scales() -> None:
 
 def test_they_compile_for_hopper() -> None:
     """To instructions that multiply FP8, without moving registers to memory."""
-    for report in compiled("tests.compile_fp8"):
+    programs = ("gated", "product") if RUNS_ALL_CASES else ("gated",)
+    for report in compiled("tests.compile_fp8", *programs):
         assert report["num_spills"] == 0 and report["multiplies_fp8"] and report["shared_bytes"] <= 227 * 1024
