@@ -25,10 +25,14 @@ from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 from nanoflow.models.config_json import load
 from nanoflow.models.fp8 import E4M3
-from nanoflow.models.presets import preset_config
+from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.profiler.pairs import measure_pairs, pair_tasks
+from nanoflow.profiler.profile import new_job
+from nanoflow.profiler.sustained import Span
+from nanoflow.profiler.work import Sizes
 from tests.driving import greedy, random_prompts, run_model
 from tests.elementwise_cases import results_of
 from tests.expert_cases import ROUTINGS, ExpertCase
@@ -146,6 +150,27 @@ def test_mixtral_is_drawn_within_48_gb() -> None:
     assert torch.cuda.max_memory_reserved() - before < 48e9
     del weights
     torch.cuda.empty_cache()
+
+
+def test_experts_are_measured_beside_attention(tmp_path: Path) -> None:
+    """With SMs of their own, and on those of attention: both get a part of what they have alone."""
+    pytest.importorskip("cuda.bindings")
+    job = new_job(
+        "preset:qwen3-30b-a3b",
+        PRESETS["qwen3-30b-a3b"],
+        device=torch.device("cuda", torch.cuda.current_device()),
+        dtype=torch.bfloat16,
+        sizes=Sizes.small(1024),
+        path=tmp_path / "profile.json",
+        is_quick=True,
+        is_fp8=True,
+    )
+    found = [pair for pair in pair_tasks(job.site, 1024, 132) if pair.first.operation == "experts_in"]
+    by_mechanism = {pair.mechanism: pair for pair in found}
+    assert {Mechanism.PARTITION, Mechanism.BESIDE} <= by_mechanism.keys()
+    wanted = [by_mechanism[each] for each in (Mechanism.PARTITION, Mechanism.BESIDE)]
+    for point in measure_pairs(job.site, wanted, Span(settle_s=0.1, measure_s=0.25)):
+        assert 0.05 < point.first_performance < 1.15 and 0.05 < point.second_performance < 1.15, point
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanoflow.cli.main import main
 from nanoflow.config import EngineConfig
 from nanoflow.cost.model import costed_model
+from nanoflow.engine import precision
 from nanoflow.engine.precision import served_graph
 from nanoflow.graph.fp8 import fp8_candidates, in_fp8
 from nanoflow.graph.graph import Element, Fp8, OpGraph
@@ -156,7 +157,7 @@ def test_random_experts_are_those_without_fp8_quantised_and_drawn_one_by_one(mon
     assert quantised.num_bytes == in_fp8(_tiny()).parameter_bytes(2)
 
 
-def test_experts_that_are_stored_in_blocks_stay_so(tmp_path: Path) -> None:
+def test_experts_that_are_stored_in_blocks_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Qwen 3 and DeepSeek have them: a scale for each 128 x 128 of each matrix of each expert."""
     sizes: dict[str, Any] = {
         "hidden_size": 128,
@@ -171,6 +172,9 @@ def test_experts_that_are_stored_in_blocks_stay_so(tmp_path: Path) -> None:
         EngineConfig(quantization="fp8", device="cpu"), graph, read_contents(graph, folder), torch.float32, CPU
     )
     assert line is not None and line.startswith("weights are stored as FP8 and served as FP8 and float32")
+    monkeypatch.setattr(precision, "multiplies_fp8", lambda device, dtype: True)
+    by_itself, _ = served_graph(EngineConfig(device="cpu"), graph, read_contents(graph, folder), torch.float32, CPU)
+    assert set(EXPERTS) <= {each.name for each in by_itself.kinds[0].parameters if each.fp8 is not None}
     ours = load_weights(served, folder, torch.float32, CPU, show_progress=False).layers[0]
     exact = load_weights(graph, twin, torch.float32, CPU, show_progress=False).layers[0]
     (kind,) = served.kinds
