@@ -263,7 +263,7 @@ def test_chosen_tiles(rows_per_expert: float, expected: int) -> None:
 
 def test_products_fit_beside_attention() -> None:
     """Beside one program of decode attention on an SM; a second product must not, or it would take its place."""
-    for each in BESIDE:
+    for each in (*BESIDE, *FP8_EXPERT_TILES[BESIDE, False][0], *FP8_EXPERT_TILES[BESIDE, True][0]):
         for tiles, is_gated in ((each.first, True), (each.second, False)):
             num_bytes = tiles.shared_memory_bytes(is_gated=is_gated) + RESERVED_BYTES
             assert num_bytes + attention_bytes() + RESERVED_BYTES <= SM_BYTES < 2 * num_bytes
