@@ -176,7 +176,6 @@ def test_experts_are_measured_beside_attention(tmp_path: Path) -> None:
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2-moe": {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 64},
-    "qwen3-moe": {"moe_intermediate_size": 32},
 }
 
 
@@ -201,7 +200,6 @@ def test_engines_agree_with_and_without_graphs_and_lanes(family: str, tmp_path: 
     whole = tokens("cuda")
     runs = {"on a CPU": tokens("cpu"), "without graphs": tokens("cuda", cuda_graphs=False)}
     plans = (
-        ping_pong_plan(graph, 256, 128, Mechanism.STREAM),
         ping_pong_plan(graph, 256, 128, Mechanism.PARTITION, share=84 / 132),
         experts_beside_plan(graph, 256, 128, share=84 / 132),
     )
@@ -210,7 +208,7 @@ def test_engines_agree_with_and_without_graphs_and_lanes(family: str, tmp_path: 
         path.write_bytes(plan.to_json())
         runs[plan.name] = tokens("cuda", plan=str(path))
     alike = {name: _part_alike(whole, other) for name, other in runs.items()}
-    assert min(alike.values()) > 0.7, alike
+    assert min(alike.values()) > 0.8, alike
 
 
 def _part_alike(one: list[list[int]], other: list[list[int]]) -> float:

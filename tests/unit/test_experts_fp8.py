@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
 from nanoflow.plan.mechanisms import Mechanism
-from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.plan import PipelinePlan, PlanError
+from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.search import cuts, search
 from tests.agreement import Agreement, agreement
 from tests.driving import greedy, random_prompts, run_model
@@ -253,6 +255,17 @@ def _part_alike(one: list[list[int]], other: list[list[int]]) -> float:
     """Part of the tokens that are the same."""
     pairs = [pair for both in zip(one, other, strict=True) for pair in zip(*both, strict=True)]
     return sum(first == second for first, second in pairs) / len(pairs)
+
+
+def test_rows_sorted_by_expert_are_quantised_in_the_ranges_that_they_were_sorted_in() -> None:
+    graph = in_fp8(_preset("mixtral-8x7b"))
+    plan = nanobatch_plan(graph, 64, [20])
+    plan.validate(graph)
+    first, second = (nano for nano in plan.nano_operations if nano.operation == "experts_out_quantise")
+    others = {first: replace(first, stop=30), second: replace(second, start=30)}
+    moved = replace(plan, nano_operations=tuple(others.get(nano, nano) for nano in plan.nano_operations))
+    with pytest.raises(PlanError, match="must be cut at the same places"):
+        moved.validate(graph)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
