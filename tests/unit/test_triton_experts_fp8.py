@@ -73,6 +73,18 @@ def test_an_expert_without_rows_is_not_read() -> None:
         _run(launch, ROWS, 3)
 
 
+def test_a_row_that_is_not_finite_stays_alone() -> None:
+    """Rows of other tokens and experts are computed in the same tiles."""
+    for product, run in zip(PRODUCTS, (fast.run_experts_in_fp8, fast.run_experts_out_fp8), strict=True):
+        launch = _launch((4, 2, 48, 32), "balanced", 6, product, is_blocked=False)
+        rows, scales = launch.reads[2].flatten(), launch.reads[1]
+        scales.view(-1)[3] = torch.nan
+        run(launch, ROWS, 2)
+        # The first product writes in the order of experts, the second one in that of tokens.
+        bad = rows // 2 == 3 if product == "first" else torch.arange(12) == rows[3]
+        assert torch.equal(launch.writes[0].view(12, -1).isnan().any(-1), bad)
+
+
 def test_what_cannot_be_multiplied_is_said() -> None:
     launch = _launch((3, 2, 128, 128), "balanced", 3, "first", is_blocked=True)
     with pytest.raises(ValueError, match="do not fit blocks"):
