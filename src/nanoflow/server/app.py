@@ -24,6 +24,7 @@ from nanoflow.server.door import door
 from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.files import FORM_BYTES, PATH, files_router
 from nanoflow.server.gate import Gate, GateMiddleware
+from nanoflow.server.message_routes import messages_router
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.prefetch import prefetch_router
 from nanoflow.server.response_routes import responses_router
@@ -74,6 +75,7 @@ def create_app(
         [
             *(router(service) for router in routers),
             responses_router(service, kept),
+            messages_router(service),
             *(router(service, metrics) for router in observing),
             *(
                 [batches_off_router()]
