@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
+from nanoflow.chat_formats.sections import BORDER
 from nanoflow.outputs import FinishReason
 from nanoflow.server.reading import CALLS_REASON
 
@@ -70,23 +71,25 @@ class MessageContent:
     def _push(self, event: Event) -> Iterator[StreamEvent]:
         match event:
             case ContentDelta(text):
-                yield from self._begin_unless("text", text="")
-                yield self._delta("text_delta", "text", text)
+                yield from self._add_text("text", text, text="")
             case ReasoningDelta(text):
-                yield from self._begin_unless("thinking", thinking="", signature="")
-                yield self._delta("thinking_delta", "thinking", text)
+                yield from self._add_text("thinking", text, thinking="", signature="")
             case CallStarted(_, call_id, name):
-                yield from self._end()
-                yield from self._begin_unless("tool_use", id=call_id, name=name, input={})
+                yield from self._begin("tool_use", id=call_id, name=name, input={})
             case ArgumentsDelta(_, text) if self._open is not None:
                 yield self._delta("input_json_delta", "partial_json", text)
             case CallEnded():
                 yield from self._end()
 
-    def _begin_unless(self, kind: str, **fields: Any) -> Iterator[StreamEvent]:
-        """Begin a block, unless one of this kind is open."""
-        if self._open is not None and self._open.block["type"] == kind:
-            return
+    def _add_text(self, kind: str, piece: str, **fields: Any) -> Iterator[StreamEvent]:
+        """More text of a kind, in a block of its own if another one is open."""
+        if self._open is None or self._open.block["type"] != kind:
+            yield from self._begin(kind, **fields)
+            if any(block["type"] == kind for block in self.blocks):
+                piece = piece.removeprefix(BORDER)
+        yield self._delta(f"{kind}_delta", kind, piece)
+
+    def _begin(self, kind: str, **fields: Any) -> Iterator[StreamEvent]:
         yield from self._end()
         self._open = _Open(block={"type": kind, **fields})
         yield {"type": "content_block_start", "index": len(self.blocks), "content_block": self._open.block}
@@ -116,7 +119,7 @@ def read_input(arguments: str) -> dict[str, Any]:
     """Arguments of a call as an object; what is none is put into one, under `INVALID_JSON`."""
     try:
         value = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {INVALID_JSON: arguments}
 

@@ -141,7 +141,7 @@ class MessageParam(RequestBody):
         role = info.data.get("role")
         for block in content if isinstance(content, list) and role else ():
             if block.type not in _OF_ROLE[role]:
-                raise RequestError(f"content: a message of role {role!r} has no blocks of type {block.type!r}")
+                raise RequestError(f"a message of role {role!r} has no blocks of type {block.type!r}")
         return content
 
 

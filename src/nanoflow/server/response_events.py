@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
+from nanoflow.chat_formats.sections import BORDER
 from nanoflow.server.response_chat import Item, new_item_id
 
 StreamEvent = dict[str, Any]
@@ -115,6 +116,8 @@ class ResponseOutput:
     def _add_text(self, kind: str, text: str, **fields: Any) -> Iterator[StreamEvent]:
         if self._open is None or self._open.item["type"] != kind:
             yield from self._end()
+            if any(item["type"] == kind for item in self.items):
+                text = text.removeprefix(BORDER)
             yield from self._begin(kind, **fields)
         assert self._open is not None
         self._open.pieces.append(text)
