@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanoflow.server.message_fields import MessageCountRequest, MessageRequest
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -18,6 +19,7 @@ from nanoflow.server.protocol import (
     PrefetchRequest,
     TokenizeRequest,
 )
+from nanoflow.server.response_fields import ResponseRequest
 from tests.fuzz.values import hostile_text, hostile_value
 
 _SEEDS: Mapping[str, Sequence[Mapping[str, Any]]] = json.loads(
@@ -27,6 +29,9 @@ ROUTES: Sequence[str] = tuple(_SEEDS)
 _FIELDS: Mapping[str, Sequence[str]] = {
     "/v1/completions": tuple(CompletionRequest.model_fields),
     "/v1/chat/completions": tuple(ChatCompletionRequest.model_fields),
+    "/v1/responses": tuple(ResponseRequest.model_fields),
+    "/v1/messages": tuple(MessageRequest.model_fields),
+    "/v1/messages/count_tokens": tuple(MessageCountRequest.model_fields),
     "/v1/prefetch": tuple(PrefetchRequest.model_fields),
     "/tokenize": tuple(TokenizeRequest.model_fields),
     "/detokenize": tuple(DetokenizeRequest.model_fields),
