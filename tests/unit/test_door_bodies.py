@@ -198,6 +198,14 @@ def test_fields_of_a_message_become_those_of_a_chat() -> None:
     assert omitted["include_reasoning"] is False and omitted["chat_template_kwargs"] == {"enable_thinking": True}
 
 
+def test_the_default_effort_needs_no_template_that_knows_it() -> None:
+    for effort, takes, expected in (("high", False, None), ("high", True, "high"), ("low", False, "low")):
+        body = MessageCountRequest.model_validate(
+            {"messages": [{"role": "user", "content": "a"}], "output_config": {"effort": effort}}
+        )
+        assert message_chat(body, takes_effort=takes)["reasoning_effort"] == expected
+
+
 def test_a_budget_of_thinking_is_passed_on_or_refused() -> None:
     """Refused as long as chat completions have no field for it."""
     wanted = {"type": "enabled", "budget_tokens": 1024}

@@ -68,7 +68,7 @@ def test_a_temporary_folder_goes_with_the_server(tmp_path: Path) -> None:
         assert config.response_dir is not None
         folder = Path(config.response_dir)
         store_in(folder).keep(kept("a"))
-        assert (folder / "responses.db").exists() and folder.stat().st_mode & 0o77 == 0
+        assert all(path.stat().st_mode & 0o77 == 0 for path in (folder, folder / "responses.db"))
     assert not folder.exists()
     with with_response_folder(ServerConfig(max_kept_responses=0)) as config:
         assert config.response_dir is None and ResponseStore.open(config) is None

@@ -36,15 +36,22 @@ NAMES: Names = (
 _BUDGET = "thinking_token_budget"
 _CHOICES: Mapping[str, str] = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR = "Error: "
+# By Anthropic's API the same as none. Some clients always send it.
+DEFAULT_EFFORT = "high"
 
 
-def chat_fields(body: MessageCountRequest) -> dict[str, Any]:
+def chat_fields(body: MessageCountRequest, *, takes_effort: bool = True) -> dict[str, Any]:
     """The fields of the chat completion.
+
+    Args:
+        body: The body.
+        takes_effort: Whether the model's chat template knows reasoning efforts; if not, the default has no effect.
 
     Raises:
         ApiError: It asks for what chat completions do not have (400).
     """
     choice, config = body.tool_choice, body.output_config
+    effort = None if config is None else config.effort
     named = choice is not None and choice.type == "tool"
     return {
         "model": body.model,
@@ -56,7 +63,7 @@ def chat_fields(body: MessageCountRequest) -> dict[str, Any]:
         if named
         else _CHOICES[choice.type],
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
-        "reasoning_effort": None if config is None else config.effort,
+        "reasoning_effort": None if effort == DEFAULT_EFFORT and not takes_effort else effort,
         "response_format": None if config is None else _chat_format(config.format),
         **_continued(body.messages[-1]),
         **_thinking(body.thinking, body.chat_template_kwargs),

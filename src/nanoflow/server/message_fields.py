@@ -185,7 +185,7 @@ class OutputConfig(RequestBody):
     """The shape of the answer."""
 
     effort: Annotated[Text, Field(min_length=1, max_length=32)] | None = Field(
-        None, description="How long the model thinks, in the words of its chat template"
+        None, description="How long the model thinks, in the words of its chat template; `high` is the default"
     )
     format: dict[str, Any] | None = Field(None, description='{"type": "json_schema", "schema": ...}')
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
 from nanoflow.server.answers import answer_of, beside
 from nanoflow.server.bodies import BodyRoute
-from nanoflow.server.errors import json_response
+from nanoflow.server.errors import json_response, user_errors
 from nanoflow.server.generation import count_usage
 from nanoflow.server.message_bodies import MessageBody, MessageError, MessageUsage, TokenCount
 from nanoflow.server.message_chat import NAMES, chat_fields
@@ -67,7 +68,17 @@ def messages_router(service: Service) -> APIRouter:
 
 
 def _chat(service: Service, body: MessageCountRequest) -> ChatCompletionRequest:
-    return read_chat(service, chat_fields(body), generates=isinstance(body, MessageRequest))
+    fields = chat_fields(body, takes_effort=_takes_effort(service, body))
+    return read_chat(service, fields, generates=isinstance(body, MessageRequest))
+
+
+def _takes_effort(service: Service, body: MessageCountRequest) -> bool:
+    """True if the chat template has a variable for the reasoning effort."""
+    tokenizer = service.tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        return True
+    with user_errors("messages"):
+        return "reasoning_effort" in tokenizer.chat_templates.get(None, has_tools=bool(body.tools)).text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

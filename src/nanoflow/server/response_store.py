@@ -80,6 +80,7 @@ class ResponseStore:
         store._temporary = temporary
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            store._path.touch(mode=0o600)  # conversations are nobody else's business
             with store._database() as database:
                 database.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
