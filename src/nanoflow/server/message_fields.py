@@ -31,7 +31,7 @@ _OF_TOOLS: ForeignFields = {
     "eager_input_streaming": Foreign(None, "arguments are always sent as they come"),
     "input_examples": Foreign(([],), "examples of arguments"),
 }
-_OF_MESSAGES: ForeignFields = {
+OF_MESSAGE_REQUESTS: ForeignFields = {
     "cache_control": _CACHE,
     "container": Foreign((), "programs that the server runs"),
     "diagnostics": Foreign(None, "wishes about caches, which do not change an answer"),
@@ -44,6 +44,7 @@ _OF_MESSAGES: ForeignFields = {
     "user_profile_id": Foreign(None, "a label of the client's"),
     "workspace_id": Foreign(None, "a label of the client's"),
 }
+"""Fields of bodies of /v1/messages."""
 
 
 class TextBlock(RequestBody):
@@ -193,7 +194,7 @@ class OutputConfig(RequestBody):
 class MessageCountRequest(RequestBody):
     """Body of POST /v1/messages/count_tokens."""
 
-    foreign: ClassVar[ForeignFields] = _OF_MESSAGES
+    foreign: ClassVar[ForeignFields] = OF_MESSAGE_REQUESTS
 
     messages: Annotated[list[MessageParam], Field(min_length=1, fail_fast=True)]
     model: Text | None = Field(None, description="Name of the served model; may be left out")

@@ -38,7 +38,7 @@ _OF_TOOLS: ForeignFields = {
     "output_schema": Foreign((), "the shape of results"),
     "async": Foreign((False,), "calls whose results come later"),
 }
-_OF_RESPONSES: ForeignFields = {
+OF_RESPONSES: ForeignFields = {
     "background": Foreign((False,), "responses that are made while nobody waits"),
     "background_options": Foreign((), "responses that are made while nobody waits"),
     "conversation": Foreign((), "conversations that are kept; previous_response_id goes on from a response"),
@@ -59,6 +59,7 @@ _OF_RESPONSES: ForeignFields = {
     "request_id": Foreign(None, "a label of the client's; the answer has an id of the server's"),
     "priority": Foreign((0,), "order of requests"),
 }
+"""Fields of bodies of /v1/responses."""
 
 
 def only_types(what: str, *known: str) -> Callable[[Any], Any]:
@@ -223,7 +224,7 @@ class ResponseStreamOptions(RequestBody):
 class ResponseRequest(RequestBody):
     """Body of POST /v1/responses."""
 
-    foreign: ClassVar[ForeignFields] = _OF_RESPONSES
+    foreign: ClassVar[ForeignFields] = OF_RESPONSES
 
     input: InputField = Field(description="A text of the user, or a list of items")
     model: Text | None = Field(None, description="Name of the served model; may be left out")
