@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Any
 
 import anthropic
 
@@ -12,7 +13,7 @@ TOOL = {"name": "get_weather", "input_schema": {"type": "object", "properties": 
 
 def check_answers(client: anthropic.Anthropic, model: str) -> None:
     """Whole answers and streams agree."""
-    wanted = {
+    wanted: dict[str, Any] = {
         "model": model,
         "max_tokens": 8,
         "extra_body": {"temperature": 0},
