@@ -8,7 +8,9 @@ Every function is short and blocks; callers run them beside the event loop.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sqlite3
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ import msgspec
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.server.errors import ApiError
 
-_FILE = "responses.db"
+_FILE, _PREFIX = "responses.db", "nanoflow-responses-"
 _BUSY_TIMEOUT_S = 10.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -49,8 +51,35 @@ def with_response_folder(config: ServerConfig) -> Iterator[ServerConfig]:
     if config.response_dir is not None or not config.max_kept_responses:
         yield config
         return
-    with tempfile.TemporaryDirectory(prefix="nanoflow-responses-", ignore_cleanup_errors=True) as folder:
-        yield dataclasses.replace(config, response_dir=folder)
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    try:
+        with _removing(folder):
+            yield dataclasses.replace(config, response_dir=folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _removing(folder: str) -> Iterator[None]:
+    """A process that removes a folder once this one has ended, also if it is killed in the block: its input ends then.
+
+    Signals to the whole group do not reach it. Without a shell, only an orderly end removes the folder.
+    """
+    try:
+        watch = subprocess.Popen(
+            ["sh", "-c", 'read -r _; rm -rf -- "$1"', "sh", folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        watch.communicate()
 
 
 class ResponseStore:
@@ -74,7 +103,7 @@ class ResponseStore:
             return None
         temporary = None
         if config.response_dir is None:
-            temporary = tempfile.TemporaryDirectory(prefix="nanoflow-responses-", ignore_cleanup_errors=True)
+            temporary = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
         folder = Path(config.response_dir or (temporary.name if temporary else "")).expanduser()
         store = cls(folder, max_responses=config.max_kept_responses, max_bytes=config.max_kept_response_bytes)
         store._temporary = temporary
