@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.server.errors import ApiError
 from nanoflow.server.response_store import KeptResponse, ResponseStore, with_response_folder
+from tests.fake_server import wait_until
 
 
 def store_in(folder: Path, **options: Any) -> ResponseStore:
@@ -63,17 +68,38 @@ def test_bytes_are_bounded(tmp_path: Path) -> None:
     assert caught.value.status == 413
 
 
-def test_a_temporary_folder_goes_with_the_server(tmp_path: Path) -> None:
+def test_a_temporary_folder_is_made_when_it_is_needed_and_goes_with_the_server(tmp_path: Path) -> None:
     with with_response_folder(ServerConfig()) as config:
         assert config.response_dir is not None
         folder = Path(config.response_dir)
-        store_in(folder).keep(kept("a"))
+        store = store_in(folder)
+        assert store.find("a", "") is None and not store.delete("a", "") and not folder.exists()
+        with pytest.raises(ApiError, match="'a' is not kept"):
+            names(store, "a")
+        store.keep(kept("a"))
         assert all(path.stat().st_mode & 0o77 == 0 for path in (folder, folder / "responses.db"))
+        assert len(list(folder.iterdir())) == 1
     assert not folder.exists()
     with with_response_folder(ServerConfig(max_kept_responses=0)) as config:
         assert config.response_dir is None and ResponseStore.open(config) is None
+
+
+def test_it_is_removed_when_the_server_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os, signal\nfrom pathlib import Path\nfrom nanoflow.config import ServerConfig\n"
+        "from nanoflow.server.response_store import with_response_folder\n"
+        "with with_response_folder(ServerConfig()) as config:\n"
+        "    Path(config.response_dir).mkdir()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert ended.returncode == -signal.SIGKILL
+    wait_until(lambda: not list(tmp_path.iterdir()))
+
+
+def test_what_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="response_dir"):
-        store_in(tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(ConfigError, match="response_dir"):
+            store_in(folder)
     with pytest.raises(ConfigError, match="max_kept_responses"):
         ServerConfig(max_kept_responses=-1)

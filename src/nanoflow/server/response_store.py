@@ -8,13 +8,16 @@ Every function is short and blocks; callers run them beside the event loop.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import sqlite3
 import subprocess
 import tempfile
 import time
+import uuid
+import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import msgspec
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.server.errors import ApiError
 
-_FILE, _PREFIX = "responses.db", "nanoflow-responses-"
+_FILE = "responses.db"
 _BUSY_TIMEOUT_S = 10.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -47,16 +50,24 @@ class KeptResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def with_response_folder(config: ServerConfig) -> Iterator[ServerConfig]:
-    """The options with a folder for kept responses: a temporary one, if none is given and responses are kept."""
+    """The options with a folder for kept responses: a temporary one, if none is given and responses are kept.
+
+    It is made when the first response is kept, and removed at the end of the block.
+    """
     if config.response_dir is not None or not config.max_kept_responses:
         yield config
         return
-    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    folder = _temporary()
     try:
         with _removing(folder):
             yield dataclasses.replace(config, response_dir=folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> str:
+    """A folder that nobody has."""
+    return str(Path(tempfile.gettempdir()) / f"nanoflow-responses-{uuid.uuid4().hex}")
 
 
 @contextmanager
@@ -83,37 +94,33 @@ def _removing(folder: str) -> Iterator[None]:
 
 
 class ResponseStore:
-    """The file. Each use opens it anew, so it may be used in any thread and by several processes."""
+    """The file. Each use opens it anew, so it may be used in any thread and by several processes.
+
+    Folder and file are made when the first response is kept.
+    """
 
     def __init__(self, folder: Path, *, max_responses: int, max_bytes: int) -> None:
         self._path = folder / _FILE
         self._max_responses, self._max_bytes = max_responses, max_bytes
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def open(cls, config: ServerConfig) -> ResponseStore | None:
-        """Make folder and file if there are none. None if no responses are kept.
+        """The store of a server; None if it keeps no responses.
 
-        Without a folder in the options the store has one of its own, which goes with it.
+        Without a folder in the options the store has a temporary one of its own, which goes with it.
 
         Raises:
             ConfigError: The folder cannot be used.
         """
         if not config.max_kept_responses:
             return None
-        temporary = None
-        if config.response_dir is None:
-            temporary = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
-        folder = Path(config.response_dir or (temporary.name if temporary else "")).expanduser()
+        folder = Path(config.response_dir or _temporary()).expanduser()
         store = cls(folder, max_responses=config.max_kept_responses, max_bytes=config.max_kept_response_bytes)
-        store._temporary = temporary
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            store._path.touch(mode=0o600)  # conversations are nobody else's business
-            with store._database() as database:
-                database.executescript(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"response_dir {config.response_dir!r} cannot be used: {error}") from None
+        if config.response_dir is None:
+            weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"response_dir {config.response_dir!r} cannot be used: nothing can be written there")
         return store
 
     def keep(self, kept: KeptResponse) -> None:
@@ -122,6 +129,7 @@ class ResponseStore:
         num_bytes = len(inputs.encode()) + len(response.encode())
         if num_bytes > self._max_bytes:
             return
+        self._make()
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute(
@@ -132,11 +140,15 @@ class ResponseStore:
 
     def find(self, response_id: str, owner: str) -> KeptResponse | None:
         """A response of an owner."""
+        if not self._path.exists():
+            return None
         with self._database() as database:
             return _found(database, response_id, owner)
 
     def delete(self, response_id: str, owner: str) -> bool:
         """Forget a response; False if there is none."""
+        if not self._path.exists():
+            return False
         with self._database() as database:
             query = "DELETE FROM responses WHERE id = ? AND owner = ?"
             return database.execute(query, (response_id, owner)).rowcount > 0
@@ -152,6 +164,8 @@ class ResponseStore:
         Raises:
             ApiError: One is not there (404), or they are too long (413).
         """
+        if not self._path.exists():
+            raise _unknown_previous(response_id, response_id)
         turns: list[KeptResponse] = []
         place: str | None = response_id
         with self._database() as database:
@@ -170,6 +184,24 @@ class ResponseStore:
                     raise ApiError(413, message, param="previous_response_id")
                 place = found.previous_id
         return [item for turn in reversed(turns) for item in (*turn.input, *turn.response["output"])]
+
+    def _make(self) -> None:
+        """Make folder and file, if they are not there. What is said in them is nobody else's business.
+
+        The file gets its name once it has its table, so no process ever finds it without.
+        """
+        if self._path.exists():
+            return
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unnamed = self._path.with_name(f"{uuid.uuid4().hex}.new")
+        unnamed.touch(mode=0o600)
+        try:
+            with closing(sqlite3.connect(unnamed)) as database:
+                database.executescript(_SCHEMA)
+            with suppress(FileExistsError):  # another process was faster
+                os.link(unnamed, self._path)
+        finally:
+            unnamed.unlink(missing_ok=True)
 
     def _drop(self, database: sqlite3.Connection) -> None:
         count, size = database.execute("SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM responses").fetchone()
