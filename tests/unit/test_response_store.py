@@ -60,7 +60,7 @@ def test_bytes_are_bounded(tmp_path: Path) -> None:
     store = store_in(tmp_path, max_kept_response_bytes=2000)
     for name in ("a", "b", "c"):
         store.keep(kept(name, size=800))
-    store.keep(kept("huge", size=3000))
+    assert not store.keep(kept("huge", size=3000))
     assert [store.find(name, "") is not None for name in ("a", "b", "c", "huge")] == [False, True, True, False]
     store.keep(kept("d", "c", size=100))
     with pytest.raises(ApiError, match="more than 900 bytes") as caught:
@@ -76,7 +76,7 @@ def test_a_temporary_folder_is_made_when_it_is_needed_and_goes_with_the_server(t
         assert store.find("a", "") is None and not store.delete("a", "") and not folder.exists()
         with pytest.raises(ApiError, match="'a' is not kept"):
             names(store, "a")
-        store.keep(kept("a"))
+        assert store.keep(kept("a"))
         assert all(path.stat().st_mode & 0o77 == 0 for path in (folder, folder / "responses.db"))
         assert len(list(folder.iterdir())) == 1
     assert not folder.exists()
@@ -103,3 +103,6 @@ def test_what_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
             store_in(folder)
     with pytest.raises(ConfigError, match="max_kept_responses"):
         ServerConfig(max_kept_responses=-1)
+    store = store_in(tmp_path / "late")
+    (tmp_path / "late").touch()
+    assert not store.keep(kept("a")) and store.find("a", "") is None

@@ -215,7 +215,7 @@ class _Making:
                 input=self.own,
                 response=cast(dict[str, Any], response),
             )
-            await beside(self.store.keep, kept)
+            response["store"] = await beside(self.store.keep, kept)
         return response
 
     async def _usage(self, output: RequestOutput) -> ResponseUsage:

@@ -8,6 +8,7 @@ Every function is short and blocks; callers run them beside the event loop.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import sqlite3
@@ -25,6 +26,8 @@ import msgspec
 
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 _FILE = "responses.db"
 _BUSY_TIMEOUT_S = 10.0
@@ -123,20 +126,27 @@ class ResponseStore:
             raise ConfigError(f"response_dir {config.response_dir!r} cannot be used: nothing can be written there")
         return store
 
-    def keep(self, kept: KeptResponse) -> None:
-        """Keep a response, and drop those used longest ago as far as there are too many. One too large is not kept."""
+    def keep(self, kept: KeptResponse) -> bool:
+        """Keep a response, and drop those used longest ago as far as there are too many.
+
+        Returns:
+            False if it is not kept: it is larger than all may be together, or the disk fails, which is logged.
+        """
         inputs, response = (msgspec.json.encode(part).decode() for part in (kept.input, kept.response))
         num_bytes = len(inputs.encode()) + len(response.encode())
         if num_bytes > self._max_bytes:
-            return
-        self._make()
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (kept.id, kept.owner, kept.previous_id, time.time_ns(), num_bytes, inputs, response),
-            )
-            self._drop(database)
+            return False
+        row = (kept.id, kept.owner, kept.previous_id, time.time_ns(), num_bytes, inputs, response)
+        try:
+            self._make()
+            with self._database() as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                self._drop(database)
+        except (OSError, sqlite3.Error) as error:
+            logger.error("a response cannot be kept in %s: %s", self._path, error)
+            return False
+        return True
 
     def find(self, response_id: str, owner: str) -> KeptResponse | None:
         """A response of an owner."""
