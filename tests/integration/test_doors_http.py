@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from nanoflow.config import ServerConfig
+from nanoflow.engine.chat_template import ChatTemplate
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server.backend import EnginePrompt
@@ -195,6 +196,18 @@ def test_a_message_of_the_assistant_is_continued(http: httpx.Client, engine: Bre
     turns = [USER, {"role": "assistant", "content": "Hello"}]
     answer = http.post("/v1/messages", json={"max_tokens": 9, "messages": turns}).json()
     assert answer["content"] == [{"type": "text", "text": " world"}] and engine.prompts[-1].endswith("[assistant]Hello")
+
+
+def test_late_system_messages_are_shown_by_any_template(
+    http: httpx.Client, engine: BreakingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}]
+    for is_shown, prompt in ((True, "[user]hi[system]be kind[assistant]"), (False, "[user]hi\nbe kind[assistant]")):
+        monkeypatch.setattr(ChatTemplate, "shows_late_system", is_shown)
+        engine.texts += ["a", "b"]
+        assert http.post("/v1/messages", json={"max_tokens": 9, "messages": turns}).status_code == 200
+        assert http.post("/v1/responses", json={"input": turns}).status_code == 200
+        assert engine.prompts[-2:] == [prompt, prompt]
 
 
 def test_failures_of_messages_have_the_shape_of_their_api(http: httpx.Client, engine: BreakingEngine) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
 
 from nanoflow.server.errors import ApiError
+from nanoflow.server.late_system import as_user, with_shown_system
 from nanoflow.server.message_chat import chat_fields as message_chat
 from nanoflow.server.message_fields import MessageCountRequest, MessageRequest
 from nanoflow.server.protocol import ChatCompletionRequest
 from nanoflow.server.response_chat import chat_fields as response_chat
 from nanoflow.server.response_chat import input_items
 from nanoflow.server.response_fields import ResponseRequest
+from nanoflow.server.service import Service
 from nanoflow.server.turn import by_names
+from tests import templates
+from tests.toy_tokenizers import toy_tokenizer
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "é"}'}}
@@ -257,3 +262,20 @@ def test_errors_name_the_fields_that_were_sent() -> None:
         with pytest.raises(ApiError) as caught, by_names(names):
             raise ApiError(400, f"{param} is wrong", param=param)
         assert caught.value.param == expected and caught.value.message == f"{expected} is wrong"
+
+
+def test_late_system_messages_become_text_of_the_user() -> None:
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+    tool, answer = {"role": "tool", "tool_call_id": "c", "content": "t"}, {"role": "assistant", "content": "a"}
+    assert as_user([system, user, system, answer]) == [
+        system,
+        {"role": "user", "content": text("text", "u", "s")},
+        answer,
+    ]
+    tokenizer = toy_tokenizer(chat_template=templates.FIRST_SYSTEM)
+    service = cast(Service, SimpleNamespace(tokenizer=tokenizer))
+    shown = {"messages": [system, {"role": "user", "content": text("text", "u", "s")}]}
+    assert with_shown_system(service, {"messages": [system, user, system]}) == shown
+    assert with_shown_system(service, {"messages": [system, user]}) == {"messages": [system, user]}
+    tokenizer.close()
+    assert as_user([user, tool, {**system, "role": "developer"}]) == [user, tool, {"role": "user", "content": "s"}]

@@ -19,6 +19,7 @@ from nanoflow.server.answers import answer_of, beside
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import json_response, user_errors
 from nanoflow.server.generation import count_usage
+from nanoflow.server.late_system import with_shown_system
 from nanoflow.server.message_bodies import MessageBody, MessageError, MessageUsage, TokenCount
 from nanoflow.server.message_chat import NAMES, chat_fields
 from nanoflow.server.message_errors import PATH, message_error_of
@@ -68,7 +69,7 @@ def messages_router(service: Service) -> APIRouter:
 
 
 def _chat(service: Service, body: MessageCountRequest) -> ChatCompletionRequest:
-    fields = chat_fields(body, takes_effort=_takes_effort(service, body))
+    fields = with_shown_system(service, chat_fields(body, takes_effort=_takes_effort(service, body)))
     return read_chat(service, fields, generates=isinstance(body, MessageRequest))
 
 

@@ -19,6 +19,7 @@ from nanoflow.server.batches import Limit, owner_of, page
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, json_response
 from nanoflow.server.generation import count_usage
+from nanoflow.server.late_system import with_shown_system
 from nanoflow.server.response_bodies import DeletedResponse, InputItems, ResponseBody, ResponseUsage, Status
 from nanoflow.server.response_chat import NAMES, Item, chat_fields, input_items, new_response_id
 from nanoflow.server.response_events import ResponseOutput, StreamEvent
@@ -118,7 +119,7 @@ async def _begun(
 
     def translated() -> tuple[list[Item], Any]:
         own = input_items(body)
-        return own, read_chat(service, chat_fields(body, [*before, *own]))
+        return own, read_chat(service, with_shown_system(service, chat_fields(body, [*before, *own])))
 
     with by_names(NAMES):
         own, chat = await beside(translated)
