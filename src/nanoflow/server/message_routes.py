@@ -130,9 +130,7 @@ class _Making:
         yield _encoded([*closing, *ending])
 
     def _opening(self, output: RequestOutput) -> list[StreamEvent]:
-        usage = _usage_of(output)
-        usage["output_tokens"] = 0
-        return [{"type": "message_start", "message": self._message(usage)}, {"type": "ping"}]
+        return [{"type": "message_start", "message": self._message(_usage_of(output))}, {"type": "ping"}]
 
     async def _usage(self, output: RequestOutput) -> MessageUsage:
         """Token counts of the finished message."""
