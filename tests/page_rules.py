@@ -196,6 +196,9 @@ SHOWN: dict[str, str] = {
     '{"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200, "request_id": "req-5c...",': (
         "test_batch_command.py"
     ),
+    "from anthropic import Anthropic": "tools/client_checks/ask_anthropic.py asks the same",
+    "export ANTHROPIC_BASE_URL=http://127.0.0.1:8000": "settings of another program",
+    'model = "MODEL"': "settings of another program",
     "# A server with --batch-dir.": "test_batches_api.py",
     "# The second time, all full pages of the prompt are found.": "run",
     "# A turn with a call, and a turn with its result.": "tests/integration/test_tools_http.py runs it",

@@ -12,6 +12,7 @@ from nanoflow.server.body import RequestBody
 from nanoflow.server.conversation_fields import Message, TextPart
 from nanoflow.server.embedding_fields import EmbeddingRequest
 from nanoflow.server.foreign import OF_GENERATION, OF_MESSAGES, OF_PARTS, OF_STREAMS, OF_TOKENS, ForeignFields
+from nanoflow.server.message_fields import OF_MESSAGE_REQUESTS, MessageCountRequest, MessageRequest
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -20,11 +21,15 @@ from nanoflow.server.protocol import (
     StreamOptions,
     TokenizeRequest,
 )
+from nanoflow.server.response_fields import OF_RESPONSES, ResponseRequest
 
 BODIES: dict[str, type[RequestBody]] = {
     "`/v1/completions`": CompletionRequest,
     "`/v1/chat/completions`": ChatCompletionRequest,
     "`/v1/embeddings`": EmbeddingRequest,
+    "`/v1/responses`": ResponseRequest,
+    "`/v1/messages`": MessageRequest,
+    "`/v1/messages/count_tokens`": MessageCountRequest,
     "`/v1/prefetch`": PrefetchRequest,
     "`/tokenize`": TokenizeRequest,
     "`/detokenize`": DetokenizeRequest,
@@ -34,6 +39,8 @@ BODIES: dict[str, type[RequestBody]] = {
 }
 FOREIGN: dict[str, ForeignFields] = {
     "bodies": {**OF_TOKENS, **OF_GENERATION},
+    "`/v1/responses`": OF_RESPONSES,
+    "`/v1/messages`": OF_MESSAGE_REQUESTS,
     "`stream_options`": OF_STREAMS,
     "messages": OF_MESSAGES,
     "parts": OF_PARTS,

@@ -51,7 +51,12 @@ PYTHON = (
     Client(
         name="openai",
         script="ask_openai.py",
-        about="completions, chats, streams, models, raw answers, errors; plain and asynchronous",
+        about="completions, chats, responses, streams, models, raw answers, errors; plain and asynchronous",
+    ),
+    Client(
+        name="anthropic",
+        script="ask_anthropic.py",
+        about="messages, streams, counts of tokens, errors; plain and asynchronous",
     ),
     Client(
         name="langchain-openai",

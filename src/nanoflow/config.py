@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from nanoflow.bounds import ServerBounds as ServerBounds
-from nanoflow.chat_options import ChatOptions
 from nanoflow.compat.engine_options import ENGINE
 from nanoflow.kv_events import check_kv_events
 from nanoflow.kv_events import in_full as kv_events_in_full
@@ -21,6 +20,7 @@ from nanoflow.option import ConfigError as ConfigError
 from nanoflow.option import option as option
 from nanoflow.option import read_count as read_count
 from nanoflow.option import require_positive
+from nanoflow.response_options import ResponseOptions
 from nanoflow.speculation import check_speculation, in_full
 
 DEFAULT_MODEL = "default"
@@ -198,8 +198,11 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig(ChatOptions):
-    """How the HTTP server listens. Base classes: `chat_options.py`, `access.py`, `batch_options.py` and `bounds.py`."""
+class ServerConfig(ResponseOptions):
+    """How the HTTP server listens.
+
+    Base classes: `response_options.py`, `chat_options.py`, `access.py`, `batch_options.py` and `bounds.py`.
+    """
 
     host: str = option("127.0.0.1", "Address to bind; the default answers to this machine only")
     port: int = option(8000, "Port to bind; 0 takes a free one and prints it")

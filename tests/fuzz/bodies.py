@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow.server.embedding_fields import EmbeddingRequest
+from nanoflow.server.message_fields import MessageCountRequest, MessageRequest
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -19,6 +20,7 @@ from nanoflow.server.protocol import (
     PrefetchRequest,
     TokenizeRequest,
 )
+from nanoflow.server.response_fields import ResponseRequest
 from tests.fuzz.values import hostile_text, hostile_value
 
 _SEEDS: Mapping[str, Sequence[Mapping[str, Any]]] = json.loads(
@@ -29,6 +31,9 @@ _FIELDS: Mapping[str, Sequence[str]] = {
     "/v1/completions": tuple(CompletionRequest.model_fields),
     "/v1/chat/completions": tuple(ChatCompletionRequest.model_fields),
     "/v1/embeddings": tuple(EmbeddingRequest.model_fields),
+    "/v1/responses": tuple(ResponseRequest.model_fields),
+    "/v1/messages": tuple(MessageRequest.model_fields),
+    "/v1/messages/count_tokens": tuple(MessageCountRequest.model_fields),
     "/v1/prefetch": tuple(PrefetchRequest.model_fields),
     "/tokenize": tuple(TokenizeRequest.model_fields),
     "/detokenize": tuple(DetokenizeRequest.model_fields),

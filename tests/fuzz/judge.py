@@ -13,6 +13,9 @@ from typing import Any
 
 # By the HTTP library, before there is a request that could be answered.
 NOT_HTTP = b"Invalid HTTP request received."
+# Names of events that end a stream of /v1/messages or /v1/responses.
+_ENDS = ("message_stop", "error", "response.completed", "response.incomplete", "response.failed")
+_LAST_EVENTS = frozenset(f"event: {name}".encode() for name in _ENDS)
 
 
 class Broken(Exception):
@@ -91,19 +94,26 @@ def _problem_of_success(kind: str, body: bytes) -> str | None:
             return f"a success is no JSON: {error}"
     if kind.startswith("text/event-stream"):
         events = [event for event in body.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip()]
-        if not events or events[-1] != b"data: [DONE]":
+        # Events with names end with one that says so, others with [DONE].
+        is_whole = bool(events) and (events[-1] == b"data: [DONE]" or events[-1].split(b"\n")[0] in _LAST_EVENTS)
+        if not is_whole:
             return f"a stream does not end with [DONE] but with {events[-1:]!r:.200}"
+        lines = [line for event in events for line in event.split(b"\n") if line.startswith(b"data: {")]
         try:
-            [json.loads(event.removeprefix(b"data: ")) for event in events[:-1] if not event.startswith(b":")]
+            [json.loads(line.removeprefix(b"data: ")) for line in lines]
         except ValueError as error:
             return f"an event is no JSON: {error}"
+        if len(lines) < len(events) - 1:
+            return f"an event has no JSON: {events!r:.200}"
     return None
 
 
 def _problem_of_refusal(reply: Reply) -> str | None:
     try:
         error: Any = json.loads(reply.body)["error"]
-        parts = (error["message"], error["type"], error["param"], error["code"])
+        # That of /v1/messages has only what it needs.
+        own = error if json.loads(reply.body).get("type") != "error" else {"param": None, "code": None, **error}
+        parts = (own["message"], own["type"], own["param"], own["code"])
     except (ValueError, LookupError, TypeError):
         return f"status {reply.status} is not in OpenAI's shape: {reply.body[:200]!r}"
     message, kind, param, code = parts

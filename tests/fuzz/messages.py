@@ -25,7 +25,7 @@ _PATHS = (
     *ROUTES,
     *("/", "/health", "/version", "/metrics", "/v1/models", "/v1/models/m", "/v1/models/x%00y", "/openapi.json"),
     *("/tokenizer_info", "/v1", "/v1/", "/nowhere", "//", "/../../etc/passwd", "/%2e%2e/", "/v1/completions/"),
-    *("/v1/embeddings", "/v1/responses", "*", "http://evil.example/", "/\xff", "/a b", "/" + "a" * 9000, "/?%00=%zz"),
+    *("/v1/embeddings", "/v1/responses/x", "*", "http://evil.example/", "/\xff", "/a b", "/" + "a" * 9000, "/?%00=%zz"),
 )
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "CONNECT", "get", "PRI", "X" * 100, "")
 _VERSIONS = ("HTTP/1.1", "HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/9.9", "http/1.1", "", "HTTP/1.1 x")
@@ -69,7 +69,7 @@ _JSON = b"content-type: application/json"
 
 
 def _route(rng: random.Random) -> str:
-    return rng.choices(ROUTES, (5, 4, 1, 1, 1))[0]
+    return rng.choices(ROUTES, (5, 4, 1, 1, 1, 3, 3, 1))[0]
 
 
 def _body(rng: random.Random) -> tuple[How, bytes]:

@@ -27,7 +27,13 @@ def _tool() -> Any:
 
 
 TOOL = _tool()
-MODULES = {"openai": "openai", "langchain-openai": "langchain_openai", "litellm": "litellm", "guidellm": "guidellm"}
+MODULES = {
+    "openai": "openai",
+    "anthropic": "anthropic",
+    "langchain-openai": "langchain_openai",
+    "litellm": "litellm",
+    "guidellm": "guidellm",
+}
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,14 @@ def test_variables_reach_the_template() -> None:
     assert nested == "uNone"
 
 
+@pytest.mark.parametrize(
+    "name, shows",
+    [("KNOWN_ROLES", True), ("CALLING", True), ("FIRST_SYSTEM", False), ("HARMONY", False), ("ALTERNATING", False)],
+)
+def test_whether_a_late_system_message_is_shown(name: str, shows: bool) -> None:
+    assert template(getattr(templates, name)).shows_late_system is shows
+
+
 def test_a_template_of_the_harmony_format() -> None:
     """Instructions are the developer's, an answer of before is in the channel of answers, the date is today's."""
     date = datetime.now().strftime("%Y-%m-%d")

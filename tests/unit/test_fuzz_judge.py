@@ -25,6 +25,10 @@ def test_good_answers_are_good() -> None:
     assert problem_of(Reply(status=400, headers={}, body=NOT_HTTP)) is None
     assert problem_of(Reply(status=200, headers=_JSON, body=b"{}")) is None
     assert problem_of(Reply(status=200, headers=_STREAM, body=b"data: {}\n\ndata: [DONE]\n\n")) is None
+    named = b'event: message_start\ndata: {"a": 1}\n\nevent: message_stop\ndata: {"a": 1}\n\n'
+    assert problem_of(Reply(status=200, headers=_STREAM, body=named)) is None
+    own = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
+    assert problem_of(Reply(status=400, headers=_JSON, body=json.dumps(own).encode())) is None
     assert problem_of(Reply(status=405, headers={}, body=b""), is_head=True) is None
 
 
@@ -44,6 +48,7 @@ def test_good_answers_are_good() -> None:
         Reply(status=200, headers=_JSON, body=b"{"),
         Reply(status=200, headers=_STREAM, body=b"data: {}\n\n"),
         Reply(status=200, headers=_STREAM, body=b"data: {\n\ndata: [DONE]\n\n"),
+        Reply(status=200, headers=_STREAM, body=b"event: message_start\ndata: {}\n\n"),
         Reply(status=200, headers=_STREAM, body=b""),
     ],
 )

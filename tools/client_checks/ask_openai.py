@@ -1,4 +1,4 @@
-"""The official Python client: completions, chats, streams, models, raw answers and errors, plain and asynchronous."""
+"""The official Python client: completions, chats, responses, streams, models, raw answers and errors."""
 
 from __future__ import annotations
 
@@ -31,6 +31,24 @@ def check_answers(client: openai.OpenAI, model: str) -> None:
         chat.choices[0].message.content
     )
     assert chunks[-1].usage == chat.usage
+
+
+def check_responses(client: openai.OpenAI, model: str) -> None:
+    """Responses: whole, as a stream, kept, gone on from, and forgotten."""
+    whole = client.responses.create(model=model, input="def ", max_output_tokens=8, temperature=0, instructions="a")
+    assert whole.status == "incomplete" and whole.usage is not None and whole.usage.output_tokens == 8
+    assert client.responses.retrieve(whole.id).output_text == whole.output_text
+    more = {"model": model, "input": "import ", "max_output_tokens": 8, "temperature": 0}
+    last = client.responses.create(**more, previous_response_id=whole.id)
+    *_, end = client.responses.create(**more, previous_response_id=whole.id, stream=True)
+    assert end.type == "response.incomplete" and end.response.output_text == last.output_text
+    assert [item.type for item in client.responses.input_items.list(last.id)] == ["message"]
+    client.responses.delete(whole.id)
+    try:
+        client.responses.create(**more, previous_response_id=last.id)
+        raise AssertionError("a conversation goes on without its beginning")
+    except openai.NotFoundError as error:
+        assert error.code == "previous_response_not_found" and error.param == "previous_response_id"
 
 
 def check_errors(client: openai.OpenAI, model: str) -> None:
@@ -78,6 +96,7 @@ def main(root_url: str, key: str) -> None:
         )
         assert raw.headers["x-request-id"] == "mine" and raw.parse().choices
         check_answers(client, model)
+        check_responses(client, model)
         check_errors(client, model)
         asyncio.run(check_asynchronous(root_url, key, model))
 

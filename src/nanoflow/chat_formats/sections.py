@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from nanoflow.chat_formats.events import ContentDelta, Event, ReasoningDelta
 
+# Stands between two texts of a kind that another section parts, at the beginning of the second.
+BORDER = "\n"
+
 
 @dataclass(slots=True)
 class SectionText:
@@ -25,7 +28,7 @@ class SectionText:
             return []
         space, self.space = self.space, body[len(shown) :]
         if self.is_apart:
-            space = "" if self.is_blank else "\n"
+            space = "" if self.is_blank else BORDER
         self.is_blank = self.is_apart = False
         return [self.event(space + shown)]
 

@@ -9,8 +9,9 @@ from nanoflow.config import ConfigError, EngineConfig, ServerConfig
 
 _TEACH = """\
 Load a model and answer the OpenAI API (/v1/completions, /v1/chat/completions,
-/v1/models) with /health and /metrics beside it. Requests are batched as they
-come. Ctrl-C or SIGTERM stops the server."""
+/v1/responses, /v1/models) and /v1/messages of Anthropic's, with /health and
+/metrics beside them. Requests are batched as they come. Ctrl-C or SIGTERM stops
+the server."""
 
 _EXAMPLES = """\
   nanoflow serve                              the small embedded model

@@ -150,6 +150,11 @@ class ChatTemplate:
         return next((form for form in _CALL_FORMS if self._shows_call(form)), None)
 
     @cached_property
+    def shows_late_system(self) -> bool:
+        """True if a system message between two of the user is shown."""
+        return self._shows((("system", False), ("user", False), ("system", False), ("user", False)), 2)
+
+    @cached_property
     def _takes_thought_beside_text(self) -> bool:
         """True if a message with calls may have both text and reasoning, as gpt-oss's may not."""
         (user, message) = self._made_up((("user", False), ("assistant", True)))

@@ -25,8 +25,11 @@ from nanoflow.server.embeddings import embeddings_router
 from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.files import FORM_BYTES, PATH, files_router
 from nanoflow.server.gate import Gate, GateMiddleware
+from nanoflow.server.message_routes import messages_router
 from nanoflow.server.metrics import ServerMetrics
 from nanoflow.server.prefetch import prefetch_router
+from nanoflow.server.response_routes import responses_router
+from nanoflow.server.response_store import ResponseStore
 from nanoflow.server.routes import include
 from nanoflow.server.service import Service
 from nanoflow.server.status import models_router, status_router, tokens_router
@@ -45,6 +48,7 @@ def create_app(
         gate: Who is let in; everybody if not given.
     """
     store = None if server_config.batch_dir is None else BatchStore.open(server_config.batch_dir)
+    kept = ResponseStore.open(server_config)
     service = Service(engine=engine, config=server_config, ledger=Ledger(counters))
     metrics = ServerMetrics(
         engine, prefix=server_config.metrics_prefix, model_name=service.model_name, counters=counters
@@ -71,6 +75,8 @@ def create_app(
         app,
         [
             *(router(service) for router in routers),
+            responses_router(service, kept),
+            messages_router(service),
             *(router(service, metrics) for router in observing),
             *(
                 [batches_off_router()]

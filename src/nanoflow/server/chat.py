@@ -12,10 +12,10 @@ from nanoflow.outputs import CompletionOutput, RequestOutput
 from nanoflow.server.answers import answer_of, beside, made
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.errors import ERROR_RESPONSES
-from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
+from nanoflow.server.generation import Call, Cursor, Delta, count_usage
 from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
 from nanoflow.server.protocol import ChatCompletionRequest
-from nanoflow.server.reading import Found, MessageReader, Reading, after_prompt, found_in, params_for, reading_of
+from nanoflow.server.reading import Found, MessageReader, Reading, found_in
 from nanoflow.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -27,6 +27,7 @@ from nanoflow.server.responses import (
 )
 from nanoflow.server.service import Service
 from nanoflow.server.streaming import EVENT_STREAM_CONTENT, EventTemplate, event, open_stream, while_connected
+from nanoflow.server.turn import begin_turn
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -37,28 +38,9 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", responses=responses)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
-        service.check_model(body.model)
-        params = service.sampling(body)
-        reading = reading_of(service, body, params)
         deadline_s = service.deadline_s()
-        service.admission.check(params.n)
-        encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
-        token_ids = await while_connected(request.receive, encode, deadline_s)
-        prompt = service.truncated(token_ids, body, params.max_tokens)
-        if reading is not None:
-            reading = after_prompt(reading, service, body, prompt)
-            params = params_for(reading, service, body, params)
-        call = Call(
-            engine=service.engine,
-            prompts=[prompt],
-            params=params,
-            doors=service,
-            cache_salt=service.cache_salt(request, body.cache_salt),
-            session_id=service.session_id(request, body.session_id),
-            call_id=new_id("chatcmpl"),
-            field_names=body.field_names,
-        )
-        chat = _Chat(service=service, body=body, call=call, reading=reading)
+        turn = await begin_turn(service, body, request, deadline_s)
+        chat = _Chat(service=service, body=body, call=turn.call, reading=turn.reading)
         if body.stream:
             return await open_stream(request.receive, chat.events(), deadline_s)
         return await while_connected(request.receive, answer_of(chat.answer()), deadline_s)

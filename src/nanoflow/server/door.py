@@ -1,8 +1,9 @@
 """Checks of every request before it reaches a route: request ids, hosts, origins, API keys.
 
 `door` wraps the whole application with its error pages, so no request avoids the checks. From the outermost to the
-innermost: the `x-request-id` of the answer and a refusal of WebSockets, an answer to cancelled calls, the Host header
-(`hosts.py`), CORS, the API key (`keys.py`), and HEAD.
+innermost: the `x-request-id` of the answer and a refusal of WebSockets, errors of /v1/messages in their own shape
+(`message_errors.py`), an answer to cancelled calls, the Host header (`hosts.py`), CORS, the API key (`keys.py`), and
+HEAD.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nanoflow.server.errors import ApiError
 from nanoflow.server.gate import DRAINING
 from nanoflow.server.hosts import ALL, HostMiddleware, Hosts
 from nanoflow.server.keys import KeyMiddleware, Keys
+from nanoflow.server.message_errors import MessageErrorsMiddleware
 
 REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
@@ -44,7 +46,8 @@ def door(app: ASGIApp, config: ServerConfig) -> ASGIApp:
             expose_headers=(REQUEST_ID, "retry-after"),
         )
     hosts = (ALL,) if config.allowed_hosts is None else several(config.allowed_hosts)
-    return RequestIdMiddleware(CancelledMiddleware(HostMiddleware(app, Hosts(hosts))))
+    app = MessageErrorsMiddleware(CancelledMiddleware(HostMiddleware(app, Hosts(hosts))))
+    return RequestIdMiddleware(app)
 
 
 class _Origins(CORSMiddleware):

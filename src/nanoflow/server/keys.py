@@ -23,6 +23,7 @@ from nanoflow.server.errors import ApiError
 KEY_VARIABLES = ("NANOFLOW_API_KEY", "VLLM_API_KEY")
 MAX_KEY_FILE_BYTES = 1 << 20
 OPEN_PATH = "/health"
+OTHER_HEADER = b"x-api-key"
 
 
 def with_all_keys(config: ServerConfig, environment: MutableMapping[str, str]) -> ServerConfig:
@@ -125,6 +126,7 @@ class KeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
+        scope = _with_authorization(scope)
         problem = None if scope["type"] == "lifespan" or _is_open(scope) else self._problem(scope)
         if problem is None:
             return await self._app(scope, receive, send)
@@ -140,6 +142,18 @@ class KeyMiddleware:
         if scheme.lower() != b"bearer":
             return "this server needs an API key: send the header 'Authorization: Bearer KEY'"
         return None if is_known else "the API key is not known to this server"
+
+
+def _with_authorization(scope: Scope) -> Scope:
+    """The request with the key of a header `x-api-key`, as clients of Anthropic's API send it, where all look for it.
+
+    A header `Authorization` counts before it. Several keys are left for `_problem` to refuse.
+    """
+    headers = scope.get("headers", ())
+    if any(name.lower() == b"authorization" for name, _ in headers):
+        return scope
+    found = [(b"authorization", b"Bearer " + value) for name, value in headers if name.lower() == OTHER_HEADER]
+    return {**scope, "headers": [*headers, *found]} if found else scope
 
 
 def _is_open(scope: Scope) -> bool:

@@ -71,12 +71,14 @@ class Found:
     Attributes:
         content, reasoning: New text.
         calls: New calls, and more of the arguments of earlier ones.
+        events: All of these in the order of the text.
         finish_reason: Why the message ended; None if it has not.
     """
 
     content: str = ""
     reasoning: str = ""
     calls: list[ToolCallDelta] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     finish_reason: str | None = None
 
     @property
@@ -145,6 +147,8 @@ class MessageReader:
         return found
 
     def _add(self, found: Found, event: Event) -> None:
+        if self._reading.shows_reasoning or not isinstance(event, ReasoningDelta):
+            found.events.append(event)
         match event:
             case ContentDelta(text):
                 found.content += text
@@ -169,7 +173,10 @@ class MessageReader:
 
 def found_in(delta: Delta, reader: MessageReader | None) -> Found:
     """What is new in a message; without a reader all text is content."""
-    return Found(content=delta.text, finish_reason=delta.finish_reason) if reader is None else reader.read(delta)
+    if reader is not None:
+        return reader.read(delta)
+    events: list[Event] = [ContentDelta(delta.text)] if delta.text else []
+    return Found(content=delta.text, events=events, finish_reason=delta.finish_reason)
 
 
 def _whole(call: ToolCallDelta) -> ToolCall:

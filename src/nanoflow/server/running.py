@@ -30,6 +30,7 @@ from nanoflow.server.hosts import is_loopback, with_hosts
 from nanoflow.server.keys import with_all_keys
 from nanoflow.server.lasting import LastingEngine
 from nanoflow.server.listen import bind, choose_num_front_ends, num_cores, url
+from nanoflow.server.response_store import with_response_folder
 from nanoflow.server.restarting import keep_engine
 from nanoflow.server.siblings import Siblings, Surroundings
 from nanoflow.server.signals import StopSignals
@@ -92,7 +93,11 @@ async def run(
     """
     server_config = _completed(engine_config, server_config)
     count = server_config.api_servers or 1
-    with _listening(server_config, count) as (first, *others), shared_rows(count) as counts:
+    with (
+        with_response_folder(server_config) as server_config,
+        _listening(server_config, count) as (first, *others),
+        shared_rows(count) as counts,
+    ):
         root_url = url(first, has_tls=server_config.ssl_certfile is not None)
         if (warning := open_to_all(server_config, root_url)) is not None:
             logger.warning(warning)

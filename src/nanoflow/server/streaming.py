@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,6 +39,27 @@ EVENT_STREAM_CONTENT: dict[str, Any] = {
 def event(chunk: Any) -> bytes:
     """A chunk in JSON as one server-sent event."""
     return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+def named_event(value: Mapping[str, Any]) -> bytes:
+    """An object in JSON as one server-sent event, with its `type` as the event's name."""
+    return b"event: " + str(value["type"]).encode() + b"\n" + event(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a stream ends.
+
+    Attributes:
+        failed: The events for a failure after the status was sent.
+        last: What is sent at the very end.
+    """
+
+    failed: Callable[[ApiError], bytes]
+    last: bytes = b""
+
+
+_WITH_DONE = Ending(failed=lambda problem: event(problem.body()), last=DONE)
 
 
 class EventTemplate:
@@ -99,13 +121,16 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def open_stream(receive: Receive, events: Events, deadline_s: float | None = None) -> Response:
+async def open_stream(
+    receive: Receive, events: Events, deadline_s: float | None = None, ending: Ending = _WITH_DONE
+) -> Response:
     """Answer with a stream of events once the first event is made: a failure before that still gets a status code.
 
     Args:
         receive: Receives messages of the connection.
         events: Yields one or more whole events at a time, which are sent together.
         deadline_s: When the stream must have ended, on the event loop's clock; None for no limit.
+        ending: How it ends; as OpenAI's completions do, if not given.
 
     Raises:
         ClientDisconnectedError: The client has disconnected.
@@ -116,7 +141,7 @@ async def open_stream(receive: Receive, events: Events, deadline_s: float | None
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, deadline_s)
+    return EventStream(first, events, deadline_s, ending)
 
 
 class EventStream(Response):
@@ -124,12 +149,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: Events, deadline_s: float | None = None) -> None:
+    def __init__(
+        self, first: bytes, events: Events, deadline_s: float | None = None, ending: Ending = _WITH_DONE
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._events = events
         self._deadline_s = deadline_s
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole stream."""
@@ -138,8 +166,8 @@ class EventStream(Response):
                 try:
                     await while_connected(receive, self._send_all(send), self._deadline_s)
                 except ApiError as problem:  # the deadline has passed
-                    await send({"type": "http.response.body", "body": event(problem.body()), "more_body": True})
-                    await send({"type": "http.response.body", "body": DONE, "more_body": False})
+                    await send({"type": "http.response.body", "body": self._ending.failed(problem), "more_body": True})
+                    await send({"type": "http.response.body", "body": self._ending.last, "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -148,6 +176,6 @@ class EventStream(Response):
             async for events in self._events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
         except Exception as problem:  # the status is sent: the error becomes an event
-            body = event(as_api_error(problem).body())
+            body = self._ending.failed(as_api_error(problem))
             await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._ending.last, "more_body": False})
