@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from nanoflow.kernels import triton_sample_programs as programs
 from nanoflow.kernels.triton_sample import ADJUSTED, CHOICE, LARGEST, LOGPROBS, RowBlocks
-from tests.all_cases import RUNS_ALL_CASES
+from tests.all_cases import RUNS_ALL_CASES, part
 from tests.machine_code import read_machine_code
 
 VOCAB_SIZE = 128256
@@ -43,10 +43,10 @@ def sizes(blocks: RowBlocks) -> dict[str, int]:
 def main() -> None:
     """Print a report of each program, for logits in bfloat16 and float32.
 
-    Of the longest, without all cases only the one that has all of its code: in bfloat16, with adjustments.
+    Without all cases only those for bfloat16, and of the longest the one that has all of its code: with adjustments.
     """
     reports = {}
-    for dtype, bits in (("bf16", 16), ("fp32", 0)):
+    for dtype, bits in part([("bf16", 16)], of=[("bf16", 16), ("fp32", 0)]):
         logits = {"logits": f"*{dtype}"}
         results = {"token_ids": "*i64", "best": "*fp32"}
         reports[f"largest {dtype}"] = compiled(programs.largest_program, {**logits, **results}, sizes(LARGEST), LARGEST)

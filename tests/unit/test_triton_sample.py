@@ -189,7 +189,7 @@ def test_logprobs_of_a_whole_vocabulary_are_those_of_the_twin() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     """Chi-square over the tokens that top_k and top_p leave, of draws with as many seeds."""
-    num_draws, vocab_size = 60, 12
+    num_draws, vocab_size = 40, 12
     logits = _logits(1, vocab_size, spread=1.0).expand(num_draws, -1).contiguous()
     numbers = sample_cases.numbers(num_draws, scale=sample.scale_of(1.0), top_k=8, top_p=0.9)
     token_ids, _ = fast.choose(logits, numbers, sample_cases.tables(1, vocab_size), blocks=BLOCKS, adjusts=False)
@@ -212,5 +212,5 @@ def test_programs_compile_for_hopper() -> None:
     (reports,) = compiled("tests.compile_sample")
     spills = {name: report["num_spills"] for name, report in reports.items() if "bf16" in name}
     assert len(spills) == (4 if RUNS_ALL_CASES else 3) and max(spills.values()) <= 64
-    assert len(reports) - len(spills) == (3 if RUNS_ALL_CASES else 2)
+    assert len(reports) - len(spills) == (3 if RUNS_ALL_CASES else 0)
     assert all("LDG.E.128" in report["loads"] for report in reports.values())
