@@ -52,11 +52,12 @@ def compiled(
         "registers": code.registers,
         "num_spills": sum(map(names.count, ("STL", "LDL"))),
         "num_warpgroup_products": names.count("HGMMA"),
+        "num_fp8_products": names.count("QGMMA"),
     }
 
 
 def products_of(tiles: GemmTiles) -> list[dict[str, int]]:
-    """A report of each grouped product."""
+    """A report of each grouped product, with biases and a clamped activation, which need more than others."""
     shared = {
         "NUM_EXPERTS": _NUM_EXPERTS,
         "EXPERTS": _NUM_EXPERTS,
@@ -67,13 +68,13 @@ def products_of(tiles: GemmTiles) -> list[dict[str, int]]:
     }
     sizes = {"num_columns": "i32", "num_features": "i32"}
     half = tiles.block_n // 2
-    first = {"x": "*bf16", "weight": box(2, half, tiles.block_k), "out": "*bf16", **_INDICES, "rows_per_token": "i32"}
-    gated = {"BLOCK_N": half, "STORE_N": tiles.store_n // 2, "HAS_WHOLE_STEPS": True}
+    tensors = {"bias": "*bf16", "out": "*bf16", **_INDICES}
+    first = {"x": "*bf16", "weight": box(2, half, tiles.block_k), **tensors, "rows_per_token": "i32"}
+    gated = {"BLOCK_N": half, "STORE_N": tiles.store_n // 2, "HAS_WHOLE_STEPS": True, "ALPHA": 1.702, "LIMIT": 7.0}
     second = {
         "x": box(tiles.block_m, tiles.block_k),
         "weight": box(tiles.block_n, tiles.block_k),
-        "out": "*bf16",
-        **_INDICES,
+        **tensors,
     }
     plain = {"BLOCK_N": tiles.block_n, "STORE_N": tiles.store_n}
     return [

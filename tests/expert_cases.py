@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.experts import CombineDims, OrderDims, RoutedDims, RouterDims, Routing, SharedGateDims
+from nanoflow.graph.experts import (
+    ClampedSwiglu,
+    CombineDims,
+    ExpertDims,
+    OrderDims,
+    RoutedDims,
+    RouterDims,
+    Routing,
+    SharedGateDims,
+)
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, OpKind, Resource
@@ -27,6 +36,8 @@ class ExpertCase:
         width, inner: Of the model and of an expert.
         ids: int32 [T, K], different experts of each token.
         dtype: Of numbers.
+        has_biases: Whether router and experts have biases.
+        clamped: The activation; None for SwiGLU.
     """
 
     num_experts: int
@@ -35,6 +46,8 @@ class ExpertCase:
     inner: int
     ids: Tensor
     dtype: torch.dtype
+    has_biases: bool = False
+    clamped: ClampedSwiglu | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -100,14 +113,31 @@ class ExpertCase:
         weight[:, : self.inner : 7] *= 20.0
         activation = self.poisoned(self.num_tokens, self.per_token * self.inner)
         x = self.random(self.num_tokens, self.width)
-        return self.launch(OpKind.EXPERTS_IN, (x, *self.ordered()), (activation,), (weight,))
+        weights = (weight, *self._bias(self.num_experts, 2 * self.inner))
+        return self.launch(OpKind.EXPERTS_IN, (x, *self.ordered()), (activation,), weights, self.dims(is_gated=True))
 
     def second(self) -> Launch:
         """EXPERTS_OUT."""
         weight = self.random(self.num_experts, self.width, self.inner).mul_(self.inner**-0.5)
         out = self.poisoned(self.num_tokens, self.per_token * self.width)
         activation = self.random(self.num_tokens, self.per_token * self.inner)
-        return self.launch(OpKind.EXPERTS_OUT, (activation, *self.ordered()), (out,), (weight,))
+        weights = (weight, *self._bias(self.num_experts, self.width))
+        dims = self.dims(is_gated=False)
+        return self.launch(OpKind.EXPERTS_OUT, (activation, *self.ordered()), (out,), weights, dims)
+
+    def dims(self, *, is_gated: bool) -> ExpertDims:
+        """Sizes of EXPERTS_IN, or of EXPERTS_OUT."""
+        return ExpertDims(
+            in_features=self.width if is_gated else self.inner,
+            out_features=2 * self.inner if is_gated else self.width,
+            routing=self.routing,
+            is_gated=is_gated,
+            has_bias=self.has_biases,
+            clamped=self.clamped if is_gated else None,
+        )
+
+    def _bias(self, *shape: int) -> tuple[Tensor, ...]:
+        return (self.random(*shape),) if self.has_biases else ()
 
     def router(self, *, is_normalised: bool) -> Launch:
         """ROUTER; the ids of the case are not used."""
@@ -115,7 +145,8 @@ class ExpertCase:
         weights = self.poisoned(self.num_tokens, self.per_token, dtype=torch.float32)
         ids = self.poisoned(self.num_tokens, self.per_token, dtype=torch.int32)
         weight = self.random(self.num_experts, self.width).mul_(2 * self.width**-0.5)
-        return self.launch(OpKind.ROUTER, (self.random(self.num_tokens, self.width),), (weights, ids), (weight,), dims)
+        x, parameters = self.random(self.num_tokens, self.width), (weight, *self._bias(self.num_experts))
+        return self.launch(OpKind.ROUTER, (x,), (weights, ids), parameters, dims)
 
     def combine(self) -> Launch:
         """COMBINE."""
@@ -163,10 +194,11 @@ ROUTINGS: dict[str, Callable[[int, int, int, torch.device], Tensor]] = {
 
 def exact(launch: Launch) -> Tensor:
     """The reference of a grouped product, summed in float32 and rounded once to its dtype."""
-    out = launch.writes[0]
+    out, dims = launch.writes[0], launch.op.dims
+    assert isinstance(dims, ExpertDims)
     floats = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in launch.reads)
-    whole = replace(launch, reads=floats, weights=(launch.weights[0].float(),))
-    if launch.op.kind is OpKind.EXPERTS_OUT:
+    whole = replace(launch, reads=floats, weights=tuple(weight.float() for weight in launch.weights))
+    if not dims.is_gated:
         wide = torch.empty_like(out, dtype=torch.float32)
         reference_experts.experts_out(replace(whole, writes=(wide,)))
         return wide.to(out.dtype)
@@ -174,6 +206,9 @@ def exact(launch: Launch) -> Tensor:
     gate_up = out.new_empty((rows.numel(), launch.weights[0].shape[1]), dtype=torch.float32)
     tokens = rows.flatten() // rows.shape[1]
     for expert, places in reference_experts.parts_of_experts(ends):
-        gate_up[places] = torch.mm(floats[0][tokens[places]], whole.weights[0][expert].t())
-    gate, up = gate_up.to(out.dtype).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).view_as(out)
+        gate_up[places] = torch.nn.functional.linear(
+            floats[0][tokens[places]], *(each[expert] for each in whole.weights)
+        )
+    activated = out.new_empty((rows.numel(), gate_up.shape[1] // 2))
+    reference_experts.activate(gate_up.to(out.dtype), dims.clamped, activated)
+    return activated.view_as(out)

@@ -11,6 +11,7 @@ from nanoflow.graph.layers import FP8_BLOCK, Fp8
 from nanoflow.graph.operation import NormDims, OpKind, RowDims
 from nanoflow.kernels import reference_fp8
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.reference_experts_fp8 import EXPERT_FP8_KERNELS
 from nanoflow.models.fp8 import E4M3, quantise_rows
 from tests.elementwise_cases import Cases
 from tests.gemm_cases import linear_case
@@ -73,6 +74,44 @@ def product_case(
         drawn = torch.rand(Fp8(block=FP8_BLOCK).scales_shape(shape), device=device)
         scales = drawn * float(scales.mean())
     return replace(launch, reads=(x, x_scales), weights=(weight, scales, *launch.weights[1:]))
+
+
+def experts_case(launch: Launch, *, is_blocked: bool = False) -> Launch:
+    """A grouped product of 16-bit numbers (`expert_cases.py`) in FP8; scales of blocks are drawn, and differ widely."""
+    x, *order = launch.reads
+    (weight,) = launch.weights
+    is_first = launch.op.kind is OpKind.EXPERTS_IN
+    numbers, x_scales = quantise_rows(x if is_first else x.view(order[0].numel(), -1))
+    quantised, row_scales = quantise_rows(weight)
+    scales = row_scales[..., 0].contiguous()
+    if is_blocked:
+        drawn = torch.rand(Fp8(block=FP8_BLOCK).scales_shape(tuple(weight.shape)), device=weight.device)
+        scales = (drawn + 0.1) * float(scales.mean())
+    kind = OpKind.EXPERTS_IN_FP8 if is_first else OpKind.EXPERTS_OUT_FP8
+    return replace(
+        launch,
+        op=replace(launch.op, kind=kind),
+        reads=(numbers.view_as(x), x_scales if is_first else x_scales.view_as(order[0]), *order),
+        weights=(quantised, scales),
+    )
+
+
+def exact_experts(launch: Launch) -> Tensor:
+    """A grouped product in FP8 by its reference kernel."""
+    out = torch.empty_like(launch.writes[0])
+    EXPERT_FP8_KERNELS[launch.op.kind](replace(launch, writes=(out,)))
+    return out
+
+
+def assert_experts(launch: Launch, num_rows: int) -> None:
+    """What was written is the reference's, row by row: tensor cores that sum fast keep about 13 bits of what they add.
+
+    A wrong scale, expert, row or column is far beyond that.
+    """
+    out, exact = (each.float().view(num_rows, -1) for each in (launch.writes[0], exact_experts(launch)))
+    assert out.isfinite().all()
+    errors = (out - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert errors.max() < 3e-2 and errors.mean() < 1e-2, (float(errors.max()), float(errors.mean()))
 
 
 def added_to(launch: Launch) -> Launch:

@@ -23,16 +23,31 @@ from torch import Tensor
 
 from nanoflow.graph.operation import KEY_BLOCK, AttentionDims
 from nanoflow.kernels.hopper import (
+    attention_fp8_programs,
     attention_programs,
     carry_attention,
     carry_product,
     carry_programs,
+    loads,
     rings,
     walk,
 )
 from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
 from nanoflow.kernels.launch import Launch
 from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values, unloaded
+
+# How long a thread rests after it has arrived at a barrier.
+ARRIVAL_S = 2e-4
+MODULES = (
+    rings,
+    walk,
+    loads,
+    attention_programs,
+    attention_fp8_programs,
+    carry_attention,
+    carry_product,
+    carry_programs,
+)
 
 
 @dataclass
@@ -66,7 +81,7 @@ class Machine:
         if pred:
             barrier.add(count, 0)
             # A waiting thread goes on at once, which exposes arrivals that are too early.
-            time.sleep(2e-4)
+            time.sleep(ARRIVAL_S)
 
     def expect(self, barrier: Barrier, num_bytes: int) -> None:
         barrier.add(1, num_bytes)
@@ -86,9 +101,11 @@ class Machine:
             assert barrier.num_bytes > 0, "bytes that nobody expects"
         barrier.add(0, -tile.cells.nbytes)
 
-    def multiply(self, left: Shared, right: Shared, acc: Any, *, use_acc: bool = True, is_async: bool) -> Pending:
+    def multiply(
+        self, left: Shared | Tensor, right: Shared, acc: Any, *, use_acc: bool = True, is_async: bool
+    ) -> Pending:
         assert is_async
-        product = Pending(left, right, acc, bool(use_acc))
+        product = Pending(left if isinstance(left, Shared) else Shared(left), right, acc, bool(use_acc))
         self.under_way.setdefault(threading.get_ident(), []).append(product)
         return product
 
@@ -118,7 +135,7 @@ class Machine:
     def function(self, name: str) -> Callable[..., Any]:
         """One of the functions, with every name that it and the others use bound to the simulation."""
         names: dict[str, Any] = {"__builtins__": __builtins__}
-        for module in (rings, walk, attention_programs, carry_attention, carry_product, carry_programs):
+        for module in MODULES:
             for key, value in vars(module).items():
                 if isinstance(value, triton.language.constexpr):
                     names[key] = value.value
@@ -144,10 +161,12 @@ class Machine:
         return function
 
     def _language(self) -> types.SimpleNamespace:
-        layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DistributedLinear")
+        layouts = ["Blocked", "Slice", "DistributedLinear", "DotOperand", "NVMMADistributed"]
+        layouts += ["NVMMAShared", "SwizzledShared"]
         return types.SimpleNamespace(
             **{f"{name}Layout": lambda *_, **__: None for name in layouts},
             float8e4nv=torch.float8_e4m3fn,
+            float16=torch.float16,
             float32=torch.float32,
             int32=torch.int32,
             int64=torch.int64,
@@ -163,9 +182,10 @@ class Machine:
             arange=lambda start, stop, _: torch.arange(start, stop),
             zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype).as_subclass(Values),
             full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
-            where=lambda choice, a, b: (
-                torch.where(choice, a, b) if isinstance(choice, Tensor) else (a if choice else b)
-            ),
+            where=lambda choice, a, b: _where(choice, a, b) if isinstance(choice, Tensor) else (a if choice else b),
+            join=lambda a, b: torch.stack((a, b), -1).as_subclass(Values),
+            abs=torch.abs,
+            floor=torch.floor,
             exp=torch.exp,
             exp2=torch.exp2,
             log2=torch.log2,
@@ -215,10 +235,14 @@ def assert_loaded_once(launch: Launch, loads: Counter[tuple[int, tuple[int, ...]
         for page in range(-(-context // KEY_BLOCK) * (KEY_BLOCK // PAGE_TOKENS)):
             at = int(launch.pages.decode_tables[row, min(page, (context - 1) // PAGE_TOKENS)])
             for head in range(dims.num_kv_heads):
-                for column in range(0, dims.head_dim, PANEL):
+                for column in range(0, dims.head_dim, PANEL if cache.scales is None else dims.head_dim):
                     expected[(at * dims.num_kv_heads + head) * PAGE_TOKENS, column] += 1
     for tensor in (cache.keys, cache.values):
         assert {place: num for (where, place), num in loads.items() if where == tensor.data_ptr()} == expected
+    if cache.scales is not None:
+        words = Counter({(row // PAGE_TOKENS, column): num for (row, column), num in expected.items()})
+        where_scales = cache.scales.data_ptr()
+        assert {place: num for (where, place), num in loads.items() if where == where_scales} == words
 
 
 def _bound(function: Any, names: dict[str, Any]) -> types.FunctionType:
@@ -252,6 +276,12 @@ def _pick(of_tensors: Callable[..., Any], of_numbers: Callable[..., Any], a: Any
 
 def _scalar(value: Tensor) -> Any:
     return value if value.ndim else Number(value.item())
+
+
+def _where(choice: Tensor, a: Any, b: Any) -> Tensor:
+    if isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn:
+        return torch.where(choice, a.float(), b).to(a.dtype)
+    return torch.where(choice, a, b)
 
 
 def _load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Any:

@@ -47,6 +47,9 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 class Values(Tensor):
     """A tensor in registers."""
 
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:  # type: ignore[override]
+        return self.view(dtype) if bitcast else super().to(dtype)
+
     def split(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return self.unbind(-1)
 
@@ -82,7 +85,7 @@ def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Shared:
-    """Memory of a program, or a part of it; infinite before it is written."""
+    """Memory of a program, or a part of it; infinite before it is written, or NaN in FP8, which has no infinity."""
 
     cells: Tensor
 
@@ -94,14 +97,21 @@ class Shared:
         assert 0 <= place < len(self.cells)
         return Shared(self.cells[place])
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.cells.narrow(0, start, length))
+    @property
+    def shape(self) -> torch.Size:
+        return self.cells.shape
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.cells.narrow(dim, start, length))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _: object) -> Shared:
+        return Shared(self.cells.view(dtype).view(*shape))
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.cells.permute(*order))
 
     def load(self, _: object) -> Tensor:
-        return self.cells.clone()
+        return self.cells.clone().as_subclass(Values)
 
     def store(self, value: Tensor) -> None:
         assert value.dtype == self.dtype

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import KvType, Scope
+from nanoflow.graph.operation import AttentionDims, KvType, Scope
 from nanoflow.kernels.kv_fp8 import FP8, SCALE, dequantised, quantised
 from nanoflow.kernels.launch import Launch, LayerCache
-from tests.attention_cases import PAGE_TOKENS, dims_of, inputs_of, launch_of
+from tests.attention_cases import PAGE_TOKENS, dims_of, exact, inputs_of, launch_of, without_nan
 
 # Largest error of a retrieved value, of the largest one. The tests of the bound say which faults exceed it.
 NEEDLE_BOUND = 0.03
@@ -43,6 +43,35 @@ def poison_8_bits(shape: tuple[int, ...], device: torch.device) -> LayerCache:
     return LayerCache(
         keys=keys, values=values, scales=torch.full((*shape[:3], 2), torch.nan, dtype=SCALE, device=device)
     )
+
+
+def on_8_bits(launch: Launch) -> Launch:
+    """The same attention on rounded keys and values."""
+    assert isinstance(launch.op.dims, AttentionDims) and launch.cache is not None
+    dims = dataclasses.replace(launch.op.dims, kv_type=KvType.FP8)
+    return dataclasses.replace(launch, op=dataclasses.replace(launch.op, dims=dims), cache=in_8_bits(launch.cache))
+
+
+def with_sinks(launch: Launch) -> Launch:
+    """The same attention with sinks: some take nearly all of a softmax, some about as much as a key, some nothing."""
+    dims = launch.op.dims
+    assert isinstance(dims, AttentionDims)
+    sinks = torch.tensor([9.0, 0.5, -9.0, 2.0, 3.0, -1.0, 200.0, -200.0], device=launch.reads[0].device)
+    changed = dataclasses.replace(launch.op, dims=dataclasses.replace(dims, has_sinks=True))
+    return dataclasses.replace(launch, op=changed, weights=(sinks.repeat(dims.num_heads)[: dims.num_heads],))
+
+
+def assert_decoded_from_8_bits(launch: Launch) -> None:
+    """Check that a result is that of the numbers that are stored, and that rows that are no decodes were not written.
+
+    A result may differ by a digit of its type, and by the rounding of weights to float16, of which a digit is small.
+    """
+    assert launch.cache is not None
+    expected = exact(dataclasses.replace(launch, cache=without_nan(in_16_bits(launch.cache, torch.float32))))
+    is_decode = launch.inputs.decodes.context_len[launch.tokens.start : launch.tokens.stop] > 0
+    ours, theirs = launch.writes[0][is_decode].float(), expected[is_decode]
+    torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=2**-10)
+    assert launch.writes[0][~is_decode].isnan().all()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

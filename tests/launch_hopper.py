@@ -21,6 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from nanoflow.kernels.hopper import attention
+from nanoflow.kernels.hopper.attention_fp8_programs import decode_fp8_program
 from nanoflow.kernels.hopper.attention_programs import decode_program
 from nanoflow.kernels.hopper.carry import HopperCarrier
 from nanoflow.kernels.hopper.carry_programs import carry_program
@@ -28,6 +29,7 @@ from nanoflow.kernels.hopper.merge import merge_program
 from nanoflow.kernels.launch import SHARES, Launch
 from tests.attention_cases import carrier_case, decode_case
 from tests.fp8_cases import carried_case
+from tests.kv_fp8_cases import on_8_bits
 
 CPU = torch.device("cpu")
 CARD = SimpleNamespace(
@@ -46,6 +48,7 @@ def decodes(num_rows: int, first: int) -> Launch:
 def launch(num_tokens: int, num_rows: int, first: int, products: dict[int, int]) -> None:
     """Launch every program, with these products and shares; print how many kernels each was compiled to."""
     attention.run_decode(decodes(num_rows, first), 4)
+    attention.run_decode(on_8_bits(decodes(num_rows, first)), 4)
     carrier = HopperCarrier(num_sms=4, steps=2)
     taken = carrier.take(decodes(num_rows, first), 4)
     for num_columns, until in products.items():
@@ -56,7 +59,8 @@ def launch(num_tokens: int, num_rows: int, first: int, products: dict[int, int])
     later = tuple(each[num_rows % 2 :][:num_tokens] for each in whole.reads)
     carrier.run(replace(whole, reads=later, writes=(whole.writes[0][:num_tokens],)), taken, SHARES - 1)
     carrier.finish(taken)
-    programs = {"carry": carry_program, "decode": decode_program, "merge": merge_program}
+    programs = {"carry": carry_program, "decode": decode_program, "decode of 8 bits": decode_fp8_program}
+    programs["merge"] = merge_program
     print(json.dumps({key: len(program.device_caches[0][0]) for key, program in programs.items()}), flush=True)
 
 

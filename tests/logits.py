@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from nanoflow.batch import DenseBatch, NewPages
 from nanoflow.executor.buffers import DeviceModel, allocate_caches
 from nanoflow.executor.inputs import InputBuilder
-from nanoflow.graph.fp8 import in_fp8
+from nanoflow.graph.fp8 import fp8_candidates, with_fp8
+from nanoflow.graph.graph import Fp8
 from nanoflow.graph.operation import KvType
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
@@ -30,6 +31,7 @@ def prompt_logits(
     kv_type: KvType = KvType.MODEL,
     *,
     is_fp8: bool = False,
+    kept: Mapping[str, Fp8] | None = None,
     change: Callable[[Weights], object] = lambda weights: None,
 ) -> torch.Tensor:
     """float32 [tokens, vocab] of a prompt in one chunk, by the reference executor, with such a KV cache.
@@ -38,6 +40,7 @@ def prompt_logits(
         folder: The model.
         prompt: Its tokens.
         is_fp8: Whether weights are quantised to FP8 while they are loaded, and products multiply these.
+        kept: With `is_fp8` the parameters that are kept otherwise than with a scale for each row, as they are stored.
         change: Changes the weights after they are loaded.
 
     Raises:
@@ -48,7 +51,7 @@ def prompt_logits(
     config = load(folder)
     graph = build_graph(config, max(count, config.default_context_len)).with_kv_type(kv_type)
     if is_fp8:
-        graph = in_fp8(graph)
+        graph = with_fp8(graph, {**dict.fromkeys(fp8_candidates(graph), Fp8()), **(kept or {})})
     weights = load_weights(graph, folder, torch.float32, cpu, show_progress=False)
     change(weights)
     caches = allocate_caches(graph, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=torch.float32, device=cpu)

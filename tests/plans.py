@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nanoflow.graph.graph import OpGraph
-from nanoflow.graph.operation import OpKind
+from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 
@@ -39,6 +41,16 @@ def ping_pong_plan(
     return PipelinePlan(
         name=f"ping-pong, {mechanism}", num_tokens=num_tokens, lanes=lanes, nano_operations=nano_operations
     )
+
+
+def experts_beside_plan(graph: OpGraph, num_tokens: int, boundary: int, share: float) -> PipelinePlan:
+    """As searches plan a mixture of experts: grouped products beside attention, other products on the whole device."""
+    plan = ping_pong_plan(graph, num_tokens, boundary, Mechanism.PARTITION, share)
+    alone = {op.name for op in graph.layer if isinstance(op.dims, LinearDims)}
+    nano_operations = (
+        replace(nano, lane="whole" if nano.operation in alone else nano.lane) for nano in plan.nano_operations
+    )
+    return replace(plan, name="experts beside attention", nano_operations=tuple(nano_operations))
 
 
 def resource_plan(graph: OpGraph, num_tokens: int, boundary: int) -> PipelinePlan:

@@ -29,19 +29,54 @@ def _repair_loop_bounds() -> None:
 _repair_loop_bounds()
 
 
-def _repair_rounding_to_8_bits() -> None:
-    """Triton 3.6 rounds float32 to e4m3 wrongly where rounding up reaches the next power of two; a GPU does not."""
-    convert, float32, e4m3 = interpreter._convert_float, interpreter.tl.float32, interpreter.tl.float8e4nv
+def _repair_rounding() -> None:
+    """Triton 3.6 truncates to bfloat16, and rounds to e4m3 wrongly up to the next power of two; a GPU does neither."""
+    convert, language = interpreter._convert_float, interpreter.tl
+    repaired = {
+        language.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+        language.bfloat16: (torch.bfloat16, torch.uint16),
+    }
 
     def convert_and_repair(numbers: Any, from_dtype: Any, to_dtype: Any, rounding_mode: Any) -> Any:
-        if (from_dtype, to_dtype) != (float32, e4m3):
+        if from_dtype != language.float32 or to_dtype not in repaired:
             return convert(numbers, from_dtype, to_dtype, rounding_mode)
-        return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        dtype, bits = repaired[to_dtype]
+        return torch.from_numpy(numbers.view("float32")).to(dtype).view(bits).numpy()
 
     interpreter._convert_float = convert_and_repair
 
 
-_repair_rounding_to_8_bits()
+_repair_rounding()
+
+
+def _exact(bits: Any) -> Any:
+    """float32 of bfloat16 numbers, which the interpreter keeps as uint16."""
+    return (bits.astype("uint32") << 16).view("float32")
+
+
+def _repair_products_of_bfloat16() -> None:
+    """Triton 3.6 multiplies the bits of matrices as if they were integers, and has no instructions in assembly."""
+    builder = interpreter.InterpreterBuilder
+    multiply, bfloat16 = builder.create_dot, interpreter.tl.bfloat16
+
+    def create_dot(self: Any, left: Any, right: Any, addend: Any, *options: Any) -> Any:
+        if left.dtype.scalar == bfloat16 and right.dtype.scalar == bfloat16:
+            product = _exact(left.data) @ _exact(right.data)
+            return interpreter.TensorHandle(product + addend.data, addend.dtype.scalar)
+        return multiply(self, left, right, addend, *options)
+
+    def create_inline_asm(_self: Any, assembly: str, _constraints: str, values: Any, *_options: Any) -> Any:
+        assert assembly.startswith("mul.rn.bf16x2 "), "the only instruction that tests know"
+        # Products of the lower halves, then of the upper ones; these are exact in the kernels that use them.
+        halves = [[value.data.astype("uint32") >> shift & 0xFFFF for value in values] for shift in (0, 16)]
+        low, high = ((_exact(one) * _exact(other)).view("uint32") for one, other in halves)
+        both = (low >> 16 | high & 0xFFFF0000).view("int32")
+        return SimpleNamespace(get_result=lambda _: interpreter.TensorHandle(both, interpreter.tl.int32))
+
+    builder.create_dot, builder.create_inline_asm = create_dot, create_inline_asm
+
+
+_repair_products_of_bfloat16()
 
 
 def _patch_once() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from nanoflow.request import KINDS, SamplingParams
 from nanoflow.server.body import RequestBody
 from nanoflow.server.conversation_fields import Message, TextPart
+from nanoflow.server.embedding_fields import EmbeddingRequest
 from nanoflow.server.foreign import OF_GENERATION, OF_MESSAGES, OF_PARTS, OF_STREAMS, OF_TOKENS, ForeignFields
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
@@ -23,6 +24,7 @@ from nanoflow.server.protocol import (
 BODIES: dict[str, type[RequestBody]] = {
     "`/v1/completions`": CompletionRequest,
     "`/v1/chat/completions`": ChatCompletionRequest,
+    "`/v1/embeddings`": EmbeddingRequest,
     "`/v1/prefetch`": PrefetchRequest,
     "`/tokenize`": TokenizeRequest,
     "`/detokenize`": DetokenizeRequest,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.graph.experts import CombineDims, ExpertDims, OrderDims, RoutedDims, RouterDims, Routing
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import Operation, OpKind, Resource
+from nanoflow.graph.operation import Operation, OpKind, Resource, RowDims
 from nanoflow.kernels import reference_experts as reference
 from nanoflow.kernels import triton_experts, triton_experts_rows
 from nanoflow.kernels.launch import BatchInputs, Kernel, Launch
@@ -56,6 +57,14 @@ MODELS = {
 }
 
 
+class Form(enum.StrEnum):
+    """The numbers that a product multiplies: 16 bits, or FP8 with scales of rows or of blocks of the weight."""
+
+    PLAIN = "16 bits"
+    FP8 = "FP8"
+    FP8_BLOCKS = "FP8 in blocks"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """An operation with its launch, kernel and reference, and what it computes and moves at least."""
@@ -66,6 +75,7 @@ class Work:
     flops: float
     num_bytes: float
     with_tiles: Callable[..., None] | None = None
+    form: Form = Form.PLAIN
 
 
 def works_of(model: Model, num_tokens: int, skew: float, weights: Sequence[Tensor]) -> dict[str, Work]:
@@ -158,7 +168,7 @@ def num_different(ids: Tensor) -> int:
 
 def launch_of(
     kind: OpKind,
-    dims: RoutedDims,
+    dims: RoutedDims | RowDims,
     reads: tuple[Tensor, ...],
     writes: tuple[Tensor, ...],
     weights: tuple[Tensor, ...] = (),

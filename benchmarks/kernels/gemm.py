@@ -223,7 +223,7 @@ def outputs_of(kernel: Kernel, launches: Sequence[Launch]) -> list[Tensor]:
     return [launch.writes[0].clone() for launch in launches]
 
 
-def check(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def check(outputs: Sequence[Tensor], expected: Sequence[Tensor], max_error: float = MAX_ERROR) -> None:
     """Compare outputs, as a kernel that is fast and wrong does not count.
 
     Raises:
@@ -232,7 +232,7 @@ def check(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for output, wanted in zip(outputs, expected, strict=True):
         error = float((output.float() - wanted.float()).norm() / wanted.float().norm())
         # Written this way so that NaN is an error.
-        if not error < MAX_ERROR:
+        if not error < max_error:
             raise ValueError(f"wrong result, off by {error:.1%}")
 
 

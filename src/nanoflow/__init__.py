@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nanoflow.familiar.engine_args import AsyncEngineArgs, EngineArgs
     from nanoflow.familiar.llm_engine import LLMEngine
     from nanoflow.familiar.prompts import TextPrompt, TokensPrompt
-    from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
+    from nanoflow.outputs import CompletionOutput, EmbeddingRequestOutput, FinishReason, Logprob, RequestOutput
     from nanoflow.request import RequestError, RequestOutputKind, SamplingParams
     from nanoflow.structured import structured_outputs_params as GuidedDecodingParams
     from nanoflow.structured import structured_outputs_params as StructuredOutputsParams
@@ -35,6 +35,7 @@ __all__ = [
     "AsyncLLM",
     "AsyncLLMEngine",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineConfig",
     "FinishReason",

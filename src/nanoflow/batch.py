@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.graph.operation import BatchShape
-from nanoflow.request import SamplingParams
+from nanoflow.request import Pooling, SamplingParams
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -64,6 +64,27 @@ class PromptScore:
     first_position: int
     target_ids: Int32
     num_logprobs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPooling:
+    """Hidden states of tokens start..stop-1 of the batch are a part of a prompt whose vector is asked for.
+
+    Attributes:
+        request_index: Index of the request in the batch.
+        start, stop: Token range in the batch.
+        is_first, is_last: Whether the prompt begins with this range, and ends with it.
+        kind: How they become one vector.
+        num_pooled: Tokens of the prompt that the vector is the mean of.
+    """
+
+    request_index: int
+    start: int
+    stop: int
+    is_first: bool
+    is_last: bool
+    kind: Pooling
+    num_pooled: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +153,7 @@ class DenseBatch:
             which are only guessed (`scheduler/drafts.py`). Without drafts no request stands here twice.
         joined: Requests that are new to their row.
         prompt_scores: Prompt log probabilities asked for.
+        poolings: Parts of prompts whose vector is asked for.
         num_drafted_requests: Requests with a draft (guessed tokens); each of them is named several times in `sampled`.
         num_draft_tokens: Guessed tokens of all these requests together.
     """
@@ -151,6 +173,7 @@ class DenseBatch:
     sampled: Int32
     joined: tuple[Joined, ...] = ()
     prompt_scores: tuple[PromptScore, ...] = ()
+    poolings: tuple[PromptPooling, ...] = ()
     num_drafted_requests: int = 0
     num_draft_tokens: int = 0
 
@@ -236,6 +259,7 @@ class SampledTokens:
             the most probable tokens were asked for.
         logprobs: Log probabilities of these N draws, K being the largest number asked for; None if N = 0.
         prompt_logprobs: One entry for each of `DenseBatch.prompt_scores`.
+        pooled: float32 [hidden size], one for each of `DenseBatch.poolings` that is the last of its prompt.
         errors: For each draw that failed, its index in `sampled` and the reason, such as logits that are not finite.
             The other requests are not affected.
     """
@@ -244,4 +268,5 @@ class SampledTokens:
     logprob_places: Sequence[tuple[int, int]] = ()
     logprobs: TopLogprobs | None = None
     prompt_logprobs: tuple[TopLogprobs, ...] = ()
+    pooled: tuple[Float32, ...] = ()
     errors: dict[int, str] = field(default_factory=dict)

@@ -72,7 +72,7 @@ class EngineConfig:
     quantization: Quantization = option(
         "auto",
         "fp8: products of layers multiply 8-bit floating-point weights (e4m3), quantised at the start unless they are "
-        "stored so; auto: those that are stored so, on a GPU that can; none: no products do",
+        "stored so; auto: weights that are stored in FP8 or MXFP4 stay so, on a GPU that can; none: none do",
         read=read_value_of("quantization"),
     )
     device: str = option("auto", "auto, cpu or cuda")

@@ -222,6 +222,7 @@ class RequestOutput:
         outputs: One `CompletionOutput` for each of the `n`.
         finished: True once every completion has ended.
         error: What went wrong with this request alone, if its finish reason is "error".
+        embedding: The prompt's vector, if `SamplingParams.pooling` asked for it.
         num_cached_tokens: Tokens of the prompt that were in the KV cache already. With `n > 1` those that the first
             completion to begin found there; the others have the prompt from it.
     """
@@ -235,3 +236,39 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    embedding: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingOutput:
+    """A vector, as a list of H floats."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequestOutput:
+    """The vector of one prompt.
+
+    Attributes:
+        request_id: The label of the request.
+        prompt: The prompt's text; None if it came as token ids.
+        prompt_token_ids: The prompt's tokens.
+        outputs: The vector; empty if the request failed.
+        num_cached_tokens: Tokens of the prompt that were in the KV cache already.
+        error: What went wrong with this request alone.
+        finished: True.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    num_cached_tokens: int = 0
+    error: str | None = None
+    finished: bool = True

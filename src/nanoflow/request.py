@@ -33,7 +33,7 @@ from nanoflow.parameters import (
 )
 from nanoflow.structured import Structured, StructuredKind
 
-__all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
+__all__ = ["KINDS", "MAX_CHOICES", "Pooling", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -48,6 +48,13 @@ _NUM_KEPT = Whole(low=-1, high=INT32_MAX)
 
 def _parameter(default: Any, kind: Kind) -> Any:
     return field(default=default, metadata={"kind": kind})
+
+
+class Pooling(enum.Enum):
+    """How the hidden states of a prompt become one vector."""
+
+    LAST = "last"
+    MEAN = "mean"
 
 
 class RequestOutputKind(enum.Enum):
@@ -95,6 +102,8 @@ class SamplingParams:
         detokenize: Produce text; False returns token ids only.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string in the text.
+        pooling: Return a vector of the prompt too (`RequestOutput.embedding`): the hidden state of its last token, or
+            the mean of those of all its tokens, behind the model's last norm. `LLM.embed` sets it.
         output_kind: What `AsyncLLM` and `LLMEngine` yield at each step. `LLM` and `AsyncEngine` ignore it.
         truncate_prompt_tokens: Use only this many last tokens of the prompt; -1 uses as many as the context has room
             for beside `max_tokens`.
@@ -135,6 +144,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = _parameter(False, Flag())
     output_kind: RequestOutputKind = _parameter(RequestOutputKind.CUMULATIVE, OneOf(members=RequestOutputKind))
     truncate_prompt_tokens: int | None = _parameter(None, _NUM_KEPT)
+    pooling: Pooling | None = _parameter(None, OneOf(members=Pooling))
     structured_outputs: Structured | None = field(default=None, metadata={"kind": StructuredKind(), "read": read_text})
 
     if not TYPE_CHECKING:
@@ -273,8 +283,7 @@ class Request:
             it have just been generated.
         arrival_s: Seconds on the monotonic clock of the machine.
         page_keys: The root of its pages' keys, then the keys of those that the prompt fills (`kvcache/keys.py`); empty
-            if it neither takes pages of others nor leaves any to them. A request with log probabilities of its prompt
-            takes none.
+            if it neither takes pages of others nor leaves any to them. One that `computes_whole_prompt` takes none.
         session: Name of the conversation that it is a turn of, unique among all users; None if it has none.
     """
 
@@ -288,6 +297,11 @@ class Request:
     arrival_s: float = field(default=0.0)
     page_keys: bytes = b""
     session: str | None = None
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether every token of the prompt must be computed, so that cached pages do not help."""
+        return self.params.prompt_logprobs is not None or self.params.pooling is Pooling.MEAN
 
     @property
     def structured(self) -> Structured | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanoflow.server.embedding_fields import EmbeddingRequest
 from nanoflow.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -27,6 +28,7 @@ ROUTES: Sequence[str] = tuple(_SEEDS)
 _FIELDS: Mapping[str, Sequence[str]] = {
     "/v1/completions": tuple(CompletionRequest.model_fields),
     "/v1/chat/completions": tuple(ChatCompletionRequest.model_fields),
+    "/v1/embeddings": tuple(EmbeddingRequest.model_fields),
     "/v1/prefetch": tuple(PrefetchRequest.model_fields),
     "/tokenize": tuple(TokenizeRequest.model_fields),
     "/detokenize": tuple(DetokenizeRequest.model_fields),

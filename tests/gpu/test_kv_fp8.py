@@ -21,14 +21,34 @@ from nanoflow.executor.page_copies import GpuCopier
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, KvType, Scope
 from nanoflow.kernels import reference, triton_attention, triton_elementwise
+from nanoflow.kernels.hopper import attention as hopper_attention
 from nanoflow.kernels.launch import LayerCache
 from nanoflow.kvcache.copies import PageCopies
 from nanoflow.scheduler.load_gain import LoadGain
-from tests.attention_cases import assert_close, cache_of, dims_of, exact, inputs_of, launch_of
+from tests.attention_cases import (
+    assert_close,
+    assert_decoded,
+    cache_of,
+    decode_case,
+    dims_of,
+    exact,
+    inputs_of,
+    launch_of,
+    without_nan,
+)
 from tests.driving import expect_less, greedy, random_prompts, run_engine, run_model
 from tests.elementwise_cases import Cases
 from tests.families import make_model
-from tests.kv_fp8_cases import NEEDLE_BOUND, in_8_bits, in_16_bits, needle_case, poison_8_bits
+from tests.kv_fp8_cases import (
+    NEEDLE_BOUND,
+    assert_decoded_from_8_bits,
+    in_8_bits,
+    in_16_bits,
+    needle_case,
+    on_8_bits,
+    poison_8_bits,
+    with_sinks,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +56,10 @@ pytestmark = [
 ]
 GPU = torch.device("cuda")
 KERNELS = {Scope.DECODE: triton_attention.decode_attention, Scope.PREFILL: triton_attention.prefill_attention}
+DIMS_8 = dataclasses.replace(dims_of((32, 8, 128), None), kv_type=KvType.FP8)
+ON_HOPPER = pytest.mark.skipif(
+    not hopper_attention.can_attend(GPU, torch.bfloat16, DIMS_8), reason="the kernel is for Hopper"
+)
 SCOPES = pytest.mark.parametrize("scope", [Scope.DECODE, Scope.PREFILL], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 CHUNKS = [(0, 700), (512, 300), (1500, 2), (0, 1), (37, 129), (2000, 257)]
@@ -54,6 +78,62 @@ def test_a_key_is_found_among_thousands(
     # Other numbers are drawn than on a CPU; faults exceed 1.2 times the bound. Among eight times as many keys, the one
     # to be found has a smaller part of the weight.
     assert case.error(out) < NEEDLE_BOUND * (1.1 if num_keys < 10000 else 2)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_keys", [8229, 65541])
+def test_a_key_is_found_among_thousands_by_gluon(
+    dtype: torch.dtype, num_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = needle_case(Scope.DECODE, 32, num_keys, dtype, GPU, monkeypatch)
+    hopper_attention.decode_attention(case.launch)
+    out = case.launch.writes[0]
+    assert case.num_found(out) == 32
+    assert case.error(out) < NEEDLE_BOUND * (1.1 if num_keys < 10000 else 2)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("num_programs", [1, 7, 528])
+@pytest.mark.parametrize("heads", [(4, 4, 128), (28, 4, 128), (32, 4, 64)], ids=str)
+def test_any_number_of_programs_shares_the_work(
+    heads: tuple[int, int, int], num_programs: int, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skewed contexts, rows that are no decodes in between, NaN behind every context; the second half of the rows."""
+    contexts = [0 if row % 5 == 4 else 1 + int(9000 / (1 + row) ** 1.2) for row in range(61)]
+    for first in (0, 20):
+        launch = on_8_bits(decode_case(contexts, heads, GPU, monkeypatch, first))
+        launch = with_sinks(launch) if has_sinks else launch
+        hopper_attention.run_decode(launch, num_programs)
+        assert_decoded_from_8_bits(launch)
+
+
+@ON_HOPPER
+def test_values_of_all_sizes_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's values are a ten millionth to ten times as large as others', and queries as small or large."""
+    torch.manual_seed(0)
+    launch = decode_case([1, 70, 900, 3000] * 8, (32, 8, 128), GPU, monkeypatch)
+    assert launch.cache is not None
+    sizes = torch.logspace(-6, 1, len(launch.cache.values), device=GPU)[:, None, None, None]
+    q = launch.reads[0] * torch.logspace(-6, 0.5, len(launch.reads[0]), device=GPU)[:, None]
+    cache = dataclasses.replace(launch.cache, values=launch.cache.values * sizes.bfloat16())
+    launch = on_8_bits(dataclasses.replace(launch, reads=(q.bfloat16(),), cache=cache))
+    assert launch.cache is not None
+    hopper_attention.decode_attention(launch)
+    expected = exact(dataclasses.replace(launch, cache=without_nan(in_16_bits(launch.cache, torch.float32))))
+    heads = expected.view(len(expected), 32, 128)
+    error = (launch.writes[0].float().view_as(heads) - heads).abs()
+    assert (error <= 2**-8 * heads.abs().amax(-1, keepdim=True)).all()
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("heads", [(64, 8, 64), (28, 4, 128)], ids=str)
+def test_sinks_of_keys_in_16_bits(heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = [1 + 37 * row**2 % 5000 for row in range(40)]
+    launch = with_sinks(decode_case(contexts, heads, GPU, monkeypatch))
+    hopper_attention.decode_attention(launch)
+    assert_decoded(launch)
 
 
 @SCOPES

@@ -17,6 +17,7 @@ from typing import TypeVar
 import pytest
 import torch
 
+from nanoflow import LLM, SamplingParams
 from nanoflow.config import EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.models.config_json import load
@@ -118,6 +119,24 @@ def test_logits_are_those_of_transformers(model: str, tmp_path: Path) -> None:
     prompt = random_prompts(1, 131, longest=1, seed=3)[0] + random_prompts(1, 131, longest=150, seed=5)[0]
     expected = HuggingFace(folder).logits(prompt)
     torch.testing.assert_close(prompt_logits(folder, prompt), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_vectors_are_those_of_the_states_that_transformers_gives(tmp_path: Path) -> None:
+    """In parts and at once, beside completions, and however much of the prompt is cached."""
+    folder = make_model("qwen3", tmp_path, seed=1)
+    reference = HuggingFace(folder).model.model
+    prompts = [*random_prompts(1, 131, longest=1, seed=3), random_prompts(1, 131, longest=75, seed=4)[0] * 2]
+    with LLM(str(folder), dtype="float32", max_batch_tokens=32, max_model_len=256, skip_tokenizer_init=True) as llm:
+        for pooling in ("last", "mean", "last", "mean"):
+            llm.generate(prompts[1], SamplingParams(max_tokens=3, detokenize=False), use_tqdm=False)
+            outputs = llm.embed(prompts, False, pooling=pooling, normalize=False)
+            for prompt, output in zip(prompts, outputs, strict=True):
+                states = reference(torch.tensor([prompt])).last_hidden_state[0].detach()
+                expected = states[-1] if pooling == "last" else states.mean(0)
+                torch.testing.assert_close(torch.tensor(output.outputs.embedding), expected, rtol=2e-4, atol=2e-4)
+            assert (outputs[1].num_cached_tokens > 0) == (pooling == "last")
+        short = llm.embed(prompts[1], False, dimensions=5)[0].outputs.embedding
+        assert len(short) == 5 and sum(x * x for x in short) == pytest.approx(1)
 
 
 def test_longrope_beyond_the_trained_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 from tokenizers import AddedToken
 
 from nanoflow.engine.llm import LLM
 from nanoflow.request import SamplingParams
 from tests.driving import HuggingFace, expect_less, random_prompts
+from tests.fake_server import served
 from tests.families import make_model
 from tests.mxfp4 import write_twins
+from tests.scripted_engine import ScriptedEngine
 from tests.templates import HARMONY
 from tests.toy_models import ENGINE_OPTIONS
-from tests.toy_tokenizers import byte_level_backend, write_tokenizer
+from tests.toy_tokenizers import byte_level_backend, toy_tokenizer, write_tokenizer
 
 MAX_TOKENS = 20
 SPECIAL = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
@@ -85,3 +88,29 @@ def test_an_answer_ends_at_the_tokens_of_generation_config(model: Path, end: str
         params = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={other: 100.0})
         (output,) = llm.chat([{"role": "user", "content": "hello"}], params, use_tqdm=False)
         assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("length", [other] * 5)
+
+
+def test_channels_of_an_answer_are_its_reasoning_its_calls_and_its_content() -> None:
+    """Over HTTP, with the effort in the prompt. A call ends with the answer: its last mark is not there."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    thought = "<|channel|>analysis<|message|>Let me look.<|end|><|start|>assistant"
+    texts = (
+        f'{thought}<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{{"city": "Paris"}}',
+        f"{thought}<|channel|>final<|message|>It rains.",
+    )
+    backend = byte_level_backend()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + HARMONY
+    engine = ScriptedEngine(toy_tokenizer(backend, chat_template=template), texts)
+    fields = {"messages": [{"role": "user", "content": "weather?"}], "tools": [tool], "reasoning_effort": "high"}
+    with served(engine) as root_url:
+        answers = [httpx.post(f"{root_url}/v1/chat/completions", json=fields).json()["choices"][0] for _ in texts]
+    engine.tokenizer.close()
+    first, second = (answer["message"] for answer in answers)
+    assert first["reasoning_content"] == second["reasoning_content"] == "Let me look."
+    (call,) = first["tool_calls"]
+    assert (call["function"]["name"], call["function"]["arguments"]) == ("weather", '{"city": "Paris"}')
+    assert (first["content"], second["content"], second["tool_calls"] or []) == (None, "It rains.", [])
+    assert [answer["finish_reason"] for answer in answers] == ["tool_calls", "stop"]
+    assert all("Reasoning: high" in prompt for prompt in engine.prompts)
+    assert not any(params.skip_special_tokens for params in engine.seen_params)

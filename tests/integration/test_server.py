@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import signal
@@ -285,6 +286,36 @@ def test_what_is_cached_is_told_and_can_be_asked_for(http: httpx.Client, events:
     page_bytes = metric(http, "kv_tier_capacity_bytes") / int(cache_facts(http)["num_gpu_blocks"])
     assert metric(http, "kv_tier_used_bytes") - used == len(numbers) * page_bytes > 0
     assert metric(http, "external_prefix_cache_queries_total") == 0
+
+
+def test_vectors(server: ServerProcess, http: httpx.Client) -> None:
+    """Through the official client, which asks for base64; and what is refused."""
+    client = openai.OpenAI(base_url=f"{server.root_url}/v1", api_key="none")
+    texts = ["def f(x):", "while True:", "def f(y):"]
+    given = client.embeddings.create(model="default", input=texts)
+    one, other, like = (each.embedding for each in given.data)
+    assert len(one) == 256 and sum(x * x for x in one) == pytest.approx(1, abs=1e-4)
+    assert sum(map(operator.mul, one, like)) > sum(map(operator.mul, one, other))
+    assert given.usage.prompt_tokens == given.usage.total_tokens > 3
+
+    def embed(**body: Any) -> httpx.Response:
+        return http.post("/v1/embeddings", json=body)
+
+    whole = embed(input=texts, pooling="mean", normalize=False).json()
+    cut = embed(input=texts[1], pooling="mean", dimensions=3, normalize=False).json()
+    assert cut["data"][0]["embedding"] == pytest.approx(whole["data"][1]["embedding"][:3], rel=1e-4)
+    kept = embed(input=[5, 6, 7, 8], truncate_prompt_tokens=1).json()
+    assert kept["usage"]["prompt_tokens"] == 1
+    for body, field in (
+        ({"input": ""}, "input"),
+        ({"input": [5, 10**6]}, "input"),
+        ({"input": "a", "dimensions": 257}, "dimensions"),
+        ({"input": "a", "pooling": "max"}, "pooling"),
+    ):
+        refused = embed(**body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), body
+    refused = embed(input="a" * 2**21)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (413, "input")
 
 
 def cache_facts(http: httpx.Client) -> dict[str, str]:

@@ -43,7 +43,11 @@ def answer_of(status: int, code: str | None = None) -> Answer:
         (b'{"custom_id":"a","url":"/v1/completions"}', "`body`", "a"),
         (b'{"custom_id":"","url":"/v1/completions","body":{}}', "1 to 512 characters", None),
         (completion("x" * 513), "1 to 512 characters", None),
-        (completion("a", url="/v1/embeddings"), "url must be /v1/chat/completions or /v1/completions", "a"),
+        (
+            completion("a", url="/v1/models"),
+            "url must be /v1/chat/completions or /v1/completions or /v1/embeddings",
+            "a",
+        ),
         (completion("a").replace(b"POST", b"GET"), "method must be POST", "a"),
         (b'{"custom_id":"a","url":"/v1/completions","body":[1]}', "body must be a JSON object", "a"),
         (b'{"custom_id":"a","body":' + b"[" * 100_000, "not valid JSON", None),

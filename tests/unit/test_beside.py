@@ -12,7 +12,7 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 
 pytest.importorskip("triton.experimental.gluon")
 
-from nanoflow.graph.operation import KEY_BLOCK, OpKind
+from nanoflow.graph.operation import KEY_BLOCK, AttentionDims, KvType, OpKind
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, GemmTiles, with_addend
 from nanoflow.kernels.hopper import attention
 from nanoflow.kernels.hopper.attention_programs import MAX_GROUP, PAGE_TOKENS
@@ -47,13 +47,13 @@ TILES = pytest.mark.parametrize("tiles", BESIDE_TILES, ids=lambda tiles: f"{tile
 
 def attention_bytes() -> int:
     """Shared memory of a program with the largest heads: keys and values in flight, queries and weights."""
-    in_flight = 2 * attention.NUM_STAGES * KEY_BLOCK * HEAD_DIM
+    in_flight = 2 * attention.OCCUPANCIES[KvType.MODEL].num_stages * KEY_BLOCK * HEAD_DIM
     return (in_flight + (HEAD_DIM + KEY_BLOCK) * MAX_GROUP) * ITEM_BYTES + SCRATCH_BYTES
 
 
 def attention_registers() -> int:
     """Registers of a program."""
-    return ATTENTION_WARPS * 32 * attention.MAX_REGISTERS
+    return ATTENTION_WARPS * 32 * attention.OCCUPANCIES[KvType.MODEL].max_registers
 
 
 def product_registers(tiles: GemmTiles) -> int:
@@ -114,7 +114,9 @@ def test_attention_has_programs_for_what_room_there_is(monkeypatch: pytest.Monke
     """Three programs an SM on lanes of their own, one beside a product; a kernel that cannot be told stays."""
     counts: list[int] = []
     monkeypatch.setattr(attention, "run_decode", lambda _launch, num_programs: counts.append(num_programs))
-    launch = cast(Launch, SimpleNamespace(cache=SimpleNamespace(keys=torch.empty(1, 1, PAGE_TOKENS, 8))))
+    dims = AttentionDims(num_heads=1, num_kv_heads=1, head_dim=8, scale=1.0)
+    cache = SimpleNamespace(keys=torch.empty(1, 1, PAGE_TOKENS, 8))
+    launch = cast(Launch, SimpleNamespace(op=SimpleNamespace(dims=dims), cache=cache))
     ours = {**REFERENCE_KERNELS, OpKind.DECODE_ATTENTION: attention.decode_attention}
     for restricted in (kernels_on, kernels_beside):
         restricted(ours, 100)[OpKind.DECODE_ATTENTION](launch)

@@ -21,7 +21,7 @@ from nanoflow.graph.experts import ClampedSwiglu, ExpertDims, Routing
 from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import Operation, OpKind, Resource
-from nanoflow.kernels import cpu, dispatch, reference, reference_experts
+from nanoflow.kernels import cpu, dispatch, reference
 from nanoflow.kernels.launch import Launch
 from nanoflow.models import config_json as model_config
 from nanoflow.models import dequantise
@@ -286,20 +286,6 @@ def _run(
         op=op, layer=0, tokens=tokens, reads=reads, writes=(written,), weights=weights, inputs=inputs, cache=None
     )
     kernels[kind](launch)
-
-
-def test_kernels_for_plain_experts_are_not_given_to_others() -> None:
-    fast: dispatch.Kernels = dict.fromkeys(
-        (OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT, OpKind.COMBINE), cpu.linear
-    )
-    mixtral, gpt_oss = (build_graph(preset_config(name), None).layer for name in ("mixtral-8x7b", "gpt-oss-20b"))
-    assert dispatch.for_experts(fast, mixtral) == fast
-    assert dispatch.for_experts(fast, gpt_oss) == {
-        OpKind.ROUTER: reference_experts.router,
-        OpKind.EXPERTS_IN: reference_experts.experts_in,
-        OpKind.EXPERTS_OUT: reference_experts.experts_out,
-        OpKind.COMBINE: cpu.linear,
-    }
 
 
 def test_the_profiler_gives_attention_its_sinks() -> None:

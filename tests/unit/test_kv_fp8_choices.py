@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from nanoflow.engine.tier_memory import fingerprint_of
 from nanoflow.executor.buffers import allocate_caches, draw_keys
 from nanoflow.graph.operation import BatchShape, KvType, OpKind
 from nanoflow.hardware import parse_gpus
-from nanoflow.kernels import dispatch, triton_attention
+from nanoflow.kernels import triton_attention
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import attention, can_carry
 from nanoflow.models.presets import PRESETS, preset_config
@@ -34,19 +32,17 @@ SHAPE = BatchShape(num_tokens=100, num_decode_tokens=60, decode_context=6000, pr
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
-    dispatch._say_what_decodes.cache_clear()
 
 
-def test_decode_attention_of_8_bits_runs_in_triton_and_the_log_says_so_once(
-    hopper: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    plain = kernels_for(GPU, torch.bfloat16, PLAIN.layer)
-    assert plain[OpKind.DECODE_ATTENTION] is attention.decode_attention and not caplog.records
-    for _ in range(2):
-        small = kernels_for(GPU, torch.bfloat16, SMALL.layer)
-        assert small == {**plain, OpKind.DECODE_ATTENTION: triton_attention.decode_attention}
-    assert [record.levelname for record in caplog.records] == ["INFO"] and "decode attention" in caplog.text
+def test_decode_attention_of_8_bits_runs_in_gluon_on_hopper(hopper: None) -> None:
+    plain, small = (kernels_for(GPU, torch.bfloat16, graph.layer) for graph in (PLAIN, SMALL))
+    assert small == plain and small[OpKind.DECODE_ATTENTION] is attention.decode_attention
+
+
+def test_it_runs_in_triton_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (8, 9))
+    kernels = kernels_for(GPU, torch.bfloat16, SMALL.layer)
+    assert kernels[OpKind.DECODE_ATTENTION] is triton_attention.decode_attention
 
 
 def test_products_do_not_carry_attention_of_8_bits(hopper: None) -> None:

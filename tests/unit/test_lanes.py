@@ -25,7 +25,7 @@ from nanoflow.models.config_json import parse
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.mechanisms import Mechanism
 from tests.graphs import device_model
-from tests.plans import ping_pong_plan
+from tests.plans import experts_beside_plan, ping_pong_plan
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -204,6 +204,24 @@ def test_lanes_are_opened_as_the_plan_says(mechanism: Mechanism, monkeypatch: py
         Mechanism.STREAM: [(mechanism, None, None)] * 2,
     }
     assert opened == expected[mechanism]
+
+
+def test_a_lane_of_experts_alone_is_that_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As searches plan it: other products take the whole device, and attention the rest beside the experts."""
+    opened: dict[float, bool] = {}
+
+    class FakePartitions(Partitions):
+        def side(self, share: float, *, is_first: bool) -> Any:
+            opened[share] = is_first
+            return fake_lane(Mechanism.PARTITION), REFERENCE_KERNELS
+
+    monkeypatch.setattr(executor_lanes, "_event", object)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 1}
+    graph = build_graph(parse({**CONFIG, **experts, "architectures": ["MixtralForCausalLM"]}), None)
+    plan = experts_beside_plan(graph, 8, 4, share=0.75)
+    workspace = Workspace.allocate(device_model(graph, 1), num_tokens=8, num_logits=1)
+    GpuLanes(plan, bind(plan, graph), workspace, FakePartitions(CPU, REFERENCE_KERNELS))
+    assert opened == {0.75: True, 0.25: False}
 
 
 def test_an_executor_gives_its_sms_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,12 @@ from nanoflow.graph.graph import RopeSpec
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource, Scope
 from nanoflow.kernels import hopper, reference, triton_attention
+from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.kernels.hopper import attention as hopper_attention
 from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache
 from nanoflow.kernels.triton_attention import Tiles
+from nanoflow.models.presets import preset_config
+from nanoflow.models.registry import build_graph
 from tests.compiling import compiled
 from tests.graphs import PAGE_SIZE, batch_of
 
@@ -120,14 +123,28 @@ def test_prompts_in_triton(window: int | None) -> None:
     torch.testing.assert_close(ours.writes[0], twin.writes[0])
 
 
-def test_the_hopper_kernels_leave_sinks_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, and carried by products."""
+def test_products_do_not_carry_attention_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     device, dims = torch.device("cuda"), replace(_dims(None), head_dim=64, num_heads=16)
     for has_sinks in (False, True):
         changed = replace(dims, has_sinks=has_sinks)
-        assert hopper_attention.can_attend(device, torch.bfloat16, changed) is not has_sinks
+        assert hopper_attention.can_attend(device, torch.bfloat16, changed)
         assert hopper.can_carry(device, torch.bfloat16, changed) is not has_sinks
+
+
+def test_layers_with_a_window_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gpt-oss, whose layers have a window or none in turn, the others run in Gluon."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+    graph = build_graph(preset_config("gpt-oss-20b"), None)
+    kernels = kernels_for(torch.device("cuda", 0), torch.bfloat16, graph.layer_operations)
+    assert kernels[OpKind.DECODE_ATTENTION] is hopper_attention.decode_attention
+    taken: list[str] = []
+    monkeypatch.setattr(hopper_attention, "run_decode", lambda *_: taken.append("Gluon"))
+    monkeypatch.setattr(hopper_attention, "PAGE_TOKENS", PAGE_SIZE)
+    monkeypatch.setattr(triton_attention, "decode_attention", lambda *_: taken.append("Triton"))
+    for window in (None, 20):
+        hopper_attention.decode_attention_on(_launch(Scope.DECODE, _dims(window), _inputs()), 4)
+    assert taken == ["Gluon", "Triton"]
 
 
 def test_on_a_hopper_sinks_take_no_spills_and_few_registers() -> None:

@@ -15,6 +15,7 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 import triton
 import triton.language as tl
 
+from nanoflow.graph.experts import ClampedSwiglu
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference_experts as reference
 from nanoflow.kernels import triton_experts as fast
@@ -70,6 +71,21 @@ CASES = [
 @pytest.mark.parametrize(("tiles", "num_tokens", "num_programs", "size", "routing"), CASES)
 def test_grouped_products(tiles: GemmTiles, num_tokens: int, num_programs: int, size: str, routing: str) -> None:
     case = _case(size, routing, num_tokens)
+    launch = case.first()
+    fast.run_experts_in(launch, tiles, num_programs)
+    assert_linear_swiglu(launch.writes[0], exact(launch))
+    launch = case.second()
+    fast.run_experts_out(launch, tiles, num_programs)
+    assert_linear(launch.writes[0], exact(launch))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "num_tokens", "num_programs", "size"), [(SMALL, 20, 3, "k2"), (IN_HALVES, 9, 1, "k8")]
+)
+def test_biases_and_a_clamped_activation(tiles: GemmTiles, num_tokens: int, num_programs: int, size: str) -> None:
+    """As in gpt-oss; the limit is reached on all of its sides, and alpha is not 1."""
+    clamped = ClampedSwiglu(alpha=1.702, limit=0.75)
+    case = replace(_case(size, "skewed", num_tokens), has_biases=True, clamped=clamped)
     launch = case.first()
     fast.run_experts_in(launch, tiles, num_programs)
     assert_linear_swiglu(launch.writes[0], exact(launch))
@@ -157,12 +173,13 @@ def test_order_of_more_rows_than_a_program_reads_at_once(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, DTYPE], ids=str)
 @pytest.mark.parametrize("size", list(SIZES))
 def test_router(is_normalised: bool, dtype: torch.dtype, size: str) -> None:
-    """The same probabilities, and of experts that have them: 16 bits have many equal ones."""
-    launch = _case(size, "balanced", 90, dtype).router(is_normalised=is_normalised)
+    """The same probabilities, and of experts that have them: 16 bits have many equal ones. Some have a bias."""
+    case = replace(_case(size, "balanced", 90, dtype), has_biases=is_normalised)
+    launch = case.router(is_normalised=is_normalised)
     weights, ids = results_of(rows_fast.router, launch)
     expected, expected_ids = results_of(reference.router, launch)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
-    probabilities = torch.mm(launch.reads[0], launch.weights[0].t()).float().softmax(-1)
+    probabilities = torch.nn.functional.linear(launch.reads[0], *launch.weights).float().softmax(-1)
     chosen, wanted = (probabilities.gather(1, found.long()) for found in (ids, expected_ids))
     torch.testing.assert_close(chosen, wanted, rtol=1e-5, atol=0.0)
     assert all(len({*row}) == len(row) for row in ids.tolist())
@@ -277,8 +294,8 @@ def test_kernels_compile_for_hopper() -> None:
     reports = compiled("tests.compile_experts", *names, *(["rows"] if RUNS_ALL_CASES else []))
     for report in itertools.chain(*reports[len(wanted) :]):
         assert report["num_spills"] == 0 and report["registers"] < 128
-    for tiles, (first, second) in zip(wanted, reports[: len(wanted)], strict=True):
-        for report, is_gated in ((first, True), (second, False)):
+    for tiles, of_products in zip(wanted, reports[: len(wanted)], strict=True):
+        for report, is_gated in zip(of_products, (True, False), strict=True):
             assert report["num_spills"] == 0
             assert report["shared_bytes"] <= tiles.shared_memory_bytes(is_gated=is_gated)
             assert report["registers"] <= (tiles.max_registers or 255)

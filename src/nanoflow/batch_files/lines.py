@@ -13,8 +13,7 @@ from typing import Any
 
 import msgspec
 
-CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
-URLS = (CHAT_URL, COMPLETIONS_URL)
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_CUSTOM_ID_CHARS = 512
 OK, BAD_REQUEST = 200, 400
 _ID_PREFIX = "batch_req_"

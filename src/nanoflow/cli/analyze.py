@@ -33,9 +33,9 @@ Say what a model costs on GPUs that you need not have: FLOPs, bytes and joules o
 every operation of one iteration, the time each resource would take for it, what
 bounds the workload, and the throughput that nothing can exceed. MODEL is a folder
 with a config.json, preset:NAME for a published architecture, or 'default'. Numbers
-are 16-bit unless --quantization says fp8, all GPUs share the model by tensor
-parallelism, and the batch is the largest that fits unless --max-batch-tokens says
-less. docs/cost-model.md has the formulas."""
+are 16-bit unless --quantization says otherwise, all GPUs share the model by
+tensor parallelism, and the batch is the largest that fits unless
+--max-batch-tokens says less. docs/cost-model.md has the formulas."""
 
 _EXAMPLES = """\
   nanoflow analyze preset:llama-2-70b --gpu a100-80x8 --workload 512/1024
@@ -57,8 +57,10 @@ class AnalyzeConfig:
         "Type of keys and values in the KV cache; auto: 16 bits; fp8_e4m3, or fp8: 8 bits and a scale for each",
         read=read_value_of("kv_cache_dtype"),
     )
-    quantization: Literal["none", "fp8"] = option(
-        "none", "fp8: products of layers have 8-bit weights and activations, and the GPU's rate for these"
+    quantization: Literal["none", "fp8", "mxfp4"] = option(
+        "none",
+        "fp8: products of layers have 8-bit weights and activations, and the GPU's rate for these; mxfp4: experts have "
+        "4-bit weights",
     )
     exchange: Literal["all-reduce", "all-gather"] = option(
         "all-reduce", "How several GPUs put the attention block together; both move the same bytes"
@@ -96,11 +98,17 @@ def run(args: argparse.Namespace) -> int:
     is_fp8 = config.quantization == "fp8"
     if is_fp8:
         gpus.require_fp8()
-    model = costed_model(_model_config(args.model), config.expert_skew, KvType(config.kv_cache_dtype), is_fp8=is_fp8)
+    model = costed_model(
+        _model_config(args.model),
+        config.expert_skew,
+        KvType(config.kv_cache_dtype),
+        is_fp8=is_fp8,
+        is_mxfp4=config.quantization == "mxfp4",
+    )
     batch = batch_within(model, gpus, lengths, config.max_batch_tokens)
     costs = iteration_costs(model, batch_shape(model, batch, lengths), gpus.num_gpus, Exchange(config.exchange))
     lines = [
-        *_head(model, gpus, lengths, batch, largest_batch(model, gpus, lengths)),
+        *_head(model, gpus, lengths, batch, largest_batch(model, gpus, lengths), config.quantization),
         "",
         *_table(costs, gpus),
         "",
@@ -140,10 +148,15 @@ def _mean_lengths(workload: str) -> MeanLengths:
 
 
 def _head(
-    model: CostedModel, gpus: GpuGroup, lengths: MeanLengths, batch: BatchSize, largest: BatchSize
+    model: CostedModel,
+    gpus: GpuGroup,
+    lengths: MeanLengths,
+    batch: BatchSize,
+    largest: BatchSize,
+    quantization: str,
 ) -> Iterator[str]:
     """Lines that say what is analyzed."""
-    kept_as = "FP8 and 16 bits" if model.num_fp8_parameters else "16 bits"
+    kept_as = {"fp8": "FP8 and 16 bits", "mxfp4": "MXFP4 and 16 bits"}.get(quantization, "16 bits")
     weights = f"weights {model.weight_bytes / 1e9:.1f} GB in {kept_as}"
     yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, {weights}"
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"

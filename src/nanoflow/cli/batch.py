@@ -16,7 +16,7 @@ from nanoflow.config import UNWATCHED_DEFAULTS, ConfigError, EngineConfig
 _TEACH = """\
 Answer a file of requests in the format of OpenAI's batch API, one a line:
   {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {...}}
-The url is /v1/chat/completions or /v1/completions, the body is what the server
+The url is that of completions, chat completions or embeddings, the body is what the server
 takes there. Each line gets one line in the output, in the order in which answers
 are ready:
   {"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200,

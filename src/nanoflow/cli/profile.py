@@ -52,8 +52,10 @@ class ProfileConfig:
         "Type of keys and values in the KV cache; auto: that of the activations; fp8_e4m3, or fp8: 8 bits",
         read=read_value_of("kv_cache_dtype"),
     )
-    quantization: Literal["none", "fp8"] = option(
-        "none", "fp8: the model as `--quantization fp8` serves it, with 8-bit weights and activations in products"
+    quantization: Literal["none", "fp8", "mxfp4"] = option(
+        "none",
+        "fp8: the model as `--quantization fp8` serves it, with 8-bit weights and activations in products; mxfp4: "
+        "experts with 4-bit weights, as a gpt-oss is served",
     )
     estimate: str | None = option(None, "Measure nothing: estimate for these GPUs, NAME or NAMExN")
     expert_skew: float = option(0.0, EXPERT_SKEW_HELP)
@@ -113,6 +115,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         is_fresh=config.fresh,
         only=config.only,
         is_fp8=config.quantization == "fp8",
+        is_mxfp4=config.quantization == "mxfp4",
         expert_skew=config.expert_skew,
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
@@ -142,6 +145,7 @@ def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
         kv_type=KvType(config.kv_cache_dtype),
         expert_skew=config.expert_skew,
         is_fp8=config.quantization == "fp8",
+        is_mxfp4=config.quantization == "mxfp4",
     )
     write_profile(profile, path)
     return profile

@@ -15,7 +15,7 @@ from nanoflow.parameters import RequestError
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights"
 _NO_MULTIMODAL = "models take text alone"
 _FCFS = "requests run in the order in which they come"
-_NO_POOLING = "models generate text; there are no embeddings, scores or classes"
+_NO_POOLING = "models generate text, and `LLM.embed` gives vectors; there are no scores or classes"
 
 _OF_REQUESTS = (
     Foreign(name="lora_request", reason=_NO_LORA),
@@ -92,7 +92,7 @@ class Methods:
 
 METHODS = Methods(
     {
-        **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _NO_POOLING),
+        **dict.fromkeys(("encode", "classify", "score", "reward"), _NO_POOLING),
         "beam_search": "there is no beam search; n completions are sampled by SamplingParams(n=...)",
         **dict.fromkeys(("sleep", "wake_up", "is_sleeping"), "a loaded model stays on the device: close it"),
         **dict.fromkeys(("collective_rpc", "apply_model"), "no code of users runs in the engine"),

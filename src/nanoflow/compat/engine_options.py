@@ -15,7 +15,7 @@ _ONE_GPU = "one GPU serves a model; for several, start a server on each (CUDA_VI
 _NO_MULTIMODAL = "models take text alone"
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
 _NO_SPECULATION = "speculative decoding is by prompt look-up alone: `speculative`, as ngram:4"
-_NO_POOLING = "models generate text; there are no embeddings, scores or classes"
+_NO_POOLING = "every model generates text and gives vectors (`LLM.embed`); there are no scores or classes"
 _NO_EXPERTS = "one GPU holds all experts, with one implementation, and does not tell which ones a token passes"
 _ONE_GUIDE = "there is one backend of structured outputs, llguidance"
 _NO_REASONING = "`nanoflow serve` separates reasoning from the rest of an answer; `LLM` gives the whole text"
@@ -54,7 +54,11 @@ _OURS = (
     Same(
         name="quantization",
         values=dict.fromkeys(
-            ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf", "fbgemm_fp8"), "auto"
+            (
+                *("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "gguf", "fbgemm_fp8"),
+                "mxfp4",
+            ),
+            "auto",
         ),
         note="the checkpoint says how weights are stored; fp8 quantises others at the start",
         flags=("-q",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_NO_POOLING = "models generate text; there are no embeddings, scores or classes"
+_NO_POOLING = "models generate text, and `LLM.embed` gives vectors; there are no scores or classes"
 _NO_BEAMS = "there is no beam search; n completions are sampled by SamplingParams(n=...)"
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights (peft: merge_and_unload)"
 _NO_MULTIMODAL = "models take text alone"
@@ -28,6 +28,7 @@ NAMES: Mapping[str, str] = {
     "EngineConfig": "nanoflow.config",
     "ServerConfig": "nanoflow.config",
     "RequestOutput": "nanoflow.outputs",
+    "EmbeddingRequestOutput": "nanoflow.outputs",
     "CompletionOutput": "nanoflow.outputs",
     "Logprob": "nanoflow.outputs",
     "FinishReason": "nanoflow.outputs",
@@ -43,7 +44,7 @@ NAMES: Mapping[str, str] = {
 
 MISSING: Mapping[str, str] = {
     **dict.fromkeys(("PoolingParams", "PoolingOutput", "PoolingRequestOutput"), _NO_POOLING),
-    **dict.fromkeys(("EmbeddingOutput", "EmbeddingRequestOutput", "PoolerConfig"), _NO_POOLING),
+    "PoolerConfig": _NO_POOLING,
     **dict.fromkeys(("ClassificationOutput", "ClassificationRequestOutput"), _NO_POOLING),
     **dict.fromkeys(("ScoringOutput", "ScoringRequestOutput"), _NO_POOLING),
     **dict.fromkeys(("BeamSearchParams", "BeamSearchOutput"), _NO_BEAMS),

@@ -137,7 +137,7 @@ def iteration_views(
     flops = 2 * batch.num_tokens
     from_operations = resource_times(whole, gpus, rates)
     return ResourceTimes(
-        compute_s=rates.compute_s(flops * model.num_active_parameters, flops * model.num_fp8_parameters),
+        compute_s=rates.compute_s(flops * model.num_active_parameters, flops * model.num_active_fp8_parameters),
         memory_s=read_bytes / rates.memory_bytes_per_s,
         network_s=from_operations.network_s,
         power_s=from_operations.power_s,
@@ -151,7 +151,7 @@ def memory_to_compute(views: ResourceTimes) -> float:
 
 def optimal_throughput(model: CostedModel, gpus: GpuGroup, rates: ResourceRates) -> float:
     """Tokens/s of one GPU if the products ran without pause (equation 5)."""
-    return 1 / rates.compute_s(2 * model.num_active_parameters, 2 * model.num_fp8_parameters) / gpus.num_gpus
+    return 1 / rates.compute_s(2 * model.num_active_parameters, 2 * model.num_active_fp8_parameters) / gpus.num_gpus
 
 
 def serial_bound(

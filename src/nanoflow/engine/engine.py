@@ -215,6 +215,11 @@ class Engine:
                 )
                 if request_id is not None
             },
+            pooled={
+                request_id: vector.tobytes()
+                for request_id, vector in zip(committed.pooled, result.pooled, strict=True)
+                if request_id is not None
+            },
             scheduled=events.scheduled,
             preempted=events.preempted,
             stats=self._stats(batch, plan, committed),

@@ -103,11 +103,11 @@ def split(step: StepOutput, front_ends: Container[int] | None = None) -> dict[in
     token_ids = np.array(step.token_ids, dtype=np.int64)
     owners, request_ids = engine_ids >> _ID_BITS, engine_ids & _ID_MASK
     finished, logprobs = _by_owner(step.finished), _by_owner(step.logprobs)
-    prompt_logprobs = _by_owner(step.prompt_logprobs)
+    prompt_logprobs, pooled = _by_owner(step.prompt_logprobs), _by_owner(step.pooled)
     scheduled = _by_owner(step.scheduled)
     preempted = _by_owner(dict.fromkeys(step.preempted))
     with_tokens = np.flatnonzero(np.bincount(owners)).tolist()
-    concerned = sorted({*with_tokens, *finished, *logprobs, *prompt_logprobs, *scheduled, *preempted})
+    concerned = sorted({*with_tokens, *finished, *logprobs, *prompt_logprobs, *pooled, *scheduled, *preempted})
     stats, parts = step.stats, {}
     for front_end in concerned:
         if front_ends is not None and front_end not in front_ends:
@@ -119,6 +119,7 @@ def split(step: StepOutput, front_ends: Container[int] | None = None) -> dict[in
             finished=finished.get(front_end, {}),
             logprobs=logprobs.get(front_end, {}),
             prompt_logprobs=prompt_logprobs.get(front_end, {}),
+            pooled=pooled.get(front_end, {}),
             scheduled=scheduled.get(front_end, {}),
             preempted=list(preempted.get(front_end, ())),
             stats=stats,

@@ -6,12 +6,9 @@ requests that arrive one by one there is `async_engine.py`.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -19,9 +16,11 @@ from tqdm import tqdm
 from nanoflow.compat.calls import CALLS, METHODS, pass_over
 from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig
 from nanoflow.engine.conversation import Conversation
+from nanoflow.engine.embeddings import as_embedding, embedding_params
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.garbage import heap_left_alone
 from nanoflow.engine.grammar_checks import GrammarChecks
+from nanoflow.engine.interrupts import interrupts_deferred, naming_place
 from nanoflow.engine.llm_metrics import LLMMetrics, Metric
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
@@ -31,7 +30,7 @@ from nanoflow.engine.prompts import PromptInput, read_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.option_names import from_kwargs
-from nanoflow.outputs import RequestOutput
+from nanoflow.outputs import EmbeddingRequestOutput, RequestOutput
 from nanoflow.request import Request, RequestError, SamplingParams
 
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
@@ -155,7 +154,7 @@ class LLM:
             self.get_default_sampling_params() if sampling_params is None else sampling_params, len(inputs)
         )
         self._check_open()
-        with _interrupts_deferred() as raise_if_interrupted:
+        with interrupts_deferred() as raise_if_interrupted:
             try:
                 outputs = self._add_all(inputs, all_params, raise_if_interrupted)
                 self._run(len(outputs), raise_if_interrupted, use_tqdm)
@@ -201,7 +200,7 @@ class LLM:
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = []
         for place, conversation in enumerate(conversations):
-            with _naming_place(place, len(conversations)):
+            with naming_place(place, len(conversations)):
                 token_ids = tokenizer.apply_chat_template(
                     conversation,
                     add_generation_prompt=add_generation_prompt,
@@ -212,6 +211,32 @@ class LLM:
                 )
             prompts.append(token_ids)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each prompt, from the hidden states of its tokens behind the model's last norm.
+
+        Args:
+            prompts, use_tqdm: As for `generate`.
+            pooling: "last" takes the state of the last token, "mean" the mean of all.
+            normalize: Divide the vector by its length.
+            dimensions: Keep so many first numbers, for models trained for that; before `normalize`.
+            truncate_prompt_tokens: As in `SamplingParams`.
+
+        Raises:
+            RequestError, EngineDeadError: As for `generate`.
+        """
+        params = embedding_params(pooling, truncate_prompt_tokens)
+        outputs = self.generate(prompts, params, use_tqdm)
+        return [as_embedding(output, dimensions=dimensions, normalize=normalize) for output in outputs]
 
     def add(self, request_id: str, prompt: PromptInput, params: SamplingParams) -> RequestOutput:
         """Add a request, which `step` then computes; its output grows in place.
@@ -261,13 +286,13 @@ class LLM:
         outputs, all_requests = [], []
         for place, (prompt, params) in enumerate(zip(inputs, all_params, strict=True)):
             raise_if_interrupted()
-            with _naming_place(place, len(inputs)):
+            with naming_place(place, len(inputs)):
                 checked = self._checks.checked(params)
                 output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), checked)
             outputs.append(output)
             all_requests.append(requests)
         for place, requests in enumerate(all_requests):
-            with _naming_place(place, len(inputs)):
+            with naming_place(place, len(inputs)):
                 self._add_to_engine(requests)
         return outputs
 
@@ -308,39 +333,3 @@ class LLM:
         self._engine.abort(self._processor.abort_all())
         while self._engine.has_work:
             self._engine.step()
-
-
-@contextmanager
-def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
-    """Put the index of the prompt, if there are several, into a RequestError raised in the block."""
-    try:
-        yield
-    except RequestError as error:
-        if num_prompts == 1:
-            raise
-        raise RequestError(f"prompt {place}: {error}") from None
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Defer Ctrl-C in the block; yields a function that raises KeyboardInterrupt if Ctrl-C was pressed.
-
-    So an iteration is never interrupted halfway. Outside the main thread, or if the program handles Ctrl-C itself,
-    nothing is changed.
-    """
-    pending: list[int] = []
-
-    def raise_if_interrupted() -> None:
-        if pending:
-            raise KeyboardInterrupt
-
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield raise_if_interrupted
-        return
-    signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
-    try:
-        yield raise_if_interrupted
-        raise_if_interrupted()
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

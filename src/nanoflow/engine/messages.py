@@ -287,6 +287,7 @@ class StepOutput(Message, frozen=True, kw_only=True):
         logprobs: Log probabilities of the new tokens, for requests that asked.
         prompt_logprobs: Log probabilities of the parts of prompts computed in this iteration. After a preemption a part
             may come again, with the same positions.
+        pooled: Vectors of prompts, for requests that asked: float32 in the machine's byte order.
         scheduled: Requests that were admitted for the first time since the last output, and how many tokens of each
             were found in the KV cache.
         preempted: Requests that were preempted since the last output.
@@ -298,6 +299,7 @@ class StepOutput(Message, frozen=True, kw_only=True):
     finished: dict[int, Finished] = msgspec.field(default_factory=dict)
     logprobs: dict[int, PlaceLogprobs] = msgspec.field(default_factory=dict)
     prompt_logprobs: dict[int, PlaceLogprobs] = msgspec.field(default_factory=dict)
+    pooled: dict[int, bytes] = msgspec.field(default_factory=dict)
     scheduled: dict[int, int] = msgspec.field(default_factory=dict)
     preempted: list[int] = msgspec.field(default_factory=list)
     stats: EngineStats = msgspec.field(default_factory=EngineStats)

@@ -285,12 +285,14 @@ class OutputProcessor:
             if completion is not None and completion.metrics.first_scheduled_s is None:
                 completion.metrics.first_scheduled_s = now_s
                 completion.request_output.num_cached_tokens = num_cached
-        for engine_id in step.preempted:
-            if engine_id in self._completions:
-                self._completions[engine_id].metrics.num_preemptions += 1
+        for engine_id in filter(self._completions.__contains__, step.preempted):
+            self._completions[engine_id].metrics.num_preemptions += 1
         for engine_id, scores in step.prompt_logprobs.items():
             if engine_id in self._completions:
                 self._living[self._completions[engine_id].name].prompt_scores.append(scores)
+        for engine_id, vector in step.pooled.items():
+            if engine_id in self._completions:
+                self._completions[engine_id].request_output.embedding = list(memoryview(vector).cast("f"))
 
     def _note_first_token(self, completion: Completion, now_s: float) -> None:
         metrics = completion.metrics

@@ -173,7 +173,7 @@ def make_requests(
         )
     if facts.has_prefix_cache:
         first = dataclasses.replace(first, page_keys=_page_keys(prompt, facts))
-    others = dataclasses.replace(params, prompt_logprobs=None)
+    others = dataclasses.replace(params, prompt_logprobs=None, pooling=None)
     return [first] + [
         dataclasses.replace(first, request_id=first_id + i, seed=(first_seed + i) % _NUM_SEEDS, params=others)
         for i in range(1, params.n)

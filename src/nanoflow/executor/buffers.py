@@ -190,6 +190,15 @@ class Workspace:
         self.run_whole(self.model.graph.epilogue, inputs)
         return self.tensors["logits"][: len(inputs.logit_tokens)]
 
+    def hidden(self, inputs: BatchInputs) -> Tensor:
+        """Hidden states [S, H] of the rows `inputs.logit_tokens`, as the output projection reads them.
+
+        They are overwritten by the next call, and by that of `logits`.
+        """
+        *before, output = self.model.graph.epilogue
+        self.run_whole(before, inputs)
+        return self.tensors[output.reads[0]][: len(inputs.logit_tokens)]
+
     def _parameter(self, name: str, layer: int) -> Tensor:
         of_layer = self.model.weights.layers[layer]
         return of_layer[name] if name in of_layer else self.model.weights.shared[name]

@@ -28,6 +28,7 @@ from nanoflow.executor.streams import (
     partition_pair,
     plain_stream,
 )
+from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.fp8 import products_in_blocks
 from nanoflow.graph.operation import LinearDims, OpKind
 from nanoflow.kernels.dispatch import Kernels
@@ -160,7 +161,7 @@ class GpuLanes:
 
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
         """Open the stream of a lane; a lane with the mechanism `whole` runs on the current stream."""
-        is_first = any(isinstance(step.op.dims, LinearDims) for step in steps if step.lane == lane.name)
+        is_first = any(isinstance(step.op.dims, LinearDims | ExpertDims) for step in steps if step.lane == lane.name)
         openers: dict[Opening, Callable[[], tuple[LaneStream, Kernels]]] = {
             Opening.OWN_STREAM: lambda: (plain_stream(self._device), kernels_on_stream(self._whole.model.kernels)),
             Opening.OWN_SMS: lambda: partitions.side(lane.share, is_first=is_first),

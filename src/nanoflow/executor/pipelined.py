@@ -72,6 +72,10 @@ class PipelinedExecutor:
         """Return the SMs of its lanes. Nothing may run on them, and no CUDA graph that uses them may exist."""
         self._partitions.close()
 
+    def hidden(self, inputs: BatchInputs) -> Tensor:
+        """Hidden states [S, H] of the rows `inputs.logit_tokens`, behind the last norm; see `Workspace.hidden`."""
+        return self.workspace.hidden(inputs)
+
     def logits(self, inputs: BatchInputs) -> Tensor:
         """Logits [S, V] of the rows `inputs.logit_tokens` of the batch just run; overwritten by the next call."""
         return self.workspace.logits(inputs)

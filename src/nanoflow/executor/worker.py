@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from nanoflow.batch import DenseBatch, PromptScore, SampledTokens
+from nanoflow.batch import DenseBatch, Int32, PromptScore, SampledTokens
 from nanoflow.device.detect import use_device
 from nanoflow.device.transfer import to_device
 from nanoflow.executor.buckets import Buckets
@@ -25,6 +25,7 @@ from nanoflow.executor.inputs import InputBuilder
 from nanoflow.executor.layout import Layout, lay_out
 from nanoflow.executor.page_copies import NoCopier, PageCopier
 from nanoflow.executor.pipelined import PipelinedExecutor
+from nanoflow.executor.pooling import Pooler
 from nanoflow.executor.readback import PendingTokens, Scores
 from nanoflow.executor.sampler import Sampler
 from nanoflow.grammars.compiled import Grammars
@@ -82,6 +83,7 @@ class Worker:
                 self._executor, self._inputs, buckets, plans, pages_per_request=captured_pages, device=device
             )
         self._sampler = Sampler(num_rows=num_rows, vocab_size=graph.vocab_size, device=device, grammars=grammars)
+        self._pooler = Pooler(self._max_logits)
         self._queue = ThreadPoolExecutor(1, "nanoflow-launch", initializer=partial(use_device, device))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoflow-read")
         self._copier: PageCopier = copier or NoCopier()
@@ -128,15 +130,16 @@ class Worker:
 
     @torch.inference_mode()
     def _run(self, batch: DenseBatch, plan: PipelinePlan) -> PendingTokens:
-        """Queue one batch on the device: forward pass, prompt scores, sampling."""
+        """Queue one batch on the device: forward pass, prompt scores, vectors of prompts, sampling."""
         layout = lay_out(batch, plan.cuts)
         self._copier.protect(batch.new_pages)
         inputs = self._forward(batch, layout, plan)
         prompt_scores = [self._score(inputs, score, layout) for score in batch.prompt_scores]
+        pooled = self._pooler.take(batch, layout, lambda places: self._executor.hidden(self._rows(inputs, places)))
         self._sampler.join(batch.joined)
         drawn = self._sampler.sample(batch, self._executor.logits(inputs))
         self._inputs.feed_back(batch.rows[batch.sampled], drawn.token_ids)
-        return PendingTokens(drawn, prompt_scores)
+        return PendingTokens(drawn, prompt_scores, pooled)
 
     @torch.inference_mode()
     def _prepare(self, wanted: Sequence[Sequence[GraphKey]], batch: DenseBatch, within_s: float) -> None:
@@ -152,13 +155,15 @@ class Worker:
 
     def _score(self, inputs: BatchInputs, score: PromptScore, layout: Layout) -> list[Scores]:
         """Log probabilities of prompt tokens, in slices that fit into the tensor of logits."""
-        device = inputs.token_ids.device
-        targets = to_device(score.target_ids, device).long()
+        targets = to_device(score.target_ids, self._device).long()
         slices: list[Scores] = []
         for first in range(score.start, score.stop, self._max_logits):
             places = layout.places[first : min(first + self._max_logits, score.stop)]
-            tokens = to_device(places, device)
-            logits = self._executor.logits(replace(inputs, logit_tokens=tokens))
-            wanted = targets[first - score.start :][: len(tokens)]
+            logits = self._executor.logits(self._rows(inputs, places))
+            wanted = targets[first - score.start :][: len(places)]
             slices.append(self._sampler.score(logits, wanted, score.num_logprobs))
         return slices
+
+    def _rows(self, inputs: BatchInputs, places: Int32) -> BatchInputs:
+        """The inputs of a batch that was run, for these of its tokens alone: their logits, or their hidden states."""
+        return replace(inputs, logit_tokens=to_device(places, self._device))

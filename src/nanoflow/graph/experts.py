@@ -143,13 +143,29 @@ class ExpertDims:
         """Of the product: a token passes K experts."""
         return 2 * num_tokens * self.routing.num_per_token * self.in_features * self.out_features
 
+    def touched_weights(self, num_tokens: int) -> int:
+        """Weights of the experts that are expected to be touched."""
+        return round(self.routing.num_touched(num_tokens) * self.in_features * self.out_features)
+
     def elements(self, num_tokens: int) -> int:
         """Weights of the experts that are expected to be touched, and rows."""
-        weights = round(self.routing.num_touched(num_tokens) * self.in_features * self.out_features)
+        weights = self.touched_weights(num_tokens)
         num_rows = num_tokens * self.routing.num_per_token
         if self.is_gated:
             return weights + num_tokens * self.in_features + num_rows * (self.out_features // 2)
         return weights + num_rows * (self.in_features + self.out_features)
+
+    def fp8_bytes(self, num_tokens: int, dtype_bytes: int) -> int:
+        """Weights and rows in FP8 with scales in float32, and what is written in the model's type."""
+        num_rows, scaled = num_tokens * self.routing.num_per_token, self.in_features + 4
+        num_read, num_written = (num_tokens, self.out_features // 2) if self.is_gated else (num_rows, self.out_features)
+        weights = round(self.routing.num_touched(num_tokens) * self.out_features * scaled)
+        return weights + num_read * scaled + num_rows * num_written * dtype_bytes
+
+    def mxfp4_bytes(self, num_tokens: int, dtype_bytes: int) -> int:
+        """Rows in the model's type; a weight has 4 bits, and 32 of them share a scale of a byte."""
+        weights = self.touched_weights(num_tokens)
+        return weights * 17 // 32 + (self.elements(num_tokens) - weights) * dtype_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,10 @@
 """Rewrites a graph for products in FP8 (e4m3): weights with scales of their own, rows quantised by who writes them.
 
-A product of a layer (qkv, o, gate and up, down) becomes one that reads rows in FP8 and a float32 scale for each token.
-Who writes these rows, a norm or an activation, quantises them in the same operation. Only what several operations write
-together (the output of attention) is quantised by an operation of its own. Embedding, output projection, norms, routers
-and experts stay in the model's type, and so do keys and values.
+A product of a layer (qkv, o, gate and up, down, experts) becomes one that reads rows in FP8 and a float32 scale for
+each row. Who writes these rows, a norm or an activation, quantises them in the same operation. Two are quantised by an
+operation of their own: the output of attention, which several operations write together, and the activation of experts,
+whose rows are finished by no single program of the product that ends with it. Embedding, output projection, norms,
+routers and experts with biases stay in the model's type, and so do keys and values.
 
 Which parameters are kept in FP8 is decided elsewhere; `models/fp8.py` makes their numbers, `kernels/` multiplies them.
 """
@@ -14,15 +15,21 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-from nanoflow.graph.graph import Element, Fp8, LayerKind, OpGraph, TensorSpec
-from nanoflow.graph.operation import FP8_PRODUCTS, LinearDims, Operation, OpKind, Resource, RowDims
+from nanoflow.graph.experts import ExpertDims
+from nanoflow.graph.graph import Element, Fp8, LayerKind, OpGraph
+from nanoflow.graph.operation import FP8_LINEARS, LinearDims, Operation, OpKind, Resource, RowDims
 
 # Features in and out of a product must be multiples of this: rows of 16 bytes suit every kernel.
 MULTIPLE = 16
 
-_PRODUCTS = {OpKind.LINEAR: OpKind.LINEAR_FP8, OpKind.LINEAR_ADD: OpKind.LINEAR_ADD_FP8}
 # Of tensors with the rows of others in FP8.
 _SUFFIX = "_fp8"
+_PRODUCTS = {
+    OpKind.LINEAR: OpKind.LINEAR_FP8,
+    OpKind.LINEAR_ADD: OpKind.LINEAR_ADD_FP8,
+    OpKind.EXPERTS_IN: OpKind.EXPERTS_IN_FP8,
+    OpKind.EXPERTS_OUT: OpKind.EXPERTS_OUT_FP8,
+}
 # Operations that can quantise what they write.
 _WRITERS = {
     OpKind.RMS_NORM: OpKind.RMS_NORM_FP8,
@@ -33,16 +40,15 @@ _WRITERS = {
 
 def fp8_candidates(graph: OpGraph) -> tuple[str, ...]:
     """Names of the parameters that can be kept in FP8: the weights of the products in layers, of sizes that suit it."""
-    return tuple(
-        dict.fromkeys(
-            op.weights[0]
-            for op in graph.layer_operations
-            if op.kind in _PRODUCTS
-            and isinstance(op.dims, LinearDims)
-            and not op.dims.in_features % MULTIPLE
-            and not op.dims.out_features % MULTIPLE
-        )
-    )
+    return tuple(dict.fromkeys(op.weights[0] for op in graph.layer_operations if op.kind in _PRODUCTS and _suits(op)))
+
+
+def _suits(op: Operation) -> bool:
+    """Whether kernels in FP8 know a product: its sizes, and of experts neither biases nor another activation."""
+    if isinstance(op.dims, ExpertDims) and not op.dims.is_plain:
+        return False
+    assert isinstance(op.dims, LinearDims | ExpertDims)
+    return not op.dims.in_features % MULTIPLE and not op.dims.out_features % MULTIPLE
 
 
 def with_fp8(graph: OpGraph, weights: Mapping[str, Fp8]) -> OpGraph:
@@ -64,12 +70,12 @@ def with_fp8(graph: OpGraph, weights: Mapping[str, Fp8]) -> OpGraph:
     touched = {name for op in changed.operations() for name in (*op.reads, *op.writes)}
     were_touched = {name for op in graph.operations() for name in (*op.reads, *op.writes)}
     tensors = [spec for spec in graph.tensors if spec.name in touched or spec.name not in were_touched]
+    parts = {op.reads[0]: _num_parts(op) for op in graph.layer_operations if _is_changed(op, weights)}
     for spec in graph.tensors:
         if _rows(spec.name) in touched:
-            tensors += [
-                replace(spec, name=_rows(spec.name), element=Element.FP8),
-                TensorSpec(name=_scales(spec.name), width=1, scope=spec.scope, element=Element.FLOAT32),
-            ]
+            rows = replace(spec, name=_rows(spec.name), element=Element.FP8)
+            scales = replace(spec, name=_scales(spec.name), width=parts[spec.name], element=Element.FLOAT32)
+            tensors += [rows, scales]
     changed = replace(changed, name=f"{graph.name} FP8", tensors=tuple(tensors))
     changed.validate()
     return changed
@@ -83,10 +89,7 @@ def in_fp8(graph: OpGraph) -> OpGraph:
 def products_in_blocks(graph: OpGraph) -> tuple[str, ...]:
     """Names of the products in FP8 whose weights have a scale for each block of rows and columns."""
     found = (
-        op.name
-        for kind in graph.kinds
-        for op in kind.operations
-        if op.kind in FP8_PRODUCTS and isinstance(op.dims, LinearDims) and is_in_blocks(kind, op)
+        op.name for kind in graph.kinds for op in kind.operations if op.kind in FP8_LINEARS and is_in_blocks(kind, op)
     )
     return tuple(dict.fromkeys(found))
 
@@ -117,6 +120,11 @@ def _rows(name: str) -> str:
 def _scales(name: str) -> str:
     """The tensor with a scale for each row of `_rows`."""
     return f"{name}_scale"
+
+
+def _num_parts(op: Operation) -> int:
+    """Rows that a product has of a token in one row of the tensor that it reads."""
+    return op.dims.routing.num_per_token if isinstance(op.dims, ExpertDims) and not op.dims.is_gated else 1
 
 
 def _is_changed(op: Operation, weights: Mapping[str, Fp8]) -> bool:
@@ -189,5 +197,5 @@ def _quantise(graph: OpGraph, name: str, product: Operation) -> Operation:
         scope=product.scope,
         reads=(name,),
         writes=(_rows(name), _scales(name)),
-        dims=RowDims(width=graph.tensor(name).width),
+        dims=RowDims(width=graph.tensor(name).width, num_parts=_num_parts(product)),
     )

@@ -18,6 +18,7 @@ from nanoflow.graph.layers import (
     GraphError,
     KvGroup,
     LayerKind,
+    PackedMxfp4,
     Parameter,
     ParameterPart,
     RopeSpec,
@@ -26,7 +27,7 @@ from nanoflow.graph.layers import (
     sections_of,
     union_of,
 )
-from nanoflow.graph.operation import AttentionDims, BatchShape, KvType, Operation, OpKind, Scope
+from nanoflow.graph.operation import FP8_PRODUCTS, AttentionDims, BatchShape, KvType, Operation, OpKind, Scope
 
 __all__ = [
     "Element",
@@ -34,6 +35,7 @@ __all__ = [
     "GraphError",
     "LayerKind",
     "OpGraph",
+    "PackedMxfp4",
     "Parameter",
     "ParameterPart",
     "RopeSpec",
@@ -223,6 +225,17 @@ class OpGraph:
         """Elements of the parameters that are kept in FP8, all of which are in layers."""
         return self._over_layers(
             lambda kind: sum(each.num_elements for each in kind.parameters if each.fp8 is not None)
+        )
+
+    @property
+    def num_active_fp8_parameters(self) -> int:
+        """Those of `num_fp8_parameters` that one token passes."""
+        return self.num_fp8_parameters - self._over_layers(
+            lambda kind: sum(
+                op.dims.num_idle_weights
+                for op in kind.operations
+                if op.kind in FP8_PRODUCTS and isinstance(op.dims, ExpertDims)
+            )
         )
 
     def parameter_bytes(self, dtype_bytes: int) -> int:

@@ -19,6 +19,8 @@ _MAX_PATTERN = 64
 
 # Rows and columns of a weight in FP8 that may share a scale.
 FP8_BLOCK = (128, 128)
+# Numbers of a row in MXFP4 that share a scale, and those of a word.
+MXFP4_GROUP, MXFP4_PER_WORD = 32, 8
 
 
 class GraphError(ValueError):
@@ -66,6 +68,32 @@ class Fp8:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackedMxfp4:
+    """How matrices of experts are kept in MXFP4: 4 bits a number, and a power of two for 32 numbers of a row.
+
+    Shapes of parameters are those of the numbers, [E, N, K]; `models/mxfp4.py` says where the bits of each are.
+
+    Attributes:
+        is_gated: Whether a matrix has rows of gate and up, which alternate by eight.
+    """
+
+    is_gated: bool
+
+    def words_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the words of 32 bits."""
+        return (*shape[:-1], shape[-1] // MXFP4_PER_WORD)
+
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales, of a byte each."""
+        *outer, rows, columns = shape
+        return (*outer, columns // MXFP4_GROUP, rows)
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of words and scales."""
+        return 4 * math.prod(self.words_shape(shape)) + math.prod(self.scales_shape(shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """A parameter as kernels take it: tensors of the checkpoint, concatenated along dimension 0.
 
@@ -80,6 +108,7 @@ class Parameter:
             of the parts; None if there is none.
         fp8: How it is kept in 8 bits; None if it has the model's type. Its scales are a tensor of their own, which
             operations name beside it (`scales_name`).
+        packed: How it is kept in 4 bits; None if it is not. It then has scales too.
     """
 
     name: str
@@ -89,19 +118,22 @@ class Parameter:
     num_stacked: int | None = None
     whole: str | None = None
     fp8: Fp8 | None = None
+    packed: PackedMxfp4 | None = None
 
     @property
     def scales_name(self) -> str:
-        """The name of its scales, if it is kept in 8 bits."""
+        """The name of its scales, if it is kept in 8 or 4 bits."""
         return f"{self.name}_scales"
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """The tensors that it consists of on a device: itself and its scales."""
-        return (self.name,) if self.fp8 is None else (self.name, self.scales_name)
+        return (self.name,) if self.fp8 is None and self.packed is None else (self.name, self.scales_name)
 
     def num_bytes(self, dtype_bytes: int) -> int:
         """Bytes on a device, scales included, if an element of the model's type has so many."""
+        if self.packed is not None:
+            return self.packed.num_bytes(self.shape)
         if self.fp8 is not None:
             return self.num_elements + 4 * math.prod(self.fp8.scales_shape(self.shape))
         return self.num_elements * (4 if self.is_float32 else dtype_bytes)

@@ -61,6 +61,10 @@ class OpKind(enum.StrEnum):
     EXPERT_ORDER = "expert_order"
     EXPERTS_IN = "experts_in"
     EXPERTS_OUT = "experts_out"
+    EXPERTS_IN_FP8 = "experts_in_fp8"
+    EXPERTS_OUT_FP8 = "experts_out_fp8"
+    EXPERTS_IN_MXFP4 = "experts_in_mxfp4"
+    EXPERTS_OUT_MXFP4 = "experts_out_mxfp4"
     COMBINE = "combine"
     SHARED_GATE = "shared_gate"
     ALL_REDUCE = "all_reduce"
@@ -69,8 +73,11 @@ class OpKind(enum.StrEnum):
 
 # Activation of the gate times the up projection; the output has half as many columns as the input.
 GATED = (OpKind.SWIGLU, OpKind.GEGLU, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8)
-# Products of rows and weights in FP8.
-FP8_PRODUCTS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8)
+# Products of rows and weights in FP8: those of all tokens, and those of experts too.
+FP8_LINEARS = (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8)
+FP8_PRODUCTS = (*FP8_LINEARS, OpKind.EXPERTS_IN_FP8, OpKind.EXPERTS_OUT_FP8)
+# Products of rows in 16 bits and weights in MXFP4.
+MXFP4_PRODUCTS = (OpKind.EXPERTS_IN_MXFP4, OpKind.EXPERTS_OUT_MXFP4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +112,17 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowDims:
-    """Width of the rows of a row-wise operation (embedding, gather, activation), and an embedding's factor."""
+    """Width of the rows of a row-wise operation (embedding, gather, activation).
+
+    Attributes:
+        width: Elements of a row.
+        scale: An embedding's factor.
+        num_parts: Equal parts of a row that are quantised each by itself, as a token has a row for each of its experts.
+    """
 
     width: int
     scale: float = 1.0
+    num_parts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,8 +197,8 @@ class Operation:
 
     def memory_bytes(self, shape: BatchShape, dtype_bytes: int) -> int:
         """Least bytes moved to and from device memory: weights, inputs, outputs, keys and values, once each."""
-        if self.kind in _FP8_BYTES:
-            return _FP8_BYTES[self.kind](self, shape, dtype_bytes)
+        if self.kind in _OWN_BYTES:
+            return _OWN_BYTES[self.kind](self, shape, dtype_bytes)
         moved = _ELEMENTS[type(self.dims)](self, shape) * dtype_bytes
         if isinstance(self.dims, AttentionDims):
             moved += _cached_tokens(self, shape) * self.dims.cached_bytes(dtype_bytes)
@@ -217,13 +231,25 @@ def _fp8_linear_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int
     return n * (k + 4) + tokens * (k + 4 + moved * dtype_bytes)
 
 
+def _fp8_expert_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    assert isinstance(op.dims, ExpertDims)
+    return op.dims.fp8_bytes(shape.tokens_in(op.scope), dtype_bytes)
+
+
+def _mxfp4_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
+    assert isinstance(op.dims, ExpertDims)
+    return op.dims.mxfp4_bytes(shape.tokens_in(op.scope), dtype_bytes)
+
+
 def _fp8_rows_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
     """Rows of the model's type become FP8; a norm may write them in both types."""
     assert isinstance(op.dims, NormDims | RowDims)
+    num_scales = op.dims.num_parts if isinstance(op.dims, RowDims) else 1
     width, kept = op.dims.width, len(op.writes) - 2
     read = 2 * width if op.kind in GATED else width
     weight = width if isinstance(op.dims, NormDims) else 0
-    return weight * dtype_bytes + shape.tokens_in(op.scope) * ((read + kept * width) * dtype_bytes + width + 4)
+    written = width + 4 * num_scales
+    return weight * dtype_bytes + shape.tokens_in(op.scope) * ((read + kept * width) * dtype_bytes + written)
 
 
 def _attention_flops(op: Operation, shape: BatchShape) -> int:
@@ -308,8 +334,11 @@ _FLOPS: dict[type, _Cost] = {
     CollectiveDims: _collective_flops,
     **dict.fromkeys(_ROUTED, _routed_flops),
 }
-_FP8_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
-    **dict.fromkeys((OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8), _fp8_linear_bytes),
+# Of operations that do not move elements of the model's type alone.
+_OWN_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
+    **dict.fromkeys(MXFP4_PRODUCTS, _mxfp4_bytes),
+    **dict.fromkeys(FP8_LINEARS, _fp8_linear_bytes),
+    **dict.fromkeys((OpKind.EXPERTS_IN_FP8, OpKind.EXPERTS_OUT_FP8), _fp8_expert_bytes),
     **dict.fromkeys((OpKind.RMS_NORM_FP8, OpKind.SWIGLU_FP8, OpKind.GEGLU_FP8, OpKind.QUANTISE_FP8), _fp8_rows_bytes),
 }
 _ELEMENTS: dict[type, _Cost] = {

@@ -25,7 +25,13 @@ from nanoflow.graph.operation import (
 )
 
 # Operations whose output columns are split over GPUs.
-_ACTIVATIONS = (*GATED, OpKind.LINEAR_SWIGLU, OpKind.LINEAR_SWIGLU_FP8)
+_ACTIVATIONS = (
+    *GATED,
+    OpKind.LINEAR_SWIGLU,
+    OpKind.LINEAR_SWIGLU_FP8,
+    OpKind.EXPERTS_IN,
+    OpKind.EXPERTS_IN_FP8,
+)
 
 
 class Exchange(enum.StrEnum):

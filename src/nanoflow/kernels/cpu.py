@@ -21,6 +21,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference, reference_experts
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
+from nanoflow.kernels.reference_mxfp4 import MXFP4_KERNELS
 
 # Larger products are split into parts of this many rows, so that the cost of reading the weights again is negligible.
 MAX_ROWS = 256
@@ -112,5 +113,6 @@ _BY_ONEDNN: dict[OpKind, Kernel] = {
 CPU_KERNELS: dict[OpKind, Kernel] = {
     **reference.REFERENCE_KERNELS,
     **FP8_KERNELS,
+    **MXFP4_KERNELS,
     **(_BY_ONEDNN if has_onednn() else {}),
 }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,14 +11,13 @@ from torch import Tensor
 
 from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.operation import AttentionDims, KvType, LinearDims, Operation, OpKind
-from nanoflow.kernels import reference, reference_experts, sample
+from nanoflow.kernels import reference, reference_experts, reference_experts_fp8, sample
 from nanoflow.kernels.cpu import CPU_KERNELS
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
-
-logger = logging.getLogger(__name__)
+from nanoflow.kernels.reference_mxfp4 import MXFP4_KERNELS
 
 Kernels = dict[OpKind, Kernel]
 # Elements to which rows, and the halves of gate_up, must be aligned for the tensor memory accelerator.
@@ -56,6 +53,11 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
     return triton_gemm.has_tma(device)
 
 
+def unpacks_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has fast products of weights in MXFP4 for activations of this type."""
+    return dtype == torch.bfloat16 and multiplies_fp8(device, dtype)
+
+
 def are_capturable(kernels: Kernels, layer: tuple[Operation, ...]) -> bool:
     """Whether a CUDA graph can capture the kernels of these operations: none of them reads lengths on the host."""
     return not _READING_ON_HOST & {kernels[op.kind] for op in layer}
@@ -67,17 +69,21 @@ def _cpu_kernels(_device: torch.device, _dtype: torch.dtype, _layer: tuple[Opera
 
 def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operation, ...]) -> Kernels:
     if importlib.util.find_spec("triton") is None:
-        return {**REFERENCE_KERNELS, **FP8_KERNELS}
+        return {**REFERENCE_KERNELS, **FP8_KERNELS, **MXFP4_KERNELS}
     from nanoflow.kernels import triton_attention, triton_fp8_split, triton_gemm
     from nanoflow.kernels.triton_elementwise import ELEMENTWISE_KERNELS
+    from nanoflow.kernels.triton_experts_fp8 import EXPERT_FP8_PRODUCT_KERNELS
+    from nanoflow.kernels.triton_experts_mxfp4 import TRITON_MXFP4_KERNELS
     from nanoflow.kernels.triton_experts_rows import EXPERT_ROW_KERNELS
     from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 
     attentions = [op.dims for op in layer if isinstance(op.dims, AttentionDims)]
     _require_kv_type(attentions, torch.cuda.get_device_capability(device))
-    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
+    kernels = {**REFERENCE_KERNELS, **FP8_KERNELS, **MXFP4_KERNELS, **ELEMENTWISE_KERNELS, **EXPERT_ROW_KERNELS}
     if multiplies_fp8(device, dtype):
-        kernels |= {**FP8_ROW_KERNELS, **triton_fp8_split.products()}
+        kernels |= {**FP8_ROW_KERNELS, **triton_fp8_split.products(), **EXPERT_FP8_PRODUCT_KERNELS}
+    if unpacks_mxfp4(device, dtype):
+        kernels |= TRITON_MXFP4_KERNELS
     # Other models get the reference kernels.
     if all(triton_attention.can_attend(dims.head_dim) for dims in attentions):
         kernels[OpKind.DECODE_ATTENTION] = triton_attention.decode_attention
@@ -85,23 +91,15 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, layer: tuple[Operati
     if has_gluon():
         from nanoflow.kernels.hopper import attention
 
-        if all(attention.can_attend(device, dtype, dims) for dims in attentions):
+        # It leaves layers with a window to the kernel in Triton.
+        if all(attention.can_attend(device, dtype, replace(dims, window=None)) for dims in attentions):
             kernels[OpKind.DECODE_ATTENTION] = attention.decode_attention
-        elif all(attention.can_attend(device, dtype, replace(dims, kv_type=KvType.MODEL)) for dims in attentions):
-            _say_what_decodes()
     if dtype.itemsize == 2 and triton_gemm.has_tma(device):
         products = [op.dims for op in layer if isinstance(op.dims, LinearDims)]
         if not any(size % _TMA_MULTIPLE for dims in products for size in (dims.in_features, dims.out_features)):
             kernels[OpKind.LINEAR_SWIGLU] = triton_gemm.linear_swiglu
         kernels |= _grouped_products(layer)
-    return for_experts(kernels, layer)
-
-
-def for_experts(kernels: Kernels, layer: tuple[Operation, ...]) -> Kernels:
-    """The kernels, of which those of routers and experts are the reference ones if the experts are not plain ones."""
-    if all(op.dims.is_plain for op in layer if isinstance(op.dims, ExpertDims)):
-        return kernels
-    return {**kernels, **{kind: REFERENCE_KERNELS[kind] for kind in _OF_PLAIN_EXPERTS}}
+    return kernels
 
 
 def _grouped_products(layer: tuple[Operation, ...]) -> Kernels:
@@ -125,12 +123,6 @@ def _require_kv_type(attentions: Sequence[AttentionDims], capability: tuple[int,
 
 def _said(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-@functools.cache
-def _say_what_decodes() -> None:
-    """Once, as kernels are looked up several times."""
-    logger.info("keys and values in 8 bits: decode attention runs in Triton, its kernel in Gluon reads 16 bits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,14 +159,14 @@ def sample_kernels_for(device: torch.device) -> SampleKernels:
     )
 
 
-# Kinds whose kernels for a GPU know neither biases nor clamped activations.
-_OF_PLAIN_EXPERTS = (OpKind.ROUTER, OpKind.EXPERTS_IN, OpKind.EXPERTS_OUT)
 _READING_ON_HOST: frozenset[Kernel] = frozenset(
     (
         reference.decode_attention,
         reference.prefill_attention,
         reference_experts.experts_in,
         reference_experts.experts_out,
+        *reference_experts_fp8.EXPERT_FP8_KERNELS.values(),
+        *MXFP4_KERNELS.values(),
     )
 )
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype, tuple[Operation, ...]], Kernels]] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from nanoflow.kernels.gemm_tiles import GemmTiles
+from nanoflow.kernels.gemm_tiles import GemmTiles, for_fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,34 @@ BESIDE = (
 ANYWHERE = _both(inf, GemmTiles(block_m=64, block_n=128, store_n=64, num_warps=4, num_stages=3))
 
 
-def choose_expert_tiles(candidates: Sequence[ExpertTiles], rows_per_expert: float, limit_bytes: int) -> ExpertTiles:
-    """The first candidate for so many rows, or `ANYWHERE` if it does not fit into a program's shared memory.
+def _of_fp8(tiles: ExpertTiles, *, is_blocked: bool) -> ExpertTiles:
+    """The same for factors of one byte."""
+    first, second = (for_fp8(each, is_blocked=is_blocked) for each in (tiles.first, tiles.second))
+    return ExpertTiles(max_rows=tiles.max_rows, first=first, second=second)
+
+
+# For products in FP8, with scales of rows or of blocks: tilings by the candidates that they are made of, and what suits
+# any card. Not measured yet.
+FP8_EXPERT_TILES: dict[tuple[tuple[ExpertTiles, ...], bool], tuple[tuple[ExpertTiles, ...], ExpertTiles]] = {
+    (candidates, is_blocked): (
+        tuple(_of_fp8(each, is_blocked=is_blocked) for each in candidates),
+        _of_fp8(ANYWHERE, is_blocked=is_blocked),
+    )
+    for candidates in (WHOLE_CARD, BESIDE)
+    for is_blocked in (False, True)
+}
+
+
+def choose_expert_tiles(
+    candidates: Sequence[ExpertTiles], rows_per_expert: float, limit_bytes: int, anywhere: ExpertTiles = ANYWHERE
+) -> ExpertTiles:
+    """The first candidate for so many rows, or `anywhere` if it does not fit into a program's shared memory.
 
     Args:
         candidates: By `max_rows`, smallest first; the last one is for any number.
         rows_per_expert: T x K / E.
         limit_bytes: Shared memory available to a program.
+        anywhere: What fits any card.
     """
     wanted = next(tiles for tiles in candidates if rows_per_expert <= tiles.max_rows)
-    return wanted if wanted.shared_memory_bytes <= limit_bytes else ANYWHERE
+    return wanted if wanted.shared_memory_bytes <= limit_bytes else anywhere

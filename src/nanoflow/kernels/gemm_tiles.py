@@ -88,7 +88,13 @@ def _of_fp8(candidates: tuple[GemmTiles, ...], *, is_blocked: bool) -> tuple[Gem
         if ((tiles.block_n == _BLOCK and tiles.block_m <= _BLOCK) or not is_blocked)
         and (tiles.block_n <= _BLOCK or tiles.max_registers is None)
     ]
-    return tuple(replace(tiles, block_k=_BLOCK, item_bytes=1) for tiles in fitting)
+    return tuple(for_fp8(tiles, is_blocked=False) for tiles in fitting)
+
+
+def for_fp8(tiles: GemmTiles, *, is_blocked: bool) -> GemmTiles:
+    """A tiling for factors of one byte; with scales of blocks one that has the rows of a block at most."""
+    narrow = replace(tiles, block_n=min(tiles.block_n, _BLOCK), store_n=min(tiles.store_n, _BLOCK))
+    return replace(narrow if is_blocked else tiles, block_k=_BLOCK, item_bytes=1)
 
 
 _BLOCK = 128

@@ -9,7 +9,7 @@ cannot capture them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,18 @@ def experts_in(launch: Launch) -> None:
 
     The weight is [E, 2 I, H], a bias [E, 2 I]; each expert has gate rows, then up rows.
     """
+    multiply_in(launch, _of_expert(launch))
+
+
+def multiply_in(launch: Launch, factors: Callable[[int], tuple[Tensor, ...]]) -> None:
+    """`experts_in` with the matrix of each expert, and perhaps its bias, from a function."""
     dims = launch.op.dims
     assert isinstance(dims, ExpertDims)
     (x, rows, ends), (activation,) = launch.reads, launch.writes
     per_token, out = rows.shape[1], activation.view(rows.numel(), -1)
     tokens = rows.flatten() // per_token
     for expert, places in parts_of_experts(ends):
-        gate_up = F.linear(x[tokens[places]], *(weight[expert] for weight in launch.weights))
+        gate_up = F.linear(x[tokens[places]], *factors(expert))
         activate(gate_up, dims.clamped, out[places])
 
 
@@ -74,10 +79,19 @@ def activate(gate_up: Tensor, clamped: ClampedSwiglu | None, out: Tensor) -> Non
 
 def experts_out(launch: Launch) -> None:
     """out [T, K x H], seen as [T x K, H] in the tokens' order: activation of each row @ weight [E, H, I]^T (+ bias)."""
+    multiply_out(launch, _of_expert(launch))
+
+
+def multiply_out(launch: Launch, factors: Callable[[int], tuple[Tensor, ...]]) -> None:
+    """`experts_out` with the matrix of each expert, and perhaps its bias, from a function."""
     (activation, rows, ends), (out,) = launch.reads, launch.writes
     by_expert, by_token, places_of = activation.view(rows.numel(), -1), out.view(rows.numel(), -1), rows.flatten()
     for expert, places in parts_of_experts(ends):
-        by_token[places_of[places]] = F.linear(by_expert[places], *(weight[expert] for weight in launch.weights))
+        by_token[places_of[places]] = F.linear(by_expert[places], *factors(expert))
+
+
+def _of_expert(launch: Launch) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda expert: tuple(weight[expert] for weight in launch.weights)
 
 
 def parts_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:

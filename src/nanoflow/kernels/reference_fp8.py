@@ -18,6 +18,7 @@ from nanoflow.graph.layers import FP8_BLOCK
 from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.reference_experts_fp8 import EXPERT_FP8_KERNELS
 from nanoflow.models.fp8 import dequantised, quantise_rows
 
 
@@ -37,8 +38,10 @@ def geglu_fp8(launch: Launch) -> None:
 
 
 def quantise_fp8(launch: Launch) -> None:
-    """Rows e4m3 [T, K] and scales float32 [T, 1] of x [T, K]."""
-    _write(launch, launch.reads[0])
+    """Rows e4m3 [T, K] and scales float32 [T, P] of x [T, K], whose rows are P equal parts with a scale each."""
+    scales = launch.writes[1]
+    parts = replace(launch, writes=tuple(each.view(scales.numel(), -1) for each in launch.writes))
+    _write(parts, launch.reads[0].view(scales.numel(), -1))
 
 
 def linear_fp8(launch: Launch) -> None:
@@ -101,4 +104,5 @@ FP8_KERNELS: dict[OpKind, Kernel] = {
     OpKind.LINEAR_FP8: linear_fp8,
     OpKind.LINEAR_ADD_FP8: linear_add_fp8,
     OpKind.LINEAR_SWIGLU_FP8: linear_swiglu_fp8,
+    **EXPERT_FP8_KERNELS,
 }

@@ -37,6 +37,7 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
         **kernels,
         **_products(PART_TILES, num_sms),
         **_experts(kernels, WHOLE_CARD, num_sms),
+        **_mxfp4_experts(kernels, num_sms, is_alone=True),
         **_attention(kernels, num_sms, is_beside=False),
     }
 
@@ -68,6 +69,7 @@ def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
         **kernels,
         **_products(BESIDE_TILES, num_sms),
         **_experts(kernels, BESIDE, num_sms),
+        **_mxfp4_experts(kernels, num_sms, is_alone=False),
         **_attention(kernels, num_sms, is_beside=True),
     }
 
@@ -113,16 +115,32 @@ def _products(candidates: tuple[GemmTiles, ...], num_sms: int) -> Kernels:
 
 def _experts(kernels: Kernels, candidates: tuple[ExpertTiles, ...], num_sms: int) -> Kernels:
     """Grouped products with a program an SM; nothing unless their kernels are those in Triton."""
-    from nanoflow.kernels import triton_experts
+    from nanoflow.kernels import triton_experts, triton_experts_fp8
+
+    # By kernel of the whole card.
+    restricted: dict[Kernel, Callable[..., None]] = {
+        triton_experts.experts_in: triton_experts.experts_in_on,
+        triton_experts.experts_out: triton_experts.experts_out_on,
+        triton_experts_fp8.experts_in_fp8: triton_experts_fp8.experts_in_fp8_on,
+        triton_experts_fp8.experts_out_fp8: triton_experts_fp8.experts_out_fp8_on,
+    }
+    return {
+        kind: functools.partial(restricted[kernel], candidates=candidates, num_programs=num_sms)
+        for kind, kernel in kernels.items()
+        if kernel in restricted
+    }
+
+
+def _mxfp4_experts(kernels: Kernels, num_sms: int, *, is_alone: bool) -> Kernels:
+    """As `_experts`, of weights in MXFP4; several programs share a multiprocessor if nothing else runs on it."""
+    from nanoflow.kernels import triton_experts_mxfp4 as packed
 
     restricted: Kernels = {
-        OpKind.EXPERTS_IN: functools.partial(triton_experts.experts_in_on, candidates=candidates, num_programs=num_sms),
-        OpKind.EXPERTS_OUT: functools.partial(
-            triton_experts.experts_out_on, candidates=candidates, num_programs=num_sms
-        ),
+        OpKind.EXPERTS_IN_MXFP4: functools.partial(packed.experts_in_on, num_sms=num_sms, is_alone=is_alone),
+        OpKind.EXPERTS_OUT_MXFP4: functools.partial(packed.experts_out_on, num_sms=num_sms, is_alone=is_alone),
     }
-    whole = (triton_experts.experts_in, triton_experts.experts_out)
-    return {kind: kernel for kind, kernel in restricted.items() if kernels[kind] in whole}
+    whole = packed.TRITON_MXFP4_KERNELS
+    return {kind: kernel for kind, kernel in restricted.items() if kernels.get(kind) is whole[kind]}
 
 
 def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKind, Callable[[Launch], None]]:
@@ -133,7 +151,7 @@ def _attention(kernels: Kernels, num_sms: int, *, is_beside: bool) -> dict[OpKin
 
     if kernels[OpKind.DECODE_ATTENTION] is not attention.decode_attention:
         return {}
-    programs_per_sm = attention.PROGRAMS_BESIDE if is_beside else attention.PROGRAMS_PER_SM
+    programs_per_sm = attention.PROGRAMS_BESIDE if is_beside else None
     return {
         OpKind.DECODE_ATTENTION: functools.partial(
             attention.decode_attention_on, num_sms=num_sms, programs_per_sm=programs_per_sm

@@ -5,7 +5,8 @@ finds its tiles from where the experts' rows end, which it reads on the device. 
 routing, a CUDA graph serves any routing of its number of tokens, and weights of an expert without rows are not read.
 Weights are loaded by TMA; an expert's rows begin anywhere, so rows of a tile that are another expert's are computed
 from whatever is there, and not written. Row-wise operations of experts are in `triton_experts_rows.py`, sizes of tiles
-in `expert_tiles.py`. The references are the functions of these names in `reference_experts.py`, with the same rounding.
+in `expert_tiles.py`, biases and activations in `triton_expert_sums.py`. The references are the functions of these names
+in `reference_experts.py`, with the same rounding.
 
 Shape legend: T tokens, E experts, K experts of a token, H width of the model, I width of an expert; T x K rows, sorted
 by expert.
@@ -23,13 +24,14 @@ from nanoflow.kernels.expert_tiles import WHOLE_CARD, ExpertTiles, choose_expert
 from nanoflow.kernels.gemm_tiles import GemmTiles
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_attention import card_of
-from nanoflow.kernels.triton_gemm import _activated, _halves, _place, check_operands
+from nanoflow.kernels.triton_expert_sums import activated, alpha_and_limit, bias_of, clamped_of
+from nanoflow.kernels.triton_gemm import _halves, _place, check_operands
 
 
 def experts_in(launch: Launch) -> None:
     """activation [T, K x I], seen as [T x K, I] in the experts' order: silu(gate) * up of x [T, H] of each row's token.
 
-    The weight is [E, 2 I, H]; each expert has gate rows, then up rows.
+    The weight is [E, 2 I, H], a bias [E, 2 I]; each expert has gate rows, then up rows. The activation may be clamped.
 
     Raises:
         ValueError: See `run_experts_in`.
@@ -39,6 +41,8 @@ def experts_in(launch: Launch) -> None:
 
 def experts_out(launch: Launch) -> None:
     """out [T, K x H], seen as [T x K, H] in the tokens' order: activation of each row @ weight [E, H, I]^T.
+
+    A bias is [E, H].
 
     Raises:
         ValueError: See `run_experts_out`.
@@ -69,18 +73,20 @@ def run_experts_in(launch: Launch, tiles: GemmTiles, num_programs: int) -> None:
         ValueError: The dtype does not have 16 bits, or rows are not aligned to 16 bytes (H and I must be multiples of
         8).
     """
-    (x, rows, ends), (activation,), (weight,) = launch.reads, launch.writes, launch.weights
+    (x, rows, ends), (activation,), (weight, *biases) = launch.reads, launch.writes, launch.weights
     num_experts, doubled, num_features = weight.shape
     out = activation.view(rows.numel(), -1)
     matrices = _checked(x, weight, out).view(2 * num_experts, doubled // 2, num_features)
     half = tiles.block_n // 2
     _experts_in[(num_programs,)](
         # One TMA box loads the same rows of an expert's gate and up, which are then adjacent in shared memory.
-        *(x, TensorDescriptor.from_tensor(matrices, [2, half, tiles.block_k]), out, rows, ends),
+        *(x, TensorDescriptor.from_tensor(matrices, [2, half, tiles.block_k]), biases[0] if biases else None),
+        *(out, rows, ends),
         *(rows.shape[1], doubled // 2, num_features),
         *(num_experts, triton.next_power_of_2(num_experts)),
         *(tiles.block_m, half, tiles.block_k, tiles.group_m, tiles.store_n // 2, tiles.is_flat),
         num_features % tiles.block_k == 0,
+        *alpha_and_limit(clamped_of(launch)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,
@@ -93,14 +99,14 @@ def run_experts_out(launch: Launch, tiles: GemmTiles, num_programs: int) -> None
     Raises:
         ValueError: As `run_experts_in`.
     """
-    (activation, rows, ends), (by_token,), (weight,) = launch.reads, launch.writes, launch.weights
+    (activation, rows, ends), (by_token,), (weight, *biases) = launch.reads, launch.writes, launch.weights
     num_experts, num_columns, num_features = weight.shape
     x, out = activation.view(rows.numel(), -1), by_token.view(rows.numel(), -1)
     matrices = _checked(x, weight, out).view(num_experts * num_columns, num_features)
     _experts_out[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, tiles.block_k]),
         TensorDescriptor.from_tensor(matrices, [tiles.block_n, tiles.block_k]),
-        *(out, rows, ends),
+        *(biases[0] if biases else None, out, rows, ends),
         *(num_columns, num_features),
         *(num_experts, triton.next_power_of_2(num_experts)),
         *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.group_m, tiles.store_n, tiles.is_flat),
@@ -120,6 +126,7 @@ def _checked(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 def _experts_in(
     x: tl.tensor,
     weight: tl.tensor_descriptor,
+    bias: tl.tensor | None,
     out: tl.tensor,
     rows: tl.tensor,
     ends: tl.tensor,
@@ -135,6 +142,8 @@ def _experts_in(
     STORE_N: tl.constexpr,
     IS_FLAT: tl.constexpr,
     HAS_WHOLE_STEPS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ) -> None:
     """BLOCK_N counts columns of the output; weight is [2 E, I, H], gate and up of each expert in turn."""
     tiles_n = tl.cdiv(num_columns, BLOCK_N)
@@ -155,14 +164,18 @@ def _experts_in(
                 cells = tl.load(source + feature, mask=(feature + features < num_features)[None, :], other=0.0)
             factors = weight.load([2 * expert, column, feature]).reshape(2 * BLOCK_N, BLOCK_K)
             acc = tl.dot(cells, factors.T, acc)
-        activated = _activated(acc, out.dtype.element_ty, BLOCK_M, BLOCK_N)
-        _write_rows(out, places, is_own, column, num_columns, activated, BLOCK_M, BLOCK_N, STORE_N)
+        gate, up = _halves(acc, BLOCK_M, BLOCK_N)
+        of_expert = 2 * expert * num_columns
+        _write_activated(
+            out, bias, of_expert, places, is_own, column, num_columns, gate, up, BLOCK_M, BLOCK_N, STORE_N, ALPHA, LIMIT
+        )
 
 
 @triton.jit
 def _experts_out(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
+    bias: tl.tensor | None,
     out: tl.tensor,
     rows: tl.tensor,
     ends: tl.tensor,
@@ -190,6 +203,8 @@ def _experts_out(
         places = first + tl.arange(0, BLOCK_M)
         is_own = places < stop
         row = tl.load(rows + places, mask=is_own, other=0)
+        if bias is not None:
+            acc += bias_of(bias, expert * num_columns, column + tl.arange(0, BLOCK_N), num_columns)[None, :]
         _write_rows(out, row, is_own, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N)
 
 
@@ -227,6 +242,45 @@ def _found(
     stop = tl.load(ends + expert)
     tile_m, tile_n = _place(tile - num_before, tl.cdiv(stop - start, BLOCK_M), tiles_n, GROUP_M)
     return expert, start + tile_m * BLOCK_M, stop, tile_n * BLOCK_N
+
+
+@triton.jit
+def _write_activated(
+    out: tl.tensor,
+    bias: tl.tensor | None,
+    of_expert: tl.tensor,
+    row: tl.tensor,
+    is_own: tl.tensor,
+    column: tl.tensor,
+    num_columns: int,
+    gate: tl.tensor,
+    up: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STORE_N: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+) -> None:
+    """Write the activation, as `_write_rows` does. Biases of the expert's gates begin at `of_expert`, then up's."""
+    if WIDTH > STORE_N:
+        HALF: tl.constexpr = WIDTH // 2
+        gate, other_gate = _halves(gate, BLOCK_M, HALF)
+        up, other_up = _halves(up, BLOCK_M, HALF)
+        _write_activated(
+            out, bias, of_expert, row, is_own, column, num_columns, gate, up, BLOCK_M, HALF, STORE_N, ALPHA, LIMIT
+        )
+        column += HALF
+        gate, up = other_gate, other_up
+        _write_activated(
+            out, bias, of_expert, row, is_own, column, num_columns, gate, up, BLOCK_M, HALF, STORE_N, ALPHA, LIMIT
+        )
+    else:
+        if bias is not None:
+            columns = column + tl.arange(0, WIDTH)
+            gate += bias_of(bias, of_expert, columns, num_columns)[None, :]
+            up += bias_of(bias, of_expert + num_columns, columns, num_columns)[None, :]
+        cells = activated(gate, up, out.dtype.element_ty, ALPHA, LIMIT)
+        _write_rows(out, row, is_own, column, num_columns, cells, BLOCK_M, WIDTH, STORE_N)
 
 
 @triton.jit

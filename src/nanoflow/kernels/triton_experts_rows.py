@@ -10,7 +10,7 @@ Shape legend: T tokens, E experts, K experts of a token, H width of the model, I
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -26,15 +26,15 @@ _FEW_ORDERED, _ORDERED = 512, 4096
 
 
 def router(launch: Launch) -> None:
-    """weights float32 [T, K], ids int32 [T, K]: the K largest of softmax(x [T, H] @ weight [E, H]^T).
+    """weights float32 [T, K], ids int32 [T, K]: the K largest of softmax(x [T, H] @ weight [E, H]^T (+ bias [E])).
 
     Equal probabilities go to the expert with the smaller number. A row that is not finite has NaN as weights, and
     different experts nevertheless, so that their order is one.
     """
     dims = launch.op.dims
     assert isinstance(dims, RouterDims)
-    (x,), (weights, ids), (weight,) = launch.reads, launch.writes, launch.weights
-    logits = torch.mm(x, weight.t())
+    (x,), (weights, ids), (weight, *bias) = launch.reads, launch.writes, launch.weights
+    logits = F.linear(x, weight, *bias)
     num_experts, per_token = len(weight), dims.routing.num_per_token
     experts = triton.next_power_of_2(num_experts)
     num_rows = max(_ROUTED // experts, 1)

@@ -48,10 +48,11 @@ def geglu_fp8(launch: Launch) -> None:
 
 
 def quantise_fp8(launch: Launch) -> None:
-    """Rows e4m3 [T, W] and scales float32 [T, 1] of x [T, W]."""
+    """Rows e4m3 [T, W] and scales float32 [T, P] of x [T, W], whose rows are P equal parts with a scale each."""
     (x,), (numbers, scales) = launch.reads, launch.writes
-    block, num_warps = _block_of(numbers)
-    _quantise_fp8[(len(x),)](x, numbers, scales, x.shape[1], block, num_warps=num_warps)
+    parts = numbers.view(scales.numel(), -1)
+    block, num_warps = _block_of(parts)
+    _quantise_fp8[(len(parts),)](x, parts, scales, parts.shape[1], block, num_warps=num_warps)
 
 
 def _gated(launch: Launch, *, is_gelu: bool) -> None:

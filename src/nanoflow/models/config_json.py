@@ -21,7 +21,7 @@ from nanoflow.models.gguf_file import is_gguf
 from nanoflow.models.gguf_model import gguf_config
 from nanoflow.models.model import ModelConfig, RopeConfig
 from nanoflow.models.parts import EMBEDDING, OUTPUT
-from nanoflow.models.quantised import quantisation_in, quantisation_of
+from nanoflow.models.quantised import quant_method_of, quantisation_in, quantisation_of
 from nanoflow.models.readings import Reading
 from nanoflow.models.registry import reading_of, refusal, served_as
 from nanoflow.models.rope_fields import local_rope_of, rope_of
@@ -154,6 +154,7 @@ def parse(config: Mapping[str, Any], *, origin: str = "config.json") -> ModelCon
         eos_token_ids=_eos_token_ids(fields, vocab_size, is_given="eos_token_id" in config),
         dtype=_dtype(fields),
         experts=experts_of(fields, reading.expert_counts, num_layers),
+        quant_method=quant_method_of(config),
     )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoflow.graph.layers import MXFP4_GROUP
 from nanoflow.models.fields import ModelError
 from nanoflow.models.ggml import rows_of_blocks
-from nanoflow.models.stored import MXFP4_GROUP, Awq, Blocks, Form, Gptq, Mxfp4, Packed, Plain, Scaled, Stacked, Stored
+from nanoflow.models.stored import Awq, Blocks, Form, Gptq, Mxfp4, Packed, Plain, Scaled, Stacked, Stored
 
 # Numbers that are in memory as float32 at once, and a multiple of all words and blocks of rows.
 _CHUNK_NUMBERS = 2**20

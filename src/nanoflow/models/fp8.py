@@ -32,15 +32,15 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantised_chunks(rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """`quantise_rows` of a matrix or of several [..., N, K], a few along the first dimension at a time.
+    """`quantise_rows` of rows [N, K], a few at a time.
 
     Yields:
-        The first of them, e4m3 numbers, and their scales, float32 [..., N].
+        The first of them, e4m3 numbers, and their scales, float32 [rows].
     """
     step = max(_CHUNK_NUMBERS // max(rows[:1].numel(), 1), 1)
     for first in range(0, len(rows), step):
         numbers, scales = quantise_rows(rows[first : first + step])
-        yield first, numbers, scales[..., 0]
+        yield first, numbers, scales[:, 0]
 
 
 def dequantised(numbers: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Tensor:

@@ -52,6 +52,7 @@ class ModelConfig:
         eos_token_ids: End-of-sequence tokens, those of config.json first, then those of generation_config.json.
         dtype: "float32", "bfloat16" or "float16".
         experts: What it says of experts; None for a dense model.
+        quant_method: How it says that weights are stored, e.g. "mxfp4"; None for plain numbers.
     """
 
     architecture: str
@@ -75,6 +76,7 @@ class ModelConfig:
     local_rope: RopeConfig | None = None
     fields: Fields = field(default=Fields(values={}, origin="config.json"), repr=False, compare=False)
     experts: ExpertsConfig | None = None
+    quant_method: str | None = None
 
     @property
     def max_context_len(self) -> int:

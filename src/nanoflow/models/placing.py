@@ -1,13 +1,14 @@
 """The parameters of a model on its device, and where in them each part of a checkpoint goes.
 
 A part is copied to rows of a parameter. Where a parameter is kept in FP8 the rows' scales go with them: numbers are
-quantised on the way, and a part that is stored in the same form is copied as it is. `weights.py` reads the files.
+quantised on the way, and a part that is stored in the same form is copied as it is. So are blocks and scales in MXFP4,
+which are laid out for kernels when all are there. `weights.py` reads the files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from nanoflow.models.contents import Contents, parts_of
 from nanoflow.models.dequantise import read_rows
 from nanoflow.models.fp8 import E4M3, quantised_chunks, stored_scales
 from nanoflow.models.fp8_stored import fp8_of
+from nanoflow.models.mxfp4 import check_scales
 from nanoflow.models.stored import Stored
 
 # Copies the second tensor to the first.
@@ -47,6 +49,11 @@ def allocate(graph: OpGraph, dtype: torch.dtype, device: torch.device) -> Weight
     def group(parameters: tuple[Parameter, ...]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for each in parameters:
+            if each.packed is not None:
+                words, scales = each.packed.words_shape(each.shape), each.packed.scales_shape(each.shape)
+                found[each.name] = torch.empty(words, dtype=torch.int32, device=device)
+                found[each.scales_name] = torch.empty(scales, dtype=torch.uint8, device=device)
+                continue
             stored_as = torch.float32 if each.is_float32 else dtype
             found[each.name] = torch.empty(each.shape, dtype=stored_as if each.fp8 is None else E4M3, device=device)
             if each.fp8 is not None:
@@ -71,15 +78,21 @@ class Target:
         rows: The rows, or all matrices of a tensor that is stored whole.
         scales: A scale for each row, or for each block of rows and columns.
         fp8: As `Parameter.fp8`.
+        is_packed: Whether `rows` has the words of matrices in MXFP4, and `scales` a scale for each group of theirs.
     """
 
     rows: Tensor
     scales: Tensor | None = None
     fp8: Fp8 | None = None
+    is_packed: bool = False
 
     def matrices(self, chosen: slice | None) -> Target:
         """Of a stack of matrices that is never kept in FP8: the rows of some of them, or of all, below each other."""
-        return Target(rows=(self.rows if chosen is None else self.rows[chosen]).flatten(0, 1))
+        chosen = slice(None) if chosen is None else chosen
+        if self.is_packed:
+            assert self.scales is not None
+            return replace(self, rows=self.rows[chosen], scales=self.scales[chosen])
+        return Target(rows=self.rows[chosen].flatten(0, 1))
 
     def put(self, first: int, rows: Tensor, copy: Copy) -> None:
         """Copy numbers to the rows from `first` on, quantised if they are kept in FP8."""
@@ -87,12 +100,20 @@ class Target:
         if self.scales is None:
             copy(into, rows)
             return
-        for place, numbers, scales in quantised_chunks(rows):
+        # Of a stack of matrices the rows of all of them, below each other.
+        into, of_rows = into.flatten(0, -2), self.scales.narrow(0, first, len(rows)).flatten()
+        for place, numbers, scales in quantised_chunks(rows.flatten(0, -2)):
             copy(into.narrow(0, place, len(numbers)), numbers)
-            copy(self.scales.narrow(0, first + place, len(scales)), scales)
+            copy(of_rows.narrow(0, place, len(scales)), scales)
 
     def put_part(self, part: Stored, tensors: Mapping[str, Tensor], copy: Copy) -> None:
         """Copy a whole part: as it is stored if it is kept so, else its numbers."""
+        if self.is_packed:
+            assert self.scales is not None
+            check_scales(part, tensors)
+            for target, role in ((self.rows.view(torch.uint8), "blocks"), (self.scales, "scales")):
+                copy(target, tensors[role].reshape(target.shape))
+            return
         if self.scales is not None and fp8_of(part) == self.fp8:
             copy(self.rows, tensors["weight"])
             copy(self.scales, stored_scales(part, tensors).contiguous())
@@ -113,6 +134,10 @@ def _slices(
     parameter: Parameter, group: dict[str, Tensor], contents: Contents, layer: int | None
 ) -> Iterator[tuple[str, Target]]:
     fused = group[parameter.name]
+    if parameter.packed is not None:
+        (name, _), *_ = parts_of(parameter, contents.names, layer=layer)
+        yield name, Target(rows=fused, scales=group[parameter.scales_name], is_packed=True)
+        return
     scales = None if parameter.fp8 is None else group[parameter.scales_name]
     parts = {name: part.shape for name, part in parts_of(parameter, contents.names, layer=layer)}
     # Parts are below each other; only a tensor that is stored whole has a dimension for stacked matrices.

@@ -78,6 +78,7 @@ _GPT_OSS = {
     "sliding_window": 128,
     "rms_norm_eps": 1e-5,
     "eos_token_id": [200002, 199999, 200012],
+    "quantization_config": {"quant_method": "mxfp4"},
 }
 _QWEN_2 = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -97,6 +97,13 @@ def quantisation_in(values: Mapping[str, Any], *, origin: str) -> Quantisation |
     return _read(fields.nested(_FIELD), method)
 
 
+def quant_method_of(values: Mapping[str, Any]) -> str | None:
+    """The method that a config.json names, in lower case; None if it names none."""
+    given = values.get(_FIELD)
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    return method.lower() if isinstance(method, str) else None
+
+
 def _read(fields: Fields, method: str) -> Quantisation:
     if method.lower() not in _METHODS:
         raise fields.problem(_advice(method))

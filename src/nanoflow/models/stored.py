@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from nanoflow.graph.layers import MXFP4_GROUP
 from nanoflow.models.checkpoint import StoredTensor, printable
 from nanoflow.models.fields import ModelError, shown
 
 FLOATING = ("F32", "F16", "BF16", "F64")
 _SCALES = ("F32", "F16", "BF16")
 _WORD_BITS = 32
-# Numbers of a row that share a scale in MXFP4.
-MXFP4_GROUP = 32
 
 Shape = tuple[int, ...]
 

@@ -31,6 +31,7 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.models.checkpoint import corrupt
 from nanoflow.models.contents import Contents, read_contents
 from nanoflow.models.fp8 import quantised_chunks
+from nanoflow.models.mxfp4 import draw_mxfp4, lay_out
 from nanoflow.models.placing import Copy, Target, allocate, groups_of, targets_of
 from nanoflow.models.placing import Weights as Weights
 from nanoflow.models.stored import Blocks, Mxfp4, Plain, Stacked, Stored
@@ -83,6 +84,7 @@ def load_weights(
         else:
             _copy_by_threads(mappings, targets, partial(make_copier, device), progress)
     _add_offsets(graph, weights)
+    _lay_out(graph, weights)
     return weights
 
 
@@ -125,17 +127,28 @@ def random_weights(graph: OpGraph, dtype: torch.dtype, device: torch.device, see
 def _draw(
     parameter: Parameter, group: dict[str, Tensor], dtype: torch.dtype, deviation: float, generator: torch.Generator
 ) -> None:
-    """Fill a parameter; one in FP8 gets the numbers that it would have without, quantised."""
+    """Fill a parameter; one in FP8 gets the numbers that it would have without, quantised; one in MXFP4 random bits.
+
+    Of a stack each matrix is drawn by itself, since experts take memory for no second copy of all of them.
+    """
     name, tensor = parameter.name, group[parameter.name]
+    if parameter.packed is not None:
+        draw_mxfp4(tensor, group[parameter.scales_name], generator)
+        return
     if tensor.dim() == 1 and not name.endswith(".bias"):
         tensor.fill_(1.0)
         return
-    drawn = tensor if parameter.fp8 is None else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    drawn.normal_(0.0, deviation, generator=generator)
-    if parameter.fp8 is not None:
-        for first, numbers, scales in quantised_chunks(drawn):
-            tensor[first : first + len(numbers)] = numbers
-            group[parameter.scales_name][first : first + len(numbers)] = scales
+    is_stack = parameter.num_stacked is not None
+    of_rows = None if parameter.fp8 is None else group[parameter.scales_name]
+    for place in range(parameter.num_stacked or 1):
+        matrix = tensor[place] if is_stack else tensor
+        drawn = matrix if of_rows is None else torch.empty(matrix.shape, dtype=dtype, device=tensor.device)
+        drawn.normal_(0.0, deviation, generator=generator)
+        if of_rows is not None:
+            own = of_rows[place] if is_stack else of_rows
+            for first, numbers, scales in quantised_chunks(drawn):
+                matrix[first : first + len(numbers)] = numbers
+                own[first : first + len(numbers)] = scales
 
 
 def _add_offsets(graph: OpGraph, weights: Weights) -> None:
@@ -143,6 +156,15 @@ def _add_offsets(graph: OpGraph, weights: Weights) -> None:
         for parameter in parameters:
             if parameter.offset:
                 tensors[parameter.name].add_(parameter.offset)
+
+
+def _lay_out(graph: OpGraph, weights: Weights) -> None:
+    """Bring what is kept in MXFP4 into the order of kernels."""
+    for parameters, tensors in groups_of(graph, weights):
+        for parameter in parameters:
+            if parameter.packed is not None:
+                words, scales = tensors[parameter.name], tensors[parameter.scales_name]
+                lay_out(words, scales, is_gated=parameter.packed.is_gated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nanoflow.graph.graph import LayerKind, OpGraph
-from nanoflow.graph.operation import OpKind, Scope
+from nanoflow.graph.operation import FP8_LINEARS, OpKind, Scope
 from nanoflow.plan.dependencies import Dependency, dependencies
 from nanoflow.plan.plan import PipelinePlan
 
-PRODUCTS = (
-    *(OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU),
-    *(OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8),
-)
+PRODUCTS = (OpKind.LINEAR, OpKind.LINEAR_ADD, OpKind.LINEAR_SWIGLU, *FP8_LINEARS)
 
 
 def carriers(

@@ -14,6 +14,7 @@ from typing import Any
 from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.mxfp4 import in_mxfp4
 from nanoflow.graph.operation import (
     FP8_PRODUCTS,
     AttentionDims,
@@ -55,6 +56,7 @@ def estimated_profile(
     kv_type: KvType = KvType.MODEL,
     expert_skew: float = 0.0,
     is_fp8: bool = False,
+    is_mxfp4: bool = False,
 ) -> Profile:
     """The profile of a model on GPUs that share it by tensor parallelism.
 
@@ -65,16 +67,17 @@ def estimated_profile(
         max_tokens: Largest dense batch to estimate; beyond, costs grow in proportion.
         kv_type: Type of keys and values in the cache.
         expert_skew: How unevenly tokens choose experts.
-        is_fp8: Whether products of layers multiply FP8.
+        is_fp8, is_mxfp4: Whether products of layers multiply FP8, and whether weights of experts are in MXFP4.
 
     Raises:
         ModelError, GraphError: The architecture is not known, or its heads cannot be dealt out to so many GPUs.
         HardwareError: The GPUs do not multiply FP8.
     """
-    graph = with_skew(build_graph(parse(config, origin=model), None).with_kv_type(kv_type), expert_skew)
     if is_fp8:
         gpus.require_fp8()
-        graph = in_fp8(graph)
+    graph = with_skew(build_graph(parse(config, origin=model), None).with_kv_type(kv_type), expert_skew)
+    graph = in_fp8(graph) if is_fp8 else graph
+    graph = in_mxfp4(graph) if is_mxfp4 else graph
     graphs = {shard(graph, gpus.num_gpus, exchange): None for exchange in Exchange}
     points: dict[tuple[Any, ...], Point] = {}
     for each in graphs:
@@ -87,6 +90,7 @@ def estimated_profile(
         config=dict(config),
         kv_cache_dtype=kv_type,
         is_fp8=is_fp8,
+        is_mxfp4=is_mxfp4,
         expert_skew=expert_skew,
         setup=Setup(
             gpu=spec.title,

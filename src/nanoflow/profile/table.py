@@ -142,6 +142,7 @@ class Profile:
         config: The model's config.json, so that its graph can be built anywhere.
         is_fused: The graph is the one with SwiGLU in the product before it (`graph/fuse.py`).
         is_fp8: The graph is the one with products in FP8 (`graph/fp8.py`).
+        is_mxfp4: The graph is the one with experts in MXFP4 (`graph/mxfp4.py`).
         expert_skew: How unevenly tokens chose experts (`graph.experts.Routing.skew`).
         page_size: Tokens a page of the KV cache.
         dtype: Of weights and activations.
@@ -158,6 +159,7 @@ class Profile:
     config: dict[str, Any]
     is_fused: bool = False
     is_fp8: bool = False
+    is_mxfp4: bool = False
     expert_skew: float = 0.0
     page_size: int = 16
     dtype: str = "bfloat16"

@@ -17,6 +17,7 @@ import torch
 
 from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.fuse import fuse_swiglu
+from nanoflow.graph.mxfp4 import in_mxfp4
 from nanoflow.graph.operation import KvType, OpKind
 from nanoflow.kernels.dispatch import kernels_for
 from nanoflow.models.config_json import parse
@@ -124,6 +125,7 @@ def new_job(
     is_fresh: bool = False,
     only: str | None = None,
     is_fp8: bool = False,
+    is_mxfp4: bool = False,
     expert_skew: float = 0.0,
 ) -> Job:
     """A profile to be begun, or to be continued if its file is there and `is_fresh` is not asked for.
@@ -140,6 +142,7 @@ def new_job(
         is_fresh: Begin anew whatever there is.
         only: As `Job` has it.
         is_fp8: Whether products of layers multiply FP8.
+        is_mxfp4: Whether weights of experts are in MXFP4.
         expert_skew: How unevenly tokens choose experts.
 
     Raises:
@@ -147,6 +150,7 @@ def new_job(
     """
     graph = with_skew(build_graph(parse(config), None).with_kv_type(kv_type), expert_skew)
     graph = in_fp8(graph) if is_fp8 else graph
+    graph = in_mxfp4(graph) if is_mxfp4 else graph
     is_fused = OpKind.LINEAR_SWIGLU in kernels_for(device, dtype, graph.layer_operations)
     site = Site(graph=fuse_swiglu(graph) if is_fused else graph, device=device, dtype=dtype, page_size=page_size)
     blank = Profile(
@@ -154,6 +158,7 @@ def new_job(
         config=json.loads(json.dumps(dict(config))),
         is_fused=is_fused,
         is_fp8=is_fp8,
+        is_mxfp4=is_mxfp4,
         expert_skew=expert_skew,
         page_size=page_size,
         dtype=str(dtype).removeprefix("torch."),
@@ -245,7 +250,7 @@ def _written(profile: Profile, found: Sequence[Point | PairPoint], path: Path) -
 def _continued(path: Path, blank: Profile) -> Profile:
     """The profile in a file, if it can be continued as this one."""
     stored = Profile.load(path)
-    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused", "is_fp8", "expert_skew"):
+    for name in ("config", "dtype", "kv_cache_dtype", "page_size", "is_fused", "is_fp8", "is_mxfp4", "expert_skew"):
         there, here = getattr(stored, name), getattr(blank, name)
         if there != here:
             both = f"{stored.model}, not of {blank.model}" if name == "config" else f"{name} {there}, not {here}"

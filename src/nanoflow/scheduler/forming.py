@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow.batch import DenseBatch, Int64, Joined, PromptScore
+from nanoflow.batch import DenseBatch, Int64, Joined, PromptPooling, PromptScore
 from nanoflow.kvcache.pools import PagePools
+from nanoflow.request import Pooling
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable
 
@@ -83,6 +84,7 @@ def form_batch(
         sampled=np.repeat(drawing, 1 + turn.num_drafts[drawing]).astype(np.int32),
         joined=joined,
         prompt_scores=_prompt_scores(turn, table, query_start),
+        poolings=_poolings(turn, table, query_start),
         num_drafted_requests=int(np.count_nonzero(turn.num_drafts)),
         num_draft_tokens=int(turn.num_drafts.sum()),
     )
@@ -105,3 +107,25 @@ def _prompt_scores(turn: Turn, table: RowTable, query_start: Int64) -> tuple[Pro
         )
         scores.append(score)
     return tuple(scores)
+
+
+def _poolings(turn: Turn, table: RowTable, query_start: Int64) -> tuple[PromptPooling, ...]:
+    """The parts of prompts that this turn computes and whose hidden states are asked for."""
+    is_pooling = table.is_pooled[turn.rows] & (turn.num_before < table.num_prompt[turn.rows])
+    poolings = []
+    for index in np.flatnonzero(is_pooling).tolist():
+        row, first, start = int(turn.rows[index]), int(turn.num_before[index]), int(query_start[index])
+        num_prompt, kind = int(table.num_prompt[row]), table.tenant(row).params.pooling
+        stop = min(first + int(turn.num_taken[index]), num_prompt)
+        if kind is not None:
+            pooling = PromptPooling(
+                request_index=index,
+                start=start,
+                stop=start + stop - first,
+                is_first=first == 0,
+                is_last=stop == num_prompt,
+                kind=kind,
+                num_pooled=num_prompt if kind is Pooling.MEAN else 1,
+            )
+            poolings.append(pooling)
+    return tuple(poolings)

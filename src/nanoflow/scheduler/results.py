@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nanoflow.batch import Int32, Int64
+from nanoflow.batch import Bool, Int32, Int64
 from nanoflow.outputs import Finished, FinishReason
 from nanoflow.request import Request
 
@@ -18,7 +19,8 @@ class Committed:
         token_ids: int32 [N].
         places: int32 [N], where in `DenseBatch.sampled` (and so in `SampledTokens`) each token stood.
         finished: Requests that ended with this iteration; one that ended by an error has no token for it here.
-        scored: One entry each of `DenseBatch.prompt_scores`: the request it is for; None if it has left.
+        scored, pooled: For each of `DenseBatch.prompt_scores`, and each of its `poolings` that is the last of its
+            prompt, the request that it is for; None if it has left.
         num_rejected: Draws that did not count as the draft before them was wrong, or its request had ended.
     """
 
@@ -27,7 +29,13 @@ class Committed:
     places: Int32
     finished: dict[int, Finished]
     scored: tuple[int | None, ...] = ()
+    pooled: tuple[int | None, ...] = ()
     num_rejected: int = 0
+
+
+def owners(places: Sequence[int], request_ids: Int64, is_alive: Bool) -> tuple[int | None, ...]:
+    """The requests at these places of a batch; None for those that have left it."""
+    return tuple(int(request_ids[place]) if is_alive[place] else None for place in places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

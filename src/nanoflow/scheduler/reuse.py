@@ -205,9 +205,8 @@ class PrefixReuse:
         return self._tiers.start_load(candidate.waiting.page_keys[: candidate.num_loadable], num_spare)
 
     def _most_pages(self, waiting: WaitingRequest) -> int:
-        """Pages that a request may find: at least its last token is computed, or all if its prompt is scored."""
-        is_scored = waiting.request.params.prompt_logprobs is not None
-        return 0 if is_scored else (len(waiting.token_ids) - 1) // self._page_size
+        """Pages that a request may find: at least its last token is computed."""
+        return 0 if waiting.request.computes_whole_prompt else (len(waiting.token_ids) - 1) // self._page_size
 
     def join(self, row: int, candidate: Candidate) -> None:
         """A candidate has got a row, which holds no pages yet: it gets those of its cached prefix."""
@@ -217,7 +216,7 @@ class PrefixReuse:
         self._pools.adopt(row, candidate.prefix)
         for key in keys[num_pages:]:
             self._row_computing.setdefault(key, row)
-        if self._root[row] and candidate.waiting.request.params.prompt_logprobs is None:
+        if self._root[row] and not candidate.waiting.request.computes_whole_prompt:
             self.counts = ReuseCounts(
                 num_asked=self.counts.num_asked + len(candidate.waiting.token_ids),
                 num_found=self.counts.num_found + candidate.num_cached,

@@ -30,7 +30,7 @@ from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.policies import Policies, default_policies
-from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of
+from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of, owners
 from nanoflow.scheduler.reuse import PrefetchAnswer, PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.scheduler.sessions import Session
@@ -197,10 +197,9 @@ class Scheduler:
         """
         rows, sampled = self._rows, batch.sampled
         is_alive = batch.epochs == rows.epoch[batch.rows]
-        scored = tuple(
-            int(rows.request_id[batch.rows[score.request_index]]) if is_alive[score.request_index] else None
-            for score in batch.prompt_scores
-        )
+        ids = rows.request_id[batch.rows]
+        scored = owners([score.request_index for score in batch.prompt_scores], ids, is_alive)
+        pooled = owners([pooling.request_index for pooling in batch.poolings if pooling.is_last], ids, is_alive)
         has_drafts = batch.num_draft_tokens > 0
         row_of_draw, positions = batch.rows[sampled].astype(np.int64), batch.drawn_positions
         is_stop, is_full = rows.ends(row_of_draw, result.token_ids, positions)
@@ -246,6 +245,7 @@ class Scheduler:
             places=places.astype(np.int32),
             finished=finished,
             scored=scored,
+            pooled=pooled,
             num_rejected=int(np.count_nonzero(is_there) - np.count_nonzero(is_counting)),
         )
 

@@ -21,6 +21,7 @@ from nanoflow.server.completions import completions_router
 from nanoflow.server.counters import Counters
 from nanoflow.server.docs_page import docs_router
 from nanoflow.server.door import door
+from nanoflow.server.embeddings import embeddings_router
 from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.files import FORM_BYTES, PATH, files_router
 from nanoflow.server.gate import Gate, GateMiddleware
@@ -64,7 +65,7 @@ def create_app(
     app.add_middleware(BodyBoundsMiddleware, bounds=server_config, uploads=uploads)
     app.add_middleware(TurnstileMiddleware)
     app.add_middleware(GateMiddleware, gate=gate or Gate())
-    routers = (completions_router, chat_router, models_router, tokens_router)
+    routers = (completions_router, chat_router, embeddings_router, models_router, tokens_router)
     observing = (prefetch_router, status_router)
     include(
         app,

@@ -99,10 +99,11 @@ class CallBounds:
             )
 
     def _check_prompts(self, body: Mapping[str, Any], generates: bool) -> None:
-        prompt, most = body.get("prompt"), self.bounds.max_prompts
+        field = "input" if "input" in body else "prompt"
+        prompt, most = body.get(field), self.bounds.max_prompts
         several = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
         if len(several) > most:
-            raise ApiError(400, f"prompt: a call may have at most {most} prompts, got {len(several)}", param="prompt")
+            raise ApiError(400, f"{field}: a call may have at most {most} prompts, got {len(several)}", param=field)
         n = body.get("n")
         most = self.bounds.max_call_choices
         if isinstance(n, int) and not isinstance(n, bool) and n * len(several) > most:
@@ -110,10 +111,10 @@ class CallBounds:
             raise ApiError(400, f"{wanted}, a call may have at most {most}", param="n")
         texts = [one for one in several if isinstance(one, str)]
         if (num_chars := sum(map(len, texts))) > self.max_call_chars:
-            self._refuse_chars(num_chars, "prompt")
+            self._refuse_chars(num_chars, field)
         is_cut = body.get("truncate_prompt_tokens") is not None or not generates
         for text in texts:
-            self.check_prompt_text(text, "prompt", is_cut=is_cut)
+            self.check_prompt_text(text, field, is_cut=is_cut)
 
     def _check_messages(self, body: Mapping[str, Any]) -> None:
         messages, most = body.get("messages"), self.bounds.max_messages

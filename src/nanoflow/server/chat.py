@@ -43,7 +43,8 @@ def chat_router(service: Service) -> APIRouter:
         deadline_s = service.deadline_s()
         service.admission.check(params.n)
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
-        prompt = service.truncated(await while_connected(request.receive, encode, deadline_s), body)
+        token_ids = await while_connected(request.receive, encode, deadline_s)
+        prompt = service.truncated(token_ids, body, params.max_tokens)
         if reading is not None:
             reading = after_prompt(reading, service, body, prompt)
             params = params_for(reading, service, body, params)

@@ -35,7 +35,8 @@ def completions_router(service: Service) -> APIRouter:
         prompts, deadline_s = body.prompts, service.deadline_s()
         service.admission.check(len(prompts) * params.n)
         if body.changes_tokens:
-            prompts = await while_connected(request.receive, service.prompt_token_ids(body), deadline_s)
+            reading = service.prompt_token_ids(prompts, body, params.max_tokens)
+            prompts = await while_connected(request.receive, reading, deadline_s)
         call = Call(
             engine=service.engine,
             prompts=prompts,

@@ -63,7 +63,7 @@ PromptField = Annotated[
 ]
 
 
-def _listed(prompt: Any) -> list[str | list[int]]:
+def listed(prompt: Any) -> list[str | list[int]]:
     """The prompts of a field in any of its forms."""
     is_several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
     return list(prompt) if is_several else [prompt]
@@ -199,7 +199,7 @@ class CompletionRequest(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, in order."""
-        return _listed(self.prompt)
+        return listed(self.prompt)
 
     @property
     def is_echo_only(self) -> bool:
@@ -314,7 +314,7 @@ class PrefetchRequest(Conversation):
             raise RequestError(
                 f"give one of prompt, messages and session_id, not {' and '.join(given)}", param=given[-1]
             )
-        count = 1 if self.prompt is None else len(_listed(self.prompt))
+        count = 1 if self.prompt is None else len(listed(self.prompt))
         if count > 1:
             raise RequestError(f"advice is for one prompt at a time, got {count}", param="prompt")
         return self
@@ -322,7 +322,7 @@ class PrefetchRequest(Conversation):
     @property
     def only_prompt(self) -> str | list[int] | None:
         """The prompt, also if it is the only one of a list; None if there is none."""
-        return None if self.prompt is None else _listed(self.prompt)[0]
+        return None if self.prompt is None else listed(self.prompt)[0]
 
 
 class DetokenizeRequest(RequestBody):

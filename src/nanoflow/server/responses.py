@@ -288,3 +288,22 @@ class RootResponse(TypedDict):
     model: str
     api: str
     docs: str
+
+
+class Embedding(TypedDict):
+    """The vector of one input: its numbers, or their bytes in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingResponse(TypedDict):
+    """Body of an answer with vectors."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: Usage

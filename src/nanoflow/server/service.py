@@ -217,22 +217,21 @@ class Service:
         with user_errors("messages"):
             return await asyncio.get_running_loop().run_in_executor(self.chat_threads, render)
 
-    async def prompt_token_ids(self, body: CompletionRequest) -> list[Prompt]:
-        """The prompts of a call as token ids, made as it says."""
-        adds = body.add_special_tokens is not False
+    async def prompt_token_ids(
+        self, prompts: Sequence[Prompt], fields: PromptFields, max_tokens: int | None
+    ) -> list[Prompt]:
+        """The prompts of a call as token ids, made as its fields say."""
+        adds = fields.add_special_tokens is not False
         all_ids = [
             await self.encode(prompt, add_special_tokens=adds) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts
+            for prompt in prompts
         ]
-        return [self.truncated(token_ids, body) for token_ids in all_ids]
+        return [self.truncated(token_ids, fields, max_tokens) for token_ids in all_ids]
 
-    def truncated(self, token_ids: list[int], body: CompletionRequest | ChatCompletionRequest) -> list[int]:
-        """The tokens of a prompt that are kept, so that the completion fits too."""
-        if body.truncate_prompt_tokens is None:
-            return token_ids
-        wanted = self.sampling(body).max_tokens or 1
+    def truncated(self, token_ids: list[int], fields: PromptFields, max_tokens: int | None) -> list[int]:
+        """The tokens of a prompt that are kept, so that a completion of `max_tokens` (1 if None) fits too."""
         with user_errors():
-            return body.truncated(token_ids, max(self.engine.facts.max_model_len - wanted, 1))
+            return fields.truncated(token_ids, max(self.engine.facts.max_model_len - (max_tokens or 1), 1))
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids, made in a thread; an id that does not exist is refused (400)."""

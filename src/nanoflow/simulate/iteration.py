@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from nanoflow.graph.fp8 import in_fp8
 from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.graph import OpGraph
+from nanoflow.graph.mxfp4 import in_mxfp4
 from nanoflow.graph.nanobatch import TokenRange
 from nanoflow.graph.operation import BatchShape, Resource
 from nanoflow.graph.shard import Exchange, shard
@@ -63,6 +64,7 @@ def graphs_of(profile: Profile) -> tuple[OpGraph, ...]:
     graph = build_graph(parse(profile.config, origin=profile.model), None).with_kv_type(profile.kv_cache_dtype)
     graph = with_skew(graph, profile.expert_skew)
     graph = in_fp8(graph) if profile.is_fp8 else graph
+    graph = in_mxfp4(graph) if profile.is_mxfp4 else graph
     graph = fuse_swiglu(graph) if profile.is_fused else graph
     measured = {point.operation for point in profile.points}
     found = {shard(graph, profile.setup.num_gpus, exchange): None for exchange in Exchange}

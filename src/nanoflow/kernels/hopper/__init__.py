@@ -12,7 +12,7 @@ import importlib.util
 
 import torch
 
-from nanoflow.graph.operation import AttentionDims
+from nanoflow.graph.operation import AttentionDims, KvType
 
 
 def has_gluon() -> bool:
@@ -24,12 +24,20 @@ def has_gluon() -> bool:
 
 
 def can_carry(device: torch.device, dtype: torch.dtype, dims: AttentionDims) -> bool:
-    """Whether products can carry decode attention of these heads on this device: bfloat16, and `can_attend`."""
+    """Whether products can carry decode attention of these heads on this device.
+
+    They can where `can_attend` holds, in bfloat16 with keys and values in 16 bits, and without sinks.
+    """
     if not has_gluon():
         return False
     from nanoflow.kernels.hopper.attention import can_attend
 
-    return dtype is torch.bfloat16 and can_attend(device, dtype, dims)
+    return (
+        dtype is torch.bfloat16
+        and dims.kv_type is KvType.MODEL
+        and not dims.has_sinks
+        and can_attend(device, dtype, dims)
+    )
 
 
 def steps_of(share: float) -> int:

@@ -12,24 +12,27 @@ Gluon checks fields of an aggregate against their annotations, so these must be 
 
 # mypy: ignore-errors
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
 
+from nanoflow.kernels.hopper.loads import PAGE_TOKENS as PAGE_TOKENS
+from nanoflow.kernels.hopper.loads import fill_ring
 from nanoflow.kernels.hopper.rings import make_ring
-from nanoflow.kernels.hopper.walk import Rows
+from nanoflow.kernels.hopper.walk import Rows, run_of_program
 
-# Most query heads of a KV head; tokens of a page; dimensions of a row in shared memory, which TMA swizzles.
-MAX_GROUP, PAGE_TOKENS, PANEL = 8, 16, 64
+# Most query heads of a KV head; dimensions of a row in shared memory, which TMA swizzles.
+MAX_GROUP, PANEL = 8, 64
 _GROUP: gl.constexpr = gl.constexpr(MAX_GROUP)
-_PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
 _PANEL: gl.constexpr = gl.constexpr(PANEL)
+_LOG2_E: gl.constexpr = gl.constexpr(math.log2(math.e))
 
 
 @aggregate
@@ -119,61 +122,75 @@ def no_sums(LOWEST: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
+def with_sink(sums, sinks, cursor, GROUP: gl.constexpr, has_begin, mma: gl.constexpr):
+    """Add the weights of the sinks of a head's queries to the sums; `has_begin` says whether they are this run's.
+
+    A sink, of `sinks` [K x GROUP] or None, is a logit that stands for no key. The run with the first block has it.
+    """
+    if sinks is None:
+        return sums
+    else:  # noqa: RET505  (Triton compiles one of the branches)
+        heads = gl.arange(0, _GROUP, gl.SliceLayout(0, mma))
+        sink = gl.load(sinks + cursor.head * GROUP + heads, mask=heads < GROUP, other=0.0).to(gl.float32)
+        # The bound keeps a sum finite; what is left of the keys is nothing long before.
+        weight = gl.exp2(gl.minimum(sink * _LOG2_E - sums.peak, 100.0))
+        is_first = gl.arange(0, sums.total.shape[0], gl.SliceLayout(1, mma)) == 0
+        total = sums.total + is_first.to(gl.float32)[:, None] * weight[None, :]
+        total = gl.where(has_begin, total, sums.total)
+        return Sums(sums.peak, total, sums.low, sums.high)
+
+
+@gluon.jit
 def close_head(results, sums, cursor, rows, is_last, has_begin, PANELS: gl.constexpr, mma: gl.constexpr):
     """Write the result of a head, or this run's part of it.
 
     `is_last` says whether the head ends here (otherwise the run does); `has_begin` whether the run has its first block.
     """
-    HEAD_DIM: gl.constexpr = PANELS * _PANEL
     denominators = gl.sum(sums.total, 0)
-    heads = gl.arange(0, _GROUP, gl.SliceLayout(0, mma))
-    dims = gl.arange(0, _PANEL, gl.SliceLayout(1, mma))
-    if is_last & has_begin:
-        first = (cursor.row * rows.KV_HEADS + cursor.head) * results.GROUP
-        cells = (first + heads)[None, :] * HEAD_DIM + dims[:, None]
-        dtype: gl.constexpr = results.out.dtype.element_ty
-        gl.store(
-            results.out + cells, (sums.low / denominators[None, :]).to(dtype), mask=(heads < results.GROUP)[None, :]
-        )
-        if PANELS == 2:
-            result = (sums.high / denominators[None, :]).to(dtype)
-            gl.store(results.out + cells + _PANEL, result, mask=(heads < results.GROUP)[None, :])
-    else:
-        # A part with the beginning of its head goes to this run's odd entry, any other part to the even one.
-        place = 2 * results.run
-        if has_begin:
-            place += 1
-        cells = (place * _GROUP + heads)[None, :] * HEAD_DIM + dims[:, None]
-        gl.store(results.parts + cells, sums.low / denominators[None, :])
-        if PANELS == 2:
-            gl.store(results.parts + cells + _PANEL, sums.high / denominators[None, :])
-        gl.store(results.log_sums + place * _GROUP + heads, sums.peak + gl.log2(denominators))
+    write_dims(results, sums.low, denominators, cursor, rows, is_last, has_begin, 0, PANELS * _PANEL, mma)
+    if PANELS == 2:
+        write_dims(results, sums.high, denominators, cursor, rows, is_last, has_begin, _PANEL, PANELS * _PANEL, mma)
+    write_log_sums(results, sums.peak + gl.log2(denominators), is_last, has_begin, mma)
 
 
 @gluon.jit
-def _load(keys, values, memory, ring, page_tables, table_stride, rows, cursor, num_steps, PANELS: gl.constexpr):
-    """Fill the ring. For pages beyond the context the last page is loaded again, so every slot gets the same bytes."""
-    PAGES: gl.constexpr = rows.BLOCK // _PAGE
-    for step in range(num_steps):
-        slot = step % ring.STAGES
-        last = (cursor.context - 1) // _PAGE
-        table = page_tables + (rows.first_row + cursor.row) * table_stride
-        bar = ring.expect(step, 2 * rows.BLOCK * PANELS * _PANEL * 2)
-        for i in gl.static_range(PAGES):
-            page = gl.load(table + gl.minimum(cursor.block * PAGES + i, last))
-            at = (page * rows.KV_HEADS + cursor.head) * _PAGE
-            for panel in gl.static_range(PANELS):
-                tile = memory.keys.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
-                tma.async_copy_global_to_shared(keys, [at, panel * _PANEL], bar, tile)
-            for panel in gl.static_range(PANELS):
-                tile = memory.values.index(slot * PANELS + panel).slice(i * _PAGE, _PAGE)
-                tma.async_copy_global_to_shared(values, [at, panel * _PANEL], bar, tile)
-        cursor = cursor.next(rows)
+def write_dims(
+    results, values, denominators, cursor, rows, is_last, has_begin,
+    FIRST: gl.constexpr, HEAD_DIM: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Write sums of weighted values [dimensions, MAX_GROUP] over their denominators; FIRST is the first dimension."""
+    heads = gl.arange(0, _GROUP, gl.SliceLayout(0, layout))
+    dims = FIRST + gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
+    means = values / denominators[None, :]
+    if is_last & has_begin:
+        first = (cursor.row * rows.KV_HEADS + cursor.head) * results.GROUP
+        cells = (first + heads)[None, :] * HEAD_DIM + dims[:, None]
+        gl.store(results.out + cells, means.to(results.out.dtype.element_ty), mask=(heads < results.GROUP)[None, :])
+    else:
+        cells = (_part_of(results, has_begin) * _GROUP + heads)[None, :] * HEAD_DIM + dims[:, None]
+        gl.store(results.parts + cells, means)
+
+
+@gluon.jit
+def write_log_sums(results, log_sums, is_last, has_begin, layout: gl.constexpr):
+    """Write log2 of the sums of weights [MAX_GROUP] of a part of a head; of a whole head nobody needs them."""
+    heads = gl.arange(0, _GROUP, gl.SliceLayout(0, layout))
+    if (is_last & has_begin) == 0:
+        gl.store(results.log_sums + _part_of(results, has_begin) * _GROUP + heads, log_sums)
+
+
+@gluon.jit
+def _part_of(results, has_begin):
+    """Entry of a part: this run's odd one if the part has the beginning of its head, else the even one."""
+    place = 2 * results.run
+    if has_begin:
+        place += 1
+    return place
 
 
 @gluon.jit
 def _attend(
-    results, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS: gl.constexpr, WARPS: gl.constexpr
+    results, sinks, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Consume the ring: a running softmax over the blocks of one head of one request after the other."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(
@@ -208,6 +225,7 @@ def _attend(
         # 4. Write the result if the head or this run ends.
         is_new = is_last
         if is_last | (step + 1 == num_steps):
+            sums = with_sink(sums, sinks, cursor, results.GROUP, first_block == 0, mma)
             close_head(results, sums, cursor, rows, is_last, first_block == 0, PANELS, mma)
         cursor = cursor.next(rows)
 
@@ -258,33 +276,34 @@ def _with_block(sums, scores, memory, slot, PANELS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
 def decode_program(
-    out, parts, log_sums, q, keys, values, page_tables, context_len, key_blocks, table_stride, first_row, num_rows,
-    log2_scale,
+    out, parts, log_sums, q, keys, values, page_tables, sinks, context_len, key_blocks, table_stride, first_row,
+    num_rows, log2_scale,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    SCAN: gl.constexpr, WARPS: gl.constexpr,
+    SCAN: gl.constexpr, WARPS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """An equal run of the blocks of keys of all rows, ordered by row, head and block; out is [B, K x GROUP, D]."""
     PANELS: gl.constexpr = HEAD_DIM // _PANEL
-    program, num_programs = gl.program_id(0), gl.num_programs(0)
     # 1. This program's run.
     rows = Rows(context_len, key_blocks, first_row, num_rows, KV_HEADS, BLOCK)
-    base = rows.base()
-    num_blocks = rows.num_blocks(base)
-    per_program = gl.cdiv(num_blocks, num_programs)
-    begin = gl.minimum(program * per_program, num_blocks)
-    num_steps = gl.minimum(begin + per_program, num_blocks) - begin
-    cursor = rows.find(begin, base, SCAN, WARPS)
+    cursor, num_steps = run_of_program(rows, SCAN, WARPS)
     # 2. A ring of keys and values between the loading warp and the computing warpgroup.
     memory = _make_memory(q.dtype.element_ty, STAGES, PANELS, BLOCK)
     ring = make_ring(STAGES)
     ring.init(1)
     fence_async_shared()
-    results = Results(out, parts, log_sums, program, GROUP)
+    results = Results(out, parts, log_sums, gl.program_id(0), GROUP)
+    SLOT_BYTES: gl.constexpr = 4 * BLOCK * HEAD_DIM
     gl.warp_specialize(
         [
-            (_attend, (results, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS, WARPS)),
-            (_load, (keys, values, memory, ring, page_tables, table_stride, rows, cursor, num_steps, PANELS)),
+            (_attend, (results, sinks, q, memory, ring, rows, cursor, num_steps, log2_scale, PANELS, WARPS)),
+            (
+                fill_ring,
+                (
+                    keys, values, None, memory, ring, page_tables, table_stride, rows, cursor, num_steps,
+                    PANELS, _PANEL, SLOT_BYTES,
+                ),
+            ),
         ],
         [1],
-        [40],
-    )
+        [LOADER_REGISTERS],
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanoflow.graph.operation import FP8_PRODUCTS, AttentionDims, LinearDims, Operation, OpKind
+from nanoflow.graph.operation import FP8_LINEARS, AttentionDims, LinearDims, Operation, OpKind
 from nanoflow.kernels import triton_fp8, triton_gemm
 from nanoflow.kernels.gemm_tiles import GemmTiles
 from nanoflow.kernels.hopper.attention import boxes, check
@@ -136,7 +136,7 @@ class HopperCarrier:
         dims = op.dims
         assert isinstance(dims, LinearDims)
         tiles = tiles_of(num_tokens, dims.out_features, self.num_sms)
-        num_steps = -(-dims.in_features // _features_of_step(1 if op.kind in FP8_PRODUCTS else 2))
+        num_steps = -(-dims.in_features // _features_of_step(1 if op.kind in FP8_LINEARS else 2))
         return _most(tiles, num_tokens, dims.out_features, self.num_sms) * (num_steps // self._steps_in(tiles))
 
     def take(self, attention: Launch, max_runs: int) -> Taken:
@@ -264,7 +264,7 @@ def _factors_of(product: Launch) -> _Factors:
         ValueError: See `HopperCarrier.run`.
     """
     (out,) = product.writes
-    if product.op.kind not in FP8_PRODUCTS:
+    if product.op.kind not in FP8_LINEARS:
         (x, *_), (weight, *biases) = product.reads, product.weights
         triton_gemm.check_operands(x, weight, out)
         return _Factors(x=x, weight=weight, out=out, bias=biases[0] if biases else None)

@@ -118,3 +118,13 @@ class Cursor:
     def exists(self, rows, layout: gl.constexpr):
         """Whether each of its keys is within the context, [BLOCK]."""
         return self.block * rows.BLOCK + gl.arange(0, rows.BLOCK, layout) < self.context
+
+
+@gluon.jit
+def run_of_program(rows, SCAN: gl.constexpr, WARPS: gl.constexpr):
+    """The first block of this program's run, and its number of blocks; all programs' runs are equal but the last."""
+    base = rows.base()
+    num_blocks = rows.num_blocks(base)
+    per_program = gl.cdiv(num_blocks, gl.num_programs(0))
+    begin = gl.minimum(gl.program_id(0) * per_program, num_blocks)
+    return rows.find(begin, base, SCAN, WARPS), gl.minimum(begin + per_program, num_blocks) - begin
