@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from nanoflow.graph.operation import BatchShape, OpKind
 from nanoflow.kernels import dispatch
 from nanoflow.kernels import reference_mxfp4 as reference
 from nanoflow.kernels import triton_experts_mxfp4 as fast
-from nanoflow.kernels.mxfp4_tiles import WHOLE_CARD, Mxfp4Tiles, choose_mxfp4_tiles
+from nanoflow.kernels.mxfp4_tiles import BESIDE, WHOLE_CARD, Mxfp4Tiles, choose_mxfp4_tiles
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.models import config_json, weights
@@ -40,7 +41,9 @@ from tests.families import make_model
 from tests.gemm_cases import assert_linear, assert_linear_swiglu
 from tests.mxfp4 import quantise, write_twins
 from tests.mxfp4_cases import packed
+from tests.unit.test_beside import RESERVED_BYTES, SM_BYTES, SM_REGISTERS, attention_bytes, attention_registers
 from tests.unit.test_gpt_oss import _Copier
+from tests.unit.test_triton_gemm import HOPPER_BYTES
 
 CPU = torch.device("cpu")
 SMALL = Mxfp4Tiles(max_rows=0, block_m=16, block_n=64, block_k=64, num_stages=2, programs_per_sm=1, group_m=2)
@@ -120,14 +123,21 @@ def test_rows_of_another_type_are_refused() -> None:
 
 def test_lanes_have_programs_for_their_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several for each if they are alone there; reference kernels stay."""
+    card = SimpleNamespace(num_sms=132, shared_memory_bytes=HOPPER_BYTES)
+    monkeypatch.setattr(fast, "card_of", lambda _: card)
     counts: list[int] = []
     for name in ("run_experts_in", "run_experts_out"):
         monkeypatch.setattr(fast, name, lambda _launch, _tiles, count: counts.append(count))
     launch = packed(_case("same", 3).first())[0]
+    large = packed(_case("same", 99).first())[0]
     for restricted, expected in ((kernels_on, 300), (kernels_beside, 100)):
         for kind, kernel in fast.TRITON_MXFP4_KERNELS.items():
             restricted({**REFERENCE_KERNELS, kind: kernel}, 100)[kind](launch)
             assert counts.pop() == expected
+            card.shared_memory_bytes = 64 << 10
+            restricted({**REFERENCE_KERNELS, kind: kernel}, 100)[kind](large)
+            assert counts.pop() == 100, "the tiling for any card"
+            card.shared_memory_bytes = HOPPER_BYTES
         kept = restricted({**REFERENCE_KERNELS, **reference.MXFP4_KERNELS}, 100)
         assert kept[OpKind.EXPERTS_IN_MXFP4] is reference.experts_in_mxfp4
 
@@ -139,7 +149,7 @@ def test_kernels_compile_for_hopper() -> None:
     for case, report in zip(cases, compiled("tests.compile_mxfp4", *cases), strict=True):
         tiles = WHOLE_CARD[int(case.partition(":")[2])]
         assert report["num_spills"] == 0 and report["num_permuted_bytes"] < 8
-        assert report["num_warpgroup_products"] >= 4 and report["num_waits_for_all"] == 1
+        assert report["num_warpgroup_products"] >= 4 and (report["num_waits_for_all"] == 1) != tiles.is_flat
         assert report["shared_bytes"] <= tiles.shared_memory_bytes
         # The card allocates registers in units of eight, 65,536 of a multiprocessor.
         registers = -(-report["registers"] // 8) * 8 * 32 * tiles.num_warps
@@ -148,8 +158,15 @@ def test_kernels_compile_for_hopper() -> None:
 
 
 def test_chosen_tiles() -> None:
-    heights = [choose_mxfp4_tiles(WHOLE_CARD, rows).block_m for rows in (0.5, 8, 9, 48, 99, 5000)]
-    assert heights == [16, 16, 32, 64, 128, 256]
+    for candidates in (WHOLE_CARD, BESIDE):
+        rows = (0.5, 12, 13, 48, 100, 5000)
+        heights = [choose_mxfp4_tiles(candidates, each, HOPPER_BYTES).block_m for each in rows]
+        assert heights == [16, 16, 32, 64, 64, 128]
+        assert choose_mxfp4_tiles(candidates, 99, 48 << 10).shared_memory_bytes <= 48 << 10
+    # Beside one program of decode attention there is room for one of these, and not for two.
+    for tiles in BESIDE:
+        assert tiles.shared_memory_bytes + attention_bytes() + 2 * RESERVED_BYTES <= SM_BYTES
+        assert 255 * 32 * tiles.num_warps + attention_registers() <= SM_REGISTERS
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

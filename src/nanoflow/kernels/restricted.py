@@ -15,12 +15,13 @@ from collections.abc import Callable
 import torch
 
 from nanoflow.graph.operation import OpKind
-from nanoflow.kernels import reference_fp8
+from nanoflow.kernels import mxfp4_tiles, reference_fp8
 from nanoflow.kernels.dispatch import Kernels
 from nanoflow.kernels.expert_tiles import BESIDE, WHOLE_CARD, ExpertTiles
 from nanoflow.kernels.gemm_tiles import BESIDE_TILES, PART_TILES, GemmTiles, choose_gemm_tiles
 from nanoflow.kernels.hopper import has_gluon
 from nanoflow.kernels.launch import Kernel, Launch
+from nanoflow.kernels.mxfp4_tiles import Mxfp4Tiles
 
 
 def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
@@ -37,7 +38,7 @@ def kernels_on(kernels: Kernels, num_sms: int) -> Kernels:
         **kernels,
         **_products(PART_TILES, num_sms),
         **_experts(kernels, WHOLE_CARD, num_sms),
-        **_mxfp4_experts(kernels, num_sms, is_alone=True),
+        **_mxfp4_experts(kernels, mxfp4_tiles.WHOLE_CARD, num_sms),
         **_attention(kernels, num_sms, is_beside=False),
     }
 
@@ -69,7 +70,7 @@ def kernels_beside(kernels: Kernels, num_sms: int) -> Kernels:
         **kernels,
         **_products(BESIDE_TILES, num_sms),
         **_experts(kernels, BESIDE, num_sms),
-        **_mxfp4_experts(kernels, num_sms, is_alone=False),
+        **_mxfp4_experts(kernels, mxfp4_tiles.BESIDE, num_sms),
         **_attention(kernels, num_sms, is_beside=True),
     }
 
@@ -131,13 +132,13 @@ def _experts(kernels: Kernels, candidates: tuple[ExpertTiles, ...], num_sms: int
     }
 
 
-def _mxfp4_experts(kernels: Kernels, num_sms: int, *, is_alone: bool) -> Kernels:
-    """As `_experts`, of weights in MXFP4; several programs share a multiprocessor if nothing else runs on it."""
+def _mxfp4_experts(kernels: Kernels, candidates: tuple[Mxfp4Tiles, ...], num_sms: int) -> Kernels:
+    """As `_experts`, of weights in MXFP4; a tiling says how many programs share a multiprocessor."""
     from nanoflow.kernels import triton_experts_mxfp4 as packed
 
     restricted: Kernels = {
-        OpKind.EXPERTS_IN_MXFP4: functools.partial(packed.experts_in_on, num_sms=num_sms, is_alone=is_alone),
-        OpKind.EXPERTS_OUT_MXFP4: functools.partial(packed.experts_out_on, num_sms=num_sms, is_alone=is_alone),
+        OpKind.EXPERTS_IN_MXFP4: functools.partial(packed.experts_in_on, candidates=candidates, num_sms=num_sms),
+        OpKind.EXPERTS_OUT_MXFP4: functools.partial(packed.experts_out_on, candidates=candidates, num_sms=num_sms),
     }
     whole = packed.TRITON_MXFP4_KERNELS
     return {kind: kernel for kind, kernel in restricted.items() if kernels.get(kind) is whole[kind]}

@@ -41,7 +41,7 @@ def experts_in_mxfp4(launch: Launch) -> None:
     Raises:
         ValueError: See `run_experts_in`.
     """
-    experts_in_on(launch, card_of(launch.reads[0].device).num_sms)
+    experts_in_on(launch, WHOLE_CARD, card_of(launch.reads[0].device).num_sms)
 
 
 def experts_out_mxfp4(launch: Launch) -> None:
@@ -52,24 +52,25 @@ def experts_out_mxfp4(launch: Launch) -> None:
     Raises:
         ValueError: See `run_experts_in`.
     """
-    experts_out_on(launch, card_of(launch.reads[0].device).num_sms)
+    experts_out_on(launch, WHOLE_CARD, card_of(launch.reads[0].device).num_sms)
 
 
-def experts_in_on(launch: Launch, num_sms: int, *, is_alone: bool = True) -> None:
-    """`experts_in_mxfp4` on so many multiprocessors, of which nothing else takes a part if `is_alone`."""
-    tiles = _chosen(launch)
-    run_experts_in(launch, tiles, num_sms * (tiles.programs_per_sm if is_alone else 1))
+def experts_in_on(launch: Launch, candidates: tuple[Mxfp4Tiles, ...], num_sms: int) -> None:
+    """`experts_in_mxfp4` on so many multiprocessors, with tiles from these candidates."""
+    tiles = _chosen(launch, candidates)
+    run_experts_in(launch, tiles, num_sms * tiles.programs_per_sm)
 
 
-def experts_out_on(launch: Launch, num_sms: int, *, is_alone: bool = True) -> None:
-    """`experts_out_mxfp4` on so many multiprocessors; the arguments are those of `experts_in_on`."""
-    tiles = _chosen(launch)
-    run_experts_out(launch, tiles, num_sms * (tiles.programs_per_sm if is_alone else 1))
+def experts_out_on(launch: Launch, candidates: tuple[Mxfp4Tiles, ...], num_sms: int) -> None:
+    """`experts_out_mxfp4` on so many multiprocessors, with tiles from these candidates."""
+    tiles = _chosen(launch, candidates)
+    run_experts_out(launch, tiles, num_sms * tiles.programs_per_sm)
 
 
-def _chosen(launch: Launch) -> Mxfp4Tiles:
+def _chosen(launch: Launch, candidates: tuple[Mxfp4Tiles, ...]) -> Mxfp4Tiles:
     """By the rows that an expert has on average."""
-    return choose_mxfp4_tiles(WHOLE_CARD, launch.reads[1].numel() / len(launch.weights[0]))
+    limit_bytes = card_of(launch.reads[0].device).shared_memory_bytes
+    return choose_mxfp4_tiles(candidates, launch.reads[1].numel() / len(launch.weights[0]), limit_bytes)
 
 
 def run_experts_in(launch: Launch, tiles: Mxfp4Tiles, num_programs: int) -> None:

@@ -33,7 +33,8 @@ ALTERNATING = 8
 LARGEST_SCALE = 128
 # Scales of random weights: either makes numbers with a deviation of about 0.02.
 _DRAWN_SCALES = (119, 120)
-_WORDS_AT_ONCE = 2**23
+# Words that are in memory in other forms at once, some ten times as large.
+_WORDS_AT_ONCE = 2**21
 
 
 def check_scales(part: Stored, tensors: Mapping[str, Tensor]) -> None:

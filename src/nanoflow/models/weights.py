@@ -165,6 +165,9 @@ def _lay_out(graph: OpGraph, weights: Weights) -> None:
             if parameter.packed is not None:
                 words, scales = tensors[parameter.name], tensors[parameter.scales_name]
                 lay_out(words, scales, is_gated=parameter.packed.is_gated)
+                if words.is_cuda:
+                    # As after drawing: the driver counts what was needed in between as used.
+                    torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
