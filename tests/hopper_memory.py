@@ -85,7 +85,7 @@ def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Shared:
-    """Memory of a program, or a part of it; infinite before it is written."""
+    """Memory of a program, or a part of it; infinite before it is written, or NaN in FP8, which has no infinity."""
 
     cells: Tensor
 

@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.device.energy import energy_of
 from nanoflow.graph.layers import FP8_BLOCK, Fp8
 from nanoflow.kernels import reference, triton_fp8, triton_fp8_rows, triton_gemm
-from nanoflow.kernels.gemm_tiles import GEMM_TILES
+from nanoflow.kernels.gemm_tiles import FP8_TILES, GEMM_TILES, GemmTiles
 from nanoflow.kernels.launch import Kernel, Launch
 from nanoflow.kernels.triton_attention import card_of
 from nanoflow.kernels.triton_fp8_split import choose_split, run_split_fp8
@@ -40,6 +40,14 @@ DEVICE = torch.device("cuda", 0)
 TOKENS = (64, 256, 1024, 2048, 4096)
 ADDED = ("o_proj", "down_proj")
 FUSED = "gate_up+swiglu"
+LARGE, SMALLER, *_ = FP8_TILES[GEMM_TILES, False]
+SWEEP = {
+    "4 stages, store in halves": replace(LARGE, num_stages=4, store_n=128),
+    "store in halves": replace(LARGE, store_n=128),
+    "tiles one by one": replace(LARGE, is_flat=False),
+    "groups of 8": replace(LARGE, group_m=8),
+    "128 columns": SMALLER,
+}
 WARM_UP_S, WINDOW_S = 0.1, 0.5
 # Three bits of mantissa in both factors; far below the error of a wrong scale or tile.
 MAX_ERROR = 0.06
@@ -86,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     points: list[Point] = []
     for num_tokens in args.tokens:
         for operation in (*SHAPES, FUSED):
-            points += measure_all(operation, num_tokens, candidates_of(operation, has_blocks=args.blocks))
+            candidates = candidates_of(operation, has_blocks=args.blocks)
+            points += measure_all(operation, num_tokens, (*candidates, *(sweep_of(operation) if args.sweep else ())))
     if args.json is not None:
         rows = [dataclasses.asdict(point) for point in points]
         write_document(args.json, "kernels_fp8_gemm", shape="Llama-3-8B", window_s=WINDOW_S, points=rows)
@@ -98,6 +107,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m benchmarks.kernels.fp8_gemm", description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="sizes of the dense batch")
     parser.add_argument("--blocks", action="store_true", help="also measure weights with a scale for each block")
+    parser.add_argument("--sweep", action="store_true", help="also measure other tile sizes")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(argv)
     if min(args.tokens) < 1:
@@ -144,6 +154,21 @@ def candidates_of(operation: str, *, has_blocks: bool) -> tuple[Candidate, ...]:
     )
     blocks = Candidate(name="FP8 in blocks, ours", prepare=in_blocks, kernel=ours)
     return (*found, blocks) if has_blocks else found
+
+
+def sweep_of(operation: str) -> Iterator[Candidate]:
+    """Our kernels with other tiles, whatever the number of tokens."""
+    run: Callable[[Launch, GemmTiles, int], None] = triton_fp8.run_linear_fp8
+    if operation in ADDED:
+        run = triton_fp8.run_linear_add_fp8
+    elif operation == FUSED:
+        run = triton_fp8.run_linear_swiglu_fp8
+    for name, tiles in SWEEP.items():
+
+        def kernel(launch: Launch, tiles: GemmTiles = tiles) -> None:
+            run(launch, tiles, card_of(DEVICE).num_sms)
+
+        yield Candidate(name=f"FP8, {name}", prepare=in_fp8, kernel=kernel)
 
 
 def as_it_is(launch: Launch) -> Launch:

@@ -23,6 +23,7 @@ from nanoflow.graph.operation import LinearDims, Operation, OpKind
 from nanoflow.kernels.hopper import share_of, steps_of
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.reference import REFERENCE_KERNELS
+from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.models.config_json import parse
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
@@ -80,7 +81,7 @@ class ReferenceCarrier:
         return Note(attention, torch.full_like(attention.writes[0], torch.nan), max_runs)
 
     def run(self, product: Launch, taken: Note, until: int) -> None:
-        REFERENCE_KERNELS[product.op.kind](product)
+        {**REFERENCE_KERNELS, **FP8_KERNELS}[product.op.kind](product)
         self.shares.append(until - taken.taken)
         self._attend(taken, until)
 

@@ -37,7 +37,7 @@ from nanoflow.hardware import HardwareError, parse_gpus
 from nanoflow.kernels import reference, reference_fp8
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
-from nanoflow.models.config_json import load
+from nanoflow.models.config_json import load, parse
 from nanoflow.models.fp8 import LARGEST, dequantised, quantise_rows
 from nanoflow.models.locate import locate_model
 from nanoflow.models.presets import PRESETS, preset_config
@@ -53,14 +53,17 @@ from nanoflow.profiler import carry
 from nanoflow.profiler.carry import carry_tasks
 from nanoflow.profiler.site import Site
 from nanoflow.profiler.work import Sizes
+from nanoflow.search.carry import carry_plan
 from nanoflow.search.search import Search
 from nanoflow.simulate.iteration import graphs_of
 from tests.agreement import PYTHON_TEXT, Agreement, agreement
 from tests.driving import greedy, random_prompts, run_model
 from tests.families import make_model
-from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
+from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
 from tests.logits import prompt_logits
 from tests.reference_executor import ReferenceExecutor
+from tests.unit.test_carry import ReferenceCarrier, lanes_of
+from tests.unit.test_lanes import CONFIG
 
 CPU = torch.device("cpu")
 KERNELS = {**REFERENCE_KERNELS, OpKind.LINEAR_SWIGLU: reference.linear_swiglu, **FP8_KERNELS}
@@ -242,6 +245,21 @@ def test_attention_inside_products_is_not_for_scales_of_blocks(monkeypatch: pyte
     theirs = carry_tasks(replace(site, graph=plain), Sizes(max_tokens=1024), 132)
     for ours, other in ((ours, other) for ours, other in zip(found, theirs, strict=True) if ours.steps != 3):
         assert ours.attention.num_tokens in (other.attention.num_tokens // 2, other.attention.num_tokens // 2 + 1)
+
+
+def test_products_in_fp8_that_carry_give_what_the_graph_gives() -> None:
+    plain = build_graph(parse(CONFIG), None)
+    graph = fuse_swiglu(in_fp8(plain))
+    plan, carrier = carry_plan(graph, 8, 4, 0.8), ReferenceCarrier()
+    batch = batch_of([(3, 1), (5, 1), (2, 1), (4, 1), (0, 4)], 4, graph.vocab_size, 0)
+    model = _quantised(device_model(plain, int(batch.new_pages.pages.max()) + 1), graph)
+    inputs = InputBuilder(graph.ropes, num_rows=batch.num_requests, device=CPU).build(batch)
+    expected = ReferenceExecutor(with_fresh_caches(model)).forward(inputs)
+    executor = PipelinedExecutor(with_fresh_caches(model), (plan,), max_batch_tokens=8, max_logits=batch.num_requests)
+    executor._lanes[plan.digest] = lanes_of(plan, graph, executor, carrier)
+    executor.forward(inputs, plan)
+    assert sum(carrier.shares) > 0
+    torch.testing.assert_close(executor.logits(inputs), expected, rtol=0.02, atol=0.02 * float(expected.std()) + 1e-4)
 
 
 def test_a_search_leaves_attention_to_products_in_fp8() -> None:

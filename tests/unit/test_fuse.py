@@ -91,6 +91,16 @@ def test_in_fp8_rows_are_quantised_by_an_operation_of_their_own() -> None:
     assert part["gate_up_proj"] == LinearDims(in_features=4096, out_features=14336)
 
 
+def test_in_fp8_an_activation_that_is_not_quantised_is_fused_as_well() -> None:
+    shared = fuse_swiglu(in_fp8(build_graph(preset_config("qwen1.5-moe-a2.7b"), None)))
+    kinds = {op.name: op.kind for op in shared.layer}
+    assert kinds["shared_gate_up_proj"] is OpKind.LINEAR_SWIGLU_FP8 and "shared_activation" not in kinds
+    down_in_16_bits = fuse_swiglu(with_fp8(_llama(), {"gate_up_proj.weight": Fp8()}))
+    kinds = {op.name: op.kind for op in down_in_16_bits.layer}
+    assert kinds["gate_up_proj"] is OpKind.LINEAR_SWIGLU_FP8 and kinds["down_proj"] is OpKind.LINEAR_ADD
+    assert "down_proj_quantise" not in kinds
+
+
 def test_a_weight_with_scales_of_blocks_is_not_fused() -> None:
     kept = {"gate_up_proj.weight": Fp8(block=FP8_BLOCK), "down_proj.weight": Fp8()}
     graph = with_fp8(_llama(), kept)

@@ -92,6 +92,9 @@ PROBLEMS = {
     "FP8, k-steps that no rounds divide": Problem(
         products=(("add fp8", 130, 272, 144), ("swiglu fp8", 140, 528, 656)), contexts=(600, 65, 321), shares=(100, 250)
     ),
+    "as many blocks as k-steps, which is too many": Problem(
+        products=(("linear", 129, 512, 200),), contexts=(130,), shares=(200,), steps=1, heads=(2, 1, 64)
+    ),
     "FP8 in narrow tiles, then 16 bits": Problem(
         products=(("bias fp8", 70, 400, 400), ("swiglu fp8", 70, 272, 272), ("linear", 64, 256, 256)),
         contexts=(300, 33, 0, 130),

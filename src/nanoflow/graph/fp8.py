@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from nanoflow.graph.experts import ExpertDims
 from nanoflow.graph.graph import Element, Fp8, LayerKind, OpGraph
-from nanoflow.graph.operation import FP8_PRODUCTS, LinearDims, Operation, OpKind, Resource, RowDims
+from nanoflow.graph.operation import FP8_LINEARS, LinearDims, Operation, OpKind, Resource, RowDims
 
 # Features in and out of a product must be multiples of this: rows of 16 bytes suit every kernel.
 MULTIPLE = 16
@@ -89,10 +89,7 @@ def in_fp8(graph: OpGraph) -> OpGraph:
 def products_in_blocks(graph: OpGraph) -> tuple[str, ...]:
     """Names of the products in FP8 whose weights have a scale for each block of rows and columns."""
     found = (
-        op.name
-        for kind in graph.kinds
-        for op in kind.operations
-        if op.kind in FP8_PRODUCTS and isinstance(op.dims, LinearDims) and is_in_blocks(kind, op)
+        op.name for kind in graph.kinds for op in kind.operations if op.kind in FP8_LINEARS and is_in_blocks(kind, op)
     )
     return tuple(dict.fromkeys(found))
 

@@ -21,6 +21,8 @@ from nanoflow.graph.operation import Operation, OpKind, Resource
 _FUSED = {
     (OpKind.LINEAR, OpKind.SWIGLU): OpKind.LINEAR_SWIGLU,
     (OpKind.LINEAR_FP8, OpKind.SWIGLU_FP8): OpKind.LINEAR_SWIGLU_FP8,
+    # Rows that are quantised later, or read by a product of 16 bits.
+    (OpKind.LINEAR_FP8, OpKind.SWIGLU): OpKind.LINEAR_SWIGLU_FP8,
 }
 _PRODUCTS = frozenset(product for product, _ in _FUSED)
 

@@ -244,11 +244,10 @@ def _mxfp4_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
 def _fp8_rows_bytes(op: Operation, shape: BatchShape, dtype_bytes: int) -> int:
     """Rows of the model's type become FP8; a norm may write them in both types."""
     assert isinstance(op.dims, NormDims | RowDims)
-    num_scales = op.dims.num_parts if isinstance(op.dims, RowDims) else 1
     width, kept = op.dims.width, len(op.writes) - 2
+    written = width + 4 * (op.dims.num_parts if isinstance(op.dims, RowDims) else 1)
     read = 2 * width if op.kind in GATED else width
     weight = width if isinstance(op.dims, NormDims) else 0
-    written = width + 4 * num_scales
     return weight * dtype_bytes + shape.tokens_in(op.scope) * ((read + kept * width) * dtype_bytes + written)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,23 +53,29 @@ def products() -> dict[OpKind, Kernel]:
     same time: every stream needs products of its own.
     """
 
-    @functools.cache
-    def workspace_on(device: torch.device) -> SplitWorkspace:
-        return make_workspace(GEMM_TILES, card_of(device).num_sms, device)
+    return {
+        OpKind.LINEAR_FP8: triton_fp8.linear_fp8,
+        OpKind.LINEAR_ADD_FP8: _LinearAdd(),
+        OpKind.LINEAR_SWIGLU_FP8: triton_fp8.linear_swiglu_fp8,
+    }
 
-    def linear_add(launch: Launch) -> None:
-        # Made at the first launch, whatever its size: none can be made while a CUDA graph is captured.
-        workspace = workspace_on(launch.reads[0].device)
+
+@dataclass(frozen=True, slots=True)
+class _LinearAdd:
+    """`triton_fp8.linear_add_fp8` on a whole card, with memory of its own; all compute the same, so they are equal."""
+
+    workspaces: dict[torch.device, SplitWorkspace] = field(default_factory=dict, compare=False)
+
+    def __call__(self, launch: Launch) -> None:
+        device = launch.reads[0].device
+        num_programs = card_of(device).num_sms
+        if device not in self.workspaces:
+            # At the first launch, whatever its size: none can be made while a CUDA graph is captured.
+            self.workspaces[device] = make_workspace(GEMM_TILES, num_programs, device)
         if len(launch.reads[0]) > _MOST_TOKENS:
             triton_fp8.linear_add_fp8(launch)
         else:
-            _run(GEMM_TILES, len(workspace.flags), lambda _: workspace, True, launch)
-
-    return {
-        OpKind.LINEAR_FP8: triton_fp8.linear_fp8,
-        OpKind.LINEAR_ADD_FP8: linear_add,
-        OpKind.LINEAR_SWIGLU_FP8: triton_fp8.linear_swiglu_fp8,
-    }
+            _run(GEMM_TILES, num_programs, self.workspaces.__getitem__, True, launch)
 
 
 def run_split_fp8(

@@ -58,6 +58,8 @@ NARROW = GemmTiles(
 KV_STAGES = 1
 # Registers of a thread of the second warpgroup; the first has as many: 232 + 232 + 40 is three times 168.
 WORKER_REGISTERS = 232
+# A block of keys is two products, one after the other, each of which runs beside a k-step.
+LEAST_STEPS = 2
 # Number of k-steps of a wide tile that take as long as a block of keys in each warpgroup after the last tile; it is
 # bound by memory latency (one H200).
 STEPS_A_BLOCK = 2.2
@@ -123,7 +125,7 @@ class HopperCarrier:
 
     Attributes:
         num_sms: SMs of the card.
-        steps: K-steps of a product in wide tiles for each block of keys.
+        steps: K-steps of a product in wide tiles for each block of keys; at least `LEAST_STEPS` are used.
     """
 
     num_sms: int
@@ -231,7 +233,7 @@ class HopperCarrier:
 
     def _steps_in(self, tiles: GemmTiles) -> int:
         """K-steps for each block of keys; more for narrow tiles, whose k-steps are less work."""
-        return self.steps * _times_of_wide(tiles)
+        return max(self.steps * _times_of_wide(tiles), LEAST_STEPS)
 
 
 def tiles_of(num_tokens: int, num_columns: int, num_sms: int) -> GemmTiles:
