@@ -167,9 +167,8 @@ def decode_program(
     context = tl.load(context_len + first_request + row)
     if context == 0:
         return
-    first = 0 * context
-    if WINDOW is not None:
-        first = tl.maximum(context - WINDOW, 0)  # exactly: what stands before may not be finite
+    # Exactly: what stands before a window may not be finite.
+    first = 0 * context if WINDOW is None else tl.maximum(context - WINDOW, 0)
     part = tl.maximum(tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = first + split * part
     stop = tl.minimum(start + part, context)
