@@ -81,6 +81,29 @@ def test_a_key_is_found_among_thousands(
 
 
 @ON_HOPPER
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "differs", [("values",), ("value scales",), ("keys", "values"), ("key scales", "values")], ids=str
+)
+def test_each_part_of_a_cache_is_read_from_its_place(
+    differs: tuple[str, ...], head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else is alike, so what fails says which tile is in a wrong order."""
+    launch = on_8_bits(decode_case([200, 64, 1, 1000], (8, 2, head_dim), GPU, monkeypatch))
+    cache = launch.cache
+    assert cache is not None and cache.scales is not None
+    if "keys" not in differs:
+        cache.keys.copy_(torch.where(torch.arange(head_dim, device=GPU) == 5, 1.0, 0.0))
+    if "values" not in differs:
+        cache.values.copy_(torch.ones(head_dim, device=GPU))
+    for place, name in enumerate(("key scales", "value scales")):
+        drawn = torch.rand(cache.scales.shape[:3], device=GPU) + 0.5 if name in differs else torch.tensor(0.01)
+        cache.scales[..., place] = drawn.bfloat16()
+    hopper_attention.run_decode(launch, 5)
+    assert_decoded_from_8_bits(launch)
+
+
+@ON_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_keys", [8229, 65541])
 def test_a_key_is_found_among_thousands_by_gluon(
