@@ -5,7 +5,7 @@ decode attention; prefill attention of chunks after contexts; and the kernel tha
 at least half a second as one CUDA graph, in turn on copies of the data that together are several times larger than the
 L2 cache. Pages have random places. A copy of a GiB, whose bytes are counted once read and once written, says how much
 the memory gives. `--sweep` also measures other tile sizes in Triton, and other numbers of programs and stages in Gluon,
-of decode attention on 8 bits.
+on 8 bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nanoflow.kernels.hopper import attention as hopper_attention
 from nanoflow.kernels.hopper.attention import Occupancy
 from nanoflow.kernels.kv_fp8 import FP8, SCALE
 from nanoflow.kernels.launch import Kernel, Launch, LayerCache
-from nanoflow.kernels.triton_attention import Tiles, card_of, num_splits, run_decode
+from nanoflow.kernels.triton_attention import Tiles, card_of, num_splits, run_decode, run_prefill
 
 DTYPE = torch.bfloat16
 DECODES = tuple(
@@ -66,6 +66,17 @@ SWEEP = tuple(
     )
 )
 
+SWEPT_PREFILLS = (PREFILLS[4], PREFILLS[6])
+PREFILL_SWEEP = tuple(
+    Tiles(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+    for block_m, block_n, num_warps, num_stages in (
+        (64, 64, 4, 2),
+        (64, 128, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    )
+)
 # Programs of an SM, stages, and registers of a thread at first and of loading warps: what fits on an SM. The last has
 # too few registers for the computing warps, but most programs.
 GLUON_SWEEP = tuple(
@@ -153,6 +164,11 @@ def measured(device: torch.device, copied: float, *, sweeps: bool) -> Iterator[P
         op = typed(case.operation, KvType.FP8)
         for name, kernel in swept(device, op):
             yield measure(case, op, kernel, name, device, copied)
+    for case in SWEPT_PREFILLS if sweeps else ():
+        op = typed(case.operation, KvType.FP8)
+        for tiles in PREFILL_SWEEP:
+            name = f"Triton, m {tiles.block_m}, n {tiles.block_n}, {tiles.num_stages} stages"
+            yield measure(case, op, partial(run_prefill, tiles=tiles), name, device, copied)
 
 
 def swept(device: torch.device, op: Operation) -> Iterator[tuple[str, Kernel]]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanoflow.kernels.triton_kv_fp8 import load_scales, widened
+from nanoflow.kernels.triton_kv_fp8 import in_float16, load_scales, widened
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# log2 of the largest weight in float16, about, and of the weight of a sink beside such weights.
+_LARGEST_WEIGHT, _SINK_WEIGHT = tl.constexpr(14.0), tl.constexpr(40.0)
 
 
 @triton.jit
@@ -23,19 +25,36 @@ def _begin(
     sinks: tl.tensor | None,
     heads: tl.tensor,
     has_sink: tl.tensor,
+    scales: tl.tensor | None,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The state of `_attend` before any key, with the sinks of those heads that have one now.
 
     A sink, of `sinks` [H], is a logit that stands for no key. Of several parts of a context the first alone has it.
+    With `scales` weights are large numbers of float16, and the peak of a sink must not make them small.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total, peak = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -1e30, tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + heads, mask=has_sink, other=0.0) * _LOG2_E
-        total, peak = tl.where(has_sink, 1.0, total), tl.where(has_sink, sink, peak)
+        weight = 0.0 if scales is None else _SINK_WEIGHT
+        total, peak = tl.where(has_sink, tl.exp2(weight), total), tl.where(has_sink, sink - weight, peak)
     return acc, total, peak
+
+
+@triton.jit
+def _for_products(
+    queries: tl.tensor, scales: tl.tensor | None, log2_scale: float, BLOCK_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Queries, and the factor that makes base-2 scores of their products with keys: one for all, in 8 bits for each."""
+    if scales is None:
+        return queries, log2_scale
+    elif queries.dtype == tl.float32:  # noqa: RET505  (Triton compiles one of the branches)
+        return queries, tl.full([BLOCK_M], 1.0, tl.float32) * log2_scale
+    else:
+        narrow, powers = in_float16(queries)
+        return narrow, powers * log2_scale
 
 
 @triton.jit
@@ -52,7 +71,7 @@ def _attend(
     scales: tl.tensor | None,
     table: tl.tensor,
     kv_head: tl.tensor,
-    log2_scale: float,
+    factors: tl.tensor,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -63,9 +82,11 @@ def _attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add keys start..stop-1 to running softmaxes in base 2: weighted sum of values, sum of weights, largest score.
 
-    Without IS_MASKED every query sees every key, and start..stop is a number of whole blocks. Keys and values in 8 bits
-    become numbers of the queries' type before the products, which sum in float32.
+    Without IS_MASKED every query sees every key, and start..stop is a number of whole blocks. Queries and factors are
+    those of `_for_products`. Keys and values in 8 bits become numbers of the queries' type before the products, which
+    sum in float32; weights are then relative to the values' scales too, so that the largest fills that type.
     """
+    columns = factors if scales is None else factors[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
     for block in range(start, stop, BLOCK_N):
         places = block + tl.arange(0, BLOCK_N)
@@ -75,25 +96,23 @@ def _attend(
         cells = rows[:, None] * HEAD_DIM + dims
         key = _load_rows(keys + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
         scores = tl.dot(q, tl.trans(widened(key, q.dtype)), input_precision="ieee")
+        above = 0.0
         if scales is not None:
-            key_scales, value_scales = load_scales(scales + rows, exists, IS_MASKED)
+            key_scales, value_scales, largest = load_scales(scales + rows, exists, IS_MASKED)
             scores *= key_scales[None, :]
+            above = largest - _LARGEST_WEIGHT
         if IS_MASKED:
             visible = (places[None, :] <= query_places[:, None]) & exists[None, :]
             if WINDOW is not None:
                 visible &= places[None, :] > query_places[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * log2_scale)
-        weights = tl.exp2(scores * log2_scale - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * factors + above)
+        weights = tl.exp2(scores * columns - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
         value = _load_rows(values + cells, exists, dims, HEAD_DIM, BLOCK_D, IS_MASKED)
         scaled = weights
         if scales is not None:
-            if q.dtype == tl.float16:
-                # A small scale would take digits from weights in float16.
-                value = value.to(tl.float32) * value_scales[:, None]
-            else:
-                scaled = weights * value_scales[None, :]
+            scaled = weights * value_scales[None, :]
         acc = tl.dot(scaled.to(q.dtype), widened(value, q.dtype), acc * decay[:, None], input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
@@ -148,9 +167,8 @@ def decode_program(
     context = tl.load(context_len + first_request + row)
     if context == 0:
         return
-    first = 0 * context
-    if WINDOW is not None:
-        first = tl.maximum(context - WINDOW, 0)  # exactly: what stands before may not be finite
+    # Exactly: what stands before a window may not be finite.
+    first = 0 * context if WINDOW is None else tl.maximum(context - WINDOW, 0)
     part = tl.maximum(tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = first + split * part
     stop = tl.minimum(start + part, context)
@@ -160,18 +178,19 @@ def decode_program(
     is_cell = is_head[:, None] & (dims < HEAD_DIM)[None, :]
     head_rows = (row * KV_HEADS + kv_head).to(tl.int64) * GROUP + heads
     queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=is_cell, other=0.0)
+    queries, factors = _for_products(queries, scales, log2_scale, BLOCK_M)
     table = page_tables + (first_request + row).to(tl.int64) * table_stride
     place = tl.zeros([BLOCK_M], tl.int32) + context - 1
-    acc, total, peak = _begin(sinks, kv_head * GROUP + heads, is_head & (split == 0), BLOCK_M, BLOCK_D)
+    acc, total, peak = _begin(sinks, kv_head * GROUP + heads, is_head & (split == 0), scales, BLOCK_M, BLOCK_D)
     if WINDOW is None:
         whole = tl.maximum(stop // BLOCK_N * BLOCK_N, start)
         acc, total, peak = _attend(
-            acc, total, peak, queries, place, start, whole, keys, values, scales, table, kv_head, log2_scale,
+            acc, total, peak, queries, place, start, whole, keys, values, scales, table, kv_head, factors,
             KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
         start = whole
     acc, total, peak = _attend(
-        acc, total, peak, queries, place, start, stop, keys, values, scales, table, kv_head, log2_scale,
+        acc, total, peak, queries, place, start, stop, keys, values, scales, table, kv_head, factors,
         KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     parts = head_rows * num_splits + split
@@ -276,23 +295,24 @@ def prefill_program(
     cells = ((tokens - first_token).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
     is_cell = (tokens < end)[:, None] & (dims < HEAD_DIM)[None, :]
     queries = tl.load(q + cells, mask=is_cell, other=0.0)
+    queries, factors = _for_products(queries, scales, log2_scale, BLOCK_M)
     # A token's place in its sequence is `offset` on from its place in the batch.
     offset = context - chunk_stop
     stop = tl.maximum(tl.minimum(token + BLOCK_M, end) + offset, 0)
     table = page_tables + request.to(tl.int64) * table_stride
     kv_head = head // (NUM_HEADS // KV_HEADS)
-    acc, total, peak = _begin(sinks, tl.full([BLOCK_M], 0, tl.int32) + head, tokens < end, BLOCK_M, BLOCK_D)
+    acc, total, peak = _begin(sinks, tl.full([BLOCK_M], 0, tl.int32) + head, tokens < end, scales, BLOCK_M, BLOCK_D)
     if WINDOW is None:
         start = tl.maximum(token + offset + 1, 0) // BLOCK_N * BLOCK_N
         acc, total, peak = _attend(
-            acc, total, peak, queries, tokens + offset, 0, start, keys, values, scales, table, kv_head, log2_scale,
+            acc, total, peak, queries, tokens + offset, 0, start, keys, values, scales, table, kv_head, factors,
             KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, None, BLOCK_N, False,
         )  # fmt: skip
     else:
         # The first key that the first query sees: what stands before may not be a finite number.
         start = tl.maximum(token + offset - WINDOW + 1, 0)
     acc, total, peak = _attend(
-        acc, total, peak, queries, tokens + offset, start, stop, keys, values, scales, table, kv_head, log2_scale,
+        acc, total, peak, queries, tokens + offset, start, stop, keys, values, scales, table, kv_head, factors,
         KV_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, WINDOW, BLOCK_N, True,
     )  # fmt: skip
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
