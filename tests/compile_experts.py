@@ -1,9 +1,9 @@
 """Compile the kernels of experts for Hopper, and print what they need: `rows`, then one line for each tiling.
 
-    python -m tests.compile_experts [rows] INDEX ...
+    python -m tests.compile_experts [rows] [fp8:INDEX] INDEX ...
 
-Compiles the row-wise kernels, or both grouped products with the tiling at each index of `TILINGS`. It runs in a process
-of its own for the reason given in `compile_hopper_attention.py`.
+Compiles the row-wise kernels, or both grouped products with the tiling at each index of `TILINGS`, in FP8 of those in
+`compile_experts_fp8.py`. It runs in a process of its own for the reason given in `compile_hopper_attention.py`.
 """
 
 from __future__ import annotations
@@ -99,8 +99,16 @@ def row_wise() -> list[dict[str, int]]:
 
 def main(texts: list[str]) -> None:
     """Compile what is asked for."""
+    # That module needs this one.
+    from tests import compile_experts_fp8
+
     for text in texts:
-        print(json.dumps(row_wise() if text == "rows" else products_of(TILINGS[int(text)])), flush=True)
+        kind, _, index = text.rpartition(":")
+        if kind == "fp8":
+            found = compile_experts_fp8.products_of(*compile_experts_fp8.TILINGS[int(index)])
+        else:
+            found = row_wise() if text == "rows" else products_of(TILINGS[int(text)])
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,7 @@
-"""Compile the grouped products of experts in FP8 for Hopper, and print what they need: one line for each tiling.
-
-    python -m tests.compile_experts_fp8 INDEX ...
-
-Compiles both products with the tiling at each index of `TILINGS`, whose second part says whether scales are of blocks.
-It runs in a process of its own for the reason given in `compile_hopper_attention.py`.
-"""
+"""Compile the grouped products of experts in FP8 for Hopper: what `compile_experts.py` prints of them."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 from nanoflow.kernels.expert_tiles import FP8_EXPERT_TILES
@@ -28,8 +20,8 @@ TILINGS = tuple(
 _NUM_EXPERTS = 128
 
 
-def products_of(tiles: GemmTiles, *, is_blocked: bool) -> list[dict[str, int]]:
-    """A report of each grouped product."""
+def products_of(tiles: GemmTiles, is_blocked: bool) -> list[dict[str, int]]:
+    """A report of each grouped product; scales are of rows or of blocks."""
     constants: dict[str, Any] = {
         "NUM_EXPERTS": _NUM_EXPERTS,
         "EXPERTS": _NUM_EXPERTS,
@@ -55,9 +47,3 @@ def products_of(tiles: GemmTiles, *, is_blocked: bool) -> list[dict[str, int]]:
 def _box(*sizes: int) -> str:
     """The type of a descriptor of tiles of this size."""
     return f"tensordesc<fp8e4nv{list(sizes)}>"
-
-
-if __name__ == "__main__":
-    for text in sys.argv[1:]:
-        found, has_blocks = TILINGS[int(text)]
-        print(json.dumps(products_of(found, is_blocked=has_blocks)), flush=True)

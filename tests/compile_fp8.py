@@ -1,6 +1,6 @@
 """Compile products in FP8 for Hopper, and print what they need, one line each.
 
-    python -m tests.compile_fp8
+    python -m tests.compile_fp8 product gated
 
 It runs in a process of its own for the reason given in `compile_hopper_attention.py`.
 """
@@ -8,6 +8,7 @@ It runs in a process of its own for the reason given in `compile_hopper_attentio
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import triton
@@ -68,7 +69,9 @@ def report_of(
     }
 
 
+REPORTS = {"product": product_of, "gated": gated_of}
+
 if __name__ == "__main__":
     # Of all tiles these take the most registers that a thread can have.
-    for report in (product_of, gated_of):
-        print(json.dumps(report(FP8_TILES[GEMM_TILES, False][0])), flush=True)
+    for name in sys.argv[1:]:
+        print(json.dumps(REPORTS[name](FP8_TILES[GEMM_TILES, False][0])), flush=True)

@@ -21,6 +21,7 @@ from nanoflow.kernels.triton_gemm import _linear, _linear_swiglu
 from nanoflow.kernels.triton_split_k import _linear_split_k
 from tests.machine_code import read_machine_code
 
+_OF_16_BITS = {"x_scales": None, "scales": None}
 _SIZES = {"num_rows": "i32", "num_columns": "i32", "num_features": "i32"}
 
 
@@ -33,10 +34,11 @@ def compiled(kernel: Any, tiles: GemmTiles, signature: dict[str, str], constants
     """Shared memory of a program, registers of all its threads, and instructions that move spilled registers."""
     constants = {"BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m, **constants}
     # Sizes and addresses are divisible by 16, as in real launches.
-    names = list(signature)
+    names = kernel.arg_names
     is_aligned = {"sums", "flags", "bias", "num_columns", "num_features"}
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in is_aligned}
-    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
+    kinds = {**signature, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(kernel, {name: kinds[name] for name in names}, constants, attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers}
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     code = read_machine_code(done.asm["cubin"])
@@ -65,7 +67,8 @@ def reports_of(place: int) -> list[dict[str, int]]:
     constants = {"BLOCK_N": cut.block_n, "STORE_N": cut.store_n, "IS_ADDED": True}
     reports = [compiled(_linear, cut, {**boxes, **_SIZES}, {**constants, "IS_FLAT": cut.is_flat})]
     split = {**boxes, "sums": "*fp32", "flags": "*i32", **_SIZES, "num_splits": "i32"}
-    reports.append(compiled(_linear_split_k, cut, split, {**constants, "NUM_THREADS": 32 * cut.num_warps}))
+    of_split = {**constants, **_OF_16_BITS, "NUM_THREADS": 32 * cut.num_warps}
+    reports.append(compiled(_linear_split_k, cut, split, of_split))
     half, store_half = tiles.block_n // 2, tiles.store_n // 2
     boxes = {
         "x": box(tiles.block_m, tiles.block_k),

@@ -36,6 +36,8 @@ from nanoflow.kernels.hopper.attention_programs import PAGE_TOKENS, PANEL
 from nanoflow.kernels.launch import Launch
 from tests.hopper_memory import Barrier, Barriers, Number, Pending, Pointer, Shared, Stuck, Values, unloaded
 
+# How long a thread rests after it has arrived at a barrier.
+ARRIVAL_S = 2e-4
 MODULES = (
     rings,
     walk,
@@ -79,7 +81,7 @@ class Machine:
         if pred:
             barrier.add(count, 0)
             # A waiting thread goes on at once, which exposes arrivals that are too early.
-            time.sleep(2e-4)
+            time.sleep(ARRIVAL_S)
 
     def expect(self, barrier: Barrier, num_bytes: int) -> None:
         barrier.add(1, num_bytes)

@@ -77,15 +77,15 @@ class Barrier:
 
 
 def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What memory holds before it is written: infinity, or what comes nearest to it in a type without."""
+    """What memory holds before it is written: infinity, in FP8 NaN, or the largest of whole numbers."""
     if dtype.is_floating_point:
-        return torch.full(shape, torch.inf).to(dtype)
+        return torch.full(shape, torch.nan if dtype.itemsize == 1 else torch.inf).to(dtype)
     return torch.full(shape, torch.iinfo(dtype).max, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Memory of a program, or a part of it; infinite before it is written, or NaN in FP8, which has no infinity."""
+    """Memory of a program, or a part of it; infinite before it is written."""
 
     cells: Tensor
 

@@ -66,20 +66,19 @@ SWEEP = tuple(
     )
 )
 
-# Programs of an SM, stages, and registers of a thread at first and of loading warps: what shared memory and registers
-# hold. Fewer registers than 64 are too few for the computing warps.
+# Programs of an SM, stages, and registers of a thread at first and of loading warps: what fits on an SM. The last has
+# too few registers for the computing warps, but most programs.
 GLUON_SWEEP = tuple(
     Occupancy(programs_per_sm=programs, num_stages=stages, max_registers=registers, loader_registers=loader)
     for programs, stages, registers, loader in (
         (2, 4, 96, 40),
         (2, 6, 96, 40),
-        (3, 2, 72, 40),
-        (3, 3, 72, 40),
-        (3, 4, 72, 40),
+        (3, 2, 80, 40),
         (3, 3, 80, 40),
-        (4, 2, 64, 32),
-        (4, 3, 64, 32),
+        (3, 4, 80, 40),
+        (4, 2, 64, 24),
         (4, 3, 64, 24),
+        (4, 3, 64, 32),
         (5, 2, 48, 24),
     )
 )

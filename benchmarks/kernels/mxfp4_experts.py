@@ -46,9 +46,10 @@ MODELS = {
 }
 CLAMPED = ClampedSwiglu(alpha=1.702, limit=7.0)
 # Those that a model chooses from, and such as differ in one or two respects.
+_HIGH = replace(WHOLE_CARD[3], is_flat=False)
 SWEEP = (
     *WHOLE_CARD,
-    *(replace(tiles, is_flat=True) for tiles in WHOLE_CARD),
+    *(replace(tiles, is_flat=not tiles.is_flat) for tiles in WHOLE_CARD),
     *(
         replace(tiles, programs_per_sm=tiles.programs_per_sm + 1, num_stages=tiles.num_stages - 1)
         for tiles in WHOLE_CARD[:3]
@@ -58,10 +59,11 @@ SWEEP = (
     replace(WHOLE_CARD[1], num_warps=8, programs_per_sm=2),
     replace(WHOLE_CARD[2], num_warps=8),
     replace(WHOLE_CARD[2], block_k=64, programs_per_sm=3),
-    replace(WHOLE_CARD[3], num_warps=8),
-    replace(WHOLE_CARD[3], num_warps=8, block_k=128, programs_per_sm=1),
-    replace(WHOLE_CARD[4], block_m=128, block_n=256),
-    replace(WHOLE_CARD[4], num_stages=3),
+    replace(_HIGH, num_warps=8),
+    replace(_HIGH, num_warps=8, block_k=128, programs_per_sm=1),
+    replace(_HIGH, block_n=256, num_warps=8, programs_per_sm=1),
+    replace(_HIGH, block_m=256, num_warps=8, programs_per_sm=1),
+    replace(_HIGH, block_m=256, num_warps=8, programs_per_sm=1, is_flat=True),
 )
 
 

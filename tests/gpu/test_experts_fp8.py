@@ -15,6 +15,7 @@ if torch.cuda.get_device_capability()[0] < 9:
     pytest.skip("needs a GPU from Hopper on", allow_module_level=True)
 
 from nanoflow.graph.fp8 import in_fp8
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.graph.operation import OpKind, RowDims
 from nanoflow.kernels import triton_experts_fp8 as fast
 from nanoflow.kernels import triton_experts_rows as rows_fast
@@ -25,10 +26,14 @@ from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 from nanoflow.models.config_json import load
 from nanoflow.models.fp8 import E4M3
-from nanoflow.models.presets import preset_config
+from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import random_weights
 from nanoflow.plan.mechanisms import Mechanism
+from nanoflow.profiler.pairs import measure_pairs, pair_tasks
+from nanoflow.profiler.profile import new_job
+from nanoflow.profiler.sustained import Span
+from nanoflow.profiler.work import Sizes
 from tests.driving import greedy, random_prompts, run_model
 from tests.elementwise_cases import results_of
 from tests.expert_cases import ROUTINGS, ExpertCase
@@ -148,10 +153,30 @@ def test_mixtral_is_drawn_within_48_gb() -> None:
     torch.cuda.empty_cache()
 
 
+def test_experts_are_measured_beside_attention(tmp_path: Path) -> None:
+    """With SMs of their own, and on those of attention: both get a part of what they have alone."""
+    pytest.importorskip("cuda.bindings")
+    job = new_job(
+        "preset:qwen3-30b-a3b",
+        PRESETS["qwen3-30b-a3b"],
+        device=torch.device("cuda", torch.cuda.current_device()),
+        dtype=torch.bfloat16,
+        sizes=Sizes.small(1024),
+        path=tmp_path / "profile.json",
+        is_quick=True,
+        is_fp8=True,
+    )
+    found = [pair for pair in pair_tasks(job.site, 1024, 132) if pair.first.operation == "experts_in"]
+    by_mechanism = {pair.mechanism: pair for pair in found}
+    assert {Mechanism.PARTITION, Mechanism.BESIDE} <= by_mechanism.keys()
+    wanted = [by_mechanism[each] for each in (Mechanism.PARTITION, Mechanism.BESIDE)]
+    for point in measure_pairs(job.site, wanted, Span(settle_s=0.1, measure_s=0.25)):
+        assert 0.05 < point.first_performance < 1.15 and 0.05 < point.second_performance < 1.15, point
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2-moe": {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 64},
-    "qwen3-moe": {"moe_intermediate_size": 32},
 }
 
 
@@ -164,7 +189,7 @@ def test_engines_agree_with_and_without_graphs_and_lanes(family: str, tmp_path: 
     pytest.importorskip("cuda.bindings")
     sizes = FAMILIES[family]
     folder = make_model(family, tmp_path, seed=1, dtype="bfloat16", std=0.05, expert_spread=0.2, **sizes)
-    graph = in_fp8(build_graph(load(folder), None))
+    graph = fuse_swiglu(in_fp8(build_graph(load(folder), None)))
     kernels = kernels_for(GPU, torch.bfloat16, graph.layer_operations)
     assert kernels[OpKind.EXPERTS_IN_FP8] is fast.experts_in_fp8 and are_capturable(kernels, graph.layer_operations)
     prompts, params = random_prompts(32, 131, longest=90), greedy(4)
@@ -176,7 +201,6 @@ def test_engines_agree_with_and_without_graphs_and_lanes(family: str, tmp_path: 
     whole = tokens("cuda")
     runs = {"on a CPU": tokens("cpu"), "without graphs": tokens("cuda", cuda_graphs=False)}
     plans = (
-        ping_pong_plan(graph, 256, 128, Mechanism.STREAM),
         ping_pong_plan(graph, 256, 128, Mechanism.PARTITION, share=84 / 132),
         experts_beside_plan(graph, 256, 128, share=84 / 132),
     )
@@ -185,7 +209,7 @@ def test_engines_agree_with_and_without_graphs_and_lanes(family: str, tmp_path: 
         path.write_bytes(plan.to_json())
         runs[plan.name] = tokens("cuda", plan=str(path))
     alike = {name: _part_alike(whole, other) for name, other in runs.items()}
-    assert min(alike.values()) > 0.7, alike
+    assert min(alike.values()) > 0.8, alike
 
 
 def _part_alike(one: list[list[int]], other: list[list[int]]) -> float:

@@ -78,14 +78,10 @@ def test_products_with_scales_of_rows(operation: str, num_tokens: int) -> None:
 
 @NUM_TOKENS
 def test_swiglu_in_the_product(num_tokens: int) -> None:
-    """As few tokens and many run it, and in one kernel for few as well."""
     launch = gated(product_case(num_tokens, SHAPES["gate_up_proj"], torch.bfloat16, GPU))
     expected = torch.empty_like(launch.writes[0])
     FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
     fast.linear_swiglu_fp8(launch)
-    assert_gated(launch.writes[0], expected)
-    launch.writes[0].fill_(torch.nan)
-    fast.run_linear_swiglu_fp8(launch, *fast.choose_cut(launch))
     assert_gated(launch.writes[0], expected)
 
 

@@ -54,7 +54,7 @@ def test_linear(dtype: torch.dtype, num_tokens: int, operation: str) -> None:
 @pytest.mark.parametrize("model", list(GATE_UP_SHAPES))
 def test_linear_swiglu(dtype: torch.dtype, num_tokens: int, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one kernel, however few the tokens."""
-    monkeypatch.setattr(fast, "MIN_FUSED_TOKENS", 1)
+    monkeypatch.setattr(fast, "_MIN_FUSED_TOKENS", 1)
     launch = linear_swiglu_case(num_tokens, GATE_UP_SHAPES[model], dtype, GPU)
     fast.linear_swiglu(launch)
     assert_linear_swiglu(launch.writes[0], exact_linear_swiglu(launch))

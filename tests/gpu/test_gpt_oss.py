@@ -14,9 +14,10 @@ if not torch.cuda.is_available():
 
 from nanoflow.device.transfer import StagedCopier
 from nanoflow.graph.nanobatch import TokenRange
-from nanoflow.graph.operation import Scope
+from nanoflow.graph.operation import OpKind, Scope
 from nanoflow.kernels import triton_attention
 from nanoflow.kernels.dispatch import kernels_for
+from nanoflow.kernels.hopper import attention as hopper_attention
 from nanoflow.kernels.launch import BatchInputs, Launch
 from nanoflow.models.config_json import load
 from nanoflow.models.presets import preset_config
@@ -75,11 +76,11 @@ def test_a_cuda_graph_captures_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(launch.writes[0], exact(launch))
 
 
-def test_gpt_oss_has_triton_attention_in_all_layers() -> None:
-    """Also where the Gluon kernel would take the heads if there were no sinks."""
+def test_gpt_oss_has_fast_attention_in_all_layers() -> None:
     kernels = kernels_for(GPU, torch.bfloat16, build_graph(preset_config("gpt-oss-20b"), None).layer_operations)
-    assert triton_attention.decode_attention in kernels.values()
-    assert triton_attention.prefill_attention in kernels.values()
+    decode, prefill = (kernels[kind] for kind in (OpKind.DECODE_ATTENTION, OpKind.PREFILL_ATTENTION))
+    assert prefill is triton_attention.prefill_attention
+    assert decode in (triton_attention.decode_attention, hopper_attention.decode_attention)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

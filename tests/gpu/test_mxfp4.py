@@ -28,7 +28,7 @@ from tests.driving import greedy, random_prompts, run_model
 from tests.elementwise_cases import results_of
 from tests.expert_cases import ROUTINGS, ExpertCase, exact
 from tests.families import make_model
-from tests.gemm_cases import assert_linear, assert_linear_swiglu
+from tests.gemm_cases import assert_linear
 from tests.gpu.test_overlap import assert_nearly_equal
 from tests.mxfp4 import write_twins
 from tests.mxfp4_cases import packed
@@ -55,6 +55,12 @@ def _case(routing: str, num_tokens: int, num_experts: int = 32) -> ExpertCase:
     )
 
 
+def _assert_activation(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """One step of `up` near -1, where the activation is small, changes it by that step times the gate, at most 7."""
+    step = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out, expected, rtol=4 * step, atol=8 * step)
+
+
 @pytest.mark.parametrize("routing", ["balanced", "skewed"])
 @pytest.mark.parametrize("num_tokens", [1, 40, 150, 300, 700, 2400])
 def test_packed_products(num_tokens: int, routing: str) -> None:
@@ -62,7 +68,7 @@ def test_packed_products(num_tokens: int, routing: str) -> None:
     case = _case(routing, num_tokens)
     launch, twin = packed(case.first(), scales=SCALES)
     fast.experts_in_mxfp4(launch)
-    assert_linear_swiglu(launch.writes[0], exact(twin))
+    _assert_activation(launch.writes[0], exact(twin))
     launch, twin = packed(case.second(), scales=SCALES)
     fast.experts_out_mxfp4(launch)
     assert_linear(launch.writes[0], exact(twin))
@@ -72,7 +78,7 @@ def test_packed_products(num_tokens: int, routing: str) -> None:
 def test_biases_and_a_clamped_activation_in_bfloat16(num_tokens: int) -> None:
     case = _case("balanced", num_tokens)
     for launch, kernel, check in (
-        (case.first(), plain.experts_in, assert_linear_swiglu),
+        (case.first(), plain.experts_in, _assert_activation),
         (case.second(), plain.experts_out, assert_linear),
     ):
         kernel(launch)
@@ -87,9 +93,9 @@ def test_any_tiling_and_number_of_programs(tiles: Mxfp4Tiles, num_programs: int)
     for launch, run in ((case.first(), fast.run_experts_in), (case.second(), fast.run_experts_out)):
         ours, twin = packed(launch, scales=SCALES)
         run(ours, tiles, num_programs)
-        assert_linear_swiglu(ours.writes[0], exact(twin))
+        _assert_activation(ours.writes[0], exact(twin))
         (again,) = results_of(lambda other, run=run: run(other, replace(tiles, is_flat=True), 132), ours)  # type: ignore[misc]
-        assert_linear_swiglu(again, exact(twin))
+        _assert_activation(again, exact(twin))
 
 
 def test_every_number_is_exact() -> None:

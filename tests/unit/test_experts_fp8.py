@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from nanoflow.cli.main import main
 from nanoflow.config import EngineConfig
 from nanoflow.cost.model import costed_model
+from nanoflow.engine import precision
 from nanoflow.engine.precision import served_graph
 from nanoflow.graph.fp8 import fp8_candidates, in_fp8
 from nanoflow.graph.graph import Element, Fp8, OpGraph
@@ -28,7 +30,8 @@ from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
 from nanoflow.plan.mechanisms import Mechanism
-from nanoflow.plan.plan import PipelinePlan
+from nanoflow.plan.plan import PipelinePlan, PlanError
+from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.search import cuts, search
 from tests.agreement import Agreement, agreement
 from tests.driving import greedy, random_prompts, run_model
@@ -156,7 +159,7 @@ def test_random_experts_are_those_without_fp8_quantised_and_drawn_one_by_one(mon
     assert quantised.num_bytes == in_fp8(_tiny()).parameter_bytes(2)
 
 
-def test_experts_that_are_stored_in_blocks_stay_so(tmp_path: Path) -> None:
+def test_experts_that_are_stored_in_blocks_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Qwen 3 and DeepSeek have them: a scale for each 128 x 128 of each matrix of each expert."""
     sizes: dict[str, Any] = {
         "hidden_size": 128,
@@ -171,6 +174,9 @@ def test_experts_that_are_stored_in_blocks_stay_so(tmp_path: Path) -> None:
         EngineConfig(quantization="fp8", device="cpu"), graph, read_contents(graph, folder), torch.float32, CPU
     )
     assert line is not None and line.startswith("weights are stored as FP8 and served as FP8 and float32")
+    monkeypatch.setattr(precision, "multiplies_fp8", lambda device, dtype: True)
+    by_itself, _ = served_graph(EngineConfig(device="cpu"), graph, read_contents(graph, folder), torch.float32, CPU)
+    assert set(EXPERTS) <= {each.name for each in by_itself.kinds[0].parameters if each.fp8 is not None}
     ours = load_weights(served, folder, torch.float32, CPU, show_progress=False).layers[0]
     exact = load_weights(graph, twin, torch.float32, CPU, show_progress=False).layers[0]
     (kind,) = served.kinds
@@ -249,6 +255,17 @@ def _part_alike(one: list[list[int]], other: list[list[int]]) -> float:
     """Part of the tokens that are the same."""
     pairs = [pair for both in zip(one, other, strict=True) for pair in zip(*both, strict=True)]
     return sum(first == second for first, second in pairs) / len(pairs)
+
+
+def test_rows_sorted_by_expert_are_quantised_in_the_ranges_that_they_were_sorted_in() -> None:
+    graph = in_fp8(_preset("mixtral-8x7b"))
+    plan = nanobatch_plan(graph, 64, [20])
+    plan.validate(graph)
+    first, second = (nano for nano in plan.nano_operations if nano.operation == "experts_out_quantise")
+    others = {first: replace(first, stop=30), second: replace(second, start=30)}
+    moved = replace(plan, nano_operations=tuple(others.get(nano, nano) for nano in plan.nano_operations))
+    with pytest.raises(PlanError, match="must be cut at the same places"):
+        moved.validate(graph)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])

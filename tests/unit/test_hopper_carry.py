@@ -90,13 +90,13 @@ PROBLEMS = {
     ),
     "no rows with keys": Problem(products=(("linear", 128, 256, 256),), contexts=(0, 0), shares=(128,)),
     "FP8, k-steps that no rounds divide": Problem(
-        products=(("linear fp8", 140, 528, 912), ("add fp8", 130, 272, 144)), contexts=(600, 65, 321), shares=(150, 256)
+        products=(("add fp8", 130, 272, 144), ("swiglu fp8", 140, 528, 656)), contexts=(600, 65, 321), shares=(100, 250)
     ),
-    "SwiGLU and bias in FP8, wide and narrow tiles, then 16 bits": Problem(
-        products=(("swiglu fp8", 140, 1056, 1040), ("bias fp8", 140, 2304, 400), ("linear", 64, 256, 256)),
-        contexts=(700, 33, 0, 130),
-        shares=(170, 220, 230),
-        num_programs=18,
+    "FP8 in narrow tiles, then 16 bits": Problem(
+        products=(("bias fp8", 70, 400, 400), ("swiglu fp8", 70, 272, 272), ("linear", 64, 256, 256)),
+        contexts=(300, 33, 0, 130),
+        shares=(120, 200, 230),
+        num_programs=4,
         steps=2,
     ),
     "no product": Problem(products=(), contexts=(320, 64, 640), shares=(), num_programs=3),
@@ -239,8 +239,9 @@ def _begins(source: random.Random, total: int) -> list[int]:
 @pytest.mark.slow
 def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way() -> None:
     # Every kind of product and of tiles, and both sizes of heads; the first keeps most registers elsewhere.
-    variants = ["256:2:1:1:4:128:2", "256:4:2:0:8:64:2", "128:8:0:0:4:128:2", "256:2:2:0:4:128:1"]
-    more = ["256:4:0:0:4:128:2", "128:4:1:1:4:128:2", "256:2:1:1:4:128:1", "256:2:0:0:4:128:1", "128:4:1:1:4:128:1"]
+    variants = ["256:2:1:1:4:128:2", "256:4:2:0:8:64:1", "128:8:0:0:4:128:2"]
+    more = ["256:4:0:0:4:128:2", "128:4:1:1:4:128:2", "256:4:2:0:8:64:2"]
+    more += ["256:2:1:1:4:128:1", "256:2:2:0:4:128:1", "128:4:1:1:4:128:1"]
     variants += more if RUNS_ALL_CASES else []
     for variant, report in zip(variants, compiled("tests.compile_hopper_carry", *variants), strict=True):
         _, steps, *_, head_dim, item_bytes = (int(part) for part in variant.split(":"))

@@ -118,6 +118,15 @@ def test_a_model_in_fp8_takes_more_tokens_in_the_same_time_and_leaves_more_pages
     assert small.max_num_seqs > 1.5 * chosen("llama-3-8b", CARD_24, "throughput").max_num_seqs
 
 
+def test_a_token_of_a_mixture_of_experts_takes_the_time_of_those_that_it_passes() -> None:
+    """Two of eight: 12.9e9 of 46.7e9 parameters, and half of that time in FP8."""
+    graphs = graph_of("mixtral-8x7b"), in_fp8(graph_of("mixtral-8x7b"))
+    plain, quantised = (
+        choose_limits(EngineConfig(goal="balanced"), graph, H200, max_model_len=8192, dtype_bytes=2) for graph in graphs
+    )
+    assert plain.max_batch_tokens >= 1024 and quantised.max_batch_tokens == 2 * plain.max_batch_tokens
+
+
 def test_long_contexts_and_large_vocabularies_have_room() -> None:
     """Page tables and logits of each row count, so rows are fewer on a card with less memory."""
     small = gpu("a card", (9, 0), 132, 24)

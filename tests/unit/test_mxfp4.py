@@ -153,7 +153,7 @@ def test_kernels_compile_for_hopper() -> None:
     for case, report in zip(cases, compiled("tests.compile_mxfp4", *cases), strict=True):
         tiles = WHOLE_CARD[int(case.partition(":")[2])]
         assert report["num_spills"] == 0 and report["num_permuted_bytes"] < 8
-        assert report["num_warpgroup_products"] >= 4 and report["num_waits_for_all"] == 1
+        assert report["num_warpgroup_products"] >= 4 and (report["num_waits_for_all"] == 1) != tiles.is_flat
         assert report["shared_bytes"] <= tiles.shared_memory_bytes
         # The card allocates registers in units of eight, 65,536 of a multiprocessor.
         registers = -(-report["registers"] // 8) * 8 * 32 * tiles.num_warps
@@ -162,10 +162,10 @@ def test_kernels_compile_for_hopper() -> None:
 
 
 def test_chosen_tiles() -> None:
-    for candidates, largest in ((WHOLE_CARD, 256), (BESIDE, 128)):
-        rows = (0.5, 8, 9, 48, 99, 5000)
+    for candidates in (WHOLE_CARD, BESIDE):
+        rows = (0.5, 12, 13, 48, 100, 5000)
         heights = [choose_mxfp4_tiles(candidates, each, HOPPER_BYTES).block_m for each in rows]
-        assert heights == [16, 16, 32, 64, 128, largest]
+        assert heights == [16, 16, 32, 64, 64, 128]
         assert choose_mxfp4_tiles(candidates, 99, 48 << 10).shared_memory_bytes <= 48 << 10
     # Beside one program of decode attention there is room for one of these, and not for two.
     for tiles in BESIDE:

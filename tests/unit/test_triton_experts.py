@@ -20,12 +20,13 @@ from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import reference_experts as reference
 from nanoflow.kernels import triton_experts as fast
 from nanoflow.kernels import triton_experts_rows as rows_fast
-from nanoflow.kernels.expert_tiles import BESIDE, WHOLE_CARD, choose_expert_tiles
+from nanoflow.kernels.expert_tiles import BESIDE, FP8_EXPERT_TILES, WHOLE_CARD, choose_expert_tiles
 from nanoflow.kernels.gemm_tiles import GemmTiles
 from nanoflow.kernels.reference import REFERENCE_KERNELS
 from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from tests.all_cases import RUNS_ALL_CASES, part
 from tests.compile_experts import TILINGS
+from tests.compile_experts_fp8 import TILINGS as FP8_TILINGS
 from tests.compiling import compiled
 from tests.elementwise_cases import assert_twins, results_of
 from tests.expert_cases import ROUTINGS, ExpertCase, balanced, exact
@@ -279,7 +280,7 @@ def test_chosen_tiles(rows_per_expert: float, expected: int) -> None:
 
 def test_products_fit_beside_attention() -> None:
     """Beside one program of decode attention on an SM; a second product must not, or it would take its place."""
-    for each in BESIDE:
+    for each in (*BESIDE, *FP8_EXPERT_TILES[BESIDE, False][0], *FP8_EXPERT_TILES[BESIDE, True][0]):
         for tiles, is_gated in ((each.first, True), (each.second, False)):
             num_bytes = tiles.shared_memory_bytes(is_gated=is_gated) + RESERVED_BYTES
             assert num_bytes + attention_bytes() + RESERVED_BYTES <= SM_BYTES < 2 * num_bytes
@@ -290,13 +291,18 @@ def test_products_fit_beside_attention() -> None:
 def test_kernels_compile_for_hopper() -> None:
     """Nothing is spilled, and large tiles are products of warpgroups. Most is asked of the tiling beside attention."""
     wanted = part([BESIDE[-1].first], of=TILINGS)
-    names = [str(TILINGS.index(tiles)) for tiles in wanted]
+    in_fp8 = part([(FP8_EXPERT_TILES[BESIDE, False][0][-1].first, False)], of=FP8_TILINGS)
+    names = [*(str(TILINGS.index(tiles)) for tiles in wanted), *(f"fp8:{FP8_TILINGS.index(each)}" for each in in_fp8)]
     reports = compiled("tests.compile_experts", *names, *(["rows"] if RUNS_ALL_CASES else []))
-    for report in itertools.chain(*reports[len(wanted) :]):
+    for report in itertools.chain(*reports[len(names) :]):
         assert report["num_spills"] == 0 and report["registers"] < 128
-    for tiles, of_products in zip(wanted, reports[: len(wanted)], strict=True):
-        for report, is_gated in zip(of_products, (True, False), strict=True):
+    tilings = [
+        *((tiles, "num_warpgroup_products") for tiles in wanted),
+        *((tiles, "num_fp8_products") for tiles, _ in in_fp8),
+    ]
+    for (tiles, products), (first, second) in zip(tilings, reports[: len(names)], strict=True):
+        for report, is_gated in ((first, True), (second, False)):
             assert report["num_spills"] == 0
             assert report["shared_bytes"] <= tiles.shared_memory_bytes(is_gated=is_gated)
             assert report["registers"] <= (tiles.max_registers or 255)
-            assert bool(report["num_warpgroup_products"]) is (tiles.block_m >= 64)
+            assert bool(report[products]) is (tiles.block_m >= 64)

@@ -20,9 +20,6 @@ from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.reference_fp8 import FP8_KERNELS
 from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
-from tests.all_cases import part
-from tests.compile_experts_fp8 import TILINGS
-from tests.compiling import compiled
 from tests.elementwise_cases import Cases
 from tests.expert_cases import ROUTINGS, ExpertCase
 from tests.fp8_cases import assert_rows, exact_experts, experts_case, row_case
@@ -127,16 +124,3 @@ def test_tilings_are_those_of_16_bits_with_longer_steps() -> None:
         for each in FP8_EXPERT_TILES[candidates, True][0]:
             assert {(tiles.block_n, tiles.block_k) for tiles in (each.first, each.second)} == {(128, 128)}
     assert FP8_EXPERT_TILES[WHOLE_CARD, False][1].shared_memory_bytes == ANYWHERE.shared_memory_bytes
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_hopper() -> None:
-    """To products of warpgroups in FP8, without spills; products of few rows have instructions of 16 bits."""
-    wanted = part([(FP8_EXPERT_TILES[BESIDE, False][0][-1].second, False)], of=TILINGS)
-    reports = compiled("tests.compile_experts_fp8", *(str(TILINGS.index(each)) for each in wanted))
-    for (tiles, _), both in zip(wanted, reports, strict=True):
-        for report, is_gated in zip(both, (True, False), strict=True):
-            assert report["num_spills"] == 0
-            assert report["shared_bytes"] <= tiles.shared_memory_bytes(is_gated=is_gated)
-            assert report["registers"] <= (tiles.max_registers or 255)
-            assert bool(report["num_fp8_products"]) is (tiles.block_m >= 64)

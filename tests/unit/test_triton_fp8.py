@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
-from nanoflow.graph.operation import FP8_PRODUCTS, OpKind
+from nanoflow.graph.operation import OpKind
 from nanoflow.kernels import triton_fp8 as fast
 from nanoflow.kernels import triton_fp8_split as split
 from nanoflow.kernels.cpu import CPU_KERNELS
@@ -21,6 +21,7 @@ from nanoflow.kernels.restricted import kernels_beside, kernels_on, kernels_on_s
 from nanoflow.kernels.triton_attention import Card
 from nanoflow.kernels.triton_fp8_rows import FP8_ROW_KERNELS
 from nanoflow.kernels.triton_split_k import make_workspace
+from tests.all_cases import RUNS_ALL_CASES
 from tests.compiling import compiled
 from tests.elementwise_cases import Cases
 from tests.fp8_cases import added_to, assert_product, assert_rows, exact_product, gated, product_case, row_case
@@ -64,20 +65,15 @@ def test_products(num_tokens: int, shape: tuple[int, int], is_blocked: bool, is_
 
 
 @pytest.mark.parametrize(("num_tokens", "shape"), [(37, (272, 208)), (1, (144, 272))])
-@pytest.mark.parametrize("is_split", [False, True])
-def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int], is_split: bool) -> None:
-    """In one kernel, and in two, as for few tokens."""
+def test_swiglu_in_the_product(num_tokens: int, shape: tuple[int, int]) -> None:
     launch = gated(product_case(num_tokens, shape, DTYPE, CPU))
     expected = torch.empty_like(launch.writes[0])
     FP8_KERNELS[OpKind.LINEAR_SWIGLU_FP8](replace(launch, writes=(expected,)))
-    if is_split:
-        fast.linear_fp8_then_swiglu(launch)
-    else:
-        fast.run_linear_swiglu_fp8(launch, ROWS, 3)
+    fast.run_linear_swiglu_fp8(launch, ROWS, 3)
     assert_linear_swiglu(launch.writes[0], expected)
 
 
-@pytest.mark.parametrize(("num_programs", "num_splits"), [(5, 2), (40, 2), (40, 3)])
+@pytest.mark.parametrize(("num_programs", "num_splits"), [(5, 2), (40, 3)])
 @pytest.mark.parametrize("is_added", [False, True])
 def test_products_whose_last_round_is_split(num_programs: int, num_splits: int, is_added: bool) -> None:
     """12 tiles of 4 steps."""
@@ -145,7 +141,7 @@ def test_torch_multiplies_where_it_can() -> None:
 
 def test_lanes_with_a_part_of_the_device_have_products_of_their_own() -> None:
     for kernels in (kernels_on(CPU_KERNELS, 60), kernels_beside(CPU_KERNELS, 60)):
-        for kind in FP8_PRODUCTS:
+        for kind in (OpKind.LINEAR_FP8, OpKind.LINEAR_ADD_FP8, OpKind.LINEAR_SWIGLU_FP8):
             assert kernels[kind] is not CPU_KERNELS[kind]
 
 
@@ -161,5 +157,6 @@ def test_tiles_have_one_block_of_rows_where_blocks_have_scales() -> None:
 
 def test_they_compile_for_hopper() -> None:
     """To instructions that multiply FP8, without moving registers to memory."""
-    for report in compiled("tests.compile_fp8"):
+    programs = ("gated", "product") if RUNS_ALL_CASES else ("gated",)
+    for report in compiled("tests.compile_fp8", *programs):
         assert report["num_spills"] == 0 and report["multiplies_fp8"] and report["shared_bytes"] <= 227 * 1024

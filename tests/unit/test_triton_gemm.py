@@ -66,7 +66,7 @@ def test_linear_swiglu(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int]
 @pytest.mark.parametrize("min_fused_tokens", [1, 128])
 def test_a_range_of_a_larger_tensor(min_fused_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows before and behind the range stay what they are, in one kernel and, with few tokens, in two."""
-    monkeypatch.setattr(fast, "MIN_FUSED_TOKENS", min_fused_tokens)
+    monkeypatch.setattr(fast, "_MIN_FUSED_TOKENS", min_fused_tokens)
     for kernel, make, exact, check in (
         (lambda launch: fast.run_linear(launch, *fast.choose_cut(launch)), linear_case, exact_linear, assert_linear),
         (fast.linear_swiglu, linear_swiglu_case, exact_linear_swiglu, assert_linear_swiglu),

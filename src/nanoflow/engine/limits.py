@@ -252,12 +252,12 @@ def _chosen_tokens(
 
 
 def _token_s(graph: OpGraph, device: LocalDevice) -> float:
-    """Time of a token in a large batch: two operations for each parameter of matrix products.
+    """Time of a token in a large batch: two operations for each parameter of matrix products that it passes.
 
     GPUs that multiply FP8 do so at twice the rate.
     """
-    saved = graph.num_fp8_parameters / 2 if device.is_gpu else 0
-    return 2 * (graph.num_parameters - saved) / device.flops_per_s
+    saved = graph.num_active_fp8_parameters / 2 if device.is_gpu else 0
+    return 2 * (graph.num_active_parameters - saved) / device.flops_per_s
 
 
 def _tensor_bytes(graph: OpGraph, tokens: int, num_logits: int | None, dtype_bytes: int) -> int:

@@ -89,7 +89,10 @@ def in_fp8(graph: OpGraph) -> OpGraph:
 def products_in_blocks(graph: OpGraph) -> tuple[str, ...]:
     """Names of the products in FP8 whose weights have a scale for each block of rows and columns."""
     found = (
-        op.name for kind in graph.kinds for op in kind.operations if op.kind in FP8_PRODUCTS and is_in_blocks(kind, op)
+        op.name
+        for kind in graph.kinds
+        for op in kind.operations
+        if op.kind in FP8_PRODUCTS and isinstance(op.dims, LinearDims) and is_in_blocks(kind, op)
     )
     return tuple(dict.fromkeys(found))
 

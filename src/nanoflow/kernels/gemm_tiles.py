@@ -92,9 +92,14 @@ def _of_fp8(candidates: tuple[GemmTiles, ...], *, is_blocked: bool) -> tuple[Gem
 
 
 def for_fp8(tiles: GemmTiles, *, is_blocked: bool) -> GemmTiles:
-    """A tiling for factors of one byte; with scales of blocks one that has the rows of a block at most."""
-    narrow = replace(tiles, block_n=min(tiles.block_n, _BLOCK), store_n=min(tiles.store_n, _BLOCK))
-    return replace(narrow if is_blocked else tiles, block_k=_BLOCK, item_bytes=1)
+    """A tiling for factors of one byte; with scales of blocks one that has the rows of a block at most.
+
+    Where that makes it narrower, more steps are in flight in the same memory.
+    """
+    if is_blocked and tiles.block_n > _BLOCK:
+        num_stages = tiles.num_stages * (tiles.block_m + tiles.block_n) // (tiles.block_m + _BLOCK)
+        tiles = replace(tiles, block_n=_BLOCK, store_n=min(tiles.store_n, _BLOCK), num_stages=num_stages)
+    return replace(tiles, block_k=_BLOCK, item_bytes=1)
 
 
 _BLOCK = 128

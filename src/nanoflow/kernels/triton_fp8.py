@@ -15,8 +15,6 @@ Shape legend: T tokens, K features in, N features out, I width of an activation 
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -24,11 +22,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow.graph.layers import FP8_BLOCK
-from nanoflow.kernels import triton_elementwise
 from nanoflow.kernels.gemm_tiles import FP8_TILES, GEMM_TILES, GemmTiles, choose_gemm_tiles, with_addend
 from nanoflow.kernels.launch import Launch
 from nanoflow.kernels.triton_attention import card_of
-from nanoflow.kernels.triton_gemm import MIN_FUSED_TOKENS, _activated, _place, _scaled, _write
+from nanoflow.kernels.triton_gemm import _activated, _place, _scaled, _write
 
 _ALIGNMENT_BYTES = 16
 
@@ -57,21 +54,12 @@ def linear_add_fp8(launch: Launch) -> None:
 def linear_swiglu_fp8(launch: Launch) -> None:
     """out [T, I] = silu(gate) * up of the product [T, 2 I] of `linear_fp8`, rounded in between, in the model's type.
 
+    One kernel for any number of tokens: with few, reading the weight takes most of the time, and a launch more counts.
+
     Raises:
         ValueError: As `linear_fp8`, or the weight has scales of blocks.
     """
-    if len(launch.reads[0]) < MIN_FUSED_TOKENS:
-        linear_fp8_then_swiglu(launch)
-    else:
-        run_linear_swiglu_fp8(launch, *choose_cut(launch))
-
-
-def linear_fp8_then_swiglu(launch: Launch) -> None:
-    """`linear_swiglu_fp8` as two kernels."""
-    x, _ = launch.reads
-    gate_up = torch.empty((len(x), len(launch.weights[0])), dtype=launch.writes[0].dtype, device=x.device)
-    linear_fp8(replace(launch, writes=(gate_up,)))
-    triton_elementwise.swiglu(replace(launch, reads=(gate_up,), weights=()))
+    run_linear_swiglu_fp8(launch, *choose_cut(launch))
 
 
 def can_scale(launch: Launch) -> bool:

@@ -28,7 +28,7 @@ from nanoflow.kernels.triton_attention import card_of
 _ALIGNMENT_BYTES = 16
 _ITEM_BYTES = 2
 # With fewer tokens most memory traffic is the weight. Fusing saves little, and cuBLAS reads the weight faster.
-MIN_FUSED_TOKENS = 64
+_MIN_FUSED_TOKENS = 64
 
 
 def has_tma(device: torch.device) -> bool:
@@ -79,7 +79,7 @@ def linear_swiglu(launch: Launch) -> None:
         ValueError: The tensors do not suit TMA (see `run_linear_swiglu`), and there are enough tokens for the fused
             kernel.
     """
-    if len(launch.reads[0]) < MIN_FUSED_TOKENS:
+    if len(launch.reads[0]) < _MIN_FUSED_TOKENS:
         linear_then_swiglu(launch)
     else:
         run_linear_swiglu(launch, *choose_cut(launch))
@@ -214,8 +214,8 @@ def _activated(acc: tl.tensor, dtype: tl.constexpr, BLOCK_M: tl.constexpr, HALF:
 @triton.jit
 def _scaled(
     acc: tl.tensor,
-    x_scales: tl.tensor,
-    scales: tl.tensor,
+    x_scales: tl.tensor | None,
+    scales: tl.tensor | None,
     row: tl.tensor,
     column: tl.tensor,
     num_rows: int,
@@ -223,10 +223,12 @@ def _scaled(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """Sums of FP8 times the scale of each row of x, and of each row of the weight."""
-    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
-    return acc * tl.load(scales + columns, mask=columns < num_columns, other=0.0)[None, :]
+    """Sums of FP8 times the scale of each row of x, and of each row of the weight; others have no scales."""
+    if scales is not None:
+        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+        acc *= tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        acc *= tl.load(scales + columns, mask=columns < num_columns, other=0.0)[None, :]
+    return acc
 
 
 @triton.jit

@@ -211,11 +211,7 @@ def _linear_split_k(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     num_rounds = tiles_m * tiles_n // num_programs
     rest = tiles_m * tiles_n - num_rounds * num_programs
-    # This program's part of the steps, in a tile of the last round.
-    part = program // tl.maximum(rest, 1)
-    has_part = program < rest * num_splits
-    first = tl.where(has_part, part * num_steps // num_splits, 0)
-    stop = tl.where(has_part, (part + 1) * num_steps // num_splits, 0)
+    part, first, stop = _part(program, rest, num_steps, num_splits)
 
     turn, step, end, tile_m, tile_n = -1, -1, 0, 0, 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -242,10 +238,20 @@ def _linear_split_k(
                         while tl.atomic_cas(flags + other, NUM_THREADS, 0, sem="acquire", scope="gpu") != NUM_THREADS:
                             pass
                         acc += _taken(sums + other * (BLOCK_M * BLOCK_N), BLOCK_M, BLOCK_N)
-                if scales is not None:
-                    acc = _scaled(acc, x_scales, scales, row, column, num_rows, num_columns, BLOCK_M, BLOCK_N)
+                acc = _scaled(acc, x_scales, scales, row, column, num_rows, num_columns, BLOCK_M, BLOCK_N)
                 _write(out, bias, row, column, num_columns, acc, BLOCK_M, BLOCK_N, STORE_N, IS_ADDED)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+
+@triton.jit
+def _part(
+    program: tl.tensor, rest: tl.tensor, num_steps: tl.tensor, num_splits: int
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A program's part of a tile of the last round, of which there are `rest`: its number, first step, and end."""
+    part = program // tl.maximum(rest, 1)
+    has_part = program < rest * num_splits
+    first = tl.where(has_part, part * num_steps // num_splits, 0)
+    return part, first, tl.where(has_part, (part + 1) * num_steps // num_splits, 0)
 
 
 @triton.jit

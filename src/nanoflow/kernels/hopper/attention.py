@@ -54,7 +54,7 @@ class Occupancy:
 OCCUPANCIES = {
     KvType.MODEL: Occupancy(programs_per_sm=3, num_stages=2, max_registers=72, loader_registers=40),
     # Blocks have half of the bytes, so more of them must be on their way at a time.
-    KvType.FP8: Occupancy(programs_per_sm=4, num_stages=3, max_registers=64, loader_registers=32),
+    KvType.FP8: Occupancy(programs_per_sm=4, num_stages=3, max_registers=64, loader_registers=24),
 }
 
 

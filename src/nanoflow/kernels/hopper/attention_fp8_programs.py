@@ -9,7 +9,7 @@ A thread reads what is adjacent in shared memory. So the dimensions of keys and 
 in another order in the products than in memory.
 
 Float16 has fewer powers of two than bfloat16. So queries are divided by a power of two near their largest element, and
-the largest weight of a head is near 2^15 instead of 1. Weights go down to 2^-39 of the largest.
+the largest weight of a head is near 2^14 instead of 1. Weights go down to 2^-38 of the largest.
 
 Shape legend: B rows that may be decodes, K KV heads, D head size, N pages of G tokens, P pages of a table.
 
@@ -46,11 +46,11 @@ _PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
 _PANEL: gl.constexpr = gl.constexpr(PANEL)
 # Words between the scales of two pages in shared memory, as a copy needs an address that is a multiple of 128 bytes.
 _WORDS: gl.constexpr = gl.constexpr(2 * PAGE_TOKENS)
-# log2 of the largest weight, and of the largest element of a query, and of the least scale of a value that weights are
-# relative to.
-_WEIGHT: gl.constexpr = gl.constexpr(15.0)
+# log2 of the largest weight, about, and of the largest element of a query: float16 ends at 2^16. And of the least scale
+# of a value that counts for the peak: with less, sums of powers would exceed float32.
+_WEIGHT: gl.constexpr = gl.constexpr(14.0)
 _QUERY: gl.constexpr = gl.constexpr(14.0)
-_LEAST_SCALE: gl.constexpr = gl.constexpr(-80.0)
+_LEAST_LOG: gl.constexpr = gl.constexpr(-80.0)
 
 
 @aggregate
@@ -183,28 +183,30 @@ def _load_queries8(q, tile, GROUP: gl.constexpr, rows, cursor, HEAD_DIM: gl.cons
 
 @gluon.jit
 def _scales_of(scales, slot, rows, mma: gl.constexpr):
-    """Scales of the keys and of the values of a slot, float32 [BLOCK] each."""
+    """Scales of the keys and of the values of a slot, and about log2 of the latter, float32 [BLOCK] each."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     PAGES: gl.constexpr = rows.BLOCK // _PAGE
     words = scales._reinterpret(gl.int32, [scales.shape[0] // PAGES, PAGES, _WORDS], flat).index(slot)
     both = words.slice(0, _PAGE, dim=1).load(_scale_layout()).reshape([rows.BLOCK])
     both = gl.convert_layout(both, gl.SliceLayout(1, mma))
-    return (both << 16).to(gl.float32, bitcast=True), (both & -0x10000).to(gl.float32, bitcast=True)
+    of_values = both & -0x10000
+    # The bits of a float32 as a number: its exponent counts from 127, and digits below it grow nearly as log2.
+    logs = gl.maximum(of_values.to(gl.float32) * 2.0**-23 - 127.0, _LEAST_LOG)
+    return (both << 16).to(gl.float32, bitcast=True), of_values.to(gl.float32, bitcast=True), logs
 
 
 @gluon.jit
-def _with_block8(sums, scores, values, value_scales, memory, exists, PANELS: gl.constexpr, left: gl.constexpr):
+def _with_block8(sums, scores, values, value_scales, value_logs, memory, PANELS: gl.constexpr, left: gl.constexpr):
     """Add a block of keys with these scores to the sums.
 
-    With scale s of a value, its weight is 2^(score + log2(s) - peak). Where `exists` is false scores are -inf.
+    A value's weight is 2^(score - peak) times its scale. The peak is so that the largest is about 2^_WEIGHT.
     """
-    logs = gl.where(exists, gl.log2(value_scales), 0.0)
-    peak = gl.maximum(sums.peak, gl.max(scores + gl.maximum(logs, _LEAST_SCALE)[:, None], 0) - _WEIGHT)
-    relative = scores - peak[None, :]
+    peak = gl.maximum(sums.peak, gl.max(scores + (value_logs - _WEIGHT)[:, None], 0))
     decay = gl.exp2(sums.peak - peak)
-    total = sums.total * decay[None, :] + gl.exp2(relative)
+    powers = gl.exp2(scores - peak[None, :])
+    total = sums.total * decay[None, :] + powers
     tile = memory.weights.permute((1, 0))
-    tile.store(gl.exp2(relative + logs[:, None]).to(gl.float16))
+    tile.store((powers * value_scales[:, None]).to(gl.float16))
     fence_async_shared()
     low_values, high_values = value_tiles(values, PANELS, left)
     low, high = warpgroup_mma(low_values, tile, sums.low * decay[None, :], is_async=True), sums.high
@@ -241,18 +243,19 @@ def _attend8(results, sinks, q, memory, ring, rows, cursor, num_steps, log2_scal
         products = gl.zeros([rows.BLOCK, _GROUP], gl.float32, mma)
         products = warpgroup_mma(keys, memory.queries.permute((1, 0)), products, is_async=True)
         values = memory.values.index(slot).permute((1, 0)).load(_value_layout(HEAD_DIM))
-        key_scales, value_scales = _scales_of(memory.scales, slot, rows, mma)
+        key_scales, value_scales, value_logs = _scales_of(memory.scales, slot, rows, mma)
         ring.release(step)
         scores = warpgroup_mma_wait(0, deps=[products]) * (key_scales[:, None] * factors[None, :])
         is_last = cursor.ends_head(rows)
-        exists = cursor.exists(rows, gl.SliceLayout(1, mma))
         if cursor.is_partial(rows):
+            exists = cursor.exists(rows, gl.SliceLayout(1, mma))
             scores = gl.where(exists[:, None], scores, float("-inf"))
             # What stands behind a context may be NaN, and 0 times NaN is NaN.
+            value_scales = gl.where(exists, value_scales, 0.0)
             is_value = cursor.exists(rows, gl.SliceLayout(0, _value_layout(HEAD_DIM)))
             values = gl.where(is_value[None, :], values, 0.0)
         # 3. Running softmax and values.
-        sums = _with_block8(sums, scores, values, value_scales, memory, exists, PANELS, left)
+        sums = _with_block8(sums, scores, values, value_scales, value_logs, memory, PANELS, left)
         # 4. Write the result if the head or this run ends.
         is_new = is_last
         if is_last | (step + 1 == num_steps):
