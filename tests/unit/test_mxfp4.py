@@ -21,6 +21,7 @@ from nanoflow.graph.experts import ClampedSwiglu
 from nanoflow.graph.graph import GraphError, OpGraph
 from nanoflow.graph.mxfp4 import in_mxfp4
 from nanoflow.graph.operation import BatchShape, OpKind
+from nanoflow.hardware import parse_gpus
 from nanoflow.kernels import dispatch
 from nanoflow.kernels import reference_mxfp4 as reference
 from nanoflow.kernels import triton_experts_mxfp4 as fast
@@ -30,9 +31,12 @@ from nanoflow.kernels.restricted import kernels_beside, kernels_on
 from nanoflow.models import config_json, weights
 from nanoflow.models.config_json import ModelError
 from nanoflow.models.mxfp4 import lay_out, numbers_of
-from nanoflow.models.presets import preset_config
+from nanoflow.models.presets import PRESETS, preset_config
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights, random_weights
+from nanoflow.profile.estimate import estimated_profile
+from nanoflow.profile.table import Profile
+from nanoflow.simulate.iteration import graphs_of
 from tests.all_cases import part
 from tests.compiling import compiled
 from tests.driving import greedy, random_prompts, run_model
@@ -269,6 +273,20 @@ def test_costs() -> None:
         assert saved == pytest.approx(weights * (2 - 17 / 32), rel=2e-3)
     with pytest.raises(GraphError, match=r"quantization mxfp4: LlamaForCausalLM 8.0B has no experts of sizes"):
         in_mxfp4(build_graph(preset_config("llama-3-8b"), None))
+
+
+def test_a_profile_says_in_which_form_experts_are() -> None:
+    """So it is simulated with the graph that it is of; few tokens take the less time, and many no less."""
+    times: dict[bool, dict[int, float]] = {}
+    for is_packed in (False, True):
+        config = {**PRESETS["gpt-oss-20b"], "num_hidden_layers": 2}
+        profile = estimated_profile("a model", config, parse_gpus("h200"), 4096, is_mxfp4=is_packed)
+        assert Profile.from_json(profile.to_json()).is_mxfp4 is is_packed
+        (graph,) = graphs_of(profile)
+        assert (OpKind.EXPERTS_IN_MXFP4 in {op.kind for op in graph.layer}) is is_packed
+        points = [point for point in profile.points if point.operation == "experts_out"]
+        times[is_packed] = {point.num_tokens: point.time_s for point in points}
+    assert times[True][64] < 0.4 * times[False][64] and times[True][4096] == times[False][4096]
 
 
 def test_a_cuda_graph_can_have_all_operations() -> None:

@@ -333,7 +333,6 @@ _FLOPS: dict[type, _Cost] = {
     CollectiveDims: _collective_flops,
     **dict.fromkeys(_ROUTED, _routed_flops),
 }
-# Of operations that do not move elements of the model's type alone.
 _OWN_BYTES: dict[OpKind, Callable[[Operation, BatchShape, int], int]] = {
     **dict.fromkeys(MXFP4_PRODUCTS, _mxfp4_bytes),
     **dict.fromkeys(FP8_LINEARS, _fp8_linear_bytes),

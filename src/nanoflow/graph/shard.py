@@ -31,6 +31,7 @@ _ACTIVATIONS = (
     OpKind.LINEAR_SWIGLU_FP8,
     OpKind.EXPERTS_IN,
     OpKind.EXPERTS_IN_FP8,
+    OpKind.EXPERTS_IN_MXFP4,
 )
 
 

@@ -36,8 +36,9 @@ from nanoflow.plan.mechanisms import Mechanism
 from nanoflow.profile.table import SAMPLING, PairPoint, Point, Profile, Setup
 
 _DTYPE_BYTES = 2
-# Tokens and features of a GEMM tile.
+# Tokens and features of a GEMM tile, and tokens of those that experts with few rows get.
 _TILE = (128, 128)
+_LOW_TILES = (16, 32, 64)
 # What a kernel costs besides its work, and what lies between two iterations: sustained figures of one H200.
 _LAUNCH_GAP_S = 1e-6
 _ITERATION_GAP_S = 100e-6
@@ -175,12 +176,13 @@ def _wave_loss(op: Operation, shape: BatchShape, gpus: GpuGroup) -> float:
     if not isinstance(op.dims, LinearDims | ExpertDims):
         return 1.0
     # Each expert that is touched has tiles of its own; any other product is one.
-    num_rows, num_parts = float(shape.tokens_in(op.scope)), 1.0
+    num_rows, num_parts, height = float(shape.tokens_in(op.scope)), 1.0, _TILE[0]
     if isinstance(op.dims, ExpertDims):
         num_parts = op.dims.routing.num_touched(shape.num_tokens)
         num_rows *= op.dims.routing.num_per_token
-    tiles = num_parts * math.ceil(num_rows / num_parts / _TILE[0]) * math.ceil(op.dims.out_features / _TILE[1])
-    exact = num_rows / _TILE[0] * op.dims.out_features / _TILE[1]
+        height = next((low for low in _LOW_TILES if num_rows / num_parts <= low), height)
+    tiles = num_parts * math.ceil(num_rows / num_parts / height) * math.ceil(op.dims.out_features / _TILE[1])
+    exact = num_rows / height * op.dims.out_features / _TILE[1]
     num_sms = int(gpus.spec.num_sms.value)
     # From four waves on tiles of several sizes and split products even it out.
     waves = math.ceil(tiles / num_sms) if tiles < 4 * num_sms else tiles / num_sms
