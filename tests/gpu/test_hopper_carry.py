@@ -55,11 +55,10 @@ def test_products_and_attention(kind: str, num_tokens: int, steps: int, monkeypa
     assert_decoded(carried)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 300, 1000])
-@pytest.mark.parametrize("kind", ["linear", "bias", "add", "swiglu"])
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("num_tokens", [300, 1000])
+@pytest.mark.parametrize(("kind", "steps"), [("linear", 2), ("bias", 3), ("add", 2), ("swiglu", 4)])
 def test_products_in_fp8_and_attention(kind: str, num_tokens: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above. The sums of each kind are those of the product alone in FP8, up to the error of fast sums."""
+    """As above, in narrow tiles and in wide ones. Sums are exact up to the error of fast sums in FP8."""
     carried = decode_case(skewed(61), (32, 8, 128), GPU, monkeypatch)
     carrier = HopperCarrier(num_sms=NUM_SMS, steps=steps)
     taken = carrier.take(carried, 3)
