@@ -74,6 +74,34 @@ def assert_decoded_from_8_bits(launch: Launch) -> None:
     assert launch.writes[0][~is_decode].isnan().all()
 
 
+def of_all_sizes(launch: Launch) -> Launch:
+    """The same attention on 8 bits, with pages of values and rows of queries that are much smaller and larger.
+
+    Results are in float32, so that only what the kernel itself rounds is seen.
+    """
+    (q,), cache = launch.reads, launch.cache
+    assert cache is not None
+    sizes = torch.logspace(-12, 3, len(cache.values), device=q.device)[:, None, None, None]
+    queries = q * torch.logspace(-6, 0.5, len(q), device=q.device)[:, None]
+    return dataclasses.replace(
+        on_8_bits(
+            dataclasses.replace(launch, cache=dataclasses.replace(cache, values=cache.values * sizes.bfloat16()))
+        ),
+        reads=(queries.to(q.dtype),),
+        writes=(torch.full_like(q, torch.nan, dtype=torch.float32),),
+    )
+
+
+def assert_decoded_in_float32(launch: Launch) -> None:
+    """Check a result of `of_all_sizes`, relative to the largest element of each head."""
+    dims, cache = launch.op.dims, launch.cache
+    assert isinstance(dims, AttentionDims) and cache is not None
+    expected = exact(dataclasses.replace(launch, cache=without_nan(in_16_bits(cache, torch.float32))))
+    heads = expected.view(len(expected), dims.num_heads, dims.head_dim)
+    error = (launch.writes[0].view_as(heads) - heads).abs()
+    assert (error <= 2**-9 * heads.abs().amax(-1, keepdim=True)).all()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needle:
     """A launch in which each query has to find one of many keys.

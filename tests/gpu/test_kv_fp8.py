@@ -34,7 +34,6 @@ from tests.attention_cases import (
     exact,
     inputs_of,
     launch_of,
-    without_nan,
 )
 from tests.driving import expect_less, greedy, random_prompts, run_engine, run_model
 from tests.elementwise_cases import Cases
@@ -42,9 +41,11 @@ from tests.families import make_model
 from tests.kv_fp8_cases import (
     NEEDLE_BOUND,
     assert_decoded_from_8_bits,
+    assert_decoded_in_float32,
     in_8_bits,
     in_16_bits,
     needle_case,
+    of_all_sizes,
     on_8_bits,
     poison_8_bits,
     with_sinks,
@@ -134,24 +135,10 @@ def test_any_number_of_programs_shares_the_work(
 
 @ON_HOPPER
 def test_values_of_all_sizes_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's values are a ten millionth to ten times as large as others', and queries as small or large.
-
-    Results are written in float32, so that only what the kernel itself rounds is seen.
-    """
     torch.manual_seed(0)
-    launch = decode_case([1, 70, 900, 3000] * 8, (32, 8, 128), GPU, monkeypatch)
-    assert launch.cache is not None
-    sizes = torch.logspace(-6, 1, len(launch.cache.values), device=GPU)[:, None, None, None]
-    q = launch.reads[0] * torch.logspace(-6, 0.5, len(launch.reads[0]), device=GPU)[:, None]
-    cache = dataclasses.replace(launch.cache, values=launch.cache.values * sizes.bfloat16())
-    out = torch.full_like(launch.writes[0], torch.nan, dtype=torch.float32)
-    launch = on_8_bits(dataclasses.replace(launch, reads=(q.bfloat16(),), writes=(out,), cache=cache))
-    assert launch.cache is not None
+    launch = of_all_sizes(decode_case([1, 70, 900, 3000] * 8, (32, 8, 128), GPU, monkeypatch))
     hopper_attention.decode_attention(launch)
-    expected = exact(dataclasses.replace(launch, cache=without_nan(in_16_bits(launch.cache, torch.float32))))
-    heads = expected.view(len(expected), 32, 128)
-    error = (out.view_as(heads) - heads).abs()
-    assert (error <= 2**-9 * heads.abs().amax(-1, keepdim=True)).all()
+    assert_decoded_in_float32(launch)
 
 
 @ON_HOPPER

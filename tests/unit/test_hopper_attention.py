@@ -20,7 +20,13 @@ from tests import hopper
 from tests.attention_cases import assert_decoded, decode_case
 from tests.compiling import compiled
 from tests.hopper import OnCpu, assert_loaded_once
-from tests.kv_fp8_cases import assert_decoded_from_8_bits, on_8_bits, with_sinks
+from tests.kv_fp8_cases import (
+    assert_decoded_from_8_bits,
+    assert_decoded_in_float32,
+    of_all_sizes,
+    on_8_bits,
+    with_sinks,
+)
 from tests.unit.test_beside import HEAD_DIM, attention_bytes, attention_registers
 
 # Shared memory and registers of a Hopper SM, and the shared memory that each program takes besides its own.
@@ -105,6 +111,14 @@ def test_a_slot_of_8_bits_is_in_registers_before_it_is_given_back(monkeypatch: p
     launch = on_8_bits(decode_case([500], (3, 1, 128), torch.device("cpu"), monkeypatch))
     attention.run_decode(launch, 1)
     assert_decoded_from_8_bits(launch)
+
+
+def test_values_of_all_sizes_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "decode_fp8_program", OnCpu(decode_fp8_program))
+    launch = of_all_sizes(decode_case([1, 70, 300], (8, 2, 64), torch.device("cpu"), monkeypatch))
+    attention.run_decode(launch, 3)
+    assert_decoded_in_float32(launch)
 
 
 def test_sinks_of_keys_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
