@@ -50,10 +50,9 @@ _HIGH = replace(WHOLE_CARD[3], is_flat=False)
 SWEEP = (
     *WHOLE_CARD,
     *(replace(tiles, is_flat=not tiles.is_flat) for tiles in WHOLE_CARD),
-    *(
-        replace(tiles, programs_per_sm=tiles.programs_per_sm + 1, num_stages=tiles.num_stages - 1)
-        for tiles in WHOLE_CARD[:3]
-    ),
+    replace(WHOLE_CARD[0], num_stages=4, programs_per_sm=4),
+    replace(WHOLE_CARD[0], block_k=256, num_stages=4, programs_per_sm=2),
+    replace(WHOLE_CARD[1], block_k=256, num_stages=3, programs_per_sm=2),
     replace(WHOLE_CARD[0], block_k=64, num_stages=7),
     replace(WHOLE_CARD[0], num_stages=7, programs_per_sm=2),
     replace(WHOLE_CARD[1], num_warps=8, programs_per_sm=2),
