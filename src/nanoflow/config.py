@@ -217,6 +217,7 @@ class ServerConfig(ChatOptions):
     )
     metrics_prefix: str = option("nanoflow", "Prefix of the metric names; 'vllm' fits dashboards made for it")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least severe messages to log")
+    disable_page: bool = option(False, "Do not answer browsers at / with the page of the server")
     enable_tokenizer_info_endpoint: bool = option(
         False, "Answer GET /tokenizer_info with the tokenizer's configuration"
     )

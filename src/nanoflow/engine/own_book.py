@@ -59,7 +59,8 @@ def _last_part(model: str) -> str:
     return model.removeprefix("preset:").rstrip("/").rpartition("/")[2].lower()
 
 
-def book_facts(book: PlanBook) -> BookFacts:
-    """Names and digests of a book's plans."""
+def book_facts(book: PlanBook, graph: OpGraph) -> BookFacts:
+    """The plans of a book with their names and digests, and what bounds the operations of the graph that they order."""
     plans = tuple(PlanName(name=plan.name, digest=plan.digest) for plan in book.plans)
-    return BookFacts(digest=book.digest, plans=plans)
+    resources = {operation.name: operation.resource.value for operation in graph.layer}
+    return BookFacts(digest=book.digest, plans=plans, contents=book.plans, resources=resources)

@@ -25,9 +25,11 @@ from nanoflow.server.errors import install_error_handlers
 from nanoflow.server.files import FORM_BYTES, PATH, files_router
 from nanoflow.server.gate import Gate, GateMiddleware
 from nanoflow.server.metrics import ServerMetrics
+from nanoflow.server.page import page_router
 from nanoflow.server.prefetch import prefetch_router
 from nanoflow.server.routes import include
 from nanoflow.server.service import Service
+from nanoflow.server.state import state_router
 from nanoflow.server.status import models_router, status_router, tokens_router
 from nanoflow.server.turnstile import TurnstileMiddleware
 
@@ -65,7 +67,7 @@ def create_app(
     app.add_middleware(TurnstileMiddleware)
     app.add_middleware(GateMiddleware, gate=gate or Gate())
     routers = (completions_router, chat_router, models_router, tokens_router)
-    observing = (prefetch_router, status_router)
+    observing = (prefetch_router, status_router, state_router)
     include(
         app,
         [
@@ -77,6 +79,7 @@ def create_app(
                 else [batches_router(service, store), files_router(service, store)]
             ),
             docs_router(app, service),
+            page_router(service),
         ],
     )
     return app
