@@ -93,7 +93,9 @@ class Browser:
         for domain in ("Page", "Runtime", "Log"):
             tab.call(f"{domain}.enable")
         scale = 2 if phone else 1
-        tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone)
+        tab.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
+        )
         if phone:
             tab.call("Emulation.setTouchEmulationEnabled", enabled=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

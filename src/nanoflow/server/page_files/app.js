@@ -13,9 +13,11 @@ const isTouched = matchMedia("(pointer: coarse)").matches;
 function askForKey(why = null) {
   const dialog = byId("keys"), text = byId("keys-text");
   if (why) byId("keys-why").textContent = why;
-  text.value = "";
-  dialog.showModal();
-  text.focus();
+  if (!dialog.open) {
+    text.value = "";
+    dialog.showModal();
+    text.focus();
+  }
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "given"), { once: true }));
 }
 
@@ -65,7 +67,8 @@ function startComposer() {
 }
 
 if (isPhone) for (const name of ["live", "plan"]) byId(name).open = false;
-if (isTouched) byId("hint").textContent = "Send sends, Stop stops.";
+byId("hint").hidden = isTouched;
+if (!isTouched) byId("prompt").focus();
 startSettings();
 startKeys();
 const chat = new Chat(() => askForKey("The server does not know this key, or none was given."));

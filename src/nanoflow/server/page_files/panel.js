@@ -12,7 +12,7 @@ const GIB = 2 ** 30;
 export function startPanel() {
   const panel = new Panel();
   const look = async () => {
-    if (!document.hidden && byId("live").open | byId("plan").open) await panel.look();
+    if (!document.hidden && (byId("live").open || byId("plan").open)) await panel.look();
     setTimeout(look, EVERY_MS);
   };
   look();
@@ -83,7 +83,7 @@ function used({ used_bytes: part, capacity_bytes: whole }) {
 
 function drawSpark(rates) {
   const spark = byId("spark"), most = Math.max(1, ...rates);
-  const points = rates.map((value, at) => `${(at / (SAMPLES - 1)) * 100},${29 - (value / most) * 28}`).join(" ");
+  const points = rates.map((value, at) => `${((SAMPLES - rates.length + at) / (SAMPLES - 1)) * 100},${29 - (value / most) * 28}`).join(" ");
   spark.setAttribute("viewBox", "0 0 100 30");
   spark.setAttribute("preserveAspectRatio", "none");
   spark.replaceChildren(drawn("polyline", { points, "vector-effect": "non-scaling-stroke" }));

@@ -32,7 +32,7 @@ function picture(plan, spans, isTimed, about) {
   const ranges = [...new Set(plan.nano_operations.map((nano) => nano.start))].sort((one, other) => one - other);
   plan.lanes.forEach((lane, row) => {
     const y = row * (TOP + ROW + GAP);
-    svg.append(drawn("text", { x: 0, y: y + TOP - 3 }, `${lane.name}: ${lane.mechanism}, ${Math.round(100 * lane.share)} % of the device`));
+    svg.append(drawn("text", { x: 0, y: y + TOP - 3 }, `${lane.name === lane.mechanism ? "" : `${lane.name}: `}${lane.mechanism}, share ${Math.round(100 * lane.share)} %`));
     svg.append(drawn("line", { x1: 0, x2: WIDTH, y1: y + TOP + ROW + 1, y2: y + TOP + ROW + 1 }));
     plan.nano_operations.forEach((nano, at) => {
       if (nano.lane !== lane.name) return;
