@@ -161,11 +161,13 @@ export class Chat {
   }
 
   changed() {
-    const hasFocus = document.activeElement === byId("stop");
+    const focused = document.activeElement?.id;
     byId("send").disabled = this.isBusy;
     byId("stop").disabled = !this.isBusy;
     byId("retry").disabled = this.isBusy || !this.messages.length;
-    if (hasFocus && !this.isBusy) byId("prompt").focus();
+    // A button that can no longer be pressed passes the focus on.
+    if (this.isBusy && (focused === "send" || focused === "retry")) byId("stop").focus();
+    if (!this.isBusy && focused === "stop") byId(this.messages.length ? "retry" : "prompt").focus();
     if (!this.isBusy) keep("messages", this.messages.length ? this.messages : null);
   }
 
@@ -208,7 +210,7 @@ function noted({ start, first, usage, end }) {
   if (usage) {
     parts.push(`${usage.completion_tokens} tokens`);
     const span = (performance.now() - (first ?? start)) / 1000;
-    if (usage.completion_tokens > 1 && span > 0) parts.push(`${((usage.completion_tokens - 1) / span).toFixed(1)} tokens/s`);
+    if (usage.completion_tokens > 1 && span > 0.01) parts.push(`${((usage.completion_tokens - 1) / span).toFixed(1)} tokens/s`);
   }
   if (first) parts.push(`first after ${((first - start) / 1000).toFixed(2)} s`);
   if (end === "length") parts.push("ended at its longest length");

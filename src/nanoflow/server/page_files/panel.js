@@ -49,7 +49,8 @@ class Panel {
   async drawPlan(now) {
     const drawing = byId("drawing");
     try {
-      drawing.replaceChildren(...drawPlan(await read(`plan${now.plan ? `?digest=${now.plan}` : ""}`)));
+      drawing.replaceChildren(...(now.plans.length ? drawPlan(await read(`plan${now.plan ? `?digest=${now.plan}` : ""}`))
+        : ["This engine runs no plans."]));
     } catch (failure) {
       drawing.replaceChildren(element("p", { class: "soft" }, String(failure)));
     }
