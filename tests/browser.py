@@ -151,9 +151,10 @@ class Tab:
         self.call("Input.dispatchKeyEvent", **down)
         self.call("Input.dispatchKeyEvent", **about, type="keyUp")
 
-    def picture(self, *, whole: bool = False) -> bytes:
-        """What is seen, as PNG; with `whole` also what has to be scrolled to."""
-        return base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"])
+    def picture(self, clip: dict[str, float] | None = None) -> bytes:
+        """What is seen as PNG, or a rectangle of it (x, y, width, height, scale)."""
+        part = {} if clip is None else {"clip": clip}
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png", **part)["data"])
 
     def complaints(self) -> list[str]:
         """Errors of scripts, and what the content policy refused, so far."""

@@ -17,10 +17,12 @@ from starlette.types import Scope
 from nanoflow.config import ServerConfig
 from nanoflow.engine.messages import EngineStats, Ready
 from nanoflow.engine.own_book import book_facts
+from nanoflow.graph.fuse import fuse_swiglu
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
-from nanoflow.plan.book import PlanBook, PlanEntry
+from nanoflow.plan.book import PlanBook, PlanEntry, load_book
+from nanoflow.plan.dependencies import waits_in_period
 from nanoflow.plan.sequential import sequential_plan
 from nanoflow.server.app import create_app
 from nanoflow.server.page import FOLDER, PATHS, is_of_page
@@ -200,6 +202,7 @@ def test_the_plan_that_runs_is_told_as_a_whole(http: Any, engine: PlanningEngine
     resources = {operation.name: operation.resource.value for operation in GRAPH.layer}
     for told, nano in zip(plan["nano_operations"], SPLIT.nano_operations, strict=True):
         assert (told["operation"], told["start"], told["stop"]) == (nano.operation, nano.start, nano.stop)
+        assert all(place < plan["nano_operations"].index(told) for place in told["waits"])
         assert told["resource"] == resources[nano.operation] and told["lane"] in {
             lane["name"] for lane in plan["lanes"]
         }
@@ -228,3 +231,15 @@ def test_plans_reach_every_front_end(engine: PlanningEngine) -> None:
     document = msgspec.msgpack.encode(Ready(facts=engine.facts))
     book = msgspec.msgpack.decode(document, type=Ready).facts.book
     assert book is not None and [plan.digest for plan in book.contents] == [SEQUENTIAL.digest, SPLIT.digest]
+
+
+def test_what_a_nano_operation_waits_for_in_its_period() -> None:
+    """One of the stored plans: attention of a nano-batch runs inside products of the other, of the layer before."""
+    path = ROOT / "benchmarks/results/plans_llama-3-8b_h200_1024-512.json"
+    plan = load_book(path).entries[0].plan
+    waits = waits_in_period(plan, fuse_swiglu(build_graph(preset_config("llama-3-8b"), 2048)))
+    names = [nano.operation for nano in plan.nano_operations]
+    first = names.index("decode_attention")
+    waiting = [names[place] for place, found in enumerate(waits) if first in found]
+    assert waiting[0] == "attn_norm" and "o_proj" in waiting, "by the plan, and by its result"
+    assert all(early < late for late, found in enumerate(waits) for early in found)

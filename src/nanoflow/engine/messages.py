@@ -124,12 +124,14 @@ class BookFacts:
         digest: Digest of the book's entries; the same as that of the stored book.
         plans: All plans, the fallback first.
         contents: The same plans as a whole, to be drawn; empty if only their names are known.
+        waits: For each of these, by its digest: `plan.dependencies.waits_in_period`.
         resources: What bounds each operation that they order: compute, memory or network.
     """
 
     digest: str
     plans: tuple[PlanName, ...]
     contents: tuple[PipelinePlan, ...] = ()
+    waits: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     resources: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:

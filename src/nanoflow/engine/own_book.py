@@ -13,6 +13,7 @@ from nanoflow.device.detect import device_name
 from nanoflow.engine.messages import BookFacts, PlanName
 from nanoflow.graph.graph import OpGraph
 from nanoflow.plan.book import PlanBook, StoredBook
+from nanoflow.plan.dependencies import waits_in_period
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
 
@@ -63,4 +64,5 @@ def book_facts(book: PlanBook, graph: OpGraph) -> BookFacts:
     """The plans of a book with their names and digests, and what bounds the operations of the graph that they order."""
     plans = tuple(PlanName(name=plan.name, digest=plan.digest) for plan in book.plans)
     resources = {operation.name: operation.resource.value for operation in graph.layer}
-    return BookFacts(digest=book.digest, plans=plans, contents=book.plans, resources=resources)
+    waits = {plan.digest: waits_in_period(plan, graph) for plan in book.plans}
+    return BookFacts(digest=book.digest, plans=plans, contents=book.plans, waits=waits, resources=resources)

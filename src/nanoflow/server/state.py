@@ -7,6 +7,7 @@ more, and takes longer to render.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Literal
 
 from fastapi import APIRouter, Response
@@ -75,7 +76,8 @@ class LaneState(TypedDict):
 class NanoOperationState(TypedDict):
     """An operation on the tokens from `start` to `stop`, on a lane, for the layer that is `stage` behind.
 
-    `resource` is what bounds it. The predicted times, in seconds, are null if nothing predicted them.
+    `resource` is what bounds it. `waits` are places in the list of those that must have ended first. Predicted times
+    are in seconds, and null if nothing predicted them.
     """
 
     operation: str
@@ -84,6 +86,7 @@ class NanoOperationState(TypedDict):
     stop: int
     lane: str
     stage: int
+    waits: list[int]
     predicted_start_s: float | None
     predicted_end_s: float | None
 
@@ -172,7 +175,10 @@ def _plan(plan: PipelinePlan, book: BookFacts, *, is_latest: bool) -> PlanRespon
         "num_tokens": plan.num_tokens,
         "predicted_makespan_s": plan.predicted_makespan_s,
         "lanes": [_lane(lane) for lane in plan.lanes],
-        "nano_operations": [_nano(nano, book.resources.get(nano.operation)) for nano in plan.nano_operations],
+        "nano_operations": [
+            _nano(nano, waits, book.resources.get(nano.operation))
+            for nano, waits in zip(plan.nano_operations, book.waits[plan.digest], strict=True)
+        ],
     }
 
 
@@ -180,7 +186,7 @@ def _lane(lane: Lane) -> LaneState:
     return {"name": lane.name, "mechanism": lane.mechanism.value, "share": lane.share}
 
 
-def _nano(nano: NanoOperation, resource: str | None) -> NanoOperationState:
+def _nano(nano: NanoOperation, waits: Iterable[int], resource: str | None) -> NanoOperationState:
     return {
         "operation": nano.operation,
         "resource": resource,
@@ -188,6 +194,7 @@ def _nano(nano: NanoOperation, resource: str | None) -> NanoOperationState:
         "stop": nano.stop,
         "lane": nano.lane,
         "stage": nano.stage,
+        "waits": list(waits),
         "predicted_start_s": nano.predicted_start_s,
         "predicted_end_s": nano.predicted_end_s,
     }

@@ -6,9 +6,13 @@ const WIDTH = 360, TOP = 12, ROW = 26, GAP = 6;
 const RESOURCES = ["compute", "memory", "network"];
 
 /** The elements that show a plan, as GET /plan has it. */
-export function drawPlan(plan) {
-  const spans = spansOf(plan), isTimed = plan.nano_operations.every((nano) => nano.predicted_end_s !== null);
-  const scale = isTimed ? "predicted times of one layer" : "in their order; widths mean nothing, as no times were predicted";
+export function drawPlan(whole) {
+  // A lane without nano-operations runs what stands outside the layers.
+  const plan = { ...whole, lanes: whole.lanes.filter((lane) => whole.nano_operations.some((nano) => nano.lane === lane.name)) };
+  const isTimed = plan.nano_operations.every((nano) => nano.predicted_start_s !== null && nano.predicted_end_s !== null);
+  const spans = spansOf(plan, isTimed), makespan = plan.predicted_makespan_s;
+  const scale = (isTimed ? "predicted times of one layer" : "in their order, as no times were predicted for each") +
+    (makespan === null ? "" : `; a layer takes ${(makespan * 1e3).toFixed(2)} ms, predicted`);
   const batches = new Set(plan.nano_operations.map((nano) => `${nano.start}:${nano.stop}`)).size;
   const about = `${plan.name}, up to ${plan.num_tokens} tokens: ${count(plan.nano_operations, "nano-operation")} on ` +
     `${count(plan.lanes, "lane")}, ${batches} token range${batches === 1 ? "" : "s"}; ${scale}`;
@@ -18,10 +22,21 @@ export function drawPlan(plan) {
 
 const count = (things, name) => `${things.length} ${name}${things.length === 1 ? "" : "s"}`;
 
-/** Begin and end of each nano-operation: predicted, or one place after the other. */
-export function spansOf(plan) {
-  return plan.nano_operations.map((nano, at) =>
-    nano.predicted_end_s === null || nano.predicted_start_s === null ? [at, at + 1] : [nano.predicted_start_s, nano.predicted_end_s]);
+/**
+ * Begin and end of each nano-operation: predicted, or by order. By order, each of the fullest lane has one column; one of
+ * another lane begins where it is issued and ends where the first one begins that waits for it.
+ */
+export function spansOf({ lanes, nano_operations: nanos }, isTimed) {
+  if (isTimed) return nanos.map((nano) => [nano.predicted_start_s, nano.predicted_end_s]);
+  const size = (lane) => nanos.filter((nano) => nano.lane === lane.name).length;
+  const main = lanes.reduce((most, lane) => (size(lane) > size(most) ? lane : most), lanes[0]).name;
+  let columns = 0;
+  const begins = nanos.map((nano) => (nano.lane === main ? columns++ : columns));
+  return nanos.map((nano, at) => {
+    if (nano.lane === main) return [begins[at], begins[at] + 1];
+    const after = nanos.findIndex((other, place) => place > at && (other.waits.includes(at) || other.lane === nano.lane));
+    return [begins[at], Math.max(after < 0 ? columns : begins[after], begins[at] + 0.5)];
+  });
 }
 
 function picture(plan, spans, isTimed, about) {
