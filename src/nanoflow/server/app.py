@@ -31,6 +31,7 @@ from nanoflow.server.routes import include
 from nanoflow.server.service import Service
 from nanoflow.server.state import state_router
 from nanoflow.server.status import models_router, status_router, tokens_router
+from nanoflow.server.tracing import Tracing
 from nanoflow.server.turnstile import TurnstileMiddleware
 
 
@@ -46,7 +47,7 @@ def create_app(
         gate: Who is let in; everybody if not given.
     """
     store = None if server_config.batch_dir is None else BatchStore.open(server_config.batch_dir)
-    service = Service(engine=engine, config=server_config, ledger=Ledger(counters))
+    service = Service(engine=engine, config=server_config, ledger=Ledger(counters), tracing=Tracing.of(server_config))
     metrics = ServerMetrics(
         engine, prefix=server_config.metrics_prefix, model_name=service.model_name, counters=counters
     )
@@ -60,6 +61,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server_config, app.state.metrics, app.state.batch_store = server_config, metrics, store
+    app.state.tracing = service.tracing
     install_error_handlers(app)
     add_body_reader(app, service.call_bounds)
     uploads = {} if store is None else {PATH: server_config.max_file_bytes + FORM_BYTES}

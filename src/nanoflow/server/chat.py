@@ -38,7 +38,8 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
         service.check_model(body.model)
-        params = service.sampling(body)
+        params, call_id = service.sampling(body), new_id("chatcmpl")
+        trace = service.trace("chat", request, params, call_id)
         reading = reading_of(service, body, params)
         deadline_s = service.deadline_s()
         service.admission.check(params.n)
@@ -54,7 +55,8 @@ def chat_router(service: Service) -> APIRouter:
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
             session_id=service.session_id(request, body.session_id),
-            call_id=new_id("chatcmpl"),
+            call_id=call_id,
+            trace=trace,
             field_names=body.field_names,
         )
         chat = _Chat(service=service, body=body, call=call, reading=reading)
