@@ -180,6 +180,9 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model --batch-dir /var/lib/nanoflow/batches": Serve(),
     # docs/page.md
     "nanoflow serve ./my-model --disable-page": Serve(),
+    # docs/monitoring.md
+    "pip install 'nanoflow-engine[otel]'": Install(),
+    "nanoflow serve ./my-model --otlp-traces-endpoint http://127.0.0.1:4318": Serve(),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
