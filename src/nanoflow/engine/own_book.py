@@ -60,9 +60,15 @@ def _last_part(model: str) -> str:
     return model.removeprefix("preset:").rstrip("/").rpartition("/")[2].lower()
 
 
-def book_facts(book: PlanBook, graph: OpGraph) -> BookFacts:
-    """The plans of a book with their names and digests, and what bounds the operations of the graph that they order."""
+def book_facts(book: PlanBook, graph: OpGraph | None = None) -> BookFacts:
+    """Names and digests of a book's plans; with the graph that they order also the plans as a whole, to be drawn."""
     plans = tuple(PlanName(name=plan.name, digest=plan.digest) for plan in book.plans)
-    resources = {operation.name: operation.resource.value for operation in graph.layer}
-    waits = {plan.digest: waits_in_period(plan, graph) for plan in book.plans}
-    return BookFacts(digest=book.digest, plans=plans, contents=book.plans, waits=waits, resources=resources)
+    if graph is None:
+        return BookFacts(digest=book.digest, plans=plans)
+    return BookFacts(
+        digest=book.digest,
+        plans=plans,
+        contents=book.plans,
+        waits={plan.digest: waits_in_period(plan, graph) for plan in book.plans},
+        resources={operation.name: operation.resource.value for operation in graph.layer},
+    )
