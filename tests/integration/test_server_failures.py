@@ -73,7 +73,7 @@ def test_a_wrong_place_or_method(http: httpx.Client) -> None:
         404,
         "there is nothing at /v1/nothing; there are POST /v1/completions, POST /v1/chat/completions, GET /v1/models, "
         "GET /v1/models/{model_id}, POST /tokenize, POST /detokenize, POST /v1/prefetch, GET /health, GET /version, "
-        "GET /metrics",
+        "GET /metrics, GET /status, GET /plan",
     )
     wrong = http.get("/v1/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
