@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(FOUND is None, reason=f"there is no Chromium; {V
 
 TOY = ServerConfig(served_model_name="toy")
 HOSTILE = """Hello <img src=x onerror="window.hacked = 1"> **bold** and `co<b>de`
-[bad](javascript:alert(1)) [good](https://example.com/a)
+[bad](javascript:alert(1)) [worse](javascript://a/%0Aalert) [good](https://example.com/a)
 
 - one
 - two
@@ -237,6 +237,7 @@ def _stripping(app: ASGIApp, prefix: str) -> ASGIApp:
     async def strip(scope: Scope, receive: Receive, send: Send) -> None:
         inner: dict[str, Any] = dict(scope)
         if scope["type"] == "http":
+            assert scope["path"].startswith(f"{prefix}/"), "the proxy sends other paths to other servers"
             inner["path"] = scope["path"].removeprefix(prefix)
             inner["raw_path"] = scope["raw_path"].removeprefix(prefix.encode())
         await app(inner, receive, send)

@@ -133,6 +133,7 @@ def test_a_browser_gets_the_page_and_its_files(http: Any, path: str) -> None:
         policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == policy["trusted-types"] == "'none'"
     )
     assert {policy[f"{kind}-src"] for kind in ("script", "style", "img", "connect")} == {"'self'"}
+    assert policy["require-trusted-types-for"] == "'script'"
     assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
     kind = {"": "text/html", "html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
     assert answer.headers["content-type"].startswith(kind[PATHS[path].rpartition(".")[2]])
@@ -242,4 +243,5 @@ def test_what_a_nano_operation_waits_for_in_its_period() -> None:
     first = names.index("decode_attention")
     waiting = [names[place] for place, found in enumerate(waits) if first in found]
     assert waiting[0] == "attn_norm" and "o_proj" in waiting, "by the plan, and by its result"
+    assert names[5:0:-1][:2] == ["attn_norm", "down_proj"] and 4 in waits[5], "of the layer before, and of its tokens"
     assert all(early < late for late, found in enumerate(waits) for early in found)

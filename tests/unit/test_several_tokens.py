@@ -122,7 +122,12 @@ def test_the_server_counts_drafts_over_all_engines() -> None:
         "num_undrafted_requests": 1,
     }
     engines: list[Any] = [
-        SimpleNamespace(observer=None, is_alive=True, facts=FakeAsyncEngine().facts, stats=EngineStats(**counts, iteration=3, iterations_s=0.5))
+        SimpleNamespace(
+            observer=None,
+            is_alive=True,
+            facts=FakeAsyncEngine().facts,
+            stats=EngineStats(**counts, iteration=3, iterations_s=0.5),
+        )
         for _ in range(2)
     ]
     lasting = LastingEngine(engines[0])
