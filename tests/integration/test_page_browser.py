@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,7 @@ def ask(tab: Tab, text: str) -> None:
     tab.wait("$('stop').disabled")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_answers_once_a_key_is_given(browser: Browser) -> None:
     """The whole server: key, streamed text, numbers, plan."""
     options = ("--device", "cpu", "--api-servers", "1", "--api-key", "key-1")
@@ -99,7 +101,7 @@ def test_the_embedded_model_answers_once_a_key_is_given(browser: Browser) -> Non
             "window.lengths = new Set(); new MutationObserver(() => window.lengths.add("
             "document.querySelector('.rendered')?.innerText.length)).observe($('log'), {subtree: true, childList: 1})"
         )
-        tab.run("document.querySelector('[name=max_tokens]').value = 40; $('prompt').focus()")
+        tab.run("document.querySelector('[name=max_tokens]').value = 24; $('prompt').focus()")
         tab.type("def add(a, b):")
         tab.press("Enter")
         tab.wait("/tokens · [1-9]/.test(document.querySelector('.foot')?.innerText)")
@@ -162,7 +164,10 @@ def test_it_fits_a_phone_in_the_dark(browser: Browser, scripted_url: str, script
     for script in ("0", "$('keys').showModal()"):
         tab.run(script)
         assert tab.run("document.documentElement.scrollWidth") <= 360
-        assert tab.run("[...document.querySelectorAll('button')].every((e) => e.getBoundingClientRect().right <= 360)")
+        assert tab.run(
+            "[...document.querySelectorAll('button, input, textarea, select')]"
+            ".every((each) => each.getBoundingClientRect().right <= 360)"
+        )
     back = tab.run("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, back[4:-1].split(","))) < 60, back
 
@@ -182,7 +187,7 @@ def test_what_a_model_says_stays_text(browser: Browser, scripted_url: str, scrip
 
 
 def test_tools_are_called_and_answered(browser: Browser, scripted_url: str, scripted: ScriptedEngine) -> None:
-    scripted.texts += [CALL, "It is sunny."]
+    scripted.texts += [CALL, "It is sunny.", CALL, "As you like."]
     tab = browser.open(scripted_url)
     tab.run("$('example').click(); document.querySelector('[name=system]').value = 'Be brief.'")
     ask(tab, "weather?")
@@ -197,6 +202,13 @@ def test_tools_are_called_and_answered(browser: Browser, scripted_url: str, scri
     assert "sunny, 20 degrees" in scripted.prompts[-1] and "Be brief." in scripted.prompts[-1]
     assert '"name": "get_weather"' in scripted.prompts[-1]
     assert tab.run("[...document.querySelectorAll('.rendered')].at(-1).innerText").strip() == "It is sunny."
+    ask(tab, "again?")
+    assert tab.run("document.querySelectorAll('form.answers').length") == 1
+    ask(tab, "never mind")
+    assert tab.run("document.querySelectorAll('form.answers').length") == 0, "a message instead of answers"
+    assert scripted.prompts[-1].count("sunny, 20 degrees") == 1 and "never mind" in scripted.prompts[-1]
+    time.sleep(0.1)
+    assert tab.run("document.querySelectorAll('.busy, [aria-busy=true]').length") == 0, "answers that have ended"
     tab.run("$('new').click()")
     assert tab.run("$('log').childNodes.length") == 0 and focused(tab) == "prompt"
 

@@ -116,6 +116,31 @@ def test_every_element_that_scripts_name_is_in_the_page() -> None:
     assert set(labelled) <= ids and labelled
 
 
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours by WCAG 2, from 1 to 21; a text of usual size needs 4.5."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_read_in_the_light_and_in_the_dark() -> None:
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in FILES["style.css"].split("@media (prefers-color")
+    ]
+    texts = {"ink": "back panel own", "soft": "back panel", "main": "panel back", "on-main": "main", "bad": "bad-back"}
+    texts |= {"panel": "compute memory network unknown"}
+    assert len(schemes) == 2
+    for colours in schemes:
+        for text, backs in texts.items():
+            low = {back for back in backs.split() if contrast(colours[text], colours[back]) < 4.5}
+            assert not low, f"{text} on {low}"
+
+
 def test_a_wheel_has_the_files() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "server/page_files/*" in project["tool"]["setuptools"]["package-data"]["nanoflow"]

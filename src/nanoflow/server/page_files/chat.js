@@ -59,6 +59,7 @@ export class Chat {
   /** Tools that were called and got no answer get an empty one: a conversation cannot go on without. */
   closeCalls() {
     const last = this.messages.at(-1);
+    for (const form of this.log.querySelectorAll(".answers")) form.remove();
     if (last?.role === "assistant") for (const call of last.tool_calls ?? []) this.push(toolAnswer(call, ""));
   }
 
@@ -101,7 +102,7 @@ export class Chat {
     let isDue = true;
     const draw = () => {
       isDue = true;
-      if (!this.isBusy) return;
+      if (this.abort?.signal !== signal) return; // it has ended, and another one may have begun
       const isAtEnd = this.isAtEnd();
       shown.show(message, { isBusy: true });
       this.speaker.say(message.content);

@@ -4,6 +4,7 @@ import { element } from "./dom.js";
 
 const FENCE = /^\s*(```+|~~~+)\s*([\w+#.-]*)/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const MAX_INLINE = 6000;
 // Lengths are bounded, so that no text takes long to search.
 const INLINE = new RegExp([
   /(`{1,9})([^`]|[^`][^]{0,2000}?[^`])\1(?!`)/, /\*\*(\S[^]{0,2000}?)\*\*/, /\*(\S[^*]{0,2000}?)\*(?!\w)/,
@@ -86,8 +87,9 @@ function list(lines) {
   return top;
 }
 
-/** Code, bold, italic and links inside a line, as text and elements. */
+/** Code, bold, italic and links inside a text, as text and elements. A very long one stays as it is. */
 export function inline(text) {
+  if (text.length > MAX_INLINE) return [text];
   const parts = [];
   for (;;) {
     const found = INLINE.exec(text);
