@@ -36,7 +36,7 @@ class AccessOptions(BatchServerOptions):
     """Who may use the HTTP server."""
 
     api_key: str | Sequence[str] = _secret(
-        "Key without which nothing but /health answers, may be given several times; the file and the environment "
+        "Key without which nothing but /health and the page at / answers, may be given several times; the file and the environment "
         "variable NANOFLOW_API_KEY keep it out of the list of processes"
     )
     api_key_file: str | None = option(
