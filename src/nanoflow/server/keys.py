@@ -1,8 +1,8 @@
 """API keys: read them, and refuse every request without one except GET /health and what the caller opens.
 
 The check uses the path as it was sent, before it is decoded or normalised: any path but the literal `/health`, and what
-is opened, needs a key, whatever routes there are. A key is compared by its digest with all keys each time, so the time taken reveals
-nothing. `access.py` says which characters a key may have.
+is opened, needs a key, whatever routes there are. A key is compared by its digest with all keys each time, so the time
+taken reveals nothing. `access.py` says which characters a key may have.
 """
 
 from __future__ import annotations
