@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
 from nanoflow.config import ServerConfig
 from nanoflow.server.answering import http_protocol
@@ -24,7 +25,15 @@ CHAT = [{"role": "user", "content": "hi"}]
 @contextmanager
 def served(engine: FakeAsyncEngine, config: ServerConfig | None = None, *, http: Any = None) -> Iterator[str]:
     """Start a server for the engine in a thread; yields its root URL. `http` replaces the server's HTTP protocol."""
-    app = create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0))
+    with listening(
+        create_app(engine, config or ServerConfig(served_model_name="toy", heartbeat_timeout_s=5.0)), http
+    ) as root:
+        yield root
+
+
+@contextmanager
+def listening(app: ASGIApp, http: Any = None) -> Iterator[str]:
+    """The same for an application."""
     server = uvicorn.Server(
         uvicorn.Config(app, http=http or http_protocol(), ws="none", log_level="warning", timeout_graceful_shutdown=1)
     )

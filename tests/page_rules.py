@@ -178,6 +178,11 @@ RULES: dict[str, Rule] = {
         why="a download"
     ),
     "nanoflow serve ./my-model --batch-dir /var/lib/nanoflow/batches": Serve(),
+    # docs/page.md
+    "nanoflow serve ./my-model --disable-page": Serve(),
+    # docs/monitoring.md
+    "pip install 'nanoflow-engine[otel]'": Install(),
+    "nanoflow serve ./my-model --otlp-traces-endpoint http://127.0.0.1:4318": Serve(),
     # docs/speculative.md
     "nanoflow serve ./my-model --speculative ngram:4": Serve(),
 }
@@ -210,6 +215,7 @@ SHOWN: dict[str, str] = {
     '{"version": 1,': "fields of plan books",
     "10  familiar                              names that users of vLLM know": "layers in pyproject.toml",
     'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $(cat keys.txt)"': "test_door.py sends such keys",
+    "location /llm/ {": "test_page_browser.py has a proxy that does so",
     "maximise u": "a formula",
     "copies      tokens x bytes of a token / link                saves and loads use one direction each": "a formula",
     "maximise u >= 1 / (shortest period so far)": "a formula",

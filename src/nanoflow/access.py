@@ -36,8 +36,8 @@ class AccessOptions(BatchServerOptions):
     """Who may use the HTTP server."""
 
     api_key: str | Sequence[str] = _secret(
-        "Key without which nothing but /health answers, may be given several times; the file and the environment "
-        "variable NANOFLOW_API_KEY keep it out of the list of processes"
+        "Key without which nothing but /health and the page at / answers, may be given several times; the file and the "
+        "environment variable NANOFLOW_API_KEY keep it out of the list of processes"
     )
     api_key_file: str | None = option(
         None, "File with such keys, one a line; lines that begin with # are comments. Read once, at the start"

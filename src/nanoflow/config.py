@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from nanoflow.bounds import ServerBounds as ServerBounds
 from nanoflow.compat.engine_options import ENGINE
@@ -219,7 +220,13 @@ class ServerConfig(ResponseOptions):
         "server's time; 0 never waits",
     )
     metrics_prefix: str = option("nanoflow", "Prefix of the metric names; 'vllm' fits dashboards made for it")
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "Collector that is sent a span of each request (OpenTelemetry, OTLP), such as http://127.0.0.1:4318; needs "
+        "nanoflow-engine[otel]",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least severe messages to log")
+    disable_page: bool = option(False, "Do not answer browsers at / with the page of the server")
     enable_tokenizer_info_endpoint: bool = option(
         False, "Answer GET /tokenizer_info with the tokenizer's configuration"
     )
@@ -254,6 +261,7 @@ class ServerConfig(ResponseOptions):
             require_positive("api_servers", self.api_servers)
         if not 0 <= self.stream_interval_ms <= 1000:
             raise ConfigError(f"stream_interval_ms must be in 0..1000, got {self.stream_interval_ms}")
+        _check_endpoint("otlp_traces_endpoint", self.otlp_traces_endpoint)
         _require_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
         require_positive("heartbeat_timeout_s", self.heartbeat_timeout_s)
         if not 0 <= self.shutdown_timeout < math.inf:
@@ -266,6 +274,14 @@ class ServerConfig(ResponseOptions):
         """Names of the model in the API; answers use the first."""
         names = self.served_model_name
         return (names,) if isinstance(names, str) else tuple(names or (DEFAULT_MODEL,))
+
+
+def _check_endpoint(name: str, url: str | None) -> None:
+    if url is None:
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{name} must be an address such as http://127.0.0.1:4318, got {url!r}")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

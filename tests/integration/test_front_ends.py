@@ -119,6 +119,15 @@ def connections(server: ServerProcess) -> Counter[int]:
     return counts
 
 
+def test_any_front_end_shows_the_page_and_the_state_of_all(trio: ServerProcess) -> None:
+    complete(trio.root_url, max_tokens=3)
+    wanted = metric(trio.root_url, "generation_tokens_total")
+    for _ in range(6):
+        with httpx.Client(base_url=trio.root_url) as http:
+            assert "page/app.js" in http.get("/", headers={"accept": "text/html"}).text
+            assert http.get("/status").json()["generation_tokens"] == wanted
+
+
 SUMS = {
     "generation_tokens_total": 24 * 12,
     "time_to_first_token_seconds_count": 24,

@@ -160,7 +160,8 @@ def ask(server: ServerProcess) -> None:
 
 def check_installation(command: str, block: Block) -> None:
     """The command installs this project, and with it what the comment says."""
-    if command == f"pip install {PROJECT['project']['name']}":
+    name, extras = PROJECT["project"]["name"], PROJECT["project"]["optional-dependencies"]
+    if command in (f"pip install {name}", *(f"pip install '{name}[{extra}]'" for extra in extras)):
         return
     assert command == "pip install -e ." and PROJECT["project"]["scripts"]["nanoflow"] == "nanoflow_engine:main"
     said = re.search(rf"{re.escape(command)} +#.* (\w+) >= ([\d.]+) comes with it", block.text)

@@ -72,11 +72,11 @@ def test_a_wrong_place_or_method(http: httpx.Client) -> None:
     assert (nowhere.status_code, error_of(nowhere)["message"]) == (
         404,
         "there is nothing at /v1/nothing; there are POST /v1/completions, POST /v1/chat/completions, "
-        "POST /v1/embeddings, GET /v1/models, "
-        "GET /v1/models/{model_id}, POST /tokenize, POST /detokenize, POST /v1/responses, "
-        "GET /v1/responses/{response_id}, DELETE /v1/responses/{response_id}, "
+        "POST /v1/embeddings, GET /v1/models, GET /v1/models/{model_id}, POST /tokenize, POST /detokenize, "
+        "POST /v1/responses, GET /v1/responses/{response_id}, DELETE /v1/responses/{response_id}, "
         "POST /v1/responses/{response_id}/cancel, GET /v1/responses/{response_id}/input_items, POST /v1/messages, "
-        "POST /v1/messages/count_tokens, POST /v1/prefetch, GET /health, GET /version, GET /metrics",
+        "POST /v1/messages/count_tokens, POST /v1/prefetch, GET /health, GET /version, GET /metrics, GET /status, "
+        "GET /plan",
     )
     wrong = http.get("/v1/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")

@@ -156,6 +156,9 @@ def test_an_iteration_begins_when_the_one_before_has_ended(monkeypatch: pytest.M
     for _ in range(4):
         engine.step()
     assert times.times_s == [10.0, 10.0, 10.0]
+    stats = engine.stats()
+    assert (stats.iteration, stats.iterations_s, stats.latest_plan) == (3, 30.0, engine._book.fallback.digest)
+    assert stats.plan_digest is None, "that is of an iteration alone"
 
 
 def test_tokens_of_prompts_are_counted_apart() -> None:

@@ -158,6 +158,7 @@ def test_plans_are_named_and_their_iterations_counted() -> None:
         f'nanoflow:iterations_total{{digest="zz",{labels},plan="sequential"}} 1.0',
         f'nanoflow:iterations_total{{digest="bb",{labels},plan="overlapped"}} 2.0',
     ]
+    assert metrics.plan_iterations() == {"zz": 1, "bb": 2}
 
 
 def test_limits_are_said_with_where_they_come_from() -> None:

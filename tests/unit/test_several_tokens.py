@@ -122,7 +122,12 @@ def test_the_server_counts_drafts_over_all_engines() -> None:
         "num_undrafted_requests": 1,
     }
     engines: list[Any] = [
-        SimpleNamespace(observer=None, is_alive=True, facts=FakeAsyncEngine().facts, stats=EngineStats(**counts))
+        SimpleNamespace(
+            observer=None,
+            is_alive=True,
+            facts=FakeAsyncEngine().facts,
+            stats=EngineStats(**counts, iteration=3, iterations_s=0.5),
+        )
         for _ in range(2)
     ]
     lasting = LastingEngine(engines[0])
@@ -137,6 +142,7 @@ def test_the_server_counts_drafts_over_all_engines() -> None:
         }
         assert found == {f"vllm:spec_decode_{name}_total": times * value for name, value in counts.items()}
         lasting.replace(engines[1])
+    assert (lasting.stats.iteration, lasting.stats.iterations_s) == (9, 1.5)
     engines[1].is_alive = False
     assert lasting.stats.num_draft_tokens == 14 + 7 and lasting.stats.num_running == 0
 

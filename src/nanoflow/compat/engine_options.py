@@ -315,8 +315,8 @@ _WATCHING = (
     *switches(_METRICS, "enable_logging_iteration_details"),
     *options(_METRICS, "kv_cache_metrics_sample", takes=(0.01,)),
     *options(_METRICS, "show_hidden_metrics_for_version"),
-    *options("there is no tracing", "otlp_traces_endpoint", "collect_detailed_traces"),
-    *switches("there is no tracing", "enable_layerwise_nvtx_tracing"),
+    *options("`nanoflow serve` traces requests, each as a whole", "otlp_traces_endpoint", "collect_detailed_traces"),
+    *switches("`nanoflow profile` measures operations", "enable_layerwise_nvtx_tracing"),
     Foreign(
         name="profiler_config", takes=({},), reason="`nanoflow profile` measures operations, see docs/auto-search.md"
     ),

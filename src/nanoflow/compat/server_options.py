@@ -24,6 +24,7 @@ _OURS = (
     Same(name="enable_tokenizer_info_endpoint"),
     Same(name="trust_request_chat_template"),
     Same(name="tool_call_parser", note="found in the chat template if not given"),
+    Same(name="otlp_traces_endpoint", note="over HTTP if OTEL_EXPORTER_OTLP_TRACES_PROTOCOL does not say grpc"),
     Same(name="reasoning_parser", note="found in the chat template if not given"),
     Alias(name="api_server_count", to="api_servers", flags=("-asc",)),
     Alias(name="uvicorn_log_level", to="log_level"),

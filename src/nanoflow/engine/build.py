@@ -274,7 +274,7 @@ def _warm_up(
 
 def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: float) -> EngineFacts:
     """What an engine tells its front ends about itself."""
-    book, config, vocab_size = book_facts(setup.book), setup.config, setup.graph.vocab_size
+    book, config, vocab_size = book_facts(setup.book, setup.graph), setup.config, setup.graph.vocab_size
     return EngineFacts(
         model_type=setup.graph.name,
         vocab_size=vocab_size,

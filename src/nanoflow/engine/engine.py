@@ -78,7 +78,8 @@ class Engine:
         self._in_flight: deque[_Launched] = deque()
         self._num_iterations = 0
         self._times = times
-        self._last_end_s = 0.0
+        self._last_end_s = self._iterations_s = 0.0
+        self._latest_plan: str | None = None
         self._publisher = publisher or NoPublisher()
         self._grammars = grammars
         self._copying = Copying(scheduler.tiers, worker)
@@ -186,6 +187,7 @@ class Engine:
         """Note how long an iteration took: from its launch or the end of the one before, whichever was later."""
         end_s = time.monotonic()
         time_s, self._last_end_s = end_s - max(launched.launch_s, self._last_end_s), end_s
+        self._iterations_s, self._latest_plan = self._iterations_s + time_s, launched.plan.digest
         self._scheduler.drafts.note_time(launched.batch, launched.shape, time_s)
         self._scheduler.tiers.note_iteration(launched.batch.num_tokens, time_s)
         if self._times is not None and self._times.observe(launched.shape, time_s):
@@ -255,6 +257,8 @@ class Engine:
             num_undrafted_requests=drafts.num_undrafted_requests,
             num_prepared=self._worker.num_prepared,
             iteration=self._num_iterations,
+            iterations_s=self._iterations_s,
+            latest_plan=self._latest_plan,
             iteration_tokens=batch.num_tokens if batch else 0,
             prefill_tokens=batch.num_tokens - batch.num_decodes - num_guessing if batch else 0,
             prefill_ends=int((batch.sampled >= batch.num_decodes).sum()) - num_guessing if batch else 0,

@@ -24,6 +24,7 @@ from nanoflow.kvcache.sizes import PoolSize
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.models.generation import SamplingDefaults
 from nanoflow.outputs import Finished
+from nanoflow.plan.plan import PipelinePlan
 from nanoflow.request import Request
 
 
@@ -122,10 +123,16 @@ class BookFacts:
     Attributes:
         digest: Digest of the book's entries; the same as that of the stored book.
         plans: All plans, the fallback first.
+        contents: The same plans as a whole, to be drawn; empty if only their names are known.
+        waits: For each of these, by its digest: `plan.dependencies.waits_in_period`.
+        resources: What bounds each operation that they order: compute, memory or network.
     """
 
     digest: str
     plans: tuple[PlanName, ...]
+    contents: tuple[PipelinePlan, ...] = ()
+    waits: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    resources: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """The plan's name and digest if there is one beside the fallback or none but the fallback, else the book's."""
@@ -232,6 +239,9 @@ class EngineStats:
         tiers: What each tier of the KV cache that there is has done; see `TIERS`.
         num_prepared: Batches since the start that took longer because their CUDA graph was captured first.
         iteration: Iterations since the start.
+        iterations_s: Seconds that these took together. One counts from its launch, or from the end of the one before
+            if that was later.
+        latest_plan: Digest of the plan of the last iteration, also in a heartbeat; None before the first one.
         iteration_tokens: Tokens of the dense batch just finished; 0 in a heartbeat.
         prefill_tokens: How many of them were neither decodes nor drafted.
         prefill_ends: Requests whose last chunk of prompt was computed, so that they got a token: `iteration_tokens` +
@@ -254,6 +264,8 @@ class EngineStats:
     tiers: dict[str, TierCounts] = field(default_factory=dict)
     num_prepared: int = 0
     iteration: int = 0
+    iterations_s: float = 0.0
+    latest_plan: str | None = None
     iteration_tokens: int = 0
     prefill_tokens: int = 0
     prefill_ends: int = 0

@@ -13,6 +13,7 @@ from nanoflow.device.detect import device_name
 from nanoflow.engine.messages import BookFacts, PlanName
 from nanoflow.graph.graph import OpGraph
 from nanoflow.plan.book import PlanBook, StoredBook
+from nanoflow.plan.dependencies import waits_in_period
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import sequential_plan
 
@@ -59,7 +60,15 @@ def _last_part(model: str) -> str:
     return model.removeprefix("preset:").rstrip("/").rpartition("/")[2].lower()
 
 
-def book_facts(book: PlanBook) -> BookFacts:
-    """Names and digests of a book's plans."""
+def book_facts(book: PlanBook, graph: OpGraph | None = None) -> BookFacts:
+    """Names and digests of a book's plans; with the graph that they order also the plans as a whole, to be drawn."""
     plans = tuple(PlanName(name=plan.name, digest=plan.digest) for plan in book.plans)
-    return BookFacts(digest=book.digest, plans=plans)
+    if graph is None:
+        return BookFacts(digest=book.digest, plans=plans)
+    return BookFacts(
+        digest=book.digest,
+        plans=plans,
+        contents=book.plans,
+        waits={plan.digest: waits_in_period(plan, graph) for plan in book.plans},
+        resources={operation.name: operation.resource.value for operation in graph.layer},
+    )

@@ -50,3 +50,15 @@ def dependencies(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[Dependency, 
             mine.append((wait, periods_before + nanos[wait].stage - nano.stage))
         found.append(tuple(mine))
     return tuple(found)
+
+
+def waits_in_period(plan: PipelinePlan, graph: OpGraph) -> tuple[tuple[int, ...], ...]:
+    """For each nano-operation, in order: places of those of the same period that must have ended first.
+
+    In a period a nano-operation of stage s works on the layer that is s before the period's first one.
+    """
+    stages = [nano.stage for nano in plan.nano_operations]
+    return tuple(
+        tuple(sorted({early for early, distance in found if early < late and stages[early] - stages[late] == distance}))
+        for late, found in enumerate(dependencies(plan, graph))
+    )

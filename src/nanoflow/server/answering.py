@@ -72,6 +72,8 @@ async def answer(
         server.should_exit = True
         await engine.close()  # ends running requests, so that uvicorn does not wait for them
     await serving
+    if app.state.tracing is not None:
+        await asyncio.to_thread(app.state.tracing.close)
 
 
 def _beside(app: Application, engine: LastingEngine, config: ServerConfig, gate: Gate) -> Iterator[Work]:

@@ -27,12 +27,15 @@ from nanoflow.server.files import FORM_BYTES, PATH, files_router
 from nanoflow.server.gate import Gate, GateMiddleware
 from nanoflow.server.message_routes import messages_router
 from nanoflow.server.metrics import ServerMetrics
+from nanoflow.server.page import page_router
 from nanoflow.server.prefetch import prefetch_router
 from nanoflow.server.response_routes import responses_router
 from nanoflow.server.response_store import ResponseStore
 from nanoflow.server.routes import include
 from nanoflow.server.service import Service
+from nanoflow.server.state import state_router
 from nanoflow.server.status import models_router, status_router, tokens_router
+from nanoflow.server.tracing import Tracing
 from nanoflow.server.turnstile import TurnstileMiddleware
 
 
@@ -49,7 +52,7 @@ def create_app(
     """
     store = None if server_config.batch_dir is None else BatchStore.open(server_config.batch_dir)
     kept = ResponseStore.open(server_config)
-    service = Service(engine=engine, config=server_config, ledger=Ledger(counters))
+    service = Service(engine=engine, config=server_config, ledger=Ledger(counters), tracing=Tracing.of(server_config))
     metrics = ServerMetrics(
         engine, prefix=server_config.metrics_prefix, model_name=service.model_name, counters=counters
     )
@@ -63,6 +66,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.server_config, app.state.metrics, app.state.batch_store = server_config, metrics, store
+    app.state.tracing = service.tracing
     install_error_handlers(app)
     add_body_reader(app, service.call_bounds)
     uploads = {} if store is None else {PATH: server_config.max_file_bytes + FORM_BYTES}
@@ -70,7 +74,7 @@ def create_app(
     app.add_middleware(TurnstileMiddleware)
     app.add_middleware(GateMiddleware, gate=gate or Gate())
     routers = (completions_router, chat_router, embeddings_router, models_router, tokens_router)
-    observing = (prefetch_router, status_router)
+    observing = (prefetch_router, status_router, state_router)
     include(
         app,
         [
@@ -84,6 +88,7 @@ def create_app(
                 else [batches_router(service, store), files_router(service, store)]
             ),
             docs_router(app, service),
+            page_router(service),
         ],
     )
     return app

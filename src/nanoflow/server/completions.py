@@ -31,7 +31,8 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue a text; with `stream`, as server-sent events."""
         service.check_model(body.model)
-        params = service.sampling(body)
+        params, call_id = service.sampling(body), new_id("cmpl")
+        trace = service.trace("text_completion", request, params, call_id)
         prompts, deadline_s = body.prompts, service.deadline_s()
         service.admission.check(len(prompts) * params.n)
         if body.changes_tokens:
@@ -44,7 +45,8 @@ def completions_router(service: Service) -> APIRouter:
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
             session_id=service.session_id(request, body.session_id),
-            call_id=new_id("cmpl"),
+            call_id=call_id,
+            trace=trace,
             field_names=body.field_names,
         )
         completion = _Completion(service=service, body=body, call=call)

@@ -25,6 +25,7 @@ from nanoflow.server.gate import DRAINING
 from nanoflow.server.hosts import ALL, HostMiddleware, Hosts
 from nanoflow.server.keys import KeyMiddleware, Keys
 from nanoflow.server.message_errors import MessageErrorsMiddleware
+from nanoflow.server.page import is_of_page
 
 REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
@@ -36,7 +37,7 @@ def door(app: ASGIApp, config: ServerConfig) -> ASGIApp:
     app = HeadMiddleware(app)
     keys, origins = several(config.api_key), several(config.allowed_origins)
     if keys:
-        app = KeyMiddleware(app, Keys(keys))
+        app = KeyMiddleware(app, Keys(keys), None if config.disable_page else is_of_page)
     if origins:
         app = _Origins(
             app,

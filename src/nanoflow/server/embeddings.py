@@ -29,7 +29,8 @@ def embeddings_router(service: Service) -> APIRouter:
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """A vector for each input."""
         service.check_model(body.model)
-        params = embedding_params(body.pooling or "last")
+        params, call_id = embedding_params(body.pooling or "last"), new_id("embd")
+        trace = service.trace("embeddings", request, params, call_id)
         prompts, deadline_s = body.inputs, service.deadline_s()
         service.admission.check(len(prompts))
         if body.changes_tokens:
@@ -41,7 +42,8 @@ def embeddings_router(service: Service) -> APIRouter:
             params=params,
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
-            call_id=new_id("embd"),
+            call_id=call_id,
+            trace=trace,
             field_names={"prompt": "input"},
         )
         return await while_connected(request.receive, answer_of(_answer(service, body, call)), deadline_s)

@@ -23,6 +23,7 @@ from nanoflow.server.admission import Admission
 from nanoflow.server.backend import AnyPrompt, EnginePrompt, Prompt, ServingEngine
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.responses import Usage
+from nanoflow.server.tracing import RequestTrace
 
 News = tuple[int, RequestOutput]
 
@@ -49,6 +50,7 @@ class Call:
         doors: What lets the call in; None lets every call in, with its prompts as they are.
         cache_salt: Cached pages are shared only with calls that have the same one, or none.
         session_id: Name of the conversation that the call is a turn of, with that of its key; None if it has none.
+        trace: Is told of the outputs; None if requests are not traced.
         call_id: In the answer, and the label of the engine's requests.
         field_names: Field of the body that a parameter came in, where the names differ; for errors.
         created: Seconds since 1970.
@@ -60,6 +62,7 @@ class Call:
     doors: Doors | None = None
     cache_salt: str | None = None
     session_id: str | None = None
+    trace: RequestTrace | None = None
     call_id: str
     field_names: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -80,6 +83,7 @@ class Call:
         prompts: Sequence[AnyPrompt] = self.prompts
         n = self.params.n
         with contextlib.ExitStack() as rooms:
+            see = None if self.trace is None else rooms.enter_context(self.trace.followed())
             if self.doors is not None:
                 rooms.enter_context(self.doors.admission.room(len(prompts) * n))
                 prompts = await self.doors.read_prompts(self.prompts)
@@ -88,6 +92,8 @@ class Call:
             news = self._of_one(prompts[0], 0, streams) if len(prompts) == 1 else self._of_all(prompts, streams)
             async with aclosing(news):
                 async for index, output in news:
+                    if see is not None:
+                        see(index, output)
                     yield index, output
 
     async def outputs(self) -> list[RequestOutput]:

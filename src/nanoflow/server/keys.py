@@ -1,8 +1,8 @@
-"""API keys: read them, and refuse every request without one except GET /health.
+"""API keys: read them, and refuse every request without one except GET /health and what the caller opens.
 
-The check uses the path as it was sent, before it is decoded or normalised: any path but the literal `/health` needs a
-key, whatever routes there are. A key is compared by its digest with all keys each time, so the time taken reveals
-nothing. `access.py` says which characters a key may have.
+The check uses the path as it was sent, before it is decoded or normalised: any path but the literal `/health`, and what
+is opened, needs a key, whatever routes there are. A key is compared by its digest with all keys each time, so the time
+taken reveals nothing. `access.py` says which characters a key may have.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -113,25 +113,31 @@ def salt_of(authorization: str | None, salt: str | None) -> str:
 
 
 class KeyMiddleware:
-    """Refuses HTTP requests without a valid key (401), except GET and HEAD of /health.
+    """Refuses HTTP requests without a valid key (401), except GET and HEAD of /health, and those that are opened.
 
     Args:
         app: The application behind it.
         keys: The valid keys.
+        opens: Whether an HTTP request needs no key; None opens nothing.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, opens: Callable[[Scope], bool] | None = None) -> None:
         self._app = app
         self._keys = keys
+        self._opens = opens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         scope = _with_authorization(scope)
-        problem = None if scope["type"] == "lifespan" or _is_open(scope) else self._problem(scope)
+        is_open = scope["type"] == "lifespan" or _is_open(scope) or self._is_opened(scope)
+        problem = None if is_open else self._problem(scope)
         if problem is None:
             return await self._app(scope, receive, send)
         error = ApiError(401, problem, code="invalid_api_key")
         return await error.response({"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _is_opened(self, scope: Scope) -> bool:
+        return scope["type"] == "http" and self._opens is not None and self._opens(scope)
 
     def _problem(self, scope: Scope) -> str | None:
         values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.messages import EngineFacts, EngineStats, PrefetchCounts
@@ -22,6 +23,7 @@ from nanoflow.server.backend import EnginePrompt
 _COUNTS = (
     *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
     *("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted_requests"),
+    *("iteration", "iterations_s"),
 )
 
 
@@ -34,7 +36,7 @@ class LastingEngine:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.current = engine
-        self._before: dict[str, int] = dict.fromkeys(_COUNTS, 0)
+        self._before: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
         self._tiers_before: dict[str, TierCounts] = {}
 
     def replace(self, engine: AsyncEngine) -> None:

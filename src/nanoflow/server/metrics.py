@@ -129,6 +129,11 @@ class ServerMetrics(Collector):
         total = self._counters.total()
         return float(total[self._prompt_tokens.place][0]), float(total[self._generation_tokens.place][0])
 
+    def plan_iterations(self) -> dict[str, int]:
+        """Iterations that each plan ran, of all front ends since the start, by the plan's digest."""
+        total = self._counters.total()
+        return {digest: int(total[counter.place][0]) for digest, counter in self._iterations.items()}
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -177,6 +182,8 @@ class ServerMetrics(Collector):
             "Tokens of requests that looked for cached pages",
             lambda: engine.stats.prefix_cache_queries,
         )
+        self._count("engine_iterations", "Iterations", lambda: engine.stats.iteration)
+        self._count("engine_iteration_seconds", "Seconds that they took together", lambda: engine.stats.iterations_s)
         self._count("prefix_cache_hits", "Those whose pages were found", lambda: engine.stats.prefix_cache_hits)
         self._families += tier_families(lambda: engine.stats.tiers, name=self._name, labels=self._labels)
         self._add_drafts(engine)

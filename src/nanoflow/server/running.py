@@ -35,6 +35,7 @@ from nanoflow.server.restarting import keep_engine
 from nanoflow.server.siblings import Siblings, Surroundings
 from nanoflow.server.signals import StopSignals
 from nanoflow.server.tls import check_tls
+from nanoflow.server.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ def _completed(engine_config: EngineConfig, config: ServerConfig) -> ServerConfi
     """The server's options, checked, with those that were not given; ConfigError if one cannot be used."""
     config = with_hosts(with_all_keys(config, os.environ))
     check_tls(config)
+    check_tracing(config)
     if config.served_model_name is None:
         config = dataclasses.replace(config, served_model_name=engine_config.model)
     if config.api_servers is None:

@@ -30,6 +30,7 @@ from nanoflow.server.keys import salt_of
 from nanoflow.server.logprobs import TokenIdTexts, TokenTexts
 from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.protocol import MAX_SESSION_ID_CHARS, ChatCompletionRequest, CompletionRequest
+from nanoflow.server.tracing import Operation, RequestTrace, Tracing
 
 T = TypeVar("T")
 
@@ -54,11 +55,13 @@ class Service:
         ledger: Completions and tokens in the server, over all front ends.
         call_bounds: Bounds on what a call may ask for.
         admission: Decides whether there is room for a call.
+        tracing: Makes spans of requests; None if they are not traced.
     """
 
     engine: ServingEngine
     config: ServerConfig
     ledger: Ledger = field(default_factory=Ledger)
+    tracing: Tracing | None = None
     started: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = field(init=False)
     chat_threads: ThreadPoolExecutor = field(
@@ -107,6 +110,14 @@ class Service:
         """Parameters of a call; without a tokenizer there is no text."""
         with user_errors(fields=body.field_names):
             return body.to_params(defaults=self.engine.facts.sampling, can_detokenize=self.has_tokenizer)
+
+    def trace(
+        self, operation: Operation, request: Request, params: SamplingParams, call_id: str
+    ) -> RequestTrace | None:
+        """The trace of a request that arrives now; None if requests are not traced."""
+        if self.tracing is None:
+            return None
+        return self.tracing.request(operation, request.headers, model=self.model_name, params=params, call_id=call_id)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token; its id if there is no tokenizer."""

@@ -17,7 +17,6 @@ from nanoflow.server.responses import (
     HealthResponse,
     ModelCard,
     ModelList,
-    RootResponse,
     TokenizeResponse,
     TokenizerInfo,
     VersionResponse,
@@ -29,11 +28,6 @@ def status_router(service: Service, metrics: ServerMetrics) -> APIRouter:
     """Routes about the server's state."""
     router = APIRouter(tags=["status"], responses=ERROR_RESPONSES)
     rendering: asyncio.Future[bytes] | None = None
-
-    @router.get("/", include_in_schema=False)
-    async def root() -> RootResponse:
-        """Where to go from here."""
-        return {"name": "nanoflow", "model": service.model_name, "api": "/v1", "docs": "/docs"}
 
     @router.get("/health")
     async def health() -> HealthResponse:

@@ -94,7 +94,8 @@ async def begin_turn(service: Service, body: ChatCompletionRequest, request: Req
         ClientDisconnectedError: The client has disconnected.
     """
     service.check_model(body.model)
-    params = service.sampling(body)
+    params, call_id = service.sampling(body), new_id("chatcmpl")
+    trace = service.trace("chat", request, params, call_id)
     reading = reading_of(service, body, params)
     service.admission.check(params.n)
     encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
@@ -110,7 +111,8 @@ async def begin_turn(service: Service, body: ChatCompletionRequest, request: Req
         doors=service,
         cache_salt=service.cache_salt(request, body.cache_salt),
         session_id=service.session_id(request, body.session_id),
-        call_id=new_id("chatcmpl"),
+        call_id=call_id,
+        trace=trace,
         field_names=body.field_names,
     )
     return Turn(body=body, call=call, reading=reading)
