@@ -63,6 +63,7 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], 
         "num_spills": sum(map(names.count, ("STL", "LDL"))),
         "num_warpgroup_products": names.count("HGMMA"),
         "num_waits_for_all": code.sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+        "num_waits": code.sass.count("WARPGROUP.DEPBAR"),
         "num_permuted_bytes": names.count("PRMT"),
     }
 

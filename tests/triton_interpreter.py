@@ -66,6 +66,8 @@ def _repair_products_of_bfloat16() -> None:
         return multiply(self, left, right, addend, *options)
 
     def create_inline_asm(_self: Any, assembly: str, _constraints: str, values: Any, *_options: Any) -> Any:
+        if not assembly:
+            return SimpleNamespace(get_result=lambda _: values[0])
         assert assembly.startswith("mul.rn.bf16x2 "), "the only instruction that tests know"
         # Products of the lower halves, then of the upper ones; these are exact in the kernels that use them.
         halves = [[value.data.astype("uint32") >> shift & 0xFFFF for value in values] for shift in (0, 16)]

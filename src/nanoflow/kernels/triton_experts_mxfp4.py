@@ -185,7 +185,7 @@ def _experts_in(
                 cells = tl.load(source + feature)
             else:
                 cells = tl.load(source + feature, mask=(feature + features < FEATURES)[None, :], other=0.0)
-            acc = tl.dot(numbers, cells.T, acc)
+            acc = _finished(tl.dot(numbers, cells.T, acc))
         HALF: tl.constexpr = BLOCK_N // 2
         gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
         gate, up = gate.reshape(HALF, BLOCK_M), up.reshape(HALF, BLOCK_M)
@@ -231,7 +231,7 @@ def _experts_out(
                 BLOCK_N,
                 BLOCK_K,
             )
-            acc = tl.dot(numbers, x.load([first, feature]).T, acc)
+            acc = _finished(tl.dot(numbers, x.load([first, feature]).T, acc))
         places = first + tl.arange(0, BLOCK_M)
         is_own = places < stop
         row = tl.load(rows + places, mask=is_own, other=0)
@@ -267,6 +267,16 @@ def _pair(pairs: tl.tensor, factors: tl.tensor) -> tl.tensor:
     low = exact.to(tl.int16).to(tl.bfloat16, bitcast=True)
     high = (exact >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.join(low, high)
+
+
+@triton.jit
+def _finished(sums: tl.tensor) -> tl.tensor:
+    """The sums, once the products that make them have been computed; no instruction besides the wait.
+
+    These products run while a program goes on, and read the left factor from registers. Triton 3.6 does not wait for
+    those of one step before the next one writes its numbers to the same registers, unless the sums are used before.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
