@@ -23,7 +23,7 @@ from nanoflow.outputs import RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server.errors import ApiError
 
-Operation = Literal["chat", "text_completion"]
+Operation = Literal["chat", "text_completion", "embeddings"]
 See = Callable[[int, RequestOutput], None]
 
 PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
