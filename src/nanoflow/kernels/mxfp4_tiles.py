@@ -28,8 +28,7 @@ class Mxfp4Tiles:
         num_stages: Steps in flight, and the one that is multiplied.
         programs_per_sm: Programs that share a multiprocessor.
         group_m: Tiles along the rows of an expert that are processed at the same time.
-        is_flat: Loads of the next tile begin before the present one is written. The compiler then waits for every
-            product, as the sums of a tile may be those of another.
+        is_flat: Loads of the next tile begin before the present one is written.
     """
 
     max_rows: float
@@ -50,8 +49,8 @@ class Mxfp4Tiles:
         return max(in_flight, self.block_m * self.block_n * _ROW_BYTES) + _SCRATCH_BYTES
 
 
-# The fastest on an H200 at the sizes of gpt-oss-20b, of those that give right results: with Triton 3.6, tiles of 128
-# rows and more do so only if they are flat. Every one of these is tested on the card.
+# The fastest on an H200 at the sizes of gpt-oss-20b when products of a step still ran while the next one was unpacked,
+# which gave wrong sums. Since steps wait for their products nothing was measured. All are tested on the card.
 WHOLE_CARD = (
     Mxfp4Tiles(max_rows=12, block_m=16, num_stages=5, programs_per_sm=3),
     Mxfp4Tiles(max_rows=24, block_m=32, num_stages=4, programs_per_sm=3),

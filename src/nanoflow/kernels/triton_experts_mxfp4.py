@@ -160,8 +160,8 @@ def _experts_in(
 ) -> None:
     """Words are [E x 2 I, H / 8], scales [E x H / 32, 2 I]; eight gates and eight of up alternate.
 
-    The number of steps is known when it is compiled: otherwise sums might be those of no step, and the compiler would
-    wait for every product.
+    The number of steps is known when it is compiled. Otherwise sums might be those of no step, and the assembler would
+    have each product wait for the one before.
     """
     tiles_n = tl.cdiv(2 * num_columns, BLOCK_N)
     tile_ends = _tile_ends(ends, tiles_n, NUM_EXPERTS, EXPERTS, BLOCK_M)
