@@ -39,6 +39,12 @@ if not unpacks_mxfp4(GPU, torch.bfloat16):
 
 pytestmark = pytest.mark.gpu
 SCALES = (119, 121)
+# Those that a model chooses from, and larger ones, whose products take longest.
+TILINGS = (
+    *WHOLE_CARD,
+    replace(WHOLE_CARD[-1], num_warps=8),
+    replace(WHOLE_CARD[-1], block_m=256, num_warps=8, programs_per_sm=1),
+)
 
 
 def _case(routing: str, num_tokens: int, num_experts: int = 32) -> ExpertCase:
@@ -85,17 +91,18 @@ def test_biases_and_a_clamped_activation_in_bfloat16(num_tokens: int) -> None:
         check(launch.writes[0], exact(launch))
 
 
-@pytest.mark.parametrize("tiles", WHOLE_CARD, ids=lambda tiles: f"{tiles.block_m}")
-@pytest.mark.parametrize("num_programs", [7, 264])
-def test_any_tiling_and_number_of_programs(tiles: Mxfp4Tiles, num_programs: int) -> None:
-    """The order of sums does not depend on the tile, so results are those of the first one to the last digit."""
-    case = _case("skewed", 200, num_experts=8)
+@pytest.mark.parametrize("tiles", TILINGS, ids=lambda tiles: f"{tiles.block_m} of {tiles.num_warps} warps")
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_any_tiling_and_number_of_programs(tiles: Mxfp4Tiles, is_flat: bool) -> None:
+    """Also again and again: sums would differ if a step wrote numbers that products of the last one still read."""
+    case, tiles = _case("skewed", 200, num_experts=8), replace(tiles, is_flat=is_flat)
     for launch, run in ((case.first(), fast.run_experts_in), (case.second(), fast.run_experts_out)):
         ours, twin = packed(launch, scales=SCALES)
-        run(ours, tiles, num_programs)
+        run(ours, tiles, 7)
         _assert_activation(ours.writes[0], exact(twin))
-        (again,) = results_of(lambda other, run=run: run(other, replace(tiles, is_flat=True), 132), ours)  # type: ignore[misc]
-        _assert_activation(again, exact(twin))
+        for num_programs in (132, 264, 264, 264, 264, 396):
+            (again,) = results_of(lambda other, run=run, count=num_programs: run(other, tiles, count), ours)  # type: ignore[misc]
+            assert torch.equal(again, ours.writes[0])
 
 
 def test_every_number_is_exact() -> None:
