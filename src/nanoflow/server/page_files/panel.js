@@ -23,6 +23,7 @@ class Panel {
     this.before = null;
     this.rates = [];
     this.digest = null;
+    this.mean = null; // as a text, of the last second with an iteration
   }
 
   async look() {
@@ -38,7 +39,9 @@ class Panel {
   }
 
   show(now) {
-    const rows = numbers(this.before ?? now, now);
+    const before = this.before ?? now, iterations = now.iterations - before.iterations;
+    if (iterations > 0) this.mean = `${((1000 * (now.iterations_s - before.iterations_s)) / iterations).toFixed(1)} ms`;
+    const rows = numbers(before, now, iterations > 0 || !this.mean ? this.mean : `${this.mean}, idle now`);
     byId("numbers").replaceChildren(...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
     byId("version").textContent = `nanoflow ${now.version}`;
     if (!this.before) return;
@@ -61,16 +64,14 @@ class Panel {
 const rate = (before, now, name) => (now.time_s > before.time_s ? Math.max(0, now[name] - before[name]) / (now.time_s - before.time_s) : 0);
 const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)} %` : "–");
 
-/** Rows of the panel: what, and how much, since the answer before where it is a rate. */
-export function numbers(before, now) {
-  const iterations = now.iterations - before.iterations;
-  const mean = iterations > 0 ? `${((1000 * (now.iterations_s - before.iterations_s)) / iterations).toFixed(1)} ms` : "idle";
+/** Rows of the panel: what, and how much, since the answer before where it is a rate; `mean` is the time of an iteration. */
+export function numbers(before, now, mean) {
   const tiers = Object.entries(now.tiers).filter(([, tier]) => tier.capacity_bytes);
   return [
     ["Generated tokens/s", rate(before, now, "generation_tokens").toFixed(1)],
     ["Prompt tokens/s", rate(before, now, "prompt_tokens").toFixed(1)],
     ["Running, waiting", `${now.num_running}, ${now.num_waiting}`],
-    ["Iteration, mean time", mean],
+    ["Iteration, mean time", mean ?? "idle"],
     ["Prefix cache, found", percent(now.prefix_cache_hits, now.prefix_cache_queries)],
     ...(tiers.length ? tiers.map(([name, tier]) => [`KV cache, ${name}`, used(tier)])
       : [["KV cache, pages", percent(now.kv_pages_in_use, now.kv_pages)]]),
