@@ -123,7 +123,7 @@ def run_lines(results: Path, runs: Sequence[tuple[str, Document]]) -> Iterator[s
 def _run_row(name: str, run: Document, peer: Document | None) -> list[str]:
     rates, model, work = _values(run, "total_tokens_per_s"), run["model"], run["workload"]
     return [
-        f"{model['name'].removeprefix('preset:')}, {model['dtype']}, {model['weights']} weights",
+        f"{model['name'].removeprefix('preset:')}, {_types(model)}, {model['weights']} weights",
         work["workload"],
         f"{work['num_requests']:,}",
         str(len(run["repeats"])),
@@ -138,6 +138,13 @@ def _run_row(name: str, run: Document, peer: Document | None) -> list[str]:
         revision_of(run["software"]["git_revision"]),
         f"[JSON](../benchmarks/results/{name})",
     ]
+
+
+def _types(model: Document) -> str:
+    """The type that a model computes in, and those of weights and KV cache where they are others."""
+    form, cache = model["model_type"].split()[-1], model.get("kv_cache_dtype", "auto")
+    weights = f", weights in {form}" if form in ("FP8", "MXFP4") else ""
+    return f"{model['dtype']}{weights}" + ("" if cache == "auto" else f", KV cache in {cache}")
 
 
 def _of_parts(percent: list[float]) -> str:

@@ -109,7 +109,7 @@ def test_records_of_history_are_not_on_the_page(page: Page, tmp_path: Path) -> N
 
 def test_the_page_is_short(page: Page) -> None:
     lines = page(ROOT / "benchmarks/results", ROOT / "docs/pictures").splitlines()
-    assert len(lines) <= 260 and max(len(line) for line in lines if line[:1] not in ("|", "*", "B")) <= 121
+    assert len(lines) <= 280 and max(len(line) for line in lines if line[:1] not in ("|", "*", "B")) <= 121
 
 
 def test_where_the_speed_comes_from_is_read_from_records(tmp_path: Path, page: Page) -> None:
@@ -125,7 +125,7 @@ def test_where_the_speed_comes_from_is_read_from_records(tmp_path: Path, page: P
     rate = sorted(repeat["total_tokens_per_s"] for repeat in run["repeats"])[1]
     text = " ".join(summary.where_speed_comes_from(tmp_path).split())
     assert f"makes {rate / there:.2f} times the tokens/s of vLLM 0.26.0 with llama-3-8b (1 workload" in text
-    assert "**Overlap** adds 2.5% to a whole run of 1024/512" in text and "1.024 to 1.026 times" in text
+    assert "**Overlap** in whole runs" in text and "1024/512 x 800: 1.024 to 1.026." in text
     assert "middle of a run" not in text
     record = json.loads((results / "whole_runs_llama-3-8b_1024-512.json").read_text())
     for each in record["results"]:

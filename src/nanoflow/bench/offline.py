@@ -18,7 +18,7 @@ from nanoflow.bench.bound import Bounds
 from nanoflow.bench.measurement_window import NoSteadyState, ProgressRecorder, find_window, steady_state
 from nanoflow.bench.options import BenchConfig, ThroughputConfig
 from nanoflow.bench.processes import processes_of
-from nanoflow.bench.provenance import settings_of
+from nanoflow.bench.provenance import facts_of, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.config import EngineConfig
 from nanoflow.device.energy import energy_of, gpu_power_limit_w
@@ -71,7 +71,7 @@ def run_workloads(engine_config: EngineConfig, configs: Sequence[ThroughputConfi
                 model={
                     "name": engine_config.model,
                     "weights": engine_config.load_format,
-                    **dataclasses.asdict(llm.facts),
+                    **facts_of(llm.facts),
                 },
                 plan=llm.facts.plan,
                 workload=config,

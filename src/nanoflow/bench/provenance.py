@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from nanoflow.bench.machine import REVISION_VARIABLE, detect_machine, detect_software, git_revision
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.messages import EngineFacts
+from nanoflow.engine.messages import BookFacts, EngineFacts
 
 OptionsT = TypeVar("OptionsT")
 
@@ -70,6 +70,12 @@ def portable_options(options: OptionsT) -> OptionsT:
         if isinstance(value := getattr(options, field.name), str)
     }
     return dataclasses.replace(options, **texts)  # type: ignore[type-var]
+
+
+def facts_of(facts: EngineFacts) -> dict[str, Any]:
+    """The facts of an engine for a record: of its plans the names and digests, not what is drawn of them."""
+    book = None if facts.book is None else BookFacts(digest=facts.book.digest, plans=facts.book.plans)
+    return dataclasses.asdict(dataclasses.replace(facts, book=book))
 
 
 def settings_of(config: EngineConfig, facts: EngineFacts) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nanoflow.bench.clients import run_loop, server_processes
 from nanoflow.bench.endpoints import Endpoint, EngineEndpoint, History, Reply, ServedEndpoint
 from nanoflow.bench.options import BenchConfig, LoadConfig
 from nanoflow.bench.processes import processes_of
-from nanoflow.bench.provenance import portable_options, settings_of
+from nanoflow.bench.provenance import facts_of, portable_options, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.bench.served import served_book, served_metrics
 from nanoflow.config import EngineConfig
@@ -112,7 +112,7 @@ async def _with_engine(
             model={
                 "name": engine_config.model,
                 "weights": engine_config.load_format,
-                **dataclasses.asdict(engine.facts),
+                **facts_of(engine.facts),
             },
             plan=engine.facts.plan,
             workload=config,
