@@ -100,6 +100,16 @@ def test_lines_are_short(page: Path) -> None:
     assert not long, f"{page.name}: lines {long}"
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    named = [
+        name for page in WRITTEN for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20
+    for name in named:
+        file, _, test = name.partition("::")
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), name
+
+
 def test_every_entry_of_the_log_fits_on_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import log_index
