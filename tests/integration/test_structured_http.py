@@ -162,3 +162,34 @@ def test_a_required_call_has_no_other_shape(served: Served) -> None:
     fields = {**CHAT, "chat_template": CALLING, "tools": [WEATHER], "tool_choice": "required"}
     answer = served.ask(**fields, response_format={"type": "json_object"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize("name", ["thinking_token_budget", "thinking_budget"])
+def test_reasoning_is_bounded(served: Served, name: str) -> None:
+    fields = {**CHAT, "chat_template": CALLING, "chat_template_kwargs": {"opens": True}, "max_tokens": 30, name: 5}
+    (choice,) = served.ask(**fields, return_token_ids=True).json()["choices"]
+    message = choice["message"]
+    tokenizer = served.engine.tokenizer
+    assert message["reasoning"].strip() == tokenizer.decode(choice["token_ids"][:5]).strip() and message["content"]
+    deltas = [
+        part["delta"]
+        for line in served.ask(**fields, stream=True).text.splitlines()
+        if line.startswith("data: {")
+        for part in json.loads(line[6:])["choices"]
+    ]
+    assert "".join(each.get("reasoning", "") for each in deltas) == message["reasoning"]
+    assert "".join(each.get("content", "") for each in deltas) == message["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"thinking_budget": 5}, "needs a model whose reasoning", "thinking_budget"),
+        ({"thinking_token_budget": 5, "thinking_budget": 5}, "give one", "thinking_budget"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget must be", "thinking_token_budget"),
+    ],
+)
+def test_bounds_on_reasoning_that_are_refused(served: Served, fields: dict[str, Any], message: str, param: str) -> None:
+    answer = served.ask(**CHAT, **fields)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and message in error["message"] and error["param"] == param, error

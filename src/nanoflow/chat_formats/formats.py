@@ -116,6 +116,7 @@ class Channels:
         first_words: A message may begin with a head without an opener, if it begins with one of these.
         closers: Texts that end a section.
         reasoning: Channels with reasoning; others have text for the user.
+        answer: The channel of the answer.
     """
 
     openers: tuple[str, ...]
@@ -123,6 +124,24 @@ class Channels:
     first_words: tuple[str, ...]
     closers: tuple[str, ...]
     reasoning: tuple[str, ...]
+    answer: str = "final"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningMarks:
+    """The texts around a section of reasoning.
+
+    Attributes:
+        opener: Begins a section.
+        closers: Each ends one.
+        closing: What closes a section from outside, so that the answer follows.
+        is_anywhere: Sections may begin anywhere; if not, there is one, at the beginning.
+    """
+
+    opener: str
+    closers: tuple[str, ...]
+    closing: str
+    is_anywhere: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +162,22 @@ class ChatFormat:
     def is_plain(self) -> bool:
         """True if nothing is looked for: the whole text is content."""
         return self.calls is None and self.reasoning is None and self.channels is None
+
+    @property
+    def marks(self) -> ReasoningMarks | None:
+        """The texts around a section of reasoning; None if the format has none."""
+        tags, channels = self.reasoning, self.channels
+        if channels is not None:
+            assistant, channel = f"{channels.openers[0]}assistant", channels.openers[-1]
+            return ReasoningMarks(
+                opener=f"{channel}{channels.reasoning[0]}{channels.head.end}",
+                closers=channels.closers,
+                closing=f"{channels.closers[0]}{assistant}{channel}{channels.answer}{channels.head.end}",
+                is_anywhere=True,
+            )
+        if tags is None:
+            return None
+        return ReasoningMarks(opener=tags.opener, closers=(tags.closer,), closing=tags.closer, is_anywhere=False)
 
 
 _NAME = r"(?P<name>[A-Za-z0-9_.-]+)"

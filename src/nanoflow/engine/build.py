@@ -147,7 +147,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
             drafts=drafts,
             put_key_event=publisher.put,
             make_tiers=None if memory is None else memory.tiers,
-            is_ready=lambda request: grammars.is_ready(request.structured),
+            is_ready=lambda request: grammars.is_ready(request.structured, needs_bytes=request.thinking is not None),
         ),
         worker=worker,
         book=setup.book,

@@ -21,6 +21,7 @@ from nanoflow.engine.living import LivingRequest
 from nanoflow.engine.messages import EngineFacts, StepOutput
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests, read_bad_words, truncated
+from nanoflow.engine.reasoning import thinking_limit
 from nanoflow.engine.stop_special import StopRules
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
@@ -116,6 +117,7 @@ class OutputProcessor:
             first_seed=self._random.getrandbits(64) if params.seed is None else params.seed,
             eos_token_ids=self._eos_token_ids,
             bad_word_ids=self._bad_words(tuple(params.bad_words or ())),
+            thinking=thinking_limit(prompt, params, self._tokenizer),
             arrival_s=arrival_s,
         )
         self._next_engine_id += params.n

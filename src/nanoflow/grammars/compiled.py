@@ -57,10 +57,15 @@ class Grammars:
         self._lock = threading.Lock()
         self._futures: OrderedDict[Structured, Future[LLMatcher]] = OrderedDict()
 
-    def is_ready(self, structured: Structured | None) -> bool:
-        """Whether a request with this grammar may run; if not, it is being compiled, or will be when asked again."""
+    def is_ready(self, structured: Structured | None, *, needs_bytes: bool = False) -> bool:
+        """Whether a request with this grammar may run; if not, it is being compiled, or will be when asked again.
+
+        Args:
+            structured: The grammar; None for none.
+            needs_bytes: Whether the request needs `token_bytes` without waiting.
+        """
         if structured is None:
-            return True
+            return not needs_bytes or self._vocabulary.done()
         future = self._find(structured)
         return future is not None and future.done()
 
@@ -73,6 +78,14 @@ class Grammars:
         while (future := self._find(structured)) is None:
             self.wait(1.0)
         return future.result().deep_copy()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token; a special token has those of its name.
+
+        Raises:
+            GrammarError: The tokens of this model have no bytes of their own.
+        """
+        return bytes(self._loaded().decode_bytes([token_id]))
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a grammar that is being compiled is ready; not at all if there is none."""
@@ -98,15 +111,18 @@ class Grammars:
                 self._futures.popitem(last=False)
             return future
 
-    def _compile(self, structured: Structured) -> LLMatcher:
+    def _loaded(self) -> LLTokenizer:
         try:
-            matcher = LLMatcher(self._vocabulary.result(), grammar_of(structured), log_level=0, limits=limits())
+            return self._vocabulary.result()
         except GrammarError:
             raise
-        # Whatever kept the vocabulary from being loaded concerns requests with a grammar alone.
+        # Whatever kept the vocabulary from being loaded concerns the requests that need it alone.
         except Exception as error:
             logger.exception("the vocabulary of grammars cannot be loaded")
             raise GrammarError(one_line(error)) from None
+
+    def _compile(self, structured: Structured) -> LLMatcher:
+        matcher = LLMatcher(self._loaded(), grammar_of(structured), log_level=0, limits=limits())
         if matcher.is_error():
             raise GrammarError(said(matcher.get_error()))
         return matcher

@@ -116,7 +116,7 @@ class NoDrafts:
 
 def may_draft(request: Request) -> bool:
     """Whether each token's distribution depends only on logits and position, not on tokens of the same iteration."""
-    return not request.params.has_penalties and not request.bad_word_ids and request.structured is None
+    return not request.params.has_penalties and not request.bad_word_ids
 
 
 class Drafter:

@@ -15,7 +15,16 @@ from nanoflow.server.errors import ERROR_RESPONSES
 from nanoflow.server.generation import Call, Cursor, Delta, count_usage, new_id
 from nanoflow.server.logprobs import chat_logprobs, prompt_logprobs
 from nanoflow.server.protocol import ChatCompletionRequest
-from nanoflow.server.reading import Found, MessageReader, Reading, after_prompt, found_in, params_for, reading_of
+from nanoflow.server.reading import (
+    Found,
+    MessageReader,
+    Reading,
+    after_prompt,
+    found_in,
+    params_for,
+    reading_of,
+    with_form,
+)
 from nanoflow.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -49,7 +58,7 @@ def chat_router(service: Service) -> APIRouter:
             params = params_for(reading, service, body, params)
         call = Call(
             engine=service.engine,
-            prompts=[prompt],
+            prompts=[with_form(prompt, reading, params)],
             params=params,
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),

@@ -15,9 +15,12 @@ from nanoflow.chat_formats.formats import ChatFormat
 from nanoflow.chat_formats.grammar import grammar_of
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, tool_names
+from nanoflow.engine.prompts import Prompt
+from nanoflow.engine.reasoning import opens_reasoning
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import FinishReason
 from nanoflow.request import SamplingParams
+from nanoflow.server.backend import AnyPrompt
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.generation import Delta
 from nanoflow.server.protocol import ChatCompletionRequest
@@ -25,8 +28,6 @@ from nanoflow.server.responses import ChatDelta, ChatMessage, ToolCall, ToolCall
 from nanoflow.server.service import Service
 from nanoflow.structured import Structured
 
-# As many of the prompt's last tokens show whether its template has opened a section of reasoning.
-_NUM_LAST_TOKENS = 32
 CALLS_REASON = "tool_calls"
 
 
@@ -215,16 +216,23 @@ def reading_of(service: Service, body: ChatCompletionRequest, params: SamplingPa
 def after_prompt(reading: Reading, service: Service, body: ChatCompletionRequest, prompt: Sequence[int]) -> Reading:
     """The same, with what the prompt says of reasoning: its template may have opened it, or closed it already."""
     tags = reading.form.reasoning
-    if tags is None:
-        return reading
-    if body.continue_final_message:
+    if tags is not None and body.continue_final_message:
         text = body.messages[-1].text
         opened, closed = text.rfind(tags.opener), text.rfind(tags.closer)
         is_reasoning = opened > closed if max(opened, closed) >= 0 else None
     else:
-        text = service.tokenizer.decode(prompt[-_NUM_LAST_TOKENS:], skip_special_tokens=False).rstrip()
-        is_reasoning = True if text.endswith(tags.opener) else False if text.endswith(tags.closer) else None
+        is_reasoning = opens_reasoning(reading.form, service.tokenizer, prompt)
     return dataclasses.replace(reading, is_reasoning=is_reasoning)
+
+
+def with_form(prompt: list[int], reading: Reading | None, params: SamplingParams) -> AnyPrompt:
+    """A prompt, with what is known of how the model goes on, if its reasoning is to be bounded."""
+    if params.thinking_token_budget is None:
+        return prompt
+    # Without a reading there are no marks, and the request is refused.
+    form = ChatFormat() if reading is None else reading.form
+    is_reasoning = None if reading is None else reading.is_reasoning
+    return Prompt(text=None, token_ids=prompt, form=form, is_reasoning=is_reasoning)
 
 
 def params_for(
