@@ -193,3 +193,30 @@ def test_bounds_on_reasoning_that_are_refused(served: Served, fields: dict[str, 
     answer = served.ask(**CHAT, **fields)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and error["param"] == param, error
+
+
+def test_a_strict_call_is_held_where_the_model_decides(served: Served) -> None:
+    """The embedded model knows of no tools: beside an answer in JSON, a bias makes it begin a call."""
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    fields = {**CHAT, "chat_template": CALLING, "temperature": 0.0, "max_tokens": 100}
+    shape = {"response_format": {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}}
+    quiet = {"chat_template_kwargs": {"enable_thinking": False}, "parallel_tool_calls": False}
+
+    def biased(text: str) -> dict[str, Any]:
+        ids = served.engine.tokenizer.encode(text, add_special_tokens=False)
+        return {"logit_bias": {str(token_id): 100 for token_id in ids}}
+
+    (choice,) = served.ask(**fields, **shape, **quiet, **biased("<"), tools=[tool]).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls", choice
+    (call,) = choice["message"]["tool_calls"]
+    said = json.loads(call["function"]["arguments"])
+    assert said["city"] in ("Paris", "Rome") and said["days"] in (1, 2, 3) and len(said) == 2
+    (answer,) = served.ask(**fields, **shape, **quiet, **biased("{"), tools=[tool]).json()["choices"]
+    assert IS_RECORD.fullmatch(answer["message"]["content"])
+    # Text without calls is what it is without strict functions, if the prompt is the same.
+    fields["chat_template"] = CALLING.replace("{{ tool | tojson }}", "")
+    texts = [served.ask(**fields, **quiet, tools=[one]).json() for one in (tool, WEATHER)]
+    first, second = (text["choices"][0]["message"]["content"] for text in texts)
+    assert first == second and first
+    refused = served.ask(**fields, guided_regex="a", tools=[tool])
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "guided_regex"

@@ -102,3 +102,58 @@ def test_a_schema_keeps_its_words() -> None:
     assert grammar is not None
     (line,) = (line for line in grammar.splitlines() if line.startswith("arguments_0: %json "))
     assert {**json.loads(line.partition("%json ")[2]), "x-guidance": None} == {**SCHEMA, "x-guidance": None}
+
+
+STRICT = {"type": "function", "function": {**ADD["function"], "strict": True}}
+AUTO = ToolChoice()
+FINAL = {"openai": "<|channel|>final<|message|>"}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_strict_function_is_held_where_the_model_decides(form: str) -> None:
+    """Text is free up to the mark of a call; from there on the call is one of a declared function, by its schema."""
+    grammar = grammar_of(FORMATS[form], [STRICT, STOP], AUTO, is_reasoning=False)
+    text = TEXTS[form].removeprefix("</think>\n\n")
+    is_bare, final = form == "llama3_json", FINAL.get(form, "")
+    assert lets_through(grammar, text)
+    assert lets_through(grammar, f"{final}Hello <, [ and so on.")
+    if not is_bare and not final:
+        assert lets_through(grammar, f"I look. {text}") and lets_through(grammar, f"I look. {text} Done.")
+    for wrong in (text.replace("1", '"1"'), text.replace("add", "rm"), text.replace("add", "ad")):
+        assert not lets_through(grammar, wrong), wrong
+        assert not lets_through(grammar, f"{text}{wrong}"), wrong
+
+
+def test_functions_that_are_not_strict_take_any_arguments_beside_strict_ones() -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": SCHEMA}}
+    grammar, call = grammar_of(FORMATS["hermes"], [STRICT, other], AUTO), TEXTS["hermes"].partition("\n<tool")[0]
+    loose = call.replace('"a"', '"b"')
+    assert lets_through(grammar, call.replace("add", "other")) and lets_through(grammar, loose.replace("add", "other"))
+    assert lets_through(grammar, call) and not lets_through(grammar, loose)
+    assert grammar_of(FORMATS["hermes"], [ADD, STOP], AUTO) is None
+    assert grammar_of(FORMATS["hermes"], [STRICT], ToolChoice(Calling.NONE)) is None
+
+
+def test_strict_calls_one_at_most_after_reasoning_and_beside_an_answer_with_a_schema() -> None:
+    form, text = FORMATS["hermes"], TEXTS["hermes"]
+    call = text.partition("\n<tool")[0]
+    one = grammar_of(form, [STRICT, STOP], AUTO, is_parallel=False)
+    assert lets_through(one, f"a{call}b") and not lets_through(one, f"a{text}")
+    thinking = grammar_of(form, [STRICT, STOP], AUTO, is_reasoning=True)
+    assert lets_through(thinking, f"hm <tool_call> hm</think>\n\nI look.{text}")
+    assert not lets_through(thinking, "hm </think>\n\nI look.<tool_call> hm")
+    shaped = grammar_of(form, [STRICT], AUTO, answer={"type": "object", "properties": {"x": {"type": "integer"}}})
+    assert lets_through(shaped, call) and lets_through(shaped, '{"x": 1}')
+    assert not lets_through(shaped, '{"x": "1"}') and not lets_through(shaped, "text")
+
+
+def test_no_mark_of_the_format_is_free_text() -> None:
+    grammar = grammar_of(FORMATS["deepseek_v31"], [STRICT, STOP], AUTO)
+    assert lets_through(grammar, f"text {TEXTS['deepseek_v31']}")
+    assert not lets_through(grammar, f"<｜tool▁call▁begin｜>rm<｜tool▁sep｜>{{}}{TEXTS['deepseek_v31']}")
+
+
+def test_marks_that_are_tokens_are_no_free_text() -> None:
+    grammar = grammar_of(FORMATS["mistral"], [STRICT], AUTO, special={"[TOOL_CALLS]": 5, "[ARGS]": 32})
+    assert grammar is not None and "upto_0: FREE <[5]>" in grammar.splitlines()
+    assert lets_through(grammar, "text") and not lets_through(grammar, "text [TOOL_CALLS] text")

@@ -117,6 +117,7 @@ class Channels:
         closers: Texts that end a section.
         reasoning: Channels with reasoning; others have text for the user.
         answer: The channel of the answer.
+        notes: Channels of text before calls.
     """
 
     openers: tuple[str, ...]
@@ -125,6 +126,7 @@ class Channels:
     closers: tuple[str, ...]
     reasoning: tuple[str, ...]
     answer: str = "final"
+    notes: tuple[str, ...] = ("commentary",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
@@ -240,10 +242,11 @@ def params_for(
 ) -> SamplingParams:
     """Parameters of the engine: the text has the special tokens that mark calls and reasoning.
 
-    A grammar holds the model to a required call, and its arguments to their schema.
+    A grammar holds the model to a required call, and arguments to their schema: those of required calls, and those of
+    strict functions.
 
     Raises:
-        ApiError: The call also asks for another shape of the text (400).
+        ApiError: The call also asks for another shape of the text, with which calls cannot be (400).
     """
     params, tokenizer = dataclasses.replace(params, skip_special_tokens=False), service.tokenizer
     grammar = grammar_of(
@@ -253,10 +256,22 @@ def params_for(
         special=tokenizer.special_names if isinstance(tokenizer, Tokenizer) else {},
         is_reasoning=reading.is_reasoning,
         is_parallel=body.parallel_tool_calls is not False,
+        answer=_answer_schema(params.structured_outputs),
     )
     if grammar is None:
         return params
-    if params.structured_outputs is not None:
+    if params.structured_outputs is not None and body.choice.calling is Calling.REQUIRED:
         message = "tool_choice asks for a call, which is no text of another shape: leave one of them out"
         raise ApiError(400, message, param="tool_choice")
+    if params.structured_outputs is not None and _answer_schema(params.structured_outputs) is None:
+        message = "beside strict functions the answer can have a JSON schema, but no other shape"
+        raise ApiError(400, message, param=body.field_names["structured_outputs"])
     return dataclasses.replace(params, structured_outputs=Structured(kind="grammar", text=grammar))
+
+
+def _answer_schema(structured: Structured | None) -> Mapping[str, Any] | None:
+    """The JSON schema of an answer; None if it has no shape, or another."""
+    if structured is None or structured.kind != "json":
+        return None
+    schema: Mapping[str, Any] = json.loads(structured.text)
+    return schema
