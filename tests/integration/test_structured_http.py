@@ -121,7 +121,7 @@ def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.Monk
     assert free.json()["usage"]["completion_tokens"] == 8
 
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",

@@ -18,14 +18,14 @@ from nanoflow.chat_formats.names import CALL_NAMES, REASONING_NAMES
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.option_names import from_kwargs
-from tests.chat_texts import CASES, FORMATS, NAMES, PIECES, SUM, THINKS_HERMES, Found, found
+from tests.chat_texts import CASES, FORMATS, NAMES, PARAMETERS, PIECES, SUM, THINKS_HERMES, Found, found
 
 # Text that JSON escapes, or that looks like its structure.
 _CHARS = 'a"\\/é🌧\n\x01 {}[],:'
 
 
 def read(form: ChatFormat, pieces: list[str], **options: object) -> list[Event]:
-    given = {"names": NAMES, **options}
+    given = {"names": NAMES, "parameters": PARAMETERS, **options}
     parser = ChatParser(form, new_id=lambda style: f"id of {style.name}", **given)  # type: ignore[arg-type]
     return [*(event for piece in pieces for event in parser.push(piece)), *parser.finish()]
 
@@ -187,6 +187,10 @@ def test_deepseek_r1_reasons_first_unless_the_prompt_says_otherwise() -> None:
     [
         ("<tool_call> <think></think>", "hermes", "qwen3"),
         ("<tool_call><function=", None, None),
+        ("<tool_call><function=<parameter=", "qwen3_coder", None),
+        ("<tool_call><arg_key></think>", "glm45", "qwen3"),
+        ("<|tool_calls_section_begin|>", "kimi_k2", None),
+        ("<seed:tool_call><function=</seed:think>", "seed_oss", "seed_oss"),
         ("[TOOL_CALLS]", "mistral", None),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
         ('<|start_header_id|> {"name": n, "parameters": p}', "llama3_json", None),

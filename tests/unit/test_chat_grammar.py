@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,10 @@ from nanoflow.chat_formats.tools import Calling, ToolChoice
 from tests.chat_texts import FORMATS, Found, found
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
-ADD = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
 STOP = {"type": "function", "function": {"name": "stop"}}
+# Not in an id.
+_WRONG_VALUE = ("1", '"1"', 1)
 REQUIRED = ToolChoice(Calling.REQUIRED)
 ONE, TWO = ("add", '{"a": 1}', True), ("stop", "{}", True)
 
@@ -30,7 +33,15 @@ TEXTS = {
     "<｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "openai": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}',
+    "qwen3_coder": "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+    "<tool_call>\n<function=stop>\n</function>\n</tool_call>",
+    "glm45": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>\n"
+    "<tool_call>stop\n</tool_call>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+    '{"a": 1}<|tool_call_end|><|tool_call_begin|>functions.stop:1<|tool_call_argument_begin|>{}<|tool_call_end|>'
+    "<|tool_calls_section_end|>",
 }
+TEXTS["seed_oss"] = TEXTS["qwen3_coder"].replace("tool_call>", "seed:tool_call>")
 
 
 def lets_through(grammar: str | None, text: str) -> bool:
@@ -51,7 +62,7 @@ def test_a_grammar_lets_through_what_the_parser_reads(form: str) -> None:
     parser = ChatParser(FORMATS[form], names=("add", "stop"))
     calls = (ONE,) if form == "openai" else (ONE, TWO)
     assert found([*parser.push(text), *parser.finish()]) == Found("", "hm" if form == "openai" else "", calls)
-    for wrong in ("", "no", text.replace("1", '"1"'), text.replace("add", "rm")):
+    for wrong in ("", "no", text.replace(*_WRONG_VALUE), text.replace("add", "rm")):
         assert not lets_through(grammar, wrong), wrong
 
 
@@ -119,7 +130,7 @@ def test_a_strict_function_is_held_where_the_model_decides(form: str) -> None:
     assert lets_through(grammar, f"{final}Hello <, [ and so on.")
     if not is_bare and not final:
         assert lets_through(grammar, f"I look. {text}") and lets_through(grammar, f"I look. {text} Done.")
-    for wrong in (text.replace("1", '"1"'), text.replace("add", "rm"), text.replace("add", "ad")):
+    for wrong in (text.replace(*_WRONG_VALUE), text.replace("add", "rm"), text.replace("add", "ad")):
         assert not lets_through(grammar, wrong), wrong
         assert not lets_through(grammar, f"{text}{wrong}"), wrong
 
@@ -157,3 +168,31 @@ def test_marks_that_are_tokens_are_no_free_text() -> None:
     grammar = grammar_of(FORMATS["mistral"], [STRICT], AUTO, special={"[TOOL_CALLS]": 5, "[ARGS]": 32})
     assert grammar is not None and "upto_0: FREE <[5]>" in grammar.splitlines()
     assert lets_through(grammar, "text") and not lets_through(grammar, "text [TOOL_CALLS] text")
+
+
+def test_members_between_tags_are_held_to_their_types() -> None:
+    properties = {
+        "city": {"type": "string"},
+        "zip": {"enum": ["01", 2]},
+        "far": {"$ref": "#/$defs/far"},
+        "any": {},
+        "opt": {"type": "array", "items": {"type": "integer"}},
+    }
+    schema = {
+        "properties": properties,
+        "required": ["city", "zip", "far", "any"],
+        "$defs": {"far": {"type": "boolean"}},
+    }
+    tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
+    grammar = grammar_of(FORMATS["qwen3_coder"], [tool], REQUIRED)
+
+    def call(**members: str) -> str:
+        written = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in members.items())
+        return f"<tool_call>\n<function=add>\n{written}</function>\n</tool_call>"
+
+    good = {"city": 'a "b"\n</p>', "zip": "01", "far": "true", "any": "x", "opt": "[1]"}
+    assert lets_through(grammar, call(**good)) and lets_through(grammar, call(**{**good, "zip": "2"}))
+    assert lets_through(grammar, call(**{key: value for key, value in good.items() if key != "opt"}))
+    for wrong in ({"zip": "1"}, {"far": "1"}, {"opt": "[x]"}):
+        assert not lets_through(grammar, call(**{**good, **wrong})), wrong
+    assert not lets_through(grammar, call(**{key: value for key, value in good.items() if key != "city"}))

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.chat_formats.formats import CALLS, HARMONY, REASONING, ChatFormat
+from nanoflow.chat_formats.marks import reasoning_marks
+from nanoflow.engine.prompts import Prompt
 from nanoflow.engine.reasoning import thinking_limit
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.thinking import Thinking, ThinkingLimit
@@ -21,7 +23,7 @@ CLOSING = (900, 901)
 
 
 def limit(form: ChatFormat, max_tokens: int, *, is_open: bool = False) -> ThinkingLimit:
-    marks = form.marks
+    marks = reasoning_marks(form)
     assert marks is not None
     return ThinkingLimit(
         max_tokens=max_tokens,
@@ -107,7 +109,6 @@ def test_marks_are_found_however_tokens_cut_them(text: str, places: list[int]) -
 
 def test_a_limit_is_read_from_the_model_and_the_prompt() -> None:
     tokenizer = toy_tokenizer(chat_template=CALLING)
-    from nanoflow.engine.prompts import Prompt
 
     def read(text: str, form: ChatFormat | None = None, budget: int | None = 2, **more: Any) -> ThinkingLimit | None:
         prompt = Prompt(text=None, token_ids=tokenizer.encode(text), form=form, **more)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.chat_formats.formats import CallSyntax, Channels, ChatFormat, Writing
+from nanoflow.chat_formats.grammar_arguments import argument_rules, json_value
 from nanoflow.chat_formats.grammar_texts import begins_with_token, free_text_rules, literal, thought_rule
 from nanoflow.chat_formats.tools import Calling, ToolChoice, has_strict
 
+_INDEX = "/[0-9]{1,3}/"
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-# Between the tokens of JSON. Without a bound a weak model would go on with white space.
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "coerce_one_of": True}
 
 
 def grammar_of(
@@ -56,8 +56,8 @@ def grammar_of(
     rules += made.required() if is_required else made.free(answer)
     for place, tool in enumerate(callable_tools):
         is_held = is_required or tool["function"].get("strict")
-        schema = (tool["function"].get("parameters") if is_held else None) or ANY_OBJECT
-        rules.append(f"arguments_{place}: {_json({'type': 'object', **schema})}")
+        schema = (tool["function"].get("parameters") if is_held or form.calls.tagged else None) or ANY_OBJECT
+        rules += argument_rules(f"arguments_{place}", schema, form.calls.tagged, made.ids)
     return "\n".join((*rules, *_reasoning_rules(form, made.ids))) + "\n"
 
 
@@ -89,7 +89,7 @@ class _Grammar:
 
     def free(self, answer: Mapping[str, Any] | None) -> list[str]:
         """The rules of a message that may be text, text and calls, or calls."""
-        final = "FREE" if answer is None else _json(answer)
+        final = "FREE" if answer is None else json_value(answer)
         openers = self.syntax.openers
         # Also those that are tokens: the same characters of other tokens would be read as the mark.
         texts = free_text_rules(openers)
@@ -155,12 +155,9 @@ class _Grammar:
         calls = []
         for i, tool in enumerate(self.tools):
             before, after = writing.call.replace("{name}", tool["function"]["name"]).split("{arguments}")
-            calls.append(f"{literal(before[num_begun:], self.ids)} arguments_{i} {literal(after, self.ids)}")
+            head = f" {_INDEX} ".join(literal(part, self.ids) for part in before[num_begun:].split("{index}"))
+            calls.append(f"{head} arguments_{i} {literal(after, self.ids)}")
         return " | ".join(calls)
-
-
-def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
 def _before(form: ChatFormat, ids: Mapping[str, int], is_reasoning: bool | None) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.formats import ChatFormat
+from nanoflow.chat_formats.marks import reasoning_marks
 from nanoflow.engine.prompts import Prompt
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.request import RequestError, SamplingParams
@@ -42,7 +43,7 @@ def thinking_limit(prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer 
     form = prompt.form
     if form is None and tokenizer is not None and (usual := tokenizer.chat_templates.usual) is not None:
         form = choose_format(usual.text)
-    marks = None if form is None else form.marks
+    marks = None if form is None else reasoning_marks(form)
     if form is None or marks is None or tokenizer is None:
         raise RequestError(
             f"{_NAME} needs a model whose reasoning can be told from its answer: its chat template has no such marks",

@@ -40,6 +40,7 @@ class Reading:
     Attributes:
         form: The format.
         names: Functions that may be called.
+        parameters: Schemas of their arguments, by name.
         is_required: Whether a message without a call is an error.
         is_reasoning: Whether the prompt has opened a section of reasoning; None if it says nothing about it.
         hidden: Names of special tokens that are left out of texts.
@@ -49,6 +50,7 @@ class Reading:
 
     form: ChatFormat
     names: Sequence[str] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     is_required: bool = False
     is_reasoning: bool | None = None
     hidden: frozenset[str] = frozenset()
@@ -60,6 +62,7 @@ class Reading:
         parser = ChatParser(
             self.form,
             names=self.names,
+            parameters=self.parameters,
             is_reasoning=self.is_reasoning,
             hidden=self.hidden,
             max_calls=self.max_calls,
@@ -208,6 +211,7 @@ def reading_of(service: Service, body: ChatCompletionRequest, params: SamplingPa
     return Reading(
         form=form,
         names=tool_names(tools),
+        parameters={tool["function"]["name"]: tool["function"].get("parameters") for tool in tools},
         is_required=choice.calling is Calling.REQUIRED,
         hidden=frozenset(tokenizer.special_names) if params.skip_special_tokens else frozenset(),
         max_calls=1 if body.parallel_tool_calls is False else None,
