@@ -79,6 +79,13 @@ class Grammars:
             self.wait(1.0)
         return future.result().deep_copy()
 
+    def matcher_or_none(self, structured: Structured) -> LLMatcher | None:
+        """`matcher`; None if the grammar cannot be used, which its request learns elsewhere."""
+        try:
+            return self.matcher(structured)
+        except GrammarError:
+            return None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; a special token has those of its name.
 
