@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from nanoflow.chat_formats.choice import choose_format
-from nanoflow.chat_formats.grammar import grammar_of
+from nanoflow.chat_formats.grammar import answer_grammar, grammar_of
+from nanoflow.chat_formats.grammar_arguments import shape_rule
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, ToolChoice
+from nanoflow.structured import read_structured
 from tests.chat_texts import FORMATS, Found, found
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -162,6 +164,33 @@ def test_no_mark_of_the_format_is_free_text() -> None:
     grammar = grammar_of(FORMATS["deepseek_v31"], [STRICT, STOP], AUTO)
     assert lets_through(grammar, f"text {TEXTS['deepseek_v31']}")
     assert not lets_through(grammar, f"<｜tool▁call▁begin｜>rm<｜tool▁sep｜>{{}}{TEXTS['deepseek_v31']}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "good", "bad"),
+    [
+        ({"json": SCHEMA}, '{"a": 1}', '{"a": ""}'),
+        ({"regex": r"a/b\/[^/]\\"}, "a/b/c\\", "a/b///"),
+        ({"choice": ["yes", 'n"o']}, 'n"o', "n"),
+    ],
+)
+def test_an_answer_with_a_shape_comes_behind_reasoning(shape: dict[str, Any], good: str, bad: str) -> None:
+    structured = read_structured("structured_outputs", shape)
+    assert structured is not None
+    rule = shape_rule(structured)
+    assert rule is not None
+    opened = answer_grammar(FORMATS["hermes"], rule, is_reasoning=True)
+    for text, is_right in ((f"hm</think>\n\n{good}", True), (good, False), (f"hm</think>{bad}", False)):
+        assert lets_through(opened, text) == is_right, text
+    either = answer_grammar(FORMATS["hermes"], rule)
+    assert lets_through(either, good) and lets_through(either, f"<think>hm</think>{good}")
+    harmony = answer_grammar(FORMATS["openai"], rule)
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    assert lets_through(harmony, f"{thought}<|channel|>final<|message|>{good}") and not lets_through(harmony, good)
+    assert answer_grammar(FORMATS["hermes"], rule, is_reasoning=False) is None
+    assert answer_grammar(FORMATS["mistral"], rule) is not None and answer_grammar(FORMATS["kimi_k2"], rule) is None
+    grammar = read_structured("structured_outputs", {"grammar": "start: /a/"})
+    assert grammar is not None and shape_rule(grammar) is None
 
 
 def test_marks_that_are_tokens_are_no_free_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from nanoflow.engine.vocabulary import vocabulary_of
 from nanoflow.executor.constraints import Constraints
 from nanoflow.executor.sampler import Sampler
 from nanoflow.grammars.compiled import Grammars
-from nanoflow.request import SamplingParams
+from nanoflow.request import Request, SamplingParams
+from nanoflow.scheduler.forced import ForcedRuns
 from tests.graphs import batch_of
 
 CPU = torch.device("cpu")
@@ -189,3 +191,55 @@ def test_other_rows_draw_the_same(grammars: Grammars, tokens: list[bytes]) -> No
     assert [[one[0], one[2]] for one in free] == [[one[0], one[2]] for one in held]
     text = b"".join(tokens[one[1]] for one in held)
     assert text.startswith((b"abc", b"abd")), text
+
+
+def test_masks_of_drafts_are_those_behind_their_tokens(grammars: Grammars, tokens: list[bytes]) -> None:
+    """Rows with drafts, right and wrong, against rows that take the same tokens one by one."""
+    rng = random.Random(5)
+    shape = {"regex": "(red|green|blue sky)[a-d]{1,6}!"}
+    drafted, alone = constraints_of(grammars, 2), constraints_of(grammars, 2)
+    drafted.join([joined(0, shape), joined(1, None)])
+    alone.join([joined(0, shape)])
+    state, num_wrong = alone.masks(np.zeros(1, np.int32)), 0
+    while state.numbers[0] and not state.must_end[0]:
+        # A guess that is allowed, or not, or is allowed and comes to be drawn or not.
+        draft = [rng.choice([*sorted(allowed_by(state.words[0])), 5]) for _ in range(1)] + [5, 7]
+        rows = np.array([0] * (len(draft) + 1) + [1], np.int32)
+        followed_by = np.array([*draft, 9, 9], np.int32)
+        masks = drafted.masks(rows, followed_by)
+        assert masks.numbers.tolist() == [1, 2, 3, 4, 0]
+        drawn: list[int] = []
+        for place in range(len(draft) + 1):
+            allowed = allowed_by(state.words[0]) & allowed_by(masks.words[place])
+            assert allowed == allowed_by(state.words[0])
+            token_id = draft[place] if place < len(draft) and draft[place] in allowed else rng.choice(sorted(allowed))
+            drawn.append(token_id)
+            alone.note(np.zeros(1, np.int32), torch.tensor([token_id]))
+            state = alone.masks(np.zeros(1, np.int32))
+            if place == len(draft) or token_id != draft[place] or not state.numbers[0]:
+                break
+        num_wrong += len(drawn) == 1
+        rest = [5] * (len(rows) - len(drawn))
+        drafted.note(rows, torch.tensor(drawn + rest), followed_by)
+    assert num_wrong and bytes(drafted.masks(np.zeros(1, np.int32)).words[0].numpy()) == bytes(state.words[0].numpy())
+
+
+def test_forced_runs_follow_what_is_known(grammars: Grammars, tokens: list[bytes]) -> None:
+    runs, a = ForcedRuns(grammars.matcher_or_none), tokens.index(b"a")
+    request = Request(
+        request_id=0,
+        prompt_token_ids=[5, 6],
+        params=SamplingParams(structured_outputs={"regex": "[ab]-the only way[ab]"}),
+        seed=0,
+        max_tokens=9,
+    )
+    assert runs.join(3, request) and not runs.join(4, dataclasses.replace(request, params=SamplingParams()))
+    known = [5, 6]
+    assert not len(runs.run(3, np.array(known, np.int32), 8)) and not len(runs.run(4, np.array(known, np.int32), 8))
+    forced = runs.run(3, np.array([*known, a], np.int32), 8).tolist()
+    assert b"".join(tokens[each] for each in forced) == b"-the only way"
+    assert runs.run(3, np.array([*known, a, forced[0]], np.int32), 2).tolist() == forced[1:3]
+    # What the grammar does not take ends the row's runs.
+    assert not len(runs.run(3, np.array([*known, a, forced[0], a], np.int32), 8))
+    bad = dataclasses.replace(request, params=SamplingParams(structured_outputs={"grammar": "start: ("}))
+    assert not runs.join(3, bad)

@@ -61,6 +61,27 @@ def grammar_of(
     return "\n".join((*rules, *_reasoning_rules(form, made.ids))) + "\n"
 
 
+def answer_grammar(
+    form: ChatFormat, answer: str, *, special: Mapping[str, int] | None = None, is_reasoning: bool | None = None
+) -> str | None:
+    """The grammar of an answer that has a shape, behind reasoning.
+
+    Args:
+        form: How the model writes reasoning.
+        answer: The shape, as the right side of a rule (`grammar_arguments.shape_rule`).
+        special, is_reasoning: As for `grammar_of`.
+
+    Returns:
+        The grammar; None if there is no reasoning, so that the shape is that of the whole text.
+    """
+    ids, channels = special or {}, form.channels
+    if channels is None and (form.reasoning is None or is_reasoning is False):
+        return None
+    head = "" if channels is None else literal(f"{channels.openers[-1]}{channels.answer}{channels.head.end}", ids)
+    rules = [f"start: {_before(form, ids, is_reasoning)}{head} answer", f"answer: {answer}"]
+    return "\n".join((*rules, *_reasoning_rules(form, ids))) + "\n"
+
+
 @dataclass(frozen=True, slots=True)
 class _Grammar:
     """The rules of the calls of a message.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from nanoflow.chat_formats.grammar_texts import literal
 from nanoflow.chat_formats.tagged import TaggedArguments, is_text, types_of
+from nanoflow.structured import Structured
 
 # Between the tokens of JSON. Without a bound a weak model would go on with white space.
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "coerce_one_of": True}
@@ -16,6 +18,17 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "coerce_one_
 def json_value(schema: Mapping[str, Any]) -> str:
     """A JSON value by its schema."""
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+
+
+def shape_rule(structured: Structured) -> str | None:
+    """A shape as the right side of a rule; None for a grammar, which has rules of its own."""
+    if structured.kind == "json":
+        return json_value(json.loads(structured.text))
+    if structured.kind == "choice":
+        return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(structured.text))
+    # A slash ends an expression in a grammar, unless it stands behind a backslash.
+    pattern = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", structured.text, flags=re.DOTALL)
+    return f"/{pattern}/" if structured.kind == "regex" else None
 
 
 def argument_rules(

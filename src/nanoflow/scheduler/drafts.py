@@ -118,7 +118,9 @@ class NoDrafts:
 
 def may_draft(request: Request) -> bool:
     """Whether each token's distribution depends only on logits and position, not on tokens of the same iteration."""
-    return not request.params.has_penalties and not request.bad_word_ids
+    # A grammar that can only end goes before `min_tokens`, which is known of the first draw alone.
+    is_late = request.structured is not None and request.params.min_tokens > 0
+    return not (request.params.has_penalties or request.bad_word_ids or is_late)
 
 
 class Drafter:

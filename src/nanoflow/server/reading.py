@@ -14,7 +14,8 @@ from typing import Any
 from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import ChatFormat
-from nanoflow.chat_formats.grammar import grammar_of
+from nanoflow.chat_formats.grammar import answer_grammar, grammar_of
+from nanoflow.chat_formats.grammar_arguments import shape_rule
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, tool_names
 from nanoflow.engine.prompts import Prompt
@@ -253,17 +254,18 @@ def params_for(
         ApiError: The call also asks for another shape of the text, with which calls cannot be (400).
     """
     params, tokenizer = dataclasses.replace(params, skip_special_tokens=False), service.tokenizer
+    special = tokenizer.special_names if isinstance(tokenizer, Tokenizer) else {}
     grammar = grammar_of(
         reading.form,
         body.callable_tools,
         body.choice,
-        special=tokenizer.special_names if isinstance(tokenizer, Tokenizer) else {},
+        special=special,
         is_reasoning=reading.is_reasoning,
         is_parallel=body.parallel_tool_calls is not False,
         answer=_answer_schema(params.structured_outputs),
     )
     if grammar is None:
-        return params
+        return dataclasses.replace(params, structured_outputs=_behind_reasoning(reading, params, special))
     if params.structured_outputs is not None and body.choice.calling is Calling.REQUIRED:
         message = "tool_choice asks for a call, which is no text of another shape: leave one of them out"
         raise ApiError(400, message, param="tool_choice")
@@ -271,6 +273,16 @@ def params_for(
         message = "beside strict functions the answer can have a JSON schema, but no other shape"
         raise ApiError(400, message, param=body.field_names["structured_outputs"])
     return dataclasses.replace(params, structured_outputs=Structured(kind="grammar", text=grammar))
+
+
+def _behind_reasoning(reading: Reading, params: SamplingParams, special: Mapping[str, int]) -> Structured | None:
+    """The shape of a whole text whose answer has a shape: reasoning may come before it."""
+    structured = params.structured_outputs
+    rule = None if structured is None else shape_rule(structured)
+    if rule is None:
+        return structured
+    grammar = answer_grammar(reading.form, rule, special=special, is_reasoning=reading.is_reasoning)
+    return structured if grammar is None else Structured(kind="grammar", text=grammar)
 
 
 def _answer_schema(structured: Structured | None) -> Mapping[str, Any] | None:
