@@ -193,35 +193,35 @@ def test_other_rows_draw_the_same(grammars: Grammars, tokens: list[bytes]) -> No
     assert text.startswith((b"abc", b"abd")), text
 
 
-def test_masks_of_drafts_are_those_behind_their_tokens(grammars: Grammars, tokens: list[bytes]) -> None:
-    """Rows with drafts, right and wrong, against rows that take the same tokens one by one."""
-    rng = random.Random(5)
-    shape = {"regex": "(red|green|blue sky)[a-d]{1,6}!"}
-    drafted, alone = constraints_of(grammars, 2), constraints_of(grammars, 2)
-    drafted.join([joined(0, shape), joined(1, None)])
+def test_masks_of_drafts_are_those_behind_their_tokens(grammars: Grammars) -> None:
+    """The tokens of a completion one by one, then again with drafts that are right up to some place, or all along."""
+    rng, shape = random.Random(5), {"regex": "(red|green|blue sky)[a-d]{12,}!"}
+    row, alone = np.zeros(1, np.int32), constraints_of(grammars, 2)
     alone.join([joined(0, shape)])
-    state, num_wrong = alone.masks(np.zeros(1, np.int32)), 0
-    while state.numbers[0] and not state.must_end[0]:
-        # A guess that is allowed, or not, or is allowed and comes to be drawn or not.
-        draft = [rng.choice([*sorted(allowed_by(state.words[0])), 5]) for _ in range(1)] + [5, 7]
-        rows = np.array([0] * (len(draft) + 1) + [1], np.int32)
-        followed_by = np.array([*draft, 9, 9], np.int32)
-        masks = drafted.masks(rows, followed_by)
-        assert masks.numbers.tolist() == [1, 2, 3, 4, 0]
-        drawn: list[int] = []
-        for place in range(len(draft) + 1):
-            allowed = allowed_by(state.words[0]) & allowed_by(masks.words[place])
-            assert allowed == allowed_by(state.words[0])
-            token_id = draft[place] if place < len(draft) and draft[place] in allowed else rng.choice(sorted(allowed))
-            drawn.append(token_id)
-            alone.note(np.zeros(1, np.int32), torch.tensor([token_id]))
-            state = alone.masks(np.zeros(1, np.int32))
-            if place == len(draft) or token_id != draft[place] or not state.numbers[0]:
-                break
-        num_wrong += len(drawn) == 1
-        rest = [5] * (len(rows) - len(drawn))
-        drafted.note(rows, torch.tensor(drawn + rest), followed_by)
-    assert num_wrong and bytes(drafted.masks(np.zeros(1, np.int32)).words[0].numpy()) == bytes(state.words[0].numpy())
+    path: list[int] = []
+    allowed: list[set[int]] = []
+    while not path or path[-1] not in (EOS, OTHER_EOS):
+        allowed.append(allowed_by(alone.masks(row).words[0]))
+        path.append(rng.choice(sorted(allowed[-1])))
+        alone.note(row, torch.tensor(path[-1:]))
+    for _ in range(8):
+        drafted, place = constraints_of(grammars, 2), 0
+        drafted.join([joined(0, shape), joined(1, None)])
+        while place < len(path):
+            draft = path[place : place + rng.randint(0, 4)]
+            num_right = rng.randint(0, len(draft))
+            if num_right < len(draft):
+                draft[num_right] = 5 if path[place + num_right] != 5 else 6
+            rows = np.array([0] * (len(draft) + 1) + [1], np.int32)
+            followed_by = np.array([*draft, 9, 9], np.int32)
+            masks = drafted.masks(rows, followed_by)
+            assert masks.numbers.tolist() == [*range(1, len(draft) + 2), 0] and not masks.errors
+            count = min(num_right + 1, len(path) - place)
+            assert [allowed_by(words) for words in masks.words[:count]] == allowed[place : place + count]
+            drawn = (path[place : place + count] + [5] * len(rows))[: len(rows)]
+            drafted.note(rows, torch.tensor(drawn), followed_by)
+            place += count
+        assert drafted.masks(row).numbers.tolist() == [0]
 
 
 def test_forced_runs_follow_what_is_known(grammars: Grammars, tokens: list[bytes]) -> None:
@@ -229,7 +229,7 @@ def test_forced_runs_follow_what_is_known(grammars: Grammars, tokens: list[bytes
     request = Request(
         request_id=0,
         prompt_token_ids=[5, 6],
-        params=SamplingParams(structured_outputs={"regex": "[ab]-the only way[ab]"}),
+        params=joined(0, {"regex": "[ab]-the only way[ab]"}).params,
         seed=0,
         max_tokens=9,
     )
@@ -241,5 +241,5 @@ def test_forced_runs_follow_what_is_known(grammars: Grammars, tokens: list[bytes
     assert runs.run(3, np.array([*known, a, forced[0]], np.int32), 2).tolist() == forced[1:3]
     # What the grammar does not take ends the row's runs.
     assert not len(runs.run(3, np.array([*known, a, forced[0], a], np.int32), 8))
-    bad = dataclasses.replace(request, params=SamplingParams(structured_outputs={"grammar": "start: ("}))
+    bad = dataclasses.replace(request, params=joined(0, {"grammar": "start: ("}).params)
     assert not runs.join(3, bad)

@@ -153,3 +153,31 @@ def test_requests_that_are_not_ready_are_passed_and_keep_their_place() -> None:
     assert [one.request.request_id for one in queue] == [1, 2] and len(queue) == 3 and 0 in queue
     ready.add(0)
     assert [one.request.request_id for one in queue] == [0, 1, 2]
+
+
+def test_the_bytes_of_tokens_are_waited_for_where_they_are_needed() -> None:
+    is_open = threading.Event()
+
+    def load() -> LLTokenizer:
+        assert is_open.wait(30)
+        return LLTokenizer("byte")
+
+    grammars = Grammars(load)
+    assert grammars.is_ready(None)
+    grammars.wait(30)  # there is nothing to wait for
+    assert not grammars.is_ready(None, needs_bytes=True)
+    start_s = time.monotonic()
+    grammars.wait(0.05)
+    assert time.monotonic() >= start_s + 0.05
+    is_open.set()
+    grammars.wait(30)
+    assert grammars.is_ready(None, needs_bytes=True) and grammars.token_bytes(97) == b"a"
+    grammars.close()
+
+    def fail() -> LLTokenizer:
+        raise OSError("no such file")
+
+    failed = Grammars(fail)
+    with pytest.raises(GrammarError, match="no such file"):
+        failed.token_bytes(0)
+    failed.close()

@@ -246,12 +246,12 @@ class Constraints:
             constraint, taken = each.constraint, _counting(drawn[first : first + len(each.places)].tolist(), each.draft)
             first += len(each.places)
             matcher = constraint.matcher
-            was_stopped = matcher is not None and matcher.is_stopped()
             if matcher is not None:
                 # All but the last at once, the last ones of all rows in parallel.
                 if len(taken) > 1:
                     matcher.consume_tokens(taken[:-1])
                 jobs.append((matcher, taken[-1]))
+            was_stopped = matcher is not None and matcher.is_stopped()
             for token_id in taken:
                 self._think(constraint, token_id)
             done.append((row, constraint, was_stopped))

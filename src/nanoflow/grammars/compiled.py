@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -54,6 +55,8 @@ class Grammars:
         self._num_kept = num_kept
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "nanoflow-grammar")
         self._vocabulary = self._pool.submit(load)
+        # Whether any request needs the bytes of tokens.
+        self._awaits_bytes = False
         self._lock = threading.Lock()
         self._futures: OrderedDict[Structured, Future[LLMatcher]] = OrderedDict()
 
@@ -65,6 +68,7 @@ class Grammars:
             needs_bytes: Whether the request needs `token_bytes` without waiting.
         """
         if structured is None:
+            self._awaits_bytes |= needs_bytes
             return not needs_bytes or self._vocabulary.done()
         future = self._find(structured)
         return future is not None and future.done()
@@ -95,9 +99,11 @@ class Grammars:
         return bytes(self._loaded().decode_bytes([token_id]))
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until a grammar that is being compiled is ready; not at all if there is none."""
+        """Wait until a grammar that is being compiled is ready, or the bytes of tokens; not at all if there is none."""
         with self._lock:
-            pending = [future for future in self._futures.values() if not future.done()]
+            pending: list[Future[Any]] = [future for future in self._futures.values() if not future.done()]
+        if self._awaits_bytes and not self._vocabulary.done():
+            pending.append(self._vocabulary)
         if pending:
             wait(pending, timeout_s, FIRST_COMPLETED)
 
