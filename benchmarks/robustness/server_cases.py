@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if args.json is not None:
-        write_document(args.json, "server_cases", options={"model": args.model}, **report)
+        write_document(args.json, "server_cases", options={"model": Path(args.model).name}, **report)
     return 1 if unexpected(found, copies=args.model != DEFAULT_MODEL) else 0
 
 
