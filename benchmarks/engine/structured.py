@@ -7,8 +7,12 @@ the root of the repository:
     python -m benchmarks.engine.structured --model preset:llama-3-8b --rows 64 --json structured_llama-3-8b.json
 
 Times are medians of `--repeats` runs, in milliseconds an iteration, of decodes alone: the time of a run with
-`--output-len` tokens less that of one with half of them, so that prompts and compilation do not count. With
-`--speculative` an iteration may make several tokens of a row, and the times are those of a token of all rows.
+`--output-len` tokens less that of one with half of them, so that prompts and compilation do not count.
+
+With `--speculative` two engines run in turn, with drafts and without, and what is told is tokens/s of whole runs in
+which all rows have the shape:
+
+    python -m benchmarks.engine.structured --model default --rows 8 --output-len 128 --speculative ngram:8
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from benchmarks.common.document import write_document
 from benchmarks.common.vocabulary import write_vocabulary
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser
-from nanoflow.config import EngineConfig
+from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.llm import LLM
 from nanoflow.request import SamplingParams
@@ -71,20 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_clean(args.json, allows_dirty=args.allow_dirty)
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder), resolve_model(EngineConfig(model=args.model))[0].vocab_size)
-        with LLM(
-            args.model,
-            tokenizer=folder,
-            max_num_seqs=args.rows,
-            max_model_len=_PROMPT_TOKENS + args.output_len,
-            speculative=args.speculative,
-        ) as llm:
-            found = measured(llm, args)
+        limits: dict[str, Any] = {"max_num_seqs": args.rows, "max_model_len": _PROMPT_TOKENS + args.output_len}
+        options = {"model": args.model, **({} if args.model == DEFAULT_MODEL else {"tokenizer": folder}), **limits}
+        with LLM(**options) as llm:
             device = llm.facts.device
+            if args.speculative is None:
+                found = measured(llm, args)
+            else:
+                with LLM(**options, speculative=args.speculative) as drafting:
+                    found = compared({"without": llm, "with": drafting}, args)
     print(json.dumps(found, indent=1))
     if args.json is not None:
         names = ("model", "rows", "output_len", "repeats", "speculative")
-        options = {name: getattr(args, name) for name in names}
-        write_document(args.json, "structured", options=options, device=device, iteration_ms=found)
+        given = {name: getattr(args, name) for name in names}
+        kind = "iteration_ms" if args.speculative is None else "tokens_per_s"
+        write_document(args.json, "structured", options=given, device=device, **{kind: found})
     return 0
 
 
@@ -106,6 +111,21 @@ def measured(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Any] = {"none": _iteration_ms(llm, args, None, 0)}
     for name, shape in SHAPES.items():
         runs[name] = {str(count): _iteration_ms(llm, args, shape, count) for count in (1, args.rows // 2, args.rows)}
+    return runs
+
+
+def compared(engines: Mapping[str, LLM], args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s of whole runs by shape, number of rows and engine; the engines run in turn."""
+    runs: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        for count in sorted({1, max(args.rows // 2, 1), args.rows}):
+            rates: dict[str, list[float]] = {each: [] for each in engines}
+            for repeat in range(1 + args.repeats):
+                for each, llm in engines.items():
+                    rate = count * args.output_len / _run_s(llm, count, args.output_len, shape, count)
+                    # In the first run what is needed is compiled.
+                    rates[each] += [rate] if repeat else []
+            runs.setdefault(name, {})[str(count)] = {each: statistics.median(values) for each, values in rates.items()}
     return runs
 
 
