@@ -337,19 +337,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def unexpected(found: Mapping[str, str | None], *, copies: bool) -> dict[str, str]:
     """What is wrong with cases that have to pass; some need a model that copies what it has seen."""
     required = (case for case in CASES if case.lacks is None and (copies or not case.needs_copying))
-    return {case.name: problem for case in required if (problem := found[case.name]) is not None}
+    return {case.name: problem for case in required if (problem := found.get(case.name)) is not None}
 
 
-async def problems(config: EngineConfig) -> dict[str, str | None]:
+async def problems(config: EngineConfig, cases: Sequence[Case] = CASES) -> dict[str, str | None]:
     """What is wrong with the reply to each case, by name; None if nothing is."""
     engine = await AsyncEngine.start(config)
     try:
         transport = httpx.ASGITransport(create_app(engine, ServerConfig()))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
-            found = await asyncio.gather(*(_problem(http, case) for case in CASES))
+            found = await asyncio.gather(*(_problem(http, case) for case in cases))
     finally:
         await engine.close()
-    return {case.name: problem for case, problem in zip(CASES, found, strict=True)}
+    return {case.name: problem for case, problem in zip(cases, found, strict=True)}
 
 
 async def _problem(http: httpx.AsyncClient, case: Case) -> str | None:

@@ -14,7 +14,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "structured-output.md"
 
 
 def test_every_case_passes_that_has_to() -> None:
-    found = asyncio.run(problems(EngineConfig(chat_template=TEMPLATE, max_model_len=1024)))
+    cases = [case for case in CASES if not case.needs_copying]
+    found = asyncio.run(problems(EngineConfig(chat_template=TEMPLATE, max_model_len=1024), cases))
+    assert len(found) == 37
     assert unexpected(found, copies=False) == {}
     # What is said to be lacking is lacking.
     assert all(found[case.name] for case in CASES if case.lacks is not None)

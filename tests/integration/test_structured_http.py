@@ -198,7 +198,7 @@ def test_bounds_on_reasoning_that_are_refused(served: Served, fields: dict[str, 
 def test_a_strict_call_is_held_where_the_model_decides(served: Served) -> None:
     """The embedded model knows of no tools: beside an answer in JSON, a bias makes it begin a call."""
     tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
-    fields = {**CHAT, "chat_template": CALLING, "temperature": 0.0, "max_tokens": 100}
+    fields = {**CHAT, "chat_template": CALLING, "temperature": 0.0, "max_tokens": 50}
     shape = {"response_format": {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}}
     quiet = {"chat_template_kwargs": {"enable_thinking": False}, "parallel_tool_calls": False}
 

@@ -14,7 +14,7 @@ them out of every second iteration.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request
 from nanoflow.scheduler.forced import ForcedRuns
-from nanoflow.scheduler.forming import Turn
+from nanoflow.scheduler.forming import Turn, with_guesses
 from nanoflow.scheduler.gain import Draft, Gain
 from nanoflow.scheduler.ngram import continuation
 from nanoflow.scheduler.rows import RowTable
@@ -228,7 +228,7 @@ class Drafter:
             return turn
         for row, guess in guesses.items():
             table.guess(row, guess)
-        return _with_guesses(turn, {row: len(guess) for row, guess in guesses.items()})
+        return with_guesses(turn, {row: len(guess) for row, guess in guesses.items()})
 
     def note_formed(self, batch: DenseBatch) -> None:
         """See `Drafts`."""
@@ -314,24 +314,6 @@ def _shape_of(turn: Turn) -> BatchShape:
         prefill_context=int((taken * before + taken * (taken + 1) // 2).sum()),
         prefill_kv_tokens=int((before + taken).sum()),
         num_sampled=int(np.count_nonzero(turn.num_taken == turn.num_pending)),
-    )
-
-
-def _with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
-    """The turn with guessed tokens for some of its decodes (number by row), which are moved after the other decodes."""
-    num_drafts = np.array([num_guessed.get(row, 0) for row in turn.rows.tolist()], dtype=np.int64)
-    num_decodes = int(np.count_nonzero(turn.num_pending == 1))
-    order = np.arange(len(turn.rows))
-    order[:num_decodes] = np.argsort(num_drafts[:num_decodes] > 0, kind="stable")
-    num_drafts = num_drafts[order]
-    return replace(
-        turn,
-        rows=turn.rows[order],
-        num_before=turn.num_before[order],
-        num_pending=turn.num_pending[order] + num_drafts,
-        num_taken=turn.num_taken[order] + num_drafts,
-        num_left=turn.num_left - int(num_drafts.sum()),
-        num_drafts=num_drafts,
     )
 
 
