@@ -15,9 +15,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from nanoflow.grammars.compiled import Grammars, vocabulary
 from nanoflow.grammars.text import GrammarError, grammar_of, limits, said
-from nanoflow.request import Request, SamplingParams
+from nanoflow.request import Request, RequestError, SamplingParams
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
-from nanoflow.structured import Structured
+from nanoflow.structured import Structured, read_response_format, read_structured
 from tests.toy_tokenizers import byte_fallback_backend, byte_level_backend, metaspace_backend, toy_tokenizer
 
 
@@ -181,3 +181,49 @@ def test_the_bytes_of_tokens_are_waited_for_where_they_are_needed() -> None:
     with pytest.raises(GrammarError, match="no such file"):
         failed.token_bytes(0)
     failed.close()
+
+
+TAGS = {
+    "structures": [
+        {"begin": "<f=add>", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}, "end": "</f>"},
+        {"begin": "<g>", "schema": {"type": "boolean"}, "end": ""},
+    ],
+    "triggers": ["<f=", "<g>"],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("free <text> only", True),
+        ('a <f=add>{"a": 1}</f> b <g>true c', True),
+        ('<f=add>{"a": "1"}</f>', False),
+        ('<f=rm>{"a": 1}</f>', False),
+        ("a <g>", False),
+        ("a <f=add>{}", False),
+    ],
+)
+def test_a_structural_tag_holds_what_stands_behind_a_trigger(text: str, is_right: bool) -> None:
+    for value in ({"structural_tag": json.dumps(TAGS)}, {"structural_tag": TAGS}):
+        structured = read_structured("structured_outputs", value)
+        assert structured == read_response_format("response_format", {"type": "structural_tag", **TAGS})
+    assert structured is not None
+    matcher = LLMatcher(LLTokenizer("byte"), grammar_of(structured), log_level=0)
+    data = list(text.encode())
+    assert (matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()) == is_right
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**TAGS, "triggers": []}, "triggers must be a list of texts"),
+        ({**TAGS, "triggers": ["<f="]}, r"structures\[1\].begin must begin with one of the triggers"),
+        ({**TAGS, "structures": [{"begin": "<g>", "end": ""}]}, "schema must be a JSON schema"),
+        ({**TAGS, "structures": [{"begin": "<g>"}]}, "must be an object with begin and end"),
+        ({"format": {}}, "structures and triggers"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_bad_structural_tag_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        read_structured("structured_outputs", {"structural_tag": given})
