@@ -112,7 +112,7 @@ class SamplingFields(PromptFields, RequestBody):
         None, description="The shape of the answer, as OpenAI has it"
     )
     structured_outputs: Annotated[Structured | None, Parameter.of_structured("structured_outputs")] = Field(
-        None, description="The shape of the answer: one of json, regex, choice, grammar and json_object"
+        None, description="The shape of the answer: one of json, regex, choice, grammar, structural_tag, json_object"
     )
     guided_json: Annotated[Structured | None, Parameter.of_structured("guided_json")] = Field(
         None, description="As json in structured_outputs"
