@@ -16,6 +16,7 @@ from nanoflow.chat_formats.json_scan import JsonScan
 from nanoflow.chat_formats.markers import Markers
 from nanoflow.chat_formats.names import CALL_NAMES, REASONING_NAMES
 from nanoflow.chat_formats.parser import ChatParser
+from nanoflow.chat_formats.tagged import value_of
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.option_names import from_kwargs
 from tests.chat_texts import CASES, FORMATS, NAMES, PARAMETERS, PIECES, SUM, THINKS_HERMES, Found, found
@@ -136,6 +137,25 @@ def test_ids_are_as_openai_has_them_and_nine_characters_for_mistral() -> None:
     assert call_id("hermes two calls").startswith("call_")
     assert len(call_id("mistral list")) == 9 and call_id("mistral list").isalnum()
     assert call_id("mistral list") != call_id("mistral list")
+    assert call_id("kimi") == "functions.get_weather:0", "the model's own"
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "expected"),
+    [
+        ("5", {"type": ["string", "null"]}, '"5"'),
+        ("null", {"type": ["string", "null"]}, "null"),
+        ("5", {"type": "integer"}, "5"),
+        ("5", None, "5"),
+        ("five", {"type": "integer"}, '"five"'),
+        ("False", {"type": "boolean"}, "false"),
+        ("NaN", {"type": "number"}, '"NaN"'),
+        (' {"a": [1]} ', {"anyOf": [{"type": "object"}, {"type": "null"}]}, '{"a": [1]}'),
+        ("1", {"enum": ["1", "2"]}, '"1"'),
+    ],
+)
+def test_values_between_tags_are_of_the_type_of_their_schema(text: str, schema: object, expected: str) -> None:
+    assert value_of(text, schema) == expected
 
 
 @pytest.mark.parametrize("form", ["hermes", "mistral", "deepseek_v31", "openai"])
