@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="model that answers (default: the embedded model)")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     args: argparse.Namespace = parser.parse_args(argv)
-    found = asyncio.run(problems(EngineConfig(model=args.model, chat_template=TEMPLATE, max_model_len=1024)))
+    found = asyncio.run(_served(EngineConfig(model=args.model, chat_template=TEMPLATE, max_model_len=1024)))
     report = {
         "num_cases": dict(Counter(case.area for case in CASES)),
         "num_passed": dict(Counter(case.area for case in CASES if found[case.name] is None)),
@@ -339,21 +339,32 @@ def unexpected(found: Mapping[str, str | None], *, copies: bool) -> dict[str, st
     return {case.name: problem for case in required if (problem := found.get(case.name)) is not None}
 
 
-async def problems(config: EngineConfig, cases: Sequence[Case] = CASES) -> dict[str, str | None]:
-    """What is wrong with the reply to each case, by name; None if nothing is."""
+async def _served(config: EngineConfig) -> dict[str, str | None]:
     engine = await AsyncEngine.start(config)
     try:
         transport = httpx.ASGITransport(create_app(engine, ServerConfig()))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
-            found = await asyncio.gather(*(_problem(http, case) for case in cases))
+            return await problems(http, CASES)
     finally:
         await engine.close()
+
+
+async def problems(http: httpx.AsyncClient, cases: Sequence[Case], **fields: Any) -> dict[str, str | None]:
+    """What is wrong with the reply to each case, by name; None if nothing is.
+
+    Args:
+        http: Of the server.
+        cases: All are sent at once.
+        **fields: Further fields of chat completions.
+    """
+    found = await asyncio.gather(*(_problem(http, case, fields) for case in cases))
     return {case.name: problem for case, problem in zip(cases, found, strict=True)}
 
 
-async def _problem(http: httpx.AsyncClient, case: Case) -> str | None:
-    path = "/v1/chat/completions" if "messages" in case.body else "/v1/completions"
-    answer = await http.post(path, json=case.body)
+async def _problem(http: httpx.AsyncClient, case: Case, fields: Mapping[str, Any]) -> str | None:
+    is_chat = "messages" in case.body
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    answer = await http.post(path, json={**(fields if is_chat else {}), **case.body})
     return case.check(read_reply(answer.status_code, answer.text, is_stream=bool(case.body.get("stream"))))
 
 

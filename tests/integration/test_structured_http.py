@@ -6,10 +6,12 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from benchmarks.robustness.server_cases import CASES, TEMPLATE, problems, unexpected
 
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
@@ -17,6 +19,7 @@ from nanoflow.engine.grammar_checks import GrammarChecks
 from nanoflow.server.app import create_app
 from tests.templates import CALLING
 
+PAGE = Path(__file__).parents[2] / "docs" / "structured-output.md"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 IS_RECORD = re.compile(r'\{\s*"a"\s*:\s*(true|false)\s*\}')
 
@@ -101,6 +104,22 @@ def test_refusals(served: Served, shape: dict[str, Any], message: str, param: st
     answer = served.ask(**CHAT, **shape, stream=is_stream)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and error["param"] == param
+
+
+def test_every_case_of_the_suite_passes_that_has_to(served: Served) -> None:
+    """Those that the embedded model can show: it copies no call that it has seen."""
+    cases = [case for case in CASES if not case.needs_copying]
+    found = served.loop.run_until_complete(problems(served.http, cases, chat_template=TEMPLATE))
+    assert len(found) == 37 and unexpected(found, copies=False) == {}
+    # What is said to be lacking is lacking.
+    assert all(found[case.name] for case in cases if case.lacks is not None)
+
+
+def test_there_are_as_many_cases_as_the_page_says() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) == 41
+    lacking = {case.name: case.lacks for case in CASES if case.lacks is not None}
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert lacking.items() <= dict(rows).items()
 
 
 def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +233,7 @@ def test_a_strict_call_is_held_where_the_model_decides(served: Served) -> None:
     (answer,) = served.ask(**fields, **shape, **quiet, **biased("{"), tools=[tool]).json()["choices"]
     assert IS_RECORD.fullmatch(answer["message"]["content"])
     # Text without calls is what it is without strict functions, if the prompt is the same.
-    fields["chat_template"] = CALLING.replace("{{ tool | tojson }}", "")
+    fields |= {"chat_template": CALLING.replace("{{ tool | tojson }}", ""), "max_tokens": 12}
     texts = [served.ask(**fields, **quiet, tools=[one]).json() for one in (tool, WEATHER)]
     first, second = (text["choices"][0]["message"]["content"] for text in texts)
     assert first == second and first
