@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken
 
+from nanoflow.chat_formats.formats import CALLS, REASONING, ChatFormat
+from nanoflow.chat_formats.grammar import grammar_of as chat_grammar
+from nanoflow.chat_formats.tools import Calling, ToolChoice
 from nanoflow.grammars.compiled import Grammars, vocabulary
 from nanoflow.grammars.text import GrammarError, grammar_of, limits, said
 from nanoflow.request import Request, RequestError, SamplingParams
@@ -227,3 +231,30 @@ def test_a_structural_tag_holds_what_stands_behind_a_trigger(text: str, is_right
 def test_a_bad_structural_tag_is_refused(given: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read_structured("structured_outputs", {"structural_tag": given})
+
+
+def test_added_tokens_that_look_like_tags_are_taken_by_their_ids() -> None:
+    """Qwen's marks are no special tokens for its tokenizer, but are for llguidance, which takes no text for them."""
+    backend = byte_level_backend()
+    names = ("<tool_call>", "</tool_call>", "<think>", "</think>", "plain")
+    backend.add_tokens([AddedToken(name, special=False) for name in names])
+    tokenizer = toy_tokenizer(backend)
+    made = vocabulary(tokenizer.as_json(), vocab_size=tokenizer.vocab_size, eos_token_ids=[0])
+    assert {*names[:-1]} <= tokenizer.mark_names.keys() and "plain" not in tokenizer.mark_names
+    assert all(made.is_special_token(token_id) for token_id in tokenizer.mark_names.values())
+    tool = {"type": "function", "function": {"name": "add", "strict": True}}
+    form = ChatFormat(calls=CALLS["hermes"], reasoning=REASONING["qwen3"])
+    call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    for calling, text in (("auto", f"Hello {call}"), ("auto", "Hello"), ("required", f"hm</think>\n{call}")):
+        grammar = chat_grammar(
+            form,
+            [tool],
+            ToolChoice(Calling(calling)),
+            special=tokenizer.mark_names,
+            is_reasoning=calling == "required" or None,
+        )
+        assert grammar is not None
+        matcher = LLMatcher(made, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        ids = tokenizer.encode(text)
+        assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), text
+    tokenizer.close()

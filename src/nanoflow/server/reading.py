@@ -254,7 +254,7 @@ def params_for(
         ApiError: The call also asks for another shape of the text, with which calls cannot be (400).
     """
     params, tokenizer = dataclasses.replace(params, skip_special_tokens=False), service.tokenizer
-    special = tokenizer.special_names if isinstance(tokenizer, Tokenizer) else {}
+    special = tokenizer.mark_names if isinstance(tokenizer, Tokenizer) else {}
     grammar = grammar_of(
         reading.form,
         body.callable_tools,
