@@ -23,6 +23,22 @@ FORMATS = {
     "deepseek_v3": ChatFormat(calls=CALLS["deepseek_v3"], reasoning=REASONING["deepseek_r1"]),
     "deepseek_v31": ChatFormat(calls=CALLS["deepseek_v31"], reasoning=REASONING["deepseek_v3"]),
     "openai": HARMONY,
+    "qwen3_coder": ChatFormat(calls=CALLS["qwen3_coder"]),
+    "glm45": ChatFormat(calls=CALLS["glm45"], reasoning=REASONING["qwen3"]),
+    "kimi_k2": ChatFormat(calls=CALLS["kimi_k2"]),
+    "seed_oss": ChatFormat(calls=CALLS["seed_oss"], reasoning=REASONING["seed_oss"]),
+}
+PARAMETERS = {
+    "get_weather": {
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "array"},
+            "far": {"type": "boolean"},
+            "zip": {"enum": ["01", "2"]},
+            "near": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "n": {"type": ["integer", "null"]},
+        }
+    }
 }
 
 
@@ -186,7 +202,69 @@ CASES: dict[str, tuple[str, str, Found]] = {
     "harmony no sections": ("openai", "to be or not", Found("to be or not")),
 }
 
+_CODER = (
+    '<function=get_weather>\n<parameter=city>\nParis "é"\n\n 東京 </param\n</parameter>\n<parameter=days>\n[1, 2.5]\n'
+    "</parameter>\n<parameter=far>\nTrue\n</parameter>\n<parameter=zip>\n2\n</parameter>\n<parameter=near>\nnull\n"
+    "</parameter>\n<parameter=n>\n3\n</parameter>\n<parameter=else>\nno JSON\n</parameter>\n</function>"
+)
+_CODED = (
+    "get_weather",
+    '{"city": "Paris \\"é\\"\\n\\n 東京 </param", "days": [1, 2.5], "far": true, "zip": "2", "near": null, "n": 3, '
+    '"else": "no JSON"}',
+    True,
+)
+_GLM = "<arg_key>city</arg_key>\n<arg_value>Paris\n</arg_value>\n<arg_key>n</arg_key><arg_value>3</arg_value>\n"
+_KIMI, _KIMI_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+
+CASES |= {
+    "qwen coder": (
+        "qwen3_coder",
+        f"I look.\n<tool_call>\n{_CODER}\n</tool_call>\n<tool_call>\n<function=add>\n</function>\n</tool_call>\nDone.",
+        Found("I look.\nDone.", "", (_CODED, SUM)),
+    ),
+    "qwen coder without the outer tag": ("qwen3_coder", f"{_CODER}\n</tool_call>", Found("", "", (_CODED,))),
+    "qwen coder undeclared": (
+        "qwen3_coder",
+        "a <tool_call>\n<function=rm>\n</function>",
+        Found("a <tool_call>\n<function=rm>\n</function>"),
+    ),
+    "qwen coder cut off in a text": (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nPa\n</para",
+        Found("", "", (("get_weather", '{"city": "Pa\\n</para', False),)),
+    ),
+    "qwen coder no member": (
+        "qwen3_coder",
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\noops</function>",
+        Found("oops</function>", "", (("add", '{"a": 1', False),)),
+    ),
+    "seed": (
+        "seed_oss",
+        f"<seed:think>hm</seed:think><seed:tool_call>\n{_CODER}\n</seed:tool_call>",
+        Found("", "hm", (_CODED,)),
+    ),
+    "glm": (
+        "glm45",
+        f"\n<think>hm</think>\nok\n<tool_call>get_weather\n{_GLM}</tool_call>\n<tool_call>add\n</tool_call>",
+        Found("ok", "hm", (("get_weather", '{"city": "Paris\\n", "n": 3}', True), SUM)),
+    ),
+    "glm on one line": (
+        "glm45",
+        "<tool_call>add<arg_key>a</arg_key><arg_value>[true]</arg_value></tool_call>",
+        Found("", "", (("add", '{"a": [true]}', True),)),
+    ),
+    "kimi": (
+        "kimi_k2",
+        f"ok{_KIMI}<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{_P}<|tool_call_end|>"
+        f"<|tool_call_begin|>functions.add:1<|tool_call_argument_begin|>{_S}<|tool_call_end|>{_KIMI_END}",
+        Found("ok", "", (PARIS, SUM)),
+    ),
+}
+
 PIECES = (
+    *("<function=add>", "<function=get_weather>", "<parameter=city>", "</parameter>", "</function>", "<arg_key>city"),
+    *("</arg_key>", "<arg_value>", "</arg_value>", "\n<parameter=n>", "1", "<|tool_call_begin|>functions.add:3"),
+    "<|tool_call_argument_begin|>",
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"),
     *("<|python_tag|>", "<|start|>", "assistant", "<|channel|>", "analysis", "final", "<|message|>", "<|end|>"),
     *("<|call|>", " to=functions.add", _DS, _DS_NEXT, _DS_END, "function<｜tool▁sep｜>add", "add<｜tool▁sep｜>"),

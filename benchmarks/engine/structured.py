@@ -8,6 +8,11 @@ the root of the repository:
 
 Times are medians of `--repeats` runs, in milliseconds an iteration, of decodes alone: the time of a run with
 `--output-len` tokens less that of one with half of them, so that prompts and compilation do not count.
+
+With `--speculative` two engines run in turn, with drafts and without, and what is told is tokens/s of whole runs in
+which all rows have the shape:
+
+    python -m benchmarks.engine.structured --model default --rows 8 --output-len 128 --speculative ngram:8
 """
 
 from __future__ import annotations
@@ -26,12 +31,13 @@ from benchmarks.common.document import write_document
 from benchmarks.common.vocabulary import write_vocabulary
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser
-from nanoflow.config import EngineConfig
+from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.llm import LLM
 from nanoflow.request import SamplingParams
 
-# Each goes on for longer than any run. A string of JSON, any JSON, and repetitions that are counted.
+# Each goes on for longer than any run. A string of JSON, objects, objects that are mostly forced, and repetitions that
+# are counted.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "string": {"json": {"type": "string", "minLength": 100_000}},
     "list": {
@@ -42,6 +48,18 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
                 "type": "object",
                 "properties": {"name": {"type": "string"}, "size": {"type": "integer"}, "kind": {"enum": ["a", "b"]}},
                 "required": ["name", "size", "kind"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "keys": {
+        "json": {
+            "type": "array",
+            "minItems": 100_000,
+            "items": {
+                "type": "object",
+                "properties": {f"{name}_of_the_order": {"type": "boolean"} for name in ("state", "price", "place")},
+                "required": [f"{name}_of_the_order" for name in ("state", "price", "place")],
                 "additionalProperties": False,
             },
         }
@@ -57,15 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_clean(args.json, allows_dirty=args.allow_dirty)
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder), resolve_model(EngineConfig(model=args.model))[0].vocab_size)
-        with LLM(
-            args.model, tokenizer=folder, max_num_seqs=args.rows, max_model_len=_PROMPT_TOKENS + args.output_len
-        ) as llm:
-            found = measured(llm, args)
+        limits: dict[str, Any] = {"max_num_seqs": args.rows, "max_model_len": _PROMPT_TOKENS + args.output_len}
+        options = {"model": args.model, **({} if args.model == DEFAULT_MODEL else {"tokenizer": folder}), **limits}
+        with LLM(**options) as llm:
             device = llm.facts.device
+            if args.speculative is None:
+                found = measured(llm, args)
+            else:
+                with LLM(**options, speculative=args.speculative) as drafting:
+                    found = compared({"without": llm, "with": drafting}, args)
     print(json.dumps(found, indent=1))
     if args.json is not None:
-        options = {"model": args.model, "rows": args.rows, "output_len": args.output_len, "repeats": args.repeats}
-        write_document(args.json, "structured", options=options, device=device, iteration_ms=found)
+        names = ("model", "rows", "output_len", "repeats", "speculative")
+        given = {name: getattr(args, name) for name in names}
+        kind = "iteration_ms" if args.speculative is None else "tokens_per_s"
+        write_document(args.json, "structured", options=given, device=device, **{kind: found})
     return 0
 
 
@@ -76,6 +100,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64, help="requests at once (default: 64)")
     parser.add_argument("--output-len", type=int, default=256, help="tokens of a completion (default: 256)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--speculative", default=None, help="as nanoflow serve has it, e.g. ngram:8 (default: none)")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     parser.add_argument("--allow-dirty", action="store_true", help="also write a record of sources that no commit has")
     return parser.parse_args(argv)
@@ -86,6 +111,21 @@ def measured(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Any] = {"none": _iteration_ms(llm, args, None, 0)}
     for name, shape in SHAPES.items():
         runs[name] = {str(count): _iteration_ms(llm, args, shape, count) for count in (1, args.rows // 2, args.rows)}
+    return runs
+
+
+def compared(engines: Mapping[str, LLM], args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s of whole runs by shape, number of rows and engine; the engines run in turn."""
+    runs: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        for count in sorted({1, max(args.rows // 2, 1), args.rows}):
+            rates: dict[str, list[float]] = {each: [] for each in engines}
+            for repeat in range(1 + args.repeats):
+                for each, llm in engines.items():
+                    rate = count * args.output_len / _run_s(llm, count, args.output_len, shape, count)
+                    # In the first run what is needed is compiled.
+                    rates[each] += [rate] if repeat else []
+            runs.setdefault(name, {})[str(count)] = {each: statistics.median(values) for each, values in rates.items()}
     return runs
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Complete, validate and report. Exit status 1 if anything was wrong."""
     args = parse_args(argv)
     schemas = [made_schema(args.seed, number) for number in range(args.schemas)]
-    seconds = compile_seconds(schemas)
+    seconds = compile_seconds(schemas, args.model)
     with LLM(args.model) as llm:
         outputs = llm.generate(["A record as JSON: "] * len(schemas), [params_of(each) for each in schemas])
     found = judged(schemas, outputs)

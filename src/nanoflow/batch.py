@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nanoflow.graph.operation import BatchShape
 from nanoflow.request import Pooling, SamplingParams
+from nanoflow.thinking import ThinkingLimit
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -35,6 +36,7 @@ class Joined:
         stop_token_ids: Tokens that may not be chosen before `min_tokens` (end of sequence and stop tokens).
         bad_word_ids: Forbidden sequences of tokens. The last token of a sequence is not chosen if the others have just
             been generated.
+        thinking: The bound on its reasoning; None for none.
     """
 
     row: int
@@ -44,6 +46,7 @@ class Joined:
     num_prompt_tokens: int
     stop_token_ids: tuple[int, ...]
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    thinking: ThinkingLimit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +204,17 @@ class DenseBatch:
         """Index in the batch of the token after which each draw is made, int64 [S]."""
         last = self.query_start[self.sampled + 1].astype(np.int64) - 1
         return last - self.draws_around[1] if self.num_draft_tokens else last
+
+    @property
+    def followed_by(self) -> Int32 | None:
+        """The token in the batch behind the one after which each draw is made, int32 [S]; None if there are no drafts.
+
+        It means something only where the next draw is of the same request: there it is a token of the draft.
+        """
+        if not self.num_draft_tokens:
+            return None
+        followed: Int32 = self.token_ids[np.minimum(self.logit_tokens + 1, self.num_tokens - 1)]
+        return followed
 
     @property
     def drawn_positions(self) -> Int32:

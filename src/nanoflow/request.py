@@ -32,6 +32,7 @@ from nanoflow.parameters import (
     did_you_mean,
 )
 from nanoflow.structured import Structured, StructuredKind
+from nanoflow.thinking import ThinkingLimit
 
 __all__ = ["KINDS", "MAX_CHOICES", "Pooling", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
 
@@ -107,6 +108,8 @@ class SamplingParams:
         output_kind: What `AsyncLLM` and `LLMEngine` yield at each step. `LLM` and `AsyncEngine` ignore it.
         truncate_prompt_tokens: Use only this many last tokens of the prompt; -1 uses as many as the context has room
             for beside `max_tokens`.
+        thinking_token_budget: Most tokens that the model may reason before it answers: its reasoning is closed then,
+            and the completion goes on. None and -1 set no bound.
         structured_outputs: The shape that the completion must have: a mapping with one of `json` (a schema), `regex`,
             `choice` (a list of texts), `grammar` (in Lark's format) and `json_object` (true). It ends where the shape
             is complete.
@@ -145,6 +148,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = _parameter(RequestOutputKind.CUMULATIVE, OneOf(members=RequestOutputKind))
     truncate_prompt_tokens: int | None = _parameter(None, _NUM_KEPT)
     pooling: Pooling | None = _parameter(None, OneOf(members=Pooling))
+    thinking_token_budget: int | None = _parameter(None, Whole(low=-1, high=INT32_MAX))
     structured_outputs: Structured | None = field(default=None, metadata={"kind": StructuredKind(), "read": read_text})
 
     if not TYPE_CHECKING:
@@ -172,6 +176,8 @@ class SamplingParams:
             # Stored as lists, because users append to them.
             object.__setattr__(self, name, list(value) if isinstance(value, tuple) else value)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if self.thinking_token_budget == -1:
+            object.__setattr__(self, "thinking_token_budget", None)
         self._check_together()
 
     @classmethod
@@ -285,6 +291,7 @@ class Request:
         page_keys: The root of its pages' keys, then the keys of those that the prompt fills (`kvcache/keys.py`); empty
             if it neither takes pages of others nor leaves any to them. One that `computes_whole_prompt` takes none.
         session: Name of the conversation that it is a turn of, unique among all users; None if it has none.
+        thinking: The bound on its reasoning, with the marks of the model's format; None for none.
     """
 
     request_id: int
@@ -297,6 +304,7 @@ class Request:
     arrival_s: float = field(default=0.0)
     page_keys: bytes = b""
     session: str | None = None
+    thinking: ThinkingLimit | None = None
 
     @property
     def computes_whole_prompt(self) -> bool:

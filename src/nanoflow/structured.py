@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from nanoflow.parameters import RequestError, did_you_mean, shown
 
-GrammarKind = Literal["json", "regex", "choice", "grammar"]
+GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
 
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_GRAMMAR_CHOICES = 10_000
@@ -28,7 +28,8 @@ class Structured:
     Attributes:
         kind: What `text` is.
         text: A JSON schema; a regular expression that the whole completion matches; a JSON list of texts, of which the
-            completion is one; or a grammar in Lark's format.
+            completion is one; a grammar in Lark's format; or the JSON object of a structural tag, with `structures`
+            (each `begin`, `schema` and `end`) and `triggers`.
     """
 
     kind: GrammarKind
@@ -82,8 +83,11 @@ def read_response_format(name: str, value: object) -> Structured | None:
             return Structured(kind="json", text=ANY_OBJECT)
         case "json_schema":
             return _read_json_schema(f"{name}.json_schema", value.get("json_schema"))
+        case "structural_tag":
+            return _read_tags(name, value)
         case other:
-            raise RequestError(f"{name}.type must be 'text', 'json_object' or 'json_schema', got {shown(other)}")
+            kinds = "'text', 'json_object', 'json_schema' or 'structural_tag'"
+            raise RequestError(f"{name}.type must be {kinds}, got {shown(other)}")
 
 
 def _read_json_schema(name: str, value: object) -> Structured:
@@ -133,6 +137,32 @@ def _read_choice(name: str, value: object) -> Structured:
     return Structured(kind="choice", text=_checked(name, _as_json(name, list(value))))
 
 
+def _read_tags(name: str, value: object) -> Structured:
+    """Read a structural tag: text that is free up to a trigger, and then held to a structure that begins with it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(_checked(name, value))
+        except (ValueError, RecursionError):
+            raise RequestError(f"{name} is not valid JSON") from None
+    if not isinstance(value, Mapping) or "format" in value:
+        raise RequestError(f"{name} must be an object with structures and triggers")
+    structures, triggers = value.get("structures"), value.get("triggers")
+    if not isinstance(triggers, list) or not triggers or not all(isinstance(one, str) and one for one in triggers):
+        raise RequestError(f"{name}.triggers must be a list of texts that is not empty, got {shown(triggers)}")
+    if not isinstance(structures, list) or not structures:
+        raise RequestError(f"{name}.structures must be a list that is not empty, got {shown(structures)}")
+    for place, one in enumerate(structures):
+        part = f"{name}.structures[{place}]"
+        if not isinstance(one, Mapping) or not all(isinstance(one.get(key), str) for key in ("begin", "end")):
+            raise RequestError(f"{part} must be an object with begin and end, which are texts, and a schema")
+        if not one["begin"].startswith(tuple(triggers)):
+            raise RequestError(f"{part}.begin must begin with one of the triggers, got {shown(one['begin'])}")
+        if not isinstance(one.get("schema"), Mapping):
+            raise RequestError(f"{part}.schema must be a JSON schema, which is an object")
+    kept = {"structures": structures, "triggers": triggers}
+    return Structured(kind="structural_tag", text=_checked(name, _as_json(name, kept)))
+
+
 def _read_any_object(name: str, value: object) -> Structured:
     if value is not True:
         raise RequestError(f"{name} must be true or false, got {shown(value)}")
@@ -162,6 +192,7 @@ _READERS: Mapping[str, Callable[[str, object], Structured]] = {
     "choice": _read_choice,
     "grammar": _read_text("grammar"),
     "json_object": _read_any_object,
+    "structural_tag": _read_tags,
 }
 
 SPELLINGS: Mapping[str, Callable[[str, object], Structured | None]] = {
@@ -207,7 +238,9 @@ class StructuredKind:
             return {
                 "type": "object",
                 "properties": {
-                    "type": {"enum": ["text", "json_object", "json_schema"]},
+                    "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+                    "structures": {"description": "Of a structural tag: a list of objects with begin, schema and end"},
+                    "triggers": {"description": "Of a structural tag: a list of texts"},
                     "json_schema": {
                         "type": "object",
                         "properties": {
@@ -230,4 +263,5 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
     "grammar": _TEXT,
     "json_object": {"type": "boolean"},
+    "structural_tag": {"anyOf": [{"type": "object"}, _TEXT]},
 }

@@ -14,6 +14,7 @@ from benchmarks.robustness import schemas
 from nanoflow import LLM, RequestOutput, SamplingParams
 from nanoflow.kernels import sample
 from tests import sample_cases
+from tests.templates import CALLING
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -82,3 +83,25 @@ def test_a_large_vocabulary(tmp_path: Path) -> None:
         assert output.outputs[0].finish_reason == "stop", output
     assert all(len(output.outputs[0].text) == 25 for output in outputs[::2])
     assert all(output.outputs[0].text in ("red", "green") for output in outputs[1::2])
+
+
+def test_forced_tokens_come_together_and_change_nothing() -> None:
+    """With drafts a long forced text takes few iterations; every forced token counts."""
+    shape = {"regex": "[xy] is the beginning of a long text that is forced, [0-9]{3}"}
+    options: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 256, "dtype": "float32"}
+    with LLM(**options) as plain, LLM(**options, speculative="ngram:8") as drafting:
+        one, other = (completed(llm, [shape, None, shape], 60) for llm in (plain, drafting))
+        counts = drafting._engine.stats()
+    assert [each.outputs[0].token_ids for each in one] == [each.outputs[0].token_ids for each in other]
+    assert counts.num_accepted_tokens > len(one[0].outputs[0].token_ids) * 0.6, counts
+
+
+@pytest.mark.parametrize("speculative", [None, "ngram:4"])
+def test_reasoning_is_closed_at_its_bound(speculative: str | None) -> None:
+    messages = [{"role": "user", "content": "def f(a, b):"}]
+    params = [SamplingParams(max_tokens=40, thinking_token_budget=budget, seed=budget) for budget in (0, 5, 17)]
+    with LLM(chat_template=CALLING, max_num_seqs=8, max_model_len=256, speculative=speculative) as llm:
+        closing = llm.tokenizer.encode("</think>", add_special_tokens=False)
+        outputs = llm.chat([messages] * 3, params, chat_template_kwargs={"opens": True}, use_tqdm=False)
+    for output, budget in zip(outputs, (0, 5, 17), strict=True):
+        assert output.outputs[0].token_ids[budget:][: len(closing)] == closing

@@ -6,10 +6,12 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from benchmarks.robustness.server_cases import CASES, TEMPLATE, problems, unexpected
 
 from nanoflow.config import EngineConfig, ServerConfig
 from nanoflow.engine.async_engine import AsyncEngine
@@ -17,6 +19,7 @@ from nanoflow.engine.grammar_checks import GrammarChecks
 from nanoflow.server.app import create_app
 from tests.templates import CALLING
 
+PAGE = Path(__file__).parents[2] / "docs" / "structured-output.md"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 IS_RECORD = re.compile(r'\{\s*"a"\s*:\s*(true|false)\s*\}')
 
@@ -103,6 +106,22 @@ def test_refusals(served: Served, shape: dict[str, Any], message: str, param: st
     assert answer.status_code == 400 and message in error["message"] and error["param"] == param
 
 
+def test_every_case_of_the_suite_passes_that_has_to(served: Served) -> None:
+    """Those that the embedded model can show: it copies no call that it has seen."""
+    cases = [case for case in CASES if not case.needs_copying]
+    found = served.loop.run_until_complete(problems(served.http, cases, chat_template=TEMPLATE))
+    assert len(found) == 37 and unexpected(found, copies=False) == {}
+    # What is said to be lacking is lacking.
+    assert all(found[case.name] for case in cases if case.lacks is not None)
+
+
+def test_there_are_as_many_cases_as_the_page_says() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) == 41
+    lacking = {case.name: case.lacks for case in CASES if case.lacks is not None}
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert lacking.items() <= dict(rows).items()
+
+
 def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.engine, "_checks", GrammarChecks(timeout_s=1.5))
 
@@ -121,7 +140,7 @@ def test_a_hostile_schema_stalls_nobody(served: Served, monkeypatch: pytest.Monk
     assert free.json()["usage"]["completion_tokens"] == 8
 
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -162,3 +181,61 @@ def test_a_required_call_has_no_other_shape(served: Served) -> None:
     fields = {**CHAT, "chat_template": CALLING, "tools": [WEATHER], "tool_choice": "required"}
     answer = served.ask(**fields, response_format={"type": "json_object"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize("name", ["thinking_token_budget", "thinking_budget"])
+def test_reasoning_is_bounded(served: Served, name: str) -> None:
+    fields = {**CHAT, "chat_template": CALLING, "chat_template_kwargs": {"opens": True}, "max_tokens": 30, name: 5}
+    (choice,) = served.ask(**fields, return_token_ids=True).json()["choices"]
+    message = choice["message"]
+    tokenizer = served.engine.tokenizer
+    assert message["reasoning"].strip() == tokenizer.decode(choice["token_ids"][:5]).strip() and message["content"]
+    deltas = [
+        part["delta"]
+        for line in served.ask(**fields, stream=True).text.splitlines()
+        if line.startswith("data: {")
+        for part in json.loads(line[6:])["choices"]
+    ]
+    assert "".join(each.get("reasoning", "") for each in deltas) == message["reasoning"]
+    assert "".join(each.get("content", "") for each in deltas) == message["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"thinking_budget": 5}, "needs a model whose reasoning", "thinking_budget"),
+        ({"thinking_token_budget": 5, "thinking_budget": 5}, "give one", "thinking_budget"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget must be", "thinking_token_budget"),
+    ],
+)
+def test_bounds_on_reasoning_that_are_refused(served: Served, fields: dict[str, Any], message: str, param: str) -> None:
+    answer = served.ask(**CHAT, **fields)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and message in error["message"] and error["param"] == param, error
+
+
+def test_a_strict_call_is_held_where_the_model_decides(served: Served) -> None:
+    """The embedded model knows of no tools: beside an answer in JSON, a bias makes it begin a call."""
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    fields = {**CHAT, "chat_template": CALLING, "temperature": 0.0, "max_tokens": 50}
+    shape = {"response_format": {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}}
+    quiet = {"chat_template_kwargs": {"enable_thinking": False}, "parallel_tool_calls": False}
+
+    def biased(text: str) -> dict[str, Any]:
+        ids = served.engine.tokenizer.encode(text, add_special_tokens=False)
+        return {"logit_bias": {str(token_id): 100 for token_id in ids}}
+
+    (choice,) = served.ask(**fields, **shape, **quiet, **biased("<"), tools=[tool]).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls", choice
+    (call,) = choice["message"]["tool_calls"]
+    said = json.loads(call["function"]["arguments"])
+    assert said["city"] in ("Paris", "Rome") and said["days"] in (1, 2, 3) and len(said) == 2
+    (answer,) = served.ask(**fields, **shape, **quiet, **biased("{"), tools=[tool]).json()["choices"]
+    assert IS_RECORD.fullmatch(answer["message"]["content"])
+    # Text without calls is what it is without strict functions, if the prompt is the same.
+    fields |= {"chat_template": CALLING.replace("{{ tool | tojson }}", ""), "max_tokens": 12}
+    texts = [served.ask(**fields, **quiet, tools=[one]).json() for one in (tool, WEATHER)]
+    first, second = (text["choices"][0]["message"]["content"] for text in texts)
+    assert first == second and first
+    refused = served.ask(**fields, guided_regex="a", tools=[tool])
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "guided_regex"

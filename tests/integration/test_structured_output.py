@@ -16,6 +16,7 @@ from llguidance import LLMatcher
 from nanoflow import LLM, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanoflow.grammars.compiled import Grammars
 from nanoflow.outputs import FinishReason
+from nanoflow.scheduler.gain import Gain
 from nanoflow.structured import Structured
 from tests.driving import expect_less
 
@@ -187,11 +188,31 @@ def test_preempted_requests_go_on_where_they_were() -> None:
     assert len(texts) == 1 and re.fullmatch(shape["regex"], texts.pop())
 
 
-def test_with_speculation_they_have_no_drafts(llm: LLM) -> None:
-    shape = {"regex": "(ab){12}"}
-    with LLM(speculative="ngram:4", max_num_seqs=4, max_model_len=256) as guessing:
-        outputs = completed(guessing, shape, None, temperature=0.0, max_tokens=30)
-    assert outputs[0].outputs[0].text == "ab" * 12
-    assert (
-        outputs[1].outputs[0].token_ids == completed(llm, None, temperature=0.0, max_tokens=30)[0].outputs[0].token_ids
+def test_drafts_change_no_completion_and_forced_tokens_come_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the grammar forces is a draft that is right, also beside other drafts, which may be wrong."""
+    monkeypatch.setattr(Gain, "allows", lambda *_: True)
+    shapes = (
+        {"regex": "(ab){12}"},
+        {"json": RECORD},
+        {"regex": "[ab]{30}"},
+        {"regex": "a, [xy], a long end, [xy]+"},
+        None,
     )
+    with LLM(speculative="ngram:6:3:1", max_num_seqs=8, max_model_len=256) as guessing:
+        for params in ({"temperature": 0.0}, {"logprobs": 1, "min_tokens": 29}):
+            drafted, plain = (completed(each, *shapes, max_tokens=30, **params) for each in (guessing, llm))
+            for shape, one, other in zip(shapes, drafted, plain, strict=True):
+                assert [each.token_ids for each in one.outputs] == [each.token_ids for each in other.outputs], shape
+        counts = guessing._engine.stats()
+        before = counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens
+        # One token is free, all others are forced: in one iteration up to 7 of them.
+        (output,) = completed(guessing, {"regex": "[xy] is the beginning of a long text that is forced"}, max_tokens=60)
+        counts = guessing._engine.stats()
+    num_drafts, num_drafted, num_accepted = (
+        after - each
+        for after, each in zip(
+            (counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens), before, strict=True
+        )
+    )
+    assert output.outputs[0].finish_reason is FinishReason.STOP
+    assert num_drafted == num_accepted > len(output.outputs[0].token_ids) * 0.6 and num_drafts > 1

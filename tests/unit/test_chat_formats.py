@@ -16,16 +16,17 @@ from nanoflow.chat_formats.json_scan import JsonScan
 from nanoflow.chat_formats.markers import Markers
 from nanoflow.chat_formats.names import CALL_NAMES, REASONING_NAMES
 from nanoflow.chat_formats.parser import ChatParser
+from nanoflow.chat_formats.tagged import value_of
 from nanoflow.config import ConfigError, ServerConfig
 from nanoflow.option_names import from_kwargs
-from tests.chat_texts import CASES, FORMATS, NAMES, PIECES, SUM, THINKS_HERMES, Found, found
+from tests.chat_texts import CASES, FORMATS, NAMES, PARAMETERS, PIECES, SUM, THINKS_HERMES, Found, found
 
 # Text that JSON escapes, or that looks like its structure.
 _CHARS = 'a"\\/é🌧\n\x01 {}[],:'
 
 
 def read(form: ChatFormat, pieces: list[str], **options: object) -> list[Event]:
-    given = {"names": NAMES, **options}
+    given = {"names": NAMES, "parameters": PARAMETERS, **options}
     parser = ChatParser(form, new_id=lambda style: f"id of {style.name}", **given)  # type: ignore[arg-type]
     return [*(event for piece in pieces for event in parser.push(piece)), *parser.finish()]
 
@@ -136,6 +137,25 @@ def test_ids_are_as_openai_has_them_and_nine_characters_for_mistral() -> None:
     assert call_id("hermes two calls").startswith("call_")
     assert len(call_id("mistral list")) == 9 and call_id("mistral list").isalnum()
     assert call_id("mistral list") != call_id("mistral list")
+    assert call_id("kimi") == "functions.get_weather:0", "the model's own"
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "expected"),
+    [
+        ("5", {"type": ["string", "null"]}, '"5"'),
+        ("null", {"type": ["string", "null"]}, "null"),
+        ("5", {"type": "integer"}, "5"),
+        ("5", None, "5"),
+        ("five", {"type": "integer"}, '"five"'),
+        ("False", {"type": "boolean"}, "false"),
+        ("NaN", {"type": "number"}, '"NaN"'),
+        (' {"a": [1]} ', {"anyOf": [{"type": "object"}, {"type": "null"}]}, '{"a": [1]}'),
+        ("1", {"enum": ["1", "2"]}, '"1"'),
+    ],
+)
+def test_values_between_tags_are_of_the_type_of_their_schema(text: str, schema: object, expected: str) -> None:
+    assert value_of(text, schema) == expected
 
 
 @pytest.mark.parametrize("form", ["hermes", "mistral", "deepseek_v31", "openai"])
@@ -187,6 +207,10 @@ def test_deepseek_r1_reasons_first_unless_the_prompt_says_otherwise() -> None:
     [
         ("<tool_call> <think></think>", "hermes", "qwen3"),
         ("<tool_call><function=", None, None),
+        ("<tool_call><function=<parameter=", "qwen3_coder", None),
+        ("<tool_call><arg_key></think>", "glm45", "qwen3"),
+        ("<|tool_calls_section_begin|>", "kimi_k2", None),
+        ("<seed:tool_call><function=</seed:think>", "seed_oss", "seed_oss"),
         ("[TOOL_CALLS]", "mistral", None),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
         ('<|start_header_id|> {"name": n, "parameters": p}', "llama3_json", None),

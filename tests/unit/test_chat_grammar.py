@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from nanoflow.chat_formats.choice import choose_format
-from nanoflow.chat_formats.grammar import grammar_of
+from nanoflow.chat_formats.grammar import answer_grammar, grammar_of
+from nanoflow.chat_formats.grammar_arguments import shape_rule
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, ToolChoice
+from nanoflow.structured import read_structured
 from tests.chat_texts import FORMATS, Found, found
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
-ADD = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
 STOP = {"type": "function", "function": {"name": "stop"}}
+# Not in an id.
+_WRONG_VALUE = ("1", '"1"', 1)
 REQUIRED = ToolChoice(Calling.REQUIRED)
 ONE, TWO = ("add", '{"a": 1}', True), ("stop", "{}", True)
 
@@ -30,7 +35,15 @@ TEXTS = {
     "<｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "openai": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}',
+    "qwen3_coder": "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+    "<tool_call>\n<function=stop>\n</function>\n</tool_call>",
+    "glm45": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>\n"
+    "<tool_call>stop\n</tool_call>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+    '{"a": 1}<|tool_call_end|><|tool_call_begin|>functions.stop:1<|tool_call_argument_begin|>{}<|tool_call_end|>'
+    "<|tool_calls_section_end|>",
 }
+TEXTS["seed_oss"] = TEXTS["qwen3_coder"].replace("tool_call>", "seed:tool_call>")
 
 
 def lets_through(grammar: str | None, text: str) -> bool:
@@ -51,7 +64,7 @@ def test_a_grammar_lets_through_what_the_parser_reads(form: str) -> None:
     parser = ChatParser(FORMATS[form], names=("add", "stop"))
     calls = (ONE,) if form == "openai" else (ONE, TWO)
     assert found([*parser.push(text), *parser.finish()]) == Found("", "hm" if form == "openai" else "", calls)
-    for wrong in ("", "no", text.replace("1", '"1"'), text.replace("add", "rm")):
+    for wrong in ("", "no", text.replace(*_WRONG_VALUE), text.replace("add", "rm")):
         assert not lets_through(grammar, wrong), wrong
 
 
@@ -102,3 +115,113 @@ def test_a_schema_keeps_its_words() -> None:
     assert grammar is not None
     (line,) = (line for line in grammar.splitlines() if line.startswith("arguments_0: %json "))
     assert {**json.loads(line.partition("%json ")[2]), "x-guidance": None} == {**SCHEMA, "x-guidance": None}
+
+
+STRICT = {"type": "function", "function": {**ADD["function"], "strict": True}}
+AUTO = ToolChoice()
+FINAL = {"openai": "<|channel|>final<|message|>"}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_strict_function_is_held_where_the_model_decides(form: str) -> None:
+    """Text is free up to the mark of a call; from there on the call is one of a declared function, by its schema."""
+    grammar = grammar_of(FORMATS[form], [STRICT, STOP], AUTO, is_reasoning=False)
+    text = TEXTS[form].removeprefix("</think>\n\n")
+    is_bare, final = form == "llama3_json", FINAL.get(form, "")
+    assert lets_through(grammar, text)
+    assert lets_through(grammar, f"{final}Hello <, [ and so on.")
+    if not is_bare and not final:
+        assert lets_through(grammar, f"I look. {text}") and lets_through(grammar, f"I look. {text} Done.")
+    for wrong in (text.replace(*_WRONG_VALUE), text.replace("add", "rm"), text.replace("add", "ad")):
+        assert not lets_through(grammar, wrong), wrong
+        assert not lets_through(grammar, f"{text}{wrong}"), wrong
+
+
+def test_functions_that_are_not_strict_take_any_arguments_beside_strict_ones() -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": SCHEMA}}
+    grammar, call = grammar_of(FORMATS["hermes"], [STRICT, other], AUTO), TEXTS["hermes"].partition("\n<tool")[0]
+    loose = call.replace('"a"', '"b"')
+    assert lets_through(grammar, call.replace("add", "other")) and lets_through(grammar, loose.replace("add", "other"))
+    assert lets_through(grammar, call) and not lets_through(grammar, loose)
+    assert grammar_of(FORMATS["hermes"], [ADD, STOP], AUTO) is None
+    assert grammar_of(FORMATS["hermes"], [STRICT], ToolChoice(Calling.NONE)) is None
+
+
+def test_strict_calls_one_at_most_after_reasoning_and_beside_an_answer_with_a_schema() -> None:
+    form, text = FORMATS["hermes"], TEXTS["hermes"]
+    call = text.partition("\n<tool")[0]
+    one = grammar_of(form, [STRICT, STOP], AUTO, is_parallel=False)
+    assert lets_through(one, f"a{call}b") and not lets_through(one, f"a{text}")
+    thinking = grammar_of(form, [STRICT, STOP], AUTO, is_reasoning=True)
+    assert lets_through(thinking, f"hm <tool_call> hm</think>\n\nI look.{text}")
+    assert not lets_through(thinking, "hm </think>\n\nI look.<tool_call> hm")
+    shaped = grammar_of(form, [STRICT], AUTO, answer={"type": "object", "properties": {"x": {"type": "integer"}}})
+    assert lets_through(shaped, call) and lets_through(shaped, '{"x": 1}')
+    assert not lets_through(shaped, '{"x": "1"}') and not lets_through(shaped, "text")
+
+
+def test_no_mark_of_the_format_is_free_text() -> None:
+    grammar = grammar_of(FORMATS["deepseek_v31"], [STRICT, STOP], AUTO)
+    assert lets_through(grammar, f"text {TEXTS['deepseek_v31']}")
+    assert not lets_through(grammar, f"<｜tool▁call▁begin｜>rm<｜tool▁sep｜>{{}}{TEXTS['deepseek_v31']}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "good", "bad"),
+    [
+        ({"json": SCHEMA}, '{"a": 1}', '{"a": ""}'),
+        ({"regex": r"a/b\/[^/]\\"}, "a/b/c\\", "a/b///"),
+        ({"choice": ["yes", 'n"o']}, 'n"o', "n"),
+    ],
+)
+def test_an_answer_with_a_shape_comes_behind_reasoning(shape: dict[str, Any], good: str, bad: str) -> None:
+    structured = read_structured("structured_outputs", shape)
+    assert structured is not None
+    rule = shape_rule(structured)
+    assert rule is not None
+    opened = answer_grammar(FORMATS["hermes"], rule, is_reasoning=True)
+    for text, is_right in ((f"hm</think>\n\n{good}", True), (good, False), (f"hm</think>{bad}", False)):
+        assert lets_through(opened, text) == is_right, text
+    either = answer_grammar(FORMATS["hermes"], rule)
+    assert lets_through(either, good) and lets_through(either, f"<think>hm</think>{good}")
+    harmony = answer_grammar(FORMATS["openai"], rule)
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    assert lets_through(harmony, f"{thought}<|channel|>final<|message|>{good}") and not lets_through(harmony, good)
+    assert answer_grammar(FORMATS["hermes"], rule, is_reasoning=False) is None
+    assert answer_grammar(FORMATS["mistral"], rule) is not None and answer_grammar(FORMATS["kimi_k2"], rule) is None
+    grammar = read_structured("structured_outputs", {"grammar": "start: /a/"})
+    assert grammar is not None and shape_rule(grammar) is None
+
+
+def test_marks_that_are_tokens_are_no_free_text() -> None:
+    grammar = grammar_of(FORMATS["mistral"], [STRICT], AUTO, special={"[TOOL_CALLS]": 5, "[ARGS]": 32})
+    assert grammar is not None and "upto_0: FREE <[5]>" in grammar.splitlines()
+    assert lets_through(grammar, "text") and not lets_through(grammar, "text [TOOL_CALLS] text")
+
+
+def test_members_between_tags_are_held_to_their_types() -> None:
+    properties = {
+        "city": {"type": "string"},
+        "zip": {"enum": ["01", 2]},
+        "far": {"$ref": "#/$defs/far"},
+        "any": {},
+        "opt": {"type": "array", "items": {"type": "integer"}},
+    }
+    schema = {
+        "properties": properties,
+        "required": ["city", "zip", "far", "any"],
+        "$defs": {"far": {"type": "boolean"}},
+    }
+    tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
+    grammar = grammar_of(FORMATS["qwen3_coder"], [tool], REQUIRED)
+
+    def call(**members: str) -> str:
+        written = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in members.items())
+        return f"<tool_call>\n<function=add>\n{written}</function>\n</tool_call>"
+
+    good = {"city": 'a "b"\n</p>', "zip": "01", "far": "true", "any": "x", "opt": "[1]"}
+    assert lets_through(grammar, call(**good)) and lets_through(grammar, call(**{**good, "zip": "2"}))
+    assert lets_through(grammar, call(**{key: value for key, value in good.items() if key != "opt"}))
+    for wrong in ({"zip": "1"}, {"far": "1"}, {"opt": "[x]"}):
+        assert not lets_through(grammar, call(**{**good, **wrong})), wrong
+    assert not lets_through(grammar, call(**{key: value for key, value in good.items() if key != "city"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from nanoflow.engine.vocabulary import vocabulary_of
 from nanoflow.executor.constraints import Constraints
 from nanoflow.executor.sampler import Sampler
 from nanoflow.grammars.compiled import Grammars
-from nanoflow.request import SamplingParams
+from nanoflow.request import Request, SamplingParams
+from nanoflow.scheduler.forced import ForcedRuns
 from tests.graphs import batch_of
 
 CPU = torch.device("cpu")
@@ -189,3 +191,55 @@ def test_other_rows_draw_the_same(grammars: Grammars, tokens: list[bytes]) -> No
     assert [[one[0], one[2]] for one in free] == [[one[0], one[2]] for one in held]
     text = b"".join(tokens[one[1]] for one in held)
     assert text.startswith((b"abc", b"abd")), text
+
+
+def test_masks_of_drafts_are_those_behind_their_tokens(grammars: Grammars) -> None:
+    """The tokens of a completion one by one, then again with drafts that are right up to some place, or all along."""
+    rng, shape = random.Random(5), {"regex": "(red|green|blue sky)[a-d]{12,}!"}
+    row, alone = np.zeros(1, np.int32), constraints_of(grammars, 2)
+    alone.join([joined(0, shape)])
+    path: list[int] = []
+    allowed: list[set[int]] = []
+    while not path or path[-1] not in (EOS, OTHER_EOS):
+        allowed.append(allowed_by(alone.masks(row).words[0]))
+        path.append(rng.choice(sorted(allowed[-1])))
+        alone.note(row, torch.tensor(path[-1:]))
+    for _ in range(8):
+        drafted, place = constraints_of(grammars, 2), 0
+        drafted.join([joined(0, shape), joined(1, None)])
+        while place < len(path):
+            draft = path[place : place + rng.randint(0, 4)]
+            num_right = rng.randint(0, len(draft))
+            if num_right < len(draft):
+                draft[num_right] = 5 if path[place + num_right] != 5 else 6
+            rows = np.array([0] * (len(draft) + 1) + [1], np.int32)
+            followed_by = np.array([*draft, 9, 9], np.int32)
+            masks = drafted.masks(rows, followed_by)
+            assert masks.numbers.tolist() == [*range(1, len(draft) + 2), 0] and not masks.errors
+            count = min(num_right + 1, len(path) - place)
+            assert [allowed_by(words) for words in masks.words[:count]] == allowed[place : place + count]
+            drawn = (path[place : place + count] + [5] * len(rows))[: len(rows)]
+            drafted.note(rows, torch.tensor(drawn), followed_by)
+            place += count
+        assert drafted.masks(row).numbers.tolist() == [0]
+
+
+def test_forced_runs_follow_what_is_known(grammars: Grammars, tokens: list[bytes]) -> None:
+    runs, a = ForcedRuns(grammars.matcher_or_none), tokens.index(b"a")
+    request = Request(
+        request_id=0,
+        prompt_token_ids=[5, 6],
+        params=joined(0, {"regex": "[ab]-the only way[ab]"}).params,
+        seed=0,
+        max_tokens=9,
+    )
+    assert runs.join(3, request) and not runs.join(4, dataclasses.replace(request, params=SamplingParams()))
+    known = [5, 6]
+    assert not len(runs.run(3, np.array(known, np.int32), 8)) and not len(runs.run(4, np.array(known, np.int32), 8))
+    forced = runs.run(3, np.array([*known, a], np.int32), 8).tolist()
+    assert b"".join(tokens[each] for each in forced) == b"-the only way"
+    assert runs.run(3, np.array([*known, a, forced[0]], np.int32), 2).tolist() == forced[1:3]
+    # What the grammar does not take ends the row's runs.
+    assert not len(runs.run(3, np.array([*known, a, forced[0], a], np.int32), 8))
+    bad = dataclasses.replace(request, params=joined(0, {"grammar": "start: ("}).params)
+    assert not runs.join(3, bad)

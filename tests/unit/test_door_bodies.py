@@ -211,15 +211,9 @@ def test_the_default_effort_needs_no_template_that_knows_it() -> None:
         assert message_chat(body, takes_effort=takes)["reasoning_effort"] == expected
 
 
-def test_a_budget_of_thinking_is_passed_on_or_refused() -> None:
-    """Refused as long as chat completions have no field for it."""
+def test_a_budget_of_thinking_is_passed_on() -> None:
     wanted = {"type": "enabled", "budget_tokens": 1024}
-    if "thinking_token_budget" in ChatCompletionRequest.model_fields:
-        assert chat_of_message(thinking=wanted)["thinking_token_budget"] == 1024
-    else:
-        with pytest.raises(ApiError, match="does not bound reasoning") as caught:
-            chat_of_message(thinking=wanted)
-        assert caught.value.param == "thinking.budget_tokens"
+    assert chat_of_message(thinking=wanted)["thinking_token_budget"] == 1024
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken
 
+from nanoflow.chat_formats.formats import CALLS, REASONING, ChatFormat
+from nanoflow.chat_formats.grammar import grammar_of as chat_grammar
+from nanoflow.chat_formats.tools import Calling, ToolChoice
 from nanoflow.grammars.compiled import Grammars, vocabulary
 from nanoflow.grammars.text import GrammarError, grammar_of, limits, said
-from nanoflow.request import Request, SamplingParams
+from nanoflow.request import Request, RequestError, SamplingParams
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
-from nanoflow.structured import Structured
+from nanoflow.structured import Structured, read_response_format, read_structured
 from tests.toy_tokenizers import byte_fallback_backend, byte_level_backend, metaspace_backend, toy_tokenizer
 
 
@@ -153,3 +157,104 @@ def test_requests_that_are_not_ready_are_passed_and_keep_their_place() -> None:
     assert [one.request.request_id for one in queue] == [1, 2] and len(queue) == 3 and 0 in queue
     ready.add(0)
     assert [one.request.request_id for one in queue] == [0, 1, 2]
+
+
+def test_the_bytes_of_tokens_are_waited_for_where_they_are_needed() -> None:
+    is_open = threading.Event()
+
+    def load() -> LLTokenizer:
+        assert is_open.wait(30)
+        return LLTokenizer("byte")
+
+    grammars = Grammars(load)
+    assert grammars.is_ready(None)
+    grammars.wait(30)  # there is nothing to wait for
+    assert not grammars.is_ready(None, needs_bytes=True)
+    start_s = time.monotonic()
+    grammars.wait(0.05)
+    assert time.monotonic() >= start_s + 0.05
+    is_open.set()
+    grammars.wait(30)
+    assert grammars.is_ready(None, needs_bytes=True) and grammars.token_bytes(97) == b"a"
+    grammars.close()
+
+    def fail() -> LLTokenizer:
+        raise OSError("no such file")
+
+    failed = Grammars(fail)
+    with pytest.raises(GrammarError, match="no such file"):
+        failed.token_bytes(0)
+    failed.close()
+
+
+TAGS = {
+    "structures": [
+        {"begin": "<f=add>", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}, "end": "</f>"},
+        {"begin": "<g>", "schema": {"type": "boolean"}, "end": ""},
+    ],
+    "triggers": ["<f=", "<g>"],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("free <text> only", True),
+        ('a <f=add>{"a": 1}</f> b <g>true c', True),
+        ('<f=add>{"a": "1"}</f>', False),
+        ('<f=rm>{"a": 1}</f>', False),
+        ("a <g>", False),
+        ("a <f=add>{}", False),
+    ],
+)
+def test_a_structural_tag_holds_what_stands_behind_a_trigger(text: str, is_right: bool) -> None:
+    for value in ({"structural_tag": json.dumps(TAGS)}, {"structural_tag": TAGS}):
+        structured = read_structured("structured_outputs", value)
+        assert structured == read_response_format("response_format", {"type": "structural_tag", **TAGS})
+    assert structured is not None
+    matcher = LLMatcher(LLTokenizer("byte"), grammar_of(structured), log_level=0)
+    data = list(text.encode())
+    assert (matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()) == is_right
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**TAGS, "triggers": []}, "triggers must be a list of texts"),
+        ({**TAGS, "triggers": ["<f="]}, r"structures\[1\].begin must begin with one of the triggers"),
+        ({**TAGS, "structures": [{"begin": "<g>", "end": ""}]}, "schema must be a JSON schema"),
+        ({**TAGS, "structures": [{"begin": "<g>"}]}, "must be an object with begin and end"),
+        ({"format": {}}, "structures and triggers"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_bad_structural_tag_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        read_structured("structured_outputs", {"structural_tag": given})
+
+
+def test_added_tokens_that_look_like_tags_are_taken_by_their_ids() -> None:
+    """Qwen's marks are no special tokens for its tokenizer, but are for llguidance, which takes no text for them."""
+    backend = byte_level_backend()
+    names = ("<tool_call>", "</tool_call>", "<think>", "</think>", "plain")
+    backend.add_tokens([AddedToken(name, special=False) for name in names])
+    tokenizer = toy_tokenizer(backend)
+    made = vocabulary(tokenizer.as_json(), vocab_size=tokenizer.vocab_size, eos_token_ids=[0])
+    assert {*names[:-1]} <= tokenizer.mark_names.keys() and "plain" not in tokenizer.mark_names
+    assert all(made.is_special_token(token_id) for token_id in tokenizer.mark_names.values())
+    tool = {"type": "function", "function": {"name": "add", "strict": True}}
+    form = ChatFormat(calls=CALLS["hermes"], reasoning=REASONING["qwen3"])
+    call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    for calling, text in (("auto", f"Hello {call}"), ("auto", "Hello"), ("required", f"hm</think>\n{call}")):
+        grammar = chat_grammar(
+            form,
+            [tool],
+            ToolChoice(Calling(calling)),
+            special=tokenizer.mark_names,
+            is_reasoning=calling == "required" or None,
+        )
+        assert grammar is not None
+        matcher = LLMatcher(made, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        ids = tokenizer.encode(text)
+        assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), text
+    tokenizer.close()

@@ -54,14 +54,14 @@ class Calls:
     current: OpenCall | None = None
     num_started: int = 0
 
-    def start(self, name: str) -> list[Event]:
-        """A call of this function begins."""
+    def start(self, name: str, written_id: str | None = None) -> list[Event]:
+        """A call of this function begins, with the id that the model has written, if it has written one."""
         if self.most is not None and self.num_started >= self.most:
             self.current = OpenCall(None)
             return []
         self.current = OpenCall(self.num_started)
         self.num_started += 1
-        return [CallStarted(self.num_started - 1, self.new_id(self.ids), name)]
+        return [CallStarted(self.num_started - 1, written_id or self.new_id(self.ids), name)]
 
     def add(self, text: str) -> list[Event]:
         """More of its arguments."""

@@ -31,12 +31,17 @@ _CALL_SIGNS = (
     _Sign("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     _Sign("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
     _Sign("mistral", ("[TOOL_CALLS]",)),
+    _Sign("kimi_k2", ("<|tool_calls_section_begin|>",)),
+    _Sign("seed_oss", ("<seed:tool_call>", "<function=")),
+    _Sign("qwen3_coder", ("<tool_call>", "<function=", "<parameter=")),
+    _Sign("glm45", ("<tool_call>", "<arg_key>")),
     _Sign("hermes", ("<tool_call>",), others=("<function=", "<arg_key>", "<parameter=")),
     _Sign("llama3_json", ("<|start_header_id|>", '"parameters"')),
 )
 _REASONING_SIGNS = (
     _Sign("openai_gptoss", ("<|channel|>", "<|message|>")),
     _Sign("mistral", ("[THINK]",)),
+    _Sign("seed_oss", ("</seed:think>",)),
     _Sign("qwen3", ("</think>",)),
 )
 

@@ -4,7 +4,8 @@ A format is found from the words of a chat template, or named as vLLM's options 
 `--reasoning-parser` name it. A new format is an entry here, as long as it has one of the two shapes of a call:
 
 - an object: a JSON object with the name and the arguments as members, as in Hermes, Llama 3 and the older Mistral;
-- a head: text with the name, then the arguments as a JSON value, as in DeepSeek, gpt-oss and the newer Mistral.
+- a head: text with the name, then the arguments as a JSON value, as in DeepSeek, gpt-oss and the newer Mistral; or as
+  members between tags (`tagged.py`), as in Qwen 3 Coder and GLM.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import enum
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from nanoflow.chat_formats.tagged import TaggedArguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,8 @@ class CallHead:
         end: Ends the head.
         is_part_of_arguments: True if the arguments begin with `end`.
         pattern: The whole head, with its opener, and without `end`. Its group "name" has the function's name; a head
-            without one begins a section of text, of the channel that the group "channel" names.
+            without one begins a section of text, of the channel that the group "channel" names. A group "id" has the
+            id of the call, where the model writes one.
     """
 
     end: str
@@ -70,7 +74,7 @@ class Writing:
     """How a model that makes no mistakes writes its calls; a grammar holds it to this (`grammar.py`).
 
     Attributes:
-        call: One call, with {name} and {arguments}.
+        call: One call, with {name}, {arguments}, and {index} for a number.
         begin, end: Around all calls.
         between: Between two calls; None if a message has one call.
     """
@@ -92,6 +96,7 @@ class CallSyntax:
         separator: Stands between two call objects after one opener.
         call_object: Shape of a call that is an object, or a list of objects; None if there are none.
         head: Shape of a call with a head; None if there are none.
+        tagged: How members of arguments stand between tags behind a head; None if they are JSON.
         ids: How ids of its calls look.
         writings: How calls are written without mistakes; one of these.
     """
@@ -103,6 +108,7 @@ class CallSyntax:
     separator: str | None = None
     call_object: CallObject | None = None
     head: CallHead | None = None
+    tagged: TaggedArguments | None = None
     ids: IdStyle = IdStyle.OPENAI
 
 
@@ -116,6 +122,8 @@ class Channels:
         first_words: A message may begin with a head without an opener, if it begins with one of these.
         closers: Texts that end a section.
         reasoning: Channels with reasoning; others have text for the user.
+        answer: The channel of the answer.
+        notes: Channels of text before calls.
     """
 
     openers: tuple[str, ...]
@@ -123,6 +131,8 @@ class Channels:
     first_words: tuple[str, ...]
     closers: tuple[str, ...]
     reasoning: tuple[str, ...]
+    answer: str = "final"
+    notes: tuple[str, ...] = ("commentary",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +156,8 @@ class ChatFormat:
 
 
 _NAME = r"(?P<name>[A-Za-z0-9_.-]+)"
+_NAME_OF_ID = r"(?P<name>[A-Za-z0-9_-]+)"
+_KIMI = "<|tool_call"
 _DEEPSEEK_OPENERS = ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<｜tool▁call▁begin｜>")
 _DEEPSEEK_CLOSERS = ("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_BEGIN = "(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>"
@@ -154,6 +166,24 @@ _DEEPSEEK_BEGIN = "(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>"
 def _object(arguments: str) -> str:
     """A call object whose arguments have this name."""
     return '{"name": "{name}", "' + arguments + '": {arguments}}'
+
+
+def _functions(opener: str, closer: str) -> CallSyntax:
+    """Calls whose function and parameters are tags, as Qwen 3 Coder writes them."""
+    return CallSyntax(
+        openers=(opener, "<function="),
+        closers=("</function>", closer),
+        head=CallHead(end=">", pattern=re.compile(rf"(?:{opener}\s*)?<function=\s*{_NAME}\s*")),
+        tagged=TaggedArguments(
+            begin="<parameter=",
+            middle=(">",),
+            end="</parameter>",
+            trim="\n",
+            member="<parameter={name}>\n{value}\n</parameter>\n",
+            closer="</function>",
+        ),
+        writings=(Writing(call=f"{opener}\n<function={{name}}>\n{{arguments}}</function>\n{closer}", between="\n"),),
+    )
 
 
 def _deepseek(call: str) -> Writing:
@@ -241,6 +271,40 @@ CALLS: Mapping[str, CallSyntax] = {
         ),
         writings=(_deepseek("{name}<｜tool▁sep｜>{arguments}"),),
     ),
+    "qwen3_coder": _functions("<tool_call>", "</tool_call>"),
+    "seed_oss": _functions("<seed:tool_call>", "</seed:tool_call>"),
+    "glm45": CallSyntax(
+        openers=("<tool_call>",),
+        closers=("</tool_call>",),
+        head=CallHead(end="<", is_part_of_arguments=True, pattern=re.compile(rf"<tool_call>\s*{_NAME}\s*")),
+        tagged=TaggedArguments(
+            begin="<arg_key>",
+            middle=("</arg_key>", "<arg_value>"),
+            end="</arg_value>",
+            member="<arg_key>{name}</arg_key>\n<arg_value>{value}</arg_value>\n",
+            closer="</tool_call>",
+        ),
+        writings=(Writing(call="<tool_call>{name}\n{arguments}</tool_call>", between="\n"),),
+    ),
+    "kimi_k2": CallSyntax(
+        openers=(f"{_KIMI}s_section_begin|>{_KIMI}_begin|>", f"{_KIMI}_begin|>"),
+        closers=(f"{_KIMI}_end|>", f"{_KIMI}s_section_end|>"),
+        head=CallHead(
+            end=f"{_KIMI}_argument_begin|>",
+            pattern=re.compile(
+                r"(?:<\|tool_calls_section_begin\|>)?<\|tool_call_begin\|>"
+                rf"\s*(?P<id>(?:functions\.)?{_NAME_OF_ID}(?::\d+)?)\s*"
+            ),
+        ),
+        writings=(
+            Writing(
+                begin=f"{_KIMI}s_section_begin|>",
+                call=f"{_KIMI}_begin|>functions.{{name}}:{{index}}{_KIMI}_argument_begin|>{{arguments}}{_KIMI}_end|>",
+                between="",
+                end=f"{_KIMI}s_section_end|>",
+            ),
+        ),
+    ),
 }
 """Formats of calls by name, beside "openai"."""
 
@@ -251,5 +315,6 @@ REASONING: Mapping[str, ReasoningTags] = {
     "deepseek_r1": ReasoningTags(opener="<think>", closer="</think>", is_assumed=True),
     "deepseek_v3": _THINK,
     "mistral": ReasoningTags(opener="[THINK]", closer="[/THINK]"),
+    "seed_oss": ReasoningTags(opener="<seed:think>", closer="</seed:think>"),
 }
 """Formats of reasoning by name, beside "openai_gptoss"."""

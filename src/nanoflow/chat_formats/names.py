@@ -17,6 +17,12 @@ CALL_NAMES: Mapping[str, str] = {
     "deepseek_v31": "deepseek_v31",
     "openai": "openai",
     "llama4_json": "llama3_json",
+    "qwen3_coder": "qwen3_coder",
+    "qwen3_xml": "qwen3_coder",
+    "glm45": "glm45",
+    "glm47": "glm45",
+    "kimi_k2": "kimi_k2",
+    "seed_oss": "seed_oss",
     "qwen2": "hermes",
     "qwen25": "hermes",
     "qwen3": "hermes",
@@ -31,5 +37,8 @@ REASONING_NAMES: Mapping[str, str] = {
     "openai_gptoss": "openai_gptoss",
     "deepseek_v31": "deepseek_v3",
     "holo2": "qwen3",
+    "glm45": "qwen3",
+    "kimi_k2": "qwen3",
+    "seed_oss": "seed_oss",
 }
 """Names of formats of reasoning, with the name of the format that each means."""

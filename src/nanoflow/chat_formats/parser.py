@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from nanoflow.chat_formats.call_object import ObjectReader, Verdict
 from nanoflow.chat_formats.calls import Calls, new_call_id
@@ -18,6 +19,7 @@ from nanoflow.chat_formats.events import ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import CallSyntax, ChatFormat, IdStyle
 from nanoflow.chat_formats.markers import could_become, markers
 from nanoflow.chat_formats.sections import SectionText
+from nanoflow.chat_formats.tagged import Progress, TaggedReader
 
 # A head with the name of a function is not longer. What is longer is content.
 _MAX_HEAD_CHARS = 512
@@ -32,6 +34,7 @@ class ChatParser:
     Args:
         form: The format.
         names: Functions that may be called; without any, calls stay content.
+        parameters: Schemas of their arguments by name, for formats whose arguments are no JSON.
         is_reasoning: Whether the prompt has opened a section of reasoning; None if it says nothing about it.
         hidden: Names of special tokens that are left out of texts.
         max_calls: Calls after so many are dropped; None for no limit.
@@ -43,6 +46,7 @@ class ChatParser:
         form: ChatFormat,
         *,
         names: Iterable[str] = (),
+        parameters: Mapping[str, Any] | None = None,
         is_reasoning: bool | None = None,
         hidden: Iterable[str] = (),
         max_calls: int | None = None,
@@ -57,6 +61,8 @@ class ChatParser:
         self._events: list[Event] = []
         self._content, self._reasoning = SectionText(ContentDelta), SectionText(ReasoningDelta, is_apart=True)
         self._reader: ObjectReader | None = None
+        self._tagged: TaggedReader | None = None
+        self._parameters = parameters or {}
         self._opener = ""
         self._is_in_list = False
         self._hidden = frozenset(hidden)
@@ -204,7 +210,10 @@ class ChatParser:
             return self._begin_section(match["channel"], num_taken)
         if name not in self._names or self._calls is None:
             return self._stay_content()
-        self._start_call(name, None)
+        self._start_call(name, None, match.groupdict().get("id"))
+        if self._calls.tagged is not None:
+            self._tagged = TaggedReader(self._calls.tagged, self._parameters.get(name) or {})
+            return self._goto(self._read_tagged, num_taken)
         return self._goto(self._read_arguments, num_taken)
 
     def _is_cut_off_head(self) -> bool:
@@ -254,6 +263,17 @@ class ChatParser:
         self._reader.resume(0)
         return self._goto(self._read_rest, end)
 
+    def _read_tagged(self) -> bool:
+        """In arguments that are members between tags."""
+        reader = self._tagged
+        assert reader is not None
+        num_read, written, progress = reader.read(self._buffer, is_end=self._is_end)
+        self._events += self._found_calls.add(written)
+        if progress is Progress.OPEN:
+            return self._goto(self._read_tagged, num_read) and False
+        self._events += self._found_calls.end(is_whole=progress is Progress.ENDED)
+        return self._goto(self._read_tail, num_read)
+
     def _read_rest(self) -> bool:
         """Behind the arguments in a call object."""
         reader = self._reader
@@ -296,11 +316,11 @@ class ChatParser:
         self._is_in_list = False
         return self._goto(self._read_content)
 
-    def _start_call(self, name: str, reader: ObjectReader | None) -> None:
+    def _start_call(self, name: str, reader: ObjectReader | None, written_id: str | None = None) -> None:
         """A call begins, which is an object if there is a reader."""
         self._reader = reader
         self._content.part()
-        self._events += self._found_calls.start(name)
+        self._events += self._found_calls.start(name, written_id)
 
 
 def _skip(text: str, place: int, chars: str = _SPACE) -> int:

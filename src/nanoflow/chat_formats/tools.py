@@ -72,6 +72,11 @@ def tool_names(tools: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(tool["function"]["name"] for tool in tools)
 
 
+def has_strict(tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the arguments of any of these functions have to match their schema."""
+    return any(tool["function"].get("strict") is True for tool in tools)
+
+
 def read_tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
     """Read "none", "auto", "required" or {"type": "function", "function": {"name": ...}}; None is "auto".
 

@@ -32,6 +32,8 @@ _OURS = (
     Same(name="allowed_token_ids"),
     Same(name="truncate_prompt_tokens", note="the last tokens are kept"),
     Same(name="structured_outputs", note="`json`, `regex`, `choice`, `grammar` (Lark or GBNF) and `json_object`"),
+    Same(name="thinking_token_budget", note="counted from the end of the opening tag, which may be in the prompt"),
+    Alias(name="thinking_budget", to="thinking_token_budget", note="as Qwen's API calls it"),
     Alias(name="guided_decoding", to="structured_outputs", note="as older versions call it"),
 )
 _FOREIGN = (
@@ -50,7 +52,6 @@ _FOREIGN = (
     Foreign(name="stream_interval", takes=(1,), reason="tokens that wait are sent together: --stream-interval-ms"),
     *switches("parameters are copied when a request is made", "skip_clone"),
     *switches("a cached prefix changes no answer", "skip_reading_prefix_cache", takes=(True, False)),
-    Foreign(name="thinking_token_budget", takes=(-1,), reason="reasoning is bounded by max_tokens alone"),
     Foreign(name="repetition_detection", reason="a completion ends by stop, stop_token_ids or max_tokens"),
     Foreign(name="extra_args", takes=({},), reason="there are no parameters of extensions"),
     Foreign(name="routed_experts_prompt_start", takes=(0,), reason="which experts a token passes is not told"),

@@ -43,6 +43,7 @@ from nanoflow.models.weights import Weights, load_weights, random_weights
 from nanoflow.plan.book import PlanBook, StoredBook, load_book
 from nanoflow.plan.liveness import workspace_bytes
 from nanoflow.scheduler.drafts import drafts_of, most_draft_tokens
+from nanoflow.scheduler.forced import ForcedRuns
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.scheduler import Scheduler
@@ -138,7 +139,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
             load_s = time.monotonic() - start_s
             # 3. Compile kernels and capture graphs, so that no request waits for that.
             times, pace = _warm_up(setup, worker, limits, prepares_plans=prepares_plans)
-    drafts = drafts_of(config.speculative, limits.max_num_seqs)
+    drafts = drafts_of(config.speculative, limits.max_num_seqs, ForcedRuns(grammars.matcher_or_none))
     return Engine(
         facts=_facts(setup, limits, load_s=load_s, warm_up_s=time.monotonic() - start_s - load_s),
         scheduler=Scheduler(
@@ -147,7 +148,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False, prepares_
             drafts=drafts,
             put_key_event=publisher.put,
             make_tiers=None if memory is None else memory.tiers,
-            is_ready=lambda request: grammars.is_ready(request.structured),
+            is_ready=lambda request: grammars.is_ready(request.structured, needs_bytes=request.thinking is not None),
         ),
         worker=worker,
         book=setup.book,

@@ -32,6 +32,12 @@ def embedding_params(pooling: str = "last", truncate_prompt_tokens: int | None =
     )
 
 
+def numbers_of(vector: bytes) -> list[float]:
+    """A vector as the engine sends it (`StepOutput.pooled`), as numbers."""
+    numbers: list[float] = np.frombuffer(vector, np.float32).tolist()
+    return numbers
+
+
 def finished_vector(vector: Sequence[float], *, dimensions: int | None = None, normalize: bool = True) -> list[float]:
     """The first `dimensions` numbers of a vector, with length 1 if wanted.
 

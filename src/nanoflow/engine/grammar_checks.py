@@ -89,7 +89,7 @@ class GrammarChecks:
     def _job(self, structured: Structured) -> dict[str, Any]:
         job = dataclasses.asdict(structured)
         if structured.kind == "grammar" and self._tokenizer is not None:
-            job |= {"special": dict(self._tokenizer.special_names), "vocab_size": self._tokenizer.vocab_size}
+            job |= {"special": dict(self._tokenizer.mark_names), "vocab_size": self._tokenizer.vocab_size}
         return job
 
     def _check(self, structured: Structured) -> Structured | str:

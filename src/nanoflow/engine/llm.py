@@ -27,6 +27,7 @@ from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
 from nanoflow.engine.prompt_forms import inputs_of, params_of_each
 from nanoflow.engine.prompts import PromptInput, read_prompt
+from nanoflow.engine.reasoning import chat_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.option_names import from_kwargs
@@ -209,7 +210,7 @@ class LLM:
                     chat_template_kwargs=chat_template_kwargs,
                     tools=tools,
                 )
-            prompts.append(token_ids)
+            prompts.append(chat_prompt(tokenizer, token_ids, chat_template, has_tools=bool(tools)))
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def embed(

@@ -17,10 +17,12 @@ from functools import lru_cache, partial
 
 from nanoflow.engine.completion import Completion
 from nanoflow.engine.detokenize import make_detokenizer
+from nanoflow.engine.embeddings import numbers_of
 from nanoflow.engine.living import LivingRequest
 from nanoflow.engine.messages import EngineFacts, StepOutput
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.prompts import Prompt, end_of_sequence, make_requests, read_bad_words, truncated
+from nanoflow.engine.reasoning import thinking_limit
 from nanoflow.engine.stop_special import StopRules
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import (
@@ -106,7 +108,7 @@ class OutputProcessor:
             raise RequestError(f"a request with id {request_id!r} is already there")
         if self._tokenizer is None and (params.detokenize or params.structured_outputs is not None):
             raise RequestError("this model has no tokenizer: set detokenize=False, and ask for no structured outputs")
-        arrival_s = self._clock()
+        metrics = RequestMetrics(arrival_s=self._clock())
         prompt = truncated(prompt, params, self._facts)
         requests = make_requests(
             prompt,
@@ -116,20 +118,19 @@ class OutputProcessor:
             first_seed=self._random.getrandbits(64) if params.seed is None else params.seed,
             eos_token_ids=self._eos_token_ids,
             bad_word_ids=self._bad_words(tuple(params.bad_words or ())),
-            arrival_s=arrival_s,
+            thinking=thinking_limit(prompt, params, self._tokenizer),
+            arrival_s=metrics.arrival_s,
         )
         self._next_engine_id += params.n
-        metrics = RequestMetrics(arrival_s=arrival_s)
         output = RequestOutput(
             request_id=request_id,
             prompt=prompt.text,
             prompt_token_ids=prompt.token_ids,
             outputs=[CompletionOutput(index=index) for index in range(params.n)],
-            prompt_logprobs=None
-            if params.prompt_logprobs is None
-            else PromptLogprobRows(len(prompt.token_ids), self._token_text(params)),
             metrics=metrics,
         )
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = PromptLogprobRows(len(prompt.token_ids), self._token_text(params))
         living = LivingRequest(output=output, metrics=metrics, params=params)
         for request, completion in zip(requests, output.outputs, strict=True):
             living.running[request.request_id] = self._new_completion(request, living, completion)
@@ -290,9 +291,8 @@ class OutputProcessor:
         for engine_id, scores in step.prompt_logprobs.items():
             if engine_id in self._completions:
                 self._living[self._completions[engine_id].name].prompt_scores.append(scores)
-        for engine_id, vector in step.pooled.items():
-            if engine_id in self._completions:
-                self._completions[engine_id].request_output.embedding = list(memoryview(vector).cast("f"))
+        for engine_id in filter(self._completions.__contains__, step.pooled):
+            self._completions[engine_id].request_output.embedding = numbers_of(step.pooled[engine_id])
 
     def _note_first_token(self, completion: Completion, now_s: float) -> None:
         metrics = completion.metrics

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanoflow.chat_formats.formats import ChatFormat
 from nanoflow.compat.calls import PROMPTS, pass_over
 from nanoflow.config import DEFAULT_MAX_LOGPROBS
 from nanoflow.engine.messages import EngineFacts
@@ -18,6 +19,7 @@ from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.parameters import integers, shown
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
+from nanoflow.thinking import ThinkingLimit
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _NAME_KEYS = ("cache_salt", "session_id")
@@ -39,12 +41,16 @@ class Prompt:
         token_ids: Tokens, beginning of sequence included if the model wants one.
         cache_salt: Cached pages are shared only between prompts that have the same one, or none.
         session_id: The conversation that it is a turn of: its pages can be asked for by this name before the next turn.
+        form: How the model writes its answer; None if nobody has looked, then it is as in the model's own template.
+        is_reasoning: With a form, whether the prompt has opened a section of reasoning; None if it says nothing.
     """
 
     text: str | None
     token_ids: list[int]
     cache_salt: str | None = None
     session_id: str | None = None
+    form: ChatFormat | None = None
+    is_reasoning: bool | None = None
 
 
 PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
@@ -134,6 +140,7 @@ def make_requests(
     first_seed: int,
     eos_token_ids: tuple[int, ...],
     bad_word_ids: tuple[tuple[int, ...], ...] = (),
+    thinking: ThinkingLimit | None = None,
     arrival_s: float,
 ) -> list[Request]:
     """The `n` requests of a prompt; request i has id `first_id + i` and seed `first_seed + i`.
@@ -158,6 +165,7 @@ def make_requests(
         bad_word_ids=bad_word_ids,
         arrival_s=arrival_s,
         session=prompt.session_id,
+        thinking=thinking,
     )
     _check(first, facts)
     if first.structured is not None and not eos_token_ids:
@@ -227,7 +235,7 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
     return dataclasses.replace(params, **counts) if counts else params
 
 
-def _names(prompt: Mapping[str, Any]) -> dict[str, str]:
+def _names(prompt: Mapping[str, Any]) -> dict[str, Any]:
     """Salt and session of a prompt, as far as it has them."""
     given = {name: prompt[name] for name in _NAME_KEYS if prompt.get(name) is not None}
     for name, value in given.items():

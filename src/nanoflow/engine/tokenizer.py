@@ -7,7 +7,6 @@ makes text of tokens that arrive one by one, `chat_template.py` makes text of a 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.conversation import Conversation
+from nanoflow.engine.json_values import json_values
 from nanoflow.engine.template_choice import ChatTemplates, TemplateFileError, read_given
 from nanoflow.engine.token_bytes import TokenBytes, byte_reader, byte_rule, character_offsets, is_text
 from nanoflow.engine.tokenizer_files import MissingTokenizerError, TokenizerError, read_tokenizer, refusal
@@ -112,6 +112,13 @@ class Tokenizer:
         names = ((name, i) for i in sorted(self._special_ids) for name in (self._name(i), self.token_text(i)))
         return {name: token_id for name, token_id in names if name}
 
+    @cached_property
+    def mark_names(self) -> Mapping[str, int]:
+        """`special_names`, and added tokens such as "<think>": grammars take these tokens by their ids, not as text."""
+        added = self._backend.get_added_tokens_decoder().items()
+        marks = {token.content: i for i, token in added if token.content[:1] + token.content[-1:] == "<>"}
+        return {**marks, **self.special_names}
+
     @property
     def splits_characters(self) -> bool:
         """True if a token may be a part of a character; then `token_bytes` has the bytes of all tokens."""
@@ -205,7 +212,7 @@ class Tokenizer:
         found = {name: value for name, value in self._fast.init_kwargs.items() if not name.endswith("_file")}
         usual = self.chat_templates.usual
         template = None if usual is None else usual.text
-        return {**_json_values(found), "tokenizer_class": self._class_name, "chat_template": template}
+        return {**json_values(found), "tokenizer_class": self._class_name, "chat_template": template}
 
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes:
         """Bytes of each token id, before any further step of the decoder; empty for tokens that never show.
@@ -337,14 +344,3 @@ def source_of(config: EngineConfig) -> str | Path:
     if config.tokenizer == DEFAULT_MODEL:
         return locate_model(config.tokenizer)
     return config.tokenizer
-
-
-def _json_values(value: Any) -> Any:
-    """Convert to JSON values: an added token to its text, a number that JSON cannot express to null."""
-    if isinstance(value, Mapping):
-        return {str(name): _json_values(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_values(item) for item in value]
-    if isinstance(value, int | float | bool | None):
-        return value if value is None or math.isfinite(value) else None
-    return str(value)

@@ -1,9 +1,12 @@
-"""Rows whose completion must match a grammar: which tokens they may choose next, as bit masks.
+"""Rows that may not choose every token next: which tokens they may choose, as bit masks.
 
-A row's mask depends on its last token. So a mask is computed on the host while the device runs the layers of the
+A completion may have to match a grammar, and its reasoning may be bounded: then a token that closes it is forced. A
+row's mask depends on its last token. So a mask is computed on the host while the device runs the layers of the
 iteration that draws with it: `masks` waits for the tokens of the iteration before, which the device has finished by
-then, and all other work stays queued ahead. Rows without a grammar cost nothing, and without any such row nothing
+then, and all other work stays queued ahead. Rows without a constraint cost nothing, and without any such row nothing
 waits.
+
+A row with a draft of d tokens has d + 1 draws: the mask of each is that behind the tokens of the draft before it.
 
 Legend: R rows of the state table, V vocabulary, S draws, M draws with a mask, W = ceil(V / 32) words of a mask.
 """
@@ -11,19 +14,25 @@ Legend: R rows of the state table, V vocabulary, S draws, M draws with a mask, W
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
+from llguidance.numpy import (
+    consume_token_par,
+    fill_next_token_bitmask_par,
+    fill_next_token_bitmask_par_with_draft_tokens,
+)
 from torch import Tensor
 
 from nanoflow.batch import Bool, Int32, Joined
 from nanoflow.device.transfer import Readback, to_device
 from nanoflow.grammars.compiled import Grammars
 from nanoflow.grammars.text import GrammarError, said
+from nanoflow.thinking import Thinking
 
 _MAX_THREADS = 16
 
@@ -45,22 +54,55 @@ class Masks:
     errors: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
+class _Constraint:
+    """What holds one row.
+
+    Attributes:
+        matcher: Of its grammar; None if it has none.
+        thinking: How far its reasoning is; None if that is not bounded.
+    """
+
+    matcher: LLMatcher | None
+    thinking: Thinking | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draws:
+    """The draws of one row in an iteration.
+
+    Attributes:
+        constraint: The row's.
+        start: Its first draw; the others follow.
+        draft: The tokens behind which the others are.
+    """
+
+    constraint: _Constraint
+    start: int
+    draft: list[int]
+
+    @property
+    def places(self) -> range:
+        """Indices of the draws."""
+        return range(self.start, self.start + len(self.draft) + 1)
+
+
 class Constraints:
-    """Matchers of rows with a grammar.
+    """Matchers and bounds of rows.
 
     Args:
         num_rows: R.
         vocab_size: V.
         device: Where masks are used.
-        grammars: Compiles them; None if no request may have one.
+        grammars: Compiles grammars and knows the bytes of tokens; None if no request may have a constraint.
     """
 
     def __init__(self, *, num_rows: int, vocab_size: int, device: torch.device, grammars: Grammars | None) -> None:
         self._device, self._grammars = device, grammars
         self._num_words = -(-vocab_size // 32)
-        self._matchers: dict[int, LLMatcher] = {}
-        self._has_matcher = np.zeros(num_rows, np.bool_)
-        self._pending: tuple[list[int], list[LLMatcher], Readback] | None = None
+        self._held: dict[int, _Constraint] = {}
+        self._is_held = np.zeros(num_rows, np.bool_)
+        self._pending: tuple[list[tuple[int, _Draws]], Readback] | None = None
         self._none = torch.zeros((1, self._num_words), dtype=torch.int32, device=device)
         self._threads: LLExecutor | None = None
 
@@ -68,47 +110,46 @@ class Constraints:
         """Assign rows to requests; returns a message by row for those whose grammar has failed."""
         errors: dict[int, str] = {}
         for request in joined:
-            self._matchers.pop(request.row, None)
-            structured = request.params.structured_outputs
-            if structured is not None:
+            self._held.pop(request.row, None)
+            if request.params.structured_outputs is not None or request.thinking is not None:
                 try:
-                    if self._grammars is None:
-                        raise GrammarError("structured output needs a tokenizer")
-                    self._matchers[request.row] = self._begun(self._grammars.matcher(structured), request)
+                    self._held[request.row] = self._begun(request)
                 except GrammarError as error:
-                    errors[request.row] = f"its structured output failed: {error}"
-            self._has_matcher[request.row] = request.row in self._matchers
+                    part = "bound on reasoning" if request.thinking is not None else "structured output"
+                    errors[request.row] = f"its {part} failed: {error}"
+            self._is_held[request.row] = request.row in self._held
         return errors
 
-    def masks(self, rows: Int32) -> Masks:
-        """The masks of draws of these rows (int32 [S]), after the tokens noted last."""
+    def masks(self, rows: Int32, followed_by: Int32 | None = None) -> Masks:
+        """The masks of draws, after the tokens noted last.
+
+        Args:
+            rows: int32 [S], the row of each draw; those of one row stand together.
+            followed_by: int32 [S], the token of the draft behind each draw, if the next draw is of the same row.
+        """
         self._take_in()
         numbers, must_end = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.bool_)
-        places = np.flatnonzero(self._has_matcher[rows]).tolist()
-        if not places:
+        draws = list(self._draws(rows, followed_by))
+        if not draws:
             return Masks(numbers=numbers, words=self._none, must_end=must_end)
-        matchers = [self._matchers[int(rows[place])] for place in places]
-        words = np.zeros((len(places), self._num_words), np.int32)
-        fill_next_token_bitmask_par(self._executor, [(each, i) for i, each in enumerate(matchers)], words)
+        places = [place for each in draws for place in each.places]
+        # A draw behind a wrong token of a draft does not count: it may choose anything.
+        words = np.full((len(places), self._num_words), -1, np.int32)
+        errors = self._fill(draws, words, must_end)
         numbers[places] = 1 + np.arange(len(places))
-        must_end[places] = [each.is_stopped() for each in matchers]
-        return Masks(
-            numbers=numbers,
-            words=to_device(words, self._device),
-            must_end=must_end,
-            errors={
-                place: f"its structured output failed: {said(each.get_error())}"
-                for place, each in zip(places, matchers, strict=True)
-                if each.is_error()
-            },
-        )
+        for each in draws:
+            if each.constraint.matcher is None:
+                free = [place for place in each.places if (words[numbers[place] - 1] == -1).all()]
+                numbers[free] = 0
+        return Masks(numbers=numbers, words=to_device(words, self._device), must_end=must_end, errors=errors)
 
-    def note(self, rows: Int32, token_ids: Tensor) -> None:
-        """Remember the tokens (int64 [S]) just drawn for these rows (int32 [S]), without waiting for them."""
-        places = np.flatnonzero(self._has_matcher[rows])
-        if len(places):
-            drawn, drawing = token_ids[to_device(places, self._device)], rows[places].tolist()
-            self._pending = drawing, [self._matchers[row] for row in drawing], Readback([drawn])
+    def note(self, rows: Int32, token_ids: Tensor, followed_by: Int32 | None = None) -> None:
+        """Remember the tokens (int64 [S]) just drawn, without waiting for them; arguments as of `masks`."""
+        draws = list(self._draws(rows, followed_by))
+        if draws:
+            places = np.array([place for each in draws for place in each.places])
+            drawn = token_ids[to_device(places, self._device)]
+            self._pending = [(int(rows[each.start]), each) for each in draws], Readback([drawn])
 
     @property
     def _executor(self) -> LLExecutor:
@@ -117,22 +158,116 @@ class Constraints:
             self._threads = LLExecutor(min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1)))
         return self._threads
 
-    def _begun(self, matcher: LLMatcher, request: Joined) -> LLMatcher:
-        """The matcher behind what was generated before a preemption."""
-        matcher.try_consume_tokens(request.token_ids[request.num_prompt_tokens :].tolist())
-        return matcher
+    def _begun(self, request: Joined) -> _Constraint:
+        """The constraint of a request behind what was generated before a preemption."""
+        if self._grammars is None:
+            raise GrammarError("it needs a tokenizer")
+        structured, limit = request.params.structured_outputs, request.thinking
+        matcher = None if structured is None else self._grammars.matcher(structured)
+        constraint = _Constraint(matcher, None if limit is None else Thinking.begin(limit))
+        if limit is not None:
+            self._grammars.token_bytes(0)  # fails here, where it concerns this request alone
+        generated = request.token_ids[request.num_prompt_tokens :].tolist()
+        if matcher is not None:
+            matcher.try_consume_tokens(generated)
+        for token_id in generated:
+            self._think(constraint, token_id)
+        return constraint
+
+    def _draws(self, rows: Int32, followed_by: Int32 | None) -> Iterator[_Draws]:
+        """The draws of the rows that have a constraint."""
+        places = np.flatnonzero(self._is_held[rows]).tolist()
+        place, end = 0, len(places)
+        while place < end:
+            start = stop = places[place]
+            while stop + 1 < len(rows) and rows[stop + 1] == rows[start]:
+                stop += 1
+            draft = [] if followed_by is None else followed_by[start:stop].tolist()
+            yield _Draws(constraint=self._held[int(rows[start])], start=start, draft=draft)
+            place += stop + 1 - start
+
+    def _fill(self, draws: Sequence[_Draws], words: Int32, must_end: Bool) -> dict[int, str]:
+        """Compute the masks of draws, one after the other in `words`; returns a message by draw that has failed."""
+        errors: dict[int, str] = {}
+        firsts = list(accumulate((len(each.places) for each in draws), initial=0))
+        held = [(each.constraint.matcher, first, each.draft) for each, first in zip(draws, firsts, strict=False)]
+        plain = [(matcher, first) for matcher, first, draft in held if matcher is not None and not draft]
+        drafted = [(matcher, first, draft) for matcher, first, draft in held if matcher is not None and draft]
+        if plain:
+            fill_next_token_bitmask_par(self._executor, plain, words)
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, words)
+        for each, (matcher, first, _) in zip(draws, held, strict=True):
+            if matcher is not None:
+                must_end[each.start] = matcher.is_stopped()
+                if matcher.is_error():
+                    errors[each.start] = f"its structured output failed: {said(matcher.get_error())}"
+            self._close_thoughts(each, words[first : first + len(each.draft) + 1])
+        return errors
+
+    def _close_thoughts(self, draws: _Draws, words: Int32) -> None:
+        """Leave draws only the token that closes the reasoning, where its bound is reached and the grammar allows."""
+        state = draws.constraint.thinking
+        for place in range(len(words)):
+            if state is None or state.is_over:
+                return
+            if state.forced:
+                word, bit = divmod(state.forced[0], 32)
+                mask = np.uint32(1 << bit).astype(np.int32)
+                if words[place, word] & mask:
+                    words[place] = 0
+                    words[place, word] = mask
+                else:
+                    # Only the first draw counts for sure; another one may be behind tokens that do not come.
+                    draws.constraint.thinking = state.without_force() if place == 0 else draws.constraint.thinking
+                    return
+            if place < len(draws.draft):
+                state = self._thought(state, draws.draft[place])
+
+    def _thought(self, state: Thinking, token_id: int) -> Thinking:
+        assert self._grammars is not None
+        return state.after(token_id, self._grammars.token_bytes(token_id))
+
+    def _think(self, constraint: _Constraint, token_id: int) -> None:
+        """Take a token into the bound on reasoning; one that is over is dropped."""
+        if constraint.thinking is not None:
+            state = self._thought(constraint.thinking, token_id)
+            constraint.thinking = None if state.is_over else state
 
     def _take_in(self) -> None:
-        """Let matchers see the tokens drawn last. A matcher that cannot take its token has failed, and says so."""
+        """Let constraints see the tokens drawn last. A matcher that cannot take its token has failed, and says so."""
         if self._pending is None:
             return
-        (rows, matchers, readback), self._pending = self._pending, None
-        (token_ids,) = readback.wait()
-        were_stopped = [each.is_stopped() for each in matchers]
-        consume_token_par(self._executor, list(zip(matchers, token_ids.tolist(), strict=True)))
-        for row, matcher, was_stopped in zip(rows, matchers, were_stopped, strict=True):
+        (pending, readback), self._pending = self._pending, None
+        (drawn,) = readback.wait()
+        jobs: list[tuple[LLMatcher, int]] = []
+        done, first = [], 0
+        for row, each in pending:
+            constraint, taken = each.constraint, _counting(drawn[first : first + len(each.places)].tolist(), each.draft)
+            first += len(each.places)
+            matcher = constraint.matcher
+            if matcher is not None:
+                # All but the last at once, the last ones of all rows in parallel.
+                if len(taken) > 1:
+                    matcher.consume_tokens(taken[:-1])
+                jobs.append((matcher, taken[-1]))
+            was_stopped = matcher is not None and matcher.is_stopped()
+            for token_id in taken:
+                self._think(constraint, token_id)
+            done.append((row, constraint, was_stopped))
+        if jobs:
+            consume_token_par(self._executor, jobs)
+        for row, constraint, was_stopped in done:
+            matcher = constraint.matcher
             # The end of sequence was drawn: what the row draws until another request takes it is dropped.
-            has_ended = was_stopped or matcher.stop_reason() == "EndOfSentence"
-            if has_ended and self._matchers.get(row) is matcher:
-                del self._matchers[row]
-                self._has_matcher[row] = False
+            if matcher is not None and (was_stopped or matcher.stop_reason() == "EndOfSentence"):
+                constraint.matcher = constraint.thinking = None
+            if constraint.matcher is None and constraint.thinking is None and self._held.get(row) is constraint:
+                del self._held[row]
+                self._is_held[row] = False
+
+
+def _counting(drawn: list[int], draft: list[int]) -> list[int]:
+    """The drawn tokens that count: those behind tokens of a draft that were right."""
+    num_right = next((place for place, token_id in enumerate(draft) if drawn[place] != token_id), len(draft))
+    return drawn[: num_right + 1]

@@ -101,13 +101,14 @@ class Sampler:
         """
         rows = batch.rows[batch.sampled]
         self._state.restrict(rows)
-        numbers, masks = self._state.numbers(rows, batch.drawn_positions), self._constraints.masks(rows)
+        followed_by = batch.followed_by
+        numbers, masks = self._state.numbers(rows, batch.drawn_positions), self._constraints.masks(rows, followed_by)
         numbers["mask"] = masks.numbers
         # A grammar that can only end goes before `min_tokens`.
         numbers["first_free_stop"][masks.must_end] = 0
         token_ids, best = self._choose(logits, numbers, replace(self._state.tables, masks=masks.words))
         self._state.note(rows, token_ids)
-        self._constraints.note(rows, token_ids)
+        self._constraints.note(rows, token_ids, followed_by)
         places = np.flatnonzero(self._wants_logprobs[rows])
         num_top = self._num_logprobs[rows[places]]
         logprobs: tuple[Tensor, ...] = ()

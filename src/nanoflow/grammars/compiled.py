@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -54,13 +55,21 @@ class Grammars:
         self._num_kept = num_kept
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "nanoflow-grammar")
         self._vocabulary = self._pool.submit(load)
+        # Whether any request needs the bytes of tokens.
+        self._awaits_bytes = False
         self._lock = threading.Lock()
         self._futures: OrderedDict[Structured, Future[LLMatcher]] = OrderedDict()
 
-    def is_ready(self, structured: Structured | None) -> bool:
-        """Whether a request with this grammar may run; if not, it is being compiled, or will be when asked again."""
+    def is_ready(self, structured: Structured | None, *, needs_bytes: bool = False) -> bool:
+        """Whether a request with this grammar may run; if not, it is being compiled, or will be when asked again.
+
+        Args:
+            structured: The grammar; None for none.
+            needs_bytes: Whether the request needs `token_bytes` without waiting.
+        """
         if structured is None:
-            return True
+            self._awaits_bytes |= needs_bytes
+            return not needs_bytes or self._vocabulary.done()
         future = self._find(structured)
         return future is not None and future.done()
 
@@ -74,10 +83,27 @@ class Grammars:
             self.wait(1.0)
         return future.result().deep_copy()
 
+    def matcher_or_none(self, structured: Structured) -> LLMatcher | None:
+        """`matcher`; None if the grammar cannot be used, which its request learns elsewhere."""
+        try:
+            return self.matcher(structured)
+        except GrammarError:
+            return None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token; a special token has those of its name.
+
+        Raises:
+            GrammarError: The tokens of this model have no bytes of their own.
+        """
+        return bytes(self._loaded().decode_bytes([token_id]))
+
     def wait(self, timeout_s: float) -> None:
-        """Wait until a grammar that is being compiled is ready; not at all if there is none."""
+        """Wait until a grammar that is being compiled is ready, or the bytes of tokens; not at all if there is none."""
         with self._lock:
-            pending = [future for future in self._futures.values() if not future.done()]
+            pending: list[Future[Any]] = [future for future in self._futures.values() if not future.done()]
+        if self._awaits_bytes and not self._vocabulary.done():
+            pending.append(self._vocabulary)
         if pending:
             wait(pending, timeout_s, FIRST_COMPLETED)
 
@@ -98,15 +124,18 @@ class Grammars:
                 self._futures.popitem(last=False)
             return future
 
-    def _compile(self, structured: Structured) -> LLMatcher:
+    def _loaded(self) -> LLTokenizer:
         try:
-            matcher = LLMatcher(self._vocabulary.result(), grammar_of(structured), log_level=0, limits=limits())
+            return self._vocabulary.result()
         except GrammarError:
             raise
-        # Whatever kept the vocabulary from being loaded concerns requests with a grammar alone.
+        # Whatever kept the vocabulary from being loaded concerns the requests that need it alone.
         except Exception as error:
             logger.exception("the vocabulary of grammars cannot be loaded")
             raise GrammarError(one_line(error)) from None
+
+    def _compile(self, structured: Structured) -> LLMatcher:
+        matcher = LLMatcher(self._loaded(), grammar_of(structured), log_level=0, limits=limits())
         if matcher.is_error():
             raise GrammarError(said(matcher.get_error()))
         return matcher

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
 from nanoflow.structured import GrammarKind, Structured
@@ -76,9 +76,24 @@ def _choice(text: str) -> str:
     return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}\n")
 
 
+def _tags(text: str) -> str:
+    given = json.loads(text)
+    tags = [
+        StructTag(
+            trigger=max((each for each in given["triggers"] if one["begin"].startswith(each)), key=len),
+            begin=one["begin"],
+            grammar={**one["schema"], "x-guidance": {"whitespace_pattern": _WHITESPACE, "coerce_one_of": True}},
+            end=one["end"],
+        )
+        for one in given["structures"]
+    ]
+    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
+
+
 _MAKERS: Mapping[GrammarKind, Callable[[str], str]] = {
     "json": _json,
     "regex": LLMatcher.grammar_from_regex,
     "choice": _choice,
     "grammar": LLMatcher.grammar_from_lark,
+    "structural_tag": _tags,
 }

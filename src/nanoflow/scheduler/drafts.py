@@ -1,8 +1,9 @@
 """Drafts: guesses of the next tokens of running requests, all verified in one iteration (speculative decoding).
 
-`Drafter` guesses by prompt look-up (`ngram.py`), for requests whose guesses have been right, and while drafts pay
-(`gain.py`). `NoDrafts` replaces it in an engine that does not speculate. `verify.py` decides which tokens of a draft
-count. The scheduler gives drafts only tokens and pages that no request needs.
+`Drafter` guesses what a grammar forces (`forced.py`), else by prompt look-up (`ngram.py`), for requests whose guesses
+have been right, and while drafts pay (`gain.py`). `NoDrafts` replaces it in an engine that does not speculate.
+`verify.py` decides which tokens of a draft count. The scheduler gives drafts only tokens and pages that no request
+needs.
 
 A draft follows a token whose value is known. So while a batch with drafts is in flight, no other is formed. And if a
 draft could be made as soon as the token in flight is known, the next batch waits for that token. Between these
@@ -13,7 +14,7 @@ them out of every second iteration.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,8 @@ from nanoflow.batch import Bool, DenseBatch, Int32, Int64
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.request import Request
-from nanoflow.scheduler.forming import Turn
+from nanoflow.scheduler.forced import ForcedRuns
+from nanoflow.scheduler.forming import Turn, with_guesses
 from nanoflow.scheduler.gain import Draft, Gain
 from nanoflow.scheduler.ngram import continuation
 from nanoflow.scheduler.rows import RowTable
@@ -45,7 +47,7 @@ class DraftCounts:
         num_draft_tokens: Their tokens.
         num_accepted_tokens: How many of these were accepted.
         num_undrafted_requests: Requests that cannot have drafts, because their choice of a token depends on tokens of
-            the same iteration (penalties, bad words, structured output).
+            the same iteration (penalties, bad words).
     """
 
     num_drafts: int = 0
@@ -116,7 +118,9 @@ class NoDrafts:
 
 def may_draft(request: Request) -> bool:
     """Whether each token's distribution depends only on logits and position, not on tokens of the same iteration."""
-    return not request.params.has_penalties and not request.bad_word_ids and request.structured is None
+    # A grammar that can only end goes before `min_tokens`, which is known of the first draw alone.
+    is_late = request.structured is not None and request.params.min_tokens > 0
+    return not (request.params.has_penalties or request.bad_word_ids or is_late)
 
 
 class Drafter:
@@ -125,10 +129,13 @@ class Drafter:
     Args:
         speculation: Lengths of drafts and of the matches looked up.
         max_num_seqs: Number of rows of the state table.
+        forced: Finds tokens that grammars force, which go before what is looked up; None finds none.
     """
 
-    def __init__(self, speculation: NgramSpeculation, *, max_num_seqs: int) -> None:
-        self._speculation = speculation
+    def __init__(self, speculation: NgramSpeculation, *, max_num_seqs: int, forced: ForcedRuns | None = None) -> None:
+        self._speculation, self._forced = speculation, forced
+        # Rows whose last guess was forced, which says nothing about look-up; rows with a grammar.
+        self._is_forced, self._is_held = np.zeros((2, max_num_seqs), dtype=np.bool_)
         self._max_tokens = _most_tokens(speculation, max_num_seqs)
         self._counts = np.zeros(4, dtype=np.int64)
         self._num_in_flight = self._num_drafted_in_flight = 0
@@ -156,6 +163,9 @@ class Drafter:
         self._num_right[rows] = self._num_tried[rows] = 0
         self._num_failed[rows] = self._rests_until[rows] = 0
         self._awaiting = [row for row in self._awaiting if row not in rows]
+        for row, request in zip(rows.tolist(), requests, strict=True):
+            if self._forced is not None:
+                self._is_held[row] = self._forced.join(row, request)
         self._counts[3] += np.count_nonzero(~self._may_draft[rows])
 
     def awaits_commit(self, table: RowTable, iteration_time: IterationTime | None) -> bool:
@@ -176,8 +186,8 @@ class Drafter:
             room = int(table.max_total[row] - table.num_known[row]) - 1
             guess = self._guess(row, table, min(self._speculation.num_draft_tokens + 1, room))
             if len(guess) > 1:
-                likely = self._likelihood(row)
-                expected = likely * _expected(likely, len(guess) - 1)
+                # The token in flight has to be right as well.
+                expected = self._likelihood(row) * _expected(self._likelihood(row), len(guess) - 1)
                 context = int(table.num_tokens[row])
                 found.append((row, Draft(num_tokens=len(guess) - 1, context=context, expected=expected)))
         if not found:
@@ -218,7 +228,7 @@ class Drafter:
             return turn
         for row, guess in guesses.items():
             table.guess(row, guess)
-        return _with_guesses(turn, {row: len(guess) for row, guess in guesses.items()})
+        return with_guesses(turn, {row: len(guess) for row, guess in guesses.items()})
 
     def note_formed(self, batch: DenseBatch) -> None:
         """See `Drafts`."""
@@ -239,6 +249,8 @@ class Drafter:
             row, num_tokens = int(batch.rows[index]), int(num_draws[index]) - 1
             num_right = max(int(num_counting[index]) - 1, 0)
             self._counts[:3] += (1, num_tokens, num_right)
+            if self._is_forced[row]:
+                continue
             self._num_right[row] = _MEMORY * self._num_right[row] + num_right
             self._num_tried[row] = _MEMORY * self._num_tried[row] + min(num_right + 1, num_tokens)
             if num_right:
@@ -256,13 +268,19 @@ class Drafter:
         """Those of the rows that may have a draft now; none if too many requests run."""
         if len(rows) > MAX_DRAFTED_REQUESTS:
             return rows[:0]
-        return rows[self._may_draft[rows] & (table.num_known[rows] >= self._rests_until[rows])]
+        # What is forced needs no rest.
+        rested = (table.num_known[rows] >= self._rests_until[rows]) | self._is_held[rows]
+        return rows[self._may_draft[rows] & rested]
 
     def _guess(self, row: int, table: RowTable, count: int) -> Int32:
         if count < 1:
             return np.zeros(0, np.int32)
         kind = self._speculation
         known = table.known_view(row)
+        forced = known[:0] if self._forced is None else self._forced.run(row, known, count)
+        self._is_forced[row] = len(forced) > 0
+        if len(forced) or len(known) < self._rests_until[row]:
+            return forced
         return continuation(known, count, longest=kind.longest_match, shortest=kind.shortest_match)
 
     def _draft(self, row: int, table: RowTable, num_tokens: int) -> Draft:
@@ -271,6 +289,8 @@ class Drafter:
 
     def _likelihood(self, row: int) -> float:
         """Observed probability that a guessed token is right if those before it are; 1/2 before any observation."""
+        if self._is_forced[row]:
+            return 1.0
         return float((self._num_right[row] + 1) / (self._num_tried[row] + 2))
 
     def _rest(self, row: int, num_known: int) -> None:
@@ -297,29 +317,11 @@ def _shape_of(turn: Turn) -> BatchShape:
     )
 
 
-def _with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
-    """The turn with guessed tokens for some of its decodes (number by row), which are moved after the other decodes."""
-    num_drafts = np.array([num_guessed.get(row, 0) for row in turn.rows.tolist()], dtype=np.int64)
-    num_decodes = int(np.count_nonzero(turn.num_pending == 1))
-    order = np.arange(len(turn.rows))
-    order[:num_decodes] = np.argsort(num_drafts[:num_decodes] > 0, kind="stable")
-    num_drafts = num_drafts[order]
-    return replace(
-        turn,
-        rows=turn.rows[order],
-        num_before=turn.num_before[order],
-        num_pending=turn.num_pending[order] + num_drafts,
-        num_taken=turn.num_taken[order] + num_drafts,
-        num_left=turn.num_left - int(num_drafts.sum()),
-        num_drafts=num_drafts,
-    )
-
-
-def drafts_of(speculative: str | None, max_num_seqs: int) -> Drafts:
+def drafts_of(speculative: str | None, max_num_seqs: int, forced: ForcedRuns | None = None) -> Drafts:
     """The maker of drafts for the option `speculative` and a state table of `max_num_seqs` rows."""
     if speculative is None:
         return NoDrafts()
-    return Drafter(read_speculation(speculative), max_num_seqs=max_num_seqs)
+    return Drafter(read_speculation(speculative), max_num_seqs=max_num_seqs, forced=forced)
 
 
 def most_draft_tokens(speculative: str | None, max_num_seqs: int) -> int:

@@ -6,7 +6,7 @@ prefill and recompute after a preemption all follow from it. `scheduler.py` deci
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -129,3 +129,21 @@ def _poolings(turn: Turn, table: RowTable, query_start: Int64) -> tuple[PromptPo
             )
             poolings.append(pooling)
     return tuple(poolings)
+
+
+def with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:
+    """The turn with guessed tokens for some of its decodes (number by row), which are moved after the other decodes."""
+    num_drafts = np.array([num_guessed.get(row, 0) for row in turn.rows.tolist()], dtype=np.int64)
+    num_decodes = int(np.count_nonzero(turn.num_pending == 1))
+    order = np.arange(len(turn.rows))
+    order[:num_decodes] = np.argsort(num_drafts[:num_decodes] > 0, kind="stable")
+    num_drafts = num_drafts[order]
+    return replace(
+        turn,
+        rows=turn.rows[order],
+        num_before=turn.num_before[order],
+        num_pending=turn.num_pending[order] + num_drafts,
+        num_taken=turn.num_taken[order] + num_drafts,
+        num_left=turn.num_left - int(num_drafts.sum()),
+        num_drafts=num_drafts,
+    )

@@ -50,6 +50,7 @@ class Newcomers:
                 num_prompt_tokens=len(new.request.prompt_token_ids),
                 stop_token_ids=stop_ids(new.request, vocab_size),
                 bad_word_ids=new.request.bad_word_ids,
+                thinking=new.request.thinking,
             )
             for row, new in zip(self.rows.tolist(), waiting, strict=True)
         )

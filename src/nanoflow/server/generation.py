@@ -20,7 +20,7 @@ from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server.admission import Admission
-from nanoflow.server.backend import AnyPrompt, EnginePrompt, Prompt, ServingEngine
+from nanoflow.server.backend import AnyPrompt, EnginePrompt, ServingEngine
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.responses import Usage
 from nanoflow.server.tracing import RequestTrace
@@ -35,7 +35,7 @@ class Doors(Protocol):
     def admission(self) -> Admission:
         """Whether there is room."""
 
-    async def read_prompts(self, prompts: Sequence[Prompt]) -> list[AnyPrompt]:
+    async def read_prompts(self, prompts: Sequence[AnyPrompt]) -> list[AnyPrompt]:
         """Texts as tokens."""
 
 
@@ -57,7 +57,7 @@ class Call:
     """
 
     engine: ServingEngine
-    prompts: Sequence[Prompt]
+    prompts: Sequence[AnyPrompt]
     params: SamplingParams
     doors: Doors | None = None
     cache_salt: str | None = None

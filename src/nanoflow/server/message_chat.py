@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoflow.server.errors import ApiError
 from nanoflow.server.message_fields import (
     MessageCountRequest,
     MessageParam,
@@ -18,7 +17,6 @@ from nanoflow.server.message_fields import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from nanoflow.server.protocol import ChatCompletionRequest
 from nanoflow.server.turn import Names
 
 Message = dict[str, Any]
@@ -33,7 +31,6 @@ NAMES: Names = (
     (r"(tools\[\d+\])\.function\.parameters\b(.*)", r"\1.input_schema\2"),
     (r"(tools\[\d+\])\.function\b(.*)", r"\1\2"),
 )
-_BUDGET = "thinking_token_budget"
 _CHOICES: Mapping[str, str] = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR = "Error: "
 # By Anthropic's API the same as none. Some clients always send it.
@@ -46,9 +43,6 @@ def chat_fields(body: MessageCountRequest, *, takes_effort: bool = True) -> dict
     Args:
         body: The body.
         takes_effort: Whether the model's chat template knows reasoning efforts; if not, the default has no effect.
-
-    Raises:
-        ApiError: It asks for what chat completions do not have (400).
     """
     choice, config = body.tool_choice, body.output_config
     effort = None if config is None else config.effort
@@ -150,18 +144,11 @@ def _continued(last: MessageParam) -> dict[str, Any]:
 def _thinking(thinking: Thinking | None, variables: Mapping[str, Any] | None) -> dict[str, Any]:
     if thinking is None:
         return {"chat_template_kwargs": variables}
-    fields: dict[str, Any] = {
+    return {
         "chat_template_kwargs": {"enable_thinking": thinking.type != "disabled", **(variables or {})},
         "include_reasoning": False if thinking.display == "omitted" else None,
+        "thinking_token_budget": thinking.budget_tokens,
     }
-    if thinking.budget_tokens is not None:
-        if _BUDGET not in ChatCompletionRequest.model_fields:
-            message = (
-                "thinking.budget_tokens: this server does not bound reasoning; ask for thinking of type 'adaptive'"
-            )
-            raise ApiError(400, message, param="thinking.budget_tokens")
-        fields[_BUDGET] = thinking.budget_tokens
-    return fields
 
 
 def _chat_tool(tool: Tool) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from nanoflow.server.foreign import (
 )
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.prompt_fields import PromptFields
+from nanoflow.server.reasoning_fields import ReasoningFields
 from nanoflow.structured import SPELLINGS, Structured
 
 MAX_SESSION_ID_CHARS = 256
@@ -111,7 +112,7 @@ class SamplingFields(PromptFields, RequestBody):
         None, description="The shape of the answer, as OpenAI has it"
     )
     structured_outputs: Annotated[Structured | None, Parameter.of_structured("structured_outputs")] = Field(
-        None, description="The shape of the answer: one of json, regex, choice, grammar and json_object"
+        None, description="The shape of the answer: one of json, regex, choice, grammar, structural_tag, json_object"
     )
     guided_json: Annotated[Structured | None, Parameter.of_structured("guided_json")] = Field(
         None, description="As json in structured_outputs"
@@ -226,7 +227,7 @@ def _more_logprobs(one: int, other: int | None) -> int:
     return -1 if -1 in (one, other) else max(one, other or 0)
 
 
-class ChatCompletionRequest(SamplingFields, Conversation):
+class ChatCompletionRequest(SamplingFields, Conversation, ReasoningFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -238,7 +239,6 @@ class ChatCompletionRequest(SamplingFields, Conversation):
         None, description="Goes before max_tokens"
     )
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call; true if not given")
-    include_reasoning: bool | None = Field(None, description="False leaves reasoning out of the answer")
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Parameter.of("top_logprobs", "logprobs")] = Field(
         None, description="Needs logprobs=true"
@@ -255,7 +255,8 @@ class ChatCompletionRequest(SamplingFields, Conversation):
     def field_names(self) -> Mapping[str, str]:
         """Field that a parameter of the engine came in, where it has another name."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {**super().field_names, "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        return {**super().field_names, **names, "thinking_token_budget": self.budget_field}
 
     @property
     def echoed(self) -> str:
@@ -270,6 +271,7 @@ class ChatCompletionRequest(SamplingFields, Conversation):
             detokenize=can_detokenize,
             max_tokens=self.max_completion_tokens or self.max_tokens or defaults.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            thinking_token_budget=self.given_budget,
         )
 
 

@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import ChatFormat
-from nanoflow.chat_formats.grammar import grammar_of
+from nanoflow.chat_formats.grammar import answer_grammar, grammar_of
+from nanoflow.chat_formats.grammar_arguments import shape_rule
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, tool_names
+from nanoflow.engine.prompts import Prompt
+from nanoflow.engine.reasoning import opens_reasoning
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import FinishReason
 from nanoflow.request import SamplingParams
+from nanoflow.server.backend import AnyPrompt
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.generation import Delta
 from nanoflow.server.protocol import ChatCompletionRequest
@@ -25,8 +31,6 @@ from nanoflow.server.responses import ChatDelta, ChatMessage, ToolCall, ToolCall
 from nanoflow.server.service import Service
 from nanoflow.structured import Structured
 
-# As many of the prompt's last tokens show whether its template has opened a section of reasoning.
-_NUM_LAST_TOKENS = 32
 CALLS_REASON = "tool_calls"
 
 
@@ -37,6 +41,7 @@ class Reading:
     Attributes:
         form: The format.
         names: Functions that may be called.
+        parameters: Schemas of their arguments, by name.
         is_required: Whether a message without a call is an error.
         is_reasoning: Whether the prompt has opened a section of reasoning; None if it says nothing about it.
         hidden: Names of special tokens that are left out of texts.
@@ -46,6 +51,7 @@ class Reading:
 
     form: ChatFormat
     names: Sequence[str] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     is_required: bool = False
     is_reasoning: bool | None = None
     hidden: frozenset[str] = frozenset()
@@ -57,6 +63,7 @@ class Reading:
         parser = ChatParser(
             self.form,
             names=self.names,
+            parameters=self.parameters,
             is_reasoning=self.is_reasoning,
             hidden=self.hidden,
             max_calls=self.max_calls,
@@ -212,6 +219,7 @@ def reading_of(service: Service, body: ChatCompletionRequest, params: SamplingPa
     return Reading(
         form=form,
         names=tool_names(tools),
+        parameters={tool["function"]["name"]: tool["function"].get("parameters") for tool in tools},
         is_required=choice.calling is Calling.REQUIRED,
         hidden=frozenset(tokenizer.special_names) if params.skip_special_tokens else frozenset(),
         max_calls=1 if body.parallel_tool_calls is False else None,
@@ -222,16 +230,23 @@ def reading_of(service: Service, body: ChatCompletionRequest, params: SamplingPa
 def after_prompt(reading: Reading, service: Service, body: ChatCompletionRequest, prompt: Sequence[int]) -> Reading:
     """The same, with what the prompt says of reasoning: its template may have opened it, or closed it already."""
     tags = reading.form.reasoning
-    if tags is None:
-        return reading
-    if body.continue_final_message:
+    if tags is not None and body.continue_final_message:
         text = body.messages[-1].text
         opened, closed = text.rfind(tags.opener), text.rfind(tags.closer)
         is_reasoning = opened > closed if max(opened, closed) >= 0 else None
     else:
-        text = service.tokenizer.decode(prompt[-_NUM_LAST_TOKENS:], skip_special_tokens=False).rstrip()
-        is_reasoning = True if text.endswith(tags.opener) else False if text.endswith(tags.closer) else None
+        is_reasoning = opens_reasoning(reading.form, service.tokenizer, prompt)
     return dataclasses.replace(reading, is_reasoning=is_reasoning)
+
+
+def with_form(prompt: list[int], reading: Reading | None, params: SamplingParams) -> AnyPrompt:
+    """A prompt, with what is known of how the model goes on, if its reasoning is to be bounded."""
+    if params.thinking_token_budget is None:
+        return prompt
+    # Without a reading there are no marks, and the request is refused.
+    form = ChatFormat() if reading is None else reading.form
+    is_reasoning = None if reading is None else reading.is_reasoning
+    return Prompt(text=None, token_ids=prompt, form=form, is_reasoning=is_reasoning)
 
 
 def params_for(
@@ -239,23 +254,47 @@ def params_for(
 ) -> SamplingParams:
     """Parameters of the engine: the text has the special tokens that mark calls and reasoning.
 
-    A grammar holds the model to a required call, and its arguments to their schema.
+    A grammar holds the model to a required call, and arguments to their schema: those of required calls, and those of
+    strict functions.
 
     Raises:
-        ApiError: The call also asks for another shape of the text (400).
+        ApiError: The call also asks for another shape of the text, with which calls cannot be (400).
     """
     params, tokenizer = dataclasses.replace(params, skip_special_tokens=False), service.tokenizer
+    special = tokenizer.mark_names if isinstance(tokenizer, Tokenizer) else {}
     grammar = grammar_of(
         reading.form,
         body.callable_tools,
         body.choice,
-        special=tokenizer.special_names if isinstance(tokenizer, Tokenizer) else {},
+        special=special,
         is_reasoning=reading.is_reasoning,
         is_parallel=body.parallel_tool_calls is not False,
+        answer=_answer_schema(params.structured_outputs),
     )
     if grammar is None:
-        return params
-    if params.structured_outputs is not None:
+        return dataclasses.replace(params, structured_outputs=_behind_reasoning(reading, params, special))
+    if params.structured_outputs is not None and body.choice.calling is Calling.REQUIRED:
         message = "tool_choice asks for a call, which is no text of another shape: leave one of them out"
         raise ApiError(400, message, param="tool_choice")
+    if params.structured_outputs is not None and _answer_schema(params.structured_outputs) is None:
+        message = "beside strict functions the answer can have a JSON schema, but no other shape"
+        raise ApiError(400, message, param=body.field_names["structured_outputs"])
     return dataclasses.replace(params, structured_outputs=Structured(kind="grammar", text=grammar))
+
+
+def _behind_reasoning(reading: Reading, params: SamplingParams, special: Mapping[str, int]) -> Structured | None:
+    """The shape of a whole text whose answer has a shape: reasoning may come before it."""
+    structured = params.structured_outputs
+    rule = None if structured is None else shape_rule(structured)
+    if rule is None:
+        return structured
+    grammar = answer_grammar(reading.form, rule, special=special, is_reasoning=reading.is_reasoning)
+    return structured if grammar is None else Structured(kind="grammar", text=grammar)
+
+
+def _answer_schema(structured: Structured | None) -> Mapping[str, Any] | None:
+    """The JSON schema of an answer; None if it has no shape, or another."""
+    if structured is None or structured.kind != "json":
+        return None
+    schema: Mapping[str, Any] = json.loads(structured.text)
+    return schema

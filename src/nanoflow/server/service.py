@@ -188,7 +188,7 @@ class Service:
         with user_errors("prompt"):
             return await self.beside(partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens))
 
-    async def read_prompts(self, prompts: Sequence[Prompt]) -> list[AnyPrompt]:
+    async def read_prompts(self, prompts: Sequence[AnyPrompt]) -> list[AnyPrompt]:
         """The prompts of a call, with texts encoded in pieces, one after the other.
 
         So another call waits for one piece at most, not for all prompts of this one.
@@ -197,7 +197,7 @@ class Service:
             return list(prompts)
         found: list[AnyPrompt] = list(prompts)
         places = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str)]
-        for piece in _pieces(places, [len(prompts[place]) for place in places]):
+        for piece in _pieces(places, [len(str(prompts[place])) for place in places]):
             texts = [str(prompts[place]) for place in piece]
             encode = partial(self.tokenizer.encode_all, texts)
             with user_errors("prompt"):

@@ -19,7 +19,7 @@ from nanoflow.outputs import FinishReason, RequestOutput
 from nanoflow.server.errors import ApiError, invalid_body
 from nanoflow.server.generation import Call, Cursor, new_id
 from nanoflow.server.protocol import ChatCompletionRequest
-from nanoflow.server.reading import Reading, after_prompt, found_in, params_for, reading_of
+from nanoflow.server.reading import Reading, after_prompt, found_in, params_for, reading_of, with_form
 from nanoflow.server.service import Service
 from nanoflow.server.streaming import while_connected
 
@@ -106,7 +106,7 @@ async def begin_turn(service: Service, body: ChatCompletionRequest, request: Req
         params = params_for(reading, service, body, params)
     call = Call(
         engine=service.engine,
-        prompts=[prompt],
+        prompts=[with_form(prompt, reading, params)],
         params=params,
         doors=service,
         cache_salt=service.cache_salt(request, body.cache_salt),
