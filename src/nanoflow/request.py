@@ -31,6 +31,7 @@ from nanoflow.parameters import (
     Whole,
     did_you_mean,
 )
+from nanoflow.priorities import Priority, is_background, rank_of
 from nanoflow.structured import Structured, StructuredKind
 
 __all__ = ["KINDS", "MAX_CHOICES", "Request", "RequestError", "RequestOutputKind", "SamplingParams"]
@@ -276,6 +277,7 @@ class Request:
             if it neither takes pages of others nor leaves any to them. A request with log probabilities of its prompt
             takes none.
         session: Name of the conversation that it is a turn of, unique among all users; None if it has none.
+        priority: Who goes first; see `priorities.py`.
     """
 
     request_id: int
@@ -288,6 +290,17 @@ class Request:
     arrival_s: float = field(default=0.0)
     page_keys: bytes = b""
     session: str | None = None
+    priority: Priority = 0
+
+    @property
+    def rank(self) -> int:
+        """Requests of lower rank go first."""
+        return rank_of(self.priority)
+
+    @property
+    def is_background(self) -> bool:
+        """Whether it gets what interactive requests leave."""
+        return is_background(self.priority)
 
     @property
     def structured(self) -> Structured | None:

@@ -43,6 +43,15 @@ def test_rooms_are_counted_until_they_end() -> None:
     door.check(10, 100)
 
 
+def test_calls_of_priority_batch_leave_half_of_the_room_to_others() -> None:
+    door = admission(Ledger(), max_queued_requests=6, max_queued_tokens=100)
+    with door.room(4, 40, is_background=True), door.room(1, is_background=True):
+        for more in ((1, 0), (0, 11)):
+            with pytest.raises(ApiError, match="no room"):
+                door.check(*more, is_background=True)
+        door.check(5, 60)
+
+
 def test_all_processes_count_and_dead_ones_do_not() -> None:
     with shared_rows(3) as file:
         ledger = Ledger(Counters(file, 0))

@@ -289,7 +289,7 @@ def test_the_newest_is_preempted_returns_to_the_front_and_loses_nothing(depth: i
         drive.scheduler.check_integrity()
         preempted = drive.scheduler.drain_events().preempted
     assert preempted == [2] and drive.scheduler.num_preemptions == 1
-    assert list(drive.scheduler._waiting._by_id) == [2, 3]
+    assert [each.request.request_id for each in drive.scheduler._waiting] == [2, 3]
     drive.run_until_idle()
     for request in requests:
         assert drive.answers[request.request_id] == answer_alone(request, drive.executor.limits)

@@ -225,7 +225,11 @@ _PARALLEL = (
 )
 _SCHEDULER = (
     *switches("prompts are always computed in chunks", "enable_chunked_prefill", takes=(True,)),
-    Foreign(name="scheduling_policy", takes=("fcfs",), reason=_FCFS),
+    Foreign(
+        name="scheduling_policy",
+        takes=("fcfs", "priority"),
+        reason="requests run by their `priority`, and those of one priority in the order in which they come",
+    ),
     Foreign(name="scheduler_cls", reason=_NO_CODE),
     Foreign(name="max_num_partial_prefills", takes=(1,), reason=_FCFS),
     Foreign(name="max_long_partial_prefills", takes=(1,), reason=_FCFS),

@@ -6,9 +6,7 @@ requests that arrive one by one there is `async_engine.py`.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,19 +20,22 @@ from nanoflow.engine.conversation import Conversation
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.garbage import heap_left_alone
 from nanoflow.engine.grammar_checks import GrammarChecks
+from nanoflow.engine.interrupts import interrupts_deferred
 from nanoflow.engine.llm_metrics import LLMMetrics, Metric
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
-from nanoflow.engine.prompt_forms import inputs_of, params_of_each
-from nanoflow.engine.prompts import PromptInput, read_prompt
+from nanoflow.engine.prompt_forms import inputs_of, params_of_each, priority_of_each
+from nanoflow.engine.prompts import PromptInput, read_prompt, with_names
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.option_names import from_kwargs
 from nanoflow.outputs import RequestOutput
+from nanoflow.priorities import Priority
 from nanoflow.request import Request, RequestError, SamplingParams
 
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
+Priorities = Priority | Sequence[Priority] | None
 
 
 class LLM:
@@ -131,6 +132,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        priority: Priorities = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Complete one prompt or many. Ctrl-C drops them all and leaves the model ready for the next call.
@@ -140,6 +142,7 @@ class LLM:
             sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
             use_tqdm: Show a progress bar if standard error is a terminal; or a function that makes one, called as tqdm.
             prompt_token_ids: Prompts as token ids, as older versions of vLLM take them.
+            priority: Of all prompts, or of each: an integer, of which lower ones go first, or "batch"; 0 if not given.
             **others: What vLLM takes beside them, at values that change nothing.
 
         Returns:
@@ -154,10 +157,11 @@ class LLM:
         all_params = params_of_each(
             self.get_default_sampling_params() if sampling_params is None else sampling_params, len(inputs)
         )
+        priorities = priority_of_each(priority, len(inputs))
         self._check_open()
-        with _interrupts_deferred() as raise_if_interrupted:
+        with interrupts_deferred() as raise_if_interrupted:
             try:
-                outputs = self._add_all(inputs, all_params, raise_if_interrupted)
+                outputs = self._add_all(inputs, all_params, priorities, raise_if_interrupted)
                 self._run(len(outputs), raise_if_interrupted, use_tqdm)
                 self._metrics.end(outputs)
             except BaseException:
@@ -176,6 +180,7 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: Priorities = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, by the model's chat template.
@@ -183,7 +188,7 @@ class LLM:
         Args:
             messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them. A content is a
                 text, or a list of parts {"type": "text", "text": ...}.
-            sampling_params, use_tqdm: As for `generate`.
+            sampling_params, use_tqdm, priority: As for `generate`.
             add_generation_prompt: Open the assistant's turn.
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
             chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
@@ -211,17 +216,19 @@ class LLM:
                     tools=tools,
                 )
             prompts.append(token_ids)
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
-    def add(self, request_id: str, prompt: PromptInput, params: SamplingParams) -> RequestOutput:
+    def add(
+        self, request_id: str, prompt: PromptInput, params: SamplingParams, priority: Priority | None = None
+    ) -> RequestOutput:
         """Add a request, which `step` then computes; its output grows in place.
 
         Raises:
             RequestError, EngineDeadError: As `generate`.
         """
         self._check_open()
-        checked = self._checks.checked(params)
-        output, requests = self._processor.add(request_id, read_prompt(prompt, self._tokenizer), checked)
+        whole = read_prompt(with_names(prompt, priority=priority), self._tokenizer)
+        output, requests = self._processor.add(request_id, whole, self._checks.checked(params))
         self._add_to_engine(requests)
         return output
 
@@ -255,15 +262,19 @@ class LLM:
             raise EngineDeadError("this LLM has been closed")
 
     def _add_all(
-        self, inputs: Sequence[Any], all_params: Sequence[SamplingParams], raise_if_interrupted: Callable[[], None]
+        self,
+        inputs: Sequence[Any],
+        all_params: Sequence[SamplingParams],
+        priorities: Sequence[Priority | None],
+        raise_if_interrupted: Callable[[], None],
     ) -> list[RequestOutput]:
         """Hand all requests to the engine, once every one of them has been checked."""
         outputs, all_requests = [], []
-        for place, (prompt, params) in enumerate(zip(inputs, all_params, strict=True)):
+        for place, (given, params, priority) in enumerate(zip(inputs, all_params, priorities, strict=True)):
             raise_if_interrupted()
             with _naming_place(place, len(inputs)):
-                checked = self._checks.checked(params)
-                output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), checked)
+                prompt = read_prompt(with_names(given, priority=priority), self._tokenizer)
+                output, requests = self._processor.add(self._new_id(), prompt, self._checks.checked(params))
             outputs.append(output)
             all_requests.append(requests)
         for place, requests in enumerate(all_requests):
@@ -319,28 +330,3 @@ def _naming_place(place: int, num_prompts: int) -> Iterator[None]:
         if num_prompts == 1:
             raise
         raise RequestError(f"prompt {place}: {error}") from None
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Defer Ctrl-C in the block; yields a function that raises KeyboardInterrupt if Ctrl-C was pressed.
-
-    So an iteration is never interrupted halfway. Outside the main thread, or if the program handles Ctrl-C itself,
-    nothing is changed.
-    """
-    pending: list[int] = []
-
-    def raise_if_interrupted() -> None:
-        if pending:
-            raise KeyboardInterrupt
-
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield raise_if_interrupted
-        return
-    signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
-    try:
-        yield raise_if_interrupted
-        raise_if_interrupted()
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -217,6 +217,22 @@ class PrefetchCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassCounts:
+    """Requests of one of the `PRIORITY_CLASSES`.
+
+    Attributes:
+        num_running, num_waiting: That hold pages, and that wait for admission.
+        num_tokens: Tokens of prompts and completions computed for them since the start, also those computed again.
+        num_preemptions: Since the start.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """State of the engine after an iteration.
 
@@ -224,6 +240,7 @@ class EngineStats:
         num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
         pages_in_use, num_pages: KV pages of the pool that is fullest.
         num_preemptions: Since the start.
+        classes: The same of interactive and of background requests, by the names in `PRIORITY_CLASSES`.
         num_drafts, num_draft_tokens, num_accepted_tokens: Drafts that were verified, their tokens, and how many of
             these were accepted; since the start.
         num_undrafted_requests: Requests since the start for which drafts are not possible; see docs/speculative.md.
@@ -245,6 +262,7 @@ class EngineStats:
     pages_in_use: int = 0
     num_pages: int = 0
     num_preemptions: int = 0
+    classes: dict[str, ClassCounts] = field(default_factory=dict)
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

@@ -16,11 +16,13 @@ from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
 from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.parameters import integers, shown
+from nanoflow.priorities import PRIORITY, Priority
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _NAME_KEYS = ("cache_salt", "session_id")
+_PRIORITY_KEY = "priority"
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Most log probabilities of one request, prompt and completions together, if it asks for more of them at each place than
@@ -39,18 +41,32 @@ class Prompt:
         token_ids: Tokens, beginning of sequence included if the model wants one.
         cache_salt: Cached pages are shared only between prompts that have the same one, or none.
         session_id: The conversation that it is a turn of: its pages can be asked for by this name before the next turn.
+        priority: Who goes first: an integer, of which lower ones do, or "batch" (`priorities.py`).
     """
 
     text: str | None
     token_ids: list[int]
     cache_salt: str | None = None
     session_id: str | None = None
+    priority: Priority = 0
 
 
 PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
 """A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already.
 
-A mapping may have "cache_salt" and "session_id" too: see `Prompt`."""
+A mapping may have "cache_salt", "session_id" and "priority" too: see `Prompt`."""
+
+
+def with_names(prompt: PromptInput, **names: Any) -> PromptInput:
+    """A prompt in any of its forms with `cache_salt`, `session_id` and `priority`, as far as they are not None."""
+    given = {name: value for name, value in names.items() if value is not None}
+    if not given:
+        return prompt
+    if isinstance(prompt, Prompt):
+        return dataclasses.replace(prompt, **given)
+    if isinstance(prompt, Mapping):
+        return {**prompt, **given}
+    return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **given}
 
 
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
@@ -158,6 +174,7 @@ def make_requests(
         bad_word_ids=bad_word_ids,
         arrival_s=arrival_s,
         session=prompt.session_id,
+        priority=prompt.priority,
     )
     _check(first, facts)
     if first.structured is not None and not eos_token_ids:
@@ -227,18 +244,20 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
     return dataclasses.replace(params, **counts) if counts else params
 
 
-def _names(prompt: Mapping[str, Any]) -> dict[str, str]:
-    """Salt and session of a prompt, as far as it has them."""
-    given = {name: prompt[name] for name in _NAME_KEYS if prompt.get(name) is not None}
+def _names(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """Salt, session and priority of a prompt, as far as it has them."""
+    given: dict[str, Any] = {name: prompt[name] for name in _NAME_KEYS if prompt.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, str) or not value:
             raise RequestError(f"a prompt's {name} is a string that is not empty, got {shown(value)}", param=name)
+    if prompt.get(_PRIORITY_KEY) is not None:
+        given[_PRIORITY_KEY] = PRIORITY.read(_PRIORITY_KEY, prompt[_PRIORITY_KEY])
     return given
 
 
 def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     """The text to show, and what is completed: token ids go before a text that stands beside them."""
-    own = (*_PROMPT_KEYS, *_NAME_KEYS)
+    own = (*_PROMPT_KEYS, *_NAME_KEYS, _PRIORITY_KEY)
     pass_over(PROMPTS, "a prompt", {name: value for name, value in prompt.items() if name not in own})
     given = {name: prompt[name] for name in _PROMPT_KEYS if prompt.get(name) is not None}
     if not given:

@@ -50,14 +50,18 @@ def expect_next(lengths: OutputLength, progress: Progress) -> Int64:
 
 
 def newest(rows: RowTable, lengths: OutputLength) -> int:
-    """The request that was let in last."""
+    """Of the least urgent requests the one that was let in last."""
     del lengths
     return int(rows.order[-1])
 
 
 def longest_remaining(rows: RowTable, lengths: OutputLength) -> int:
-    """The request that is expected to generate most; not the oldest of several, so that one always goes on."""
-    first = min(1, rows.num_running - 1)
+    """Of the least urgent requests the one that is expected to generate most.
+
+    It is not the oldest of several that run, so that one always goes on.
+    """
+    ranks = rows.rank[rows.order]
+    first = max(min(1, rows.num_running - 1), int(np.searchsorted(ranks, ranks[-1])))
     remaining = lengths.counted_remaining(rows.progress())
     return int(rows.order[first + np.argmax(remaining[first:])])
 

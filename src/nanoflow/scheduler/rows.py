@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanoflow.batch import Bool, Int32, Int64
+from nanoflow.batch import Bool, Float64, Int32, Int64
+from nanoflow.priorities import BATCH, rank_of
 from nanoflow.request import Request
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.progress import Progress
@@ -36,7 +37,7 @@ class RowTable:
     """State of the running requests; R rows. All columns are int64 [R] unless stated.
 
     Attributes:
-        order: int64 [num_running], the rows in use, in order of admission, oldest first.
+        order: int64 [num_running], the rows in use: those of lower rank first, of one rank in order of admission.
         requests: The tenant of each row; None if it is free.
         request_id: Of the tenant.
         epoch: Which tenant of the row this is; grows whenever one leaves.
@@ -48,6 +49,8 @@ class RowTable:
         max_total: Tokens with which it ends.
         is_exact: bool [R], it will have `max_total` tokens, as end of sequence is ignored.
         is_scored: bool [R], log probabilities of its prompt are asked for.
+        rank: Of the tenant; see `Request.rank`.
+        arrival_s: float64 [R], when it came, on the monotonic clock.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -61,6 +64,8 @@ class RowTable:
         self.num_known, self.num_tokens, self.num_computed = np.zeros((3, num_rows), dtype=np.int64)
         self.min_total, self.max_total = np.zeros((2, num_rows), dtype=np.int64)
         self.is_exact, self.is_scored = np.zeros((2, num_rows), dtype=np.bool_)
+        self.rank: Int64 = np.zeros(num_rows, dtype=np.int64)
+        self.arrival_s: Float64 = np.zeros(num_rows)
         self._token_ids = np.zeros((num_rows, limits.max_model_len), dtype=np.int32)  # untouched zeros take no memory
         # Most requests have few; those of one with many stand apart, as every row pays for the size of this array.
         self._stop_ids = np.full((_NUM_STOP_IDS, num_rows), limits.vocab_size, dtype=np.int32)
@@ -77,6 +82,11 @@ class RowTable:
         """Rows not in use."""
         return len(self._free)
 
+    @property
+    def num_interactive(self) -> int:
+        """How many of the rows in use, the first in their order, have no background request."""
+        return int(np.searchsorted(self.rank[self.order], rank_of(BATCH)))
+
     def find(self, request_id: int) -> int | None:
         """The row of a request; None if it does not run."""
         return self._row_of.get(request_id)
@@ -89,7 +99,7 @@ class RowTable:
         return request
 
     def join(self, newcomers: Sequence[WaitingRequest], num_computed: Sequence[int]) -> Int64:
-        """Give each of these N requests a free row, int64 [N]; they become the newest, in this order.
+        """Give each of these N requests a free row, int64 [N]; they become the newest of their rank, in this order.
 
         Args:
             newcomers: They.
@@ -104,8 +114,11 @@ class RowTable:
             ],
             dtype=np.int64,
         ).T
-        self.order = np.concatenate((self.order, rows))
         self.request_id[rows] = [request.request_id for request in requests]
+        self.rank[rows] = [request.rank for request in requests]
+        self.arrival_s[rows] = [request.arrival_s for request in requests]
+        order = np.concatenate((self.order, rows))
+        self.order = order[np.argsort(self.rank[order], kind="stable")]
         self.num_prompt[rows] = num_prompt
         self.num_sent[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
         self.num_computed[rows] = num_computed
@@ -189,14 +202,15 @@ class RowTable:
         """All known tokens of a row, int32 [num_known]: not a copy, and as it is until the next change."""
         return self._token_ids[row, : self.num_known[row]]
 
-    def progress(self) -> Progress:
-        """Lengths of the running requests, oldest first."""
-        num_tokens = self.num_tokens[self.order]
+    def progress(self, count: int | None = None) -> Progress:
+        """Lengths of the running requests, or of the first so many of them, in their order."""
+        order = self.order[:count]
+        num_tokens = self.num_tokens[order]
         return Progress(
             num_tokens=num_tokens,
-            num_generated=num_tokens - self.num_prompt[self.order],
-            max_remaining=self.max_total[self.order] - num_tokens,
-            is_exact=self.is_exact[self.order],
+            num_generated=num_tokens - self.num_prompt[order],
+            max_remaining=self.max_total[order] - num_tokens,
+            is_exact=self.is_exact[order],
         )
 
     def check_integrity(self) -> None:
@@ -207,6 +221,8 @@ class RowTable:
         tenants = {request.request_id: row for row, request in enumerate(self.requests) if request is not None}
         if tenants != self._row_of or tenants != dict(zip(self.request_id[rows].tolist(), rows.tolist(), strict=True)):
             raise RuntimeError(f"rows and their tenants differ: {tenants}, {self._row_of}")
+        if (np.diff(self.rank[rows]) < 0).any():
+            raise RuntimeError("rows are not in the order of their ranks")
         counts = (self.num_computed, self.num_tokens, self.max_total)
         if any((low[rows] > high[rows]).any() for low, high in itertools.pairwise(counts)):
             raise RuntimeError("num_computed <= num_tokens <= max_total does not hold")

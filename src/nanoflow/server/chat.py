@@ -54,6 +54,7 @@ def chat_router(service: Service) -> APIRouter:
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
             session_id=service.session_id(request, body.session_id),
+            priority=body.priority_in(request.scope),
             call_id=new_id("chatcmpl"),
             field_names=body.field_names,
         )

@@ -21,6 +21,7 @@ from nanoflow.engine.messages import BookFacts, EngineStats, PrefetchCounts
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.outputs import FinishReason
 from nanoflow.server.backend import ServingEngine
+from nanoflow.server.class_metrics import class_families
 from nanoflow.server.counters import Counter, Counters, Floats, Histogram
 from nanoflow.server.tier_metrics import tier_families
 
@@ -178,6 +179,7 @@ class ServerMetrics(Collector):
             lambda: engine.stats.prefix_cache_queries,
         )
         self._count("prefix_cache_hits", "Those whose pages were found", lambda: engine.stats.prefix_cache_hits)
+        self._families += class_families(lambda: engine.stats.classes, name=self._name, labels=self._labels)
         self._families += tier_families(lambda: engine.stats.tiers, name=self._name, labels=self._labels)
         self._add_drafts(engine)
 
