@@ -156,7 +156,7 @@ def test_metrics_count_what_was_done(model: str) -> None:
         "request_success": 2,
     }
     assert isinstance(metrics["prompt_tokens"], Counter) and isinstance(metrics["num_requests_running"], Gauge)
-    assert all(metric.labels == {"model_name": model} for metric in metrics.values())
+    assert all(metric.labels["model_name"] == model for metric in found)
 
 
 def test_the_tokenizer_is_that_of_transformers(llm: LLM) -> None:
